@@ -1,0 +1,1 @@
+//! Hugging Face decoder models, run block by block, with taps on linear inputs.

@@ -1,0 +1,1 @@
+//! KV caches that evict: LazyEviction and the policies it is compared with.

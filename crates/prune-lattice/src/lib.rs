@@ -1,0 +1,1 @@
+//! Pruning of recurrent networks by order theory, with controls.

@@ -1,0 +1,2 @@
+//! Evaluation runs and reports.
+fn main() {}
