@@ -1,0 +1,328 @@
+//! Reading a checkpoint.
+//!
+//! Opening reads headers and checks everything that can be checked without looking at weights; after that, a tensor's
+//! bytes are read from the mapped file when they are asked for. What was read stays resident until it is released, so
+//! whoever walks through a model block by block releases each block behind it.
+
+use std::borrow::Cow;
+use std::collections::{BTreeMap, HashMap};
+use std::fmt;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+use candle_core::{DType, Device, Tensor};
+use half::{bf16, f16};
+use safetensors::Dtype;
+
+use crate::config::Config;
+use crate::dtype::{self, BadValue, Float};
+use crate::error::{Error, Result};
+use crate::folder;
+use crate::header::Entry;
+use crate::shard::Shard;
+
+/// What is known of a tensor without reading it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TensorInfo {
+    /// Dtype as stored.
+    pub dtype: Dtype,
+    /// Shape, outermost dimension first.
+    pub shape: Vec<usize>,
+    /// Size as stored, in bytes.
+    pub bytes: usize,
+    /// The file that holds it, counted in [`Checkpoint::shards`].
+    pub shard: usize,
+    /// First byte, counted from the end of the file's header.
+    start: usize,
+}
+
+impl TensorInfo {
+    /// Number of elements.
+    pub fn elements(&self) -> usize {
+        // Opening has checked that this does not overflow.
+        self.shape.iter().product()
+    }
+
+    /// The dtype of the tensor that [`Checkpoint::tensor`] returns; None if candle has none for it and only the bytes
+    /// can be had.
+    pub fn candle_dtype(&self) -> Option<DType> {
+        dtype::candle_dtype(self.dtype)
+    }
+
+    fn range(&self) -> Range<usize> {
+        self.start..self.start + self.bytes
+    }
+}
+
+/// A checkpoint open for reading: a folder in Hugging Face's layout, or a single safetensors file.
+///
+/// Files are memory-mapped and must not be changed in place while this is open; replacing them by renaming, as
+/// [`CheckpointWriter`](crate::CheckpointWriter) does, is fine. Tensors can be read from several threads at once.
+pub struct Checkpoint {
+    /// The folder or file, for errors.
+    path: PathBuf,
+    dir: PathBuf,
+    config: Config,
+    shards: Vec<Shard>,
+    shard_paths: Vec<PathBuf>,
+    tensors: Vec<(String, TensorInfo)>,
+    by_name: HashMap<String, usize>,
+    files_to_carry: Vec<PathBuf>,
+}
+
+impl fmt::Debug for Checkpoint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Checkpoint")
+            .field("path", &self.path)
+            .field("shards", &self.shard_paths)
+            .field("tensors", &self.tensors.len())
+            .finish_non_exhaustive()
+    }
+}
+
+impl Checkpoint {
+    /// Opens a folder with `config.json` and weights: `model.safetensors`, shards with `model.safetensors.index.json`,
+    /// or the same two as `pytorch_model.bin`.
+    ///
+    /// # Errors
+    /// Anything malformed, inconsistent or unreadable, naming file and tensor; see [`Error`].
+    pub fn open(dir: impl AsRef<Path>) -> Result<Self> {
+        let dir = dir.as_ref();
+        let metadata = dir.metadata().map_err(Error::io("open", dir))?;
+        if !metadata.is_dir() {
+            return Err(Error::NotAFolder {
+                path: dir.to_path_buf(),
+            });
+        }
+        let config = Config::read_folder(dir)?;
+        let weights = folder::open_weights(dir)?;
+        let carried = folder::files_to_carry(dir)?;
+        Ok(Self::new(dir, dir, config, weights, carried))
+    }
+
+    /// Opens a single safetensors file, which has no configuration ([`Checkpoint::config`] is empty) and carries no
+    /// other files.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::open`].
+    pub fn open_file(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref();
+        let shard = Shard::open_safetensors(path.to_path_buf())?;
+        let dir = path.parent().unwrap_or(Path::new(""));
+        Ok(Self::new(
+            path,
+            dir,
+            Config::default(),
+            vec![shard],
+            Vec::new(),
+        ))
+    }
+
+    fn new(
+        path: &Path,
+        dir: &Path,
+        config: Config,
+        weights: Vec<(Shard, Vec<Entry>)>,
+        files_to_carry: Vec<PathBuf>,
+    ) -> Self {
+        let mut shards = Vec::new();
+        let mut tensors = Vec::new();
+        for (shard, entries) in weights {
+            for entry in entries {
+                let info = TensorInfo {
+                    dtype: entry.dtype,
+                    shape: entry.shape,
+                    bytes: entry.end - entry.start,
+                    shard: shards.len(),
+                    start: entry.start,
+                };
+                tensors.push((entry.name, info));
+            }
+            shards.push(shard);
+        }
+        let by_name = tensors
+            .iter()
+            .enumerate()
+            .map(|(i, (name, _))| (name.clone(), i))
+            .collect();
+        Self {
+            path: path.to_path_buf(),
+            dir: dir.to_path_buf(),
+            config,
+            shard_paths: shards.iter().map(|shard| shard.path.clone()).collect(),
+            shards,
+            tensors,
+            by_name,
+            files_to_carry,
+        }
+    }
+
+    /// The folder (for a single file: the one it lies in).
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// The configuration, whole.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// The files with weights.
+    pub fn shards(&self) -> &[PathBuf] {
+        &self.shard_paths
+    }
+
+    /// Free text in the header of the first file with weights.
+    pub fn metadata(&self) -> &BTreeMap<String, String> {
+        // A checkpoint has at least one shard unless its index is empty.
+        static EMPTY: BTreeMap<String, String> = BTreeMap::new();
+        self.shards.first().map_or(&EMPTY, |shard| &shard.metadata)
+    }
+
+    /// Tokenizer and generation files, for [`CheckpointWriter::carry_from`](crate::CheckpointWriter::carry_from).
+    pub fn files_to_carry(&self) -> &[PathBuf] {
+        &self.files_to_carry
+    }
+
+    /// Names of all tensors in the order of the files: shard by shard, by offset.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.tensors.iter().map(|(name, _)| name.as_str())
+    }
+
+    /// Whether there is a tensor of this name.
+    pub fn contains(&self, name: &str) -> bool {
+        self.by_name.contains_key(name)
+    }
+
+    /// Dtype, shape and size of a tensor.
+    ///
+    /// # Errors
+    /// [`Error::UnknownTensor`].
+    pub fn info(&self, name: &str) -> Result<&TensorInfo> {
+        match self.by_name.get(name) {
+            Some(&i) => Ok(&self.tensors[i].1),
+            None => Err(Error::UnknownTensor {
+                file: self.path.clone(),
+                tensor: name.to_string(),
+            }),
+        }
+    }
+
+    /// As [`Checkpoint::info`], for a tensor that must have the given shape.
+    ///
+    /// # Errors
+    /// [`Error::UnknownTensor`], [`Error::WrongShape`].
+    pub fn expect_shape(&self, name: &str, shape: &[usize]) -> Result<&TensorInfo> {
+        let info = self.info(name)?;
+        if info.shape == shape {
+            Ok(info)
+        } else {
+            Err(Error::WrongShape {
+                file: self.shard_paths[info.shard].clone(),
+                tensor: name.to_string(),
+                expected: shape.to_vec(),
+                found: info.shape.clone(),
+            })
+        }
+    }
+
+    /// The bytes of a tensor as stored: little endian, row-major. Borrowed from the mapped file, except for pickles.
+    ///
+    /// # Errors
+    /// [`Error::UnknownTensor`], [`Error::Pickle`].
+    pub fn bytes(&self, name: &str) -> Result<Cow<'_, [u8]>> {
+        let info = self.info(name)?;
+        self.shards[info.shard].bytes(name, info.range())
+    }
+
+    /// A tensor in its stored dtype (booleans as 0 and 1 in u8), floats checked to be finite.
+    ///
+    /// # Errors
+    /// [`Error::UnknownTensor`], [`Error::NonFinite`], [`Error::UnsupportedDtype`], [`Error::Tensor`].
+    pub fn tensor(&self, name: &str, device: &Device) -> Result<Tensor> {
+        let info = self.info(name)?;
+        let Some(dtype) = info.candle_dtype() else {
+            return Err(self.unsupported(name, info, "any dtype"));
+        };
+        if dtype::is_float(info.dtype) {
+            return self.tensor_as(name, dtype, device);
+        }
+        let bytes = self.bytes(name)?;
+        if info.dtype == Dtype::F8_E4M3 {
+            // This format has no infinities and one NaN of either sign.
+            if let Some(element) = bytes.iter().position(|byte| byte & 0x7F == 0x7F) {
+                let value = f64::NAN;
+                return Err(self.bad_value(name, info, dtype, BadValue { element, value }));
+            }
+        }
+        Tensor::from_raw_buffer(&bytes, dtype, &info.shape, device).map_err(Error::tensor(name))
+    }
+
+    /// A tensor converted to `dtype`: between floats with one rounding to nearest even, else as candle converts.
+    ///
+    /// Floats are converted in parallel, straight from the mapped bytes into the new tensor's memory.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::tensor`], and [`Error::TooLarge`] for a finite value that `dtype` cannot hold.
+    pub fn tensor_as(&self, name: &str, dtype: DType, device: &Device) -> Result<Tensor> {
+        let info = self.info(name)?;
+        if !dtype::is_float(info.dtype) {
+            let tensor = self.tensor(name, &Device::Cpu)?;
+            return tensor
+                .to_dtype(dtype)
+                .and_then(|tensor| tensor.to_device(device))
+                .map_err(Error::tensor(name));
+        }
+        match dtype {
+            DType::F32 => self.decode::<f32>(name, info, device),
+            DType::F16 => self.decode::<f16>(name, info, device),
+            DType::BF16 => self.decode::<bf16>(name, info, device),
+            DType::F64 => self.decode::<f64>(name, info, device),
+            other => Err(self.unsupported(name, info, other.as_str())),
+        }
+    }
+
+    /// Lets go of the memory behind these tensors: their bytes no longer count toward the resident memory of the
+    /// process and are read from the file again when they are next asked for. Unknown names are passed over.
+    pub fn release<'a>(&self, names: impl IntoIterator<Item = &'a str>) {
+        for name in names {
+            if let Ok(info) = self.info(name) {
+                self.shards[info.shard].release(info.range());
+            }
+        }
+    }
+
+    /// Size of all tensors as stored, in bytes.
+    pub fn total_bytes(&self) -> u64 {
+        self.tensors.iter().map(|(_, info)| info.bytes as u64).sum()
+    }
+
+    /// Number of elements of all tensors.
+    pub fn parameters(&self) -> u64 {
+        self.tensors
+            .iter()
+            .map(|(_, info)| info.elements() as u64)
+            .sum()
+    }
+
+    fn decode<T: Float>(&self, name: &str, info: &TensorInfo, device: &Device) -> Result<Tensor> {
+        let bytes = self.bytes(name)?;
+        let elements = dtype::decode::<T>(info.dtype, &bytes)
+            .map_err(|bad| self.bad_value(name, info, T::DTYPE, bad))?;
+        Tensor::from_vec(elements, info.shape.as_slice(), device).map_err(Error::tensor(name))
+    }
+
+    fn unsupported(&self, name: &str, info: &TensorInfo, wanted: &'static str) -> Error {
+        Error::UnsupportedDtype {
+            file: self.shard_paths[info.shard].clone(),
+            tensor: name.to_string(),
+            dtype: info.dtype,
+            wanted,
+        }
+    }
+
+    fn bad_value(&self, name: &str, info: &TensorInfo, dtype: DType, bad: BadValue) -> Error {
+        let file = self.shard_paths[info.shard].clone();
+        Error::bad_value(file, name, &info.shape, dtype, bad)
+    }
+}

@@ -1,0 +1,308 @@
+//! Conversion between stored bytes and floating-point elements.
+//!
+//! Bytes are little endian and need not be aligned. Everything goes in blocks that stay in the first-level cache:
+//! bytes or elements are widened (f16, bf16 and f32 to f32; f64 stays), narrowed to the target with one rounding to
+//! nearest even, and checked to be finite on the way, so that a tensor is passed over once. Blocks run in parallel;
+//! a reported position is the first in row-major order whatever the number of threads.
+
+use candle_core::{DType, WithDType};
+use half::slice::HalfFloatSliceExt;
+use half::{bf16, f16};
+use rayon::prelude::*;
+use safetensors::Dtype;
+
+/// Elements per block: 1 KiB of f32.
+const BLOCK: usize = 256;
+
+/// Elements per parallel task.
+const TASK: usize = 128 * BLOCK;
+
+/// A value that must not be in a tensor of weights.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct BadValue {
+    /// Position in row-major order.
+    pub(crate) element: usize,
+    /// The value before conversion: not finite, or finite and too large for the target.
+    pub(crate) value: f64,
+}
+
+/// A floating-point element, stored in little endian.
+pub(crate) trait Float: WithDType {
+    const BYTES: usize;
+    const ZERO: Self;
+
+    fn from_le(bytes: &[u8]) -> Self;
+    fn to_le(self, bytes: &mut [u8]);
+    fn finite(self) -> bool;
+    fn narrow_f32(from: &[f32], to: &mut [Self]);
+    fn narrow_f64(from: &[f64], to: &mut [Self]);
+
+    /// Converts at most [`BLOCK`] elements.
+    fn convert<T: Float>(from: &[Self], to: &mut [T]);
+}
+
+impl Float for f32 {
+    const BYTES: usize = 4;
+    const ZERO: Self = 0.0;
+
+    fn from_le(bytes: &[u8]) -> Self {
+        Self::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]])
+    }
+    fn to_le(self, bytes: &mut [u8]) {
+        bytes.copy_from_slice(&self.to_le_bytes());
+    }
+    fn finite(self) -> bool {
+        self.is_finite()
+    }
+    fn narrow_f32(from: &[f32], to: &mut [Self]) {
+        to.copy_from_slice(from);
+    }
+    fn narrow_f64(from: &[f64], to: &mut [Self]) {
+        for (to, &from) in to.iter_mut().zip(from) {
+            *to = from as f32;
+        }
+    }
+    fn convert<T: Float>(from: &[Self], to: &mut [T]) {
+        T::narrow_f32(from, to);
+    }
+}
+
+impl Float for f64 {
+    const BYTES: usize = 8;
+    const ZERO: Self = 0.0;
+
+    fn from_le(bytes: &[u8]) -> Self {
+        let mut array = [0; 8];
+        array.copy_from_slice(bytes);
+        Self::from_le_bytes(array)
+    }
+    fn to_le(self, bytes: &mut [u8]) {
+        bytes.copy_from_slice(&self.to_le_bytes());
+    }
+    fn finite(self) -> bool {
+        self.is_finite()
+    }
+    fn narrow_f32(from: &[f32], to: &mut [Self]) {
+        for (to, &from) in to.iter_mut().zip(from) {
+            *to = f64::from(from);
+        }
+    }
+    fn narrow_f64(from: &[f64], to: &mut [Self]) {
+        to.copy_from_slice(from);
+    }
+    fn convert<T: Float>(from: &[Self], to: &mut [T]) {
+        T::narrow_f64(from, to);
+    }
+}
+
+impl Float for f16 {
+    const BYTES: usize = 2;
+    const ZERO: Self = f16::ZERO;
+
+    fn from_le(bytes: &[u8]) -> Self {
+        Self::from_le_bytes([bytes[0], bytes[1]])
+    }
+    fn to_le(self, bytes: &mut [u8]) {
+        bytes.copy_from_slice(&self.to_le_bytes());
+    }
+    fn finite(self) -> bool {
+        self.to_bits() & 0x7C00 != 0x7C00
+    }
+    fn narrow_f32(from: &[f32], to: &mut [Self]) {
+        to.convert_from_f32_slice(from);
+    }
+    fn narrow_f64(from: &[f64], to: &mut [Self]) {
+        for (to, &from) in to.iter_mut().zip(from) {
+            *to = f16::from_f32(round_to_odd(from));
+        }
+    }
+    fn convert<T: Float>(from: &[Self], to: &mut [T]) {
+        let mut wide = [0f32; BLOCK];
+        let wide = &mut wide[..from.len()];
+        from.convert_to_f32_slice(wide);
+        T::narrow_f32(wide, to);
+    }
+}
+
+impl Float for bf16 {
+    const BYTES: usize = 2;
+    const ZERO: Self = bf16::ZERO;
+
+    fn from_le(bytes: &[u8]) -> Self {
+        Self::from_le_bytes([bytes[0], bytes[1]])
+    }
+    fn to_le(self, bytes: &mut [u8]) {
+        bytes.copy_from_slice(&self.to_le_bytes());
+    }
+    fn finite(self) -> bool {
+        self.to_bits() & 0x7F80 != 0x7F80
+    }
+    fn narrow_f32(from: &[f32], to: &mut [Self]) {
+        to.convert_from_f32_slice(from);
+    }
+    fn narrow_f64(from: &[f64], to: &mut [Self]) {
+        for (to, &from) in to.iter_mut().zip(from) {
+            *to = bf16::from_f32(round_to_odd(from));
+        }
+    }
+    fn convert<T: Float>(from: &[Self], to: &mut [T]) {
+        let mut wide = [0f32; BLOCK];
+        let wide = &mut wide[..from.len()];
+        // The upper half of an f32; unlike half's conversion without a branch for NaN, which is refused later anyway.
+        for (wide, from) in wide.iter_mut().zip(from) {
+            *wide = f32::from_bits(u32::from(from.to_bits()) << 16);
+        }
+        T::narrow_f32(wide, to);
+    }
+}
+
+/// f64 to f32 such that a second rounding, to 16 bits, is as good as one: a value between two f32 becomes the one with
+/// an odd mantissa, which can never look like a tie (Boldo and Melquiond, "Emulation of FMA and correctly rounded sums:
+/// proved algorithms using rounding to odd", 2008).
+fn round_to_odd(x: f64) -> f32 {
+    let nearest = x as f32;
+    let back = f64::from(nearest);
+    if back == x || x.is_nan() || nearest.to_bits() & 1 == 1 {
+        nearest
+    } else if back.abs() < x.abs() {
+        f32::from_bits(nearest.to_bits() + 1)
+    } else {
+        f32::from_bits(nearest.to_bits() - 1)
+    }
+}
+
+/// The candle dtype in which a stored tensor is read, where there is one; booleans are read as bytes.
+pub(crate) fn candle_dtype(stored: Dtype) -> Option<DType> {
+    match stored {
+        Dtype::BOOL => Some(DType::U8),
+        Dtype::F4 | Dtype::F6_E2M3 | Dtype::F6_E3M2 | Dtype::F8_E8M0 => None,
+        other => DType::try_from(other).ok(),
+    }
+}
+
+/// True for the dtypes that [`decode`] and [`encode`] know.
+pub(crate) fn is_float(dtype: Dtype) -> bool {
+    matches!(dtype, Dtype::F16 | Dtype::BF16 | Dtype::F32 | Dtype::F64)
+}
+
+/// Reads `bytes` of dtype `stored` as elements of `T`.
+///
+/// # Errors
+/// The first value that is not finite as a `T`.
+///
+/// # Panics
+/// If `stored` is no float or `bytes` are not whole elements: callers have checked both.
+pub(crate) fn decode<T: Float>(stored: Dtype, bytes: &[u8]) -> Result<Vec<T>, BadValue> {
+    match stored {
+        Dtype::F16 => decode_from::<f16, T>(bytes),
+        Dtype::BF16 => decode_from::<bf16, T>(bytes),
+        Dtype::F32 => decode_from::<f32, T>(bytes),
+        Dtype::F64 => decode_from::<f64, T>(bytes),
+        other => unreachable!("callers decode floats only, not {other}"),
+    }
+}
+
+fn decode_from<S: Float, T: Float>(bytes: &[u8]) -> Result<Vec<T>, BadValue> {
+    let mut elements = vec![T::ZERO; bytes.len() / S::BYTES];
+    let first_bad = elements
+        .par_chunks_mut(TASK)
+        .zip(bytes.par_chunks(TASK * S::BYTES))
+        .enumerate()
+        .filter_map(|(task, (to, from))| {
+            let bad = decode_task::<S, T>(from, to)?;
+            Some(task * TASK + bad)
+        })
+        .min();
+    match first_bad {
+        None => Ok(elements),
+        Some(element) => {
+            let value = S::from_le(&bytes[element * S::BYTES..][..S::BYTES]).to_f64();
+            Err(BadValue { element, value })
+        }
+    }
+}
+
+/// Converts one task's share; the first element that is not finite, if any.
+fn decode_task<S: Float, T: Float>(bytes: &[u8], to: &mut [T]) -> Option<usize> {
+    let mut block = [S::ZERO; BLOCK];
+    let mut finite = true;
+    for (to, bytes) in to.chunks_mut(BLOCK).zip(bytes.chunks(BLOCK * S::BYTES)) {
+        let block = &mut block[..to.len()];
+        for (element, bytes) in block.iter_mut().zip(bytes.chunks_exact(S::BYTES)) {
+            *element = S::from_le(bytes);
+        }
+        S::convert(block, to);
+        finite &= all_finite(to);
+    }
+    if finite { None } else { first_bad(to) }
+}
+
+/// Writes `elements` as bytes of dtype `stored`, appending to `bytes`.
+///
+/// # Errors
+/// The first value that is not finite in the stored dtype.
+///
+/// # Panics
+/// If `stored` is no float: callers have checked it.
+pub(crate) fn encode<S: Float>(
+    elements: &[S],
+    stored: Dtype,
+    bytes: &mut Vec<u8>,
+) -> Result<(), BadValue> {
+    match stored {
+        Dtype::F16 => encode_as::<S, f16>(elements, bytes),
+        Dtype::BF16 => encode_as::<S, bf16>(elements, bytes),
+        Dtype::F32 => encode_as::<S, f32>(elements, bytes),
+        Dtype::F64 => encode_as::<S, f64>(elements, bytes),
+        other => unreachable!("callers encode floats only, not {other}"),
+    }
+}
+
+fn encode_as<S: Float, T: Float>(elements: &[S], bytes: &mut Vec<u8>) -> Result<(), BadValue> {
+    let start = bytes.len();
+    bytes.resize(start + elements.len() * T::BYTES, 0);
+    let first_bad = bytes[start..]
+        .par_chunks_mut(TASK * T::BYTES)
+        .zip(elements.par_chunks(TASK))
+        .enumerate()
+        .filter_map(|(task, (to, from))| {
+            let bad = encode_task::<S, T>(from, to)?;
+            Some(task * TASK + bad)
+        })
+        .min();
+    match first_bad {
+        None => Ok(()),
+        Some(element) => Err(BadValue {
+            element,
+            value: elements[element].to_f64(),
+        }),
+    }
+}
+
+fn encode_task<S: Float, T: Float>(elements: &[S], bytes: &mut [u8]) -> Option<usize> {
+    let mut block = [T::ZERO; BLOCK];
+    for (i, (from, bytes)) in elements
+        .chunks(BLOCK)
+        .zip(bytes.chunks_mut(BLOCK * T::BYTES))
+        .enumerate()
+    {
+        let block = &mut block[..from.len()];
+        S::convert(from, block);
+        if !all_finite(block) {
+            return first_bad(block).map(|bad| i * BLOCK + bad);
+        }
+        for (element, bytes) in block.iter().zip(bytes.chunks_exact_mut(T::BYTES)) {
+            element.to_le(bytes);
+        }
+    }
+    None
+}
+
+/// Without an early exit, so that it becomes vector code.
+fn all_finite<T: Float>(elements: &[T]) -> bool {
+    elements.iter().fold(true, |all, x| all & x.finite())
+}
+
+fn first_bad<T: Float>(elements: &[T]) -> Option<usize> {
+    elements.iter().position(|x| !x.finite())
+}

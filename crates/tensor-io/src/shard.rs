@@ -1,0 +1,134 @@
+//! One file of tensors, open for reading: mapped safetensors, or a PyTorch pickle read through candle.
+
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::{Path, PathBuf};
+
+use candle_core::pickle::PthTensors;
+use safetensors::View;
+
+use crate::error::{Error, Result};
+use crate::header::{Entry, Header, byte_size};
+use crate::map::MappedFile;
+
+/// A file of tensors.
+pub(crate) struct Shard {
+    pub(crate) path: PathBuf,
+    pub(crate) metadata: BTreeMap<String, String>,
+    content: Content,
+}
+
+enum Content {
+    /// A safetensors file and where its data begins.
+    Mapped(MappedFile, usize),
+    Pickle(PthTensors),
+}
+
+impl Shard {
+    /// Opens a safetensors file; also returns what it holds, by offset.
+    pub(crate) fn open_safetensors(path: PathBuf) -> Result<(Self, Vec<Entry>)> {
+        let file = open_regular(&path).map_err(Error::io("open", &path))?;
+        let map = MappedFile::new(&file).map_err(Error::io("map", &path))?;
+        let header = Header::parse(&map).map_err(|source| Error::Header {
+            file: path.clone(),
+            source,
+        })?;
+        let shard = Self {
+            path,
+            metadata: header.metadata,
+            content: Content::Mapped(map, header.data_start),
+        };
+        Ok((shard, header.entries))
+    }
+
+    /// Opens a `.bin` file of PyTorch; also returns what it holds, by name. Its entries have sizes but no place.
+    pub(crate) fn open_pickle(path: PathBuf) -> Result<(Self, Vec<Entry>)> {
+        let file = open_regular(&path).map_err(Error::io("open", &path))?;
+        let file_bytes = file.metadata().map_err(Error::io("read", &path))?.len();
+        let pickle = guard_pickle(&path, || PthTensors::new(&path, None))?;
+        let mut entries = Vec::new();
+        for (name, info) in pickle.tensor_infos() {
+            let dtype = info.dtype.into();
+            let shape = info.layout.dims().to_vec();
+            // PyTorch does not compress: a tensor larger than its file is a lie that must not be allocated.
+            let bytes = byte_size(dtype, &shape)
+                .filter(|&bytes| bytes as u64 <= file_bytes)
+                .ok_or_else(|| {
+                    pickle_error(
+                        &path,
+                        format!("tensor `{name}` of shape {shape:?} does not fit in the file"),
+                    )
+                })?;
+            entries.push(Entry {
+                name: name.clone(),
+                dtype,
+                shape,
+                start: 0,
+                end: bytes,
+            });
+        }
+        if entries.is_empty() {
+            return Err(pickle_error(
+                &path,
+                "no tensors at its top level".to_string(),
+            ));
+        }
+        entries.sort_by(|a, b| a.name.cmp(&b.name));
+        let shard = Self {
+            path,
+            metadata: BTreeMap::new(),
+            content: Content::Pickle(pickle),
+        };
+        Ok((shard, entries))
+    }
+
+    /// The bytes of a tensor, little endian; `range` counts from the start of the data.
+    pub(crate) fn bytes(&self, name: &str, range: Range<usize>) -> Result<Cow<'_, [u8]>> {
+        match &self.content {
+            Content::Mapped(map, data_start) => Ok(Cow::Borrowed(
+                &map[data_start + range.start..data_start + range.end],
+            )),
+            Content::Pickle(pickle) => guard_pickle(&self.path, || {
+                let tensor = pickle.get(name)?.ok_or_else(|| {
+                    candle_core::Error::Msg(format!("tensor `{name}` disappeared from the file"))
+                })?;
+                Ok(Cow::Owned(View::data(&tensor).into_owned()))
+            }),
+        }
+    }
+
+    /// Lets go of the memory of a tensor.
+    pub(crate) fn release(&self, range: Range<usize>) {
+        if let Content::Mapped(map, data_start) = &self.content {
+            map.release(data_start + range.start..data_start + range.end);
+        }
+    }
+}
+
+/// Opens a file for reading; refuses folders, pipes and the like, on which reading fails late or never returns.
+fn open_regular(path: &Path) -> io::Result<File> {
+    if !path.metadata()?.is_file() {
+        return Err(io::Error::other("not a regular file"));
+    }
+    File::open(path)
+}
+
+/// Runs candle's pickle reader, which panics on some malformed files, and makes an error of all its refusals.
+fn guard_pickle<T>(path: &Path, read: impl FnOnce() -> candle_core::Result<T>) -> Result<T> {
+    match catch_unwind(AssertUnwindSafe(read)) {
+        Ok(Ok(value)) => Ok(value),
+        Ok(Err(error)) => Err(pickle_error(path, error.to_string())),
+        Err(_) => Err(pickle_error(path, "malformed pickle".to_string())),
+    }
+}
+
+fn pickle_error(path: &Path, reason: String) -> Error {
+    Error::Pickle {
+        file: path.to_path_buf(),
+        reason,
+    }
+}
