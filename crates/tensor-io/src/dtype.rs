@@ -306,3 +306,125 @@ fn all_finite<T: Float>(elements: &[T]) -> bool {
 fn first_bad<T: Float>(elements: &[T]) -> Option<usize> {
     elements.iter().position(|x| !x.finite())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn bytes_of<T: Float>(elements: &[T]) -> Vec<u8> {
+        let mut bytes = vec![0; elements.len() * T::BYTES];
+        for (element, bytes) in elements.iter().zip(bytes.chunks_exact_mut(T::BYTES)) {
+            element.to_le(bytes);
+        }
+        bytes
+    }
+
+    /// The neighbour of `x` that is nearest, ties to the even mantissa, found among all 16-bit floats by distance.
+    fn nearest<T: Float>(x: f64, from_bits: fn(u16) -> T) -> T {
+        let key = |bits: u16| {
+            let distance = (from_bits(bits).to_f64() - x).abs();
+            (distance, bits & 1)
+        };
+        let best = (0..=u16::MAX)
+            .filter(|&bits| {
+                from_bits(bits).finite()
+                    && from_bits(bits).to_f64().is_sign_negative() == x.is_sign_negative()
+            })
+            .min_by(|&a, &b| key(a).partial_cmp(&key(b)).unwrap())
+            .unwrap();
+        from_bits(best)
+    }
+
+    #[test]
+    fn all_16_bit_floats_survive_every_wider_dtype() {
+        fn check<T: Float>(stored: Dtype, from_bits: fn(u16) -> T) {
+            let all: Vec<T> = (0..=u16::MAX)
+                .map(from_bits)
+                .filter(|x| x.finite())
+                .collect();
+            let bytes = bytes_of(&all);
+            assert_eq!(bytes_of(&decode::<T>(stored, &bytes).unwrap()), bytes);
+            for wide in [Dtype::F32, Dtype::F64] {
+                let mut widened = Vec::new();
+                encode(&all, wide, &mut widened).unwrap();
+                assert_eq!(
+                    bytes_of(&decode::<T>(wide, &widened).unwrap()),
+                    bytes,
+                    "{wide}"
+                );
+            }
+            for (x, exact) in decode::<f32>(stored, &bytes).unwrap().iter().zip(&all) {
+                assert_eq!(f64::from(*x), exact.to_f64());
+            }
+        }
+        check::<f16>(Dtype::F16, f16::from_bits);
+        check::<bf16>(Dtype::BF16, bf16::from_bits);
+    }
+
+    #[test]
+    fn narrowing_rounds_once_to_nearest_even() {
+        // Ties, values just off a tie (in the last bits of an f64, which a rounding by way of f32 loses), subnormals.
+        let tie_f16 = 1.0 + 2f64.powi(-11);
+        let tie_bf16 = 1.0 + 2f64.powi(-8);
+        let mut values = vec![0.0, 1.0, 1.0 / 3.0, 6e-8, 3e-8, 1e-7, 1e-40, 65_504.0, 0.1];
+        for tie in [
+            tie_f16,
+            3.0 * tie_f16 / 2.0,
+            1.0 + 3.0 * 2f64.powi(-11),
+            tie_bf16,
+            1.0 + 3.0 * 2f64.powi(-8),
+        ] {
+            values.extend([
+                tie,
+                tie.next_up(),
+                tie.next_down(),
+                tie + 2f64.powi(-30),
+                tie - 2f64.powi(-30),
+            ]);
+        }
+        values.extend(values.clone().iter().map(|x| -x));
+        let halves = decode::<f16>(Dtype::F64, &bytes_of(&values)).unwrap();
+        let brains = decode::<bf16>(Dtype::F64, &bytes_of(&values)).unwrap();
+        for ((&x, half), brain) in values.iter().zip(halves).zip(brains) {
+            assert_eq!(
+                half.to_bits(),
+                nearest(x, f16::from_bits).to_bits(),
+                "f16 of {x:e}"
+            );
+            assert_eq!(
+                brain.to_bits(),
+                nearest(x, bf16::from_bits).to_bits(),
+                "bf16 of {x:e}"
+            );
+            let single = x as f32;
+            let mut encoded = Vec::new();
+            encode(&[single], Dtype::BF16, &mut encoded).unwrap();
+            assert_eq!(
+                bf16::from_le(&encoded),
+                nearest(f64::from(single), bf16::from_bits),
+                "bf16 of {single:e}"
+            );
+        }
+    }
+
+    #[test]
+    fn the_first_bad_element_is_found_across_tasks() {
+        for first in [0, 1, BLOCK, TASK - 1, TASK, 3 * TASK + 5] {
+            let mut values = vec![1f32; 3 * TASK + 7];
+            values[first] = f32::INFINITY;
+            values[3 * TASK + 6] = f32::NAN;
+            let bad = BadValue {
+                element: first,
+                value: f64::INFINITY,
+            };
+            assert_eq!(
+                decode::<f64>(Dtype::F32, &bytes_of(&values)).unwrap_err(),
+                bad
+            );
+            assert_eq!(
+                encode(&values, Dtype::F16, &mut Vec::new()).unwrap_err(),
+                bad
+            );
+        }
+    }
+}
