@@ -1,0 +1,314 @@
+//! A checkpoint seen as a decoder whose parts are loaded one at a time.
+
+use crate::block::{Attention, Block, Mlp, RmsNorm, RopeTables};
+use crate::config::{ModelConfig, Widths};
+use crate::linear::Linear;
+use crate::names::{self, LinearName};
+use crate::{Error, Result};
+use candle_core::{DType, Device, Tensor};
+use tensor_io::Checkpoint;
+
+/// A decoder checkpoint, checked against its config, with nothing in memory yet.
+#[derive(Debug)]
+pub struct Decoder<'a> {
+    checkpoint: &'a Checkpoint,
+    config: ModelConfig,
+    dtype: DType,
+    device: Device,
+}
+
+/// The last step of a model: final norm and vocabulary projection.
+#[derive(Clone, Debug)]
+pub struct Head {
+    norm: RmsNorm,
+    vocab: Linear,
+}
+
+impl<'a> Decoder<'a> {
+    /// Reads the config and checks the name and shape of every tensor.
+    ///
+    /// Parts are computed in `dtype`. On a CPU use f32: candle multiplies bf16 matrices at a third
+    /// of the f32 rate, and vectors at a twentieth.
+    ///
+    /// # Errors
+    /// [`Error::Shape`], [`Error::UnexpectedTensor`] or a missing tensor where checkpoint and
+    /// config disagree, and everything that [`ModelConfig::new`] reports.
+    pub fn new(checkpoint: &'a Checkpoint, dtype: DType, device: &Device) -> Result<Self> {
+        let config = ModelConfig::new(checkpoint.config())?;
+        let decoder = Self {
+            checkpoint,
+            config,
+            dtype,
+            device: device.clone(),
+        };
+        decoder.check()?;
+        Ok(decoder)
+    }
+
+    /// The model's dimensions.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// The checkpoint it was made from.
+    pub fn checkpoint(&self) -> &'a Checkpoint {
+        self.checkpoint
+    }
+
+    /// Where parts are loaded to.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// What parts are loaded as.
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// The shapes that the config asks of a block's linear, `None` where the block has no such
+    /// sublayer: `[out, in]`.
+    pub fn linear_shape(&self, layer: usize, name: LinearName) -> Option<[usize; 2]> {
+        let ModelConfig {
+            hidden, head_dim, ..
+        } = self.config;
+        let Widths {
+            heads,
+            kv_heads,
+            neurons,
+        } = self.config.widths[layer];
+        let shape = match name {
+            LinearName::Q => [heads * head_dim, hidden],
+            LinearName::K | LinearName::V => [kv_heads * head_dim, hidden],
+            LinearName::O => [hidden, heads * head_dim],
+            LinearName::Gate | LinearName::Up => [neurons, hidden],
+            LinearName::Down => [hidden, neurons],
+        };
+        (shape[0] > 0 && shape[1] > 0).then_some(shape)
+    }
+
+    /// Whether the architecture gives this linear a bias.
+    pub fn has_bias(&self, name: LinearName) -> bool {
+        let biases = self.config.biases;
+        match name {
+            LinearName::Q | LinearName::K | LinearName::V => biases.qkv,
+            LinearName::O => biases.o,
+            LinearName::Gate | LinearName::Up | LinearName::Down => biases.mlp,
+        }
+    }
+
+    fn check(&self) -> Result<()> {
+        let ModelConfig {
+            hidden,
+            vocab,
+            head_dim,
+            ..
+        } = self.config;
+        let mut expected: Vec<(String, Vec<usize>)> = vec![
+            (names::EMBEDDING.into(), vec![vocab, hidden]),
+            (names::FINAL_NORM.into(), vec![hidden]),
+        ];
+        if !self.config.tied {
+            expected.push((names::HEAD.into(), vec![vocab, hidden]));
+        }
+        for layer in 0..self.config.layers() {
+            for norm in [names::INPUT_NORM, names::POST_NORM] {
+                expected.push((names::block(layer, norm), vec![hidden]));
+            }
+            if self.config.qk_norm && self.config.widths[layer].heads > 0 {
+                for norm in [names::Q_NORM, names::K_NORM] {
+                    expected.push((names::block(layer, norm), vec![head_dim]));
+                }
+            }
+            for name in LinearName::ALL {
+                let Some(shape) = self.linear_shape(layer, name) else {
+                    continue;
+                };
+                expected.push((name.weight(layer), shape.to_vec()));
+                // A bias that the config does not announce is read where the file has one: that is
+                // how bias-compensated models of architectures without a slot are stored.
+                if self.has_bias(name) || self.checkpoint.contains(&name.bias(layer)) {
+                    expected.push((name.bias(layer), vec![shape[0]]));
+                }
+            }
+        }
+        for (tensor, expected) in &expected {
+            let info = self.checkpoint.info(tensor)?;
+            if info.shape != *expected {
+                return Err(Error::Shape {
+                    tensor: tensor.clone(),
+                    found: info.shape.clone(),
+                    expected: expected.clone(),
+                });
+            }
+        }
+        let known: std::collections::HashSet<&str> =
+            expected.iter().map(|(name, _)| name.as_str()).collect();
+        // Older exports carry the frequencies, and tied ones a copy of the embedding.
+        let surplus = |name: &str| name.ends_with("rotary_emb.inv_freq") || name == names::HEAD;
+        match self
+            .checkpoint
+            .names()
+            .find(|name| !known.contains(name) && !surplus(name))
+        {
+            Some(tensor) => Err(Error::UnexpectedTensor {
+                tensor: tensor.into(),
+                model_type: self.config.model_type.name(),
+            }),
+            None => Ok(()),
+        }
+    }
+
+    fn load(&self, name: &str) -> Result<Tensor> {
+        Ok(self.checkpoint.tensor_as(name, self.dtype, &self.device)?)
+    }
+
+    fn norm(&self, name: &str) -> Result<RmsNorm> {
+        Ok(RmsNorm {
+            weight: self.load(name)?,
+            eps: self.config.rms_eps,
+        })
+    }
+
+    fn linear(&self, layer: usize, name: LinearName) -> Result<Linear> {
+        let bias = name.bias(layer);
+        Ok(Linear {
+            weight: self.load(&name.weight(layer))?,
+            bias: if self.checkpoint.contains(&bias) {
+                Some(self.load(&bias)?)
+            } else {
+                None
+            },
+        })
+    }
+
+    /// Loads block `layer`; [`Decoder::release`] lets go of the file's pages afterwards.
+    ///
+    /// # Errors
+    /// What reading the tensors reports, among it values that are not finite.
+    pub fn block(&self, layer: usize) -> Result<Block> {
+        let widths = self.config.widths[layer];
+        let head_norm = |name: &str| -> Result<Option<RmsNorm>> {
+            self.config
+                .qk_norm
+                .then(|| self.norm(&names::block(layer, name)))
+                .transpose()
+        };
+        let attention = match widths.heads {
+            0 => None,
+            _ => Some(Attention {
+                q: self.linear(layer, LinearName::Q)?,
+                k: self.linear(layer, LinearName::K)?,
+                v: self.linear(layer, LinearName::V)?,
+                o: self.linear(layer, LinearName::O)?,
+                q_norm: head_norm(names::Q_NORM)?,
+                k_norm: head_norm(names::K_NORM)?,
+                head_dim: self.config.head_dim,
+                sliding_window: self.config.sliding_window[layer],
+            }),
+        };
+        let mlp = match widths.neurons {
+            0 => None,
+            _ => Some(Mlp {
+                gate: self.linear(layer, LinearName::Gate)?,
+                up: self.linear(layer, LinearName::Up)?,
+                down: self.linear(layer, LinearName::Down)?,
+            }),
+        };
+        Ok(Block {
+            layer,
+            input_norm: self.norm(&names::block(layer, names::INPUT_NORM))?,
+            attention,
+            post_norm: self.norm(&names::block(layer, names::POST_NORM))?,
+            mlp,
+        })
+    }
+
+    /// Lets go of the mapped pages of block `layer`.
+    pub fn release(&self, layer: usize) {
+        let of_block = |name: &&str| names::parse_block(name).is_some_and(|(l, _)| l == layer);
+        self.checkpoint
+            .release(self.checkpoint.names().filter(of_block));
+    }
+
+    /// Embeds `[batch, tokens]` ids to `[batch, tokens, hidden]`, reading only the rows it needs.
+    ///
+    /// # Errors
+    /// [`Error::TokenOutOfRange`] for an id without a row.
+    pub fn embed(&self, windows: &[&[u32]]) -> Result<Tensor> {
+        let vocab = self.config.vocab;
+        if let Some(&token) = windows
+            .iter()
+            .copied()
+            .flatten()
+            .find(|&&t| t as usize >= vocab)
+        {
+            return Err(Error::TokenOutOfRange { token, vocab });
+        }
+        let shape = (
+            windows.len(),
+            windows.first().map_or(0, |w| w.len()),
+            self.config.hidden,
+        );
+        let embedding = self.checkpoint.bytes(names::EMBEDDING)?;
+        let row_bytes = embedding.len() / vocab;
+        let rows: Vec<u8> = windows
+            .iter()
+            .copied()
+            .flatten()
+            .flat_map(|&token| &embedding[token as usize * row_bytes..][..row_bytes])
+            .copied()
+            .collect();
+        // Opening has checked that the embedding is of floats.
+        let stored = self.checkpoint.info(names::EMBEDDING)?.candle_dtype().unwrap_or(DType::F32);
+        let rows = Tensor::from_raw_buffer(&rows, stored, &[shape.0, shape.1, shape.2], &self.device)?;
+        Ok(rows.to_dtype(self.dtype)?)
+    }
+
+    /// Loads the final norm and the vocabulary projection.
+    ///
+    /// # Errors
+    /// What reading the tensors reports.
+    pub fn head(&self) -> Result<Head> {
+        let weight = if self.config.tied {
+            names::EMBEDDING
+        } else {
+            names::HEAD
+        };
+        let head = Head {
+            norm: self.norm(names::FINAL_NORM)?,
+            vocab: Linear {
+                weight: self.load(weight)?,
+                bias: None,
+            },
+        };
+        self.checkpoint.release([weight]);
+        Ok(head)
+    }
+
+    /// Rotations for positions `start .. start + tokens`.
+    ///
+    /// # Errors
+    /// When the device refuses the tensors.
+    pub fn rope(&self, start: usize, tokens: usize) -> Result<RopeTables> {
+        let (cos, sin) = self
+            .config
+            .rope
+            .tables(start, tokens, self.dtype, &self.device)?;
+        Ok(RopeTables { cos, sin })
+    }
+}
+
+impl Head {
+    /// Entries of the vocabulary.
+    pub fn vocab_size(&self) -> usize {
+        self.vocab.weight.dims()[0]
+    }
+
+    /// `[rows, hidden]` to logits `[rows, vocab]`.
+    ///
+    /// # Errors
+    /// When the device refuses.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        self.vocab.forward(&self.norm.forward(x)?)
+    }
+}

@@ -1,0 +1,102 @@
+//! What can go wrong when a decoder is read or run.
+
+use std::path::PathBuf;
+
+/// An error of this crate; every case names what was wrong and where.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The checkpoint itself could not be read.
+    #[error(transparent)]
+    Checkpoint(#[from] tensor_io::Error),
+    /// A tensor operation failed; after loading has checked every shape this points at the device.
+    #[error("tensor operation failed")]
+    Candle(#[from] candle_core::Error),
+    /// `model_type` is not one of the supported architectures.
+    #[error("model_type {found:?} is not supported (supported: llama, mistral, qwen2, qwen3)")]
+    UnsupportedModel {
+        /// The `model_type` in the config.
+        found: String,
+    },
+    /// A config field has a value that this crate does not implement.
+    #[error("config field {field}: {value} is not supported ({supported})")]
+    UnsupportedOption {
+        /// The field's name.
+        field: &'static str,
+        /// Its value as written.
+        value: String,
+        /// What is supported instead.
+        supported: &'static str,
+    },
+    /// Config fields that contradict each other or cannot be a model.
+    #[error("config field {field}: {reason}")]
+    InvalidConfig {
+        /// The field's name.
+        field: &'static str,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// A tensor's shape is not the one that the config asks for.
+    #[error("tensor {tensor}: shape {found:?}, but the config asks for {expected:?}")]
+    Shape {
+        /// The tensor's name.
+        tensor: String,
+        /// Its shape in the checkpoint.
+        found: Vec<usize>,
+        /// The shape the config implies.
+        expected: Vec<usize>,
+    },
+    /// The checkpoint holds a tensor that the architecture has no place for.
+    #[error(
+        "tensor {tensor} has no place in a {model_type} checkpoint; reading on would ignore it"
+    )]
+    UnexpectedTensor {
+        /// The tensor's name.
+        tensor: String,
+        /// The `model_type` of the config.
+        model_type: &'static str,
+    },
+    /// An activation is NaN or infinite.
+    #[error("activation is not finite after {stage} (window {window}, position {position})")]
+    NonFinite {
+        /// "layer 3", "the embedding", "the logits".
+        stage: String,
+        /// Index of the window in the set.
+        window: usize,
+        /// Position within the window.
+        position: usize,
+    },
+    /// A token id outside the vocabulary.
+    #[error("token id {token} is outside the vocabulary of {vocab} entries")]
+    TokenOutOfRange {
+        /// The id.
+        token: u32,
+        /// Number of embedding rows.
+        vocab: usize,
+    },
+    /// The windows asked for cannot be cut from the text.
+    #[error("{0}")]
+    Windows(String),
+    /// A text or tokenizer file could not be read or used.
+    #[error("{path}: {reason}", path = path.display())]
+    Text {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// A sampling option has no meaning.
+    #[error("sampling: {0}")]
+    Sampling(String),
+    /// A [`Tap`](crate::Tap) refused what it was handed.
+    #[error("layer {layer}: {source}")]
+    Tap {
+        /// The block being run.
+        layer: usize,
+        /// The tap's own error.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+}
+
+/// Result with this crate's [`Error`].
+pub type Result<T> = std::result::Result<T, Error>;

@@ -1,0 +1,108 @@
+//! Texts and the tokenizer that a checkpoint folder carries.
+
+use crate::{Error, Result};
+use std::path::Path;
+use tokenizers::Tokenizer;
+
+/// The tokenizer of a checkpoint and the BOS token it names.
+#[derive(Clone, Debug)]
+pub struct TextTokenizer {
+    tokenizer: Tokenizer,
+    bos: Option<u32>,
+}
+
+impl TextTokenizer {
+    /// Reads `tokenizer.json`, and the BOS token from `tokenizer_config.json` or, in its absence,
+    /// `special_tokens_map.json`.
+    ///
+    /// # Errors
+    /// [`Error::Text`] with the file that is missing or cannot be used.
+    pub fn open(dir: impl AsRef<Path>) -> Result<Self> {
+        let dir = dir.as_ref();
+        let path = dir.join("tokenizer.json");
+        let mut tokenizer = Tokenizer::from_file(&path).map_err(|e| error(&path, e))?;
+        // A file may ask for padding or truncation, which have no place in running text.
+        tokenizer.with_padding(None);
+        tokenizer
+            .with_truncation(None)
+            .map_err(|e| error(&path, e))?;
+        let bos = match bos_text(dir)? {
+            None => None,
+            Some(text) => Some(tokenizer.token_to_id(&text).ok_or_else(|| {
+                error(
+                    &path,
+                    format!(
+                        "the BOS token {text:?} of the tokenizer's config is not in the vocabulary"
+                    ),
+                )
+            })?),
+        };
+        Ok(Self { tokenizer, bos })
+    }
+
+    /// The BOS token, where the tokenizer has one.
+    pub fn bos(&self) -> Option<u32> {
+        self.bos
+    }
+
+    /// Tokenises a text as one piece, without special tokens.
+    ///
+    /// # Errors
+    /// [`Error::Windows`] when the tokenizer refuses the text.
+    pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
+        let encoding = self.tokenizer.encode_fast(text, false);
+        Ok(encoding
+            .map_err(|e| Error::Windows(format!("the tokenizer refuses the text: {e}")))?
+            .get_ids()
+            .to_vec())
+    }
+
+    /// Reads and tokenises a file of UTF-8 text.
+    ///
+    /// # Errors
+    /// [`Error::Text`] when it cannot be read, is not UTF-8 or is empty.
+    pub fn encode_file(&self, path: impl AsRef<Path>) -> Result<Vec<u32>> {
+        let path = path.as_ref();
+        let text = std::fs::read_to_string(path).map_err(|e| error(path, e))?;
+        if text.is_empty() {
+            return Err(error(path, "the file is empty"));
+        }
+        self.encode(&text)
+    }
+
+    /// Text of a sequence of tokens, special tokens left out.
+    ///
+    /// # Errors
+    /// [`Error::Windows`] when the tokenizer cannot decode them.
+    pub fn decode(&self, tokens: &[u32]) -> Result<String> {
+        self.tokenizer
+            .decode(tokens, true)
+            .map_err(|e| Error::Windows(format!("the tokenizer cannot decode: {e}")))
+    }
+}
+
+fn error(path: &Path, reason: impl ToString) -> Error {
+    Error::Text {
+        path: path.into(),
+        reason: reason.to_string(),
+    }
+}
+
+/// The BOS token's text: a string, or an object with `content`.
+fn bos_text(dir: &Path) -> Result<Option<String>> {
+    for file in ["tokenizer_config.json", "special_tokens_map.json"] {
+        let path = dir.join(file);
+        if !path.exists() {
+            continue;
+        }
+        let bytes = std::fs::read(&path).map_err(|e| error(&path, e))?;
+        let json: serde_json::Value =
+            serde_json::from_slice(&bytes).map_err(|e| error(&path, e))?;
+        let bos = &json["bos_token"];
+        return Ok(bos
+            .as_str()
+            .or_else(|| bos["content"].as_str())
+            .map(str::to_string));
+    }
+    Ok(None)
+}

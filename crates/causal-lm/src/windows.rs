@@ -1,0 +1,162 @@
+//! Windows of tokens: how a text becomes calibration or evaluation data.
+//!
+//! A text is cut into consecutive, non-overlapping windows of `len` positions. With a BOS token
+//! each window is BOS followed by `len - 1` tokens of text, without it `len` tokens of text; a last
+//! partial window is dropped.
+
+use crate::{Error, Result};
+use rand::SeedableRng;
+use rand::seq::index;
+use rand_chacha::ChaCha8Rng;
+
+/// Windows of one length.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Windows {
+    tokens: Vec<u32>,
+    len: usize,
+}
+
+impl Windows {
+    /// Cuts a tokenised text.
+    ///
+    /// # Errors
+    /// [`Error::Windows`] when `len` leaves no position to predict, or the text is shorter than
+    /// one window.
+    pub fn cut(text: &[u32], len: usize, bos: Option<u32>) -> Result<Self> {
+        if len < 2 {
+            return Err(Error::Windows(format!(
+                "a window of {len} has no token to predict; at least 2 are needed"
+            )));
+        }
+        let of_text = len - usize::from(bos.is_some());
+        let tokens: Vec<u32> = text
+            .chunks_exact(of_text)
+            .flat_map(|part| bos.into_iter().chain(part.iter().copied()))
+            .collect();
+        if tokens.is_empty() {
+            return Err(Error::Windows(format!(
+                "the text has {} tokens, less than one window of {of_text}",
+                text.len()
+            )));
+        }
+        Ok(Self { tokens, len })
+    }
+
+    /// Positions in a window.
+    pub fn window_len(&self) -> usize {
+        self.len
+    }
+
+    /// Number of windows.
+    pub fn count(&self) -> usize {
+        self.tokens.len() / self.len
+    }
+
+    /// Positions that have a target: all but the first of each window.
+    pub fn targets(&self) -> usize {
+        self.count() * (self.len - 1)
+    }
+
+    /// The windows in order.
+    pub fn iter(&self) -> impl ExactSizeIterator<Item = &[u32]> {
+        self.tokens.chunks_exact(self.len)
+    }
+
+    /// The first `count` windows, or all when there are fewer.
+    pub fn first(&self, count: usize) -> Self {
+        let end = self.tokens.len().min(count * self.len);
+        Self {
+            tokens: self.tokens[..end].to_vec(),
+            len: self.len,
+        }
+    }
+
+    /// `count` windows drawn without replacement, in the order of the text; all when there are
+    /// fewer.
+    pub fn sample(&self, count: usize, seed: u64) -> Self {
+        if count >= self.count() {
+            return self.clone();
+        }
+        let mut drawn =
+            index::sample(&mut ChaCha8Rng::seed_from_u64(seed), self.count(), count).into_vec();
+        drawn.sort_unstable();
+        let tokens = drawn
+            .into_iter()
+            .flat_map(|w| &self.tokens[w * self.len..][..self.len])
+            .copied()
+            .collect();
+        Self {
+            tokens,
+            len: self.len,
+        }
+    }
+
+    /// Consecutive groups of at most `count` windows.
+    pub fn groups(&self, count: usize) -> impl Iterator<Item = Self> {
+        let len = self.len;
+        self.tokens
+            .chunks(count.max(1) * len)
+            .map(move |tokens| Self {
+                tokens: tokens.to_vec(),
+                len,
+            })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_window_is_bos_and_text_or_text_alone_and_the_rest_is_dropped() {
+        let text: Vec<u32> = (10..20).collect();
+        let with_bos = Windows::cut(&text, 4, Some(1)).unwrap();
+        assert_eq!(
+            with_bos.iter().collect::<Vec<_>>(),
+            [[1, 10, 11, 12], [1, 13, 14, 15], [1, 16, 17, 18]]
+        );
+        let without = Windows::cut(&text, 4, None).unwrap();
+        assert_eq!(
+            without.iter().collect::<Vec<_>>(),
+            [[10, 11, 12, 13], [14, 15, 16, 17]]
+        );
+        assert_eq!((with_bos.targets(), without.targets()), (9, 6));
+    }
+
+    #[test]
+    fn too_short_windows_and_texts_are_refused() {
+        assert!(matches!(
+            Windows::cut(&[1, 2, 3], 1, None),
+            Err(Error::Windows(_))
+        ));
+        assert!(matches!(
+            Windows::cut(&[1, 2, 3], 4, None),
+            Err(Error::Windows(_))
+        ));
+        assert!(Windows::cut(&[1, 2, 3], 4, Some(0)).is_ok());
+    }
+
+    #[test]
+    fn a_sample_has_distinct_windows_in_text_order_and_depends_on_the_seed_alone() {
+        let text: Vec<u32> = (0..1000).collect();
+        let windows = Windows::cut(&text, 10, None).unwrap();
+        let sample = windows.sample(20, 7);
+        let starts: Vec<u32> = sample.iter().map(|w| w[0]).collect();
+        assert_eq!(sample.count(), 20);
+        assert!(starts.is_sorted_by(|a, b| a < b));
+        assert_eq!(sample, windows.sample(20, 7));
+        assert_ne!(sample, windows.sample(20, 8));
+        assert_eq!(windows.sample(100, 0), windows);
+    }
+
+    #[test]
+    fn groups_are_a_partition() {
+        let windows = Windows::cut(&(0..70).collect::<Vec<_>>(), 10, None).unwrap();
+        let groups: Vec<_> = windows.groups(3).collect();
+        assert_eq!(
+            groups.iter().map(Windows::count).collect::<Vec<_>>(),
+            [3, 3, 1]
+        );
+        assert!(groups.iter().flat_map(Windows::iter).eq(windows.iter()));
+    }
+}
