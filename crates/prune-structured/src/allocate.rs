@@ -1,0 +1,132 @@
+//! Allocation: how many parameters each half of each block gives up.
+//!
+//! A ratio counts the parameters that belong to removable units: the linears of the blocks, not
+//! embeddings, head and norms. All allocations work on standardised scores and true unit costs.
+
+use crate::flap::compat;
+use crate::ranking::{Ranking, Step, pool};
+use crate::stats::Part;
+use crate::{Error, Result};
+use serde::{Deserialize, Serialize};
+
+/// FLAP's four strategies: AL compares scores across layers, UL gives every layer the same share;
+/// AM compares attention with MLP, MM gives both the same share.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Allocation {
+    /// One cut through all units of the model.
+    AlAm,
+    /// One cut through all attention units, one through all neurons.
+    AlMm,
+    /// The same share of every layer: attention rounded to whole units, the MLP making up for it.
+    UlMm,
+    /// The same share of every sublayer, each rounded to whole units.
+    UlUm,
+    /// AL-AM as FLAP's published implementation cuts it: see [`crate::flap::compat`].
+    FlapCompat,
+}
+
+impl Allocation {
+    /// Steps that each ranking keeps when `ratio` of the prunable parameters goes.
+    ///
+    /// AL-AM and AL-MM end within one step of the ratio, UL-MM within one step of every MLP, UL-UM
+    /// within one step of every sublayer, unless protected steps stand in the way.
+    ///
+    /// # Errors
+    /// [`Error::Ratio`] outside `[0, 1)`; [`Error::Unreachable`] when protected steps alone exceed
+    /// the budget.
+    pub fn keep(self, rankings: &[Ranking], ratio: f64) -> Result<Vec<usize>> {
+        if !(0.0..1.0).contains(&ratio) {
+            return Err(Error::Ratio(ratio));
+        }
+        let total: u64 = rankings.iter().map(|r| r.cost(r.steps.len())).sum();
+        let kept: u64 = rankings.iter().map(|r| r.cost(r.protected)).sum();
+        let largest = rankings
+            .iter()
+            .flat_map(|r| &r.steps)
+            .map(|s| s.cost)
+            .max()
+            .unwrap_or(0);
+        let budget = total as f64 * (1.0 - ratio);
+        if kept as f64 > budget + largest as f64 {
+            return Err(Error::Unreachable { ratio, kept, total });
+        }
+        let mut keep: Vec<usize> = rankings.iter().map(|r| r.protected).collect();
+        match self {
+            Self::FlapCompat => keep = compat::keep(rankings, ratio),
+            Self::AlAm => cut(rankings, None, budget, &mut keep),
+            Self::AlMm => {
+                let attention = |steps: &dyn Fn(usize, &Ranking) -> usize| -> u64 {
+                    let of_part = rankings
+                        .iter()
+                        .enumerate()
+                        .filter(|(_, r)| r.part == Part::Attention);
+                    of_part.map(|(i, r)| r.cost(steps(i, r))).sum()
+                };
+                let share = attention(&|_, r| r.steps.len()) as f64 * (1.0 - ratio);
+                cut(rankings, Some(Part::Attention), share, &mut keep);
+                let spent = attention(&|i, _| keep[i]);
+                cut(rankings, Some(Part::Mlp), budget - spent as f64, &mut keep);
+            }
+            Self::UlMm => {
+                // Rankings are in layer order, attention first: what it missed, its MLP makes up.
+                let mut owed = (usize::MAX, 0.0);
+                for (i, ranking) in rankings.iter().enumerate() {
+                    let share = ranking.cost(ranking.steps.len()) as f64 * (1.0 - ratio);
+                    let owed_here = if owed.0 == ranking.layer { owed.1 } else { 0.0 };
+                    keep[i] = nearest(ranking, share + owed_here);
+                    owed = (
+                        ranking.layer,
+                        share + owed_here - ranking.cost(keep[i]) as f64,
+                    );
+                }
+            }
+            Self::UlUm => {
+                for (i, ranking) in rankings.iter().enumerate() {
+                    keep[i] = nearest(
+                        ranking,
+                        ranking.cost(ranking.steps.len()) as f64 * (1.0 - ratio),
+                    );
+                }
+            }
+        }
+        Ok(keep)
+    }
+}
+
+/// Keeps the best steps of one part, or of all, up to the cumulated cost closest to `budget`.
+fn cut(rankings: &[Ranking], part: Option<Part>, budget: f64, keep: &mut [usize]) {
+    let of_part = |r: &&Ranking| part.is_none_or(|part| r.part == part);
+    let protected: u64 = rankings
+        .iter()
+        .filter(of_part)
+        .map(|r| r.cost(r.protected))
+        .sum();
+    let pool = pool(rankings, part);
+    let mut spent = protected;
+    let mut best = ((protected as f64 - budget).abs(), 0);
+    for (count, &(i, step)) in pool.iter().enumerate() {
+        spent += rankings[i].steps[step].cost;
+        let gap = (spent as f64 - budget).abs();
+        if gap < best.0 {
+            best = (gap, count + 1);
+        }
+    }
+    for &(i, _) in &pool[..best.1] {
+        keep[i] += 1;
+    }
+}
+
+/// Steps of one ranking whose cost is closest to `budget`, the fewer on a tie.
+fn nearest(ranking: &Ranking, budget: f64) -> usize {
+    let mut spent = ranking.cost(ranking.protected);
+    let mut best = ((spent as f64 - budget).abs(), ranking.protected);
+    for (step, Step { cost, .. }) in ranking.steps.iter().enumerate().skip(ranking.protected) {
+        spent += cost;
+        let gap = (spent as f64 - budget).abs();
+        if gap < best.0 {
+            best = (gap, step + 1);
+        }
+    }
+    best.1
+}

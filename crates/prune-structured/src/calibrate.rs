@@ -1,0 +1,167 @@
+//! One pass of calibration windows through the dense model, shared by every method.
+
+use crate::flap::compat::Fluctuation;
+use crate::stats::{ColumnStats, GramStore, LayerStats, Moments, Part};
+use crate::{Error, Result};
+use candle_core::{DType, Device, Tensor};
+use causal_lm::{Block, Decoder, Hidden, Linear, Site, Tap, TapResult, Windows};
+
+/// What a calibration collects beside moments.
+#[derive(Clone, Debug, Default)]
+pub struct Collect {
+    /// The reference's fluctuation, for `flap-compat`.
+    pub fluctuation: bool,
+    /// Gram matrices for least-squares refits, written to this store.
+    pub gram: Option<GramStore>,
+}
+
+/// Statistics of all blocks of a model on a set of windows.
+#[derive(Clone, Debug)]
+pub struct Calibration {
+    /// One entry per block.
+    pub layers: Vec<LayerStats>,
+    /// Gram matrices, when they were collected.
+    pub gram: Option<GramStore>,
+}
+
+impl Calibration {
+    /// Runs `windows` through the dense model, one block in memory at a time; `progress` is told
+    /// after each block.
+    ///
+    /// # Errors
+    /// What reading or running the model reports, among it activations that are not finite.
+    pub fn run(
+        decoder: &Decoder<'_>,
+        windows: &Windows,
+        collect: &Collect,
+        progress: &mut dyn FnMut(),
+    ) -> Result<Self> {
+        let mut hidden = Hidden::embed(decoder, windows)?;
+        let mut layers = Vec::with_capacity(decoder.config().layers());
+        for layer in 0..decoder.config().layers() {
+            let block = decoder.block(layer)?;
+            decoder.release(layer);
+            let mut collector = Collector::new(&block, windows.window_len(), collect)?;
+            hidden.advance(&block, &mut collector)?;
+            layers.push(collector.finish(layer, collect.gram.as_ref())?);
+            progress();
+        }
+        Ok(Self {
+            layers,
+            gram: collect.gram.clone(),
+        })
+    }
+
+    /// Statistics of one half of a block.
+    ///
+    /// # Errors
+    /// [`Error::Missing`] when the block has no such half.
+    pub fn part(&self, layer: usize, part: Part) -> Result<&ColumnStats> {
+        self.layers
+            .get(layer)
+            .and_then(|stats| stats.part(part))
+            .ok_or(Error::Missing {
+                layer,
+                what: "the statistics of a sublayer",
+                need: "calibrate the same model that is pruned",
+            })
+    }
+}
+
+/// Collects one block's statistics while it runs.
+struct Collector {
+    window_len: usize,
+    attention: Option<PartCollector>,
+    mlp: Option<PartCollector>,
+}
+
+struct PartCollector {
+    stats: ColumnStats,
+    gram: Option<Tensor>,
+}
+
+impl Collector {
+    fn new(block: &Block, window_len: usize, collect: &Collect) -> Result<Self> {
+        let part = |linear: &Linear| PartCollector::new(linear, collect);
+        Ok(Self {
+            window_len,
+            attention: block.attention.as_ref().map(|a| part(&a.o)).transpose()?,
+            mlp: block.mlp.as_ref().map(|m| part(&m.down)).transpose()?,
+        })
+    }
+
+    fn finish(self, layer: usize, store: Option<&GramStore>) -> Result<LayerStats> {
+        let finish = |collector: Option<PartCollector>, part| -> Result<Option<ColumnStats>> {
+            let Some(PartCollector { stats, gram }) = collector else {
+                return Ok(None);
+            };
+            if let (Some(store), Some(gram)) = (store, gram) {
+                store.save(layer, part, &gram)?;
+            }
+            Ok(Some(stats))
+        };
+        Ok(LayerStats {
+            attention: finish(self.attention, Part::Attention)?,
+            mlp: finish(self.mlp, Part::Mlp)?,
+        })
+    }
+}
+
+impl Tap for Collector {
+    fn observe(&mut self, _layer: usize, site: Site, x: &Tensor) -> TapResult {
+        let part = match site {
+            Site::O => &mut self.attention,
+            Site::Down => &mut self.mlp,
+            Site::Qkv | Site::GateUp => return Ok(()),
+        };
+        if let Some(part) = part {
+            part.update(x, self.window_len)?;
+        }
+        Ok(())
+    }
+}
+
+impl PartCollector {
+    fn new(linear: &Linear, collect: &Collect) -> Result<Self> {
+        let weight = linear.weight.to_dtype(DType::F32)?;
+        let (outputs, width) = weight.dims2()?;
+        let mut weight_square = vec![0f64; width];
+        let mut weight_abs = vec![0f64; width];
+        for row in weight.to_device(&Device::Cpu)?.to_vec2::<f32>()? {
+            for ((square, abs), w) in weight_square.iter_mut().zip(&mut weight_abs).zip(row) {
+                *square += f64::from(w) * f64::from(w);
+                *abs += f64::from(w.abs());
+            }
+        }
+        let stats = ColumnStats {
+            moments: Moments::new(width),
+            samples: 0,
+            fluctuation: collect.fluctuation.then(|| Fluctuation::new(width)),
+            weight_square,
+            weight_abs,
+            outputs,
+        };
+        let gram = match collect.gram {
+            Some(_) => Some(Tensor::zeros((width, width), DType::F32, weight.device())?),
+            None => None,
+        };
+        Ok(Self { stats, gram })
+    }
+
+    fn update(&mut self, x: &Tensor, window_len: usize) -> Result<()> {
+        let x = x.to_dtype(DType::F32)?;
+        if let Some(gram) = &mut self.gram {
+            *gram = (&*gram + x.t()?.matmul(&x)?)?;
+        }
+        let (rows, width) = x.dims2()?;
+        let values = x.to_device(&Device::Cpu)?.flatten_all()?.to_vec1::<f32>()?;
+        self.stats.moments.update(&values);
+        self.stats.samples += (rows / window_len) as u64;
+        if let Some(fluctuation) = &mut self.stats.fluctuation {
+            for sample in values.chunks_exact(window_len * width) {
+                fluctuation.update(sample);
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,159 @@
+//! Compensation: what the kept parameters take over from the removed columns.
+//!
+//! W is the weight of o_proj or down_proj, `[outputs, columns]`, x its input.
+
+use crate::stats::Part;
+use crate::{Calibration, Error, Result};
+use candle_core::{Device, Tensor};
+use causal_lm::Decoder;
+use faer::linalg::solvers::Solve;
+use faer::{Mat, Side};
+use serde::{Deserialize, Serialize};
+
+/// What replaces the removed columns.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Compensation {
+    /// Nothing.
+    None,
+    /// Their mean contribution, as a bias: b += W[:,R] E[x_R] (FLAP, arXiv 2312.11983, eq. 7).
+    Bias,
+    /// The kept columns, refitted to the dense output by least squares on the calibration tokens:
+    /// with H = XᵀX + ridge · mean(diag XᵀX) · I, W_K ← W H[:,K] (H[K,K])⁻¹. Needs no bias slot.
+    LeastSquares {
+        /// Damping relative to the mean diagonal of the Gram matrix.
+        ridge: f64,
+    },
+}
+
+/// The damping that Týr-the-Pruner and SparseGPT use.
+pub const DEFAULT_RIDGE: f64 = 0.01;
+
+impl Compensation {
+    /// Bias where the architecture can store one for both o_proj and down_proj, else least squares.
+    pub fn suggested(decoder: &Decoder<'_>) -> Self {
+        match decoder.config().model_type {
+            causal_lm::ModelType::Llama => Self::Bias,
+            _ => Self::LeastSquares {
+                ridge: DEFAULT_RIDGE,
+            },
+        }
+    }
+}
+
+/// What compensation changes in one output projection.
+#[derive(Clone, Debug)]
+pub(crate) enum Change {
+    /// Kept columns stay as they are.
+    Nothing,
+    /// To be added to the bias, one value per output.
+    Bias(Vec<f64>),
+    /// New kept columns, `[outputs, kept]` f32.
+    Weight(Tensor),
+}
+
+impl Compensation {
+    /// The change for one half of a block that keeps `kept` of the columns of `weight`
+    /// (`[outputs, columns]` f32).
+    pub(crate) fn change(
+        self,
+        calibration: Option<&Calibration>,
+        (layer, part): (usize, Part),
+        weight: &Tensor,
+        kept: &[usize],
+    ) -> Result<Change> {
+        let removed = complement(kept, weight.dims()[1]);
+        if removed.is_empty() {
+            return Ok(Change::Nothing);
+        }
+        let calibration = || calibration.ok_or(missing(layer, "the calibration"));
+        match self {
+            Self::None => Ok(Change::Nothing),
+            Self::Bias => {
+                let mean = &calibration()?.part(layer, part)?.moments.mean;
+                Ok(Change::Bias(mean_contribution(weight, &removed, mean)?))
+            }
+            Self::LeastSquares { .. } if kept.is_empty() => Ok(Change::Nothing),
+            Self::LeastSquares { ridge } => {
+                let gram = calibration()?
+                    .gram
+                    .as_ref()
+                    .ok_or(missing(layer, "the Gram matrix"))?
+                    .load(layer, part)?;
+                Ok(Change::Weight(refit(
+                    weight, &gram, kept, &removed, ridge, layer,
+                )?))
+            }
+        }
+    }
+}
+
+fn missing(layer: usize, what: &'static str) -> Error {
+    Error::Missing {
+        layer,
+        what,
+        need: "the plan's compensation reads it",
+    }
+}
+
+/// Σ over removed columns of mean[c] · W[:,c].
+fn mean_contribution(weight: &Tensor, removed: &[usize], mean: &[f64]) -> Result<Vec<f64>> {
+    let rows = weight.to_device(&Device::Cpu)?.to_vec2::<f32>()?;
+    Ok(rows
+        .iter()
+        .map(|row| removed.iter().map(|&c| f64::from(row[c]) * mean[c]).sum())
+        .collect())
+}
+
+/// W_K + (H[K,K]⁻¹ H[K,R] W_Rᵀ)ᵀ, which is W H[:,K] H[K,K]⁻¹ without the part that cancels.
+fn refit(
+    weight: &Tensor,
+    gram: &Tensor,
+    kept: &[usize],
+    removed: &[usize],
+    ridge: f64,
+    layer: usize,
+) -> Result<Tensor> {
+    let index = |ids: &[usize]| Tensor::from_iter(ids.iter().map(|&id| id as u32), &Device::Cpu);
+    let (kept_ids, removed_ids) = (index(kept)?, index(removed)?);
+    let of_kept = gram.index_select(&kept_ids, 0)?;
+    let cross = of_kept.index_select(&removed_ids, 1)?;
+    let weight = weight.to_device(&Device::Cpu)?;
+    let lost = cross
+        .matmul(&weight.index_select(&removed_ids, 1)?.t()?)?
+        .to_vec2::<f32>()?;
+    let normal = of_kept.index_select(&kept_ids, 1)?.to_vec2::<f32>()?;
+    let columns = weight.dims()[1];
+    let diagonal = gram.flatten_all()?.to_vec1::<f32>()?;
+    let mean_diagonal = diagonal
+        .iter()
+        .step_by(columns + 1)
+        .map(|&d| f64::from(d))
+        .sum::<f64>()
+        / columns as f64;
+    let damping = ridge * mean_diagonal;
+    // A feature that is always zero has an empty row; without damping it would be singular.
+    let normal = Mat::from_fn(kept.len(), kept.len(), |i, j| {
+        f64::from(normal[i][j]) + if i == j { damping } else { 0.0 }
+    });
+    let lost = Mat::from_fn(kept.len(), weight.dims()[0], |i, o| f64::from(lost[i][o]));
+    let factor = normal
+        .llt(Side::Lower)
+        .map_err(|_| Error::Singular { layer })?;
+    let delta = factor.solve(&lost);
+    let delta: Vec<f32> = (0..weight.dims()[0])
+        .flat_map(|o| (0..kept.len()).map(move |i| (i, o)))
+        .map(|(i, o)| delta[(i, o)] as f32)
+        .collect();
+    let delta = Tensor::from_vec(delta, (weight.dims()[0], kept.len()), &Device::Cpu)?;
+    Ok((weight.index_select(&kept_ids, 1)? + delta)?)
+}
+
+/// The ids below `width` that are not in the ascending list `ids`.
+pub(crate) fn complement(ids: &[usize], width: usize) -> Vec<usize> {
+    let mut kept = vec![false; width];
+    for &id in ids {
+        kept[id] = true;
+    }
+    (0..width).filter(|&id| !kept[id]).collect()
+}

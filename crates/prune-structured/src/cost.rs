@@ -1,0 +1,100 @@
+//! What a plan saves, counted from the tensors that writing it would produce.
+
+use crate::Result;
+use crate::layout::{Form, linear_of, outputs};
+use crate::plan::Plan;
+use causal_lm::Decoder;
+use causal_lm::names::EMBEDDING;
+use serde::{Deserialize, Serialize};
+
+/// What the linears of one block cost.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BlockCost {
+    /// Parameters, biases included.
+    pub parameters: u64,
+    /// Bytes as stored.
+    pub bytes: u64,
+    /// Floating-point operations of the products for one token, two for each weight. Attention's
+    /// products of queries with keys, which depend on the context, are left out.
+    pub flops_per_token: u64,
+}
+
+/// Cost of a model before and after.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Cost {
+    /// Each block of the dense model.
+    pub before: Vec<BlockCost>,
+    /// Each block of the pruned model.
+    pub after: Vec<BlockCost>,
+    /// Embedding, head and norms, which stay.
+    pub rest: BlockCost,
+}
+
+impl Cost {
+    /// Counts `plan` for `decoder`.
+    ///
+    /// # Errors
+    /// When the plan is not one for this model.
+    pub fn of(decoder: &Decoder<'_>, plan: &Plan) -> Result<Self> {
+        plan.check(decoder)?;
+        let mut cost = Self {
+            before: vec![BlockCost::default(); plan.layers.len()],
+            after: vec![BlockCost::default(); plan.layers.len()],
+            ..Self::default()
+        };
+        let checkpoint = decoder.checkpoint();
+        for name in checkpoint.names() {
+            let info = checkpoint.info(name)?;
+            let entry = match linear_of(name) {
+                Some((layer, ..)) => &mut cost.before[layer],
+                None => &mut cost.rest,
+            };
+            entry.add(info.elements(), info.bytes, info.shape.len());
+            if name == EMBEDDING && !decoder.config().tied {
+                // Rows are looked up, not multiplied.
+                entry.flops_per_token -= 2 * info.elements() as u64;
+            }
+        }
+        for output in outputs(decoder, plan, Form::Sliced)? {
+            let Some((layer, ..)) = linear_of(&output.spec.name) else {
+                continue;
+            };
+            let elements = output.spec.shape.iter().product();
+            let bytes = elements * output.spec.dtype.bitsize() / 8;
+            cost.after[layer].add(elements, bytes, output.spec.shape.len());
+        }
+        Ok(cost)
+    }
+
+    /// The whole dense model.
+    pub fn total_before(&self) -> BlockCost {
+        self.before.iter().chain([&self.rest]).sum()
+    }
+
+    /// The whole pruned model.
+    pub fn total_after(&self) -> BlockCost {
+        self.after.iter().chain([&self.rest]).sum()
+    }
+}
+
+impl BlockCost {
+    fn add(&mut self, elements: usize, bytes: usize, dimensions: usize) {
+        self.parameters += elements as u64;
+        self.bytes += bytes as u64;
+        self.flops_per_token += if dimensions == 2 {
+            2 * elements as u64
+        } else {
+            0
+        };
+    }
+}
+
+impl<'a> std::iter::Sum<&'a BlockCost> for BlockCost {
+    fn sum<I: Iterator<Item = &'a BlockCost>>(blocks: I) -> Self {
+        blocks.fold(Self::default(), |sum, block| Self {
+            parameters: sum.parameters + block.parameters,
+            bytes: sum.bytes + block.bytes,
+            flops_per_token: sum.flops_per_token + block.flops_per_token,
+        })
+    }
+}

@@ -1,0 +1,77 @@
+//! What can go wrong when a model is pruned.
+
+use std::path::PathBuf;
+
+/// An error of this crate; every case names what was wrong and where.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The model could not be read or run.
+    #[error(transparent)]
+    Model(#[from] causal_lm::Error),
+    /// A checkpoint or statistics file could not be read or written.
+    #[error(transparent)]
+    Checkpoint(#[from] tensor_io::Error),
+    /// A tensor operation failed.
+    #[error("tensor operation failed")]
+    Candle(#[from] candle_core::Error),
+    /// A ratio outside `[0, 1)`.
+    #[error("sparsity ratio {0} is outside [0, 1)")]
+    Ratio(f64),
+    /// The minimum widths do not leave enough to remove.
+    #[error(
+        "ratio {ratio} cannot be reached: minimum widths keep {kept} of {total} prunable parameters"
+    )]
+    Unreachable {
+        /// The ratio asked for.
+        ratio: f64,
+        /// Parameters that the minimum widths keep.
+        kept: u64,
+        /// Parameters that could be removed without minimum widths.
+        total: u64,
+    },
+    /// A minimum or alignment that no layer can satisfy.
+    #[error("{option} {value} does not fit layer {layer}, which has {width}")]
+    Width {
+        /// The option's name.
+        option: &'static str,
+        /// Its value.
+        value: usize,
+        /// The layer.
+        layer: usize,
+        /// The layer's width.
+        width: usize,
+    },
+    /// Statistics that the calibration did not collect.
+    #[error("layer {layer}: {what} was not collected in calibration; {need}")]
+    Missing {
+        /// The layer.
+        layer: usize,
+        /// What is missing.
+        what: &'static str,
+        /// How to get it.
+        need: &'static str,
+    },
+    /// The plan was made for another model.
+    #[error("the plan does not fit this model: {0}")]
+    PlanMismatch(String),
+    /// A plan file that cannot be read or written.
+    #[error("{path}: {reason}", path = path.display())]
+    PlanFile {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// The normal equations of a least-squares refit are singular.
+    #[error(
+        "layer {layer}: the least-squares refit is singular; use a larger ridge or more calibration windows"
+    )]
+    Singular {
+        /// The layer.
+        layer: usize,
+    },
+}
+
+/// Result with this crate's [`Error`].
+pub type Result<T> = std::result::Result<T, Error>;

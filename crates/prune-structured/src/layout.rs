@@ -1,0 +1,196 @@
+//! Which tensors a pruned checkpoint holds: names, shapes and where each comes from.
+
+use crate::compensate::Compensation;
+use crate::plan::Plan;
+use crate::stats::Part;
+use causal_lm::names::parse_block;
+use causal_lm::{Decoder, LinearName};
+use tensor_io::TensorSpec;
+
+/// How a plan is written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Form {
+    /// Smaller tensors.
+    Sliced,
+    /// The dense shapes with zeros where units were removed: no smaller, but it opens everywhere
+    /// the dense model does.
+    Masked,
+}
+
+/// A tensor of the output.
+#[derive(Clone, Debug)]
+pub(crate) struct Output {
+    pub(crate) spec: TensorSpec,
+    pub(crate) source: Source,
+}
+
+/// Where an output tensor comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Source {
+    /// The tensor of the same name, unchanged.
+    Copy,
+    /// The weight of a linear, sliced or masked, and compensated where it is an output projection.
+    Weight(usize, LinearName),
+    /// The bias of a linear, sliced, masked or compensated, or made anew.
+    Bias(usize, LinearName),
+}
+
+/// Which parts of a model get biases that the dense model has none of.
+///
+/// Biases are per architecture, not per layer: when any layer needs one, all have it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct NewBiases {
+    pub(crate) attention: bool,
+    pub(crate) mlp: bool,
+}
+
+impl NewBiases {
+    pub(crate) fn of(decoder: &Decoder<'_>, plan: &Plan) -> Self {
+        let pruned = |differs: fn(&causal_lm::Widths, &causal_lm::Widths) -> bool| {
+            plan.compensation == Compensation::Bias
+                && plan
+                    .widths()
+                    .iter()
+                    .zip(&decoder.config().widths)
+                    .any(|(now, dense)| differs(now, dense))
+        };
+        Self {
+            attention: pruned(|now, dense| now.heads != dense.heads)
+                && !decoder.has_bias(LinearName::O),
+            mlp: pruned(|now, dense| now.neurons != dense.neurons)
+                && !decoder.has_bias(LinearName::Down),
+        }
+    }
+
+    /// Whether this linear gets one. An architecture that can announce biases of its own has them
+    /// on all linears of a half; elsewhere only the output projection gets one.
+    fn covers(self, decoder: &Decoder<'_>, name: LinearName) -> bool {
+        let announced = decoder.config().model_type == causal_lm::ModelType::Llama;
+        match name {
+            LinearName::O => self.attention,
+            LinearName::Down => self.mlp,
+            LinearName::Q | LinearName::K | LinearName::V => self.attention && announced,
+            LinearName::Gate | LinearName::Up => self.mlp && announced,
+        }
+    }
+}
+
+/// All tensors of the output, those of the source in their order, each weight followed by its bias.
+pub(crate) fn outputs(
+    decoder: &Decoder<'_>,
+    plan: &Plan,
+    form: Form,
+) -> tensor_io::Result<Vec<Output>> {
+    let new_biases = NewBiases::of(decoder, plan);
+    let mut outputs = Vec::new();
+    for name in decoder.checkpoint().names() {
+        let info = decoder.checkpoint().info(name)?;
+        let spec = |name: &str, shape: Vec<usize>| TensorSpec::new(name, info.dtype, shape);
+        let Some((layer, linear, is_weight)) = linear_of(name) else {
+            // A head norm of a block whose attention went has nothing left to normalise.
+            let orphan = parse_block(name).is_some_and(|(layer, path)| {
+                path.starts_with("self_attn.")
+                    && form == Form::Sliced
+                    && plan.layers[layer].heads.is_empty()
+            });
+            if !orphan {
+                outputs.push(Output {
+                    spec: spec(name, info.shape.clone()),
+                    source: Source::Copy,
+                });
+            }
+            continue;
+        };
+        let shape = match form {
+            Form::Masked => decoder.linear_shape(layer, linear),
+            Form::Sliced => sliced_shape(decoder, plan, layer, linear),
+        };
+        let Some([out, input]) = shape else { continue };
+        let dense = decoder.linear_shape(layer, linear);
+        let untouched = sliced_shape(decoder, plan, layer, linear) == dense;
+        let source = |source| if untouched { Source::Copy } else { source };
+        if is_weight {
+            outputs.push(Output {
+                spec: spec(name, vec![out, input]),
+                source: source(Source::Weight(layer, linear)),
+            });
+            if new_biases.covers(decoder, linear)
+                && !decoder.checkpoint().contains(&linear.bias(layer))
+            {
+                let spec = spec(&linear.bias(layer), vec![out]);
+                outputs.push(Output {
+                    spec,
+                    source: Source::Bias(layer, linear),
+                });
+            }
+        } else {
+            outputs.push(Output {
+                spec: spec(name, vec![out]),
+                source: source(Source::Bias(layer, linear)),
+            });
+        }
+    }
+    Ok(outputs)
+}
+
+/// The linear that a tensor belongs to, and whether it is its weight.
+pub(crate) fn linear_of(name: &str) -> Option<(usize, LinearName, bool)> {
+    let (layer, path) = parse_block(name)?;
+    let (module, kind) = path.rsplit_once('.')?;
+    let linear = LinearName::ALL
+        .into_iter()
+        .find(|linear| linear.path() == module)?;
+    Some((layer, linear, kind == "weight"))
+}
+
+/// Which half of a block a linear belongs to.
+pub(crate) fn part_of(name: LinearName) -> Part {
+    match name {
+        LinearName::Q | LinearName::K | LinearName::V | LinearName::O => Part::Attention,
+        LinearName::Gate | LinearName::Up | LinearName::Down => Part::Mlp,
+    }
+}
+
+/// `[out, in]` of a linear after slicing, `None` when it goes altogether.
+pub(crate) fn sliced_shape(
+    decoder: &Decoder<'_>,
+    plan: &Plan,
+    layer: usize,
+    name: LinearName,
+) -> Option<[usize; 2]> {
+    let [out, input] = decoder.linear_shape(layer, name)?;
+    let kept = kept_features(decoder, plan, layer, name).len();
+    let shape = if is_output(name) {
+        [out, kept]
+    } else {
+        [kept, input]
+    };
+    (kept > 0).then_some(shape)
+}
+
+/// Whether pruning takes columns (o_proj, down_proj) rather than rows.
+pub(crate) fn is_output(name: LinearName) -> bool {
+    matches!(name, LinearName::O | LinearName::Down)
+}
+
+/// Rows, or for output projections columns, of a linear that a plan keeps.
+pub(crate) fn kept_features(
+    decoder: &Decoder<'_>,
+    plan: &Plan,
+    layer: usize,
+    name: LinearName,
+) -> Vec<usize> {
+    let d = decoder.config().head_dim;
+    let of_heads = |heads: &[usize]| {
+        heads
+            .iter()
+            .flat_map(|head| head * d..(head + 1) * d)
+            .collect()
+    };
+    let plan = &plan.layers[layer];
+    match name {
+        LinearName::Q | LinearName::O => of_heads(&plan.heads),
+        LinearName::K | LinearName::V => of_heads(&plan.kv_heads),
+        LinearName::Gate | LinearName::Up | LinearName::Down => plan.neurons.clone(),
+    }
+}

@@ -1,0 +1,214 @@
+//! Plans: what is kept of every block, as plain data.
+//!
+//! A plan is made from calibration statistics alone and can be printed, saved and compared before
+//! any weight is touched. Writing it out knows nothing of how it came about.
+
+use crate::compensate::Compensation;
+use crate::ranking::Ranking;
+use crate::recipe::Recipe;
+use crate::stats::Part;
+use crate::{Calibration, Error, Result};
+use causal_lm::{Decoder, Widths};
+use serde::{Deserialize, Serialize};
+use std::path::Path;
+
+/// What one block keeps: ids in the dense model, ascending.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LayerPlan {
+    /// Query heads.
+    pub heads: Vec<usize>,
+    /// Key/value heads.
+    pub kv_heads: Vec<usize>,
+    /// MLP neurons.
+    pub neurons: Vec<usize>,
+}
+
+impl LayerPlan {
+    /// The widths that result.
+    pub fn widths(&self) -> Widths {
+        Widths {
+            heads: self.heads.len(),
+            kv_heads: self.kv_heads.len(),
+            neurons: self.neurons.len(),
+        }
+    }
+}
+
+/// What is kept of a model, and how the rest is made up for.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Plan {
+    /// How it came about.
+    pub recipe: Recipe,
+    /// The ratio that was asked for.
+    pub ratio: f64,
+    /// What makes up for the removed units.
+    pub compensation: Compensation,
+    /// One entry per block.
+    pub layers: Vec<LayerPlan>,
+}
+
+impl Plan {
+    /// Scores, ranks and allocates.
+    ///
+    /// # Errors
+    /// [`Error::Ratio`], [`Error::Unreachable`] and [`Error::Width`] for what cannot be asked of
+    /// this model; [`Error::Missing`] when the score reads statistics that were not collected.
+    pub fn make(
+        decoder: &Decoder<'_>,
+        calibration: &Calibration,
+        recipe: &Recipe,
+        ratio: f64,
+    ) -> Result<Self> {
+        let rankings = Ranking::all(decoder, calibration, recipe.score, &recipe.shape)?;
+        let keep = recipe.allocation.keep(&rankings, ratio)?;
+        let mut layers: Vec<LayerPlan> = decoder
+            .config()
+            .widths
+            .iter()
+            .map(|_| LayerPlan {
+                heads: vec![],
+                kv_heads: vec![],
+                neurons: vec![],
+            })
+            .collect();
+        for (ranking, steps) in rankings.iter().zip(keep) {
+            let (plan, dense) = (
+                &mut layers[ranking.layer],
+                decoder.config().widths[ranking.layer],
+            );
+            let kept = ranking.kept(steps);
+            match ranking.part {
+                Part::Mlp => plan.neurons = kept,
+                // Whole groups: the units are key/value heads.
+                Part::Attention if ranking.order.len() == dense.kv_heads => {
+                    let group = dense.heads / dense.kv_heads;
+                    plan.heads = kept
+                        .iter()
+                        .flat_map(|kv| kv * group..(kv + 1) * group)
+                        .collect();
+                    plan.kv_heads = kept;
+                }
+                Part::Attention => {
+                    plan.kv_heads = if kept.is_empty() {
+                        vec![]
+                    } else {
+                        (0..dense.kv_heads).collect()
+                    };
+                    plan.heads = kept;
+                }
+            }
+        }
+        let compensation = recipe
+            .compensation
+            .unwrap_or_else(|| Compensation::suggested(decoder));
+        Ok(Self {
+            recipe: recipe.clone(),
+            ratio,
+            compensation,
+            layers,
+        })
+    }
+
+    /// Widths of every block.
+    pub fn widths(&self) -> Vec<Widths> {
+        self.layers.iter().map(LayerPlan::widths).collect()
+    }
+
+    /// Whether nothing is removed.
+    pub fn is_identity(&self, decoder: &Decoder<'_>) -> bool {
+        self.widths() == decoder.config().widths
+    }
+
+    /// Whether all blocks come out with the same widths and none without a half.
+    pub fn is_uniform(&self) -> bool {
+        let widths = self.widths();
+        let whole = |w: &Widths| w.heads > 0 && w.neurons > 0;
+        widths.iter().all(|w| whole(w) && *w == widths[0])
+    }
+
+    /// Checks that the plan is one for this model.
+    ///
+    /// # Errors
+    /// [`Error::PlanMismatch`] with the first thing that does not fit.
+    pub fn check(&self, decoder: &Decoder<'_>) -> Result<()> {
+        let dense = &decoder.config().widths;
+        let mismatch = |reason: String| Err(Error::PlanMismatch(reason));
+        if self.layers.len() != dense.len() {
+            return mismatch(format!(
+                "it has {} layers, the model {}",
+                self.layers.len(),
+                dense.len()
+            ));
+        }
+        for (layer, (plan, dense)) in self.layers.iter().zip(dense).enumerate() {
+            for (what, ids, width) in [
+                ("query heads", &plan.heads, dense.heads),
+                ("key/value heads", &plan.kv_heads, dense.kv_heads),
+                ("neurons", &plan.neurons, dense.neurons),
+            ] {
+                if !ids.is_sorted_by(|a, b| a < b) || ids.last().is_some_and(|&id| id >= width) {
+                    return mismatch(format!(
+                        "layer {layer}: {what} must be ascending ids below {width}"
+                    ));
+                }
+            }
+            // Every kept key/value head must keep the same number of the query heads that read it.
+            let group = dense.heads.checked_div(dense.kv_heads).unwrap_or(1);
+            let readers = |kv: usize| {
+                plan.heads
+                    .iter()
+                    .filter(|&&head| head / group == kv)
+                    .count()
+            };
+            let each = plan
+                .heads
+                .len()
+                .checked_div(plan.kv_heads.len())
+                .unwrap_or(0);
+            if each * plan.kv_heads.len() != plan.heads.len()
+                || plan.kv_heads.iter().any(|&kv| readers(kv) != each)
+            {
+                return mismatch(format!(
+                    "layer {layer}: key/value heads must keep equally many query heads"
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads a plan from JSON.
+    ///
+    /// # Errors
+    /// [`Error::PlanFile`] when the file cannot be read or is not a plan.
+    pub fn load(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref();
+        let bytes = std::fs::read(path).map_err(|e| plan_file(path, e))?;
+        serde_json::from_slice(&bytes).map_err(|e| plan_file(path, e))
+    }
+
+    /// Writes it as JSON, beside the destination first.
+    ///
+    /// # Errors
+    /// [`Error::PlanFile`] when the file cannot be written.
+    pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
+        let path = path.as_ref();
+        let folder = path
+            .parent()
+            .filter(|p| !p.as_os_str().is_empty())
+            .unwrap_or(Path::new("."));
+        let write = || -> std::io::Result<()> {
+            let file = tempfile::NamedTempFile::new_in(folder)?;
+            serde_json::to_writer(&file, self)?;
+            file.persist(path)?;
+            Ok(())
+        };
+        write().map_err(|e| plan_file(path, e))
+    }
+}
+
+fn plan_file(path: &Path, reason: impl ToString) -> Error {
+    Error::PlanFile {
+        path: path.into(),
+        reason: reason.to_string(),
+    }
+}
