@@ -1,0 +1,429 @@
+//! Attention of one new token per sequence over everything cached: output and weights in one pass.
+//!
+//! Each (sequence, KV head) row is cut into chunks of a fixed number of tokens; a chunk computes its scores, a
+//! local softmax and its share of the output for all query heads of the group, so that keys and values are read
+//! once. Chunks are merged in order, which makes the result independent of the number of threads. Storage may be
+//! f32, f16 or bf16; arithmetic is f32.
+
+use super::element::Element;
+use super::exp::exp_in_place;
+use super::{Geometry, Reduce, RowView};
+use pulp::{Arch, Simd, WithSimd};
+use rayon::prelude::*;
+
+/// Tokens of a chunk: the unit of parallel work, and part of the definition of the rounding.
+const CHUNK: usize = 512;
+/// Tokens widened at a time: a block of keys stays in the first-level cache.
+const BLOCK: usize = 32;
+/// Multiply-adds below which handing work to other threads costs more than it saves.
+const PARALLEL_FROM: usize = 1 << 16;
+
+/// Where one query per row stands, and what it may see.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct DecodeQuery {
+    /// Heads and dimensions.
+    pub(crate) geometry: Geometry,
+    /// Logical position of the new token and the layer's sliding window, where it has one.
+    pub(crate) window: Option<(u32, usize)>,
+}
+
+/// Workspace kept between steps, so that a step allocates nothing.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct DecodeScratch {
+    buffer: Vec<f32>,
+}
+
+/// Attends each row's group of queries, `queries` `[rows, group, head_dim]` already scaled, over the row's
+/// keys and values; writes `out` of the same shape. With `export`, appends per row the weights of all `n` tokens reduced over the
+/// group to the vector. All rows hold the same number of tokens.
+///
+/// On a softmax that is not finite returns the index of the first such row.
+pub(crate) fn decode<T: Element>(
+    query: DecodeQuery,
+    queries: &[f32],
+    rows: &[RowView<'_, T>],
+    export: Option<(Reduce, &mut Vec<f32>)>,
+    scratch: &mut DecodeScratch,
+    out: &mut [f32],
+) -> std::result::Result<(), usize> {
+    let Geometry {
+        group, head_dim, ..
+    } = query.geometry;
+    let n = rows.first().map_or(0, |row| row.len(head_dim));
+    if n == 0 {
+        return Ok(());
+    }
+    let chunks = n.div_ceil(CHUNK);
+    let layout = Slots {
+        group,
+        head_dim,
+        tokens: n.min(CHUNK),
+        widen: T::scratch(BLOCK.min(n) * head_dim),
+    };
+    let total = rows.len() * chunks * layout.size();
+    if scratch.buffer.len() < total {
+        scratch.buffer.resize(total, 0.0);
+    }
+    let buffer = &mut scratch.buffer[..total];
+    let arch = Arch::new();
+    let run = |(task, slots): (usize, &mut [f32])| {
+        let (row, chunk) = (task / chunks, task % chunks);
+        let from = chunk * CHUNK;
+        let to = (from + CHUNK).min(n);
+        arch.dispatch(Chunk {
+            queries: &queries[row * group * head_dim..(row + 1) * group * head_dim],
+            keys: &rows[row].keys[from * head_dim..to * head_dim],
+            values: &rows[row].values[from * head_dim..to * head_dim],
+            ids: query.window.map(|w| (&rows[row].ids[from..to], w)),
+            layout,
+            slots,
+        });
+    };
+    if rows.len() * n * head_dim * group >= PARALLEL_FROM && rows.len() * chunks > 1 {
+        buffer
+            .par_chunks_mut(layout.size())
+            .enumerate()
+            .for_each(run);
+    } else {
+        buffer.chunks_mut(layout.size()).enumerate().for_each(run);
+    }
+
+    let mut export = export.map(|(reduce, weights)| {
+        let from = weights.len();
+        weights.resize(from + rows.len() * n, 0.0);
+        (reduce, &mut weights[from..])
+    });
+    let mut factors = vec![0.0; chunks * group];
+    for (row, parts) in buffer.chunks_exact(chunks * layout.size()).enumerate() {
+        for (g, out) in out[row * group * head_dim..(row + 1) * group * head_dim]
+            .chunks_exact_mut(head_dim)
+            .enumerate()
+        {
+            merge_head(layout, parts, g, &mut factors, out).map_err(|()| row)?;
+        }
+        if let Some((reduce, weights)) = &mut export {
+            let weights = &mut weights[row * n..(row + 1) * n];
+            for ((part, weights), factors) in parts
+                .chunks_exact(layout.size())
+                .zip(weights.chunks_mut(CHUNK))
+                .zip(factors.chunks_exact(group))
+            {
+                arch.dispatch(Export {
+                    reduce: *reduce,
+                    layout,
+                    part,
+                    factors,
+                    weights,
+                });
+            }
+        }
+    }
+    Ok(())
+}
+
+/// How one chunk's slice of the workspace is divided.
+#[derive(Clone, Copy)]
+struct Slots {
+    group: usize,
+    head_dim: usize,
+    tokens: usize,
+    widen: usize,
+}
+
+impl Slots {
+    fn size(self) -> usize {
+        self.group * (self.tokens + self.head_dim + 2) + self.widen
+    }
+
+    /// (scores `[group, tokens]`, output `[group, head_dim]`, maxima and sums `[2, group]`, widened block).
+    fn split(self, slots: &mut [f32]) -> (&mut [f32], &mut [f32], &mut [f32], &mut [f32]) {
+        let (scores, rest) = slots.split_at_mut(self.group * self.tokens);
+        let (out, rest) = rest.split_at_mut(self.group * self.head_dim);
+        let (stats, widen) = rest.split_at_mut(2 * self.group);
+        (scores, out, stats, widen)
+    }
+
+    fn out(self, part: &[f32], g: usize) -> &[f32] {
+        let from = self.group * self.tokens + g * self.head_dim;
+        &part[from..from + self.head_dim]
+    }
+
+    /// (maximum, sum) of query head `g`.
+    fn stats(self, part: &[f32], g: usize) -> (f32, f32) {
+        let at = self.group * (self.tokens + self.head_dim);
+        (part[at + g], part[at + self.group + g])
+    }
+}
+
+/// Combines the chunks of one query head; leaves each chunk's weight factor in `factors` `[chunks, group]`.
+fn merge_head(
+    layout: Slots,
+    parts: &[f32],
+    g: usize,
+    factors: &mut [f32],
+    out: &mut [f32],
+) -> std::result::Result<(), ()> {
+    let parts = || parts.chunks_exact(layout.size());
+    let max = parts()
+        .map(|p| layout.stats(p, g).0)
+        .fold(f32::NEG_INFINITY, f32::max);
+    let mut total = 0.0;
+    for (part, factor) in parts().zip(factors.chunks_exact_mut(layout.group)) {
+        let (local, sum) = layout.stats(part, g);
+        factor[g] = (local - max).exp();
+        total += sum * factor[g];
+    }
+    if !(total.is_finite() && total > 0.0) {
+        return Err(());
+    }
+    out.fill(0.0);
+    for (part, factor) in parts().zip(factors.chunks_exact_mut(layout.group)) {
+        factor[g] /= total;
+        for (o, x) in out.iter_mut().zip(layout.out(part, g)) {
+            *o += factor[g] * x;
+        }
+    }
+    Ok(())
+}
+
+/// Scores, local softmax and partial output of one chunk of one row.
+struct Chunk<'a, T> {
+    queries: &'a [f32],
+    keys: &'a [T],
+    values: &'a [T],
+    ids: Option<(&'a [u32], (u32, usize))>,
+    layout: Slots,
+    slots: &'a mut [f32],
+}
+
+impl<T: Element> WithSimd for Chunk<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let Slots {
+            group,
+            head_dim: d,
+            tokens: stride,
+            ..
+        } = self.layout;
+        let (scores, out, stats, widen) = self.layout.split(self.slots);
+        let count = self.keys.len() / d;
+        for (b, keys) in self.keys.chunks(BLOCK * d).enumerate() {
+            let keys = T::widen(keys, widen);
+            for_groups(group, |g, width| {
+                let queries = &self.queries[g * d..(g + width) * d];
+                let scores = &mut scores[g * stride + b * BLOCK..];
+                match width {
+                    4 => score_block::<S, 4>(simd, queries, keys, d, stride, scores),
+                    2 => score_block::<S, 2>(simd, queries, keys, d, stride, scores),
+                    _ => score_block::<S, 1>(simd, queries, keys, d, stride, scores),
+                }
+            });
+        }
+        for g in 0..group {
+            let scores = &mut scores[g * stride..g * stride + count];
+            if let Some((ids, (position, window))) = self.ids {
+                for (score, &id) in scores.iter_mut().zip(ids) {
+                    if (position - id) as usize >= window {
+                        *score = f32::NEG_INFINITY;
+                    }
+                }
+            }
+            let max = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+            // A chunk that is masked as a whole weighs nothing; NaN scores do not count as masked.
+            let masked = max == f32::NEG_INFINITY && !scores.iter().any(|x| x.is_nan());
+            stats[g] = max;
+            stats[group + g] = if masked {
+                scores.fill(0.0);
+                0.0
+            } else {
+                exp_in_place(simd, scores, max)
+            };
+        }
+        out.fill(0.0);
+        for (b, values) in self.values.chunks(BLOCK * d).enumerate() {
+            let values = T::widen(values, widen);
+            for_groups(group, |g, width| {
+                let weights = &scores[g * stride + b * BLOCK..];
+                let out = &mut out[g * d..(g + width) * d];
+                match width {
+                    4 => mix_block::<S, 4>(simd, weights, stride, values, d, out),
+                    2 => mix_block::<S, 2>(simd, weights, stride, values, d, out),
+                    _ => mix_block::<S, 1>(simd, weights, stride, values, d, out),
+                }
+            });
+        }
+    }
+}
+
+/// Visits the query heads of a group in fours, twos and ones.
+#[inline(always)]
+fn for_groups(group: usize, mut visit: impl FnMut(usize, usize)) {
+    let mut g = 0;
+    while g < group {
+        let width = match group - g {
+            4.. => 4,
+            2 | 3 => 2,
+            _ => 1,
+        };
+        visit(g, width);
+        g += width;
+    }
+}
+
+/// scores[h, j] = q_h · k_j for `H` query heads and all keys of a block; `scores` has row stride `stride`.
+#[inline(always)]
+fn score_block<S: Simd, const H: usize>(
+    simd: S,
+    queries: &[f32],
+    keys: &[f32],
+    d: usize,
+    stride: usize,
+    scores: &mut [f32],
+) {
+    let mut at = 0;
+    let mut pairs = keys.chunks_exact(2 * d);
+    for pair in pairs.by_ref() {
+        let (first, second) = pair.split_at(d);
+        let dots = dot::<S, H, 2>(simd, queries, [first, second], d);
+        for (h, dots) in dots.iter().enumerate() {
+            scores[h * stride + at..h * stride + at + 2].copy_from_slice(dots);
+        }
+        at += 2;
+    }
+    let last = pairs.remainder();
+    if !last.is_empty() {
+        let dots = dot::<S, H, 1>(simd, queries, [last], d);
+        for (h, dots) in dots.iter().enumerate() {
+            scores[h * stride + at] = dots[0];
+        }
+    }
+}
+
+/// The `H`×`K` dot products of `H` queries with `K` keys.
+#[inline(always)]
+fn dot<S: Simd, const H: usize, const K: usize>(
+    simd: S,
+    queries: &[f32],
+    keys: [&[f32]; K],
+    d: usize,
+) -> [[f32; K]; H] {
+    let vectors = d / S::F32_LANES;
+    let whole = vectors * S::F32_LANES;
+    let q: [&[S::f32s]; H] =
+        std::array::from_fn(|h| &S::as_simd_f32s(&queries[h * d..h * d + whole]).0[..vectors]);
+    let k: [&[S::f32s]; K] =
+        std::array::from_fn(|t| &S::as_simd_f32s(&keys[t][..whole]).0[..vectors]);
+    let mut acc = [[simd.splat_f32s(0.0); K]; H];
+    for i in 0..vectors {
+        for h in 0..H {
+            let q = q[h][i];
+            for t in 0..K {
+                acc[h][t] = simd.mul_add_f32s(q, k[t][i], acc[h][t]);
+            }
+        }
+    }
+    std::array::from_fn(|h| {
+        std::array::from_fn(|t| {
+            let tail: f32 = queries[h * d + whole..(h + 1) * d]
+                .iter()
+                .zip(&keys[t][whole..])
+                .map(|(q, k)| q * k)
+                .sum();
+            simd.reduce_sum_f32s(acc[h][t]) + tail
+        })
+    })
+}
+
+/// out[h] += Σ_j weights[h, j] v_j for `H` query heads and the values of a block.
+#[inline(always)]
+fn mix_block<S: Simd, const H: usize>(
+    simd: S,
+    weights: &[f32],
+    stride: usize,
+    values: &[f32],
+    d: usize,
+    out: &mut [f32],
+) {
+    let count = values.len() / d;
+    let weights: [&[f32]; H] = std::array::from_fn(|h| &weights[h * stride..h * stride + count]);
+    let mut lane = 0;
+    while lane + 2 * S::F32_LANES <= d {
+        mix_lanes::<S, H, 2>(simd, weights, values, d, lane, out);
+        lane += 2 * S::F32_LANES;
+    }
+    if lane + S::F32_LANES <= d {
+        mix_lanes::<S, H, 1>(simd, weights, values, d, lane, out);
+        lane += S::F32_LANES;
+    }
+    if lane < d {
+        for (h, weights) in weights.iter().enumerate() {
+            for (row, &w) in values.chunks_exact(d).zip(*weights) {
+                for (o, v) in out[h * d + lane..(h + 1) * d].iter_mut().zip(&row[lane..]) {
+                    *o += w * v;
+                }
+            }
+        }
+    }
+}
+
+/// `L` vectors' worth of columns of [`mix_block`], kept in registers over the block.
+#[inline(always)]
+fn mix_lanes<S: Simd, const H: usize, const L: usize>(
+    simd: S,
+    weights: [&[f32]; H],
+    values: &[f32],
+    d: usize,
+    lane: usize,
+    out: &mut [f32],
+) {
+    let width = L * S::F32_LANES;
+    let mut acc: [[S::f32s; L]; H] = std::array::from_fn(|h| {
+        let held = S::as_simd_f32s(&out[h * d + lane..h * d + lane + width]).0;
+        std::array::from_fn(|l| held[l])
+    });
+    for (j, row) in values.chunks_exact(d).enumerate() {
+        let v = &S::as_simd_f32s(&row[lane..lane + width]).0[..L];
+        for h in 0..H {
+            let w = simd.splat_f32s(weights[h][j]);
+            for l in 0..L {
+                acc[h][l] = simd.mul_add_f32s(w, v[l], acc[h][l]);
+            }
+        }
+    }
+    for (h, acc) in acc.iter().enumerate() {
+        let held = S::as_mut_simd_f32s(&mut out[h * d + lane..h * d + lane + width]).0;
+        held.copy_from_slice(acc);
+    }
+}
+
+/// Scales a chunk's exponentials to weights and reduces them over the group.
+struct Export<'a> {
+    reduce: Reduce,
+    layout: Slots,
+    part: &'a [f32],
+    factors: &'a [f32],
+    weights: &'a mut [f32],
+}
+
+impl WithSimd for Export<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        let count = self.weights.len();
+        for (g, &factor) in self.factors.iter().enumerate() {
+            let from = g * self.layout.tokens;
+            let head = self.weights.iter_mut().zip(&self.part[from..from + count]);
+            match self.reduce {
+                Reduce::Max => head.for_each(|(w, e)| *w = w.max(e * factor)),
+                Reduce::Sum => head.for_each(|(w, e)| *w += e * factor),
+                Reduce::Mean => {
+                    let factor = factor / self.factors.len() as f32;
+                    head.for_each(|(w, e)| *w += e * factor);
+                }
+            }
+        }
+    }
+}

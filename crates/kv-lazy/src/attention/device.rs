@@ -1,0 +1,155 @@
+//! The same attention from tensor operations, for devices other than the CPU.
+//!
+//! Grouped queries multiply as `[B, Hkv, group·T, d] × [B, Hkv, d, n]`, so keys and values are never expanded. The softmax is
+//! f32. Weights that a policy asks for cross to the host: one `[B, Hkv, n]` copy per layer and step.
+
+use super::{Geometry, Reduce};
+use crate::error::{Error, Result};
+use candle_core::{DType, Tensor};
+
+/// Which keys each new token may see.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Mask {
+    /// New tokens T.
+    pub(crate) tokens: usize,
+    /// Keys physically before the first of them.
+    pub(crate) offset: usize,
+    /// Logical position of the first new token and the sliding window.
+    pub(crate) window: Option<(u32, usize)>,
+}
+
+/// What is wanted beside the output: reduced weights per key.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Export {
+    /// Weights of the last query, reduced over the group.
+    Last(Reduce),
+    /// Weights summed over all queries of the group.
+    Columns,
+}
+
+/// A step's queries: their scale and heads, what they see, what is wanted beside the output.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct DeviceQuery {
+    pub(crate) scale: f64,
+    pub(crate) geometry: Geometry,
+    pub(crate) mask: Mask,
+    pub(crate) export: Option<Export>,
+}
+
+/// Output `[B, Hq, T, d]` in the dtype of `q`, and the exported weights `[B·Hkv·n]` on the host. `ids` (`[B·Hkv][n]`) are the
+/// keys' logical positions; without them keys are at 0..n.
+pub(crate) fn attend(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    ids: Option<&[Vec<u32>]>,
+    query: &DeviceQuery,
+) -> Result<(Tensor, Option<Vec<f32>>)> {
+    let DeviceQuery {
+        scale,
+        geometry,
+        mask,
+        export,
+    } = *query;
+    let (batch, query_heads, tokens, head_dim) = q.dims4()?;
+    let Geometry { group, .. } = geometry;
+    let kv_heads = query_heads / group;
+    let n = k.dim(2)?;
+    let grouped = (q.to_dtype(DType::F32)? * scale)?.contiguous()?.reshape((
+        batch,
+        kv_heads,
+        group * tokens,
+        head_dim,
+    ))?;
+    let keys = k.to_dtype(DType::F32)?.transpose(2, 3)?;
+    let mut scores = grouped.matmul(&keys)?;
+    if let Some(bias) = bias(mask, ids, batch * kv_heads, n, q)? {
+        let rows = bias.dim(0)?;
+        let shape = if rows == 1 {
+            (1, 1, 1, tokens, n)
+        } else {
+            (batch, kv_heads, 1, tokens, n)
+        };
+        scores = scores
+            .reshape((batch, kv_heads, group, tokens, n))?
+            .broadcast_add(&bias.reshape(shape)?)?
+            .reshape((batch, kv_heads, group * tokens, n))?;
+    }
+    let weights = candle_nn::ops::softmax_last_dim(&scores)?;
+    let out = weights
+        .matmul(&v.to_dtype(DType::F32)?.contiguous()?)?
+        .reshape((batch, query_heads, tokens, head_dim))?
+        .to_dtype(q.dtype())?;
+    let exported = match export {
+        None => None,
+        Some(wanted) => {
+            let by_head = weights.reshape((batch, kv_heads, group, tokens, n))?;
+            let reduced = match wanted {
+                Export::Columns => by_head.sum(3)?.sum(2)?,
+                Export::Last(reduce) => {
+                    let last = by_head.narrow(3, tokens - 1, 1)?.squeeze(3)?;
+                    match reduce {
+                        Reduce::Max => last.max(2)?,
+                        Reduce::Mean => last.mean(2)?,
+                        Reduce::Sum => last.sum(2)?,
+                    }
+                }
+            };
+            Some(reduced.flatten_all()?.to_vec1::<f32>()?)
+        }
+    };
+    Ok((out, exported))
+}
+
+/// 0 where a token sees a key and −∞ where not: `[1 or rows, T, n]`; none if everything is seen.
+fn bias(
+    mask: Mask,
+    ids: Option<&[Vec<u32>]>,
+    rows: usize,
+    n: usize,
+    like: &Tensor,
+) -> Result<Option<Tensor>> {
+    let Mask {
+        tokens,
+        offset,
+        window,
+    } = mask;
+    if tokens == 1 && window.is_none() {
+        return Ok(None);
+    }
+    let identity: Vec<u32>;
+    let ids: Vec<&[u32]> = match ids {
+        Some(ids) if window.is_some() => ids.iter().map(Vec::as_slice).collect(),
+        _ => {
+            identity = (0..n as u32).collect();
+            vec![&identity]
+        }
+    };
+    if ids.iter().any(|ids| ids.len() != n) || (ids.len() != 1 && ids.len() != rows) {
+        return Err(Error::Shape {
+            what: "ids",
+            got: vec![ids.len(), ids.first().map_or(0, |i| i.len())],
+            expected: format!("[{rows}, {n}]"),
+        });
+    }
+    let mut bias = Vec::with_capacity(ids.len() * tokens * n);
+    for ids in &ids {
+        for t in 0..tokens {
+            bias.extend(ids.iter().enumerate().map(|(j, &id)| {
+                let causal = j <= offset + t;
+                let near =
+                    window.is_none_or(|(position, w)| position as usize + t < id as usize + w);
+                if causal && near {
+                    0.0
+                } else {
+                    f32::NEG_INFINITY
+                }
+            }));
+        }
+    }
+    Ok(Some(Tensor::from_vec(
+        bias,
+        (ids.len(), tokens, n),
+        like.device(),
+    )?))
+}

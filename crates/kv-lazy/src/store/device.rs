@@ -1,0 +1,162 @@
+//! Storage as candle tensors `[B, Hkv, n, d]`, for devices other than the CPU.
+//!
+//! Compaction flattens to `[rows · capacity, d]` and selects whole rows, which needs one u32 per token and not one per element;
+//! nothing is sorted on the device. Appending concatenates, so a step copies the layer's cache once.
+
+use super::{Attended, Call, Export, Relocation, Store};
+use crate::attention::Geometry;
+use crate::attention::device::{self, DeviceQuery, Mask};
+use crate::error::Result;
+use candle_core::{DType, Device, Tensor};
+
+/// One layer's tensors.
+#[derive(Debug, Clone)]
+pub(crate) struct DeviceStore {
+    kv: Option<(Tensor, Tensor)>,
+    ids: Vec<Vec<u32>>,
+    geometry: Geometry,
+    dtype: DType,
+    device: Device,
+}
+
+impl DeviceStore {
+    pub(crate) fn new(rows: usize, geometry: Geometry, dtype: DType, device: &Device) -> Self {
+        Self {
+            kv: None,
+            ids: vec![Vec::new(); rows],
+            geometry,
+            dtype,
+            device: device.clone(),
+        }
+    }
+
+    /// Row-wise selection of slots, the same number in each row.
+    fn select(&self, tensor: &Tensor, slots: &[Vec<u32>]) -> Result<Tensor> {
+        let (batch, heads, n, d) = tensor.dims4()?;
+        let kept = slots.first().map_or(0, Vec::len);
+        let flat: Vec<u32> = slots
+            .iter()
+            .enumerate()
+            .flat_map(|(row, slots)| slots.iter().map(move |&slot| (row * n) as u32 + slot))
+            .collect();
+        let index = Tensor::from_vec(flat, batch * heads * kept, &self.device)?;
+        let rows = tensor.contiguous()?.reshape((batch * heads * n, d))?;
+        Ok(rows
+            .index_select(&index, 0)?
+            .reshape((batch, heads, kept, d))?)
+    }
+
+    fn row(&self, tensor: Option<&Tensor>, row: usize, from: usize) -> Result<Vec<f32>> {
+        let Some(tensor) = tensor else {
+            return Ok(Vec::new());
+        };
+        let (batch, heads, n, d) = tensor.dims4()?;
+        let rows = tensor.contiguous()?.reshape((batch * heads, n, d))?;
+        let row = rows.get(row)?.narrow(0, from, n - from)?;
+        Ok(row.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?)
+    }
+}
+
+impl Store for DeviceStore {
+    fn append(&mut self, k: &Tensor, v: &Tensor, first: u32, overwrite: &[Vec<u32>]) -> Result<()> {
+        let tokens = k.dim(2)?;
+        let (k, v) = (k.to_dtype(self.dtype)?, v.to_dtype(self.dtype)?);
+        let (k, v) = match self.kv.take() {
+            None => (k.contiguous()?, v.contiguous()?),
+            Some((keys, values)) => (
+                Tensor::cat(&[&keys, &k], 2)?.contiguous()?,
+                Tensor::cat(&[&values, &v], 2)?.contiguous()?,
+            ),
+        };
+        self.kv = Some((k, v));
+        for ids in &mut self.ids {
+            ids.extend(first..first + tokens as u32);
+        }
+        if overwrite.iter().any(|slots| !slots.is_empty()) {
+            let len = self.len();
+            let moves: Vec<Relocation> = overwrite
+                .iter()
+                .map(|slots| Relocation::overwrite(slots, len, tokens))
+                .collect();
+            self.relocate(&moves, 0)?;
+        }
+        Ok(())
+    }
+
+    fn attend(&mut self, q: &Tensor, call: &Call) -> Result<Attended> {
+        let Some((k, v)) = &self.kv else {
+            return Ok(Err(0));
+        };
+        let tokens = q.dim(2)?;
+        let query = DeviceQuery {
+            scale: call.scale,
+            geometry: self.geometry,
+            mask: Mask {
+                tokens,
+                offset: self.len() - tokens,
+                window: call.sliding_window.map(|w| (call.position, w)),
+            },
+            export: call.export.map(|export| match export {
+                Export::Last(reduce) => device::Export::Last(reduce),
+                Export::Columns => device::Export::Columns,
+            }),
+        };
+        let (out, weights) = device::attend(q, k, v, Some(&self.ids), &query)?;
+        Ok(Ok((out, weights.unwrap_or_default())))
+    }
+
+    fn relocate(&mut self, moves: &[Relocation], _room: usize) -> Result<()> {
+        let slots: Vec<Vec<u32>> = self
+            .ids
+            .iter()
+            .zip(moves)
+            .map(|(ids, moves)| {
+                let mut slots: Vec<u32> = (0..ids.len() as u32).collect();
+                moves.apply(&mut slots, 1);
+                slots
+            })
+            .collect();
+        if let Some((k, v)) = &self.kv {
+            self.kv = Some((self.select(k, &slots)?, self.select(v, &slots)?));
+        }
+        for (ids, moves) in self.ids.iter_mut().zip(moves) {
+            moves.apply(ids, 1);
+        }
+        Ok(())
+    }
+
+    fn len(&self) -> usize {
+        self.ids.first().map_or(0, Vec::len)
+    }
+
+    fn ids(&self, row: usize) -> &[u32] {
+        &self.ids[row]
+    }
+
+    fn keys(&self, row: usize, from: usize) -> Result<Vec<f32>> {
+        self.row(self.kv.as_ref().map(|kv| &kv.0), row, from)
+    }
+
+    fn values(&self, row: usize, from: usize) -> Result<Vec<f32>> {
+        self.row(self.kv.as_ref().map(|kv| &kv.1), row, from)
+    }
+
+    fn bytes(&self) -> usize {
+        self.kv.as_ref().map_or(0, |(k, v)| {
+            (k.elem_count() + v.elem_count()) * self.dtype.size_in_bytes()
+        })
+    }
+
+    fn id_bytes(&self) -> usize {
+        self.ids.iter().map(|ids| ids.capacity() * 4).sum()
+    }
+
+    fn clear(&mut self) {
+        self.kv = None;
+        self.ids.fill(Vec::new());
+    }
+
+    fn boxed_clone(&self) -> Box<dyn Store> {
+        Box::new(self.clone())
+    }
+}

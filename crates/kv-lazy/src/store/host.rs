@@ -1,0 +1,218 @@
+//! Storage on the CPU: each row owns its vectors, so that rows grow, shrink and compact in place and in parallel.
+
+use super::{Attended, Call, Export, Relocation, Store};
+use crate::attention::decode::{DecodeQuery, DecodeScratch, decode};
+use crate::attention::prefill::{PrefillQuery, prefill};
+use crate::attention::{Element, Geometry, RowView, read};
+use crate::error::Result;
+use candle_core::{Device, Tensor};
+
+/// Tokens a row grows by at least when it is full.
+const GROWTH: usize = 32;
+
+#[derive(Debug, Clone, Default)]
+struct Row<T> {
+    keys: Vec<T>,
+    values: Vec<T>,
+    ids: Vec<u32>,
+}
+
+impl<T: Element> Row<T> {
+    fn append(&mut self, keys: &[T], values: &[T], first: u32, overwrite: &[u32], d: usize) {
+        let tokens = keys.len() / d;
+        let replaced = overwrite.len().min(tokens);
+        for (t, &slot) in overwrite[..replaced].iter().enumerate() {
+            let slot = slot as usize;
+            self.keys[slot * d..(slot + 1) * d].copy_from_slice(&keys[t * d..(t + 1) * d]);
+            self.values[slot * d..(slot + 1) * d].copy_from_slice(&values[t * d..(t + 1) * d]);
+            self.ids[slot] = first + t as u32;
+        }
+        let (keys, values) = (&keys[replaced * d..], &values[replaced * d..]);
+        if self.keys.capacity() < self.keys.len() + keys.len() {
+            let more = keys.len().max((self.ids.len() / 4).max(GROWTH) * d);
+            self.keys.reserve_exact(more);
+            self.values.reserve_exact(more);
+            self.ids.reserve_exact(more / d);
+        }
+        self.keys.extend_from_slice(keys);
+        self.values.extend_from_slice(values);
+        self.ids
+            .extend(first + replaced as u32..first + tokens as u32);
+    }
+
+    fn relocate(&mut self, moves: &Relocation, room: usize, d: usize) {
+        moves.apply(&mut self.keys, d);
+        moves.apply(&mut self.values, d);
+        moves.apply(&mut self.ids, 1);
+        let wanted = moves.len + room;
+        // The first eviction after a prompt frees it; later ones find the storage already of the right size.
+        if self.keys.capacity() > wanted * d {
+            self.keys.shrink_to(wanted * d);
+            self.values.shrink_to(wanted * d);
+            self.ids.shrink_to(wanted);
+        }
+    }
+}
+
+/// One layer's rows, `[batch · kv_heads]`.
+#[derive(Debug, Clone)]
+pub(crate) struct HostStore<T> {
+    rows: Vec<Row<T>>,
+    geometry: Geometry,
+    scratch: DecodeScratch,
+}
+
+impl<T: Element> HostStore<T> {
+    pub(crate) fn new(rows: usize, geometry: Geometry) -> Self {
+        Self {
+            rows: vec![Row::default(); rows],
+            geometry,
+            scratch: DecodeScratch::default(),
+        }
+    }
+
+    fn widened(&self, from: usize, source: &[T]) -> Vec<f32> {
+        let source = &source[from * self.geometry.head_dim..];
+        let mut wide = vec![0.0; source.len()];
+        if T::scratch(1) == 0 {
+            wide.copy_from_slice(T::widen(source, &mut []));
+        } else {
+            T::widen(source, &mut wide);
+        }
+        wide
+    }
+}
+
+impl<T: Element> Store for HostStore<T> {
+    fn append(&mut self, k: &Tensor, v: &Tensor, first: u32, overwrite: &[Vec<u32>]) -> Result<()> {
+        let d = self.geometry.head_dim;
+        let width = k.dim(2)? * d;
+        if width == 0 {
+            return Ok(());
+        }
+        let rows = &mut self.rows;
+        read::<T, _>(k, |k| {
+            read::<T, _>(v, |v| {
+                for (r, row) in rows.iter_mut().enumerate() {
+                    let slots = overwrite.get(r).map_or(&[][..], Vec::as_slice);
+                    let new = r * width..(r + 1) * width;
+                    row.append(&k[new.clone()], &v[new], first, slots, d);
+                }
+            })
+        })?
+    }
+
+    fn attend(&mut self, q: &Tensor, call: &Call) -> Result<Attended> {
+        let (batch, query_heads, tokens, head_dim) = q.dims4()?;
+        let n = self.len();
+        let views: Vec<RowView<'_, T>> = self
+            .rows
+            .iter()
+            .map(|row| RowView {
+                keys: &row.keys,
+                values: &row.values,
+                ids: &row.ids,
+            })
+            .collect();
+        let mut out = vec![0.0; q.elem_count()];
+        let mut weights = Vec::new();
+        let (geometry, scratch) = (self.geometry, &mut self.scratch);
+        let window = call.sliding_window.map(|w| (call.position, w));
+        let done = read::<f32, _>(q, |q| {
+            let single = DecodeQuery { geometry, window };
+            if tokens == 1 {
+                let scaled: Vec<f32> = q.iter().map(|x| x * call.scale as f32).collect();
+                // With one query the sum over queries is its weight.
+                let export = call.export.map(|export| match export {
+                    Export::Last(reduce) => (reduce, &mut weights),
+                    Export::Columns => (crate::attention::Reduce::Sum, &mut weights),
+                });
+                return decode(single, &scaled, &views, export, scratch, &mut out);
+            }
+            let columns = (call.export == Some(Export::Columns)).then(|| {
+                weights.resize(views.len() * n, 0.0);
+                weights.as_mut_slice()
+            });
+            let query = PrefillQuery {
+                geometry,
+                tokens,
+                offset: n - tokens,
+                scale: call.scale as f32,
+                window,
+            };
+            prefill(query, q, &views, columns, &mut out)?;
+            if let Some(Export::Last(reduce)) = call.export {
+                let last: Vec<f32> = q
+                    .chunks_exact(tokens * head_dim)
+                    .flat_map(|head| &head[(tokens - 1) * head_dim..])
+                    .map(|x| x * call.scale as f32)
+                    .collect();
+                let single = DecodeQuery {
+                    geometry,
+                    window: window.map(|(p, w)| (p + tokens as u32 - 1, w)),
+                };
+                let mut unused = vec![0.0; last.len()];
+                decode(
+                    single,
+                    &last,
+                    &views,
+                    Some((reduce, &mut weights)),
+                    scratch,
+                    &mut unused,
+                )?;
+            }
+            Ok(())
+        })?;
+        if let Err(row) = done {
+            return Ok(Err(row));
+        }
+        let out = Tensor::from_vec(out, (batch, query_heads, tokens, head_dim), &Device::Cpu)?
+            .to_dtype(q.dtype())?;
+        Ok(Ok((out, weights)))
+    }
+
+    fn relocate(&mut self, moves: &[Relocation], room: usize) -> Result<()> {
+        for (row, moves) in self.rows.iter_mut().zip(moves) {
+            row.relocate(moves, room, self.geometry.head_dim);
+        }
+        Ok(())
+    }
+
+    fn len(&self) -> usize {
+        self.rows.first().map_or(0, |row| row.ids.len())
+    }
+
+    fn ids(&self, row: usize) -> &[u32] {
+        &self.rows[row].ids
+    }
+
+    fn keys(&self, row: usize, from: usize) -> Result<Vec<f32>> {
+        Ok(self.widened(from, &self.rows[row].keys))
+    }
+
+    fn values(&self, row: usize, from: usize) -> Result<Vec<f32>> {
+        Ok(self.widened(from, &self.rows[row].values))
+    }
+
+    fn bytes(&self) -> usize {
+        let elements: usize = self
+            .rows
+            .iter()
+            .map(|row| row.keys.capacity() + row.values.capacity())
+            .sum();
+        elements * std::mem::size_of::<T>()
+    }
+
+    fn id_bytes(&self) -> usize {
+        self.rows.iter().map(|row| row.ids.capacity() * 4).sum()
+    }
+
+    fn clear(&mut self) {
+        self.rows.fill(Row::default());
+        self.scratch = DecodeScratch::default();
+    }
+
+    fn boxed_clone(&self) -> Box<dyn Store> {
+        Box::new(self.clone())
+    }
+}

@@ -1,0 +1,88 @@
+//! Where keys and values live: per layer, one row per (sequence, KV head), never expanded to query heads.
+//!
+//! Keys are stored after RoPE with their original position in `ids`; the *logical* length counts positions and
+//! drives RoPE, the *physical* length counts slots and drives masks. Rows shrink for real: storage is given back when
+//! tokens leave.
+
+mod device;
+mod host;
+mod relocation;
+
+pub(crate) use device::DeviceStore;
+pub(crate) use host::HostStore;
+pub use relocation::{Relocation, Run};
+
+use crate::attention::Reduce;
+use crate::error::Result;
+use candle_core::Tensor;
+use serde::{Deserialize, Serialize};
+
+/// How slots are freed when tokens leave.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Layout {
+    /// Survivors close ranks and stay in order: right for eviction every W steps.
+    Compact,
+    /// The last tokens drop into the holes: one row moves per evicted token, right for eviction at every step.
+    SlotReuse,
+    /// A new token overwrites the one that leaves, behind the sinks: for policies that evict before they append.
+    SinkRing,
+}
+
+/// What a step wants beside its output.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Export {
+    /// The last query's weights, reduced over the group.
+    Last(Reduce),
+    /// Weights summed over all queries and the group.
+    Columns,
+}
+
+/// One layer's attention call.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Call {
+    /// Factor on q·k.
+    pub(crate) scale: f64,
+    /// Logical position of the first new token.
+    pub(crate) position: u32,
+    /// Sliding window of the layer.
+    pub(crate) sliding_window: Option<usize>,
+    /// What is wanted beside the output.
+    pub(crate) export: Option<Export>,
+}
+
+/// Output `[B, Hq, T, d]` and what was exported, `[rows, n]`; or the row whose softmax was not finite.
+pub(crate) type Attended = std::result::Result<(Tensor, Vec<f32>), usize>;
+
+/// Storage of one layer.
+pub(crate) trait Store: Send + Sync + std::fmt::Debug {
+    /// Appends `k` and `v` `[B, Hkv, T, d]` at logical positions `first..first + T`. A row in `overwrite` names slots that
+    /// the new tokens replace, one for one, instead of growing the row.
+    fn append(&mut self, k: &Tensor, v: &Tensor, first: u32, overwrite: &[Vec<u32>]) -> Result<()>;
+    /// Attends `q` `[B, Hq, T, d]`, whose keys were appended last.
+    fn attend(&mut self, q: &Tensor, call: &Call) -> Result<Attended>;
+    /// Moves every row; afterwards the storage holds at most `room` more tokens than remain.
+    fn relocate(&mut self, moves: &[Relocation], room: usize) -> Result<()>;
+    /// Tokens per row.
+    fn len(&self) -> usize;
+    /// Logical positions of a row's tokens in physical order.
+    fn ids(&self, row: usize) -> &[u32];
+    /// Keys of a row from slot `from` on, as f32 `[n − from, d]`.
+    fn keys(&self, row: usize, from: usize) -> Result<Vec<f32>>;
+    /// Values of a row from slot `from` on, as f32 `[n − from, d]`.
+    fn values(&self, row: usize, from: usize) -> Result<Vec<f32>>;
+    /// Bytes that keys and values occupy, filled or not.
+    fn bytes(&self) -> usize;
+    /// Bytes of the positions.
+    fn id_bytes(&self) -> usize;
+    /// Forgets all tokens and frees their storage.
+    fn clear(&mut self);
+    /// A deep copy.
+    fn boxed_clone(&self) -> Box<dyn Store>;
+}
+
+impl Clone for Box<dyn Store> {
+    fn clone(&self) -> Self {
+        self.boxed_clone()
+    }
+}
