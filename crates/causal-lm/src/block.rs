@@ -162,8 +162,7 @@ impl Attention {
         let q = rotate(split(self.q.forward(x)?, self.q_norm.as_ref())?)?;
         let k = rotate(split(self.k.forward(x)?, self.k_norm.as_ref())?)?;
         let v = split(self.v.forward(x)?, None)?;
-        let scale = 1.0 / (self.head_dim as f64).sqrt();
-        let heads = mixer.attend(layer, &q, &k, &v, scale, self.sliding_window)?;
+        let heads = mixer.attend(layer, &q, &k, &v, self.sliding_window)?;
         Ok(heads
             .transpose(1, 2)?
             .reshape((batch * tokens, self.heads() * self.head_dim))?)

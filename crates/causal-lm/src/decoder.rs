@@ -259,8 +259,13 @@ impl<'a> Decoder<'a> {
             .copied()
             .collect();
         // Opening has checked that the embedding is of floats.
-        let stored = self.checkpoint.info(names::EMBEDDING)?.candle_dtype().unwrap_or(DType::F32);
-        let rows = Tensor::from_raw_buffer(&rows, stored, &[shape.0, shape.1, shape.2], &self.device)?;
+        let stored = self
+            .checkpoint
+            .info(names::EMBEDDING)?
+            .candle_dtype()
+            .unwrap_or(DType::F32);
+        let rows =
+            Tensor::from_raw_buffer(&rows, stored, &[shape.0, shape.1, shape.2], &self.device)?;
         Ok(rows.to_dtype(self.dtype)?)
     }
 

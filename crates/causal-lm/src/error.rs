@@ -9,6 +9,9 @@ pub enum Error {
     /// The checkpoint itself could not be read.
     #[error(transparent)]
     Checkpoint(#[from] tensor_io::Error),
+    /// Attention or its cache refused its input.
+    #[error(transparent)]
+    Cache(#[from] kv_lazy::Error),
     /// A tensor operation failed; after loading has checked every shape this points at the device.
     #[error("tensor operation failed")]
     Candle(#[from] candle_core::Error),

@@ -9,12 +9,14 @@
 //! [`WIDTHS_KEY`](config::WIDTHS_KEY); blocks without attention or without an MLP are allowed.
 #![forbid(unsafe_code)]
 
-pub mod attention;
+mod attention;
 pub mod block;
 pub mod config;
 mod decoder;
 mod error;
+mod generate;
 mod linear;
+mod model;
 pub mod names;
 mod ops;
 mod perplexity;
@@ -24,11 +26,15 @@ mod tap;
 mod text;
 mod windows;
 
+pub use attention::Mixer;
 pub use block::Block;
 pub use config::{ModelConfig, ModelType, Widths};
 pub use decoder::{Decoder, Head};
 pub use error::{Error, Result};
+pub use generate::{GenerateOptions, Generated, Sampling, generate};
+pub use kv_lazy::{CacheSet, LayerShape};
 pub use linear::Linear;
+pub use model::Model;
 pub use names::LinearName;
 pub use perplexity::Perplexity;
 pub use rope::Rope;

@@ -163,7 +163,7 @@ mod tests {
         };
         assert_eq!(
             kept(0.2),
-            [vec![1], vec![1, 2, 4, 5], vec![1], vec![0, 1, 3, 5]]
+            [vec![1], vec![1, 2, 4, 5], vec![0, 1], vec![0, 1, 3, 5]]
         );
         assert_eq!(kept(0.5), [vec![1], vec![2, 4, 5], vec![], vec![0, 1, 3]]);
     }

@@ -1,0 +1,111 @@
+//! A whole decoder in memory, for generation.
+
+use crate::attention::Mixer;
+use crate::block::Block;
+use crate::decoder::{Decoder, Head};
+use crate::tap::NoTap;
+use crate::{Error, Result};
+use candle_core::Tensor;
+use kv_lazy::{CacheSet, LayerShape};
+
+/// All blocks and the head of a decoder; embeddings are read from the checkpoint as needed.
+#[derive(Debug)]
+pub struct Model<'a> {
+    decoder: &'a Decoder<'a>,
+    blocks: Vec<Block>,
+    head: Head,
+}
+
+impl<'a> Model<'a> {
+    /// Loads every block.
+    ///
+    /// # Errors
+    /// What reading the tensors reports.
+    pub fn load(decoder: &'a Decoder<'a>) -> Result<Self> {
+        let load = |layer| {
+            let block = decoder.block(layer);
+            decoder.release(layer);
+            block
+        };
+        let blocks = (0..decoder.config().layers())
+            .map(load)
+            .collect::<Result<_>>()?;
+        Ok(Self {
+            decoder,
+            blocks,
+            head: decoder.head()?,
+        })
+    }
+
+    /// The decoder it was loaded from.
+    pub fn decoder(&self) -> &Decoder<'a> {
+        self.decoder
+    }
+
+    /// What a cache has to hold for each layer, for [`CacheSet::full`] and its like.
+    pub fn cache_shapes(&self) -> Vec<LayerShape> {
+        let config = self.decoder.config();
+        config
+            .widths
+            .iter()
+            .zip(&config.sliding_window)
+            .map(|(widths, &sliding_window)| LayerShape {
+                query_heads: widths.heads,
+                kv_heads: widths.kv_heads,
+                head_dim: config.head_dim,
+                sliding_window,
+            })
+            .collect()
+    }
+
+    /// A cache that keeps everything, for `batch` sequences.
+    ///
+    /// # Errors
+    /// When the device refuses.
+    pub fn full_cache(&self, batch: usize) -> Result<CacheSet> {
+        let (dtype, device) = (self.decoder.dtype(), self.decoder.device());
+        Ok(CacheSet::full(&self.cache_shapes(), batch, dtype, device)?)
+    }
+
+    /// Appends equally many `tokens` to each sequence of `cache` and returns the logits of the
+    /// last of them, `[batch, vocab]`.
+    ///
+    /// # Errors
+    /// [`Error::TokenOutOfRange`], and what running a block reports.
+    pub fn forward(&self, tokens: &[&[u32]], cache: &mut CacheSet) -> Result<Tensor> {
+        let hidden = self.hidden(tokens, cache)?;
+        let (batch, count, width) = hidden.dims3()?;
+        self.head
+            .forward(&hidden.narrow(1, count - 1, 1)?.reshape((batch, width))?)
+    }
+
+    /// As [`Model::forward`], with the logits of all positions, `[batch, tokens, vocab]`.
+    ///
+    /// # Errors
+    /// As [`Model::forward`].
+    pub fn forward_all(&self, tokens: &[&[u32]], cache: &mut CacheSet) -> Result<Tensor> {
+        let hidden = self.hidden(tokens, cache)?;
+        let (batch, count, width) = hidden.dims3()?;
+        let logits = self
+            .head
+            .forward(&hidden.reshape((batch * count, width))?)?;
+        Ok(logits.reshape((batch, count, self.head.vocab_size()))?)
+    }
+
+    fn hidden(&self, tokens: &[&[u32]], cache: &mut CacheSet) -> Result<Tensor> {
+        let count = tokens.first().map_or(0, |sequence| sequence.len());
+        if count == 0 || tokens.iter().any(|sequence| sequence.len() != count) {
+            return Err(Error::Windows(
+                "every sequence of a step needs equally many tokens, at least one".into(),
+            ));
+        }
+        let mut x = self.decoder.embed(tokens)?;
+        let step = cache.begin(count)?;
+        let rope = self.decoder.rope(step.position, count)?;
+        for block in &self.blocks {
+            x = block.forward(&x, &rope, &mut Mixer::Cache(cache), &mut NoTap)?;
+        }
+        cache.end()?;
+        Ok(x)
+    }
+}

@@ -1,0 +1,131 @@
+//! Tiny decoders whose weights come from a formula, and the logits that transformers gives them.
+
+use candle_core::Tensor;
+use serde_json::Value;
+use std::path::{Path, PathBuf};
+use tensor_io::{CheckpointWriter, Config, TensorSpec, WriteOptions};
+
+/// A file of `tests/golden`.
+pub(crate) struct Golden(Value);
+
+impl Golden {
+    pub(crate) fn all() -> Vec<(String, Self)> {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
+        let mut files: Vec<PathBuf> = std::fs::read_dir(folder)
+            .unwrap()
+            .map(|e| e.unwrap().path())
+            .collect();
+        files.retain(|path| path.extension().is_some_and(|e| e == "json"));
+        files.sort();
+        let name = |path: &Path| path.file_stem().unwrap().to_str().unwrap().to_string();
+        files
+            .iter()
+            .map(|path| {
+                (
+                    name(path),
+                    Self(serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap()),
+                )
+            })
+            .collect()
+    }
+
+    pub(crate) fn named(name: &str) -> Self {
+        Self::all().into_iter().find(|(n, _)| n == name).unwrap().1
+    }
+
+    pub(crate) fn config(&self) -> Config {
+        Config::new(self.0["config"].as_object().unwrap().clone())
+    }
+
+    pub(crate) fn tokens(&self) -> Vec<u32> {
+        self.0["tokens"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|t| t.as_u64().unwrap() as u32)
+            .collect()
+    }
+
+    pub(crate) fn logits(&self) -> Vec<Vec<f32>> {
+        self.0["logits"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(floats)
+            .collect()
+    }
+
+    pub(crate) fn first_block_last_row(&self) -> Vec<f32> {
+        floats(&self.0["first_block_last_row"])
+    }
+
+    pub(crate) fn mean_nll(&self) -> f64 {
+        self.0["mean_nll"].as_f64().unwrap()
+    }
+
+    /// Writes the model as a checkpoint folder.
+    pub(crate) fn write(&self, dir: &Path) {
+        let tensors: Vec<(String, Vec<usize>)> = self.0["tensors"]
+            .as_object()
+            .unwrap()
+            .iter()
+            .map(|(name, shape)| {
+                (
+                    name.clone(),
+                    shape
+                        .as_array()
+                        .unwrap()
+                        .iter()
+                        .map(|n| n.as_u64().unwrap() as usize)
+                        .collect(),
+                )
+            })
+            .collect();
+        let specs = tensors
+            .iter()
+            .map(|(n, s)| TensorSpec::new(n, candle_core::DType::F32, s.clone()))
+            .collect();
+        let mut writer =
+            CheckpointWriter::create(dir, &self.config(), specs, &WriteOptions::default()).unwrap();
+        for (name, shape) in &tensors {
+            let tensor = Tensor::from_vec(
+                entries(name, shape),
+                shape.as_slice(),
+                &candle_core::Device::Cpu,
+            )
+            .unwrap();
+            writer.write_tensor(name, &tensor).unwrap();
+        }
+        writer.finish().unwrap();
+    }
+}
+
+fn floats(list: &Value) -> Vec<f32> {
+    list.as_array()
+        .unwrap()
+        .iter()
+        .map(|v| v.as_f64().unwrap() as f32)
+        .collect()
+}
+
+/// The formula of `tests/golden/make.py`.
+fn entries(name: &str, shape: &[usize]) -> Vec<f32> {
+    let hash = |h: u64, byte: u8| (h ^ u64::from(byte)).wrapping_mul(0x100000001b3);
+    let mut x = name.bytes().fold(0xcbf29ce484222325, hash);
+    let fan_in = *shape.last().unwrap() as f64;
+    (0..shape.iter().product())
+        .map(|_| {
+            x = x
+                .wrapping_mul(6364136223846793005)
+                .wrapping_add(1442695040888963407);
+            let e = 2.0 * ((x >> 11) as f64 / (1u64 << 53) as f64) - 1.0;
+            let value = match name {
+                n if n.ends_with("norm.weight") => 1.0 + 0.1 * e,
+                n if n.ends_with(".bias") => 0.1 * e,
+                n if n.contains("embed_tokens") => e,
+                _ => e / fan_in.sqrt(),
+            };
+            value as f32
+        })
+        .collect()
+}

@@ -1,0 +1,108 @@
+//! Agreement with transformers on tiny decoders of every supported kind.
+
+mod common;
+
+use candle_core::{DType, Device};
+use causal_lm::{Decoder, Hidden, Model, NoTap, Perplexity, Windows, run_blocks};
+use common::Golden;
+use tensor_io::Checkpoint;
+
+const TOLERANCE: f32 = 2e-5;
+
+fn check(name: &str, found: &[f32], golden: &[f32]) {
+    assert_eq!(found.len(), golden.len());
+    for (i, (found, golden)) in found.iter().zip(golden).enumerate() {
+        assert!(
+            (found - golden).abs() < TOLERANCE,
+            "{name}[{i}]: {found} is not {golden}"
+        );
+    }
+}
+
+/// Calls `test` with each golden model opened from a folder.
+fn for_each(test: impl Fn(&str, &Golden, &Decoder<'_>)) {
+    for (name, golden) in Golden::all() {
+        let dir = tempfile::tempdir().unwrap();
+        let dir = dir.path().join("model");
+        golden.write(&dir);
+        let checkpoint = Checkpoint::open(&dir).unwrap();
+        let decoder = Decoder::new(&checkpoint, DType::F32, &Device::Cpu).unwrap();
+        test(&name, &golden, &decoder);
+    }
+}
+
+#[test]
+fn logits_of_a_prefill_agree_with_transformers() {
+    for_each(|name, golden, decoder| {
+        let model = Model::load(decoder).unwrap();
+        let logits = model
+            .forward_all(&[&golden.tokens()], &mut model.full_cache(1).unwrap())
+            .unwrap();
+        check(
+            name,
+            &logits.flatten_all().unwrap().to_vec1().unwrap(),
+            &golden.logits().concat(),
+        );
+    });
+}
+
+#[test]
+fn logits_of_token_by_token_decoding_agree_with_transformers() {
+    for_each(|name, golden, decoder| {
+        let model = Model::load(decoder).unwrap();
+        let mut cache = model.full_cache(1).unwrap();
+        for (token, row) in golden.tokens().into_iter().zip(golden.logits()) {
+            let logits = model.forward(&[&[token]], &mut cache).unwrap();
+            check(
+                name,
+                &logits.flatten_all().unwrap().to_vec1().unwrap(),
+                &row,
+            );
+        }
+    });
+}
+
+#[test]
+fn hidden_states_and_loss_of_streamed_windows_agree_with_transformers() {
+    for_each(|name, golden, decoder| {
+        let tokens = golden.tokens();
+        let windows = Windows::cut(&tokens, tokens.len(), None).unwrap();
+        let mut hidden = Hidden::embed(decoder, &windows).unwrap();
+        hidden
+            .advance(&decoder.block(0).unwrap(), &mut NoTap)
+            .unwrap();
+        let last = hidden.batches()[0]
+            .get(0)
+            .unwrap()
+            .get(tokens.len() - 1)
+            .unwrap();
+        check(
+            name,
+            &last.to_vec1().unwrap(),
+            &golden.first_block_last_row(),
+        );
+        let perplexity = Perplexity::measure(decoder, &windows, &mut || ()).unwrap();
+        assert!(
+            (perplexity.nll() - golden.mean_nll()).abs() < 1e-5,
+            "{name}"
+        );
+    });
+}
+
+#[test]
+fn windows_in_a_batch_do_not_see_each_other() {
+    for_each(|name, golden, decoder| {
+        let tokens = golden.tokens();
+        let twice = [tokens.clone(), tokens.iter().rev().copied().collect()].concat();
+        let last = |text: &[u32]| -> Vec<Vec<f32>> {
+            let windows = Windows::cut(text, tokens.len(), None).unwrap();
+            let hidden = run_blocks(decoder, &windows, &mut NoTap, &mut || ()).unwrap();
+            hidden.batches()[0]
+                .flatten_from(1)
+                .unwrap()
+                .to_vec2()
+                .unwrap()
+        };
+        check(name, &last(&twice)[0], &last(&tokens)[0]);
+    });
+}
