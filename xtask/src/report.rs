@@ -17,7 +17,7 @@ use tempfile::NamedTempFile;
 use crate::column::Column;
 use crate::machine::Machine;
 use crate::plot::Plot;
-use crate::row::Row;
+use crate::row::{Role, Row};
 use crate::{html, markdown, table};
 
 /// Version of the layout of `report.json`.
@@ -103,9 +103,7 @@ impl Report {
             .into_iter()
             .map(Row::without_non_finite)
             .collect::<Result<_>>()?;
-        section
-            .rows
-            .sort_by_key(|row| row.role != crate::row::Role::Reference);
+        section.rows.sort_by_key(|row| row.role != Role::Reference);
         section.plots.retain_mut(Plot::settle);
         self.sections.push(section);
         Ok(())
@@ -257,6 +255,7 @@ fn beside(dir: &Path) -> std::io::Result<NamedTempFile> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::row::Spread;
 
     fn report(rows: Vec<Row>) -> Report {
         let mut report = Report {
@@ -307,16 +306,24 @@ mod tests {
 
     #[test]
     fn a_number_that_is_not_finite_becomes_absent_with_a_note() {
-        let row = Row {
+        let mut row = Row {
             perplexity: Some(f64::INFINITY),
             nll: Some(900.0),
             ..Row::new("structured", "random")
         };
+        let spread = Spread {
+            runs: 3,
+            min: 9.0,
+            max: f64::INFINITY,
+        };
+        row.spread.insert("perplexity".into(), spread);
         let report = report(vec![row]);
         let row = report.rows().next().unwrap();
         assert_eq!((row.perplexity, row.nll), (None, Some(900.0)));
         assert_eq!(row.notes, ["not a finite number: perplexity"]);
-        assert!(!report.to_json().unwrap().contains("null"));
+        let json = report.to_json().unwrap();
+        assert!(!json.contains("null"));
+        assert_eq!(Report::from_json(&json).unwrap(), report);
     }
 
     #[test]

@@ -186,7 +186,9 @@ impl Row {
     ///
     /// # Errors
     /// None in practice: the row is converted to JSON and back.
-    pub(crate) fn without_non_finite(self) -> Result<Self> {
+    pub(crate) fn without_non_finite(mut self) -> Result<Self> {
+        self.spread
+            .retain(|_, spread| spread.min.is_finite() && spread.max.is_finite());
         let Value::Object(mut fields) = serde_json::to_value(&self).context("row to JSON")? else {
             return Ok(self);
         };

@@ -163,14 +163,23 @@ fn section_text(section: &Section) -> String {
     out
 }
 
-/// Characters that column `i` needs: cells stay whole, headings may break between words. Two more pad it.
+/// Characters that column `i` asks for, padding included: cells stay whole up to a third of the table, headings may
+/// break between words.
 fn width(grid: &Grid, i: usize) -> usize {
     let words = grid.heads[i]
         .title
         .split_whitespace()
         .map(|word| word.chars().count());
     let cells = grid.rows.iter().map(|(_, cells)| cells[i].chars().count());
-    words.chain(cells).max().unwrap_or(0)
+    2 + words
+        .chain(cells)
+        .max()
+        .unwrap_or(0)
+        .min(usize::from(WIDTH) / 3)
+}
+
+fn fits(grid: &Grid, columns: &[usize]) -> bool {
+    columns.iter().map(|i| width(grid, *i)).sum::<usize>() <= usize::from(WIDTH)
 }
 
 /// The columns of `grid` in as many tables below one another as the width calls for, each with the columns that say
@@ -178,11 +187,10 @@ fn width(grid: &Grid, i: usize) -> usize {
 fn blocks(grid: &Grid) -> Vec<Vec<usize>> {
     let (keys, measured): (Vec<usize>, Vec<usize>) =
         (0..grid.heads.len()).partition(|i| grid.heads[*i].key);
-    let total = |columns: &[usize]| columns.iter().map(|i| width(grid, *i) + 2).sum::<usize>();
     let mut blocks = vec![keys.clone()];
     for i in measured {
         let is_full = |block: &Vec<usize>| {
-            block.len() > keys.len() && total(block) + width(grid, i) + 2 > WIDTH.into()
+            block.len() > keys.len() && !fits(grid, &[&block[..], &[i]].concat())
         };
         if blocks.last().is_some_and(is_full) {
             blocks.push(keys.clone());
@@ -208,16 +216,13 @@ fn block_text(grid: &Grid, columns: &[usize]) -> String {
         table.add_row(columns.iter().map(|i| &cells[*i]));
     }
     for (column, i) in table.column_iter_mut().zip(columns) {
-        let numeric = grid.heads[*i].numeric;
-        column.set_cell_alignment(if numeric {
-            CellAlignment::Right
-        } else {
-            CellAlignment::Left
-        });
-        let width = u16::try_from(width(grid, *i) + 2).unwrap_or(WIDTH);
-        column.set_constraint(ColumnConstraint::LowerBoundary(Width::Fixed(
-            width.min(WIDTH / 2),
-        )));
+        if grid.heads[*i].numeric {
+            column.set_cell_alignment(CellAlignment::Right);
+        }
+        if fits(grid, columns) {
+            let width = Width::Fixed(width(grid, *i) as u16);
+            column.set_constraint(ColumnConstraint::LowerBoundary(width));
+        }
     }
     let lines: Vec<String> = table
         .lines()

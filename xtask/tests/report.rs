@@ -7,6 +7,7 @@ use std::fs;
 use std::path::Path;
 
 use serde_json::Value;
+use xtask::column::Column;
 use xtask::report::Report;
 use xtask::row::{Budget, Row, Spread};
 
@@ -168,6 +169,21 @@ fn tables_keep_within_a_hundred_columns_with_the_dense_row_apart() {
         !text.contains("accuracy"),
         "a column that nothing measured is left out"
     );
+}
+
+#[test]
+fn a_name_that_is_too_long_is_broken_and_not_the_table() {
+    let mut report = common::report();
+    report.sections[0].columns.insert(1, Column::Model);
+    for row in &mut report.sections[0].rows {
+        row.model = Some("organisation/".repeat(12));
+    }
+    let text = report.to_text();
+    assert!(
+        text.lines().all(|line| line.chars().count() <= 100),
+        "{text}"
+    );
+    assert!(text.contains("134,515,008"), "{text}");
 }
 
 #[test]

@@ -52,7 +52,7 @@ pub fn run(run: &Run) -> Result<()> {
     } else {
         report.to_text()
     })?;
-    if let Some(dir) = &common.out {
+    if let (Some(dir), false) = (&common.out, common.json) {
         eprintln!("report: {}", dir.join("report.html").display());
     }
     Ok(())

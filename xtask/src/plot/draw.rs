@@ -14,9 +14,13 @@ use super::{Plot, Point};
 
 type Canvas<'a> = DrawingArea<SVGBackend<'a>, Shift>;
 
-/// Size of the drawing in its own units; the page scales it.
-const SIZE: (u32, u32) = (520, 350);
-const TEXT_SIZE: u32 = 16;
+/// Width of the drawing in its own units, which the page scales, and its height below the legend.
+const WIDTH: u32 = 480;
+const HEIGHT: u32 = 300;
+const TEXT_SIZE: u32 = 17;
+const LEGEND_LEFT: i32 = 8;
+const LEGEND_LINE: i32 = 22;
+const SWATCH: i32 = 34;
 
 /// Stand-ins that plotters can draw with, replaced by what a page can set. No other colour is ever drawn.
 const INK: RGBColor = RGBColor(1, 0, 0);
@@ -26,7 +30,7 @@ const SERIES: RGBColor = RGBColor(3, 0, 0);
 const COLORS: u8 = 8;
 
 /// A single dash, longer than any line in the drawing.
-const SOLID: (u32, u32) = (100 * (SIZE.0 + SIZE.1), 0);
+const SOLID: (u32, u32) = (100 * (WIDTH + HEIGHT), 0);
 
 /// The outlines of markers around (0, 0).
 const MARKERS: [&[(i32, i32)]; 5] = [
@@ -83,42 +87,54 @@ fn text() -> TextStyle<'static> {
 }
 
 pub(super) fn svg(plot: &Plot, names: &[String]) -> Result<String> {
+    let number = |i: usize, name: &String| names.iter().position(|n| n == name).unwrap_or(i);
+    let series = plot.series.iter().enumerate();
+    let looks: Vec<Look> = series
+        .map(|(i, s)| Look::of_series(number(i, &s.name), s.control))
+        .collect();
+    let legend = legend(plot, &looks);
+    let height = HEIGHT + legend_height(&legend);
+
     let mut svg = String::new();
-    let canvas = SVGBackend::with_string(&mut svg, SIZE).into_drawing_area();
-    draw(plot, names, &canvas)
+    let canvas = SVGBackend::with_string(&mut svg, (WIDTH, height)).into_drawing_area();
+    draw(plot, &looks, &legend, &canvas)
         .map_err(|e| anyhow!("plot {:?} cannot be drawn: {e}", plot.title))?;
     drop(canvas);
+
     let hex = |RGBColor(r, g, b)| format!("#{r:02X}{g:02X}{b:02X}");
     svg = svg
         .replace(&hex(INK), "currentColor")
         .replace(&hex(GRID), "var(--grid, #8886)");
     for i in 0..COLORS {
-        svg = svg.replace(
-            &hex(RGBColor(SERIES.0, 0, i)),
-            &format!("var(--series-{i}, currentColor)"),
-        );
+        let color = hex(RGBColor(SERIES.0, 0, i));
+        svg = svg.replace(&color, &format!("var(--series-{i}, currentColor)"));
     }
     // The page sets the size; the name space is not needed within HTML, and would be a link to elsewhere.
-    let fixed = format!("width=\"{}\" height=\"{}\" ", SIZE.0, SIZE.1);
+    let fixed = format!("width=\"{WIDTH}\" height=\"{height}\" ");
     let name_space = " xmlns=\"http://www.w3.org/2000/svg\"";
     Ok(svg
         .replacen(&fixed, "", 1)
         .replacen(name_space, " role=\"img\"", 1))
 }
 
-fn draw(plot: &Plot, names: &[String], canvas: &Canvas) -> Result<(), Box<dyn Error>> {
-    let number = |i: usize, name: &String| names.iter().position(|n| n == name).unwrap_or(i);
-    let series = plot.series.iter().enumerate();
-    let looks: Vec<Look> = series
-        .map(|(i, s)| Look::of_series(number(i, &s.name), s.control))
-        .collect();
-    let legend_height = draw_legend(plot, &looks, canvas)?;
-
+fn draw(
+    plot: &Plot,
+    looks: &[Look],
+    legend: &[Entry],
+    canvas: &Canvas,
+) -> Result<(), Box<dyn Error>> {
+    let style = text().pos(Pos::new(HPos::Left, VPos::Center));
+    for &Entry { name, look, x, y } in legend {
+        canvas.draw(&look.line(vec![(x, y), (x + SWATCH, y)]))?;
+        let marker = look.marker.unwrap_or_default();
+        canvas.draw(&(EmptyElement::at((x + SWATCH / 2, y)) + Polygon::new(marker, look.color)))?;
+        canvas.draw(&Text::new(name, (x + SWATCH + 8, y), style.clone()))?;
+    }
     let x = Coordinate::of_settings(plot.xs(), plot.x.scale);
     let y = Coordinate::of_measurements(plot.ys(), plot.y.scale);
     let width = x.range();
     let mut chart = ChartBuilder::on(canvas)
-        .margin_top(legend_height + 8)
+        .margin_top(legend_height(legend) + 8)
         .margin_right(16)
         .x_label_area_size(54)
         .y_label_area_size(70)
@@ -137,12 +153,12 @@ fn draw(plot: &Plot, names: &[String], canvas: &Canvas) -> Result<(), Box<dyn Er
         let ends = vec![(width.start, reference.y), (width.end, reference.y)];
         chart.draw_series([Look::REFERENCE.line(ends)])?;
     }
-    for (series, look) in plot.series.iter().zip(&looks) {
+    for (series, look) in plot.series.iter().zip(looks) {
         chart.draw_series(
             band(&series.points).map(|outline| Polygon::new(outline, look.color.mix(0.18))),
         )?;
     }
-    for (series, look) in plot.series.iter().zip(&looks) {
+    for (series, look) in plot.series.iter().zip(looks) {
         let points: Vec<(f64, f64)> = series.points.iter().map(|p| (p.x, p.y)).collect();
         chart.draw_series([look.line(points.clone())])?;
         let marker = look.marker.unwrap_or_default();
@@ -167,32 +183,43 @@ fn band(points: &[Point]) -> Option<Vec<(f64, f64)>> {
     })
 }
 
-/// Draw the legend above the plot, in as many lines as it needs, and return its height.
-fn draw_legend(plot: &Plot, looks: &[Look], canvas: &Canvas) -> Result<u32, Box<dyn Error>> {
-    const LINE: i32 = 22;
-    const SWATCH: i32 = 34;
-    const LEFT: i32 = 8;
+/// A name in the legend, and where its line begins.
+struct Entry<'a> {
+    name: &'a str,
+    look: Look,
+    x: i32,
+    y: i32,
+}
+
+fn legend_height(legend: &[Entry]) -> u32 {
+    legend
+        .last()
+        .map_or(0, |entry| (entry.y + LEGEND_LINE / 2) as u32)
+}
+
+/// Where the entries of the legend stand above the plot, in as many lines as they need.
+fn legend<'a>(plot: &'a Plot, looks: &[Look]) -> Vec<Entry<'a>> {
     let series = plot
         .series
         .iter()
-        .map(|s| &s.name)
+        .map(|s| s.name.as_str())
         .zip(looks.iter().copied());
-    let reference = plot.reference.iter().map(|r| (&r.name, Look::REFERENCE));
-    let style = text().pos(Pos::new(HPos::Left, VPos::Center));
-    let (mut x, mut y) = (LEFT, LINE / 2);
+    let reference = plot
+        .reference
+        .iter()
+        .map(|r| (r.name.as_str(), Look::REFERENCE));
+    let (mut x, mut y) = (LEGEND_LEFT, LEGEND_LINE / 2);
+    let mut entries = Vec::new();
     for (name, look) in series.chain(reference) {
         // Without a font at hand, a width that few fonts exceed.
-        let width = SWATCH + 8 + name.chars().count() as i32 * TEXT_SIZE as i32 / 2 + 12;
-        if x > LEFT && x + width > SIZE.0 as i32 {
-            (x, y) = (LEFT, y + LINE);
+        let width = SWATCH + 20 + name.chars().count() as i32 * TEXT_SIZE as i32 / 2;
+        if x > LEGEND_LEFT && x + width > WIDTH as i32 {
+            (x, y) = (LEGEND_LEFT, y + LEGEND_LINE);
         }
-        canvas.draw(&look.line(vec![(x, y), (x + SWATCH, y)]))?;
-        let marker = look.marker.unwrap_or_default();
-        canvas.draw(&(EmptyElement::at((x + SWATCH / 2, y)) + Polygon::new(marker, look.color)))?;
-        canvas.draw(&Text::new(name.clone(), (x + SWATCH + 8, y), style.clone()))?;
+        entries.push(Entry { name, look, x, y });
         x += width;
     }
-    Ok((y + LINE / 2) as u32)
+    entries
 }
 
 #[cfg(test)]
