@@ -93,8 +93,8 @@ fn row_value(grid: &Grid, i: usize, (role, cells): &(Role, Vec<String>)) -> Valu
 }
 
 /// The per-layer detail of a row as a table with a column for every name that occurs.
-fn layers(row: &Row) -> Option<Value> {
-    let objects: Vec<_> = row
+fn layers(measured: &Row) -> Option<Value> {
+    let objects: Vec<_> = measured
         .layers
         .iter()
         .filter_map(|layer| layer.as_object())
@@ -105,13 +105,20 @@ fn layers(row: &Row) -> Option<Value> {
             heads.push(name.clone());
         }
     }
+    let is_numeric =
+        |value: Option<&serde_json::Value>| value.is_none_or(serde_json::Value::is_number);
     let cell = |value: Option<&serde_json::Value>| {
-        let numeric = value.is_none_or(serde_json::Value::is_number);
-        context! { text => value.map_or_else(|| format::ABSENT.to_owned(), json), numeric }
+        let text = value.map_or_else(|| format::ABSENT.to_owned(), json);
+        context! { text, numeric => is_numeric(value) }
     };
-    let rows: Vec<Vec<Value>> = objects
-        .iter()
-        .map(|object| heads.iter().map(|name| cell(object.get(name))).collect())
-        .collect();
-    (!rows.is_empty()).then(|| context! { title => row_name(row), heads, rows })
+    let head = |name: &String| {
+        let numeric = objects.iter().all(|object| is_numeric(object.get(name)));
+        context! { title => name.clone(), numeric }
+    };
+    let row = |object: &&serde_json::Map<_, _>| -> Vec<Value> {
+        heads.iter().map(|name| cell(object.get(name))).collect()
+    };
+    let rows: Vec<Vec<Value>> = objects.iter().map(row).collect();
+    let heads: Vec<Value> = heads.iter().map(head).collect();
+    (!rows.is_empty()).then(|| context! { title => row_name(measured), heads, rows })
 }

@@ -10,6 +10,8 @@ mod draw;
 use anyhow::{Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 
+use crate::row::{Role, Row};
+
 /// Spacing of an axis.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -82,6 +84,35 @@ pub struct Series {
     /// Whether this is a control, drawn dashed.
     #[serde(default)]
     pub control: bool,
+}
+
+impl Series {
+    /// A series for each method of `rows`, in the order of their first rows and without the reference, through the
+    /// points where both `x` and `y` were measured. Bands are the spread of the row's `field`, which `y` reads.
+    pub fn by_method(
+        rows: &[Row],
+        x: impl Fn(&Row) -> Option<f64>,
+        field: &str,
+        y: impl Fn(&Row) -> Option<f64>,
+    ) -> Vec<Series> {
+        let mut all: Vec<Series> = Vec::new();
+        for row in rows.iter().filter(|row| row.role != Role::Reference) {
+            let (Some(x), Some(y)) = (x(row), y(row)) else {
+                continue;
+            };
+            let band = row.spread.get(field).map(|spread| (spread.min, spread.max));
+            let point = Point { x, y, band };
+            match all.iter_mut().find(|series| series.name == row.method) {
+                Some(series) => series.points.push(point),
+                None => all.push(Series {
+                    name: row.method.clone(),
+                    points: vec![point],
+                    control: row.role == Role::Control,
+                }),
+            }
+        }
+        all
+    }
 }
 
 /// A horizontal line to compare with, such as the dense model's perplexity.

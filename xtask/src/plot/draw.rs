@@ -333,6 +333,38 @@ mod tests {
     }
 
     #[test]
+    fn rows_become_a_series_for_each_method_without_the_reference() {
+        use crate::row::{DENSE, Row, Spread};
+        let row = |method, ratio, perplexity| Row {
+            ratio,
+            perplexity,
+            ..Row::new("s", method)
+        };
+        let mut random = row("random", Some(0.1), Some(9.0)).control();
+        let spread = Spread {
+            runs: 2,
+            min: 8.0,
+            max: 10.0,
+        };
+        random.spread.insert("perplexity".into(), spread);
+        let rows = [
+            row(DENSE, None, Some(3.0)),
+            row("flap", Some(0.2), Some(5.0)),
+            random,
+            row("flap", Some(0.1), Some(4.0)),
+            row("flap", Some(0.3), None),
+        ];
+        let series = Series::by_method(&rows, |r| r.ratio, "perplexity", |r| r.perplexity);
+        assert_eq!(series.len(), 2);
+        assert_eq!(
+            series[0].points,
+            [Point::from((0.2, 5.0)), Point::from((0.1, 4.0))]
+        );
+        assert_eq!((series[0].control, series[1].control), (false, true));
+        assert_eq!(series[1].points[0].band, Some((8.0, 10.0)));
+    }
+
+    #[test]
     fn a_single_point_can_be_drawn() {
         let mut single = plot();
         single.series.truncate(1);

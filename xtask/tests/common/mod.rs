@@ -3,24 +3,15 @@
 use serde_json::json;
 use xtask::column::Column;
 use xtask::machine::Machine;
-use xtask::plot::{Axis, Plot, Point, Reference, Series};
+use xtask::plot::{Axis, Plot, Reference, Series};
 use xtask::report::{Report, Section};
-use xtask::row::{Budget, DENSE, Row, Spread};
+use xtask::row::{self, DENSE, Row, Spread};
 
 pub(crate) fn report() -> Report {
+    let command = "cargo xtask eval structured --ratio 0.1,0.2,0.3,0.5 --model";
+    let command = command.split(' ').chain(["checkpoints/my model"]);
     let mut report = Report {
-        command: [
-            "cargo",
-            "xtask",
-            "eval",
-            "structured",
-            "--model",
-            "checkpoints/my model",
-            "--ratio",
-            "0.1,0.2,0.3",
-        ]
-        .map(String::from)
-        .to_vec(),
+        command: command.map(String::from).collect(),
         version: "0.1.0+abcdef0".into(),
         machine: Machine {
             cpu: "Example CPU 3000 <8-core>".into(),
@@ -38,20 +29,7 @@ pub(crate) fn report() -> Report {
 }
 
 fn structured() -> Section {
-    const METHODS: [(&str, f64); 9] = [
-        ("flap", 1.0),
-        ("flap-compat", 1.06),
-        ("wanda-sp", 1.4),
-        ("magnitude", 9.0),
-        ("tyr", 0.9),
-        ("structprune", 1.2),
-        ("structprune-softmax", 1.1),
-        ("rd-dp", 0.95),
-        ("random", 4.0),
-    ];
-    const RATIOS: [f64; 4] = [0.1, 0.2, 0.3, 0.5];
     let dense = Row {
-        model: Some("small-lm".into()),
         perplexity: Some(12.3456),
         params: Some(134_515_008),
         bytes: Some(538_060_032),
@@ -60,77 +38,60 @@ fn structured() -> Section {
         peak_rss_bytes: Some(812 << 20),
         ..Row::new("structured", DENSE)
     };
-    let perplexity = |slope: f64, ratio: f64| 12.3456 * (1.0 + slope * (5.0 * ratio).powi(2));
     let mut rows = Vec::new();
-    for (method, slope) in METHODS {
-        for ratio in RATIOS {
-            let row = Row {
-                model: dense.model.clone(),
+    let methods = [
+        ("flap", 1.0),
+        ("flap-compat", 1.06),
+        ("wanda-sp", 1.4),
+        ("magnitude", 9.0),
+        ("tyr", 0.9),
+    ];
+    let more = [
+        ("structprune", 1.2),
+        ("structprune-softmax", 1.1),
+        ("rd-dp", 0.95),
+        ("random", 4.0),
+    ];
+    for (method, slope) in methods.into_iter().chain(more) {
+        for ratio in [0.1, 0.2, 0.3, 0.5] {
+            let perplexity = 12.3456 * (1.0 + 25.0 * slope * ratio * ratio);
+            let mut row = Row {
                 ratio: Some(ratio),
-                perplexity: Some(perplexity(slope, ratio)),
+                perplexity: Some(perplexity),
                 perplexity_dense: dense.perplexity,
-                params: dense
-                    .params
-                    .map(|p| (p as f64 * (1.0 - 0.8 * ratio)) as u64),
-                params_dense: dense.params,
-                bytes: dense.bytes.map(|b| (b as f64 * (1.0 - 0.8 * ratio)) as u64),
+                params: Some((134_515_008.0 * (1.0 - 0.8 * ratio)) as u64),
+                bytes: Some((538_060_032.0 * (1.0 - 0.8 * ratio)) as u64),
                 bytes_dense: dense.bytes,
                 tokens_per_second: Some(812.5 / (1.0 - 0.7 * ratio)),
-                tokens_per_second_dense: dense.tokens_per_second,
                 seconds: 431.7,
                 peak_rss_bytes: Some(1_912_602_624),
                 ..Row::new("structured", method)
             };
+            if method == "random" {
+                let spread = Spread {
+                    runs: 3,
+                    min: 0.8 * perplexity,
+                    max: 1.3 * perplexity,
+                };
+                row.spread.insert("perplexity".into(), spread);
+                row = row.control();
+            }
             rows.push(row);
         }
     }
-    for row in rows.iter_mut().filter(|row| row.method == "random") {
-        let mean = row.perplexity.unwrap();
-        *row = row.clone().control();
-        row.spread.insert(
-            "perplexity".into(),
-            Spread {
-                runs: 3,
-                min: 0.8 * mean,
-                max: 1.3 * mean,
-            },
-        );
-    }
-    rows[0].layers = (0..6)
-        .map(|layer| json!({ "layer": layer, "heads": 9 - layer / 2, "neurons": 1536 - 97 * layer, "score": 0.01234 * (layer + 1) as f64, "kept": "attn+mlp" }))
-        .collect();
+    let layer = |i: usize| json!({ "layer": i, "heads": 9 - i / 2, "score": 0.01234 * (i + 1) as f64, "kept": "attention" });
+    rows[0].layers = (0..6).map(layer).collect();
     rows[1]
         .notes
         .push("two layers were left whole because of --min-groups".into());
-    let series = |value: &dyn Fn(&Row) -> Option<f64>| -> Vec<Series> {
-        let of = |method: &str| {
-            rows.iter()
-                .filter(|row| row.method == method)
-                .filter_map(|row| {
-                    let band = row.spread.get("perplexity").map(|s| (s.min, s.max));
-                    Some(Point {
-                        x: row.ratio?,
-                        y: value(row)?,
-                        band,
-                    })
-                })
-                .collect()
-        };
-        METHODS
-            .iter()
-            .map(|(m, _)| Series {
-                name: (*m).into(),
-                points: of(m),
-                control: *m == "random",
-            })
-            .collect()
-    };
+    rows.push(dense);
+    let x = Axis::linear("pruning ratio (share of prunable parameters)");
     let plots = vec![
         Plot {
             title: "Perplexity by pruning ratio".into(),
-            x: Axis::linear("pruning ratio (share of prunable parameters)"),
+            x: x.clone(),
             y: Axis::log("perplexity"),
-            series: series(&|row| row.perplexity),
+            series: Series::by_method(&rows, |r| r.ratio, "perplexity", |r| r.perplexity),
             reference: Some(Reference {
                 name: DENSE.into(),
                 y: 12.3456,
@@ -138,69 +99,58 @@ fn structured() -> Section {
         },
         Plot {
             title: "Speed by pruning ratio".into(),
-            x: Axis::linear("pruning ratio (share of prunable parameters)"),
+            x,
             y: Axis::linear("prefill (tokens/s)"),
-            series: series(&|row| row.tokens_per_second)[..1].to_vec(),
+            series: Series::by_method(
+                &rows[..4],
+                |r| r.ratio,
+                "tokens_per_second",
+                |r| r.tokens_per_second,
+            ),
             reference: Some(Reference {
                 name: DENSE.into(),
                 y: 812.5,
             }),
         },
     ];
-    rows.push(dense);
-    let section = Section {
+    use Column::*;
+    Section {
         title: "Structured pruning".into(),
         prose: "Attention groups and MLP neurons are removed to the ratio given, after calibration on 128 windows; every method \
                 sees the same windows. Random removes the same number of units, three seeds."
             .into(),
-        columns: vec![
-            Column::Method,
-            Column::Ratio,
-            Column::Perplexity,
-            Column::PerplexityOverDense,
-            Column::Accuracy,
-            Column::Params,
-            Column::BytesOverDense,
-            Column::TokensPerSecond,
-            Column::Seconds,
-            Column::PeakRss,
-        ],
+        columns: vec![Method, Ratio, Perplexity, PerplexityOverDense, Accuracy, Params, BytesOverDense, TokensPerSecond, Seconds, PeakRss],
         rows,
         plots,
         ..Section::default()
-    };
-    section
-        .fact("window", 256)
-        .fact("BOS", "yes, in every window")
-        .fact("windows", 412)
-        .fact("targets", 105_060)
-        .fact("text", "wikitext-2-test.txt")
-        .fact("calibration", "c4-sample.txt")
+    }
+    .fact("window", 256)
+    .fact("BOS", "yes, in every window")
+    .fact("windows", 412)
+    .fact("targets", 105_060)
+    .fact("text", "wikitext-2-test.txt")
+    .fact("calibration", "c4-sample.txt")
 }
 
 fn kv() -> Section {
-    let full = 18_874_368;
+    const FULL: u64 = 18_874_368;
     let mut rows = vec![Row {
-        kv_bytes: Some(full),
+        kv_bytes: Some(FULL),
         perplexity: Some(14.2),
         ..Row::new("kv", DENSE)
     }];
-    let mut series: Vec<Series> = Vec::new();
     for (policy, cost) in [
         ("streaming", 0.9),
         ("h2o", 0.5),
         ("lazy", 0.2),
         ("random", 2.0),
     ] {
-        let mut points = Vec::new();
-        for tokens in [32u64, 64, 128, 256, 512] {
-            let perplexity = 14.2 * (1.0 + cost * 32.0 / tokens as f64);
-            points.push(Point::from((tokens as f64, perplexity)));
+        for tokens in [32, 64, 128, 256, 512] {
             let mut row = Row {
-                budget: Some(Budget::Tokens(tokens)),
-                perplexity: Some(perplexity),
-                kv_bytes: Some(full * tokens / 1024),
-                kv_bytes_full: Some(full),
+                budget: Some(row::Budget::Tokens(tokens)),
+                perplexity: Some(14.2 * (1.0 + cost * 32.0 / tokens as f64)),
+                kv_bytes: Some(FULL * tokens / 1024),
+                kv_bytes_full: Some(FULL),
                 retained_mass: Some(1.0 - cost * 8.0 / tokens as f64),
                 seconds: 12.4,
                 ..Row::new("kv", policy)
@@ -212,38 +162,39 @@ fn kv() -> Section {
                 row
             });
         }
-        series.push(Series {
-            name: policy.into(),
-            points,
-            control: policy == "random",
-        });
     }
+    let tokens = |row: &Row| match row.budget? {
+        row::Budget::Tokens(tokens) => Some(tokens as f64),
+        row::Budget::Share(_) => None,
+    };
+    let plot = Plot {
+        title: "Perplexity by budget".into(),
+        x: Axis::log("budget (tokens)"),
+        y: Axis::linear("perplexity"),
+        series: Series::by_method(&rows, tokens, "perplexity", |r| r.perplexity),
+        reference: Some(Reference {
+            name: "full".into(),
+            y: 14.2,
+        }),
+    };
+    use Column::*;
     Section {
         title: "KV cache under eviction".into(),
         prose:
             "The first quarter of each window is prefilled, the rest decoded one token at a time."
                 .into(),
         columns: vec![
-            Column::Method,
-            Column::Extra("task".into()),
-            Column::Budget,
-            Column::Perplexity,
-            Column::KvBytes,
-            Column::KvOverFull,
-            Column::RetainedMass,
-            Column::Seconds,
+            Method,
+            Extra("task".into()),
+            Budget,
+            Perplexity,
+            KvBytes,
+            KvOverFull,
+            RetainedMass,
+            Seconds,
         ],
         rows,
-        plots: vec![Plot {
-            title: "Perplexity by budget".into(),
-            x: Axis::log("budget (tokens)"),
-            y: Axis::linear("perplexity"),
-            series,
-            reference: Some(Reference {
-                name: "full".into(),
-                y: 14.2,
-            }),
-        }],
+        plots: vec![plot],
         ..Section::default()
     }
 }
