@@ -1,2 +1,5 @@
 //! Evaluation runs and reports.
-fn main() {}
+
+fn main() -> std::process::ExitCode {
+    xtask::main()
+}

@@ -1,0 +1,313 @@
+//! The command line, turned once into a [`Run`]; nothing behind this module looks at flags.
+
+use std::num::NonZeroUsize;
+use std::path::PathBuf;
+
+use anyhow::{Context, Result};
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use crate::eval::{perplexity, structured};
+use crate::progress::Progress;
+
+/// One evaluation, as meant.
+#[derive(Debug)]
+pub struct Run {
+    /// Command line, one argument each, as it goes into the report.
+    pub command: Vec<String>,
+    /// What every suite is told.
+    pub common: Common,
+    /// What is to be measured.
+    pub suite: Suite,
+}
+
+/// The suite with what it alone is told.
+#[derive(Debug)]
+pub enum Suite {
+    /// Every suite on the embedded default model.
+    All,
+    /// Perplexity of a checkpoint.
+    Perplexity(perplexity::Config),
+    /// Structured pruning.
+    Structured(structured::Config),
+}
+
+/// What every suite is told.
+#[derive(Debug, Clone)]
+pub struct Common {
+    /// Window in tokens, where asked for.
+    pub window: Option<usize>,
+    /// Number of windows to evaluate; all where not asked for.
+    pub samples: Option<usize>,
+    /// Seed of everything random.
+    pub seed: u64,
+    /// Threads of the pool; all cores where not asked for.
+    pub threads: Option<usize>,
+    /// Where tensors live.
+    pub device: Device,
+    /// Folder for the report files.
+    pub out: Option<PathBuf>,
+    /// Whether stdout carries the report as JSON and stderr no progress.
+    pub json: bool,
+}
+
+impl Common {
+    /// A progress bar on stderr, or a hidden one where the run is to be quiet.
+    pub fn progress(&self, label: impl Into<String>, total: u64) -> Progress {
+        if self.json {
+            Progress::hidden()
+        } else {
+            Progress::new(label, total)
+        }
+    }
+}
+
+/// Where tensors live.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Device {
+    /// Processor.
+    Cpu,
+    /// NVIDIA GPU; needs the `cuda` feature.
+    Cuda,
+    /// Apple GPU; needs the `metal` feature.
+    Metal,
+}
+
+impl Device {
+    /// Name on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Device::Cpu => "cpu",
+            Device::Cuda => "cuda",
+            Device::Metal => "metal",
+        }
+    }
+
+    /// The first device of this kind.
+    ///
+    /// # Errors
+    /// No such device, or a program built without the feature of the same name.
+    pub fn open(self) -> Result<candle_core::Device> {
+        match self {
+            Device::Cpu => Ok(candle_core::Device::Cpu),
+            Device::Cuda => candle_core::Device::new_cuda(0),
+            Device::Metal => candle_core::Device::new_metal(0),
+        }
+        .with_context(|| {
+            format!(
+                "--device {0} (needs the hardware and a build with --features {0})",
+                self.name()
+            )
+        })
+    }
+}
+
+/// Post-training compression, measured.
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask", version)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Evaluate models before and after compression; without a suite, all of them on the embedded default model
+    Eval(EvalArgs),
+}
+
+#[derive(Args)]
+struct EvalArgs {
+    #[command(flatten)]
+    common: CommonArgs,
+    #[command(subcommand)]
+    suite: Option<SuiteArgs>,
+}
+
+#[derive(Subcommand)]
+enum SuiteArgs {
+    /// Perplexity of a checkpoint on a text
+    Perplexity(PerplexityArgs),
+    /// Structured pruning: quality, size and speed by method and ratio
+    Structured(StructuredArgs),
+}
+
+#[derive(Args)]
+#[command(next_help_heading = "Common options")]
+struct CommonArgs {
+    /// Tokens in a window
+    #[arg(long, global = true, value_name = "N", value_parser = window)]
+    window: Option<usize>,
+    /// Evaluate the first N windows only
+    #[arg(long, global = true, value_name = "N")]
+    samples: Option<NonZeroUsize>,
+    /// Seed of everything random
+    #[arg(long, global = true, value_name = "N", default_value_t = 0)]
+    seed: u64,
+    /// Threads to compute with [default: all cores]
+    #[arg(long, global = true, value_name = "N")]
+    threads: Option<NonZeroUsize>,
+    /// Where to compute
+    #[arg(long, global = true, value_enum, default_value_t = Device::Cpu)]
+    device: Device,
+    /// Folder for report.json, report.md and report.html
+    #[arg(long, global = true, value_name = "DIR")]
+    out: Option<PathBuf>,
+    /// Print the report as JSON on stdout and nothing else there
+    #[arg(long, global = true)]
+    json: bool,
+}
+
+/// Model and text to measure perplexity with.
+#[derive(Args)]
+struct TextArgs {
+    /// Checkpoint folder in Hugging Face layout
+    #[arg(long, value_name = "DIR")]
+    model: PathBuf,
+    /// Text to evaluate on
+    #[arg(long, value_name = "FILE")]
+    text: PathBuf,
+    /// Begin windows with text, not with the tokenizer's BOS token
+    #[arg(long)]
+    no_bos: bool,
+    /// Windows to run at once [default: chosen by window length]
+    #[arg(long, value_name = "N")]
+    batch: Option<NonZeroUsize>,
+}
+
+impl From<TextArgs> for perplexity::Config {
+    fn from(
+        TextArgs {
+            model,
+            text,
+            no_bos,
+            batch,
+        }: TextArgs,
+    ) -> Self {
+        perplexity::Config {
+            model,
+            text,
+            bos: !no_bos,
+            batch: batch.map(NonZeroUsize::get),
+        }
+    }
+}
+
+#[derive(Args)]
+struct PerplexityArgs {
+    #[command(flatten)]
+    text: TextArgs,
+}
+
+#[derive(Args)]
+struct StructuredArgs {
+    #[command(flatten)]
+    text: TextArgs,
+    /// Text to calibrate on
+    #[arg(long, value_name = "FILE")]
+    calib: PathBuf,
+    /// Methods, separated by commas
+    #[arg(
+        long,
+        value_enum,
+        required = true,
+        value_delimiter = ',',
+        value_name = "M[,M..]"
+    )]
+    method: Vec<structured::Method>,
+    /// Shares of the prunable parameters to remove, separated by commas
+    #[arg(long, required = true, value_delimiter = ',', value_name = "R[,R..]", value_parser = ratio)]
+    ratio: Vec<f64>,
+    /// Write the compressed checkpoint to this folder (one method and one ratio)
+    #[arg(long, value_name = "DIR")]
+    save: Option<PathBuf>,
+    /// Make the plan and show it; change and evaluate nothing
+    #[arg(long)]
+    dry_run: bool,
+}
+
+impl From<StructuredArgs> for structured::Config {
+    fn from(
+        StructuredArgs {
+            text,
+            calib,
+            method,
+            ratio,
+            save,
+            dry_run,
+        }: StructuredArgs,
+    ) -> Self {
+        structured::Config {
+            perplexity: text.into(),
+            calib,
+            methods: method,
+            ratios: ratio,
+            save,
+            dry_run,
+        }
+    }
+}
+
+fn window(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(tokens) if tokens >= 2 => Ok(tokens),
+        _ => Err("expected a number of tokens, at least 2 (the first is never a target)".into()),
+    }
+}
+
+fn ratio(text: &str) -> Result<f64, String> {
+    match text.parse() {
+        Ok(share) if (0.0..1.0).contains(&share) => Ok(share),
+        _ => Err("expected a share, at least 0 and below 1".into()),
+    }
+}
+
+/// Read the command line of this process; on wrong usage or a call for help this ends the process as clap does.
+pub(crate) fn parse() -> Run {
+    let Cli {
+        command: Command::Eval(EvalArgs { common, suite }),
+    } = Cli::parse();
+    let words = std::env::args_os()
+        .skip(1)
+        .map(|word| word.to_string_lossy().into_owned());
+    let CommonArgs {
+        window,
+        samples,
+        seed,
+        threads,
+        device,
+        out,
+        json,
+    } = common;
+    Run {
+        command: ["cargo", "xtask"]
+            .map(String::from)
+            .into_iter()
+            .chain(words)
+            .collect(),
+        common: Common {
+            window,
+            samples: samples.map(NonZeroUsize::get),
+            seed,
+            threads: threads.map(NonZeroUsize::get),
+            device,
+            out,
+            json,
+        },
+        suite: match suite {
+            None => Suite::All,
+            Some(SuiteArgs::Perplexity(PerplexityArgs { text })) => Suite::Perplexity(text.into()),
+            Some(SuiteArgs::Structured(args)) => Suite::Structured(args.into()),
+        },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+}

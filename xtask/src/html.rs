@@ -1,0 +1,124 @@
+//! A report as one HTML page that needs nothing but itself: styles inline, plots as inline SVG, no scripts.
+
+use anyhow::{Context, Result};
+use minijinja::{Environment, Value, context};
+
+use crate::column::json;
+use crate::format;
+use crate::report::{Report, Section};
+use crate::row::{Role, Row};
+use crate::table::{Grid, command_line, facts, row_name};
+
+const TEMPLATE: &str = include_str!("report.html.j2");
+
+/// The text of `report.html`.
+///
+/// # Errors
+/// A plot that cannot be drawn.
+pub(crate) fn render(report: &Report) -> Result<String> {
+    let mut env = Environment::new();
+    // The name ends in .html so that the engine escapes what it inserts.
+    env.add_template("report.html", TEMPLATE)
+        .context("report template")?;
+    let mut names: Vec<String> = Vec::new();
+    for series in report
+        .sections
+        .iter()
+        .flat_map(|s| &s.plots)
+        .flat_map(|p| &p.series)
+    {
+        if !names.contains(&series.name) {
+            names.push(series.name.clone());
+        }
+    }
+    let sections = report
+        .sections
+        .iter()
+        .map(|s| section(s, &names))
+        .collect::<Result<Vec<Value>>>()?;
+    let machine = &report.machine;
+    let context = context! {
+        command => report.command.iter().map(|word| command_line(std::slice::from_ref(word))).collect::<Vec<String>>(),
+        about => [
+            ("Processor", format!("{}, {} cores", machine.cpu, machine.cores)),
+            ("Memory", format::bytes(machine.memory_bytes)),
+            ("Device", report.device.clone()),
+            ("Threads", report.threads.to_string()),
+            ("Seed", report.seed.to_string()),
+            ("Version", report.version.clone()),
+        ].map(|(name, value)| context! { name, value }).to_vec(),
+        sections,
+    };
+    env.get_template("report.html")
+        .and_then(|template| template.render(context))
+        .context("report.html")
+}
+
+fn section(section: &Section, names: &[String]) -> Result<Value> {
+    let grid = Grid::new(section);
+    let rows: Vec<Value> = grid
+        .rows
+        .iter()
+        .enumerate()
+        .map(|(i, row)| row_value(&grid, i, row))
+        .collect();
+    let plots = section
+        .plots
+        .iter()
+        .map(|plot| Ok(context! { title => plot.title.clone(), svg => plot.svg(names)? }));
+    Ok(context! {
+        title => section.title.clone(),
+        prose => section.prose.clone(),
+        facts => facts(section).map(|(name, value)| context! { name, value }).collect::<Vec<Value>>(),
+        heads => grid.heads.iter().map(|head| context! { title => head.title.clone(), numeric => head.numeric }).collect::<Vec<Value>>(),
+        rows,
+        notes => grid.notes.clone(),
+        plots => plots.collect::<Result<Vec<Value>>>()?,
+        layers => section.rows.iter().filter_map(layers).collect::<Vec<Value>>(),
+    })
+}
+
+fn row_value(grid: &Grid, i: usize, (role, cells): &(Role, Vec<String>)) -> Value {
+    let cells: Vec<Value> = cells
+        .iter()
+        .zip(&grid.heads)
+        .map(|(text, head)| context! { text => text.clone(), numeric => head.numeric })
+        .collect();
+    let class = match role {
+        Role::Reference => "reference",
+        Role::Control => "control",
+        Role::Method => "",
+    };
+    context! { class, apart => grid.is_apart(i), cells }
+}
+
+/// The per-layer detail of a row as a table with a column for every name that occurs.
+fn layers(measured: &Row) -> Option<Value> {
+    let objects: Vec<_> = measured
+        .layers
+        .iter()
+        .filter_map(|layer| layer.as_object())
+        .collect();
+    let mut heads: Vec<String> = Vec::new();
+    for name in objects.iter().flat_map(|object| object.keys()) {
+        if !heads.contains(name) {
+            heads.push(name.clone());
+        }
+    }
+    let is_numeric =
+        |value: Option<&serde_json::Value>| value.is_none_or(serde_json::Value::is_number);
+    let cell = |value: Option<&serde_json::Value>| {
+        let text = value.map_or_else(|| format::ABSENT.to_owned(), json);
+        context! { text, numeric => is_numeric(value) }
+    };
+    let head = |name: &String| {
+        let numeric = objects.iter().all(|object| is_numeric(object.get(name)));
+        context! { title => name.clone(), numeric }
+    };
+    let row = |object: &&serde_json::Map<_, _>| -> Vec<Value> {
+        heads.iter().map(|name| cell(object.get(name))).collect()
+    };
+    let rows: Vec<Vec<Value>> = objects.iter().map(row).collect();
+    let heads: Vec<Value> = heads.iter().map(head).collect();
+    (!rows.is_empty()).then(|| context! { title => row_name(measured), heads, rows })
+}

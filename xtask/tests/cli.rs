@@ -1,0 +1,114 @@
+//! The command line as scripts see it: exit codes, stdout and stderr.
+
+use std::process::{Command, Output};
+
+fn xtask(args: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_xtask"))
+        .args(args)
+        .output()
+        .unwrap()
+}
+
+fn assert_usage(args: &[&str], names: &str) {
+    let output = xtask(args);
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(2), "{args:?}: {stderr}");
+    assert!(stderr.contains(names), "{args:?}: {stderr}");
+    assert!(output.stdout.is_empty());
+}
+
+#[test]
+fn wrong_usage_ends_with_2_and_names_what_is_wrong() {
+    let structured = [
+        "eval",
+        "structured",
+        "--model",
+        "m",
+        "--text",
+        "t",
+        "--calib",
+        "c",
+    ];
+    let with = |more: &[&'static str]| [&structured[..], more].concat();
+    assert_usage(&[], "Usage");
+    assert_usage(&["eval", "nonsense"], "nonsense");
+    assert_usage(&["eval", "perplexity", "--text", "t"], "--model");
+    assert_usage(
+        &[
+            "eval",
+            "perplexity",
+            "--model",
+            "m",
+            "--text",
+            "t",
+            "--window",
+            "1",
+        ],
+        "--window",
+    );
+    assert_usage(
+        &[
+            "eval",
+            "perplexity",
+            "--model",
+            "m",
+            "--text",
+            "t",
+            "--threads",
+            "0",
+        ],
+        "--threads",
+    );
+    assert_usage(&with(&["--ratio", "0.1"]), "--method");
+    assert_usage(&with(&["--method", "flap"]), "--ratio");
+    assert_usage(&with(&["--method", "flap,flop", "--ratio", "0.1"]), "flop");
+    assert_usage(&with(&["--method", "flap", "--ratio", "0.1,1.0"]), "1.0");
+    assert_usage(&with(&["--method", "flap", "--ratio", "NaN"]), "NaN");
+}
+
+#[test]
+fn every_method_of_the_contract_has_its_name() {
+    let help = String::from_utf8(xtask(&["eval", "structured", "--help"]).stdout).unwrap();
+    for name in [
+        "flap",
+        "flap-compat",
+        "wanda-sp",
+        "magnitude",
+        "random",
+        "tyr",
+        "structprune",
+        "structprune-softmax",
+        "rd-dp",
+    ] {
+        assert!(
+            help.split(|c: char| !c.is_alphanumeric() && c != '-')
+                .any(|word| word == name),
+            "{name}: {help}"
+        );
+    }
+}
+
+#[test]
+fn a_failed_run_ends_with_1_and_one_line_that_names_the_cause() {
+    let taken = tempfile::NamedTempFile::new().unwrap();
+    let out = taken.path().to_str().unwrap();
+    let output = xtask(&[
+        "eval",
+        "perplexity",
+        "--model",
+        "m",
+        "--text",
+        "t",
+        "--json",
+        "--out",
+        out,
+    ]);
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{stderr}");
+    assert_eq!(stderr.lines().count(), 1, "{stderr}");
+    assert!(
+        stderr.starts_with("error: --out: ") && stderr.contains(out),
+        "{stderr}"
+    );
+    assert!(output.stdout.is_empty());
+}
