@@ -4,7 +4,12 @@ use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};
+use clap::builder::PossibleValuesParser;
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use prune_structured::{
+    Allocation, AttentionUnit, Compensation, DEFAULT_RIDGE, Form, Recipe, Score,
+};
+use tensor_io::WriteOptions;
 
 use crate::eval::{perplexity, structured};
 use crate::progress::Progress;
@@ -169,9 +174,6 @@ struct TextArgs {
     /// Begin windows with text, not with the tokenizer's BOS token
     #[arg(long)]
     no_bos: bool,
-    /// Windows to run at once [default: chosen by window length]
-    #[arg(long, value_name = "N")]
-    batch: Option<NonZeroUsize>,
 }
 
 impl From<TextArgs> for perplexity::Config {
@@ -180,14 +182,12 @@ impl From<TextArgs> for perplexity::Config {
             model,
             text,
             no_bos,
-            batch,
         }: TextArgs,
     ) -> Self {
         perplexity::Config {
             model,
             text,
             bos: !no_bos,
-            batch: batch.map(NonZeroUsize::get),
         }
     }
 }
@@ -202,47 +202,168 @@ struct PerplexityArgs {
 struct StructuredArgs {
     #[command(flatten)]
     text: TextArgs,
-    /// Text to calibrate on
+    /// Text to calibrate on, another one than --text
     #[arg(long, value_name = "FILE")]
     calib: PathBuf,
+    /// Windows to calibrate on, drawn from the text with --seed
+    #[arg(long, value_name = "N", default_value = "128")]
+    calib_samples: NonZeroUsize,
     /// Methods, separated by commas
-    #[arg(
-        long,
-        value_enum,
-        required = true,
-        value_delimiter = ',',
-        value_name = "M[,M..]"
-    )]
-    method: Vec<structured::Method>,
+    #[arg(long, required = true, value_delimiter = ',', value_name = "M[,M..]", value_parser = PossibleValuesParser::new(Recipe::NAMES))]
+    method: Vec<String>,
     /// Shares of the prunable parameters to remove, separated by commas
     #[arg(long, required = true, value_delimiter = ',', value_name = "R[,R..]", value_parser = ratio)]
     ratio: Vec<f64>,
-    /// Write the compressed checkpoint to this folder (one method and one ratio)
+    /// Write the compressed checkpoint to this folder; of several, each to a folder METHOD-RATIO in it
     #[arg(long, value_name = "DIR")]
     save: Option<PathBuf>,
-    /// Make the plan and show it; change and evaluate nothing
+    /// Replace what is at --save
+    #[arg(long)]
+    overwrite: bool,
+    /// Largest shard in bytes
+    #[arg(long, value_name = "N", default_value = "5000000000")]
+    max_shard_bytes: u64,
+    /// Keep the dense shapes and write zeros for what is removed
+    #[arg(long)]
+    masked: bool,
+    /// Make the plans and show them; write and evaluate nothing
     #[arg(long)]
     dry_run: bool,
+    #[command(flatten)]
+    change: RecipeArgs,
 }
 
-impl From<StructuredArgs> for structured::Config {
-    fn from(
-        StructuredArgs {
-            text,
-            calib,
-            method,
-            ratio,
-            save,
-            dry_run,
-        }: StructuredArgs,
-    ) -> Self {
+/// Changes to every method of the run.
+#[derive(Args)]
+#[command(next_help_heading = "Changes to the methods")]
+struct RecipeArgs {
+    /// Score of units [default: the method's]
+    #[arg(long, value_enum)]
+    score: Option<ScoreArg>,
+    /// How the budget is spread over layers [default: the method's]
+    #[arg(long, value_enum)]
+    allocation: Option<AllocationArg>,
+    /// What makes up for removed units [default: the method's; flap: bias where the architecture can store one]
+    #[arg(long, value_enum)]
+    compensate: Option<CompensateArg>,
+    /// Damping of least squares, relative to the mean diagonal
+    #[arg(long, value_name = "X", default_value_t = DEFAULT_RIDGE)]
+    ridge: f64,
+    /// Unit of attention [default: KV groups where there are at least 4, else query heads]
+    #[arg(long, value_enum)]
+    attention_unit: Option<AttentionUnitArg>,
+    /// KV groups, or query heads of each group, that every layer keeps [default: 1; flap-compat: 0]
+    #[arg(long, value_name = "N")]
+    min_attention: Option<usize>,
+    /// Neurons that every layer keeps [default: 1; flap-compat: 0]
+    #[arg(long, value_name = "N")]
+    min_neurons: Option<usize>,
+    /// Keep the number of neurons a multiple of this
+    #[arg(long, value_name = "N")]
+    align: Option<usize>,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum ScoreArg {
+    Wifv,
+    Ifv,
+    Wifn,
+    WandaSp,
+    Magnitude,
+    Random,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum AllocationArg {
+    AlAm,
+    AlMm,
+    UlMm,
+    UlUm,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum CompensateArg {
+    None,
+    Bias,
+    LeastSquares,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum AttentionUnitArg {
+    KvGroup,
+    QueryHead,
+}
+
+impl RecipeArgs {
+    fn apply(&self, recipe: &mut Recipe, seed: u64) {
+        if let Some(score) = self.score {
+            recipe.score = match score {
+                ScoreArg::Wifv => Score::Wifv,
+                ScoreArg::Ifv => Score::Ifv,
+                ScoreArg::Wifn => Score::Wifn,
+                ScoreArg::WandaSp => Score::WandaSp,
+                ScoreArg::Magnitude => Score::Magnitude,
+                ScoreArg::Random => Score::Random { seed },
+            };
+        }
+        if let Some(allocation) = self.allocation {
+            recipe.allocation = match allocation {
+                AllocationArg::AlAm => Allocation::AlAm,
+                AllocationArg::AlMm => Allocation::AlMm,
+                AllocationArg::UlMm => Allocation::UlMm,
+                AllocationArg::UlUm => Allocation::UlUm,
+            };
+        }
+        if let Some(compensate) = self.compensate {
+            recipe.compensation = Some(match compensate {
+                CompensateArg::None => Compensation::None,
+                CompensateArg::Bias => Compensation::Bias,
+                CompensateArg::LeastSquares => Compensation::LeastSquares { ridge: self.ridge },
+            });
+        }
+        if let Some(unit) = self.attention_unit {
+            recipe.shape.attention_unit = Some(match unit {
+                AttentionUnitArg::KvGroup => AttentionUnit::KvGroup,
+                AttentionUnitArg::QueryHead => AttentionUnit::QueryHead,
+            });
+        }
+        let shape = &mut recipe.shape;
+        shape.min_attention = self.min_attention.unwrap_or(shape.min_attention);
+        shape.min_neurons = self.min_neurons.unwrap_or(shape.min_neurons);
+        shape.align_neurons = self.align.unwrap_or(shape.align_neurons);
+    }
+}
+
+impl StructuredArgs {
+    fn config(self, seed: u64) -> structured::Config {
+        let recipes = self
+            .method
+            .iter()
+            .map(|name| {
+                // clap has admitted no other name.
+                let mut recipe =
+                    Recipe::named(name, seed).expect("the parser knows the same names");
+                self.change.apply(&mut recipe, seed);
+                recipe
+            })
+            .collect();
         structured::Config {
-            perplexity: text.into(),
-            calib,
-            methods: method,
-            ratios: ratio,
-            save,
-            dry_run,
+            perplexity: self.text.into(),
+            calib: self.calib,
+            calib_samples: self.calib_samples.get(),
+            recipes,
+            ratios: self.ratio,
+            save: self.save,
+            form: if self.masked {
+                Form::Masked
+            } else {
+                Form::Sliced
+            },
+            write: WriteOptions {
+                overwrite: self.overwrite,
+                max_shard_bytes: self.max_shard_bytes,
+            },
+            dry_run: self.dry_run,
         }
     }
 }
@@ -296,7 +417,7 @@ pub(crate) fn parse() -> Run {
         suite: match suite {
             None => Suite::All,
             Some(SuiteArgs::Perplexity(PerplexityArgs { text })) => Suite::Perplexity(text.into()),
-            Some(SuiteArgs::Structured(args)) => Suite::Structured(args.into()),
+            Some(SuiteArgs::Structured(args)) => Suite::Structured(args.config(seed)),
         },
     }
 }

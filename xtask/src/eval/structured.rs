@@ -1,13 +1,26 @@
 //! Structured pruning: quality, size and speed by method and ratio.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use anyhow::{Result, bail};
-use clap::ValueEnum;
+use anyhow::{Context, Result};
+use causal_lm::{Decoder, Perplexity, Windows};
+use prune_structured::stats::GramStore;
+use prune_structured::{Calibration, Collect, Compensation, Cost, Form, Loading, Plan, Recipe};
+use serde_json::json;
+use tempfile::TempDir;
+use tensor_io::{Checkpoint, WriteOptions};
 
-use super::perplexity;
+use super::perplexity::{self, Protocol, file_name};
 use crate::cli::Common;
+use crate::column::Column;
+use crate::machine::Stopwatch;
+use crate::plot::{Axis, Plot, Reference, Series};
+use crate::progress::Progress;
 use crate::report::Section;
+use crate::row::{DENSE, Row, Spread};
+
+/// Seeds of the random control.
+const RANDOM_DRAWS: u64 = 3;
 
 /// What to prune and measure.
 #[derive(Debug, Clone)]
@@ -16,43 +29,369 @@ pub struct Config {
     pub perplexity: perplexity::Config,
     /// Text to calibrate on.
     pub calib: PathBuf,
-    /// Methods.
-    pub methods: Vec<Method>,
+    /// Windows to calibrate on.
+    pub calib_samples: usize,
+    /// Methods, each in its own variants.
+    pub recipes: Vec<Recipe>,
     /// Shares of the prunable parameters to remove, each at least 0 and below 1.
     pub ratios: Vec<f64>,
-    /// Folder for the compressed checkpoint.
+    /// Folder for the compressed checkpoints.
     pub save: Option<PathBuf>,
-    /// Whether to stop at the plan.
+    /// Shapes to write.
+    pub form: Form,
+    /// How checkpoints are written.
+    pub write: WriteOptions,
+    /// Whether to stop at the plans.
     pub dry_run: bool,
-}
-
-/// A method by its name on the command line.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum Method {
-    /// FLAP
-    Flap,
-    /// FLAP as its reference code computes it
-    FlapCompat,
-    /// Structured Wanda
-    WandaSp,
-    /// Weight norms
-    Magnitude,
-    /// Random selection, the control
-    Random,
-    /// Týr
-    Tyr,
-    /// StructPrune
-    Structprune,
-    /// StructPrune with softmax allocation
-    StructpruneSoftmax,
-    /// Rate-distortion allocation by dynamic programming
-    RdDp,
 }
 
 /// Prune at every method and ratio and measure each.
 ///
 /// # Errors
 /// A model or text that cannot be read or run.
-pub fn run(_: &Common, _: &Config) -> Result<Vec<Section>> {
-    bail!("eval structured is not built yet")
+pub fn run(common: &Common, config: &Config) -> Result<Vec<Section>> {
+    let same = std::fs::canonicalize(&config.calib).ok()
+        == std::fs::canonicalize(&config.perplexity.text).ok();
+    anyhow::ensure!(
+        !same,
+        "--calib and --text are both {}: a model calibrated on its evaluation text looks better than it is",
+        config.calib.display()
+    );
+    let checkpoint = Checkpoint::open(&config.perplexity.model)?;
+    let decoder = perplexity::open(common, &checkpoint)?;
+    let protocol = Protocol::new(common, &config.perplexity, &decoder)?;
+    let evaluation = protocol.evaluation(common, &config.perplexity.text)?;
+    let calibration = protocol
+        .windows(&config.calib)?
+        .sample(config.calib_samples, common.seed);
+
+    // Dense models of any size are pruned, so scratch space is on disk, not in memory.
+    let scratch = TempDir::with_prefix("structured-").context("scratch folder")?;
+    let cells = Cells {
+        common,
+        config,
+        decoder: &decoder,
+        evaluation: &evaluation,
+        scratch: scratch.path(),
+    };
+    let layers = decoder.config().layers() as u64;
+    let bar = common.progress("calibration", layers);
+    let calibrated = cells.calibrate(&calibration, &bar)?;
+    bar.finish();
+
+    let mut rows = Vec::new();
+    if !config.dry_run {
+        let bar = common.progress(DENSE, Perplexity::steps(&decoder, &evaluation) as u64);
+        let mut row = Row::new("structured", DENSE);
+        perplexity::measure(&decoder, &evaluation, &mut row, &bar)?;
+        rows.push(row);
+        bar.finish();
+    }
+    let bar = common.progress(
+        "pruning",
+        (config.recipes.len() * config.ratios.len()) as u64,
+    );
+    for recipe in &config.recipes {
+        for &ratio in &config.ratios {
+            bar.set_label(format!("{} at {ratio}", recipe.name));
+            let row = cells
+                .measure(&calibrated, recipe, ratio, &bar)
+                .with_context(|| format!("{} at ratio {ratio}", recipe.name))?;
+            rows.push(row);
+            bar.inc(1);
+        }
+    }
+    bar.finish();
+    compare_with_dense(&mut rows, &decoder, &file_name(&config.perplexity.model));
+    Ok(vec![
+        protocol
+            .facts(section(config, rows), &config.perplexity.text, &evaluation)
+            .fact("calibration text", file_name(&config.calib))
+            .fact("calibration windows", calibration.count()),
+    ])
+}
+
+/// What all cells of the table share.
+struct Cells<'a> {
+    common: &'a Common,
+    config: &'a Config,
+    decoder: &'a Decoder<'a>,
+    evaluation: &'a Windows,
+    scratch: &'a Path,
+}
+
+impl Cells<'_> {
+    /// One pass that collects what any of the methods reads.
+    fn calibrate(&self, windows: &Windows, bar: &Progress) -> Result<Calibration> {
+        let recipes = &self.config.recipes;
+        let refits = recipes.iter().any(|recipe| {
+            let compensation = recipe
+                .compensation
+                .unwrap_or_else(|| Compensation::suggested(self.decoder));
+            matches!(compensation, Compensation::LeastSquares { .. })
+        });
+        let collect = Collect {
+            fluctuation: recipes
+                .iter()
+                .any(|recipe| recipe.score == prune_structured::Score::FlapCompat),
+            gram: (refits && !self.config.dry_run).then(|| GramStore::new(self.scratch)),
+        };
+        Ok(Calibration::run(
+            self.decoder,
+            windows,
+            &collect,
+            &mut || bar.inc(1),
+        )?)
+    }
+
+    /// One row: a method at one ratio, over several draws where it is random.
+    fn measure(
+        &self,
+        calibration: &Calibration,
+        recipe: &Recipe,
+        ratio: f64,
+        bar: &Progress,
+    ) -> Result<Row> {
+        let draws: Vec<Recipe> = match recipe.score {
+            prune_structured::Score::Random { seed } => (seed..seed + RANDOM_DRAWS)
+                .map(|seed| Recipe {
+                    score: prune_structured::Score::Random { seed },
+                    ..recipe.clone()
+                })
+                .collect(),
+            _ => vec![recipe.clone()],
+        };
+        let rows = draws
+            .iter()
+            .map(|draw| self.measure_one(calibration, draw, ratio, bar))
+            .collect::<Result<Vec<Row>>>()?;
+        Ok(mean_over_draws(rows))
+    }
+
+    fn measure_one(
+        &self,
+        calibration: &Calibration,
+        recipe: &Recipe,
+        ratio: f64,
+        bar: &Progress,
+    ) -> Result<Row> {
+        let watch = Stopwatch::start();
+        let plan = Plan::make(self.decoder, calibration, recipe, ratio)?;
+        let cost = Cost::of(self.decoder, &plan)?;
+        let mut row = Row {
+            ratio: Some(ratio),
+            params: Some(cost.total_after().parameters),
+            bytes: Some(cost.total_after().bytes),
+            layers: layers(&plan, &cost),
+            ..Row::new("structured", &recipe.name)
+        };
+        if is_control(recipe) {
+            row = row.control();
+        }
+        let removable: u64 = cost.before.iter().map(|block| block.parameters).sum();
+        let left: u64 = cost.after.iter().map(|block| block.parameters).sum();
+        row.extra.insert(
+            "removed".into(),
+            json!(1.0 - left as f64 / removable as f64),
+        );
+        row.extra.insert(
+            "flops_per_token".into(),
+            json!(cost.total_after().flops_per_token),
+        );
+        row.extra.insert(
+            "flops_per_token_dense".into(),
+            json!(cost.total_before().flops_per_token),
+        );
+        row.extra.insert(
+            "compensation".into(),
+            json!(compensation_name(plan.compensation)),
+        );
+        row.extra.insert(
+            "loads_in".into(),
+            json!(match Loading::of(self.decoder, &plan, self.config.form) {
+                Loading::Stock => "stock",
+                Loading::PerLayer => "loader",
+            }),
+        );
+        if self.config.dry_run {
+            watch.stop(&mut row);
+            return Ok(row);
+        }
+        let folder = self.folder(recipe, ratio);
+        let outputs = self.decoder.checkpoint().names().count() as u64;
+        let writing = bar.nested("writing", outputs);
+        let written = prune_structured::write(
+            self.decoder,
+            &plan,
+            Some(calibration),
+            self.config.form,
+            &folder,
+            &self.config.write,
+            &mut || writing.inc(1),
+        )?;
+        writing.finish();
+        watch.stop(&mut row);
+        let pruning = (row.seconds, row.peak_rss_bytes);
+
+        let checkpoint = Checkpoint::open(&folder)?;
+        let pruned = perplexity::open(self.common, &checkpoint)?;
+        let steps = bar.nested(
+            "perplexity",
+            Perplexity::steps(&pruned, self.evaluation) as u64,
+        );
+        perplexity::measure(&pruned, self.evaluation, &mut row, &steps)?;
+        steps.finish();
+        anyhow::ensure!(
+            (Some(written.parameters), Some(written.bytes)) == (row.params, row.bytes),
+            "{}: the shards hold other parameters than the plan counts",
+            folder.display()
+        );
+        // The row's time and memory are those of making the smaller model; its speed is that of
+        // running it.
+        (row.seconds, row.peak_rss_bytes) = pruning;
+        if self.config.save.is_none() {
+            std::fs::remove_dir_all(&folder).with_context(|| folder.display().to_string())?;
+        }
+        Ok(row)
+    }
+
+    /// `--save` itself for a single checkpoint, a folder of its own for each of several.
+    fn folder(&self, recipe: &Recipe, ratio: f64) -> PathBuf {
+        let cell = match recipe.score {
+            prune_structured::Score::Random { seed } => {
+                format!("{}-{ratio}-seed{seed}", recipe.name)
+            }
+            _ => format!("{}-{ratio}", recipe.name),
+        };
+        let single = self.config.recipes.len() * self.config.ratios.len() == 1
+            && !matches!(recipe.score, prune_structured::Score::Random { .. });
+        match &self.config.save {
+            Some(save) if single => save.clone(),
+            Some(save) => save.join(cell),
+            None => self.scratch.join(cell),
+        }
+    }
+}
+
+/// Whether a recipe is there to be compared with.
+fn is_control(recipe: &Recipe) -> bool {
+    use prune_structured::Score::{Magnitude, Random, WandaSp};
+    matches!(recipe.score, Random { .. } | Magnitude | WandaSp)
+}
+
+fn compensation_name(compensation: Compensation) -> &'static str {
+    match compensation {
+        Compensation::None => "none",
+        Compensation::Bias => "bias",
+        Compensation::LeastSquares { .. } => "least squares",
+    }
+}
+
+/// Widths and costs of each block.
+fn layers(plan: &Plan, cost: &Cost) -> Vec<serde_json::Value> {
+    plan.widths()
+        .iter()
+        .zip(cost.before.iter().zip(&cost.after))
+        .enumerate()
+        .map(|(layer, (widths, (before, after)))| {
+            json!({
+                "layer": layer,
+                "heads": widths.heads,
+                "kv_heads": widths.kv_heads,
+                "neurons": widths.neurons,
+                "params": after.parameters,
+                "params_dense": before.parameters,
+                "bytes": after.bytes,
+                "bytes_dense": before.bytes,
+                "flops_per_token": after.flops_per_token,
+                "flops_per_token_dense": before.flops_per_token,
+            })
+        })
+        .collect()
+}
+
+/// The mean of repeated rows, with the spread of what differs.
+fn mean_over_draws(mut rows: Vec<Row>) -> Row {
+    let runs = rows.len();
+    let mut mean = rows.swap_remove(0);
+    if runs == 1 {
+        return mean;
+    }
+    rows.insert(0, mean.clone());
+    let mut average = |name: &str, value: fn(&Row) -> Option<f64>| -> Option<f64> {
+        let values: Vec<f64> = rows.iter().filter_map(value).collect();
+        if values.len() < runs {
+            return None;
+        }
+        let min = values.iter().copied().fold(f64::INFINITY, f64::min);
+        let max = values.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        mean.spread.insert(name.into(), Spread { runs, min, max });
+        Some(values.iter().sum::<f64>() / runs as f64)
+    };
+    let (perplexity, nll) = (
+        average("perplexity", |r| r.perplexity),
+        average("nll", |r| r.nll),
+    );
+    let speed = average("tokens_per_second", |r| r.tokens_per_second);
+    (mean.perplexity, mean.nll, mean.tokens_per_second) = (perplexity, nll, speed);
+    mean.seconds = rows.iter().map(|r| r.seconds).sum();
+    mean.layers.clear();
+    mean
+}
+
+fn compare_with_dense(rows: &mut [Row], decoder: &Decoder<'_>, model: &str) {
+    let dense = rows.iter().find(|row| row.method == DENSE).cloned();
+    for row in rows {
+        row.model = Some(model.into());
+        row.params_dense = Some(decoder.checkpoint().parameters());
+        row.bytes_dense = Some(decoder.checkpoint().total_bytes());
+        if let Some(dense) = &dense {
+            row.perplexity_dense = dense.perplexity;
+            row.tokens_per_second_dense = dense.tokens_per_second;
+        }
+    }
+}
+
+fn section(config: &Config, rows: Vec<Row>) -> Section {
+    let dense = rows
+        .iter()
+        .find(|row| row.method == DENSE)
+        .and_then(|row| row.perplexity);
+    let plot = Plot {
+        title: "Perplexity over ratio".into(),
+        x: Axis::linear("ratio of prunable parameters removed"),
+        y: Axis::log("perplexity"),
+        series: Series::by_method(&rows, |row| row.ratio, "perplexity", |row| row.perplexity),
+        reference: dense.map(|y| Reference {
+            name: DENSE.into(),
+            y,
+        }),
+    };
+    let prose = if config.dry_run {
+        "Plans only: nothing was written or measured. A ratio counts the parameters of the blocks' linears."
+    } else {
+        "Each row is a smaller checkpoint, written, opened again and measured on text that calibration never saw. \
+         A ratio counts the parameters of the blocks' linears; embeddings, head and norms stay. Controls remove the \
+         same share of every layer and compensate nothing; random is the mean of three draws with its range. Time and \
+         memory are those of planning and writing, speed is that of running the result."
+    };
+    Section {
+        title: "Structured pruning".into(),
+        prose: prose.into(),
+        columns: vec![
+            Column::Method,
+            Column::Ratio,
+            Column::Perplexity,
+            Column::PerplexityOverDense,
+            Column::ParamsOverDense,
+            Column::Bytes,
+            Column::Speedup,
+            Column::Seconds,
+            Column::PeakRss,
+            Column::Extra("loads_in".into()),
+        ],
+        plots: if config.dry_run { vec![] } else { vec![plot] },
+        rows,
+        ..Section::default()
+    }
 }
