@@ -87,10 +87,15 @@ pub struct Block {
     pub input_norm: RmsNorm,
     /// Attention, unless the block has none.
     pub attention: Option<Attention>,
+    /// What a block without attention adds to every token, `[hidden]`: the bias of an o_proj whose
+    /// weight is gone.
+    pub attention_constant: Option<Tensor>,
     /// Norm before the MLP.
     pub post_norm: RmsNorm,
     /// MLP, unless the block has none.
     pub mlp: Option<Mlp>,
+    /// What a block without an MLP adds to every token, `[hidden]`.
+    pub mlp_constant: Option<Tensor>,
 }
 
 /// cos and sin of the positions of a step, each `[tokens, head_dim / 2]`.
@@ -127,6 +132,8 @@ impl Block {
             let heads = attention.mix(&input, (batch, tokens), self.layer, rope, mixer)?;
             observe(Site::O, &heads)?;
             x = (x + attention.o.forward(&heads)?)?;
+        } else if let Some(constant) = &self.attention_constant {
+            x = x.broadcast_add(constant)?;
         }
         if let Some(mlp) = &self.mlp {
             let input = self.post_norm.forward(&x)?;
@@ -134,6 +141,8 @@ impl Block {
             let neurons = silu_mul(&mlp.gate.forward(&input)?, &mlp.up.forward(&input)?)?;
             observe(Site::Down, &neurons)?;
             x = (x + mlp.down.forward(&neurons)?)?;
+        } else if let Some(constant) = &self.mlp_constant {
+            x = x.broadcast_add(constant)?;
         }
         Ok(x.reshape((batch, tokens, hidden))?)
     }

@@ -120,14 +120,19 @@ impl<'a> Decoder<'a> {
                 }
             }
             for name in LinearName::ALL {
+                let bias = name.bias(layer);
                 let Some(shape) = self.linear_shape(layer, name) else {
+                    // Of an output projection without inputs the bias may stay.
+                    if name.is_output() && self.checkpoint.contains(&bias) {
+                        expected.push((bias, vec![hidden]));
+                    }
                     continue;
                 };
                 expected.push((name.weight(layer), shape.to_vec()));
                 // A bias that the config does not announce is read where the file has one: that is
                 // how bias-compensated models of architectures without a slot are stored.
-                if self.has_bias(name) || self.checkpoint.contains(&name.bias(layer)) {
-                    expected.push((name.bias(layer), vec![shape[0]]));
+                if self.has_bias(name) || self.checkpoint.contains(&bias) {
+                    expected.push((bias, vec![shape[0]]));
                 }
             }
         }
@@ -170,15 +175,18 @@ impl<'a> Decoder<'a> {
     }
 
     fn linear(&self, layer: usize, name: LinearName) -> Result<Linear> {
-        let bias = name.bias(layer);
         Ok(Linear {
             weight: self.load(&name.weight(layer))?,
-            bias: if self.checkpoint.contains(&bias) {
-                Some(self.load(&bias)?)
-            } else {
-                None
-            },
+            bias: self.bias(layer, name)?,
         })
+    }
+
+    fn bias(&self, layer: usize, name: LinearName) -> Result<Option<Tensor>> {
+        let bias = name.bias(layer);
+        self.checkpoint
+            .contains(&bias)
+            .then(|| self.load(&bias))
+            .transpose()
     }
 
     /// Loads block `layer`; [`Decoder::release`] lets go of the file's pages afterwards.
@@ -214,8 +222,14 @@ impl<'a> Decoder<'a> {
                 down: self.linear(layer, LinearName::Down)?,
             }),
         };
+        let constant = |name, absent: bool| match absent {
+            true => self.bias(layer, name),
+            false => Ok(None),
+        };
         Ok(Block {
             layer,
+            attention_constant: constant(LinearName::O, attention.is_none())?,
+            mlp_constant: constant(LinearName::Down, mlp.is_none())?,
             input_norm: self.norm(&names::block(layer, names::INPUT_NORM))?,
             attention,
             post_norm: self.norm(&names::block(layer, names::POST_NORM))?,

@@ -53,6 +53,11 @@ impl LinearName {
         }
     }
 
+    /// Whether it writes to the residual stream: o_proj and down_proj.
+    pub fn is_output(self) -> bool {
+        matches!(self, Self::O | Self::Down)
+    }
+
     /// Name of the weight in block `layer`.
     pub fn weight(self, layer: usize) -> String {
         block(layer, &format!("{}.weight", self.path()))

@@ -57,7 +57,8 @@ impl TextTokenizer {
             .to_vec())
     }
 
-    /// Reads and tokenises a file of UTF-8 text.
+    /// Reads and tokenises a file of UTF-8 text. CRLF and CR count as one line feed, as in every
+    /// tool that opens texts in text mode: perplexities would differ by a tenth otherwise.
     ///
     /// # Errors
     /// [`Error::Text`] when it cannot be read, is not UTF-8 or is empty.
@@ -67,7 +68,7 @@ impl TextTokenizer {
         if text.is_empty() {
             return Err(error(path, "the file is empty"));
         }
-        self.encode(&text)
+        self.encode(&text.replace("\r\n", "\n").replace('\r', "\n"))
     }
 
     /// Text of a sequence of tokens, special tokens left out.

@@ -27,7 +27,8 @@ pub enum Allocation {
 }
 
 impl Allocation {
-    /// Steps that each ranking keeps when `ratio` of the prunable parameters goes.
+    /// Steps that each ranking keeps when `ratio` of the prunable parameters goes, `added`
+    /// parameters (of a compensation) being counted against what is removed.
     ///
     /// AL-AM and AL-MM end within one step of the ratio, UL-MM within one step of every MLP, UL-UM
     /// within one step of every sublayer, unless protected steps stand in the way.
@@ -35,7 +36,7 @@ impl Allocation {
     /// # Errors
     /// [`Error::Ratio`] outside `[0, 1)`; [`Error::Unreachable`] when protected steps alone exceed
     /// the budget.
-    pub fn keep(self, rankings: &[Ranking], ratio: f64) -> Result<Vec<usize>> {
+    pub fn keep(self, rankings: &[Ranking], ratio: f64, added: u64) -> Result<Vec<usize>> {
         if !(0.0..1.0).contains(&ratio) {
             return Err(Error::Ratio(ratio));
         }
@@ -47,7 +48,12 @@ impl Allocation {
             .map(|s| s.cost)
             .max()
             .unwrap_or(0);
-        let budget = total as f64 * (1.0 - ratio);
+        if ratio == 0.0 {
+            return Ok(rankings.iter().map(|r| r.steps.len()).collect());
+        }
+        let budget = total as f64 * (1.0 - ratio) - added as f64;
+        // The share that each ranking may keep of its own cost.
+        let share = budget / total as f64;
         if kept as f64 > budget + largest as f64 {
             return Err(Error::Unreachable { ratio, kept, total });
         }
@@ -63,8 +69,13 @@ impl Allocation {
                         .filter(|(_, r)| r.part == Part::Attention);
                     of_part.map(|(i, r)| r.cost(steps(i, r))).sum()
                 };
-                let share = attention(&|_, r| r.steps.len()) as f64 * (1.0 - ratio);
-                cut(rankings, Some(Part::Attention), share, &mut keep);
+                let whole = attention(&|_, r| r.steps.len());
+                cut(
+                    rankings,
+                    Some(Part::Attention),
+                    whole as f64 * share,
+                    &mut keep,
+                );
                 let spent = attention(&|i, _| keep[i]);
                 cut(rankings, Some(Part::Mlp), budget - spent as f64, &mut keep);
             }
@@ -72,21 +83,18 @@ impl Allocation {
                 // Rankings are in layer order, attention first: what it missed, its MLP makes up.
                 let mut owed = (usize::MAX, 0.0);
                 for (i, ranking) in rankings.iter().enumerate() {
-                    let share = ranking.cost(ranking.steps.len()) as f64 * (1.0 - ratio);
+                    let due = ranking.cost(ranking.steps.len()) as f64 * share;
                     let owed_here = if owed.0 == ranking.layer { owed.1 } else { 0.0 };
-                    keep[i] = nearest(ranking, share + owed_here);
+                    keep[i] = nearest(ranking, due + owed_here);
                     owed = (
                         ranking.layer,
-                        share + owed_here - ranking.cost(keep[i]) as f64,
+                        due + owed_here - ranking.cost(keep[i]) as f64,
                     );
                 }
             }
             Self::UlUm => {
                 for (i, ranking) in rankings.iter().enumerate() {
-                    keep[i] = nearest(
-                        ranking,
-                        ranking.cost(ranking.steps.len()) as f64 * (1.0 - ratio),
-                    );
+                    keep[i] = nearest(ranking, ranking.cost(ranking.steps.len()) as f64 * share);
                 }
             }
         }

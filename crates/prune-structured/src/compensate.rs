@@ -5,7 +5,7 @@
 use crate::stats::Part;
 use crate::{Calibration, Error, Result};
 use candle_core::{Device, Tensor};
-use causal_lm::Decoder;
+use causal_lm::{Decoder, LinearName};
 use faer::linalg::solvers::Solve;
 use faer::{Mat, Side};
 use serde::{Deserialize, Serialize};
@@ -53,6 +53,20 @@ pub(crate) enum Change {
 }
 
 impl Compensation {
+    /// Parameters that it adds to a model: a bias for every output projection without one.
+    pub fn added(self, decoder: &Decoder<'_>) -> u64 {
+        let config = decoder.config();
+        let without_bias =
+            |sublayers: usize, name| if decoder.has_bias(name) { 0 } else { sublayers };
+        let attention = config.widths.iter().filter(|w| w.heads > 0).count();
+        let mlp = config.widths.iter().filter(|w| w.neurons > 0).count();
+        let biases = without_bias(attention, LinearName::O) + without_bias(mlp, LinearName::Down);
+        match self {
+            Self::Bias => (biases * config.hidden) as u64,
+            Self::None | Self::LeastSquares { .. } => 0,
+        }
+    }
+
     /// The change for one half of a block that keeps `kept` of the columns of `weight`
     /// (`[outputs, columns]` f32).
     pub(crate) fn change(

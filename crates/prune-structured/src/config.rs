@@ -56,22 +56,20 @@ pub(crate) fn pruned(
         return (config, vec![]);
     }
     let biases = NewBiases::of(decoder, plan);
-    if decoder.config().model_type == ModelType::Llama {
-        for (field, new) in [
-            ("attention_bias", biases.attention),
-            ("mlp_bias", biases.mlp),
-        ] {
-            if new {
-                config.set(field, true);
-            }
-        }
-    }
     let widths = match form {
         Form::Sliced => plan.widths(),
         Form::Masked => decoder.config().widths.clone(),
     };
     match Loading::of(decoder, plan, form) {
         Loading::Stock => {
+            for (field, new) in [
+                ("attention_bias", biases.attention),
+                ("mlp_bias", biases.mlp),
+            ] {
+                if new {
+                    config.set(field, true);
+                }
+            }
             if form == Form::Sliced {
                 config.set("num_attention_heads", widths[0].heads);
                 config.set("num_key_value_heads", widths[0].kv_heads);

@@ -1,6 +1,7 @@
 //! Which tensors a pruned checkpoint holds: names, shapes and where each comes from.
 
 use crate::compensate::Compensation;
+use crate::config::Loading;
 use crate::plan::Plan;
 use crate::stats::Part;
 use causal_lm::names::parse_block;
@@ -62,15 +63,15 @@ impl NewBiases {
         }
     }
 
-    /// Whether this linear gets one. An architecture that can announce biases of its own has them
-    /// on all linears of a half; elsewhere only the output projection gets one.
-    fn covers(self, decoder: &Decoder<'_>, name: LinearName) -> bool {
-        let announced = decoder.config().model_type == causal_lm::ModelType::Llama;
+    /// Whether this linear gets one. Stock Llama modules have biases on all linears of a half or on
+    /// none, so there the others get zeros; elsewhere only the output projection has one.
+    fn covers(self, loading: Loading, name: LinearName) -> bool {
+        let whole_half = loading == Loading::Stock;
         match name {
             LinearName::O => self.attention,
             LinearName::Down => self.mlp,
-            LinearName::Q | LinearName::K | LinearName::V => self.attention && announced,
-            LinearName::Gate | LinearName::Up => self.mlp && announced,
+            LinearName::Q | LinearName::K | LinearName::V => self.attention && whole_half,
+            LinearName::Gate | LinearName::Up => self.mlp && whole_half,
         }
     }
 }
@@ -82,6 +83,7 @@ pub(crate) fn outputs(
     form: Form,
 ) -> tensor_io::Result<Vec<Output>> {
     let new_biases = NewBiases::of(decoder, plan);
+    let loading = Loading::of(decoder, plan, form);
     let mut outputs = Vec::new();
     for name in decoder.checkpoint().names() {
         let info = decoder.checkpoint().info(name)?;
@@ -105,28 +107,36 @@ pub(crate) fn outputs(
             Form::Masked => decoder.linear_shape(layer, linear),
             Form::Sliced => sliced_shape(decoder, plan, layer, linear),
         };
-        let Some([out, input]) = shape else { continue };
         let dense = decoder.linear_shape(layer, linear);
         let untouched = sliced_shape(decoder, plan, layer, linear) == dense;
         let source = |source| if untouched { Source::Copy } else { source };
-        if is_weight {
+        // The bias of an output projection stays when all its columns go.
+        let rows = match shape {
+            Some([out, _]) => out,
+            None if linear.is_output() => decoder.config().hidden,
+            None => continue,
+        };
+        if !is_weight {
+            let source = source(Source::Bias(layer, linear));
             outputs.push(Output {
-                spec: spec(name, vec![out, input]),
-                source: source(Source::Weight(layer, linear)),
+                spec: spec(name, vec![rows]),
+                source,
             });
-            if new_biases.covers(decoder, linear)
-                && !decoder.checkpoint().contains(&linear.bias(layer))
-            {
-                let spec = spec(&linear.bias(layer), vec![out]);
-                outputs.push(Output {
-                    spec,
-                    source: Source::Bias(layer, linear),
-                });
-            }
-        } else {
+            continue;
+        }
+        if let Some(shape) = shape {
+            let source = source(Source::Weight(layer, linear));
             outputs.push(Output {
-                spec: spec(name, vec![out]),
-                source: source(Source::Bias(layer, linear)),
+                spec: spec(name, shape.to_vec()),
+                source,
+            });
+        }
+        let bias = linear.bias(layer);
+        if new_biases.covers(loading, linear) && !decoder.checkpoint().contains(&bias) {
+            let source = Source::Bias(layer, linear);
+            outputs.push(Output {
+                spec: spec(&bias, vec![rows]),
+                source,
             });
         }
     }
@@ -160,17 +170,12 @@ pub(crate) fn sliced_shape(
 ) -> Option<[usize; 2]> {
     let [out, input] = decoder.linear_shape(layer, name)?;
     let kept = kept_features(decoder, plan, layer, name).len();
-    let shape = if is_output(name) {
+    let shape = if name.is_output() {
         [out, kept]
     } else {
         [kept, input]
     };
     (kept > 0).then_some(shape)
-}
-
-/// Whether pruning takes columns (o_proj, down_proj) rather than rows.
-pub(crate) fn is_output(name: LinearName) -> bool {
-    matches!(name, LinearName::O | LinearName::Down)
 }
 
 /// Rows, or for output projections columns, of a linear that a plan keeps.

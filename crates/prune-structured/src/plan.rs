@@ -60,7 +60,12 @@ impl Plan {
         ratio: f64,
     ) -> Result<Self> {
         let rankings = Ranking::all(decoder, calibration, recipe.score, &recipe.shape)?;
-        let keep = recipe.allocation.keep(&rankings, ratio)?;
+        let compensation = recipe
+            .compensation
+            .unwrap_or_else(|| Compensation::suggested(decoder));
+        let keep = recipe
+            .allocation
+            .keep(&rankings, ratio, compensation.added(decoder))?;
         let mut layers: Vec<LayerPlan> = decoder
             .config()
             .widths
@@ -98,9 +103,6 @@ impl Plan {
                 }
             }
         }
-        let compensation = recipe
-            .compensation
-            .unwrap_or_else(|| Compensation::suggested(decoder));
         Ok(Self {
             recipe: recipe.clone(),
             ratio,

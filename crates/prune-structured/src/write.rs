@@ -5,7 +5,7 @@
 
 use crate::compensate::{Change, complement};
 use crate::config;
-use crate::layout::{Form, Output, Source, is_output, kept_features, outputs, part_of};
+use crate::layout::{Form, Output, Source, kept_features, outputs, part_of};
 use crate::plan::Plan;
 use crate::slice;
 use crate::{Calibration, Result};
@@ -73,7 +73,8 @@ impl Sources<'_> {
         match output.source {
             Source::Copy => writer.copy_tensor(name, checkpoint)?,
             Source::Weight(layer, linear) => {
-                match is_output(linear)
+                match linear
+                    .is_output()
                     .then(|| self.change(layer, linear))
                     .transpose()?
                 {
@@ -81,13 +82,13 @@ impl Sources<'_> {
                         writer.write_tensor(name, &self.shaped(weight, layer, linear)?)?;
                     }
                     _ => {
-                        let bytes = self.cut(layer, linear, is_output(linear), name)?;
+                        let bytes = self.cut(layer, linear, linear.is_output(), name)?;
                         writer.write_bytes(name, &bytes)?;
                     }
                 }
                 checkpoint.release([name.as_str()]);
             }
-            Source::Bias(layer, linear) if is_output(linear) => {
+            Source::Bias(layer, linear) if linear.is_output() => {
                 let outputs = output.spec.shape[0];
                 let mut bias = if checkpoint.contains(name) {
                     checkpoint

@@ -1,0 +1,427 @@
+//! Pruning as its users see it: calibrate, plan, write, open again.
+
+mod common;
+
+use candle_core::{DType, Tensor};
+use common::{KINDS, Tiny, decoder, gap, logits, windows};
+use prune_structured::stats::GramStore;
+use prune_structured::{
+    Allocation, AttentionUnit, Calibration, Collect, Compensation, Cost, Error, Form, LayerPlan,
+    Loading, Plan, Recipe, Score, write,
+};
+use tensor_io::{Checkpoint, WriteOptions};
+
+const LEAST_SQUARES: Compensation = Compensation::LeastSquares { ridge: 0.01 };
+
+fn calibrate(model: &Tiny) -> Calibration {
+    let dir = model.path("gram");
+    std::fs::create_dir_all(&dir).unwrap();
+    let collect = Collect {
+        fluctuation: true,
+        gram: Some(GramStore::new(dir)),
+    };
+    Calibration::run(&model.decoder(), &windows(12), &collect, &mut || ()).unwrap()
+}
+
+fn recipe(name: &str) -> Recipe {
+    Recipe::named(name, 3).unwrap()
+}
+
+fn save(
+    model: &Tiny,
+    plan: &Plan,
+    calibration: &Calibration,
+    form: Form,
+    name: &str,
+) -> std::path::PathBuf {
+    let dst = model.path(name);
+    let options = WriteOptions {
+        overwrite: true,
+        ..WriteOptions::default()
+    };
+    write(
+        &model.decoder(),
+        plan,
+        Some(calibration),
+        form,
+        &dst,
+        &options,
+        &mut || (),
+    )
+    .unwrap();
+    dst
+}
+
+#[test]
+fn ratio_0_copies_every_byte_and_leaves_the_config_alone() {
+    for kind in KINDS {
+        for dtype in [DType::F32, DType::BF16] {
+            let model = Tiny::new(kind, dtype);
+            let calibration = calibrate(&model);
+            for name in Recipe::NAMES {
+                let plan = Plan::make(&model.decoder(), &calibration, &recipe(name), 0.0).unwrap();
+                let copy =
+                    Checkpoint::open(save(&model, &plan, &calibration, Form::Sliced, "copy"))
+                        .unwrap();
+                assert_eq!(
+                    copy.config().raw(),
+                    model.checkpoint.config().raw(),
+                    "{kind} {name}"
+                );
+                assert!(copy.names().eq(model.checkpoint.names()));
+                for tensor in copy.names() {
+                    assert_eq!(
+                        copy.bytes(tensor).unwrap(),
+                        model.checkpoint.bytes(tensor).unwrap(),
+                        "{tensor}"
+                    );
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn masked_and_sliced_models_give_the_same_logits() {
+    for kind in KINDS {
+        let model = Tiny::new(kind, DType::F32);
+        let calibration = calibrate(&model);
+        for unit in [AttentionUnit::KvGroup, AttentionUnit::QueryHead] {
+            for compensation in [Compensation::None, Compensation::Bias, LEAST_SQUARES] {
+                for allocation in [
+                    Allocation::AlAm,
+                    Allocation::AlMm,
+                    Allocation::UlMm,
+                    Allocation::UlUm,
+                ] {
+                    let mut recipe = recipe("flap");
+                    recipe.shape.attention_unit = Some(unit);
+                    (recipe.allocation, recipe.compensation) = (allocation, Some(compensation));
+                    let plan = Plan::make(&model.decoder(), &calibration, &recipe, 0.3).unwrap();
+                    let sliced = save(&model, &plan, &calibration, Form::Sliced, "sliced");
+                    let masked = save(&model, &plan, &calibration, Form::Masked, "masked");
+                    let gap = gap(&logits(&sliced), &logits(&masked));
+                    assert!(
+                        gap < 1e-5,
+                        "{kind} {unit:?} {compensation:?} {allocation:?}: {gap}"
+                    );
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn the_removed_share_is_within_one_unit_of_the_ratio_and_the_shards_hold_what_the_plan_counts() {
+    for kind in KINDS {
+        let model = Tiny::new(kind, DType::F32);
+        let calibration = calibrate(&model);
+        for name in ["flap", "wanda-sp", "magnitude", "random"] {
+            for ratio in [0.1, 0.2, 0.3, 0.5] {
+                let plan =
+                    Plan::make(&model.decoder(), &calibration, &recipe(name), ratio).unwrap();
+                let cost = Cost::of(&model.decoder(), &plan).unwrap();
+                let blocks = |blocks: &[prune_structured::BlockCost]| {
+                    blocks.iter().map(|b| b.parameters).sum::<u64>()
+                };
+                let prunable: u64 = {
+                    let mut nothing = plan.clone();
+                    nothing.layers = plan
+                        .layers
+                        .iter()
+                        .map(|_| LayerPlan {
+                            heads: vec![],
+                            kv_heads: vec![],
+                            neurons: vec![],
+                        })
+                        .collect();
+                    nothing.compensation = Compensation::None;
+                    blocks(&cost.before)
+                        - blocks(&Cost::of(&model.decoder(), &nothing).unwrap().after)
+                };
+                let removed = blocks(&cost.before) - blocks(&cost.after);
+                let gap = (removed as f64 - ratio * prunable as f64).abs();
+                // The largest unit is a KV group, or one query head of every group.
+                let unit = (cost.before[0].parameters as f64 / 4.0).min(prunable as f64);
+                assert!(gap <= unit, "{kind} {name} {ratio}: off by {gap}");
+                let written =
+                    Checkpoint::open(save(&model, &plan, &calibration, Form::Sliced, "pruned"))
+                        .unwrap();
+                assert_eq!(
+                    written.parameters(),
+                    cost.total_after().parameters,
+                    "{kind} {name} {ratio}"
+                );
+                assert_eq!(
+                    written.total_bytes(),
+                    cost.total_after().bytes,
+                    "{kind} {name} {ratio}"
+                );
+            }
+        }
+    }
+}
+
+/// A Llama with biases whose neuron 7 of every layer is the same whatever the input.
+fn with_constant_neuron() -> Tiny {
+    Tiny::with("llama-biases", DType::F32, |name, tensor| {
+        let constant = name.contains("gate_proj.weight") || name.contains("up_proj.weight");
+        if !constant {
+            return tensor;
+        }
+        let mut rows = tensor.to_vec2::<f32>().unwrap();
+        rows[7].fill(0.0);
+        Tensor::new(rows, tensor.device()).unwrap()
+    })
+}
+
+#[test]
+fn a_constant_feature_scores_0_and_its_bias_replaces_it_exactly() {
+    let model = with_constant_neuron();
+    let calibration = calibrate(&model);
+    for layer in &calibration.layers {
+        let stats = layer.mlp.as_ref().unwrap();
+        let scores = Score::Ifv
+            .columns(0, prune_structured::stats::Part::Mlp, stats)
+            .unwrap();
+        assert!(scores[7] < 1e-12, "{}", scores[7]);
+    }
+    let plan = Plan {
+        recipe: recipe("flap"),
+        ratio: 0.01,
+        compensation: Compensation::Bias,
+        layers: vec![
+            LayerPlan {
+                heads: (0..8).collect(),
+                kv_heads: (0..4).collect(),
+                neurons: (0..40).filter(|&j| j != 7).collect(),
+            };
+            3
+        ],
+    };
+    let pruned = save(&model, &plan, &calibration, Form::Sliced, "pruned");
+    assert!(gap(&logits(&pruned), &logits(model.checkpoint.dir())) < 1e-4);
+}
+
+#[test]
+fn permuting_neurons_permutes_what_is_kept() {
+    let shift = |j: usize| (j + 13) % 40;
+    let model = Tiny::new("llama", DType::F32);
+    let permuted = Tiny::with("llama", DType::F32, |name, tensor| {
+        let ids = Tensor::from_iter(
+            (0..40u32).map(|j| shift(j as usize) as u32),
+            tensor.device(),
+        )
+        .unwrap();
+        match name {
+            n if n.contains("gate_proj") || n.contains("up_proj") => {
+                tensor.index_select(&ids, 0).unwrap()
+            }
+            n if n.contains("down_proj") => tensor.index_select(&ids, 1).unwrap(),
+            _ => tensor,
+        }
+    });
+    let kept = |model: &Tiny| {
+        Plan::make(&model.decoder(), &calibrate(model), &recipe("flap"), 0.3)
+            .unwrap()
+            .layers
+    };
+    for (plain, permuted) in kept(&model).iter().zip(kept(&permuted)) {
+        let mut back: Vec<usize> = permuted.neurons.iter().map(|&j| shift(j)).collect();
+        back.sort_unstable();
+        assert_eq!(back, plain.neurons);
+        assert_eq!(permuted.heads, plain.heads);
+    }
+}
+
+#[test]
+fn scaling_an_output_projection_leaves_the_global_cut_alone() {
+    let model = Tiny::new("llama", DType::F32);
+    let mut calibration = calibrate(&model);
+    let plan = |calibration: &Calibration| {
+        Plan::make(&model.decoder(), calibration, &recipe("flap"), 0.4).unwrap()
+    };
+    let before = plan(&calibration);
+    for layer in [0, 2] {
+        let stats = calibration.layers[layer].mlp.as_mut().unwrap();
+        stats.weight_square.iter_mut().for_each(|w| *w *= 64.0);
+    }
+    let stats = calibration.layers[1].attention.as_mut().unwrap();
+    stats.weight_square.iter_mut().for_each(|w| *w *= 64.0);
+    assert_eq!(plan(&calibration).layers, before.layers);
+}
+
+/// ‖(W_pruned − W) X‖² summed over sublayers is what least squares minimises: seen here as the
+/// distance of the first layer's output on the calibration tokens.
+#[test]
+fn least_squares_never_loses_to_no_compensation_on_its_own_tokens() {
+    let model = Tiny::new("mistral", DType::F32);
+    let calibration = calibrate(&model);
+    let outputs = |checkpoint: &Checkpoint| -> Vec<f32> {
+        let decoder = decoder(checkpoint);
+        let mut hidden = causal_lm::Hidden::embed(&decoder, &windows(12)).unwrap();
+        hidden
+            .advance(&decoder.block(0).unwrap(), &mut causal_lm::NoTap)
+            .unwrap();
+        hidden
+            .batches()
+            .iter()
+            .flat_map(|b| b.flatten_all().unwrap().to_vec1::<f32>().unwrap())
+            .collect()
+    };
+    let dense = outputs(&model.checkpoint);
+    let mut last = 0.0;
+    for ratio in [0.1, 0.3, 0.5] {
+        let error = |compensation| -> f64 {
+            // Only the MLP of the first layer is pruned, so that its input is the dense one.
+            let mut recipe = recipe("flap");
+            (recipe.allocation, recipe.compensation) = (Allocation::UlUm, Some(compensation));
+            let mut plan = Plan::make(&model.decoder(), &calibration, &recipe, ratio).unwrap();
+            plan.layers[0].heads = (0..8).collect();
+            plan.layers[0].kv_heads = (0..4).collect();
+            let pruned =
+                Checkpoint::open(save(&model, &plan, &calibration, Form::Sliced, "pruned"))
+                    .unwrap();
+            outputs(&pruned)
+                .iter()
+                .zip(&dense)
+                .map(|(a, b)| f64::from(a - b).powi(2))
+                .sum()
+        };
+        let (none, refitted) = (error(Compensation::None), error(LEAST_SQUARES));
+        assert!(refitted < none, "{refitted} is no better than {none}");
+        assert!(refitted > last, "error must grow with the ratio");
+        last = refitted;
+    }
+}
+
+#[test]
+fn minimum_widths_and_alignment_hold_in_every_layer() {
+    let model = Tiny::new("llama", DType::F32);
+    let calibration = calibrate(&model);
+    let mut recipe = recipe("flap");
+    (
+        recipe.shape.min_attention,
+        recipe.shape.min_neurons,
+        recipe.shape.align_neurons,
+    ) = (2, 12, 4);
+    let plan = Plan::make(&model.decoder(), &calibration, &recipe, 0.45).unwrap();
+    for widths in plan.widths() {
+        assert!(
+            widths.kv_heads >= 2 && widths.neurons >= 12 && widths.neurons % 4 == 0,
+            "{widths:?}"
+        );
+    }
+    assert!(matches!(
+        Plan::make(&model.decoder(), &calibration, &recipe, 0.9),
+        Err(Error::Unreachable { .. })
+    ));
+    recipe.shape.min_attention = 5;
+    assert!(matches!(
+        Plan::make(&model.decoder(), &calibration, &recipe, 0.1),
+        Err(Error::Width {
+            option: "min_attention",
+            value: 5,
+            layer: 0,
+            width: 4
+        })
+    ));
+}
+
+#[test]
+fn sublayers_may_go_altogether_and_the_model_still_runs() {
+    for kind in KINDS {
+        let model = Tiny::new(kind, DType::F32);
+        let calibration = calibrate(&model);
+        let dense = model.decoder().config().widths[0];
+        let all = |n: usize| (0..n).collect::<Vec<_>>();
+        let whole = LayerPlan {
+            heads: all(dense.heads),
+            kv_heads: all(dense.kv_heads),
+            neurons: all(40),
+        };
+        for compensation in [Compensation::None, Compensation::Bias, LEAST_SQUARES] {
+            let plan = Plan {
+                recipe: recipe("flap"),
+                ratio: 0.3,
+                compensation,
+                layers: vec![
+                    LayerPlan {
+                        heads: vec![],
+                        kv_heads: vec![],
+                        ..whole.clone()
+                    },
+                    LayerPlan {
+                        neurons: vec![],
+                        ..whole.clone()
+                    },
+                    whole.clone(),
+                ],
+            };
+            assert_eq!(
+                Loading::of(&model.decoder(), &plan, Form::Sliced),
+                Loading::PerLayer
+            );
+            let sliced = save(&model, &plan, &calibration, Form::Sliced, "sliced");
+            let masked = save(&model, &plan, &calibration, Form::Masked, "masked");
+            assert!(
+                gap(&logits(&sliced), &logits(&masked)) < 1e-5,
+                "{kind} {compensation:?}"
+            );
+        }
+    }
+}
+
+#[test]
+fn a_plan_survives_its_file_and_is_refused_by_another_model() {
+    let model = Tiny::new("llama", DType::F32);
+    let calibration = calibrate(&model);
+    let plan = Plan::make(&model.decoder(), &calibration, &recipe("flap"), 0.3).unwrap();
+    let file = model.path("plan.json");
+    plan.save(&file).unwrap();
+    assert_eq!(Plan::load(&file).unwrap(), plan);
+    let other = Tiny::new("qwen2", DType::F32);
+    assert!(matches!(
+        plan.check(&other.decoder()),
+        Err(Error::PlanMismatch(_))
+    ));
+    std::fs::write(&file, "{").unwrap();
+    assert!(matches!(Plan::load(&file), Err(Error::PlanFile { .. })));
+}
+
+#[test]
+fn bad_ratios_and_missing_statistics_are_refused() {
+    let model = Tiny::new("qwen3", DType::F32);
+    let collect = Collect::default();
+    let calibration =
+        Calibration::run(&model.decoder(), &windows(2), &collect, &mut || ()).unwrap();
+    for ratio in [-0.1, 1.0, f64::NAN] {
+        assert!(matches!(
+            Plan::make(&model.decoder(), &calibration, &recipe("flap"), ratio),
+            Err(Error::Ratio(_))
+        ));
+    }
+    assert!(matches!(
+        Plan::make(&model.decoder(), &calibration, &recipe("flap-compat"), 0.2),
+        Err(Error::Missing { layer: 0, .. })
+    ));
+    // Qwen3 has no slot for a bias in the MLP, so FLAP refits there, which needs Gram matrices.
+    let plan = Plan::make(&model.decoder(), &calibration, &recipe("flap"), 0.2).unwrap();
+    assert!(matches!(
+        plan.compensation,
+        Compensation::LeastSquares { .. }
+    ));
+    let options = WriteOptions::default();
+    let dst = model.path("pruned");
+    let result = write(
+        &model.decoder(),
+        &plan,
+        Some(&calibration),
+        Form::Sliced,
+        &dst,
+        &options,
+        &mut || (),
+    );
+    assert!(matches!(result, Err(Error::Missing { .. })));
+    assert!(!dst.exists());
+}
