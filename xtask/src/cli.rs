@@ -118,6 +118,8 @@ struct Cli {
 enum Command {
     /// Evaluate models before and after compression; without a suite, all of them on the embedded default model
     Eval(EvalArgs),
+    /// Write a checkpoint with random weights for a config.json, to measure memory and speed on
+    RandomModel(RandomModelArgs),
 }
 
 #[derive(Args)]
@@ -160,6 +162,54 @@ struct CommonArgs {
     /// Print the report as JSON on stdout and nothing else there
     #[arg(long, global = true)]
     json: bool,
+}
+
+#[derive(Args)]
+struct RandomModelArgs {
+    /// The config.json of the model
+    #[arg(long, value_name = "FILE")]
+    config: PathBuf,
+    /// Folder to write
+    #[arg(long, value_name = "DIR")]
+    out: PathBuf,
+    /// Stored type
+    #[arg(long, value_enum, default_value_t = StoredType::Bf16)]
+    dtype: StoredType,
+    /// Seed of the weights
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    seed: u64,
+    /// Replace what is at --out
+    #[arg(long)]
+    overwrite: bool,
+    /// Largest shard in bytes
+    #[arg(long, value_name = "N", default_value = "5000000000")]
+    max_shard_bytes: u64,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum StoredType {
+    F32,
+    F16,
+    Bf16,
+}
+
+impl From<RandomModelArgs> for random_model::Config {
+    fn from(args: RandomModelArgs) -> Self {
+        random_model::Config {
+            config: args.config,
+            out: args.out,
+            dtype: match args.dtype {
+                StoredType::F32 => DType::F32,
+                StoredType::F16 => DType::F16,
+                StoredType::Bf16 => DType::BF16,
+            },
+            seed: args.seed,
+            write: WriteOptions {
+                overwrite: args.overwrite,
+                max_shard_bytes: args.max_shard_bytes,
+            },
+        }
+    }
 }
 
 /// Model and text to measure perplexity with.
@@ -243,9 +293,10 @@ struct RecipeArgs {
     /// How the budget is spread over layers [default: the method's]
     #[arg(long, value_enum)]
     allocation: Option<AllocationArg>,
-    /// What makes up for removed units [default: the method's; flap: bias where the architecture can store one]
-    #[arg(long, value_enum)]
-    compensate: Option<CompensateArg>,
+    /// What makes up for removed units, several separated by commas; auto: the method's own, flap's being bias where the
+    /// architecture can store one, else least squares
+    #[arg(long, value_enum, value_delimiter = ',', value_name = "C[,C..]", default_value = "auto")]
+    compensate: Vec<CompensateArg>,
     /// Damping of least squares, relative to the mean diagonal
     #[arg(long, value_name = "X", default_value_t = DEFAULT_RIDGE)]
     ridge: f64,
@@ -283,6 +334,7 @@ enum AllocationArg {
 
 #[derive(Clone, Copy, ValueEnum)]
 enum CompensateArg {
+    Auto,
     None,
     Bias,
     LeastSquares,
@@ -295,7 +347,32 @@ enum AttentionUnitArg {
 }
 
 impl RecipeArgs {
-    fn apply(&self, recipe: &mut Recipe, seed: u64) {
+    /// The variants of one method: one for each compensation, named after it where there are several.
+    fn variants(&self, name: &str, seed: u64) -> Vec<Recipe> {
+        let several = self.compensate.len() > 1;
+        let variant = |&compensate: &CompensateArg| {
+            // clap has admitted no other name.
+            let mut recipe = Recipe::named(name, seed).expect("the parser knows the same names");
+            self.change(&mut recipe, seed);
+            let (compensation, label) = match compensate {
+                CompensateArg::Auto => (recipe.compensation, "auto"),
+                CompensateArg::None => (Some(Compensation::None), "none"),
+                CompensateArg::Bias => (Some(Compensation::Bias), "bias"),
+                CompensateArg::LeastSquares => {
+                    let ridge = self.ridge;
+                    (Some(Compensation::LeastSquares { ridge }), "least-squares")
+                }
+            };
+            recipe.compensation = compensation;
+            if several {
+                recipe.name = format!("{name}+{label}");
+            }
+            recipe
+        };
+        self.compensate.iter().map(variant).collect()
+    }
+
+    fn change(&self, recipe: &mut Recipe, seed: u64) {
         if let Some(score) = self.score {
             recipe.score = match score {
                 ScoreArg::Wifv => Score::Wifv,
@@ -314,13 +391,6 @@ impl RecipeArgs {
                 AllocationArg::UlUm => Allocation::UlUm,
             };
         }
-        if let Some(compensate) = self.compensate {
-            recipe.compensation = Some(match compensate {
-                CompensateArg::None => Compensation::None,
-                CompensateArg::Bias => Compensation::Bias,
-                CompensateArg::LeastSquares => Compensation::LeastSquares { ridge: self.ridge },
-            });
-        }
         if let Some(unit) = self.attention_unit {
             recipe.shape.attention_unit = Some(match unit {
                 AttentionUnitArg::KvGroup => AttentionUnit::KvGroup,
@@ -336,17 +406,8 @@ impl RecipeArgs {
 
 impl StructuredArgs {
     fn config(self, seed: u64) -> structured::Config {
-        let recipes = self
-            .method
-            .iter()
-            .map(|name| {
-                // clap has admitted no other name.
-                let mut recipe =
-                    Recipe::named(name, seed).expect("the parser knows the same names");
-                self.change.apply(&mut recipe, seed);
-                recipe
-            })
-            .collect();
+        let variants = |name: &String| self.change.variants(name, seed);
+        let recipes = self.method.iter().flat_map(variants).collect();
         structured::Config {
             perplexity: self.text.into(),
             calib: self.calib,

@@ -8,6 +8,7 @@
 //! through [`WIDTHS_KEY`]: `{"num_attention_heads": [..], "num_key_value_heads": [..],
 //! "intermediate_size": [..]}` with one entry per layer, where 0 means that the sublayer is absent.
 
+use crate::names::{self, LinearName};
 use crate::rope::Rope;
 use crate::{Error, Result};
 use tensor_io::Config;
@@ -174,6 +175,73 @@ impl ModelConfig {
             bos: config.opt_usize("bos_token_id")?.map(|id| id as u32),
             eos: eos_tokens(config)?,
         })
+    }
+
+    /// Shape of a block's linear, `[out, in]`; `None` where the block has no such half.
+    pub fn linear_shape(&self, layer: usize, name: LinearName) -> Option<[usize; 2]> {
+        let Self {
+            hidden, head_dim, ..
+        } = *self;
+        let Widths {
+            heads,
+            kv_heads,
+            neurons,
+        } = self.widths[layer];
+        let shape = match name {
+            LinearName::Q => [heads * head_dim, hidden],
+            LinearName::K | LinearName::V => [kv_heads * head_dim, hidden],
+            LinearName::O => [hidden, heads * head_dim],
+            LinearName::Gate | LinearName::Up => [neurons, hidden],
+            LinearName::Down => [hidden, neurons],
+        };
+        (shape[0] > 0 && shape[1] > 0).then_some(shape)
+    }
+
+    /// Whether the architecture gives this linear a bias.
+    pub fn has_bias(&self, name: LinearName) -> bool {
+        match name {
+            LinearName::Q | LinearName::K | LinearName::V => self.biases.qkv,
+            LinearName::O => self.biases.o,
+            LinearName::Gate | LinearName::Up | LinearName::Down => self.biases.mlp,
+        }
+    }
+
+    /// Name and shape of every tensor of the model, in the order of the data.
+    pub fn tensors(&self) -> Vec<(String, Vec<usize>)> {
+        let Self {
+            hidden,
+            vocab,
+            head_dim,
+            ..
+        } = *self;
+        let mut tensors = vec![(names::EMBEDDING.into(), vec![vocab, hidden])];
+        for layer in 0..self.layers() {
+            let mut add = |path: &str, shape| tensors.push((names::block(layer, path), shape));
+            add(names::INPUT_NORM, vec![hidden]);
+            if self.qk_norm && self.widths[layer].heads > 0 {
+                add(names::Q_NORM, vec![head_dim]);
+                add(names::K_NORM, vec![head_dim]);
+            }
+            add(names::POST_NORM, vec![hidden]);
+            for name in LinearName::ALL {
+                let shape = self.linear_shape(layer, name);
+                if let Some(shape) = shape {
+                    tensors.push((name.weight(layer), shape.to_vec()));
+                }
+                // The bias of an output projection stays when all its inputs are gone.
+                let rows = shape
+                    .map(|[rows, _]| rows)
+                    .or(name.is_output().then_some(hidden));
+                if let Some(rows) = rows.filter(|_| self.has_bias(name)) {
+                    tensors.push((name.bias(layer), vec![rows]));
+                }
+            }
+        }
+        tensors.push((names::FINAL_NORM.into(), vec![hidden]));
+        if !self.tied {
+            tensors.push((names::HEAD.into(), vec![vocab, hidden]));
+        }
+        tensors
     }
 
     /// Number of decoder blocks.

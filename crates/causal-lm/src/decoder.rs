@@ -1,7 +1,7 @@
 //! A checkpoint seen as a decoder whose parts are loaded one at a time.
 
 use crate::block::{Attention, Block, Mlp, RmsNorm, RopeTables};
-use crate::config::{ModelConfig, Widths};
+use crate::config::ModelConfig;
 use crate::linear::Linear;
 use crate::names::{self, LinearName};
 use crate::{Error, Result};
@@ -65,74 +65,22 @@ impl<'a> Decoder<'a> {
         self.dtype
     }
 
-    /// The shapes that the config asks of a block's linear, `None` where the block has no such
-    /// sublayer: `[out, in]`.
-    pub fn linear_shape(&self, layer: usize, name: LinearName) -> Option<[usize; 2]> {
-        let ModelConfig {
-            hidden, head_dim, ..
-        } = self.config;
-        let Widths {
-            heads,
-            kv_heads,
-            neurons,
-        } = self.config.widths[layer];
-        let shape = match name {
-            LinearName::Q => [heads * head_dim, hidden],
-            LinearName::K | LinearName::V => [kv_heads * head_dim, hidden],
-            LinearName::O => [hidden, heads * head_dim],
-            LinearName::Gate | LinearName::Up => [neurons, hidden],
-            LinearName::Down => [hidden, neurons],
-        };
-        (shape[0] > 0 && shape[1] > 0).then_some(shape)
-    }
-
-    /// Whether the architecture gives this linear a bias.
-    pub fn has_bias(&self, name: LinearName) -> bool {
-        let biases = self.config.biases;
-        match name {
-            LinearName::Q | LinearName::K | LinearName::V => biases.qkv,
-            LinearName::O => biases.o,
-            LinearName::Gate | LinearName::Up | LinearName::Down => biases.mlp,
-        }
-    }
-
     fn check(&self) -> Result<()> {
-        let ModelConfig {
-            hidden,
-            vocab,
-            head_dim,
-            ..
-        } = self.config;
-        let mut expected: Vec<(String, Vec<usize>)> = vec![
-            (names::EMBEDDING.into(), vec![vocab, hidden]),
-            (names::FINAL_NORM.into(), vec![hidden]),
-        ];
-        if !self.config.tied {
-            expected.push((names::HEAD.into(), vec![vocab, hidden]));
-        }
+        let mut expected = self.config.tensors();
+        // A bias that the config does not announce is read where the file has one, also of an
+        // output projection without inputs: that is how bias-compensated models of architectures
+        // without a slot are stored.
         for layer in 0..self.config.layers() {
-            for norm in [names::INPUT_NORM, names::POST_NORM] {
-                expected.push((names::block(layer, norm), vec![hidden]));
-            }
-            if self.config.qk_norm && self.config.widths[layer].heads > 0 {
-                for norm in [names::Q_NORM, names::K_NORM] {
-                    expected.push((names::block(layer, norm), vec![head_dim]));
-                }
-            }
-            for name in LinearName::ALL {
-                let bias = name.bias(layer);
-                let Some(shape) = self.linear_shape(layer, name) else {
-                    // Of an output projection without inputs the bias may stay.
-                    if name.is_output() && self.checkpoint.contains(&bias) {
-                        expected.push((bias, vec![hidden]));
-                    }
-                    continue;
-                };
-                expected.push((name.weight(layer), shape.to_vec()));
-                // A bias that the config does not announce is read where the file has one: that is
-                // how bias-compensated models of architectures without a slot are stored.
-                if self.has_bias(name) || self.checkpoint.contains(&bias) {
-                    expected.push((bias, vec![shape[0]]));
+            for name in LinearName::ALL
+                .into_iter()
+                .filter(|&name| !self.config.has_bias(name))
+            {
+                let shape = self.config.linear_shape(layer, name);
+                let rows = shape
+                    .map(|[rows, _]| rows)
+                    .or(name.is_output().then_some(self.config.hidden));
+                if let Some(rows) = rows.filter(|_| self.checkpoint.contains(&name.bias(layer))) {
+                    expected.push((name.bias(layer), vec![rows]));
                 }
             }
         }

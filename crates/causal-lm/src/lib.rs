@@ -22,6 +22,7 @@ mod ops;
 mod perplexity;
 mod rope;
 mod stream;
+pub mod synthetic;
 mod tap;
 mod text;
 mod windows;

@@ -56,8 +56,13 @@ impl Compensation {
     /// Parameters that it adds to a model: a bias for every output projection without one.
     pub fn added(self, decoder: &Decoder<'_>) -> u64 {
         let config = decoder.config();
-        let without_bias =
-            |sublayers: usize, name| if decoder.has_bias(name) { 0 } else { sublayers };
+        let without_bias = |sublayers: usize, name| {
+            if decoder.config().has_bias(name) {
+                0
+            } else {
+                sublayers
+            }
+        };
         let attention = config.widths.iter().filter(|w| w.heads > 0).count();
         let mlp = config.widths.iter().filter(|w| w.neurons > 0).count();
         let biases = without_bias(attention, LinearName::O) + without_bias(mlp, LinearName::Down);

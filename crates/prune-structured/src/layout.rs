@@ -57,9 +57,9 @@ impl NewBiases {
         };
         Self {
             attention: pruned(|now, dense| now.heads != dense.heads)
-                && !decoder.has_bias(LinearName::O),
+                && !decoder.config().has_bias(LinearName::O),
             mlp: pruned(|now, dense| now.neurons != dense.neurons)
-                && !decoder.has_bias(LinearName::Down),
+                && !decoder.config().has_bias(LinearName::Down),
         }
     }
 
@@ -104,10 +104,10 @@ pub(crate) fn outputs(
             continue;
         };
         let shape = match form {
-            Form::Masked => decoder.linear_shape(layer, linear),
+            Form::Masked => decoder.config().linear_shape(layer, linear),
             Form::Sliced => sliced_shape(decoder, plan, layer, linear),
         };
-        let dense = decoder.linear_shape(layer, linear);
+        let dense = decoder.config().linear_shape(layer, linear);
         let untouched = sliced_shape(decoder, plan, layer, linear) == dense;
         let source = |source| if untouched { Source::Copy } else { source };
         // The bias of an output projection stays when all its columns go.
@@ -168,7 +168,7 @@ pub(crate) fn sliced_shape(
     layer: usize,
     name: LinearName,
 ) -> Option<[usize; 2]> {
-    let [out, input] = decoder.linear_shape(layer, name)?;
+    let [out, input] = decoder.config().linear_shape(layer, name)?;
     let kept = kept_features(decoder, plan, layer, name).len();
     let shape = if name.is_output() {
         [out, kept]

@@ -1,9 +1,10 @@
 //! Tiny decoders whose weights come from a formula, and the logits that transformers gives them.
 
-use candle_core::Tensor;
+use candle_core::{DType, Device, Tensor};
+use causal_lm::synthetic;
 use serde_json::Value;
 use std::path::{Path, PathBuf};
-use tensor_io::{CheckpointWriter, Config, TensorSpec, WriteOptions};
+use tensor_io::{Config, WriteOptions};
 
 /// A file of `tests/golden`.
 pub(crate) struct Golden(Value);
@@ -27,10 +28,6 @@ impl Golden {
                 )
             })
             .collect()
-    }
-
-    pub(crate) fn named(name: &str) -> Self {
-        Self::all().into_iter().find(|(n, _)| n == name).unwrap().1
     }
 
     pub(crate) fn config(&self) -> Config {
@@ -65,38 +62,17 @@ impl Golden {
 
     /// Writes the model as a checkpoint folder.
     pub(crate) fn write(&self, dir: &Path) {
-        let tensors: Vec<(String, Vec<usize>)> = self.0["tensors"]
-            .as_object()
-            .unwrap()
-            .iter()
-            .map(|(name, shape)| {
-                (
-                    name.clone(),
-                    shape
-                        .as_array()
-                        .unwrap()
-                        .iter()
-                        .map(|n| n.as_u64().unwrap() as usize)
-                        .collect(),
-                )
-            })
-            .collect();
-        let specs = tensors
-            .iter()
-            .map(|(n, s)| TensorSpec::new(n, candle_core::DType::F32, s.clone()))
-            .collect();
-        let mut writer =
-            CheckpointWriter::create(dir, &self.config(), specs, &WriteOptions::default()).unwrap();
-        for (name, shape) in &tensors {
-            let tensor = Tensor::from_vec(
-                entries(name, shape),
-                shape.as_slice(),
-                &candle_core::Device::Cpu,
-            )
-            .unwrap();
-            writer.write_tensor(name, &tensor).unwrap();
-        }
-        writer.finish().unwrap();
+        let make = |name: &str, shape: &[usize]| {
+            Ok(Tensor::from_vec(entries(name, shape), shape, &Device::Cpu)?)
+        };
+        synthetic::write(
+            &self.config(),
+            DType::F32,
+            dir,
+            &WriteOptions::default(),
+            make,
+        )
+        .unwrap();
     }
 }
 

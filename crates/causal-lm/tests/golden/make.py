@@ -76,16 +76,14 @@ def main():
     for name, config in CASES.items():
         parsed = AutoConfig.for_model(**config)
         model = AutoModelForCausalLM.from_config(parsed, attn_implementation="eager", dtype=torch.float32).eval()
-        shapes = {}
         with torch.no_grad():
             for key, parameter in model.named_parameters():
-                shapes[key] = list(parameter.shape)
                 parameter.copy_(entries(key, parameter.shape))
             out = model(torch.tensor([TOKENS]), output_hidden_states=True)
             logits = out.logits[0]
             nll = torch.nn.functional.cross_entropy(logits[:-1].double(), torch.tensor(TOKENS[1:])).item()
         golden = dict(made_with=dict(torch=torch.__version__, transformers=transformers.__version__), config=config,
-                      tensors=shapes, tokens=TOKENS, mean_nll=round(nll, 8),
+                      tokens=TOKENS, mean_nll=round(nll, 8),
                       first_block_last_row=[round(v, 6) for v in out.hidden_states[1][0, -1].tolist()],
                       logits=[[round(v, 6) for v in row] for row in logits.tolist()])
         (folder / f"{name}.json").write_text(json.dumps(golden) + "\n")

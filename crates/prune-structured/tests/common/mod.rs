@@ -1,12 +1,12 @@
 //! Small random decoders of every supported kind, written as checkpoint folders.
 
 use candle_core::{DType, Device, Tensor};
-use causal_lm::{Decoder, Model, Windows};
+use causal_lm::{Decoder, Model, Windows, synthetic};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
-use tensor_io::{Checkpoint, CheckpointWriter, Config, TensorSpec, WriteOptions};
+use tensor_io::{Checkpoint, Config, WriteOptions};
 
 /// Names of the models that [`Tiny::new`] makes.
 pub(crate) const KINDS: [&str; 6] = [
@@ -34,29 +34,9 @@ impl Tiny {
         let folder = tempfile::tempdir().unwrap();
         let dir = folder.path().join("dense");
         let config = Config::new(config(kind).as_object().unwrap().clone());
-        let tensors = tensors(&config);
-        let specs = tensors
-            .iter()
-            .map(|(name, shape)| TensorSpec::new(name, dtype, shape.clone()))
-            .collect();
-        let mut writer =
-            CheckpointWriter::create(&dir, &config, specs, &WriteOptions::default()).unwrap();
-        let mut rng = ChaCha8Rng::seed_from_u64(11);
-        for (name, shape) in &tensors {
-            let fan_in = *shape.last().unwrap() as f32;
-            let (centre, spread) = match name {
-                n if n.ends_with("norm.weight") => (1.0, 0.2),
-                n if n.ends_with(".bias") => (0.0, 0.3),
-                n if n.contains("embed") => (0.0, 1.0),
-                _ => (0.0, 2.0 / fan_in.sqrt()),
-            };
-            let values: Vec<f32> = (0..shape.iter().product())
-                .map(|_| centre + spread * rng.random_range(-1.0..1.0f32))
-                .collect();
-            let tensor = Tensor::from_vec(values, shape.as_slice(), &Device::Cpu).unwrap();
-            writer.write_tensor(name, &change(name, tensor)).unwrap();
-        }
-        writer.finish().unwrap();
+        let mut random = synthetic::random(11);
+        let make = |name: &str, shape: &[usize]| Ok(change(name, random(name, shape)?));
+        synthetic::write(&config, dtype, &dir, &WriteOptions::default(), make).unwrap();
         Self {
             checkpoint: Checkpoint::open(&dir).unwrap(),
             folder,
@@ -127,66 +107,4 @@ fn config(kind: &str) -> Value {
         _ => {}
     }
     config
-}
-
-fn tensors(config: &Config) -> Vec<(String, Vec<usize>)> {
-    let size = |key| config.usize(key).unwrap();
-    let (hidden, neurons, vocab, d) = (
-        size("hidden_size"),
-        size("intermediate_size"),
-        size("vocab_size"),
-        size("head_dim"),
-    );
-    let (q, kv) = (
-        size("num_attention_heads") * d,
-        size("num_key_value_heads") * d,
-    );
-    let model = config.str("model_type").unwrap();
-    let flag = |key| config.opt_bool(key).unwrap().unwrap_or(false);
-    let mut tensors = vec![("model.embed_tokens.weight".to_string(), vec![vocab, hidden])];
-    for layer in 0..size("num_hidden_layers") {
-        let mut add = |path: &str, shape: Vec<usize>| {
-            tensors.push((format!("model.layers.{layer}.{path}"), shape))
-        };
-        add("input_layernorm.weight", vec![hidden]);
-        add("post_attention_layernorm.weight", vec![hidden]);
-        if model == "qwen3" {
-            add("self_attn.q_norm.weight", vec![d]);
-            add("self_attn.k_norm.weight", vec![d]);
-        }
-        for (name, out, input, bias) in [
-            (
-                "self_attn.q_proj",
-                q,
-                hidden,
-                flag("attention_bias") || model == "qwen2",
-            ),
-            (
-                "self_attn.k_proj",
-                kv,
-                hidden,
-                flag("attention_bias") || model == "qwen2",
-            ),
-            (
-                "self_attn.v_proj",
-                kv,
-                hidden,
-                flag("attention_bias") || model == "qwen2",
-            ),
-            ("self_attn.o_proj", hidden, q, flag("attention_bias")),
-            ("mlp.gate_proj", neurons, hidden, flag("mlp_bias")),
-            ("mlp.up_proj", neurons, hidden, flag("mlp_bias")),
-            ("mlp.down_proj", hidden, neurons, flag("mlp_bias")),
-        ] {
-            add(&format!("{name}.weight"), vec![out, input]);
-            if bias {
-                add(&format!("{name}.bias"), vec![out]);
-            }
-        }
-    }
-    tensors.push(("model.norm.weight".into(), vec![hidden]));
-    if !flag("tie_word_embeddings") {
-        tensors.push(("lm_head.weight".into(), vec![vocab, hidden]));
-    }
-    tensors
 }
