@@ -59,7 +59,7 @@ fn tensors() -> impl Strategy<Value = Vec<Stored>> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(64))]
+    #![proptest_config(ProptestConfig { cases: 64, failure_persistence: None, ..Default::default() })]
 
     #[test]
     fn checkpoints_come_back(
