@@ -5,17 +5,10 @@ use std::fs::{self, File};
 use std::hint::black_box;
 
 use candle_core::{DType, Device};
-use criterion::{Criterion, SamplingMode, Throughput, criterion_group, criterion_main};
+use criterion::{BatchSize, Criterion, SamplingMode, Throughput, criterion_group, criterion_main};
 use tensor_io::{Checkpoint, CheckpointWriter, Config, Dtype, TensorSpec, WriteOptions};
 
 const ELEMENTS: usize = 32 << 20;
-
-fn overwrite() -> WriteOptions {
-    WriteOptions {
-        overwrite: true,
-        ..Default::default()
-    }
-}
 
 /// A checkpoint with one tensor each of bf16, f16 and f32.
 fn source(dir: &std::path::Path) -> Checkpoint {
@@ -24,9 +17,13 @@ fn source(dir: &std::path::Path) -> Checkpoint {
         .iter()
         .map(|dtype| TensorSpec::new(dtype.to_string(), *dtype, [4096, ELEMENTS / 4096]))
         .collect();
-    let mut writer =
-        CheckpointWriter::create(dir.join("source"), &Config::default(), specs, &overwrite())
-            .expect("temporary folder");
+    let mut writer = CheckpointWriter::create(
+        dir.join("source"),
+        &Config::default(),
+        specs,
+        &WriteOptions::default(),
+    )
+    .expect("temporary folder");
     for dtype in dtypes {
         let bytes: Vec<u8> = (0..ELEMENTS * dtype.bitsize() / 8)
             // Small exponents everywhere: all values are finite.
@@ -82,27 +79,33 @@ fn write(c: &mut Criterion) {
     let mut group = c.benchmark_group("write");
     group.sampling_mode(SamplingMode::Flat).sample_size(10);
     group.throughput(Throughput::Bytes(source.total_bytes()));
+    // The last copy is removed outside the measured time.
+    let dst = dir.path().join("copy");
+    let remove_copy = || drop(fs::remove_dir_all(&dst));
+    let copy = |()| {
+        let options = WriteOptions::default();
+        let mut writer = CheckpointWriter::create(&dst, source.config(), specs.clone(), &options)
+            .expect("removed");
+        for name in source.names() {
+            writer.copy_tensor(name, &source).expect("declared alike");
+        }
+        writer.finish().expect("temporary folder")
+    };
     group.bench_function("copy of a checkpoint", |b| {
-        b.iter(|| {
-            let dst = dir.path().join("copy");
-            let mut writer =
-                CheckpointWriter::create(dst, source.config(), specs.clone(), &overwrite())
-                    .expect("temporary folder");
-            for name in source.names() {
-                writer.copy_tensor(name, &source).expect("declared alike");
-            }
-            writer.finish().expect("temporary folder")
-        });
+        b.iter_batched(remove_copy, copy, BatchSize::PerIteration);
     });
+    remove_copy();
+
+    let plain = dir.path().join("plain");
+    let remove_plain = || drop(fs::remove_file(&plain));
+    let copy_plain = |()| {
+        fs::copy(&source.shards()[0], &plain).expect("temporary folder");
+        File::open(&plain)
+            .and_then(|file| file.sync_all())
+            .expect("temporary folder");
+    };
     group.bench_function("bound: copy of its file by the system, and sync", |b| {
-        b.iter(|| {
-            let plain = dir.path().join("plain");
-            fs::copy(&source.shards()[0], &plain).expect("temporary folder");
-            File::open(&plain)
-                .and_then(|file| file.sync_all())
-                .expect("temporary folder");
-            fs::remove_file(&plain).expect("temporary folder");
-        });
+        b.iter_batched(remove_plain, copy_plain, BatchSize::PerIteration);
     });
 }
 

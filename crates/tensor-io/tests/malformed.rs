@@ -365,6 +365,7 @@ fn an_index_that_is_no_index_is_refused() {
         "[]",
         "{}",
         r#"{"weight_map":[]}"#,
+        r#"[{"a":"x"}]"#,
         r#"{"weight_map":{"a":1}}"#,
         r#"{"weight_map":{"a":"x","a":"x"}}"#,
         r#"{"weight_map":{},"weight_map":{}}"#,
@@ -374,10 +375,12 @@ fn an_index_that_is_no_index_is_refused() {
             "{text}"
         );
     }
-    assert!(matches!(
-        Index::parse(b"{\"weight_map\":{\"\xFF\":\"x\"}}"),
-        Err(IndexError::Json(_))
-    ));
+    for bytes in [
+        &b"{\"weight_map\":{\"\xFF\":\"x\"}}"[..],
+        b"{\"metadata\":{\"\xFF\":1},\"weight_map\":{}}",
+    ] {
+        assert!(matches!(Index::parse(bytes), Err(IndexError::NotUtf8(_))));
+    }
     let error = open_sharded("{", None, None).unwrap_err();
     assert!(
         matches!(error, Error::Index { file, .. } if file.ends_with("model.safetensors.index.json"))
