@@ -16,7 +16,7 @@ use crate::spec::TensorSpec;
 
 /// Bytes written to a file before a thread beside the writer forces them to disk. The next such thread waits for the
 /// last one, so that no more than twice this is ever in memory on its way to the disk, and the disk is never idle.
-const SYNC_BYTES: usize = 64 << 20;
+const SYNC_BYTES: usize = 256 << 20;
 
 /// Largest single write, and the step at which `SYNC_BYTES` is looked at.
 const WRITE_BYTES: usize = 16 << 20;
