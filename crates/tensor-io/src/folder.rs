@@ -31,11 +31,13 @@ pub(crate) fn open_weights(dir: &Path) -> Result<Vec<(Shard, Vec<Entry>)>> {
         (PICKLE_FILE, PICKLE_INDEX_FILE, Shard::open_pickle),
     ];
     for (single, index, open) in layouts {
-        if dir.join(single).exists() {
-            return Ok(vec![open(dir.join(single))?]);
+        let (single, index) = (dir.join(single), dir.join(index));
+        // A link that leads nowhere counts: opening it names it.
+        if single.symlink_metadata().is_ok() {
+            return Ok(vec![open(single)?]);
         }
-        if dir.join(index).exists() {
-            return open_shards(dir, &dir.join(index), open);
+        if index.symlink_metadata().is_ok() {
+            return open_shards(dir, &index, open);
         }
     }
     Err(Error::NoWeights {

@@ -15,7 +15,10 @@ use serde::{Deserialize, Deserializer, Serialize};
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum IndexError {
-    /// Not JSON (or not UTF-8), or without a `weight_map` of strings, or a tensor stands twice.
+    /// Not UTF-8, not even in a field that nobody reads.
+    #[error("index is not UTF-8: {0}")]
+    NotUtf8(#[source] std::str::Utf8Error),
+    /// Not a JSON object with a `weight_map` from tensors to strings, or a tensor stands twice.
     #[error("index is not valid: {0}")]
     Json(#[source] serde_json::Error),
     /// A shard name that is not a plain file name.
@@ -48,7 +51,14 @@ impl Index {
     /// # Errors
     /// See [`IndexError`].
     pub fn parse(bytes: &[u8]) -> Result<Self, IndexError> {
-        let raw: RawIndex = serde_json::from_slice(bytes).map_err(IndexError::Json)?;
+        let text = std::str::from_utf8(bytes).map_err(IndexError::NotUtf8)?;
+        let raw: RawIndex = serde_json::from_str(text)
+            .and_then(|raw| match text.trim_start().starts_with('{') {
+                true => Ok(raw),
+                // serde would take an array of the fields' values for an object.
+                false => Err(serde_json::Error::custom("expected an object")),
+            })
+            .map_err(IndexError::Json)?;
         for (tensor, shard) in &raw.weight_map.0 {
             if !is_plain_file_name(shard) {
                 return Err(IndexError::UnsafeName {

@@ -2,8 +2,9 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::{Seek, SeekFrom, Write};
+use std::io::{self, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
+use std::thread::{self, JoinHandle};
 
 use candle_core::{CpuStorage, DType, Device, Storage, Tensor};
 use safetensors::{Dtype, View};
@@ -13,11 +14,12 @@ use crate::error::{Error, Result};
 use crate::header::{Entry, Header, HeaderError, MAX_HEADER_BYTES};
 use crate::spec::TensorSpec;
 
-/// Bytes written to a file before they are forced to disk, so that dirty pages do not pile up in memory.
-const MAX_DIRTY_BYTES: usize = 256 << 20;
+/// Bytes written to a file before a thread beside the writer forces them to disk. The next such thread waits for the
+/// last one, so that no more than twice this is ever in memory on its way to the disk, and the disk is never idle.
+const SYNC_BYTES: usize = 256 << 20;
 
-/// Largest single write, and the step at which `MAX_DIRTY_BYTES` is looked at.
-const WRITE_BYTES: usize = 32 << 20;
+/// Largest single write, and the step at which `SYNC_BYTES` is looked at.
+const WRITE_BYTES: usize = 16 << 20;
 
 /// Elements converted at a time: the converted bytes of a tensor are never all in memory.
 const CONVERT_ELEMENTS: usize = 1 << 20;
@@ -28,7 +30,9 @@ pub(crate) struct ShardWriter {
     path: PathBuf,
     entries: Vec<Entry>,
     data_start: usize,
+    /// Bytes written since the last sync was started.
     dirty: usize,
+    syncing: Option<JoinHandle<io::Result<()>>>,
 }
 
 impl ShardWriter {
@@ -77,6 +81,7 @@ impl ShardWriter {
             entries: header.entries,
             data_start: head.len(),
             dirty: 0,
+            syncing: None,
         })
     }
 
@@ -142,12 +147,36 @@ impl ShardWriter {
     }
 
     /// Forces everything to disk.
-    pub(crate) fn sync(&self) -> Result<()> {
+    pub(crate) fn sync(&mut self) -> Result<()> {
+        self.wait_for_sync()?;
         File::options()
             .write(true)
             .open(&self.path)
             .and_then(|file| file.sync_all())
             .map_err(Error::io("sync", &self.path))
+    }
+
+    /// Forces what was written so far to disk, without waiting for it.
+    fn start_sync(&mut self, file: &File) -> Result<()> {
+        self.wait_for_sync()?;
+        let thread = file.try_clone().and_then(|file| {
+            let name = "tensor-io-sync".to_string();
+            thread::Builder::new()
+                .name(name)
+                .spawn(move || file.sync_data())
+        });
+        self.syncing = Some(thread.map_err(Error::io("sync", &self.path))?);
+        self.dirty = 0;
+        Ok(())
+    }
+
+    fn wait_for_sync(&mut self) -> Result<()> {
+        match self.syncing.take().map(JoinHandle::join) {
+            None => Ok(()),
+            Some(result) => result
+                .expect("nothing in syncing a file panics")
+                .map_err(Error::io("sync", &self.path)),
+        }
     }
 
     fn convert<S: Float>(&mut self, i: usize, elements: &[S], destination: &Path) -> Result<()> {
@@ -198,11 +227,8 @@ impl Sink<'_> {
                 .write_all(piece)
                 .map_err(Error::io("write", &self.shard.path))?;
             self.shard.dirty += piece.len();
-            if self.shard.dirty >= MAX_DIRTY_BYTES {
-                self.file
-                    .sync_data()
-                    .map_err(Error::io("sync", &self.shard.path))?;
-                self.shard.dirty = 0;
+            if self.shard.dirty >= SYNC_BYTES {
+                self.shard.start_sync(&self.file)?;
             }
         }
         Ok(())

@@ -183,7 +183,7 @@ impl CheckpointWriter {
     /// # Errors
     /// [`Error::NotWritten`], [`Error::Io`]; [`Error::Exists`] if the destination has appeared meanwhile. In each case
     /// the destination is as it was before.
-    pub fn finish(self) -> Result<Written> {
+    pub fn finish(mut self) -> Result<Written> {
         let missing: Vec<String> = self
             .specs
             .iter()
@@ -197,7 +197,7 @@ impl CheckpointWriter {
                 tensors: missing,
             });
         }
-        for shard in &self.shards {
+        for shard in &mut self.shards {
             shard.sync()?;
         }
         for name in &self.added {

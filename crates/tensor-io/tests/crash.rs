@@ -1,5 +1,7 @@
 //! Writers that are killed, and disks that are full. The tests start this test program again as a child process.
 
+#![cfg(unix)]
+
 use std::env;
 use std::fs;
 use std::path::{Path, PathBuf};

@@ -365,6 +365,7 @@ fn an_index_that_is_no_index_is_refused() {
         "[]",
         "{}",
         r#"{"weight_map":[]}"#,
+        r#"[{"a":"x"}]"#,
         r#"{"weight_map":{"a":1}}"#,
         r#"{"weight_map":{"a":"x","a":"x"}}"#,
         r#"{"weight_map":{},"weight_map":{}}"#,
@@ -374,10 +375,12 @@ fn an_index_that_is_no_index_is_refused() {
             "{text}"
         );
     }
-    assert!(matches!(
-        Index::parse(b"{\"weight_map\":{\"\xFF\":\"x\"}}"),
-        Err(IndexError::Json(_))
-    ));
+    for bytes in [
+        &b"{\"weight_map\":{\"\xFF\":\"x\"}}"[..],
+        b"{\"metadata\":{\"\xFF\":1},\"weight_map\":{}}",
+    ] {
+        assert!(matches!(Index::parse(bytes), Err(IndexError::NotUtf8(_))));
+    }
     let error = open_sharded("{", None, None).unwrap_err();
     assert!(
         matches!(error, Error::Index { file, .. } if file.ends_with("model.safetensors.index.json"))
@@ -455,9 +458,26 @@ fn what_is_no_checkpoint_folder_says_what_is_missing() {
     assert!(matches!(Checkpoint::open(dir.path()), Err(Error::Io { path, .. }) if path == weights));
 }
 
+#[cfg(unix)]
 #[test]
 fn a_file_without_permission_is_an_error_with_its_name() {
-    use std::os::unix::fs::PermissionsExt;
+    use std::io::ErrorKind;
+    use std::os::unix::fs::{PermissionsExt, chown};
+    use std::os::unix::process::CommandExt;
+    use std::process::Command;
+
+    const AS_NOBODY: &str = "TENSOR_IO_TEST_UNREADABLE";
+    let check = |dir: &Path| {
+        let error = Checkpoint::open(dir).unwrap_err();
+        assert!(matches!(
+            error,
+            Error::Io { path, source, .. }
+                if path.ends_with("model.safetensors") && source.kind() == ErrorKind::PermissionDenied
+        ));
+    };
+    if let Some(dir) = std::env::var_os(AS_NOBODY) {
+        return check(Path::new(&dir));
+    }
     let dir = tempfile::tempdir().unwrap();
     folder(
         dir.path(),
@@ -467,16 +487,59 @@ fn a_file_without_permission_is_an_error_with_its_name() {
         ],
     );
     let weights = dir.path().join("model.safetensors");
-    fs::set_permissions(&weights, fs::Permissions::from_mode(0)).unwrap();
-    if fs::File::open(&weights).is_ok() {
-        eprintln!("skipped: this user may read everything");
-        return;
+    fs::set_permissions(&weights, fs::Permissions::from_mode(0o000)).unwrap();
+    if fs::File::open(&weights).is_err() {
+        return check(dir.path());
     }
+    // This user may read everything: ask again as one who may not.
+    const NOBODY: u32 = 65_534;
+    chown(dir.path(), Some(NOBODY), None).unwrap();
+    let child = Command::new(std::env::current_exe().unwrap())
+        .args([
+            "--exact",
+            "a_file_without_permission_is_an_error_with_its_name",
+        ])
+        .env(AS_NOBODY, dir.path())
+        .uid(NOBODY)
+        .output();
+    match child {
+        Ok(output) => assert!(output.status.success(), "{output:?}"),
+        Err(error) => eprintln!("skipped: cannot run this test as another user: {error}"),
+    }
+}
+
+#[cfg(unix)]
+#[test]
+fn weights_behind_a_link_are_read_and_a_link_that_leads_nowhere_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let link = dir.path().join("model.safetensors");
+    std::os::unix::fs::symlink("blob", &link).unwrap();
+    folder(dir.path(), &[("config.json", b"{}")]);
     let error = Checkpoint::open(dir.path()).unwrap_err();
-    assert!(matches!(
-        error,
-        Error::Io { path, source, .. } if path == weights && source.kind() == std::io::ErrorKind::PermissionDenied
-    ));
+    assert!(matches!(error, Error::Io { path, .. } if path == link));
+    folder(dir.path(), &[("blob", &vectors(&[("a", &[1.0])]))]);
+    assert!(Checkpoint::open(dir.path()).unwrap().contains("a"));
+}
+
+#[test]
+fn a_checkpoint_is_read_by_several_threads_at_once() {
+    let values: Vec<f32> = (0..1000).map(|i| i as f32).collect();
+    let file = open_one("F32", &[1000], &f32_bytes(&values));
+    std::thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| {
+                for _ in 0..100 {
+                    let read = file
+                        .tensor("w", &Device::Cpu)
+                        .unwrap()
+                        .to_vec1::<f32>()
+                        .unwrap();
+                    assert_eq!(read, values);
+                    file.release(["w"]);
+                }
+            });
+        }
+    });
 }
 
 fn open_one(dtype: &str, shape: &[usize], data: &[u8]) -> Checkpoint {

@@ -58,8 +58,21 @@ fn tensors() -> impl Strategy<Value = Vec<Stored>> {
         .prop_shuffle()
 }
 
+/// The file that the safetensors crate makes of these tensors.
+fn by_safetensors(tensors: &[Stored]) -> Vec<u8> {
+    let views: Vec<_> = tensors
+        .iter()
+        .map(|t| {
+            let view =
+                safetensors::tensor::TensorView::new(t.spec.dtype, t.spec.shape.clone(), &t.bytes);
+            (t.spec.name.clone(), view.unwrap())
+        })
+        .collect();
+    safetensors::serialize(views, None).unwrap()
+}
+
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(64))]
+    #![proptest_config(ProptestConfig { cases: 64, failure_persistence: None, ..Default::default() })]
 
     #[test]
     fn checkpoints_come_back(
@@ -110,14 +123,7 @@ proptest! {
 
     #[test]
     fn files_read_by_the_safetensors_crate_are_read_alike(tensors in tensors()) {
-        let views: Vec<_> = tensors
-            .iter()
-            .map(|t| {
-                let view = safetensors::tensor::TensorView::new(t.spec.dtype, t.spec.shape.clone(), &t.bytes);
-                (t.spec.name.clone(), view.unwrap())
-            })
-            .collect();
-        let file = safetensors::serialize(views, None).unwrap();
+        let file = by_safetensors(&tensors);
         let header = Header::parse(&file).unwrap();
         prop_assert_eq!(header.entries.len(), tensors.len());
         for entry in &header.entries {
@@ -125,6 +131,24 @@ proptest! {
             prop_assert_eq!(entry.dtype, tensor.spec.dtype);
             prop_assert_eq!(&entry.shape, &tensor.spec.shape);
             prop_assert_eq!(&file[header.data_start + entry.start..header.data_start + entry.end], &tensor.bytes[..]);
+        }
+    }
+
+    #[test]
+    fn damaged_files_are_refused_wherever_safetensors_refuses_them(
+        tensors in tensors(),
+        damage in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..4),
+        cut in 0usize..12,
+    ) {
+        let mut file = by_safetensors(&tensors);
+        for (position, value) in damage {
+            let position = position.index(file.len());
+            file[position] = value;
+        }
+        // Mostly whole, sometimes cut.
+        file.truncate(file.len() - cut.saturating_sub(8));
+        if Header::parse(&file).is_ok() {
+            prop_assert!(safetensors::SafeTensors::deserialize(&file).is_ok());
         }
     }
 

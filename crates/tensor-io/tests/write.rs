@@ -337,6 +337,7 @@ fn a_folder_that_is_no_checkpoint_is_never_replaced() {
     assert_eq!(listing(out.path()), ["photos"]);
 }
 
+#[cfg(unix)]
 #[test]
 fn a_link_to_a_folder_keeps_leading_to_it() {
     let source_dir = one_vector("{}");
