@@ -4,6 +4,7 @@ use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};
+use candle_core::DType;
 use clap::builder::PossibleValuesParser;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use prune_structured::{
@@ -13,6 +14,16 @@ use tensor_io::WriteOptions;
 
 use crate::eval::{perplexity, structured};
 use crate::progress::Progress;
+use crate::random_model;
+
+/// What was asked for.
+#[derive(Debug)]
+pub enum Task {
+    /// Evaluate.
+    Eval(Run),
+    /// Make a checkpoint of random weights.
+    RandomModel(random_model::Config),
+}
 
 /// One evaluation, as meant.
 #[derive(Debug)]
@@ -295,7 +306,13 @@ struct RecipeArgs {
     allocation: Option<AllocationArg>,
     /// What makes up for removed units, several separated by commas; auto: the method's own, flap's being bias where the
     /// architecture can store one, else least squares
-    #[arg(long, value_enum, value_delimiter = ',', value_name = "C[,C..]", default_value = "auto")]
+    #[arg(
+        long,
+        value_enum,
+        value_delimiter = ',',
+        value_name = "C[,C..]",
+        default_value = "auto"
+    )]
     compensate: Vec<CompensateArg>,
     /// Damping of least squares, relative to the mean diagonal
     #[arg(long, value_name = "X", default_value_t = DEFAULT_RIDGE)]
@@ -444,42 +461,51 @@ fn ratio(text: &str) -> Result<f64, String> {
 }
 
 /// Read the command line of this process; on wrong usage or a call for help this ends the process as clap does.
-pub(crate) fn parse() -> Run {
-    let Cli {
-        command: Command::Eval(EvalArgs { common, suite }),
-    } = Cli::parse();
-    let words = std::env::args_os()
-        .skip(1)
-        .map(|word| word.to_string_lossy().into_owned());
-    let CommonArgs {
-        window,
-        samples,
-        seed,
-        threads,
-        device,
-        out,
-        json,
-    } = common;
-    Run {
-        command: ["cargo", "xtask"]
-            .map(String::from)
-            .into_iter()
-            .chain(words)
-            .collect(),
-        common: Common {
+pub(crate) fn parse() -> Task {
+    match Cli::parse().command {
+        Command::Eval(args) => Task::Eval(args.run()),
+        Command::RandomModel(args) => Task::RandomModel(args.into()),
+    }
+}
+
+impl EvalArgs {
+    fn run(self) -> Run {
+        let Self { common, suite } = self;
+        let words = std::env::args_os()
+            .skip(1)
+            .map(|word| word.to_string_lossy().into_owned());
+        let CommonArgs {
             window,
-            samples: samples.map(NonZeroUsize::get),
+            samples,
             seed,
-            threads: threads.map(NonZeroUsize::get),
+            threads,
             device,
             out,
             json,
-        },
-        suite: match suite {
-            None => Suite::All,
-            Some(SuiteArgs::Perplexity(PerplexityArgs { text })) => Suite::Perplexity(text.into()),
-            Some(SuiteArgs::Structured(args)) => Suite::Structured(args.config(seed)),
-        },
+        } = common;
+        Run {
+            command: ["cargo", "xtask"]
+                .map(String::from)
+                .into_iter()
+                .chain(words)
+                .collect(),
+            common: Common {
+                window,
+                samples: samples.map(NonZeroUsize::get),
+                seed,
+                threads: threads.map(NonZeroUsize::get),
+                device,
+                out,
+                json,
+            },
+            suite: match suite {
+                None => Suite::All,
+                Some(SuiteArgs::Perplexity(PerplexityArgs { text })) => {
+                    Suite::Perplexity(text.into())
+                }
+                Some(SuiteArgs::Structured(args)) => Suite::Structured(args.config(seed)),
+            },
+        }
     }
 }
 

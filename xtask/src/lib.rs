@@ -15,6 +15,7 @@ pub mod machine;
 mod markdown;
 pub mod plot;
 pub mod progress;
+pub mod random_model;
 pub mod report;
 pub mod row;
 pub mod table;
@@ -23,7 +24,11 @@ use std::process::ExitCode;
 
 /// Run the command line: 0 when done, 1 with one line on stderr when the run failed, 2 on wrong usage.
 pub fn main() -> ExitCode {
-    match eval::run(&cli::parse()) {
+    let done = match cli::parse() {
+        cli::Task::Eval(run) => eval::run(&run),
+        cli::Task::RandomModel(config) => random_model::run(&config),
+    };
+    match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             // The causes on one line, also where a library's message has several.

@@ -388,6 +388,7 @@ fn section(config: &Config, rows: Vec<Row>) -> Section {
             Column::Speedup,
             Column::Seconds,
             Column::PeakRss,
+            Column::Extra("compensation".into()),
             Column::Extra("loads_in".into()),
         ],
         plots: if config.dry_run { vec![] } else { vec![plot] },
