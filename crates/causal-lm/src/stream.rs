@@ -6,6 +6,7 @@
 use crate::attention::Mixer;
 use crate::block::{Block, RopeTables};
 use crate::decoder::Decoder;
+use crate::names;
 use crate::ops;
 use crate::tap::Tap;
 use crate::windows::Windows;
@@ -37,6 +38,7 @@ impl Hidden {
             .chunks(windows_per_batch)
             .map(|batch| decoder.embed(batch))
             .collect::<Result<_>>()?;
+        decoder.checkpoint().release([names::EMBEDDING]);
         let hidden = Self {
             batches,
             rope: decoder.rope(0, windows.window_len())?,

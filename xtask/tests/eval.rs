@@ -1,0 +1,265 @@
+//! The suites as their users run them: on a model made for the test, and on trained models where they lie beside the
+//! project.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use causal_lm::synthetic;
+use serde_json::{Value, json};
+use tensor_io::{Checkpoint, Config, WriteOptions};
+
+/// Words of the test's language; its tokenizer has one token for each.
+const WORDS: [&str; 8] = ["<s>", "a", "b", "c", "d", "e", "f", "."];
+
+/// A folder with a small random model, its tokenizer and two texts.
+struct Scene(tempfile::TempDir);
+
+impl Scene {
+    fn new(config: Value) -> Self {
+        let scene = Self(tempfile::tempdir().unwrap());
+        let fields = Config::new(config.as_object().unwrap().clone());
+        let (model, options) = (scene.path("model"), WriteOptions::default());
+        let dtype = candle_core::DType::BF16;
+        synthetic::write(&fields, dtype, &model, &options, synthetic::random(1)).unwrap();
+        let vocab: serde_json::Map<String, Value> = WORDS
+            .iter()
+            .enumerate()
+            .map(|(id, word)| (word.to_string(), json!(id)))
+            .collect();
+        let tokenizer = json!({
+            "version": "1.0", "truncation": null, "padding": null, "added_tokens": [], "normalizer": null,
+            "pre_tokenizer": {"type": "WhitespaceSplit"}, "post_processor": null, "decoder": null,
+            "model": {"type": "WordLevel", "vocab": vocab, "unk_token": "."},
+        });
+        std::fs::write(model.join("tokenizer.json"), tokenizer.to_string()).unwrap();
+        std::fs::write(
+            model.join("tokenizer_config.json"),
+            json!({"bos_token": "<s>"}).to_string(),
+        )
+        .unwrap();
+        for (name, step) in [("text.txt", 3), ("calib.txt", 5)] {
+            let text: Vec<&str> = (0..800)
+                .map(|i| WORDS[1 + (i * step + i / 7) % 7])
+                .collect();
+            std::fs::write(scene.path(name), text.join(" ")).unwrap();
+        }
+        scene
+    }
+
+    fn llama() -> Self {
+        Self::new(json!({
+            "model_type": "llama", "hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 2,
+            "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 8, "max_position_embeddings": 16,
+        }))
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    /// Runs `eval structured` on the scene with more arguments.
+    fn structured(&self, more: &[&str]) -> Output {
+        let (model, text, calib) = (
+            self.path("model"),
+            self.path("text.txt"),
+            self.path("calib.txt"),
+        );
+        let args = ["eval", "structured", "--calib-samples", "20", "--json"];
+        Command::new(env!("CARGO_BIN_EXE_xtask"))
+            .args(args)
+            .args([
+                "--model".as_ref(),
+                model.as_os_str(),
+                "--text".as_ref(),
+                text.as_os_str(),
+            ])
+            .args(["--calib".as_ref(), calib.as_os_str()])
+            .args(more)
+            .output()
+            .unwrap()
+    }
+}
+
+fn rows(output: &Output) -> Vec<Value> {
+    assert!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    report["rows"].as_array().unwrap().clone()
+}
+
+fn error(output: &Output) -> String {
+    assert_eq!(output.status.code(), Some(1));
+    let stderr = String::from_utf8(output.stderr.clone()).unwrap();
+    assert_eq!(stderr.lines().count(), 1, "{stderr}");
+    stderr
+}
+
+/// All bytes of a checkpoint folder's weights.
+fn weights(dir: &Path) -> Vec<u8> {
+    std::fs::read(dir.join("model.safetensors")).unwrap()
+}
+
+#[test]
+fn every_method_and_ratio_has_a_row_that_agrees_with_its_checkpoint() {
+    let scene = Scene::llama();
+    let save = scene.path("pruned");
+    let methods = "flap,flap-compat,wanda-sp,magnitude,random";
+    let rows = rows(&scene.structured(&[
+        "--method",
+        methods,
+        "--ratio",
+        "0.2,0.4",
+        "--save",
+        save.to_str().unwrap(),
+    ]));
+    assert_eq!(rows.len(), 1 + 5 * 2);
+    assert_eq!(rows[0]["method"], "dense");
+    for row in &rows[1..] {
+        assert!(row["perplexity"].as_f64().unwrap() > 1.0);
+        assert_eq!(row["perplexity_dense"], rows[0]["perplexity"]);
+        assert!(row["params"].as_u64() < row["params_dense"].as_u64());
+        let (method, ratio) = (
+            row["method"].as_str().unwrap(),
+            row["ratio"].as_f64().unwrap(),
+        );
+        if method == "random" {
+            assert_eq!(row["spread"]["perplexity"]["runs"], 3);
+            continue;
+        }
+        let pruned = Checkpoint::open(save.join(format!("{method}-{ratio}"))).unwrap();
+        assert_eq!(row["params"].as_u64(), Some(pruned.parameters()));
+        assert_eq!(row["bytes"].as_u64(), Some(pruned.total_bytes()));
+    }
+}
+
+#[test]
+fn bytes_do_not_depend_on_the_number_of_threads() {
+    let scene = Scene::llama();
+    for compensate in ["bias", "least-squares"] {
+        let saved = |threads: &str| {
+            let dir = scene.path(&format!("{compensate}-{threads}"));
+            let save = dir.to_str().unwrap();
+            let arguments = [
+                "--method",
+                "flap",
+                "--ratio",
+                "0.3",
+                "--compensate",
+                compensate,
+                "--threads",
+                threads,
+                "--save",
+                save,
+            ];
+            rows(&scene.structured(&arguments));
+            weights(&dir)
+        };
+        let one = saved("1");
+        assert_eq!(one, saved("2"), "{compensate}");
+        assert_eq!(one, saved("5"), "{compensate}");
+    }
+}
+
+#[test]
+fn a_dry_run_counts_what_a_run_writes() {
+    let scene = Scene::llama();
+    let arguments = ["--method", "flap,wanda-sp", "--ratio", "0.3"];
+    let dry = rows(&scene.structured(&[&arguments[..], &["--dry-run"]].concat()));
+    let wet = rows(&scene.structured(&arguments));
+    assert_eq!(dry.len(), 2);
+    for (dry, wet) in dry.iter().zip(&wet[1..]) {
+        assert!(dry.get("perplexity").is_none());
+        for field in ["method", "ratio", "params", "bytes", "layers"] {
+            assert_eq!(dry[field], wet[field], "{field}");
+        }
+    }
+}
+
+#[test]
+fn bad_input_is_one_line_that_names_it() {
+    let scene = Scene::llama();
+    let text = scene.path("text.txt");
+    let flags = ["--method", "flap", "--ratio", "0.3"];
+    let with = |more: &[&str]| error(&scene.structured(&[&flags[..], more].concat()));
+    assert!(with(&["--window", "17"]).contains("--window 17"));
+    assert!(with(&["--min-attention", "5"]).contains("min_attention 5"));
+    std::fs::create_dir(scene.path("there")).unwrap();
+    std::fs::write(scene.path("there/file"), "mine").unwrap();
+    assert!(with(&["--save", scene.path("there").to_str().unwrap()]).contains("there"));
+    std::fs::copy(&text, scene.path("calib.txt")).unwrap();
+    std::fs::remove_file(&text).unwrap();
+    assert!(with(&[]).contains("text.txt"));
+    std::fs::rename(scene.path("calib.txt"), &text).unwrap();
+    std::os::unix::fs::symlink(&text, scene.path("calib.txt")).unwrap();
+    assert!(with(&[]).contains("--calib and --text are both"));
+    std::fs::remove_file(scene.path("calib.txt")).unwrap();
+    std::fs::write(scene.path("calib.txt"), "a b c d ".repeat(100)).unwrap();
+    let weights = scene.path("model/model.safetensors");
+    let whole = std::fs::read(&weights).unwrap();
+    std::fs::write(&weights, &whole[..whole.len() - 1]).unwrap();
+    assert!(with(&[]).contains("model.safetensors"));
+}
+
+/// Folder with trained models and texts beside the checkout, if it is there.
+fn shared() -> Option<PathBuf> {
+    let dir = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../shared"));
+    if !dir.is_dir() {
+        eprintln!("skipped: no trained models at {}", dir.display());
+        return None;
+    }
+    Some(dir.to_path_buf())
+}
+
+#[test]
+fn perplexities_of_trained_models_are_those_of_transformers() {
+    let Some(shared) = shared() else { return };
+    for (model, text, more, expected) in [
+        (
+            "stories260K",
+            "tinystories_valid_30KB",
+            &["--window", "256"][..],
+            6.316452,
+        ),
+        (
+            "stories260K",
+            "tinystories_valid_30KB",
+            &["--window", "256", "--no-bos"],
+            5.723490,
+        ),
+        (
+            "aidreams260K",
+            "tinystories_valid_30KB",
+            &["--window", "128"],
+            230.885091,
+        ),
+        (
+            "aidreams260K",
+            "tinystories_valid_30KB",
+            &["--window", "128", "--no-bos"],
+            216.223067,
+        ),
+        (
+            "small-lm",
+            "tinystories_valid_30KB",
+            &["--window", "256"],
+            49.146425,
+        ),
+    ] {
+        let output = Command::new(env!("CARGO_BIN_EXE_xtask"))
+            .args(["eval", "perplexity", "--json", "--model"])
+            .arg(shared.join("models").join(model))
+            .arg("--text")
+            .arg(shared.join("data/text").join(text).with_extension("txt"))
+            .args(more)
+            .output()
+            .unwrap();
+        let found = rows(&output)[0]["perplexity"].as_f64().unwrap();
+        assert!(
+            (found / expected - 1.0).abs() < 1e-5,
+            "{model}: {found} is not {expected}"
+        );
+    }
+}
