@@ -176,3 +176,120 @@ pub(crate) fn complement(ids: &[usize], width: usize) -> Vec<usize> {
     }
     (0..width).filter(|&id| !kept[id]).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::flap::compat::tests::samples;
+    use crate::stats::Moments;
+
+    #[test]
+    fn the_bias_is_that_of_the_published_implementation() {
+        let mut moments = Moments::new(4);
+        samples().iter().for_each(|sample| moments.update(sample));
+        let weight: Vec<f32> = (0..12)
+            .map(|i| ((3 * (i / 4) + 2 * (i % 4)) % 7) as f32 / 2.0 - 1.5)
+            .collect();
+        let weight = Tensor::from_vec(weight, (3, 4), &Device::Cpu).unwrap();
+        let bias = mean_contribution(&weight, &[1, 3], &moments.mean).unwrap();
+        for (ours, golden) in bias.iter().zip([-0.1145833, -0.03125, -0.0208333]) {
+            assert!((ours - golden).abs() < 1e-6, "{ours} is not {golden}");
+        }
+    }
+
+    /// Inputs `[20, 6]` and a weight `[3, 6]` of the golden refits.
+    fn problem() -> (Tensor, Tensor) {
+        let x = |t: usize, c: usize| (((7 * t + 5 * c + (t * c) % 5) % 13) as f32 - 6.0) / 5.0;
+        let w = |o: usize, i: usize| (((3 * i + 5 * o + (i * o) % 3) % 11) as f32 - 5.0) / 4.0;
+        let inputs = (0..120).map(|i| x(i / 6, i % 6)).collect();
+        let weight = (0..18).map(|i| w(i / 6, i % 6)).collect();
+        let tensor =
+            |values: Vec<f32>, shape| Tensor::from_vec(values, shape, &Device::Cpu).unwrap();
+        (tensor(inputs, (20, 6)), tensor(weight, (3, 6)))
+    }
+
+    #[test]
+    fn the_refit_is_that_of_the_published_tyr_implementation() {
+        let (x, weight) = problem();
+        let gram = x.t().unwrap().matmul(&x).unwrap();
+        let golden: [(&[usize], &[[f32; 3]]); 2] = [
+            (
+                &[0, 1, 4, 5],
+                &[
+                    [-1.37619, 0.11317, 1.15035],
+                    [-0.54429, 1.19637, -0.30064],
+                    [-1.40433, 0.59412, -1.04245],
+                    [-0.34822, -1.56315, -0.28744],
+                ],
+            ),
+            (
+                &[4, 5],
+                &[[-1.25006, 0.96748, -1.42470], [-0.71653, -1.97247, 0.30888]],
+            ),
+        ];
+        for (kept, golden) in golden {
+            let refitted = refit(&weight, &gram, kept, &complement(kept, 6), 0.01, 0).unwrap();
+            for (column, golden) in refitted
+                .t()
+                .unwrap()
+                .to_vec2::<f32>()
+                .unwrap()
+                .iter()
+                .zip(golden)
+            {
+                for (ours, golden) in column.iter().zip(golden) {
+                    assert!((ours - golden).abs() < 2e-5, "{ours} is not {golden}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn no_other_weight_on_the_kept_columns_comes_closer() {
+        let (x, weight) = problem();
+        let gram = x.t().unwrap().matmul(&x).unwrap();
+        let kept = [1, 2, 5];
+        let ids = Tensor::new(&[1u32, 2, 5], &Device::Cpu).unwrap();
+        let x_kept = x.index_select(&ids, 1).unwrap();
+        let target = x.matmul(&weight.t().unwrap()).unwrap();
+        let error = |w: &Tensor| {
+            let gap = (x_kept.matmul(&w.t().unwrap()).unwrap() - &target).unwrap();
+            gap.sqr()
+                .unwrap()
+                .sum_all()
+                .unwrap()
+                .to_scalar::<f32>()
+                .unwrap()
+        };
+        let best = refit(&weight, &gram, &kept, &complement(&kept, 6), 0.0, 0).unwrap();
+        assert!(error(&best) < error(&weight.index_select(&ids, 1).unwrap()));
+        for i in 0..9 {
+            for step in [-0.01f32, 0.01] {
+                let mut moved = best.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+                moved[i] += step;
+                let moved = Tensor::from_vec(moved, (3, 3), &Device::Cpu).unwrap();
+                assert!(error(&moved) > error(&best));
+            }
+        }
+    }
+
+    #[test]
+    fn a_dead_input_is_no_reason_to_fail_with_a_ridge() {
+        let (x, weight) = problem();
+        let alive = Tensor::new(&[1f32, 0.0, 1.0, 1.0, 1.0, 1.0], &Device::Cpu).unwrap();
+        let x = x.broadcast_mul(&alive).unwrap();
+        let gram = x.t().unwrap().matmul(&x).unwrap();
+        let kept = [1, 2, 3];
+        let refitted = refit(&weight, &gram, &kept, &complement(&kept, 6), 0.01, 0).unwrap();
+        assert!(
+            refitted
+                .sum_all()
+                .unwrap()
+                .to_scalar::<f32>()
+                .unwrap()
+                .is_finite()
+        );
+        let singular = refit(&weight, &gram, &kept, &complement(&kept, 6), 0.0, 4);
+        assert!(matches!(singular, Err(Error::Singular { layer: 4 })));
+    }
+}

@@ -91,3 +91,96 @@ pub fn standardise(scores: &mut [f64]) {
         };
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::flap::compat::{Fluctuation, tests::samples};
+    use crate::stats::Moments;
+
+    /// Statistics of four samples of three tokens with four features, and a weight with three rows.
+    fn stats() -> ColumnStats {
+        let weight = |o: usize, c: usize| (((3 * o + 2 * c) % 7) as f64 - 3.0) / 2.0;
+        let column = |f: fn(f64) -> f64| -> Vec<f64> {
+            (0..4)
+                .map(|c| (0..3).map(|o| f(weight(o, c))).sum())
+                .collect()
+        };
+        let mut stats = ColumnStats {
+            moments: Moments::new(4),
+            samples: 4,
+            fluctuation: Some(Fluctuation::new(4)),
+            weight_square: column(|w| w * w),
+            weight_abs: column(f64::abs),
+            outputs: 3,
+        };
+        for sample in samples() {
+            stats.moments.update(&sample);
+            stats.fluctuation.as_mut().unwrap().update(&sample);
+        }
+        stats
+    }
+
+    fn check(score: Score, part: Part, golden: [f64; 4]) {
+        let scores = score.columns(0, part, &stats()).unwrap();
+        for (ours, golden) in scores.iter().zip(golden) {
+            // The implementation computes in f32.
+            let close = (ours - golden).abs() < 5e-7 * golden.abs().max(1.0);
+            assert!(close, "{score:?}: {ours} is not {golden}");
+        }
+    }
+
+    #[test]
+    fn scores_are_those_of_the_published_implementation() {
+        use Part::{Attention, Mlp};
+        check(
+            Score::FlapCompat,
+            Mlp,
+            [5.5285192, 2.8965569, 2.2997143, 4.4277892],
+        );
+        let squared = [30.564524, 8.3900414, 5.2886858, 19.605318];
+        check(Score::FlapCompat, Attention, squared);
+        check(
+            Score::Wifn,
+            Mlp,
+            [1.3863169, 1.1876828, 0.8936505, 1.4086785],
+        );
+        let norms = [1.3863169, 1.1876828, 0.8936505, 1.4086785].map(|wifn| wifn * 3.0 * 2.0);
+        check(Score::WandaSp, Mlp, norms);
+    }
+
+    #[test]
+    fn the_default_score_is_exact_variance_times_squared_weight() {
+        let variance = [0.6367188, 0.6701389, 0.5881076, 0.6506076];
+        check(Score::Ifv, Part::Mlp, variance);
+        let weight = [4.5, 2.25, 2.5, 3.5];
+        let wifv = std::array::from_fn(|c| variance[c] * weight[c]);
+        check(Score::Wifv, Part::Mlp, wifv);
+        check(Score::Wifv, Part::Attention, wifv);
+        check(Score::Magnitude, Part::Mlp, weight.map(f64::sqrt));
+    }
+
+    #[test]
+    fn random_scores_depend_on_seed_and_sublayer_alone() {
+        let draw = |seed, layer, part| {
+            Score::Random { seed }
+                .columns(layer, part, &stats())
+                .unwrap()
+        };
+        assert_eq!(draw(1, 0, Part::Mlp), draw(1, 0, Part::Mlp));
+        assert_ne!(draw(1, 0, Part::Mlp), draw(2, 0, Part::Mlp));
+        assert_ne!(draw(1, 0, Part::Mlp), draw(1, 1, Part::Mlp));
+        assert_ne!(draw(1, 0, Part::Mlp), draw(1, 0, Part::Attention));
+    }
+
+    #[test]
+    fn standard_scores_have_mean_0_and_unbiased_variance_1() {
+        let mut scores = [1.0, 2.0, 4.0, 9.0];
+        standardise(&mut scores);
+        assert!(scores.iter().sum::<f64>().abs() < 1e-12);
+        assert!((scores.iter().map(|s| s * s).sum::<f64>() / 3.0 - 1.0).abs() < 1e-12);
+        let mut equal = [5.0; 3];
+        standardise(&mut equal);
+        assert_eq!(equal, [0.0; 3]);
+    }
+}

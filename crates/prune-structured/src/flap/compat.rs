@@ -94,7 +94,7 @@ pub(crate) fn keep(rankings: &[Ranking], ratio: f64) -> Vec<usize> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use crate::score::standardise;
     use crate::stats::Part;
