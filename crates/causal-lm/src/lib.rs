@@ -1,12 +1,4 @@
-//! Hugging Face decoder models, run block by block, with taps on the inputs of linears.
-//!
-//! Reads Llama, Mistral, Qwen2 and Qwen3 checkpoints through [`tensor_io`], checks every tensor
-//! against the config, and runs them in two ways: sets of windows through one block at a time with
-//! only that block's weights in memory ([`run_blocks`], [`Perplexity`]), and whole models that
-//! generate with a replaceable KV cache.
-//!
-//! Widths are per layer. A pruned checkpoint lists them in its config under
-//! [`WIDTHS_KEY`](config::WIDTHS_KEY); blocks without attention or without an MLP are allowed.
+#![doc = include_str!("../README.md")]
 #![forbid(unsafe_code)]
 
 mod attention;

@@ -1,24 +1,12 @@
-//! Structured pruning of Hugging Face decoders without retraining.
+#![doc = include_str!("../README.md")]
 //!
-//! Attention heads and MLP neurons are removed whole, so that what is left is a smaller dense
-//! model. Every method is a [`Score`] of columns, an [`Allocation`] of the budget and a
-//! [`Compensation`]; a [`Recipe`] names the three.
+//! # The way of the data
 //!
 //! ```text
 //! Calibration::run   one pass of windows through the dense model, statistics per column
 //! Plan::make         score, rank, allocate: plain data, printable and saveable
 //! write              a second streaming pass: slice, compensate, write a new checkpoint
 //! ```
-//!
-//! # Who can open the result
-//!
-//! | widths | biases | transformers, vLLM | this workspace |
-//! |---|---|---|---|
-//! | equal in all layers | none, or in the architecture's own slots (Llama) | as any checkpoint | yes |
-//! | equal, but Llama's hidden size is no multiple of the head count | | transformers through the loader in the folder; its Llama config refuses the head count | yes |
-//! | differ between layers | any | transformers through the loader in the folder (`trust_remote_code=True`) | yes |
-//! | any | where the architecture has no slot (Mistral, Qwen) | transformers through the loader | yes |
-//! | masked ([`Form::Masked`]) | as above | as any checkpoint, at the dense size | yes |
 #![forbid(unsafe_code)]
 
 mod allocate;
