@@ -7,11 +7,12 @@ import math
 import sys
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 
 def main(folder, text, window, count=None):
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    # Not AutoTokenizer, which for some model types ignores tokenizer.json.
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=True).eval()
     with open(text, encoding="utf-8") as file:
         tokens = tokenizer(file.read(), add_special_tokens=False)["input_ids"]
