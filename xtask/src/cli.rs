@@ -281,6 +281,9 @@ struct StructuredArgs {
     /// Replace what is at --save
     #[arg(long)]
     overwrite: bool,
+    /// Write each plan, which units stay, as METHOD-RATIO.json to this folder
+    #[arg(long, value_name = "DIR")]
+    save_plans: Option<PathBuf>,
     /// Largest shard in bytes
     #[arg(long, value_name = "N", default_value = "5000000000")]
     max_shard_bytes: u64,
@@ -441,6 +444,7 @@ impl StructuredArgs {
                 overwrite: self.overwrite,
                 max_shard_bytes: self.max_shard_bytes,
             },
+            save_plans: self.save_plans,
             dry_run: self.dry_run,
         }
     }

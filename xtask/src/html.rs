@@ -3,11 +3,10 @@
 use anyhow::{Context, Result};
 use minijinja::{Environment, Value, context};
 
-use crate::column::json;
 use crate::format;
 use crate::report::{Report, Section};
 use crate::row::{Role, Row};
-use crate::table::{Grid, command_line, facts, row_name};
+use crate::table::{Grid, Head, command_line, facts, row_name};
 
 const TEMPLATE: &str = include_str!("report.html.j2");
 
@@ -70,7 +69,7 @@ fn section(section: &Section, names: &[String]) -> Result<Value> {
         title => section.title.clone(),
         prose => section.prose.clone(),
         facts => facts(section).map(|(name, value)| context! { name, value }).collect::<Vec<Value>>(),
-        heads => grid.heads.iter().map(|head| context! { title => head.title.clone(), numeric => head.numeric }).collect::<Vec<Value>>(),
+        heads => heads(&grid),
         rows,
         notes => grid.notes.clone(),
         plots => plots.collect::<Result<Vec<Value>>>()?,
@@ -92,33 +91,19 @@ fn row_value(grid: &Grid, i: usize, (role, cells): &(Role, Vec<String>)) -> Valu
     context! { class, apart => grid.is_apart(i), cells }
 }
 
-/// The per-layer detail of a row as a table with a column for every name that occurs.
+/// The per-layer detail of a row as a table.
 fn layers(measured: &Row) -> Option<Value> {
-    let objects: Vec<_> = measured
-        .layers
-        .iter()
-        .filter_map(|layer| layer.as_object())
-        .collect();
-    let mut heads: Vec<String> = Vec::new();
-    for name in objects.iter().flat_map(|object| object.keys()) {
-        if !heads.contains(name) {
-            heads.push(name.clone());
-        }
-    }
-    let is_numeric =
-        |value: Option<&serde_json::Value>| value.is_none_or(serde_json::Value::is_number);
-    let cell = |value: Option<&serde_json::Value>| {
-        let text = value.map_or_else(|| format::ABSENT.to_owned(), json);
-        context! { text, numeric => is_numeric(value) }
+    let grid = Grid::of_layers(measured)?;
+    let cells = |(_, cells): &(Role, Vec<String>)| -> Vec<Value> {
+        let cell = |(text, head): (&String, &Head)| context! { text => text.clone(), numeric => head.numeric };
+        cells.iter().zip(&grid.heads).map(cell).collect()
     };
-    let head = |name: &String| {
-        let numeric = objects.iter().all(|object| is_numeric(object.get(name)));
-        context! { title => name.clone(), numeric }
-    };
-    let row = |object: &&serde_json::Map<_, _>| -> Vec<Value> {
-        heads.iter().map(|name| cell(object.get(name))).collect()
-    };
-    let rows: Vec<Vec<Value>> = objects.iter().map(row).collect();
-    let heads: Vec<Value> = heads.iter().map(head).collect();
-    (!rows.is_empty()).then(|| context! { title => row_name(measured), heads, rows })
+    Some(
+        context! { title => row_name(measured), heads => heads(&grid), rows => grid.rows.iter().map(cells).collect::<Vec<_>>() },
+    )
+}
+
+fn heads(grid: &Grid) -> Vec<Value> {
+    let head = |head: &Head| context! { title => head.title.clone(), numeric => head.numeric };
+    grid.heads.iter().map(head).collect()
 }

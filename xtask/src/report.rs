@@ -38,6 +38,9 @@ pub struct Section {
     /// Measured rows. In JSON they stand in the report's own list and the section names their range.
     #[serde(skip)]
     pub rows: Vec<Row>,
+    /// Whether the terminal shows the per-layer detail of rows; files always hold it.
+    #[serde(skip)]
+    pub print_layers: bool,
     /// Plots of the rows.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub plots: Vec<Plot>,

@@ -4,6 +4,8 @@ use comfy_table::{
     CellAlignment, ColumnConstraint, ContentArrangement, LineStyle, Table, TableStyle, Width,
 };
 
+use serde_json::{Map, Value};
+
 use crate::column::{Column, json};
 use crate::format::ABSENT;
 use crate::report::{Report, Section};
@@ -84,6 +86,38 @@ impl Grid {
         }
     }
 
+    /// The per-layer detail of a row, with a column for every name that occurs; `None` where there is none.
+    pub(crate) fn of_layers(row: &Row) -> Option<Self> {
+        let layers: Vec<&Map<String, Value>> =
+            row.layers.iter().filter_map(Value::as_object).collect();
+        let mut names: Vec<&String> = Vec::new();
+        for name in layers.iter().flat_map(|layer| layer.keys()) {
+            if !names.contains(&name) {
+                names.push(name);
+            }
+        }
+        let numeric = |name: &String| {
+            let is_number =
+                |layer: &&Map<String, Value>| layer.get(name).is_none_or(Value::is_number);
+            layers.iter().all(is_number)
+        };
+        let heads = names.iter().enumerate().map(|(i, name)| Head {
+            title: name.replace('_', " "),
+            numeric: numeric(name),
+            key: i == 0,
+        });
+        let cell = |value: Option<&Value>| value.map_or_else(|| ABSENT.to_owned(), json);
+        let cells = |layer: &&Map<String, Value>| {
+            let cells = names.iter().map(|name| cell(layer.get(*name))).collect();
+            (Role::Method, cells)
+        };
+        (!layers.is_empty()).then(|| Self {
+            heads: heads.collect(),
+            rows: layers.iter().map(cells).collect(),
+            notes: Vec::new(),
+        })
+    }
+
     /// Whether a rule belongs between row `i` and the one before it: the dense model stands apart.
     pub(crate) fn is_apart(&self, i: usize) -> bool {
         i > 0 && (self.rows[i - 1].0 == Role::Reference) != (self.rows[i].0 == Role::Reference)
@@ -150,17 +184,28 @@ fn section_text(section: &Section) -> String {
         out += &wrap(paragraph, usize::from(WIDTH), "");
     }
     let grid = Grid::new(section);
-    if !grid.rows.is_empty() {
-        out += &blocks(&grid)
-            .iter()
-            .map(|columns| block_text(&grid, columns))
-            .collect::<Vec<_>>()
-            .join("\n");
-    }
+    out += &grid_text(&grid);
     for note in &grid.notes {
         out += &wrap(note, usize::from(WIDTH), "  ");
     }
+    for row in section.rows.iter().filter(|_| section.print_layers) {
+        if let Some(layers) = Grid::of_layers(row) {
+            out += &format!("\nLayers of {}\n{}", row_name(row), grid_text(&layers));
+        }
+    }
     out
+}
+
+/// A grid as one table, or several below one another.
+fn grid_text(grid: &Grid) -> String {
+    if grid.rows.is_empty() {
+        return String::new();
+    }
+    blocks(grid)
+        .iter()
+        .map(|columns| block_text(grid, columns))
+        .collect::<Vec<_>>()
+        .join("\n")
 }
 
 /// Characters that column `i` asks for, padding included: cells stay whole up to a third of the table, headings may

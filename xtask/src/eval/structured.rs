@@ -13,6 +13,7 @@ use tensor_io::{Checkpoint, WriteOptions};
 use super::perplexity::{self, Protocol, file_name};
 use crate::cli::Common;
 use crate::column::Column;
+use crate::format;
 use crate::machine::Stopwatch;
 use crate::plot::{Axis, Plot, Reference, Series};
 use crate::progress::Progress;
@@ -41,6 +42,8 @@ pub struct Config {
     pub form: Form,
     /// How checkpoints are written.
     pub write: WriteOptions,
+    /// Folder for the plans.
+    pub save_plans: Option<PathBuf>,
     /// Whether to stop at the plans.
     pub dry_run: bool,
 }
@@ -76,7 +79,10 @@ pub fn run(common: &Common, config: &Config) -> Result<Vec<Section>> {
     };
     let layers = decoder.config().layers() as u64;
     let bar = common.progress("calibration", layers);
+    let watch = Stopwatch::start();
     let calibrated = cells.calibrate(&calibration, &bar)?;
+    let mut calibrating = Row::new("structured", "calibration");
+    watch.stop(&mut calibrating);
     bar.finish();
 
     let mut rows = Vec::new();
@@ -107,7 +113,14 @@ pub fn run(common: &Common, config: &Config) -> Result<Vec<Section>> {
         protocol
             .facts(section(config, rows), &config.perplexity.text, &evaluation)
             .fact("calibration text", file_name(&config.calib))
-            .fact("calibration windows", calibration.count()),
+            .fact("calibration windows", calibration.count())
+            .fact("calibration time", format::seconds(calibrating.seconds))
+            .fact(
+                "calibration memory",
+                calibrating
+                    .peak_rss_bytes
+                    .map_or("unknown".into(), format::bytes),
+            ),
     ])
 }
 
@@ -213,6 +226,10 @@ impl Cells<'_> {
                 Loading::PerLayer => "loader",
             }),
         );
+        if let Some(folder) = &self.config.save_plans {
+            std::fs::create_dir_all(folder).with_context(|| folder.display().to_string())?;
+            plan.save(folder.join(format!("{}.json", cell_name(recipe, ratio))))?;
+        }
         if self.config.dry_run {
             watch.stop(&mut row);
             return Ok(row);
@@ -257,12 +274,7 @@ impl Cells<'_> {
 
     /// `--save` itself for a single checkpoint, a folder of its own for each of several.
     fn folder(&self, recipe: &Recipe, ratio: f64) -> PathBuf {
-        let cell = match recipe.score {
-            prune_structured::Score::Random { seed } => {
-                format!("{}-{ratio}-seed{seed}", recipe.name)
-            }
-            _ => format!("{}-{ratio}", recipe.name),
-        };
+        let cell = cell_name(recipe, ratio);
         let single = self.config.recipes.len() * self.config.ratios.len() == 1
             && !matches!(recipe.score, prune_structured::Score::Random { .. });
         match &self.config.save {
@@ -270,6 +282,14 @@ impl Cells<'_> {
             Some(save) => save.join(cell),
             None => self.scratch.join(cell),
         }
+    }
+}
+
+/// What the files of a cell are called.
+fn cell_name(recipe: &Recipe, ratio: f64) -> String {
+    match recipe.score {
+        prune_structured::Score::Random { seed } => format!("{}-{ratio}-seed{seed}", recipe.name),
+        _ => format!("{}-{ratio}", recipe.name),
     }
 }
 
@@ -392,6 +412,7 @@ fn section(config: &Config, rows: Vec<Row>) -> Section {
             Column::Extra("loads_in".into()),
         ],
         plots: if config.dry_run { vec![] } else { vec![plot] },
+        print_layers: config.dry_run,
         rows,
         ..Section::default()
     }
