@@ -10,6 +10,8 @@ use crate::stats::Part;
 use crate::{Calibration, Error, Result};
 use causal_lm::{Decoder, Widths};
 use serde::{Deserialize, Serialize};
+use std::fs::File;
+use std::io::Write;
 use std::path::Path;
 
 /// What one block keeps: ids in the dense model, ascending.
@@ -188,23 +190,24 @@ impl Plan {
         serde_json::from_slice(&bytes).map_err(|e| plan_file(path, e))
     }
 
-    /// Writes it as JSON, beside the destination first.
+    /// Writes it as JSON: beside the destination first, then renamed.
     ///
     /// # Errors
     /// [`Error::PlanFile`] when the file cannot be written.
     pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
         let path = path.as_ref();
-        let folder = path
-            .parent()
-            .filter(|p| !p.as_os_str().is_empty())
-            .unwrap_or(Path::new("."));
+        let mut beside = path.as_os_str().to_owned();
+        beside.push(format!(".partial-{}", std::process::id()));
         let write = || -> std::io::Result<()> {
-            let file = tempfile::NamedTempFile::new_in(folder)?;
-            serde_json::to_writer(&file, self)?;
-            file.persist(path)?;
-            Ok(())
+            let mut file = File::create(&beside)?;
+            file.write_all(&serde_json::to_vec(self)?)?;
+            file.sync_all()?;
+            std::fs::rename(&beside, path)
         };
-        write().map_err(|e| plan_file(path, e))
+        write().map_err(|e| {
+            std::fs::remove_file(&beside).ok();
+            plan_file(path, e)
+        })
     }
 }
 

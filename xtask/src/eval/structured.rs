@@ -1,9 +1,10 @@
 //! Structured pruning: quality, size and speed by method and ratio.
 
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use anyhow::{Context, Result};
-use causal_lm::{Decoder, Perplexity, Windows};
+use causal_lm::{BATCH_TOKENS, Decoder, Hidden, NoTap, Perplexity, Windows};
 use prune_structured::stats::GramStore;
 use prune_structured::{Calibration, Collect, Compensation, Cost, Form, Loading, Plan, Recipe};
 use serde_json::json;
@@ -90,6 +91,7 @@ pub fn run(common: &Common, config: &Config) -> Result<Vec<Section>> {
         let bar = common.progress(DENSE, Perplexity::steps(&decoder, &evaluation) as u64);
         let mut row = Row::new("structured", DENSE);
         perplexity::measure(&decoder, &evaluation, &mut row, &bar)?;
+        row.tokens_per_second = Some(speed(&decoder, &evaluation)?);
         rows.push(row);
         bar.finish();
     }
@@ -258,6 +260,7 @@ impl Cells<'_> {
         );
         perplexity::measure(&pruned, self.evaluation, &mut row, &steps)?;
         steps.finish();
+        row.tokens_per_second = Some(speed(&pruned, self.evaluation)?);
         anyhow::ensure!(
             (Some(written.parameters), Some(written.bytes)) == (row.params, row.bytes),
             "{}: the shards hold other parameters than the plan counts",
@@ -291,6 +294,29 @@ fn cell_name(recipe: &Recipe, ratio: f64) -> String {
         prune_structured::Score::Random { seed } => format!("{}-{ratio}-seed{seed}", recipe.name),
         _ => format!("{}-{ratio}", recipe.name),
     }
+}
+
+/// Tokens per second of a model's blocks on one batch, each block at the best of three runs, so that a busy machine
+/// does not decide which model is faster.
+fn speed(decoder: &Decoder<'_>, windows: &Windows) -> Result<f64> {
+    const RUNS: usize = 3;
+    let batch = windows.first((BATCH_TOKENS / windows.window_len()).max(1));
+    let mut hidden = Hidden::embed(decoder, &batch)?;
+    let mut seconds = 0.0;
+    for layer in 0..decoder.config().layers() {
+        let block = decoder.block(layer)?;
+        decoder.release(layer);
+        let input = hidden.clone();
+        let mut best = f64::INFINITY;
+        for _ in 0..RUNS {
+            hidden = input.clone();
+            let start = Instant::now();
+            hidden.advance(&block, &mut NoTap)?;
+            best = best.min(start.elapsed().as_secs_f64());
+        }
+        seconds += best;
+    }
+    Ok((batch.count() * batch.window_len()) as f64 / seconds)
 }
 
 /// Whether a recipe is there to be compared with.
@@ -393,7 +419,7 @@ fn section(config: &Config, rows: Vec<Row>) -> Section {
         "Each row is a smaller checkpoint, written, opened again and measured on text that calibration never saw. \
          A ratio counts the parameters of the blocks' linears; embeddings, head and norms stay. Controls remove the \
          same share of every layer and compensate nothing; random is the mean of three draws with its range. Time and \
-         memory are those of planning and writing, speed is that of running the result."
+         memory are those of planning and writing; speed is that of the blocks of the result on a batch of windows."
     };
     Section {
         title: "Structured pruning".into(),
