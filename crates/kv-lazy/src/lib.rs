@@ -2,9 +2,12 @@
 #![forbid(unsafe_code)]
 
 pub mod attention;
-mod cache_set;
+mod cache;
 mod error;
+pub mod policy;
 pub mod store;
+pub mod trace;
 
-pub use cache_set::{CacheSet, LayerShape, Snapshot, Step};
+pub use cache::{CacheSet, LayerShape, Snapshot, Step};
 pub use error::{Error, Result};
+pub use policy::{Budget, CacheConfig, PolicyConfig, Prompt};

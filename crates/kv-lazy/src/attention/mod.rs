@@ -31,6 +31,15 @@ pub enum Reduce {
     Sum,
 }
 
+/// What a step wants beside its output: one weight per token.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Export {
+    /// The last query's weights, reduced over the group.
+    Last(Reduce),
+    /// Weights summed over all queries and the group.
+    Columns,
+}
+
 /// Heads per KV head and their dimension.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Geometry {

@@ -10,6 +10,7 @@ use super::exp::exp;
 use super::{Geometry, RowView};
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
+use std::borrow::Cow;
 
 /// Keys whose scores one register tile computes.
 const KEYS: usize = 6;
@@ -52,10 +53,8 @@ pub(crate) fn prefill<T: Element>(
     if per_head == 0 || rows.is_empty() {
         return Ok(());
     }
-    let wide: Vec<(std::borrow::Cow<'_, [f32]>, std::borrow::Cow<'_, [f32]>)> = rows
-        .par_iter()
-        .map(|row| (widened(row.keys), widened(row.values)))
-        .collect();
+    let keys: Vec<Cow<'_, [f32]>> = rows.par_iter().map(|row| widened(row.keys)).collect();
+    let values: Vec<Cow<'_, [f32]>> = rows.par_iter().map(|row| widened(row.values)).collect();
     let arch = Arch::new();
     let block = arch.dispatch(BlockWidth);
     let want_columns = columns.is_some();
@@ -72,8 +71,8 @@ pub(crate) fn prefill<T: Element>(
                         query,
                         first: b * block,
                         queries: &queries[b * block * head_dim..][..out.len()],
-                        keys: &wide[row].0,
-                        values: &wide[row].1,
+                        keys: &keys[row],
+                        values: &values[row],
                         ids: rows[row].ids,
                         want_columns,
                         buffers,
@@ -98,13 +97,13 @@ pub(crate) fn prefill<T: Element>(
     Ok(())
 }
 
-fn widened<T: Element>(source: &[T]) -> std::borrow::Cow<'_, [f32]> {
+fn widened<T: Element>(source: &[T]) -> Cow<'_, [f32]> {
     if T::scratch(1) == 0 {
-        return std::borrow::Cow::Borrowed(T::widen(source, &mut []));
+        return Cow::Borrowed(T::widen(source, &mut []));
     }
     let mut wide = vec![0.0; source.len()];
     T::widen(source, &mut wide);
-    std::borrow::Cow::Owned(wide)
+    Cow::Owned(wide)
 }
 
 /// Queries of a block: two vectors of the machine.

@@ -3,7 +3,7 @@
 //! Compaction flattens to `[rows · capacity, d]` and selects whole rows, which needs one u32 per token and not one per element;
 //! nothing is sorted on the device. Appending concatenates, so a step copies the layer's cache once.
 
-use super::{Attended, Call, Export, Relocation, Store};
+use super::{Attended, Call, Relocation, Store};
 use crate::attention::Geometry;
 use crate::attention::device::{self, DeviceQuery, Mask};
 use crate::error::Result;
@@ -96,10 +96,7 @@ impl Store for DeviceStore {
                 offset: self.len() - tokens,
                 window: call.sliding_window.map(|w| (call.position, w)),
             },
-            export: call.export.map(|export| match export {
-                Export::Last(reduce) => device::Export::Last(reduce),
-                Export::Columns => device::Export::Columns,
-            }),
+            export: call.export,
         };
         let (out, weights) = device::attend(q, k, v, Some(&self.ids), &query)?;
         Ok(Ok((out, weights.unwrap_or_default())))
@@ -123,6 +120,22 @@ impl Store for DeviceStore {
             moves.apply(ids, 1);
         }
         Ok(())
+    }
+
+    fn rows(&self) -> usize {
+        self.ids.len()
+    }
+
+    fn tensors(&self, batch: usize) -> Result<(Tensor, Tensor)> {
+        match &self.kv {
+            Some(kv) => Ok(kv.clone()),
+            None => {
+                let heads = self.ids.len().checked_div(batch).unwrap_or(0);
+                let shape = (batch, heads, 0, self.geometry.head_dim);
+                let empty = Tensor::zeros(shape, self.dtype, &self.device)?;
+                Ok((empty.clone(), empty))
+            }
+        }
     }
 
     fn len(&self) -> usize {
