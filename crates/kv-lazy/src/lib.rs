@@ -3,6 +3,7 @@
 
 pub mod attention;
 mod cache;
+pub mod calibrate;
 mod error;
 pub mod policy;
 pub mod store;

@@ -31,6 +31,21 @@ pub enum Reduce {
     Sum,
 }
 
+impl Reduce {
+    /// Takes one of `group` heads' weights into `reduced`, which starts at 0.
+    pub(crate) fn accumulate(self, reduced: &mut [f32], weights: &[f32], group: usize) {
+        let pairs = reduced.iter_mut().zip(weights);
+        match self {
+            Reduce::Max => pairs.for_each(|(r, w)| *r = r.max(*w)),
+            Reduce::Sum => pairs.for_each(|(r, w)| *r += w),
+            Reduce::Mean => {
+                let share = 1.0 / group as f32;
+                pairs.for_each(|(r, w)| *r += w * share);
+            }
+        }
+    }
+}
+
 /// What a step wants beside its output: one weight per token.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Export {

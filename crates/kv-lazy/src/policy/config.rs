@@ -32,7 +32,7 @@ pub const POLICY_NAMES: [&str; 13] = [
 #[serde(rename_all = "kebab-case", default, deny_unknown_fields)]
 pub struct LazySettings {
     /// W, steps between evictions and newest tokens protected. Unset: a quarter of the budget, at most 128; 32 for a ratio. The paper uses the 80th percentile
-    /// of the MRI, measured by the `calibrate` module.
+    /// of the MRI, measured by [`calibrate`](crate::calibrate).
     pub window: Option<usize>,
     /// When a token counts as active; α = 1e-4 in the paper for most models.
     pub threshold: Threshold,
@@ -148,7 +148,7 @@ pub enum PolicyConfig {
         /// Steps between evictions; unset: a quarter of the budget, at most 128.
         #[serde(default)]
         window: Option<usize>,
-        /// Steps looked ahead; unset: four windows.
+        /// Steps looked ahead; unset: the best of one, two, four and eight windows.
         #[serde(default)]
         horizon: Option<usize>,
     },

@@ -29,6 +29,7 @@ mod value_norm;
 mod window;
 
 pub use activation::Threshold;
+pub(crate) use config::quarter;
 pub use config::{CacheConfig, LazySettings, POLICY_NAMES, PolicyConfig};
 pub use evictor::{Evictor, Plan};
 pub use full::Full;

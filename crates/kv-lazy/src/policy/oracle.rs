@@ -16,7 +16,7 @@ pub trait Future: std::fmt::Debug + Send + Sync {
 pub struct Oracle {
     /// Steps between evictions.
     pub window: usize,
-    /// Steps looked ahead; 4·W by default.
+    /// Steps looked ahead.
     pub horizon: usize,
     future: Arc<dyn Future>,
     buffer: Vec<f32>,

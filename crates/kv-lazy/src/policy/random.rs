@@ -1,7 +1,7 @@
 //! Random eviction with the prompt kept: the control that every scorer must beat.
 //!
-//! Uniform per head; the draw is a function of (seed, layer, sequence, head, step), so that a run can be repeated and a snapshot
-//! needs no generator state.
+//! Uniform per head; the draw is a function of (seed, layer, sequence, head, step, token), so that a run can be repeated, a
+//! snapshot needs no generator state and slots do not matter.
 
 use super::{Clock, Needs, Phase, Place, Policy, Prompt, Rows, Rule, Score, Seen};
 use crate::error::Result;
@@ -28,6 +28,13 @@ impl Random {
             place: Place::default(),
         }
     }
+}
+
+/// The finaliser of SplitMix64 (Steele et al., 2014): a bijection without visible structure.
+fn mix(x: u64) -> u64 {
+    let x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    let x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    x ^ (x >> 31)
 }
 
 impl Policy for Random {
@@ -58,7 +65,7 @@ impl Policy for Random {
     fn score(
         &mut self,
         head: usize,
-        _: &dyn Rows,
+        rows: &dyn Rows,
         clock: &Clock,
         scores: &mut [Score],
     ) -> Result<()> {
@@ -72,9 +79,9 @@ impl Policy for Random {
         for (bytes, part) in seed.chunks_exact_mut(8).zip(parts) {
             bytes.copy_from_slice(&part.to_le_bytes());
         }
-        let mut rng = ChaCha8Rng::from_seed(seed);
-        for score in scores {
-            score.tie = rng.next_u32();
+        let event = ChaCha8Rng::from_seed(seed).next_u64();
+        for (score, &id) in scores.iter_mut().zip(rows.ids(head)) {
+            score.tie = (mix(event ^ u64::from(id)) >> 32) as u32;
         }
         Ok(())
     }

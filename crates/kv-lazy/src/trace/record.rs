@@ -1,9 +1,11 @@
 //! Recording of a run through a [`CacheSet`](crate::CacheSet).
 
+use super::{LayerTrace, Trace, TraceMeta};
 use crate::attention::read;
 use crate::error::{Error, Result};
 use candle_core::{Device, Tensor};
 use half::f16;
+use std::sync::Arc;
 
 /// Queries, keys and values of each layer, collected step by step as f16.
 #[derive(Debug, Clone, Default)]
@@ -66,5 +68,55 @@ impl Recorder {
             })?;
         }
         Ok(())
+    }
+}
+
+impl Recorder {
+    /// What was recorded, as a trace. `tokens` are the ids of all recorded positions; the scale is that of the recorded calls.
+    ///
+    /// # Errors
+    /// Nothing recorded, layers with different scales or lengths, numbers that are not finite.
+    pub fn into_trace(self, meta: TraceMeta, tokens: Vec<u32>) -> Result<Trace> {
+        let fail = |problem: &str| Error::Trace {
+            path: "recording".into(),
+            problem: problem.into(),
+        };
+        let scale = self.layers.iter().flatten().map(|layer| layer.scale).next();
+        let scale = scale.ok_or_else(|| fail("nothing was recorded"))?;
+        if self
+            .layers
+            .iter()
+            .flatten()
+            .any(|layer| layer.scale != scale)
+        {
+            return Err(fail("layers differ in scale"));
+        }
+        let wide = |heads: &[Vec<f16>]| heads.iter().flatten().map(|x| x.to_f32()).collect();
+        let layers = self
+            .layers
+            .iter()
+            .enumerate()
+            .filter_map(|(index, layer)| layer.as_ref().map(|layer| (index, layer)))
+            .map(|(index, layer)| {
+                let trace = LayerTrace {
+                    query_heads: layer.q.len(),
+                    kv_heads: layer.k.len(),
+                    head_dim: layer.head_dim,
+                    tokens: layer.k.first().map_or(0, Vec::len) / layer.head_dim,
+                    q: wide(&layer.q),
+                    k: wide(&layer.k),
+                    v: wide(&layer.v),
+                };
+                (index, Arc::new(trace))
+            })
+            .collect();
+        let trace = Trace {
+            meta: TraceMeta { scale, ..meta },
+            tokens,
+            segments: None,
+            layers,
+        };
+        trace.check("recording")?;
+        Ok(trace)
     }
 }
