@@ -190,12 +190,7 @@ impl<T: Element> Store for HostStore<T> {
             self.geometry.head_dim,
         ];
         let gather = |part: fn(&Row<T>) -> &[T]| {
-            let all: Vec<T> = self
-                .rows
-                .iter()
-                .flat_map(|row| part(row))
-                .copied()
-                .collect();
+            let all: Vec<T> = self.rows.iter().flat_map(part).copied().collect();
             Tensor::from_vec(all, shape.to_vec(), &Device::Cpu)
         };
         Ok((gather(|row| &row.keys)?, gather(|row| &row.values)?))
