@@ -165,21 +165,9 @@ impl Layer {
         let Some(plans) = self.plans(|evictor, rows| evictor.plan_ahead(rows, clock))? else {
             return Ok(Vec::new());
         };
-        let len = self.store.len();
         let rule = self.evictors[0].rule(clock.phase);
-        let kept = plans[0].keep.first().map_or(0, Vec::len);
-        if rule.layout == Layout::SinkRing && clock.tokens == 1 && kept + 1 == len {
-            let evicted = |keep: &Vec<u32>| {
-                let slot = keep
-                    .iter()
-                    .enumerate()
-                    .position(|(i, &slot)| i as u32 != slot);
-                vec![slot.unwrap_or(kept) as u32]
-            };
-            return Ok(plans
-                .iter()
-                .flat_map(|plan| plan.keep.iter().map(evicted))
-                .collect());
+        if rule.layout == Layout::SinkRing && clock.tokens == 1 && plans[0].evicted() == 1 {
+            return Ok(plans.into_iter().flat_map(|plan| plan.evict).collect());
         }
         let room = rule.headroom() + clock.tokens as usize;
         self.relocate(&plans, Layout::Compact, room)?;
@@ -220,12 +208,11 @@ impl Layer {
                 plans.push(plan);
             }
         }
-        let kept = |plan: &Plan| plan.keep.first().map_or(0, Vec::len);
-        match plans.first().map(kept) {
+        match plans.first().map(Plan::evicted) {
             None => Ok(None),
             Some(first)
                 if plans.len() == self.evictors.len()
-                    && plans.iter().all(|plan| kept(plan) == first) =>
+                    && plans.iter().all(|plan| plan.evicted() == first) =>
             {
                 Ok(Some(plans))
             }
@@ -240,10 +227,10 @@ impl Layer {
         let len = self.store.len();
         let moves: Vec<Relocation> = plans
             .iter()
-            .flat_map(|plan| &plan.keep)
-            .map(|keep| match layout {
-                Layout::Compact => Relocation::compact(keep),
-                Layout::SlotReuse | Layout::SinkRing => Relocation::swap_in(keep, len),
+            .flat_map(|plan| &plan.evict)
+            .map(|evict| match layout {
+                Layout::Compact => Relocation::compact(evict, len),
+                Layout::SlotReuse | Layout::SinkRing => Relocation::swap_in(evict, len),
             })
             .collect();
         self.apply(&moves, room)
@@ -280,17 +267,9 @@ impl Layer {
         }
         let moves: Vec<Relocation> = (0..rows)
             .map(|row| {
-                let mut gone = 0;
-                let keep: Vec<u32> = (0u32..)
-                    .zip(self.store.ids(row))
-                    .filter(|&(_, &id)| {
-                        let goes = gone < count && dead(id);
-                        gone += usize::from(goes);
-                        !goes
-                    })
-                    .map(|(slot, _)| slot)
-                    .collect();
-                Relocation::compact(&keep)
+                let ids = (0u32..).zip(self.store.ids(row));
+                let gone = ids.filter(|&(_, &id)| dead(id)).map(|(slot, _)| slot);
+                Relocation::compact(&gone.take(count).collect::<Vec<_>>(), len)
             })
             .collect();
         self.apply(&moves, DEAD.max(window / 4))

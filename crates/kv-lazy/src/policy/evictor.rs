@@ -1,32 +1,38 @@
 //! From scores to plans: the one place where tokens are chosen.
 //!
 //! When an eviction is due and a layer holds more than its budget, what the rule protects stays, the rest competes
-//! by score for the remaining slots, and the survivors' slots, ascending, are the plan. All heads keep the same number of tokens.
+//! by score for the remaining slots, and the slots of those that lose are the plan. All heads keep the same number of tokens.
 
 use super::{Budget, Clock, Needs, Phase, Place, Policy, Prompt, Rows, Rule, Score, Seen, Trigger};
 use crate::error::{Error, Result};
 use crate::store::Relocation;
+use std::ops::Range;
 
-/// The slots that survive, ascending, for each KV head of one sequence; the same number for all.
+/// The slots whose tokens leave, ascending, for each KV head of one sequence; the same number for all.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Plan {
-    /// `[heads][kept]`.
-    pub keep: Vec<Vec<u32>>,
+    /// `[heads][evicted]`.
+    pub evict: Vec<Vec<u32>>,
 }
 
 impl Plan {
+    /// Tokens that leave each head.
+    pub fn evicted(&self) -> usize {
+        self.evict.first().map_or(0, Vec::len)
+    }
+
     /// Checks that the plan fits heads of `len` tokens.
     ///
     /// # Errors
-    /// Slots out of range or order, or heads that keep different numbers.
+    /// Slots out of range or order, or heads that lose different numbers.
     pub fn check(&self, len: usize) -> Result<()> {
-        let kept = self.keep.first().map_or(0, Vec::len);
-        for (head, keep) in self.keep.iter().enumerate() {
-            let problem = if keep.len() != kept {
-                format!("keeps {} tokens where head 0 keeps {kept}", keep.len())
-            } else if keep.windows(2).any(|pair| pair[0] >= pair[1]) {
+        for (head, evict) in self.evict.iter().enumerate() {
+            let problem = if evict.len() != self.evicted() {
+                let (here, first) = (evict.len(), self.evicted());
+                format!("loses {here} tokens where head 0 loses {first}")
+            } else if evict.windows(2).any(|pair| pair[0] >= pair[1]) {
                 "slots are not ascending".into()
-            } else if keep.last().is_some_and(|&slot| slot as usize >= len) {
+            } else if evict.last().is_some_and(|&slot| slot as usize >= len) {
                 format!("slot out of {len}")
             } else {
                 continue;
@@ -171,31 +177,33 @@ impl Evictor {
         coming: usize,
     ) -> Result<Option<Plan>> {
         let len = rows.len();
-        let next = clock.next as usize;
-        let recent_from = next.saturating_sub(rule.recent);
         let prompt_stays = match rule.prompt {
             Prompt::Evictable => false,
             Prompt::Keep | Prompt::KeepBeside => true,
             Prompt::CompressOnce(_) => clock.phase == Phase::Decode,
         };
-        let protected = |id: u32| {
-            let id = id as usize;
-            id < rule.sinks || id >= recent_from || (prompt_stays && id < clock.prompt as usize)
-        };
-        let mut held = 0;
-        let mut prompt_held = 0;
-        for head in 0..self.place.heads {
-            let ids = rows.ids(head);
-            held = held.max(ids.iter().filter(|&&id| protected(id)).count());
-            prompt_held = prompt_held.max(ids.iter().filter(|&&id| id < clock.prompt).count());
-        }
         let mut budget = match (rule.prompt, clock.phase) {
             (Prompt::CompressOnce(tokens), Phase::Prefill) => tokens,
-            _ => self.budget.tokens(next),
+            _ => self.budget.tokens(clock.next as usize),
+        };
+        let heads = 0..self.place.heads;
+        let most = |count: &dyn Fn(&[u32]) -> usize| {
+            heads
+                .clone()
+                .map(|head| count(rows.ids(head)))
+                .max()
+                .unwrap_or(0)
         };
         if rule.prompt == Prompt::KeepBeside {
-            budget += prompt_held;
+            budget += most(&|ids| ids.iter().filter(|&&id| id < clock.prompt).count());
         }
+        if len + coming <= budget {
+            return Ok(None);
+        }
+        // What is never evicted is a prefix and a suffix of the positions.
+        let prompt = if prompt_stays { clock.prompt } else { 0 };
+        let free = prompt.max(rule.sinks as u32)..clock.next.saturating_sub(rule.recent as u32);
+        let held = most(&|ids| ids.iter().filter(|&id| !free.contains(id)).count());
         let limit = budget
             .saturating_sub(coming)
             .max(held + usize::from(coming == 0));
@@ -203,36 +211,15 @@ impl Evictor {
             return Ok(None);
         }
         let released = (rule.release * budget as f64) as usize;
-        let target = limit.saturating_sub(released).max(held);
-        let mut keep = Vec::with_capacity(self.place.heads);
-        for head in 0..self.place.heads {
+        let leaving = len - limit.saturating_sub(released).max(held);
+        let mut evict = Vec::with_capacity(heads.len());
+        for head in heads {
             self.scores.clear();
             self.scores.resize(len, Score::default());
             self.policy.score(head, rows, clock, &mut self.scores)?;
-            let ids = rows.ids(head);
-            let (mut stay, mut compete): (Vec<u32>, Vec<u32>) =
-                (0..len as u32).partition(|&slot| protected(ids[slot as usize]));
-            let places = target - stay.len();
-            if places < compete.len() {
-                let scores = &self.scores;
-                let better = |&a: &u32, &b: &u32| {
-                    let key = |slot: u32| (scores[slot as usize], ids[slot as usize]);
-                    let ((x, x_id), (y, y_id)) = (key(a), key(b));
-                    y.value
-                        .total_cmp(&x.value)
-                        .then(y.tie.cmp(&x.tie))
-                        .then(y_id.cmp(&x_id))
-                };
-                if places > 0 {
-                    compete.select_nth_unstable_by(places - 1, better);
-                }
-                compete.truncate(places);
-            }
-            stay.extend(compete);
-            stay.sort_unstable();
-            keep.push(stay);
+            evict.push(lowest(&self.scores, rows.ids(head), &free, leaving));
         }
-        Ok(Some(Plan { keep }))
+        Ok(Some(Plan { evict }))
     }
 
     /// The policy's state of one head follows its tokens.
@@ -244,4 +231,27 @@ impl Evictor {
     pub fn state_bytes(&self) -> usize {
         self.policy.state_bytes()
     }
+}
+
+/// The slots of the `count` lowest claims among positions in `free`, ascending.
+fn lowest(scores: &[Score], ids: &[u32], free: &Range<u32>, count: usize) -> Vec<u32> {
+    let claim = |slot: u32| (scores[slot as usize], ids[slot as usize]);
+    let order = |&a: &u32, &b: &u32| {
+        let ((x, x_id), (y, y_id)) = (claim(a), claim(b));
+        x.value
+            .total_cmp(&y.value)
+            .then(x.tie.cmp(&y.tie))
+            .then(x_id.cmp(&y_id))
+    };
+    let candidates = (0..ids.len() as u32).filter(|&slot| free.contains(&ids[slot as usize]));
+    if count == 1 {
+        return candidates.min_by(order).into_iter().collect();
+    }
+    let mut candidates: Vec<u32> = candidates.collect();
+    if (1..candidates.len()).contains(&count) {
+        candidates.select_nth_unstable_by(count - 1, order);
+    }
+    candidates.truncate(count);
+    candidates.sort_unstable();
+    candidates
 }

@@ -237,14 +237,14 @@ mod tests {
                 let len = host.len();
                 let moves: Vec<Relocation> = (0..4u32)
                     .map(|row| {
-                        let keep: Vec<u32> = (0..len as u32)
-                            .filter(|slot| slot % 4 != row)
-                            .take(len * 2 / 3)
+                        let evict: Vec<u32> = (0..len as u32)
+                            .filter(|slot| slot % 4 == row)
+                            .take(len / 5)
                             .collect();
                         if i == 4 {
-                            Relocation::swap_in(&keep, len)
+                            Relocation::swap_in(&evict, len)
                         } else {
-                            Relocation::compact(&keep)
+                            Relocation::compact(&evict, len)
                         }
                     })
                     .collect();

@@ -91,15 +91,16 @@ fn drive(
     let mut held = Held::heads(heads);
     for step in 0..=steps {
         let clock = clock(prompt, step);
-        let apply = |held: &mut Held, evictor: &mut Evictor, keep: Vec<Vec<u32>>| {
-            for (head, keep) in keep.iter().enumerate() {
-                let moves = Relocation::compact(keep);
+        let apply = |held: &mut Held, evictor: &mut Evictor, evict: Vec<Vec<u32>>| {
+            let len = held.len();
+            for (head, evict) in evict.iter().enumerate() {
+                let moves = Relocation::compact(evict, len);
                 moves.apply(&mut held.ids[head], 1);
                 evictor.relocate(head, &moves);
             }
         };
         if let Some(plan) = evictor.plan_ahead(&held, &clock).unwrap() {
-            apply(&mut held, evictor, plan.keep);
+            apply(&mut held, evictor, plan.evict);
         }
         for ids in &mut held.ids {
             ids.extend(clock.next - clock.tokens..clock.next);
@@ -111,7 +112,7 @@ fn drive(
         }
         if let Some(plan) = evictor.plan(&held, &clock).unwrap() {
             plan.check(held.len()).unwrap();
-            apply(&mut held, evictor, plan.keep);
+            apply(&mut held, evictor, plan.evict);
         }
         after(step, &held.ids);
     }

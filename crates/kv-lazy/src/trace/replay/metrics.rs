@@ -197,14 +197,11 @@ impl Observer {
     }
 
     /// Notes which of a head's tokens leave.
-    pub(super) fn evicted(&mut self, head: usize, ids: &[u32], keep: &[u32], now: usize) {
+    pub(super) fn evicted(&mut self, head: usize, ids: impl Iterator<Item = u32>, now: usize) {
         let (report, positions, _) = &mut self.heads[head];
-        let mut keep = keep.iter().peekable();
-        for (slot, &id) in ids.iter().enumerate() {
-            if keep.next_if(|&&kept| kept as usize == slot).is_none() {
-                positions.evicted[id as usize] = Some(now);
-                report.residency.add(now - id as usize, 1.0);
-            }
+        for id in ids {
+            positions.evicted[id as usize] = Some(now);
+            report.residency.add(now - id as usize, 1.0);
         }
     }
 

@@ -288,11 +288,13 @@ impl<'a> Run<'a> {
     }
 
     fn apply(&mut self, plan: &Plan, now: usize) -> Result<()> {
-        plan.check(self.rows.ids_of(0).len())?;
-        for (head, keep) in plan.keep.iter().enumerate() {
-            let moves = Relocation::compact(keep);
+        let len = self.rows.ids_of(0).len();
+        plan.check(len)?;
+        for (head, evict) in plan.evict.iter().enumerate() {
+            let moves = Relocation::compact(evict, len);
+            let ids = self.rows.ids_of(head);
             self.observer
-                .evicted(head, self.rows.ids_of(head), keep, now);
+                .evicted(head, evict.iter().map(|&slot| ids[slot as usize]), now);
             self.rows.relocate(head, &moves);
             let started = Instant::now();
             self.evictor.relocate(head, &moves);
