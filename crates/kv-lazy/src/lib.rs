@@ -1,4 +1,4 @@
-//! KV caches that evict: LazyEviction and the policies it is compared with.
+#![doc = include_str!("../README.md")]
 #![forbid(unsafe_code)]
 
 pub mod attention;
@@ -8,6 +8,11 @@ mod error;
 pub mod policy;
 pub mod store;
 pub mod trace;
+
+/// The guide: is eviction worth it, which policy, which budget.
+pub mod guide {
+    #![doc = include_str!("../docs/choosing.md")]
+}
 
 pub use cache::{CacheSet, LayerShape, Snapshot, Step};
 pub use error::{Error, Result};

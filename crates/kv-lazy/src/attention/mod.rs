@@ -153,12 +153,13 @@ fn prefill_tensors<T: Element>(
     let (batch, query_heads, tokens, head_dim) = q.dims4()?;
     let n = offset + tokens;
     let ids: Vec<u32> = (0..n as u32).collect();
+    let window = sliding_window.map(|w| (offset as u32, w));
     let query = prefill::PrefillQuery {
         geometry,
         tokens,
         offset,
         scale: scale as f32,
-        window: sliding_window.map(|w| (offset as u32, w)),
+        window,
     };
     let mut out = vec![0.0f32; batch * query_heads * tokens * head_dim];
     let done = read::<f32, _>(q, |q| {
@@ -173,6 +174,18 @@ fn prefill_tensors<T: Element>(
                         ids: &ids,
                     })
                     .collect();
+                if tokens == 1 {
+                    let scaled: Vec<f32> = q.iter().map(|x| x * scale as f32).collect();
+                    let single = decode::DecodeQuery { geometry, window };
+                    return decode::decode(
+                        single,
+                        &scaled,
+                        &rows,
+                        None,
+                        &mut Default::default(),
+                        &mut out,
+                    );
+                }
                 prefill::prefill(query, q, &rows, None, &mut out)
             })
         })

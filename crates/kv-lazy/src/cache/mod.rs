@@ -412,12 +412,14 @@ impl CacheSet {
         self.layers.iter().map(|layer| layer.store.bytes()).sum()
     }
 
-    /// Bytes kept beside keys and values: what the policies remember, and 4 bytes of position per token and head.
+    /// Bytes that the policies remember beside keys and values.
     pub fn state_bytes(&self) -> usize {
-        self.layers
-            .iter()
-            .map(|layer| layer.store.id_bytes() + layer.state_bytes())
-            .sum()
+        self.layers.iter().map(Layer::state_bytes).sum()
+    }
+
+    /// Bytes of the tokens' positions, which every cache keeps: 4 per token, sequence and KV head.
+    pub fn position_bytes(&self) -> usize {
+        self.layers.iter().map(|layer| layer.store.id_bytes()).sum()
     }
 
     /// Forgets everything and frees the storage; the set is as new. A recorder stays, with what it holds.
