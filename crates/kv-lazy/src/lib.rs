@@ -12,6 +12,11 @@ pub mod trace;
 /// The guide: is eviction worth it, which policy, which budget.
 pub mod guide {
     #![doc = include_str!("../docs/choosing.md")]
+
+    /// A whole attention block of one's own.
+    pub mod attention_block {
+        #![doc = concat!("```rust\n", include_str!("../examples/attention_block.rs"), "\n```")]
+    }
 }
 
 pub use cache::{CacheSet, LayerShape, Snapshot, Step};

@@ -1,8 +1,7 @@
 //! Attention over cached keys and values, grouped-query native: query head h reads KV head h / group.
 //!
-//! On the CPU [`decode`](mod@decode) serves one new token per sequence and hands out the attention weights on the way;
-//! [`prefill()`] serves many new tokens, blocked and causal. Elsewhere the same semantics are built from tensor
-//! operations in `device`.
+//! On the CPU one kernel serves one new token per sequence and hands out the attention weights on the way;
+//! [`prefill()`] serves many new tokens, blocked and causal. Elsewhere the same semantics are built from tensor operations.
 
 pub(crate) mod decode;
 pub(crate) mod device;

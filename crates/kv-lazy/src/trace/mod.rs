@@ -1,7 +1,7 @@
 //! Traces: the queries, keys and values of one run, to replay any policy on.
 //!
 //! Attention is not stored but recomputed: rotated queries, keys and values are far smaller than the weights of all steps
-//! and let every policy be replayed. [`Recorder`] collects a trace from a [`CacheSet`](crate::CacheSet), [`file`] keeps it in safetensors, [`synth`]
+//! and let every policy be replayed. [`Recorder`] collects a trace from a [`CacheSet`](crate::CacheSet), [`file`](mod@file) keeps it in safetensors, [`synth`]
 //! makes traces with a known truth, [`replay`](mod@replay) runs a policy on one and measures what it loses, [`mri`] measures recurrence.
 
 pub mod file;
