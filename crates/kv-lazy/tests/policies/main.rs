@@ -505,6 +505,7 @@ fn weights_that_are_not_finite_are_an_error_with_their_place() {
             Place {
                 layer: 3,
                 sequence: 1,
+                first_head: 0,
                 heads: 2,
             },
         )
