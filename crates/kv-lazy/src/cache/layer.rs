@@ -12,8 +12,14 @@ use rayon::prelude::*;
 /// Tokens that left a sliding window are dropped once they are this many.
 const DEAD: usize = 64;
 
-/// Weights from which handing the bookkeeping to other threads pays.
-const PARALLEL_FROM: usize = 1 << 13;
+/// Tokens from which a second thread pays for the bookkeeping, some 100 µs of work; with more threads fewer will do.
+const PARALLEL_FROM: usize = 1 << 17;
+
+/// Whether `tokens` of a layer are looked after in parallel; results do not depend on it.
+fn in_parallel(tokens: usize) -> bool {
+    let threads = rayon::current_num_threads();
+    threads > 1 && tokens >= 2 * PARALLEL_FROM / threads
+}
 
 /// Storage of a layer and the policies at work on it; none for the full cache.
 #[derive(Debug, Clone)]
@@ -154,7 +160,7 @@ impl Layer {
                 evictor.observe_finite(head, seen, clock);
             }
         };
-        if weights.len() >= PARALLEL_FROM {
+        if in_parallel(weights.len()) {
             let pairs = self
                 .evictors
                 .par_iter_mut()
@@ -235,7 +241,7 @@ impl Layer {
             Ok(plan)
         };
         let evictors = &mut self.evictors;
-        let plans: Vec<Option<Plan>> = if evictors.len() * heads * len >= PARALLEL_FROM {
+        let plans: Vec<Option<Plan>> = if in_parallel(evictors.len() * heads * len) {
             evictors
                 .par_iter_mut()
                 .enumerate()
