@@ -12,7 +12,7 @@ pub(crate) use device::DeviceStore;
 pub(crate) use host::HostStore;
 pub use relocation::{Relocation, Run};
 
-use crate::attention::Reduce;
+use crate::attention::Export;
 use crate::error::Result;
 use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
@@ -29,15 +29,6 @@ pub enum Layout {
     SinkRing,
 }
 
-/// What a step wants beside its output.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Export {
-    /// The last query's weights, reduced over the group.
-    Last(Reduce),
-    /// Weights summed over all queries and the group.
-    Columns,
-}
-
 /// One layer's attention call.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Call {
@@ -51,8 +42,8 @@ pub(crate) struct Call {
     pub(crate) export: Option<Export>,
 }
 
-/// Output `[B, Hq, T, d]` and what was exported, `[rows, n]`; or the row whose softmax was not finite.
-pub(crate) type Attended = std::result::Result<(Tensor, Vec<f32>), usize>;
+/// Output `[B, Hq, T, d]`, or the row whose softmax was not finite.
+pub(crate) type Attended = std::result::Result<Tensor, usize>;
 
 /// Storage of one layer.
 pub(crate) trait Store: Send + Sync + std::fmt::Debug {
@@ -61,8 +52,12 @@ pub(crate) trait Store: Send + Sync + std::fmt::Debug {
     fn append(&mut self, k: &Tensor, v: &Tensor, first: u32, overwrite: &[Vec<u32>]) -> Result<()>;
     /// Attends `q` `[B, Hq, T, d]`, whose keys were appended last.
     fn attend(&mut self, q: &Tensor, call: &Call) -> Result<Attended>;
+    /// What the last call exported, `[rows, n]`.
+    fn weights(&self) -> &[f32];
     /// Moves every row; afterwards the storage holds at most `room` more tokens than remain.
     fn relocate(&mut self, moves: &[Relocation], room: usize) -> Result<()>;
+    /// Rows: sequences times KV heads.
+    fn rows(&self) -> usize;
     /// Tokens per row.
     fn len(&self) -> usize;
     /// Logical positions of a row's tokens in physical order.
@@ -73,6 +68,8 @@ pub(crate) trait Store: Send + Sync + std::fmt::Debug {
     fn values(&self, row: usize, from: usize) -> Result<Vec<f32>>;
     /// Bytes that keys and values occupy, filled or not.
     fn bytes(&self) -> usize;
+    /// Keys and values `[B, Hkv, n, d]` of `batch` sequences.
+    fn tensors(&self, batch: usize) -> Result<(Tensor, Tensor)>;
     /// Bytes of the positions.
     fn id_bytes(&self) -> usize;
     /// Forgets all tokens and frees their storage.
