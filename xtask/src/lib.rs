@@ -31,13 +31,39 @@ pub fn main() -> ExitCode {
     match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            // The causes on one line, also where a library's message has several.
-            let chain = format!("{error:#}");
-            eprintln!(
-                "error: {}",
-                chain.lines().map(str::trim).collect::<Vec<_>>().join(" ")
-            );
+            eprintln!("error: {}", one_line(&error));
             ExitCode::FAILURE
         }
+    }
+}
+
+/// An error and its causes on one line. A cause that the text before it already ends with is not said twice, and line
+/// breaks of a library's message become spaces.
+fn one_line(error: &anyhow::Error) -> String {
+    let mut line = String::new();
+    for cause in error.chain() {
+        let text = cause.to_string();
+        let text = text.lines().map(str::trim).collect::<Vec<_>>().join(" ");
+        if !line.ends_with(&text) {
+            if !line.is_empty() {
+                line += ": ";
+            }
+            line += &text;
+        }
+    }
+    line
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_error_is_one_line_and_says_nothing_twice() {
+        let cause = std::io::Error::other("no\nspace");
+        let error = anyhow::Error::new(cause)
+            .context("cannot write x: no space")
+            .context("flap");
+        assert_eq!(one_line(&error), "flap: cannot write x: no space");
     }
 }
