@@ -1,1 +1,17 @@
-//! Pruning of recurrent networks by order theory, with controls.
+//! Pruning of recurrent networks by order, with controls.
+
+pub mod cell;
+pub mod centrality;
+pub mod data;
+mod error;
+pub mod graph;
+pub mod influence;
+pub mod io;
+pub mod mask;
+pub mod order;
+pub mod params;
+pub mod rnn;
+mod seed;
+
+pub use cell::{Cell, GateLayout};
+pub use error::{Error, Result};
