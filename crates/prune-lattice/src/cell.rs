@@ -56,11 +56,14 @@ impl fmt::Display for Cell {
 impl FromStr for Cell {
     type Err = Error;
     fn from_str(name: &str) -> Result<Self> {
-        Cell::ALL.into_iter().find(|c| c.name() == name).ok_or_else(|| Error::UnknownName {
-            kind: "cell",
-            name: name.into(),
-            expected: Cell::ALL.map(Cell::name).join(", "),
-        })
+        Cell::ALL
+            .into_iter()
+            .find(|c| c.name() == name)
+            .ok_or_else(|| Error::UnknownName {
+                kind: "cell",
+                name: name.into(),
+                expected: Cell::ALL.map(Cell::name).join(", "),
+            })
     }
 }
 
@@ -84,7 +87,11 @@ impl FromStr for GateLayout {
             "pytorch" => Ok(Self::PyTorch),
             "onnx" => Ok(Self::Onnx),
             "keras" => Ok(Self::Keras),
-            _ => Err(Error::UnknownName { kind: "gate layout", name: name.into(), expected: "pytorch, onnx, keras".into() }),
+            _ => Err(Error::UnknownName {
+                kind: "gate layout",
+                name: name.into(),
+                expected: "pytorch, onnx, keras".into(),
+            }),
         }
     }
 }
@@ -140,7 +147,12 @@ impl GateLayout {
         let source = values(&flat)?;
         check_finite(name, &source)?;
         let block = hidden * cols;
-        let data = self.positions(cell).iter().flat_map(|&p| &source[p * block..(p + 1) * block]).copied().collect();
+        let data = self
+            .positions(cell)
+            .iter()
+            .flat_map(|&p| &source[p * block..(p + 1) * block])
+            .copied()
+            .collect();
         Ok(Canonical { data, hidden, cols })
     }
 
@@ -152,16 +164,25 @@ impl GateLayout {
         let block = w.hidden * w.cols;
         let mut data = vec![0.0; w.data.len()];
         for (gate, &p) in self.positions(cell).iter().enumerate() {
-            data[p * block..(p + 1) * block].copy_from_slice(&w.data[gate * block..(gate + 1) * block]);
+            data[p * block..(p + 1) * block]
+                .copy_from_slice(&w.data[gate * block..(gate + 1) * block]);
         }
         let t = Tensor::from_vec(data, (cell.gates() * w.hidden, w.cols), &Device::Cpu)?;
-        Ok(if self == Self::Keras { t.t()?.contiguous()? } else { t })
+        Ok(if self == Self::Keras {
+            t.t()?.contiguous()?
+        } else {
+            t
+        })
     }
 }
 
 /// The values of a tensor in row-major order as f32.
 pub(crate) fn values(tensor: &Tensor) -> Result<Vec<f32>> {
-    Ok(tensor.to_device(&Device::Cpu)?.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?)
+    Ok(tensor
+        .to_device(&Device::Cpu)?
+        .to_dtype(DType::F32)?
+        .flatten_all()?
+        .to_vec1()?)
 }
 
 #[cfg(test)]
@@ -190,11 +211,20 @@ mod tests {
             }
             let c = layout.to_canonical("w", &t, cell).unwrap();
             let gates: Vec<f32> = c.data.chunks(4).map(|b| b[0]).collect();
-            assert_eq!(gates, (0..cell.gates()).map(|g| g as f32).collect::<Vec<_>>(), "{cell} {layout:?}");
+            assert_eq!(
+                gates,
+                (0..cell.gates()).map(|g| g as f32).collect::<Vec<_>>(),
+                "{cell} {layout:?}"
+            );
         }
         let keras_gru = labelled(Cell::Gru, &[1., 0., 2.]).t().unwrap();
-        let c = GateLayout::Keras.to_canonical("w", &keras_gru, Cell::Gru).unwrap();
-        assert_eq!(c.data.chunks(4).map(|b| b[0]).collect::<Vec<_>>(), [0., 1., 2.]);
+        let c = GateLayout::Keras
+            .to_canonical("w", &keras_gru, Cell::Gru)
+            .unwrap();
+        assert_eq!(
+            c.data.chunks(4).map(|b| b[0]).collect::<Vec<_>>(),
+            [0., 1., 2.]
+        );
     }
 
     #[test]
@@ -202,9 +232,18 @@ mod tests {
         for cell in Cell::ALL {
             for layout in [GateLayout::PyTorch, GateLayout::Onnx, GateLayout::Keras] {
                 let n = cell.gates() * 3 * 5;
-                let dims = if layout == GateLayout::Keras { (5, cell.gates() * 3) } else { (cell.gates() * 3, 5) };
-                let t = Tensor::arange(0f32, n as f32, &Device::Cpu).unwrap().reshape(dims).unwrap();
-                let back = layout.from_canonical(&layout.to_canonical("w", &t, cell).unwrap(), cell).unwrap();
+                let dims = if layout == GateLayout::Keras {
+                    (5, cell.gates() * 3)
+                } else {
+                    (cell.gates() * 3, 5)
+                };
+                let t = Tensor::arange(0f32, n as f32, &Device::Cpu)
+                    .unwrap()
+                    .reshape(dims)
+                    .unwrap();
+                let back = layout
+                    .from_canonical(&layout.to_canonical("w", &t, cell).unwrap(), cell)
+                    .unwrap();
                 assert_eq!(values(&back).unwrap(), values(&t).unwrap());
                 assert_eq!(back.dims(), t.dims());
             }

@@ -54,10 +54,21 @@ impl Sequences {
             Targets::Values(v) => v.len(),
         };
         if starts[lengths.len()] != steps || lengths.contains(&0) || count != lengths.len() {
-            let reason = format!("{} lengths that sum to {}, {steps} steps, {count} targets", lengths.len(), starts[lengths.len()]);
-            return Err(Error::Setting { setting: "sequences", reason });
+            let reason = format!(
+                "{} lengths that sum to {}, {steps} steps, {count} targets",
+                lengths.len(),
+                starts[lengths.len()]
+            );
+            return Err(Error::Setting {
+                setting: "sequences",
+                reason,
+            });
         }
-        Ok(Self { inputs, starts, targets })
+        Ok(Self {
+            inputs,
+            starts,
+            targets,
+        })
     }
 
     /// Number of sequences.
@@ -95,11 +106,21 @@ impl Sequences {
 
     /// Lays the chosen sequences side by side, time-major, padded at the end; returns the number of steps and fills `rows`
     /// with the position (`step * batch + place`) of each sequence's last true step.
-    pub(crate) fn batch(&self, chosen: &[usize], into: &mut Inputs, rows: &mut Vec<usize>) -> usize {
+    pub(crate) fn batch(
+        &self,
+        chosen: &[usize],
+        into: &mut Inputs,
+        rows: &mut Vec<usize>,
+    ) -> usize {
         let batch = chosen.len();
         let steps = chosen.iter().map(|&k| self.length(k)).max().unwrap_or(0);
         rows.clear();
-        rows.extend(chosen.iter().enumerate().map(|(b, &k)| (self.length(k) - 1) * batch + b));
+        rows.extend(
+            chosen
+                .iter()
+                .enumerate()
+                .map(|(b, &k)| (self.length(k) - 1) * batch + b),
+        );
         match (&self.inputs, into) {
             (Inputs::Symbols(from), Inputs::Symbols(to)) => {
                 to.clear();
@@ -114,7 +135,10 @@ impl Sequences {
                 to.clear();
                 to.resize(steps * batch * dim, 0.0);
                 for (b, &k) in chosen.iter().enumerate() {
-                    for (t, v) in from[self.starts[k] * dim..self.starts[k + 1] * dim].chunks_exact(*dim).enumerate() {
+                    for (t, v) in from[self.starts[k] * dim..self.starts[k + 1] * dim]
+                        .chunks_exact(*dim)
+                        .enumerate()
+                    {
                         to[(t * batch + b) * dim..][..*dim].copy_from_slice(v);
                     }
                 }

@@ -102,13 +102,21 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 /// Checks that a sparsity lies in `[0, 1)`.
 pub(crate) fn check_sparsity(sparsity: f64) -> Result<()> {
-    if (0.0..1.0).contains(&sparsity) { Ok(()) } else { Err(Error::Sparsity(sparsity)) }
+    if (0.0..1.0).contains(&sparsity) {
+        Ok(())
+    } else {
+        Err(Error::Sparsity(sparsity))
+    }
 }
 
 /// Checks that every value is finite.
 pub(crate) fn check_finite(tensor: &str, values: &[f32]) -> Result<()> {
     match values.iter().position(|v| !v.is_finite()) {
         None => Ok(()),
-        Some(index) => Err(Error::NonFinite { tensor: tensor.to_owned(), index, value: values[index] }),
+        Some(index) => Err(Error::NonFinite {
+            tensor: tensor.to_owned(),
+            index,
+            value: values[index],
+        }),
     }
 }

@@ -86,7 +86,10 @@ impl Influence {
     /// # Errors
     /// The length is not `gates * n * n`, a value is not finite, or the gate asked for does not exist.
     pub fn from_gates(w_hh: &[f32], gates: usize, n: usize, how: Aggregate) -> Result<Self> {
-        let mut stack = Self { n, a: vec![0.0; n * n] };
+        let mut stack = Self {
+            n,
+            a: vec![0.0; n * n],
+        };
         stack.set_block(w_hh, "weight_hh", gates, 0..n, 0..n, how)?;
         Ok(stack)
     }
@@ -96,7 +99,12 @@ impl Influence {
     ///
     /// # Errors
     /// The shape does not fit the cell and layout, or a value is not finite.
-    pub fn from_tensor(w_hh: &Tensor, cell: Cell, layout: GateLayout, how: Aggregate) -> Result<Self> {
+    pub fn from_tensor(
+        w_hh: &Tensor,
+        cell: Cell,
+        layout: GateLayout,
+        how: Aggregate,
+    ) -> Result<Self> {
         let w = layout.to_canonical("W_hh", w_hh, cell)?;
         if w.cols != w.hidden {
             return Err(Error::Shape {
@@ -113,9 +121,17 @@ impl Influence {
     ///
     /// # Errors
     /// A block's length does not fit the sizes of its layers, or a value is not finite.
-    pub fn of_stack(layers: &[StackLayer<'_>], gates: usize, how: Aggregate, edges: StackEdges) -> Result<Self> {
+    pub fn of_stack(
+        layers: &[StackLayer<'_>],
+        gates: usize,
+        how: Aggregate,
+        edges: StackEdges,
+    ) -> Result<Self> {
         let n: usize = layers.iter().map(|l| l.hidden).sum();
-        let mut stack = Self { n, a: vec![0.0; n * n] };
+        let mut stack = Self {
+            n,
+            a: vec![0.0; n * n],
+        };
         let mut start = 0;
         for (l, layer) in layers.iter().enumerate() {
             let here = start..start + layer.hidden;
@@ -161,7 +177,10 @@ impl Influence {
         if let Aggregate::Gate(g) = how
             && g >= gates
         {
-            return Err(Error::Setting { setting: "aggregate", reason: format!("gate {g} of a cell with {gates} gates") });
+            return Err(Error::Setting {
+                setting: "aggregate",
+                reason: format!("gate {g} of a cell with {gates} gates"),
+            });
         }
         check_finite(name, w)?;
         let block = targets * sources;
@@ -237,7 +256,10 @@ impl Influence {
 
     /// The same influences with neuron `order[k]` in place `k`.
     pub fn permuted(&self, order: &[usize]) -> Self {
-        let a = order.iter().flat_map(|&j| order.iter().map(move |&i| self.get(j, i))).collect();
+        let a = order
+            .iter()
+            .flat_map(|&j| order.iter().map(move |&i| self.get(j, i)))
+            .collect();
         Self { n: self.n, a }
     }
 

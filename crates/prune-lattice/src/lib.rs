@@ -10,6 +10,7 @@ pub mod io;
 pub mod mask;
 pub mod order;
 pub mod params;
+pub mod prune;
 pub mod rnn;
 mod seed;
 

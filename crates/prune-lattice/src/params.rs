@@ -28,14 +28,24 @@ pub struct ParamSet {
 impl ParamSet {
     /// From parameters whose data fit their shapes.
     pub(crate) fn new(params: Vec<Param>) -> Self {
-        debug_assert!(params.iter().all(|p| p.data.len() == p.shape.iter().product::<usize>()));
+        debug_assert!(
+            params
+                .iter()
+                .all(|p| p.data.len() == p.shape.iter().product::<usize>())
+        );
         Self { params }
     }
 
     /// The same names and shapes, all zero.
     pub fn zeros_like(&self) -> Self {
-        let zero = |p: &Param| Param { name: p.name.clone(), shape: p.shape.clone(), data: vec![0.0; p.data.len()] };
-        Self { params: self.params.iter().map(zero).collect() }
+        let zero = |p: &Param| Param {
+            name: p.name.clone(),
+            shape: p.shape.clone(),
+            data: vec![0.0; p.data.len()],
+        };
+        Self {
+            params: self.params.iter().map(zero).collect(),
+        }
     }
 
     /// Number of values in all parameters.
@@ -45,7 +55,9 @@ impl ParamSet {
 
     /// Number of nonzero values.
     pub fn count_nonzero(&self) -> usize {
-        self.iter().map(|p| p.data.iter().filter(|v| **v != 0.0).count()).sum()
+        self.iter()
+            .map(|p| p.data.iter().filter(|v| **v != 0.0).count())
+            .sum()
     }
 
     /// The parameters in order.
@@ -63,7 +75,10 @@ impl ParamSet {
     /// # Errors
     /// [`Error::MissingTensor`].
     pub fn get(&self, name: &str) -> Result<&Param> {
-        self.params.iter().find(|p| p.name == name).ok_or_else(|| Error::MissingTensor { name: name.into() })
+        self.params
+            .iter()
+            .find(|p| p.name == name)
+            .ok_or_else(|| Error::MissingTensor { name: name.into() })
     }
 
     pub(crate) fn slot(&self, index: usize) -> &[f32] {
@@ -86,16 +101,31 @@ impl ParamSet {
     pub fn to_tensors(&self) -> Result<HashMap<String, Tensor>> {
         self.params
             .iter()
-            .map(|p| Ok((p.name.clone(), Tensor::from_slice(&p.data, p.shape.as_slice(), &Device::Cpu)?)))
+            .map(|p| {
+                Ok((
+                    p.name.clone(),
+                    Tensor::from_slice(&p.data, p.shape.as_slice(), &Device::Cpu)?,
+                ))
+            })
             .collect()
     }
 }
 
 /// Takes one tensor out of a checkpoint and checks its shape and values.
-pub(crate) fn take(tensors: &HashMap<String, Tensor>, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
-    let t = tensors.get(name).ok_or_else(|| Error::MissingTensor { name: name.into() })?;
+pub(crate) fn take(
+    tensors: &HashMap<String, Tensor>,
+    name: &str,
+    shape: &[usize],
+) -> Result<Vec<f32>> {
+    let t = tensors
+        .get(name)
+        .ok_or_else(|| Error::MissingTensor { name: name.into() })?;
     if t.dims() != shape {
-        return Err(Error::Shape { tensor: name.into(), expected: format!("{shape:?}"), found: t.dims().to_vec() });
+        return Err(Error::Shape {
+            tensor: name.into(),
+            expected: format!("{shape:?}"),
+            found: t.dims().to_vec(),
+        });
     }
     let data = values(t)?;
     check_finite(name, &data)?;

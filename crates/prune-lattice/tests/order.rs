@@ -5,10 +5,8 @@ use prune_lattice::{
     Error,
     influence::{Aggregate, Influence, StackEdges, StackLayer},
     order::{
-        Connected, Criterion, Cut, OrderMode, Poset, RankBy, Verdict,
-        bits::BitMatrix,
-        context::irreducible_rows,
-        persistence, thresholds, verdicts,
+        Connected, Criterion, Cut, OrderMode, Poset, RankBy, Verdict, bits::BitMatrix,
+        context::irreducible_rows, persistence, thresholds, verdicts,
     },
 };
 use rand::{Rng, SeedableRng, seq::SliceRandom};
@@ -57,17 +55,30 @@ fn small_posets_have_the_known_irreducibles() {
     // N: a < c, b < c, b < d.
     assert_eq!(meet(4, &[(0, 2), (1, 2), (1, 3)]), [0, 2, 3]);
     // M3 and N5.
-    assert_eq!(meet(5, &[(0, 1), (0, 2), (0, 3), (1, 4), (2, 4), (3, 4)]), [1, 2, 3]);
-    assert_eq!(meet(5, &[(0, 1), (1, 2), (2, 4), (0, 3), (3, 4)]), [1, 2, 3]);
+    assert_eq!(
+        meet(5, &[(0, 1), (0, 2), (0, 3), (1, 4), (2, 4), (3, 4)]),
+        [1, 2, 3]
+    );
+    assert_eq!(
+        meet(5, &[(0, 1), (1, 2), (2, 4), (0, 3), (3, 4)]),
+        [1, 2, 3]
+    );
 }
 
 #[test]
 fn a_boolean_lattice_has_its_coatoms() {
     for k in 1..7 {
         let n = 1 << k;
-        let edges: Vec<_> =
-            (0..n).flat_map(|s| (0..k).filter(move |b| s >> b & 1 == 0).map(move |b| (s, s | 1 << b))).collect();
-        let expected: Vec<_> = (0..n).filter(|s: &usize| s.count_ones() as usize == k - 1).collect();
+        let edges: Vec<_> = (0..n)
+            .flat_map(|s| {
+                (0..k)
+                    .filter(move |b| s >> b & 1 == 0)
+                    .map(move |b| (s, s | 1 << b))
+            })
+            .collect();
+        let expected: Vec<_> = (0..n)
+            .filter(|s: &usize| s.count_ones() as usize == k - 1)
+            .collect();
         assert_eq!(meet(n, &edges), expected);
     }
 }
@@ -122,8 +133,16 @@ fn irreducible_closed_sets(n: usize, sets: &[u64]) -> BTreeSet<u64> {
         .iter()
         .copied()
         .filter(|&s| {
-            let above: Vec<u64> = closed.iter().copied().filter(|&t| t != s && s & t == s).collect();
-            above.iter().filter(|&&t| above.iter().all(|&u| u == t || u & t != u)).count() == 1
+            let above: Vec<u64> = closed
+                .iter()
+                .copied()
+                .filter(|&t| t != s && s & t == s)
+                .collect();
+            above
+                .iter()
+                .filter(|&&t| above.iter().all(|&u| u == t || u & t != u))
+                .count()
+                == 1
         })
         .collect()
 }
@@ -146,7 +165,9 @@ fn verdicts_agree_with_the_completion_on_3000_random_posets() {
         assert!(oracle.iter().all(|s| down.contains(s)));
         // Meet-density: each down-set is the intersection of those of the irreducibles above.
         for x in 0..n {
-            let meet = (0..n).filter(|&m| mine[m] && down[m] & down[x] == down[x]).fold((1u64 << n) - 1, |s, m| s & down[m]);
+            let meet = (0..n)
+                .filter(|&m| mine[m] && down[m] & down[x] == down[x])
+                .fold((1u64 << n) - 1, |s, m| s & down[m]);
             assert_eq!(meet, down[x]);
         }
         // One cover implies irreducible, not the other way round.
@@ -164,8 +185,14 @@ fn verdicts_agree_with_the_completion_on_3000_random_posets() {
         }
         // Join-irreducibles are the meet-irreducibles of the reversed order.
         let reversed = Poset::of_digraph(&g.transpose());
-        assert_eq!(poset.per_neuron(&poset.join_irreducible()), reversed.per_neuron(&reversed.meet_irreducible()));
-        assert_eq!(poset.per_neuron(&poset.meet_irreducible()), reversed.per_neuron(&reversed.join_irreducible()));
+        assert_eq!(
+            poset.per_neuron(&poset.join_irreducible()),
+            reversed.per_neuron(&reversed.meet_irreducible())
+        );
+        assert_eq!(
+            poset.per_neuron(&poset.meet_irreducible()),
+            reversed.per_neuron(&reversed.join_irreducible())
+        );
     }
     // About a fifth of the elements with several covers are irreducible: counting covers would miss them.
     assert!(two_covers_irreducible * 10 > two_covers && two_covers_irreducible * 3 < two_covers);
@@ -205,7 +232,11 @@ fn closure_agrees_with_warshall_on_cyclic_digraphs_beyond_one_word() {
         for k in 0..n {
             for i in 0..n {
                 if reach.get(i, k) {
-                    (0..n).filter(|&j| reach.get(k, j)).collect::<Vec<_>>().iter().for_each(|&j| reach.set(i, j, true));
+                    (0..n)
+                        .filter(|&j| reach.get(k, j))
+                        .collect::<Vec<_>>()
+                        .iter()
+                        .for_each(|&j| reach.set(i, j, true));
                 }
             }
         }
@@ -230,7 +261,9 @@ fn closure_agrees_with_warshall_on_cyclic_digraphs_beyond_one_word() {
         assert_eq!(p.meet_irreducible(), naive);
         // Covers generate the order and none is implied by others.
         let covers = p.covers();
-        assert!(covers.iter().all(|&(a, b)| (0..k).all(|z| z == a || z == b || !(p.up().get(a, z) && p.up().get(z, b)))));
+        assert!(covers.iter().all(|&(a, b)| {
+            (0..k).all(|z| z == a || z == b || !(p.up().get(a, z) && p.up().get(z, b)))
+        }));
         let again = Poset::of_digraph(&digraph(k, &covers));
         assert_eq!(again.up().count(), p.up().count());
     }
@@ -241,10 +274,20 @@ fn cutting_and_max_min_closure_commute() {
     let mut rng = ChaCha8Rng::seed_from_u64(14);
     for _ in 0..300 {
         let n = rng.random_range(2..9);
-        let values: Vec<f32> = (0..n * n).map(|_| f32::from(rng.random_range(0u8..6))).collect();
+        let values: Vec<f32> = (0..n * n)
+            .map(|_| f32::from(rng.random_range(0u8..6)))
+            .collect();
         let a = Influence::from_dense(n, &values).unwrap();
         // Strongest path by its weakest edge.
-        let mut r: Vec<f32> = (0..n * n).map(|e| if e / n == e % n { f32::MAX } else { a.get(e / n, e % n) }).collect();
+        let mut r: Vec<f32> = (0..n * n)
+            .map(|e| {
+                if e / n == e % n {
+                    f32::MAX
+                } else {
+                    a.get(e / n, e % n)
+                }
+            })
+            .collect();
         for k in 0..n {
             for i in 0..n {
                 for j in 0..n {
@@ -324,7 +367,10 @@ fn ties_at_the_threshold_all_come_in() {
     let a = Influence::from_dense(4, &[1.0; 16]).unwrap();
     let v = verdicts(&a, Cut::Degree(0.5), Criterion::new(OrderMode::Context)).unwrap();
     assert_eq!(v.report.edges, 12);
-    assert_eq!(thresholds(&a, &[Cut::Quantile(0.5), Cut::Value(0.25)]).unwrap(), [1.0, 0.25]);
+    assert_eq!(
+        thresholds(&a, &[Cut::Quantile(0.5), Cut::Value(0.25)]).unwrap(),
+        [1.0, 0.25]
+    );
 }
 
 #[test]
@@ -334,7 +380,11 @@ fn isolated_neurons_count_only_when_asked() {
     w[1] = 1.0;
     let a = Influence::from_dense(3, &w).unwrap();
     let kept = |connected| {
-        let criterion = Criterion { mode: OrderMode::Reachability, verdict: Verdict::Meet, connected };
+        let criterion = Criterion {
+            mode: OrderMode::Reachability,
+            verdict: Verdict::Meet,
+            connected,
+        };
         verdicts(&a, Cut::Value(0.5), criterion).unwrap().kept
     };
     assert_eq!(kept(Connected::No), [true, true, true]);
@@ -347,36 +397,77 @@ fn a_dense_recurrent_matrix_is_a_degenerate_reachability_order_and_not_a_degener
     let a = random_influence(5, 48);
     let half = Cut::Quantile(0.5);
     let v = verdicts(&a, half, Criterion::new(OrderMode::Reachability)).unwrap();
-    assert_eq!((v.report.order.classes, v.report.order.irreducible_neurons), (1, 0));
+    assert_eq!(
+        (v.report.order.classes, v.report.order.irreducible_neurons),
+        (1, 0)
+    );
     match v.discriminating() {
-        Err(Error::DegenerateOrder { neurons: 48, classes: 1, largest: 48, irreducible: 0 }) => {}
+        Err(Error::DegenerateOrder {
+            neurons: 48,
+            classes: 1,
+            largest: 48,
+            irreducible: 0,
+        }) => {}
         other => panic!("{other:?}"),
     }
     assert!(matches!(
         persistence(&a, &[half], Criterion::new(OrderMode::Reachability)),
         Err(Error::DegenerateOrder { .. })
     ));
-    assert!(persistence(&a, &prune_lattice::order::default_cuts(), Criterion::new(OrderMode::Context)).is_ok());
+    assert!(
+        persistence(
+            &a,
+            &prune_lattice::order::default_cuts(),
+            Criterion::new(OrderMode::Context)
+        )
+        .is_ok()
+    );
     // All influences equal: no order of any kind.
     let flat = Influence::from_dense(8, &[1.0; 64]).unwrap();
     for mode in MODES {
-        assert!(matches!(
-            persistence(&flat, &[Cut::Degree(1.0)], Criterion::new(mode)),
-            Err(Error::DegenerateOrder { .. })
-        ) || matches!(mode, OrderMode::Oriented(_) | OrderMode::Context));
+        assert!(
+            matches!(
+                persistence(&flat, &[Cut::Degree(1.0)], Criterion::new(mode)),
+                Err(Error::DegenerateOrder { .. })
+            ) || matches!(mode, OrderMode::Oriented(_) | OrderMode::Context)
+        );
     }
 }
 
 #[test]
 fn bad_influences_and_cuts_are_typed_errors() {
-    assert!(matches!(Influence::from_dense(3, &[0.0; 8]), Err(Error::Shape { .. })));
+    assert!(matches!(
+        Influence::from_dense(3, &[0.0; 8]),
+        Err(Error::Shape { .. })
+    ));
     let nan = [0.0, f32::NAN, 0.0, 0.0];
-    assert!(matches!(Influence::from_dense(2, &nan), Err(Error::NonFinite { index: 1, .. })));
-    assert!(matches!(Influence::from_gates(&[0.0; 12], 4, 2, Aggregate::L2), Err(Error::Shape { .. })));
-    assert!(matches!(Influence::from_gates(&[0.0; 16], 4, 2, Aggregate::Gate(4)), Err(Error::Setting { .. })));
+    assert!(matches!(
+        Influence::from_dense(2, &nan),
+        Err(Error::NonFinite { index: 1, .. })
+    ));
+    assert!(matches!(
+        Influence::from_gates(&[0.0; 12], 4, 2, Aggregate::L2),
+        Err(Error::Shape { .. })
+    ));
+    assert!(matches!(
+        Influence::from_gates(&[0.0; 16], 4, 2, Aggregate::Gate(4)),
+        Err(Error::Setting { .. })
+    ));
     let a = random_influence(1, 4);
-    for cut in [Cut::Degree(0.0), Cut::Degree(f64::NAN), Cut::Quantile(1.0), Cut::Value(f32::INFINITY), Cut::Value(-1.0)] {
-        assert!(matches!(thresholds(&a, &[cut]), Err(Error::Setting { setting: "cut", .. })), "{cut:?}");
+    for cut in [
+        Cut::Degree(0.0),
+        Cut::Degree(f64::NAN),
+        Cut::Quantile(1.0),
+        Cut::Value(f32::INFINITY),
+        Cut::Value(-1.0),
+    ] {
+        assert!(
+            matches!(
+                thresholds(&a, &[cut]),
+                Err(Error::Setting { setting: "cut", .. })
+            ),
+            "{cut:?}"
+        );
     }
 }
 
@@ -384,7 +475,12 @@ fn bad_influences_and_cuts_are_typed_errors() {
 fn gates_join_by_the_norm_asked_for_and_the_edge_runs_from_column_to_row() {
     // Two gates, two neurons; only W[1, 0] is off-diagonal and nonzero: the edge 0 → 1.
     let w = [9.0, 0.0, 3.0, 9.0, 9.0, 0.0, -4.0, 9.0];
-    for (how, value) in [(Aggregate::L2, 5.0), (Aggregate::Max, 4.0), (Aggregate::Sum, 7.0), (Aggregate::Gate(0), 3.0)] {
+    for (how, value) in [
+        (Aggregate::L2, 5.0),
+        (Aggregate::Max, 4.0),
+        (Aggregate::Sum, 7.0),
+        (Aggregate::Gate(0), 3.0),
+    ] {
         let a = Influence::from_gates(&w, 2, 2, how).unwrap();
         assert_eq!(a.get(0, 1), value);
         assert_eq!((a.get(1, 0), a.get(0, 0), a.get(1, 1)), (0.0, 0.0, 0.0));
@@ -396,8 +492,18 @@ fn a_stack_places_blocks_by_layer_and_scales_each_by_its_own_size() {
     let (hh0, hh1) = (vec![0.5f32; 4], vec![100f32; 9]);
     let (up, down) = (vec![2f32; 6], vec![7f32; 6]);
     let layers = [
-        StackLayer { recurrent: &hh0, from_below: None, from_above: Some(&down), hidden: 2 },
-        StackLayer { recurrent: &hh1, from_below: Some(&up), from_above: None, hidden: 3 },
+        StackLayer {
+            recurrent: &hh0,
+            from_below: None,
+            from_above: Some(&down),
+            hidden: 2,
+        },
+        StackLayer {
+            recurrent: &hh1,
+            from_below: Some(&up),
+            from_above: None,
+            hidden: 3,
+        },
     ];
     let all = Influence::of_stack(&layers, 1, Aggregate::L2, StackEdges::All).unwrap();
     for j in 0..5 {

@@ -16,8 +16,15 @@ pub struct Graph {
 impl Graph {
     /// From any edges; loops and doubles are dropped.
     pub fn new(vertices: usize, edges: impl IntoIterator<Item = (usize, usize)>) -> Self {
-        let set: BTreeSet<_> = edges.into_iter().filter(|(a, b)| a != b).map(|(a, b)| (a.min(b), a.max(b))).collect();
-        Self { vertices, edges: set.into_iter().collect() }
+        let set: BTreeSet<_> = edges
+            .into_iter()
+            .filter(|(a, b)| a != b)
+            .map(|(a, b)| (a.min(b), a.max(b)))
+            .collect();
+        Self {
+            vertices,
+            edges: set.into_iter().collect(),
+        }
     }
 
     /// Exactly `edges` edges: random ones are dropped, or random pairs added.
@@ -32,13 +39,19 @@ impl Graph {
         } else if edges > self.edges.len() {
             let present: BTreeSet<_> = self.edges.iter().copied().collect();
             let n = self.vertices;
-            let absent: Vec<_> =
-                (0..n).flat_map(|a| (a + 1..n).map(move |b| (a, b))).filter(|e| !present.contains(e)).collect();
+            let absent: Vec<_> = (0..n)
+                .flat_map(|a| (a + 1..n).map(move |b| (a, b)))
+                .filter(|e| !present.contains(e))
+                .collect();
             let missing = edges - self.edges.len();
             if missing > absent.len() {
                 return Err(too_many(edges, n));
             }
-            self.edges.extend(index::sample(rng, absent.len(), missing).iter().map(|k| absent[k]));
+            self.edges.extend(
+                index::sample(rng, absent.len(), missing)
+                    .iter()
+                    .map(|k| absent[k]),
+            );
             self.edges.sort_unstable();
         }
         Ok(self)
@@ -57,7 +70,10 @@ impl Graph {
 }
 
 fn too_many(edges: usize, n: usize) -> Error {
-    Error::Setting { setting: "random graph", reason: format!("{edges} edges on {n} vertices") }
+    Error::Setting {
+        setting: "random graph",
+        reason: format!("{edges} edges on {n} vertices"),
+    }
 }
 
 /// G(n, m): `edges` pairs drawn uniformly without replacement (Erdős and Rényi 1959).
@@ -65,7 +81,11 @@ fn too_many(edges: usize, n: usize) -> Error {
 /// # Errors
 /// More edges than pairs.
 pub fn erdos_renyi(n: usize, edges: usize, rng: &mut impl Rng) -> Result<Graph> {
-    Graph { vertices: n, edges: Vec::new() }.resized(edges, rng)
+    Graph {
+        vertices: n,
+        edges: Vec::new(),
+    }
+    .resized(edges, rng)
 }
 
 /// Ring with `half_degree` neighbours on each side, each edge rewired with probability `rewire` (Watts and Strogatz 1998).
@@ -73,7 +93,12 @@ pub fn erdos_renyi(n: usize, edges: usize, rng: &mut impl Rng) -> Result<Graph> 
 ///
 /// # Errors
 /// `2 * half_degree >= n`, or a probability outside `[0, 1]`.
-pub fn watts_strogatz(n: usize, half_degree: usize, rewire: f64, rng: &mut impl Rng) -> Result<Graph> {
+pub fn watts_strogatz(
+    n: usize,
+    half_degree: usize,
+    rewire: f64,
+    rng: &mut impl Rng,
+) -> Result<Graph> {
     if 2 * half_degree >= n || !(0.0..=1.0).contains(&rewire) {
         return Err(Error::Setting {
             setting: "watts-strogatz",
@@ -81,8 +106,9 @@ pub fn watts_strogatz(n: usize, half_degree: usize, rewire: f64, rng: &mut impl 
         });
     }
     let pair = |a: usize, b: usize| (a.min(b), a.max(b));
-    let mut edges: BTreeSet<_> =
-        (1..=half_degree).flat_map(|k| (0..n).map(move |v| pair(v, (v + k) % n))).collect();
+    let mut edges: BTreeSet<_> = (1..=half_degree)
+        .flat_map(|k| (0..n).map(move |v| pair(v, (v + k) % n)))
+        .collect();
     let mut degree = vec![2 * half_degree; n];
     for k in 1..=half_degree {
         for v in 0..n {
@@ -103,7 +129,10 @@ pub fn watts_strogatz(n: usize, half_degree: usize, rewire: f64, rng: &mut impl 
             }
         }
     }
-    Ok(Graph { vertices: n, edges: edges.into_iter().collect() })
+    Ok(Graph {
+        vertices: n,
+        edges: edges.into_iter().collect(),
+    })
 }
 
 /// Growth by preferential attachment: a star of `m + 1` vertices, then each new vertex is joined to `m` distinct old ones
@@ -113,7 +142,10 @@ pub fn watts_strogatz(n: usize, half_degree: usize, rewire: f64, rng: &mut impl 
 /// `m` is 0 or not below `n`.
 pub fn barabasi_albert(n: usize, m: usize, rng: &mut impl Rng) -> Result<Graph> {
     if m == 0 || m >= n {
-        return Err(Error::Setting { setting: "barabasi-albert", reason: format!("{m} edges a vertex on {n} vertices") });
+        return Err(Error::Setting {
+            setting: "barabasi-albert",
+            reason: format!("{m} edges a vertex on {n} vertices"),
+        });
     }
     let mut edges: Vec<(usize, usize)> = (1..=m).map(|v| (0, v)).collect();
     // Every vertex as often as its degree.
@@ -142,7 +174,10 @@ mod tests {
         for n in [10, 24, 51] {
             assert_eq!(erdos_renyi(n, 20, &mut rng).unwrap().edges.len(), 20);
             for p in [0.0, 0.1, 1.0] {
-                assert_eq!(watts_strogatz(n, 3, p, &mut rng).unwrap().edges.len(), 3 * n);
+                assert_eq!(
+                    watts_strogatz(n, 3, p, &mut rng).unwrap().edges.len(),
+                    3 * n
+                );
             }
             for m in [1, 4] {
                 let g = barabasi_albert(n, m, &mut rng).unwrap();

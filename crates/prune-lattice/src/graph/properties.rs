@@ -19,7 +19,10 @@ impl Moments {
     fn of(values: &[f64]) -> Self {
         let n = values.len().max(1) as f64;
         let mean = values.iter().sum::<f64>() / n;
-        Self { mean, variance: values.iter().map(|v| (v - mean) * (v - mean)).sum::<f64>() / n }
+        Self {
+            mean,
+            variance: values.iter().map(|v| (v - mean) * (v - mean)).sum::<f64>() / n,
+        }
     }
 }
 
@@ -75,7 +78,10 @@ impl GraphProperties {
         let (mut diameter, mut total, mut pairs) = (0, 0, 0);
         let (mut eccentricity, mut closeness) = (Vec::with_capacity(n), Vec::with_capacity(n));
         for v in 0..n {
-            let finite: Vec<usize> = paths::distances(&neighbours, v).into_iter().filter(|&d| d != usize::MAX).collect();
+            let finite: Vec<usize> = paths::distances(&neighbours, v)
+                .into_iter()
+                .filter(|&d| d != usize::MAX)
+                .collect();
             let (sum, reached) = (finite.iter().sum::<usize>(), finite.len() - 1);
             let farthest = finite.into_iter().max().unwrap_or(0);
             diameter = diameter.max(farthest);
@@ -83,15 +89,22 @@ impl GraphProperties {
             pairs += reached;
             eccentricity.push(farthest as f64);
             let share = reached as f64 / (n.max(2) - 1) as f64;
-            closeness.push(if sum == 0 { 0.0 } else { share * reached as f64 / sum as f64 });
+            closeness.push(if sum == 0 {
+                0.0
+            } else {
+                share * reached as f64 / sum as f64
+            });
         }
         let b = paths::brandes(&neighbours);
         // Ordered pairs count every path of an undirected graph twice; so do the two directions of an edge.
         let node_pairs = (n.max(3) - 1) as f64 * (n.max(3) - 2) as f64;
         let edge_pairs = n.max(2) as f64 * (n.max(2) - 1) as f64;
         let nodes: Vec<f64> = b.nodes.iter().map(|v| v / node_pairs).collect();
-        let edges: Vec<f64> =
-            graph.edges.iter().map(|&(u, v)| 2.0 * b.edges.get(&(u, v)).copied().unwrap_or(0.0) / edge_pairs).collect();
+        let edges: Vec<f64> = graph
+            .edges
+            .iter()
+            .map(|&(u, v)| 2.0 * b.edges.get(&(u, v)).copied().unwrap_or(0.0) / edge_pairs)
+            .collect();
         let degree: Vec<f64> = neighbours.iter().map(|l| l.len() as f64).collect();
         let has = |end: fn(&(usize, usize)) -> usize| {
             let mut seen = vec![false; n];
@@ -107,7 +120,11 @@ impl GraphProperties {
             sinks: n - has(|e| e.0),
             connected: pairs == n * n.saturating_sub(1),
             diameter,
-            average_path: if pairs == 0 { 0.0 } else { total as f64 / pairs as f64 },
+            average_path: if pairs == 0 {
+                0.0
+            } else {
+                total as f64 / pairs as f64
+            },
             eccentricity: Moments::of(&eccentricity),
             degree: Moments::of(&degree),
             closeness: Moments::of(&closeness),
@@ -122,30 +139,70 @@ mod tests {
     use super::*;
 
     fn close(m: Moments, mean: f64, variance: f64) {
-        assert!((m.mean - mean).abs() < 1e-12 && (m.variance - variance).abs() < 1e-12, "{m:?}");
+        assert!(
+            (m.mean - mean).abs() < 1e-12 && (m.variance - variance).abs() < 1e-12,
+            "{m:?}"
+        );
     }
 
     #[test]
     fn properties_agree_with_networkx() {
-        let g = Graph::new(8, [(0, 1), (0, 2), (1, 2), (2, 3), (3, 4), (4, 5), (3, 5), (5, 6), (1, 7)]);
+        let g = Graph::new(
+            8,
+            [
+                (0, 1),
+                (0, 2),
+                (1, 2),
+                (2, 3),
+                (3, 4),
+                (4, 5),
+                (3, 5),
+                (5, 6),
+                (1, 7),
+            ],
+        );
         let p = GraphProperties::of(&g);
         assert_eq!((p.nodes, p.edges, p.diameter, p.connected), (8, 9, 5, true));
         assert!((p.density - 0.321_428_571_428_571_45).abs() < 1e-15);
         assert!((p.average_path - 2.285_714_285_714_285_7).abs() < 1e-15);
         close(p.eccentricity, 4.0, 0.5);
         close(p.degree, 2.25, 0.6875);
-        close(p.closeness, 0.455_208_333_333_333_4, 0.007_928_602_430_555_56);
-        close(p.node_betweenness, 0.214_285_714_285_714_25, 0.056_122_448_979_591_84);
-        close(p.edge_betweenness, 0.253_968_253_968_253_95, 0.022_234_819_853_867_473);
+        close(
+            p.closeness,
+            0.455_208_333_333_333_4,
+            0.007_928_602_430_555_56,
+        );
+        close(
+            p.node_betweenness,
+            0.214_285_714_285_714_25,
+            0.056_122_448_979_591_84,
+        );
+        close(
+            p.edge_betweenness,
+            0.253_968_253_968_253_95,
+            0.022_234_819_853_867_473,
+        );
     }
 
     #[test]
     fn unconnected_graphs_agree_with_networkx_and_have_layers_and_ends() {
         let g = Graph::new(6, [(0, 1), (1, 2), (3, 4)]);
         let p = GraphProperties::of(&g);
-        close(p.closeness, 0.222_222_222_222_222_2, 0.014_320_987_654_320_988);
-        close(p.node_betweenness, 0.016_666_666_666_666_666, 0.001_388_888_888_888_889_2);
-        close(p.edge_betweenness, 0.111_111_111_111_111_1, 0.000_987_654_320_987_654_3);
+        close(
+            p.closeness,
+            0.222_222_222_222_222_2,
+            0.014_320_987_654_320_988,
+        );
+        close(
+            p.node_betweenness,
+            0.016_666_666_666_666_666,
+            0.001_388_888_888_888_889_2,
+        );
+        close(
+            p.edge_betweenness,
+            0.111_111_111_111_111_1,
+            0.000_987_654_320_987_654_3,
+        );
         assert!(!p.connected);
         assert_eq!((p.layers, p.sources, p.sinks), (3, 3, 3));
     }

@@ -7,7 +7,7 @@ mod neurons;
 mod select;
 
 pub use neurons::{hard_remove, neuron_masks};
-pub use select::{MaskRule, keep_top, tile};
+pub use select::{MaskRule, Rank, keep_top, tile};
 
 use crate::{
     cell::values,
@@ -38,7 +38,10 @@ impl Mask {
 
     /// The mask of a bias.
     pub fn of_bias(keep: &[bool]) -> Self {
-        Self { keep: BitMatrix::from_fn(1, keep.len(), |_, j| keep[j]), dims: vec![keep.len()] }
+        Self {
+            keep: BitMatrix::from_fn(1, keep.len(), |_, j| keep[j]),
+            dims: vec![keep.len()],
+        }
     }
 
     /// The bits, one row per row of the matrix.
@@ -124,7 +127,8 @@ impl MaskSet {
             match self.masks.get_mut(name) {
                 Some(own) => {
                     let (a, b) = (&own.keep, &mask.keep);
-                    own.keep = BitMatrix::from_fn(a.rows(), a.cols(), |i, j| a.get(i, j) && b.get(i, j));
+                    own.keep =
+                        BitMatrix::from_fn(a.rows(), a.cols(), |i, j| a.get(i, j) && b.get(i, j));
                 }
                 None => {
                     self.masks.insert(name.clone(), mask.clone());
@@ -161,7 +165,9 @@ impl MaskSet {
             if let Some(t) = tensors.get_mut(name) {
                 let mut data = values(t)?;
                 mask.apply(&mut data);
-                *t = Tensor::from_vec(data, t.dims(), &Device::Cpu)?.to_dtype(t.dtype())?.to_device(t.device())?;
+                *t = Tensor::from_vec(data, t.dims(), &Device::Cpu)?
+                    .to_dtype(t.dtype())?
+                    .to_device(t.device())?;
             }
         }
         Ok(())
@@ -171,7 +177,11 @@ impl MaskSet {
         for (name, mask) in &self.masks {
             let found = shape(name)?;
             if found != mask.dims {
-                return Err(Error::Shape { tensor: name.clone(), expected: format!("{:?} (its mask)", mask.dims), found });
+                return Err(Error::Shape {
+                    tensor: name.clone(),
+                    expected: format!("{:?} (its mask)", mask.dims),
+                    found,
+                });
             }
         }
         Ok(())
@@ -183,10 +193,15 @@ impl MaskSet {
     /// The file cannot be written.
     pub fn save(&self, file: &Path) -> Result<()> {
         let tensor = |m: &Mask| {
-            let bits = (0..m.keep.rows()).flat_map(|i| (0..m.keep.cols()).map(move |j| u8::from(m.keep.get(i, j))));
+            let bits = (0..m.keep.rows())
+                .flat_map(|i| (0..m.keep.cols()).map(move |j| u8::from(m.keep.get(i, j))));
             Tensor::from_vec(bits.collect::<Vec<u8>>(), m.dims.as_slice(), &Device::Cpu)
         };
-        let tensors = self.masks.iter().map(|(n, m)| Ok((n.clone(), tensor(m)?))).collect::<Result<_>>()?;
+        let tensors = self
+            .masks
+            .iter()
+            .map(|(n, m)| Ok((n.clone(), tensor(m)?)))
+            .collect::<Result<_>>()?;
         io::save(&tensors, file)
     }
 
@@ -197,7 +212,10 @@ impl MaskSet {
     pub fn load(file: &Path) -> Result<Self> {
         let mut set = Self::default();
         for (name, t) in io::load(file)? {
-            let wrong = |reason: &str| Error::Data { file: file.into(), reason: format!("{name}: {reason}") };
+            let wrong = |reason: &str| Error::Data {
+                file: file.into(),
+                reason: format!("{name}: {reason}"),
+            };
             if t.dtype() != DType::U8 {
                 return Err(wrong("a mask must be u8"));
             }

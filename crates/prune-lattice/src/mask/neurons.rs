@@ -18,12 +18,18 @@ fn check(rnn: &Rnn, keep: &[Vec<bool>]) -> Result<()> {
     if sizes != rnn.config().hidden {
         return Err(Error::Shape {
             tensor: "kept neurons".into(),
-            expected: format!("one flag per neuron of the layers {:?}", rnn.config().hidden),
+            expected: format!(
+                "one flag per neuron of the layers {:?}",
+                rnn.config().hidden
+            ),
             found: sizes,
         });
     }
     match keep.iter().position(|layer| !layer.contains(&true)) {
-        Some(layer) => Err(Error::Setting { setting: "kept neurons", reason: format!("none in layer {layer}") }),
+        Some(layer) => Err(Error::Setting {
+            setting: "kept neurons",
+            reason: format!("none in layer {layer}"),
+        }),
         None => Ok(()),
     }
 }
@@ -34,8 +40,17 @@ fn axes(rnn: &Rnn, role: Role, shape: &[usize], keep: &[Vec<bool>]) -> (Vec<bool
     let all = |n: usize| vec![true; n];
     let tiled = |layer: usize| keep[layer].repeat(gates);
     match role {
-        Role::Embedding | Role::OutputBias => (all(shape[0]), all(shape.get(1).copied().unwrap_or(1))),
-        Role::InputWeight(l) => (tiled(l), if l == 0 { all(shape[1]) } else { keep[l - 1].clone() }),
+        Role::Embedding | Role::OutputBias => {
+            (all(shape[0]), all(shape.get(1).copied().unwrap_or(1)))
+        }
+        Role::InputWeight(l) => (
+            tiled(l),
+            if l == 0 {
+                all(shape[1])
+            } else {
+                keep[l - 1].clone()
+            },
+        ),
         Role::RecurrentWeight(l) => (tiled(l), keep[l].clone()),
         Role::Bias(l) => (tiled(l), all(1)),
         Role::CandidateBias(l) => (keep[l].clone(), all(1)),
@@ -57,7 +72,9 @@ pub fn neuron_masks(rnn: &Rnn, keep: &[Vec<bool>]) -> Result<MaskSet> {
         }
         let mask = match p.shape.len() {
             1 => Mask::of_bias(&rows),
-            _ => Mask::of_matrix(BitMatrix::from_fn(rows.len(), cols.len(), |i, j| rows[i] && cols[j])),
+            _ => Mask::of_matrix(BitMatrix::from_fn(rows.len(), cols.len(), |i, j| {
+                rows[i] && cols[j]
+            })),
         };
         set.insert(p.name.clone(), mask);
     }
@@ -72,7 +89,10 @@ pub fn neuron_masks(rnn: &Rnn, keep: &[Vec<bool>]) -> Result<MaskSet> {
 pub fn hard_remove(rnn: &Rnn, keep: &[Vec<bool>]) -> Result<Rnn> {
     check(rnn, keep)?;
     let mut config = rnn.config().clone();
-    config.hidden = keep.iter().map(|layer| layer.iter().filter(|&&k| k).count()).collect();
+    config.hidden = keep
+        .iter()
+        .map(|layer| layer.iter().filter(|&&k| k).count())
+        .collect();
     debug_assert!(!matches!(config.input, InputKind::Dense { dim: 0 }));
     let params = rnn
         .roles()
@@ -83,14 +103,22 @@ pub fn hard_remove(rnn: &Rnn, keep: &[Vec<bool>]) -> Result<Rnn> {
             let width = cols.len();
             let data = (0..rows.len())
                 .filter(|&i| rows[i])
-                .flat_map(|i| (0..width).filter(|&j| cols[j]).map(move |j| p.data[i * width + j]))
+                .flat_map(|i| {
+                    (0..width)
+                        .filter(|&j| cols[j])
+                        .map(move |j| p.data[i * width + j])
+                })
                 .collect::<Vec<f32>>();
             let count = |flags: &[bool]| flags.iter().filter(|&&k| k).count();
             let mut shape = vec![count(&rows)];
             if p.shape.len() == 2 {
                 shape.push(count(&cols));
             }
-            Param { name: p.name.clone(), shape, data }
+            Param {
+                name: p.name.clone(),
+                shape,
+                data,
+            }
         })
         .collect();
     Rnn::from_params(config, ParamSet::new(params))

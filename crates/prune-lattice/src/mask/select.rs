@@ -29,18 +29,26 @@ pub struct Rank {
 }
 
 impl Rank {
-    fn cmp(&self, other: &Self) -> Ordering {
-        self.level.cmp(&other.level).then(other.weight.total_cmp(&self.weight))
+    fn compare(&self, other: &Self) -> Ordering {
+        self.level
+            .cmp(&other.level)
+            .then(other.weight.total_cmp(&self.weight))
     }
 }
 
 /// The `keep` first entries of a `rows` x `cols` matrix. Exactly `keep` bits are set.
-pub fn keep_top(rows: usize, cols: usize, keep: usize, rank: impl Fn(usize, usize) -> Rank) -> BitMatrix {
-    let mut entries: Vec<(Rank, usize)> =
-        (0..rows * cols).map(|e| (rank(e / cols, e % cols), e)).collect();
+pub fn keep_top(
+    rows: usize,
+    cols: usize,
+    keep: usize,
+    rank: impl Fn(usize, usize) -> Rank,
+) -> BitMatrix {
+    let mut entries: Vec<(Rank, usize)> = (0..rows * cols)
+        .map(|e| (rank(e / cols, e % cols), e))
+        .collect();
     let keep = keep.min(entries.len());
     if keep > 0 && keep < entries.len() {
-        entries.select_nth_unstable_by(keep - 1, |a, b| a.0.cmp(&b.0).then(a.1.cmp(&b.1)));
+        entries.select_nth_unstable_by(keep - 1, |a, b| a.0.compare(&b.0).then(a.1.cmp(&b.1)));
     }
     let mut bits = BitMatrix::new(rows, cols);
     for &(_, e) in &entries[..keep] {
@@ -66,9 +74,14 @@ mod tests {
     #[test]
     fn keep_top_keeps_exactly_the_budget_with_ties_by_index() {
         for keep in 0..=12 {
-            let m = keep_top(3, 4, keep, |_, _| Rank { level: 0, weight: 1.0 });
+            let m = keep_top(3, 4, keep, |_, _| Rank {
+                level: 0,
+                weight: 1.0,
+            });
             assert_eq!(m.count(), keep);
-            let kept: Vec<usize> = (0..3).flat_map(|i| m.row_ones(i).map(move |j| i * 4 + j).collect::<Vec<_>>()).collect();
+            let kept: Vec<usize> = (0..3)
+                .flat_map(|i| m.row_ones(i).map(move |j| i * 4 + j).collect::<Vec<_>>())
+                .collect();
             assert_eq!(kept, (0..keep).collect::<Vec<_>>());
         }
     }

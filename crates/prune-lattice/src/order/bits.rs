@@ -15,7 +15,12 @@ impl BitMatrix {
     /// All-zero matrix of `rows` x `cols`.
     pub fn new(rows: usize, cols: usize) -> Self {
         let stride = cols.div_ceil(64);
-        Self { rows, cols, stride, words: vec![0; rows * stride] }
+        Self {
+            rows,
+            cols,
+            stride,
+            words: vec![0; rows * stride],
+        }
     }
 
     /// All-one matrix of `rows` x `cols`.
@@ -107,7 +112,11 @@ impl BitMatrix {
             let height = (self.rows - bi * 64).min(64);
             for bj in 0..self.stride {
                 for (r, word) in block.iter_mut().enumerate() {
-                    *word = if r < height { self.words[(bi * 64 + r) * self.stride + bj] } else { 0 };
+                    *word = if r < height {
+                        self.words[(bi * 64 + r) * self.stride + bj]
+                    } else {
+                        0
+                    };
                 }
                 transpose64(&mut block);
                 let width = (self.cols - bj * 64).min(64);
@@ -177,12 +186,16 @@ pub(crate) fn ones(row: &[u64]) -> impl Iterator<Item = usize> + '_ {
 
 /// Position of the highest one.
 pub(crate) fn highest(row: &[u64]) -> Option<usize> {
-    row.iter().rposition(|&w| w != 0).map(|k| k * 64 + 63 - row[k].leading_zeros() as usize)
+    row.iter()
+        .rposition(|&w| w != 0)
+        .map(|k| k * 64 + 63 - row[k].leading_zeros() as usize)
 }
 
 /// Position of the lowest one.
 pub(crate) fn lowest(row: &[u64]) -> Option<usize> {
-    row.iter().position(|&w| w != 0).map(|k| k * 64 + row[k].trailing_zeros() as usize)
+    row.iter()
+        .position(|&w| w != 0)
+        .map(|k| k * 64 + row[k].trailing_zeros() as usize)
 }
 
 /// `dst |= src`.
@@ -237,7 +250,10 @@ mod tests {
     fn ones_lists_set_bits_ascending_and_padding_stays_zero() {
         let m = BitMatrix::ones(2, 67);
         assert_eq!(m.count(), 134);
-        assert_eq!(m.row_ones(1).collect::<Vec<_>>(), (0..67).collect::<Vec<_>>());
+        assert_eq!(
+            m.row_ones(1).collect::<Vec<_>>(),
+            (0..67).collect::<Vec<_>>()
+        );
         assert_eq!(highest(m.row(0)), Some(66));
         assert_eq!(lowest(BitMatrix::new(1, 67).row(0)), None);
     }

@@ -9,7 +9,9 @@ use super::bits::{self, BitMatrix};
 /// For each row, whether it differs from the intersection of the rows strictly containing it (the empty intersection being
 /// the full row). Equal rows share the verdict.
 pub fn irreducible_rows(relation: &BitMatrix) -> Vec<bool> {
-    let sizes: Vec<usize> = (0..relation.rows()).map(|x| bits::count(relation.row(x))).collect();
+    let sizes: Vec<usize> = (0..relation.rows())
+        .map(|x| bits::count(relation.row(x)))
+        .collect();
     // Only a larger row can strictly contain a row.
     let mut by_size: Vec<usize> = (0..relation.rows()).collect();
     by_size.sort_by_key(|&x| sizes[x]);

@@ -31,12 +31,16 @@ pub fn thresholds(influence: &Influence, cuts: &[Cut]) -> Result<Vec<f32>> {
     let edges = |cut: Cut| -> Result<Option<usize>> {
         let (count, what) = match cut {
             Cut::Value(v) if v.is_finite() && v >= 0.0 => return Ok(None),
-            Cut::Value(v) => return Err(cut_error(format!("value {v} is not a finite number ≥ 0"))),
+            Cut::Value(v) => {
+                return Err(cut_error(format!("value {v} is not a finite number ≥ 0")));
+            }
             Cut::Degree(d) => (d * n as f64, d > 0.0 && d.is_finite()),
             Cut::Quantile(q) => ((1.0 - q) * pairs as f64, (0.0..1.0).contains(&q)),
         };
         if !what {
-            return Err(cut_error(format!("{cut:?}: a degree must be > 0 and a quantile in [0, 1)")));
+            return Err(cut_error(format!(
+                "{cut:?}: a degree must be > 0 and a quantile in [0, 1)"
+            )));
         }
         Ok(Some((count.round() as usize).clamp(1, pairs.max(1))))
     };
@@ -63,5 +67,8 @@ pub fn thresholds(influence: &Influence, cuts: &[Cut]) -> Result<Vec<f32>> {
 }
 
 fn cut_error(reason: String) -> Error {
-    Error::Setting { setting: "cut", reason }
+    Error::Setting {
+        setting: "cut",
+        reason,
+    }
 }

@@ -14,7 +14,9 @@ pub mod scc;
 
 pub use cut::{Cut, default_cuts, thresholds};
 pub use orient::RankBy;
-pub use persistence::{Connected, Criterion, CutReport, Persistence, Verdicts, persistence, verdicts};
+pub use persistence::{
+    Connected, Criterion, CutReport, Persistence, Verdicts, persistence, verdicts,
+};
 pub use poset::Poset;
 
 use serde::{Deserialize, Serialize};

@@ -24,7 +24,9 @@ pub(crate) fn oriented(influence: &Influence, graph: &BitMatrix, by: RankBy) -> 
         RankBy::PageRank => ranks(&centrality::page_rank(influence)),
         RankBy::FeedbackArc => feedback_arc_ranks(graph),
     };
-    BitMatrix::from_fn(graph.rows(), graph.cols(), |j, i| graph.get(j, i) && rank[j] < rank[i])
+    BitMatrix::from_fn(graph.rows(), graph.cols(), |j, i| {
+        graph.get(j, i) && rank[j] < rank[i]
+    })
 }
 
 /// Position of each vertex in ascending order of `values`, ties by index.
@@ -59,13 +61,23 @@ pub(crate) fn feedback_arc_ranks(graph: &BitMatrix) -> Vec<usize> {
             None => {
                 let best = left.iter().position(|&v| inn[v] == 0).unwrap_or_else(|| {
                     let value = |v: usize| out[v] - inn[v];
-                    (0..left.len()).fold(0, |b, k| if value(left[k]) > value(left[b]) { k } else { b })
+                    (0..left.len()).fold(0, |b, k| {
+                        if value(left[k]) > value(left[b]) {
+                            k
+                        } else {
+                            b
+                        }
+                    })
                 });
                 (best, false)
             }
         };
         let v = left.remove(at);
-        if is_sink { back.push(v) } else { front.push(v) }
+        if is_sink {
+            back.push(v)
+        } else {
+            front.push(v)
+        }
         for u in graph.row_ones(v).filter(|&u| u != v) {
             inn[u] -= 1;
         }
@@ -83,9 +95,13 @@ mod tests {
 
     #[test]
     fn the_feedback_arc_order_of_a_dag_drops_nothing_and_of_a_cycle_one_edge() {
-        let dag = BitMatrix::from_fn(70, 70, |i, j| (i * 7 + j) % 5 == 0 && (i * 37) % 70 < (j * 37) % 70);
+        let dag = BitMatrix::from_fn(70, 70, |i, j| {
+            (i * 7 + j) % 5 == 0 && (i * 37) % 70 < (j * 37) % 70
+        });
         let rank = feedback_arc_ranks(&dag);
-        let dropped = (0..70).flat_map(|i| dag.row_ones(i).map(move |j| (i, j)).collect::<Vec<_>>()).filter(|&(i, j)| rank[i] > rank[j]);
+        let dropped = (0..70)
+            .flat_map(|i| dag.row_ones(i).map(move |j| (i, j)).collect::<Vec<_>>())
+            .filter(|&(i, j)| rank[i] > rank[j]);
         assert_eq!(dropped.count(), 0);
         let cycle = BitMatrix::from_fn(9, 9, |i, j| (i + 1) % 9 == j);
         let rank = feedback_arc_ranks(&cycle);

@@ -39,7 +39,11 @@ pub struct Criterion {
 impl Criterion {
     /// Meet-irreducible and connected in and out, under the given mode.
     pub fn new(mode: OrderMode) -> Self {
-        Self { mode, verdict: Verdict::default(), connected: Connected::default() }
+        Self {
+            mode,
+            verdict: Verdict::default(),
+            connected: Connected::default(),
+        }
     }
 }
 
@@ -73,7 +77,11 @@ impl Verdicts {
     /// # Errors
     /// [`Error::DegenerateOrder`].
     pub fn discriminating(self) -> Result<Self> {
-        if self.report.order.degenerate { Err(degenerate(&self.report.order)) } else { Ok(self) }
+        if self.report.order.degenerate {
+            Err(degenerate(&self.report.order))
+        } else {
+            Ok(self)
+        }
     }
 }
 
@@ -102,12 +110,18 @@ fn verdicts_at(influence: &Influence, cut: Cut, threshold: f32, criterion: Crite
     let (irreducible, mut order) = match criterion.mode {
         OrderMode::Context => context_verdicts(&graph, &sources, criterion.verdict),
         OrderMode::Reachability => poset_verdicts(&graph, criterion.verdict),
-        OrderMode::Oriented(by) => poset_verdicts(&orient::oriented(influence, &graph, by), criterion.verdict),
+        OrderMode::Oriented(by) => {
+            poset_verdicts(&orient::oriented(influence, &graph, by), criterion.verdict)
+        }
     };
-    order.degenerate |= order.classes == 1 || order.irreducible_neurons == 0 || order.irreducible_neurons == n;
+    order.degenerate |=
+        order.classes == 1 || order.irreducible_neurons == 0 || order.irreducible_neurons == n;
     let kept = (0..n)
         .map(|x| {
-            let (out, into) = (bits::lowest(graph.row(x)).is_some(), bits::lowest(sources.row(x)).is_some());
+            let (out, into) = (
+                bits::lowest(graph.row(x)).is_some(),
+                bits::lowest(sources.row(x)).is_some(),
+            );
             irreducible[x]
                 && match criterion.connected {
                     Connected::No => true,
@@ -117,15 +131,29 @@ fn verdicts_at(influence: &Influence, cut: Cut, threshold: f32, criterion: Crite
         })
         .collect();
     let edges = graph.count();
-    let report = CutReport { cut, threshold, edges, mean_out_degree: edges as f64 / n as f64, order };
+    let report = CutReport {
+        cut,
+        threshold,
+        edges,
+        mean_out_degree: edges as f64 / n as f64,
+        order,
+    };
     Verdicts { kept, report }
 }
 
-fn combine(verdict: Verdict, meet: impl FnOnce() -> Vec<bool>, join: impl FnOnce() -> Vec<bool>) -> Vec<bool> {
+fn combine(
+    verdict: Verdict,
+    meet: impl FnOnce() -> Vec<bool>,
+    join: impl FnOnce() -> Vec<bool>,
+) -> Vec<bool> {
     match verdict {
         Verdict::Meet => meet(),
         Verdict::Join => join(),
-        Verdict::Both => meet().into_iter().zip(join()).map(|(m, j)| m && j).collect(),
+        Verdict::Both => meet()
+            .into_iter()
+            .zip(join())
+            .map(|(m, j)| m && j)
+            .collect(),
     }
 }
 
@@ -133,10 +161,21 @@ fn count(flags: &[bool]) -> usize {
     flags.iter().filter(|&&f| f).count()
 }
 
-fn context_verdicts(graph: &BitMatrix, sources: &BitMatrix, verdict: Verdict) -> (Vec<bool>, Diagnostics) {
-    let irreducible =
-        combine(verdict, || context::irreducible_rows(graph), || context::irreducible_rows(sources));
-    let (classes, largest_class) = context::row_classes(if verdict == Verdict::Join { sources } else { graph });
+fn context_verdicts(
+    graph: &BitMatrix,
+    sources: &BitMatrix,
+    verdict: Verdict,
+) -> (Vec<bool>, Diagnostics) {
+    let irreducible = combine(
+        verdict,
+        || context::irreducible_rows(graph),
+        || context::irreducible_rows(sources),
+    );
+    let (classes, largest_class) = context::row_classes(if verdict == Verdict::Join {
+        sources
+    } else {
+        graph
+    });
     let positive = count(&irreducible);
     let order = Diagnostics {
         neurons: graph.rows(),
@@ -151,7 +190,11 @@ fn context_verdicts(graph: &BitMatrix, sources: &BitMatrix, verdict: Verdict) ->
 
 fn poset_verdicts(graph: &BitMatrix, verdict: Verdict) -> (Vec<bool>, Diagnostics) {
     let poset = Poset::of_digraph(graph);
-    let per_class = combine(verdict, || poset.meet_irreducible(), || poset.join_irreducible());
+    let per_class = combine(
+        verdict,
+        || poset.meet_irreducible(),
+        || poset.join_irreducible(),
+    );
     let irreducible = poset.per_neuron(&per_class);
     let n = graph.rows();
     let largest_class = poset.classes().sizes.iter().copied().max().unwrap_or(0);
@@ -187,7 +230,11 @@ impl Persistence {
 /// # Errors
 /// [`Error::DegenerateOrder`] when every cut is degenerate or all neurons have the same share; a cut that cannot be carried
 /// out.
-pub fn persistence(influence: &Influence, cuts: &[Cut], criterion: Criterion) -> Result<Persistence> {
+pub fn persistence(
+    influence: &Influence,
+    cuts: &[Cut],
+    criterion: Criterion,
+) -> Result<Persistence> {
     let mut share = vec![0.0; influence.len()];
     let mut reports = Vec::with_capacity(cuts.len());
     let mut counted = 0usize;
@@ -195,16 +242,25 @@ pub fn persistence(influence: &Influence, cuts: &[Cut], criterion: Criterion) ->
         let Verdicts { kept, report } = verdicts_at(influence, cut, threshold, criterion);
         if !report.order.degenerate {
             counted += 1;
-            share.iter_mut().zip(&kept).for_each(|(s, &k)| *s += f64::from(u8::from(k)));
+            share
+                .iter_mut()
+                .zip(&kept)
+                .for_each(|(s, &k)| *s += f64::from(u8::from(k)));
         }
         reports.push(report);
     }
     share.iter_mut().for_each(|s| *s /= counted.max(1) as f64);
     if share.iter().all(|s| *s == share[0]) {
         let Some(last) = reports.iter().min_by_key(|r| r.order.largest_class) else {
-            return Err(Error::Setting { setting: "cuts", reason: "there are none".into() });
+            return Err(Error::Setting {
+                setting: "cuts",
+                reason: "there are none".into(),
+            });
         };
         return Err(degenerate(&last.order));
     }
-    Ok(Persistence { share, cuts: reports })
+    Ok(Persistence {
+        share,
+        cuts: reports,
+    })
 }

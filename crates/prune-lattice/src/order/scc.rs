@@ -113,7 +113,9 @@ mod tests {
         for case in 0..300 {
             let n = rng.random_range(1..90);
             let degree = [0.3, 0.8, 1.2, 2.0, 4.0][case % 5];
-            let g = BitMatrix::from_fn(n, n, |i, j| i != j && rng.random_bool((degree / n as f64).min(1.0)));
+            let g = BitMatrix::from_fn(n, n, |i, j| {
+                i != j && rng.random_bool((degree / n as f64).min(1.0))
+            });
             let c = components(&g);
             let r = warshall(&g);
             assert_eq!(c.sizes.iter().sum::<usize>(), n);

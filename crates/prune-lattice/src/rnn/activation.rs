@@ -54,7 +54,10 @@ mod tests {
             let (mut s, mut t) = ([x], [x]);
             sigmoid(&mut s);
             tanh(&mut t);
-            assert!((f64::from(s[0]) - 1.0 / (1.0 + (-f64::from(x)).exp())).abs() < 2e-7, "{x}");
+            assert!(
+                (f64::from(s[0]) - 1.0 / (1.0 + (-f64::from(x)).exp())).abs() < 2e-7,
+                "{x}"
+            );
             assert!((f64::from(t[0]) - f64::from(x).tanh()).abs() < 2e-7, "{x}");
         }
     }

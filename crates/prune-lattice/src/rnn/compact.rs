@@ -45,7 +45,13 @@ impl Block {
         let (batch, rows) = (before.len() / h, cell.gates() * width);
         let state = View::strided(before, batch, self.sources, h);
         scratch.resize(batch * rows, 0.0);
-        gemm(scratch, rows, Store::Replace, state, View::new(&self.weights, rows, self.sources).t());
+        gemm(
+            scratch,
+            rows,
+            Store::Replace,
+            state,
+            View::new(&self.weights, rows, self.sources).t(),
+        );
         let gh = cell.gates() * h;
         for (b, product) in scratch.chunks_exact(rows).enumerate() {
             for (g, part) in product.chunks_exact(width).enumerate() {
@@ -53,7 +59,10 @@ impl Block {
                     (Cell::Gru, 2) => &mut aux[b * h..],
                     _ => &mut gates[b * gh + g * h..],
                 };
-                to[self.targets.clone()].iter_mut().zip(part).for_each(|(t, p)| *t += p);
+                to[self.targets.clone()]
+                    .iter_mut()
+                    .zip(part)
+                    .for_each(|(t, p)| *t += p);
             }
         }
     }
@@ -81,7 +90,9 @@ impl CompactRnn {
         for l in 0..rnn.config().hidden.len() {
             let layer = masked.layer(l);
             let n = layer.hidden;
-            let live = |i: usize, j: usize| (0..cell.gates()).any(|g| layer.w_hh[(g * n + i) * n + j] != 0.0);
+            let live = |i: usize, j: usize| {
+                (0..cell.gates()).any(|g| layer.w_hh[(g * n + i) * n + j] != 0.0)
+            };
             let source: Vec<bool> = (0..n).map(|j| (0..n).any(|i| live(i, j))).collect();
             let target: Vec<bool> = (0..n).map(|i| (0..n).any(|j| live(i, j))).collect();
             // Only source, both, only target, neither.
@@ -95,7 +106,10 @@ impl CompactRnn {
             numbers.sort_by_key(|&x| class(x));
             let count = |c: usize| (0..n).filter(|&x| class(x) == c).count();
             let (only_source, both, only_target) = (count(0), count(1), count(2));
-            extents.push((only_source + both, only_source..only_source + both + only_target));
+            extents.push((
+                only_source + both,
+                only_source..only_source + both + only_target,
+            ));
             order.push(numbers);
         }
         let rnn = renumber(&masked, &order)?;
@@ -106,8 +120,15 @@ impl CompactRnn {
                 let layer = rnn.layer(l);
                 let n = layer.hidden;
                 let rows = (0..cell.gates()).flat_map(|g| targets.clone().map(move |i| g * n + i));
-                let weights = rows.flat_map(|r| &layer.w_hh[r * n..r * n + sources]).copied().collect();
-                Block { sources, targets, weights }
+                let weights = rows
+                    .flat_map(|r| &layer.w_hh[r * n..r * n + sources])
+                    .copied()
+                    .collect();
+                Block {
+                    sources,
+                    targets,
+                    weights,
+                }
             })
             .collect();
         Ok(Self { rnn, blocks, order })
@@ -125,7 +146,9 @@ impl CompactRnn {
 
     /// Multiplications of the recurrent products of one step, and what the dense ones cost.
     pub fn recurrent_products(&self) -> (usize, usize) {
-        let dense = (0..self.blocks.len()).map(|l| self.rnn.layer(l).w_hh.len()).sum();
+        let dense = (0..self.blocks.len())
+            .map(|l| self.rnn.layer(l).w_hh.len())
+            .sum();
         (self.blocks.iter().map(|b| b.weights.len()).sum(), dense)
     }
 
@@ -133,7 +156,13 @@ impl CompactRnn {
     ///
     /// # Errors
     /// Those of [`Tape::forward`].
-    pub fn forward(&self, tape: &mut Tape, input: Input<'_>, steps: usize, state: &mut State) -> Result<()> {
+    pub fn forward(
+        &self,
+        tape: &mut Tape,
+        input: Input<'_>,
+        steps: usize,
+        state: &mut State,
+    ) -> Result<()> {
         tape.forward_blocks(&self.rnn, Some(&self.blocks), input, steps, state)
     }
 }
@@ -143,7 +172,9 @@ fn renumber(rnn: &Rnn, order: &[Vec<usize>]) -> Result<Rnn> {
     let gates = rnn.config().cell.gates();
     let rows_of = |l: usize| -> Vec<usize> {
         let n = order[l].len();
-        (0..gates).flat_map(|g| order[l].iter().map(move |&x| g * n + x)).collect()
+        (0..gates)
+            .flat_map(|g| order[l].iter().map(move |&x| g * n + x))
+            .collect()
     };
     let params = rnn
         .roles()
@@ -161,8 +192,15 @@ fn renumber(rnn: &Rnn, order: &[Vec<usize>]) -> Result<Rnn> {
                 Role::CandidateBias(l) => (order[l].clone(), vec![0]),
                 Role::OutputWeight => (same(p.shape[0]), order[order.len() - 1].clone()),
             };
-            let data = rows.iter().flat_map(|&r| cols.iter().map(move |&c| p.data[r * width + c])).collect();
-            Param { name: p.name.clone(), shape: p.shape.clone(), data }
+            let data = rows
+                .iter()
+                .flat_map(|&r| cols.iter().map(move |&c| p.data[r * width + c]))
+                .collect();
+            Param {
+                name: p.name.clone(),
+                shape: p.shape.clone(),
+                data,
+            }
         })
         .collect();
     Rnn::from_params(rnn.config().clone(), ParamSet::new(params))

@@ -15,7 +15,13 @@ pub(crate) struct View<'a> {
 impl<'a> View<'a> {
     /// Rows of `cols` values that start `stride` apart.
     pub(crate) fn strided(data: &'a [f32], rows: usize, cols: usize, stride: usize) -> Self {
-        Self { data, rows, cols, row_stride: stride, col_stride: 1 }
+        Self {
+            data,
+            rows,
+            cols,
+            row_stride: stride,
+            col_stride: 1,
+        }
     }
 
     /// Dense rows.
@@ -52,10 +58,17 @@ pub(crate) fn gemm(dst: &mut [f32], stride: usize, into: Store, a: View<'_>, b: 
     if m == 0 || n == 0 {
         return;
     }
-    assert!(stride >= n && (m - 1) * stride + n <= dst.len(), "destination too small");
+    assert!(
+        stride >= n && (m - 1) * stride + n <= dst.len(),
+        "destination too small"
+    );
     for v in [&a, &b] {
-        let last = v.rows.saturating_sub(1) * v.row_stride + v.cols.saturating_sub(1) * v.col_stride;
-        assert!(v.rows == 0 || v.cols == 0 || last < v.data.len(), "operand too small");
+        let last =
+            v.rows.saturating_sub(1) * v.row_stride + v.cols.saturating_sub(1) * v.col_stride;
+        assert!(
+            v.rows == 0 || v.cols == 0 || last < v.data.len(),
+            "operand too small"
+        );
     }
     // SAFETY: every element that gemm reads or writes is at row * row_stride + col * col_stride with row and col below the
     // sizes given, and the assertions above place the last of them inside its slice; `dst` is borrowed mutably and so does
@@ -95,7 +108,13 @@ mod tests {
         let b: Vec<f32> = (0..60).map(|v| (v as f32 * 0.71).cos()).collect();
         // a: 3x4 inside rows of 7; b: 5x4 inside rows of 6, used transposed; dst: 3x5 inside rows of 8.
         let mut dst = vec![1f32; 24];
-        gemm(&mut dst, 8, Store::Add, View::strided(&a, 3, 4, 7), View::strided(&b, 5, 4, 6).t());
+        gemm(
+            &mut dst,
+            8,
+            Store::Add,
+            View::strided(&a, 3, 4, 7),
+            View::strided(&b, 5, 4, 6).t(),
+        );
         for i in 0..3 {
             for j in 0..8 {
                 let product: f32 = (0..4).map(|k| a[i * 7 + k] * b[j.min(4) * 6 + k]).sum();

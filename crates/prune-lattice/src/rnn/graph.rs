@@ -25,9 +25,17 @@ impl GraphRnn {
         let (mut names, mut vars) = (Vec::new(), Vec::new());
         for p in rnn.params().iter() {
             names.push(p.name.clone());
-            vars.push(Var::from_tensor(&Tensor::from_slice(&p.data, p.shape.as_slice(), device)?)?);
+            vars.push(Var::from_tensor(&Tensor::from_slice(
+                &p.data,
+                p.shape.as_slice(),
+                device,
+            )?)?);
         }
-        Ok(Self { config: rnn.config().clone(), names, vars })
+        Ok(Self {
+            config: rnn.config().clone(),
+            names,
+            vars,
+        })
     }
 
     /// The variables with their names, in the order of [`Rnn::roles`].
@@ -44,12 +52,13 @@ impl GraphRnn {
         let (steps, batch) = (input.dim(0)?, input.dim(1)?);
         let mut below = match self.config.input {
             InputKind::Dense { .. } => input.clone(),
-            InputKind::Embedding { dim, .. } => {
-                self.vars[0].index_select(&input.flatten_all()?, 0)?.reshape((steps, batch, dim))?
-            }
+            InputKind::Embedding { dim, .. } => self.vars[0]
+                .index_select(&input.flatten_all()?, 0)?
+                .reshape((steps, batch, dim))?,
             InputKind::OneHot { vocab } => {
                 let eye = Tensor::eye(vocab, self.vars[0].dtype(), input.device())?;
-                eye.index_select(&input.flatten_all()?, 0)?.reshape((steps, batch, vocab))?
+                eye.index_select(&input.flatten_all()?, 0)?
+                    .reshape((steps, batch, vocab))?
             }
         };
         for l in 0..self.config.hidden.len() {
@@ -60,7 +69,11 @@ impl GraphRnn {
             let mut memory = state.clone();
             let mut states = Vec::with_capacity(steps);
             for t in 0..steps {
-                let x = below.get(t)?.contiguous()?.matmul(&w_ih.t()?)?.broadcast_add(bias)?;
+                let x = below
+                    .get(t)?
+                    .contiguous()?
+                    .matmul(&w_ih.t()?)?
+                    .broadcast_add(bias)?;
                 let u = state.matmul(&w_hh.t()?)?;
                 state = match self.config.cell {
                     Cell::Tanh => (x + u)?.tanh()?,
@@ -68,14 +81,19 @@ impl GraphRnn {
                     Cell::Lstm => {
                         let gates = (x + u)?;
                         let gate = |g: usize| gates.narrow(1, g * h, h);
-                        let (i, f, o) = (sigmoid(&gate(0)?)?, sigmoid(&gate(1)?)?, sigmoid(&gate(3)?)?);
+                        let (i, f, o) = (
+                            sigmoid(&gate(0)?)?,
+                            sigmoid(&gate(1)?)?,
+                            sigmoid(&gate(3)?)?,
+                        );
                         memory = ((f * memory)? + (i * gate(2)?.tanh()?)?)?;
                         (o * memory.tanh()?)?
                     }
                     Cell::Gru => {
                         let rz = sigmoid(&(x.narrow(1, 0, 2 * h)? + u.narrow(1, 0, 2 * h)?)?)?;
                         let (r, z) = (rz.narrow(1, 0, h)?, rz.narrow(1, h, h)?);
-                        let recurrent = u.narrow(1, 2 * h, h)?.broadcast_add(&self.vars[slot + 3])?;
+                        let recurrent =
+                            u.narrow(1, 2 * h, h)?.broadcast_add(&self.vars[slot + 3])?;
                         let n = (x.narrow(1, 2 * h, h)? + (r * recurrent)?)?.tanh()?;
                         (&n + (z * (state - &n)?)?)?
                     }
@@ -87,6 +105,9 @@ impl GraphRnn {
         let out = self.config.output_slot();
         let (w, b) = (&self.vars[out], &self.vars[out + 1]);
         let flat = below.reshape((steps * batch, ()))?;
-        Ok(flat.matmul(&w.t()?)?.broadcast_add(b)?.reshape((steps, batch, self.config.outputs))?)
+        Ok(flat
+            .matmul(&w.t()?)?
+            .broadcast_add(b)?
+            .reshape((steps, batch, self.config.outputs))?)
     }
 }

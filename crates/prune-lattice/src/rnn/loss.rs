@@ -47,8 +47,16 @@ impl Sums {
 }
 
 /// Cross-entropy of rows of logits; the logits become the gradient of `scale` times the summed loss.
-pub(crate) fn cross_entropy(logits: &mut [f32], classes: usize, targets: &[u32], scale: f32) -> Sums {
-    let mut sums = Sums { targets: targets.len(), ..Sums::default() };
+pub(crate) fn cross_entropy(
+    logits: &mut [f32],
+    classes: usize,
+    targets: &[u32],
+    scale: f32,
+) -> Sums {
+    let mut sums = Sums {
+        targets: targets.len(),
+        ..Sums::default()
+    };
     for (row, &target) in logits.chunks_exact_mut(classes).zip(targets) {
         let target = target as usize;
         let best = (1..classes).fold(0, |b, k| if row[k] > row[b] { k } else { b });
@@ -69,7 +77,10 @@ pub(crate) fn cross_entropy(logits: &mut [f32], classes: usize, targets: &[u32],
 
 /// Squared error; the predictions become the gradient of `scale` times the summed loss.
 pub(crate) fn squared_error(predictions: &mut [f32], targets: &[f32], scale: f32) -> Sums {
-    let mut sums = Sums { targets: targets.len(), ..Sums::default() };
+    let mut sums = Sums {
+        targets: targets.len(),
+        ..Sums::default()
+    };
     for (p, &t) in predictions.iter_mut().zip(targets) {
         let d = *p - t;
         sums.loss += f64::from(d) * f64::from(d);

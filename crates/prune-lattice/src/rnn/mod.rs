@@ -8,6 +8,8 @@ mod activation;
 mod adam;
 mod compact;
 mod gemm;
+#[cfg(test)]
+mod gradient_tests;
 pub mod graph;
 mod loss;
 mod model;

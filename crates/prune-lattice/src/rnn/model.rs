@@ -105,9 +105,15 @@ pub(crate) struct LayerRef<'a> {
 
 impl RnnConfig {
     fn check(&self) -> Result<()> {
-        let empty = self.hidden.is_empty() || self.hidden.contains(&0) || self.outputs == 0 || self.input.width() == 0;
+        let empty = self.hidden.is_empty()
+            || self.hidden.contains(&0)
+            || self.outputs == 0
+            || self.input.width() == 0;
         if empty || self.input.vocab() == Some(0) {
-            return Err(Error::Setting { setting: "network", reason: format!("a size is 0 in {self:?}") });
+            return Err(Error::Setting {
+                setting: "network",
+                reason: format!("a size is 0 in {self:?}"),
+            });
         }
         Ok(())
     }
@@ -163,7 +169,13 @@ pub struct CheckpointNames {
 
 impl Default for CheckpointNames {
     fn default() -> Self {
-        Self { prefix: None, cell: None, embedding: "embed.weight".into(), output: "out".into(), dense_input: false }
+        Self {
+            prefix: None,
+            cell: None,
+            embedding: "embed.weight".into(),
+            output: "out".into(),
+            dense_input: false,
+        }
     }
 }
 
@@ -183,28 +195,41 @@ impl Rnn {
             .into_iter()
             .map(|(role, shape)| {
                 let fan = match role {
-                    Role::InputWeight(l) | Role::RecurrentWeight(l) | Role::Bias(l) | Role::CandidateBias(l) => {
-                        config.hidden[l]
-                    }
+                    Role::InputWeight(l)
+                    | Role::RecurrentWeight(l)
+                    | Role::Bias(l)
+                    | Role::CandidateBias(l) => config.hidden[l],
                     Role::OutputWeight | Role::OutputBias => config.hidden[config.hidden.len() - 1],
                     Role::Embedding => 1,
                 };
                 let bound = 1.0 / (fan as f32).sqrt();
-                let mut data: Vec<f32> =
-                    (0..shape.iter().product()).map(|_| rng.random_range(-bound..bound)).collect();
+                let mut data: Vec<f32> = (0..shape.iter().product())
+                    .map(|_| rng.random_range(-bound..bound))
+                    .collect();
                 if let (Role::Bias(l), Cell::Lstm) = (role, config.cell) {
                     let h = config.hidden[l];
                     data[h..2 * h].fill(1.0);
                 }
-                Param { name: role.name("rnn", &names), shape, data }
+                Param {
+                    name: role.name("rnn", &names),
+                    shape,
+                    data,
+                }
             })
             .collect();
-        Ok(Self { config, params: ParamSet::new(params) })
+        Ok(Self {
+            config,
+            params: ParamSet::new(params),
+        })
     }
 
     pub(crate) fn from_params(config: RnnConfig, params: ParamSet) -> Result<Self> {
         config.check()?;
-        let shapes: Vec<_> = config.layout().into_iter().map(|(_, shape)| shape).collect();
+        let shapes: Vec<_> = config
+            .layout()
+            .into_iter()
+            .map(|(_, shape)| shape)
+            .collect();
         debug_assert!(params.iter().map(|p| &p.shape).eq(&shapes));
         Ok(Self { config, params })
     }
@@ -215,32 +240,58 @@ impl Rnn {
     ///
     /// # Errors
     /// A tensor is missing, has another shape than the first recurrent matrix implies, or holds NaN or Inf.
-    pub fn from_tensors(tensors: &HashMap<String, Tensor>, names: &CheckpointNames) -> Result<Self> {
+    pub fn from_tensors(
+        tensors: &HashMap<String, Tensor>,
+        names: &CheckpointNames,
+    ) -> Result<Self> {
         let prefix = match &names.prefix {
             Some(p) => p.clone(),
             None => {
-                let mut found: Vec<&str> = tensors.keys().filter_map(|k| k.strip_suffix(HH_L0)).collect();
+                let mut found: Vec<&str> = tensors
+                    .keys()
+                    .filter_map(|k| k.strip_suffix(HH_L0))
+                    .collect();
                 found.sort_unstable();
                 match found.as_slice() {
                     [one] => one.trim_end_matches('.').to_owned(),
-                    [] => return Err(Error::MissingTensor { name: format!("*.{HH_L0}") }),
+                    [] => {
+                        return Err(Error::MissingTensor {
+                            name: format!("*.{HH_L0}"),
+                        });
+                    }
                     many => {
-                        let reason = format!("several recurrent stacks: {}; give the prefix", many.join(", "));
-                        return Err(Error::Setting { setting: "checkpoint names", reason });
+                        let reason = format!(
+                            "several recurrent stacks: {}; give the prefix",
+                            many.join(", ")
+                        );
+                        return Err(Error::Setting {
+                            setting: "checkpoint names",
+                            reason,
+                        });
                     }
                 }
             }
         };
         let name = |what: &str, layer: usize| dotted(&prefix, &format!("{what}_l{layer}"));
         let shape = |name: &str| -> Result<(usize, usize)> {
-            let t = tensors.get(name).ok_or_else(|| Error::MissingTensor { name: name.into() })?;
+            let t = tensors
+                .get(name)
+                .ok_or_else(|| Error::MissingTensor { name: name.into() })?;
             match t.dims() {
                 &[r, c] => Ok((r, c)),
-                dims => Err(Error::Shape { tensor: name.into(), expected: "a matrix".into(), found: dims.to_vec() }),
+                dims => Err(Error::Shape {
+                    tensor: name.into(),
+                    expected: "a matrix".into(),
+                    found: dims.to_vec(),
+                }),
             }
         };
         let (rows, h) = shape(&name("weight_hh", 0))?;
-        let wrong_cell = |expected: String| Error::Shape { tensor: name("weight_hh", 0), expected, found: vec![rows, h] };
+        let wrong_cell = |expected: String| Error::Shape {
+            tensor: name("weight_hh", 0),
+            expected,
+            found: vec![rows, h],
+        };
         let cell = match names.cell {
             Some(cell) if h > 0 && rows == cell.gates() * h => cell,
             Some(cell) => return Err(wrong_cell(format!("[{} * H, H] for {cell}", cell.gates()))),
@@ -248,12 +299,19 @@ impl Rnn {
             None if h > 0 && rows == 3 * h => Cell::Gru,
             None if rows == h => {
                 let reason = "tanh and relu networks look alike; give the cell".to_owned();
-                return Err(Error::Setting { setting: "checkpoint names", reason });
+                return Err(Error::Setting {
+                    setting: "checkpoint names",
+                    reason,
+                });
             }
             None => return Err(wrong_cell("[4 * H, H], [3 * H, H] or [H, H]".into())),
         };
-        let layers = (0..).take_while(|&l| tensors.contains_key(&name("weight_hh", l))).count();
-        let hidden = (0..layers).map(|l| Ok(shape(&name("weight_hh", l))?.1)).collect::<Result<Vec<_>>>()?;
+        let layers = (0..)
+            .take_while(|&l| tensors.contains_key(&name("weight_hh", l)))
+            .count();
+        let hidden = (0..layers)
+            .map(|l| Ok(shape(&name("weight_hh", l))?.1))
+            .collect::<Result<Vec<_>>>()?;
         let (_, width) = shape(&name("weight_ih", 0))?;
         let input = if names.dense_input {
             InputKind::Dense { dim: width }
@@ -264,7 +322,12 @@ impl Rnn {
             InputKind::OneHot { vocab: width }
         };
         let (outputs, _) = shape(&dotted(&names.output, "weight"))?;
-        let config = RnnConfig { cell, input, hidden, outputs };
+        let config = RnnConfig {
+            cell,
+            input,
+            hidden,
+            outputs,
+        };
         config.check()?;
         let params = config
             .layout()
@@ -276,8 +339,14 @@ impl Rnn {
                         let mut bias = take(tensors, &name("bias_ih", l), &shape)?;
                         let recurrent = take(tensors, &name("bias_hh", l), &shape)?;
                         // A GRU's candidate keeps its recurrent bias apart.
-                        let joined = if cell == Cell::Gru { 2 * config.hidden[l] } else { shape[0] };
-                        bias.iter_mut().zip(&recurrent[..joined]).for_each(|(b, r)| *b += r);
+                        let joined = if cell == Cell::Gru {
+                            2 * config.hidden[l]
+                        } else {
+                            shape[0]
+                        };
+                        bias.iter_mut()
+                            .zip(&recurrent[..joined])
+                            .for_each(|(b, r)| *b += r);
                         bias
                     }
                     Role::CandidateBias(l) if !tensors.contains_key(&own) => {
@@ -286,10 +355,17 @@ impl Rnn {
                     }
                     _ => take(tensors, &own, &shape)?,
                 };
-                Ok(Param { name: own, shape, data })
+                Ok(Param {
+                    name: own,
+                    shape,
+                    data,
+                })
             })
             .collect::<Result<_>>()?;
-        Ok(Self { config, params: ParamSet::new(params) })
+        Ok(Self {
+            config,
+            params: ParamSet::new(params),
+        })
     }
 
     /// From a safetensors file; see [`from_tensors`](Self::from_tensors).
@@ -325,19 +401,31 @@ impl Rnn {
 
     /// The role of each parameter.
     pub fn roles(&self) -> Vec<Role> {
-        self.config.layout().into_iter().map(|(role, _)| role).collect()
+        self.config
+            .layout()
+            .into_iter()
+            .map(|(role, _)| role)
+            .collect()
     }
 
     /// Name of the parameter with that role.
     pub(crate) fn name_of(&self, role: Role) -> Option<&str> {
-        self.roles().iter().position(|&r| r == role).and_then(|k| self.params.iter().nth(k)).map(|p| p.name.as_str())
+        self.roles()
+            .iter()
+            .position(|&r| r == role)
+            .and_then(|k| self.params.iter().nth(k))
+            .map(|p| p.name.as_str())
     }
 
     pub(crate) fn layer(&self, layer: usize) -> LayerRef<'_> {
         let slot = self.config.layer_slot(layer);
         LayerRef {
             hidden: self.config.hidden[layer],
-            width: if layer == 0 { self.config.input.width() } else { self.config.hidden[layer - 1] },
+            width: if layer == 0 {
+                self.config.input.width()
+            } else {
+                self.config.hidden[layer - 1]
+            },
             w_ih: self.params.slot(slot),
             w_hh: self.params.slot(slot + 1),
             bias: self.params.slot(slot + 2),
@@ -347,7 +435,11 @@ impl Rnn {
 }
 
 fn dotted(prefix: &str, name: &str) -> String {
-    if prefix.is_empty() { name.to_owned() } else { format!("{prefix}.{name}") }
+    if prefix.is_empty() {
+        name.to_owned()
+    } else {
+        format!("{prefix}.{name}")
+    }
 }
 
 impl Role {

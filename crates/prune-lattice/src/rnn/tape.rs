@@ -35,8 +35,17 @@ pub struct State {
 impl State {
     /// All zero.
     pub fn zeros(rnn: &Rnn, batch: usize) -> Self {
-        let zeros: Vec<Vec<f32>> = rnn.config().hidden.iter().map(|h| vec![0.0; h * batch]).collect();
-        let c = if rnn.config().cell == Cell::Lstm { zeros.clone() } else { Vec::new() };
+        let zeros: Vec<Vec<f32>> = rnn
+            .config()
+            .hidden
+            .iter()
+            .map(|h| vec![0.0; h * batch])
+            .collect();
+        let c = if rnn.config().cell == Cell::Lstm {
+            zeros.clone()
+        } else {
+            Vec::new()
+        };
         Self { batch, h: zeros, c }
     }
 
@@ -98,7 +107,13 @@ impl Tape {
     ///
     /// # Errors
     /// The input's length is not `steps * batch` (times the width), a symbol is outside the alphabet, a value is not finite.
-    pub fn forward(&mut self, rnn: &Rnn, input: Input<'_>, steps: usize, state: &mut State) -> Result<()> {
+    pub fn forward(
+        &mut self,
+        rnn: &Rnn,
+        input: Input<'_>,
+        steps: usize,
+        state: &mut State,
+    ) -> Result<()> {
         self.forward_blocks(rnn, None, input, steps, state)
     }
 
@@ -114,7 +129,8 @@ impl Tape {
         let batch = state.batch;
         check_input(rnn, input, steps * batch)?;
         (self.steps, self.batch) = (steps, batch);
-        self.layers.resize_with(rnn.config().hidden.len(), LayerTape::default);
+        self.layers
+            .resize_with(rnn.config().hidden.len(), LayerTape::default);
         for l in 0..self.layers.len() {
             let layer = rnn.layer(l);
             let (below, rest) = self.layers.split_at_mut(l);
@@ -127,10 +143,15 @@ impl Tape {
                 (None, Input::Symbols(s), InputKind::Embedding { dim, .. }) => {
                     let table = rnn.params().slot(0);
                     self.embedded.clear();
-                    self.embedded.extend(s.iter().flat_map(|&s| &table[s as usize * dim..(s as usize + 1) * dim]));
+                    self.embedded.extend(
+                        s.iter()
+                            .flat_map(|&s| &table[s as usize * dim..(s as usize + 1) * dim]),
+                    );
                     dense_input(layer, &self.embedded, &mut tape.gates);
                 }
-                (None, Input::Symbols(s), _) => one_hot_input(layer, s, &mut self.table, &mut tape.gates),
+                (None, Input::Symbols(s), _) => {
+                    one_hot_input(layer, s, &mut self.table, &mut tape.gates)
+                }
             }
             tape.start(&state.h[l], state.c.get(l).map(Vec::as_slice), steps);
             let block = blocks.map(|b| &b[l]);
@@ -154,7 +175,11 @@ impl Tape {
         let (x, count) = match rows {
             None => (top, self.steps * self.batch),
             Some(rows) => {
-                gathered = rows.iter().flat_map(|&r| &top[r * h..(r + 1) * h]).copied().collect();
+                gathered = rows
+                    .iter()
+                    .flat_map(|&r| &top[r * h..(r + 1) * h])
+                    .copied()
+                    .collect();
                 (gathered.as_slice(), rows.len())
             }
         };
@@ -180,11 +205,25 @@ impl Tape {
         // Read-out.
         let gathered: Vec<f32> = match rows {
             None => Vec::new(),
-            Some(rows) => rows.iter().flat_map(|&r| &self.top()[r * h..(r + 1) * h]).copied().collect(),
+            Some(rows) => rows
+                .iter()
+                .flat_map(|&r| &self.top()[r * h..(r + 1) * h])
+                .copied()
+                .collect(),
         };
-        let top = if rows.is_some() { gathered.as_slice() } else { self.top() };
+        let top = if rows.is_some() {
+            gathered.as_slice()
+        } else {
+            self.top()
+        };
         let d = View::new(d_logits, count, config.outputs);
-        gemm(gradients.slot_mut(out), h, Store::Add, d.t(), View::new(top, count, h));
+        gemm(
+            gradients.slot_mut(out),
+            h,
+            Store::Add,
+            d.t(),
+            View::new(top, count, h),
+        );
         add_rows(gradients.slot_mut(out + 1), d_logits);
         let w_out = View::new(rnn.params().slot(out), config.outputs, h);
         self.d_out.clear();
@@ -195,7 +234,10 @@ impl Tape {
                 let mut picked = vec![0.0; count * h];
                 gemm(&mut picked, h, Store::Replace, d, w_out);
                 for (&r, p) in rows.iter().zip(picked.chunks_exact(h)) {
-                    self.d_out[r * h..(r + 1) * h].iter_mut().zip(p).for_each(|(d, p)| *d += p);
+                    self.d_out[r * h..(r + 1) * h]
+                        .iter_mut()
+                        .zip(p)
+                        .for_each(|(d, p)| *d += p);
                 }
             }
         }
@@ -212,7 +254,10 @@ impl Tape {
             self.d_cell.resize(batch * h, 0.0);
             for t in (0..steps).rev() {
                 let range = t * batch * h..(t + 1) * batch * h;
-                self.d_state.iter_mut().zip(&self.d_out[range]).for_each(|(s, d)| *s += d);
+                self.d_state
+                    .iter_mut()
+                    .zip(&self.d_out[range])
+                    .for_each(|(s, d)| *s += d);
                 tape.step_back(cell, layer, t, batch, &mut self.d_state, &mut self.d_cell);
             }
             let d = View::new(&tape.gates, positions, gh);
@@ -240,16 +285,31 @@ impl Tape {
                     std::mem::swap(&mut self.d_out, &mut self.d_below);
                     self.d_out.truncate(positions * width);
                 }
-                (None, Input::Vectors(x)) => gemm(g_ih, width, Store::Add, d.t(), View::new(x, positions, width)),
+                (None, Input::Vectors(x)) => gemm(
+                    g_ih,
+                    width,
+                    Store::Add,
+                    d.t(),
+                    View::new(x, positions, width),
+                ),
                 (None, Input::Symbols(s)) => match config.input {
                     InputKind::Embedding { dim, .. } => {
-                        gemm(g_ih, width, Store::Add, d.t(), View::new(&self.embedded, positions, dim));
+                        gemm(
+                            g_ih,
+                            width,
+                            Store::Add,
+                            d.t(),
+                            View::new(&self.embedded, positions, dim),
+                        );
                         self.d_below.resize(positions * dim, 0.0);
                         gemm(&mut self.d_below, dim, Store::Replace, d, w_ih);
                         let g = gradients.slot_mut(0);
                         for (&s, row) in s.iter().zip(self.d_below.chunks_exact(dim)) {
                             let at = s as usize * dim;
-                            g[at..at + dim].iter_mut().zip(row).for_each(|(g, r)| *g += r);
+                            g[at..at + dim]
+                                .iter_mut()
+                                .zip(row)
+                                .for_each(|(g, r)| *g += r);
                         }
                     }
                     _ => {
@@ -257,10 +317,15 @@ impl Tape {
                         self.table.resize(width * gh, 0.0);
                         for (&s, row) in s.iter().zip(tape.gates.chunks_exact(gh)) {
                             let at = s as usize * gh;
-                            self.table[at..at + gh].iter_mut().zip(row).for_each(|(g, r)| *g += r);
+                            self.table[at..at + gh]
+                                .iter_mut()
+                                .zip(row)
+                                .for_each(|(g, r)| *g += r);
                         }
                         for (i, row) in g_ih.chunks_exact_mut(width).enumerate() {
-                            row.iter_mut().enumerate().for_each(|(s, g)| *g += self.table[s * gh + i]);
+                            row.iter_mut()
+                                .enumerate()
+                                .for_each(|(s, g)| *g += self.table[s * gh + i]);
                         }
                     }
                 },
@@ -276,12 +341,22 @@ pub(super) fn read_out(rnn: &Rnn, x: &[f32], count: usize, logits: &mut Vec<f32>
     let slot = config.output_slot();
     fill_rows(logits, rnn.params().slot(slot + 1), count);
     let w = View::new(rnn.params().slot(slot), config.outputs, h);
-    gemm(logits, config.outputs, Store::Add, View::new(x, count, h), w.t());
+    gemm(
+        logits,
+        config.outputs,
+        Store::Add,
+        View::new(x, count, h),
+        w.t(),
+    );
 }
 
 fn check_input(rnn: &Rnn, input: Input<'_>, positions: usize) -> Result<()> {
     let kind = rnn.config().input;
-    let wrong = |expected: String, found: usize| Error::Shape { tensor: "input".into(), expected, found: vec![found] };
+    let wrong = |expected: String, found: usize| Error::Shape {
+        tensor: "input".into(),
+        expected,
+        found: vec![found],
+    };
     match (input, kind.vocab()) {
         (Input::Symbols(s), Some(vocab)) => {
             if s.len() != positions {
@@ -289,9 +364,10 @@ fn check_input(rnn: &Rnn, input: Input<'_>, positions: usize) -> Result<()> {
             }
             match s.iter().position(|&s| s as usize >= vocab) {
                 None => Ok(()),
-                Some(at) => {
-                    Err(Error::Setting { setting: "input", reason: format!("symbol {} at {at}, alphabet of {vocab}", s[at]) })
-                }
+                Some(at) => Err(Error::Setting {
+                    setting: "input",
+                    reason: format!("symbol {} at {at}, alphabet of {vocab}", s[at]),
+                }),
             }
         }
         (Input::Vectors(x), None) => {
@@ -300,7 +376,10 @@ fn check_input(rnn: &Rnn, input: Input<'_>, positions: usize) -> Result<()> {
             }
             check_finite("input", x)
         }
-        _ => Err(Error::Setting { setting: "input", reason: format!("the network reads {kind:?}") }),
+        _ => Err(Error::Setting {
+            setting: "input",
+            reason: format!("the network reads {kind:?}"),
+        }),
     }
 }
 
@@ -321,22 +400,38 @@ pub(super) fn dense_input(layer: LayerRef<'_>, x: &[f32], gates: &mut Vec<f32>) 
     let gh = layer.bias.len();
     let positions = gates.len() / gh;
     fill_rows(gates, layer.bias, positions);
-    gemm(gates, gh, Store::Add, View::new(x, positions, layer.width), View::new(layer.w_ih, gh, layer.width).t());
+    gemm(
+        gates,
+        gh,
+        Store::Add,
+        View::new(x, positions, layer.width),
+        View::new(layer.w_ih, gh, layer.width).t(),
+    );
 }
 
-pub(super) fn one_hot_input(layer: LayerRef<'_>, symbols: &[u32], table: &mut Vec<f32>, gates: &mut [f32]) {
+pub(super) fn one_hot_input(
+    layer: LayerRef<'_>,
+    symbols: &[u32],
+    table: &mut Vec<f32>,
+    gates: &mut [f32],
+) {
     let gh = layer.bias.len();
     if symbols.len() < layer.width {
         // Few steps: reading columns costs less than transposing the matrix.
         for (&s, row) in symbols.iter().zip(gates.chunks_exact_mut(gh)) {
             let column = layer.w_ih[s as usize..].iter().step_by(layer.width);
-            row.iter_mut().zip(column).zip(layer.bias).for_each(|((g, w), b)| *g = w + b);
+            row.iter_mut()
+                .zip(column)
+                .zip(layer.bias)
+                .for_each(|((g, w), b)| *g = w + b);
         }
         return;
     }
     table.resize(layer.width * gh, 0.0);
     for (i, row) in layer.w_ih.chunks_exact(layer.width).enumerate() {
-        row.iter().enumerate().for_each(|(s, w)| table[s * gh + i] = w + layer.bias[i]);
+        row.iter()
+            .enumerate()
+            .for_each(|(s, w)| table[s * gh + i] = w + layer.bias[i]);
     }
     for (&s, row) in symbols.iter().zip(gates.chunks_exact_mut(gh)) {
         row.copy_from_slice(&table[s as usize * gh..(s as usize + 1) * gh]);
@@ -371,7 +466,8 @@ impl LayerTape {
         let aux = &mut self.aux[t * size..(t + 1) * size];
         let state = View::new(before, batch, h);
         if let Some(bias) = layer.candidate_bias {
-            aux.chunks_exact_mut(h).for_each(|row| row.copy_from_slice(bias));
+            aux.chunks_exact_mut(h)
+                .for_each(|row| row.copy_from_slice(bias));
         }
         if let Some(block) = block {
             block.product(cell, h, before, gates, aux, scratch);
@@ -380,9 +476,19 @@ impl LayerTape {
             gemm(gates, gh, Store::Add, state, View::new(w_rz, 2 * h, h).t());
             gemm(aux, h, Store::Add, state, View::new(w_n, h, h).t());
         } else {
-            gemm(gates, gh, Store::Add, state, View::new(layer.w_hh, gh, h).t());
+            gemm(
+                gates,
+                gh,
+                Store::Add,
+                state,
+                View::new(layer.w_hh, gh, h).t(),
+            );
         }
-        let c = if cell == Cell::Lstm { &mut self.c[t * size..(t + 2) * size] } else { &mut [][..] };
+        let c = if cell == Cell::Lstm {
+            &mut self.c[t * size..(t + 2) * size]
+        } else {
+            &mut [][..]
+        };
         activate(cell, h, gates, before, after, aux, c);
     }
 
@@ -417,7 +523,10 @@ impl LayerTape {
             }
             Cell::Lstm => {
                 let c_before = &self.c[t * size..(t + 1) * size];
-                let cells = d_cell.chunks_exact_mut(h).zip(c_before.chunks_exact(h)).zip(aux.chunks_exact(h));
+                let cells = d_cell
+                    .chunks_exact_mut(h)
+                    .zip(c_before.chunks_exact(h))
+                    .zip(aux.chunks_exact(h));
                 for ((ds, g), ((dc, cb), tc)) in rows.zip(cells) {
                     let (i, g) = g.split_at_mut(h);
                     let (f, g) = g.split_at_mut(h);
@@ -435,7 +544,9 @@ impl LayerTape {
                 }
             }
             Cell::Gru => {
-                for ((ds, g), (hb, a)) in rows.zip(before.chunks_exact(h).zip(aux.chunks_exact_mut(h))) {
+                for ((ds, g), (hb, a)) in
+                    rows.zip(before.chunks_exact(h).zip(aux.chunks_exact_mut(h)))
+                {
                     let (r, g) = g.split_at_mut(h);
                     let (z, n) = g.split_at_mut(h);
                     for k in 0..h {
@@ -454,10 +565,28 @@ impl LayerTape {
         if cell == Cell::Gru {
             let (w_rz, w_n) = layer.w_hh.split_at(2 * h * h);
             let aux = &self.aux[t * size..(t + 1) * size];
-            gemm(d_state, h, Store::Add, View::strided(gates, batch, 2 * h, gh), View::new(w_rz, 2 * h, h));
-            gemm(d_state, h, Store::Add, View::new(aux, batch, h), View::new(w_n, h, h));
+            gemm(
+                d_state,
+                h,
+                Store::Add,
+                View::strided(gates, batch, 2 * h, gh),
+                View::new(w_rz, 2 * h, h),
+            );
+            gemm(
+                d_state,
+                h,
+                Store::Add,
+                View::new(aux, batch, h),
+                View::new(w_n, h, h),
+            );
         } else {
-            gemm(d_state, h, Store::Replace, View::new(gates, batch, gh), View::new(layer.w_hh, gh, h));
+            gemm(
+                d_state,
+                h,
+                Store::Replace,
+                View::new(gates, batch, gh),
+                View::new(layer.w_hh, gh, h),
+            );
         }
     }
 }
@@ -476,7 +605,10 @@ pub(super) fn activate(
     let rows = gates.chunks_exact_mut(cell.gates() * h);
     match cell {
         Cell::Tanh => tanh_into(after, gates),
-        Cell::Relu => after.iter_mut().zip(gates).for_each(|(a, g)| *a = g.max(0.0)),
+        Cell::Relu => after
+            .iter_mut()
+            .zip(gates)
+            .for_each(|(a, g)| *a = g.max(0.0)),
         Cell::Lstm => {
             let (c_before, c_after) = c.split_at_mut(before.len());
             let cells = c_before.chunks_exact(h).zip(c_after.chunks_exact_mut(h));
@@ -493,11 +625,17 @@ pub(super) fn activate(
                     ca[k] = f[k] * cb[k] + i[k] * g[k];
                 }
                 tanh_into(tc, ca);
-                a.iter_mut().zip(o.iter()).zip(tc.iter()).for_each(|((a, o), t)| *a = o * t);
+                a.iter_mut()
+                    .zip(o.iter())
+                    .zip(tc.iter())
+                    .for_each(|((a, o), t)| *a = o * t);
             }
         }
         Cell::Gru => {
-            let states = before.chunks_exact(h).zip(after.chunks_exact_mut(h)).zip(aux.chunks_exact(h));
+            let states = before
+                .chunks_exact(h)
+                .zip(after.chunks_exact_mut(h))
+                .zip(aux.chunks_exact(h));
             for (g, ((b, a), u)) in rows.zip(states) {
                 let (rz, n) = g.split_at_mut(2 * h);
                 sigmoid(rz);

@@ -83,8 +83,16 @@ pub fn train(
     masks: &MaskSet,
     progress: &dyn Fn(&Epoch),
 ) -> Result<TrainReport> {
-    if config.batch == 0 || config.window == 0 || config.epochs == 0 || config.learning_rate <= 0.0 || config.clip <= 0.0 {
-        return Err(Error::Setting { setting: "training", reason: format!("a value is 0 or less in {config:?}") });
+    if config.batch == 0
+        || config.window == 0
+        || config.epochs == 0
+        || config.learning_rate <= 0.0
+        || config.clip <= 0.0
+    {
+        return Err(Error::Setting {
+            setting: "training",
+            reason: format!("a value is 0 or less in {config:?}"),
+        });
     }
     masks.apply(rnn.params_mut())?;
     let mut run = Run {
@@ -105,13 +113,23 @@ pub fn train(
         };
         let train_loss = sums.mean(true).loss;
         if !train_loss.is_finite() {
-            return Err(Error::Diverged { epoch, loss: train_loss });
+            return Err(Error::Diverged {
+                epoch,
+                loss: train_loss,
+            });
         }
         let valid = evaluate(rnn, &data.valid)?;
         if !valid.loss.is_finite() {
-            return Err(Error::Diverged { epoch, loss: valid.loss });
+            return Err(Error::Diverged {
+                epoch,
+                loss: valid.loss,
+            });
         }
-        let entry = Epoch { epoch, train_loss, valid };
+        let entry = Epoch {
+            epoch,
+            train_loss,
+            valid,
+        };
         progress(&entry);
         epochs.push(entry);
         if let Some(patience) = config.patience {
@@ -150,7 +168,10 @@ fn batches(sequences: &Sequences, batch: usize, rng: &mut impl rand::Rng) -> Vec
 fn buffer_like(inputs: &Inputs) -> Inputs {
     match inputs {
         Inputs::Symbols(_) => Inputs::Symbols(Vec::new()),
-        Inputs::Vectors { dim, .. } => Inputs::Vectors { dim: *dim, values: Vec::new() },
+        Inputs::Vectors { dim, .. } => Inputs::Vectors {
+            dim: *dim,
+            values: Vec::new(),
+        },
     }
 }
 
@@ -169,9 +190,10 @@ fn loss(targets: &Targets, chosen: &[usize], outputs: usize, logits: &mut [f32])
             check_classes(&wanted, outputs)?;
             Ok(cross_entropy(logits, outputs, &wanted, scale))
         }
-        Targets::Values(_) if outputs != 1 => {
-            Err(Error::Setting { setting: "read-out", reason: format!("regression needs 1 output, the network has {outputs}") })
-        }
+        Targets::Values(_) if outputs != 1 => Err(Error::Setting {
+            setting: "read-out",
+            reason: format!("regression needs 1 output, the network has {outputs}"),
+        }),
         Targets::Values(values) => {
             let wanted: Vec<f32> = chosen.iter().map(|&k| values[k]).collect();
             Ok(squared_error(logits, &wanted, scale))
@@ -182,7 +204,10 @@ fn loss(targets: &Targets, chosen: &[usize], outputs: usize, logits: &mut [f32])
 fn check_classes(wanted: &[u32], outputs: usize) -> Result<()> {
     match wanted.iter().find(|&&c| c as usize >= outputs) {
         None => Ok(()),
-        Some(c) => Err(Error::Setting { setting: "read-out", reason: format!("class {c} with {outputs} outputs") }),
+        Some(c) => Err(Error::Setting {
+            setting: "read-out",
+            reason: format!("class {c} with {outputs} outputs"),
+        }),
     }
 }
 
@@ -197,13 +222,30 @@ struct Run<'a> {
 
 impl Run<'_> {
     fn update(&mut self, rnn: &mut Rnn) -> Result<()> {
-        let Self { adam, gradients, config, masks, .. } = self;
-        adam.update(rnn.params_mut(), gradients, config.learning_rate, config.clip, masks)?;
+        let Self {
+            adam,
+            gradients,
+            config,
+            masks,
+            ..
+        } = self;
+        adam.update(
+            rnn.params_mut(),
+            gradients,
+            config.learning_rate,
+            config.clip,
+            masks,
+        )?;
         gradients.clear();
         Ok(())
     }
 
-    fn sequences(&mut self, rnn: &mut Rnn, data: &Sequences, batches: &[Vec<usize>]) -> Result<Sums> {
+    fn sequences(
+        &mut self,
+        rnn: &mut Rnn,
+        data: &Sequences,
+        batches: &[Vec<usize>],
+    ) -> Result<Sums> {
         let mut total = Sums::default();
         let (mut inputs, mut rows) = (buffer_like(data.inputs()), Vec::new());
         for chosen in batches {
@@ -211,8 +253,19 @@ impl Run<'_> {
             let mut state = State::zeros(rnn, chosen.len());
             self.tape.forward(rnn, view(&inputs), steps, &mut state)?;
             self.tape.read_out(rnn, Some(&rows), &mut self.logits);
-            total.add(loss(data.targets(), chosen, rnn.config().outputs, &mut self.logits)?);
-            self.tape.backward(rnn, view(&inputs), Some(&rows), &self.logits, &mut self.gradients);
+            total.add(loss(
+                data.targets(),
+                chosen,
+                rnn.config().outputs,
+                &mut self.logits,
+            )?);
+            self.tape.backward(
+                rnn,
+                view(&inputs),
+                Some(&rows),
+                &self.logits,
+                &mut self.gradients,
+            );
             self.update(rnn)?;
         }
         Ok(total)
@@ -222,7 +275,10 @@ impl Run<'_> {
         let lanes = self.config.batch.min((text.len().saturating_sub(1)).max(1));
         let length = text.len().saturating_sub(1) / lanes;
         if length == 0 {
-            return Err(Error::Setting { setting: "text", reason: format!("{} symbols are too few", text.len()) });
+            return Err(Error::Setting {
+                setting: "text",
+                reason: format!("{} symbols are too few", text.len()),
+            });
         }
         check_classes(text, rnn.config().outputs)?;
         let mut total = Sums::default();
@@ -231,17 +287,30 @@ impl Run<'_> {
         for start in (0..length).step_by(self.config.window) {
             let steps = self.config.window.min(length - start);
             let at = |offset: usize| {
-                (start..start + steps).flat_map(move |t| (0..lanes).map(move |b| text[b * length + t + offset]))
+                (start..start + steps)
+                    .flat_map(move |t| (0..lanes).map(move |b| text[b * length + t + offset]))
             };
             inputs.clear();
             inputs.extend(at(0));
             targets.clear();
             targets.extend(at(1));
-            self.tape.forward(rnn, Input::Symbols(&inputs), steps, &mut state)?;
+            self.tape
+                .forward(rnn, Input::Symbols(&inputs), steps, &mut state)?;
             self.tape.read_out(rnn, None, &mut self.logits);
             let scale = 1.0 / targets.len() as f32;
-            total.add(cross_entropy(&mut self.logits, rnn.config().outputs, &targets, scale));
-            self.tape.backward(rnn, Input::Symbols(&inputs), None, &self.logits, &mut self.gradients);
+            total.add(cross_entropy(
+                &mut self.logits,
+                rnn.config().outputs,
+                &targets,
+                scale,
+            ));
+            self.tape.backward(
+                rnn,
+                Input::Symbols(&inputs),
+                None,
+                &self.logits,
+                &mut self.gradients,
+            );
             self.update(rnn)?;
         }
         Ok(total)
@@ -266,7 +335,12 @@ pub fn evaluate(rnn: &Rnn, examples: &Examples) -> Result<Evaluation> {
             let (mut inputs, mut rows) = (buffer_like(data.inputs()), Vec::new());
             for chosen in order.chunks(EVALUATION_BATCH) {
                 let steps = data.batch(chosen, &mut inputs, &mut rows);
-                tape.forward(rnn, view(&inputs), steps, &mut State::zeros(rnn, chosen.len()))?;
+                tape.forward(
+                    rnn,
+                    view(&inputs),
+                    steps,
+                    &mut State::zeros(rnn, chosen.len()),
+                )?;
                 tape.read_out(rnn, Some(&rows), &mut logits);
                 total.add(loss(data.targets(), chosen, outputs, &mut logits)?);
             }
@@ -277,9 +351,19 @@ pub fn evaluate(rnn: &Rnn, examples: &Examples) -> Result<Evaluation> {
             let last = text.len().saturating_sub(1);
             for start in (0..last).step_by(EVALUATION_BATCH) {
                 let end = (start + EVALUATION_BATCH).min(last);
-                tape.forward(rnn, Input::Symbols(&text[start..end]), end - start, &mut state)?;
+                tape.forward(
+                    rnn,
+                    Input::Symbols(&text[start..end]),
+                    end - start,
+                    &mut state,
+                )?;
                 tape.read_out(rnn, None, &mut logits);
-                total.add(cross_entropy(&mut logits, outputs, &text[start + 1..=end], 1.0));
+                total.add(cross_entropy(
+                    &mut logits,
+                    outputs,
+                    &text[start + 1..=end],
+                    1.0,
+                ));
             }
         }
     }
