@@ -323,7 +323,7 @@ const MODES: [OrderMode; 5] = [
 ];
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(64))]
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(64) })]
 
     #[test]
     fn verdicts_move_with_the_neurons(seed in 0u64..10_000, n in 2usize..80, degree in 0.25f64..3.0, mode in 0usize..4) {

@@ -17,23 +17,19 @@ pub enum RankBy {
     FeedbackArc,
 }
 
-/// The edges of `graph` that agree with the ranking.
+/// The edges of `graph` that go to a strictly higher rank.
 pub(crate) fn oriented(influence: &Influence, graph: &BitMatrix, by: RankBy) -> BitMatrix {
     let rank = match by {
-        RankBy::Strength => ranks(&centrality::strength(influence)),
-        RankBy::PageRank => ranks(&centrality::page_rank(influence)),
-        RankBy::FeedbackArc => feedback_arc_ranks(graph),
+        RankBy::Strength => centrality::strength(influence),
+        RankBy::PageRank => centrality::page_rank(influence),
+        RankBy::FeedbackArc => feedback_arc_ranks(graph)
+            .into_iter()
+            .map(|r| r as f64)
+            .collect(),
     };
     BitMatrix::from_fn(graph.rows(), graph.cols(), |j, i| {
         graph.get(j, i) && rank[j] < rank[i]
     })
-}
-
-/// Position of each vertex in ascending order of `values`, ties by index.
-fn ranks(values: &[f64]) -> Vec<usize> {
-    let mut order: Vec<usize> = (0..values.len()).collect();
-    order.sort_by(|&a, &b| values[a].total_cmp(&values[b]));
-    positions(&order)
 }
 
 fn positions(order: &[usize]) -> Vec<usize> {

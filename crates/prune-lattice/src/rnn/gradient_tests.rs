@@ -149,20 +149,22 @@ fn gradients_agree_with_finite_differences_when_sequences_end_at_different_steps
         let case = Case::new(cell, INPUTS[1]);
         let mut gradients = case.rnn.params().zeros_like();
         case.loss(&case.rnn, Some(&rows), Some(&mut gradients));
+        // A ReLU has kinks, which a short step seldom meets.
+        let step = if cell == Cell::Relu { 1e-3 } else { 5e-3 };
         let mut rng = seed::rng(6, "probe");
         let names: Vec<String> = gradients.iter().map(|g| g.name.clone()).collect();
         for (k, name) in names.iter().enumerate() {
             for _ in 0..6 {
                 let e = rng.random_range(0..gradients.slot(k).len());
-                let probe = |step: f32| {
+                let probe = |by: f32| {
                     let mut rnn = case.rnn.clone();
-                    rnn.params_mut().slot_mut(k)[e] += step;
+                    rnn.params_mut().slot_mut(k)[e] += by;
                     case.loss(&rnn, Some(&rows), None)
                 };
-                let slope = (probe(1e-2) - probe(-1e-2)) / 2e-2;
+                let slope = (probe(step) - probe(-step)) / (2.0 * f64::from(step));
                 let exact = f64::from(gradients.slot(k)[e]);
                 assert!(
-                    (slope - exact).abs() < 2e-4 + 0.02 * exact.abs(),
+                    (slope - exact).abs() < 4e-4 + 0.02 * exact.abs(),
                     "{cell} {name}[{e}]: {slope} {exact}"
                 );
             }
