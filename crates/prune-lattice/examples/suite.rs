@@ -26,15 +26,27 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let seconds = start.elapsed().as_secs_f64();
     let mut cells: BTreeMap<_, Vec<&Row>> = BTreeMap::new();
     for row in &rows {
-        let key = (row.task.clone(), row.cell.name(), row.method, (row.sparsity * 1000.0) as u32, row.stage);
+        let key = (
+            row.task.clone(),
+            row.cell.name(),
+            row.method,
+            (row.sparsity * 1000.0) as u32,
+            row.stage,
+        );
         cells.entry(key).or_default().push(row);
     }
     let mut last = String::new();
-    for ((task, cell, method, sparsity, stage), rows) in cells {
+    for ((task, cell, method, _, stage), rows) in cells {
         let value = |r: &Row| r.bits.or(r.accuracy.map(|a| 100.0 * a)).or(r.loss);
         let values: Vec<f64> = rows.iter().filter_map(|r| value(r)).collect();
-        let dense: Vec<f64> =
-            rows.iter().filter_map(|r| r.bits_dense.or(r.accuracy_dense.map(|a| 100.0 * a)).or(Some(r.loss_dense))).collect();
+        let dense: Vec<f64> = rows
+            .iter()
+            .filter_map(|r| {
+                r.bits_dense
+                    .or(r.accuracy_dense.map(|a| 100.0 * a))
+                    .or(Some(r.loss_dense))
+            })
+            .collect();
         let mean = |v: &[f64]| v.iter().sum::<f64>() / v.len() as f64;
         if last != task {
             println!("\n{task} ({cell}), dense {dense:.2?}");

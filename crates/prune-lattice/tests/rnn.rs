@@ -144,7 +144,7 @@ fn renumbered_block_inference_agrees_with_the_masked_network() {
             compact
                 .forward(&mut tape, view(&x), 6, &mut State::zeros(&rnn, 3))
                 .unwrap();
-            tape.read_out(compact.network(), None, &mut out);
+            compact.read_out(&tape, None, &mut out);
             assert!(
                 out.iter().zip(&expected).all(|(a, b)| (a - b).abs() < 1e-5),
                 "{cell} {method}"

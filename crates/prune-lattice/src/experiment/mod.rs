@@ -108,6 +108,9 @@ pub enum Stage {
     OneShot,
     /// After fine-tuning under the mask.
     FineTuned,
+    /// Trained from fresh weights under the mask, with the full training budget (`zero-whh` only: what the task needs of
+    /// recurrent weights at all).
+    FromScratch,
 }
 
 /// What the order looked like over the cuts of a lattice method.
@@ -144,7 +147,7 @@ pub struct Row {
     pub reached: Sparsity,
     /// Seed.
     pub seed: u64,
-    /// One-shot or fine-tuned.
+    /// One-shot, fine-tuned or trained from scratch.
     pub stage: Stage,
     /// Passes of fine-tuning behind the numbers.
     pub finetune_epochs: usize,

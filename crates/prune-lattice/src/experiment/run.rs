@@ -65,13 +65,15 @@ pub fn run(config: &ExperimentConfig, progress: &(dyn Fn(Progress) + Sync)) -> R
                 counter: &counter,
                 progress,
             };
-            Dense {
+            let dense = Dense {
                 name: &name,
                 rnn: &rnn,
                 data: &data,
                 test: evaluate(&rnn, &data.test)?,
-            }
-            .prune_all(&session, seed)
+            };
+            let mut rows = dense.prune_all(&session, seed)?;
+            rows.push(dense.without_recurrence(&session, seed)?);
+            Ok(rows)
         })
         .collect::<Result<_>>()?;
     Ok(rows.into_iter().flatten().collect())
@@ -208,6 +210,19 @@ impl Dense<'_> {
             ));
         }
         Ok(rows)
+    }
+
+    /// A fresh network trained without any recurrent weight.
+    fn without_recurrence(&self, session: &Session<'_>, seed: u64) -> Result<Row> {
+        let start = Instant::now();
+        let mut rnn = Rnn::new(self.rnn.config().clone(), seed)?;
+        let (masks, report) = prune(
+            &rnn,
+            &session.config.prune_config(Method::ZeroWhh, 0.0, seed),
+        )?;
+        train(&mut rnn, self.data, session.training, &masks, &|_| {})?;
+        let test = evaluate(&rnn, &self.data.test)?;
+        Ok(self.row(&report, &masks, Stage::FromScratch, 0, test, start))
     }
 
     fn bits(&self, evaluation: &Evaluation) -> Option<f64> {

@@ -3,7 +3,7 @@
 
 use crate::{
     error::Result,
-    mask::{hard_remove, neuron_masks},
+    mask::{MaskSet, hard_remove},
     prune::{PruneConfig, prune, rank_neurons},
     rnn::{CompactRnn, Input, Rnn, State, Tape},
 };
@@ -74,37 +74,26 @@ pub fn measure_speed(
         }
     };
     const STEPS: usize = 64;
-    let plain = |network: &Rnn| {
-        let (mut tape, mut state, mut logits) =
-            (Tape::new(), State::zeros(network, batch), Vec::new());
+    let measure = |network: &CompactRnn| {
+        let mut state = State::zeros(network.network(), batch);
+        let (mut tape, mut logits) = (Tape::new(), Vec::new());
         rate(STEPS, batch, seconds, || {
             for _ in 0..STEPS {
-                tape.forward(network, input(), 1, &mut state)?;
-                tape.read_out(network, None, &mut logits);
+                network.forward(&mut tape, input(), 1, &mut state)?;
+                network.read_out(&tape, None, &mut logits);
             }
             Ok(())
         })
     };
-    let (mut tape, mut state, mut logits) = (Tape::new(), State::zeros(rnn, batch), Vec::new());
-    let on_block = rate(STEPS, batch, seconds, || {
-        for _ in 0..STEPS {
-            compact.forward(&mut tape, input(), 1, &mut state)?;
-            tape.read_out(compact.network(), None, &mut logits);
-        }
-        Ok(())
-    })?;
+    let whole = |network: &Rnn| CompactRnn::new(network, &MaskSet::default());
     let (block, dense_products) = compact.recurrent_products();
     let count = rnn.params().count();
-    debug_assert_eq!(
-        removed.params().count(),
-        count - neuron_masks(rnn, &keep)?.pruned()
-    );
     Ok(SpeedRow {
         batch,
         sparsity: config.sparsity,
-        dense: plain(rnn)?,
-        compact: on_block,
-        removed: plain(&removed)?,
+        dense: measure(&whole(rnn)?)?,
+        compact: measure(&compact)?,
+        removed: measure(&whole(&removed)?)?,
         products: (dense_products, block),
         params: (count, count - masks.pruned(), removed.params().count()),
     })

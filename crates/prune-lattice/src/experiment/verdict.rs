@@ -198,7 +198,7 @@ fn weak_tasks(rows: &[Row]) -> Vec<String> {
     let mut by_task: BTreeMap<(&str, String), Vec<(f64, f64)>> = BTreeMap::new();
     for row in rows
         .iter()
-        .filter(|r| r.method == Method::ZeroWhh && r.stage == Stage::FineTuned)
+        .filter(|r| r.method == Method::ZeroWhh && r.stage == Stage::FromScratch)
     {
         if let (Some(accuracy), Some(dense)) = (row.accuracy, row.accuracy_dense) {
             by_task
@@ -214,7 +214,7 @@ fn weak_tasks(rows: &[Row]) -> Vec<String> {
             let (zero, dense) = pairs.iter().fold((0.0, 0.0), |s, p| (s.0 + p.0 / n, s.1 + p.1 / n));
             (zero > 0.9 * dense).then(|| {
                 format!(
-                    "{task} with {cell}: without any recurrent weight the fine-tuned accuracy is {:.1} % of {:.1} %, so this \
+                    "{task} with {cell}: a network trained without any recurrent weight reaches {:.1} % beside {:.1} %, so this \
                      task says little about recurrent pruning",
                     100.0 * zero,
                     100.0 * dense

@@ -6,73 +6,22 @@
 //! empty rows or columns and gains nothing; a neuron-level mask leaves k² of n².
 
 use super::{
-    gemm::{Store, View, gemm},
     model::{Rnn, Role},
+    packed::{Extent, Packed, PackedLayer},
     tape::{Input, State, Tape},
 };
 use crate::{
-    cell::Cell,
     error::Result,
     mask::MaskSet,
     params::{Param, ParamSet},
 };
-use std::ops::Range;
 
-/// The nonzero block of a renumbered `W_hh`: sources `0..sources`, targets in `targets`, the same for all gates.
-#[derive(Debug, Clone, PartialEq)]
-pub(super) struct Block {
-    sources: usize,
-    targets: Range<usize>,
-    /// `[gates * targets, sources]`
-    weights: Vec<f32>,
-}
-
-impl Block {
-    /// Adds the recurrent product of one step to the pre-activations (a GRU's candidate part to `aux`).
-    pub(super) fn product(
-        &self,
-        cell: Cell,
-        h: usize,
-        before: &[f32],
-        gates: &mut [f32],
-        aux: &mut [f32],
-        scratch: &mut Vec<f32>,
-    ) {
-        let width = self.targets.len();
-        if width == 0 || self.sources == 0 {
-            return;
-        }
-        let (batch, rows) = (before.len() / h, cell.gates() * width);
-        let state = View::strided(before, batch, self.sources, h);
-        scratch.resize(batch * rows, 0.0);
-        gemm(
-            scratch,
-            rows,
-            Store::Replace,
-            state,
-            View::new(&self.weights, rows, self.sources).t(),
-        );
-        let gh = cell.gates() * h;
-        for (b, product) in scratch.chunks_exact(rows).enumerate() {
-            for (g, part) in product.chunks_exact(width).enumerate() {
-                let to = match (cell, g) {
-                    (Cell::Gru, 2) => &mut aux[b * h..],
-                    _ => &mut gates[b * gh + g * h..],
-                };
-                to[self.targets.clone()]
-                    .iter_mut()
-                    .zip(part)
-                    .for_each(|(t, p)| *t += p);
-            }
-        }
-    }
-}
-
-/// A network renumbered so that the recurrent products run on the blocks its masks leave.
+/// A network laid out for inference: renumbered so that the recurrent products run on the blocks its masks leave, and with
+/// its matrices transposed once. Without masks it is the fastest form of the dense network.
 #[derive(Debug, Clone)]
 pub struct CompactRnn {
     rnn: Rnn,
-    blocks: Vec<Block>,
+    packed: Packed,
     order: Vec<Vec<usize>>,
 }
 
@@ -106,32 +55,16 @@ impl CompactRnn {
             numbers.sort_by_key(|&x| class(x));
             let count = |c: usize| (0..n).filter(|&x| class(x) == c).count();
             let (only_source, both, only_target) = (count(0), count(1), count(2));
-            extents.push((
-                only_source + both,
-                only_source..only_source + both + only_target,
-            ));
+            extents.push(Extent {
+                sources: only_source + both,
+                targets: only_source..only_source + both + only_target,
+            });
             order.push(numbers);
         }
         let rnn = renumber(&masked, &order)?;
-        let blocks = extents
-            .into_iter()
-            .enumerate()
-            .map(|(l, (sources, targets))| {
-                let layer = rnn.layer(l);
-                let n = layer.hidden;
-                let rows = (0..cell.gates()).flat_map(|g| targets.clone().map(move |i| g * n + i));
-                let weights = rows
-                    .flat_map(|r| &layer.w_hh[r * n..r * n + sources])
-                    .copied()
-                    .collect();
-                Block {
-                    sources,
-                    targets,
-                    weights,
-                }
-            })
-            .collect();
-        Ok(Self { rnn, blocks, order })
+        let mut packed = Packed::default();
+        packed.fill(&rnn, Some(&extents));
+        Ok(Self { rnn, packed, order })
     }
 
     /// The renumbered network (masked weights, the same function).
@@ -146,10 +79,13 @@ impl CompactRnn {
 
     /// Multiplications of the recurrent products of one step, and what the dense ones cost.
     pub fn recurrent_products(&self) -> (usize, usize) {
-        let dense = (0..self.blocks.len())
+        let dense = (0..self.order.len())
             .map(|l| self.rnn.layer(l).w_hh.len())
             .sum();
-        (self.blocks.iter().map(|b| b.weights.len()).sum(), dense)
+        (
+            self.packed.layers.iter().map(PackedLayer::products).sum(),
+            dense,
+        )
     }
 
     /// As [`Tape::forward`]; states are in the renumbered order.
@@ -163,7 +99,12 @@ impl CompactRnn {
         steps: usize,
         state: &mut State,
     ) -> Result<()> {
-        tape.forward_blocks(&self.rnn, Some(&self.blocks), input, steps, state)
+        tape.forward_packed(&self.rnn, &self.packed, input, steps, state)
+    }
+
+    /// As [`Tape::read_out`].
+    pub fn read_out(&self, tape: &Tape, rows: Option<&[usize]>, logits: &mut Vec<f32>) {
+        tape.read_out_packed(&self.rnn, &self.packed, rows, logits);
     }
 }
 

@@ -29,6 +29,20 @@ impl<'a> View<'a> {
         Self::strided(data, rows, cols, cols)
     }
 
+    pub(crate) fn rows(&self) -> usize {
+        self.rows
+    }
+
+    pub(crate) fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// Row `i` of a view that is not transposed.
+    pub(crate) fn row(&self, i: usize) -> &'a [f32] {
+        debug_assert_eq!(self.col_stride, 1);
+        &self.data[i * self.row_stride..][..self.cols]
+    }
+
     pub(crate) fn t(self) -> Self {
         Self {
             data: self.data,

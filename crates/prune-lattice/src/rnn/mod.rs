@@ -13,6 +13,7 @@ mod gradient_tests;
 pub mod graph;
 mod loss;
 mod model;
+mod packed;
 mod tape;
 mod train;
 

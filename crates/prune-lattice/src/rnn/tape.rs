@@ -5,9 +5,9 @@
 
 use super::{
     activation::{sigmoid, tanh, tanh_into, tanh_of},
-    compact::Block,
     gemm::{Store, View, gemm},
     model::{InputKind, LayerRef, Rnn},
+    packed::{Packed, PackedLayer},
 };
 use crate::{
     cell::Cell,
@@ -80,7 +80,8 @@ pub struct Tape {
     batch: usize,
     layers: Vec<LayerTape>,
     embedded: Vec<f32>,
-    /// `W_ih` transposed plus bias, for one-hot inputs; its gradient in the backward pass.
+    packed: Packed,
+    /// Gradient of `W_ih` transposed, for one-hot inputs.
     table: Vec<f32>,
     d_out: Vec<f32>,
     d_below: Vec<f32>,
@@ -114,14 +115,18 @@ impl Tape {
         steps: usize,
         state: &mut State,
     ) -> Result<()> {
-        self.forward_blocks(rnn, None, input, steps, state)
+        let mut packed = std::mem::take(&mut self.packed);
+        packed.fill(rnn, None);
+        let done = self.forward_packed(rnn, &packed, input, steps, state);
+        self.packed = packed;
+        done
     }
 
-    /// The same with the recurrent product of each layer done on a block of `W_hh` where blocks are given.
-    pub(super) fn forward_blocks(
+    /// The same with the weights already laid out.
+    pub(super) fn forward_packed(
         &mut self,
         rnn: &Rnn,
-        blocks: Option<&[Block]>,
+        packed: &Packed,
         input: Input<'_>,
         steps: usize,
         state: &mut State,
@@ -135,11 +140,18 @@ impl Tape {
             let layer = rnn.layer(l);
             let (below, rest) = self.layers.split_at_mut(l);
             let tape = &mut rest[0];
-            let gh = rnn.config().cell.gates() * layer.hidden;
-            tape.gates.resize(steps * batch * gh, 0.0);
+            let weights = &packed.layers[l];
+            let positions = steps * batch;
             match (below.last(), input, rnn.config().input) {
-                (Some(b), ..) => dense_input(layer, &b.h[batch * layer.width..], &mut tape.gates),
-                (None, Input::Vectors(x), _) => dense_input(layer, x, &mut tape.gates),
+                (Some(b), ..) => weights.dense_input(
+                    layer,
+                    &b.h[batch * layer.width..],
+                    positions,
+                    &mut tape.gates,
+                ),
+                (None, Input::Vectors(x), _) => {
+                    weights.dense_input(layer, x, positions, &mut tape.gates)
+                }
                 (None, Input::Symbols(s), InputKind::Embedding { dim, .. }) => {
                     let table = rnn.params().slot(0);
                     self.embedded.clear();
@@ -147,16 +159,20 @@ impl Tape {
                         s.iter()
                             .flat_map(|&s| &table[s as usize * dim..(s as usize + 1) * dim]),
                     );
-                    dense_input(layer, &self.embedded, &mut tape.gates);
+                    weights.dense_input(layer, &self.embedded, positions, &mut tape.gates);
                 }
-                (None, Input::Symbols(s), _) => {
-                    one_hot_input(layer, s, &mut self.table, &mut tape.gates)
-                }
+                (None, Input::Symbols(s), _) => weights.one_hot_input(layer, s, &mut tape.gates),
             }
             tape.start(&state.h[l], state.c.get(l).map(Vec::as_slice), steps);
-            let block = blocks.map(|b| &b[l]);
             for t in 0..steps {
-                tape.step(rnn.config().cell, layer, block, t, batch, &mut self.scratch);
+                tape.step(
+                    rnn.config().cell,
+                    layer,
+                    weights,
+                    t,
+                    batch,
+                    &mut self.scratch,
+                );
             }
             let (size, end) = (batch * layer.hidden, steps * batch * layer.hidden);
             state.h[l].copy_from_slice(&tape.h[end..end + size]);
@@ -167,23 +183,31 @@ impl Tape {
         Ok(())
     }
 
-    /// Read-out of rows of top states: `rows` are indices `step * batch + sequence`; `None` takes all. `[rows, outputs]`.
+    /// Read-out of rows of top states of the last forward pass, with the weights it had: `rows` are indices
+    /// `step * batch + sequence`; `None` takes all. `[rows, outputs]`.
     pub fn read_out(&self, rnn: &Rnn, rows: Option<&[usize]>, logits: &mut Vec<f32>) {
-        let top = self.top();
+        self.read_out_packed(rnn, &self.packed, rows, logits);
+    }
+
+    pub(super) fn read_out_packed(
+        &self,
+        rnn: &Rnn,
+        packed: &Packed,
+        rows: Option<&[usize]>,
+        logits: &mut Vec<f32>,
+    ) {
+        match rows {
+            None => packed.read_out(rnn, self.top(), self.steps * self.batch, logits),
+            Some(rows) => packed.read_out(rnn, &self.gather_top(rnn, rows), rows.len(), logits),
+        }
+    }
+
+    fn gather_top(&self, rnn: &Rnn, rows: &[usize]) -> Vec<f32> {
         let h = rnn.config().hidden[rnn.config().hidden.len() - 1];
-        let gathered: Vec<f32>;
-        let (x, count) = match rows {
-            None => (top, self.steps * self.batch),
-            Some(rows) => {
-                gathered = rows
-                    .iter()
-                    .flat_map(|&r| &top[r * h..(r + 1) * h])
-                    .copied()
-                    .collect();
-                (gathered.as_slice(), rows.len())
-            }
-        };
-        read_out(rnn, x, count, logits);
+        rows.iter()
+            .flat_map(|&r| &self.top()[r * h..(r + 1) * h])
+            .copied()
+            .collect()
     }
 
     /// Backward pass from the gradient of the read-out `[rows, outputs]`, adding to `gradients`.
@@ -203,19 +227,8 @@ impl Tape {
         let out = config.output_slot();
         let count = rows.map_or(positions, <[usize]>::len);
         // Read-out.
-        let gathered: Vec<f32> = match rows {
-            None => Vec::new(),
-            Some(rows) => rows
-                .iter()
-                .flat_map(|&r| &self.top()[r * h..(r + 1) * h])
-                .copied()
-                .collect(),
-        };
-        let top = if rows.is_some() {
-            gathered.as_slice()
-        } else {
-            self.top()
-        };
+        let gathered = rows.map(|rows| self.gather_top(rnn, rows));
+        let top = gathered.as_deref().unwrap_or(self.top());
         let d = View::new(d_logits, count, config.outputs);
         gemm(
             gradients.slot_mut(out),
@@ -334,22 +347,6 @@ impl Tape {
     }
 }
 
-/// `x W_out^T + b`, `[count, outputs]`.
-pub(super) fn read_out(rnn: &Rnn, x: &[f32], count: usize, logits: &mut Vec<f32>) {
-    let config = rnn.config();
-    let h = config.hidden[config.hidden.len() - 1];
-    let slot = config.output_slot();
-    fill_rows(logits, rnn.params().slot(slot + 1), count);
-    let w = View::new(rnn.params().slot(slot), config.outputs, h);
-    gemm(
-        logits,
-        config.outputs,
-        Store::Add,
-        View::new(x, count, h),
-        w.t(),
-    );
-}
-
 fn check_input(rnn: &Rnn, input: Input<'_>, positions: usize) -> Result<()> {
     let kind = rnn.config().input;
     let wrong = |expected: String, found: usize| Error::Shape {
@@ -383,58 +380,10 @@ fn check_input(rnn: &Rnn, input: Input<'_>, positions: usize) -> Result<()> {
     }
 }
 
-/// `count` copies of `row`.
-fn fill_rows(dst: &mut Vec<f32>, row: &[f32], count: usize) {
-    dst.clear();
-    (0..count).for_each(|_| dst.extend_from_slice(row));
-}
-
 /// `sum += ` the sum of the rows of `data`.
 fn add_rows(sum: &mut [f32], data: &[f32]) {
     for row in data.chunks_exact(sum.len()) {
         sum.iter_mut().zip(row).for_each(|(s, v)| *s += v);
-    }
-}
-
-pub(super) fn dense_input(layer: LayerRef<'_>, x: &[f32], gates: &mut Vec<f32>) {
-    let gh = layer.bias.len();
-    let positions = gates.len() / gh;
-    fill_rows(gates, layer.bias, positions);
-    gemm(
-        gates,
-        gh,
-        Store::Add,
-        View::new(x, positions, layer.width),
-        View::new(layer.w_ih, gh, layer.width).t(),
-    );
-}
-
-pub(super) fn one_hot_input(
-    layer: LayerRef<'_>,
-    symbols: &[u32],
-    table: &mut Vec<f32>,
-    gates: &mut [f32],
-) {
-    let gh = layer.bias.len();
-    if symbols.len() < layer.width {
-        // Few steps: reading columns costs less than transposing the matrix.
-        for (&s, row) in symbols.iter().zip(gates.chunks_exact_mut(gh)) {
-            let column = layer.w_ih[s as usize..].iter().step_by(layer.width);
-            row.iter_mut()
-                .zip(column)
-                .zip(layer.bias)
-                .for_each(|((g, w), b)| *g = w + b);
-        }
-        return;
-    }
-    table.resize(layer.width * gh, 0.0);
-    for (i, row) in layer.w_ih.chunks_exact(layer.width).enumerate() {
-        row.iter()
-            .enumerate()
-            .for_each(|(s, w)| table[s * gh + i] = w + layer.bias[i]);
-    }
-    for (&s, row) in symbols.iter().zip(gates.chunks_exact_mut(gh)) {
-        row.copy_from_slice(&table[s as usize * gh..(s as usize + 1) * gh]);
     }
 }
 
@@ -453,7 +402,7 @@ impl LayerTape {
         &mut self,
         cell: Cell,
         layer: LayerRef<'_>,
-        block: Option<&Block>,
+        weights: &PackedLayer,
         t: usize,
         batch: usize,
         scratch: &mut Vec<f32>,
@@ -464,26 +413,11 @@ impl LayerTape {
         let gates = &mut self.gates[t * batch * gh..(t + 1) * batch * gh];
         let (before, after) = self.h[t * size..(t + 2) * size].split_at_mut(size);
         let aux = &mut self.aux[t * size..(t + 1) * size];
-        let state = View::new(before, batch, h);
         if let Some(bias) = layer.candidate_bias {
             aux.chunks_exact_mut(h)
                 .for_each(|row| row.copy_from_slice(bias));
         }
-        if let Some(block) = block {
-            block.product(cell, h, before, gates, aux, scratch);
-        } else if cell == Cell::Gru {
-            let (w_rz, w_n) = layer.w_hh.split_at(2 * h * h);
-            gemm(gates, gh, Store::Add, state, View::new(w_rz, 2 * h, h).t());
-            gemm(aux, h, Store::Add, state, View::new(w_n, h, h).t());
-        } else {
-            gemm(
-                gates,
-                gh,
-                Store::Add,
-                state,
-                View::new(layer.w_hh, gh, h).t(),
-            );
-        }
+        weights.recurrent(cell, h, before, gates, aux, scratch);
         let c = if cell == Cell::Lstm {
             &mut self.c[t * size..(t + 2) * size]
         } else {
