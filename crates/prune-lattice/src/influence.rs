@@ -271,9 +271,9 @@ impl Influence {
         let mut radius = 0.0;
         for _ in 0..200 {
             let mut next = v.clone();
-            for j in 0..n {
+            for (j, &share) in v.iter().enumerate() {
                 for (x, &a) in next.iter_mut().zip(self.row(j)) {
-                    *x += f64::from(a) * v[j];
+                    *x += f64::from(a) * share;
                 }
             }
             let norm = next.iter().map(|x| x * x).sum::<f64>().sqrt();

@@ -148,6 +148,11 @@ pub fn verdict(rows: &[Row]) -> Vec<String> {
                 let (better, worse, of) = tally(control);
                 of > 0 && better > worse && 2 * better > of
             };
+            let single = if here.iter().all(|c| c.seeds == 1) {
+                ", but there is only one"
+            } else {
+                ""
+            };
             let when = if stage == Stage::OneShot {
                 "one-shot"
             } else {
@@ -177,7 +182,7 @@ pub fn verdict(rows: &[Row]) -> Vec<String> {
                 (false, false) => "order does not beat chance or plain neuron strength here",
             };
             lines.push(format!(
-                "{method}, {when}: {finding} ({}; counted where every seed agrees)",
+                "{method}, {when}: {finding} ({}; counted where every seed agrees{single})",
                 list.join("; ")
             ));
         }

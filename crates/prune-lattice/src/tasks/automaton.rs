@@ -144,7 +144,7 @@ mod tests {
         let zeros = s.len() - ones;
         match k {
             1 => zeros == 0,
-            2 => s.len() % 2 == 0 && s.chunks(2).all(|p| p == [1, 0]),
+            2 => s.len().is_multiple_of(2) && s.chunks(2).all(|p| p == [1, 0]),
             3 => {
                 let runs: Vec<&[u32]> = s.chunk_by(|a, b| a == b).collect();
                 !runs
@@ -152,8 +152,8 @@ mod tests {
                     .any(|w| w[0][0] == 1 && w[0].len() % 2 == 1 && w[1].len() % 2 == 1)
             }
             4 => !text.contains("000"),
-            5 => ones % 2 == 0 && zeros % 2 == 0,
-            6 => (ones + 2 * zeros) % 3 == 0,
+            5 => ones.is_multiple_of(2) && zeros.is_multiple_of(2),
+            6 => (ones + 2 * zeros).is_multiple_of(3),
             _ => s.chunk_by(|a, b| a == b).count() + usize::from(s.first() == Some(&1)) <= 4,
         }
     }
