@@ -9,27 +9,33 @@ use super::bits::{self, BitMatrix};
 /// For each row, whether it differs from the intersection of the rows strictly containing it (the empty intersection being
 /// the full row). Equal rows share the verdict.
 pub fn irreducible_rows(relation: &BitMatrix) -> Vec<bool> {
-    let sizes: Vec<usize> = (0..relation.rows())
-        .map(|x| bits::count(relation.row(x)))
-        .collect();
-    // Only a larger row can strictly contain a row.
-    let mut by_size: Vec<usize> = (0..relation.rows()).collect();
-    by_size.sort_by_key(|&x| sizes[x]);
-    let mut meet = vec![0u64; relation.cols().div_ceil(64)];
-    (0..relation.rows())
+    irreducible_rows_with(relation, &relation.transpose())
+}
+
+/// The same where the transposed relation is at hand. The rows containing a row are the intersection of the columns of its
+/// elements, which in scattered relations shrinks to the row itself after a few columns.
+pub(crate) fn irreducible_rows_with(relation: &BitMatrix, columns: &BitMatrix) -> Vec<bool> {
+    let (n, width) = (relation.rows(), relation.cols());
+    let sizes: Vec<usize> = (0..n).map(|x| bits::count(relation.row(x))).collect();
+    let mut supersets = vec![0u64; n.div_ceil(64)];
+    let mut meet = vec![0u64; width.div_ceil(64)];
+    (0..n)
         .map(|x| {
-            let row = relation.row(x);
             let own = sizes[x];
-            bits::fill_ones(&mut meet, relation.cols());
-            let mut size = relation.cols();
-            let larger = by_size.partition_point(|&y| sizes[y] <= own);
-            for &y in &by_size[larger..] {
+            bits::fill_ones(&mut supersets, n);
+            for e in relation.row_ones(x) {
+                if bits::and_count(&mut supersets, columns.row(e)) == 1 {
+                    // Only the row itself: the intersection is empty and so everything.
+                    return own != width;
+                }
+            }
+            bits::fill_ones(&mut meet, width);
+            let mut size = width;
+            for y in bits::ones(&supersets).filter(|&y| sizes[y] > own) {
                 if size == own {
                     break;
                 }
-                if bits::is_subset(row, relation.row(y)) {
-                    size = bits::and_count(&mut meet, relation.row(y));
-                }
+                size = bits::and_count(&mut meet, relation.row(y));
             }
             size != own
         })

@@ -168,8 +168,8 @@ fn context_verdicts(
 ) -> (Vec<bool>, Diagnostics) {
     let irreducible = combine(
         verdict,
-        || context::irreducible_rows(graph),
-        || context::irreducible_rows(sources),
+        || context::irreducible_rows_with(graph, sources),
+        || context::irreducible_rows_with(sources, graph),
     );
     let (classes, largest_class) = context::row_classes(if verdict == Verdict::Join {
         sources

@@ -130,15 +130,21 @@ fn irreducible(
     nearest: fn(&[u64]) -> Option<usize>,
 ) -> Vec<bool> {
     let n = toward.rows();
+    let sizes: Vec<usize> = (0..n).map(|x| bits::count(opposite.row(x))).collect();
     let words = n.div_ceil(64);
     let (mut candidates, mut meet) = (vec![0u64; words], vec![0u64; words]);
     (0..n)
         .map(|x| {
+            let own = sizes[x];
             candidates.copy_from_slice(toward.row(x));
             candidates[x / 64] &= !(1 << (x % 64));
-            let own = bits::count(opposite.row(x));
-            bits::fill_ones(&mut meet, n);
-            let mut size = n;
+            let Some(first) = nearest(&candidates) else {
+                // The empty intersection is everything.
+                return own != n;
+            };
+            bits::and_not(&mut candidates, toward.row(first));
+            meet.copy_from_slice(opposite.row(first));
+            let mut size = sizes[first];
             while size != own {
                 let Some(y) = nearest(&candidates) else { break };
                 bits::and_not(&mut candidates, toward.row(y));

@@ -1,7 +1,7 @@
 //! Recurrent networks: an optional embedding, a stack of layers of one cell, a linear read-out.
 //!
 //! Candle tensors are how weights come and go. Training and inference run on flat f32 buffers with one matrix product per
-//! time step ([`tape`], explicit backward pass), because candle's autograd pays more per small operation than the operation
+//! time step ([`Tape`], explicit backward pass), because candle's autograd pays more per small operation than the operation
 //! costs; [`graph`] is the same network in candle, differentiable, and the reference of the tests.
 
 mod activation;
