@@ -239,11 +239,9 @@ impl Influence {
         &self.a[from * self.n..(from + 1) * self.n]
     }
 
-    pub(crate) fn off_diagonal(&self) -> impl Iterator<Item = f32> + '_ {
-        (0..self.n).flat_map(move |j| {
-            let row = self.row(j);
-            row[..j].iter().chain(&row[j + 1..]).copied()
-        })
+    /// All n x n values, source-major; the diagonal is zero.
+    pub(crate) fn values(&self) -> &[f32] {
+        &self.a
     }
 
     /// The digraph of the edges with influence `≥ threshold` (and `> 0`): row `j` holds the targets of `j`.

@@ -516,3 +516,35 @@ fn a_stack_places_blocks_by_layer_and_scales_each_by_its_own_size() {
     assert_eq!(p.len(), 5);
     assert_eq!(graded.digraph(0.5).count(), 6);
 }
+
+#[test]
+fn persistence_is_the_share_of_discriminating_cuts_at_which_a_neuron_counts() {
+    let cuts = [
+        Cut::Degree(0.5),
+        Cut::Degree(1.0),
+        Cut::Degree(2.0),
+        Cut::Quantile(0.5),
+        Cut::Value(0.9),
+    ];
+    for n in [20, 90] {
+        let a = random_influence(n as u64, n);
+        for mode in MODES {
+            let p = persistence(&a, &cuts, Criterion::new(mode)).unwrap();
+            let single: Vec<_> = cuts
+                .iter()
+                .map(|&c| verdicts(&a, c, Criterion::new(mode)).unwrap())
+                .collect();
+            let counted: Vec<_> = single
+                .iter()
+                .filter(|v| !v.report.order.degenerate)
+                .collect();
+            assert_eq!(p.discriminating_cuts(), counted.len());
+            for x in 0..n {
+                let share =
+                    counted.iter().filter(|v| v.kept[x]).count() as f64 / counted.len() as f64;
+                assert!((p.share[x] - share).abs() < 1e-12);
+            }
+            assert!(p.cuts.iter().zip(&single).all(|(c, v)| *c == v.report));
+        }
+    }
+}

@@ -222,11 +222,6 @@ pub(crate) fn and_count(dst: &mut [u64], src: &[u64]) -> usize {
     n
 }
 
-/// Whether every one of `a` is a one of `b`.
-pub(crate) fn is_subset(a: &[u64], b: &[u64]) -> bool {
-    a.iter().zip(b).all(|(a, b)| a & !b == 0)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

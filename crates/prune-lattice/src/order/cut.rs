@@ -46,15 +46,7 @@ pub fn thresholds(influence: &Influence, cuts: &[Cut]) -> Result<Vec<f32>> {
     };
     let counts = cuts.iter().map(|&c| edges(c)).collect::<Result<Vec<_>>>()?;
     let most = counts.iter().flatten().copied().max().unwrap_or(0);
-    let mut top: Vec<f32> = Vec::new();
-    if most > 0 && pairs > 0 {
-        top = influence.off_diagonal().collect();
-        if most < top.len() {
-            top.select_nth_unstable_by(most, |a, b| b.total_cmp(a));
-            top.truncate(most);
-        }
-        top.sort_unstable_by(|a, b| b.total_cmp(a));
-    }
+    let top = largest(influence.values(), most);
     Ok(cuts
         .iter()
         .zip(counts)
@@ -66,9 +58,64 @@ pub fn thresholds(influence: &Influence, cuts: &[Cut]) -> Result<Vec<f32>> {
         .collect())
 }
 
+/// Values looked at to guess where the largest ones begin.
+const SAMPLE: usize = 1 << 16;
+
+/// The `count` largest values, descending (fewer where there are not as many). The guess from a sample only limits how many
+/// values are selected from; the result is exact.
+fn largest(values: &[f32], count: usize) -> Vec<f32> {
+    let count = count.min(values.len());
+    if count == 0 {
+        return Vec::new();
+    }
+    let stride = values.len() / SAMPLE;
+    let mut top = Vec::new();
+    if stride > 1 {
+        let mut sample: Vec<f32> = values.iter().step_by(stride).copied().collect();
+        let at = (2 * count / stride + 16).min(sample.len() - 1);
+        let (_, &mut guess, _) = sample.select_nth_unstable_by(at, |a, b| b.total_cmp(a));
+        top.extend(values.iter().copied().filter(|v| *v >= guess));
+    }
+    if top.len() < count {
+        top = values.to_vec();
+    }
+    if count < top.len() {
+        top.select_nth_unstable_by(count, |a, b| b.total_cmp(a));
+        top.truncate(count);
+    }
+    top.sort_unstable_by(|a, b| b.total_cmp(a));
+    top
+}
+
 fn cut_error(reason: String) -> Error {
     Error::Setting {
         setting: "cut",
         reason,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::seed;
+    use rand::Rng;
+
+    #[test]
+    fn the_largest_values_are_those_of_a_full_sort_with_and_without_a_useful_sample() {
+        let mut rng = seed::rng(1, "cut");
+        for len in [5, 1000, 300_000] {
+            let spread: Vec<f32> = (0..len).map(|_| rng.random::<f32>().powi(3)).collect();
+            // The sample sees none of the large values.
+            let hidden: Vec<f32> = (0..len)
+                .map(|k| if k % 4 == 1 { 1.0 + k as f32 } else { 0.5 })
+                .collect();
+            for values in [spread, hidden, vec![2.0; len]] {
+                let mut sorted = values.clone();
+                sorted.sort_unstable_by(|a, b| b.total_cmp(a));
+                for count in [1, len / 7, len] {
+                    assert_eq!(largest(&values, count), sorted[..count]);
+                }
+            }
+        }
     }
 }

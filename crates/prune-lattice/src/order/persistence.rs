@@ -100,11 +100,22 @@ pub(crate) fn degenerate(order: &Diagnostics) -> Error {
 /// A cut that cannot be carried out. A degenerate order is reported, not refused; see [`Verdicts::discriminating`].
 pub fn verdicts(influence: &Influence, cut: Cut, criterion: Criterion) -> Result<Verdicts> {
     let threshold = thresholds(influence, &[cut])?[0];
-    Ok(verdicts_at(influence, cut, threshold, criterion))
+    Ok(verdicts_at(
+        influence,
+        influence.digraph(threshold),
+        cut,
+        threshold,
+        criterion,
+    ))
 }
 
-fn verdicts_at(influence: &Influence, cut: Cut, threshold: f32, criterion: Criterion) -> Verdicts {
-    let graph = influence.digraph(threshold);
+fn verdicts_at(
+    influence: &Influence,
+    graph: BitMatrix,
+    cut: Cut,
+    threshold: f32,
+    criterion: Criterion,
+) -> Verdicts {
     let n = graph.rows();
     let sources = graph.transpose();
     let (irreducible, mut order) = match criterion.mode {
@@ -238,8 +249,11 @@ pub fn persistence(
     let mut share = vec![0.0; influence.len()];
     let mut reports = Vec::with_capacity(cuts.len());
     let mut counted = 0usize;
-    for (&cut, threshold) in cuts.iter().zip(thresholds(influence, cuts)?) {
-        let Verdicts { kept, report } = verdicts_at(influence, cut, threshold, criterion);
+    let cut_at = thresholds(influence, cuts)?;
+    let edges = Edges::of(influence, &cut_at);
+    for (&cut, threshold) in cuts.iter().zip(cut_at) {
+        let graph = edges.digraph(influence, threshold);
+        let Verdicts { kept, report } = verdicts_at(influence, graph, cut, threshold, criterion);
         if !report.order.degenerate {
             counted += 1;
             share
@@ -263,4 +277,42 @@ pub fn persistence(
         share,
         cuts: reports,
     })
+}
+
+/// The edges that the lowest of several thresholds lets in, so that not every cut reads the whole matrix again. `None` where
+/// they are too many for a list to be worth it.
+struct Edges(Option<Vec<(f32, u32, u32)>>);
+
+/// Share of all pairs up to which edges are listed.
+const LISTED: usize = 16;
+
+impl Edges {
+    fn of(influence: &Influence, thresholds: &[f32]) -> Self {
+        let n = influence.len();
+        let lowest = thresholds.iter().copied().fold(f32::INFINITY, f32::min);
+        let mut list = Vec::new();
+        for j in 0..n {
+            let row = influence.row(j).iter().zip(0u32..);
+            list.extend(
+                row.filter(|(v, _)| **v >= lowest && **v > 0.0)
+                    .map(|(v, i)| (*v, j as u32, i)),
+            );
+            if list.len() > n * n / LISTED {
+                return Self(None);
+            }
+        }
+        Self(Some(list))
+    }
+
+    fn digraph(&self, influence: &Influence, threshold: f32) -> BitMatrix {
+        let Some(list) = &self.0 else {
+            return influence.digraph(threshold);
+        };
+        let mut graph = BitMatrix::new(influence.len(), influence.len());
+        for &(v, j, i) in list.iter().filter(|e| e.0 >= threshold) {
+            debug_assert!(v > 0.0);
+            graph.set(j as usize, i as usize, true);
+        }
+        graph
+    }
 }
