@@ -2,6 +2,7 @@
 
 use super::{
     adam::Adam,
+    compact::CompactRnn,
     loss::{Evaluation, Sums, cross_entropy, squared_error},
     model::Rnn,
     tape::{Input, State, Tape},
@@ -347,17 +348,19 @@ pub fn evaluate(rnn: &Rnn, examples: &Examples) -> Result<Evaluation> {
         }
         Examples::Text(text) => {
             check_classes(text, outputs)?;
+            // Laid out once for the many short passes.
+            let network = CompactRnn::new(rnn, &MaskSet::default())?;
             let mut state = State::zeros(rnn, 1);
             let last = text.len().saturating_sub(1);
             for start in (0..last).step_by(EVALUATION_BATCH) {
                 let end = (start + EVALUATION_BATCH).min(last);
-                tape.forward(
-                    rnn,
+                network.forward(
+                    &mut tape,
                     Input::Symbols(&text[start..end]),
                     end - start,
                     &mut state,
                 )?;
-                tape.read_out(rnn, None, &mut logits);
+                network.read_out(&tape, None, &mut logits);
                 total.add(cross_entropy(
                     &mut logits,
                     outputs,
