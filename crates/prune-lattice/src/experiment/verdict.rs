@@ -203,7 +203,7 @@ fn weak_tasks(rows: &[Row]) -> Vec<String> {
     let mut by_task: BTreeMap<(&str, String), Vec<(f64, f64)>> = BTreeMap::new();
     for row in rows
         .iter()
-        .filter(|r| r.method == Method::ZeroWhh && r.stage == Stage::FromScratch)
+        .filter(|r| r.method == Method::ZeroWhh && r.stage == Stage::FromScratch && r.bits.is_none())
     {
         if let (Some(accuracy), Some(dense)) = (row.accuracy, row.accuracy_dense) {
             by_task
