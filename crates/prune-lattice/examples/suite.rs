@@ -53,7 +53,11 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             last = task;
         }
         if stage == Stage::OneShot {
-            let kept = rows.iter().map(|r| r.reached.recurrent).sum::<f64>() / rows.len() as f64;
+            let kept = rows
+                .iter()
+                .filter_map(|r| Some(r.reached?.recurrent))
+                .sum::<f64>()
+                / rows.len() as f64;
             print!("\n  {method:<22} {:>5.1} % of W_hh: ", 100.0 * kept);
         }
         match values.as_slice() {

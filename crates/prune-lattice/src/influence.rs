@@ -7,11 +7,12 @@
 use crate::{
     cell::{Cell, GateLayout},
     error::{Error, Result, check_finite},
+    io,
     order::bits::BitMatrix,
 };
 use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
-use std::ops::Range;
+use std::{ops::Range, path::Path};
 
 /// How the gates of one edge become one number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -114,6 +115,24 @@ impl Influence {
             });
         }
         Self::from_gates(&w.data, cell.gates(), w.hidden, how)
+    }
+
+    /// From a recurrent weight tensor of a safetensors file, by name; see [`from_tensor`](Self::from_tensor).
+    ///
+    /// # Errors
+    /// The file cannot be read or has no such tensor, and those of [`from_tensor`](Self::from_tensor).
+    pub fn load(
+        file: &Path,
+        tensor: &str,
+        cell: Cell,
+        layout: GateLayout,
+        how: Aggregate,
+    ) -> Result<Self> {
+        let tensors = io::load(file)?;
+        let w_hh = tensors.get(tensor).ok_or_else(|| Error::MissingTensor {
+            name: tensor.into(),
+        })?;
+        Self::from_tensor(w_hh, cell, layout, how)
     }
 
     /// The block matrix of a stack: neurons are numbered layer after layer, each block is divided by the root mean square of

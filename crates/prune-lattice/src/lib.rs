@@ -86,3 +86,8 @@ pub mod tasks;
 
 pub use cell::{Cell, GateLayout};
 pub use error::{Error, Result};
+
+/// The README's examples are compiled as doctests.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

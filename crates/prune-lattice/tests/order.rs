@@ -548,3 +548,40 @@ fn persistence_is_the_share_of_discriminating_cuts_at_which_a_neuron_counts() {
         }
     }
 }
+
+#[test]
+fn the_two_relations_of_an_order_take_a_quarter_byte_per_pair() {
+    for n in [64, 128, 1024] {
+        assert_eq!(Poset::of_digraph(&BitMatrix::new(n, n)).bytes(), n * n / 4);
+    }
+}
+
+#[test]
+fn an_influence_is_read_from_a_safetensors_file_by_name() {
+    use prune_lattice::{Cell, GateLayout, io};
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("weights.safetensors");
+    let w = candle_core::Tensor::from_slice(&[9f32, 2., 3., 9.], (2, 2), &candle_core::Device::Cpu)
+        .unwrap();
+    io::save(&[("cell.weight_hh".to_owned(), w)].into(), &file).unwrap();
+    let load = |name| Influence::load(&file, name, Cell::Tanh, GateLayout::PyTorch, Aggregate::L2);
+    let a = load("cell.weight_hh").unwrap();
+    assert_eq!((a.get(0, 1), a.get(1, 0), a.get(0, 0)), (3.0, 2.0, 0.0));
+    assert!(matches!(load("weight_hh"), Err(Error::MissingTensor { name }) if name == "weight_hh"));
+    let absent = Influence::load(
+        &dir.path().join("no"),
+        "w",
+        Cell::Tanh,
+        GateLayout::PyTorch,
+        Aggregate::L2,
+    );
+    assert!(matches!(absent, Err(Error::Io { .. })));
+    let lstm = Influence::load(
+        &file,
+        "cell.weight_hh",
+        Cell::Lstm,
+        GateLayout::PyTorch,
+        Aggregate::L2,
+    );
+    assert!(matches!(lstm, Err(Error::Shape { .. })));
+}

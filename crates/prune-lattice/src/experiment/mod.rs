@@ -144,7 +144,8 @@ pub struct Row {
     /// Sparsity asked for.
     pub sparsity: f64,
     /// Sparsity reached, over three denominators.
-    pub reached: Sparsity,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reached: Option<Sparsity>,
     /// Seed.
     pub seed: u64,
     /// One-shot, fine-tuned or trained from scratch.
@@ -152,36 +153,39 @@ pub struct Row {
     /// Passes of fine-tuning behind the numbers.
     pub finetune_epochs: usize,
     /// Mean cross-entropy in nats, or squared error, on the test split.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub loss: Option<f64>,
     /// Of the unpruned network.
     pub loss_dense: f64,
     /// Cross-entropy in bits per character, for texts.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bits: Option<f64>,
     /// Of the unpruned network.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bits_dense: Option<f64>,
     /// Share of right answers on the test split; absent for regression.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub accuracy: Option<f64>,
     /// Of the unpruned network.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub accuracy_dense: Option<f64>,
     /// Weights that are not masked.
-    pub params: usize,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub params: Option<usize>,
     /// Of the unpruned network.
     pub params_dense: usize,
     /// Neurons without recurrent connections.
-    pub dead: usize,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub dead: Option<usize>,
     /// Spectral radius of the influence matrices after pruning, layer by layer.
     pub spectral_radius: Vec<f64>,
     /// The order, for lattice methods.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub order: Option<OrderSummary>,
     /// Wall-clock time of scoring and choosing, of fine-tuning and of evaluation.
     pub seconds: f64,
     /// Why the method could not be carried out (a degenerate order); loss and accuracy are absent then.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
 }
 

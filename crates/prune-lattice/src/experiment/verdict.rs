@@ -201,10 +201,9 @@ pub fn verdict(rows: &[Row]) -> Vec<String> {
 /// Tasks on which the network without recurrent weights is nearly as good: they say nothing about recurrent pruning.
 fn weak_tasks(rows: &[Row]) -> Vec<String> {
     let mut by_task: BTreeMap<(&str, String), Vec<(f64, f64)>> = BTreeMap::new();
-    for row in rows
-        .iter()
-        .filter(|r| r.method == Method::ZeroWhh && r.stage == Stage::FromScratch && r.bits.is_none())
-    {
+    for row in rows.iter().filter(|r| {
+        r.method == Method::ZeroWhh && r.stage == Stage::FromScratch && r.bits.is_none()
+    }) {
         if let (Some(accuracy), Some(dense)) = (row.accuracy, row.accuracy_dense) {
             by_task
                 .entry((&row.task, row.cell.to_string()))
