@@ -1,0 +1,213 @@
+//! Experiments: cells x methods x sparsities x seeds on tasks, and the same on a trained checkpoint, as plain rows.
+//!
+//! One network per task, cell and seed is trained on the training split with early stopping on the validation split; every
+//! method prunes that same network; each pruned network is evaluated at once and again after fine-tuning under its mask, on
+//! the test split, which decides nothing. Rows come in a fixed order and do not depend on the number of threads.
+
+mod run;
+mod speed;
+mod verdict;
+
+pub use run::{run, run_model};
+pub use speed::{SpeedRow, measure_speed};
+pub use verdict::{Comparison, Outcome, compare, verdict};
+
+use crate::{
+    cell::Cell,
+    mask::MaskRule,
+    prune::{Compete, LatticeConfig, Method, PruneConfig, Scope, Sparsity},
+    rnn::{Epoch, TrainConfig},
+    tasks::{Sizes, Task},
+};
+use serde::{Deserialize, Serialize};
+
+/// What to run. `None` leaves the choice to the task's defaults.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ExperimentConfig {
+    /// Tasks.
+    pub tasks: Vec<Task>,
+    /// Cells.
+    pub cells: Vec<Cell>,
+    /// Methods; `zero-whh`, `random` and `threshold` are always run besides.
+    pub methods: Vec<Method>,
+    /// Shares of the weights in scope to remove.
+    pub sparsities: Vec<f64>,
+    /// Seeds: of the data, the initial weights, the order of the examples and whatever a method draws.
+    pub seeds: Vec<u64>,
+    /// Passes of fine-tuning under the mask; 0 leaves only the one-shot rows.
+    pub finetune_epochs: usize,
+    /// Adam's rate in fine-tuning, as a share of the rate in training.
+    pub finetune_rate: f32,
+    /// Which matrices are pruned.
+    pub scope: Scope,
+    /// How scores of neurons decide over connections.
+    pub rule: MaskRule,
+    /// Within what weights compete for magnitude pruning.
+    pub compete: Compete,
+    /// How neurons are scored by order.
+    pub lattice: LatticeConfig,
+    /// Hidden sizes.
+    pub hidden: Option<Vec<usize>>,
+    /// Sizes of the splits.
+    pub sizes: Option<Sizes>,
+    /// Training.
+    pub training: Option<TrainConfig>,
+}
+
+/// Controls without which no row of a lattice method means anything.
+pub const CONTROLS: [Method; 3] = [Method::ZeroWhh, Method::Random, Method::Threshold];
+
+impl Default for ExperimentConfig {
+    /// The default suite: Reber strings, row digits and counting modulo 3 with LSTMs, all methods at 50, 75 and 90 %, three
+    /// seeds.
+    fn default() -> Self {
+        let base = PruneConfig::new(Method::LatticeContext, 0.5);
+        Self {
+            tasks: vec![Task::Reber, Task::RowDigits, Task::Mod(3)],
+            cells: vec![Cell::Lstm],
+            methods: Method::ALL.to_vec(),
+            sparsities: vec![0.5, 0.75, 0.9],
+            seeds: vec![0, 1, 2],
+            finetune_epochs: 1,
+            finetune_rate: 1.0,
+            scope: base.scope,
+            rule: base.rule,
+            compete: base.compete,
+            lattice: base.lattice,
+            hidden: None,
+            sizes: None,
+            training: None,
+        }
+    }
+}
+
+impl ExperimentConfig {
+    /// The methods with the controls, each once, in the order of [`Method::ALL`].
+    pub fn all_methods(&self) -> Vec<Method> {
+        let wanted = |m: &Method| self.methods.contains(m) || CONTROLS.contains(m);
+        Method::ALL.into_iter().filter(wanted).collect()
+    }
+
+    pub(crate) fn prune_config(&self, method: Method, sparsity: f64, seed: u64) -> PruneConfig {
+        PruneConfig {
+            scope: self.scope,
+            rule: self.rule,
+            compete: self.compete,
+            lattice: self.lattice.clone(),
+            seed,
+            ..PruneConfig::new(method, sparsity)
+        }
+    }
+}
+
+/// When a row's numbers were taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Stage {
+    /// Right after pruning.
+    OneShot,
+    /// After fine-tuning under the mask.
+    FineTuned,
+    /// Trained from fresh weights under the mask, with the full training budget (`zero-whh` only: what the task needs of
+    /// recurrent weights at all).
+    FromScratch,
+}
+
+/// What the order looked like over the cuts of a lattice method.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct OrderSummary {
+    /// Cuts tried.
+    pub cuts: usize,
+    /// Cuts whose order was degenerate and did not count.
+    pub degenerate_cuts: usize,
+    /// Smallest and largest number of classes.
+    pub classes: (usize, usize),
+    /// Smallest and largest size of the largest class.
+    pub largest_class: (usize, usize),
+    /// Smallest and largest number of irreducible neurons.
+    pub irreducible: (usize, usize),
+}
+
+/// One measurement. A field that was not measured is absent.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Row {
+    /// `lattice`
+    pub suite: String,
+    /// Task, or name of the checkpoint.
+    pub task: String,
+    /// Cell.
+    pub cell: Cell,
+    /// Hidden sizes.
+    pub hidden: Vec<usize>,
+    /// Method.
+    pub method: Method,
+    /// Sparsity asked for.
+    pub sparsity: f64,
+    /// Sparsity reached, over three denominators.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reached: Option<Sparsity>,
+    /// Seed.
+    pub seed: u64,
+    /// One-shot, fine-tuned or trained from scratch.
+    pub stage: Stage,
+    /// Passes of fine-tuning behind the numbers.
+    pub finetune_epochs: usize,
+    /// Mean cross-entropy in nats, or squared error, on the test split.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub loss: Option<f64>,
+    /// Of the unpruned network.
+    pub loss_dense: f64,
+    /// Cross-entropy in bits per character, for texts.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bits: Option<f64>,
+    /// Of the unpruned network.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bits_dense: Option<f64>,
+    /// Share of right answers on the test split; absent for regression.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub accuracy: Option<f64>,
+    /// Of the unpruned network.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub accuracy_dense: Option<f64>,
+    /// Weights that are not masked.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub params: Option<usize>,
+    /// Of the unpruned network.
+    pub params_dense: usize,
+    /// Neurons without recurrent connections.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub dead: Option<usize>,
+    /// Spectral radius of the influence matrices after pruning, layer by layer.
+    pub spectral_radius: Vec<f64>,
+    /// The order, for lattice methods.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub order: Option<OrderSummary>,
+    /// Wall-clock time of scoring and choosing, of fine-tuning and of evaluation.
+    pub seconds: f64,
+    /// Why the method could not be carried out (a degenerate order); loss and accuracy are absent then.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
+}
+
+/// What happens while an experiment runs.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Progress {
+    /// An epoch of training a dense network.
+    Epoch {
+        /// Task.
+        task: String,
+        /// Cell.
+        cell: Cell,
+        /// Seed.
+        seed: u64,
+        /// The epoch.
+        epoch: Epoch,
+    },
+    /// A pruned network is done.
+    Pruned {
+        /// Pruned networks done so far.
+        done: usize,
+        /// Pruned networks in all.
+        total: usize,
+    },
+}

@@ -1,0 +1,310 @@
+//! The driver.
+
+use super::{ExperimentConfig, OrderSummary, Progress, Row, Stage};
+use crate::{
+    data::{Dataset, Examples},
+    error::{Error, Result},
+    mask::MaskSet,
+    order::CutReport,
+    prune::{Method, PruneReport, prune},
+    rnn::{Evaluation, Rnn, RnnConfig, TrainConfig, evaluate, train},
+};
+use rayon::prelude::*;
+use std::{
+    sync::atomic::{AtomicUsize, Ordering},
+    time::Instant,
+};
+
+/// Trains a dense network for every task, cell and seed, prunes it by every method at every sparsity, and evaluates it.
+///
+/// # Errors
+/// Settings or files that cannot be used, or a diverging run. A degenerate order is no error here: its rows say so.
+pub fn run(config: &ExperimentConfig, progress: &(dyn Fn(Progress) + Sync)) -> Result<Vec<Row>> {
+    let mut networks = Vec::new();
+    for task in &config.tasks {
+        for &cell in &config.cells {
+            for &seed in &config.seeds {
+                networks.push((task, cell, seed));
+            }
+        }
+    }
+    let counter = Counter {
+        done: AtomicUsize::new(0),
+        total: networks.len() * jobs(config).len(),
+    };
+    let rows: Vec<Vec<Row>> = networks
+        .into_par_iter()
+        .map(|(task, cell, seed)| {
+            let data = task.generate(config.sizes.unwrap_or(task.default_sizes()), seed)?;
+            let training = TrainConfig {
+                seed,
+                ..config.training.clone().unwrap_or(task.default_training())
+            };
+            let hidden = config.hidden.clone().unwrap_or(task.default_hidden(cell));
+            let mut rnn = Rnn::new(
+                RnnConfig {
+                    cell,
+                    input: data.input,
+                    hidden,
+                    outputs: data.outputs,
+                },
+                seed,
+            )?;
+            let name = task.to_string();
+            train(&mut rnn, &data, &training, &MaskSet::default(), &|epoch| {
+                progress(Progress::Epoch {
+                    task: name.clone(),
+                    cell,
+                    seed,
+                    epoch: epoch.clone(),
+                });
+            })?;
+            let session = Session {
+                config,
+                training: &training,
+                counter: &counter,
+                progress,
+            };
+            let dense = Dense {
+                name: &name,
+                rnn: &rnn,
+                data: &data,
+                test: evaluate(&rnn, &data.test)?,
+            };
+            let mut rows = dense.prune_all(&session, seed)?;
+            rows.push(dense.without_recurrence(&session, seed)?);
+            Ok(rows)
+        })
+        .collect::<Result<_>>()?;
+    Ok(rows.into_iter().flatten().collect())
+}
+
+/// Prunes a trained network by every method at every sparsity, with `training` as the base of the fine-tuning. The seeds of
+/// the configuration are those of the methods; tasks, cells and sizes are not used.
+///
+/// # Errors
+/// As [`run`]; examples that do not fit the network.
+pub fn run_model(
+    name: &str,
+    rnn: &Rnn,
+    data: &Dataset,
+    config: &ExperimentConfig,
+    training: &TrainConfig,
+    progress: &(dyn Fn(Progress) + Sync),
+) -> Result<Vec<Row>> {
+    let counter = Counter {
+        done: AtomicUsize::new(0),
+        total: config.seeds.len() * jobs(config).len(),
+    };
+    let session = Session {
+        config,
+        training,
+        counter: &counter,
+        progress,
+    };
+    let dense = Dense {
+        name,
+        rnn,
+        data,
+        test: evaluate(rnn, &data.test)?,
+    };
+    let rows: Vec<Vec<Row>> = config
+        .seeds
+        .iter()
+        .map(|&seed| dense.prune_all(&session, seed))
+        .collect::<Result<_>>()?;
+    Ok(rows.into_iter().flatten().collect())
+}
+
+struct Counter {
+    done: AtomicUsize,
+    total: usize,
+}
+
+/// Methods and sparsities; `dense` and `zero-whh` know no sparsity and run once.
+fn jobs(config: &ExperimentConfig) -> Vec<(Method, f64)> {
+    let sparsities = |m: Method| match m {
+        Method::Dense | Method::ZeroWhh => vec![0.0],
+        _ => config.sparsities.clone(),
+    };
+    config
+        .all_methods()
+        .into_iter()
+        .flat_map(|m| sparsities(m).into_iter().map(move |s| (m, s)))
+        .collect()
+}
+
+struct Dense<'a> {
+    name: &'a str,
+    rnn: &'a Rnn,
+    data: &'a Dataset,
+    test: Evaluation,
+}
+
+/// What all pruned networks of a run share.
+struct Session<'a> {
+    config: &'a ExperimentConfig,
+    training: &'a TrainConfig,
+    counter: &'a Counter,
+    progress: &'a (dyn Fn(Progress) + Sync),
+}
+
+impl Dense<'_> {
+    fn prune_all(&self, session: &Session<'_>, seed: u64) -> Result<Vec<Row>> {
+        let rows: Vec<Vec<Row>> = jobs(session.config)
+            .into_par_iter()
+            .map(|(method, sparsity)| {
+                let rows = self.prune_one(method, sparsity, session, seed)?;
+                let done = session.counter.done.fetch_add(1, Ordering::Relaxed) + 1;
+                (session.progress)(Progress::Pruned {
+                    done,
+                    total: session.counter.total,
+                });
+                Ok(rows)
+            })
+            .collect::<Result<_>>()?;
+        Ok(rows.into_iter().flatten().collect())
+    }
+
+    fn prune_one(
+        &self,
+        method: Method,
+        sparsity: f64,
+        session: &Session<'_>,
+        seed: u64,
+    ) -> Result<Vec<Row>> {
+        let Session {
+            config, training, ..
+        } = session;
+        let start = Instant::now();
+        let (masks, report) = match prune(self.rnn, &config.prune_config(method, sparsity, seed)) {
+            Ok(done) => done,
+            Err(e @ Error::DegenerateOrder { .. }) => {
+                return Ok(vec![self.refused(method, sparsity, seed, &e)]);
+            }
+            Err(e) => return Err(e),
+        };
+        let mut rnn = self.rnn.clone();
+        masks.apply(rnn.params_mut())?;
+        let test = evaluate(&rnn, &self.data.test)?;
+        let mut rows = vec![self.row(&report, &masks, Stage::OneShot, 0, test, start)];
+        if config.finetune_epochs > 0 {
+            let start = Instant::now();
+            let tuning = TrainConfig {
+                epochs: config.finetune_epochs,
+                learning_rate: training.learning_rate * config.finetune_rate,
+                patience: None,
+                target_loss: None,
+                seed: seed.wrapping_add(1),
+                ..(*training).clone()
+            };
+            train(&mut rnn, self.data, &tuning, &masks, &|_| {})?;
+            let test = evaluate(&rnn, &self.data.test)?;
+            rows.push(self.row(
+                &report,
+                &masks,
+                Stage::FineTuned,
+                tuning.epochs,
+                test,
+                start,
+            ));
+        }
+        Ok(rows)
+    }
+
+    /// A fresh network trained without any recurrent weight.
+    fn without_recurrence(&self, session: &Session<'_>, seed: u64) -> Result<Row> {
+        let start = Instant::now();
+        let mut rnn = Rnn::new(self.rnn.config().clone(), seed)?;
+        let (masks, report) = prune(
+            &rnn,
+            &session.config.prune_config(Method::ZeroWhh, 0.0, seed),
+        )?;
+        train(&mut rnn, self.data, session.training, &masks, &|_| {})?;
+        let test = evaluate(&rnn, &self.data.test)?;
+        Ok(self.row(&report, &masks, Stage::FromScratch, 0, test, start))
+    }
+
+    fn bits(&self, evaluation: &Evaluation) -> Option<f64> {
+        matches!(self.data.test, Examples::Text(_)).then(|| evaluation.bits())
+    }
+
+    fn row(
+        &self,
+        report: &PruneReport,
+        masks: &MaskSet,
+        stage: Stage,
+        finetune_epochs: usize,
+        test: Evaluation,
+        start: Instant,
+    ) -> Row {
+        Row {
+            reached: Some(report.sparsity),
+            finetune_epochs,
+            loss: Some(test.loss),
+            bits: self.bits(&test),
+            accuracy: test.accuracy,
+            params: Some(self.rnn.params().count() - masks.pruned()),
+            dead: Some(report.layers.iter().map(|l| l.dead).sum()),
+            spectral_radius: report.layers.iter().map(|l| l.spectral_radius).collect(),
+            order: summary(&report.cuts),
+            seconds: start.elapsed().as_secs_f64(),
+            ..self.empty(
+                report.config.method,
+                report.config.sparsity,
+                report.config.seed,
+                stage,
+            )
+        }
+    }
+
+    /// A row without results.
+    fn empty(&self, method: Method, sparsity: f64, seed: u64, stage: Stage) -> Row {
+        let shape = self.rnn.config();
+        Row {
+            suite: "lattice".into(),
+            task: self.name.into(),
+            cell: shape.cell,
+            hidden: shape.hidden.clone(),
+            method,
+            sparsity,
+            reached: None,
+            seed,
+            stage,
+            finetune_epochs: 0,
+            loss: None,
+            loss_dense: self.test.loss,
+            bits: None,
+            bits_dense: self.bits(&self.test),
+            accuracy: None,
+            accuracy_dense: self.test.accuracy,
+            params: None,
+            params_dense: self.rnn.params().count(),
+            dead: None,
+            spectral_radius: Vec::new(),
+            order: None,
+            seconds: 0.0,
+            error: None,
+        }
+    }
+
+    fn refused(&self, method: Method, sparsity: f64, seed: u64, error: &Error) -> Row {
+        Row {
+            error: Some(error.to_string()),
+            ..self.empty(method, sparsity, seed, Stage::OneShot)
+        }
+    }
+}
+
+fn summary(cuts: &[CutReport]) -> Option<OrderSummary> {
+    let range = |of: fn(&CutReport) -> usize| {
+        Some((cuts.iter().map(of).min()?, cuts.iter().map(of).max()?))
+    };
+    Some(OrderSummary {
+        cuts: cuts.len(),
+        degenerate_cuts: cuts.iter().filter(|c| c.order.degenerate).count(),
+        classes: range(|c| c.order.classes)?,
+        largest_class: range(|c| c.order.largest_class)?,
+        irreducible: range(|c| c.order.irreducible_neurons)?,
+    })
+}

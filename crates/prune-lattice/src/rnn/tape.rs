@@ -1,0 +1,584 @@
+//! The network on flat buffers: forward with a tape, explicit backward pass through time.
+//!
+//! Time-major buffers `[steps, batch, width]`. Input products of all steps are one matrix product; a step costs one product
+//! with `W_hh` forward and one backward; weight gradients are one product over all steps.
+
+use super::{
+    activation::{sigmoid, tanh, tanh_into, tanh_of},
+    gemm::{Store, View, gemm},
+    model::{InputKind, LayerRef, Rnn},
+    packed::{Packed, PackedLayer},
+};
+use crate::{
+    cell::Cell,
+    error::{Error, Result, check_finite},
+    params::ParamSet,
+};
+
+/// Input of all steps, time-major.
+#[derive(Debug, Clone, Copy)]
+pub enum Input<'a> {
+    /// `[steps * batch]`
+    Symbols(&'a [u32]),
+    /// `[steps * batch * dim]`
+    Vectors(&'a [f32]),
+}
+
+/// Hidden (and LSTM cell) states of all layers, each `[batch, H]`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct State {
+    batch: usize,
+    pub(crate) h: Vec<Vec<f32>>,
+    pub(crate) c: Vec<Vec<f32>>,
+}
+
+impl State {
+    /// All zero.
+    pub fn zeros(rnn: &Rnn, batch: usize) -> Self {
+        let zeros: Vec<Vec<f32>> = rnn
+            .config()
+            .hidden
+            .iter()
+            .map(|h| vec![0.0; h * batch])
+            .collect();
+        let c = if rnn.config().cell == Cell::Lstm {
+            zeros.clone()
+        } else {
+            Vec::new()
+        };
+        Self { batch, h: zeros, c }
+    }
+
+    /// Number of sequences.
+    pub fn batch(&self) -> usize {
+        self.batch
+    }
+
+    /// Hidden state of a layer, `[batch, H]`.
+    pub fn hidden(&self, layer: usize) -> &[f32] {
+        &self.h[layer]
+    }
+}
+
+/// What one layer leaves behind for its backward pass.
+#[derive(Debug, Clone, Default)]
+struct LayerTape {
+    /// Activated gates `[T, B, gH]`; the backward pass turns them into gradients of the pre-activations.
+    gates: Vec<f32>,
+    /// States `[T + 1, B, H]`, the first being the initial one.
+    h: Vec<f32>,
+    /// Cell states `[T + 1, B, H]` (LSTM).
+    c: Vec<f32>,
+    /// tanh of the cell states (LSTM), or the recurrent part of the candidate (GRU), `[T, B, H]`.
+    aux: Vec<f32>,
+}
+
+/// Buffers of a forward and backward pass, reused from batch to batch.
+#[derive(Debug, Clone, Default)]
+pub struct Tape {
+    steps: usize,
+    batch: usize,
+    layers: Vec<LayerTape>,
+    embedded: Vec<f32>,
+    packed: Packed,
+    /// Gradient of `W_ih` transposed, for one-hot inputs.
+    table: Vec<f32>,
+    d_out: Vec<f32>,
+    d_below: Vec<f32>,
+    d_state: Vec<f32>,
+    d_cell: Vec<f32>,
+    scratch: Vec<f32>,
+}
+
+impl Tape {
+    /// An empty tape.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// States of the top layer after each step, `[steps, batch, H]`, from the last forward pass.
+    pub fn top(&self) -> &[f32] {
+        match self.layers.last() {
+            Some(top) => &top.h[top.h.len() / (self.steps + 1)..],
+            None => &[],
+        }
+    }
+
+    /// Runs all layers over `steps` steps from `state`, which becomes the state after the last one.
+    ///
+    /// # Errors
+    /// The input's length is not `steps * batch` (times the width), a symbol is outside the alphabet, a value is not finite.
+    pub fn forward(
+        &mut self,
+        rnn: &Rnn,
+        input: Input<'_>,
+        steps: usize,
+        state: &mut State,
+    ) -> Result<()> {
+        let mut packed = std::mem::take(&mut self.packed);
+        packed.fill(rnn, None);
+        let done = self.forward_packed(rnn, &packed, input, steps, state);
+        self.packed = packed;
+        done
+    }
+
+    /// The same with the weights already laid out.
+    pub(super) fn forward_packed(
+        &mut self,
+        rnn: &Rnn,
+        packed: &Packed,
+        input: Input<'_>,
+        steps: usize,
+        state: &mut State,
+    ) -> Result<()> {
+        let batch = state.batch;
+        check_input(rnn, input, steps * batch)?;
+        (self.steps, self.batch) = (steps, batch);
+        self.layers
+            .resize_with(rnn.config().hidden.len(), LayerTape::default);
+        for l in 0..self.layers.len() {
+            let layer = rnn.layer(l);
+            let (below, rest) = self.layers.split_at_mut(l);
+            let tape = &mut rest[0];
+            let weights = &packed.layers[l];
+            let positions = steps * batch;
+            match (below.last(), input, rnn.config().input) {
+                (Some(b), ..) => weights.dense_input(
+                    layer,
+                    &b.h[batch * layer.width..],
+                    positions,
+                    &mut tape.gates,
+                ),
+                (None, Input::Vectors(x), _) => {
+                    weights.dense_input(layer, x, positions, &mut tape.gates)
+                }
+                (None, Input::Symbols(s), InputKind::Embedding { dim, .. }) => {
+                    let table = rnn.params().slot(0);
+                    self.embedded.clear();
+                    self.embedded.extend(
+                        s.iter()
+                            .flat_map(|&s| &table[s as usize * dim..(s as usize + 1) * dim]),
+                    );
+                    weights.dense_input(layer, &self.embedded, positions, &mut tape.gates);
+                }
+                (None, Input::Symbols(s), _) => weights.one_hot_input(layer, s, &mut tape.gates),
+            }
+            tape.start(&state.h[l], state.c.get(l).map(Vec::as_slice), steps);
+            for t in 0..steps {
+                tape.step(
+                    rnn.config().cell,
+                    layer,
+                    weights,
+                    t,
+                    batch,
+                    &mut self.scratch,
+                );
+            }
+            let (size, end) = (batch * layer.hidden, steps * batch * layer.hidden);
+            state.h[l].copy_from_slice(&tape.h[end..end + size]);
+            if let Some(c) = state.c.get_mut(l) {
+                c.copy_from_slice(&tape.c[end..end + size]);
+            }
+        }
+        Ok(())
+    }
+
+    /// Read-out of rows of top states of the last forward pass, with the weights it had: `rows` are indices
+    /// `step * batch + sequence`; `None` takes all. `[rows, outputs]`.
+    pub fn read_out(&self, rnn: &Rnn, rows: Option<&[usize]>, logits: &mut Vec<f32>) {
+        self.read_out_packed(rnn, &self.packed, rows, logits);
+    }
+
+    pub(super) fn read_out_packed(
+        &self,
+        rnn: &Rnn,
+        packed: &Packed,
+        rows: Option<&[usize]>,
+        logits: &mut Vec<f32>,
+    ) {
+        match rows {
+            None => packed.read_out(rnn, self.top(), self.steps * self.batch, logits),
+            Some(rows) => packed.read_out(rnn, &self.gather_top(rnn, rows), rows.len(), logits),
+        }
+    }
+
+    fn gather_top(&self, rnn: &Rnn, rows: &[usize]) -> Vec<f32> {
+        let h = rnn.config().hidden[rnn.config().hidden.len() - 1];
+        rows.iter()
+            .flat_map(|&r| &self.top()[r * h..(r + 1) * h])
+            .copied()
+            .collect()
+    }
+
+    /// Backward pass from the gradient of the read-out `[rows, outputs]`, adding to `gradients`.
+    pub(crate) fn backward(
+        &mut self,
+        rnn: &Rnn,
+        input: Input<'_>,
+        rows: Option<&[usize]>,
+        d_logits: &[f32],
+        gradients: &mut ParamSet,
+    ) {
+        let config = rnn.config();
+        let cell = config.cell;
+        let (steps, batch) = (self.steps, self.batch);
+        let positions = steps * batch;
+        let mut h = config.hidden[config.hidden.len() - 1];
+        let out = config.output_slot();
+        let count = rows.map_or(positions, <[usize]>::len);
+        // Read-out.
+        let gathered = rows.map(|rows| self.gather_top(rnn, rows));
+        let top = gathered.as_deref().unwrap_or(self.top());
+        let d = View::new(d_logits, count, config.outputs);
+        gemm(
+            gradients.slot_mut(out),
+            h,
+            Store::Add,
+            d.t(),
+            View::new(top, count, h),
+        );
+        add_rows(gradients.slot_mut(out + 1), d_logits);
+        let w_out = View::new(rnn.params().slot(out), config.outputs, h);
+        self.d_out.clear();
+        self.d_out.resize(positions * h, 0.0);
+        match rows {
+            None => gemm(&mut self.d_out, h, Store::Replace, d, w_out),
+            Some(rows) => {
+                let mut picked = vec![0.0; count * h];
+                gemm(&mut picked, h, Store::Replace, d, w_out);
+                for (&r, p) in rows.iter().zip(picked.chunks_exact(h)) {
+                    self.d_out[r * h..(r + 1) * h]
+                        .iter_mut()
+                        .zip(p)
+                        .for_each(|(d, p)| *d += p);
+                }
+            }
+        }
+        for l in (0..self.layers.len()).rev() {
+            let layer = rnn.layer(l);
+            h = layer.hidden;
+            let gh = cell.gates() * h;
+            let slot = config.layer_slot(l);
+            let (below, rest) = self.layers.split_at_mut(l);
+            let tape = &mut rest[0];
+            self.d_state.clear();
+            self.d_state.resize(batch * h, 0.0);
+            self.d_cell.clear();
+            self.d_cell.resize(batch * h, 0.0);
+            for t in (0..steps).rev() {
+                let range = t * batch * h..(t + 1) * batch * h;
+                self.d_state
+                    .iter_mut()
+                    .zip(&self.d_out[range])
+                    .for_each(|(s, d)| *s += d);
+                tape.step_back(cell, layer, t, batch, &mut self.d_state, &mut self.d_cell);
+            }
+            let d = View::new(&tape.gates, positions, gh);
+            let before = View::new(&tape.h, positions, h);
+            if cell == Cell::Gru {
+                let rz = View::strided(&tape.gates, positions, 2 * h, gh);
+                let candidate = View::new(&tape.aux, positions, h);
+                let (g_rz, g_n) = gradients.slot_mut(slot + 1).split_at_mut(2 * h * h);
+                gemm(g_rz, h, Store::Add, rz.t(), before);
+                gemm(g_n, h, Store::Add, candidate.t(), before);
+                add_rows(gradients.slot_mut(slot + 3), &tape.aux);
+            } else {
+                gemm(gradients.slot_mut(slot + 1), h, Store::Add, d.t(), before);
+            }
+            add_rows(gradients.slot_mut(slot + 2), &tape.gates);
+            let width = layer.width;
+            let w_ih = View::new(layer.w_ih, gh, width);
+            let g_ih = gradients.slot_mut(slot);
+            match (below.last(), input) {
+                (Some(b), _) => {
+                    let x = View::new(&b.h[batch * width..], positions, width);
+                    gemm(g_ih, width, Store::Add, d.t(), x);
+                    self.d_below.resize(positions * width, 0.0);
+                    gemm(&mut self.d_below, width, Store::Replace, d, w_ih);
+                    std::mem::swap(&mut self.d_out, &mut self.d_below);
+                    self.d_out.truncate(positions * width);
+                }
+                (None, Input::Vectors(x)) => gemm(
+                    g_ih,
+                    width,
+                    Store::Add,
+                    d.t(),
+                    View::new(x, positions, width),
+                ),
+                (None, Input::Symbols(s)) => match config.input {
+                    InputKind::Embedding { dim, .. } => {
+                        gemm(
+                            g_ih,
+                            width,
+                            Store::Add,
+                            d.t(),
+                            View::new(&self.embedded, positions, dim),
+                        );
+                        self.d_below.resize(positions * dim, 0.0);
+                        gemm(&mut self.d_below, dim, Store::Replace, d, w_ih);
+                        let g = gradients.slot_mut(0);
+                        for (&s, row) in s.iter().zip(self.d_below.chunks_exact(dim)) {
+                            let at = s as usize * dim;
+                            g[at..at + dim]
+                                .iter_mut()
+                                .zip(row)
+                                .for_each(|(g, r)| *g += r);
+                        }
+                    }
+                    _ => {
+                        self.table.clear();
+                        self.table.resize(width * gh, 0.0);
+                        for (&s, row) in s.iter().zip(tape.gates.chunks_exact(gh)) {
+                            let at = s as usize * gh;
+                            self.table[at..at + gh]
+                                .iter_mut()
+                                .zip(row)
+                                .for_each(|(g, r)| *g += r);
+                        }
+                        for (i, row) in g_ih.chunks_exact_mut(width).enumerate() {
+                            row.iter_mut()
+                                .enumerate()
+                                .for_each(|(s, g)| *g += self.table[s * gh + i]);
+                        }
+                    }
+                },
+            }
+        }
+    }
+}
+
+fn check_input(rnn: &Rnn, input: Input<'_>, positions: usize) -> Result<()> {
+    let kind = rnn.config().input;
+    let wrong = |expected: String, found: usize| Error::Shape {
+        tensor: "input".into(),
+        expected,
+        found: vec![found],
+    };
+    match (input, kind.vocab()) {
+        (Input::Symbols(s), Some(vocab)) => {
+            if s.len() != positions {
+                return Err(wrong(format!("[{positions}]"), s.len()));
+            }
+            match s.iter().position(|&s| s as usize >= vocab) {
+                None => Ok(()),
+                Some(at) => Err(Error::Setting {
+                    setting: "input",
+                    reason: format!("symbol {} at {at}, alphabet of {vocab}", s[at]),
+                }),
+            }
+        }
+        (Input::Vectors(x), None) => {
+            if x.len() != positions * kind.width() {
+                return Err(wrong(format!("[{positions} * {}]", kind.width()), x.len()));
+            }
+            check_finite("input", x)
+        }
+        _ => Err(Error::Setting {
+            setting: "input",
+            reason: format!("the network reads {kind:?}"),
+        }),
+    }
+}
+
+/// `sum += ` the sum of the rows of `data`.
+fn add_rows(sum: &mut [f32], data: &[f32]) {
+    for row in data.chunks_exact(sum.len()) {
+        sum.iter_mut().zip(row).for_each(|(s, v)| *s += v);
+    }
+}
+
+impl LayerTape {
+    fn start(&mut self, h: &[f32], c: Option<&[f32]>, steps: usize) {
+        self.h.resize((steps + 1) * h.len(), 0.0);
+        self.h[..h.len()].copy_from_slice(h);
+        self.aux.resize(steps * h.len(), 0.0);
+        if let Some(c) = c {
+            self.c.resize((steps + 1) * c.len(), 0.0);
+            self.c[..c.len()].copy_from_slice(c);
+        }
+    }
+
+    fn step(
+        &mut self,
+        cell: Cell,
+        layer: LayerRef<'_>,
+        weights: &PackedLayer,
+        t: usize,
+        batch: usize,
+        scratch: &mut Vec<f32>,
+    ) {
+        let h = layer.hidden;
+        let gh = cell.gates() * h;
+        let size = batch * h;
+        let gates = &mut self.gates[t * batch * gh..(t + 1) * batch * gh];
+        let (before, after) = self.h[t * size..(t + 2) * size].split_at_mut(size);
+        let aux = &mut self.aux[t * size..(t + 1) * size];
+        if let Some(bias) = layer.candidate_bias {
+            aux.chunks_exact_mut(h)
+                .for_each(|row| row.copy_from_slice(bias));
+        }
+        weights.recurrent(cell, h, before, gates, aux, scratch);
+        let c = if cell == Cell::Lstm {
+            &mut self.c[t * size..(t + 2) * size]
+        } else {
+            &mut [][..]
+        };
+        activate(cell, h, gates, before, after, aux, c);
+    }
+
+    /// `d_state` comes in as the gradient of this step's state and leaves as that of the one before.
+    fn step_back(
+        &mut self,
+        cell: Cell,
+        layer: LayerRef<'_>,
+        t: usize,
+        batch: usize,
+        d_state: &mut [f32],
+        d_cell: &mut [f32],
+    ) {
+        let h = layer.hidden;
+        let gh = cell.gates() * h;
+        let size = batch * h;
+        let gates = &mut self.gates[t * batch * gh..(t + 1) * batch * gh];
+        let (before, after) = self.h[t * size..(t + 2) * size].split_at(size);
+        let aux = &mut self.aux[t * size..(t + 1) * size];
+        let rows = d_state.chunks_exact_mut(h).zip(gates.chunks_exact_mut(gh));
+        match cell {
+            Cell::Tanh | Cell::Relu => {
+                for ((ds, g), a) in rows.zip(after.chunks_exact(h)) {
+                    for ((g, d), a) in g.iter_mut().zip(ds).zip(a) {
+                        *g = match cell {
+                            Cell::Tanh => *d * (1.0 - a * a),
+                            _ if *a > 0.0 => *d,
+                            _ => 0.0,
+                        };
+                    }
+                }
+            }
+            Cell::Lstm => {
+                let c_before = &self.c[t * size..(t + 1) * size];
+                let cells = d_cell
+                    .chunks_exact_mut(h)
+                    .zip(c_before.chunks_exact(h))
+                    .zip(aux.chunks_exact(h));
+                for ((ds, g), ((dc, cb), tc)) in rows.zip(cells) {
+                    let (i, g) = g.split_at_mut(h);
+                    let (f, g) = g.split_at_mut(h);
+                    let (g, o) = g.split_at_mut(h);
+                    let (ds, dc, cb, tc) = (&ds[..h], &mut dc[..h], &cb[..h], &tc[..h]);
+                    for k in 0..h {
+                        let (iv, fv, gv, ov) = (i[k], f[k], g[k], o[k]);
+                        let d = dc[k] + ds[k] * ov * (1.0 - tc[k] * tc[k]);
+                        o[k] = ds[k] * tc[k] * ov * (1.0 - ov);
+                        i[k] = d * gv * iv * (1.0 - iv);
+                        f[k] = d * cb[k] * fv * (1.0 - fv);
+                        g[k] = d * iv * (1.0 - gv * gv);
+                        dc[k] = d * fv;
+                    }
+                }
+            }
+            Cell::Gru => {
+                for ((ds, g), (hb, a)) in
+                    rows.zip(before.chunks_exact(h).zip(aux.chunks_exact_mut(h)))
+                {
+                    let (r, g) = g.split_at_mut(h);
+                    let (z, n) = g.split_at_mut(h);
+                    for k in 0..h {
+                        let (rv, zv, nv, d) = (r[k], z[k], n[k], ds[k]);
+                        let dn = d * (1.0 - zv) * (1.0 - nv * nv);
+                        z[k] = d * (hb[k] - nv) * zv * (1.0 - zv);
+                        r[k] = dn * a[k] * rv * (1.0 - rv);
+                        n[k] = dn;
+                        a[k] = dn * rv;
+                        ds[k] = d * zv;
+                    }
+                }
+            }
+        }
+        let gates = &self.gates[t * batch * gh..(t + 1) * batch * gh];
+        if cell == Cell::Gru {
+            let (w_rz, w_n) = layer.w_hh.split_at(2 * h * h);
+            let aux = &self.aux[t * size..(t + 1) * size];
+            gemm(
+                d_state,
+                h,
+                Store::Add,
+                View::strided(gates, batch, 2 * h, gh),
+                View::new(w_rz, 2 * h, h),
+            );
+            gemm(
+                d_state,
+                h,
+                Store::Add,
+                View::new(aux, batch, h),
+                View::new(w_n, h, h),
+            );
+        } else {
+            gemm(
+                d_state,
+                h,
+                Store::Replace,
+                View::new(gates, batch, gh),
+                View::new(layer.w_hh, gh, h),
+            );
+        }
+    }
+}
+
+/// The pointwise part of a step: pre-activations in `gates` become activations, `after` the new state. For an LSTM `c` holds
+/// the cell state before and after and `aux` receives its tanh; for a GRU `aux` holds the recurrent part of the candidate.
+pub(super) fn activate(
+    cell: Cell,
+    h: usize,
+    gates: &mut [f32],
+    before: &[f32],
+    after: &mut [f32],
+    aux: &mut [f32],
+    c: &mut [f32],
+) {
+    let rows = gates.chunks_exact_mut(cell.gates() * h);
+    match cell {
+        Cell::Tanh => tanh_into(after, gates),
+        Cell::Relu => after
+            .iter_mut()
+            .zip(gates)
+            .for_each(|(a, g)| *a = g.max(0.0)),
+        Cell::Lstm => {
+            let (c_before, c_after) = c.split_at_mut(before.len());
+            let cells = c_before.chunks_exact(h).zip(c_after.chunks_exact_mut(h));
+            let states = after.chunks_exact_mut(h).zip(aux.chunks_exact_mut(h));
+            for ((g, (cb, ca)), (a, tc)) in rows.zip(cells).zip(states) {
+                let (ifg, o) = g.split_at_mut(3 * h);
+                let (i_f, g) = ifg.split_at_mut(2 * h);
+                sigmoid(i_f);
+                tanh(g);
+                sigmoid(o);
+                let (i, f) = i_f.split_at(h);
+                let (g, cb, ca) = (&g[..h], &cb[..h], &mut ca[..h]);
+                for k in 0..h {
+                    ca[k] = f[k] * cb[k] + i[k] * g[k];
+                }
+                tanh_into(tc, ca);
+                a.iter_mut()
+                    .zip(o.iter())
+                    .zip(tc.iter())
+                    .for_each(|((a, o), t)| *a = o * t);
+            }
+        }
+        Cell::Gru => {
+            let states = before
+                .chunks_exact(h)
+                .zip(after.chunks_exact_mut(h))
+                .zip(aux.chunks_exact(h));
+            for (g, ((b, a), u)) in rows.zip(states) {
+                let (rz, n) = g.split_at_mut(2 * h);
+                sigmoid(rz);
+                let (r, z) = rz.split_at(h);
+                for k in 0..h {
+                    n[k] = tanh_of(n[k] + r[k] * u[k]);
+                    a[k] = (1.0 - z[k]) * n[k] + z[k] * b[k];
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,15 @@
+//! One place for randomness: a stream of ChaCha8 per (seed, purpose), so that no draw depends on the order of the work.
+
+use rand::SeedableRng;
+use rand_chacha::ChaCha8Rng;
+
+/// The generator for one purpose under one seed.
+pub(crate) fn rng(seed: u64, purpose: &str) -> ChaCha8Rng {
+    // FNV-1a of the purpose selects the stream.
+    let stream = purpose.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |h, b| {
+        (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3)
+    });
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    rng.set_stream(stream);
+    rng
+}

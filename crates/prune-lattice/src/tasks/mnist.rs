@@ -1,0 +1,214 @@
+//! MNIST from plain IDX files, an image row a step.
+//!
+//! The folder holds `train*-images-idx3-ubyte` and `t10k-images-idx3-ubyte` with the label files of the same names
+//! (`labels-idx1`). Gzipped files must be decompressed first (`gunzip -k *.gz`).
+
+use super::Sizes;
+use crate::{
+    data::{Dataset, Examples, Inputs, Sequences, Targets},
+    error::{Error, Result},
+    rnn::InputKind,
+};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+const IMAGES: &str = "images-idx3-ubyte";
+const IMAGES_MAGIC: u32 = 0x803;
+const LABELS_MAGIC: u32 = 0x801;
+
+fn wrong(file: &Path, reason: impl Into<String>) -> Error {
+    Error::Data {
+        file: file.into(),
+        reason: reason.into(),
+    }
+}
+
+/// Sizes of the axes and the bytes of an IDX file.
+fn read_idx(file: &Path, magic: u32, axes: usize) -> Result<(Vec<usize>, Vec<u8>)> {
+    let mut bytes = fs::read(file).map_err(|source| Error::Io {
+        file: file.into(),
+        source,
+    })?;
+    let header = 4 + 4 * axes;
+    if bytes.len() < header {
+        return Err(wrong(
+            file,
+            format!("{} bytes are too few for an IDX header", bytes.len()),
+        ));
+    }
+    let words: Vec<u32> = bytes[..header]
+        .chunks_exact(4)
+        .map(|w| u32::from_be_bytes([w[0], w[1], w[2], w[3]]))
+        .collect();
+    if words[0] != magic {
+        return Err(wrong(
+            file,
+            format!("magic number {:#x}, expected {magic:#x}", words[0]),
+        ));
+    }
+    let dims: Vec<usize> = words[1..].iter().map(|&d| d as usize).collect();
+    let expected = dims.iter().try_fold(1usize, |n, &d| n.checked_mul(d));
+    if expected != Some(bytes.len() - header) {
+        return Err(wrong(
+            file,
+            format!("axes {dims:?} but {} bytes of data", bytes.len() - header),
+        ));
+    }
+    bytes.drain(..header);
+    Ok((dims, bytes))
+}
+
+/// The image file whose name starts so, the first in alphabetical order, and its label file.
+fn find(folder: &Path, prefix: &str) -> Result<(PathBuf, PathBuf)> {
+    let entries = fs::read_dir(folder).map_err(|source| Error::Io {
+        file: folder.into(),
+        source,
+    })?;
+    let mut names: Vec<String> = entries
+        .filter_map(|e| e.ok()?.file_name().into_string().ok())
+        .collect();
+    names.sort();
+    match names
+        .iter()
+        .find(|n| n.starts_with(prefix) && n.ends_with(IMAGES))
+    {
+        Some(name) => {
+            let labels = name.replace(IMAGES, "labels-idx1-ubyte");
+            Ok((folder.join(name), folder.join(labels)))
+        }
+        None => {
+            let zipped = names
+                .iter()
+                .any(|n| n.starts_with(prefix) && n.ends_with(".gz"));
+            let hint = if zipped {
+                "; decompress the .gz files first"
+            } else {
+                ""
+            };
+            Err(wrong(folder, format!("no file {prefix}*-{IMAGES}{hint}")))
+        }
+    }
+}
+
+/// Rows of the images `from..from + count`.
+fn examples(folder: &Path, prefix: &str, from: usize, count: usize) -> Result<(Examples, usize)> {
+    let (image_file, label_file) = find(folder, prefix)?;
+    let (dims, pixels) = read_idx(&image_file, IMAGES_MAGIC, 3)?;
+    let (label_dims, labels) = read_idx(&label_file, LABELS_MAGIC, 1)?;
+    let (rows, width) = (dims[1], dims[2]);
+    let end = from + count;
+    if rows == 0 || width == 0 || dims[0] < end || label_dims[0] < end {
+        return Err(wrong(
+            &image_file,
+            format!(
+                "{} images {rows}x{width} and {} labels, {end} asked for",
+                dims[0], label_dims[0]
+            ),
+        ));
+    }
+    if labels[from..end].iter().any(|&l| l > 9) {
+        return Err(wrong(&label_file, "a label is above 9"));
+    }
+    let size = rows * width;
+    let values = pixels[from * size..end * size]
+        .iter()
+        .map(|&p| f32::from(p) / 255.0)
+        .collect();
+    let classes = labels[from..end].iter().map(|&l| u32::from(l)).collect();
+    let sequences = Sequences::new(
+        Inputs::Vectors { dim: width, values },
+        &vec![rows; count],
+        Targets::Classes(classes),
+    )?;
+    Ok((Examples::Sequences(sequences), width))
+}
+
+pub(super) fn dataset(folder: &Path, sizes: Sizes) -> Result<Dataset> {
+    let (train, dim) = examples(folder, "train", 0, sizes.train)?;
+    let (valid, _) = examples(folder, "train", sizes.train, sizes.valid)?;
+    let (test, _) = examples(folder, "t10k", 0, sizes.test)?;
+    Ok(Dataset {
+        train,
+        valid,
+        test,
+        input: InputKind::Dense { dim },
+        outputs: 10,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn idx(magic: u32, dims: &[u32], data: &[u8]) -> Vec<u8> {
+        let words = std::iter::once(&magic).chain(dims);
+        words
+            .flat_map(|w| w.to_be_bytes())
+            .chain(data.iter().copied())
+            .collect()
+    }
+
+    #[test]
+    fn files_are_read_and_bad_ones_are_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let put = |name: &str, bytes: Vec<u8>| fs::write(dir.path().join(name), bytes).unwrap();
+        let sizes = Sizes {
+            train: 2,
+            valid: 1,
+            test: 1,
+        };
+        assert!(matches!(
+            dataset(dir.path(), sizes),
+            Err(Error::Data { .. })
+        ));
+        let pixels: Vec<u8> = (0..3 * 6).map(|p| p * 10).collect();
+        for prefix in ["train", "t10k"] {
+            put(
+                &format!("{prefix}-images-idx3-ubyte"),
+                idx(IMAGES_MAGIC, &[3, 2, 3], &pixels),
+            );
+            put(
+                &format!("{prefix}-labels-idx1-ubyte"),
+                idx(LABELS_MAGIC, &[3], &[4, 5, 6]),
+            );
+        }
+        let data = dataset(dir.path(), sizes).unwrap();
+        let Examples::Sequences(valid) = &data.valid else {
+            unreachable!()
+        };
+        assert_eq!(valid.targets(), &Targets::Classes(vec![6]));
+        let Inputs::Vectors { dim: 3, values } = valid.inputs() else {
+            unreachable!()
+        };
+        assert_eq!(values[0], 120.0 / 255.0);
+        assert!(matches!(
+            dataset(dir.path(), Sizes { train: 3, ..sizes }),
+            Err(Error::Data { .. })
+        ));
+        put(
+            "t10k-labels-idx1-ubyte",
+            idx(IMAGES_MAGIC, &[3], &[4, 5, 6]),
+        );
+        match dataset(dir.path(), sizes) {
+            Err(Error::Data { file, reason }) => {
+                assert!(file.ends_with("t10k-labels-idx1-ubyte") && reason.contains("0x803"));
+            }
+            other => panic!("{other:?}"),
+        }
+        put(
+            "t10k-labels-idx1-ubyte",
+            idx(LABELS_MAGIC, &[9], &[4, 5, 6]),
+        );
+        assert!(matches!(
+            dataset(dir.path(), sizes),
+            Err(Error::Data { .. })
+        ));
+        put("t10k-labels-idx1-ubyte", vec![0, 0]);
+        assert!(matches!(
+            dataset(dir.path(), sizes),
+            Err(Error::Data { .. })
+        ));
+    }
+}

@@ -1,0 +1,364 @@
+//! Tasks and the experiment driver as a user sees them.
+
+use prune_lattice::{
+    Cell, Error,
+    data::{Examples, Inputs, Targets},
+    experiment::{
+        CONTROLS, ExperimentConfig, Outcome, Progress, Row, Stage, compare, measure_speed, run,
+        verdict,
+    },
+    order::Cut,
+    prune::{LatticeConfig, Method, PruneConfig},
+    rnn::{InputKind, Rnn, RnnConfig, TrainConfig},
+    tasks::{Sizes, Task, Vocabulary},
+};
+use std::sync::Mutex;
+
+const SMALL: Sizes = Sizes {
+    train: 200,
+    valid: 50,
+    test: 60,
+};
+
+fn small() -> ExperimentConfig {
+    ExperimentConfig {
+        tasks: vec![Task::Mod(2), Task::Adding],
+        cells: vec![Cell::Lstm, Cell::Tanh],
+        methods: vec![
+            Method::Dense,
+            Method::LatticeContext,
+            Method::Strength,
+            Method::RandomNeurons,
+        ],
+        sparsities: vec![0.5],
+        seeds: vec![0, 1],
+        sizes: Some(SMALL),
+        hidden: Some(vec![12]),
+        training: Some(TrainConfig {
+            epochs: 1,
+            ..TrainConfig::default()
+        }),
+        ..ExperimentConfig::default()
+    }
+}
+
+/// Rows without the wall-clock times, which no seed determines.
+fn timeless(mut rows: Vec<Row>) -> Vec<Row> {
+    rows.iter_mut().for_each(|r| r.seconds = 0.0);
+    rows
+}
+
+#[test]
+fn rows_do_not_depend_on_the_number_of_threads() {
+    let on = |threads| {
+        let pool = rayon::ThreadPoolBuilder::new()
+            .num_threads(threads)
+            .build()
+            .unwrap();
+        timeless(pool.install(|| run(&small(), &|_| {})).unwrap())
+    };
+    let one = on(1);
+    assert_eq!(one, on(3));
+    assert!(one.iter().all(|r| r.loss.is_some_and(f64::is_finite)));
+}
+
+#[test]
+fn controls_and_both_stages_are_always_there_and_progress_counts_to_the_end() {
+    let seen = Mutex::new(Vec::new());
+    let rows = run(&small(), &|p| seen.lock().unwrap().push(p)).unwrap();
+    for control in CONTROLS {
+        for stage in [Stage::OneShot, Stage::FineTuned] {
+            let of = rows
+                .iter()
+                .filter(|r| r.method == control && r.stage == stage)
+                .count();
+            assert_eq!(of, 2 * 2 * 2, "{control} {stage:?}");
+        }
+    }
+    assert_eq!(
+        rows.iter()
+            .filter(|r| r.stage == Stage::FromScratch)
+            .count(),
+        8
+    );
+    for r in &rows {
+        assert_eq!(r.accuracy.is_some(), r.task == "mod2");
+        assert_eq!(r.finetune_epochs > 0, r.stage == Stage::FineTuned);
+        let expected = match r.method {
+            Method::Dense => 0.0,
+            Method::ZeroWhh => 1.0,
+            _ => 0.5,
+        };
+        let reached = r.reached.unwrap();
+        assert!((reached.recurrent - expected).abs() < 1e-9);
+        assert!(
+            reached.total <= reached.recurrent_and_input
+                && reached.recurrent_and_input <= reached.recurrent
+        );
+    }
+    let seen = seen.into_inner().unwrap();
+    let ends = |p: &&Progress| matches!(p, Progress::Pruned { done, total } if done == total);
+    assert_eq!(seen.iter().filter(ends).count(), 1);
+    assert!(seen.iter().any(|p| matches!(
+        p,
+        Progress::Epoch {
+            cell: Cell::Tanh,
+            ..
+        }
+    )));
+    let json = serde_json::to_string(&rows).unwrap();
+    assert_eq!(serde_json::from_str::<Vec<Row>>(&json).unwrap(), rows);
+    assert!(
+        json.contains("\"method\":\"lattice-context\"") && json.contains("\"stage\":\"one-shot\"")
+    );
+    let config = serde_json::to_string(&small()).unwrap();
+    assert_eq!(
+        serde_json::from_str::<ExperimentConfig>(&config).unwrap(),
+        small()
+    );
+}
+
+#[test]
+fn a_degenerate_order_becomes_a_row_that_says_so() {
+    let config = ExperimentConfig {
+        tasks: vec![Task::Mod(2)],
+        methods: vec![Method::LatticeReachability],
+        lattice: LatticeConfig {
+            cuts: vec![Cut::Quantile(0.3)],
+            ..LatticeConfig::default()
+        },
+        finetune_epochs: 0,
+        ..small()
+    };
+    let rows = run(&config, &|_| {}).unwrap();
+    let refused: Vec<&Row> = rows
+        .iter()
+        .filter(|r| r.method == Method::LatticeReachability)
+        .collect();
+    assert!(!refused.is_empty());
+    for r in &refused {
+        assert!(
+            r.loss.is_none()
+                && r.params.is_none()
+                && r.error.as_deref().unwrap().starts_with("degenerate order")
+        );
+    }
+    assert!(
+        verdict(&rows)
+            .iter()
+            .any(|line| line.contains("degenerate order"))
+    );
+}
+
+/// Rows with given accuracies per (method, seed).
+fn rows_with(template: &Row, accuracies: &[(Method, &[f64])]) -> Vec<Row> {
+    let rows = accuracies.iter().flat_map(|(method, values)| {
+        values.iter().zip(0..).map(move |(&a, seed)| Row {
+            method: *method,
+            seed,
+            accuracy: Some(a),
+            stage: Stage::OneShot,
+            ..template.clone()
+        })
+    });
+    rows.collect()
+}
+
+#[test]
+fn the_verdict_says_in_words_when_order_does_not_beat_strength_or_chance() {
+    let config = ExperimentConfig {
+        tasks: vec![Task::Mod(2)],
+        cells: vec![Cell::Tanh],
+        seeds: vec![0],
+        ..small()
+    };
+    let template = run(&config, &|_| {})
+        .unwrap()
+        .into_iter()
+        .find(|r| r.method == Method::LatticeContext)
+        .unwrap();
+    use Method::{LatticeContext as L, RandomNeurons as R, Strength as S};
+    let says = |accuracies: &[(Method, &[f64])], words: &str| {
+        let lines = verdict(&rows_with(&template, accuracies));
+        assert!(lines[0].contains(words), "{lines:?}");
+    };
+    let (low, mid, high): (&[f64], &[f64], &[f64]) = (&[0.5, 0.6], &[0.7, 0.7], &[0.9, 0.8]);
+    says(
+        &[(L, high), (S, mid), (R, low)],
+        "order beats both chance and plain neuron strength",
+    );
+    says(
+        &[(L, mid), (S, high), (R, low)],
+        "beats chance but not plain neuron strength",
+    );
+    says(
+        &[(L, low), (S, mid), (R, high)],
+        "order does not beat chance or plain neuron strength",
+    );
+    // One seed up, one down: no claim.
+    says(
+        &[(L, &[0.7, 0.7]), (S, &[0.8, 0.6]), (R, &[0.6, 0.8])],
+        "order does not beat chance or plain neuron strength",
+    );
+    let c = compare(&rows_with(&template, &[(L, high), (S, mid)]));
+    assert_eq!(c.len(), 1);
+    assert_eq!((c[0].seeds, c[0].outcome), (2, Outcome::Better));
+    assert!((c[0].advantage - 0.15).abs() < 1e-12 && (c[0].range.0 - 0.1).abs() < 1e-12);
+}
+
+#[test]
+fn every_task_has_a_name_that_parses_and_splits_of_the_sizes_asked_for() {
+    let names = "reber embedded-reber row-digits mod2 mod3 tomita1 tomita2 tomita3 tomita4 tomita5 tomita6 tomita7 adding char-grammar";
+    for name in names.split(' ') {
+        let task: Task = name.parse().unwrap();
+        assert_eq!(task.to_string(), name);
+        let data = task.generate(SMALL, 5).unwrap();
+        assert_eq!(data, task.generate(SMALL, 5).unwrap());
+        assert_ne!(data, task.generate(SMALL, 6).unwrap());
+        for (split, size) in [(&data.train, 200), (&data.valid, 50), (&data.test, 60)] {
+            match split {
+                Examples::Sequences(s) => {
+                    assert_eq!(s.len(), size);
+                    if let Inputs::Symbols(symbols) = s.inputs() {
+                        assert!(
+                            symbols
+                                .iter()
+                                .all(|&c| (c as usize) < data.input.vocab().unwrap())
+                        );
+                    }
+                    match s.targets() {
+                        Targets::Classes(c) => {
+                            assert!(c.iter().all(|&c| (c as usize) < data.outputs))
+                        }
+                        Targets::Values(_) => assert_eq!(data.outputs, 1),
+                    }
+                }
+                Examples::Text(t) => assert_eq!(t.len(), size),
+            }
+        }
+    }
+    for bad in ["tomita8", "tomita", "mod4", "digits", "csv:x"] {
+        assert!(
+            matches!(
+                bad.parse::<Task>(),
+                Err(Error::UnknownName { kind: "task", .. })
+            ),
+            "{bad}"
+        );
+    }
+}
+
+#[test]
+fn a_text_file_is_cut_into_three_parts_and_missing_files_are_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("text.txt");
+    std::fs::write(&file, "abcab".repeat(40)).unwrap();
+    let data = Task::Text(file.clone()).generate(SMALL, 0).unwrap();
+    assert_eq!(data.input, InputKind::OneHot { vocab: 3 });
+    let lengths = [&data.train, &data.valid, &data.test].map(|s| match s {
+        Examples::Text(t) => t.len(),
+        Examples::Sequences(_) => 0,
+    });
+    assert_eq!(lengths, [180, 10, 10]);
+    let absent = dir.path().join("absent.txt");
+    assert!(
+        matches!(Task::Text(absent.clone()).generate(SMALL, 0), Err(Error::Io { file, .. }) if file == absent)
+    );
+    assert!(
+        matches!(Task::Mnist(absent.clone()).generate(SMALL, 0), Err(Error::Io { file, .. }) if file == absent)
+    );
+    let vocab = dir.path().join("vocab.json");
+    std::fs::write(&vocab, r#"{"a": 0, "b": 2}"#).unwrap();
+    assert!(matches!(Vocabulary::load(&vocab), Err(Error::Data { .. })));
+    std::fs::write(&vocab, r#"{"a": 1, "b": 0}"#).unwrap();
+    assert_eq!(
+        Vocabulary::load(&vocab).unwrap().encode("abba").unwrap(),
+        [1, 0, 0, 1]
+    );
+    assert!(matches!(
+        Vocabulary::load(&vocab).unwrap().encode("abc"),
+        Err(Error::UnknownName {
+            kind: "character",
+            ..
+        })
+    ));
+}
+
+#[test]
+fn speed_is_measured_for_the_dense_the_masked_and_the_smaller_network() {
+    let rnn = Rnn::new(
+        RnnConfig {
+            cell: Cell::Lstm,
+            input: InputKind::OneHot { vocab: 5 },
+            hidden: vec![16],
+            outputs: 5,
+        },
+        0,
+    )
+    .unwrap();
+    let row = measure_speed(&rnn, &PruneConfig::new(Method::Strength, 0.75), 2, 0.005).unwrap();
+    assert!(row.dense > 0.0 && row.compact > 0.0 && row.removed > 0.0);
+    assert_eq!(row.products, (4 * 16 * 16, 4 * 8 * 8));
+    assert!(row.params.2 < row.params.1 && row.params.1 < row.params.0);
+    let scattered = measure_speed(&rnn, &PruneConfig::new(Method::Magnitude, 0.75), 1, 0.005);
+    assert!(matches!(
+        scattered,
+        Err(Error::Setting {
+            setting: "method",
+            ..
+        })
+    ));
+}
+
+#[test]
+fn row_mnist_is_learned_from_idx_files_where_they_are_present() {
+    let folder = std::path::Path::new(concat!(
+        env!("CARGO_MANIFEST_DIR"),
+        "/../../../shared/data/mnist"
+    ));
+    let dir = tempfile::tempdir().unwrap();
+    for name in [
+        "train10k-images-idx3-ubyte",
+        "train10k-labels-idx1-ubyte",
+        "t10k-images-idx3-ubyte",
+        "t10k-labels-idx1-ubyte",
+    ] {
+        let unzipped = std::process::Command::new("gzip")
+            .arg("-dc")
+            .arg(folder.join(name).with_extension("gz"))
+            .output();
+        match unzipped {
+            Ok(out) if out.status.success() => {
+                std::fs::write(dir.path().join(name), out.stdout).unwrap()
+            }
+            _ => {
+                eprintln!("skipped: no gzip or no MNIST in {}", folder.display());
+                return;
+            }
+        }
+    }
+    let task = Task::Mnist(dir.path().into());
+    let config = ExperimentConfig {
+        tasks: vec![task],
+        cells: vec![Cell::Lstm],
+        methods: vec![Method::Dense],
+        sparsities: vec![0.5],
+        seeds: vec![0],
+        sizes: Some(Sizes {
+            train: 4000,
+            valid: 300,
+            test: 500,
+        }),
+        hidden: Some(vec![32]),
+        training: Some(TrainConfig {
+            epochs: 6,
+            learning_rate: 5e-3,
+            ..TrainConfig::default()
+        }),
+        finetune_epochs: 0,
+        ..ExperimentConfig::default()
+    };
+    let rows = run(&config, &|_| {}).unwrap();
+    let dense = rows[0].accuracy_dense.unwrap();
+    assert!(dense > 0.8, "{dense}");
+}

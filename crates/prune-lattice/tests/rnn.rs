@@ -1,0 +1,700 @@
+//! Networks: the flat engine against candle's autograd and finite differences, training, checkpoints, removal.
+
+use candle_core::{Device, Tensor};
+use prune_lattice::{
+    Cell, Error,
+    data::{Dataset, Examples, Inputs, Sequences, Targets},
+    mask::{Mask, MaskRule, MaskSet, hard_remove, neuron_masks},
+    order::bits::BitMatrix,
+    prune::{Compete, Method, PruneConfig, Scope, prune, prune_matrix, rank_neurons},
+    rnn::{
+        CheckpointNames, CompactRnn, Input, InputKind, Rnn, RnnConfig, State, Tape, TrainConfig,
+        evaluate, graph::GraphRnn, train,
+    },
+};
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use std::collections::HashMap;
+
+fn network(cell: Cell, input: InputKind, hidden: &[usize], outputs: usize) -> Rnn {
+    let mut rnn = Rnn::new(
+        RnnConfig {
+            cell,
+            input,
+            hidden: hidden.to_vec(),
+            outputs,
+        },
+        3,
+    )
+    .unwrap();
+    let mut rng = ChaCha8Rng::seed_from_u64(9);
+    rnn.params_mut()
+        .iter_mut()
+        .flat_map(|p| &mut p.data)
+        .for_each(|v| *v += rng.random_range(-0.3..0.3));
+    rnn
+}
+
+const INPUTS: [InputKind; 3] = [
+    InputKind::OneHot { vocab: 5 },
+    InputKind::Embedding { vocab: 5, dim: 3 },
+    InputKind::Dense { dim: 4 },
+];
+
+/// Inputs of 6 steps and 3 sequences for the engine and for candle.
+fn inputs(kind: InputKind) -> (Inputs, Tensor) {
+    let mut rng = ChaCha8Rng::seed_from_u64(21);
+    match kind.vocab() {
+        Some(vocab) => {
+            let s: Vec<u32> = (0..18).map(|_| rng.random_range(0..vocab as u32)).collect();
+            let t = Tensor::from_slice(&s, (6, 3), &Device::Cpu).unwrap();
+            (Inputs::Symbols(s), t)
+        }
+        None => {
+            let dim = kind.width();
+            let x: Vec<f32> = (0..18 * dim).map(|_| rng.random_range(-1.0..1.0)).collect();
+            let t = Tensor::from_slice(&x, (6, 3, dim), &Device::Cpu).unwrap();
+            (Inputs::Vectors { dim, values: x }, t)
+        }
+    }
+}
+
+fn view(inputs: &Inputs) -> Input<'_> {
+    match inputs {
+        Inputs::Symbols(s) => Input::Symbols(s),
+        Inputs::Vectors { values, .. } => Input::Vectors(values),
+    }
+}
+
+fn logits(rnn: &Rnn, input: Input<'_>, steps: usize, batch: usize) -> Vec<f32> {
+    let (mut tape, mut out) = (Tape::new(), Vec::new());
+    tape.forward(rnn, input, steps, &mut State::zeros(rnn, batch))
+        .unwrap();
+    tape.read_out(rnn, None, &mut out);
+    out
+}
+
+#[test]
+fn the_flat_forward_agrees_with_candle_for_every_cell_and_input() {
+    for cell in Cell::ALL {
+        for kind in INPUTS {
+            let rnn = network(cell, kind, &[7, 5], 4);
+            let (x, t) = inputs(kind);
+            let flat = logits(&rnn, view(&x), 6, 3);
+            let graph = GraphRnn::new(&rnn, &Device::Cpu)
+                .unwrap()
+                .forward(&t)
+                .unwrap();
+            let graph: Vec<f32> = graph.flatten_all().unwrap().to_vec1().unwrap();
+            assert!(
+                flat.iter().zip(&graph).all(|(a, b)| (a - b).abs() < 2e-5),
+                "{cell} {kind:?}"
+            );
+        }
+    }
+}
+
+#[test]
+fn a_sequence_read_in_pieces_gives_the_same_states() {
+    for cell in Cell::ALL {
+        let kind = INPUTS[0];
+        let rnn = network(cell, kind, &[7, 5], 4);
+        let (Inputs::Symbols(s), _) = inputs(kind) else {
+            unreachable!()
+        };
+        let whole = logits(&rnn, Input::Symbols(&s), 6, 3);
+        let (mut tape, mut state, mut out) = (Tape::new(), State::zeros(&rnn, 3), Vec::new());
+        let mut pieces = Vec::new();
+        for (from, to) in [(0, 2), (2, 3), (3, 6)] {
+            tape.forward(
+                &rnn,
+                Input::Symbols(&s[from * 3..to * 3]),
+                to - from,
+                &mut state,
+            )
+            .unwrap();
+            tape.read_out(&rnn, None, &mut out);
+            pieces.extend_from_slice(&out);
+        }
+        assert!(
+            whole.iter().zip(&pieces).all(|(a, b)| (a - b).abs() < 1e-5),
+            "{cell}"
+        );
+    }
+}
+
+#[test]
+fn renumbered_block_inference_agrees_with_the_masked_network() {
+    for cell in Cell::ALL {
+        for method in [
+            Method::Strength,
+            Method::Magnitude,
+            Method::ZeroWhh,
+            Method::Dense,
+        ] {
+            let kind = INPUTS[0];
+            let rnn = network(cell, kind, &[16, 12], 4);
+            let (masks, _) = prune(&rnn, &PruneConfig::new(method, 0.8)).unwrap();
+            let mut masked = rnn.clone();
+            masks.apply(masked.params_mut()).unwrap();
+            let (x, _) = inputs(kind);
+            let expected = logits(&masked, view(&x), 6, 3);
+            let compact = CompactRnn::new(&rnn, &masks).unwrap();
+            let (mut tape, mut out) = (Tape::new(), Vec::new());
+            compact
+                .forward(&mut tape, view(&x), 6, &mut State::zeros(&rnn, 3))
+                .unwrap();
+            compact.read_out(&tape, None, &mut out);
+            assert!(
+                out.iter().zip(&expected).all(|(a, b)| (a - b).abs() < 1e-5),
+                "{cell} {method}"
+            );
+            let (block, dense) = compact.recurrent_products();
+            match method {
+                Method::Strength => assert!(block * 4 <= dense, "{block} of {dense}"),
+                Method::ZeroWhh => assert_eq!(block, 0),
+                Method::Dense => assert_eq!(block, dense),
+                _ => {}
+            }
+        }
+    }
+}
+
+#[test]
+fn removing_neurons_equals_masking_them_everywhere() {
+    for cell in Cell::ALL {
+        for kind in INPUTS {
+            let rnn = network(cell, kind, &[9, 6], 4);
+            let keep = vec![
+                vec![true, false, true, true, false, false, true, true, false],
+                vec![false, true, true, false, true, true],
+            ];
+            let masks = neuron_masks(&rnn, &keep).unwrap();
+            let mut masked = rnn.clone();
+            masks.apply(masked.params_mut()).unwrap();
+            let small = hard_remove(&rnn, &keep).unwrap();
+            assert_eq!(small.config().hidden, [5, 4]);
+            assert_eq!(
+                small.params().count(),
+                rnn.params().count() - masks.pruned()
+            );
+            let (x, _) = inputs(kind);
+            let (a, b) = (
+                logits(&masked, view(&x), 6, 3),
+                logits(&small, view(&x), 6, 3),
+            );
+            assert!(
+                a.iter().zip(&b).all(|(a, b)| (a - b).abs() < 1e-5),
+                "{cell} {kind:?}"
+            );
+        }
+    }
+    let rnn = network(Cell::Lstm, INPUTS[0], &[4], 2);
+    assert!(matches!(
+        hard_remove(&rnn, &[vec![false; 4]]),
+        Err(Error::Setting { .. })
+    ));
+    assert!(matches!(
+        hard_remove(&rnn, &[vec![true; 3]]),
+        Err(Error::Shape { .. })
+    ));
+}
+
+/// Whether the first symbol comes back at the end: needs memory.
+fn first_is_last(count: usize, seed: u64) -> Examples {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    let (mut symbols, mut lengths, mut classes) = (Vec::new(), Vec::new(), Vec::new());
+    for _ in 0..count {
+        let n = rng.random_range(3..9);
+        let s: Vec<u32> = (0..n).map(|_| rng.random_range(0..3)).collect();
+        classes.push(u32::from(s[0] == s[n - 1]));
+        symbols.extend(s);
+        lengths.push(n);
+    }
+    Examples::Sequences(
+        Sequences::new(
+            Inputs::Symbols(symbols),
+            &lengths,
+            Targets::Classes(classes),
+        )
+        .unwrap(),
+    )
+}
+
+fn memory_task() -> Dataset {
+    Dataset {
+        train: first_is_last(1500, 1),
+        valid: first_is_last(300, 2),
+        test: first_is_last(300, 3),
+        input: InputKind::OneHot { vocab: 3 },
+        outputs: 2,
+    }
+}
+
+#[test]
+fn every_cell_learns_a_task_that_needs_memory_and_pruned_weights_stay_zero_in_fine_tuning() {
+    let data = memory_task();
+    for cell in Cell::ALL {
+        let mut rnn = Rnn::new(
+            RnnConfig {
+                cell,
+                input: data.input,
+                hidden: vec![20],
+                outputs: 2,
+            },
+            1,
+        )
+        .unwrap();
+        let config = TrainConfig {
+            epochs: 30,
+            learning_rate: 5e-3,
+            ..TrainConfig::default()
+        };
+        train(&mut rnn, &data, &config, &MaskSet::default(), &|_| {}).unwrap();
+        let dense = evaluate(&rnn, &data.test).unwrap().accuracy.unwrap();
+        assert!(dense > 0.95, "{cell}: {dense}");
+        let (masks, report) = prune(&rnn, &PruneConfig::new(Method::LatticeContext, 0.5)).unwrap();
+        assert_eq!(report.sparsity.recurrent, 0.5);
+        train(
+            &mut rnn,
+            &data,
+            &TrainConfig {
+                epochs: 2,
+                ..config
+            },
+            &masks,
+            &|_| {},
+        )
+        .unwrap();
+        let mut again = rnn.clone();
+        masks.apply(again.params_mut()).unwrap();
+        assert_eq!(rnn, again, "{cell}: a pruned weight came back");
+    }
+}
+
+#[test]
+fn training_is_the_same_for_the_same_seed() {
+    let data = memory_task();
+    let run = |seed| {
+        let mut rnn = Rnn::new(
+            RnnConfig {
+                cell: Cell::Gru,
+                input: data.input,
+                hidden: vec![8],
+                outputs: 2,
+            },
+            1,
+        )
+        .unwrap();
+        let config = TrainConfig {
+            epochs: 2,
+            seed,
+            ..TrainConfig::default()
+        };
+        train(&mut rnn, &data, &config, &MaskSet::default(), &|_| {}).unwrap();
+        rnn
+    };
+    assert_eq!(run(4), run(4));
+    assert_ne!(run(4), run(5));
+}
+
+#[test]
+fn a_diverging_run_is_an_error() {
+    let data = memory_task();
+    let mut rnn = Rnn::new(
+        RnnConfig {
+            cell: Cell::Relu,
+            input: data.input,
+            hidden: vec![8],
+            outputs: 2,
+        },
+        1,
+    )
+    .unwrap();
+    let config = TrainConfig {
+        epochs: 50,
+        learning_rate: 1e30,
+        clip: 1e30,
+        ..TrainConfig::default()
+    };
+    assert!(matches!(
+        train(&mut rnn, &data, &config, &MaskSet::default(), &|_| {}),
+        Err(Error::Diverged { .. })
+    ));
+}
+
+#[test]
+fn checkpoints_round_trip_and_accept_pytorch_names() {
+    let dir = tempfile::tempdir().unwrap();
+    for cell in [Cell::Lstm, Cell::Gru] {
+        let rnn = network(cell, INPUTS[1], &[6, 4], 5);
+        let file = dir.path().join("model.safetensors");
+        rnn.save(&file).unwrap();
+        assert_eq!(Rnn::load(&file, &CheckpointNames::default()).unwrap(), rnn);
+    }
+    // PyTorch writes two biases per layer.
+    let rnn = network(Cell::Gru, INPUTS[2], &[4], 2);
+    let mut t = rnn.params().to_tensors().unwrap();
+    let joined: Vec<f32> = t.remove("rnn.bias_l0").unwrap().to_vec1().unwrap();
+    let candidate: Vec<f32> = t.remove("rnn.bias_hn_l0").unwrap().to_vec1().unwrap();
+    let mut hh = vec![0.25f32; 8];
+    hh.extend(candidate);
+    let ih: Vec<f32> = joined
+        .iter()
+        .enumerate()
+        .map(|(k, b)| if k < 8 { b - 0.25 } else { *b })
+        .collect();
+    t.insert(
+        "rnn.bias_ih_l0".into(),
+        Tensor::from_vec(ih, 12, &Device::Cpu).unwrap(),
+    );
+    t.insert(
+        "rnn.bias_hh_l0".into(),
+        Tensor::from_vec(hh, 12, &Device::Cpu).unwrap(),
+    );
+    let names = CheckpointNames {
+        dense_input: true,
+        ..CheckpointNames::default()
+    };
+    let back = Rnn::from_tensors(&t, &names).unwrap();
+    for (a, b) in back.params().iter().zip(rnn.params().iter()) {
+        assert!(
+            a.data
+                .iter()
+                .zip(&b.data)
+                .all(|(a, b)| (a - b).abs() < 1e-6),
+            "{}",
+            a.name
+        );
+    }
+}
+
+#[test]
+fn bad_checkpoints_are_typed_errors() {
+    let names = CheckpointNames::default();
+    let tensors = || {
+        network(Cell::Lstm, INPUTS[0], &[6], 5)
+            .params()
+            .to_tensors()
+            .unwrap()
+    };
+    assert!(matches!(
+        Rnn::from_tensors(&HashMap::new(), &names),
+        Err(Error::MissingTensor { .. })
+    ));
+    let mut t = tensors();
+    t.remove("out.weight");
+    assert!(
+        matches!(Rnn::from_tensors(&t, &names), Err(Error::MissingTensor { name }) if name == "out.weight")
+    );
+    let mut t = tensors();
+    t.insert(
+        "rnn.weight_hh_l0".into(),
+        Tensor::zeros((24, 7), candle_core::DType::F32, &Device::Cpu).unwrap(),
+    );
+    assert!(
+        matches!(Rnn::from_tensors(&t, &names), Err(Error::Shape { tensor, .. }) if tensor == "rnn.weight_hh_l0")
+    );
+    let mut t = tensors();
+    t.insert(
+        "out.bias".into(),
+        Tensor::from_slice(&[0f32, 1., f32::NAN, 0., 0.], 5, &Device::Cpu).unwrap(),
+    );
+    assert!(
+        matches!(Rnn::from_tensors(&t, &names), Err(Error::NonFinite { tensor, index: 2, .. }) if tensor == "out.bias")
+    );
+    let t = network(Cell::Tanh, INPUTS[0], &[6], 5)
+        .params()
+        .to_tensors()
+        .unwrap();
+    assert!(matches!(
+        Rnn::from_tensors(&t, &names),
+        Err(Error::Setting { .. })
+    ));
+    let names = CheckpointNames {
+        cell: Some(Cell::Gru),
+        ..names
+    };
+    assert!(matches!(
+        Rnn::from_tensors(&tensors(), &names),
+        Err(Error::Shape { .. })
+    ));
+    assert!("gruu".parse::<Cell>().is_err());
+    assert!("tensorflow".parse::<prune_lattice::GateLayout>().is_err());
+    assert!("lattice".parse::<Method>().is_err());
+}
+
+#[test]
+fn inputs_that_do_not_fit_are_typed_errors() {
+    let rnn = network(Cell::Lstm, INPUTS[0], &[6], 5);
+    let mut state = State::zeros(&rnn, 1);
+    let mut tape = Tape::new();
+    assert!(matches!(
+        tape.forward(&rnn, Input::Symbols(&[1, 5]), 2, &mut state),
+        Err(Error::Setting { .. })
+    ));
+    assert!(matches!(
+        tape.forward(&rnn, Input::Symbols(&[1]), 2, &mut state),
+        Err(Error::Shape { .. })
+    ));
+    assert!(matches!(
+        tape.forward(&rnn, Input::Vectors(&[1.0; 5]), 1, &mut state),
+        Err(Error::Setting { .. })
+    ));
+    let dense = network(Cell::Lstm, INPUTS[2], &[6], 5);
+    let x = [0.0, 1.0, f32::INFINITY, 0.0];
+    assert!(matches!(
+        tape.forward(&dense, Input::Vectors(&x), 1, &mut State::zeros(&dense, 1)),
+        Err(Error::NonFinite { index: 2, .. })
+    ));
+}
+
+#[test]
+fn every_method_meets_its_budget_exactly() {
+    for cell in Cell::ALL {
+        let rnn = network(cell, INPUTS[0], &[24, 17], 5);
+        for method in Method::ALL {
+            for s in [0.0, 0.3, 0.5, 0.75, 0.9, 0.99] {
+                let config = PruneConfig {
+                    seed: 3,
+                    ..PruneConfig::new(method, s)
+                };
+                let (masks, report) = prune(&rnn, &config).unwrap();
+                let mut expected = 0;
+                for n in [24usize, 17] {
+                    let kept = ((1.0 - s) * (n * n) as f64).round() as usize;
+                    expected += match method {
+                        Method::Dense => 0,
+                        Method::ZeroWhh => cell.gates() * n * n,
+                        _ => cell.gates() * (n * n - kept),
+                    };
+                }
+                assert_eq!(masks.pruned(), expected, "{cell} {method} {s}");
+                let all = cell.gates() * (24 * 24 + 17 * 17);
+                assert!((report.sparsity.recurrent - expected as f64 / all as f64).abs() < 1e-12);
+                assert!(
+                    report.sparsity.total < report.sparsity.recurrent_and_input || expected == 0
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn scopes_rules_and_competition_do_what_they_say() {
+    let rnn = network(Cell::Gru, INPUTS[0], &[16, 12], 5);
+    let base = PruneConfig::new(Method::Magnitude, 0.6);
+    let pruned = |config: &PruneConfig| {
+        let (masks, _) = prune(&rnn, config).unwrap();
+        masks
+            .iter()
+            .map(|(name, m)| (name.to_owned(), m.pruned() as f64 / m.len() as f64))
+            .collect::<Vec<_>>()
+    };
+    let names = |config: &PruneConfig| pruned(config).into_iter().map(|p| p.0).collect::<Vec<_>>();
+    assert_eq!(
+        names(&PruneConfig {
+            scope: Scope::I2h,
+            ..base.clone()
+        }),
+        ["rnn.weight_ih_l0", "rnn.weight_ih_l1"]
+    );
+    let both = PruneConfig {
+        scope: Scope::Both,
+        ..base.clone()
+    };
+    assert_eq!(names(&both).len(), 4);
+    // Global competition: one threshold, different shares, the same total.
+    let global = PruneConfig {
+        compete: Compete::Global,
+        ..both.clone()
+    };
+    assert!(pruned(&global).iter().any(|(_, s)| (s - 0.6).abs() > 0.02));
+    assert_eq!(
+        prune(&rnn, &global).unwrap().0.pruned(),
+        prune(&rnn, &both).unwrap().0.pruned()
+    );
+    let (masks, _) = prune(&rnn, &global).unwrap();
+    let (mut smallest_kept, mut largest_pruned) = (f32::MAX, 0f32);
+    for (name, m) in masks.iter() {
+        for (e, w) in rnn.params().get(name).unwrap().data.iter().enumerate() {
+            let cols = m.dims()[1];
+            if m.keep().get(e / cols, e % cols) {
+                smallest_kept = smallest_kept.min(w.abs())
+            } else {
+                largest_pruned = largest_pruned.max(w.abs())
+            }
+        }
+    }
+    assert!(smallest_kept >= largest_pruned);
+    // Per gate: the same share in each.
+    let (_, report) = prune(
+        &rnn,
+        &PruneConfig {
+            compete: Compete::PerGate,
+            ..base.clone()
+        },
+    )
+    .unwrap();
+    assert!(
+        report.layers[0]
+            .gates
+            .iter()
+            .all(|g| (g - report.layers[0].gates[0]).abs() < 1e-12)
+    );
+    // Neuron rules apply to input matrices too; lambda 0 is magnitude.
+    for method in [Method::LatticeContext, Method::Strength] {
+        for rule in [
+            MaskRule::Both,
+            MaskRule::Either,
+            MaskRule::WeightedMagnitude { lambda: 1.0 },
+        ] {
+            let shares = pruned(&PruneConfig {
+                method,
+                rule,
+                ..both.clone()
+            });
+            assert!(shares.len() == 4 && shares.iter().all(|(_, s)| (s - 0.6).abs() < 0.01));
+        }
+    }
+    let plain = PruneConfig {
+        method: Method::Strength,
+        rule: MaskRule::WeightedMagnitude { lambda: 0.0 },
+        ..base.clone()
+    };
+    assert_eq!(
+        prune(&rnn, &plain).unwrap().0,
+        prune(&rnn, &base).unwrap().0
+    );
+    assert!(matches!(
+        prune(
+            &rnn,
+            &PruneConfig {
+                method: Method::Ws,
+                ..both
+            }
+        ),
+        Err(Error::Setting {
+            setting: "scope",
+            ..
+        })
+    ));
+}
+
+#[test]
+fn the_rule_both_keeps_connections_among_the_best_neurons_and_either_all_that_touch_one() {
+    let rnn = network(Cell::Lstm, INPUTS[0], &[20], 5);
+    let config = PruneConfig::new(Method::Strength, 1.0 - 0.25);
+    let keep = rank_neurons(&rnn, &config).unwrap().remove(0);
+    assert_eq!(keep.iter().filter(|&&k| k).count(), 10);
+    let mask = |rule, sparsity| {
+        let (masks, _) = prune(
+            &rnn,
+            &PruneConfig {
+                rule,
+                sparsity,
+                ..config.clone()
+            },
+        )
+        .unwrap();
+        masks.get("rnn.weight_hh_l0").unwrap().keep().clone()
+    };
+    let (both, either) = (mask(MaskRule::Both, 0.75), mask(MaskRule::Either, 0.25));
+    for g in 0..4 {
+        for i in 0..20 {
+            for j in 0..20 {
+                assert_eq!(both.get(g * 20 + i, j), keep[i] && keep[j]);
+                assert_eq!(either.get(g * 20 + i, j), keep[i] || keep[j]);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_mask_of_a_matrix_comes_back_in_the_layout_of_its_framework() {
+    let rnn = network(Cell::Lstm, INPUTS[0], &[10], 5);
+    let w = rnn
+        .params()
+        .to_tensors()
+        .unwrap()
+        .remove("rnn.weight_hh_l0")
+        .unwrap();
+    let config = PruneConfig::new(Method::Threshold, 0.7);
+    let flat = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    let torch = prune_matrix(&w, Cell::Lstm, prune_lattice::GateLayout::PyTorch, &config).unwrap();
+    let keras = prune_matrix(
+        &w.t().unwrap(),
+        Cell::Lstm,
+        prune_lattice::GateLayout::Keras,
+        &config,
+    )
+    .unwrap();
+    assert_eq!(
+        flat(&keras.t().unwrap().contiguous().unwrap()),
+        flat(&torch)
+    );
+    let block = |k: usize| w.narrow(0, k * 10, 10).unwrap();
+    let onnx = Tensor::cat(&[block(0), block(3), block(1), block(2)], 0)
+        .unwrap()
+        .unsqueeze(0)
+        .unwrap();
+    let mask = prune_matrix(&onnx, Cell::Lstm, prune_lattice::GateLayout::Onnx, &config).unwrap();
+    assert_eq!(mask.dims(), [1, 40, 10]);
+    // Tiled over the gates, so the same in every order.
+    assert_eq!(flat(&mask), flat(&torch));
+    assert_eq!(flat(&torch).iter().filter(|&&v| v == 1.0).count(), 4 * 30);
+    for s in [1.0, -0.1, f64::NAN] {
+        assert!(matches!(
+            prune_matrix(
+                &w,
+                Cell::Lstm,
+                prune_lattice::GateLayout::PyTorch,
+                &PruneConfig::new(Method::Random, s)
+            ),
+            Err(Error::Sparsity(_))
+        ));
+    }
+    assert!(matches!(
+        prune_matrix(&w, Cell::Tanh, prune_lattice::GateLayout::PyTorch, &config),
+        Err(Error::Shape { .. })
+    ));
+}
+
+#[test]
+fn masks_apply_to_tensors_and_survive_saving() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("masks.safetensors");
+    let rnn = network(Cell::Lstm, INPUTS[1], &[70], 5);
+    let (masks, _) = prune(&rnn, &PruneConfig::new(Method::Random, 0.5)).unwrap();
+    let masks =
+        masks.intersection(&neuron_masks(&rnn, &[(0..70).map(|x| x % 3 != 0).collect()]).unwrap());
+    masks.save(&file).unwrap();
+    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
+    assert_eq!(MaskSet::load(&file).unwrap(), masks);
+    let mut tensors = rnn.params().to_tensors().unwrap();
+    masks.apply_to_tensors(&mut tensors).unwrap();
+    let mut flat = rnn.clone();
+    masks.apply(flat.params_mut()).unwrap();
+    for p in flat.params().iter() {
+        assert_eq!(
+            tensors[&p.name]
+                .flatten_all()
+                .unwrap()
+                .to_vec1::<f32>()
+                .unwrap(),
+            p.data
+        );
+    }
+    let mut wrong = MaskSet::default();
+    wrong.insert("rnn.weight_hh_l0", Mask::of_matrix(BitMatrix::ones(3, 3)));
+    assert!(matches!(
+        wrong.apply(flat.params_mut()),
+        Err(Error::Shape { .. })
+    ));
+    assert!(matches!(
+        MaskSet::load(&dir.path().join("absent")),
+        Err(Error::Io { .. })
+    ));
+    std::fs::write(&file, b"not a checkpoint").unwrap();
+    assert!(matches!(MaskSet::load(&file), Err(Error::Data { .. })));
+}
