@@ -1,24 +1,28 @@
 //! The command line, turned once into a [`Run`]; nothing behind this module looks at flags.
 
-use std::num::NonZeroUsize;
+use std::num::{NonZeroU64, NonZeroUsize};
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 use candle_core::DType;
 use clap::builder::PossibleValuesParser;
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use prune_lattice::Cell;
+use prune_lattice::experiment::ExperimentConfig;
+use prune_lattice::prune::Method;
+use prune_lattice::tasks::Task;
 use prune_structured::{
     Allocation, AttentionUnit, Compensation, DEFAULT_RIDGE, Form, Recipe, Score,
 };
 use tensor_io::WriteOptions;
 
-use crate::eval::{perplexity, structured};
+use crate::eval::{lattice, perplexity, structured};
 use crate::progress::Progress;
 use crate::random_model;
 
 /// What was asked for.
 #[derive(Debug)]
-pub enum Task {
+pub enum Job {
     /// Evaluate.
     Eval(Box<Run>),
     /// Make a checkpoint of random weights.
@@ -45,6 +49,8 @@ pub enum Suite {
     Perplexity(perplexity::Config),
     /// Structured pruning.
     Structured(structured::Config),
+    /// Pruning of recurrent networks by order.
+    Lattice(lattice::Config),
 }
 
 /// What every suite is told.
@@ -147,6 +153,8 @@ enum SuiteArgs {
     Perplexity(PerplexityArgs),
     /// Structured pruning: quality, size and speed by method and ratio
     Structured(Box<StructuredArgs>),
+    /// Pruning of recurrent networks by order, with the controls that tell whether order matters
+    Lattice(Box<LatticeArgs>),
 }
 
 #[derive(Args)]
@@ -450,6 +458,78 @@ impl StructuredArgs {
     }
 }
 
+#[derive(Args)]
+struct LatticeArgs {
+    /// Tasks, separated by commas: reber, embedded-reber, row-digits, mod2, mod3, tomita1 to tomita7, adding,
+    /// char-grammar, text:FILE, mnist:FOLDER [default: reber, row-digits, mod3]
+    #[arg(long, value_delimiter = ',', value_name = "T[,T..]")]
+    task: Vec<Task>,
+    /// Cells, separated by commas: lstm, gru, tanh, relu [default: lstm]
+    #[arg(long, value_delimiter = ',', value_name = "C[,C..]")]
+    cell: Vec<Cell>,
+    /// Methods, separated by commas; zero-whh, random and threshold always run besides [default: all]
+    #[arg(long, value_delimiter = ',', value_name = "M[,M..]")]
+    method: Vec<Method>,
+    /// Shares of the recurrent weights to remove, separated by commas [default: 0.5, 0.75, 0.9]
+    #[arg(long, value_delimiter = ',', value_name = "S[,S..]", value_parser = ratio)]
+    sparsity: Vec<f64>,
+    /// Networks of each task and cell, seeded from --seed on
+    #[arg(long, value_name = "N", default_value = "3")]
+    seeds: NonZeroU64,
+    /// Passes of fine-tuning under the mask
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    finetune_epochs: usize,
+    /// A trained character network in place of the tasks
+    #[arg(long, value_name = "FILE", requires_all = ["vocab", "text"], conflicts_with_all = ["task", "cell"])]
+    weights: Option<PathBuf>,
+    /// JSON with the id of each character of that network
+    #[arg(long, value_name = "FILE", requires = "weights")]
+    vocab: Option<PathBuf>,
+    /// Text for that network: 90 % fine-tuning, 5 % validation, 5 % test
+    #[arg(long, value_name = "FILE", requires = "weights")]
+    text: Option<PathBuf>,
+}
+
+impl LatticeArgs {
+    fn config(self, seed: u64) -> lattice::Config {
+        let defaults = ExperimentConfig::default();
+        lattice::Config {
+            experiment: ExperimentConfig {
+                tasks: if self.task.is_empty() {
+                    defaults.tasks
+                } else {
+                    self.task
+                },
+                cells: if self.cell.is_empty() {
+                    defaults.cells
+                } else {
+                    self.cell
+                },
+                methods: if self.method.is_empty() {
+                    defaults.methods
+                } else {
+                    self.method
+                },
+                sparsities: if self.sparsity.is_empty() {
+                    defaults.sparsities
+                } else {
+                    self.sparsity
+                },
+                seeds: (seed..seed.saturating_add(self.seeds.get())).collect(),
+                finetune_epochs: self.finetune_epochs,
+                ..ExperimentConfig::default()
+            },
+            checkpoint: self.weights.zip(self.vocab).zip(self.text).map(
+                |((weights, vocab), text)| lattice::CheckpointConfig {
+                    weights,
+                    vocab,
+                    text,
+                },
+            ),
+        }
+    }
+}
+
 fn window(text: &str) -> Result<usize, String> {
     match text.parse() {
         Ok(tokens) if tokens >= 2 => Ok(tokens),
@@ -465,10 +545,10 @@ fn ratio(text: &str) -> Result<f64, String> {
 }
 
 /// Read the command line of this process; on wrong usage or a call for help this ends the process as clap does.
-pub(crate) fn parse() -> Task {
+pub(crate) fn parse() -> Job {
     match Cli::parse().command {
-        Command::Eval(args) => Task::Eval(Box::new(args.run())),
-        Command::RandomModel(args) => Task::RandomModel(args.into()),
+        Command::Eval(args) => Job::Eval(Box::new(args.run())),
+        Command::RandomModel(args) => Job::RandomModel(args.into()),
     }
 }
 
@@ -508,6 +588,7 @@ impl EvalArgs {
                     Suite::Perplexity(text.into())
                 }
                 Some(SuiteArgs::Structured(args)) => Suite::Structured(args.config(seed)),
+                Some(SuiteArgs::Lattice(args)) => Suite::Lattice(args.config(seed)),
             },
         }
     }

@@ -73,6 +73,7 @@ fn section(section: &Section, names: &[String]) -> Result<Value> {
         rows,
         notes => grid.notes.clone(),
         plots => plots.collect::<Result<Vec<Value>>>()?,
+        figures => section.figures.iter().map(|f| context! { caption => f.caption.clone(), svg => f.svg.clone() }).collect::<Vec<Value>>(),
         layers => section.rows.iter().filter_map(layers).collect::<Vec<Value>>(),
     })
 }

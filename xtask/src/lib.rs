@@ -25,8 +25,8 @@ use std::process::ExitCode;
 /// Run the command line: 0 when done, 1 with one line on stderr when the run failed, 2 on wrong usage.
 pub fn main() -> ExitCode {
     let done = match cli::parse() {
-        cli::Task::Eval(run) => eval::run(&run),
-        cli::Task::RandomModel(config) => random_model::run(&config),
+        cli::Job::Eval(run) => eval::run(&run),
+        cli::Job::RandomModel(config) => random_model::run(&config),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

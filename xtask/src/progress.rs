@@ -53,6 +53,12 @@ impl Progress {
         self.bar.inc(n);
     }
 
+    /// `done` of `total` steps are done.
+    pub fn set(&self, done: u64, total: u64) {
+        self.bar.set_length(total);
+        self.bar.set_position(done);
+    }
+
     /// Say what is being done now.
     pub fn set_label(&self, label: impl Into<String>) {
         self.bar.set_message(label.into());

@@ -41,9 +41,24 @@ pub struct Section {
     /// Whether the terminal shows the per-layer detail of rows; files always hold it.
     #[serde(skip)]
     pub print_layers: bool,
+    /// What the rows show, in words.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub remarks: Vec<String>,
+    /// Pictures that are no plots of rows.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub figures: Vec<Figure>,
     /// Plots of the rows.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub plots: Vec<Plot>,
+}
+
+/// A picture.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Figure {
+    /// What it shows and how to read it.
+    pub caption: String,
+    /// The picture, on a light ground.
+    pub svg: String,
 }
 
 impl Section {

@@ -157,6 +157,41 @@ pub struct Row {
     pub extra: Map<String, Value>,
 }
 
+/// A field that is averaged over repeated runs.
+pub(crate) struct Measure {
+    /// Name of the field in the report.
+    pub(crate) name: &'static str,
+    /// Reads it.
+    pub(crate) get: fn(&Row) -> Option<f64>,
+    /// Writes it.
+    pub(crate) set: fn(&mut Row, f64),
+}
+
+/// The mean of rows that differ in their seed alone, with the spread of `measures`; their time is the sum. Everything else is
+/// the first row's, without the detail of its layers. `None` for no rows.
+pub(crate) fn mean_over_seeds(rows: Vec<Row>, measures: &[Measure]) -> Option<Row> {
+    let mut mean = rows.first()?.clone();
+    if rows.len() == 1 {
+        return Some(mean);
+    }
+    mean.layers.clear();
+    mean.seconds = rows.iter().map(|row| row.seconds).sum();
+    for Measure { name, get, set } in measures {
+        let values: Vec<f64> = rows.iter().filter_map(get).collect();
+        if values.len() < rows.len() {
+            continue;
+        }
+        let spread = Spread {
+            runs: values.len(),
+            min: values.iter().copied().fold(f64::INFINITY, f64::min),
+            max: values.iter().copied().fold(f64::NEG_INFINITY, f64::max),
+        };
+        mean.spread.insert((*name).into(), spread);
+        set(&mut mean, values.iter().sum::<f64>() / values.len() as f64);
+    }
+    Some(mean)
+}
+
 impl Row {
     /// An empty row of `suite`; a method called [`DENSE`] is the reference.
     pub fn new(suite: impl Into<String>, method: impl Into<String>) -> Self {

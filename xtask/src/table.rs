@@ -44,14 +44,12 @@ impl Grid {
             .iter()
             .filter(|c| rows.iter().any(|r| c.cell(r).is_some()))
             .collect();
-        let mut notes: Vec<String> = rows
-            .iter()
-            .flat_map(|row| {
-                row.notes
-                    .iter()
-                    .map(move |note| format!("{}: {note}", row_name(row)))
-            })
-            .collect();
+        let of_rows = rows.iter().flat_map(|row| {
+            row.notes
+                .iter()
+                .map(move |note| format!("{}: {note}", row_name(row)))
+        });
+        let mut notes: Vec<String> = section.remarks.iter().cloned().chain(of_rows).collect();
         if let Some(runs) = rows
             .iter()
             .flat_map(|row| row.spread.values().map(|s| s.runs))

@@ -19,7 +19,7 @@ use crate::machine::Stopwatch;
 use crate::plot::{Axis, Plot, Reference, Series};
 use crate::progress::Progress;
 use crate::report::Section;
-use crate::row::{DENSE, Row, Spread};
+use crate::row::{DENSE, Measure, Row, mean_over_seeds};
 
 /// Seeds of the random control.
 const RANDOM_DRAWS: u64 = 3;
@@ -180,7 +180,7 @@ impl Cells<'_> {
             .iter()
             .map(|draw| self.measure_one(calibration, draw, ratio, bar))
             .collect::<Result<Vec<Row>>>()?;
-        Ok(mean_over_draws(rows))
+        mean_over_seeds(rows, &DRAWN).context("no draws")
     }
 
     fn measure_one(
@@ -356,34 +356,24 @@ fn layers(plan: &Plan, cost: &Cost) -> Vec<serde_json::Value> {
         .collect()
 }
 
-/// The mean of repeated rows, with the spread of what differs.
-fn mean_over_draws(mut rows: Vec<Row>) -> Row {
-    let runs = rows.len();
-    let mut mean = rows.swap_remove(0);
-    if runs == 1 {
-        return mean;
-    }
-    rows.insert(0, mean.clone());
-    let mut average = |name: &str, value: fn(&Row) -> Option<f64>| -> Option<f64> {
-        let values: Vec<f64> = rows.iter().filter_map(value).collect();
-        if values.len() < runs {
-            return None;
-        }
-        let min = values.iter().copied().fold(f64::INFINITY, f64::min);
-        let max = values.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-        mean.spread.insert(name.into(), Spread { runs, min, max });
-        Some(values.iter().sum::<f64>() / runs as f64)
-    };
-    let (perplexity, nll) = (
-        average("perplexity", |r| r.perplexity),
-        average("nll", |r| r.nll),
-    );
-    let speed = average("tokens_per_second", |r| r.tokens_per_second);
-    (mean.perplexity, mean.nll, mean.tokens_per_second) = (perplexity, nll, speed);
-    mean.seconds = rows.iter().map(|r| r.seconds).sum();
-    mean.layers.clear();
-    mean
-}
+/// What differs between draws of the random control.
+const DRAWN: [Measure; 3] = [
+    Measure {
+        name: "perplexity",
+        get: |row| row.perplexity,
+        set: |row, value| row.perplexity = Some(value),
+    },
+    Measure {
+        name: "nll",
+        get: |row| row.nll,
+        set: |row, value| row.nll = Some(value),
+    },
+    Measure {
+        name: "tokens_per_second",
+        get: |row| row.tokens_per_second,
+        set: |row, value| row.tokens_per_second = Some(value),
+    },
+];
 
 fn compare_with_dense(rows: &mut [Row], decoder: &Decoder<'_>, model: &str) {
     let dense = rows.iter().find(|row| row.method == DENSE).cloned();

@@ -8,7 +8,7 @@ mod run;
 mod speed;
 mod verdict;
 
-pub use run::{run, run_model};
+pub use run::{Trained, run, run_model, train_dense};
 pub use speed::{SpeedRow, measure_speed};
 pub use verdict::{Comparison, Outcome, compare, verdict};
 

@@ -2,12 +2,14 @@
 
 use super::{ExperimentConfig, OrderSummary, Progress, Row, Stage};
 use crate::{
+    cell::Cell,
     data::{Dataset, Examples},
     error::{Error, Result},
     mask::MaskSet,
     order::CutReport,
     prune::{Method, PruneReport, prune},
     rnn::{Evaluation, Rnn, RnnConfig, TrainConfig, evaluate, train},
+    tasks::Task,
 };
 use rayon::prelude::*;
 use std::{
@@ -35,30 +37,12 @@ pub fn run(config: &ExperimentConfig, progress: &(dyn Fn(Progress) + Sync)) -> R
     let rows: Vec<Vec<Row>> = networks
         .into_par_iter()
         .map(|(task, cell, seed)| {
-            let data = task.generate(config.sizes.unwrap_or(task.default_sizes()), seed)?;
-            let training = TrainConfig {
-                seed,
-                ..config.training.clone().unwrap_or(task.default_training())
-            };
-            let hidden = config.hidden.clone().unwrap_or(task.default_hidden(cell));
-            let mut rnn = Rnn::new(
-                RnnConfig {
-                    cell,
-                    input: data.input,
-                    hidden,
-                    outputs: data.outputs,
-                },
-                seed,
-            )?;
+            let Trained {
+                rnn,
+                data,
+                training,
+            } = train_dense(config, task, cell, seed, progress)?;
             let name = task.to_string();
-            train(&mut rnn, &data, &training, &MaskSet::default(), &|epoch| {
-                progress(Progress::Epoch {
-                    task: name.clone(),
-                    cell,
-                    seed,
-                    epoch: epoch.clone(),
-                });
-            })?;
             let session = Session {
                 config,
                 training: &training,
@@ -77,6 +61,56 @@ pub fn run(config: &ExperimentConfig, progress: &(dyn Fn(Progress) + Sync)) -> R
         })
         .collect::<Result<_>>()?;
     Ok(rows.into_iter().flatten().collect())
+}
+
+/// A network of an experiment before pruning.
+#[derive(Debug, Clone)]
+pub struct Trained {
+    /// The network.
+    pub rnn: Rnn,
+    /// What it was trained on and is tested with.
+    pub data: Dataset,
+    /// How it was trained.
+    pub training: TrainConfig,
+}
+
+/// Trains the dense network of one task, cell and seed.
+///
+/// # Errors
+/// As [`run`].
+pub fn train_dense(
+    config: &ExperimentConfig,
+    task: &Task,
+    cell: Cell,
+    seed: u64,
+    progress: &(dyn Fn(Progress) + Sync),
+) -> Result<Trained> {
+    let data = task.generate(config.sizes.unwrap_or(task.default_sizes()), seed)?;
+    let training = TrainConfig {
+        seed,
+        ..config.training.clone().unwrap_or(task.default_training())
+    };
+    let shape = RnnConfig {
+        cell,
+        input: data.input,
+        hidden: config.hidden.clone().unwrap_or(task.default_hidden(cell)),
+        outputs: data.outputs,
+    };
+    let mut rnn = Rnn::new(shape, seed)?;
+    let name = task.to_string();
+    train(&mut rnn, &data, &training, &MaskSet::default(), &|epoch| {
+        progress(Progress::Epoch {
+            task: name.clone(),
+            cell,
+            seed,
+            epoch: epoch.clone(),
+        });
+    })?;
+    Ok(Trained {
+        rnn,
+        data,
+        training,
+    })
 }
 
 /// Prunes a trained network by every method at every sparsity, with `training` as the base of the fine-tuning. The seeds of
