@@ -57,7 +57,8 @@ pub enum StackEdges {
     #[default]
     All,
     /// Bottom-up blocks only: the layers grade the order, which is then acyclic. Recurrent and feedback weights are pruned
-    /// by the verdict on their endpoints.
+    /// by the verdict on their endpoints. The lowest and highest layer then have edges on one side only, so ask for
+    /// [`Connected::InOrOut`](crate::order::Connected::InOrOut).
     LayerGraded,
 }
 

@@ -200,6 +200,10 @@ fn the_verdict_says_in_words_when_order_does_not_beat_strength_or_chance() {
         &[(L, &[0.7, 0.7]), (S, &[0.8, 0.6]), (R, &[0.6, 0.8])],
         "order does not beat chance or plain neuron strength",
     );
+    says(
+        &[(L, &[0.9]), (S, &[0.1])],
+        "a single seed supports no verdict; it is ahead of strength in 1 of 1",
+    );
     let c = compare(&rows_with(&template, &[(L, high), (S, mid)]));
     assert_eq!(c.len(), 1);
     assert_eq!((c[0].seeds, c[0].outcome), (2, Outcome::Better));

@@ -3,10 +3,14 @@
 use candle_core::{Device, Tensor};
 use prune_lattice::{
     Cell, Error,
+    centrality::Centrality,
     data::{Dataset, Examples, Inputs, Sequences, Targets},
+    influence::{Aggregate, StackEdges},
     mask::{Mask, MaskRule, MaskSet, hard_remove, neuron_masks},
-    order::bits::BitMatrix,
-    prune::{Compete, Method, PruneConfig, Scope, prune, prune_matrix, rank_neurons},
+    order::{Connected, RankBy, Verdict, bits::BitMatrix},
+    prune::{
+        Compete, LatticeConfig, Method, PruneConfig, Scope, prune, prune_matrix, rank_neurons,
+    },
     rnn::{
         CheckpointNames, CompactRnn, Input, InputKind, Rnn, RnnConfig, State, Tape, TrainConfig,
         evaluate, graph::GraphRnn, train,
@@ -697,4 +701,87 @@ fn masks_apply_to_tensors_and_survive_saving() {
     ));
     std::fs::write(&file, b"not a checkpoint").unwrap();
     assert!(matches!(MaskSet::load(&file), Err(Error::Data { .. })));
+}
+
+#[test]
+fn every_setting_of_the_lattice_meets_its_budget_on_a_stack() {
+    let rnn = network(Cell::Gru, INPUTS[0], &[20, 14], 5);
+    let base = LatticeConfig::default();
+    let mut settings = Vec::new();
+    for centrality in [
+        Centrality::Strength,
+        Centrality::PageRank,
+        Centrality::Reach,
+        Centrality::Betweenness,
+    ] {
+        settings.push(LatticeConfig {
+            centrality,
+            ..base.clone()
+        });
+    }
+    for verdict in [Verdict::Meet, Verdict::Join, Verdict::Both] {
+        for connected in [Connected::No, Connected::InOrOut, Connected::InAndOut] {
+            settings.push(LatticeConfig {
+                verdict,
+                connected,
+                beta: 0.0,
+                ..base.clone()
+            });
+        }
+    }
+    for orientation in [RankBy::Strength, RankBy::PageRank, RankBy::FeedbackArc] {
+        settings.push(LatticeConfig {
+            orientation,
+            ..base.clone()
+        });
+    }
+    for connected in [Connected::InAndOut, Connected::InOrOut] {
+        settings.push(LatticeConfig {
+            edges: StackEdges::LayerGraded,
+            connected,
+            ..base.clone()
+        });
+    }
+    settings.push(LatticeConfig {
+        aggregate: Aggregate::Gate(2),
+        ..base
+    });
+    let kept = 3 * (100 + 49);
+    for lattice in settings {
+        for method in [
+            Method::LatticeContext,
+            Method::LatticeReachability,
+            Method::LatticeOriented,
+        ] {
+            let config = PruneConfig {
+                lattice: lattice.clone(),
+                ..PruneConfig::new(method, 0.75)
+            };
+            match prune(&rnn, &config) {
+                Ok((masks, report)) => {
+                    assert_eq!(
+                        masks.pruned(),
+                        3 * (400 + 196) - kept,
+                        "{method} {lattice:?}"
+                    );
+                    assert_eq!(report.cuts.len(), 16);
+                    assert!(
+                        report
+                            .layers
+                            .iter()
+                            .all(|l| l.spectral_radius < l.spectral_radius_before)
+                    );
+                }
+                // Without recurrent edges no neuron of two layers has edges both in and out.
+                Err(Error::DegenerateOrder { .. }) => {
+                    let graded = lattice.edges == StackEdges::LayerGraded;
+                    assert!(
+                        graded && lattice.connected == Connected::InAndOut,
+                        "{method} {lattice:?}"
+                    );
+                }
+                Err(e) => panic!("{e}"),
+            }
+        }
+    }
 }

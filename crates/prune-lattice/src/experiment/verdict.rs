@@ -9,11 +9,11 @@ use std::collections::{BTreeMap, BTreeSet};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Outcome {
-    /// Better with every seed.
+    /// Better with every seed, of two at least.
     Better,
-    /// Worse with every seed.
+    /// Worse with every seed, of two at least.
     Worse,
-    /// Better with some seeds and not with others, or the same.
+    /// Better with some seeds and not with others, the same, or a single seed.
     Unclear,
 }
 
@@ -114,6 +114,7 @@ pub fn compare(rows: &[Row]) -> Vec<Comparison> {
                     range: (low, high),
                     seeds: differences.len(),
                     outcome: match () {
+                        () if differences.len() < 2 => Outcome::Unclear,
                         () if low > 0.0 => Outcome::Better,
                         () if high < 0.0 => Outcome::Worse,
                         () => Outcome::Unclear,
@@ -148,16 +149,15 @@ pub fn verdict(rows: &[Row]) -> Vec<String> {
                 let (better, worse, of) = tally(control);
                 of > 0 && better > worse && 2 * better > of
             };
-            let single = if here.iter().all(|c| c.seeds == 1) {
-                ", but there is only one"
-            } else {
-                ""
-            };
             let when = if stage == Stage::OneShot {
                 "one-shot"
             } else {
                 "after fine-tuning"
             };
+            if here.iter().all(|c| c.seeds == 1) {
+                lines.push(single_seed(method, when, &here));
+                continue;
+            }
             let list: Vec<String> = AGAINST
                 .into_iter()
                 .map(|c| (c, tally(c)))
@@ -182,7 +182,7 @@ pub fn verdict(rows: &[Row]) -> Vec<String> {
                 (false, false) => "order does not beat chance or plain neuron strength here",
             };
             lines.push(format!(
-                "{method}, {when}: {finding} ({}; counted where every seed agrees{single})",
+                "{method}, {when}: {finding} ({}; counted where every seed agrees)",
                 list.join("; ")
             ));
         }
@@ -196,6 +196,22 @@ pub fn verdict(rows: &[Row]) -> Vec<String> {
     }
     lines.extend(weak_tasks(rows));
     lines
+}
+
+/// One seed shows no spread and so supports no claim; the counts are given all the same.
+fn single_seed(method: Method, when: &str, here: &[&Comparison]) -> String {
+    let list: Vec<String> = AGAINST
+        .into_iter()
+        .filter_map(|control| {
+            let of: Vec<_> = here.iter().filter(|c| c.control == control).collect();
+            let ahead = of.iter().filter(|c| c.advantage > 0.0).count();
+            (!of.is_empty()).then(|| format!("{control} in {ahead} of {}", of.len()))
+        })
+        .collect();
+    format!(
+        "{method}, {when}: a single seed supports no verdict; it is ahead of {}",
+        list.join(", ")
+    )
 }
 
 /// Tasks on which the network without recurrent weights is nearly as good: they say nothing about recurrent pruning.

@@ -9,7 +9,7 @@ use crate::{
     error::{Error, Result},
     order::bits::BitMatrix,
     params::{Param, ParamSet},
-    rnn::{InputKind, Rnn, Role},
+    rnn::{Rnn, Role},
 };
 
 /// For every layer, whether each neuron stays.
@@ -93,7 +93,6 @@ pub fn hard_remove(rnn: &Rnn, keep: &[Vec<bool>]) -> Result<Rnn> {
         .iter()
         .map(|layer| layer.iter().filter(|&&k| k).count())
         .collect();
-    debug_assert!(!matches!(config.input, InputKind::Dense { dim: 0 }));
     let params = rnn
         .roles()
         .into_iter()

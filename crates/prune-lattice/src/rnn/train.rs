@@ -95,6 +95,12 @@ pub fn train(
             reason: format!("a value is 0 or less in {config:?}"),
         });
     }
+    if matches!(&data.train, Examples::Sequences(s) if s.is_empty()) {
+        return Err(Error::Setting {
+            setting: "training",
+            reason: "there are no examples".into(),
+        });
+    }
     masks.apply(rnn.params_mut())?;
     let mut run = Run {
         adam: Adam::new(rnn.params()),

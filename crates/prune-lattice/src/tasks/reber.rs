@@ -1,10 +1,7 @@
 //! Reber strings (Reber 1967) and embedded ones (Fahlman 1991; Hochreiter and Schmidhuber 1997).
 
 use super::{Dfa, Sizes, symbol_dataset};
-use crate::{
-    data::Dataset,
-    error::{Error, Result},
-};
+use crate::{data::Dataset, error::Result};
 use rand::Rng;
 
 /// Symbols 0 to 6.
@@ -86,12 +83,6 @@ fn walk(lengths: &std::ops::RangeInclusive<usize>, rng: &mut impl Rng) -> Vec<u3
 
 pub(super) fn dataset(embedded: bool, sizes: Sizes, seed: u64) -> Result<Dataset> {
     let automaton = reber_automaton();
-    if sizes.train == 0 {
-        return Err(Error::Setting {
-            setting: "sizes",
-            reason: "no training examples".into(),
-        });
-    }
     symbol_dataset(
         if embedded { "embedded-reber" } else { "reber" },
         7,
