@@ -76,7 +76,10 @@ pub enum Error {
         /// What is wrong with it.
         reason: String,
     },
-    /// Reading or writing a file failed.
+    /// A safetensors file cannot be read or written, or is malformed.
+    #[error(transparent)]
+    Tensors(#[from] tensor_io::Error),
+    /// Reading or writing another file failed.
     #[error("{}: {source}", file.display())]
     Io {
         /// The file.

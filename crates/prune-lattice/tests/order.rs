@@ -575,7 +575,7 @@ fn an_influence_is_read_from_a_safetensors_file_by_name() {
         GateLayout::PyTorch,
         Aggregate::L2,
     );
-    assert!(matches!(absent, Err(Error::Io { .. })));
+    assert!(matches!(absent, Err(Error::Tensors(_))));
     let lstm = Influence::load(
         &file,
         "cell.weight_hh",

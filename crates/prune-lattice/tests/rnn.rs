@@ -697,10 +697,10 @@ fn masks_apply_to_tensors_and_survive_saving() {
     ));
     assert!(matches!(
         MaskSet::load(&dir.path().join("absent")),
-        Err(Error::Io { .. })
+        Err(Error::Tensors(_))
     ));
     std::fs::write(&file, b"not a checkpoint").unwrap();
-    assert!(matches!(MaskSet::load(&file), Err(Error::Data { .. })));
+    assert!(matches!(MaskSet::load(&file), Err(Error::Tensors(_))));
 }
 
 #[test]
