@@ -467,7 +467,7 @@ struct LatticeArgs {
     /// Cells, separated by commas: lstm, gru, tanh, relu [default: lstm]
     #[arg(long, value_delimiter = ',', value_name = "C[,C..]")]
     cell: Vec<Cell>,
-    /// Methods, separated by commas; zero-whh, random and threshold always run besides [default: all]
+    /// Methods, separated by commas; dense, zero-whh, random and threshold always run besides [default: all]
     #[arg(long, value_delimiter = ',', value_name = "M[,M..]")]
     method: Vec<Method>,
     /// Shares of the recurrent weights to remove, separated by commas [default: 0.5, 0.75, 0.9]
@@ -505,10 +505,11 @@ impl LatticeArgs {
                 } else {
                     self.cell
                 },
+                // The dense network is always there to be compared with.
                 methods: if self.method.is_empty() {
                     defaults.methods
                 } else {
-                    self.method
+                    [vec![Method::Dense], self.method].concat()
                 },
                 sparsities: if self.sparsity.is_empty() {
                     defaults.sparsities
