@@ -1,10 +1,24 @@
-//! KV caches that evict: LazyEviction and the policies it is compared with.
+#![doc = include_str!("../README.md")]
 #![forbid(unsafe_code)]
 
 pub mod attention;
-mod cache_set;
+mod cache;
+pub mod calibrate;
 mod error;
+pub mod policy;
 pub mod store;
+pub mod trace;
 
-pub use cache_set::{CacheSet, LayerShape, Snapshot, Step};
+/// The guide: is eviction worth it, which policy, which budget.
+pub mod guide {
+    #![doc = include_str!("../docs/choosing.md")]
+
+    /// A whole attention block of one's own.
+    pub mod attention_block {
+        #![doc = concat!("```rust\n", include_str!("../examples/attention_block.rs"), "\n```")]
+    }
+}
+
+pub use cache::{CacheSet, LayerShape, Snapshot, Step};
 pub use error::{Error, Result};
+pub use policy::{Budget, CacheConfig, PolicyConfig, Prompt};

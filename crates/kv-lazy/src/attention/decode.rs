@@ -211,7 +211,9 @@ impl<T: Element> WithSimd for Chunk<'_, T> {
         let count = self.keys.len() / d;
         for (b, keys) in self.keys.chunks(BLOCK * d).enumerate() {
             let keys = T::widen(keys, widen);
-            for_groups(group, |g, width| {
+            let mut g = 0;
+            while g < group {
+                let width = heads_at_once(group - g);
                 let queries = &self.queries[g * d..(g + width) * d];
                 let scores = &mut scores[g * stride + b * BLOCK..];
                 match width {
@@ -219,7 +221,8 @@ impl<T: Element> WithSimd for Chunk<'_, T> {
                     2 => score_block::<S, 2>(simd, queries, keys, d, stride, scores),
                     _ => score_block::<S, 1>(simd, queries, keys, d, stride, scores),
                 }
-            });
+                g += width;
+            }
         }
         for g in 0..group {
             let scores = &mut scores[g * stride..g * stride + count];
@@ -230,7 +233,7 @@ impl<T: Element> WithSimd for Chunk<'_, T> {
                     }
                 }
             }
-            let max = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+            let max = maximum(simd, scores);
             // A chunk that is masked as a whole weighs nothing; NaN scores do not count as masked.
             let masked = max == f32::NEG_INFINITY && !scores.iter().any(|x| x.is_nan());
             stats[g] = max;
@@ -244,7 +247,9 @@ impl<T: Element> WithSimd for Chunk<'_, T> {
         out.fill(0.0);
         for (b, values) in self.values.chunks(BLOCK * d).enumerate() {
             let values = T::widen(values, widen);
-            for_groups(group, |g, width| {
+            let mut g = 0;
+            while g < group {
+                let width = heads_at_once(group - g);
                 let weights = &scores[g * stride + b * BLOCK..];
                 let out = &mut out[g * d..(g + width) * d];
                 match width {
@@ -252,24 +257,38 @@ impl<T: Element> WithSimd for Chunk<'_, T> {
                     2 => mix_block::<S, 2>(simd, weights, stride, values, d, out),
                     _ => mix_block::<S, 1>(simd, weights, stride, values, d, out),
                 }
-            });
+                g += width;
+            }
         }
     }
 }
 
-/// Visits the query heads of a group in fours, twos and ones.
+// Closures are avoided in what follows: they are functions of their own, which need not be compiled for the vector
+// instructions that were dispatched to.
+
+/// Query heads taken together when so many are left: fours, twos and ones.
 #[inline(always)]
-fn for_groups(group: usize, mut visit: impl FnMut(usize, usize)) {
-    let mut g = 0;
-    while g < group {
-        let width = match group - g {
-            4.. => 4,
-            2 | 3 => 2,
-            _ => 1,
-        };
-        visit(g, width);
-        g += width;
+fn heads_at_once(left: usize) -> usize {
+    match left {
+        4.. => 4,
+        2 | 3 => 2,
+        _ => 1,
     }
+}
+
+/// The largest of `scores`; what it makes of NaN depends on the machine.
+#[inline(always)]
+fn maximum<S: Simd>(simd: S, scores: &[f32]) -> f32 {
+    let (head, tail) = S::as_simd_f32s(scores);
+    let mut max = simd.splat_f32s(f32::NEG_INFINITY);
+    for &x in head {
+        max = simd.max_f32s(max, x);
+    }
+    let mut max = simd.reduce_max_f32s(max);
+    for &x in tail {
+        max = max.max(x);
+    }
+    max
 }
 
 /// scores[h, j] = q_h · k_j for `H` query heads and all keys of a block; `scores` has row stride `stride`.
@@ -311,10 +330,14 @@ fn dot<S: Simd, const H: usize, const K: usize>(
 ) -> [[f32; K]; H] {
     let vectors = d / S::F32_LANES;
     let whole = vectors * S::F32_LANES;
-    let q: [&[S::f32s]; H] =
-        std::array::from_fn(|h| &S::as_simd_f32s(&queries[h * d..h * d + whole]).0[..vectors]);
-    let k: [&[S::f32s]; K] =
-        std::array::from_fn(|t| &S::as_simd_f32s(&keys[t][..whole]).0[..vectors]);
+    let mut q: [&[S::f32s]; H] = [&[]; H];
+    for h in 0..H {
+        q[h] = &S::as_simd_f32s(&queries[h * d..h * d + whole]).0[..vectors];
+    }
+    let mut k: [&[S::f32s]; K] = [&[]; K];
+    for t in 0..K {
+        k[t] = &S::as_simd_f32s(&keys[t][..whole]).0[..vectors];
+    }
     let mut acc = [[simd.splat_f32s(0.0); K]; H];
     for i in 0..vectors {
         for h in 0..H {
@@ -324,16 +347,17 @@ fn dot<S: Simd, const H: usize, const K: usize>(
             }
         }
     }
-    std::array::from_fn(|h| {
-        std::array::from_fn(|t| {
-            let tail: f32 = queries[h * d + whole..(h + 1) * d]
-                .iter()
-                .zip(&keys[t][whole..])
-                .map(|(q, k)| q * k)
-                .sum();
-            simd.reduce_sum_f32s(acc[h][t]) + tail
-        })
-    })
+    let mut dots = [[0.0; K]; H];
+    for h in 0..H {
+        for t in 0..K {
+            let mut dot = simd.reduce_sum_f32s(acc[h][t]);
+            for i in whole..d {
+                dot += queries[h * d + i] * keys[t][i];
+            }
+            dots[h][t] = dot;
+        }
+    }
+    dots
 }
 
 /// out[h] += Σ_j weights[h, j] v_j for `H` query heads and the values of a block.
@@ -347,7 +371,11 @@ fn mix_block<S: Simd, const H: usize>(
     out: &mut [f32],
 ) {
     let count = values.len() / d;
-    let weights: [&[f32]; H] = std::array::from_fn(|h| &weights[h * stride..h * stride + count]);
+    let mut rows: [&[f32]; H] = [&[]; H];
+    for h in 0..H {
+        rows[h] = &weights[h * stride..h * stride + count];
+    }
+    let weights = rows;
     let mut lane = 0;
     while lane + 2 * S::F32_LANES <= d {
         mix_lanes::<S, H, 2>(simd, weights, values, d, lane, out);
@@ -379,10 +407,10 @@ fn mix_lanes<S: Simd, const H: usize, const L: usize>(
     out: &mut [f32],
 ) {
     let width = L * S::F32_LANES;
-    let mut acc: [[S::f32s; L]; H] = std::array::from_fn(|h| {
-        let held = S::as_simd_f32s(&out[h * d + lane..h * d + lane + width]).0;
-        std::array::from_fn(|l| held[l])
-    });
+    let mut acc = [[simd.splat_f32s(0.0); L]; H];
+    for (h, acc) in acc.iter_mut().enumerate() {
+        acc.copy_from_slice(S::as_simd_f32s(&out[h * d + lane..h * d + lane + width]).0);
+    }
     for (j, row) in values.chunks_exact(d).enumerate() {
         let v = &S::as_simd_f32s(&row[lane..lane + width]).0[..L];
         for h in 0..H {
@@ -413,15 +441,26 @@ impl WithSimd for Export<'_> {
     #[inline(always)]
     fn with_simd<S: Simd>(self, _: S) {
         let count = self.weights.len();
+        let share = 1.0 / self.factors.len() as f32;
         for (g, &factor) in self.factors.iter().enumerate() {
-            let from = g * self.layout.tokens;
-            let head = self.weights.iter_mut().zip(&self.part[from..from + count]);
+            let part = &self.part[g * self.layout.tokens..][..count];
+            let pairs = self.weights.iter_mut().zip(part);
             match self.reduce {
-                Reduce::Max => head.for_each(|(w, e)| *w = w.max(e * factor)),
-                Reduce::Sum => head.for_each(|(w, e)| *w += e * factor),
+                Reduce::Max => {
+                    for (w, e) in pairs {
+                        let x = e * factor;
+                        *w = if x > *w { x } else { *w };
+                    }
+                }
+                Reduce::Sum => {
+                    for (w, e) in pairs {
+                        *w += e * factor;
+                    }
+                }
                 Reduce::Mean => {
-                    let factor = factor / self.factors.len() as f32;
-                    head.for_each(|(w, e)| *w += e * factor);
+                    for (w, e) in pairs {
+                        *w += e * (factor * share);
+                    }
                 }
             }
         }

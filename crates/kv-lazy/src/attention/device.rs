@@ -3,7 +3,7 @@
 //! Grouped queries multiply as `[B, Hkv, group·T, d] × [B, Hkv, d, n]`, so keys and values are never expanded. The softmax is
 //! f32. Weights that a policy asks for cross to the host: one `[B, Hkv, n]` copy per layer and step.
 
-use super::{Geometry, Reduce};
+use super::{Export, Geometry, Reduce};
 use crate::error::{Error, Result};
 use candle_core::{DType, Tensor};
 
@@ -16,15 +16,6 @@ pub(crate) struct Mask {
     pub(crate) offset: usize,
     /// Logical position of the first new token and the sliding window.
     pub(crate) window: Option<(u32, usize)>,
-}
-
-/// What is wanted beside the output: reduced weights per key.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Export {
-    /// Weights of the last query, reduced over the group.
-    Last(Reduce),
-    /// Weights summed over all queries of the group.
-    Columns,
 }
 
 /// A step's queries: their scale and heads, what they see, what is wanted beside the output.

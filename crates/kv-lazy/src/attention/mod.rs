@@ -1,8 +1,7 @@
 //! Attention over cached keys and values, grouped-query native: query head h reads KV head h / group.
 //!
-//! On the CPU [`decode`](mod@decode) serves one new token per sequence and hands out the attention weights on the way;
-//! [`prefill()`] serves many new tokens, blocked and causal. Elsewhere the same semantics are built from tensor
-//! operations in `device`.
+//! On the CPU one kernel serves one new token per sequence and hands out the attention weights on the way;
+//! [`prefill()`] serves many new tokens, blocked and causal. Elsewhere the same semantics are built from tensor operations.
 
 pub(crate) mod decode;
 pub(crate) mod device;
@@ -29,6 +28,30 @@ pub enum Reduce {
     Mean,
     /// The sum over the group.
     Sum,
+}
+
+impl Reduce {
+    /// Takes one of `group` heads' weights into `reduced`, which starts at 0.
+    pub(crate) fn accumulate(self, reduced: &mut [f32], weights: &[f32], group: usize) {
+        let pairs = reduced.iter_mut().zip(weights);
+        match self {
+            Reduce::Max => pairs.for_each(|(r, w)| *r = r.max(*w)),
+            Reduce::Sum => pairs.for_each(|(r, w)| *r += w),
+            Reduce::Mean => {
+                let share = 1.0 / group as f32;
+                pairs.for_each(|(r, w)| *r += w * share);
+            }
+        }
+    }
+}
+
+/// What a step wants beside its output: one weight per token.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Export {
+    /// The last query's weights, reduced over the group.
+    Last(Reduce),
+    /// Weights summed over all queries and the group.
+    Columns,
 }
 
 /// Heads per KV head and their dimension.
@@ -129,12 +152,13 @@ fn prefill_tensors<T: Element>(
     let (batch, query_heads, tokens, head_dim) = q.dims4()?;
     let n = offset + tokens;
     let ids: Vec<u32> = (0..n as u32).collect();
+    let window = sliding_window.map(|w| (offset as u32, w));
     let query = prefill::PrefillQuery {
         geometry,
         tokens,
         offset,
         scale: scale as f32,
-        window: sliding_window.map(|w| (offset as u32, w)),
+        window,
     };
     let mut out = vec![0.0f32; batch * query_heads * tokens * head_dim];
     let done = read::<f32, _>(q, |q| {
@@ -149,6 +173,18 @@ fn prefill_tensors<T: Element>(
                         ids: &ids,
                     })
                     .collect();
+                if tokens == 1 {
+                    let scaled: Vec<f32> = q.iter().map(|x| x * scale as f32).collect();
+                    let single = decode::DecodeQuery { geometry, window };
+                    return decode::decode(
+                        single,
+                        &scaled,
+                        &rows,
+                        None,
+                        &mut Default::default(),
+                        &mut out,
+                    );
+                }
                 prefill::prefill(query, q, &rows, None, &mut out)
             })
         })

@@ -10,6 +10,7 @@ use super::exp::exp;
 use super::{Geometry, RowView};
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
+use std::borrow::Cow;
 
 /// Keys whose scores one register tile computes.
 const KEYS: usize = 6;
@@ -52,9 +53,10 @@ pub(crate) fn prefill<T: Element>(
     if per_head == 0 || rows.is_empty() {
         return Ok(());
     }
-    let wide: Vec<(std::borrow::Cow<'_, [f32]>, std::borrow::Cow<'_, [f32]>)> = rows
+    let keys: Vec<Cow<'_, [f32]>> = rows.par_iter().map(|row| widened(row.keys)).collect();
+    let values: Vec<Vec<f32>> = rows
         .par_iter()
-        .map(|row| (widened(row.keys), widened(row.values)))
+        .map(|row| panels(&widened(row.values), head_dim))
         .collect();
     let arch = Arch::new();
     let block = arch.dispatch(BlockWidth);
@@ -72,8 +74,8 @@ pub(crate) fn prefill<T: Element>(
                         query,
                         first: b * block,
                         queries: &queries[b * block * head_dim..][..out.len()],
-                        keys: &wide[row].0,
-                        values: &wide[row].1,
+                        keys: &keys[row],
+                        values: &values[row],
                         ids: rows[row].ids,
                         want_columns,
                         buffers,
@@ -98,13 +100,26 @@ pub(crate) fn prefill<T: Element>(
     Ok(())
 }
 
-fn widened<T: Element>(source: &[T]) -> std::borrow::Cow<'_, [f32]> {
+fn widened<T: Element>(source: &[T]) -> Cow<'_, [f32]> {
     if T::scratch(1) == 0 {
-        return std::borrow::Cow::Borrowed(T::widen(source, &mut []));
+        return Cow::Borrowed(T::widen(source, &mut []));
     }
     let mut wide = vec![0.0; source.len()];
     T::widen(source, &mut wide);
-    std::borrow::Cow::Owned(wide)
+    Cow::Owned(wide)
+}
+
+/// Values `[n, d]` as panels `[d / COLUMNS, n, COLUMNS]`, the last filled up with zeros: a tile then reads them front to back.
+fn panels(values: &[f32], d: usize) -> Vec<f32> {
+    let n = values.len() / d;
+    let mut packed = vec![0.0; d.div_ceil(COLUMNS) * COLUMNS * n];
+    for (p, panel) in packed.chunks_exact_mut(n * COLUMNS).enumerate() {
+        let columns = p * COLUMNS..((p + 1) * COLUMNS).min(d);
+        for (to, row) in panel.chunks_exact_mut(COLUMNS).zip(values.chunks_exact(d)) {
+            to[..columns.len()].copy_from_slice(&row[columns.clone()]);
+        }
+    }
+    packed
 }
 
 /// Queries of a block: two vectors of the machine.
@@ -122,7 +137,7 @@ struct Buffers {
     queries: Vec<f32>,
     /// `[keys, block]`.
     scores: Vec<f32>,
-    /// `[head_dim, block]`.
+    /// `[head_dim rounded up to whole panels, block]`.
     out: Vec<f32>,
 }
 
@@ -131,6 +146,7 @@ struct Block<'a> {
     first: usize,
     queries: &'a [f32],
     keys: &'a [f32],
+    /// In panels.
     values: &'a [f32],
     ids: &'a [u32],
     want_columns: bool,
@@ -187,13 +203,20 @@ impl WithSimd for Block<'_> {
 
         let (max, sum) = softmax_columns::<S>(simd, scores);
         out.clear();
-        out.resize(d * width, 0.0);
-        let values = &self.values[start * d..end * d];
-        for (scores, values) in scores
-            .chunks(VALUE_BLOCK * width)
-            .zip(values.chunks(VALUE_BLOCK * d))
-        {
-            mix_tiles::<S>(simd, scores, values, d, out);
+        let panels = d.div_ceil(COLUMNS);
+        out.resize(panels * COLUMNS * width, 0.0);
+        let n = self.values.len() / (panels * COLUMNS);
+        for (b, scores) in scores.chunks(VALUE_BLOCK * width).enumerate() {
+            let keys = start + b * VALUE_BLOCK..start + b * VALUE_BLOCK + scores.len() / width;
+            for (p, out) in out.chunks_exact_mut(COLUMNS * width).enumerate() {
+                let panel = &self.values[p * n * COLUMNS..(p + 1) * n * COLUMNS];
+                mix_tile::<S>(
+                    simd,
+                    scores,
+                    &panel[keys.start * COLUMNS..keys.end * COLUMNS],
+                    out,
+                );
+            }
         }
         let sums: &[f32] = pulp::bytemuck::cast_slice(&sum);
         let maxima: &[f32] = pulp::bytemuck::cast_slice(&max);
@@ -274,7 +297,10 @@ fn score_tile<S: Simd, const R: usize>(
     d: usize,
     scores: &mut [f32],
 ) {
-    let rows: [&[f32]; R] = std::array::from_fn(|r| &keys[r * d..(r + 1) * d]);
+    let mut rows: [&[f32]; R] = [&[]; R];
+    for r in 0..R {
+        rows[r] = &keys[r * d..(r + 1) * d];
+    }
     let queries = S::as_simd_f32s(queries).0;
     let mut acc = [[simd.splat_f32s(0.0); 2]; R];
     for (i, q) in queries.chunks_exact(2).enumerate().take(d) {
@@ -309,37 +335,18 @@ fn softmax_columns<S: Simd>(simd: S, scores: &mut [f32]) -> ([S::f32s; 2], [S::f
     (max, sum)
 }
 
-/// out[c, t] += Σ_j values[j, c] · weights[j, t] with `out` `[d, width]`.
+/// out[c, t] += Σ_j values[j, c] · weights[j, t] for one panel of values.
 #[inline(always)]
-fn mix_tiles<S: Simd>(simd: S, weights: &[f32], values: &[f32], d: usize, out: &mut [f32]) {
-    let width = 2 * S::F32_LANES;
-    let whole = d / COLUMNS * COLUMNS;
-    for column in (0..whole).step_by(COLUMNS) {
-        let out = &mut out[column * width..(column + COLUMNS) * width];
-        mix_tile::<S, COLUMNS>(simd, weights, values, d, column, out);
-    }
-    for column in whole..d {
-        let out = &mut out[column * width..(column + 1) * width];
-        mix_tile::<S, 1>(simd, weights, values, d, column, out);
-    }
-}
-
-#[inline(always)]
-fn mix_tile<S: Simd, const C: usize>(
-    simd: S,
-    weights: &[f32],
-    values: &[f32],
-    d: usize,
-    column: usize,
-    out: &mut [f32],
-) {
+fn mix_tile<S: Simd>(simd: S, weights: &[f32], panel: &[f32], out: &mut [f32]) {
     let weights = S::as_simd_f32s(weights).0;
     let out = S::as_mut_simd_f32s(out).0;
-    let mut acc: [[S::f32s; 2]; C] = std::array::from_fn(|c| [out[2 * c], out[2 * c + 1]]);
-    for (w, row) in weights.chunks_exact(2).zip(values.chunks_exact(d)) {
-        let row = &row[column..column + C];
-        for c in 0..C {
-            let v = simd.splat_f32s(row[c]);
+    let mut acc = [[simd.splat_f32s(0.0); 2]; COLUMNS];
+    for (acc, out) in acc.iter_mut().zip(out.chunks_exact(2)) {
+        acc.copy_from_slice(out);
+    }
+    for (w, values) in weights.chunks_exact(2).zip(panel.chunks_exact(COLUMNS)) {
+        for c in 0..COLUMNS {
+            let v = simd.splat_f32s(values[c]);
             acc[c][0] = simd.mul_add_f32s(v, w[0], acc[c][0]);
             acc[c][1] = simd.mul_add_f32s(v, w[1], acc[c][1]);
         }

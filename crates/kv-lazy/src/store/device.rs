@@ -3,7 +3,7 @@
 //! Compaction flattens to `[rows · capacity, d]` and selects whole rows, which needs one u32 per token and not one per element;
 //! nothing is sorted on the device. Appending concatenates, so a step copies the layer's cache once.
 
-use super::{Attended, Call, Export, Relocation, Store};
+use super::{Attended, Call, Relocation, Store};
 use crate::attention::Geometry;
 use crate::attention::device::{self, DeviceQuery, Mask};
 use crate::error::Result;
@@ -96,10 +96,7 @@ impl Store for DeviceStore {
                 offset: self.len() - tokens,
                 window: call.sliding_window.map(|w| (call.position, w)),
             },
-            export: call.export.map(|export| match export {
-                Export::Last(reduce) => device::Export::Last(reduce),
-                Export::Columns => device::Export::Columns,
-            }),
+            export: call.export,
         };
         let (out, weights) = device::attend(q, k, v, Some(&self.ids), &query)?;
         Ok(Ok((out, weights.unwrap_or_default())))
@@ -123,6 +120,22 @@ impl Store for DeviceStore {
             moves.apply(ids, 1);
         }
         Ok(())
+    }
+
+    fn rows(&self) -> usize {
+        self.ids.len()
+    }
+
+    fn tensors(&self, batch: usize) -> Result<(Tensor, Tensor)> {
+        match &self.kv {
+            Some(kv) => Ok(kv.clone()),
+            None => {
+                let heads = self.ids.len().checked_div(batch).unwrap_or(0);
+                let shape = (batch, heads, 0, self.geometry.head_dim);
+                let empty = Tensor::zeros(shape, self.dtype, &self.device)?;
+                Ok((empty.clone(), empty))
+            }
+        }
     }
 
     fn len(&self) -> usize {
@@ -158,5 +171,92 @@ impl Store for DeviceStore {
 
     fn boxed_clone(&self) -> Box<dyn Store> {
         Box::new(self.clone())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::HostStore;
+    use super::*;
+    use crate::attention::{Export, Reduce};
+    use rand::{Rng, SeedableRng};
+    use rand_chacha::ChaCha8Rng;
+
+    /// The tensor path runs on any device; on the CPU it can be held against the other.
+    #[test]
+    fn tensor_operations_and_host_kernels_agree_through_appends_evictions_and_windows() {
+        let mut rng = ChaCha8Rng::seed_from_u64(1);
+        let geometry = Geometry {
+            group: 2,
+            head_dim: 16,
+        };
+        let mut host = HostStore::<f32>::new(4, geometry);
+        let mut device = DeviceStore::new(4, geometry, DType::F32, &Device::Cpu);
+        let mut position = 0u32;
+        for (i, tokens) in [9, 1, 1, 4, 1, 1, 3, 1, 1].into_iter().enumerate() {
+            let mut random = |heads: usize| {
+                let data: Vec<f32> = (0..2 * heads * tokens * 16)
+                    .map(|_| rng.random_range(-1.0..1.0))
+                    .collect();
+                Tensor::from_vec(data, (2, heads, tokens, 16), &Device::Cpu).unwrap()
+            };
+            let (q, k, v) = (random(4), random(2), random(2));
+            let overwrite: Vec<Vec<u32>> = if i == 5 {
+                (0..4).map(|row| vec![row + 1]).collect()
+            } else {
+                Vec::new()
+            };
+            for export in [
+                None,
+                Some(Export::Columns),
+                Some(Export::Last(Reduce::Mean)),
+            ] {
+                for sliding_window in [None, Some(5)] {
+                    let call = Call {
+                        scale: 0.8,
+                        position,
+                        sliding_window,
+                        export,
+                    };
+                    let mut pair: [Box<dyn Store>; 2] =
+                        [Box::new(host.clone()), Box::new(device.clone())];
+                    let [a, b] = [0, 1].map(|s| {
+                        pair[s].append(&k, &v, position, &overwrite).unwrap();
+                        pair[s].attend(&q, &call).unwrap().unwrap()
+                    });
+                    let far = (a.0 - b.0).unwrap().abs().unwrap().max_all().unwrap();
+                    assert!(far.to_scalar::<f32>().unwrap() < 1e-5);
+                    assert_eq!(a.1.len(), b.1.len());
+                    assert!(a.1.iter().zip(&b.1).all(|(x, y)| (x - y).abs() < 1e-5));
+                }
+            }
+            host.append(&k, &v, position, &overwrite).unwrap();
+            device.append(&k, &v, position, &overwrite).unwrap();
+            position += tokens as u32;
+            if i % 3 == 1 {
+                let len = host.len();
+                let moves: Vec<Relocation> = (0..4u32)
+                    .map(|row| {
+                        let evict: Vec<u32> = (0..len as u32)
+                            .filter(|slot| slot % 4 == row)
+                            .take(len / 5)
+                            .collect();
+                        if i == 4 {
+                            Relocation::swap_in(&evict, len)
+                        } else {
+                            Relocation::compact(&evict, len)
+                        }
+                    })
+                    .collect();
+                host.relocate(&moves, 0).unwrap();
+                device.relocate(&moves, 0).unwrap();
+            }
+            for row in 0..4 {
+                assert_eq!(host.ids(row), device.ids(row));
+                assert_eq!(host.keys(row, 1).unwrap(), device.keys(row, 1).unwrap());
+                assert_eq!(host.values(row, 0).unwrap(), device.values(row, 0).unwrap());
+            }
+            assert_eq!(device.bytes(), 2 * 4 * device.len() * 16 * 4);
+        }
     }
 }

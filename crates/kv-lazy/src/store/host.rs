@@ -1,9 +1,9 @@
 //! Storage on the CPU: each row owns its vectors, so that rows grow, shrink and compact in place and in parallel.
 
-use super::{Attended, Call, Export, Relocation, Store};
+use super::{Attended, Call, Relocation, Store};
 use crate::attention::decode::{DecodeQuery, DecodeScratch, decode};
 use crate::attention::prefill::{PrefillQuery, prefill};
-use crate::attention::{Element, Geometry, RowView, read};
+use crate::attention::{Element, Export, Geometry, Reduce, RowView, read};
 use crate::error::Result;
 use candle_core::{Device, Tensor};
 
@@ -125,7 +125,7 @@ impl<T: Element> Store for HostStore<T> {
                 // With one query the sum over queries is its weight.
                 let export = call.export.map(|export| match export {
                     Export::Last(reduce) => (reduce, &mut weights),
-                    Export::Columns => (crate::attention::Reduce::Sum, &mut weights),
+                    Export::Columns => (Reduce::Sum, &mut weights),
                 });
                 return decode(single, &scaled, &views, export, scratch, &mut out);
             }
@@ -176,6 +176,24 @@ impl<T: Element> Store for HostStore<T> {
             row.relocate(moves, room, self.geometry.head_dim);
         }
         Ok(())
+    }
+
+    fn rows(&self) -> usize {
+        self.rows.len()
+    }
+
+    fn tensors(&self, batch: usize) -> Result<(Tensor, Tensor)> {
+        let shape = [
+            batch,
+            self.rows.len().checked_div(batch).unwrap_or(0),
+            self.len(),
+            self.geometry.head_dim,
+        ];
+        let gather = |part: fn(&Row<T>) -> &[T]| {
+            let all: Vec<T> = self.rows.iter().flat_map(part).copied().collect();
+            Tensor::from_vec(all, shape.to_vec(), &Device::Cpu)
+        };
+        Ok((gather(|row| &row.keys)?, gather(|row| &row.values)?))
     }
 
     fn len(&self) -> usize {

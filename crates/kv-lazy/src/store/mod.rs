@@ -12,7 +12,7 @@ pub(crate) use device::DeviceStore;
 pub(crate) use host::HostStore;
 pub use relocation::{Relocation, Run};
 
-use crate::attention::Reduce;
+use crate::attention::Export;
 use crate::error::Result;
 use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
@@ -27,15 +27,6 @@ pub enum Layout {
     SlotReuse,
     /// A new token overwrites the one that leaves, behind the sinks: for policies that evict before they append.
     SinkRing,
-}
-
-/// What a step wants beside its output.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Export {
-    /// The last query's weights, reduced over the group.
-    Last(Reduce),
-    /// Weights summed over all queries and the group.
-    Columns,
 }
 
 /// One layer's attention call.
@@ -63,6 +54,8 @@ pub(crate) trait Store: Send + Sync + std::fmt::Debug {
     fn attend(&mut self, q: &Tensor, call: &Call) -> Result<Attended>;
     /// Moves every row; afterwards the storage holds at most `room` more tokens than remain.
     fn relocate(&mut self, moves: &[Relocation], room: usize) -> Result<()>;
+    /// Rows: sequences times KV heads.
+    fn rows(&self) -> usize;
     /// Tokens per row.
     fn len(&self) -> usize;
     /// Logical positions of a row's tokens in physical order.
@@ -73,6 +66,8 @@ pub(crate) trait Store: Send + Sync + std::fmt::Debug {
     fn values(&self, row: usize, from: usize) -> Result<Vec<f32>>;
     /// Bytes that keys and values occupy, filled or not.
     fn bytes(&self) -> usize;
+    /// Keys and values `[B, Hkv, n, d]` of `batch` sequences.
+    fn tensors(&self, batch: usize) -> Result<(Tensor, Tensor)>;
     /// Bytes of the positions.
     fn id_bytes(&self) -> usize;
     /// Forgets all tokens and frees their storage.

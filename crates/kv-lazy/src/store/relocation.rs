@@ -25,42 +25,41 @@ pub struct Relocation {
 }
 
 impl Relocation {
-    /// Keeps the ascending slots `keep` in their order.
-    pub fn compact(keep: &[u32]) -> Self {
-        let mut runs: Vec<Run> = Vec::new();
-        for (to, &from) in keep.iter().enumerate() {
-            let from = from as usize;
-            match runs.last_mut() {
-                Some(run) if run.from + run.count == from && run.to + run.count == to => {
-                    run.count += 1;
-                }
-                _ if from == to => {}
-                _ => runs.push(Run { from, to, count: 1 }),
+    /// Of `len` tokens those in the ascending slots `evict` leave; the others close ranks in their order.
+    pub fn compact(evict: &[u32], len: usize) -> Self {
+        let mut runs = Vec::with_capacity(evict.len());
+        let mut to = evict.first().map_or(len, |&slot| slot as usize);
+        for (i, &slot) in evict.iter().enumerate() {
+            let from = slot as usize + 1;
+            let end = evict.get(i + 1).map_or(len, |&next| next as usize);
+            if end > from {
+                let count = end - from;
+                runs.push(Run { from, to, count });
+                to += count;
             }
         }
         Self {
             runs,
-            len: keep.len(),
+            len: len - evict.len(),
         }
     }
 
-    /// Keeps the ascending slots `keep` of `len` and fills each hole with a token from the end.
-    pub fn swap_in(keep: &[u32], len: usize) -> Self {
-        let kept = keep.len();
-        let mut movers = keep[keep.partition_point(|&slot| (slot as usize) < kept)..].iter();
-        let mut held = keep.iter().peekable();
-        let mut runs = Vec::new();
-        for slot in 0..kept.min(len) {
-            if held.peek().is_some_and(|&&next| next as usize == slot) {
-                held.next();
-            } else if let Some(&from) = movers.next() {
-                runs.push(Run {
-                    from: from as usize,
-                    to: slot,
-                    count: 1,
-                });
-            }
-        }
+    /// Of `len` tokens those in the ascending slots `evict` leave; tokens from the end drop into the holes.
+    pub fn swap_in(evict: &[u32], len: usize) -> Self {
+        let kept = len - evict.len();
+        let (holes, gone) = evict.split_at(evict.partition_point(|&slot| (slot as usize) < kept));
+        let mut gone = gone.iter().peekable();
+        let movers =
+            (kept..len).filter(|&slot| gone.next_if(|&&next| next as usize == slot).is_none());
+        let runs = holes
+            .iter()
+            .zip(movers)
+            .map(|(&hole, from)| Run {
+                from,
+                to: hole as usize,
+                count: 1,
+            })
+            .collect();
         Self { runs, len: kept }
     }
 
@@ -109,14 +108,15 @@ mod tests {
     proptest! {
         #[test]
         fn both_forms_keep_exactly_the_kept(flags in proptest::collection::vec(any::<bool>(), 1..80)) {
-            let keep: Vec<u32> = (0..flags.len() as u32).filter(|&i| flags[i as usize]).collect();
+            let part = |kept: bool| (0..flags.len() as u32).filter(|&i| flags[i as usize] == kept).collect::<Vec<u32>>();
+            let (keep, evict): (Vec<u32>, Vec<u32>) = (part(true), part(false));
             let tokens: Vec<u32> = (0..flags.len() as u32).flat_map(|i| [i, 1000 + i]).collect();
             let want: Vec<u32> = keep.iter().flat_map(|&i| [i, 1000 + i]).collect();
             let mut compacted = tokens.clone();
-            Relocation::compact(&keep).apply(&mut compacted, 2);
+            Relocation::compact(&evict, flags.len()).apply(&mut compacted, 2);
             prop_assert_eq!(&compacted, &want);
             let mut swapped = tokens;
-            Relocation::swap_in(&keep, flags.len()).apply(&mut swapped, 2);
+            Relocation::swap_in(&evict, flags.len()).apply(&mut swapped, 2);
             let mut pairs: Vec<[u32; 2]> = swapped.chunks(2).map(|p| [p[0], p[1]]).collect();
             pairs.sort_unstable();
             prop_assert_eq!(pairs.concat(), want);
@@ -125,23 +125,9 @@ mod tests {
 
     #[test]
     fn slot_reuse_moves_one_token_for_one_evicted() {
-        let keep: Vec<u32> = (0..100).filter(|&i| i != 3).collect();
-        let moves = Relocation::swap_in(&keep, 100);
-        assert_eq!(
-            moves.runs,
-            [Run {
-                from: 99,
-                to: 3,
-                count: 1
-            }]
-        );
-        assert_eq!(
-            Relocation::compact(&keep).runs,
-            [Run {
-                from: 4,
-                to: 3,
-                count: 96
-            }]
-        );
+        let run = |from, to, count| Run { from, to, count };
+        assert_eq!(Relocation::swap_in(&[3], 100).runs, [run(99, 3, 1)]);
+        assert_eq!(Relocation::swap_in(&[3, 99], 100).runs, [run(98, 3, 1)]);
+        assert_eq!(Relocation::compact(&[3], 100).runs, [run(4, 3, 96)]);
     }
 }

@@ -1,6 +1,8 @@
 //! A naive second implementation of attention, and seeded random tensors.
 
 use candle_core::{Device, Tensor};
+use kv_lazy::policy::{Normalise, POLICY_NAMES, Pooling};
+use kv_lazy::{Budget, CacheConfig, CacheSet, LayerShape, PolicyConfig, Prompt};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -79,4 +81,108 @@ pub(crate) fn distance(a: &[f32], b: &[f32]) -> f32 {
         .zip(b)
         .map(|(x, y)| (x - y).abs())
         .fold(0.0, f32::max)
+}
+
+/// Queries, keys and values of one step.
+pub(crate) type Qkv = (Tensor, Tensor, Tensor);
+
+/// Random steps `[batch, heads, tokens, d]` for a list of token counts.
+pub(crate) fn steps(seed: u64, batch: usize, shape: LayerShape, tokens: &[usize]) -> Vec<Qkv> {
+    let mut r = rng(seed);
+    let LayerShape {
+        query_heads,
+        kv_heads,
+        head_dim,
+        ..
+    } = shape;
+    tokens
+        .iter()
+        .map(|&t| {
+            let mut next = |heads| tensor(&mut r, [batch, heads, t, head_dim]);
+            // Sharper queries, so that weights differ between tokens.
+            (
+                (next(query_heads) * 4.0).unwrap(),
+                next(kv_heads),
+                next(kv_heads),
+            )
+        })
+        .collect()
+}
+
+/// Runs steps through layer 0 and returns the outputs.
+pub(crate) fn run(cache: &mut CacheSet, steps: &[Qkv]) -> Vec<Vec<f32>> {
+    steps
+        .iter()
+        .map(|(q, k, v)| {
+            cache.begin(q.dim(2).unwrap()).unwrap();
+            flat(&cache.attend(0, q, k, v, 0.5).unwrap())
+        })
+        .collect()
+}
+
+/// Every policy that a cache can be built with, by its default settings, within `budget` tokens.
+pub(crate) fn all_policies(budget: usize) -> Vec<CacheConfig> {
+    POLICY_NAMES
+        .iter()
+        .filter(|name| **name != "oracle")
+        .map(|name| CacheConfig::new(name.parse().unwrap(), Budget::Tokens(budget)))
+        .collect()
+}
+
+/// Those policies, and combinations of them.
+pub(crate) fn all_configurations(budget: usize) -> Vec<CacheConfig> {
+    let named = |name: &str| CacheConfig::new(name.parse().unwrap(), Budget::Tokens(budget));
+    let mut all = all_policies(budget);
+    all.extend([
+        CacheConfig {
+            lag: Some(5),
+            ..named("h2o")
+        },
+        CacheConfig {
+            sinks: 2,
+            recent: 3,
+            prompt: Some(Prompt::KeepBeside),
+            ..named("tova")
+        },
+        CacheConfig {
+            prompt: Some(Prompt::CompressOnce(6)),
+            ..named("lazy")
+        },
+        CacheConfig {
+            prefill: Some("snapkv".parse().unwrap()),
+            ..named("raas")
+        },
+        CacheConfig {
+            guard_values: 3,
+            ..named("random")
+        },
+        CacheConfig {
+            guard_values: 2,
+            ..named("streaming")
+        },
+        CacheConfig {
+            budget: Budget::Ratio(0.5),
+            ..named("lazy")
+        },
+        CacheConfig {
+            budget: Budget::Ratio(0.4),
+            ..CacheConfig::new(
+                PolicyConfig::H2o {
+                    recent: Some(4),
+                    normalise: Normalise::Mean,
+                },
+                Budget::Ratio(0.4),
+            )
+        },
+        CacheConfig {
+            decode: PolicyConfig::Snapkv {
+                window: Some(4),
+                kernel: 3,
+                pooling: Pooling::Max,
+                every: Some(6),
+            },
+            ..named("snapkv")
+        },
+    ]);
+    all
 }

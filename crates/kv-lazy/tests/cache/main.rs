@@ -1,4 +1,6 @@
 //! The crate as its users see it.
 
 mod common;
+mod eviction;
 mod full_cache;
+mod state;

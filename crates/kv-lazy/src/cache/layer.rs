@@ -1,0 +1,294 @@
+//! One layer's step: make room, append, attend, show, evict.
+
+use super::LayerShape;
+use super::queries::QueryRing;
+use crate::attention::Export;
+use crate::error::{Error, Result};
+use crate::policy::{Clock, Evictor, Needs, Phase, Plan, PrefillNeed, RecentQueries, Rows, Seen};
+use crate::store::{Call, Layout, Relocation, Store};
+use candle_core::Tensor;
+
+/// Tokens that left a sliding window are dropped once they are this many.
+const DEAD: usize = 64;
+
+/// Storage of a layer and the policies at work on it, one per sequence; none for the full cache.
+#[derive(Debug, Clone)]
+pub(super) struct Layer {
+    pub(super) shape: LayerShape,
+    pub(super) store: Box<dyn Store>,
+    pub(super) attended: bool,
+    pub(super) index: usize,
+    evictors: Vec<Evictor>,
+    fresh: Vec<Evictor>,
+    needs: Needs,
+    queries: Option<QueryRing>,
+}
+
+/// A sequence's rows of a layer, as policies see them.
+struct SequenceRows<'a> {
+    layer: &'a dyn Store,
+    queries: Option<&'a QueryRing>,
+    first: usize,
+    head_dim: usize,
+}
+
+impl Rows for SequenceRows<'_> {
+    fn len(&self) -> usize {
+        self.layer.len()
+    }
+    fn head_dim(&self) -> usize {
+        self.head_dim
+    }
+    fn ids(&self, head: usize) -> &[u32] {
+        self.layer.ids(self.first + head)
+    }
+    fn keys(&self, head: usize, from: usize) -> Result<Vec<f32>> {
+        self.layer.keys(self.first + head, from)
+    }
+    fn values(&self, head: usize, from: usize) -> Result<Vec<f32>> {
+        self.layer.values(self.first + head, from)
+    }
+    fn queries(&self, head: usize) -> RecentQueries<'_> {
+        self.queries
+            .map_or_else(RecentQueries::default, |q| q.row(self.first + head))
+    }
+}
+
+impl Layer {
+    pub(super) fn new(
+        index: usize,
+        shape: LayerShape,
+        store: Box<dyn Store>,
+        evictors: Vec<Evictor>,
+    ) -> Self {
+        let needs = evictors.first().map_or_else(Needs::default, Evictor::needs);
+        let rows = evictors.len() * shape.kv_heads;
+        let queries = (needs.queries > 0 && shape.kv_heads > 0).then(|| {
+            let group = shape.query_heads / shape.kv_heads;
+            QueryRing::new(needs.queries, rows, group, shape.head_dim)
+        });
+        Self {
+            shape,
+            store,
+            attended: true,
+            index,
+            fresh: evictors.clone(),
+            evictors,
+            needs,
+            queries,
+        }
+    }
+
+    pub(super) fn needs(&self) -> Needs {
+        self.needs
+    }
+
+    /// Appends and attends; the policy sees the weights and may evict.
+    pub(super) fn attend(
+        &mut self,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        scale: f64,
+        clock: &Clock,
+    ) -> Result<Tensor> {
+        self.append(k, v, clock)?;
+        let position = clock.next - clock.tokens;
+        if let Some(queries) = &mut self.queries {
+            queries.push(q, scale as f32, position)?;
+        }
+        let export = match clock.phase {
+            Phase::Prefill => match self.needs.prefill {
+                PrefillNeed::Nothing => None,
+                PrefillNeed::LastQuery => self.needs.weights.map(Export::Last),
+                PrefillNeed::Columns => Some(Export::Columns),
+            },
+            Phase::Decode => self.needs.weights.map(|reduce| {
+                // What accumulates over all queries must not miss those of a chunk.
+                let chunk = clock.tokens > 1 && self.needs.prefill == PrefillNeed::Columns;
+                if chunk {
+                    Export::Columns
+                } else {
+                    Export::Last(reduce)
+                }
+            }),
+        };
+        let call = Call {
+            scale,
+            position,
+            sliding_window: self.shape.sliding_window,
+            export,
+        };
+        let kv_heads = self.shape.kv_heads;
+        let (out, weights) = self
+            .store
+            .attend(q, &call)?
+            .map_err(|row| Error::NonFinite {
+                layer: self.index,
+                sequence: row / kv_heads,
+                head: row % kv_heads,
+            })?;
+        if let Some(export) = export {
+            for (row, weights) in weights.chunks_exact(self.store.len()).enumerate() {
+                let seen = match export {
+                    Export::Last(_) => Seen::Weights(weights),
+                    Export::Columns => Seen::Columns(weights),
+                };
+                self.evictors[row / kv_heads].observe(row % kv_heads, seen, clock)?;
+            }
+        }
+        self.evict(clock)?;
+        Ok(out)
+    }
+
+    /// Appends the step's keys and values, after making room where the policy evicts ahead.
+    pub(super) fn append(&mut self, k: &Tensor, v: &Tensor, clock: &Clock) -> Result<()> {
+        let position = clock.next - clock.tokens;
+        let overwrite = self.make_room(clock)?;
+        self.store.append(k, v, position, &overwrite)?;
+        let tokens = clock.tokens as usize;
+        for (sequence, evictor) in self.evictors.iter_mut().enumerate() {
+            evictor.append(clock);
+            for head in 0..self.shape.kv_heads {
+                if let Some(slots) = overwrite.get(sequence * self.shape.kv_heads + head) {
+                    let grown = self.store.len() + slots.len();
+                    evictor.relocate(head, &Relocation::overwrite(slots, grown, tokens));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Evicts what an ahead-of-time policy gives up. The slots are returned, to be overwritten, where a single new token can take the
+    /// place of a single old one.
+    fn make_room(&mut self, clock: &Clock) -> Result<Vec<Vec<u32>>> {
+        let Some(plans) = self.plans(|evictor, rows| evictor.plan_ahead(rows, clock))? else {
+            return Ok(Vec::new());
+        };
+        let rule = self.evictors[0].rule(clock.phase);
+        if rule.layout == Layout::SinkRing && clock.tokens == 1 && plans[0].evicted() == 1 {
+            return Ok(plans.into_iter().flat_map(|plan| plan.evict).collect());
+        }
+        let room = rule.headroom() + clock.tokens as usize;
+        self.relocate(&plans, Layout::Compact, room)?;
+        Ok(Vec::new())
+    }
+
+    /// Evicts what the policy gives up after a step, and what no later query can see.
+    pub(super) fn evict(&mut self, clock: &Clock) -> Result<()> {
+        if let Some(plans) = self.plans(|evictor, rows| evictor.plan(rows, clock))? {
+            let rule = self.evictors[0].rule(clock.phase);
+            let layout = match clock.phase {
+                // One bulk eviction, after which physical order is chronological.
+                Phase::Prefill => Layout::Compact,
+                Phase::Decode => rule.layout,
+            };
+            let room = self.evictors[0].rule(Phase::Decode).headroom();
+            self.relocate(&plans, layout, room)?;
+        }
+        self.drop_unreachable(clock)
+    }
+
+    /// One plan per sequence, or none if no eviction is due.
+    fn plans(
+        &mut self,
+        plan: impl Fn(&mut Evictor, &dyn Rows) -> Result<Option<Plan>>,
+    ) -> Result<Option<Vec<Plan>>> {
+        let len = self.store.len();
+        let mut plans = Vec::with_capacity(self.evictors.len());
+        for (sequence, evictor) in self.evictors.iter_mut().enumerate() {
+            let rows = SequenceRows {
+                layer: self.store.as_ref(),
+                queries: self.queries.as_ref(),
+                first: sequence * self.shape.kv_heads,
+                head_dim: self.shape.head_dim,
+            };
+            if let Some(plan) = plan(evictor, &rows)? {
+                plan.check(len)?;
+                plans.push(plan);
+            }
+        }
+        match plans.first().map(Plan::evicted) {
+            None => Ok(None),
+            Some(first)
+                if plans.len() == self.evictors.len()
+                    && plans.iter().all(|plan| plan.evicted() == first) =>
+            {
+                Ok(Some(plans))
+            }
+            Some(_) => Err(Error::Plan {
+                what: format!("layer {}", self.index),
+                problem: "sequences of the batch keep different numbers of tokens".into(),
+            }),
+        }
+    }
+
+    fn relocate(&mut self, plans: &[Plan], layout: Layout, room: usize) -> Result<()> {
+        let len = self.store.len();
+        let moves: Vec<Relocation> = plans
+            .iter()
+            .flat_map(|plan| &plan.evict)
+            .map(|evict| match layout {
+                Layout::Compact => Relocation::compact(evict, len),
+                Layout::SlotReuse | Layout::SinkRing => Relocation::swap_in(evict, len),
+            })
+            .collect();
+        self.apply(&moves, room)
+    }
+
+    fn apply(&mut self, moves: &[Relocation], room: usize) -> Result<()> {
+        self.store.relocate(moves, room)?;
+        let heads = self.shape.kv_heads;
+        for (row, moves) in moves.iter().enumerate() {
+            if let Some(evictor) = self.evictors.get_mut(row / heads) {
+                evictor.relocate(row % heads, moves);
+            }
+        }
+        Ok(())
+    }
+
+    /// Drops tokens that have left the layer's sliding window for good, in bulk; every row drops the same number.
+    fn drop_unreachable(&mut self, clock: &Clock) -> Result<()> {
+        let Some(window) = self.shape.sliding_window else {
+            return Ok(());
+        };
+        let len = self.store.len();
+        if len < window + DEAD.max(window / 4) {
+            return Ok(());
+        }
+        let rows = self.store.rows();
+        let dead = |id: u32| (id as usize + window) <= clock.next as usize;
+        let count = (0..rows)
+            .map(|row| self.store.ids(row).iter().filter(|&&id| dead(id)).count())
+            .min()
+            .unwrap_or(0);
+        if count < DEAD {
+            return Ok(());
+        }
+        let moves: Vec<Relocation> = (0..rows)
+            .map(|row| {
+                let ids = (0u32..).zip(self.store.ids(row));
+                let gone = ids.filter(|&(_, &id)| dead(id)).map(|(slot, _)| slot);
+                Relocation::compact(&gone.take(count).collect::<Vec<_>>(), len)
+            })
+            .collect();
+        self.apply(&moves, DEAD.max(window / 4))
+    }
+
+    pub(super) fn state_bytes(&self) -> usize {
+        self.evictors
+            .iter()
+            .map(Evictor::state_bytes)
+            .sum::<usize>()
+            + self.queries.as_ref().map_or(0, QueryRing::bytes)
+    }
+
+    pub(super) fn reset(&mut self) {
+        self.store.clear();
+        self.evictors.clone_from(&self.fresh);
+        if let Some(queries) = &mut self.queries {
+            queries.clear();
+        }
+        self.attended = true;
+    }
+}

@@ -1,0 +1,507 @@
+//! The caches of one generation: a batch of sequences, all layers, one clock.
+//!
+//! A step is `begin(tokens)`, then `attend` once for each layer that has KV heads. The set appends the new keys and
+//! values, attends, shows the policy what it asked for and lets it evict.
+
+mod layer;
+mod queries;
+
+use crate::attention::{Geometry, expect_shape};
+use crate::error::{Error, Result};
+use crate::policy::{CacheConfig, Clock, Evictor, Phase, Place, Policy, PolicyConfig, PrefillNeed};
+use crate::store::{DeviceStore, HostStore, Store};
+use crate::trace::Recorder;
+use candle_core::{DType, Device, Tensor};
+use layer::Layer;
+
+/// Heads of one layer. Query head h reads KV head h / (`query_heads` / `kv_heads`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LayerShape {
+    /// Query heads; a multiple of `kv_heads`.
+    pub query_heads: usize,
+    /// KV heads; 0 for a layer without attention, which is never attended.
+    pub kv_heads: usize,
+    /// Elements of a head.
+    pub head_dim: usize,
+    /// Tokens a query sees at most, itself included.
+    pub sliding_window: Option<usize>,
+}
+
+/// One step of the clock.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Step {
+    /// Logical position of the first new token: where RoPE starts.
+    pub position: usize,
+    /// New tokens.
+    pub tokens: usize,
+}
+
+/// Everything a [`CacheSet`] held at one moment.
+#[derive(Debug, Clone)]
+pub struct Snapshot(CacheSet);
+
+/// The KV caches of all layers for one batch of sequences.
+#[derive(Debug, Clone)]
+pub struct CacheSet {
+    layers: Vec<Layer>,
+    batch: usize,
+    dtype: DType,
+    device: Device,
+    clock: Clock,
+    recorder: Option<Recorder>,
+}
+
+/// A clock before the first step.
+const START: Clock = Clock {
+    next: 0,
+    step: 0,
+    tokens: 0,
+    prompt: 0,
+    phase: Phase::Prefill,
+};
+
+impl CacheSet {
+    /// Caches that keep every token, stored as `dtype` (f32, f16 or bf16) on `device`.
+    ///
+    /// # Errors
+    /// Query heads that do not divide over the KV heads; other dtypes.
+    pub fn full(
+        layers: &[LayerShape],
+        batch: usize,
+        dtype: DType,
+        device: &Device,
+    ) -> Result<Self> {
+        Self::build(layers, batch, dtype, device, |_| Ok(Vec::new()))
+    }
+
+    /// Caches that evict as `config` says, stored as `dtype` (f32, f16 or bf16) on `device`.
+    ///
+    /// # Errors
+    /// As [`full`](Self::full); a budget below sinks + recent + 1, windows of zero, settings out of range; the oracle, which
+    /// needs the future.
+    pub fn new(
+        layers: &[LayerShape],
+        batch: usize,
+        dtype: DType,
+        device: &Device,
+        config: &CacheConfig,
+    ) -> Result<Self> {
+        if config.decode == PolicyConfig::Full && config.prefill.is_none() {
+            return Self::full(layers, batch, dtype, device);
+        }
+        Self::build(layers, batch, dtype, device, |place| {
+            let budget = config.layer_budget(place.layer)?;
+            let policy = config.build(budget)?;
+            evictors(policy.as_ref(), budget, place, batch)
+        })
+    }
+
+    /// Caches under a policy of your own: `policy` gives each layer's policy and budget; it is cloned per sequence.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new), and whatever `policy` returns.
+    pub fn with_policies(
+        layers: &[LayerShape],
+        batch: usize,
+        dtype: DType,
+        device: &Device,
+        policy: impl Fn(usize) -> Result<(Box<dyn Policy>, crate::policy::Budget)>,
+    ) -> Result<Self> {
+        Self::build(layers, batch, dtype, device, |place| {
+            let (policy, budget) = policy(place.layer)?;
+            evictors(policy.as_ref(), budget, place, batch)
+        })
+    }
+
+    /// Caches for attention computed elsewhere, by [`extend`](Self::extend): nobody sees attention weights or queries there.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new); [`Error::NeedUnavailable`] for a policy that needs weights or queries.
+    pub fn external(
+        layers: &[LayerShape],
+        batch: usize,
+        dtype: DType,
+        device: &Device,
+        config: &CacheConfig,
+    ) -> Result<Self> {
+        let set = Self::new(layers, batch, dtype, device, config)?;
+        for layer in &set.layers {
+            let needs = layer.needs();
+            let need = if needs.weights.is_some() || needs.prefill != PrefillNeed::Nothing {
+                "attention weights"
+            } else if needs.queries > 0 {
+                "queries"
+            } else {
+                continue;
+            };
+            let policy = config.decode.to_string();
+            return Err(Error::NeedUnavailable {
+                policy,
+                need,
+                path: "attention computed elsewhere",
+            });
+        }
+        Ok(set)
+    }
+
+    fn build(
+        layers: &[LayerShape],
+        batch: usize,
+        dtype: DType,
+        device: &Device,
+        evictors: impl Fn(Place) -> Result<Vec<Evictor>>,
+    ) -> Result<Self> {
+        let layers = layers
+            .iter()
+            .enumerate()
+            .map(|(index, &shape)| {
+                let store = new_store(index, shape, batch, dtype, device)?;
+                let place = Place {
+                    layer: index,
+                    sequence: 0,
+                    heads: shape.kv_heads,
+                };
+                let evictors = if shape.kv_heads > 0 {
+                    evictors(place)?
+                } else {
+                    Vec::new()
+                };
+                Ok(Layer::new(index, shape, store, evictors))
+            })
+            .collect::<Result<_>>()?;
+        let device = device.clone();
+        Ok(Self {
+            layers,
+            batch,
+            dtype,
+            device,
+            clock: START,
+            recorder: None,
+        })
+    }
+
+    /// Starts a step of `tokens` new positions per sequence. Steps are the prompt until the first step of a single token that is not
+    /// the very first; from then on they are generation.
+    ///
+    /// # Errors
+    /// No tokens, or a layer that was not attended in the step before.
+    pub fn begin(&mut self, tokens: usize) -> Result<Step> {
+        let prompt = self.clock.phase == Phase::Prefill && (tokens > 1 || self.clock.next == 0);
+        self.start(tokens, prompt)
+    }
+
+    /// Starts a step that belongs to the prompt, whatever its length: for prompts read in chunks, where the last may be a single
+    /// token.
+    ///
+    /// # Errors
+    /// As [`begin`](Self::begin); a prompt after generation has begun.
+    pub fn begin_prompt(&mut self, tokens: usize) -> Result<Step> {
+        if self.clock.phase == Phase::Decode {
+            return Err(Error::Step {
+                layer: 0,
+                what: "a prompt after generation has begun",
+            });
+        }
+        self.start(tokens, true)
+    }
+
+    /// As [`begin`](Self::begin), for callers that count positions themselves.
+    ///
+    /// # Errors
+    /// As `begin`; and [`Error::NotReset`] when `position` is not where this cache stands, as when a new
+    /// sequence starts at 0 in a cache that still holds another.
+    pub fn begin_at(&mut self, position: usize, tokens: usize) -> Result<Step> {
+        if position != self.logical_len() {
+            return Err(Error::NotReset {
+                held: self.logical_len(),
+            });
+        }
+        self.begin(tokens)
+    }
+
+    fn start(&mut self, tokens: usize, prompt: bool) -> Result<Step> {
+        self.end()?;
+        if tokens == 0 {
+            return Err(Error::Step {
+                layer: 0,
+                what: "a step of no tokens",
+            });
+        }
+        let position = self.logical_len();
+        let clock = &mut self.clock;
+        clock.tokens = tokens as u32;
+        clock.next += clock.tokens;
+        if prompt {
+            clock.prompt = clock.next;
+        } else {
+            clock.phase = Phase::Decode;
+            clock.step += clock.tokens;
+        }
+        for layer in &mut self.layers {
+            layer.attended = layer.shape.kv_heads == 0;
+        }
+        Ok(Step { position, tokens })
+    }
+
+    /// Checks that every layer took part in the step; `begin` does so too.
+    ///
+    /// # Errors
+    /// [`Error::Step`] with the first layer that was not attended.
+    pub fn end(&mut self) -> Result<()> {
+        match self.layers.iter().position(|layer| !layer.attended) {
+            None => Ok(()),
+            Some(layer) => Err(Error::Step {
+                layer,
+                what: "not attended in this step",
+            }),
+        }
+    }
+
+    /// Appends the step's `k` and `v` `[B, Hkv, T, d]` (keys after RoPE) to the layer's cache and attends `q` `[B, Hq, T, d]` over
+    /// what is cached: causal among the new tokens, within the sliding window where the layer has one. Returns `[B, Hq, T, d]` in the
+    /// dtype of `q`. What the policy evicts leaves after the attention.
+    ///
+    /// # Errors
+    /// Shapes or devices that do not fit, a layer attended twice or outside a step, non-finite weights.
+    pub fn attend(
+        &mut self,
+        layer: usize,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        scale: f64,
+    ) -> Result<Tensor> {
+        self.check(layer, [("q", q), ("k", k), ("v", v)])?;
+        if let Some(recorder) = &mut self.recorder {
+            recorder.push(layer, q, k, v, scale)?;
+        }
+        let out = self.layers[layer].attend(q, k, v, scale, &self.clock)?;
+        self.layers[layer].attended = true;
+        Ok(out)
+    }
+
+    /// Appends the step's `k` and `v` `[B, Hkv, T, d]` and returns all keys and values `[B, Hkv, n, d]` that the step's queries
+    /// are to attend, for attention computed elsewhere. The new tokens are the last T of n; a causal mask's offset is n − T. What the policy
+    /// evicts leaves afterwards.
+    ///
+    /// # Errors
+    /// As [`attend`](Self::attend).
+    pub fn extend(&mut self, layer: usize, k: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
+        self.check(layer, [("k", k), ("v", v)])?;
+        let (clock, batch) = (self.clock, self.batch);
+        let at = &mut self.layers[layer];
+        let needs = at.needs();
+        if needs.weights.is_some() || needs.queries > 0 {
+            return Err(Error::NeedUnavailable {
+                policy: format!("of layer {layer}"),
+                need: "attention weights",
+                path: "attention computed elsewhere",
+            });
+        }
+        at.append(k, v, &clock)?;
+        let tensors = at.store.tensors(batch)?;
+        at.evict(&clock)?;
+        at.attended = true;
+        Ok(tensors)
+    }
+
+    /// Checks that the layer awaits its turn and that the step's tensors fit it.
+    fn check<const N: usize>(
+        &self,
+        layer: usize,
+        tensors: [(&'static str, &Tensor); N],
+    ) -> Result<()> {
+        let layers = self.layers.len();
+        let at = self.layers.get(layer).ok_or(Error::Layer {
+            layer,
+            layers,
+            without_heads: false,
+        })?;
+        let LayerShape {
+            query_heads,
+            kv_heads,
+            head_dim,
+            ..
+        } = at.shape;
+        if kv_heads == 0 {
+            return Err(Error::Layer {
+                layer,
+                layers,
+                without_heads: true,
+            });
+        }
+        if at.attended {
+            return Err(Error::Step {
+                layer,
+                what: "attended twice, or before begin",
+            });
+        }
+        for (what, tensor) in tensors {
+            let heads = if what == "q" { query_heads } else { kv_heads };
+            let tokens = self.clock.tokens as usize;
+            expect_shape(what, tensor, &[self.batch, heads, tokens, head_dim])?;
+            Error::check_device(what, tensor.device(), &self.device)?;
+        }
+        Ok(())
+    }
+
+    /// Lets `recorder` keep the queries, keys and values of all following steps.
+    ///
+    /// # Errors
+    /// A batch of more than one sequence, or a recorder handed over in mid-sequence.
+    pub fn record(&mut self, recorder: Recorder) -> Result<()> {
+        if self.batch != 1 {
+            return Err(Error::Setting {
+                name: "batch",
+                value: self.batch.to_string(),
+                expected: "1 while recording",
+            });
+        }
+        if self.clock.next > 0 {
+            return Err(Error::NotReset {
+                held: self.logical_len(),
+            });
+        }
+        self.recorder = Some(recorder);
+        Ok(())
+    }
+
+    /// Takes the recorder back, with what it holds.
+    pub fn take_recorder(&mut self) -> Option<Recorder> {
+        self.recorder.take()
+    }
+
+    /// Positions seen so far, evicted or not: where RoPE goes on.
+    pub fn logical_len(&self) -> usize {
+        self.clock.next as usize
+    }
+
+    /// Positions of the prompt.
+    pub fn prompt_len(&self) -> usize {
+        self.clock.prompt as usize
+    }
+
+    /// Tokens that `layer` holds per sequence and head.
+    pub fn physical_len(&self, layer: usize) -> usize {
+        self.layers.get(layer).map_or(0, |layer| layer.store.len())
+    }
+
+    /// Logical positions that a KV head of `layer` holds, in physical order.
+    pub fn positions(&self, layer: usize, sequence: usize, head: usize) -> &[u32] {
+        let Some(at) = self.layers.get(layer) else {
+            return &[];
+        };
+        if head >= at.shape.kv_heads || sequence >= self.batch {
+            return &[];
+        }
+        at.store.ids(sequence * at.shape.kv_heads + head)
+    }
+
+    /// Shapes of all layers.
+    pub fn shapes(&self) -> Vec<LayerShape> {
+        self.layers.iter().map(|layer| layer.shape).collect()
+    }
+
+    /// Sequences in the batch.
+    pub fn batch(&self) -> usize {
+        self.batch
+    }
+
+    /// Bytes that the keys and values of all layers occupy, as allocated.
+    pub fn bytes(&self) -> usize {
+        self.layers.iter().map(|layer| layer.store.bytes()).sum()
+    }
+
+    /// Bytes that the policies remember beside keys and values.
+    pub fn state_bytes(&self) -> usize {
+        self.layers.iter().map(Layer::state_bytes).sum()
+    }
+
+    /// Bytes of the tokens' positions, which every cache keeps: 4 per token, sequence and KV head.
+    pub fn position_bytes(&self) -> usize {
+        self.layers.iter().map(|layer| layer.store.id_bytes()).sum()
+    }
+
+    /// Forgets everything and frees the storage; the set is as new. A recorder stays, with what it holds.
+    pub fn reset(&mut self) {
+        self.layers.iter_mut().for_each(Layer::reset);
+        self.clock = START;
+    }
+
+    /// A copy of everything, to return to after speculative tokens.
+    pub fn snapshot(&self) -> Snapshot {
+        Snapshot(Self {
+            recorder: None,
+            ..self.clone()
+        })
+    }
+
+    /// Returns to `snapshot`. A recorder cannot go back and is dropped.
+    ///
+    /// # Errors
+    /// A snapshot of a set with other layers, batch, dtype or device.
+    pub fn restore(&mut self, snapshot: &Snapshot) -> Result<()> {
+        let other = &snapshot.0;
+        let problem = if self.shapes() != other.shapes() {
+            "other layers"
+        } else if self.batch != other.batch {
+            "another batch size"
+        } else if self.dtype != other.dtype {
+            "another dtype"
+        } else if !self.device.same_device(&other.device) {
+            "another device"
+        } else {
+            *self = other.clone();
+            return Ok(());
+        };
+        Err(Error::Snapshot { problem })
+    }
+}
+
+/// `policy` at work on each sequence of a layer.
+fn evictors(
+    policy: &dyn Policy,
+    budget: crate::policy::Budget,
+    place: Place,
+    batch: usize,
+) -> Result<Vec<Evictor>> {
+    (0..batch)
+        .map(|sequence| Evictor::new(policy.boxed_clone(), budget, Place { sequence, ..place }))
+        .collect()
+}
+
+fn new_store(
+    layer: usize,
+    shape: LayerShape,
+    batch: usize,
+    dtype: DType,
+    device: &Device,
+) -> Result<Box<dyn Store>> {
+    let LayerShape {
+        query_heads,
+        kv_heads,
+        head_dim,
+        ..
+    } = shape;
+    if kv_heads > 0 && (query_heads == 0 || query_heads % kv_heads != 0) {
+        return Err(Error::HeadGroups {
+            layer,
+            query_heads,
+            kv_heads,
+        });
+    }
+    let rows = batch * kv_heads;
+    let geometry = Geometry {
+        group: query_heads.checked_div(kv_heads).unwrap_or(1),
+        head_dim,
+    };
+    Ok(match (dtype, device) {
+        (DType::F32, Device::Cpu) => Box::new(HostStore::<f32>::new(rows, geometry)),
+        (DType::F16, Device::Cpu) => Box::new(HostStore::<half::f16>::new(rows, geometry)),
+        (DType::BF16, Device::Cpu) => Box::new(HostStore::<half::bf16>::new(rows, geometry)),
+        (DType::F32 | DType::F16 | DType::BF16, device) => {
+            Box::new(DeviceStore::new(rows, geometry, dtype, device))
+        }
+        (got, _) => return Err(Error::DType { got }),
+    })
+}

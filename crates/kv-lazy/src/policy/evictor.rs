@@ -1,0 +1,257 @@
+//! From scores to plans: the one place where tokens are chosen.
+//!
+//! When an eviction is due and a layer holds more than its budget, what the rule protects stays, the rest competes
+//! by score for the remaining slots, and the slots of those that lose are the plan. All heads keep the same number of tokens.
+
+use super::{Budget, Clock, Needs, Phase, Place, Policy, Prompt, Rows, Rule, Score, Seen, Trigger};
+use crate::error::{Error, Result};
+use crate::store::Relocation;
+use std::ops::Range;
+
+/// The slots whose tokens leave, ascending, for each KV head of one sequence; the same number for all.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Plan {
+    /// `[heads][evicted]`.
+    pub evict: Vec<Vec<u32>>,
+}
+
+impl Plan {
+    /// Tokens that leave each head.
+    pub fn evicted(&self) -> usize {
+        self.evict.first().map_or(0, Vec::len)
+    }
+
+    /// Checks that the plan fits heads of `len` tokens.
+    ///
+    /// # Errors
+    /// Slots out of range or order, or heads that lose different numbers.
+    pub fn check(&self, len: usize) -> Result<()> {
+        for (head, evict) in self.evict.iter().enumerate() {
+            let problem = if evict.len() != self.evicted() {
+                let (here, first) = (evict.len(), self.evicted());
+                format!("loses {here} tokens where head 0 loses {first}")
+            } else if evict.windows(2).any(|pair| pair[0] >= pair[1]) {
+                "slots are not ascending".into()
+            } else if evict.last().is_some_and(|&slot| slot as usize >= len) {
+                format!("slot out of {len}")
+            } else {
+                continue;
+            };
+            return Err(Error::Plan {
+                what: format!("head {head}"),
+                problem,
+            });
+        }
+        Ok(())
+    }
+}
+
+/// A policy at work on one layer of one sequence.
+#[derive(Debug, Clone)]
+pub struct Evictor {
+    policy: Box<dyn Policy>,
+    budget: Budget,
+    place: Place,
+    scores: Vec<Score>,
+}
+
+impl Evictor {
+    /// Puts `policy` to work within `budget`.
+    ///
+    /// # Errors
+    /// A budget below sinks + recent + 1, a window of zero, settings out of range.
+    pub fn new(mut policy: Box<dyn Policy>, budget: Budget, place: Place) -> Result<Self> {
+        for phase in [Phase::Prefill, Phase::Decode] {
+            let rule = policy.rule(phase);
+            if rule.decode == Trigger::Every(0) {
+                return Err(Error::ZeroWindow { name: "window" });
+            }
+            if rule.decode == Trigger::Never && !rule.after_prefill {
+                continue;
+            }
+            budget.check(rule.sinks, rule.recent)?;
+            if let (Prompt::CompressOnce(tokens), Budget::Tokens(budget)) = (rule.prompt, budget)
+                && tokens + rule.recent + 1 > budget
+            {
+                return Err(Error::BudgetTooSmall {
+                    budget,
+                    sinks: tokens,
+                    recent: rule.recent,
+                });
+            }
+        }
+        policy.start(place);
+        Ok(Self {
+            policy,
+            budget,
+            place,
+            scores: Vec::new(),
+        })
+    }
+
+    /// What the policy must be given.
+    pub fn needs(&self) -> Needs {
+        self.policy.needs()
+    }
+
+    /// The rule that holds in a phase.
+    pub fn rule(&self, phase: Phase) -> Rule {
+        self.policy.rule(phase)
+    }
+
+    /// `clock.tokens` tokens joined.
+    pub fn append(&mut self, clock: &Clock) {
+        self.policy.append(clock);
+    }
+
+    /// Shows one head's weights to the policy.
+    ///
+    /// # Errors
+    /// Weights that are not finite.
+    pub fn observe(&mut self, head: usize, seen: Seen<'_>, clock: &Clock) -> Result<()> {
+        let (Seen::Weights(weights) | Seen::Columns(weights)) = seen;
+        // Without early exit this is a few vector operations per cache line.
+        const EXPONENT: u32 = 0x7f80_0000;
+        let bad = weights
+            .iter()
+            .fold(false, |bad, w| bad | (w.to_bits() & EXPONENT == EXPONENT));
+        if bad {
+            let Place {
+                layer, sequence, ..
+            } = self.place;
+            return Err(Error::NonFinite {
+                layer,
+                sequence,
+                head,
+            });
+        }
+        self.policy.observe(head, seen, clock);
+        Ok(())
+    }
+
+    /// The plan of an eviction after a step, if one is due.
+    ///
+    /// # Errors
+    /// Keys, values or queries that the policy could not read.
+    pub fn plan(&mut self, rows: &dyn Rows, clock: &Clock) -> Result<Option<Plan>> {
+        let rule = self.policy.rule(clock.phase);
+        if rule.ahead && clock.phase == Phase::Decode {
+            return Ok(None);
+        }
+        let once = matches!(rule.prompt, Prompt::CompressOnce(_));
+        let due = match clock.phase {
+            Phase::Prefill => rule.after_prefill || once,
+            Phase::Decode => match rule.decode {
+                Trigger::Never => false,
+                Trigger::EveryStep => true,
+                Trigger::Every(w) => {
+                    clock.step / w as u32 > (clock.step - clock.tokens.min(clock.step)) / w as u32
+                }
+            },
+        };
+        if due {
+            self.choose(&rule, rows, clock, 0)
+        } else {
+            Ok(None)
+        }
+    }
+
+    /// The plan that makes room before `clock.tokens` tokens are appended; `clock` is that of the step that begins.
+    ///
+    /// # Errors
+    /// As [`plan`](Self::plan).
+    pub fn plan_ahead(&mut self, rows: &dyn Rows, clock: &Clock) -> Result<Option<Plan>> {
+        let rule = self.policy.rule(clock.phase);
+        if !rule.ahead || clock.phase == Phase::Prefill || rule.decode == Trigger::Never {
+            return Ok(None);
+        }
+        self.choose(&rule, rows, clock, clock.tokens as usize)
+    }
+
+    /// Chooses survivors so that with `coming` more tokens the budget holds.
+    fn choose(
+        &mut self,
+        rule: &Rule,
+        rows: &dyn Rows,
+        clock: &Clock,
+        coming: usize,
+    ) -> Result<Option<Plan>> {
+        let len = rows.len();
+        let prompt_stays = match rule.prompt {
+            Prompt::Evictable => false,
+            Prompt::Keep | Prompt::KeepBeside => true,
+            Prompt::CompressOnce(_) => clock.phase == Phase::Decode,
+        };
+        let mut budget = match (rule.prompt, clock.phase) {
+            (Prompt::CompressOnce(tokens), Phase::Prefill) => tokens,
+            _ => self.budget.tokens(clock.next as usize),
+        };
+        let heads = 0..self.place.heads;
+        let most = |count: &dyn Fn(&[u32]) -> usize| {
+            heads
+                .clone()
+                .map(|head| count(rows.ids(head)))
+                .max()
+                .unwrap_or(0)
+        };
+        if rule.prompt == Prompt::KeepBeside {
+            budget += most(&|ids| ids.iter().filter(|&&id| id < clock.prompt).count());
+        }
+        if len + coming <= budget {
+            return Ok(None);
+        }
+        // What is never evicted is a prefix and a suffix of the positions.
+        let prompt = if prompt_stays { clock.prompt } else { 0 };
+        let free = prompt.max(rule.sinks as u32)..clock.next.saturating_sub(rule.recent as u32);
+        let held = most(&|ids| ids.iter().filter(|&id| !free.contains(id)).count());
+        let limit = budget
+            .saturating_sub(coming)
+            .max(held + usize::from(coming == 0));
+        if len <= limit {
+            return Ok(None);
+        }
+        let released = (rule.release * budget as f64) as usize;
+        let leaving = len - limit.saturating_sub(released).max(held);
+        let mut evict = Vec::with_capacity(heads.len());
+        for head in heads {
+            self.scores.clear();
+            self.scores.resize(len, Score::default());
+            self.policy.score(head, rows, clock, &mut self.scores)?;
+            evict.push(lowest(&self.scores, rows.ids(head), &free, leaving));
+        }
+        Ok(Some(Plan { evict }))
+    }
+
+    /// The policy's state of one head follows its tokens.
+    pub fn relocate(&mut self, head: usize, moves: &Relocation) {
+        self.policy.relocate(head, moves);
+    }
+
+    /// Bytes of per-token state.
+    pub fn state_bytes(&self) -> usize {
+        self.policy.state_bytes()
+    }
+}
+
+/// The slots of the `count` lowest claims among positions in `free`, ascending.
+fn lowest(scores: &[Score], ids: &[u32], free: &Range<u32>, count: usize) -> Vec<u32> {
+    let claim = |slot: u32| (scores[slot as usize], ids[slot as usize]);
+    let order = |&a: &u32, &b: &u32| {
+        let ((x, x_id), (y, y_id)) = (claim(a), claim(b));
+        x.value
+            .total_cmp(&y.value)
+            .then(x.tie.cmp(&y.tie))
+            .then(x_id.cmp(&y_id))
+    };
+    let candidates = (0..ids.len() as u32).filter(|&slot| free.contains(&ids[slot as usize]));
+    if count == 1 {
+        return candidates.min_by(order).into_iter().collect();
+    }
+    let mut candidates: Vec<u32> = candidates.collect();
+    if (1..candidates.len()).contains(&count) {
+        candidates.select_nth_unstable_by(count - 1, order);
+    }
+    candidates.truncate(count);
+    candidates.sort_unstable();
+    candidates
+}

@@ -1,0 +1,170 @@
+//! LazyEviction (arXiv 2506.15969): tokens recur, so wait a window before judging them.
+//!
+//! Per token two numbers are kept: TS, the last step at which its weight passed the threshold, and MRI, the longest interval
+//! between two such steps. Every W steps, with the newest W tokens protected, a token's importance is H1 (is it still inside its
+//! usual interval?) plus H2 (does it recur often?), see [`importance`](Importance).
+//!
+//! Modes: `Paper` follows the paper's formulas. `Reference` follows the authors' program, which caps H1 at 0.538 and
+//! starts a token's clock one step early. `Guarded` is the paper's with three repairs: H2 only for MRI ≥ 2, four sinks, and the prompt kept. The
+//! repair matters: a token active only in two consecutive steps has MRI = 1 and scores 1 however long ago that was, and so
+//! outranks live recurring tokens wherever the threshold is large against 1/n. In all modes state is kept per KV head, over
+//! the group's reduced weights, where the authors keep it per query head on expanded caches.
+
+mod history;
+mod importance;
+
+pub use history::History;
+pub use importance::{Combine, Importance};
+
+use super::{
+    Clock, Needs, Phase, Place, Policy, Prompt, Rows, Rule, Score, Seen, Threshold, Trigger,
+};
+use crate::attention::Reduce;
+use crate::error::{Error, Result};
+use crate::store::Relocation;
+use serde::{Deserialize, Serialize};
+
+/// Whose rules are followed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Mode {
+    /// The paper's formulas.
+    #[default]
+    Paper,
+    /// The authors' program.
+    Reference,
+    /// The paper's formulas, H2 only for MRI ≥ 2, sinks and prompt kept.
+    Guarded,
+}
+
+/// Recurrence-aware eviction every W steps.
+#[derive(Debug, Clone)]
+pub struct Lazy {
+    mode: Mode,
+    window: usize,
+    threshold: Threshold,
+    reduce: Reduce,
+    importance: Importance,
+    heads: Vec<History>,
+}
+
+impl Lazy {
+    /// Window W in steps, activation threshold α, and how weights are reduced over a group.
+    ///
+    /// # Errors
+    /// A window of zero, a threshold out of range.
+    pub fn new(mode: Mode, window: usize, threshold: Threshold, reduce: Reduce) -> Result<Self> {
+        if window == 0 {
+            return Err(Error::ZeroWindow { name: "window" });
+        }
+        threshold.check()?;
+        let importance = Importance::of(mode);
+        Ok(Self {
+            mode,
+            window,
+            threshold,
+            reduce,
+            importance,
+            heads: Vec::new(),
+        })
+    }
+
+    /// The same with another importance.
+    pub fn with_importance(mut self, importance: Importance) -> Self {
+        self.importance = importance;
+        self
+    }
+}
+
+impl Policy for Lazy {
+    fn name(&self) -> &'static str {
+        match self.mode {
+            Mode::Paper => "lazy",
+            Mode::Reference => "lazy-reference",
+            Mode::Guarded => "lazy-guarded",
+        }
+    }
+
+    fn needs(&self) -> Needs {
+        Needs {
+            weights: Some(self.reduce),
+            ..Needs::default()
+        }
+    }
+
+    fn rule(&self, _: Phase) -> Rule {
+        let guarded = self.mode == Mode::Guarded;
+        Rule {
+            decode: Trigger::Every(self.window),
+            after_prefill: false,
+            sinks: if guarded { 4 } else { 0 },
+            prompt: if guarded {
+                Prompt::Keep
+            } else {
+                Prompt::Evictable
+            },
+            ..Rule::lagged(self.window)
+        }
+    }
+
+    fn start(&mut self, place: Place) {
+        self.heads = vec![History::default(); place.heads];
+    }
+
+    fn append(&mut self, clock: &Clock) {
+        let birth = match self.mode {
+            Mode::Reference => clock.step.saturating_sub(1),
+            Mode::Paper | Mode::Guarded => clock.step,
+        };
+        for head in &mut self.heads {
+            head.append(clock.tokens as usize, birth);
+        }
+    }
+
+    fn observe(&mut self, head: usize, seen: Seen<'_>, clock: &Clock) {
+        // Prefill attention is not used: t counts decode steps.
+        if clock.phase == Phase::Prefill {
+            return;
+        }
+        let (Seen::Weights(weights) | Seen::Columns(weights)) = seen;
+        let level = self.threshold.level(weights);
+        // The paper activates above the threshold, the program at or above it.
+        match self.mode {
+            Mode::Reference => self.heads[head].record(clock.step, weights, |w| w >= level),
+            Mode::Paper | Mode::Guarded => {
+                self.heads[head].record(clock.step, weights, |w| w > level);
+            }
+        }
+    }
+
+    fn score(
+        &mut self,
+        head: usize,
+        _: &dyn Rows,
+        clock: &Clock,
+        scores: &mut [Score],
+    ) -> Result<()> {
+        let history = &mut self.heads[head];
+        history.fold();
+        for (score, (&seen, &mri)) in scores
+            .iter_mut()
+            .zip(history.last_active().iter().zip(history.mri()))
+        {
+            score.value = self.importance.of_token(clock.step - seen, mri);
+            score.tie = seen;
+        }
+        Ok(())
+    }
+
+    fn relocate(&mut self, head: usize, moves: &Relocation) {
+        self.heads[head].relocate(moves);
+    }
+
+    fn state_bytes(&self) -> usize {
+        self.heads.iter().map(History::bytes).sum()
+    }
+
+    fn boxed_clone(&self) -> Box<dyn Policy> {
+        Box::new(self.clone())
+    }
+}

@@ -1,0 +1,267 @@
+//! Which tokens to keep: policies on plain slices, no tensors.
+//!
+//! A [`Policy`] remembers something per token and gives every resident token a [`Score`]; its [`Rule`] says when to
+//! evict and what is never evicted. The [`Evictor`] turns both into a [`Plan`], the one place where tokens are chosen. Combinators
+//! change the rule ([`Lagged`], [`Protect`]), the score ([`ValueNormGuard`]) or the policy by phase ([`PerPhase`]).
+//!
+//! A policy object serves one layer of one sequence, all its KV heads. Weights arrive reduced over the query heads that share a
+//! KV head.
+
+mod activation;
+mod config;
+mod evictor;
+mod full;
+mod h2o;
+mod lagged;
+pub mod lazy;
+mod oracle;
+mod phase;
+mod protect;
+mod r_kv;
+mod raas;
+mod random;
+mod rule;
+mod scissorhands;
+mod snapkv;
+mod streaming;
+mod tova;
+mod value_norm;
+mod window;
+
+pub use activation::Threshold;
+pub(crate) use config::quarter;
+pub use config::{CacheConfig, LazySettings, POLICY_NAMES, PolicyConfig};
+pub use evictor::{Evictor, Plan};
+pub use full::Full;
+pub use h2o::{H2o, Normalise};
+pub use lagged::Lagged;
+pub use lazy::Lazy;
+pub use oracle::{Future, Oracle};
+pub use phase::PerPhase;
+pub use protect::Protect;
+pub use r_kv::RKv;
+pub use raas::Raas;
+pub use random::Random;
+pub use rule::{Budget, Prompt, Rule, Trigger};
+pub use scissorhands::Scissorhands;
+pub use snapkv::{Pooling, SnapKv};
+pub use streaming::Streaming;
+pub use tova::Tova;
+pub use value_norm::ValueNormGuard;
+
+use crate::attention::Reduce;
+use crate::error::Result;
+use crate::store::Relocation;
+
+/// Whether a step belongs to the prompt or to generation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Phase {
+    /// Reading the prompt, in one step or in chunks.
+    Prefill,
+    /// Everything after.
+    Decode,
+}
+
+/// Where a generation stands after a step's attention.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Clock {
+    /// Logical length: the position the next token will have.
+    pub next: u32,
+    /// Decode steps t since the prompt; 0 during prefill.
+    pub step: u32,
+    /// New tokens of this step.
+    pub tokens: u32,
+    /// Length of the prompt so far.
+    pub prompt: u32,
+    /// Phase of this step.
+    pub phase: Phase,
+}
+
+/// Which layer of which sequence a policy serves.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Place {
+    /// Layer index.
+    pub layer: usize,
+    /// Sequence in the batch.
+    pub sequence: usize,
+    /// KV heads.
+    pub heads: usize,
+}
+
+/// What a policy wants to see of prefill attention.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, PartialOrd, Ord)]
+pub enum PrefillNeed {
+    /// Nothing.
+    #[default]
+    Nothing,
+    /// The weights of the last query.
+    LastQuery,
+    /// For each token the weights summed over all queries.
+    Columns,
+}
+
+/// What a policy must be given; a cache that cannot give it refuses to be built.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Needs {
+    /// Weights of each decode step, reduced over the group in this way.
+    pub weights: Option<Reduce>,
+    /// Weights of prefill.
+    pub prefill: PrefillNeed,
+    /// The last queries, this many, at eviction.
+    pub queries: usize,
+    /// Keys at eviction.
+    pub keys: bool,
+    /// Values at eviction.
+    pub values: bool,
+}
+
+impl Needs {
+    /// Everything that either wants.
+    pub fn union(self, other: Self) -> Self {
+        Self {
+            weights: self.weights.or(other.weights),
+            prefill: self.prefill.max(other.prefill),
+            queries: self.queries.max(other.queries),
+            keys: self.keys || other.keys,
+            values: self.values || other.values,
+        }
+    }
+}
+
+/// What a policy is shown after a step, for one KV head, in physical order.
+#[derive(Debug, Clone, Copy)]
+pub enum Seen<'a> {
+    /// Attention weights of the last query.
+    Weights(&'a [f32]),
+    /// Weights summed over all queries of the step and the group.
+    Columns(&'a [f32]),
+}
+
+/// What a sequence holds in one layer, as a policy sees it at eviction.
+pub trait Rows {
+    /// Tokens per head.
+    fn len(&self) -> usize;
+    /// Whether nothing is held.
+    fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+    /// Elements of a key, query or value.
+    fn head_dim(&self) -> usize;
+    /// Logical positions of a head's tokens in physical order.
+    fn ids(&self, head: usize) -> &[u32];
+    /// Keys of a head from slot `from` on: `[n − from, d]`.
+    ///
+    /// # Errors
+    /// A failed copy from the device.
+    fn keys(&self, head: usize, from: usize) -> Result<Vec<f32>>;
+    /// Values of a head from slot `from` on: `[n − from, d]`.
+    ///
+    /// # Errors
+    /// A failed copy from the device.
+    fn values(&self, head: usize, from: usize) -> Result<Vec<f32>>;
+    /// The last queries of a head.
+    fn queries(&self, head: usize) -> RecentQueries<'_>;
+}
+
+/// The last queries that a KV head's group asked, already scaled, in no particular order.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct RecentQueries<'a> {
+    /// `[positions, group, d]`.
+    pub queries: &'a [f32],
+    /// Logical position of each.
+    pub positions: &'a [u32],
+}
+
+/// A token's claim to stay: `value` decides, then `tie`, then the newer position.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct Score {
+    /// Higher stays.
+    pub value: f32,
+    /// Between equal values, higher stays.
+    pub tie: u32,
+}
+
+impl Score {
+    /// A score without tie-breaker.
+    pub fn new(value: f32) -> Self {
+        Self { value, tie: 0 }
+    }
+}
+
+/// A policy for one layer of one sequence.
+pub trait Policy: std::fmt::Debug + Send + Sync {
+    /// The name used on the command line.
+    fn name(&self) -> &'static str;
+    /// What must be provided.
+    fn needs(&self) -> Needs;
+    /// When to evict and what is never evicted.
+    fn rule(&self, phase: Phase) -> Rule;
+    /// Called once, before the first token.
+    fn start(&mut self, place: Place);
+    /// `clock.tokens` tokens join every head, at the end.
+    fn append(&mut self, clock: &Clock);
+    /// What the policy asked for, once per head and step.
+    fn observe(&mut self, head: usize, seen: Seen<'_>, clock: &Clock);
+    /// Scores for all of a head's tokens, in physical order; called when an eviction is due.
+    ///
+    /// # Errors
+    /// Keys, values or queries that could not be read.
+    fn score(
+        &mut self,
+        head: usize,
+        rows: &dyn Rows,
+        clock: &Clock,
+        scores: &mut [Score],
+    ) -> Result<()>;
+    /// Tokens of a head move or leave: per-token state follows.
+    fn relocate(&mut self, head: usize, moves: &Relocation);
+    /// Bytes of per-token state.
+    fn state_bytes(&self) -> usize;
+    /// A deep copy.
+    fn boxed_clone(&self) -> Box<dyn Policy>;
+}
+
+impl Clone for Box<dyn Policy> {
+    fn clone(&self) -> Self {
+        self.as_ref().boxed_clone()
+    }
+}
+
+impl Policy for Box<dyn Policy> {
+    fn name(&self) -> &'static str {
+        self.as_ref().name()
+    }
+    fn needs(&self) -> Needs {
+        self.as_ref().needs()
+    }
+    fn rule(&self, phase: Phase) -> Rule {
+        self.as_ref().rule(phase)
+    }
+    fn start(&mut self, place: Place) {
+        self.as_mut().start(place);
+    }
+    fn append(&mut self, clock: &Clock) {
+        self.as_mut().append(clock);
+    }
+    fn observe(&mut self, head: usize, seen: Seen<'_>, clock: &Clock) {
+        self.as_mut().observe(head, seen, clock);
+    }
+    fn score(
+        &mut self,
+        head: usize,
+        rows: &dyn Rows,
+        clock: &Clock,
+        scores: &mut [Score],
+    ) -> Result<()> {
+        self.as_mut().score(head, rows, clock, scores)
+    }
+    fn relocate(&mut self, head: usize, moves: &Relocation) {
+        self.as_mut().relocate(head, moves);
+    }
+    fn state_bytes(&self) -> usize {
+        self.as_ref().state_bytes()
+    }
+    fn boxed_clone(&self) -> Box<dyn Policy> {
+        self.as_ref().boxed_clone()
+    }
+}

@@ -1,0 +1,73 @@
+//! One policy for the prompt, another for generation.
+//!
+//! Both see everything, so that the second knows the prompt's tokens when its turn comes.
+
+use super::{Clock, Needs, Phase, Place, Policy, Rows, Rule, Score, Seen};
+use crate::error::Result;
+use crate::store::Relocation;
+
+/// `prefill` judges while the prompt is read, `decode` afterwards.
+#[derive(Debug, Clone)]
+pub struct PerPhase<A, B> {
+    prefill: A,
+    decode: B,
+}
+
+impl<A, B> PerPhase<A, B> {
+    /// Combines two policies.
+    pub fn new(prefill: A, decode: B) -> Self {
+        Self { prefill, decode }
+    }
+}
+
+impl<A: Policy + Clone + 'static, B: Policy + Clone + 'static> Policy for PerPhase<A, B> {
+    fn name(&self) -> &'static str {
+        self.decode.name()
+    }
+    fn needs(&self) -> Needs {
+        let decode = self.decode.needs();
+        // Weights come reduced in one way only: the decoding policy's.
+        decode.union(self.prefill.needs())
+    }
+    fn rule(&self, phase: Phase) -> Rule {
+        match phase {
+            // The prompt is cut down by this policy's rule alone.
+            Phase::Prefill => self.prefill.rule(phase),
+            Phase::Decode => self.decode.rule(phase),
+        }
+    }
+    fn start(&mut self, place: Place) {
+        self.prefill.start(place);
+        self.decode.start(place);
+    }
+    fn append(&mut self, clock: &Clock) {
+        self.prefill.append(clock);
+        self.decode.append(clock);
+    }
+    fn observe(&mut self, head: usize, seen: Seen<'_>, clock: &Clock) {
+        self.prefill.observe(head, seen, clock);
+        self.decode.observe(head, seen, clock);
+    }
+    fn score(
+        &mut self,
+        head: usize,
+        rows: &dyn Rows,
+        clock: &Clock,
+        scores: &mut [Score],
+    ) -> Result<()> {
+        match clock.phase {
+            Phase::Prefill => self.prefill.score(head, rows, clock, scores),
+            Phase::Decode => self.decode.score(head, rows, clock, scores),
+        }
+    }
+    fn relocate(&mut self, head: usize, moves: &Relocation) {
+        self.prefill.relocate(head, moves);
+        self.decode.relocate(head, moves);
+    }
+    fn state_bytes(&self) -> usize {
+        self.prefill.state_bytes() + self.decode.state_bytes()
+    }
+    fn boxed_clone(&self) -> Box<dyn Policy> {
+        Box::new(self.clone())
+    }
+}

@@ -1,0 +1,162 @@
+//! R-KV (Cai et al., arXiv 2505.24133): important to the last queries and not a copy of a newer key.
+//!
+//! Importance: logits of the last queries, maximum over the group, softmax over the tokens before the window, mean over the queries,
+//! max-pooled. Redundancy: cosine similarity between keys, where each row forgives the most recent of its near copies; mean
+//! over rows, softmax. Z = λ·importance − (1 − λ)·redundancy. One evaluation costs n²·d multiply-adds per KV head, about as much
+//! as the attention of the steps between two of them.
+
+use super::snapkv::{Pooling, check_window};
+use super::window::{WindowLogits, dot, softmax};
+use super::{Clock, Needs, Phase, Place, Policy, Rows, Rule, Score, Seen};
+use crate::error::{Error, Result};
+use crate::store::Relocation;
+
+/// Importance minus redundancy, every so many steps.
+#[derive(Debug, Clone, Copy)]
+pub struct RKv {
+    window: usize,
+    every: usize,
+    kernel: usize,
+    lambda: f32,
+}
+
+/// Similarity from which two keys count as copies.
+const COPY: f32 = 0.5;
+
+impl RKv {
+    /// Observes the last `window` queries every `every` steps; `kernel` tokens are pooled; `lambda` weighs importance (0.1 in the paper, 0.07 in
+    /// the program).
+    ///
+    /// # Errors
+    /// Windows of zero, an even kernel, λ outside [0, 1].
+    pub fn new(window: usize, every: usize, kernel: usize, lambda: f32) -> Result<Self> {
+        check_window(window, kernel, Some(every))?;
+        if !(0.0..=1.0).contains(&lambda) {
+            return Err(Error::Setting {
+                name: "lambda",
+                value: lambda.to_string(),
+                expected: "a number in [0, 1]",
+            });
+        }
+        Ok(Self {
+            window,
+            every,
+            kernel,
+            lambda,
+        })
+    }
+}
+
+/// Importance of the first `prefix` tokens.
+fn importance(window: &WindowLogits, prefix: usize, kernel: usize) -> Vec<f32> {
+    let WindowLogits {
+        logits,
+        group,
+        positions,
+        len,
+        ..
+    } = window;
+    let mut mean = vec![0.0; prefix];
+    for heads in logits.chunks_exact((group * len).max(1)) {
+        let mut row = vec![f32::NEG_INFINITY; prefix];
+        for head in heads.chunks_exact(*len) {
+            row.iter_mut()
+                .zip(head)
+                .for_each(|(max, x)| *max = max.max(*x));
+        }
+        softmax(&mut row);
+        mean.iter_mut()
+            .zip(row)
+            .for_each(|(sum, x)| *sum += x / *positions as f32);
+    }
+    Pooling::Max.apply(&mean, kernel)
+}
+
+/// Redundancy of all keys `[n, d]`, oldest first.
+fn redundancy(keys: &[f32], d: usize) -> Vec<f32> {
+    let mut unit = keys.to_vec();
+    for key in unit.chunks_exact_mut(d) {
+        let norm = dot(key, key).sqrt().max(f32::MIN_POSITIVE);
+        key.iter_mut().for_each(|x| *x /= norm);
+    }
+    let n = keys.len() / d;
+    let mut mean = vec![0.0; n];
+    let mut row = vec![0.0; n];
+    for (i, key) in unit.chunks_exact(d).enumerate() {
+        for (similarity, other) in row.iter_mut().zip(unit.chunks_exact(d)) {
+            *similarity = dot(key, other);
+        }
+        row[i] = 0.0;
+        if let Some(newest) = row.iter().rposition(|&s| s > COPY) {
+            row[newest] = 0.0;
+        }
+        mean.iter_mut()
+            .zip(&row)
+            .for_each(|(sum, s)| *sum += s / n as f32);
+    }
+    softmax(&mut mean);
+    mean
+}
+
+impl Policy for RKv {
+    fn name(&self) -> &'static str {
+        "r-kv"
+    }
+    fn needs(&self) -> Needs {
+        Needs {
+            queries: self.window,
+            keys: true,
+            ..Needs::default()
+        }
+    }
+    fn rule(&self, _: Phase) -> Rule {
+        Rule {
+            recent: self.window,
+            ..Rule::lagged(self.every)
+        }
+    }
+    fn start(&mut self, _: Place) {}
+    fn append(&mut self, _: &Clock) {}
+    fn observe(&mut self, _: usize, _: Seen<'_>, _: &Clock) {}
+    fn score(
+        &mut self,
+        head: usize,
+        rows: &dyn Rows,
+        clock: &Clock,
+        scores: &mut [Score],
+    ) -> Result<()> {
+        let window = WindowLogits::of(rows, head)?;
+        let from = clock.next.saturating_sub(self.window as u32);
+        let prefix = rows.ids(head).partition_point(|&id| id < from);
+        let importance = importance(&window, prefix, self.kernel);
+        let redundancy = redundancy(&window.keys, rows.head_dim());
+        for ((score, important), redundant) in scores.iter_mut().zip(importance).zip(redundancy) {
+            score.value = self.lambda * important - (1.0 - self.lambda) * redundant;
+        }
+        Ok(())
+    }
+    fn relocate(&mut self, _: usize, _: &Relocation) {}
+    fn state_bytes(&self) -> usize {
+        0
+    }
+    fn boxed_clone(&self) -> Box<dyn Policy> {
+        Box::new(*self)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn of_planted_duplicates_the_newest_is_the_least_redundant() {
+        // Three copies of one direction among orthogonal keys.
+        let mut keys = vec![0.0; 8 * 8];
+        for (i, direction) in [0, 1, 0, 2, 3, 0, 4, 5].into_iter().enumerate() {
+            keys[i * 8 + direction] = 1.0 + i as f32;
+        }
+        let r = redundancy(&keys, 8);
+        assert!(r[5] < r[0] && r[5] < r[2], "{r:?}");
+        assert!(r[0] > r[1] && r[2] > r[7], "{r:?}");
+    }
+}

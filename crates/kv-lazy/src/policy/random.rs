@@ -1,0 +1,95 @@
+//! Random eviction with the prompt kept: the control that every scorer must beat.
+//!
+//! Uniform per head; the draw is a function of (seed, layer, sequence, head, step, token), so that a run can be repeated, a
+//! snapshot needs no generator state and slots do not matter.
+
+use super::{Clock, Needs, Phase, Place, Policy, Prompt, Rows, Rule, Score, Seen};
+use crate::error::Result;
+use crate::store::Relocation;
+use rand::{RngCore, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+/// Uniformly random among what is not protected.
+#[derive(Debug, Clone, Copy)]
+pub struct Random {
+    /// Seed of the request.
+    pub seed: u64,
+    /// Whether the prompt stays.
+    pub protect_prompt: bool,
+    place: Place,
+}
+
+impl Random {
+    /// Draws from `seed`.
+    pub fn new(seed: u64, protect_prompt: bool) -> Self {
+        Self {
+            seed,
+            protect_prompt,
+            place: Place::default(),
+        }
+    }
+}
+
+/// The finaliser of SplitMix64 (Steele et al., 2014): a bijection without visible structure.
+fn mix(x: u64) -> u64 {
+    let x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    let x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    x ^ (x >> 31)
+}
+
+impl Policy for Random {
+    fn name(&self) -> &'static str {
+        "random"
+    }
+    fn needs(&self) -> Needs {
+        Needs::default()
+    }
+    fn rule(&self, _: Phase) -> Rule {
+        let prompt = if self.protect_prompt {
+            Prompt::Keep
+        } else {
+            Prompt::Evictable
+        };
+        // The newest token would otherwise leave before the next query could see it.
+        Rule {
+            prompt,
+            recent: 1,
+            ..Rule::STEPWISE
+        }
+    }
+    fn start(&mut self, place: Place) {
+        self.place = place;
+    }
+    fn append(&mut self, _: &Clock) {}
+    fn observe(&mut self, _: usize, _: Seen<'_>, _: &Clock) {}
+    fn score(
+        &mut self,
+        head: usize,
+        rows: &dyn Rows,
+        clock: &Clock,
+        scores: &mut [Score],
+    ) -> Result<()> {
+        let mut seed = [0; 32];
+        let parts = [
+            self.seed,
+            (self.place.layer as u64) << 32 | self.place.sequence as u64,
+            head as u64,
+            u64::from(clock.next),
+        ];
+        for (bytes, part) in seed.chunks_exact_mut(8).zip(parts) {
+            bytes.copy_from_slice(&part.to_le_bytes());
+        }
+        let event = ChaCha8Rng::from_seed(seed).next_u64();
+        for (score, &id) in scores.iter_mut().zip(rows.ids(head)) {
+            score.tie = (mix(event ^ u64::from(id)) >> 32) as u32;
+        }
+        Ok(())
+    }
+    fn relocate(&mut self, _: usize, _: &Relocation) {}
+    fn state_bytes(&self) -> usize {
+        0
+    }
+    fn boxed_clone(&self) -> Box<dyn Policy> {
+        Box::new(*self)
+    }
+}

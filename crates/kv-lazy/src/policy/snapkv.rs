@@ -1,0 +1,145 @@
+//! SnapKV (Li et al., arXiv 2404.14469): what the end of the prompt attends to is what generation will need.
+//!
+//! The weights of the last w prompt queries are summed over the queries, pooled along the sequence and averaged over the group; the best
+//! tokens of the prefix stay with the window itself. The prompt is compressed once; generated tokens are all kept, unless `every`
+//! asks for the same again every so many steps over the last w queries.
+
+use super::window::{WindowLogits, softmax};
+use super::{Clock, Needs, Phase, Place, Policy, Rows, Rule, Score, Seen, Trigger};
+use crate::error::{Error, Result};
+use crate::store::{Layout, Relocation};
+use serde::{Deserialize, Serialize};
+
+/// Smoothing of scores along the sequence.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Pooling {
+    /// Mean over the kernel, zeros beyond the ends.
+    #[default]
+    Mean,
+    /// Maximum over the kernel.
+    Max,
+}
+
+impl Pooling {
+    /// `row` pooled with an odd `kernel`, centred.
+    pub(super) fn apply(self, row: &[f32], kernel: usize) -> Vec<f32> {
+        let half = kernel / 2;
+        (0..row.len())
+            .map(|i| {
+                let near = &row[i.saturating_sub(half)..(i + half + 1).min(row.len())];
+                match self {
+                    Pooling::Mean => near.iter().sum::<f32>() / kernel as f32,
+                    Pooling::Max => near.iter().copied().fold(f32::NEG_INFINITY, f32::max),
+                }
+            })
+            .collect()
+    }
+}
+
+/// The observation window's favourites.
+#[derive(Debug, Clone, Copy)]
+pub struct SnapKv {
+    window: usize,
+    kernel: usize,
+    pooling: Pooling,
+    every: Option<usize>,
+}
+
+impl SnapKv {
+    /// Observes the last `window` queries, pools over `kernel` tokens; `every` repeats it while decoding.
+    ///
+    /// # Errors
+    /// A window of zero, an even kernel.
+    pub fn new(
+        window: usize,
+        kernel: usize,
+        pooling: Pooling,
+        every: Option<usize>,
+    ) -> Result<Self> {
+        check_window(window, kernel, every)?;
+        Ok(Self {
+            window,
+            kernel,
+            pooling,
+            every,
+        })
+    }
+}
+
+/// Windows of at least one, kernels odd.
+pub(super) fn check_window(window: usize, kernel: usize, every: Option<usize>) -> Result<()> {
+    if window == 0 {
+        return Err(Error::ZeroWindow { name: "window" });
+    }
+    if every == Some(0) {
+        return Err(Error::ZeroWindow { name: "every" });
+    }
+    if kernel.is_multiple_of(2) {
+        return Err(Error::Setting {
+            name: "kernel",
+            value: kernel.to_string(),
+            expected: "an odd number",
+        });
+    }
+    Ok(())
+}
+
+impl Policy for SnapKv {
+    fn name(&self) -> &'static str {
+        "snapkv"
+    }
+    fn needs(&self) -> Needs {
+        Needs {
+            queries: self.window,
+            keys: true,
+            ..Needs::default()
+        }
+    }
+    fn rule(&self, _: Phase) -> Rule {
+        Rule {
+            decode: self.every.map_or(Trigger::Never, Trigger::Every),
+            recent: self.window,
+            layout: Layout::Compact,
+            ..Rule::STEPWISE
+        }
+    }
+    fn start(&mut self, _: Place) {}
+    fn append(&mut self, _: &Clock) {}
+    fn observe(&mut self, _: usize, _: Seen<'_>, _: &Clock) {}
+    fn score(
+        &mut self,
+        head: usize,
+        rows: &dyn Rows,
+        clock: &Clock,
+        scores: &mut [Score],
+    ) -> Result<()> {
+        let WindowLogits {
+            mut logits,
+            group,
+            len,
+            ..
+        } = WindowLogits::of(rows, head)?;
+        let from = clock.next.saturating_sub(self.window as u32);
+        let prefix = rows.ids(head).partition_point(|&id| id < from);
+        let mut summed = vec![0.0; group * prefix];
+        for (i, row) in logits.chunks_exact_mut(len).enumerate() {
+            softmax(row);
+            let sums = &mut summed[i % group * prefix..][..prefix];
+            sums.iter_mut().zip(&*row).for_each(|(sum, w)| *sum += w);
+        }
+        for sums in summed.chunks_exact(prefix.max(1)) {
+            for (score, x) in scores.iter_mut().zip(self.pooling.apply(sums, self.kernel)) {
+                score.value += x / group as f32;
+            }
+        }
+        Ok(())
+    }
+    fn relocate(&mut self, _: usize, _: &Relocation) {}
+    fn state_bytes(&self) -> usize {
+        0
+    }
+    fn boxed_clone(&self) -> Box<dyn Policy> {
+        Box::new(*self)
+    }
+}

@@ -1,0 +1,61 @@
+//! StreamingLLM (Xiao et al., arXiv 2309.17453): the first tokens as attention sinks and the newest ones.
+//!
+//! Room is made before a token is appended, so the budget is never exceeded. Keys keep the rotation of their original
+//! positions; the authors' code re-rotates to positions inside the cache instead, which matters once the text is
+//! longer than the model's context.
+
+use super::{Clock, Needs, Phase, Place, Policy, Rows, Rule, Score, Seen};
+use crate::error::Result;
+use crate::store::{Layout, Relocation};
+
+/// Sinks and a window of the newest tokens.
+#[derive(Debug, Clone, Copy)]
+pub struct Streaming {
+    /// First tokens kept; 4 in the paper.
+    pub sinks: usize,
+}
+
+impl Default for Streaming {
+    fn default() -> Self {
+        Self { sinks: 4 }
+    }
+}
+
+impl Policy for Streaming {
+    fn name(&self) -> &'static str {
+        "streaming"
+    }
+    fn needs(&self) -> Needs {
+        Needs::default()
+    }
+    fn rule(&self, _: Phase) -> Rule {
+        Rule {
+            sinks: self.sinks,
+            ahead: true,
+            layout: Layout::SinkRing,
+            ..Rule::STEPWISE
+        }
+    }
+    fn start(&mut self, _: Place) {}
+    fn append(&mut self, _: &Clock) {}
+    fn observe(&mut self, _: usize, _: Seen<'_>, _: &Clock) {}
+    fn score(
+        &mut self,
+        head: usize,
+        rows: &dyn Rows,
+        _: &Clock,
+        scores: &mut [Score],
+    ) -> Result<()> {
+        for (score, &id) in scores.iter_mut().zip(rows.ids(head)) {
+            score.tie = id;
+        }
+        Ok(())
+    }
+    fn relocate(&mut self, _: usize, _: &Relocation) {}
+    fn state_bytes(&self) -> usize {
+        0
+    }
+    fn boxed_clone(&self) -> Box<dyn Policy> {
+        Box::new(*self)
+    }
+}

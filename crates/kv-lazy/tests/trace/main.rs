@@ -1,0 +1,400 @@
+//! Traces: files, recording, replay against a live cache, generators.
+
+use candle_core::{DType, Device, Tensor};
+use kv_lazy::attention::Reduce;
+use kv_lazy::calibrate::{ALPHAS, calibrate};
+use kv_lazy::policy::{LazySettings, POLICY_NAMES, Threshold};
+use kv_lazy::trace::replay::{LayerReport, ReplayOptions, Summary, replay, replay_all};
+use kv_lazy::trace::synth::{Drifting, HeavyHitters, Planted, Sizes};
+use kv_lazy::trace::{LayerTrace, Recorder, Trace, TraceMeta, file, mri};
+use kv_lazy::{Budget, CacheConfig, CacheSet, Error, LayerShape, PolicyConfig};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+const SIZES: Sizes = Sizes {
+    tokens: 400,
+    prompt: 40,
+    kv_heads: 2,
+    group: 2,
+    head_dim: 32,
+};
+
+fn planted() -> Planted {
+    Planted {
+        sizes: SIZES,
+        recurring: 24,
+        ..Planted::default()
+    }
+}
+
+fn generators() -> Vec<Trace> {
+    vec![
+        planted().trace(1),
+        Drifting {
+            sizes: SIZES,
+            ..Drifting::default()
+        }
+        .trace(1),
+        HeavyHitters {
+            sizes: SIZES,
+            ..HeavyHitters::default()
+        }
+        .trace(1),
+    ]
+}
+
+fn lazily(window: usize) -> PolicyConfig {
+    PolicyConfig::Lazy(LazySettings {
+        window: Some(window),
+        ..LazySettings::default()
+    })
+}
+
+fn run(trace: &Trace, config: &CacheConfig) -> LayerReport {
+    replay(trace, 0, config, &ReplayOptions::default()).unwrap()
+}
+
+/// Runs a layer of a trace through a cache; outputs `[Hq, 1, d]` of the decode steps.
+fn live(trace: &Trace, cache: &mut CacheSet) -> Vec<Vec<f32>> {
+    let layer = &trace.layers[&0];
+    let prompt = trace.meta.prompt_len;
+    let mut outputs = Vec::new();
+    let mut from = 0;
+    while from < layer.tokens {
+        let count = if from == 0 { prompt } else { 1 };
+        let part = |data: &[f32], heads: usize| {
+            let shape = (1, heads, layer.tokens, layer.head_dim);
+            let all = Tensor::from_slice(data, shape, &Device::Cpu).unwrap();
+            all.narrow(2, from, count).unwrap()
+        };
+        let (q, k, v) = (
+            part(&layer.q, layer.query_heads),
+            part(&layer.k, layer.kv_heads),
+            part(&layer.v, layer.kv_heads),
+        );
+        cache.begin(count).unwrap();
+        let out = cache.attend(0, &q, &k, &v, trace.meta.scale).unwrap();
+        if from > 0 {
+            outputs.push(out.flatten_all().unwrap().to_vec1().unwrap());
+        }
+        from += count;
+    }
+    outputs
+}
+
+fn shape(layer: &LayerTrace) -> LayerShape {
+    LayerShape {
+        query_heads: layer.query_heads,
+        kv_heads: layer.kv_heads,
+        head_dim: layer.head_dim,
+        sliding_window: None,
+    }
+}
+
+#[test]
+fn replay_loses_exactly_what_a_live_cache_loses() {
+    for trace in generators() {
+        let layer = &trace.layers[&0];
+        let shapes = [shape(layer)];
+        let mut full = CacheSet::full(&shapes, 1, DType::F32, &Device::Cpu).unwrap();
+        let reference = live(&trace, &mut full);
+        for name in POLICY_NAMES.into_iter().filter(|name| *name != "oracle") {
+            let config = CacheConfig::new(name.parse().unwrap(), Budget::Tokens(96));
+            let mut cache = CacheSet::new(&shapes, 1, DType::F32, &Device::Cpu, &config).unwrap();
+            let outputs = live(&trace, &mut cache);
+            let report = run(&trace, &config);
+            for (head, report) in report.heads.iter().enumerate() {
+                let mut error = 0.0;
+                for (full, here) in reference.iter().zip(&outputs) {
+                    for g in 0..layer.group() {
+                        let at = (head * layer.group() + g) * layer.head_dim;
+                        let range = at..at + layer.head_dim;
+                        let square = |x: f32| f64::from(x) * f64::from(x);
+                        let size: f64 = full[range.clone()].iter().map(|&x| square(x)).sum();
+                        let gap: f64 = full[range.clone()]
+                            .iter()
+                            .zip(&here[range])
+                            .map(|(a, b)| square(a - b))
+                            .sum();
+                        error += (gap / size).sqrt() / layer.group() as f64;
+                    }
+                }
+                error /= outputs.len() as f64;
+                let got = report.output_error;
+                // Rounding can turn a tie; a policy that chose differently would be far off.
+                assert!(
+                    (got - error).abs() < 1e-3 + 0.01 * error,
+                    "{} {name} head {head}: {got} {error}",
+                    trace.meta.model
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn the_oracle_retains_at_least_what_every_policy_does_and_the_ideal_set_more() {
+    for trace in generators() {
+        let oracle = PolicyConfig::Oracle {
+            window: Some(16),
+            horizon: None,
+        };
+        let oracle = run(&trace, &CacheConfig::new(oracle, Budget::Tokens(96)));
+        for name in POLICY_NAMES {
+            if matches!(name, "full" | "snapkv" | "oracle") {
+                continue; // They hold more than the budget, or are the oracle.
+            }
+            let config = match name.parse().unwrap() {
+                PolicyConfig::Lazy(_) => CacheConfig::new(lazily(16), Budget::Tokens(96)),
+                policy => CacheConfig {
+                    lag: Some(16),
+                    ..CacheConfig::new(policy, Budget::Tokens(96))
+                },
+            };
+            let report = run(&trace, &config);
+            let gap = report.oracle_gap(&oracle);
+            assert!(gap > -1e-3, "{} {name}: {gap}", trace.meta.model);
+            assert!(
+                report
+                    .heads
+                    .iter()
+                    .all(|h| h.retained_mass <= h.ideal_mass + 1e-6)
+            );
+            assert!(report.mean_tokens <= 96.0 + 16.0);
+        }
+        assert!(
+            oracle
+                .heads
+                .iter()
+                .all(|h| h.retained_mass <= h.ideal_mass + 1e-6)
+        );
+    }
+}
+
+#[test]
+fn the_full_cache_loses_nothing() {
+    let options = ReplayOptions {
+        threshold: Threshold::Absolute(0.02),
+        gap: 16,
+        ..ReplayOptions::default()
+    };
+    let config = CacheConfig::new(PolicyConfig::Full, Budget::Tokens(1));
+    let report = replay(&planted().trace(3), 0, &config, &options).unwrap();
+    for head in &report.heads {
+        assert!((head.retained_mass - 1.0).abs() < 1e-5);
+        assert_eq!((head.recall, head.recurring_hit_rate), (1.0, Some(1.0)));
+        assert!(head.output_error < 1e-5 && head.regret.total() == 0.0);
+    }
+    assert_eq!(report.kv_bytes, report.kv_bytes_full);
+}
+
+/// Four tokens of weights .50, .30, .15, .05 with values 1, 1, 1 and x: without the last, the output goes to 1.
+#[test]
+fn output_error_sees_a_value_outlier_that_mass_hides() {
+    for (x, moved) in [(-10.0f32, 0.55), (0.5, 0.025)] {
+        let d = 8;
+        let mut layer = LayerTrace {
+            query_heads: 1,
+            kv_heads: 1,
+            head_dim: d,
+            tokens: 5,
+            q: vec![0.0; 5 * d],
+            k: vec![0.0; 5 * d],
+            v: vec![0.0; 5 * d],
+        };
+        // The last position asks; its own weight is nil.
+        let weights = [0.50f32, 0.30, 0.15, 0.05, 1e-20];
+        for (t, w) in weights.into_iter().enumerate() {
+            layer.k[t * d] = w.ln();
+            layer.v[t * d] = if t == 3 { x } else { 1.0 };
+            layer.q[t * d] = if t == 4 { 1.0 } else { 0.0 };
+        }
+        let trace = Trace {
+            meta: TraceMeta::new("four tokens", 4, 1.0),
+            tokens: vec![0; 5],
+            segments: None,
+            layers: BTreeMap::from([(0, Arc::new(layer))]),
+        };
+        // Of the prompt's four tokens, the first three stay.
+        let config = CacheConfig {
+            sinks: 3,
+            ..CacheConfig::new(PolicyConfig::Streaming { sinks: 3 }, Budget::Tokens(4))
+        };
+        let report = run(&trace, &config);
+        let head = &report.heads[0];
+        let output = 0.95 + 0.05 * f64::from(x);
+        assert!((head.retained_mass - 0.95).abs() < 1e-5);
+        assert!(
+            (head.output_error * output.abs() - moved).abs() < 1e-4,
+            "{head:?}"
+        );
+        assert!((head.lost_values * output.abs() - 0.05 * f64::from(x.abs())).abs() < 1e-4);
+        assert!((head.renormalisation * output.abs() - 0.05).abs() < 1e-4);
+        assert!((head.cosine - f64::from(x.signum())).abs() < 1e-6);
+        assert!((head.regret.total() - 0.05).abs() < 1e-5);
+    }
+}
+
+#[test]
+fn a_trace_survives_its_file_up_to_f16() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("run.safetensors");
+    let mut trace = planted().trace(2);
+    trace.segments = Some(trace.tokens.iter().map(|t| t / 100).collect());
+    file::write(&trace, &path).unwrap();
+    let read = file::read(&path).unwrap();
+    assert_eq!(
+        (&read.meta, &read.tokens, &read.segments),
+        (&trace.meta, &trace.tokens, &trace.segments)
+    );
+    let (a, b) = (&read.layers[&0], &trace.layers[&0]);
+    let far =
+        a.k.iter()
+            .zip(&b.k)
+            .map(|(x, y)| (x - y).abs() / y.abs().max(1.0))
+            .fold(0.0, f32::max);
+    assert!(far > 0.0 && far < 1e-3);
+    // What was read back is already rounded and stays as it is.
+    file::write(&read, &path).unwrap();
+    assert_eq!(file::read(&path).unwrap(), read);
+    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
+}
+
+#[test]
+fn broken_trace_files_are_refused_by_name() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("broken.safetensors");
+    assert!(matches!(file::read(&path), Err(Error::Io { .. })));
+    std::fs::write(&path, b"not a trace at all").unwrap();
+    assert!(matches!(file::read(&path), Err(Error::Trace { .. })));
+    let mut trace = planted().trace(2);
+    let mut layer = (*trace.layers[&0]).clone();
+    layer.k[70] = f32::NAN;
+    trace.layers.insert(0, Arc::new(layer.clone()));
+    let error = file::write(&trace, &path).unwrap_err().to_string();
+    assert!(
+        error.contains("k is not finite at head 0, position 2"),
+        "{error}"
+    );
+    layer.k[70] = 1e6;
+    trace.layers.insert(0, Arc::new(layer));
+    assert!(
+        file::write(&trace, &path)
+            .unwrap_err()
+            .to_string()
+            .contains("does not fit f16")
+    );
+    assert_eq!(std::fs::read(&path).unwrap(), b"not a trace at all");
+    trace.meta.prompt_len = 1000;
+    assert!(
+        trace
+            .check("x")
+            .unwrap_err()
+            .to_string()
+            .contains("prompt of 1000")
+    );
+    assert!(matches!(
+        replay(
+            &trace,
+            9,
+            &CacheConfig::new(PolicyConfig::Full, Budget::Tokens(1)),
+            &ReplayOptions::default()
+        ),
+        Err(Error::Trace { .. })
+    ));
+}
+
+#[test]
+fn a_recorder_hands_back_what_the_cache_was_given() {
+    let trace = planted().trace(4);
+    let config = CacheConfig::new(lazily(8), Budget::Tokens(64));
+    let shapes = [shape(&trace.layers[&0])];
+    let mut cache = CacheSet::new(&shapes, 1, DType::F32, &Device::Cpu, &config).unwrap();
+    cache.record(Recorder::new()).unwrap();
+    live(&trace, &mut cache);
+    assert!(matches!(
+        cache.record(Recorder::new()),
+        Err(Error::NotReset { .. })
+    ));
+    let recorder = cache.take_recorder().unwrap();
+    let meta = TraceMeta::new("recorded", trace.meta.prompt_len, 0.0);
+    let recorded = recorder.into_trace(meta, trace.tokens.clone()).unwrap();
+    assert_eq!(recorded.meta.scale, trace.meta.scale);
+    let (a, b) = (&recorded.layers[&0], &trace.layers[&0]);
+    for (x, y) in
+        a.q.iter()
+            .chain(&a.k)
+            .chain(&a.v)
+            .zip(b.q.iter().chain(&b.k).chain(&b.v))
+    {
+        assert!((x - y).abs() <= 1e-3 * y.abs().max(1e-3));
+    }
+    let mut pair = CacheSet::full(&shapes, 2, DType::F32, &Device::Cpu).unwrap();
+    assert!(pair.record(Recorder::new()).is_err());
+    assert!(
+        Recorder::new()
+            .into_trace(TraceMeta::new("x", 1, 1.0), vec![0])
+            .is_err()
+    );
+}
+
+#[test]
+fn planted_tokens_are_attended_when_scheduled_and_silent_between() {
+    let (trace, schedules) = planted().with_schedule(5);
+    let layer = &trace.layers[&0];
+    for (head, schedule) in schedules.iter().enumerate() {
+        assert!(schedule.len() > 50);
+        for &(token, t) in schedule {
+            let (weights, _) = layer.attention(head * layer.group(), t, 1.0).unwrap();
+            assert!(weights[token] > 0.01, "{token} at {t}: {}", weights[token]);
+        }
+    }
+}
+
+#[test]
+fn generators_repeat_by_seed_and_state_their_recurrence() {
+    assert_eq!(planted().trace(1), planted().trace(1));
+    assert_ne!(planted().trace(1), planted().trace(2));
+    for trace in generators() {
+        trace.check("generated").unwrap();
+        let histogram = mri::of_trace(&trace, Threshold::Absolute(1e-4), Reduce::Max).unwrap();
+        assert_eq!(histogram.tokens(), 2 * SIZES.tokens as u64);
+        assert!(histogram.percentile(0.8).unwrap() >= 1);
+    }
+}
+
+#[test]
+fn calibration_finds_the_planted_period() {
+    let sizes = Sizes {
+        tokens: 900,
+        kv_heads: 1,
+        group: 1,
+        ..SIZES
+    };
+    let planted = Planted {
+        sizes,
+        recurring: 24,
+        period: 20.0,
+        sigma: 0.3,
+        heavy: 0,
+        decay: 8.0,
+    };
+    let trace = planted.trace(6);
+    let found = calibrate(std::slice::from_ref(&trace), &ALPHAS, Reduce::Max).unwrap();
+    assert!(ALPHAS.contains(&found.alpha));
+    assert_eq!(found.layers[&0].len(), 1);
+    let again = mri::of_trace(&trace, Threshold::Absolute(found.alpha), Reduce::Max).unwrap();
+    assert_eq!(again.percentile(0.8), Some(found.window as u32));
+    assert!(calibrate(&[], &ALPHAS, Reduce::Max).is_err());
+}
+
+#[test]
+fn summaries_order_their_quantiles() {
+    let trace = planted().trace(7);
+    let config = CacheConfig::new("h2o".parse().unwrap(), Budget::Tokens(64));
+    let reports = replay_all(&trace, &config, &ReplayOptions::default()).unwrap();
+    let s = Summary::of(&reports, |h| h.retained_mass).unwrap();
+    assert!(s.min <= s.p10 && s.p10 <= s.median && s.median <= s.p90 && s.p90 <= s.max);
+    assert!(s.min < 1.0 && s.min > 0.0);
+    assert!(Summary::of(&[], |h| h.recall).is_none());
+}
