@@ -12,9 +12,11 @@ use prune_structured::{
 };
 use tensor_io::WriteOptions;
 
-use crate::eval::{perplexity, structured};
+use crate::eval::kv::policy::Choice;
+use crate::eval::{kv, perplexity, structured};
 use crate::progress::Progress;
 use crate::random_model;
+use crate::row::Budget;
 
 /// What was asked for.
 #[derive(Debug)]
@@ -45,6 +47,8 @@ pub enum Suite {
     Perplexity(perplexity::Config),
     /// Structured pruning.
     Structured(structured::Config),
+    /// KV-cache eviction.
+    Kv(kv::Config),
 }
 
 /// What every suite is told.
@@ -147,6 +151,8 @@ enum SuiteArgs {
     Perplexity(PerplexityArgs),
     /// Structured pruning: quality, size and speed by method and ratio
     Structured(StructuredArgs),
+    /// KV-cache eviction: perplexity, attention on traces, or recall, by policy and budget
+    Kv(KvArgs),
 }
 
 #[derive(Args)]
@@ -292,6 +298,77 @@ struct StructuredArgs {
     dry_run: bool,
     #[command(flatten)]
     change: RecipeArgs,
+}
+
+#[derive(Args)]
+struct KvArgs {
+    /// What policies are put to
+    #[arg(long, value_enum, default_value_t = KvTask::Perplexity)]
+    task: KvTask,
+    /// Checkpoint folder in Hugging Face layout
+    #[arg(long, value_name = "DIR", required_if_eq("task", "perplexity"))]
+    model: Option<PathBuf>,
+    /// Text to decode
+    #[arg(long, value_name = "FILE", required_if_eq("task", "perplexity"))]
+    text: Option<PathBuf>,
+    /// Begin windows with text, not with the tokenizer's BOS token
+    #[arg(long)]
+    no_bos: bool,
+    /// Policies, separated by commas; the full cache is always measured
+    #[arg(long, required = true, value_delimiter = ',', value_name = "P[,P..]", value_parser = PossibleValuesParser::new(Choice::NAMES))]
+    policy: Vec<String>,
+    /// Budgets per layer, sequence and KV head, separated by commas: tokens, or with a decimal point a share of the window
+    #[arg(long, required = true, value_delimiter = ',', value_name = "B[,B..]", value_parser = budget)]
+    budget: Vec<Budget>,
+    /// Tokens of a window that are prefilled [default: a quarter]
+    #[arg(long, value_name = "N")]
+    prompt: Option<NonZeroUsize>,
+    /// Never evict the prompt, whatever the policy
+    #[arg(long)]
+    keep_prompt: bool,
+    /// Runs of whatever draws, from --seed on
+    #[arg(long, value_name = "N", default_value = "3")]
+    seeds: NonZeroUsize,
+    /// Windows that run side by side [default: as memory allows, at most 32]
+    #[arg(long, value_name = "N")]
+    batch: Option<NonZeroUsize>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum KvTask {
+    /// Decode-time perplexity of a text
+    Perplexity,
+}
+
+impl KvArgs {
+    fn config(self) -> kv::Config {
+        let choice = |name: &String| {
+            // clap has admitted no other name.
+            Choice::named(name, self.keep_prompt).expect("the parser knows the same names")
+        };
+        let text = self
+            .model
+            .zip(self.text)
+            .map(|(model, text)| perplexity::Config {
+                model,
+                text,
+                bos: !self.no_bos,
+            });
+        let task = match self.task {
+            KvTask::Perplexity => kv::Task::Perplexity(kv::perplexity::Text {
+                text: text.expect("the parser requires --model and --text"),
+                prompt: self.prompt.map(NonZeroUsize::get),
+                batch: self.batch.map(NonZeroUsize::get),
+            }),
+        };
+        kv::Config {
+            policies: self.policy.iter().map(choice).collect(),
+            budgets: self.budget,
+            seeds: self.seeds.get(),
+            keep_prompt: self.keep_prompt,
+            task,
+        }
+    }
 }
 
 /// Changes to every method of the run.
@@ -460,6 +537,20 @@ fn ratio(text: &str) -> Result<f64, String> {
     }
 }
 
+fn budget(text: &str) -> Result<Budget, String> {
+    let expected = "expected a number of tokens above 0, or with a decimal point a share above 0 and at most 1";
+    let budget = if text.contains('.') {
+        text.parse().ok().map(Budget::Share)
+    } else {
+        text.parse().ok().map(Budget::Tokens)
+    };
+    match budget {
+        Some(Budget::Share(share)) if share > 0.0 && share <= 1.0 => Ok(Budget::Share(share)),
+        Some(Budget::Tokens(tokens)) if tokens > 0 => Ok(Budget::Tokens(tokens)),
+        _ => Err(expected.into()),
+    }
+}
+
 /// Read the command line of this process; on wrong usage or a call for help this ends the process as clap does.
 pub(crate) fn parse() -> Task {
     match Cli::parse().command {
@@ -504,6 +595,7 @@ impl EvalArgs {
                     Suite::Perplexity(text.into())
                 }
                 Some(SuiteArgs::Structured(args)) => Suite::Structured(args.config(seed)),
+                Some(SuiteArgs::Kv(args)) => Suite::Kv(args.config()),
             },
         }
     }
