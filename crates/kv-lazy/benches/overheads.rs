@@ -121,17 +121,16 @@ fn table(_: &mut Criterion) {
             let positions = caches[2].position_bytes();
             row(format!("{at} positions / KV bytes"), share(positions), "");
 
-            let (q, k) = (
-                random(32, 1),
-                random(8, n).to_dtype(dtype).expect("a dtype"),
-            );
+            let keys = || random(8, n + 16).to_dtype(dtype).expect("a dtype");
+            let (q, k, v) = (random(32, 1), keys(), keys());
             let mut bare = f64::INFINITY;
             let mut full = filled(&named("full", 1), n, dtype);
             let mut best = f64::INFINITY;
             let one = random(8, 1);
-            for _ in 0..30 {
+            // The full cache grows from n to n + 31 meanwhile.
+            for _ in 0..31 {
                 let started = Instant::now();
-                black_box(attention::prefill(&q, &k, &k, SCALE, n - 1, None).expect("attention"));
+                black_box(attention::prefill(&q, &k, &v, SCALE, n + 15, None).expect("attention"));
                 bare = bare.min(started.elapsed().as_secs_f64());
                 let started = Instant::now();
                 full.begin(1).expect("a step");

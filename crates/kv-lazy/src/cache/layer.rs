@@ -7,18 +7,30 @@ use crate::error::{Error, Result};
 use crate::policy::{Clock, Evictor, Needs, Phase, Plan, PrefillNeed, RecentQueries, Rows, Seen};
 use crate::store::{Call, Layout, Relocation, Store};
 use candle_core::Tensor;
+use rayon::prelude::*;
 
 /// Tokens that left a sliding window are dropped once they are this many.
 const DEAD: usize = 64;
 
-/// Storage of a layer and the policies at work on it, one per sequence; none for the full cache.
+/// Tokens from which a second thread pays for the bookkeeping, some 100 µs of work; with more threads fewer will do.
+const PARALLEL_FROM: usize = 1 << 17;
+
+/// Whether `tokens` of a layer are looked after in parallel; results do not depend on it.
+fn in_parallel(tokens: usize) -> bool {
+    let threads = rayon::current_num_threads();
+    threads > 1 && tokens >= 2 * PARALLEL_FROM / threads
+}
+
+/// Storage of a layer and the policies at work on it; none for the full cache.
 #[derive(Debug, Clone)]
 pub(super) struct Layer {
     pub(super) shape: LayerShape,
     pub(super) store: Box<dyn Store>,
     pub(super) attended: bool,
     pub(super) index: usize,
+    /// Each for `heads` consecutive rows.
     evictors: Vec<Evictor>,
+    heads: usize,
     fresh: Vec<Evictor>,
     needs: Needs,
     queries: Option<QueryRing>,
@@ -62,7 +74,7 @@ impl Layer {
         evictors: Vec<Evictor>,
     ) -> Self {
         let needs = evictors.first().map_or_else(Needs::default, Evictor::needs);
-        let rows = evictors.len() * shape.kv_heads;
+        let rows = store.rows();
         let queries = (needs.queries > 0 && shape.kv_heads > 0).then(|| {
             let group = shape.query_heads / shape.kv_heads;
             QueryRing::new(needs.queries, rows, group, shape.head_dim)
@@ -73,6 +85,7 @@ impl Layer {
             attended: true,
             index,
             fresh: evictors.clone(),
+            heads: rows.checked_div(evictors.len()).unwrap_or(1),
             evictors,
             needs,
             queries,
@@ -120,7 +133,7 @@ impl Layer {
             export,
         };
         let kv_heads = self.shape.kv_heads;
-        let (out, weights) = self
+        let out = self
             .store
             .attend(q, &call)?
             .map_err(|row| Error::NonFinite {
@@ -129,16 +142,36 @@ impl Layer {
                 head: row % kv_heads,
             })?;
         if let Some(export) = export {
-            for (row, weights) in weights.chunks_exact(self.store.len()).enumerate() {
+            self.observe(export, clock);
+        }
+        self.evict(clock)?;
+        Ok(out)
+    }
+
+    /// Shows the policies the weights of the attention just computed.
+    fn observe(&mut self, export: Export, clock: &Clock) {
+        let (len, heads, weights) = (self.store.len(), self.heads, self.store.weights());
+        let observe = |(evictor, weights): (&mut Evictor, &[f32])| {
+            for (head, weights) in weights.chunks_exact(len).enumerate() {
                 let seen = match export {
                     Export::Last(_) => Seen::Weights(weights),
                     Export::Columns => Seen::Columns(weights),
                 };
-                self.evictors[row / kv_heads].observe(row % kv_heads, seen, clock)?;
+                evictor.observe_finite(head, seen, clock);
             }
+        };
+        if in_parallel(weights.len()) {
+            let pairs = self
+                .evictors
+                .par_iter_mut()
+                .zip(weights.par_chunks_exact(heads * len));
+            pairs.for_each(observe);
+        } else {
+            self.evictors
+                .iter_mut()
+                .zip(weights.chunks_exact(heads * len))
+                .for_each(observe);
         }
-        self.evict(clock)?;
-        Ok(out)
     }
 
     /// Appends the step's keys and values, after making room where the policy evicts ahead.
@@ -147,10 +180,10 @@ impl Layer {
         let overwrite = self.make_room(clock)?;
         self.store.append(k, v, position, &overwrite)?;
         let tokens = clock.tokens as usize;
-        for (sequence, evictor) in self.evictors.iter_mut().enumerate() {
+        for (part, evictor) in self.evictors.iter_mut().enumerate() {
             evictor.append(clock);
-            for head in 0..self.shape.kv_heads {
-                if let Some(slots) = overwrite.get(sequence * self.shape.kv_heads + head) {
+            for head in 0..self.heads {
+                if let Some(slots) = overwrite.get(part * self.heads + head) {
                     let grown = self.store.len() + slots.len();
                     evictor.relocate(head, &Relocation::overwrite(slots, grown, tokens));
                 }
@@ -189,25 +222,39 @@ impl Layer {
         self.drop_unreachable(clock)
     }
 
-    /// One plan per sequence, or none if no eviction is due.
+    /// One plan per evictor, or none if no eviction is due.
     fn plans(
         &mut self,
-        plan: impl Fn(&mut Evictor, &dyn Rows) -> Result<Option<Plan>>,
+        plan: impl Fn(&mut Evictor, &dyn Rows) -> Result<Option<Plan>> + Sync,
     ) -> Result<Option<Vec<Plan>>> {
-        let len = self.store.len();
-        let mut plans = Vec::with_capacity(self.evictors.len());
-        for (sequence, evictor) in self.evictors.iter_mut().enumerate() {
+        let (store, queries) = (self.store.as_ref(), self.queries.as_ref());
+        let (heads, head_dim, len) = (self.heads, self.shape.head_dim, store.len());
+        let judge = |(part, evictor): (usize, &mut Evictor)| {
             let rows = SequenceRows {
-                layer: self.store.as_ref(),
-                queries: self.queries.as_ref(),
-                first: sequence * self.shape.kv_heads,
-                head_dim: self.shape.head_dim,
+                layer: store,
+                queries,
+                first: part * heads,
+                head_dim,
             };
-            if let Some(plan) = plan(evictor, &rows)? {
-                plan.check(len)?;
-                plans.push(plan);
-            }
-        }
+            let plan = plan(evictor, &rows)?;
+            plan.as_ref().map_or(Ok(()), |plan| plan.check(len))?;
+            Ok(plan)
+        };
+        let evictors = &mut self.evictors;
+        let plans: Vec<Option<Plan>> = if in_parallel(evictors.len() * heads * len) {
+            evictors
+                .par_iter_mut()
+                .enumerate()
+                .map(judge)
+                .collect::<Result<_>>()?
+        } else {
+            evictors
+                .iter_mut()
+                .enumerate()
+                .map(judge)
+                .collect::<Result<_>>()?
+        };
+        let plans: Vec<Plan> = plans.into_iter().flatten().collect();
         match plans.first().map(Plan::evicted) {
             None => Ok(None),
             Some(first)
@@ -218,7 +265,7 @@ impl Layer {
             }
             Some(_) => Err(Error::Plan {
                 what: format!("layer {}", self.index),
-                problem: "sequences of the batch keep different numbers of tokens".into(),
+                problem: "its heads keep different numbers of tokens".into(),
             }),
         }
     }
@@ -238,10 +285,9 @@ impl Layer {
 
     fn apply(&mut self, moves: &[Relocation], room: usize) -> Result<()> {
         self.store.relocate(moves, room)?;
-        let heads = self.shape.kv_heads;
         for (row, moves) in moves.iter().enumerate() {
-            if let Some(evictor) = self.evictors.get_mut(row / heads) {
-                evictor.relocate(row % heads, moves);
+            if let Some(evictor) = self.evictors.get_mut(row / self.heads) {
+                evictor.relocate(row % self.heads, moves);
             }
         }
         Ok(())

@@ -8,7 +8,9 @@ mod queries;
 
 use crate::attention::{Geometry, expect_shape};
 use crate::error::{Error, Result};
-use crate::policy::{CacheConfig, Clock, Evictor, Phase, Place, Policy, PolicyConfig, PrefillNeed};
+use crate::policy::{
+    Budget, CacheConfig, Clock, Evictor, Phase, Policy, PolicyConfig, PrefillNeed,
+};
 use crate::store::{DeviceStore, HostStore, Store};
 use crate::trace::Recorder;
 use candle_core::{DType, Device, Tensor};
@@ -89,14 +91,13 @@ impl CacheSet {
         if config.decode == PolicyConfig::Full && config.prefill.is_none() {
             return Self::full(layers, batch, dtype, device);
         }
-        Self::build(layers, batch, dtype, device, |place| {
-            let budget = config.layer_budget(place.layer)?;
-            let policy = config.build(budget)?;
-            evictors(policy.as_ref(), budget, place, batch)
+        Self::with_policies(layers, batch, dtype, device, |layer| {
+            let budget = config.layer_budget(layer)?;
+            Ok((config.build(budget)?, budget))
         })
     }
 
-    /// Caches under a policy of your own: `policy` gives each layer's policy and budget; it is cloned per sequence.
+    /// Caches under a policy of your own: `policy` gives each layer's policy and budget; it is cloned per sequence and KV head.
     ///
     /// # Errors
     /// As [`new`](Self::new), and whatever `policy` returns.
@@ -105,11 +106,12 @@ impl CacheSet {
         batch: usize,
         dtype: DType,
         device: &Device,
-        policy: impl Fn(usize) -> Result<(Box<dyn Policy>, crate::policy::Budget)>,
+        policy: impl Fn(usize) -> Result<(Box<dyn Policy>, Budget)>,
     ) -> Result<Self> {
-        Self::build(layers, batch, dtype, device, |place| {
-            let (policy, budget) = policy(place.layer)?;
-            evictors(policy.as_ref(), budget, place, batch)
+        Self::build(layers, batch, dtype, device, |layer| {
+            let (policy, budget) = policy(layer)?;
+            let kv_heads = layers[layer].kv_heads;
+            Evictor::for_batch(policy.as_ref(), budget, layer, batch, kv_heads)
         })
     }
 
@@ -149,20 +151,15 @@ impl CacheSet {
         batch: usize,
         dtype: DType,
         device: &Device,
-        evictors: impl Fn(Place) -> Result<Vec<Evictor>>,
+        evictors: impl Fn(usize) -> Result<Vec<Evictor>>,
     ) -> Result<Self> {
         let layers = layers
             .iter()
             .enumerate()
             .map(|(index, &shape)| {
                 let store = new_store(index, shape, batch, dtype, device)?;
-                let place = Place {
-                    layer: index,
-                    sequence: 0,
-                    heads: shape.kv_heads,
-                };
                 let evictors = if shape.kv_heads > 0 {
-                    evictors(place)?
+                    evictors(index)?
                 } else {
                     Vec::new()
                 };
@@ -456,18 +453,6 @@ impl CacheSet {
         };
         Err(Error::Snapshot { problem })
     }
-}
-
-/// `policy` at work on each sequence of a layer.
-fn evictors(
-    policy: &dyn Policy,
-    budget: crate::policy::Budget,
-    place: Place,
-    batch: usize,
-) -> Result<Vec<Evictor>> {
-    (0..batch)
-        .map(|sequence| Evictor::new(policy.boxed_clone(), budget, Place { sequence, ..place }))
-        .collect()
 }
 
 fn new_store(

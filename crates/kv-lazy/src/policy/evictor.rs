@@ -89,6 +89,33 @@ impl Evictor {
         })
     }
 
+    /// One evictor per sequence and KV head of a layer, in this order; per sequence where the policy needs all heads together.
+    pub(crate) fn for_batch(
+        policy: &dyn Policy,
+        budget: Budget,
+        layer: usize,
+        batch: usize,
+        kv_heads: usize,
+    ) -> Result<Vec<Self>> {
+        let heads = if policy.needs().all_heads {
+            kv_heads
+        } else {
+            1
+        };
+        (0..batch * kv_heads / heads)
+            .map(|part| {
+                let row = part * heads;
+                let place = Place {
+                    layer,
+                    sequence: row / kv_heads,
+                    first_head: row % kv_heads,
+                    heads,
+                };
+                Self::new(policy.boxed_clone(), budget, place)
+            })
+            .collect()
+    }
+
     /// What the policy must be given.
     pub fn needs(&self) -> Needs {
         self.policy.needs()
@@ -110,23 +137,26 @@ impl Evictor {
     /// Weights that are not finite.
     pub fn observe(&mut self, head: usize, seen: Seen<'_>, clock: &Clock) -> Result<()> {
         let (Seen::Weights(weights) | Seen::Columns(weights)) = seen;
-        // Without early exit this is a few vector operations per cache line.
-        const EXPONENT: u32 = 0x7f80_0000;
-        let bad = weights
-            .iter()
-            .fold(false, |bad, w| bad | (w.to_bits() & EXPONENT == EXPONENT));
-        if bad {
+        if weights.iter().any(|w| !w.is_finite()) {
             let Place {
-                layer, sequence, ..
+                layer,
+                sequence,
+                first_head,
+                ..
             } = self.place;
             return Err(Error::NonFinite {
                 layer,
                 sequence,
-                head,
+                head: first_head + head,
             });
         }
-        self.policy.observe(head, seen, clock);
+        self.observe_finite(head, seen, clock);
         Ok(())
+    }
+
+    /// As [`observe`](Self::observe), for weights of a softmax that is known to be finite.
+    pub(crate) fn observe_finite(&mut self, head: usize, seen: Seen<'_>, clock: &Clock) {
+        self.policy.observe(head, seen, clock);
     }
 
     /// The plan of an eviction after a step, if one is due.

@@ -4,7 +4,7 @@
 //! evict and what is never evicted. The [`Evictor`] turns both into a [`Plan`], the one place where tokens are chosen. Combinators
 //! change the rule ([`Lagged`], [`Protect`]), the score ([`ValueNormGuard`]) or the policy by phase ([`PerPhase`]).
 //!
-//! A policy object serves one layer of one sequence, all its KV heads. Weights arrive reduced over the query heads that share a
+//! A policy object serves one layer of one sequence: a single KV head, or all of them where it [needs](Needs::all_heads) that. Weights arrive reduced over the query heads that share a
 //! KV head.
 
 mod activation;
@@ -77,14 +77,16 @@ pub struct Clock {
     pub phase: Phase,
 }
 
-/// Which layer of which sequence a policy serves.
+/// Which KV heads of which layer of which sequence a policy serves.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Place {
     /// Layer index.
     pub layer: usize,
     /// Sequence in the batch.
     pub sequence: usize,
-    /// KV heads.
+    /// The first of the KV heads served.
+    pub first_head: usize,
+    /// KV heads served.
     pub heads: usize,
 }
 
@@ -113,6 +115,8 @@ pub struct Needs {
     pub keys: bool,
     /// Values at eviction.
     pub values: bool,
+    /// All KV heads of a layer together, because one judgement serves them all; otherwise heads are judged apart, in parallel.
+    pub all_heads: bool,
 }
 
 impl Needs {
@@ -124,6 +128,7 @@ impl Needs {
             queries: self.queries.max(other.queries),
             keys: self.keys || other.keys,
             values: self.values || other.values,
+            all_heads: self.all_heads || other.all_heads,
         }
     }
 }
@@ -137,7 +142,7 @@ pub enum Seen<'a> {
     Columns(&'a [f32]),
 }
 
-/// What a sequence holds in one layer, as a policy sees it at eviction.
+/// What a sequence holds in one layer, as a policy sees it at eviction; heads are counted from the policy's first.
 pub trait Rows {
     /// Tokens per head.
     fn len(&self) -> usize;

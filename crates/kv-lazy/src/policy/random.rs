@@ -73,7 +73,7 @@ impl Policy for Random {
         let parts = [
             self.seed,
             (self.place.layer as u64) << 32 | self.place.sequence as u64,
-            head as u64,
+            (self.place.first_head + head) as u64,
             u64::from(clock.next),
         ];
         for (bytes, part) in seed.chunks_exact_mut(8).zip(parts) {

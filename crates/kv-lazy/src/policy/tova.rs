@@ -23,6 +23,7 @@ impl Policy for Tova {
         Needs {
             weights: Some(Reduce::Mean),
             prefill: PrefillNeed::LastQuery,
+            all_heads: true,
             ..Needs::default()
         }
     }

@@ -69,7 +69,11 @@ impl<P: Policy + Clone + 'static> Policy for ValueNormGuard<P> {
                 .map(|v| v.iter().map(|x| x * x).sum::<f32>()),
         );
         let mut order: Vec<usize> = (0..norms.len()).collect();
-        order.sort_unstable_by(|&a, &b| norms[b].total_cmp(&norms[a]).then(a.cmp(&b)));
+        if (1..order.len()).contains(&self.count) {
+            order.select_nth_unstable_by(self.count - 1, |&a, &b| {
+                norms[b].total_cmp(&norms[a]).then(a.cmp(&b))
+            });
+        }
         for &slot in order.iter().take(self.count) {
             scores[slot] = Score {
                 value: f32::INFINITY,

@@ -14,6 +14,7 @@ use candle_core::{DType, Device, Tensor};
 pub(crate) struct DeviceStore {
     kv: Option<(Tensor, Tensor)>,
     ids: Vec<Vec<u32>>,
+    weights: Vec<f32>,
     geometry: Geometry,
     dtype: DType,
     device: Device,
@@ -24,6 +25,7 @@ impl DeviceStore {
         Self {
             kv: None,
             ids: vec![Vec::new(); rows],
+            weights: Vec::new(),
             geometry,
             dtype,
             device: device.clone(),
@@ -99,7 +101,17 @@ impl Store for DeviceStore {
             export: call.export,
         };
         let (out, weights) = device::attend(q, k, v, Some(&self.ids), &query)?;
-        Ok(Ok((out, weights.unwrap_or_default())))
+        self.weights = weights.unwrap_or_default();
+        // Weights are what a policy acts on; a row of NaN there must not pass for a judgement.
+        let width = self.len().max(1);
+        if let Some(at) = self.weights.iter().position(|w| !w.is_finite()) {
+            return Ok(Err(at / width));
+        }
+        Ok(Ok(out))
+    }
+
+    fn weights(&self) -> &[f32] {
+        &self.weights
     }
 
     fn relocate(&mut self, moves: &[Relocation], _room: usize) -> Result<()> {
@@ -222,7 +234,8 @@ mod tests {
                         [Box::new(host.clone()), Box::new(device.clone())];
                     let [a, b] = [0, 1].map(|s| {
                         pair[s].append(&k, &v, position, &overwrite).unwrap();
-                        pair[s].attend(&q, &call).unwrap().unwrap()
+                        let out = pair[s].attend(&q, &call).unwrap().unwrap();
+                        (out, pair[s].weights().to_vec())
                     });
                     let far = (a.0 - b.0).unwrap().abs().unwrap().max_all().unwrap();
                     assert!(far.to_scalar::<f32>().unwrap() < 1e-5);

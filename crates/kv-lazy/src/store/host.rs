@@ -6,6 +6,7 @@ use crate::attention::prefill::{PrefillQuery, prefill};
 use crate::attention::{Element, Export, Geometry, Reduce, RowView, read};
 use crate::error::Result;
 use candle_core::{Device, Tensor};
+use rayon::prelude::*;
 
 /// Tokens a row grows by at least when it is full.
 const GROWTH: usize = 32;
@@ -60,6 +61,7 @@ pub(crate) struct HostStore<T> {
     rows: Vec<Row<T>>,
     geometry: Geometry,
     scratch: DecodeScratch,
+    weights: Vec<f32>,
 }
 
 impl<T: Element> HostStore<T> {
@@ -68,6 +70,7 @@ impl<T: Element> HostStore<T> {
             rows: vec![Row::default(); rows],
             geometry,
             scratch: DecodeScratch::default(),
+            weights: Vec::new(),
         }
     }
 
@@ -115,8 +118,8 @@ impl<T: Element> Store for HostStore<T> {
             })
             .collect();
         let mut out = vec![0.0; q.elem_count()];
-        let mut weights = Vec::new();
-        let (geometry, scratch) = (self.geometry, &mut self.scratch);
+        let (geometry, scratch, weights) = (self.geometry, &mut self.scratch, &mut self.weights);
+        weights.clear();
         let window = call.sliding_window.map(|w| (call.position, w));
         let done = read::<f32, _>(q, |q| {
             let single = DecodeQuery { geometry, window };
@@ -124,8 +127,8 @@ impl<T: Element> Store for HostStore<T> {
                 let scaled: Vec<f32> = q.iter().map(|x| x * call.scale as f32).collect();
                 // With one query the sum over queries is its weight.
                 let export = call.export.map(|export| match export {
-                    Export::Last(reduce) => (reduce, &mut weights),
-                    Export::Columns => (Reduce::Sum, &mut weights),
+                    Export::Last(reduce) => (reduce, &mut *weights),
+                    Export::Columns => (Reduce::Sum, &mut *weights),
                 });
                 return decode(single, &scaled, &views, export, scratch, &mut out);
             }
@@ -156,7 +159,7 @@ impl<T: Element> Store for HostStore<T> {
                     single,
                     &last,
                     &views,
-                    Some((reduce, &mut weights)),
+                    Some((reduce, &mut *weights)),
                     scratch,
                     &mut unused,
                 )?;
@@ -168,12 +171,27 @@ impl<T: Element> Store for HostStore<T> {
         }
         let out = Tensor::from_vec(out, (batch, query_heads, tokens, head_dim), &Device::Cpu)?
             .to_dtype(q.dtype())?;
-        Ok(Ok((out, weights)))
+        Ok(Ok(out))
+    }
+
+    fn weights(&self) -> &[f32] {
+        &self.weights
     }
 
     fn relocate(&mut self, moves: &[Relocation], room: usize) -> Result<()> {
-        for (row, moves) in self.rows.iter_mut().zip(moves) {
-            row.relocate(moves, room, self.geometry.head_dim);
+        let d = self.geometry.head_dim;
+        // A single token that drops into a hole is not worth another thread.
+        if moves
+            .iter()
+            .map(|m| m.runs.iter().map(|run| run.count).sum::<usize>())
+            .sum::<usize>()
+            > 64
+        {
+            let pairs = self.rows.par_iter_mut().zip(moves);
+            pairs.for_each(|(row, moves)| row.relocate(moves, room, d));
+        } else {
+            let pairs = self.rows.iter_mut().zip(moves);
+            pairs.for_each(|(row, moves)| row.relocate(moves, room, d));
         }
         Ok(())
     }
@@ -228,6 +246,7 @@ impl<T: Element> Store for HostStore<T> {
     fn clear(&mut self) {
         self.rows.fill(Row::default());
         self.scratch = DecodeScratch::default();
+        self.weights = Vec::new();
     }
 
     fn boxed_clone(&self) -> Box<dyn Store> {

@@ -42,8 +42,8 @@ pub(crate) struct Call {
     pub(crate) export: Option<Export>,
 }
 
-/// Output `[B, Hq, T, d]` and what was exported, `[rows, n]`; or the row whose softmax was not finite.
-pub(crate) type Attended = std::result::Result<(Tensor, Vec<f32>), usize>;
+/// Output `[B, Hq, T, d]`, or the row whose softmax was not finite.
+pub(crate) type Attended = std::result::Result<Tensor, usize>;
 
 /// Storage of one layer.
 pub(crate) trait Store: Send + Sync + std::fmt::Debug {
@@ -52,6 +52,8 @@ pub(crate) trait Store: Send + Sync + std::fmt::Debug {
     fn append(&mut self, k: &Tensor, v: &Tensor, first: u32, overwrite: &[Vec<u32>]) -> Result<()>;
     /// Attends `q` `[B, Hq, T, d]`, whose keys were appended last.
     fn attend(&mut self, q: &Tensor, call: &Call) -> Result<Attended>;
+    /// What the last call exported, `[rows, n]`.
+    fn weights(&self) -> &[f32];
     /// Moves every row; afterwards the storage holds at most `room` more tokens than remain.
     fn relocate(&mut self, moves: &[Relocation], room: usize) -> Result<()>;
     /// Rows: sequences times KV heads.

@@ -4,6 +4,7 @@ use crate::common::{all_configurations, all_policies, distance, flat, naive, run
 use candle_core::{DType, Device, Tensor};
 use kv_lazy::policy::{LazySettings, Threshold};
 use kv_lazy::{Budget, CacheConfig, CacheSet, Error, LayerShape, PolicyConfig, Prompt};
+use proptest::prelude::*;
 
 const SHAPE: LayerShape = LayerShape {
     query_heads: 4,
@@ -386,4 +387,47 @@ fn layers_may_differ_in_heads_and_budgets() {
         cache.attend(2, q2, k2, v2, 0.5).unwrap();
     }
     assert_eq!([0, 1, 2].map(|l| cache.physical_len(l)), [20, 0, 10]);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(60))]
+
+    /// Whatever the policy, budget and rhythm of steps: heads hold equally many, distinct, seen positions; the newest is there
+    /// where it is protected; the cache is within its bound; nothing panics.
+    #[test]
+    fn caches_stay_consistent_under_any_rhythm_of_steps(
+        tokens in proptest::collection::vec(1usize..9, 1..40),
+        prompt in 1usize..40,
+        policy in 0usize..12,
+        budget in 12usize..40,
+        sinks in 0usize..4,
+        seed in any::<u64>(),
+    ) {
+        let config = CacheConfig { sinks, recent: 1, ..all_policies(budget).swap_remove(policy) };
+        let mut cache = build(&config, 2);
+        // The first single token ends the prompt.
+        let tokens = [&[prompt, 1][..], &tokens].concat();
+        for (q, k, v) in &steps(seed, 2, SHAPE, &tokens) {
+            let t = q.dim(2).unwrap();
+            let step = cache.begin(t).unwrap();
+            let out = cache.attend(0, q, k, v, 0.5).unwrap();
+            prop_assert!(flat(&out).iter().all(|x| x.is_finite()));
+            let next = step.position + t;
+            for row in 0..4 {
+                let mut held = cache.positions(0, row / 2, row % 2).to_vec();
+                prop_assert_eq!(held.len(), cache.physical_len(0));
+                held.sort_unstable();
+                held.dedup();
+                prop_assert_eq!(held.len(), cache.physical_len(0));
+                prop_assert_eq!(held.last().copied(), Some(next as u32 - 1));
+                prop_assert!((0..sinks.min(next)).all(|id| held.contains(&(id as u32))));
+            }
+            let name = config.decode.to_string();
+            let kept_prompt = if matches!(name.as_str(), "raas" | "random" | "lazy-guarded") { prompt } else { 0 };
+            if !matches!(name.as_str(), "full" | "snapkv") && step.position > prompt + budget {
+                // A quarter of the budget as window, and a chunk on top.
+                prop_assert!(cache.physical_len(0) <= budget.max(kept_prompt + sinks + 2 + budget / 4) + budget / 4 + t);
+            }
+        }
+    }
 }

@@ -2,10 +2,10 @@
 
 use kv_lazy::Result;
 use kv_lazy::attention::Reduce;
-use kv_lazy::policy::lazy::{Lazy, Mode};
+use kv_lazy::policy::lazy::{Combine, Importance, Lazy, Mode};
 use kv_lazy::policy::{
-    Budget, Clock, Evictor, H2o, Normalise, Phase, Place, Policy, Pooling, Raas, Random,
-    RecentQueries, Rows, Scissorhands, Score, Seen, SnapKv, Streaming, Threshold, Tova,
+    Budget, Clock, Evictor, H2o, Normalise, Phase, Place, Policy, Pooling, Prompt, Protect, Raas,
+    Random, RecentQueries, Rows, Scissorhands, Score, Seen, SnapKv, Streaming, Threshold, Tova,
 };
 use kv_lazy::store::Relocation;
 use rand::{Rng, SeedableRng};
@@ -441,6 +441,45 @@ fn lazy_equals_its_definition_step_by_step_in_paper_and_reference_mode() {
     }
 }
 
+/// Ten prompt tokens are needed every 24 steps; every generated token is active at birth and in the step after, and never again: MRI 1.
+/// By the paper and the program such tokens outrank the recurring ones for ever.
+#[test]
+fn stale_tokens_of_mri_one_drive_out_recurring_ones_unless_h2_is_withheld() {
+    let recurring_left = |mode, combine| {
+        let lazy = Lazy::new(mode, 8, Threshold::Absolute(0.05), Reduce::Max).unwrap();
+        let mut importance = Importance::of(mode);
+        importance.combine = combine;
+        let lazy = lazy.with_importance(importance);
+        // No more protection than the paper's: the guarded mode would keep the prompt anyway.
+        let lazy = Protect::new(lazy, 0, 0, Some(Prompt::Evictable));
+        let mut evictor = Evictor::new(Box::new(lazy), Budget::Tokens(40), place(1)).unwrap();
+        let mut left = 0;
+        drive(
+            &mut evictor,
+            1,
+            14,
+            300,
+            |_, step, ids| {
+                let active = |id: u32| match id {
+                    // The first four are what the guarded mode protects as sinks.
+                    0..4 => false,
+                    4..14 => (step + 2 * id) % 24 == 0,
+                    _ => 14 + step - id <= 2,
+                };
+                ids.iter()
+                    .map(|&id| if active(id) { 0.1 } else { 0.0 })
+                    .collect()
+            },
+            |_, ids| left = ids[0].iter().filter(|&&id| (4..14).contains(&id)).count(),
+        );
+        left
+    };
+    assert_eq!(recurring_left(Mode::Paper, Combine::Sum), 0);
+    assert_eq!(recurring_left(Mode::Reference, Combine::Sum), 0);
+    assert_eq!(recurring_left(Mode::Paper, Combine::H1Only), 10);
+    assert_eq!(recurring_left(Mode::Guarded, Combine::Sum), 10);
+}
+
 #[test]
 fn snapkv_scores_equal_the_quadratic_definition() {
     let (n, d, window, group, kernel) = (40usize, 8, 6, 2, 5);
@@ -505,6 +544,7 @@ fn weights_that_are_not_finite_are_an_error_with_their_place() {
             Place {
                 layer: 3,
                 sequence: 1,
+                first_head: 0,
                 heads: 2,
             },
         )

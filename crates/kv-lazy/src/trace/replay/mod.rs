@@ -117,8 +117,8 @@ fn build(
     let budget = config.layer_budget(layer)?;
     let place = Place {
         layer,
-        sequence: 0,
         heads: data.kv_heads,
+        ..Place::default()
     };
     let policy = match config.decode {
         PolicyConfig::Oracle { window, horizon } => {
