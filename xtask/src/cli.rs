@@ -6,13 +6,14 @@ use std::path::PathBuf;
 use anyhow::{Context, Result};
 use candle_core::DType;
 use clap::builder::PossibleValuesParser;
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::error::ErrorKind;
+use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 use prune_structured::{
     Allocation, AttentionUnit, Compensation, DEFAULT_RIDGE, Form, Recipe, Score,
 };
 use tensor_io::WriteOptions;
 
-use crate::eval::kv::policy::Choice;
+use crate::eval::kv::policy::{Choice, PromptRule};
 use crate::eval::{kv, perplexity, structured};
 use crate::progress::Progress;
 use crate::random_model;
@@ -306,26 +307,26 @@ struct KvArgs {
     #[arg(long, value_enum, default_value_t = KvTask::Perplexity)]
     task: KvTask,
     /// Checkpoint folder in Hugging Face layout
-    #[arg(long, value_name = "DIR", required_if_eq("task", "perplexity"))]
+    #[arg(long, value_name = "DIR")]
     model: Option<PathBuf>,
     /// Text to decode
-    #[arg(long, value_name = "FILE", required_if_eq("task", "perplexity"))]
+    #[arg(long, value_name = "FILE")]
     text: Option<PathBuf>,
     /// Begin windows with text, not with the tokenizer's BOS token
     #[arg(long)]
     no_bos: bool,
     /// Policies, separated by commas; the full cache is always measured
-    #[arg(long, required = true, value_delimiter = ',', value_name = "P[,P..]", value_parser = PossibleValuesParser::new(Choice::NAMES))]
+    #[arg(long, value_delimiter = ',', value_name = "P[,P..]", default_value = Choice::DEFAULT, value_parser = PossibleValuesParser::new(Choice::NAMES))]
     policy: Vec<String>,
     /// Budgets per layer, sequence and KV head, separated by commas: tokens, or with a decimal point a share of the window
-    #[arg(long, required = true, value_delimiter = ',', value_name = "B[,B..]", value_parser = budget)]
+    #[arg(long, value_delimiter = ',', value_name = "B[,B..]", default_value = "0.25,0.5", value_parser = budget)]
     budget: Vec<Budget>,
     /// Tokens of a window that are prefilled [default: a quarter]
     #[arg(long, value_name = "N")]
     prompt: Option<NonZeroUsize>,
-    /// Never evict the prompt, whatever the policy
-    #[arg(long)]
-    keep_prompt: bool,
+    /// What happens to the prompt: own, as each policy does by itself; keep or evict under all
+    #[arg(long, value_enum, default_value_t = PromptRuleArg::Own)]
+    prompt_rule: PromptRuleArg,
     /// Runs of whatever draws, from --seed on
     #[arg(long, value_name = "N", default_value = "3")]
     seeds: NonZeroUsize,
@@ -340,23 +341,37 @@ enum KvTask {
     Perplexity,
 }
 
+#[derive(Clone, Copy, ValueEnum)]
+enum PromptRuleArg {
+    Own,
+    Keep,
+    Evict,
+}
+
 impl KvArgs {
     fn config(self) -> kv::Config {
+        let prompt_rule = match self.prompt_rule {
+            PromptRuleArg::Own => PromptRule::Own,
+            PromptRuleArg::Keep => PromptRule::Keep,
+            PromptRuleArg::Evict => PromptRule::Evict,
+        };
         let choice = |name: &String| {
             // clap has admitted no other name.
-            Choice::named(name, self.keep_prompt).expect("the parser knows the same names")
+            Choice::named(name, prompt_rule).expect("the parser knows the same names")
         };
-        let text = self
-            .model
-            .zip(self.text)
-            .map(|(model, text)| perplexity::Config {
+        let text = match (self.model, self.text) {
+            (Some(model), Some(text)) => Some(perplexity::Config {
                 model,
                 text,
                 bos: !self.no_bos,
-            });
+            }),
+            _ => None,
+        };
         let task = match self.task {
             KvTask::Perplexity => kv::Task::Perplexity(kv::perplexity::Text {
-                text: text.expect("the parser requires --model and --text"),
+                text: text.unwrap_or_else(|| {
+                    missing("--task perplexity needs --model DIR and --text FILE")
+                }),
                 prompt: self.prompt.map(NonZeroUsize::get),
                 batch: self.batch.map(NonZeroUsize::get),
             }),
@@ -365,10 +380,17 @@ impl KvArgs {
             policies: self.policy.iter().map(choice).collect(),
             budgets: self.budget,
             seeds: self.seeds.get(),
-            keep_prompt: self.keep_prompt,
+            prompt_rule,
             task,
         }
     }
+}
+
+/// Ends the process as clap does on wrong usage.
+fn missing(what: &str) -> ! {
+    Cli::command()
+        .error(ErrorKind::MissingRequiredArgument, what)
+        .exit()
 }
 
 /// Changes to every method of the run.
@@ -604,7 +626,6 @@ impl EvalArgs {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use clap::CommandFactory;
 
     #[test]
     fn the_command_line_is_consistent() {

@@ -7,13 +7,12 @@ pub mod policy;
 mod verdict;
 
 use anyhow::{Result, bail};
-use serde_json::json;
 
 use crate::cli::Common;
 use crate::plot::{Axis, Plot, Reference, Series};
 use crate::report::Section;
 use crate::row::{Budget, Role, Row};
-use policy::Choice;
+use policy::{Choice, PromptRule};
 use verdict::Metric;
 
 /// Name of the suite in rows.
@@ -30,8 +29,8 @@ pub struct Config {
     pub budgets: Vec<Budget>,
     /// Runs of whatever draws.
     pub seeds: usize,
-    /// Whether the prompt is protected under every policy.
-    pub keep_prompt: bool,
+    /// What happens to prompts.
+    pub prompt_rule: PromptRule,
     /// On what.
     pub task: Task,
 }
@@ -49,8 +48,8 @@ impl Config {
         if choice.is_random() { self.seeds } else { 1 }
     }
 
-    /// The empty row of a cell.
-    fn row(&self, choice: &Choice, budget: Budget) -> Row {
+    /// The empty row of a cell in windows of `window` tokens, of which `prompt` are prefilled.
+    fn row(&self, choice: &Choice, budget: Budget, window: usize, prompt: usize) -> Row {
         let mut row = Row {
             budget: Some(budget),
             ..Row::new(SUITE, &choice.name)
@@ -58,18 +57,13 @@ impl Config {
         if choice.is_random() {
             row = row.control();
         }
-        row.extra
-            .insert("keep_prompt".into(), json!(self.keep_prompt));
-        row
-    }
-
-    /// The protocol's word on prompts.
-    fn prompt_rule(&self) -> &'static str {
-        if self.keep_prompt {
-            "kept by every policy"
-        } else {
-            "kept by random and raas, evictable for the others"
+        let tokens = policy::tokens(budget, window);
+        if choice.keeps_prompt() && tokens <= prompt && tokens < window {
+            row.notes.push(format!(
+                "keeps the prompt of {prompt} tokens, which leaves its budget of {tokens} no room for any other"
+            ));
         }
+        row
     }
 }
 

@@ -82,7 +82,7 @@ pub(crate) fn run(common: &Common, config: &Config, text: &Text) -> Result<Vec<S
                 .map(|draw| {
                     let tokens = policy::tokens(budget, window);
                     let cache = choice.cache(tokens, common.seed + draw);
-                    let row = config.row(choice, budget);
+                    let row = config.row(choice, budget, window, prompt);
                     cells.measure(row, Some(&cache), &bar)
                 })
                 .collect::<Result<Vec<Row>>>()
@@ -102,7 +102,7 @@ pub(crate) fn run(common: &Common, config: &Config, text: &Text) -> Result<Vec<S
         .fact("targets", windows.count() * (window - prompt))
         .fact("batch", batch)
         .fact("keys and values", format!("{:?}", decoder.dtype()))
-        .fact("prompt", config.prompt_rule());
+        .fact("prompt", config.prompt_rule.said());
     Ok(vec![section])
 }
 

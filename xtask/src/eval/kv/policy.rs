@@ -18,10 +18,36 @@ pub struct Choice {
     pub name: String,
     policy: PolicyConfig,
     lagged: bool,
-    keep_prompt: bool,
+    prompt: PromptRule,
+}
+
+/// What happens to the prompt under every policy of a run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PromptRule {
+    /// What each policy does by itself: random and raas keep it.
+    Own,
+    /// Every policy keeps it.
+    Keep,
+    /// Every policy may evict it.
+    Evict,
+}
+
+impl PromptRule {
+    /// The protocol's word for it.
+    pub(crate) fn said(self) -> &'static str {
+        match self {
+            PromptRule::Own => "kept by random and raas, evictable for the others",
+            PromptRule::Keep => "kept by every policy",
+            PromptRule::Evict => "evictable for every policy",
+        }
+    }
 }
 
 impl Choice {
+    /// What runs where nothing is asked for: everything that runs in a model, and lagged baselines beside LazyEviction.
+    pub const DEFAULT: &'static str = "streaming,h2o,tova,scissorhands,raas,snapkv,r-kv,random,lazy,lazy-reference,lazy-guarded,\
+        lagged-h2o,lagged-raas,lagged-random";
+
     /// All names, the lagged variants of the policies that judge at every step included.
     pub const NAMES: [&'static str; 19] = [
         "full",
@@ -45,8 +71,8 @@ impl Choice {
         "lagged-random",
     ];
 
-    /// The policy of a name out of [`Choice::NAMES`]; `keep_prompt` protects the prompt under any policy.
-    pub fn named(name: &str, keep_prompt: bool) -> Option<Self> {
+    /// The policy of a name out of [`Choice::NAMES`].
+    pub fn named(name: &str, prompt: PromptRule) -> Option<Self> {
         let (base, lagged) = match name.strip_prefix(LAGGED) {
             Some(base) => (base, true),
             None => (name, false),
@@ -55,7 +81,7 @@ impl Choice {
             name: Self::NAMES.contains(&name).then(|| name.to_owned())?,
             policy: base.parse().ok()?,
             lagged,
-            keep_prompt,
+            prompt,
         })
     }
 
@@ -82,8 +108,21 @@ impl Choice {
             *drawn = seed;
         }
         config.lag = self.lagged.then(|| (budget / 4).clamp(1, 128));
-        config.prompt = self.keep_prompt.then_some(Prompt::Keep);
+        config.prompt = match self.prompt {
+            PromptRule::Own => None,
+            PromptRule::Keep => Some(Prompt::Keep),
+            PromptRule::Evict => Some(Prompt::Evictable),
+        };
         config
+    }
+
+    /// Whether the prompt stays.
+    pub(crate) fn keeps_prompt(&self) -> bool {
+        let own = matches!(
+            self.policy,
+            PolicyConfig::Random { .. } | PolicyConfig::Raas { .. }
+        );
+        self.prompt == PromptRule::Keep || self.prompt == PromptRule::Own && own
     }
 
     /// The flags that an error about this policy at this budget is about.

@@ -1,6 +1,7 @@
 //! The rows in words: which policy is best at a budget, which lose to random, and where bytes are not equal.
 
 use crate::column::Column;
+use crate::format;
 use crate::row::{Role, Row};
 
 /// Rows whose bytes are within this factor of one another count as equal in bytes.
@@ -56,66 +57,87 @@ pub(crate) fn verdict(rows: &[Row], metric: &Metric) -> String {
 
 fn at_budget(rows: &[&Row], full: Option<f64>, metric: &Metric) -> String {
     let budget = rows.first().and_then(|row| Column::Budget.cell(row));
-    let mut text = format!("At budget {}", budget.unwrap_or_default());
-    let random = rows.iter().copied().find(|row| row.method == "random");
-    let least = rows.iter().filter_map(|row| row.kv_bytes).min();
-    let base = random.and_then(|row| row.kv_bytes).or(least).unwrap_or(0) as f64;
-    let times = |row: &Row| {
-        row.kv_bytes
-            .map_or(1.0, |bytes| bytes as f64 / base.max(1.0))
+    let mut sentences = Vec::new();
+    let policies = || rows.iter().copied().filter(|row| row.method != "oracle");
+    let controls: Vec<&Row> = policies().filter(|row| row.role == Role::Control).collect();
+    let control = |row: &Row| {
+        let near = controls
+            .iter()
+            .copied()
+            .filter(|c| ratio(row, c) <= EQUAL_BYTES);
+        near.min_by(|a, b| ratio(row, a).total_cmp(&ratio(row, b)))
     };
-    let is_equal = |row: &Row| (1.0 / EQUAL_BYTES..=EQUAL_BYTES).contains(&times(row));
-
-    let best = rows
-        .iter()
-        .filter(|row| row.method != "oracle" && is_equal(row))
-        .filter_map(|row| Some((row.method.as_str(), (metric.value)(row)?)))
-        .reduce(|a, b| if metric.better(b.1, a.1) { b } else { a });
-    if let Some((name, value)) = best {
-        text += &format!(
-            " {name} is best among equal bytes ({}",
-            (metric.show)(value)
-        );
-        if let Some(full) = full {
-            text += &format!("; full cache {}", (metric.show)(full));
-        }
-        text += ")";
+    let score = |row: &Row| (metric.value)(row).map(metric.show).unwrap_or_default();
+    let best = |rows: &mut dyn Iterator<Item = &Row>| {
+        rows.filter_map(|row| Some((row.method.clone(), (metric.value)(row)?)))
+            .reduce(|a, b| if metric.better(b.1, a.1) { b } else { a })
+            .map(|(name, value)| format!("{name} is best ({})", (metric.show)(value)))
+    };
+    let held = |row: &Row| row.kv_bytes.map(format::bytes).unwrap_or_default();
+    let full = full.map(|full| format!(" (full cache {})", (metric.show)(full)));
+    let start = format!(
+        "Budget {}{}",
+        budget.unwrap_or_default(),
+        full.unwrap_or_default()
+    );
+    if controls.is_empty() {
+        sentences.extend(best(&mut policies()));
+        sentences.push("no random control was run".into());
     }
-    if let Some((random, (worst, best))) = random.and_then(|r| Some((r, metric.range(r)?))) {
-        let against = |test: &dyn Fn(f64) -> bool| -> Vec<&str> {
-            rows.iter()
-                .filter(|row| row.role == Role::Method && row.method != "oracle")
+    for own in controls.iter().copied() {
+        let is_own = |row: &&Row| control(row).is_some_and(|c| std::ptr::eq(c, own));
+        let members: Vec<&Row> = policies().filter(is_own).collect();
+        let Some((worst, luckiest)) = metric.range(own) else {
+            continue;
+        };
+        let named = |test: &dyn Fn(f64) -> bool| -> Vec<&str> {
+            let methods = members.iter().filter(|row| row.role != Role::Control);
+            methods
                 .filter(|row| (metric.value)(row).is_some_and(test))
                 .map(|row| row.method.as_str())
                 .collect()
         };
-        let value = (metric.value)(random).map(metric.show).unwrap_or_default();
-        let losers = against(&|value| metric.better(worst, value));
-        let ties = against(&|value| !metric.better(worst, value) && !metric.better(value, best));
-        text += &match losers[..] {
-            [] => format!("; nothing loses to random ({value})"),
-            [one] => format!("; {one} loses to random ({value})"),
-            _ => format!("; {} lose to random ({value})", losers.join(", ")),
-        };
-        if !ties.is_empty() {
-            text += &format!("; within random's own range: {}", ties.join(", "));
+        if members.len() > 1 {
+            let best = best(&mut members.iter().copied()).unwrap_or_default();
+            let mut text = format!("at the {} of {}, {best}", held(own), own.method);
+            let losers = named(&|value| metric.better(worst, value));
+            let ties =
+                named(&|value| !metric.better(worst, value) && !metric.better(value, luckiest));
+            let verb = if losers.len() == 1 { "loses" } else { "lose" };
+            text += &match losers[..] {
+                [] => format!(", none loses to {} ({})", own.method, score(own)),
+                _ => format!(
+                    ", {} {verb} to {} ({})",
+                    losers.join(", "),
+                    own.method,
+                    score(own)
+                ),
+            };
+            if !ties.is_empty() {
+                text += &format!(", {} within its range", ties.join(", "));
+            }
+            sentences.push(text);
         }
     }
-    let unequal: Vec<String> = rows
-        .iter()
-        .filter(|row| !is_equal(row))
-        .map(|row| format!("{} {:.2}×", row.method, times(row)))
+    let alone: Vec<String> = policies()
+        .filter(|row| !controls.is_empty() && control(row).is_none())
+        .map(|row| format!("{} ({} in {})", row.method, score(row), held(row)))
         .collect();
-    if unequal.is_empty() {
-        text += ". All hold equal bytes within a tenth.";
-    } else {
-        let than = random.map_or("the smallest", |_| "random");
-        text += &format!(
-            ". Not at equal bytes, as multiples of {than}: {}.",
-            unequal.join(", ")
-        );
+    if !alone.is_empty() {
+        sentences.push(format!("no control has the bytes of {}", alone.join(", ")));
     }
-    text
+    format!("{start}: {}.", sentences.join("; "))
+}
+
+/// How many times the bytes of one row the other holds, at least 1; rows without bytes are alike.
+fn ratio(a: &Row, b: &Row) -> f64 {
+    match (a.kv_bytes, b.kv_bytes) {
+        (Some(a), Some(b)) => {
+            let (a, b) = (a.max(1) as f64, b.max(1) as f64);
+            (a / b).max(b / a)
+        }
+        _ => 1.0,
+    }
 }
 
 #[cfg(test)]
@@ -157,8 +179,8 @@ mod tests {
         ];
         assert_eq!(
             verdict(&rows, &PERPLEXITY),
-            "At budget 32 h2o is best among equal bytes (6.5); lazy loses to random (7.0); within random's own range: tova. \
-             Not at equal bytes, as multiples of random: snapkv 3.00×."
+            "Budget 32: at the 100 B of random, h2o is best (6.5), lazy loses to random (7.0), tova within its range; \
+             no control has the bytes of snapkv (6.0 in 300 B)."
         );
     }
 }
