@@ -13,7 +13,8 @@ use prune_structured::{
 };
 use tensor_io::WriteOptions;
 
-use crate::eval::kv::policy::{Choice, PromptRule};
+use crate::eval::kv::policy::{ALPHA, Choice, PromptRule};
+use crate::eval::kv::trace::Source;
 use crate::eval::{kv, perplexity, structured};
 use crate::progress::Progress;
 use crate::random_model;
@@ -315,8 +316,8 @@ struct KvArgs {
     /// Begin windows with text, not with the tokenizer's BOS token
     #[arg(long)]
     no_bos: bool,
-    /// Policies, separated by commas; the full cache is always measured
-    #[arg(long, value_delimiter = ',', value_name = "P[,P..]", default_value = Choice::DEFAULT, value_parser = PossibleValuesParser::new(Choice::NAMES))]
+    /// Policies, separated by commas; the full cache is always measured [default: all, and lagged variants of baselines]
+    #[arg(long, value_delimiter = ',', value_name = "P[,P..]", value_parser = PossibleValuesParser::new(Choice::NAMES))]
     policy: Vec<String>,
     /// Budgets per layer, sequence and KV head, separated by commas: tokens, or with a decimal point a share of the window
     #[arg(long, value_delimiter = ',', value_name = "B[,B..]", default_value = "0.25,0.5", value_parser = budget)]
@@ -327,6 +328,15 @@ struct KvArgs {
     /// What happens to the prompt: own, as each policy does by itself; keep or evict under all
     #[arg(long, value_enum, default_value_t = PromptRuleArg::Own)]
     prompt_rule: PromptRuleArg,
+    /// Weight from which LazyEviction, RaaS and the statistics of recurrence take a token as active
+    #[arg(long, value_name = "X", default_value_t = ALPHA, value_parser = alpha)]
+    alpha: f32,
+    /// Traces, separated by commas: planted, drift, heavy-hitters, or a file; without --model all three generators
+    #[arg(long, value_delimiter = ',', value_name = "T[,T..]")]
+    trace: Vec<String>,
+    /// Folder for what the task makes: recorded traces
+    #[arg(long, value_name = "DIR")]
+    save: Option<PathBuf>,
     /// Runs of whatever draws, from --seed on
     #[arg(long, value_name = "N", default_value = "3")]
     seeds: NonZeroUsize,
@@ -339,6 +349,8 @@ struct KvArgs {
 enum KvTask {
     /// Decode-time perplexity of a text
     Perplexity,
+    /// Attention kept on traces recorded from a model, read from files or generated
+    Trace,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -355,9 +367,15 @@ impl KvArgs {
             PromptRuleArg::Keep => PromptRule::Keep,
             PromptRuleArg::Evict => PromptRule::Evict,
         };
-        let choice = |name: &String| {
+        let choice = |name: &str| {
             // clap has admitted no other name.
-            Choice::named(name, prompt_rule).expect("the parser knows the same names")
+            Choice::named(name, prompt_rule, self.alpha).expect("the parser knows the same names")
+        };
+        let policies = match &self.policy[..] {
+            [] => Choice::names(self.task == KvTask::Trace)
+                .map(choice)
+                .collect(),
+            named => named.iter().map(String::as_str).map(choice).collect(),
         };
         let text = match (self.model, self.text) {
             (Some(model), Some(text)) => Some(perplexity::Config {
@@ -365,7 +383,8 @@ impl KvArgs {
                 text,
                 bos: !self.no_bos,
             }),
-            _ => None,
+            (None, None) => None,
+            _ => missing("--model DIR and --text FILE go together"),
         };
         let task = match self.task {
             KvTask::Perplexity => kv::Task::Perplexity(kv::perplexity::Text {
@@ -375,9 +394,24 @@ impl KvArgs {
                 prompt: self.prompt.map(NonZeroUsize::get),
                 batch: self.batch.map(NonZeroUsize::get),
             }),
+            KvTask::Trace => {
+                let sources = match &self.trace[..] {
+                    [] if text.is_none() => {
+                        &["planted", "drift", "heavy-hitters"].map(String::from)
+                    }
+                    named => named,
+                };
+                kv::Task::Trace(kv::trace::Traces {
+                    sources: sources.iter().map(|s| Source::from(s.as_str())).collect(),
+                    recorded: text,
+                    prompt: self.prompt.map(NonZeroUsize::get),
+                    save: self.save,
+                })
+            }
         };
         kv::Config {
-            policies: self.policy.iter().map(choice).collect(),
+            policies,
+            alpha: self.alpha,
             budgets: self.budget,
             seeds: self.seeds.get(),
             prompt_rule,
@@ -556,6 +590,13 @@ fn ratio(text: &str) -> Result<f64, String> {
     match text.parse() {
         Ok(share) if (0.0..1.0).contains(&share) => Ok(share),
         _ => Err("expected a share, at least 0 and below 1".into()),
+    }
+}
+
+fn alpha(text: &str) -> Result<f32, String> {
+    match text.parse() {
+        Ok(weight) if (0.0..1.0).contains(&weight) => Ok(weight),
+        _ => Err("expected an attention weight, at least 0 and below 1".into()),
     }
 }
 

@@ -4,6 +4,7 @@ mod draws;
 mod held;
 pub mod perplexity;
 pub mod policy;
+pub mod trace;
 mod verdict;
 
 use anyhow::{Result, bail};
@@ -31,6 +32,8 @@ pub struct Config {
     pub seeds: usize,
     /// What happens to prompts.
     pub prompt_rule: PromptRule,
+    /// α: the weight from which LazyEviction, RaaS and the statistics of recurrence take a token as active.
+    pub alpha: f32,
     /// On what.
     pub task: Task,
 }
@@ -40,6 +43,8 @@ pub struct Config {
 pub enum Task {
     /// Decode-time perplexity of a text.
     Perplexity(perplexity::Text),
+    /// The attention kept on traces.
+    Trace(trace::Traces),
 }
 
 impl Config {
@@ -82,6 +87,7 @@ pub fn run(common: &Common, config: &Config) -> Result<Vec<Section>> {
             }
             perplexity::run(common, config, text)
         }
+        Task::Trace(traces) => trace::run(common, config, traces),
     }
 }
 

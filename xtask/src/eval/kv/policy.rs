@@ -2,7 +2,9 @@
 
 use anyhow::{Context, Result};
 use causal_lm::Model;
-use kv_lazy::policy::{Budget, Clock, Needs, Phase, Place, Policy, Rows, Rule, Score, Seen};
+use kv_lazy::policy::{
+    Budget, Clock, Needs, Phase, Place, Policy, Rows, Rule, Score, Seen, Threshold,
+};
 use kv_lazy::store::Relocation;
 use kv_lazy::{CacheConfig, CacheSet, PolicyConfig, Prompt};
 
@@ -10,6 +12,9 @@ use crate::row;
 
 /// Prefix of a policy that judges at windows of the same length as LazyEviction's.
 const LAGGED: &str = "lagged-";
+
+/// The weight from which a token counts as active in the LazyEviction paper, for most models.
+pub const ALPHA: f32 = 1e-4;
 
 /// A policy as the command line names it.
 #[derive(Debug, Clone)]
@@ -19,6 +24,7 @@ pub struct Choice {
     policy: PolicyConfig,
     lagged: bool,
     prompt: PromptRule,
+    alpha: f32,
 }
 
 /// What happens to the prompt under every policy of a run.
@@ -44,10 +50,6 @@ impl PromptRule {
 }
 
 impl Choice {
-    /// What runs where nothing is asked for: everything that runs in a model, and lagged baselines beside LazyEviction.
-    pub const DEFAULT: &'static str = "streaming,h2o,tova,scissorhands,raas,snapkv,r-kv,random,lazy,lazy-reference,lazy-guarded,\
-        lagged-h2o,lagged-raas,lagged-random";
-
     /// All names, the lagged variants of the policies that judge at every step included.
     pub const NAMES: [&'static str; 19] = [
         "full",
@@ -71,8 +73,14 @@ impl Choice {
         "lagged-random",
     ];
 
-    /// The policy of a name out of [`Choice::NAMES`].
-    pub fn named(name: &str, prompt: PromptRule) -> Option<Self> {
+    /// What runs where nothing is asked for: all but the full cache, which runs anyway, and the oracle only `in_replay`.
+    pub fn names(in_replay: bool) -> impl Iterator<Item = &'static str> {
+        let names = Self::NAMES.into_iter();
+        names.filter(move |&name| name != "full" && (in_replay || name != "oracle"))
+    }
+
+    /// The policy of a name out of [`Choice::NAMES`]; `alpha` is the weight from which LazyEviction and RaaS take a token as active.
+    pub fn named(name: &str, prompt: PromptRule, alpha: f32) -> Option<Self> {
         let (base, lagged) = match name.strip_prefix(LAGGED) {
             Some(base) => (base, true),
             None => (name, false),
@@ -82,7 +90,19 @@ impl Choice {
             policy: base.parse().ok()?,
             lagged,
             prompt,
+            alpha,
         })
+    }
+
+    /// The full cache.
+    pub(crate) fn full() -> Self {
+        Choice {
+            name: PolicyConfig::Full.to_string(),
+            policy: PolicyConfig::Full,
+            lagged: false,
+            prompt: PromptRule::Own,
+            alpha: ALPHA,
+        }
     }
 
     /// Whether nothing is evicted.
@@ -104,10 +124,17 @@ impl Choice {
     /// has by default.
     pub(crate) fn cache(&self, budget: usize, seed: u64) -> CacheConfig {
         let mut config = CacheConfig::new(self.policy, Budget::Tokens(budget));
-        if let PolicyConfig::Random { seed: drawn, .. } = &mut config.decode {
-            *drawn = seed;
+        match &mut config.decode {
+            PolicyConfig::Random { seed: drawn, .. } => *drawn = seed,
+            PolicyConfig::Raas { threshold } => *threshold = Threshold::Absolute(self.alpha),
+            PolicyConfig::Lazy(settings)
+            | PolicyConfig::LazyReference(settings)
+            | PolicyConfig::LazyGuarded(settings) => {
+                settings.threshold = Threshold::Absolute(self.alpha);
+            }
+            _ => {}
         }
-        config.lag = self.lagged.then(|| (budget / 4).clamp(1, 128));
+        config.lag = self.lagged.then(|| lag(budget));
         config.prompt = match self.prompt {
             PromptRule::Own => None,
             PromptRule::Keep => Some(Prompt::Keep),
@@ -129,6 +156,11 @@ impl Choice {
     pub(crate) fn flags(&self, budget: row::Budget) -> String {
         format!("--policy {} --budget {}", self.name, said(budget))
     }
+}
+
+/// LazyEviction's window where nothing is said: a quarter of the budget, at most 128.
+pub(crate) fn lag(budget: usize) -> usize {
+    (budget / 4).clamp(1, 128)
 }
 
 /// A budget as the command line says it.
