@@ -1,24 +1,22 @@
 //! The command line, turned once into a [`Run`]; nothing behind this module looks at flags.
 
+mod kv;
+
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 use candle_core::DType;
 use clap::builder::PossibleValuesParser;
-use clap::error::ErrorKind;
-use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 use prune_structured::{
     Allocation, AttentionUnit, Compensation, DEFAULT_RIDGE, Form, Recipe, Score,
 };
 use tensor_io::WriteOptions;
 
-use crate::eval::kv::policy::{ALPHA, Choice, PromptRule};
-use crate::eval::kv::trace::Source;
-use crate::eval::{kv, perplexity, structured};
+use crate::eval::{self, perplexity, structured};
 use crate::progress::Progress;
 use crate::random_model;
-use crate::row::Budget;
 
 /// What was asked for.
 #[derive(Debug)]
@@ -50,7 +48,7 @@ pub enum Suite {
     /// Structured pruning.
     Structured(structured::Config),
     /// KV-cache eviction.
-    Kv(kv::Config),
+    Kv(eval::kv::Config),
 }
 
 /// What every suite is told.
@@ -154,7 +152,7 @@ enum SuiteArgs {
     /// Structured pruning: quality, size and speed by method and ratio
     Structured(StructuredArgs),
     /// KV-cache eviction: perplexity, attention on traces, or recall, by policy and budget
-    Kv(KvArgs),
+    Kv(kv::KvArgs),
 }
 
 #[derive(Args)]
@@ -300,131 +298,6 @@ struct StructuredArgs {
     dry_run: bool,
     #[command(flatten)]
     change: RecipeArgs,
-}
-
-#[derive(Args)]
-struct KvArgs {
-    /// What policies are put to
-    #[arg(long, value_enum, default_value_t = KvTask::Perplexity)]
-    task: KvTask,
-    /// Checkpoint folder in Hugging Face layout
-    #[arg(long, value_name = "DIR")]
-    model: Option<PathBuf>,
-    /// Text to decode
-    #[arg(long, value_name = "FILE")]
-    text: Option<PathBuf>,
-    /// Begin windows with text, not with the tokenizer's BOS token
-    #[arg(long)]
-    no_bos: bool,
-    /// Policies, separated by commas; the full cache is always measured [default: all, and lagged variants of baselines]
-    #[arg(long, value_delimiter = ',', value_name = "P[,P..]", value_parser = PossibleValuesParser::new(Choice::NAMES))]
-    policy: Vec<String>,
-    /// Budgets per layer, sequence and KV head, separated by commas: tokens, or with a decimal point a share of the window
-    #[arg(long, value_delimiter = ',', value_name = "B[,B..]", default_value = "0.25,0.5", value_parser = budget)]
-    budget: Vec<Budget>,
-    /// Tokens of a window that are prefilled [default: a quarter]
-    #[arg(long, value_name = "N")]
-    prompt: Option<NonZeroUsize>,
-    /// What happens to the prompt: own, as each policy does by itself; keep or evict under all
-    #[arg(long, value_enum, default_value_t = PromptRuleArg::Own)]
-    prompt_rule: PromptRuleArg,
-    /// Weight from which LazyEviction, RaaS and the statistics of recurrence take a token as active
-    #[arg(long, value_name = "X", default_value_t = ALPHA, value_parser = alpha)]
-    alpha: f32,
-    /// Traces, separated by commas: planted, drift, heavy-hitters, or a file; without --model all three generators
-    #[arg(long, value_delimiter = ',', value_name = "T[,T..]")]
-    trace: Vec<String>,
-    /// Folder for what the task makes: recorded traces
-    #[arg(long, value_name = "DIR")]
-    save: Option<PathBuf>,
-    /// Runs of whatever draws, from --seed on
-    #[arg(long, value_name = "N", default_value = "3")]
-    seeds: NonZeroUsize,
-    /// Windows that run side by side [default: as memory allows, at most 32]
-    #[arg(long, value_name = "N")]
-    batch: Option<NonZeroUsize>,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum KvTask {
-    /// Decode-time perplexity of a text
-    Perplexity,
-    /// Attention kept on traces recorded from a model, read from files or generated
-    Trace,
-}
-
-#[derive(Clone, Copy, ValueEnum)]
-enum PromptRuleArg {
-    Own,
-    Keep,
-    Evict,
-}
-
-impl KvArgs {
-    fn config(self) -> kv::Config {
-        let prompt_rule = match self.prompt_rule {
-            PromptRuleArg::Own => PromptRule::Own,
-            PromptRuleArg::Keep => PromptRule::Keep,
-            PromptRuleArg::Evict => PromptRule::Evict,
-        };
-        let choice = |name: &str| {
-            // clap has admitted no other name.
-            Choice::named(name, prompt_rule, self.alpha).expect("the parser knows the same names")
-        };
-        let policies = match &self.policy[..] {
-            [] => Choice::names(self.task == KvTask::Trace)
-                .map(choice)
-                .collect(),
-            named => named.iter().map(String::as_str).map(choice).collect(),
-        };
-        let text = match (self.model, self.text) {
-            (Some(model), Some(text)) => Some(perplexity::Config {
-                model,
-                text,
-                bos: !self.no_bos,
-            }),
-            (None, None) => None,
-            _ => missing("--model DIR and --text FILE go together"),
-        };
-        let task = match self.task {
-            KvTask::Perplexity => kv::Task::Perplexity(kv::perplexity::Text {
-                text: text.unwrap_or_else(|| {
-                    missing("--task perplexity needs --model DIR and --text FILE")
-                }),
-                prompt: self.prompt.map(NonZeroUsize::get),
-                batch: self.batch.map(NonZeroUsize::get),
-            }),
-            KvTask::Trace => {
-                let sources = match &self.trace[..] {
-                    [] if text.is_none() => {
-                        &["planted", "drift", "heavy-hitters"].map(String::from)
-                    }
-                    named => named,
-                };
-                kv::Task::Trace(kv::trace::Traces {
-                    sources: sources.iter().map(|s| Source::from(s.as_str())).collect(),
-                    recorded: text,
-                    prompt: self.prompt.map(NonZeroUsize::get),
-                    save: self.save,
-                })
-            }
-        };
-        kv::Config {
-            policies,
-            alpha: self.alpha,
-            budgets: self.budget,
-            seeds: self.seeds.get(),
-            prompt_rule,
-            task,
-        }
-    }
-}
-
-/// Ends the process as clap does on wrong usage.
-fn missing(what: &str) -> ! {
-    Cli::command()
-        .error(ErrorKind::MissingRequiredArgument, what)
-        .exit()
 }
 
 /// Changes to every method of the run.
@@ -593,27 +466,6 @@ fn ratio(text: &str) -> Result<f64, String> {
     }
 }
 
-fn alpha(text: &str) -> Result<f32, String> {
-    match text.parse() {
-        Ok(weight) if (0.0..1.0).contains(&weight) => Ok(weight),
-        _ => Err("expected an attention weight, at least 0 and below 1".into()),
-    }
-}
-
-fn budget(text: &str) -> Result<Budget, String> {
-    let expected = "expected a number of tokens above 0, or with a decimal point a share above 0 and at most 1";
-    let budget = if text.contains('.') {
-        text.parse().ok().map(Budget::Share)
-    } else {
-        text.parse().ok().map(Budget::Tokens)
-    };
-    match budget {
-        Some(Budget::Share(share)) if share > 0.0 && share <= 1.0 => Ok(Budget::Share(share)),
-        Some(Budget::Tokens(tokens)) if tokens > 0 => Ok(Budget::Tokens(tokens)),
-        _ => Err(expected.into()),
-    }
-}
-
 /// Read the command line of this process; on wrong usage or a call for help this ends the process as clap does.
 pub(crate) fn parse() -> Task {
     match Cli::parse().command {
@@ -667,6 +519,7 @@ impl EvalArgs {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use clap::CommandFactory;
 
     #[test]
     fn the_command_line_is_consistent() {

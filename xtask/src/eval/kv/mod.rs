@@ -4,6 +4,7 @@ mod draws;
 mod held;
 pub mod perplexity;
 pub mod policy;
+pub mod recall;
 pub mod trace;
 mod verdict;
 
@@ -45,6 +46,8 @@ pub enum Task {
     Perplexity(perplexity::Text),
     /// The attention kept on traces.
     Trace(trace::Traces),
+    /// The answers of a model trained to recall.
+    Recall(recall::Recall),
 }
 
 impl Config {
@@ -77,17 +80,16 @@ impl Config {
 /// # Errors
 /// A policy that cannot run within a budget, a model, text or trace that cannot be read or run.
 pub fn run(common: &Common, config: &Config) -> Result<Vec<Section>> {
-    let needs_future = |choice: &&Choice| choice.is_oracle();
+    let oracle = config.policies.iter().any(Choice::is_oracle);
+    if oracle && !matches!(config.task, Task::Trace(_)) {
+        bail!(
+            "--policy oracle needs the attention of the future: it runs under --task trace alone"
+        );
+    }
     match &config.task {
-        Task::Perplexity(text) => {
-            if config.policies.iter().find(needs_future).is_some() {
-                bail!(
-                    "--policy oracle needs the attention of the future: it runs under --task trace alone"
-                );
-            }
-            perplexity::run(common, config, text)
-        }
+        Task::Perplexity(text) => perplexity::run(common, config, text),
         Task::Trace(traces) => trace::run(common, config, traces),
+        Task::Recall(recall) => recall::run(common, config, recall),
     }
 }
 

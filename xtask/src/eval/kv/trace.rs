@@ -67,6 +67,11 @@ pub enum Source {
     File(PathBuf),
 }
 
+impl Source {
+    /// The generators.
+    pub const GENERATORS: [Source; 3] = [Source::Planted, Source::Drift, Source::HeavyHitters];
+}
+
 impl From<&str> for Source {
     /// A generator by its name, or a file.
     fn from(name: &str) -> Self {
@@ -370,7 +375,10 @@ fn fill(row: &mut Row, layers: &[LayerReport], attention: f64) {
     let peak = layers.iter().map(|l| l.peak_tokens).max();
     for (name, value) in [
         ("recall_at_k", json!(mean(&|l| l.mean(|h| h.recall)))),
-        ("regret", json!(mean(&|l| l.mean(|h| h.regret.total())))),
+        (
+            "regret",
+            json!(mean(&|l| l.mean(|h| h.regret.total())).abs()),
+        ),
         ("output_error", json!(mean(&|l| l.mean(|h| h.output_error)))),
         ("ideal_mass", json!(mean(&|l| l.mean(|h| h.ideal_mass)))),
         ("tokens_held", json!(peak)),
