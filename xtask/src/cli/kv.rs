@@ -51,7 +51,7 @@ pub(super) struct KvArgs {
     #[arg(long, value_name = "DIR")]
     save: Option<PathBuf>,
     /// Steps of training to recall
-    #[arg(long, value_name = "N", default_value = "300")]
+    #[arg(long, value_name = "N", default_value = "200")]
     train_steps: NonZeroUsize,
     /// Runs of whatever draws, from --seed on
     #[arg(long, value_name = "N", default_value = "3")]

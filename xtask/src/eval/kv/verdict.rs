@@ -74,7 +74,12 @@ fn at_budget(rows: &[&Row], full: Option<f64>, metric: &Metric) -> String {
             .map(|(name, value)| format!("{name} is best ({})", (metric.show)(value)))
     };
     let held = |row: &Row| row.kv_bytes.map(format::bytes).unwrap_or_default();
-    let full = full.map(|full| format!(" (full cache {})", (metric.show)(full)));
+    let oracle = rows.iter().copied().find(|row| row.method == "oracle");
+    let oracle = oracle.map(|row| format!(", oracle {}", score(row)));
+    let full = full.map(|full| {
+        let full = (metric.show)(full);
+        format!(" (full cache {full}{})", oracle.unwrap_or_default())
+    });
     let start = format!(
         "Budget {}{}",
         budget.unwrap_or_default(),
