@@ -217,9 +217,9 @@ impl<T: Element> WithSimd for Chunk<'_, T> {
                 let queries = &self.queries[g * d..(g + width) * d];
                 let scores = &mut scores[g * stride + b * BLOCK..];
                 match width {
-                    4 => score_block::<S, 4>(simd, queries, keys, d, stride, scores),
-                    2 => score_block::<S, 2>(simd, queries, keys, d, stride, scores),
-                    _ => score_block::<S, 1>(simd, queries, keys, d, stride, scores),
+                    4 => score_block::<S, 4, 2>(simd, queries, keys, d, stride, scores),
+                    2 => score_block::<S, 2, 4>(simd, queries, keys, d, stride, scores),
+                    _ => score_block::<S, 1, 8>(simd, queries, keys, d, stride, scores),
                 }
                 g += width;
             }
@@ -253,9 +253,9 @@ impl<T: Element> WithSimd for Chunk<'_, T> {
                 let weights = &scores[g * stride + b * BLOCK..];
                 let out = &mut out[g * d..(g + width) * d];
                 match width {
-                    4 => mix_block::<S, 4>(simd, weights, stride, values, d, out),
-                    2 => mix_block::<S, 2>(simd, weights, stride, values, d, out),
-                    _ => mix_block::<S, 1>(simd, weights, stride, values, d, out),
+                    4 => mix_block::<S, 4, 2>(simd, weights, stride, values, d, out),
+                    2 => mix_block::<S, 2, 4>(simd, weights, stride, values, d, out),
+                    _ => mix_block::<S, 1, 8>(simd, weights, stride, values, d, out),
                 }
                 g += width;
             }
@@ -291,9 +291,11 @@ fn maximum<S: Simd>(simd: S, scores: &[f32]) -> f32 {
     max
 }
 
-/// scores[h, j] = q_h · k_j for `H` query heads and all keys of a block; `scores` has row stride `stride`.
+// Fewer heads at once take more keys or columns at once: eight sums under way hide the latency of the multiply-add.
+
+/// scores[h, j] = q_h · k_j for `H` query heads and all keys of a block, `K` at a time; `scores` has row stride `stride`.
 #[inline(always)]
-fn score_block<S: Simd, const H: usize>(
+fn score_block<S: Simd, const H: usize, const K: usize>(
     simd: S,
     queries: &[f32],
     keys: &[f32],
@@ -302,21 +304,24 @@ fn score_block<S: Simd, const H: usize>(
     scores: &mut [f32],
 ) {
     let mut at = 0;
-    let mut pairs = keys.chunks_exact(2 * d);
-    for pair in pairs.by_ref() {
-        let (first, second) = pair.split_at(d);
-        let dots = dot::<S, H, 2>(simd, queries, [first, second], d);
-        for (h, dots) in dots.iter().enumerate() {
-            scores[h * stride + at..h * stride + at + 2].copy_from_slice(dots);
+    let mut tiles = keys.chunks_exact(K * d);
+    for tile in tiles.by_ref() {
+        let mut rows: [&[f32]; K] = [&[]; K];
+        for t in 0..K {
+            rows[t] = &tile[t * d..(t + 1) * d];
         }
-        at += 2;
+        let dots = dot::<S, H, K>(simd, queries, rows, d);
+        for (h, dots) in dots.iter().enumerate() {
+            scores[h * stride + at..h * stride + at + K].copy_from_slice(dots);
+        }
+        at += K;
     }
-    let last = pairs.remainder();
-    if !last.is_empty() {
-        let dots = dot::<S, H, 1>(simd, queries, [last], d);
+    for key in tiles.remainder().chunks_exact(d) {
+        let dots = dot::<S, H, 1>(simd, queries, [key], d);
         for (h, dots) in dots.iter().enumerate() {
             scores[h * stride + at] = dots[0];
         }
+        at += 1;
     }
 }
 
@@ -360,9 +365,9 @@ fn dot<S: Simd, const H: usize, const K: usize>(
     dots
 }
 
-/// out[h] += Σ_j weights[h, j] v_j for `H` query heads and the values of a block.
+/// out[h] += Σ_j weights[h, j] v_j for `H` query heads and the values of a block, `L` vectors of columns at a time.
 #[inline(always)]
-fn mix_block<S: Simd, const H: usize>(
+fn mix_block<S: Simd, const H: usize, const L: usize>(
     simd: S,
     weights: &[f32],
     stride: usize,
@@ -370,26 +375,30 @@ fn mix_block<S: Simd, const H: usize>(
     d: usize,
     out: &mut [f32],
 ) {
+    // The block's weights by token, so that the loops below need no index into them.
+    let mut packed = [[0.0; H]; BLOCK];
     let count = values.len() / d;
-    let mut rows: [&[f32]; H] = [&[]; H];
     for h in 0..H {
-        rows[h] = &weights[h * stride..h * stride + count];
+        let row = &weights[h * stride..h * stride + count];
+        for (packed, &weight) in packed.iter_mut().zip(row) {
+            packed[h] = weight;
+        }
     }
-    let weights = rows;
+    let packed = &packed[..count];
     let mut lane = 0;
-    while lane + 2 * S::F32_LANES <= d {
-        mix_lanes::<S, H, 2>(simd, weights, values, d, lane, out);
-        lane += 2 * S::F32_LANES;
+    while lane + L * S::F32_LANES <= d {
+        mix_lanes::<S, H, L>(simd, packed, values, d, lane, out);
+        lane += L * S::F32_LANES;
     }
-    if lane + S::F32_LANES <= d {
-        mix_lanes::<S, H, 1>(simd, weights, values, d, lane, out);
+    while lane + S::F32_LANES <= d {
+        mix_lanes::<S, H, 1>(simd, packed, values, d, lane, out);
         lane += S::F32_LANES;
     }
     if lane < d {
-        for (h, weights) in weights.iter().enumerate() {
-            for (row, &w) in values.chunks_exact(d).zip(*weights) {
-                for (o, v) in out[h * d + lane..(h + 1) * d].iter_mut().zip(&row[lane..]) {
-                    *o += w * v;
+        for (row, weights) in values.chunks_exact(d).zip(packed) {
+            for (h, w) in weights.iter().enumerate() {
+                for i in lane..d {
+                    out[h * d + i] += w * row[i];
                 }
             }
         }
@@ -400,7 +409,7 @@ fn mix_block<S: Simd, const H: usize>(
 #[inline(always)]
 fn mix_lanes<S: Simd, const H: usize, const L: usize>(
     simd: S,
-    weights: [&[f32]; H],
+    weights: &[[f32; H]],
     values: &[f32],
     d: usize,
     lane: usize,
@@ -408,21 +417,23 @@ fn mix_lanes<S: Simd, const H: usize, const L: usize>(
 ) {
     let width = L * S::F32_LANES;
     let mut acc = [[simd.splat_f32s(0.0); L]; H];
-    for (h, acc) in acc.iter_mut().enumerate() {
-        acc.copy_from_slice(S::as_simd_f32s(&out[h * d + lane..h * d + lane + width]).0);
-    }
-    for (j, row) in values.chunks_exact(d).enumerate() {
-        let v = &S::as_simd_f32s(&row[lane..lane + width]).0[..L];
+    for (row, weights) in values.chunks_exact(d).zip(weights) {
+        let v = S::as_simd_f32s(&row[lane..lane + width]).0;
+        let Some((v, _)) = v.split_first_chunk::<L>() else {
+            return;
+        };
         for h in 0..H {
-            let w = simd.splat_f32s(weights[h][j]);
+            let w = simd.splat_f32s(weights[h]);
             for l in 0..L {
                 acc[h][l] = simd.mul_add_f32s(w, v[l], acc[h][l]);
             }
         }
     }
-    for (h, acc) in acc.iter().enumerate() {
+    for h in 0..H {
         let held = S::as_mut_simd_f32s(&mut out[h * d + lane..h * d + lane + width]).0;
-        held.copy_from_slice(acc);
+        for (held, acc) in held.iter_mut().zip(acc[h]) {
+            *held = simd.add_f32s(*held, acc);
+        }
     }
 }
 

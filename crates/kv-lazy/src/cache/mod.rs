@@ -428,8 +428,12 @@ impl CacheSet {
     /// A copy of everything, to return to after speculative tokens.
     pub fn snapshot(&self) -> Snapshot {
         Snapshot(Self {
+            layers: self.layers.clone(),
+            batch: self.batch,
+            dtype: self.dtype,
+            device: self.device.clone(),
+            clock: self.clock,
             recorder: None,
-            ..self.clone()
         })
     }
 

@@ -463,7 +463,7 @@ fn stale_tokens_of_mri_one_drive_out_recurring_ones_unless_h2_is_withheld() {
                 let active = |id: u32| match id {
                     // The first four are what the guarded mode protects as sinks.
                     0..4 => false,
-                    4..14 => (step + 2 * id) % 24 == 0,
+                    4..14 => (step + 2 * id).is_multiple_of(24),
                     _ => 14 + step - id <= 2,
                 };
                 ids.iter()
