@@ -22,7 +22,7 @@ use crate::random_model;
 #[derive(Debug)]
 pub enum Task {
     /// Evaluate.
-    Eval(Run),
+    Eval(Box<Run>),
     /// Make a checkpoint of random weights.
     RandomModel(random_model::Config),
 }
@@ -132,7 +132,7 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     /// Evaluate models before and after compression; without a suite, all of them on the embedded default model
-    Eval(EvalArgs),
+    Eval(Box<EvalArgs>),
     /// Write a checkpoint with random weights for a config.json, to measure memory and speed on
     RandomModel(RandomModelArgs),
 }
@@ -469,7 +469,7 @@ fn ratio(text: &str) -> Result<f64, String> {
 /// Read the command line of this process; on wrong usage or a call for help this ends the process as clap does.
 pub(crate) fn parse() -> Task {
     match Cli::parse().command {
-        Command::Eval(args) => Task::Eval(args.run()),
+        Command::Eval(args) => Task::Eval(Box::new(args.run())),
         Command::RandomModel(args) => Task::RandomModel(args.into()),
     }
 }
