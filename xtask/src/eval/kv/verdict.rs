@@ -76,6 +76,14 @@ fn at_budget(rows: &[&Row], full: Option<f64>, metric: &Metric) -> String {
     let held = |row: &Row| row.kv_bytes.map(format::bytes).unwrap_or_default();
     let oracle = rows.iter().copied().find(|row| row.method == "oracle");
     let oracle = oracle.map(|row| format!(", oracle {}", score(row)));
+    // Where eviction helps, the model makes little of its context, and differences tell little of policies.
+    let beyond: Vec<&str> = policies()
+        .filter(|row| {
+            full.zip((metric.value)(row))
+                .is_some_and(|(full, value)| metric.better(value, full))
+        })
+        .map(|row| row.method.as_str())
+        .collect();
     let full = full.map(|full| {
         let full = (metric.show)(full);
         format!(" (full cache {full}{})", oracle.unwrap_or_default())
@@ -131,6 +139,12 @@ fn at_budget(rows: &[&Row], full: Option<f64>, metric: &Metric) -> String {
     if !alone.is_empty() {
         sentences.push(format!("no control has the bytes of {}", alone.join(", ")));
     }
+    if !beyond.is_empty() {
+        sentences.push(format!(
+            "better than the full cache itself: {}",
+            beyond.join(", ")
+        ));
+    }
     format!("{start}: {}.", sentences.join("; "))
 }
 
@@ -181,11 +195,16 @@ mod tests {
             row("h2o", 6.5, 100),
             row("tova", 7.0, 95),
             row("snapkv", 6.0, 300),
+            Row {
+                role: Role::Reference,
+                budget: None,
+                ..row("full", 6.2, 400)
+            },
         ];
         assert_eq!(
             verdict(&rows, &PERPLEXITY),
-            "Budget 32: at the 100 B of random, h2o is best (6.5), lazy loses to random (7.0), tova within its range; \
-             no control has the bytes of snapkv (6.0 in 300 B)."
+            "Budget 32 (full cache 6.2): at the 100 B of random, h2o is best (6.5), lazy loses to random (7.0), tova within its range; \
+             no control has the bytes of snapkv (6.0 in 300 B); better than the full cache itself: snapkv."
         );
     }
 }
