@@ -1,5 +1,7 @@
 //! The command line, turned once into a [`Run`]; nothing behind this module looks at flags.
 
+mod kv;
+
 use std::num::{NonZeroU64, NonZeroUsize};
 use std::path::PathBuf;
 
@@ -16,7 +18,7 @@ use prune_structured::{
 };
 use tensor_io::WriteOptions;
 
-use crate::eval::{lattice, perplexity, structured};
+use crate::eval::{self, lattice, perplexity, structured};
 use crate::progress::Progress;
 use crate::random_model;
 
@@ -51,6 +53,8 @@ pub enum Suite {
     Structured(structured::Config),
     /// Pruning of recurrent networks by order.
     Lattice(lattice::Config),
+    /// KV-cache eviction.
+    Kv(eval::kv::Config),
 }
 
 /// What every suite is told.
@@ -155,6 +159,8 @@ enum SuiteArgs {
     Structured(Box<StructuredArgs>),
     /// Pruning of recurrent networks by order, with the controls that tell whether order matters
     Lattice(Box<LatticeArgs>),
+    /// KV-cache eviction: perplexity, attention on traces, or recall, by policy and budget
+    Kv(Box<kv::KvArgs>),
 }
 
 #[derive(Args)]
@@ -590,6 +596,7 @@ impl EvalArgs {
                 }
                 Some(SuiteArgs::Structured(args)) => Suite::Structured(args.config(seed)),
                 Some(SuiteArgs::Lattice(args)) => Suite::Lattice(args.config(seed)),
+                Some(SuiteArgs::Kv(args)) => Suite::Kv(args.config()),
             },
         }
     }

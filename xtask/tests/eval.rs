@@ -1,100 +1,43 @@
 //! The suites as their users run them: on a model made for the test, and on trained models where they lie beside the
 //! project.
 
-use std::path::{Path, PathBuf};
+#[path = "common/scene.rs"]
+mod scene;
+
+use std::path::Path;
 use std::process::{Command, Output};
 
-use causal_lm::synthetic;
-use serde_json::{Value, json};
-use tensor_io::{Checkpoint, Config, WriteOptions};
+use scene::{Scene, error, rows, shared};
+use serde_json::json;
+use tensor_io::Checkpoint;
 
-/// Words of the test's language; its tokenizer has one token for each.
-const WORDS: [&str; 8] = ["<s>", "a", "b", "c", "d", "e", "f", "."];
-
-/// A folder with a small random model, its tokenizer and two texts.
-struct Scene(tempfile::TempDir);
-
-impl Scene {
-    fn new(config: Value) -> Self {
-        let scene = Self(tempfile::tempdir().unwrap());
-        let fields = Config::new(config.as_object().unwrap().clone());
-        let (model, options) = (scene.path("model"), WriteOptions::default());
-        let dtype = candle_core::DType::BF16;
-        synthetic::write(&fields, dtype, &model, &options, synthetic::random(1)).unwrap();
-        let vocab: serde_json::Map<String, Value> = WORDS
-            .iter()
-            .enumerate()
-            .map(|(id, word)| (word.to_string(), json!(id)))
-            .collect();
-        let tokenizer = json!({
-            "version": "1.0", "truncation": null, "padding": null, "added_tokens": [], "normalizer": null,
-            "pre_tokenizer": {"type": "WhitespaceSplit"}, "post_processor": null, "decoder": null,
-            "model": {"type": "WordLevel", "vocab": vocab, "unk_token": "."},
-        });
-        std::fs::write(model.join("tokenizer.json"), tokenizer.to_string()).unwrap();
-        std::fs::write(
-            model.join("tokenizer_config.json"),
-            json!({"bos_token": "<s>"}).to_string(),
-        )
-        .unwrap();
-        for (name, step) in [("text.txt", 3), ("calib.txt", 5)] {
-            let text: Vec<&str> = (0..800)
-                .map(|i| WORDS[1 + (i * step + i / 7) % 7])
-                .collect();
-            std::fs::write(scene.path(name), text.join(" ")).unwrap();
-        }
-        scene
-    }
-
-    fn llama() -> Self {
-        Self::new(json!({
-            "model_type": "llama", "hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 2,
-            "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 8, "max_position_embeddings": 16,
-        }))
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.0.path().join(name)
-    }
-
-    /// Runs `eval structured` on the scene with more arguments.
-    fn structured(&self, more: &[&str]) -> Output {
-        let (model, text, calib) = (
-            self.path("model"),
-            self.path("text.txt"),
-            self.path("calib.txt"),
-        );
-        let args = ["eval", "structured", "--calib-samples", "20", "--json"];
-        Command::new(env!("CARGO_BIN_EXE_xtask"))
-            .args(args)
-            .args([
-                "--model".as_ref(),
-                model.as_os_str(),
-                "--text".as_ref(),
-                text.as_os_str(),
-            ])
-            .args(["--calib".as_ref(), calib.as_os_str()])
-            .args(more)
-            .output()
-            .unwrap()
-    }
+fn llama() -> Scene {
+    Scene::new(json!({
+        "model_type": "llama", "hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 2,
+        "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 8, "max_position_embeddings": 16,
+    }))
 }
 
-fn rows(output: &Output) -> Vec<Value> {
-    assert!(
-        output.status.success(),
-        "{}",
-        String::from_utf8_lossy(&output.stderr)
+/// Runs `eval structured` on the scene with more arguments.
+fn structured(scene: &Scene, more: &[&str]) -> Output {
+    let (model, text, calib) = (
+        scene.path("model"),
+        scene.path("text.txt"),
+        scene.path("calib.txt"),
     );
-    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
-    report["rows"].as_array().unwrap().clone()
-}
-
-fn error(output: &Output) -> String {
-    assert_eq!(output.status.code(), Some(1));
-    let stderr = String::from_utf8(output.stderr.clone()).unwrap();
-    assert_eq!(stderr.lines().count(), 1, "{stderr}");
-    stderr
+    let args = ["eval", "structured", "--calib-samples", "20", "--json"];
+    Command::new(env!("CARGO_BIN_EXE_xtask"))
+        .args(args)
+        .args([
+            "--model".as_ref(),
+            model.as_os_str(),
+            "--text".as_ref(),
+            text.as_os_str(),
+        ])
+        .args(["--calib".as_ref(), calib.as_os_str()])
+        .args(more)
+        .output()
+        .unwrap()
 }
 
 /// All bytes of a checkpoint folder's weights.
@@ -104,17 +47,20 @@ fn weights(dir: &Path) -> Vec<u8> {
 
 #[test]
 fn every_method_and_ratio_has_a_row_that_agrees_with_its_checkpoint() {
-    let scene = Scene::llama();
+    let scene = llama();
     let save = scene.path("pruned");
     let methods = "flap,flap-compat,wanda-sp,magnitude,random";
-    let rows = rows(&scene.structured(&[
-        "--method",
-        methods,
-        "--ratio",
-        "0.2,0.4",
-        "--save",
-        save.to_str().unwrap(),
-    ]));
+    let rows = rows(&structured(
+        &scene,
+        &[
+            "--method",
+            methods,
+            "--ratio",
+            "0.2,0.4",
+            "--save",
+            save.to_str().unwrap(),
+        ],
+    ));
     assert_eq!(rows.len(), 1 + 5 * 2);
     assert_eq!(rows[0]["method"], "dense");
     for row in &rows[1..] {
@@ -137,7 +83,7 @@ fn every_method_and_ratio_has_a_row_that_agrees_with_its_checkpoint() {
 
 #[test]
 fn bytes_do_not_depend_on_the_number_of_threads() {
-    let scene = Scene::llama();
+    let scene = llama();
     for compensate in ["bias", "least-squares"] {
         let saved = |threads: &str| {
             let dir = scene.path(&format!("{compensate}-{threads}"));
@@ -154,7 +100,7 @@ fn bytes_do_not_depend_on_the_number_of_threads() {
                 "--save",
                 save,
             ];
-            rows(&scene.structured(&arguments));
+            rows(&structured(&scene, &arguments));
             weights(&dir)
         };
         let one = saved("1");
@@ -165,10 +111,13 @@ fn bytes_do_not_depend_on_the_number_of_threads() {
 
 #[test]
 fn a_dry_run_counts_what_a_run_writes() {
-    let scene = Scene::llama();
+    let scene = llama();
     let arguments = ["--method", "flap,wanda-sp", "--ratio", "0.3"];
-    let dry = rows(&scene.structured(&[&arguments[..], &["--dry-run"]].concat()));
-    let wet = rows(&scene.structured(&arguments));
+    let dry = rows(&structured(
+        &scene,
+        &[&arguments[..], &["--dry-run"]].concat(),
+    ));
+    let wet = rows(&structured(&scene, &arguments));
     assert_eq!(dry.len(), 2);
     for (dry, wet) in dry.iter().zip(&wet[1..]) {
         assert!(dry.get("perplexity").is_none());
@@ -180,10 +129,10 @@ fn a_dry_run_counts_what_a_run_writes() {
 
 #[test]
 fn bad_input_is_one_line_that_names_it() {
-    let scene = Scene::llama();
+    let scene = llama();
     let text = scene.path("text.txt");
     let flags = ["--method", "flap", "--ratio", "0.3"];
-    let with = |more: &[&str]| error(&scene.structured(&[&flags[..], more].concat()));
+    let with = |more: &[&str]| error(&structured(&scene, &[&flags[..], more].concat()));
     assert!(with(&["--window", "17"]).contains("--window 17"));
     assert!(with(&["--min-attention", "5"]).contains("min_attention 5"));
     std::fs::create_dir(scene.path("there")).unwrap();
@@ -201,16 +150,6 @@ fn bad_input_is_one_line_that_names_it() {
     let whole = std::fs::read(&weights).unwrap();
     std::fs::write(&weights, &whole[..whole.len() - 1]).unwrap();
     assert!(with(&[]).contains("model.safetensors"));
-}
-
-/// Folder with trained models and texts beside the checkout, if it is there.
-fn shared() -> Option<PathBuf> {
-    let dir = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../shared"));
-    if !dir.is_dir() {
-        eprintln!("skipped: no trained models at {}", dir.display());
-        return None;
-    }
-    Some(dir.to_path_buf())
 }
 
 #[test]

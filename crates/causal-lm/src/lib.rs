@@ -29,6 +29,7 @@ pub use kv_lazy::{CacheSet, LayerShape};
 pub use linear::Linear;
 pub use model::Model;
 pub use names::LinearName;
+pub use ops::cross_entropy;
 pub use perplexity::Perplexity;
 pub use rope::Rope;
 pub use stream::{BATCH_TOKENS, Hidden, run_blocks};

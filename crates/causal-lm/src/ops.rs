@@ -3,7 +3,7 @@
 //! candle runs these single-threaded and one operation at a time; beside its GEMM they would take
 //! a third of a block. Every element is computed alone, so results do not depend on threads.
 
-use crate::Result;
+use crate::{Error, Result};
 use candle_core::{CpuStorage, DType, Device, Storage, Tensor};
 use rayon::prelude::*;
 
@@ -32,9 +32,16 @@ pub(crate) fn silu_mul(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
     Ok(Tensor::from_vec(out, gate.shape(), gate.device())?)
 }
 
-/// Cross-entropy `ln Σ exp(logits) - logits[target]` of each row; `logits` is `[rows, vocab]`.
-pub(crate) fn cross_entropy(logits: &Tensor, targets: &[u32]) -> Result<Vec<f64>> {
+/// Cross-entropy `ln Σ exp(logits) - logits[target]` of each row, in nats; `logits` is `[rows, vocab]`, with a target
+/// for each row.
+///
+/// # Errors
+/// [`Error::TokenOutOfRange`] for a target that is not in the vocabulary.
+pub fn cross_entropy(logits: &Tensor, targets: &[u32]) -> Result<Vec<f64>> {
     let vocab = logits.dim(1)?;
+    if let Some(&token) = targets.iter().find(|&&target| target as usize >= vocab) {
+        return Err(Error::TokenOutOfRange { token, vocab });
+    }
     let logits = logits.to_dtype(DType::F32)?.to_device(&Device::Cpu)?;
     with_f32(&logits, |logits| {
         logits

@@ -1,5 +1,6 @@
 //! What `cargo xtask eval` does: one module per suite, and the report around them.
 
+pub mod kv;
 pub mod lattice;
 pub mod perplexity;
 pub mod structured;
@@ -33,6 +34,7 @@ pub fn run(run: &Run) -> Result<()> {
         Suite::Perplexity(config) => perplexity::run(common, config)?,
         Suite::Structured(config) => structured::run(common, config)?,
         Suite::Lattice(config) => lattice::run(common, config)?,
+        Suite::Kv(config) => kv::run(common, config)?,
     };
     let mut report = Report {
         command: run.command.clone(),

@@ -1,0 +1,178 @@
+//! The flags of `eval kv`.
+
+use std::num::NonZeroUsize;
+use std::path::PathBuf;
+
+use clap::builder::PossibleValuesParser;
+use clap::error::ErrorKind;
+use clap::{Args, CommandFactory, ValueEnum};
+
+use crate::eval::kv::perplexity::Text;
+use crate::eval::kv::policy::{ALPHA, Choice, PromptRule};
+use crate::eval::kv::recall::Recall;
+use crate::eval::kv::trace::{Source, Traces};
+use crate::eval::kv::{Config, Task};
+use crate::eval::perplexity;
+use crate::row::Budget;
+
+#[derive(Args)]
+pub(super) struct KvArgs {
+    /// What policies are put to
+    #[arg(long, value_enum, default_value_t = KvTask::Perplexity)]
+    task: KvTask,
+    /// Checkpoint folder in Hugging Face layout
+    #[arg(long, value_name = "DIR")]
+    model: Option<PathBuf>,
+    /// Text to decode
+    #[arg(long, value_name = "FILE")]
+    text: Option<PathBuf>,
+    /// Begin windows with text, not with the tokenizer's BOS token
+    #[arg(long)]
+    no_bos: bool,
+    /// Policies, separated by commas; the full cache is always measured [default: all, and lagged variants of baselines]
+    #[arg(long, value_delimiter = ',', value_name = "P[,P..]", value_parser = PossibleValuesParser::new(Choice::NAMES))]
+    policy: Vec<String>,
+    /// Budgets per layer, sequence and KV head, separated by commas: tokens, or with a decimal point a share of the window
+    #[arg(long, value_delimiter = ',', value_name = "B[,B..]", default_value = "0.25,0.5", value_parser = budget)]
+    budget: Vec<Budget>,
+    /// Tokens of a window that are prefilled [default: a quarter]
+    #[arg(long, value_name = "N")]
+    prompt: Option<NonZeroUsize>,
+    /// What happens to the prompt: own, as each policy does by itself; keep or evict under all
+    #[arg(long, value_enum, default_value_t = PromptRuleArg::Own)]
+    prompt_rule: PromptRuleArg,
+    /// Weight from which LazyEviction, RaaS and the statistics of recurrence take a token as active
+    #[arg(long, value_name = "X", default_value_t = ALPHA, value_parser = alpha)]
+    alpha: f32,
+    /// Traces, separated by commas: planted, drift, heavy-hitters, or a file; without --model all three generators
+    #[arg(long, value_delimiter = ',', value_name = "T[,T..]")]
+    trace: Vec<String>,
+    /// Folder for what the task makes: recorded traces, or the model that was trained to recall
+    #[arg(long, value_name = "DIR")]
+    save: Option<PathBuf>,
+    /// Steps of training to recall
+    #[arg(long, value_name = "N", default_value = "200")]
+    train_steps: NonZeroUsize,
+    /// Runs of whatever draws, from --seed on
+    #[arg(long, value_name = "N", default_value = "3")]
+    seeds: NonZeroUsize,
+    /// Windows that run side by side [default: as memory allows, at most 32]
+    #[arg(long, value_name = "N")]
+    batch: Option<NonZeroUsize>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum KvTask {
+    /// Decode-time perplexity of a text
+    Perplexity,
+    /// Attention kept on traces recorded from a model, read from files or generated
+    Trace,
+    /// Answers of a small model that is trained to recall, or that an earlier run saved
+    Recall,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum PromptRuleArg {
+    Own,
+    Keep,
+    Evict,
+}
+
+impl KvArgs {
+    pub(super) fn config(self) -> Config {
+        let prompt_rule = match self.prompt_rule {
+            PromptRuleArg::Own => PromptRule::Own,
+            PromptRuleArg::Keep => PromptRule::Keep,
+            PromptRuleArg::Evict => PromptRule::Evict,
+        };
+        let choice = |name: &str| {
+            // clap has admitted no other name.
+            Choice::named(name, prompt_rule, self.alpha).expect("the parser knows the same names")
+        };
+        let policies = match &self.policy[..] {
+            [] => Choice::names(self.task == KvTask::Trace)
+                .map(choice)
+                .collect(),
+            named => named.iter().map(String::as_str).map(choice).collect(),
+        };
+        let prompt = self.prompt.map(NonZeroUsize::get);
+        let task = match self.task {
+            KvTask::Perplexity => match self.text() {
+                Some(text) => Task::Perplexity(Text {
+                    text,
+                    prompt,
+                    batch: self.batch.map(NonZeroUsize::get),
+                }),
+                None => missing("--task perplexity needs --model DIR and --text FILE"),
+            },
+            KvTask::Trace => {
+                let recorded = self.text();
+                let sources = match &self.trace[..] {
+                    [] if recorded.is_none() => Source::GENERATORS.to_vec(),
+                    named => named.iter().map(|s| Source::from(s.as_str())).collect(),
+                };
+                Task::Trace(Traces {
+                    sources,
+                    recorded,
+                    prompt,
+                    save: self.save,
+                })
+            }
+            KvTask::Recall => Task::Recall(Recall {
+                model: self.model,
+                save: self.save,
+                steps: self.train_steps.get(),
+                prompt,
+            }),
+        };
+        Config {
+            policies,
+            alpha: self.alpha,
+            budgets: self.budget,
+            seeds: self.seeds.get(),
+            prompt_rule,
+            task,
+        }
+    }
+
+    /// Model and text, where both are given.
+    fn text(&self) -> Option<perplexity::Config> {
+        match (&self.model, &self.text) {
+            (Some(model), Some(text)) => Some(perplexity::Config {
+                model: model.clone(),
+                text: text.clone(),
+                bos: !self.no_bos,
+            }),
+            (None, None) => None,
+            _ => missing("--model DIR and --text FILE go together"),
+        }
+    }
+}
+
+/// Ends the process as clap does on wrong usage.
+fn missing(what: &str) -> ! {
+    super::Cli::command()
+        .error(ErrorKind::MissingRequiredArgument, what)
+        .exit()
+}
+
+fn alpha(text: &str) -> Result<f32, String> {
+    match text.parse() {
+        Ok(weight) if (0.0..1.0).contains(&weight) => Ok(weight),
+        _ => Err("expected an attention weight, at least 0 and below 1".into()),
+    }
+}
+
+fn budget(text: &str) -> Result<Budget, String> {
+    let expected = "expected a number of tokens above 0, or with a decimal point a share above 0 and at most 1";
+    let budget = if text.contains('.') {
+        text.parse().ok().map(Budget::Share)
+    } else {
+        text.parse().ok().map(Budget::Tokens)
+    };
+    match budget {
+        Some(Budget::Share(share)) if share > 0.0 && share <= 1.0 => Ok(Budget::Share(share)),
+        Some(Budget::Tokens(tokens)) if tokens > 0 => Ok(Budget::Tokens(tokens)),
+        _ => Err(expected.into()),
+    }
+}

@@ -1,0 +1,33 @@
+//! What caches hold while a model runs, per sequence.
+
+use causal_lm::CacheSet;
+use serde_json::json;
+
+use crate::row::Row;
+
+/// The most that was held between two steps.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Held {
+    kv_bytes: usize,
+    state_bytes: usize,
+    tokens: usize,
+}
+
+impl Held {
+    /// Looks at the caches after a step.
+    pub(crate) fn look(&mut self, cache: &CacheSet) {
+        let batch = cache.batch().max(1);
+        let layers = cache.shapes().len();
+        let tokens = (0..layers).map(|layer| cache.physical_len(layer)).max();
+        self.kv_bytes = self.kv_bytes.max(cache.bytes() / batch);
+        self.state_bytes = self.state_bytes.max(cache.state_bytes() / batch);
+        self.tokens = self.tokens.max(tokens.unwrap_or(0));
+    }
+
+    /// Fills the row's memory.
+    pub(crate) fn fill(&self, row: &mut Row) {
+        row.kv_bytes = Some(self.kv_bytes as u64);
+        row.state_bytes = Some(self.state_bytes as u64);
+        row.extra.insert("tokens_held".into(), json!(self.tokens));
+    }
+}

@@ -1,0 +1,271 @@
+//! Policies by name, budgets by tokens, and caches whose sequences know their place in the whole run.
+
+use anyhow::{Context, Result};
+use causal_lm::Model;
+use kv_lazy::policy::{
+    Budget, Clock, Needs, Phase, Place, Policy, Rows, Rule, Score, Seen, Threshold,
+};
+use kv_lazy::store::Relocation;
+use kv_lazy::{CacheConfig, CacheSet, PolicyConfig, Prompt};
+
+use crate::row;
+
+/// Prefix of a policy that judges at windows of the same length as LazyEviction's.
+const LAGGED: &str = "lagged-";
+
+/// The weight from which a token counts as active in the LazyEviction paper, for most models.
+pub const ALPHA: f32 = 1e-4;
+
+/// A policy as the command line names it.
+#[derive(Debug, Clone)]
+pub struct Choice {
+    /// Name, prefix included.
+    pub name: String,
+    policy: PolicyConfig,
+    lagged: bool,
+    prompt: PromptRule,
+    alpha: f32,
+}
+
+/// What happens to the prompt under every policy of a run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PromptRule {
+    /// What each policy does by itself: random and raas keep it.
+    Own,
+    /// Every policy keeps it.
+    Keep,
+    /// Every policy may evict it.
+    Evict,
+}
+
+impl PromptRule {
+    /// The protocol's word for it.
+    pub(crate) fn said(self) -> &'static str {
+        match self {
+            PromptRule::Own => "kept by random and raas, evictable for the others",
+            PromptRule::Keep => "kept by every policy",
+            PromptRule::Evict => "evictable for every policy",
+        }
+    }
+}
+
+impl Choice {
+    /// All names, the lagged variants of the policies that judge at every step included.
+    pub const NAMES: [&'static str; 19] = [
+        "full",
+        "streaming",
+        "h2o",
+        "tova",
+        "scissorhands",
+        "raas",
+        "snapkv",
+        "r-kv",
+        "random",
+        "lazy",
+        "lazy-reference",
+        "lazy-guarded",
+        "oracle",
+        "lagged-streaming",
+        "lagged-h2o",
+        "lagged-tova",
+        "lagged-scissorhands",
+        "lagged-raas",
+        "lagged-random",
+    ];
+
+    /// What runs where nothing is asked for: all but the full cache, which runs anyway, and the oracle only `in_replay`.
+    pub fn names(in_replay: bool) -> impl Iterator<Item = &'static str> {
+        let names = Self::NAMES.into_iter();
+        names.filter(move |&name| name != "full" && (in_replay || name != "oracle"))
+    }
+
+    /// The policy of a name out of [`Choice::NAMES`]; `alpha` is the weight from which LazyEviction and RaaS take a token as active.
+    pub fn named(name: &str, prompt: PromptRule, alpha: f32) -> Option<Self> {
+        let (base, lagged) = match name.strip_prefix(LAGGED) {
+            Some(base) => (base, true),
+            None => (name, false),
+        };
+        Some(Choice {
+            name: Self::NAMES.contains(&name).then(|| name.to_owned())?,
+            policy: base.parse().ok()?,
+            lagged,
+            prompt,
+            alpha,
+        })
+    }
+
+    /// The full cache.
+    pub(crate) fn full() -> Self {
+        Choice {
+            name: PolicyConfig::Full.to_string(),
+            policy: PolicyConfig::Full,
+            lagged: false,
+            prompt: PromptRule::Own,
+            alpha: ALPHA,
+        }
+    }
+
+    /// Whether nothing is evicted.
+    pub(crate) fn is_full(&self) -> bool {
+        self.policy == PolicyConfig::Full
+    }
+
+    /// Whether the policy needs the future.
+    pub(crate) fn is_oracle(&self) -> bool {
+        matches!(self.policy, PolicyConfig::Oracle { .. })
+    }
+
+    /// Whether the policy draws.
+    pub(crate) fn is_random(&self) -> bool {
+        matches!(self.policy, PolicyConfig::Random { .. })
+    }
+
+    /// The configuration within `budget` tokens. Draws come from `seed`; the window of a lagged policy is the one that LazyEviction
+    /// has by default.
+    pub(crate) fn cache(&self, budget: usize, seed: u64) -> CacheConfig {
+        let mut config = CacheConfig::new(self.policy, Budget::Tokens(budget));
+        match &mut config.decode {
+            PolicyConfig::Random { seed: drawn, .. } => *drawn = seed,
+            PolicyConfig::Raas { threshold } => *threshold = Threshold::Absolute(self.alpha),
+            PolicyConfig::Lazy(settings)
+            | PolicyConfig::LazyReference(settings)
+            | PolicyConfig::LazyGuarded(settings) => {
+                settings.threshold = Threshold::Absolute(self.alpha);
+            }
+            _ => {}
+        }
+        config.lag = self.lagged.then(|| lag(budget));
+        config.prompt = match self.prompt {
+            PromptRule::Own => None,
+            PromptRule::Keep => Some(Prompt::Keep),
+            PromptRule::Evict => Some(Prompt::Evictable),
+        };
+        config
+    }
+
+    /// Whether the prompt stays.
+    pub(crate) fn keeps_prompt(&self) -> bool {
+        let own = matches!(
+            self.policy,
+            PolicyConfig::Random { .. } | PolicyConfig::Raas { .. }
+        );
+        self.prompt == PromptRule::Keep || self.prompt == PromptRule::Own && own
+    }
+
+    /// The flags that an error about this policy at this budget is about.
+    pub(crate) fn flags(&self, budget: row::Budget) -> String {
+        format!("--policy {} --budget {}", self.name, said(budget))
+    }
+}
+
+/// LazyEviction's window where nothing is said: a quarter of the budget, at most 128.
+pub(crate) fn lag(budget: usize) -> usize {
+    (budget / 4).clamp(1, 128)
+}
+
+/// A budget as the command line says it.
+pub(crate) fn said(budget: row::Budget) -> String {
+    match budget {
+        row::Budget::Tokens(tokens) => tokens.to_string(),
+        row::Budget::Share(share) => format!("{share:?}"),
+    }
+}
+
+/// A budget in tokens of a window of `window`, at least one.
+pub(crate) fn tokens(budget: row::Budget, window: usize) -> usize {
+    match budget {
+        row::Budget::Tokens(tokens) => usize::try_from(tokens).unwrap_or(usize::MAX),
+        row::Budget::Share(share) => ((share * window as f64).round() as usize).max(1),
+    }
+}
+
+/// Checks every policy at every budget by building its cache, so that a run of hours fails at its start.
+pub(crate) fn check(
+    model: &Model<'_>,
+    choices: &[Choice],
+    budgets: &[row::Budget],
+    window: usize,
+) -> Result<()> {
+    for choice in choices {
+        for &budget in budgets {
+            let config = choice.cache(tokens(budget, window), 0);
+            caches(model, Some(&config), 0, 1).with_context(|| choice.flags(budget))?;
+        }
+    }
+    Ok(())
+}
+
+/// Caches for the sequences `first..first + batch` of a run.
+pub(crate) fn caches(
+    model: &Model<'_>,
+    config: Option<&CacheConfig>,
+    first: usize,
+    batch: usize,
+) -> Result<CacheSet> {
+    let Some(config) = config.filter(|config| config.decode != PolicyConfig::Full) else {
+        return Ok(model.full_cache(batch)?);
+    };
+    let (dtype, device) = (model.decoder().dtype(), model.decoder().device());
+    let policy = |layer| -> kv_lazy::Result<(Box<dyn Policy>, Budget)> {
+        let budget = config.layer_budget(layer)?;
+        let inner = config.build(budget)?;
+        Ok((Box::new(Numbered { inner, first }), budget))
+    };
+    Ok(CacheSet::with_policies(
+        &model.cache_shapes(),
+        batch,
+        dtype,
+        device,
+        policy,
+    )?)
+}
+
+/// A policy that is told its sequence's number in the whole run, not in the batch, so that draws do not depend on how sequences are
+/// batched.
+#[derive(Debug, Clone)]
+struct Numbered {
+    inner: Box<dyn Policy>,
+    first: usize,
+}
+
+impl Policy for Numbered {
+    fn name(&self) -> &'static str {
+        self.inner.name()
+    }
+    fn needs(&self) -> Needs {
+        self.inner.needs()
+    }
+    fn rule(&self, phase: Phase) -> Rule {
+        self.inner.rule(phase)
+    }
+    fn start(&mut self, place: Place) {
+        self.inner.start(Place {
+            sequence: self.first + place.sequence,
+            ..place
+        });
+    }
+    fn append(&mut self, clock: &Clock) {
+        self.inner.append(clock);
+    }
+    fn observe(&mut self, head: usize, seen: Seen<'_>, clock: &Clock) {
+        self.inner.observe(head, seen, clock);
+    }
+    fn score(
+        &mut self,
+        head: usize,
+        rows: &dyn Rows,
+        clock: &Clock,
+        scores: &mut [Score],
+    ) -> kv_lazy::Result<()> {
+        self.inner.score(head, rows, clock, scores)
+    }
+    fn relocate(&mut self, head: usize, moves: &Relocation) {
+        self.inner.relocate(head, moves);
+    }
+    fn state_bytes(&self) -> usize {
+        self.inner.state_bytes()
+    }
+    fn boxed_clone(&self) -> Box<dyn Policy> {
+        Box::new(self.clone())
+    }
+}

@@ -1,0 +1,316 @@
+//! `eval kv` as its users run it: on a model made for the test, and on a trained one where it lies beside the project.
+
+#[path = "common/scene.rs"]
+mod scene;
+
+use std::path::Path;
+use std::process::{Command, Output};
+
+use scene::{Scene, error, rows, shared};
+use serde_json::{Value, json};
+
+fn model() -> Scene {
+    Scene::new(json!({
+        "model_type": "llama", "hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 8, "max_position_embeddings": 64,
+    }))
+}
+
+fn kv(more: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_xtask"))
+        .args(["eval", "kv", "--json"])
+        .args(more)
+        .output()
+        .unwrap()
+}
+
+/// `eval kv` on a model and a text.
+fn on(model: &Path, text: &Path, more: &[&str]) -> Output {
+    let paths = [
+        "--model",
+        model.to_str().unwrap(),
+        "--text",
+        text.to_str().unwrap(),
+    ];
+    kv(&[&paths, more].concat())
+}
+
+fn on_scene(scene: &Scene, more: &[&str]) -> Output {
+    let samples = ["--samples", "5"];
+    on(
+        &scene.path("model"),
+        &scene.path("text.txt"),
+        &[&samples, more].concat(),
+    )
+}
+
+fn number(row: &Value, field: &str) -> f64 {
+    row[field]
+        .as_f64()
+        .unwrap_or_else(|| panic!("{field} of {row}"))
+}
+
+fn plain_nll(model: &Path, text: &Path, more: &[&str]) -> f64 {
+    let output = Command::new(env!("CARGO_BIN_EXE_xtask"))
+        .args(["eval", "perplexity", "--json", "--model"])
+        .arg(model)
+        .arg("--text")
+        .arg(text)
+        .args(more)
+        .output()
+        .unwrap();
+    number(&rows(&output)[0], "nll")
+}
+
+#[test]
+fn the_full_cache_has_the_perplexity_of_whole_windows() {
+    let scene = model();
+    let rows = rows(&on_scene(
+        &scene,
+        &["--policy", "full", "--budget", "1.0", "--prompt", "1"],
+    ));
+    assert_eq!(rows.len(), 1);
+    assert_eq!(
+        (&rows[0]["method"], &rows[0]["role"]),
+        (&json!("full"), &json!("reference"))
+    );
+    let whole = plain_nll(
+        &scene.path("model"),
+        &scene.path("text.txt"),
+        &["--samples", "5"],
+    );
+    let found = number(&rows[0], "nll");
+    assert!((found - whole).abs() < 1e-5, "{found} {whole}");
+}
+
+#[test]
+fn every_policy_has_a_row_at_every_budget_and_a_budget_of_the_window_costs_nothing() {
+    let rows = rows(&on_scene(&model(), &["--budget", "24,1.0"]));
+    let policies = [
+        "streaming",
+        "h2o",
+        "tova",
+        "scissorhands",
+        "raas",
+        "snapkv",
+        "r-kv",
+        "random",
+        "lazy",
+        "lazy-reference",
+        "lazy-guarded",
+        "lagged-h2o",
+        "lagged-raas",
+        "lagged-random",
+    ];
+    for policy in policies {
+        let own: Vec<&Value> = rows.iter().filter(|row| row["method"] == policy).collect();
+        assert_eq!(own.len(), 2, "{policy}");
+        assert_eq!(own[0]["budget"], 24);
+        assert_eq!(own[1]["perplexity"], rows[0]["perplexity"], "{policy}");
+        for row in own {
+            assert_eq!(row["perplexity_dense"], rows[0]["perplexity"]);
+            assert!(
+                row["kv_bytes"].as_u64() <= row["kv_bytes_full"].as_u64(),
+                "{policy}"
+            );
+            let fields = [
+                "state_bytes",
+                "tokens_per_second",
+                "tokens_per_second_dense",
+                "tokens_held",
+            ];
+            assert!(fields.iter().all(|field| row[field].is_number()), "{row}");
+        }
+    }
+    let random = rows.iter().find(|row| row["method"] == "random").unwrap();
+    assert_eq!(
+        (&random["role"], &random["spread"]["perplexity"]["runs"]),
+        (&json!("control"), &json!(3))
+    );
+    let h2o = rows.iter().find(|row| row["method"] == "h2o").unwrap();
+    assert!(number(h2o, "kv_bytes") < 0.6 * number(h2o, "kv_bytes_full"));
+}
+
+#[test]
+fn results_do_not_depend_on_how_windows_are_batched() {
+    let scene = model();
+    let flags = [
+        "--policy",
+        "random,h2o,lazy,r-kv",
+        "--budget",
+        "20",
+        "--batch",
+    ];
+    let run = |batch: &'static str| rows(&on_scene(&scene, &[&flags[..], &[batch]].concat()));
+    for (one, three) in run("1").iter().zip(run("3")) {
+        let gap = number(one, "nll") - number(&three, "nll");
+        assert!(gap.abs() < 1e-5, "{} {gap}", one["method"]);
+        assert_eq!(one["kv_bytes"], three["kv_bytes"]);
+        assert_eq!(one["state_bytes"], three["state_bytes"]);
+    }
+}
+
+#[test]
+fn bad_input_is_one_line_that_names_it() {
+    let scene = model();
+    let with = |more: &[&str]| error(&on_scene(&scene, more));
+    let small = with(&["--policy", "h2o,streaming", "--budget", "32,4"]);
+    assert!(
+        small.contains("--policy streaming --budget 4") && small.contains("4 sinks"),
+        "{small}"
+    );
+    assert!(with(&["--policy", "oracle"]).contains("--policy oracle"));
+    assert!(with(&["--prompt", "64"]).contains("--prompt 64"));
+    assert!(with(&["--window", "65"]).contains("--window 65"));
+    let other = scene.path("model");
+    let other = error(&kv(&[
+        "--task",
+        "recall",
+        "--model",
+        other.to_str().unwrap(),
+    ]));
+    assert!(
+        other.contains("--model") && other.contains("recall"),
+        "{other}"
+    );
+    assert!(error(&kv(&["--task", "trace", "--trace", "nowhere"])).contains("nowhere"));
+    assert!(error(&kv(&["--task", "trace", "--window", "20"])).contains("--window 20"));
+    assert!(error(&kv(&["--task", "recall", "--prompt", "120"])).contains("--prompt 120"));
+    for usage in [
+        &["--budget", "1.5"][..],
+        &["--budget", "0"],
+        &["--policy", "lru"],
+        &["--policy", "h2o"],
+    ] {
+        let output = kv(usage);
+        assert_eq!(output.status.code(), Some(2), "{usage:?}");
+        assert!(output.stdout.is_empty());
+    }
+}
+
+#[test]
+fn on_traces_no_policy_keeps_more_than_the_oracle() {
+    let flags = [
+        "--task", "trace", "--window", "192", "--seeds", "2", "--budget", "48", "--policy",
+    ];
+    let rows = rows(&kv(&[
+        &flags[..],
+        &["h2o,tova,raas,random,lazy,lagged-random,oracle"],
+    ]
+    .concat()));
+    assert_eq!(rows.len(), 3 * 8);
+    for row in &rows {
+        assert!(
+            row["mri_above_1"].is_number() && row["mri_p80"].is_number(),
+            "{row}"
+        );
+        assert!((0.0..=1.0 + 1e-6).contains(&number(row, "retained_mass")));
+        if row["method"] == "full" {
+            assert!(number(row, "output_error") < 1e-5 && number(row, "regret") == 0.0);
+        } else if row["method"] != "oracle" {
+            assert!(number(row, "oracle_gap") > -1e-3, "{row}");
+            let lost = 1.0 - number(row, "retained_mass");
+            assert!((lost - number(row, "regret")).abs() < 1e-3, "{row}");
+        }
+    }
+}
+
+#[test]
+fn a_saved_trace_replays_as_the_recorded_one() {
+    let scene = model();
+    let save = scene.path("traces");
+    let flags = ["--task", "trace", "--policy", "h2o,lazy", "--budget", "20"];
+    let more = ["--samples", "1", "--save", save.to_str().unwrap()];
+    let (model, text) = (scene.path("model"), scene.path("text.txt"));
+    let recorded = rows(&on(&model, &text, &[&flags[..], &more].concat()));
+    let file = save.join("trace-0.safetensors");
+    let stored = rows(&kv(
+        &[&flags[..], &["--trace", file.to_str().unwrap()]].concat()
+    ));
+    assert_eq!((recorded.len(), stored.len()), (3, 3));
+    for (recorded, stored) in recorded.iter().zip(&stored) {
+        for field in [
+            "retained_mass",
+            "recall_at_k",
+            "output_error",
+            "kv_bytes",
+            "mri_above_1",
+        ] {
+            assert_eq!(recorded[field], stored[field], "{field}");
+        }
+    }
+}
+
+#[test]
+fn a_model_trained_to_recall_is_saved_and_answers_again_as_before() {
+    let scene = tempfile::tempdir().unwrap();
+    let save = scene.path().join("model");
+    let save = save.to_str().unwrap();
+    let flags = [
+        "--task",
+        "recall",
+        "--policy",
+        "streaming,random,h2o",
+        "--budget",
+        "0.25,0.5",
+        "--samples",
+        "12",
+        "--seeds",
+        "2",
+    ];
+    let trained = rows(&kv(
+        &[&flags[..], &["--save", save, "--train-steps", "80"]].concat()
+    ));
+    let again = rows(&kv(&[&flags[..], &["--model", save]].concat()));
+    assert_eq!((trained.len(), again.len()), (4 * 7 + 3, 4 * 7 + 3));
+    for (trained, again) in trained.iter().zip(&again) {
+        for field in [
+            "method",
+            "task",
+            "accuracy",
+            "accuracy_low",
+            "accuracy_high",
+            "kv_bytes",
+            "area_mqar",
+        ] {
+            assert_eq!(trained[field], again[field], "{field}");
+        }
+    }
+    for row in trained.iter().filter(|row| row["method"] == "full") {
+        assert!(number(row, "accuracy") > 0.9, "{row}");
+    }
+    let streaming = trained
+        .iter()
+        .filter(|row| row["method"] == "streaming" && row["budget"] == 0.25);
+    for row in streaming.filter(|row| row["task"].is_string()) {
+        assert!(
+            number(row, "accuracy") < 0.8 * number(row, "accuracy_dense"),
+            "{row}"
+        );
+    }
+    assert!(error(&kv(&["--task", "recall", "--save", save])).contains("--save"));
+}
+
+#[test]
+fn a_trained_model_has_its_known_perplexity_and_loses_under_eviction() {
+    let Some(shared) = shared() else { return };
+    let model = shared.join("models/stories260K");
+    let text = shared.join("data/text/tinystories_valid_30KB.txt");
+    let flags = [
+        "--window",
+        "256",
+        "--prompt",
+        "1",
+        "--policy",
+        "streaming",
+        "--budget",
+        "32",
+    ];
+    let rows = rows(&on(&model, &text, &flags));
+    let (full, streaming) = (
+        number(&rows[0], "perplexity"),
+        number(&rows[1], "perplexity"),
+    );
+    assert!((full / 6.316452 - 1.0).abs() < 1e-5, "{full}");
+    assert!(streaming > 1.02 * full, "{streaming}");
+}
