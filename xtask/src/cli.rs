@@ -1,26 +1,18 @@
 //! The command line, turned once into a [`Run`]; nothing behind this module looks at flags.
 
 mod kv;
+mod lattice;
+mod random_model;
+mod structured;
 
-use std::num::{NonZeroU64, NonZeroUsize};
+use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};
-use candle_core::DType;
-use clap::builder::PossibleValuesParser;
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use prune_lattice::Cell;
-use prune_lattice::experiment::ExperimentConfig;
-use prune_lattice::prune::Method;
-use prune_lattice::tasks::Task;
-use prune_structured::{
-    Allocation, AttentionUnit, Compensation, DEFAULT_RIDGE, Form, Recipe, Score,
-};
-use tensor_io::WriteOptions;
 
-use crate::eval::{self, lattice, perplexity, structured};
+use crate::eval::{self, perplexity};
 use crate::progress::Progress;
-use crate::random_model;
 
 /// What was asked for.
 #[derive(Debug)]
@@ -28,7 +20,7 @@ pub enum Job {
     /// Evaluate.
     Eval(Box<Run>),
     /// Make a checkpoint of random weights.
-    RandomModel(random_model::Config),
+    RandomModel(crate::random_model::Config),
 }
 
 /// One evaluation, as meant.
@@ -50,9 +42,9 @@ pub enum Suite {
     /// Perplexity of a checkpoint.
     Perplexity(perplexity::Config),
     /// Structured pruning.
-    Structured(structured::Config),
+    Structured(eval::structured::Config),
     /// Pruning of recurrent networks by order.
-    Lattice(lattice::Config),
+    Lattice(eval::lattice::Config),
     /// KV-cache eviction.
     Kv(eval::kv::Config),
 }
@@ -140,7 +132,7 @@ enum Command {
     /// Evaluate models before and after compression; without a suite, all of them on the embedded default model
     Eval(Box<EvalArgs>),
     /// Write a checkpoint with random weights for a config.json, to measure memory and speed on
-    RandomModel(RandomModelArgs),
+    RandomModel(random_model::RandomModelArgs),
 }
 
 #[derive(Args)]
@@ -156,9 +148,9 @@ enum SuiteArgs {
     /// Perplexity of a checkpoint on a text
     Perplexity(PerplexityArgs),
     /// Structured pruning: quality, size and speed by method and ratio
-    Structured(Box<StructuredArgs>),
+    Structured(Box<structured::StructuredArgs>),
     /// Pruning of recurrent networks by order, with the controls that tell whether order matters
-    Lattice(Box<LatticeArgs>),
+    Lattice(Box<lattice::LatticeArgs>),
     /// KV-cache eviction: perplexity, attention on traces, or recall, by policy and budget
     Kv(Box<kv::KvArgs>),
 }
@@ -187,54 +179,6 @@ struct CommonArgs {
     /// Print the report as JSON on stdout and nothing else there
     #[arg(long, global = true)]
     json: bool,
-}
-
-#[derive(Args)]
-struct RandomModelArgs {
-    /// The config.json of the model
-    #[arg(long, value_name = "FILE")]
-    config: PathBuf,
-    /// Folder to write
-    #[arg(long, value_name = "DIR")]
-    out: PathBuf,
-    /// Stored type
-    #[arg(long, value_enum, default_value_t = StoredType::Bf16)]
-    dtype: StoredType,
-    /// Seed of the weights
-    #[arg(long, value_name = "N", default_value_t = 0)]
-    seed: u64,
-    /// Replace what is at --out
-    #[arg(long)]
-    overwrite: bool,
-    /// Largest shard in bytes
-    #[arg(long, value_name = "N", default_value = "5000000000")]
-    max_shard_bytes: u64,
-}
-
-#[derive(Clone, Copy, ValueEnum)]
-enum StoredType {
-    F32,
-    F16,
-    Bf16,
-}
-
-impl From<RandomModelArgs> for random_model::Config {
-    fn from(args: RandomModelArgs) -> Self {
-        random_model::Config {
-            config: args.config,
-            out: args.out,
-            dtype: match args.dtype {
-                StoredType::F32 => DType::F32,
-                StoredType::F16 => DType::F16,
-                StoredType::Bf16 => DType::BF16,
-            },
-            seed: args.seed,
-            write: WriteOptions {
-                overwrite: args.overwrite,
-                max_shard_bytes: args.max_shard_bytes,
-            },
-        }
-    }
 }
 
 /// Model and text to measure perplexity with.
@@ -271,270 +215,6 @@ impl From<TextArgs> for perplexity::Config {
 struct PerplexityArgs {
     #[command(flatten)]
     text: TextArgs,
-}
-
-#[derive(Args)]
-struct StructuredArgs {
-    #[command(flatten)]
-    text: TextArgs,
-    /// Text to calibrate on, another one than --text
-    #[arg(long, value_name = "FILE")]
-    calib: PathBuf,
-    /// Windows to calibrate on, drawn from the text with --seed
-    #[arg(long, value_name = "N", default_value = "128")]
-    calib_samples: NonZeroUsize,
-    /// Methods, separated by commas
-    #[arg(long, required = true, value_delimiter = ',', value_name = "M[,M..]", value_parser = PossibleValuesParser::new(Recipe::NAMES))]
-    method: Vec<String>,
-    /// Shares of the prunable parameters to remove, separated by commas
-    #[arg(long, required = true, value_delimiter = ',', value_name = "R[,R..]", value_parser = ratio)]
-    ratio: Vec<f64>,
-    /// Write the compressed checkpoint to this folder; of several, each to a folder METHOD-RATIO in it
-    #[arg(long, value_name = "DIR")]
-    save: Option<PathBuf>,
-    /// Replace what is at --save
-    #[arg(long)]
-    overwrite: bool,
-    /// Write each plan, which units stay, as METHOD-RATIO.json to this folder
-    #[arg(long, value_name = "DIR")]
-    save_plans: Option<PathBuf>,
-    /// Largest shard in bytes
-    #[arg(long, value_name = "N", default_value = "5000000000")]
-    max_shard_bytes: u64,
-    /// Keep the dense shapes and write zeros for what is removed
-    #[arg(long)]
-    masked: bool,
-    /// Make the plans and show them; write and evaluate nothing
-    #[arg(long)]
-    dry_run: bool,
-    #[command(flatten)]
-    change: RecipeArgs,
-}
-
-/// Changes to every method of the run.
-#[derive(Args)]
-#[command(next_help_heading = "Changes to the methods")]
-struct RecipeArgs {
-    /// Score of units [default: the method's]
-    #[arg(long, value_enum)]
-    score: Option<ScoreArg>,
-    /// How the budget is spread over layers [default: the method's]
-    #[arg(long, value_enum)]
-    allocation: Option<AllocationArg>,
-    /// What makes up for removed units, several separated by commas; auto: the method's own, flap's being bias where the
-    /// architecture can store one, else least squares
-    #[arg(
-        long,
-        value_enum,
-        value_delimiter = ',',
-        value_name = "C[,C..]",
-        default_value = "auto"
-    )]
-    compensate: Vec<CompensateArg>,
-    /// Damping of least squares, relative to the mean diagonal
-    #[arg(long, value_name = "X", default_value_t = DEFAULT_RIDGE)]
-    ridge: f64,
-    /// Unit of attention [default: KV groups where there are at least 4, else query heads]
-    #[arg(long, value_enum)]
-    attention_unit: Option<AttentionUnitArg>,
-    /// KV groups, or query heads of each group, that every layer keeps [default: 1; flap-compat: 0]
-    #[arg(long, value_name = "N")]
-    min_attention: Option<usize>,
-    /// Neurons that every layer keeps [default: 1; flap-compat: 0]
-    #[arg(long, value_name = "N")]
-    min_neurons: Option<usize>,
-    /// Keep the number of neurons a multiple of this
-    #[arg(long, value_name = "N")]
-    align: Option<usize>,
-}
-
-#[derive(Clone, Copy, ValueEnum)]
-enum ScoreArg {
-    Wifv,
-    Ifv,
-    Wifn,
-    WandaSp,
-    Magnitude,
-    Random,
-}
-
-#[derive(Clone, Copy, ValueEnum)]
-enum AllocationArg {
-    AlAm,
-    AlMm,
-    UlMm,
-    UlUm,
-}
-
-#[derive(Clone, Copy, ValueEnum)]
-enum CompensateArg {
-    Auto,
-    None,
-    Bias,
-    LeastSquares,
-}
-
-#[derive(Clone, Copy, ValueEnum)]
-enum AttentionUnitArg {
-    KvGroup,
-    QueryHead,
-}
-
-impl RecipeArgs {
-    /// The variants of one method: one for each compensation, named after it where there are several.
-    fn variants(&self, name: &str, seed: u64) -> Vec<Recipe> {
-        let several = self.compensate.len() > 1;
-        let variant = |&compensate: &CompensateArg| {
-            // clap has admitted no other name.
-            let mut recipe = Recipe::named(name, seed).expect("the parser knows the same names");
-            self.change(&mut recipe, seed);
-            let (compensation, label) = match compensate {
-                CompensateArg::Auto => (recipe.compensation, "auto"),
-                CompensateArg::None => (Some(Compensation::None), "none"),
-                CompensateArg::Bias => (Some(Compensation::Bias), "bias"),
-                CompensateArg::LeastSquares => {
-                    let ridge = self.ridge;
-                    (Some(Compensation::LeastSquares { ridge }), "least-squares")
-                }
-            };
-            recipe.compensation = compensation;
-            if several {
-                recipe.name = format!("{name}+{label}");
-            }
-            recipe
-        };
-        self.compensate.iter().map(variant).collect()
-    }
-
-    fn change(&self, recipe: &mut Recipe, seed: u64) {
-        if let Some(score) = self.score {
-            recipe.score = match score {
-                ScoreArg::Wifv => Score::Wifv,
-                ScoreArg::Ifv => Score::Ifv,
-                ScoreArg::Wifn => Score::Wifn,
-                ScoreArg::WandaSp => Score::WandaSp,
-                ScoreArg::Magnitude => Score::Magnitude,
-                ScoreArg::Random => Score::Random { seed },
-            };
-        }
-        if let Some(allocation) = self.allocation {
-            recipe.allocation = match allocation {
-                AllocationArg::AlAm => Allocation::AlAm,
-                AllocationArg::AlMm => Allocation::AlMm,
-                AllocationArg::UlMm => Allocation::UlMm,
-                AllocationArg::UlUm => Allocation::UlUm,
-            };
-        }
-        if let Some(unit) = self.attention_unit {
-            recipe.shape.attention_unit = Some(match unit {
-                AttentionUnitArg::KvGroup => AttentionUnit::KvGroup,
-                AttentionUnitArg::QueryHead => AttentionUnit::QueryHead,
-            });
-        }
-        let shape = &mut recipe.shape;
-        shape.min_attention = self.min_attention.unwrap_or(shape.min_attention);
-        shape.min_neurons = self.min_neurons.unwrap_or(shape.min_neurons);
-        shape.align_neurons = self.align.unwrap_or(shape.align_neurons);
-    }
-}
-
-impl StructuredArgs {
-    fn config(self, seed: u64) -> structured::Config {
-        let variants = |name: &String| self.change.variants(name, seed);
-        let recipes = self.method.iter().flat_map(variants).collect();
-        structured::Config {
-            perplexity: self.text.into(),
-            calib: self.calib,
-            calib_samples: self.calib_samples.get(),
-            recipes,
-            ratios: self.ratio,
-            save: self.save,
-            form: if self.masked {
-                Form::Masked
-            } else {
-                Form::Sliced
-            },
-            write: WriteOptions {
-                overwrite: self.overwrite,
-                max_shard_bytes: self.max_shard_bytes,
-            },
-            save_plans: self.save_plans,
-            dry_run: self.dry_run,
-        }
-    }
-}
-
-#[derive(Args)]
-struct LatticeArgs {
-    /// Tasks, separated by commas: reber, embedded-reber, row-digits, mod2, mod3, tomita1 to tomita7, adding,
-    /// char-grammar, text:FILE, mnist:FOLDER [default: reber, row-digits, mod3]
-    #[arg(long, value_delimiter = ',', value_name = "T[,T..]")]
-    task: Vec<Task>,
-    /// Cells, separated by commas: lstm, gru, tanh, relu [default: lstm]
-    #[arg(long, value_delimiter = ',', value_name = "C[,C..]")]
-    cell: Vec<Cell>,
-    /// Methods, separated by commas; dense, zero-whh, random and threshold always run besides [default: all]
-    #[arg(long, value_delimiter = ',', value_name = "M[,M..]")]
-    method: Vec<Method>,
-    /// Shares of the recurrent weights to remove, separated by commas [default: 0.5, 0.75, 0.9]
-    #[arg(long, value_delimiter = ',', value_name = "S[,S..]", value_parser = ratio)]
-    sparsity: Vec<f64>,
-    /// Networks of each task and cell, seeded from --seed on
-    #[arg(long, value_name = "N", default_value = "3")]
-    seeds: NonZeroU64,
-    /// Passes of fine-tuning under the mask
-    #[arg(long, value_name = "N", default_value_t = 1)]
-    finetune_epochs: usize,
-    /// A trained character network in place of the tasks
-    #[arg(long, value_name = "FILE", requires_all = ["vocab", "text"], conflicts_with_all = ["task", "cell"])]
-    weights: Option<PathBuf>,
-    /// JSON with the id of each character of that network
-    #[arg(long, value_name = "FILE", requires = "weights")]
-    vocab: Option<PathBuf>,
-    /// Text for that network: 90 % fine-tuning, 5 % validation, 5 % test
-    #[arg(long, value_name = "FILE", requires = "weights")]
-    text: Option<PathBuf>,
-}
-
-impl LatticeArgs {
-    fn config(self, seed: u64) -> lattice::Config {
-        let defaults = ExperimentConfig::default();
-        lattice::Config {
-            experiment: ExperimentConfig {
-                tasks: if self.task.is_empty() {
-                    defaults.tasks
-                } else {
-                    self.task
-                },
-                cells: if self.cell.is_empty() {
-                    defaults.cells
-                } else {
-                    self.cell
-                },
-                // The dense network is always there to be compared with.
-                methods: if self.method.is_empty() {
-                    defaults.methods
-                } else {
-                    [vec![Method::Dense], self.method].concat()
-                },
-                sparsities: if self.sparsity.is_empty() {
-                    defaults.sparsities
-                } else {
-                    self.sparsity
-                },
-                seeds: (seed..seed.saturating_add(self.seeds.get())).collect(),
-                finetune_epochs: self.finetune_epochs,
-                ..ExperimentConfig::default()
-            },
-            checkpoint: self.weights.zip(self.vocab).zip(self.text).map(
-                |((weights, vocab), text)| lattice::CheckpointConfig {
-                    weights,
-                    vocab,
-                    text,
-                },
-            ),
-        }
-    }
 }
 
 fn window(text: &str) -> Result<usize, String> {

@@ -1,0 +1,86 @@
+//! The flags of `eval lattice`.
+
+use std::num::NonZeroU64;
+use std::path::PathBuf;
+
+use clap::Args;
+use prune_lattice::Cell;
+use prune_lattice::experiment::ExperimentConfig;
+use prune_lattice::prune::Method;
+use prune_lattice::tasks::Task;
+
+use super::ratio;
+use crate::eval::lattice;
+
+#[derive(Args)]
+pub(super) struct LatticeArgs {
+    /// Tasks, separated by commas: reber, embedded-reber, row-digits, mod2, mod3, tomita1 to tomita7, adding,
+    /// char-grammar, text:FILE, mnist:FOLDER [default: reber, row-digits, mod3]
+    #[arg(long, value_delimiter = ',', value_name = "T[,T..]")]
+    task: Vec<Task>,
+    /// Cells, separated by commas: lstm, gru, tanh, relu [default: lstm]
+    #[arg(long, value_delimiter = ',', value_name = "C[,C..]")]
+    cell: Vec<Cell>,
+    /// Methods, separated by commas; dense, zero-whh, random and threshold always run besides [default: all]
+    #[arg(long, value_delimiter = ',', value_name = "M[,M..]")]
+    method: Vec<Method>,
+    /// Shares of the recurrent weights to remove, separated by commas [default: 0.5, 0.75, 0.9]
+    #[arg(long, value_delimiter = ',', value_name = "S[,S..]", value_parser = ratio)]
+    sparsity: Vec<f64>,
+    /// Networks of each task and cell, seeded from --seed on
+    #[arg(long, value_name = "N", default_value = "3")]
+    seeds: NonZeroU64,
+    /// Passes of fine-tuning under the mask
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    finetune_epochs: usize,
+    /// A trained character network in place of the tasks
+    #[arg(long, value_name = "FILE", requires_all = ["vocab", "text"], conflicts_with_all = ["task", "cell"])]
+    weights: Option<PathBuf>,
+    /// JSON with the id of each character of that network
+    #[arg(long, value_name = "FILE", requires = "weights")]
+    vocab: Option<PathBuf>,
+    /// Text for that network: 90 % fine-tuning, 5 % validation, 5 % test
+    #[arg(long, value_name = "FILE", requires = "weights")]
+    text: Option<PathBuf>,
+}
+
+impl LatticeArgs {
+    pub(super) fn config(self, seed: u64) -> lattice::Config {
+        let defaults = ExperimentConfig::default();
+        lattice::Config {
+            experiment: ExperimentConfig {
+                tasks: if self.task.is_empty() {
+                    defaults.tasks
+                } else {
+                    self.task
+                },
+                cells: if self.cell.is_empty() {
+                    defaults.cells
+                } else {
+                    self.cell
+                },
+                // The dense network is always there to be compared with.
+                methods: if self.method.is_empty() {
+                    defaults.methods
+                } else {
+                    [vec![Method::Dense], self.method].concat()
+                },
+                sparsities: if self.sparsity.is_empty() {
+                    defaults.sparsities
+                } else {
+                    self.sparsity
+                },
+                seeds: (seed..seed.saturating_add(self.seeds.get())).collect(),
+                finetune_epochs: self.finetune_epochs,
+                ..ExperimentConfig::default()
+            },
+            checkpoint: self.weights.zip(self.vocab).zip(self.text).map(
+                |((weights, vocab), text)| lattice::CheckpointConfig {
+                    weights,
+                    vocab,
+                    text,
+                },
+            ),
+        }
+    }
+}

@@ -1,0 +1,205 @@
+//! The flags of `eval structured`.
+
+use std::num::NonZeroUsize;
+use std::path::PathBuf;
+
+use clap::builder::PossibleValuesParser;
+use clap::{Args, ValueEnum};
+use prune_structured::{
+    Allocation, AttentionUnit, Compensation, DEFAULT_RIDGE, Form, Recipe, Score,
+};
+use tensor_io::WriteOptions;
+
+use super::{TextArgs, ratio};
+use crate::eval::structured;
+
+#[derive(Args)]
+pub(super) struct StructuredArgs {
+    #[command(flatten)]
+    text: TextArgs,
+    /// Text to calibrate on, another one than --text
+    #[arg(long, value_name = "FILE")]
+    calib: PathBuf,
+    /// Windows to calibrate on, drawn from the text with --seed
+    #[arg(long, value_name = "N", default_value = "128")]
+    calib_samples: NonZeroUsize,
+    /// Methods, separated by commas
+    #[arg(long, required = true, value_delimiter = ',', value_name = "M[,M..]", value_parser = PossibleValuesParser::new(Recipe::NAMES))]
+    method: Vec<String>,
+    /// Shares of the prunable parameters to remove, separated by commas
+    #[arg(long, required = true, value_delimiter = ',', value_name = "R[,R..]", value_parser = ratio)]
+    ratio: Vec<f64>,
+    /// Write the compressed checkpoint to this folder; of several, each to a folder METHOD-RATIO in it
+    #[arg(long, value_name = "DIR")]
+    save: Option<PathBuf>,
+    /// Replace what is at --save
+    #[arg(long)]
+    overwrite: bool,
+    /// Write each plan, which units stay, as METHOD-RATIO.json to this folder
+    #[arg(long, value_name = "DIR")]
+    save_plans: Option<PathBuf>,
+    /// Largest shard in bytes
+    #[arg(long, value_name = "N", default_value = "5000000000")]
+    max_shard_bytes: u64,
+    /// Keep the dense shapes and write zeros for what is removed
+    #[arg(long)]
+    masked: bool,
+    /// Make the plans and show them; write and evaluate nothing
+    #[arg(long)]
+    dry_run: bool,
+    #[command(flatten)]
+    change: RecipeArgs,
+}
+
+/// Changes to every method of the run.
+#[derive(Args)]
+#[command(next_help_heading = "Changes to the methods")]
+struct RecipeArgs {
+    /// Score of units [default: the method's]
+    #[arg(long, value_enum)]
+    score: Option<ScoreArg>,
+    /// How the budget is spread over layers [default: the method's]
+    #[arg(long, value_enum)]
+    allocation: Option<AllocationArg>,
+    /// What makes up for removed units, several separated by commas; auto: the method's own, flap's being bias where the
+    /// architecture can store one, else least squares
+    #[arg(
+        long,
+        value_enum,
+        value_delimiter = ',',
+        value_name = "C[,C..]",
+        default_value = "auto"
+    )]
+    compensate: Vec<CompensateArg>,
+    /// Damping of least squares, relative to the mean diagonal
+    #[arg(long, value_name = "X", default_value_t = DEFAULT_RIDGE)]
+    ridge: f64,
+    /// Unit of attention [default: KV groups where there are at least 4, else query heads]
+    #[arg(long, value_enum)]
+    attention_unit: Option<AttentionUnitArg>,
+    /// KV groups, or query heads of each group, that every layer keeps [default: 1; flap-compat: 0]
+    #[arg(long, value_name = "N")]
+    min_attention: Option<usize>,
+    /// Neurons that every layer keeps [default: 1; flap-compat: 0]
+    #[arg(long, value_name = "N")]
+    min_neurons: Option<usize>,
+    /// Keep the number of neurons a multiple of this
+    #[arg(long, value_name = "N")]
+    align: Option<usize>,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum ScoreArg {
+    Wifv,
+    Ifv,
+    Wifn,
+    WandaSp,
+    Magnitude,
+    Random,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum AllocationArg {
+    AlAm,
+    AlMm,
+    UlMm,
+    UlUm,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum CompensateArg {
+    Auto,
+    None,
+    Bias,
+    LeastSquares,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum AttentionUnitArg {
+    KvGroup,
+    QueryHead,
+}
+
+impl RecipeArgs {
+    /// The variants of one method: one for each compensation, named after it where there are several.
+    fn variants(&self, name: &str, seed: u64) -> Vec<Recipe> {
+        let several = self.compensate.len() > 1;
+        let variant = |&compensate: &CompensateArg| {
+            // clap has admitted no other name.
+            let mut recipe = Recipe::named(name, seed).expect("the parser knows the same names");
+            self.change(&mut recipe, seed);
+            let (compensation, label) = match compensate {
+                CompensateArg::Auto => (recipe.compensation, "auto"),
+                CompensateArg::None => (Some(Compensation::None), "none"),
+                CompensateArg::Bias => (Some(Compensation::Bias), "bias"),
+                CompensateArg::LeastSquares => {
+                    let ridge = self.ridge;
+                    (Some(Compensation::LeastSquares { ridge }), "least-squares")
+                }
+            };
+            recipe.compensation = compensation;
+            if several {
+                recipe.name = format!("{name}+{label}");
+            }
+            recipe
+        };
+        self.compensate.iter().map(variant).collect()
+    }
+
+    fn change(&self, recipe: &mut Recipe, seed: u64) {
+        if let Some(score) = self.score {
+            recipe.score = match score {
+                ScoreArg::Wifv => Score::Wifv,
+                ScoreArg::Ifv => Score::Ifv,
+                ScoreArg::Wifn => Score::Wifn,
+                ScoreArg::WandaSp => Score::WandaSp,
+                ScoreArg::Magnitude => Score::Magnitude,
+                ScoreArg::Random => Score::Random { seed },
+            };
+        }
+        if let Some(allocation) = self.allocation {
+            recipe.allocation = match allocation {
+                AllocationArg::AlAm => Allocation::AlAm,
+                AllocationArg::AlMm => Allocation::AlMm,
+                AllocationArg::UlMm => Allocation::UlMm,
+                AllocationArg::UlUm => Allocation::UlUm,
+            };
+        }
+        if let Some(unit) = self.attention_unit {
+            recipe.shape.attention_unit = Some(match unit {
+                AttentionUnitArg::KvGroup => AttentionUnit::KvGroup,
+                AttentionUnitArg::QueryHead => AttentionUnit::QueryHead,
+            });
+        }
+        let shape = &mut recipe.shape;
+        shape.min_attention = self.min_attention.unwrap_or(shape.min_attention);
+        shape.min_neurons = self.min_neurons.unwrap_or(shape.min_neurons);
+        shape.align_neurons = self.align.unwrap_or(shape.align_neurons);
+    }
+}
+
+impl StructuredArgs {
+    pub(super) fn config(self, seed: u64) -> structured::Config {
+        let variants = |name: &String| self.change.variants(name, seed);
+        let recipes = self.method.iter().flat_map(variants).collect();
+        structured::Config {
+            perplexity: self.text.into(),
+            calib: self.calib,
+            calib_samples: self.calib_samples.get(),
+            recipes,
+            ratios: self.ratio,
+            save: self.save,
+            form: if self.masked {
+                Form::Masked
+            } else {
+                Form::Sliced
+            },
+            write: WriteOptions {
+                overwrite: self.overwrite,
+                max_shard_bytes: self.max_shard_bytes,
+            },
+            save_plans: self.save_plans,
+            dry_run: self.dry_run,
+        }
+    }
+}
