@@ -16,10 +16,10 @@ use serde::{Deserialize, Serialize};
 pub enum Compensation {
     /// Nothing.
     None,
-    /// Their mean contribution, as a bias: b += W[:,R] E[x_R] (FLAP, arXiv 2312.11983, eq. 7).
+    /// Their mean contribution, as a bias: `b += W[:,R] E[x_R]` (FLAP, arXiv 2312.11983, eq. 7).
     Bias,
     /// The kept columns, refitted to the dense output by least squares on the calibration tokens:
-    /// with H = XᵀX + ridge · mean(diag XᵀX) · I, W_K ← W H[:,K] (H[K,K])⁻¹. Needs no bias slot.
+    /// with `H = XᵀX + ridge · mean(diag XᵀX) · I`, `W_K ← W H[:,K] (H[K,K])⁻¹`. Needs no bias slot.
     LeastSquares {
         /// Damping relative to the mean diagonal of the Gram matrix.
         ridge: f64,

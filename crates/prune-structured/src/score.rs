@@ -13,15 +13,15 @@ use serde::{Deserialize, Serialize};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Score {
-    /// Var(x) · ‖W[:,c]‖² (FLAP, arXiv 2312.11983, eq. 5).
+    /// `Var(x) · ‖W[:,c]‖²` (FLAP, arXiv 2312.11983, eq. 5).
     Wifv,
     /// Var(x): the fluctuation alone (FLAP's ablation).
     Ifv,
-    /// mean over outputs of |W[o,c]| · √(Σ x² / windows) (FLAP's ablation).
+    /// `mean over outputs of |W[o,c]| · √(Σ x² / windows)` (FLAP's ablation).
     Wifn,
-    /// Σ over outputs of |W[o,c]| · ‖x‖₂ (Wanda, arXiv 2306.11695, summed over a column).
+    /// `Σ over outputs of |W[o,c]| · ‖x‖₂` (Wanda, arXiv 2306.11695, summed over a column).
     WandaSp,
-    /// ‖W[:,c]‖₂; looks at no activation.
+    /// `‖W[:,c]‖₂`; looks at no activation.
     Magnitude,
     /// Uniform random numbers; looks at nothing.
     Random {
