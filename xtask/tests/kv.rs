@@ -181,6 +181,8 @@ fn bad_input_is_one_line_that_names_it() {
         &["--budget", "0"],
         &["--policy", "lru"],
         &["--policy", "h2o"],
+        &["--task", "recall", "--trace", "drift"],
+        &["--task", "trace", "--save", "x"],
     ] {
         let output = kv(usage);
         assert_eq!(output.status.code(), Some(2), "{usage:?}");

@@ -80,6 +80,22 @@ enum PromptRuleArg {
 
 impl KvArgs {
     pub(super) fn config(self) -> Config {
+        let makes = match self.task {
+            KvTask::Perplexity => false,
+            KvTask::Trace => self.model.is_some(),
+            KvTask::Recall => self.model.is_none(),
+        };
+        if self.save.is_some() && !makes {
+            wrong(
+                "--save: this task makes nothing to keep (it keeps traces of --model, or a model trained to recall)",
+            );
+        }
+        if !self.trace.is_empty() && self.task != KvTask::Trace {
+            wrong("--trace belongs to --task trace");
+        }
+        if self.batch.is_some() && self.task != KvTask::Perplexity {
+            wrong("--batch belongs to --task perplexity");
+        }
         let prompt_rule = match self.prompt_rule {
             PromptRuleArg::Own => PromptRule::Own,
             PromptRuleArg::Keep => PromptRule::Keep,
@@ -103,7 +119,7 @@ impl KvArgs {
                     prompt,
                     batch: self.batch.map(NonZeroUsize::get),
                 }),
-                None => missing("--task perplexity needs --model DIR and --text FILE"),
+                None => wrong("--task perplexity needs --model DIR and --text FILE"),
             },
             KvTask::Trace => {
                 let recorded = self.text();
@@ -144,15 +160,15 @@ impl KvArgs {
                 bos: !self.no_bos,
             }),
             (None, None) => None,
-            _ => missing("--model DIR and --text FILE go together"),
+            _ => wrong("--model DIR and --text FILE go together"),
         }
     }
 }
 
-/// Ends the process as clap does on wrong usage.
-fn missing(what: &str) -> ! {
+/// Ends the process as clap does on flags that do not go together.
+fn wrong(what: &str) -> ! {
     super::Cli::command()
-        .error(ErrorKind::MissingRequiredArgument, what)
+        .error(ErrorKind::ArgumentConflict, what)
         .exit()
 }
 
