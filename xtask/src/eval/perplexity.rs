@@ -86,8 +86,7 @@ pub(crate) fn file_name(path: &Path) -> String {
         .into_owned()
 }
 
-/// A decoder with the computation type of the device: f32 on CPUs, where candle's bf16 products
-/// run at a third of the f32 rate; bf16 on GPUs.
+/// A decoder with the computation type of the device: f32 on CPUs, bf16 on GPUs.
 pub(crate) fn open<'a>(common: &Common, checkpoint: &'a Checkpoint) -> Result<Decoder<'a>> {
     let device = common.device.open()?;
     let dtype = if device.is_cpu() {
