@@ -307,7 +307,9 @@ fn section(kind: Kind, rows: Vec<Row>, length: usize) -> Section {
         ""
     };
     let prose = format!(
-        "{} Answers are counted in decoding under eviction, with 95 % bootstrap intervals over sequences; a policy loses to random where \
+        "{} The model starts near a constructed circuit, a head that looks one token back and one that matches, because \
+         training from random weights does not find it in so few steps; every weight is trained from there. Answers are \
+         counted in decoding under eviction, with 95 % bootstrap intervals over sequences; a policy loses to random where \
          its accuracy is below random's interval.{learned} {}",
         kind.about(),
         verdict(&ranged, &ACCURACY)
