@@ -3,11 +3,12 @@
 use std::path::Path;
 
 /// Each crate with all the crates of this workspace that it may depend on.
-const ALLOWED: [(&str, &[&str]); 6] = [
+const ALLOWED: [(&str, &[&str]); 7] = [
     ("tensor-io", &[]),
     ("kv-lazy", &["tensor-io"]),
     ("causal-lm", &["tensor-io", "kv-lazy"]),
     ("prune-structured", &["tensor-io", "causal-lm"]),
+    ("lowrank-eora", &["tensor-io", "causal-lm"]),
     ("prune-lattice", &["tensor-io"]),
     (
         "xtask",
@@ -16,6 +17,7 @@ const ALLOWED: [(&str, &[&str]); 6] = [
             "kv-lazy",
             "causal-lm",
             "prune-structured",
+            "lowrank-eora",
             "prune-lattice",
         ],
     ),

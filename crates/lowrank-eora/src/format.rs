@@ -1,0 +1,1 @@
+//! How compressed weights are stored: GPTQ and compressed-tensors.

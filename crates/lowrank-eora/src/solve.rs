@@ -1,0 +1,1 @@
+//! The best correction of rank r of a layer.
