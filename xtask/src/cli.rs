@@ -4,6 +4,7 @@ mod kv;
 mod lattice;
 mod random_model;
 mod structured;
+mod train_default;
 
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
@@ -21,6 +22,8 @@ pub enum Job {
     Eval(Box<Run>),
     /// Make a checkpoint of random weights.
     RandomModel(crate::random_model::Config),
+    /// Train the embedded default model from nothing.
+    TrainDefault(crate::default_model::Config),
 }
 
 /// One evaluation, as meant.
@@ -133,6 +136,8 @@ enum Command {
     Eval(Box<EvalArgs>),
     /// Write a checkpoint with random weights for a config.json, to measure memory and speed on
     RandomModel(random_model::RandomModelArgs),
+    /// Train the embedded default model from nothing, on text that the project generates
+    TrainDefault(train_default::TrainDefaultArgs),
 }
 
 #[derive(Args)]
@@ -236,6 +241,7 @@ pub(crate) fn parse() -> Job {
     match Cli::parse().command {
         Command::Eval(args) => Job::Eval(Box::new(args.run())),
         Command::RandomModel(args) => Job::RandomModel(args.into()),
+        Command::TrainDefault(args) => Job::TrainDefault(args.into()),
     }
 }
 

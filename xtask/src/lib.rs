@@ -8,6 +8,7 @@
 
 pub mod cli;
 pub mod column;
+pub mod default_model;
 pub mod eval;
 mod format;
 mod html;
@@ -19,6 +20,7 @@ pub mod random_model;
 pub mod report;
 pub mod row;
 pub mod table;
+mod train;
 
 use std::process::ExitCode;
 
@@ -27,6 +29,7 @@ pub fn main() -> ExitCode {
     let done = match cli::parse() {
         cli::Job::Eval(run) => eval::run(&run),
         cli::Job::RandomModel(config) => random_model::run(&config),
+        cli::Job::TrainDefault(config) => default_model::run(&config),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

@@ -1,0 +1,40 @@
+//! The flags of `train-default`.
+
+use std::num::NonZeroUsize;
+use std::path::PathBuf;
+
+use clap::Args;
+
+use super::Device;
+use crate::default_model;
+
+#[derive(Args)]
+pub(super) struct TrainDefaultArgs {
+    /// Folder to write [default: the embedded model's own]
+    #[arg(long, value_name = "DIR")]
+    out: Option<PathBuf>,
+    /// Replace what is at --out
+    #[arg(long)]
+    overwrite: bool,
+    /// Steps of 4,096 tokens
+    #[arg(long, value_name = "N", default_value = "2500")]
+    steps: NonZeroUsize,
+    /// Seed of weights and text
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    seed: u64,
+    /// Where to compute
+    #[arg(long, value_enum, default_value_t = Device::Cpu)]
+    device: Device,
+}
+
+impl From<TrainDefaultArgs> for default_model::Config {
+    fn from(args: TrainDefaultArgs) -> Self {
+        default_model::Config {
+            out: args.out.unwrap_or_else(default_model::folder),
+            overwrite: args.overwrite,
+            steps: args.steps.get(),
+            seed: args.seed,
+            device: args.device,
+        }
+    }
+}

@@ -1,0 +1,234 @@
+//! Causal attention with rotary embedding and its gradient, on a CPU.
+//!
+//! Queries are `[batch * length, heads * dim]`, keys and values `[batch * length, kv_heads * dim]`, as they come from their
+//! linears. One task does one key/value head of one sequence with the query heads that read it; weights are computed again
+//! on the way back, so that nothing of size length² outlives a task.
+
+use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor};
+use faer::linalg::matmul::matmul;
+use faer::{Accum, MatMut, MatRef, Par};
+use rayon::prelude::*;
+
+use super::ops::{like, slice, values};
+
+/// Shapes and angles of one attention.
+#[derive(Clone)]
+pub(super) struct Attention {
+    pub(super) length: usize,
+    pub(super) heads: usize,
+    pub(super) kv_heads: usize,
+    pub(super) dim: usize,
+    /// Cosines and sines, `[length, dim / 2]` each.
+    pub(super) cos: Vec<f32>,
+    pub(super) sin: Vec<f32>,
+}
+
+/// Which way a head is turned.
+#[derive(Clone, Copy)]
+enum Turn {
+    None,
+    Ahead,
+    Back,
+}
+
+/// A key/value head of a sequence, and one result for itself or each of its query heads.
+type Heads = Vec<Vec<f32>>;
+
+impl Attention {
+    fn scale(&self) -> f32 {
+        1.0 / (self.dim as f32).sqrt()
+    }
+
+    /// Turns rows by the angles of their positions.
+    fn turn(&self, head: &mut [f32], turn: Turn) {
+        let half = self.dim / 2;
+        let sign = match turn {
+            Turn::None => return,
+            Turn::Ahead => 1.0,
+            Turn::Back => -1.0,
+        };
+        for (t, row) in head.chunks_exact_mut(self.dim).enumerate() {
+            let (low, high) = row.split_at_mut(half);
+            let angles = self.cos[t * half..].iter().zip(&self.sin[t * half..]);
+            for ((low, high), (cos, sin)) in low.iter_mut().zip(high).zip(angles) {
+                let sin = sign * sin;
+                (*low, *high) = (*low * cos - *high * sin, *high * cos + *low * sin);
+            }
+        }
+    }
+
+    /// One head of one sequence out of rows of `heads` heads, `[length, dim]`.
+    fn head(
+        &self,
+        from: &[f32],
+        sequence: usize,
+        (head, heads): (usize, usize),
+        turn: Turn,
+    ) -> Vec<f32> {
+        let rows = from[sequence * self.length * heads * self.dim..].chunks_exact(heads * self.dim);
+        let mut part = Vec::with_capacity(self.length * self.dim);
+        for row in rows.take(self.length) {
+            part.extend_from_slice(&row[head * self.dim..][..self.dim]);
+        }
+        self.turn(&mut part, turn);
+        part
+    }
+
+    fn matrix<'a>(&self, head: &'a [f32]) -> MatRef<'a, f32> {
+        MatRef::from_row_major_slice(head, self.length, self.dim)
+    }
+
+    fn square<'a>(&self, weights: &'a [f32]) -> MatRef<'a, f32> {
+        MatRef::from_row_major_slice(weights, self.length, self.length)
+    }
+
+    /// `left * right`, row-major.
+    fn product(&self, left: MatRef<'_, f32>, right: MatRef<'_, f32>) -> Vec<f32> {
+        let (rows, columns) = (left.nrows(), right.ncols());
+        let mut product = vec![0f32; rows * columns];
+        let into = MatMut::from_row_major_slice_mut(&mut product, rows, columns);
+        matmul(into, Accum::Replace, left, right, 1.0, Par::Seq);
+        product
+    }
+
+    /// Attention weights of turned queries and keys, zero above the diagonal.
+    fn weights(&self, q: &[f32], k: &[f32]) -> Vec<f32> {
+        let mut weights = self.product(self.matrix(q), self.matrix(k).transpose());
+        let scale = self.scale();
+        for (t, row) in weights.chunks_exact_mut(self.length).enumerate() {
+            let (seen, hidden) = row.split_at_mut(t + 1);
+            let max = seen.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+            let mut sum = 0f32;
+            for w in seen.iter_mut() {
+                *w = ((*w - max) * scale).exp();
+                sum += *w;
+            }
+            seen.iter_mut().for_each(|w| *w /= sum);
+            hidden.fill(0.0);
+        }
+        weights
+    }
+
+    /// Runs `task` for every key/value head of every sequence.
+    fn each<T: Send>(&self, keys: usize, task: impl Fn(usize, usize) -> T + Sync) -> Vec<T> {
+        let sequences = keys / (self.length * self.kv_heads * self.dim);
+        (0..sequences * self.kv_heads)
+            .into_par_iter()
+            .map(|i| task(i / self.kv_heads, i % self.kv_heads))
+            .collect()
+    }
+
+    fn readers(&self, kv: usize) -> std::ops::Range<usize> {
+        let group = self.heads / self.kv_heads;
+        kv * group..(kv + 1) * group
+    }
+
+    /// Rows of `heads` heads from the heads of all sequences in order.
+    fn rows<'a>(&self, heads: usize, parts: impl Iterator<Item = &'a Vec<f32>>) -> Vec<f32> {
+        let parts: Vec<_> = parts.collect();
+        let mut rows = vec![0f32; parts.len() * self.length * self.dim];
+        let sequences = rows.par_chunks_exact_mut(self.length * heads * self.dim);
+        sequences
+            .zip(parts.par_chunks_exact(heads))
+            .for_each(|(rows, parts)| {
+                for (t, row) in rows.chunks_exact_mut(heads * self.dim).enumerate() {
+                    for (to, part) in row.chunks_exact_mut(self.dim).zip(parts) {
+                        to.copy_from_slice(&part[t * self.dim..][..self.dim]);
+                    }
+                }
+            });
+        rows
+    }
+
+    fn forward(&self, q: &[f32], k: &[f32], v: &[f32]) -> Vec<f32> {
+        let outputs: Vec<Heads> = self.each(k.len(), |sequence, kv| {
+            let k = self.head(k, sequence, (kv, self.kv_heads), Turn::Ahead);
+            let v = self.head(v, sequence, (kv, self.kv_heads), Turn::None);
+            let output = |head| {
+                let q = self.head(q, sequence, (head, self.heads), Turn::Ahead);
+                let weights = self.weights(&q, &k);
+                self.product(self.square(&weights), self.matrix(&v))
+            };
+            self.readers(kv).map(output).collect()
+        });
+        self.rows(self.heads, outputs.iter().flatten())
+    }
+
+    /// Gradients of queries, keys and values.
+    fn backward(&self, q: &[f32], k: &[f32], v: &[f32], dy: &[f32]) -> [Vec<f32>; 3] {
+        let gradients: Vec<(Heads, Vec<f32>, Vec<f32>)> = self.each(k.len(), |sequence, kv| {
+            let k = self.head(k, sequence, (kv, self.kv_heads), Turn::Ahead);
+            let v = self.head(v, sequence, (kv, self.kv_heads), Turn::None);
+            let (mut dk, mut dv) = (vec![0f32; k.len()], vec![0f32; v.len()]);
+            let add = |into: &mut [f32], left: MatRef<'_, f32>, right: MatRef<'_, f32>| {
+                let into = MatMut::from_row_major_slice_mut(into, self.length, self.dim);
+                matmul(into, Accum::Add, left, right, 1.0, Par::Seq);
+            };
+            let mut dqs = Vec::new();
+            for head in self.readers(kv) {
+                let q = self.head(q, sequence, (head, self.heads), Turn::Ahead);
+                let dy = self.head(dy, sequence, (head, self.heads), Turn::None);
+                let weights = self.weights(&q, &k);
+                add(&mut dv, self.square(&weights).transpose(), self.matrix(&dy));
+                let mut scores = self.product(self.matrix(&dy), self.matrix(&v).transpose());
+                let rows = scores.chunks_exact_mut(self.length);
+                for (d, w) in rows.zip(weights.chunks_exact(self.length)) {
+                    let mean: f32 = d.iter().zip(w).map(|(d, w)| d * w).sum();
+                    for (d, w) in d.iter_mut().zip(w) {
+                        *d = w * (*d - mean) * self.scale();
+                    }
+                }
+                add(&mut dk, self.square(&scores).transpose(), self.matrix(&q));
+                let mut dq = self.product(self.square(&scores), self.matrix(&k));
+                self.turn(&mut dq, Turn::Back);
+                dqs.push(dq);
+            }
+            self.turn(&mut dk, Turn::Back);
+            (dqs, dk, dv)
+        });
+        [
+            self.rows(self.heads, gradients.iter().flat_map(|(dq, _, _)| dq)),
+            self.rows(self.kv_heads, gradients.iter().map(|(_, dk, _)| dk)),
+            self.rows(self.kv_heads, gradients.iter().map(|(_, _, dv)| dv)),
+        ]
+    }
+}
+
+impl CustomOp3 for Attention {
+    fn name(&self) -> &'static str {
+        "attention-with-gradient"
+    }
+
+    fn cpu_fwd(
+        &self,
+        q: &CpuStorage,
+        q_layout: &Layout,
+        k: &CpuStorage,
+        k_layout: &Layout,
+        v: &CpuStorage,
+        v_layout: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let y = self.forward(
+            slice(q, q_layout)?,
+            slice(k, k_layout)?,
+            slice(v, v_layout)?,
+        );
+        Ok((CpuStorage::F32(y), q_layout.shape().clone()))
+    }
+
+    fn bwd(
+        &self,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        _: &Tensor,
+        gradient: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let [dq, dk, dv] = values(q, |q| {
+            values(k, |k| {
+                values(v, |v| values(gradient, |dy| Ok(self.backward(q, k, v, dy))))
+            })
+        })?;
+        Ok((Some(like(q, dq)?), Some(like(k, dk)?), Some(like(v, dv)?)))
+    }
+}
