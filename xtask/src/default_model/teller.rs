@@ -60,9 +60,8 @@ impl<'a> Teller<'a> {
     fn write(&mut self, options: &[&str], at: usize, after: &str) {
         debug_assert!(
             options.iter().enumerate().all(|(i, a)| {
-                let a = format!("{a}{after}");
                 let mut others = options.iter().enumerate().filter(|(j, _)| *j != i);
-                others.all(|(_, b)| !format!("{b}{after}").starts_with(&a))
+                others.all(|(_, b)| !begins_with((b, after), (a, after)))
             }),
             "one of {options:?} begins with another"
         );
@@ -81,4 +80,11 @@ impl<'a> Teller<'a> {
         self.nats -= (weights[at] / total).ln();
         at
     }
+}
+
+/// Whether one text of two parts begins with another.
+fn begins_with(text: (&str, &str), start: (&str, &str)) -> bool {
+    let mut text = text.0.bytes().chain(text.1.bytes());
+    let mut start = start.0.bytes().chain(start.1.bytes());
+    start.all(|byte| text.next() == Some(byte))
 }

@@ -21,8 +21,11 @@ use crate::train::{Schedule, Student, Trainer};
 
 /// Positions of a window.
 pub(super) const CONTEXT: usize = 512;
-/// Windows of a step.
-const BATCH: usize = 8;
+/// Tokens of a step.
+const BATCH: usize = 4096;
+/// Positions of a window over the run, and the share of the steps after which they end: short windows cost less and teach
+/// nearly everything.
+const STAGES: [(usize, f64); 2] = [(256, 0.8), (CONTEXT, 1.0)];
 /// Text that the vocabulary is learnt from, and that is tokenised at a time.
 const PIECE: usize = 1 << 20;
 
@@ -33,7 +36,7 @@ pub struct Config {
     pub out: PathBuf,
     /// Replace what is there.
     pub overwrite: bool,
-    /// Steps of [`BATCH`] windows.
+    /// Steps of 4,096 tokens.
     pub steps: usize,
     /// Seed of weights and text.
     pub seed: u64,
@@ -62,8 +65,8 @@ struct Stream<'a> {
 }
 
 impl Stream<'_> {
-    fn window(&mut self) -> Result<Vec<u32>> {
-        let text = CONTEXT - 1;
+    fn window(&mut self, length: usize) -> Result<Vec<u32>> {
+        let text = length - 1;
         if self.tokens.len() < text {
             let told = self.tales.take(PIECE);
             let encoding = self.tokenizer.encode_fast(told.text, false);
@@ -132,14 +135,17 @@ pub fn run(config: &Config) -> Result<()> {
     };
     let mut trainer = Trainer::new(&student, schedule)?;
     let bar = Progress::new("training", config.steps as u64);
-    let (mut mean, mut tokens) = (f64::NAN, 0);
-    for _ in 0..config.steps {
-        let windows = (0..BATCH)
-            .map(|_| stream.window())
+    let mut mean = f64::NAN;
+    for step in 0..config.steps {
+        let done = step as f64 / config.steps as f64;
+        let stage = STAGES.iter().find(|(_, end)| done < *end);
+        let length = stage.map_or(CONTEXT, |(length, _)| *length);
+        let windows = (0..BATCH / length)
+            .map(|_| stream.window(length))
             .collect::<Result<Vec<_>>>()?;
         let sequences: Vec<&[u32]> = windows.iter().map(Vec::as_slice).collect();
-        let at = (0..BATCH * CONTEXT)
-            .filter(|i| (i + 1) % CONTEXT != 0)
+        let at = (0..BATCH)
+            .filter(|i| (i + 1) % length != 0)
             .map(|i| i as u32);
         let targets: Vec<u32> = windows.iter().flat_map(|w| &w[1..]).copied().collect();
         let loss = trainer.step(&student.loss(&sequences, &at.collect::<Vec<_>>(), &targets)?)?;
@@ -148,7 +154,6 @@ pub fn run(config: &Config) -> Result<()> {
         } else {
             0.98 * mean + 0.02 * loss
         };
-        tokens += BATCH * CONTEXT;
         bar.set_label(format!("training, {mean:.3} nats per token"));
         bar.inc(1);
     }
@@ -161,6 +166,7 @@ pub fn run(config: &Config) -> Result<()> {
         &options,
         &vocabulary::files(&tokenizer)?,
     )?;
+    let tokens = config.steps * BATCH;
     println!(
         "{}: {tokens} tokens in {} ({:.0} tokens/s), {mean:.4} nats per token on the last of them",
         config.out.display(),

@@ -1,8 +1,10 @@
 //! Causal attention with rotary embedding and its gradient, on a CPU.
 //!
 //! Queries are `[batch * length, heads * dim]`, keys and values `[batch * length, kv_heads * dim]`, as they come from their
-//! linears. One task does one key/value head of one sequence with the query heads that read it; weights are computed again
-//! on the way back, so that nothing of size length² outlives a task.
+//! linears. One task does one key/value head of one sequence with the query heads that read it, some rows at a time, and
+//! only up to the diagonal; weights are computed again on the way back, so that nothing of size length² is ever held.
+
+use std::ops::Range;
 
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor};
 use faer::linalg::matmul::matmul;
@@ -10,6 +12,9 @@ use faer::{Accum, MatMut, MatRef, Par};
 use rayon::prelude::*;
 
 use super::ops::{like, slice, values};
+
+/// Queries whose weights are held at a time.
+const ROWS: usize = 64;
 
 /// Shapes and angles of one attention.
 #[derive(Clone)]
@@ -74,35 +79,37 @@ impl Attention {
         part
     }
 
-    fn matrix<'a>(&self, head: &'a [f32]) -> MatRef<'a, f32> {
-        MatRef::from_row_major_slice(head, self.length, self.dim)
+    /// Blocks of rows.
+    fn blocks(&self) -> impl Iterator<Item = Range<usize>> {
+        let length = self.length;
+        (0..length)
+            .step_by(ROWS)
+            .map(move |start| start..(start + ROWS).min(length))
     }
 
-    fn square<'a>(&self, weights: &'a [f32]) -> MatRef<'a, f32> {
-        MatRef::from_row_major_slice(weights, self.length, self.length)
+    /// Rows of a head as a matrix.
+    fn part<'a>(&self, head: &'a [f32], rows: Range<usize>) -> MatRef<'a, f32> {
+        let values = &head[rows.start * self.dim..rows.end * self.dim];
+        MatRef::from_row_major_slice(values, rows.len(), self.dim)
     }
 
-    /// `left * right`, row-major.
-    fn product(&self, left: MatRef<'_, f32>, right: MatRef<'_, f32>) -> Vec<f32> {
-        let (rows, columns) = (left.nrows(), right.ncols());
-        let mut product = vec![0f32; rows * columns];
-        let into = MatMut::from_row_major_slice_mut(&mut product, rows, columns);
-        matmul(into, Accum::Replace, left, right, 1.0, Par::Seq);
-        product
+    /// The same to write to.
+    fn part_mut<'a>(&self, head: &'a mut [f32], rows: Range<usize>) -> MatMut<'a, f32> {
+        let values = &mut head[rows.start * self.dim..rows.end * self.dim];
+        MatMut::from_row_major_slice_mut(values, rows.len(), self.dim)
     }
 
-    /// Attention weights of turned queries and keys, zero above the diagonal.
-    fn weights(&self, q: &[f32], k: &[f32]) -> Vec<f32> {
-        let mut weights = self.product(self.matrix(q), self.matrix(k).transpose());
+    /// Attention weights of some rows of turned queries on all keys up to the last of them, row-major; zero above the diagonal.
+    fn weights(&self, q: &[f32], k: &[f32], rows: Range<usize>) -> Vec<f32> {
+        let keys = self.part(k, 0..rows.end);
+        let mut weights = product(self.part(q, rows.clone()), keys.transpose());
         let scale = self.scale();
-        for (t, row) in weights.chunks_exact_mut(self.length).enumerate() {
+        for (t, row) in rows.clone().zip(weights.chunks_exact_mut(rows.end)) {
             let (seen, hidden) = row.split_at_mut(t + 1);
             let max = seen.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-            let mut sum = 0f32;
-            for w in seen.iter_mut() {
-                *w = ((*w - max) * scale).exp();
-                sum += *w;
-            }
+            seen.iter_mut()
+                .for_each(|w| *w = ((*w - max) * scale).exp());
+            let sum: f32 = seen.iter().sum();
             seen.iter_mut().for_each(|w| *w /= sum);
             hidden.fill(0.0);
         }
@@ -118,7 +125,7 @@ impl Attention {
             .collect()
     }
 
-    fn readers(&self, kv: usize) -> std::ops::Range<usize> {
+    fn readers(&self, kv: usize) -> Range<usize> {
         let group = self.heads / self.kv_heads;
         kv * group..(kv + 1) * group
     }
@@ -146,8 +153,14 @@ impl Attention {
             let v = self.head(v, sequence, (kv, self.kv_heads), Turn::None);
             let output = |head| {
                 let q = self.head(q, sequence, (head, self.heads), Turn::Ahead);
-                let weights = self.weights(&q, &k);
-                self.product(self.square(&weights), self.matrix(&v))
+                let mut y = vec![0f32; q.len()];
+                for rows in self.blocks() {
+                    let weights = self.weights(&q, &k, rows.clone());
+                    let (seen, y) = (self.part(&v, 0..rows.end), self.part_mut(&mut y, rows));
+                    let weights = MatRef::from_row_major_slice(&weights, y.nrows(), seen.nrows());
+                    matmul(y, Accum::Replace, weights, seen, 1.0, Par::Seq);
+                }
+                y
             };
             self.readers(kv).map(output).collect()
         });
@@ -160,26 +173,54 @@ impl Attention {
             let k = self.head(k, sequence, (kv, self.kv_heads), Turn::Ahead);
             let v = self.head(v, sequence, (kv, self.kv_heads), Turn::None);
             let (mut dk, mut dv) = (vec![0f32; k.len()], vec![0f32; v.len()]);
-            let add = |into: &mut [f32], left: MatRef<'_, f32>, right: MatRef<'_, f32>| {
-                let into = MatMut::from_row_major_slice_mut(into, self.length, self.dim);
-                matmul(into, Accum::Add, left, right, 1.0, Par::Seq);
-            };
             let mut dqs = Vec::new();
             for head in self.readers(kv) {
                 let q = self.head(q, sequence, (head, self.heads), Turn::Ahead);
                 let dy = self.head(dy, sequence, (head, self.heads), Turn::None);
-                let weights = self.weights(&q, &k);
-                add(&mut dv, self.square(&weights).transpose(), self.matrix(&dy));
-                let mut scores = self.product(self.matrix(&dy), self.matrix(&v).transpose());
-                let rows = scores.chunks_exact_mut(self.length);
-                for (d, w) in rows.zip(weights.chunks_exact(self.length)) {
-                    let mean: f32 = d.iter().zip(w).map(|(d, w)| d * w).sum();
-                    for (d, w) in d.iter_mut().zip(w) {
-                        *d = w * (*d - mean) * self.scale();
+                let mut dq = vec![0f32; q.len()];
+                for rows in self.blocks() {
+                    let seen = 0..rows.end;
+                    let square =
+                        |values| MatRef::from_row_major_slice(values, rows.len(), seen.len());
+                    let weights = self.weights(&q, &k, rows.clone());
+                    let dy = self.part(&dy, rows.clone());
+                    let into = self.part_mut(&mut dv, seen.clone());
+                    matmul(
+                        into,
+                        Accum::Add,
+                        square(&weights).transpose(),
+                        dy,
+                        1.0,
+                        Par::Seq,
+                    );
+                    let mut scores = product(dy, self.part(&v, seen.clone()).transpose());
+                    let each = scores.chunks_exact_mut(seen.len());
+                    for (d, w) in each.zip(weights.chunks_exact(seen.len())) {
+                        let mean: f32 = d.iter().zip(w).map(|(d, w)| d * w).sum();
+                        for (d, w) in d.iter_mut().zip(w) {
+                            *d = w * (*d - mean) * self.scale();
+                        }
                     }
+                    let scores = square(&scores);
+                    let into = self.part_mut(&mut dk, seen.clone());
+                    matmul(
+                        into,
+                        Accum::Add,
+                        scores.transpose(),
+                        self.part(&q, rows.clone()),
+                        1.0,
+                        Par::Seq,
+                    );
+                    let into = self.part_mut(&mut dq, rows.clone());
+                    matmul(
+                        into,
+                        Accum::Replace,
+                        scores,
+                        self.part(&k, seen.clone()),
+                        1.0,
+                        Par::Seq,
+                    );
                 }
-                add(&mut dk, self.square(&scores).transpose(), self.matrix(&q));
-                let mut dq = self.product(self.square(&scores), self.matrix(&k));
                 self.turn(&mut dq, Turn::Back);
                 dqs.push(dq);
             }
@@ -192,6 +233,15 @@ impl Attention {
             self.rows(self.kv_heads, gradients.iter().map(|(_, _, dv)| dv)),
         ]
     }
+}
+
+/// `left * right`, row-major.
+fn product(left: MatRef<'_, f32>, right: MatRef<'_, f32>) -> Vec<f32> {
+    let (rows, columns) = (left.nrows(), right.ncols());
+    let mut product = vec![0f32; rows * columns];
+    let into = MatMut::from_row_major_slice_mut(&mut product, rows, columns);
+    matmul(into, Accum::Replace, left, right, 1.0, Par::Seq);
+    product
 }
 
 impl CustomOp3 for Attention {

@@ -287,10 +287,10 @@ mod tests {
 
     #[test]
     fn attention_and_its_gradients_are_those_of_candle() {
-        let (length, dim) = (10, 8);
+        let (length, dim) = (150, 8);
         for (heads, kv_heads) in [(4, 4), (6, 2), (3, 1)] {
-            let q = random(&[3 * length, heads * dim], 1);
-            let [k, v] = [2, 3].map(|seed| random(&[3 * length, kv_heads * dim], seed));
+            let q = random(&[2 * length, heads * dim], 1);
+            let [k, v] = [2, 3].map(|seed| random(&[2 * length, kv_heads * dim], seed));
             let angles = random(&[length, dim / 2], 4);
             let (cos, sin) = (angles.cos().unwrap(), angles.sin().unwrap());
             let list = |t: &Tensor| t.flatten_all().unwrap().to_vec1().unwrap();
