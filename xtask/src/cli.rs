@@ -4,6 +4,7 @@ mod kv;
 mod lattice;
 mod random_model;
 mod structured;
+mod tasks;
 
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
@@ -47,6 +48,8 @@ pub enum Suite {
     Lattice(eval::lattice::Config),
     /// KV-cache eviction.
     Kv(eval::kv::Config),
+    /// Multiple choice and generation.
+    Tasks(eval::tasks::Config),
 }
 
 /// What every suite is told.
@@ -54,7 +57,7 @@ pub enum Suite {
 pub struct Common {
     /// Window in tokens, where asked for.
     pub window: Option<usize>,
-    /// Number of windows to evaluate; all where not asked for.
+    /// Number of windows or questions to evaluate; all where not asked for.
     pub samples: Option<usize>,
     /// Seed of everything random.
     pub seed: u64,
@@ -153,6 +156,8 @@ enum SuiteArgs {
     Lattice(Box<lattice::LatticeArgs>),
     /// KV-cache eviction: perplexity, attention on traces, or recall, by policy and budget
     Kv(Box<kv::KvArgs>),
+    /// Zero-shot and few-shot tasks: multiple choice by log-likelihood, and generation with exact match
+    Tasks(Box<tasks::TasksArgs>),
 }
 
 #[derive(Args)]
@@ -161,7 +166,7 @@ struct CommonArgs {
     /// Tokens in a window
     #[arg(long, global = true, value_name = "N", value_parser = window)]
     window: Option<usize>,
-    /// Evaluate the first N windows only
+    /// Evaluate the first N windows or questions only
     #[arg(long, global = true, value_name = "N")]
     samples: Option<NonZeroUsize>,
     /// Seed of everything random
@@ -277,6 +282,7 @@ impl EvalArgs {
                 Some(SuiteArgs::Structured(args)) => Suite::Structured(args.config(seed)),
                 Some(SuiteArgs::Lattice(args)) => Suite::Lattice(args.config(seed)),
                 Some(SuiteArgs::Kv(args)) => Suite::Kv(args.config()),
+                Some(SuiteArgs::Tasks(args)) => Suite::Tasks((*args).into()),
             },
         }
     }

@@ -4,6 +4,7 @@ pub mod kv;
 pub mod lattice;
 pub mod perplexity;
 pub mod structured;
+pub mod tasks;
 
 use std::io::{ErrorKind, Write};
 use std::process::Command;
@@ -35,6 +36,7 @@ pub fn run(run: &Run) -> Result<()> {
         Suite::Structured(config) => structured::run(common, config)?,
         Suite::Lattice(config) => lattice::run(common, config)?,
         Suite::Kv(config) => kv::run(common, config)?,
+        Suite::Tasks(config) => tasks::run(common, config)?,
     };
     let mut report = Report {
         command: run.command.clone(),
