@@ -20,6 +20,8 @@ use crate::progress::Progress;
 pub enum Job {
     /// Evaluate.
     Eval(Box<Run>),
+    /// Compare two reports.
+    Report(crate::compare::Config),
     /// Make a checkpoint of random weights.
     RandomModel(crate::random_model::Config),
 }
@@ -134,6 +136,8 @@ struct Cli {
 enum Command {
     /// Evaluate models before and after compression; without a suite, all of them on the embedded default model
     Eval(Box<EvalArgs>),
+    /// Compare two reports, row by row
+    Report(ReportArgs),
     /// Write a checkpoint with random weights for a config.json, to measure memory and speed on
     RandomModel(random_model::RandomModelArgs),
 }
@@ -144,6 +148,19 @@ struct EvalArgs {
     common: CommonArgs,
     #[command(subcommand)]
     suite: Option<SuiteArgs>,
+}
+
+#[derive(Args)]
+struct ReportArgs {
+    /// A report.json
+    #[arg(value_name = "BEFORE")]
+    before: PathBuf,
+    /// The report.json of another run
+    #[arg(value_name = "AFTER")]
+    after: PathBuf,
+    /// Print the comparison as JSON on stdout and nothing else there
+    #[arg(long)]
+    json: bool,
 }
 
 #[derive(Subcommand)]
@@ -189,7 +206,7 @@ struct CommonArgs {
 /// Model and text to measure perplexity with.
 #[derive(Args)]
 struct TextArgs {
-    /// Checkpoint folder in Hugging Face layout
+    /// Checkpoint folder in Hugging Face layout, or hf:OWNER/NAME
     #[arg(long, value_name = "DIR")]
     model: PathBuf,
     /// Text to evaluate on
@@ -240,6 +257,15 @@ fn ratio(text: &str) -> Result<f64, String> {
 pub(crate) fn parse() -> Job {
     match Cli::parse().command {
         Command::Eval(args) => Job::Eval(Box::new(args.run())),
+        Command::Report(ReportArgs {
+            before,
+            after,
+            json,
+        }) => Job::Report(crate::compare::Config {
+            before,
+            after,
+            json,
+        }),
         Command::RandomModel(args) => Job::RandomModel(args.into()),
     }
 }

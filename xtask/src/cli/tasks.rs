@@ -9,7 +9,7 @@ use crate::eval::tasks::{Config, Shots};
 
 #[derive(Args)]
 pub(super) struct TasksArgs {
-    /// Checkpoint folders in Hugging Face layout, separated by commas; the others are compared with the first
+    /// Checkpoint folders in Hugging Face layout or hf:OWNER/NAME, separated by commas; the others are compared with the first
     #[arg(
         long,
         required = true,

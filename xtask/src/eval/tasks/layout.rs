@@ -385,7 +385,7 @@ mod tests {
     #[test]
     fn hella_swag_loses_its_marks_and_capitalises_the_second_sentence() {
         let line = json!({
-            "activity_label": "Washing", "ctx_a": " [header] How to wash [title] Start.", "ctx_b": "a Man in NY",
+            "activity_label": "Washing", "ctx_a": "[header] How to wash [title] Start.", "ctx_b": "a Man in NY",
             "endings": ["sits [substeps] down.", "runs  away. "], "label": "1", "ctx": "unused",
         });
         let expected = chosen(
