@@ -31,11 +31,10 @@ fn row<'a>(report: &'a mut Report, method: &str) -> &'a mut Row {
     rows.find(|row| row.method == method).unwrap()
 }
 
-/// Field, before, after and noise of all changes.
-fn changes(
-    before: &Report,
-    after: &Report,
-) -> Vec<(String, Option<f64>, Option<f64>, Option<String>)> {
+/// Field, before, after and noise of a change.
+type Seen = (String, Option<f64>, Option<f64>, Option<String>);
+
+fn changes(before: &Report, after: &Report) -> Vec<Seen> {
     let rows = Comparison::new(before, after).unwrap().rows;
     let changes = rows.into_iter().flat_map(|row| row.changes);
     changes

@@ -249,10 +249,8 @@ impl Fields {
         };
         let repeats = |name: &str| name.ends_with("_dense") || name.ends_with("_full");
         let is_measured = |name: &str, value: &Value| {
-            value.is_number()
-                && !KEY.contains(&name)
-                && !name.ends_with("_stderr")
-                && !(has_reference && repeats(name))
+            let is_told_elsewhere = name.ends_with("_stderr") || has_reference && repeats(name);
+            value.is_number() && !KEY.contains(&name) && !is_told_elsewhere
         };
         let select = |wanted: &dyn Fn(&str, &Value) -> bool| -> Map<String, Value> {
             let wanted = all.iter().filter(|(name, value)| wanted(name, value));
