@@ -1,8 +1,7 @@
 //! Questions from JSONL files, in the layouts that the tasks are published in.
 //!
-//! What the model is shown, what it chooses from and which choice is right are those of EleutherAI's
-//! lm-evaluation-harness 0.4: arc_easy and arc_challenge 1.0, piqa 1.0, hellaswag 1.0, boolq 2.0, mathqa 1.0 and
-//! gsm8k 3.0. The layout of a file is recognised from the fields of its first line.
+//! What the model is shown, what it chooses from and which choice is right are those of the lm-evaluation-harness; the
+//! module above names the versions. The layout of a file is recognised from the fields of its first line.
 
 use std::path::{Path, PathBuf};
 use std::sync::LazyLock;

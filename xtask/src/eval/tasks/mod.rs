@@ -1,7 +1,7 @@
 //! Zero-shot and few-shot tasks: multiple choice by log-likelihood, and generation with exact match.
 //!
-//! Prompts, choices and measures are those of EleutherAI's lm-evaluation-harness 0.4 ([`layout`] names the version of each
-//! task). `acc` takes the choice of the largest summed log-likelihood, `acc_norm` that of the largest one per character of
+//! Prompts, choices and measures are those of EleutherAI's lm-evaluation-harness 0.4: arc_easy and arc_challenge 1.0,
+//! piqa 1.0, hellaswag 1.0, boolq 2.0, mathqa 1.0 and gsm8k 3.0. `acc` takes the choice of the largest summed log-likelihood, `acc_norm` that of the largest one per character of
 //! the choice, without the space that joins it to the question; both take the first of equals. Their standard error is
 //! sqrt(p (1 − p) / (n − 1)). The harness leaves out BOS unless it is told `add_bos_token=True`; here BOS stands in front
 //! where the tokenizer has one, as for perplexity.
