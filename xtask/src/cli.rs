@@ -4,6 +4,7 @@ mod kv;
 mod lattice;
 mod random_model;
 mod structured;
+mod tasks;
 mod train_default;
 
 use std::num::NonZeroUsize;
@@ -20,6 +21,8 @@ use crate::progress::Progress;
 pub enum Job {
     /// Evaluate.
     Eval(Box<Run>),
+    /// Compare two reports.
+    Report(crate::compare::Config),
     /// Make a checkpoint of random weights.
     RandomModel(crate::random_model::Config),
     /// Train the embedded default model from nothing.
@@ -50,6 +53,8 @@ pub enum Suite {
     Lattice(eval::lattice::Config),
     /// KV-cache eviction.
     Kv(eval::kv::Config),
+    /// Multiple choice and generation.
+    Tasks(eval::tasks::Config),
 }
 
 /// What every suite is told.
@@ -57,7 +62,7 @@ pub enum Suite {
 pub struct Common {
     /// Window in tokens, where asked for.
     pub window: Option<usize>,
-    /// Number of windows to evaluate; all where not asked for.
+    /// Number of windows or questions to evaluate; all where not asked for.
     pub samples: Option<usize>,
     /// Seed of everything random.
     pub seed: u64,
@@ -134,6 +139,8 @@ struct Cli {
 enum Command {
     /// Evaluate models before and after compression; without a suite, all of them on the embedded default model
     Eval(Box<EvalArgs>),
+    /// Compare two reports, row by row
+    Report(ReportArgs),
     /// Write a checkpoint with random weights for a config.json, to measure memory and speed on
     RandomModel(random_model::RandomModelArgs),
     /// Train the embedded default model from nothing, on text that the project generates
@@ -148,6 +155,19 @@ struct EvalArgs {
     suite: Option<SuiteArgs>,
 }
 
+#[derive(Args)]
+struct ReportArgs {
+    /// A report.json
+    #[arg(value_name = "BEFORE")]
+    before: PathBuf,
+    /// The report.json of another run
+    #[arg(value_name = "AFTER")]
+    after: PathBuf,
+    /// Print the comparison as JSON on stdout and nothing else there
+    #[arg(long)]
+    json: bool,
+}
+
 #[derive(Subcommand)]
 enum SuiteArgs {
     /// Perplexity of a checkpoint on a text
@@ -158,6 +178,8 @@ enum SuiteArgs {
     Lattice(Box<lattice::LatticeArgs>),
     /// KV-cache eviction: perplexity, attention on traces, or recall, by policy and budget
     Kv(Box<kv::KvArgs>),
+    /// Zero-shot and few-shot tasks: multiple choice by log-likelihood, and generation with exact match
+    Tasks(Box<tasks::TasksArgs>),
 }
 
 #[derive(Args)]
@@ -166,7 +188,7 @@ struct CommonArgs {
     /// Tokens in a window
     #[arg(long, global = true, value_name = "N", value_parser = window)]
     window: Option<usize>,
-    /// Evaluate the first N windows only
+    /// Evaluate the first N windows or questions only
     #[arg(long, global = true, value_name = "N")]
     samples: Option<NonZeroUsize>,
     /// Seed of everything random
@@ -189,7 +211,7 @@ struct CommonArgs {
 /// Model and text to measure perplexity with.
 #[derive(Args)]
 struct TextArgs {
-    /// Checkpoint folder in Hugging Face layout
+    /// Checkpoint folder in Hugging Face layout, or hf:OWNER/NAME
     #[arg(long, value_name = "DIR")]
     model: PathBuf,
     /// Text to evaluate on
@@ -240,6 +262,15 @@ fn ratio(text: &str) -> Result<f64, String> {
 pub(crate) fn parse() -> Job {
     match Cli::parse().command {
         Command::Eval(args) => Job::Eval(Box::new(args.run())),
+        Command::Report(ReportArgs {
+            before,
+            after,
+            json,
+        }) => Job::Report(crate::compare::Config {
+            before,
+            after,
+            json,
+        }),
         Command::RandomModel(args) => Job::RandomModel(args.into()),
         Command::TrainDefault(args) => Job::TrainDefault(args.into()),
     }
@@ -283,6 +314,7 @@ impl EvalArgs {
                 Some(SuiteArgs::Structured(args)) => Suite::Structured(args.config(seed)),
                 Some(SuiteArgs::Lattice(args)) => Suite::Lattice(args.config(seed)),
                 Some(SuiteArgs::Kv(args)) => Suite::Kv(args.config()),
+                Some(SuiteArgs::Tasks(args)) => Suite::Tasks((*args).into()),
             },
         }
     }

@@ -71,6 +71,8 @@ pub enum Column {
     PeakRss,
     /// A value of `Row::extra`, by its name.
     Extra(String),
+    /// A share in `Row::extra`, by its name.
+    ExtraShare(String),
 }
 
 enum Cell<'a> {
@@ -197,6 +199,10 @@ impl Column {
             Column::Seconds => ("seconds", "time", Real(Some(row.seconds), format::seconds)),
             Column::PeakRss => ("peak_rss_bytes", "peak memory", Bytes(row.peak_rss_bytes)),
             Column::Extra(name) => (name, name, Value(row.extra.get(name))),
+            Column::ExtraShare(name) => {
+                let share = row.extra.get(name).and_then(serde_json::Value::as_f64);
+                (name, name, Real(share, format::percent))
+            }
         }
     }
 
@@ -208,10 +214,11 @@ impl Column {
     /// Whether the column says which row this is, rather than what was measured.
     pub(crate) fn is_key(&self) -> bool {
         use Column::*;
-        matches!(
-            self,
-            Method | Model | Compress | Ratio | Sparsity | Rank | Budget
-        )
+        match self {
+            Method | Model | Compress | Ratio | Sparsity | Rank | Budget => true,
+            Extra(name) => name == "task",
+            _ => false,
+        }
     }
 
     /// Whether the column holds numbers in these rows, and so is aligned to the right.

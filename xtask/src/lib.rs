@@ -1,4 +1,4 @@
-//! Evaluation runs and reports: `cargo xtask eval`.
+//! Evaluation runs and reports: `cargo xtask eval`, and `cargo xtask report` to compare two of them.
 //!
 //! The command line ([`cli`]) is turned once into a typed description of the run; a suite in [`eval`] measures
 //! [`row::Row`]s and hands them over in [`report::Section`]s; [`report::Report`] shows them on the terminal and writes
@@ -8,10 +8,12 @@
 
 pub mod cli;
 pub mod column;
+pub mod compare;
 pub mod default_model;
 pub mod eval;
 mod format;
 mod html;
+mod hub;
 pub mod machine;
 mod markdown;
 pub mod plot;
@@ -27,7 +29,8 @@ use std::process::ExitCode;
 /// Run the command line: 0 when done, 1 with one line on stderr when the run failed, 2 on wrong usage.
 pub fn main() -> ExitCode {
     let done = match cli::parse() {
-        cli::Job::Eval(run) => eval::run(&run),
+        cli::Job::Eval(run) => eval::run(*run),
+        cli::Job::Report(config) => compare::run(&config),
         cli::Job::RandomModel(config) => random_model::run(&config),
         cli::Job::TrainDefault(config) => default_model::run(&config),
     };

@@ -7,7 +7,7 @@
 use std::fs;
 use std::io::Write;
 use std::ops::Range;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
@@ -236,16 +236,33 @@ impl Report {
         prepare(dir)?;
         let mut written = Vec::new();
         for (name, content) in &files {
-            let cannot = || format!("cannot write {}", dir.join(name).display());
-            let mut file = beside(dir).with_context(cannot)?;
-            file.write_all(content.as_bytes()).with_context(cannot)?;
-            written.push((file, dir.join(name)));
+            written.push(Beside::write(dir.join(name), content)?);
         }
-        for (file, path) in written {
-            file.persist(&path)
-                .map_err(|e| e.error)
-                .with_context(|| format!("cannot write {}", path.display()))?;
-        }
+        written.into_iter().try_for_each(Beside::rename)
+    }
+}
+
+/// A file that is complete under a passing name, and removed unless it is renamed.
+pub(crate) struct Beside {
+    file: NamedTempFile,
+    path: PathBuf,
+}
+
+impl Beside {
+    /// Write `content` beside `path`.
+    pub(crate) fn write(path: PathBuf, content: &str) -> Result<Self> {
+        let cannot = || format!("cannot write {}", path.display());
+        let mut file = beside(path.parent().unwrap_or(Path::new(""))).with_context(cannot)?;
+        file.write_all(content.as_bytes()).with_context(cannot)?;
+        Ok(Self { file, path })
+    }
+
+    /// Put it where it belongs.
+    pub(crate) fn rename(self) -> Result<()> {
+        let Self { file, path } = self;
+        file.persist(&path)
+            .map_err(|e| e.error)
+            .with_context(|| format!("cannot write {}", path.display()))?;
         Ok(())
     }
 }

@@ -24,7 +24,7 @@ pub(crate) struct Head {
     /// Whether the column holds numbers, aligned to the right.
     pub(crate) numeric: bool,
     /// Whether the column says which row this is.
-    key: bool,
+    pub(crate) key: bool,
 }
 
 /// The cells of a section's table, ready to be shown in any medium.
@@ -195,7 +195,7 @@ fn section_text(section: &Section) -> String {
 }
 
 /// A grid as one table, or several below one another.
-fn grid_text(grid: &Grid) -> String {
+pub(crate) fn grid_text(grid: &Grid) -> String {
     if grid.rows.is_empty() {
         return String::new();
     }
@@ -290,7 +290,7 @@ fn block_text(grid: &Grid, columns: &[usize]) -> String {
 }
 
 /// Greedy line breaking at spaces; later lines are indented by `indent`.
-fn wrap(text: &str, width: usize, indent: &str) -> String {
+pub(crate) fn wrap(text: &str, width: usize, indent: &str) -> String {
     let mut out = String::new();
     let mut line = String::new();
     for word in text.split_whitespace() {

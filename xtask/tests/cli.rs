@@ -99,3 +99,33 @@ fn a_failed_run_ends_with_1_and_one_line_that_names_the_cause() {
     );
     assert!(output.stdout.is_empty());
 }
+
+fn hub_error(model: &str) -> String {
+    let output = xtask(&["eval", "perplexity", "--model", model, "--text", "t"]);
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(
+        (output.status.code(), stderr.lines().count()),
+        (Some(1), 1),
+        "{stderr}"
+    );
+    stderr
+}
+
+#[test]
+fn a_name_that_is_no_models_says_what_is_expected() {
+    let error = hub_error("hf:gpt2");
+    assert!(
+        error.contains("--model hf:gpt2: expected a folder, or hf:OWNER/NAME"),
+        "{error}"
+    );
+}
+
+#[cfg(not(feature = "hub"))]
+#[test]
+fn a_build_that_cannot_fetch_models_says_how_to_build_one_that_can() {
+    let error = hub_error("hf:owner/name");
+    assert!(
+        error.contains("--model hf:owner/name: ") && error.contains("--features hub"),
+        "{error}"
+    );
+}

@@ -1,6 +1,7 @@
-//! What a query sees: the earlier tokens of its own window, or a cache.
+//! What a query sees: the earlier tokens of its own window or branch, or a cache.
 
 use crate::Result;
+use crate::forest::Forest;
 use candle_core::Tensor;
 use kv_lazy::CacheSet;
 
@@ -9,6 +10,8 @@ use kv_lazy::CacheSet;
 pub enum Mixer<'a> {
     /// Each batch entry is a window of its own that starts at position 0; nothing is kept.
     Windows,
+    /// The one batch entry is packed with sequences that begin alike; nothing is kept.
+    Forest(&'a Forest),
     /// Keys and values are added to a cache, which decides what stays and computes attention.
     Cache(&'a mut CacheSet),
 }
@@ -27,6 +30,7 @@ impl Mixer<'_> {
         let scale = 1.0 / (q.dim(3)? as f64).sqrt();
         Ok(match self {
             Self::Windows => kv_lazy::attention::prefill(q, k, v, scale, 0, sliding_window)?,
+            Self::Forest(forest) => forest.attend(q, k, v, scale, sliding_window)?,
             Self::Cache(cache) => cache.attend(layer, q, k, v, scale)?,
         })
     }

@@ -12,9 +12,9 @@ use crate::{Error, Result};
 use std::time::Instant;
 
 /// Bytes of hidden states held at once; a longer text goes through the model in several groups.
-const HIDDEN_BYTES: usize = 512 << 20;
+pub(crate) const HIDDEN_BYTES: usize = 512 << 20;
 /// Logits held at once.
-const LOGITS: usize = 32 << 20;
+pub(crate) const LOGITS: usize = 32 << 20;
 
 /// How well a model predicts a text.
 #[derive(Clone, Debug)]

@@ -20,7 +20,7 @@ pub(super) struct KvArgs {
     /// What policies are put to
     #[arg(long, value_enum, default_value_t = KvTask::Perplexity)]
     task: KvTask,
-    /// Checkpoint folder in Hugging Face layout
+    /// Checkpoint folder in Hugging Face layout, or hf:OWNER/NAME
     #[arg(long, value_name = "DIR")]
     model: Option<PathBuf>,
     /// Text to decode

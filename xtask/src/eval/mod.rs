@@ -4,13 +4,16 @@ pub mod kv;
 pub mod lattice;
 pub mod perplexity;
 pub mod structured;
+pub mod tasks;
 
 use std::io::{ErrorKind, Write};
+use std::path::PathBuf;
 use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 
 use crate::cli::{Run, Suite};
+use crate::hub;
 use crate::machine::Machine;
 use crate::report::{self, Report};
 
@@ -18,7 +21,7 @@ use crate::report::{self, Report};
 ///
 /// # Errors
 /// Whatever stopped the run, naming the file, tensor or flag.
-pub fn run(run: &Run) -> Result<()> {
+pub fn run(mut run: Run) -> Result<()> {
     let common = &run.common;
     if let Some(dir) = &common.out {
         report::prepare(dir).context("--out")?;
@@ -29,12 +32,16 @@ pub fn run(run: &Run) -> Result<()> {
             .build_global()
             .context("--threads")?;
     }
+    for model in models(&mut run.suite) {
+        *model = hub::open_model(model, common)?;
+    }
     let sections = match &run.suite {
         Suite::All => bail!("the run of all suites is not built yet"),
         Suite::Perplexity(config) => perplexity::run(common, config)?,
         Suite::Structured(config) => structured::run(common, config)?,
         Suite::Lattice(config) => lattice::run(common, config)?,
         Suite::Kv(config) => kv::run(common, config)?,
+        Suite::Tasks(config) => tasks::run(common, config)?,
     };
     let mut report = Report {
         command: run.command.clone(),
@@ -62,8 +69,23 @@ pub fn run(run: &Run) -> Result<()> {
     Ok(())
 }
 
+/// The models that a suite was told of.
+fn models(suite: &mut Suite) -> Vec<&mut PathBuf> {
+    match suite {
+        Suite::All | Suite::Lattice(_) => Vec::new(),
+        Suite::Perplexity(config) => vec![&mut config.model],
+        Suite::Structured(config) => vec![&mut config.perplexity.model],
+        Suite::Kv(config) => match &mut config.task {
+            kv::Task::Perplexity(text) => vec![&mut text.text.model],
+            kv::Task::Trace(traces) => traces.recorded.iter_mut().map(|t| &mut t.model).collect(),
+            kv::Task::Recall(recall) => recall.model.iter_mut().collect(),
+        },
+        Suite::Tasks(config) => config.models.iter_mut().collect(),
+    }
+}
+
 /// Print to stdout; a reader that has seen enough, such as `head`, is no failure.
-fn print(text: &str) -> Result<()> {
+pub(crate) fn print(text: &str) -> Result<()> {
     match std::io::stdout().write_all(text.as_bytes()) {
         Err(error) if error.kind() != ErrorKind::BrokenPipe => Err(error).context("stdout"),
         _ => Ok(()),

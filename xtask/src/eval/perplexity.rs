@@ -9,6 +9,7 @@ use tensor_io::Checkpoint;
 
 use crate::cli::Common;
 use crate::column::Column;
+use crate::hub;
 use crate::machine::Stopwatch;
 use crate::progress::Progress;
 use crate::report::Section;
@@ -78,8 +79,12 @@ impl Protocol {
     }
 }
 
-/// Last part of a path, which is what a report can tell without telling of the machine.
+/// Last part of a path, which is what a report can tell without telling of the machine; the name on the hub of a model
+/// that was fetched from there.
 pub(crate) fn file_name(path: &Path) -> String {
+    if let Some(name) = hub::name_in_cache(path) {
+        return name;
+    }
     path.file_name()
         .unwrap_or(path.as_os_str())
         .to_string_lossy()

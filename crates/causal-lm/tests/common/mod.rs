@@ -1,13 +1,13 @@
 //! Tiny decoders whose weights come from a formula, and the logits that transformers gives them.
 
 use candle_core::{DType, Device, Tensor};
-use causal_lm::synthetic;
+use causal_lm::{Decoder, synthetic};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
-use tensor_io::{Config, WriteOptions};
+use tensor_io::{Checkpoint, Config, WriteOptions};
 
 /// A file of `tests/golden`.
-pub(crate) struct Golden(Value);
+pub(crate) struct Golden(pub(crate) Value);
 
 impl Golden {
     pub(crate) fn all() -> Vec<(String, Self)> {
@@ -52,10 +52,6 @@ impl Golden {
             .collect()
     }
 
-    pub(crate) fn first_block_last_row(&self) -> Vec<f32> {
-        floats(&self.0["first_block_last_row"])
-    }
-
     pub(crate) fn mean_nll(&self) -> f64 {
         self.0["mean_nll"].as_f64().unwrap()
     }
@@ -73,6 +69,18 @@ impl Golden {
             make,
         )
         .unwrap();
+    }
+}
+
+/// Calls `test` with each golden model opened from a folder.
+pub(crate) fn for_each(test: impl Fn(&str, &Golden, &Decoder<'_>)) {
+    for (name, golden) in Golden::all() {
+        let dir = tempfile::tempdir().unwrap();
+        let dir = dir.path().join("model");
+        golden.write(&dir);
+        let checkpoint = Checkpoint::open(&dir).unwrap();
+        let decoder = Decoder::new(&checkpoint, DType::F32, &Device::Cpu).unwrap();
+        test(&name, &golden, &decoder);
     }
 }
 

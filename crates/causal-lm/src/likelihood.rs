@@ -1,0 +1,356 @@
+//! Log-likelihoods of continuations: how probable a model finds what follows a context.
+//!
+//! This is what multiple-choice evaluations rest on. A continuation's log-likelihood is the sum of
+//! ln p(token | everything before it) over its tokens. The context of several continuations runs through the model once
+//! ([`Forest`]), items are packed without padding, and one block's weights are in memory at a time.
+
+use crate::attention::Mixer;
+use crate::block::RopeTables;
+use crate::decoder::{Decoder, Head};
+use crate::forest::{Forest, Tree};
+use crate::perplexity::{HIDDEN_BYTES, LOGITS};
+use crate::stream::BATCH_TOKENS;
+use crate::tap::NoTap;
+use crate::text::TextTokenizer;
+use crate::{Error, Result, names, ops};
+use candle_core::Tensor;
+use std::collections::BTreeMap;
+use std::time::Instant;
+
+/// A context and what may follow it, as tokens.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Continuations {
+    /// At least one token.
+    pub context: Vec<u32>,
+    /// At least one token each.
+    pub continuations: Vec<Vec<u32>>,
+}
+
+impl Continuations {
+    /// Tokenises as the lm-evaluation-harness does: spaces at the end of the context go to the continuations, context and
+    /// continuation are tokenised as one text, and what exceeds the number of the context's own tokens is the
+    /// continuation. `bos` goes in front of the context.
+    ///
+    /// # Errors
+    /// A text that the tokenizer refuses.
+    pub fn encode(
+        tokenizer: &TextTokenizer,
+        bos: Option<u32>,
+        context: &str,
+        continuations: &[impl AsRef<str>],
+    ) -> Result<Self> {
+        let trimmed = context.trim_end();
+        let spaces = &context[trimmed.len()..];
+        let own = tokenizer.encode(trimmed)?;
+        let continuations = continuations
+            .iter()
+            .map(|continuation| {
+                let whole = format!("{trimmed}{spaces}{}", continuation.as_ref());
+                let tokens = tokenizer.encode(&whole)?;
+                Ok(tokens.get(own.len()..).unwrap_or_default().to_vec())
+            })
+            .collect::<Result<_>>()?;
+        Ok(Self {
+            context: bos.into_iter().chain(own).collect(),
+            continuations,
+        })
+    }
+}
+
+/// How likely a model finds continuations.
+#[derive(Clone, Debug)]
+pub struct Likelihoods {
+    /// ln P(continuation | context) in nats, for each continuation of each item.
+    pub log_likelihoods: Vec<Vec<f64>>,
+    /// Continuations whose context lost tokens on the left for the sake of the model's positions.
+    pub truncated: usize,
+    /// Positions that went through the model.
+    pub tokens: usize,
+    /// Wall time, loading of blocks included.
+    pub seconds: f64,
+}
+
+impl Likelihoods {
+    /// Scores every continuation of `items`. A sequence takes at most `max_positions` positions; its last token is only
+    /// predicted and takes none. What is too long loses tokens at the beginning. `progress` is told steps done and
+    /// steps in all.
+    ///
+    /// # Errors
+    /// [`Error::Continuation`] for an empty context or continuation, and for a continuation that leaves no position
+    /// for its context; what loading or running the model reports, where the window is the item.
+    pub fn measure(
+        decoder: &Decoder<'_>,
+        items: &[Continuations],
+        max_positions: usize,
+        progress: &mut dyn FnMut(usize, usize),
+    ) -> Result<Self> {
+        let start = Instant::now();
+        let mut batches = vec![Batch::default()];
+        let mut truncated = 0;
+        for (index, item) in items.iter().enumerate() {
+            for group in Group::of(index, item, max_positions)? {
+                if group.context.len() < item.context.len() {
+                    truncated += group.members.len();
+                }
+                let last = batches.last().map_or(0, |batch| batch.tokens.len());
+                if last > 0 && last + group.tree().tokens() > BATCH_TOKENS {
+                    batches.push(Batch::default());
+                }
+                // There is one from the beginning.
+                let batch = batches.last_mut().expect("batches are never empty");
+                batch.push(group);
+            }
+        }
+        let mut log_likelihoods: Vec<Vec<f64>> = items
+            .iter()
+            .map(|item| vec![0.0; item.continuations.len()])
+            .collect();
+        let bytes_per_token = decoder.config().hidden * decoder.dtype().size_in_bytes();
+        let per_group = (HIDDEN_BYTES / bytes_per_token / BATCH_TOKENS).max(1);
+        let steps = decoder.config().layers() + 1;
+        let total = batches.len().div_ceil(per_group) * steps;
+        let head = decoder.head()?;
+        for (i, group) in batches.chunks(per_group).enumerate() {
+            let mut step = i * steps;
+            let hidden = run(decoder, group, &mut || {
+                step += 1;
+                progress(step, total);
+            })?;
+            for (batch, hidden) in group.iter().zip(&hidden) {
+                for (target, nll) in batch.targets.iter().zip(batch.score(&head, hidden)?) {
+                    if !nll.is_finite() {
+                        let row = target.row as usize;
+                        return Err(batch.non_finite("the logits", row));
+                    }
+                    log_likelihoods[target.item][target.continuation] -= nll;
+                }
+            }
+            progress(step + 1, total);
+        }
+        Ok(Self {
+            log_likelihoods,
+            truncated,
+            tokens: batches.iter().map(|batch| batch.tokens.len()).sum(),
+            seconds: start.elapsed().as_secs_f64(),
+        })
+    }
+
+    /// Positions per second.
+    pub fn tokens_per_second(&self) -> f64 {
+        self.tokens as f64 / self.seconds
+    }
+}
+
+/// The continuations of one item that keep equally much of its context, and so can share it.
+struct Group<'a> {
+    item: usize,
+    context: &'a [u32],
+    /// Index and tokens of each continuation.
+    members: Vec<(usize, &'a [u32])>,
+}
+
+impl<'a> Group<'a> {
+    fn of(item: usize, of: &'a Continuations, max_positions: usize) -> Result<Vec<Self>> {
+        let mut by_start: BTreeMap<usize, Vec<(usize, &[u32])>> = BTreeMap::new();
+        for (continuation, tokens) in of.continuations.iter().enumerate() {
+            let refuse = |reason: String| Error::Continuation {
+                item,
+                continuation,
+                reason,
+            };
+            if of.context.is_empty() || tokens.is_empty() {
+                return Err(refuse(
+                    "context and continuation need at least one token each".into(),
+                ));
+            }
+            if tokens.len() > max_positions {
+                return Err(refuse(format!(
+                    "{} tokens do not fit into {max_positions} positions",
+                    tokens.len()
+                )));
+            }
+            let start = (of.context.len() + tokens.len()).saturating_sub(max_positions + 1);
+            by_start
+                .entry(start)
+                .or_default()
+                .push((continuation, tokens));
+        }
+        let group = |(start, members)| Self {
+            item,
+            context: &of.context[start..],
+            members,
+        };
+        Ok(by_start.into_iter().map(group).collect())
+    }
+
+    /// The last token of a continuation is predicted and never read: a continuation of one token has no branch.
+    fn tree(&self) -> Tree {
+        let lengths = self.members.iter().map(|(_, tokens)| tokens.len() - 1);
+        Tree {
+            trunk: self.context.len(),
+            branches: lengths.filter(|&len| len > 0).collect(),
+        }
+    }
+}
+
+/// A token that is predicted.
+struct Target {
+    /// Row of the batch whose logits predict it.
+    row: u32,
+    token: u32,
+    item: usize,
+    continuation: usize,
+}
+
+/// Trees that run through a block together.
+#[derive(Default)]
+struct Batch {
+    tokens: Vec<u32>,
+    positions: Vec<u32>,
+    /// Item of each tree.
+    items: Vec<usize>,
+    forest: Forest,
+    targets: Vec<Target>,
+}
+
+impl Batch {
+    fn push(&mut self, group: Group<'_>) {
+        let tree = group.tree();
+        self.positions.extend(tree.positions().map(|p| p as u32));
+        self.tokens.extend(group.context);
+        let last_of_context = self.tokens.len() - 1;
+        for (continuation, tokens) in group.members {
+            let branch = self.tokens.len();
+            self.tokens.extend(&tokens[..tokens.len() - 1]);
+            let rows = std::iter::once(last_of_context).chain(branch..);
+            let target = |(row, &token): (usize, &u32)| Target {
+                row: row as u32,
+                token,
+                item: group.item,
+                continuation,
+            };
+            self.targets.extend(rows.zip(tokens).map(target));
+        }
+        self.items.push(group.item);
+        self.forest.trees.push(tree);
+    }
+
+    fn rope(&self, tables: &RopeTables) -> Result<RopeTables> {
+        let positions = Tensor::new(&self.positions[..], tables.cos.device())?;
+        Ok(RopeTables {
+            cos: tables.cos.index_select(&positions, 0)?,
+            sin: tables.sin.index_select(&positions, 0)?,
+        })
+    }
+
+    /// Cross-entropy of each target.
+    fn score(&self, head: &Head, hidden: &Tensor) -> Result<Vec<f64>> {
+        let hidden = hidden.squeeze(0)?;
+        let mut nll = Vec::with_capacity(self.targets.len());
+        for targets in self.targets.chunks((LOGITS / head.vocab_size()).max(1)) {
+            let rows: Vec<u32> = targets.iter().map(|target| target.row).collect();
+            let tokens: Vec<u32> = targets.iter().map(|target| target.token).collect();
+            let rows = hidden.index_select(&Tensor::new(rows, hidden.device())?, 0)?;
+            nll.extend(ops::cross_entropy(&head.forward(&rows)?, &tokens)?);
+        }
+        Ok(nll)
+    }
+
+    fn check_finite(&self, hidden: &Tensor, stage: impl Fn() -> String) -> Result<()> {
+        match ops::first_non_finite(hidden)? {
+            Some(element) => Err(self.non_finite(&stage(), element / hidden.dim(2)?)),
+            None => Ok(()),
+        }
+    }
+
+    fn non_finite(&self, stage: &str, row: usize) -> Error {
+        let of_row = self.forest.trees.iter().zip(&self.items);
+        let of_row = of_row.flat_map(|(tree, item)| std::iter::repeat_n(item, tree.tokens()));
+        Error::NonFinite {
+            stage: stage.into(),
+            window: of_row.copied().nth(row).unwrap_or_default(),
+            position: self.positions.get(row).map_or(0, |&p| p as usize),
+        }
+    }
+}
+
+/// Runs all blocks over `batches`, loading one at a time; each result is `[1, tokens, hidden]`.
+fn run(
+    decoder: &Decoder<'_>,
+    batches: &[Batch],
+    progress: &mut dyn FnMut(),
+) -> Result<Vec<Tensor>> {
+    let longest = batches.iter().flat_map(|batch| &batch.positions).max();
+    let tables = decoder.rope(0, longest.map_or(0, |&p| p as usize + 1))?;
+    let ropes: Vec<RopeTables> = batches
+        .iter()
+        .map(|batch| batch.rope(&tables))
+        .collect::<Result<_>>()?;
+    let mut hidden: Vec<Tensor> = batches
+        .iter()
+        .map(|batch| decoder.embed(&[&batch.tokens]))
+        .collect::<Result<_>>()?;
+    decoder.checkpoint().release([names::EMBEDDING]);
+    for layer in 0..decoder.config().layers() {
+        let block = decoder.block(layer)?;
+        decoder.release(layer);
+        for ((batch, rope), x) in batches.iter().zip(&ropes).zip(&mut hidden) {
+            *x = block.forward(x, rope, &mut Mixer::Forest(&batch.forest), &mut NoTap)?;
+            batch.check_finite(x, || format!("layer {layer}"))?;
+        }
+        progress();
+    }
+    Ok(hidden)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn item() -> Continuations {
+        Continuations {
+            context: vec![1, 2, 3],
+            continuations: vec![vec![4], vec![5, 6], vec![7, 8, 9]],
+        }
+    }
+
+    #[test]
+    fn a_batch_holds_the_context_once_and_predicts_every_token_of_each_continuation() {
+        let mut batch = Batch::default();
+        for item in [item(), item()] {
+            for group in Group::of(0, &item, 10).unwrap() {
+                batch.push(group);
+            }
+        }
+        assert_eq!(batch.tokens, [1, 2, 3, 5, 7, 8].repeat(2));
+        assert_eq!(batch.positions, [0, 1, 2, 3, 3, 4].repeat(2));
+        let targets: Vec<(u32, u32)> = batch.targets.iter().map(|t| (t.row, t.token)).collect();
+        let first = [(2, 4), (2, 5), (3, 6), (2, 7), (4, 8), (5, 9)];
+        let second = first.map(|(row, token)| (row + 6, token));
+        assert_eq!(targets, [first, second].concat());
+    }
+
+    #[test]
+    fn a_sequence_too_long_loses_the_beginning_of_its_context() {
+        let item = item();
+        let contexts = |max| -> Vec<(&[u32], usize)> {
+            Group::of(0, &item, max)
+                .unwrap()
+                .iter()
+                .map(|group| (group.context, group.members.len()))
+                .collect()
+        };
+        assert_eq!(contexts(5), [(&[1, 2, 3][..], 3)]);
+        assert_eq!(contexts(4), [(&[1, 2, 3][..], 2), (&[2, 3], 1)]);
+        assert_eq!(contexts(3), [(&[1, 2, 3][..], 1), (&[2, 3], 1), (&[3], 1)]);
+        let error = Group::of(7, &item, 2).err().unwrap();
+        assert!(matches!(
+            error,
+            Error::Continuation {
+                item: 7,
+                continuation: 2,
+                ..
+            }
+        ));
+    }
+}

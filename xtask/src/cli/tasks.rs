@@ -1,0 +1,60 @@
+//! The flags of `eval tasks`.
+
+use std::num::NonZeroUsize;
+use std::path::PathBuf;
+
+use clap::Args;
+
+use crate::eval::tasks::{Config, Shots};
+
+#[derive(Args)]
+pub(super) struct TasksArgs {
+    /// Checkpoint folders in Hugging Face layout or hf:OWNER/NAME, separated by commas; the others are compared with the first
+    #[arg(
+        long,
+        required = true,
+        value_delimiter = ',',
+        value_name = "DIR[,DIR..]"
+    )]
+    model: Vec<PathBuf>,
+    /// Files of questions, one JSON object a line, separated by commas; ARC, PIQA, HellaSwag, BoolQ, MathQA or GSM8K, told
+    /// by their fields
+    #[arg(
+        long,
+        required = true,
+        value_delimiter = ',',
+        value_name = "FILE[,FILE..]"
+    )]
+    data: Vec<PathBuf>,
+    /// Begin with text, not with the tokenizer's BOS token
+    #[arg(long)]
+    no_bos: bool,
+    /// Questions with their answers that stand before each question
+    #[arg(long, value_name = "K", default_value_t = 0)]
+    shots: usize,
+    /// Take these from this file, the first K [default: the first K others of the same file]
+    #[arg(long, value_name = "FILE", requires = "shots")]
+    shots_from: Option<PathBuf>,
+    /// Tokens generated at most for an answer
+    #[arg(long, value_name = "N", default_value = "256")]
+    max_new_tokens: NonZeroUsize,
+    /// Write what was scored or generated for each question to MODEL-TASK.jsonl in this folder
+    #[arg(long, value_name = "DIR")]
+    log_samples: Option<PathBuf>,
+}
+
+impl From<TasksArgs> for Config {
+    fn from(args: TasksArgs) -> Self {
+        Config {
+            models: args.model,
+            data: args.data,
+            bos: !args.no_bos,
+            shots: Shots {
+                count: args.shots,
+                from: args.shots_from,
+            },
+            max_new_tokens: args.max_new_tokens.get(),
+            log_samples: args.log_samples,
+        }
+    }
+}

@@ -1,0 +1,469 @@
+//! Questions from JSONL files, in the layouts that the tasks are published in.
+//!
+//! What the model is shown, what it chooses from and which choice is right are those of the lm-evaluation-harness; the
+//! module above names the versions. The layout of a file is recognised from the fields of its first line.
+
+use std::path::{Path, PathBuf};
+use std::sync::LazyLock;
+
+use anyhow::{Context, Result, bail, ensure};
+use regex::Regex;
+use serde_json::{Map, Value};
+
+/// A question and its answer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Item {
+    /// What the model is shown.
+    pub(crate) prompt: String,
+    /// What is right.
+    pub(crate) answer: Answer,
+}
+
+/// What is right.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Answer {
+    /// One of several.
+    Choice {
+        /// Texts to choose from.
+        choices: Vec<String>,
+        /// Index of the right one.
+        right: usize,
+    },
+    /// A worked solution that ends in `#### number`.
+    Worked(String),
+}
+
+impl Item {
+    /// The question with its answer, as an example for others.
+    pub(crate) fn example(&self) -> String {
+        let answer = match &self.answer {
+            Answer::Choice { choices, right } => &choices[*right],
+            Answer::Worked(text) => text,
+        };
+        format!("{} {answer}", self.prompt)
+    }
+}
+
+/// How a file states its questions.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Layout {
+    /// question, choices {text, label}, answerKey; or as first published, question {stem, choices [{text, label}]}.
+    Arc,
+    /// goal, sol1, sol2, label.
+    Piqa,
+    /// ctx_a and ctx_b or else ctx, endings, label, and activity_label.
+    HellaSwag,
+    /// passage, question, answer; or label in its place.
+    BoolQ,
+    /// Problem, options `a ) .. , b ) ..`, correct.
+    MathQa,
+    /// question, answer that ends in `#### number`.
+    Gsm8k,
+}
+
+/// The questions of a file.
+#[derive(Debug, Clone)]
+pub(crate) struct Data {
+    /// The file.
+    pub(crate) path: PathBuf,
+    /// How it states its questions.
+    pub(crate) layout: Layout,
+    /// The questions in their order.
+    pub(crate) items: Vec<Item>,
+}
+
+impl Data {
+    /// Reads a file of one JSON object a line; empty lines count for nothing.
+    ///
+    /// # Errors
+    /// A file that cannot be read or holds nothing, and a line that is not a question of the layout of the first, by
+    /// its number.
+    pub(crate) fn read(path: &Path) -> Result<Self> {
+        let named = || path.display().to_string();
+        let text = std::fs::read_to_string(path).with_context(named)?;
+        let mut layout = None;
+        let mut items = Vec::new();
+        for (i, line) in text.lines().enumerate() {
+            if line.trim().is_empty() {
+                continue;
+            }
+            let item = || -> Result<Item> {
+                let fields: Map<String, Value> =
+                    serde_json::from_str(line).context("expected a JSON object")?;
+                let layout = *layout.get_or_insert(Layout::of(&fields)?);
+                layout
+                    .item(&Fields(&fields))
+                    .with_context(|| format!("taken for {}", layout.name()))
+            };
+            items.push(({ item })().with_context(|| format!("{}:{}", named(), i + 1))?);
+        }
+        let layout = layout.with_context(|| format!("{}: the file holds no questions", named()))?;
+        Ok(Self {
+            path: path.to_path_buf(),
+            layout,
+            items,
+        })
+    }
+
+    /// Name of the task: that of the file.
+    pub(crate) fn name(&self) -> String {
+        let stem = self.path.file_stem().unwrap_or(self.path.as_os_str());
+        stem.to_string_lossy().into_owned()
+    }
+}
+
+impl Layout {
+    /// Each layout with the fields that tell it.
+    const ALL: [(Layout, &[&str]); 7] = [
+        (Layout::Arc, &["question", "choices", "answerKey"]),
+        (Layout::Arc, &["question", "answerKey"]),
+        (Layout::Piqa, &["goal", "sol1", "sol2"]),
+        (Layout::HellaSwag, &["endings", "label"]),
+        (Layout::BoolQ, &["passage", "question"]),
+        (Layout::MathQa, &["Problem", "options", "correct"]),
+        (Layout::Gsm8k, &["question", "answer"]),
+    ];
+
+    fn of(fields: &Map<String, Value>) -> Result<Self> {
+        let fits = |names: &[&str]| names.iter().all(|name| fields.contains_key(*name));
+        if let Some((layout, _)) = Self::ALL.iter().find(|(_, names)| fits(names)) {
+            return Ok(*layout);
+        }
+        let known = Self::ALL
+            .iter()
+            .map(|(layout, names)| format!("{} ({})", layout.name(), names.join(", ")));
+        bail!(
+            "the fields {} are those of no known layout: {}",
+            fields.keys().cloned().collect::<Vec<_>>().join(", "),
+            known.collect::<Vec<_>>().join("; ")
+        )
+    }
+
+    /// The layout's name.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Layout::Arc => "ARC",
+            Layout::Piqa => "PIQA",
+            Layout::HellaSwag => "HellaSwag",
+            Layout::BoolQ => "BoolQ",
+            Layout::MathQa => "MathQA",
+            Layout::Gsm8k => "GSM8K",
+        }
+    }
+
+    /// Whether answers are generated rather than chosen.
+    pub(crate) fn is_generated(self) -> bool {
+        self == Layout::Gsm8k
+    }
+
+    /// What is measured beside accuracy.
+    pub(crate) fn second_measure(self) -> &'static str {
+        match self.is_generated() {
+            true => "flexible_extract",
+            false => "acc_norm",
+        }
+    }
+
+    fn item(self, fields: &Fields<'_>) -> Result<Item> {
+        match self {
+            Layout::Arc => arc(fields),
+            Layout::Piqa => choice(
+                question(fields.text("goal")?),
+                vec![fields.text("sol1")?.into(), fields.text("sol2")?.into()],
+                fields.index("label")?,
+            ),
+            Layout::HellaSwag => hella_swag(fields),
+            Layout::BoolQ => {
+                let name = if fields.0.contains_key("answer") {
+                    "answer"
+                } else {
+                    "label"
+                };
+                let right = match fields.0.get(name) {
+                    Some(Value::Bool(yes)) => usize::from(*yes),
+                    _ => fields.index(name)?,
+                };
+                let (passage, asked) = (fields.text("passage")?, fields.text("question")?);
+                let prompt = format!("{passage}\nQuestion: {asked}?\nAnswer:");
+                choice(prompt, vec!["no".into(), "yes".into()], right)
+            }
+            Layout::MathQa => {
+                let correct = fields.text("correct")?;
+                let right = "abcde".find(correct).filter(|_| correct.len() == 1);
+                choice(
+                    question(fields.text("Problem")?),
+                    math_qa_options(fields.text("options")?),
+                    right.with_context(|| {
+                        format!("field correct: expected one of a to e, found {correct:?}")
+                    })?,
+                )
+            }
+            Layout::Gsm8k => {
+                let answer = fields.text("answer")?;
+                ensure!(
+                    answer.contains("#### "),
+                    "field answer: expected a solution that ends in #### and a number"
+                );
+                Ok(Item {
+                    prompt: question(fields.text("question")?),
+                    answer: Answer::Worked(answer.into()),
+                })
+            }
+        }
+    }
+}
+
+/// The prompt that most tasks share.
+fn question(text: &str) -> String {
+    format!("Question: {text}\nAnswer:")
+}
+
+fn choice(prompt: String, choices: Vec<String>, right: usize) -> Result<Item> {
+    ensure!(
+        choices.len() > 1 && right < choices.len(),
+        "choice {right} (counted from 0) is right, of {} choices",
+        choices.len()
+    );
+    let answer = Answer::Choice { choices, right };
+    Ok(Item { prompt, answer })
+}
+
+fn arc(fields: &Fields<'_>) -> Result<Item> {
+    let (asked, texts, labels) = match fields.0.get("question") {
+        Some(Value::Object(nested)) => {
+            let nested = Fields(nested);
+            let choices = nested.list("choices")?;
+            let column = |name: &str| -> Result<Vec<String>> {
+                let part = |choice: &Value| choice[name].as_str().map(String::from);
+                let parts: Option<_> = choices.iter().map(part).collect();
+                parts.with_context(|| format!("field choices: expected {name} in each"))
+            };
+            (nested.text("stem")?, column("text")?, column("label")?)
+        }
+        _ => {
+            let choices = fields.0.get("choices").and_then(Value::as_object);
+            let choices = Fields(choices.context("field choices: expected text and label")?);
+            (
+                fields.text("question")?,
+                choices.texts("text")?,
+                choices.texts("label")?,
+            )
+        }
+    };
+    let key = fields.text("answerKey")?;
+    let right = labels.iter().position(|label| label == key);
+    let right = right
+        .with_context(|| format!("field answerKey: expected one of {labels:?}, found {key:?}"))?;
+    choice(question(asked), texts, right)
+}
+
+fn hella_swag(fields: &Fields<'_>) -> Result<Item> {
+    let context = if fields.0.contains_key("ctx_a") {
+        let (a, b) = (fields.text("ctx_a")?, fields.text("ctx_b")?);
+        format!("{a} {}", capitalized(b))
+    } else {
+        fields.text("ctx")?.into()
+    };
+    let context = match fields.0.contains_key("activity_label") {
+        true => format!("{}: {context}", fields.text("activity_label")?),
+        false => context,
+    };
+    let endings = fields.texts("endings")?;
+    choice(
+        without_markup(&context),
+        endings
+            .iter()
+            .map(|ending| without_markup(ending))
+            .collect(),
+        fields.index("label")?,
+    )
+}
+
+/// HellaSwag's text without the marks that WikiHow left in it.
+fn without_markup(text: &str) -> String {
+    static BRACKETS: LazyLock<Regex> = LazyLock::new(|| pattern(r"\[.*?\]"));
+    let text = text.trim().replace(" [title]", ". ");
+    BRACKETS.replace_all(&text, "").replace("  ", " ")
+}
+
+/// The first letter in upper case and all others in lower.
+fn capitalized(text: &str) -> String {
+    let mut letters = text.chars();
+    let first = letters.next().map(char::to_uppercase);
+    first.into_iter().flatten().collect::<String>() + &letters.as_str().to_lowercase()
+}
+
+/// The options of `a ) 38 , b ) 27.675 , c ) 30 , d ) 2 , e ) none of these`. An option ends at its first comma that a
+/// space follows, in the harness as here.
+fn math_qa_options(options: &str) -> Vec<String> {
+    static OPTION: LazyLock<Regex> = LazyLock::new(|| pattern(r"[abcd] \) .*?, |e \) .*?$"));
+    let text = |found: regex::Match<'_>| found.as_str()[4..].trim_end_matches([' ', ',']).into();
+    OPTION.find_iter(options).map(text).collect()
+}
+
+/// A regular expression that stands in the source.
+pub(crate) fn pattern(text: &str) -> Regex {
+    Regex::new(text).expect("a pattern in the source is valid")
+}
+
+/// The fields of a line.
+struct Fields<'a>(&'a Map<String, Value>);
+
+impl<'a> Fields<'a> {
+    fn get(&self, name: &str, kind: &str) -> Result<&'a Value> {
+        let value = self.0.get(name);
+        value.with_context(|| format!("field {name}: expected {kind}, found none"))
+    }
+
+    fn text(&self, name: &str) -> Result<&'a str> {
+        let value = self.get(name, "text")?;
+        value
+            .as_str()
+            .with_context(|| format!("field {name}: expected text, found {value}"))
+    }
+
+    /// A number from 0, as a number or as text.
+    fn index(&self, name: &str) -> Result<usize> {
+        let kind = "the number of a choice";
+        let value = self.get(name, kind)?;
+        let number = match value {
+            Value::String(text) => text.parse().ok(),
+            _ => value.as_u64().map(|number| number as usize),
+        };
+        number.with_context(|| format!("field {name}: expected {kind}, found {value}"))
+    }
+
+    fn list(&self, name: &str) -> Result<&'a [Value]> {
+        let value = self.get(name, "a list")?;
+        let list = value.as_array().map(Vec::as_slice);
+        list.with_context(|| format!("field {name}: expected a list, found {value}"))
+    }
+
+    fn texts(&self, name: &str) -> Result<Vec<String>> {
+        let texts = self.list(name)?.iter();
+        let texts: Option<_> = texts.map(|text| text.as_str().map(String::from)).collect();
+        texts.with_context(|| format!("field {name}: expected a list of texts"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn item(line: Value) -> Item {
+        let fields = line.as_object().unwrap();
+        Layout::of(fields).unwrap().item(&Fields(fields)).unwrap()
+    }
+
+    fn chosen(prompt: &str, choices: &[&str], right: usize) -> Item {
+        choice(
+            prompt.into(),
+            choices.iter().map(|c| c.to_string()).collect(),
+            right,
+        )
+        .unwrap()
+    }
+
+    #[test]
+    fn arc_is_read_in_both_of_its_forms() {
+        let expected = chosen("Question: Why?\nAnswer:", &["so", "thus"], 1);
+        let table = json!({"question": "Why?", "choices": {"text": ["so", "thus"], "label": ["1", "2"]}, "answerKey": "2"});
+        let nested = json!({"question": {"stem": "Why?", "choices": [{"text": "so", "label": "1"}, {"text": "thus", "label": "2"}]}, "answerKey": "2"});
+        assert_eq!(item(table), expected);
+        assert_eq!(item(nested), expected);
+    }
+
+    #[test]
+    fn piqa_keeps_spaces_of_its_solutions() {
+        let line = json!({"goal": "dresser", "sol1": "pin ", "sol2": "wood  pin ", "label": 1});
+        let expected = chosen("Question: dresser\nAnswer:", &["pin ", "wood  pin "], 1);
+        assert_eq!(item(line), expected);
+    }
+
+    #[test]
+    fn hella_swag_loses_its_marks_and_capitalises_the_second_sentence() {
+        let line = json!({
+            "activity_label": "Washing", "ctx_a": "[header] How to wash [title] Start.", "ctx_b": "a Man in NY",
+            "endings": ["sits [substeps] down.", "runs  away. "], "label": "1", "ctx": "unused",
+        });
+        let expected = chosen(
+            "Washing: How to wash. Start. A man in ny",
+            &["sits down.", "runs away."],
+            1,
+        );
+        assert_eq!(item(line), expected);
+        let line = json!({"ctx": "A man", "endings": ["sits.", "runs."], "label": 0});
+        assert_eq!(item(line), chosen("A man", &["sits.", "runs."], 0));
+    }
+
+    #[test]
+    fn bool_q_is_read_with_answer_or_label() {
+        let expected = chosen("P.\nQuestion: is it?\nAnswer:", &["no", "yes"], 1);
+        for answer in [("answer", json!(true)), ("label", json!(1))] {
+            let line = json!({"passage": "P.", "question": "is it", answer.0: answer.1});
+            assert_eq!(item(line), expected);
+        }
+    }
+
+    #[test]
+    fn math_qa_options_end_at_a_comma_and_a_space() {
+        let options =
+            "a ) 38 , b ) 27.675 , c ) rs . 5,000 , d ) data inadequate , e ) none of these";
+        let line = json!({"Problem": "p ?", "options": options, "correct": "c"});
+        let choices = [
+            "38",
+            "27.675",
+            "rs . 5,000",
+            "data inadequate",
+            "none of these",
+        ];
+        assert_eq!(item(line), chosen("Question: p ?\nAnswer:", &choices, 2));
+    }
+
+    #[test]
+    fn an_example_is_the_prompt_with_its_answer() {
+        let line = json!({"question": "1 + 1?", "answer": "Two.\n#### 2"});
+        assert_eq!(
+            item(line).example(),
+            "Question: 1 + 1?\nAnswer: Two.\n#### 2"
+        );
+        assert_eq!(chosen("Q\nA:", &["x", "y"], 1).example(), "Q\nA: y");
+    }
+
+    #[test]
+    fn a_line_that_is_no_question_is_named_by_file_line_and_field() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("mine.jsonl");
+        let good = r#"{"goal": "g", "sol1": "a", "sol2": "b", "label": 0}"#;
+        let error = |line: &str| {
+            std::fs::write(&path, format!("{good}\n\n{line}\n")).unwrap();
+            format!("{:#}", Data::read(&path).unwrap_err())
+        };
+        let with = |label: &str| good.replace("\"label\": 0", label);
+        for (line, expected) in [
+            (with("\"label\": 2"), "choice 2"),
+            (with("\"label\": -1"), "field label: expected the number"),
+            (
+                with("\"other\": 0"),
+                "field label: expected the number of a choice, found none",
+            ),
+            ("[1]".into(), "expected a JSON object"),
+            ("{\"goal".into(), "expected a JSON object"),
+        ] {
+            let error = error(&line);
+            assert!(
+                error.contains("mine.jsonl:3: ") && error.contains(expected),
+                "{error}"
+            );
+        }
+        std::fs::write(&path, "{\"a\": 1, \"b\": 2}\n").unwrap();
+        let error = format!("{:#}", Data::read(&path).unwrap_err());
+        assert!(error.contains("mine.jsonl:1: the fields a, b"), "{error}");
+        assert!(error.contains("PIQA (goal, sol1, sol2)"), "{error}");
+        std::fs::write(&path, "\n").unwrap();
+        assert!(
+            format!("{:#}", Data::read(&path).unwrap_err()).contains("mine.jsonl: the file holds")
+        );
+    }
+}
