@@ -8,8 +8,11 @@
 pub mod compress;
 mod error;
 pub mod format;
+pub mod matrix;
 pub mod metrics;
 pub mod solve;
 pub mod stats;
+#[cfg(test)]
+mod testing;
 
 pub use error::{Error, Result};
