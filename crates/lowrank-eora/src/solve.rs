@@ -9,14 +9,25 @@
 //! that the literature compares. Routes to U_r are in [`Route`]. What follows from a solution is
 //! beside it: truncation, ranks under a budget, quantised factors.
 
+mod allocate;
+mod alternate;
 mod exact;
 mod factors;
+mod krylov;
+mod method;
+mod quantize;
 mod spectrum;
 #[cfg(test)]
 mod tests;
 mod weighting;
 
+pub use allocate::{Candidate, allocate};
+pub use alternate::{Alternated, alternate};
 pub use factors::{LowRank, Split};
+pub use method::{DRIFT_DAMPING, Method, drift_residual};
+pub use quantize::{
+    GroupQuantizer, Quantized, QuantizedFactors, RefitCollector, quantize_factors, refit,
+};
 pub use spectrum::{Criterion, Spectrum};
 pub use weighting::Weighting;
 
@@ -163,6 +174,13 @@ fn leading(
 ) -> Result<Leading> {
     match options.route {
         Route::Factor(whitening) => exact::by_factor(d, weighting, whitening, rank),
-        Route::Gram | Route::Auto | Route::Krylov => exact::by_gram(d, weighting, rank),
+        Route::Gram => exact::by_gram(d, weighting, rank),
+        Route::Auto if krylov::is_small(d.shape(), rank, weighting) => {
+            exact::by_gram(d, weighting, rank)
+        }
+        Route::Auto | Route::Krylov => match krylov::by_krylov(d, weighting, rank, options)? {
+            Some(found) => Ok(found),
+            None => exact::by_gram(d, weighting, rank),
+        },
     }
 }

@@ -24,9 +24,7 @@ impl Lcg {
         let z = self.matrix(n, t);
         let p = self.matrix(n, n);
         let mixed = &z + faer::Scale(0.3) * (&p * &z);
-        Mat::from_fn(n, t, |i, j| {
-            mixed[(i, j)] * 0.5f64.powi((i % 5) as i32)
-        })
+        Mat::from_fn(n, t, |i, j| mixed[(i, j)] * 0.5f64.powi((i % 5) as i32))
     }
 }
 
@@ -88,5 +86,8 @@ pub(crate) fn assert_matrix_close(found: MatRef<'_, f64>, expected: MatRef<'_, f
     assert_eq!(found.shape(), expected.shape());
     let scale = expected.norm_max().max(1e-300);
     let difference = (found - expected).norm_max();
-    assert!(difference <= tol * scale, "differ by {difference}, scale {scale}");
+    assert!(
+        difference <= tol * scale,
+        "differ by {difference}, scale {scale}"
+    );
 }

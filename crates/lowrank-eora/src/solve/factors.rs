@@ -126,7 +126,10 @@ impl LowRank {
 fn fix_signs(u: &mut Mat<f64>) {
     for column in u.col_iter_mut() {
         let entries = column.as_ref().iter();
-        let largest = entries.fold(0.0f64, |best, &x| if x.abs() > best.abs() { x } else { best });
+        let largest = entries.fold(
+            0.0f64,
+            |best, &x| if x.abs() > best.abs() { x } else { best },
+        );
         if largest < 0.0 {
             column.iter_mut().for_each(|x| *x = -*x);
         }

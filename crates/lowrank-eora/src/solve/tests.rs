@@ -30,7 +30,13 @@ fn golden_case_agrees_to_nine_digits() {
     assert_close(d.norm_l2(), 0.9459978368373947, 1e-12);
     for route in ROUTES {
         let solve = |rank| {
-            solve(d.as_ref(), &Weighting::Gram(h.as_ref()), rank, &options(route)).expect("solves")
+            solve(
+                d.as_ref(),
+                &Weighting::Gram(h.as_ref()),
+                rank,
+                &options(route),
+            )
+            .expect("solves")
         };
         for (rank, expected) in [
             (1, 2.1305660709516903),
@@ -85,8 +91,13 @@ fn tall_and_wide_layers_agree_on_all_routes() {
         let (d, x) = (lcg.matrix(m, n), lcg.activations(n, 50));
         let h = &x * x.transpose();
         let g = &d * &h * d.transpose();
-        let best = solve(d.as_ref(), &Weighting::Factor(x.as_ref()), 4, &options(ROUTES[2]))
-            .expect("solves");
+        let best = solve(
+            d.as_ref(),
+            &Weighting::Factor(x.as_ref()),
+            4,
+            &options(ROUTES[2]),
+        )
+        .expect("solves");
         for route in ROUTES {
             for weighting in [Weighting::Gram(h.as_ref()), Weighting::Output(g.as_ref())] {
                 if m > n && matches!(weighting, Weighting::Output(_)) && route == ROUTES[3] {
@@ -99,6 +110,62 @@ fn tall_and_wide_layers_agree_on_all_routes() {
                     1e-9,
                 );
             }
+        }
+    }
+}
+
+/// An activation matrix with a decaying spectrum and outlier channels.
+fn decaying(lcg: &mut Lcg, n: usize, t: usize, outlier: f64) -> Mat<f64> {
+    let mut x = lcg.matrix(n, n) * Mat::from_fn(n, t, |i, _| lcg.next() / (1.0 + i as f64));
+    x.row_mut(n / 3).iter_mut().for_each(|x| *x *= outlier);
+    x
+}
+
+#[test]
+fn krylov_is_within_its_tolerance_of_the_optimum() {
+    let mut lcg = Lcg(11);
+    for (m, n, t, outlier, rank) in [
+        (120, 160, 400, 1.0, 8),
+        (160, 120, 400, 100.0, 24),
+        (300, 100, 50, 1e4, 16),
+        (60, 200, 400, 1e6, 8),
+        (200, 200, 800, 1e6, 32),
+        (200, 200, 30, 1.0, 40),
+    ] {
+        let (d, x) = (lcg.matrix(m, n), decaying(&mut lcg, n, t, outlier));
+        let h = &x * x.transpose();
+        let g = &d * &h * d.transpose();
+        for weighting in [
+            Weighting::Gram(h.as_ref()),
+            Weighting::Factor(x.as_ref()),
+            Weighting::Output(g.as_ref()),
+        ] {
+            let best = solve(
+                d.as_ref(),
+                &Weighting::Factor(x.as_ref()),
+                rank,
+                &options(ROUTES[2]),
+            )
+            .expect("solves");
+            let found =
+                solve(d.as_ref(), &weighting, rank, &options(Route::Krylov)).expect("solves");
+            let true_loss = (found.factors.error(d.as_ref()) * &x).norm_l2();
+            let floor = 1e-6 * best.spectrum.total().sqrt();
+            assert!(
+                true_loss <= 1.001 * best.loss() + floor,
+                "{m} {n} {outlier}: {true_loss} {}",
+                best.loss()
+            );
+            assert!(
+                (found.loss() - true_loss).abs() <= 2e-3 * true_loss + floor,
+                "{m} {n} {outlier}: {} {true_loss}",
+                found.loss()
+            );
+            println!(
+                "{m}x{n} t{t} o{outlier} r{rank} {:?} {}",
+                found.route,
+                true_loss / best.loss()
+            );
         }
     }
 }

@@ -1,5 +1,6 @@
 //! A batch of activations.
 
+use super::Pick;
 use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor};
 use faer::MatRef;
@@ -80,6 +81,24 @@ impl Rows {
             .collect();
         self.weights = Some(weights);
         Ok(self)
+    }
+
+    /// Some of the tokens, each counted with the weight of its pick on top of its own.
+    ///
+    /// # Panics
+    /// When a pick is not of this batch.
+    pub fn picked(&self, picks: &[Pick]) -> Self {
+        let values = (picks.iter())
+            .flat_map(|pick| self.row(pick.token).iter().copied())
+            .collect();
+        let weights = picks
+            .iter()
+            .map(|pick| pick.weight * self.weight(pick.token));
+        Self {
+            values,
+            width: self.width,
+            weights: Some(weights.collect()),
+        }
     }
 
     /// Tokens.
