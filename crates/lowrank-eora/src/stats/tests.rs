@@ -141,6 +141,32 @@ fn streamed_output_gram_equals_that_through_h() {
 }
 
 #[test]
+fn streamed_factor_squares_to_h_for_few_and_many_tokens() {
+    for tokens in [1, 4, 700] {
+        let rows = rows(&mut Lcg(6), tokens, 6);
+        let weights: Vec<f64> = (0..tokens).map(|t| 0.5 + t as f64).collect();
+        let rows = rows.weighted(&weights).expect("valid");
+        let mut whole = FactorCollector::new(6);
+        whole.update(&rows).expect("fits");
+        let t = whole.finish();
+        assert_matrix_close((&t * t.transpose()).as_ref(), gram(&[rows]).matrix(), 1e-5);
+    }
+}
+
+#[test]
+fn energy_of_an_error_on_tokens_is_that_under_their_h() {
+    let mut lcg = Lcg(8);
+    let (e, rows) = (lcg.matrix(5, 6), rows(&mut lcg, 30, 6));
+    let weights: Vec<f64> = (0..30).map(f64::from).collect();
+    let rows = rows.weighted(&weights).expect("valid");
+    let h = gram(std::slice::from_ref(&rows));
+    let expected = solve::Weighting::Gram(h.matrix())
+        .energy(e.as_ref())
+        .expect("fits");
+    assert_close(rows.energy(e.as_ref()).expect("fits"), expected, 1e-5);
+}
+
+#[test]
 fn statistics_survive_their_file_and_go_on() {
     let mut lcg = Lcg(5);
     let (student, teacher) = (rows(&mut lcg, 40, 6), rows(&mut lcg, 40, 6));
