@@ -88,11 +88,17 @@ pub(crate) fn check_finite(matrix: MatRef<'_, f64>, what: &'static str) -> Resul
     }
 }
 
-/// Copies the lower triangle over the upper one.
+/// Copies the lower triangle over the upper one, in squares that fit a cache.
 pub(crate) fn mirror_lower(matrix: &mut Mat<f64>) {
-    for j in 0..matrix.ncols() {
-        for i in j + 1..matrix.nrows() {
-            matrix[(j, i)] = matrix[(i, j)];
+    const SIDE: usize = 64;
+    let n = matrix.ncols();
+    for left in (0..n).step_by(SIDE) {
+        for top in (left..n).step_by(SIDE) {
+            for j in left..n.min(left + SIDE) {
+                for i in top.max(j + 1)..n.min(top + SIDE) {
+                    matrix[(j, i)] = matrix[(i, j)];
+                }
+            }
         }
     }
 }

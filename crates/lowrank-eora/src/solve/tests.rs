@@ -253,6 +253,26 @@ proptest! {
 }
 
 #[test]
+fn krylov_keeps_its_tolerance_on_flat_spectra_and_any_start() {
+    let mut lcg = Lcg(21);
+    for (m, n) in [(250, 200), (200, 250), (80, 250)] {
+        let d = lcg.matrix(m, n);
+        let exact = solve(d.as_ref(), &Weighting::Identity, 12, &options(Route::Gram));
+        let best = exact.expect("solves").loss();
+        for seed in 0..3 {
+            let options = Options {
+                seed,
+                ..options(Route::Krylov)
+            };
+            let found = solve(d.as_ref(), &Weighting::Identity, 12, &options).expect("solves");
+            let loss = found.factors.error(d.as_ref()).norm_l2();
+            assert!(loss <= 1.0005 * best, "{loss} {best}");
+            assert_eq!(found.route, Route::Krylov);
+        }
+    }
+}
+
+#[test]
 fn an_isotropic_input_gives_the_plain_singular_value_decomposition() {
     let d = Lcg(5).matrix(10, 8);
     let h = faer::Scale(3.0) * Mat::<f64>::identity(8, 8);
