@@ -12,10 +12,11 @@ use rayon::prelude::*;
 /// When the tensor is not two-dimensional or holds a NaN or an infinity; `what` names it.
 pub fn from_tensor(tensor: &Tensor, what: &'static str) -> Result<Mat<f64>> {
     let &[rows, cols] = tensor.dims() else {
+        let cols = tensor.dims().last().copied().unwrap_or(1);
         return Err(Error::Shape {
             what,
             found: tensor.dims().to_vec(),
-            expected: vec![0, 0],
+            expected: vec![tensor.elem_count() / cols.max(1), cols],
         });
     };
     let values = tensor

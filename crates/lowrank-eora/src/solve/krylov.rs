@@ -285,15 +285,16 @@ fn iterate(
     let mut before = f64::NEG_INFINITY;
     for _ in 0..MAX_STEPS {
         let grown = subspace.extend(pencil, next)?;
-        let exhausted = grown == 0 || subspace.len() == pencil.size;
         if subspace.len() >= rank {
             let (values, vectors) = eigen(subspace.t.clone(), "Rayleigh quotients")?;
             let captured: f64 = values.iter().take(rank).sum();
             gains = [gains[1], captured - before];
             before = captured;
             let loss = (total - captured).max(0.0);
-            let settled = (options.tolerance * loss).max(4.0 * f64::EPSILON * total);
-            if exhausted || remaining(gains) <= settled {
+            let nothing = NOISE * total;
+            let settled = (options.tolerance * loss).max(nothing);
+            let done = subspace.len() == pencil.size || loss <= nothing;
+            if done || (grown > 0 && remaining(gains) <= settled) {
                 // Rayleigh quotients far behind the rank are too small to be reported.
                 let reported = values[..values.len().min(rank + rank / 4)].to_vec();
                 let rest = total - reported.iter().sum::<f64>();
@@ -301,7 +302,8 @@ fn iterate(
                 return Ok(Some((leading, Spectrum::new(reported, rest))));
             }
         }
-        if exhausted {
+        if grown == 0 {
+            // Invariant, and yet not all: an eigenvalue more often than a block is wide.
             return Ok(None);
         }
         // Where a few directions outshine the rest of a block, fresh ones take its place.

@@ -273,6 +273,29 @@ fn krylov_keeps_its_tolerance_on_flat_spectra_and_any_start() {
 }
 
 #[test]
+fn krylov_does_not_stop_at_repeated_singular_values() {
+    let mut lcg = Lcg(22);
+    let (u, v) = (orthogonal(&mut lcg, 120), orthogonal(&mut lcg, 120));
+    let d =
+        u * Mat::from_fn(120, 120, |i, j| {
+            if i == j {
+                if i < 60 { 3.0 } else { 1.0 }
+            } else {
+                0.0
+            }
+        }) * v;
+    let found = solve(
+        d.as_ref(),
+        &Weighting::Identity,
+        50,
+        &options(Route::Krylov),
+    )
+    .expect("solves");
+    let loss = found.factors.error(d.as_ref()).norm_l2();
+    assert!(loss <= 1.0005 * 150f64.sqrt(), "{loss}");
+}
+
+#[test]
 fn an_isotropic_input_gives_the_plain_singular_value_decomposition() {
     let d = Lcg(5).matrix(10, 8);
     let h = faer::Scale(3.0) * Mat::<f64>::identity(8, 8);
