@@ -127,6 +127,7 @@ struct Leading {
 /// The correction of rank `rank` of the residual D (`m × n`) that is best under a weighting.
 ///
 /// Where the weighting sees nothing of D (H = 0), it is the best one in the plain Frobenius norm.
+/// The number of threads changes nothing but rounding.
 ///
 /// # Errors
 /// When the rank is not in 1..=min(m, n), shapes do not fit, an entry is not finite, or an

@@ -83,22 +83,30 @@ impl Rows {
         Ok(self)
     }
 
-    /// Some of the tokens, each counted with the weight of its pick on top of its own.
+    /// Some of the tokens, each counted with the weight of its pick on top of its own. Picks of the
+    /// student's batch serve for the teacher's as well.
     ///
-    /// # Panics
+    /// # Errors
     /// When a pick is not of this batch.
-    pub fn picked(&self, picks: &[Pick]) -> Self {
+    pub fn picked(&self, picks: &[Pick]) -> Result<Self> {
+        if let Some(bad) = picks.iter().find(|pick| pick.token >= self.tokens()) {
+            return Err(Error::Setting {
+                name: "picked token",
+                value: bad.token.to_string(),
+                expected: "a token of the batch",
+            });
+        }
         let values = (picks.iter())
             .flat_map(|pick| self.row(pick.token).iter().copied())
             .collect();
-        let weights = picks
-            .iter()
-            .map(|pick| pick.weight * self.weight(pick.token));
-        Self {
+        let weights: Vec<f64> = picks.iter().map(|pick| pick.weight).collect();
+        let tokens = picks.iter().map(|pick| self.weight(pick.token)).collect();
+        let rows = Self {
             values,
             width: self.width,
-            weights: Some(weights.collect()),
-        }
+            weights: Some(tokens),
+        };
+        rows.weighted(&weights)
     }
 
     /// Tokens.

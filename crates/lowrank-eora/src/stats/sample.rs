@@ -135,7 +135,7 @@ impl Sampler {
                 }
             }
             if let Some(sketch) = &mut self.sketch {
-                sketch.gram.update(&rows.picked(&picks[before..]))?;
+                sketch.gram.update(&rows.picked(&picks[before..])?)?;
             }
             start = end;
         }
@@ -147,7 +147,7 @@ impl Sampler {
     /// # Errors
     /// As [`Self::pick`].
     pub fn sample(&mut self, rows: &Rows) -> Result<Rows> {
-        Ok(rows.picked(&self.pick(rows)?))
+        rows.picked(&self.pick(rows)?)
     }
 
     /// The weight of the token if it is taken.

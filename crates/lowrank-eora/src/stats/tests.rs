@@ -269,6 +269,16 @@ fn importance_sampling_keeps_rare_large_tokens_that_uniform_sampling_loses() {
 }
 
 #[test]
+fn a_pick_of_another_batch_is_refused() {
+    let pick = Pick {
+        token: 3,
+        weight: 1.0,
+    };
+    let error = rows(&mut Lcg(1), 3, 2).picked(&[pick]);
+    assert!(matches!(error, Err(Error::Setting { .. })));
+}
+
+#[test]
 fn sampled_sums_are_unbiased() {
     let rows = rows(&mut Lcg(3), 400, 3);
     let exact = gram(std::slice::from_ref(&rows));
