@@ -7,6 +7,7 @@ pub(crate) mod decode;
 pub(crate) mod device;
 mod element;
 mod exp;
+mod machine;
 pub(crate) mod prefill;
 mod tensors;
 
