@@ -12,6 +12,7 @@ pub(crate) mod prefill;
 mod tensors;
 
 pub(crate) use element::Element;
+pub use exp::exp;
 pub(crate) use tensors::{expect_shape, read};
 
 use crate::error::{Error, Result};

@@ -1,10 +1,13 @@
-//! KV-cache eviction: what policies cost at equal budgets, in perplexity, in attention on recorded traces, and in recall.
+//! KV-cache eviction: what policies cost at equal budgets, in perplexity, in attention on recorded traces, and in recall; and what they
+//! save in time.
 
 mod draws;
 mod held;
 pub mod perplexity;
 pub mod policy;
 pub mod recall;
+mod several;
+pub mod speed;
 pub mod trace;
 mod verdict;
 
@@ -42,12 +45,14 @@ pub struct Config {
 /// What policies are put to.
 #[derive(Debug, Clone)]
 pub enum Task {
-    /// Decode-time perplexity of a text.
-    Perplexity(perplexity::Text),
+    /// Decode-time perplexity of a text, one entry a model.
+    Perplexity(Vec<perplexity::Text>),
     /// The attention kept on traces.
     Trace(trace::Traces),
     /// The answers of a model trained to recall.
     Recall(recall::Recall),
+    /// The speed of generation after a long context.
+    Speed(speed::Speed),
 }
 
 impl Config {
@@ -87,9 +92,10 @@ pub fn run(common: &Common, config: &Config) -> Result<Vec<Section>> {
         );
     }
     match &config.task {
-        Task::Perplexity(text) => perplexity::run(common, config, text),
+        Task::Perplexity(texts) => perplexity::run(common, config, texts),
         Task::Trace(traces) => trace::run(common, config, traces),
         Task::Recall(recall) => recall::run(common, config, recall),
+        Task::Speed(speed) => speed::run(common, config, speed),
     }
 }
 
