@@ -114,7 +114,7 @@ impl KvArgs {
         };
         let policies = match &self.policy[..] {
             [] if self.task == KvTask::Speed => Speed::POLICIES.into_iter().map(choice).collect(),
-            [] => Choice::names(self.task == KvTask::Trace)
+            [] => Choice::names(self.task != KvTask::Perplexity)
                 .map(choice)
                 .collect(),
             named => named.iter().map(String::as_str).map(choice).collect(),

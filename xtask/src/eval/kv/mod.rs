@@ -86,9 +86,9 @@ impl Config {
 /// A policy that cannot run within a budget, a model, text or trace that cannot be read or run.
 pub fn run(common: &Common, config: &Config) -> Result<Vec<Section>> {
     let oracle = config.policies.iter().any(Choice::is_oracle);
-    if oracle && !matches!(config.task, Task::Trace(_)) {
+    if oracle && matches!(config.task, Task::Perplexity(_) | Task::Speed(_)) {
         bail!(
-            "--policy oracle needs the attention of the future: it runs under --task trace alone"
+            "--policy oracle needs the attention of the future: it runs under --task trace and --task recall alone"
         );
     }
     match &config.task {
