@@ -32,7 +32,7 @@ const COLORS: u8 = 8;
 /// A single dash, longer than any line in the drawing.
 const SOLID: (u32, u32) = (100 * (WIDTH + HEIGHT), 0);
 /// Lengths of dash and gap of a series by how often the colours have been used up before it.
-const ROUNDS: [(u32, u32); 3] = [SOLID, (16, 4), (3, 3)];
+const ROUNDS: [(u32, u32); 3] = [SOLID, (24, 5), (3, 3)];
 /// Those of a control.
 const CONTROL: (u32, u32) = (7, 5);
 

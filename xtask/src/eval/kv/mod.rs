@@ -134,7 +134,11 @@ fn over_bytes(
     metric: &Metric,
     reference: Option<Reference>,
 ) -> Plot {
-    let held = |row: &Row| Some(100.0 * row.kv_bytes? as f64 / row.kv_bytes_full? as f64);
+    // To a tenth, which is what an axis has room for.
+    let held = |row: &Row| {
+        let share = row.kv_bytes? as f64 / row.kv_bytes_full? as f64;
+        Some((1e3 * share).round() / 10.0)
+    };
     Plot {
         title: format!("{title} over bytes held"),
         x: Axis::linear("keys and values held (% of the full cache's)"),
