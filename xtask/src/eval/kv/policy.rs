@@ -27,7 +27,7 @@ pub struct Choice {
 /// What happens to the prompt under every policy of a run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum PromptRule {
-    /// What each policy does by itself: random and raas keep it.
+    /// What each policy does by itself: random, raas and lazy-guarded keep it.
     Own,
     /// Every policy keeps it.
     Keep,
@@ -39,7 +39,7 @@ impl PromptRule {
     /// The protocol's word for it.
     pub(crate) fn said(self) -> &'static str {
         match self {
-            PromptRule::Own => "kept by random and raas, evictable for the others",
+            PromptRule::Own => "kept by random, raas and lazy-guarded, evictable for the others",
             PromptRule::Keep => "kept by every policy",
             PromptRule::Evict => "evictable for every policy",
         }
@@ -147,7 +147,7 @@ impl Choice {
     pub(crate) fn keeps_prompt(&self) -> bool {
         let own = matches!(
             self.policy,
-            PolicyConfig::Random { .. } | PolicyConfig::Raas { .. }
+            PolicyConfig::Random { .. } | PolicyConfig::Raas { .. } | PolicyConfig::LazyGuarded(_)
         );
         self.prompt == PromptRule::Keep || self.prompt == PromptRule::Own && own
     }

@@ -56,7 +56,7 @@ struct Lane {
     spent: Duration,
 }
 
-/// Fill and decode with the full cache and with every policy at every budget, the prompt evictable.
+/// Fill and decode with the full cache and with every policy at every budget.
 pub(crate) fn run(common: &Common, config: &Config, speed: &Speed) -> Result<Vec<Section>> {
     let scratch = tempfile::TempDir::with_prefix("speed-").context("scratch folder")?;
     let window = common.window.unwrap_or(CONTEXT + WARM + TIMED);
