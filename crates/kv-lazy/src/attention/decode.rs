@@ -91,10 +91,8 @@ pub(crate) fn decode<T: Element>(
         });
     };
     let finish = |parts: &mut [f32], weights: &mut [f32], out: &mut [f32]| {
-        let heads = out.chunks_exact_mut(head_dim).enumerate();
-        let good = heads
-            .map(|(g, out)| merge_head(layout, parts, g, out))
-            .all(|good| good);
+        let mut heads = out.chunks_exact_mut(head_dim).enumerate();
+        let good = heads.all(|(g, out)| merge_head(layout, parts, g, out));
         let parts = parts.chunks_exact(layout.size());
         for (part, weights) in parts.zip(weights.chunks_mut(CHUNK)) {
             arch.dispatch(Export {
@@ -128,7 +126,7 @@ pub(crate) fn decode<T: Element>(
     } else {
         let tasks: Vec<Task<'_>> = tasks.collect();
         // Whole rows need the other threads only once; they must be many for all threads to end together.
-        if rows.len() % threads == 0 || rows.len() >= 4 * threads {
+        if rows.len().is_multiple_of(threads) || rows.len() >= 4 * threads {
             tasks.into_par_iter().map(whole).collect()
         } else {
             let split = |(row, parts, out, weights): Task<'_>| {
