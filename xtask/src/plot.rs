@@ -1,8 +1,8 @@
 //! Line plots as SVG that takes its colours from the page around it.
 //!
 //! Text and axes are drawn in `currentColor`, series in the CSS variables `--series-0` to `--series-7`, so that one
-//! drawing is legible on light and on dark pages. Series differ by marker as well as by colour, and controls are
-//! dashed. Points that were not measured at every setting are simply fewer.
+//! drawing is legible on light and on dark pages. Series differ by marker as well as by colour; where there are more than eight, the
+//! colours come again with long dashes, then with dots. Controls have short dashes. Points that were not measured at every setting are simply fewer.
 
 mod axis;
 mod draw;

@@ -5,6 +5,8 @@
 
 use crate::{Error, Result};
 use candle_core::{CpuStorage, DType, Device, Storage, Tensor};
+use kv_lazy::attention::exp;
+use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
 /// Elements handed to a thread at once: large enough to hide the hand-over, small enough for L2.
@@ -20,13 +22,7 @@ pub(crate) fn silu_mul(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
         with_f32(up, |up| {
             out.par_chunks_mut(CHUNK)
                 .zip(gate.par_chunks(CHUNK).zip(up.par_chunks(CHUNK)))
-                .for_each(|(out, (gate, up))| {
-                    pulp::Arch::new().dispatch(|| {
-                        for ((out, &g), &u) in out.iter_mut().zip(gate).zip(up) {
-                            *out = g / (1.0 + exp(-g)) * u;
-                        }
-                    });
-                });
+                .for_each(|(out, (gate, up))| Arch::new().dispatch(SiluMul { gate, up, out }));
         })
     })??;
     Ok(Tensor::from_vec(out, gate.shape(), gate.device())?)
@@ -48,15 +44,8 @@ pub fn cross_entropy(logits: &Tensor, targets: &[u32]) -> Result<Vec<f64>> {
             .par_chunks(vocab)
             .zip(targets.par_iter())
             .map(|(row, &target)| {
-                pulp::Arch::new().dispatch(|| {
-                    let max = row.iter().fold(f32::NEG_INFINITY, |a, &b| a.max(b));
-                    // Partial sums of 64 in f32, then f64: as exact as f64 throughout and vectorised.
-                    let sum: f64 = row
-                        .chunks(64)
-                        .map(|c| c.iter().map(|&x| exp(x - max)).sum::<f32>() as f64)
-                        .sum();
-                    sum.ln() + f64::from(max) - f64::from(row[target as usize])
-                })
+                let (sum, max) = Arch::new().dispatch(SumExp { row });
+                sum.ln() + f64::from(max) - f64::from(row[target as usize])
             })
             .collect()
     })
@@ -65,7 +54,7 @@ pub fn cross_entropy(logits: &Tensor, targets: &[u32]) -> Result<Vec<f64>> {
 /// Index of the first element that is not finite, if any.
 pub(crate) fn first_non_finite(x: &Tensor) -> Result<Option<usize>> {
     let finite = |chunk: &[f32]| {
-        pulp::Arch::new().dispatch(|| chunk.iter().fold(0.0f32, |a, &b| a + b * 0.0) == 0.0)
+        Arch::new().dispatch(|| chunk.iter().fold(0.0f32, |a, &b| a + b * 0.0) == 0.0)
     };
     with_f32(
         &x.to_dtype(DType::F32)?.to_device(&Device::Cpu)?,
@@ -95,45 +84,66 @@ pub(crate) fn with_f32<R>(x: &Tensor, f: impl FnOnce(&[f32]) -> R) -> Result<R> 
     }
 }
 
-/// e^x within 2 ulp for x ≤ 88; smaller than the least normal number becomes 0 or nearly so.
-///
-/// Branch-free, so that loops over it vectorise: x = k ln 2 + r with |r| ≤ ln 2 / 2, and e^r by its
-/// Taylor series to the sixth power (remainder below 1.2e-7 · 2^-1 relative).
-#[inline(always)]
-fn exp(x: f32) -> f32 {
-    /// Adding this moves the integer part of a small f32 into its low mantissa bits.
-    const SHIFT: f32 = 12_582_912.0; // 1.5 * 2^23
-    const LN2_HIGH: f32 = 0.693_359_4;
-    const LN2_LOW: f32 = -2.121_944_4e-4;
-    let x = x.clamp(-87.0, 88.0);
-    let shifted = x * std::f32::consts::LOG2_E + SHIFT;
-    let k = shifted - SHIFT;
-    let r = x - k * LN2_HIGH - k * LN2_LOW;
-    let series = 1.0
-        + r * (1.0
-            + r * (0.5
-                + r * (1.0 / 6.0 + r * (1.0 / 24.0 + r * (1.0 / 120.0 + r * (1.0 / 720.0))))));
-    let exponent = (shifted.to_bits() as i32)
-        .wrapping_sub(SHIFT.to_bits() as i32)
-        .wrapping_add(127);
-    series * f32::from_bits((exponent << 23) as u32)
+struct SiluMul<'a> {
+    gate: &'a [f32],
+    up: &'a [f32],
+    out: &'a mut [f32],
+}
+
+impl WithSimd for SiluMul<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let (gates, gate_tail) = S::as_simd_f32s(self.gate);
+        let (ups, up_tail) = S::as_simd_f32s(self.up);
+        let (outs, out_tail) = S::as_mut_simd_f32s(self.out);
+        let (one, most) = (simd.splat_f32s(1.0), simd.splat_f32s(EXP_MOST));
+        for ((out, &g), &u) in outs.iter_mut().zip(gates).zip(ups) {
+            let e = exp(simd, simd.min_f32s(simd.neg_f32s(g), most));
+            *out = simd.mul_f32s(simd.div_f32s(g, simd.add_f32s(one, e)), u);
+        }
+        for ((out, &g), &u) in out_tail.iter_mut().zip(gate_tail).zip(up_tail) {
+            *out = g / (1.0 + (-g).min(EXP_MOST).exp()) * u;
+        }
+    }
+}
+
+/// Largest argument of [`exp`].
+const EXP_MOST: f32 = 88.0;
+
+struct SumExp<'a> {
+    row: &'a [f32],
+}
+
+impl WithSimd for SumExp<'_> {
+    /// Σ exp(x − max) and max.
+    type Output = (f64, f32);
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) -> (f64, f32) {
+        let max = self.row.iter().fold(f32::NEG_INFINITY, |a, &b| a.max(b));
+        let offset = simd.splat_f32s(max);
+        let mut sum = 0.0;
+        // Partial sums of 64 in f32, then f64: as exact as f64 throughout.
+        for part in self.row.chunks(64) {
+            let (head, tail) = S::as_simd_f32s(part);
+            let mut partial = simd.splat_f32s(0.0);
+            for &x in head {
+                partial = simd.add_f32s(partial, exp(simd, simd.sub_f32s(x, offset)));
+            }
+            sum += f64::from(simd.reduce_sum_f32s(partial));
+            for x in tail {
+                sum += f64::from((x - max).exp());
+            }
+        }
+        (sum, max)
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn exp_agrees_with_the_standard_library_over_its_range() {
-        for i in -87_000..=88_000 {
-            let x = i as f32 / 1000.0;
-            let (ours, reference) = (exp(x), f64::from(x).exp());
-            assert!(
-                (f64::from(ours) / reference - 1.0).abs() < 3e-7,
-                "exp({x}) = {ours}, not {reference}"
-            );
-        }
-    }
 
     #[test]
     fn silu_mul_agrees_with_candle() {

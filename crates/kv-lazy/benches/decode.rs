@@ -1,21 +1,23 @@
-//! Decode attention against the machine's read bandwidth, and prefill against its matrix product.
+//! Decode attention against the machine's read bandwidth and arithmetic, and prefill against its matrix product.
 //!
 //! A decode step must read every cached key and value once; `stream` reads as many bytes from as many threads and does nothing
-//! with them, so the two throughputs side by side are the figure and its bound. Prefill of T tokens costs 2·T²·d multiply-adds per query
-//! head under a causal mask; `gemm` does as many in candle's matrix product.
+//! with them. With G query heads to a KV head and s bytes to an element it also must do 2G/s operations on every byte: `fma` is how
+//! many the machine does where nothing is read. The lower of the two is the bound, measured in turn with the figure itself, so that noise
+//! hits all alike. Prefill of T tokens costs 2·T²·d multiply-adds per query head under a causal mask; `gemm` does as many in
+//! candle's matrix product.
 
 use candle_core::{DType, Device, Tensor};
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use kv_lazy::{CacheSet, LayerShape, attention};
+use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 use std::hint::black_box;
+use std::time::Instant;
 
-const SHAPE: LayerShape = LayerShape {
-    query_heads: 32,
-    kv_heads: 8,
-    head_dim: 128,
-    sliding_window: None,
-};
+const KV_HEADS: usize = 8;
+const HEAD_DIM: usize = 128;
+/// Share of the read bandwidth that decode attention is to reach at n ≥ 4096.
+const GOAL: f64 = 0.6;
 
 fn random(heads: usize, tokens: usize, d: usize) -> Tensor {
     Tensor::randn(0.0f32, 1.0, (1, heads, tokens, d), &Device::Cpu).expect("a CPU tensor")
@@ -37,44 +39,141 @@ fn stream(data: &[u64]) -> u64 {
         .reduce(|| 0, |a, b| a ^ b)
 }
 
-fn decode(c: &mut Criterion) {
-    for n in [1024, 4096, 16384] {
-        let mut group = c.benchmark_group(format!("decode n={n}"));
-        group.sample_size(30);
+/// Twelve chains of fused multiply-adds in registers.
+struct Chains {
+    rounds: usize,
+}
+
+impl WithSimd for Chains {
+    /// Operations done, and a result that must not be optimised away.
+    type Output = (usize, f32);
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) -> (usize, f32) {
+        let (a, b) = (simd.splat_f32s(black_box(0.5)), simd.splat_f32s(0.25));
+        let mut chains = [b; 12];
+        for _ in 0..self.rounds {
+            for x in &mut chains {
+                *x = simd.mul_add_f32s(*x, a, b);
+            }
+        }
+        let sum = chains.into_iter().fold(b, |sum, x| simd.add_f32s(sum, x));
+        let operations = 2 * chains.len() * S::F32_LANES * self.rounds;
+        (operations, simd.reduce_sum_f32s(sum))
+    }
+}
+
+/// Operations per second of all threads.
+fn fma() -> f64 {
+    let started = Instant::now();
+    let done = rayon::broadcast(|_| {
+        let (operations, sum) = Arch::new().dispatch(Chains { rounds: 100_000 });
+        black_box(sum);
+        operations
+    });
+    done.iter().sum::<usize>() as f64 / started.elapsed().as_secs_f64()
+}
+
+/// A full cache of `n` tokens under `group` query heads per KV head.
+fn filled(group: usize, n: usize, dtype: DType) -> CacheSet {
+    let shape = LayerShape {
+        query_heads: group * KV_HEADS,
+        kv_heads: KV_HEADS,
+        head_dim: HEAD_DIM,
+        sliding_window: None,
+    };
+    let mut cache = CacheSet::full(&[shape], 1, dtype, &Device::Cpu).expect("valid");
+    // Without attention, which over a long prompt would take longer than all that is measured.
+    cache.begin_prompt(n).expect("a step");
+    let k = random(KV_HEADS, n, HEAD_DIM);
+    cache.extend(0, &k, &k).expect("keys and values");
+    cache
+}
+
+/// Bandwidth, arithmetic and decode attention in turn, the best of many rounds each.
+fn table(_: &mut Criterion) {
+    println!(
+        "{:<22} {:>8} {:>8} {:>8} {:>8}   bound and verdict, {} threads",
+        "GB/s",
+        "attend",
+        "stream",
+        "fma",
+        "share",
+        rayon::current_num_threads()
+    );
+    for group in [1, 4, 8] {
         for (name, dtype) in [
             ("f32", DType::F32),
             ("f16", DType::F16),
             ("bf16", DType::BF16),
         ] {
-            let bytes = 2 * SHAPE.kv_heads * SHAPE.head_dim * n * dtype.size_in_bytes();
-            group.throughput(Throughput::Bytes(bytes as u64));
-            let data = vec![1u64; bytes / 8];
-            group.bench_function(BenchmarkId::new("stream", name), |b| {
-                b.iter(|| black_box(stream(black_box(&data))));
-            });
-            let mut cache = CacheSet::full(&[SHAPE], 1, dtype, &Device::Cpu).expect("valid");
-            // The queries of the prompt do not matter: in steps, so that filling is quick.
-            for _ in 0..n / 256 {
-                cache.begin_prompt(256).expect("a step");
-                let (q, k) = (random(32, 256, 128), random(8, 256, 128));
-                cache.attend(0, &q, &k, &k, 0.088).expect("attention");
-            }
-            let (q, k) = (random(32, 1, 128), random(8, 1, 128));
-            let filled = cache.snapshot();
-            let mut steps = 0;
-            group.bench_function(BenchmarkId::new("attend", name), |b| {
-                b.iter(|| {
-                    steps += 1;
-                    if steps % 512 == 0 {
-                        cache.restore(&filled).expect("the same cache");
-                    }
+            for n in [4096, 16384] {
+                let bytes = 2 * KV_HEADS * HEAD_DIM * n * dtype.size_in_bytes();
+                let data = vec![1u64; bytes / 8];
+                let mut cache = filled(group, n, dtype);
+                let q = random(group * KV_HEADS, 1, HEAD_DIM);
+                let k = random(KV_HEADS, 1, HEAD_DIM);
+                let (mut read, mut attend, mut operations) = (f64::INFINITY, f64::INFINITY, 0f64);
+                for _ in 0..40 {
+                    let started = Instant::now();
+                    black_box(stream(black_box(&data)));
+                    read = read.min(started.elapsed().as_secs_f64());
+                    operations = operations.max(fma());
+                    let started = Instant::now();
                     cache.begin(1).expect("a step");
-                    black_box(cache.attend(0, &q, &k, &k, 0.088).expect("attention"))
-                });
-            });
+                    black_box(cache.attend(0, &q, &k, &k, 0.088).expect("attention"));
+                    attend = attend.min(started.elapsed().as_secs_f64());
+                }
+                let per_second = |seconds: f64| bytes as f64 / seconds / 1e9;
+                let per_byte = 2.0 * group as f64 / dtype.size_in_bytes() as f64;
+                let compute = operations / per_byte / 1e9;
+                let (figure, stream) = (per_second(attend), per_second(read));
+                let verdict = if figure >= GOAL * stream {
+                    "within".into()
+                } else if compute < stream {
+                    format!("below; arithmetic allows {:.0} %", 100.0 * compute / stream)
+                } else {
+                    format!("below; {:.0} % of the arithmetic", 100.0 * figure / compute)
+                };
+                println!(
+                    "{:<22} {figure:>8.1} {stream:>8.1} {compute:>8.1} {:>6.0} %   ≥ {:.0} %: {verdict}",
+                    format!("{name} {group}:1 n={n}"),
+                    100.0 * figure / stream,
+                    100.0 * GOAL,
+                );
+            }
         }
-        group.finish();
     }
+}
+
+fn decode(c: &mut Criterion) {
+    let (group, n) = (4, 4096);
+    let mut bench = c.benchmark_group(format!("decode {group}:1 n={n}"));
+    bench.sample_size(20);
+    for (name, dtype) in [
+        ("f32", DType::F32),
+        ("f16", DType::F16),
+        ("bf16", DType::BF16),
+    ] {
+        let bytes = 2 * KV_HEADS * HEAD_DIM * n * dtype.size_in_bytes();
+        bench.throughput(Throughput::Bytes(bytes as u64));
+        let mut cache = filled(group, n, dtype);
+        let q = random(group * KV_HEADS, 1, HEAD_DIM);
+        let k = random(KV_HEADS, 1, HEAD_DIM);
+        let filled = cache.snapshot();
+        let mut steps = 0;
+        bench.bench_function(BenchmarkId::from_parameter(name), |b| {
+            b.iter(|| {
+                steps += 1;
+                if steps % 512 == 0 {
+                    cache.restore(&filled).expect("the same cache");
+                }
+                cache.begin(1).expect("a step");
+                black_box(cache.attend(0, &q, &k, &k, 0.088).expect("attention"))
+            });
+        });
+    }
+    bench.finish();
 }
 
 fn prefill(c: &mut Criterion) {
@@ -103,5 +202,5 @@ fn prefill(c: &mut Criterion) {
     }
 }
 
-criterion_group!(benches, decode, prefill);
+criterion_group!(benches, table, decode, prefill);
 criterion_main!(benches);

@@ -10,6 +10,7 @@ use clap::{Args, CommandFactory, ValueEnum};
 use crate::eval::kv::perplexity::Text;
 use crate::eval::kv::policy::{ALPHA, Choice, PromptRule};
 use crate::eval::kv::recall::Recall;
+use crate::eval::kv::speed::Speed;
 use crate::eval::kv::trace::{Source, Traces};
 use crate::eval::kv::{Config, Task};
 use crate::eval::perplexity;
@@ -20,9 +21,10 @@ pub(super) struct KvArgs {
     /// What policies are put to
     #[arg(long, value_enum, default_value_t = KvTask::Perplexity)]
     task: KvTask,
-    /// Checkpoint folder in Hugging Face layout, or hf:OWNER/NAME
-    #[arg(long, value_name = "DIR")]
-    model: Option<PathBuf>,
+    /// Checkpoint folder in Hugging Face layout, or hf:OWNER/NAME; under --task perplexity several, separated by commas, each in windows that it can
+    /// reach
+    #[arg(long, value_delimiter = ',', value_name = "DIR[,DIR..]")]
+    model: Vec<PathBuf>,
     /// Text to decode
     #[arg(long, value_name = "FILE")]
     text: Option<PathBuf>,
@@ -69,6 +71,8 @@ enum KvTask {
     Trace,
     /// Answers of a small model that is trained to recall, or that an earlier run saved
     Recall,
+    /// Tokens per second of generation after a long context, of --model or of random weights
+    Speed,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -81,10 +85,13 @@ enum PromptRuleArg {
 impl KvArgs {
     pub(super) fn config(self) -> Config {
         let makes = match self.task {
-            KvTask::Perplexity => false,
-            KvTask::Trace => self.model.is_some(),
-            KvTask::Recall => self.model.is_none(),
+            KvTask::Perplexity | KvTask::Speed => false,
+            KvTask::Trace => !self.model.is_empty(),
+            KvTask::Recall => self.model.is_empty(),
         };
+        if self.model.len() > 1 && self.task != KvTask::Perplexity {
+            wrong("--model: only --task perplexity takes several");
+        }
         if self.save.is_some() && !makes {
             wrong(
                 "--save: this task makes nothing to keep (it keeps traces of --model, or a model trained to recall)",
@@ -106,23 +113,30 @@ impl KvArgs {
             Choice::named(name, prompt_rule, self.alpha).expect("the parser knows the same names")
         };
         let policies = match &self.policy[..] {
-            [] => Choice::names(self.task == KvTask::Trace)
+            [] if self.task == KvTask::Speed => Speed::POLICIES.into_iter().map(choice).collect(),
+            [] => Choice::names(self.task != KvTask::Perplexity)
                 .map(choice)
                 .collect(),
             named => named.iter().map(String::as_str).map(choice).collect(),
         };
         let prompt = self.prompt.map(NonZeroUsize::get);
         let task = match self.task {
-            KvTask::Perplexity => match self.text() {
-                Some(text) => Task::Perplexity(Text {
+            KvTask::Perplexity => {
+                let batch = self.batch.map(NonZeroUsize::get);
+                let text = |text| Text {
                     text,
                     prompt,
-                    batch: self.batch.map(NonZeroUsize::get),
-                }),
-                None => wrong("--task perplexity needs --model DIR and --text FILE"),
-            },
+                    batch,
+                };
+                match self.texts() {
+                    texts if texts.is_empty() => {
+                        wrong("--task perplexity needs --model DIR and --text FILE")
+                    }
+                    texts => Task::Perplexity(texts.into_iter().map(text).collect()),
+                }
+            }
             KvTask::Trace => {
-                let recorded = self.text();
+                let recorded = self.texts().pop();
                 let sources = match &self.trace[..] {
                     [] if recorded.is_none() => Source::GENERATORS.to_vec(),
                     named => named.iter().map(|s| Source::from(s.as_str())).collect(),
@@ -134,8 +148,12 @@ impl KvArgs {
                     save: self.save,
                 })
             }
+            KvTask::Speed => Task::Speed(Speed {
+                model: self.model.into_iter().next(),
+                prompt,
+            }),
             KvTask::Recall => Task::Recall(Recall {
-                model: self.model,
+                model: self.model.into_iter().next(),
                 save: self.save,
                 steps: self.train_steps.get(),
                 prompt,
@@ -151,15 +169,18 @@ impl KvArgs {
         }
     }
 
-    /// Model and text, where both are given.
-    fn text(&self) -> Option<perplexity::Config> {
-        match (&self.model, &self.text) {
-            (Some(model), Some(text)) => Some(perplexity::Config {
-                model: model.clone(),
-                text: text.clone(),
-                bos: !self.no_bos,
-            }),
-            (None, None) => None,
+    /// Models and their text, where both are given.
+    fn texts(&self) -> Vec<perplexity::Config> {
+        match &self.text {
+            Some(text) if !self.model.is_empty() => {
+                let of = |model: &PathBuf| perplexity::Config {
+                    model: model.clone(),
+                    text: text.clone(),
+                    bos: !self.no_bos,
+                };
+                self.model.iter().map(of).collect()
+            }
+            None if self.model.is_empty() => Vec::new(),
             _ => wrong("--model DIR and --text FILE go together"),
         }
     }

@@ -147,7 +147,7 @@ mod tests {
     #[test]
     fn numbers_are_shown_in_their_units() {
         assert_eq!(show("kv_bytes", 2048.0), "2.00 KiB");
-        assert_eq!(show("perplexity", 6.31645), "6.3165");
+        assert_eq!(show("perplexity", 6.316_47), "6.3165");
         assert_eq!(show("params", 1e6), "1,000,000");
         assert_eq!(small_percent(0.000012), "0.0012 %");
     }

@@ -76,9 +76,10 @@ fn models(suite: &mut Suite) -> Vec<&mut PathBuf> {
         Suite::Perplexity(config) => vec![&mut config.model],
         Suite::Structured(config) => vec![&mut config.perplexity.model],
         Suite::Kv(config) => match &mut config.task {
-            kv::Task::Perplexity(text) => vec![&mut text.text.model],
+            kv::Task::Perplexity(texts) => texts.iter_mut().map(|t| &mut t.text.model).collect(),
             kv::Task::Trace(traces) => traces.recorded.iter_mut().map(|t| &mut t.model).collect(),
             kv::Task::Recall(recall) => recall.model.iter_mut().collect(),
+            kv::Task::Speed(speed) => speed.model.iter_mut().collect(),
         },
         Suite::Tasks(config) => config.models.iter_mut().collect(),
     }

@@ -31,6 +31,10 @@ const COLORS: u8 = 8;
 
 /// A single dash, longer than any line in the drawing.
 const SOLID: (u32, u32) = (100 * (WIDTH + HEIGHT), 0);
+/// Lengths of dash and gap of a series by how often the colours have been used up before it.
+const ROUNDS: [(u32, u32); 3] = [SOLID, (24, 5), (3, 3)];
+/// Those of a control.
+const CONTROL: (u32, u32) = (7, 5);
 
 /// The outlines of markers around (0, 0).
 const MARKERS: [&[(i32, i32)]; 5] = [
@@ -50,7 +54,8 @@ const MARKERS: [&[(i32, i32)]; 5] = [
     &[(0, 6), (6, -4), (-6, -4)],
 ];
 
-/// How a line looks. Colour and marker follow from a series' number, and no two of the first forty look the same.
+/// How a line looks. Everything follows from a series' number and whether it is a control: of the first twenty-four no two have the same colour and
+/// dash, of the first forty no two the same colour and marker.
 #[derive(Clone, Copy)]
 struct Look {
     color: RGBColor,
@@ -71,7 +76,11 @@ impl Look {
         Look {
             color: RGBColor(SERIES.0, 0, number as u8 % COLORS),
             marker: Some(MARKERS[(number + round) % MARKERS.len()]),
-            dash: if control { (7, 5) } else { SOLID },
+            dash: if control {
+                CONTROL
+            } else {
+                ROUNDS[round % ROUNDS.len()]
+            },
         }
     }
 
@@ -311,6 +320,17 @@ mod tests {
         // One path in the plot and one in the legend, against many dashes.
         assert_eq!(lines(false), 2);
         assert!(lines(true) > 10, "{}", lines(true));
+    }
+
+    #[test]
+    fn twenty_four_series_differ_in_colour_or_dash() {
+        let look = |number| {
+            let Look { color, dash, .. } = Look::of_series(number, false);
+            (color.2, dash)
+        };
+        let looks: std::collections::BTreeSet<_> = (0..24).map(look).collect();
+        assert_eq!(looks.len(), 24);
+        assert!(looks.iter().all(|&(_, dash)| dash != CONTROL));
     }
 
     #[test]

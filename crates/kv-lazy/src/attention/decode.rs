@@ -2,21 +2,24 @@
 //!
 //! Each (sequence, KV head) row is cut into chunks of a fixed number of tokens; a chunk computes its scores, a
 //! local softmax and its share of the output for all query heads of the group, so that keys and values are read
-//! once. Chunks are merged in order, which makes the result independent of the number of threads. Storage may be
-//! f32, f16 or bf16; arithmetic is f32.
+//! once, from memory that was asked for one block ahead. Chunks are merged in order, which makes the result independent of the
+//! number of threads. Storage may be f32, f16 or bf16; arithmetic is f32.
 
 use super::element::Element;
 use super::exp::exp_in_place;
+use super::machine::prefetch;
 use super::{Geometry, Reduce, RowView};
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
 /// Tokens of a chunk: the unit of parallel work, and part of the definition of the rounding.
 const CHUNK: usize = 512;
-/// Tokens widened at a time: a block of keys stays in the first-level cache.
-const BLOCK: usize = 32;
+/// Tokens worked on at a time: this block and the next fit the first-level cache, widened to f32 and with heads of 128.
+const BLOCK: usize = 16;
 /// Multiply-adds below which handing work to other threads costs more than it saves.
 const PARALLEL_FROM: usize = 1 << 16;
+/// Bytes of a cache line.
+const LINE: usize = 64;
 
 /// Where one query per row stands, and what it may see.
 #[derive(Debug, Clone, Copy)]
@@ -64,10 +67,18 @@ pub(crate) fn decode<T: Element>(
     if scratch.buffer.len() < total {
         scratch.buffer.resize(total, 0.0);
     }
-    let buffer = &mut scratch.buffer[..total];
+    let parts = &mut scratch.buffer[..total];
+    let (reduce, weights) = match export {
+        Some((reduce, weights)) => {
+            let from = weights.len();
+            weights.resize(from + rows.len() * n, 0.0);
+            (reduce, &mut weights[from..])
+        }
+        None => (Reduce::default(), &mut [][..]),
+    };
+
     let arch = Arch::new();
-    let run = |(task, slots): (usize, &mut [f32])| {
-        let (row, chunk) = (task / chunks, task % chunks);
+    let attend = |row: usize, chunk: usize, slots: &mut [f32]| {
         let from = chunk * CHUNK;
         let to = (from + CHUNK).min(n);
         arch.dispatch(Chunk {
@@ -79,47 +90,60 @@ pub(crate) fn decode<T: Element>(
             slots,
         });
     };
-    if rows.len() * n * head_dim * group >= PARALLEL_FROM && rows.len() * chunks > 1 {
-        buffer
-            .par_chunks_mut(layout.size())
+    let finish = |parts: &mut [f32], weights: &mut [f32], out: &mut [f32]| {
+        let mut heads = out.chunks_exact_mut(head_dim).enumerate();
+        let good = heads.all(|(g, out)| merge_head(layout, parts, g, out));
+        let parts = parts.chunks_exact(layout.size());
+        for (part, weights) in parts.zip(weights.chunks_mut(CHUNK)) {
+            arch.dispatch(Export {
+                reduce,
+                layout,
+                part,
+                weights,
+            });
+        }
+        good
+    };
+    let per_row = chunks * layout.size();
+    let mut weights = weights.chunks_exact_mut(n);
+    let tasks = parts
+        .chunks_exact_mut(per_row)
+        .zip(out.chunks_exact_mut(group * head_dim))
+        .enumerate()
+        .map(|(row, (parts, out))| (row, parts, out, weights.next().unwrap_or_default()));
+    let whole = |(row, parts, out, weights): Task<'_>| {
+        let slots = parts.chunks_exact_mut(layout.size());
+        slots
             .enumerate()
-            .for_each(run);
-    } else {
-        buffer.chunks_mut(layout.size()).enumerate().for_each(run);
-    }
+            .for_each(|(chunk, slots)| attend(row, chunk, slots));
+        finish(parts, weights, out)
+    };
 
-    let mut export = export.map(|(reduce, weights)| {
-        let from = weights.len();
-        weights.resize(from + rows.len() * n, 0.0);
-        (reduce, &mut weights[from..])
-    });
-    let mut factors = vec![0.0; chunks * group];
-    for (row, parts) in buffer.chunks_exact(chunks * layout.size()).enumerate() {
-        for (g, out) in out[row * group * head_dim..(row + 1) * group * head_dim]
-            .chunks_exact_mut(head_dim)
-            .enumerate()
-        {
-            merge_head(layout, parts, g, &mut factors, out).map_err(|()| row)?;
+    let threads = rayon::current_num_threads();
+    let worth_it = rows.len() * n * head_dim * group >= PARALLEL_FROM;
+    let good: Vec<bool> = if threads == 1 || !worth_it {
+        tasks.map(whole).collect()
+    } else {
+        let tasks: Vec<Task<'_>> = tasks.collect();
+        // Whole rows need the other threads only once; they must be many for all threads to end together.
+        if rows.len().is_multiple_of(threads) || rows.len() >= 4 * threads {
+            tasks.into_par_iter().map(whole).collect()
+        } else {
+            let split = |(row, parts, out, weights): Task<'_>| {
+                let slots = parts.par_chunks_exact_mut(layout.size());
+                slots
+                    .enumerate()
+                    .for_each(|(chunk, slots)| attend(row, chunk, slots));
+                finish(parts, weights, out)
+            };
+            tasks.into_par_iter().map(split).collect()
         }
-        if let Some((reduce, weights)) = &mut export {
-            let weights = &mut weights[row * n..(row + 1) * n];
-            for ((part, weights), factors) in parts
-                .chunks_exact(layout.size())
-                .zip(weights.chunks_mut(CHUNK))
-                .zip(factors.chunks_exact(group))
-            {
-                arch.dispatch(Export {
-                    reduce: *reduce,
-                    layout,
-                    part,
-                    factors,
-                    weights,
-                });
-            }
-        }
-    }
-    Ok(())
+    };
+    good.iter().position(|good| !good).map_or(Ok(()), Err)
 }
+
+/// A row with its workspace, its outputs and the place for its weights, which is empty where they are not wanted.
+type Task<'a> = (usize, &'a mut [f32], &'a mut [f32], &'a mut [f32]);
 
 /// How one chunk's slice of the workspace is divided.
 #[derive(Clone, Copy)]
@@ -148,42 +172,36 @@ impl Slots {
         &part[from..from + self.head_dim]
     }
 
-    /// (maximum, sum) of query head `g`.
-    fn stats(self, part: &[f32], g: usize) -> (f32, f32) {
-        let at = self.group * (self.tokens + self.head_dim);
-        (part[at + g], part[at + self.group + g])
+    /// Where the maximum of query head `g` stands; its sum stands `group` further on.
+    fn maximum(self, g: usize) -> usize {
+        self.group * (self.tokens + self.head_dim) + g
     }
 }
 
-/// Combines the chunks of one query head; leaves each chunk's weight factor in `factors` `[chunks, group]`.
-fn merge_head(
-    layout: Slots,
-    parts: &[f32],
-    g: usize,
-    factors: &mut [f32],
-    out: &mut [f32],
-) -> std::result::Result<(), ()> {
-    let parts = || parts.chunks_exact(layout.size());
-    let max = parts()
-        .map(|p| layout.stats(p, g).0)
-        .fold(f32::NEG_INFINITY, f32::max);
+/// Combines the chunks of one query head and leaves each chunk's weight factor in place of its maximum; false where the
+/// softmax was not finite.
+fn merge_head(layout: Slots, parts: &mut [f32], g: usize, out: &mut [f32]) -> bool {
+    let (at_max, at_sum) = (layout.maximum(g), layout.maximum(g) + layout.group);
+    let max = parts
+        .chunks_exact(layout.size())
+        .fold(f32::NEG_INFINITY, |max, part| max.max(part[at_max]));
     let mut total = 0.0;
-    for (part, factor) in parts().zip(factors.chunks_exact_mut(layout.group)) {
-        let (local, sum) = layout.stats(part, g);
-        factor[g] = (local - max).exp();
-        total += sum * factor[g];
+    for part in parts.chunks_exact_mut(layout.size()) {
+        part[at_max] = (part[at_max] - max).exp();
+        total += part[at_sum] * part[at_max];
     }
     if !(total.is_finite() && total > 0.0) {
-        return Err(());
+        return false;
     }
     out.fill(0.0);
-    for (part, factor) in parts().zip(factors.chunks_exact_mut(layout.group)) {
-        factor[g] /= total;
+    for part in parts.chunks_exact_mut(layout.size()) {
+        part[at_max] /= total;
+        let factor = part[at_max];
         for (o, x) in out.iter_mut().zip(layout.out(part, g)) {
-            *o += factor[g] * x;
+            *o += factor * x;
         }
     }
-    Ok(())
+    true
 }
 
 /// Scores, local softmax and partial output of one chunk of one row.
@@ -210,6 +228,8 @@ impl<T: Element> WithSimd for Chunk<'_, T> {
         let (scores, out, stats, widen) = self.layout.split(self.slots);
         let count = self.keys.len() / d;
         for (b, keys) in self.keys.chunks(BLOCK * d).enumerate() {
+            let next = self.keys.get((b + 1) * BLOCK * d..).unwrap_or_default();
+            let mut ahead = Ahead::new(if next.is_empty() { self.values } else { next }, d);
             let keys = T::widen(keys, widen);
             let mut g = 0;
             while g < group {
@@ -217,9 +237,9 @@ impl<T: Element> WithSimd for Chunk<'_, T> {
                 let queries = &self.queries[g * d..(g + width) * d];
                 let scores = &mut scores[g * stride + b * BLOCK..];
                 match width {
-                    4 => score_block::<S, 4, 2>(simd, queries, keys, d, stride, scores),
-                    2 => score_block::<S, 2, 4>(simd, queries, keys, d, stride, scores),
-                    _ => score_block::<S, 1, 8>(simd, queries, keys, d, stride, scores),
+                    4 => score_block::<S, 4, 2, T>(simd, queries, keys, stride, &mut ahead, scores),
+                    2 => score_block::<S, 2, 4, T>(simd, queries, keys, stride, &mut ahead, scores),
+                    _ => score_block::<S, 1, 8, T>(simd, queries, keys, stride, &mut ahead, scores),
                 }
                 g += width;
             }
@@ -246,6 +266,8 @@ impl<T: Element> WithSimd for Chunk<'_, T> {
         }
         out.fill(0.0);
         for (b, values) in self.values.chunks(BLOCK * d).enumerate() {
+            let next = self.values.get((b + 1) * BLOCK * d..).unwrap_or_default();
+            let mut ahead = Ahead::new(next, d);
             let values = T::widen(values, widen);
             let mut g = 0;
             while g < group {
@@ -253,9 +275,9 @@ impl<T: Element> WithSimd for Chunk<'_, T> {
                 let weights = &scores[g * stride + b * BLOCK..];
                 let out = &mut out[g * d..(g + width) * d];
                 match width {
-                    4 => mix_block::<S, 4, 2>(simd, weights, stride, values, d, out),
-                    2 => mix_block::<S, 2, 4>(simd, weights, stride, values, d, out),
-                    _ => mix_block::<S, 1, 8>(simd, weights, stride, values, d, out),
+                    4 => mix_block::<S, 4, 2, T>(simd, weights, values, stride, &mut ahead, out),
+                    2 => mix_block::<S, 2, 4, T>(simd, weights, values, stride, &mut ahead, out),
+                    _ => mix_block::<S, 1, 8, T>(simd, weights, values, stride, &mut ahead, out),
                 }
                 g += width;
             }
@@ -291,21 +313,49 @@ fn maximum<S: Simd>(simd: S, scores: &[f32]) -> f32 {
     max
 }
 
+/// What the next block will read, asked for piece by piece while this one is computed: all at once would fill the machine's queue of
+/// outstanding lines and stop it.
+struct Ahead<'a, T> {
+    next: &'a [T],
+    head_dim: usize,
+}
+
+impl<'a, T> Ahead<'a, T> {
+    /// The first block of `data`, whose rows have `head_dim` elements.
+    #[inline(always)]
+    fn new(data: &'a [T], head_dim: usize) -> Self {
+        let next = &data[..data.len().min(BLOCK * head_dim)];
+        Self { next, head_dim }
+    }
+
+    /// Asks for the next `elements`.
+    #[inline(always)]
+    fn fetch(&mut self, elements: usize) {
+        let (now, later) = self.next.split_at(elements.min(self.next.len()));
+        for line in now.chunks_exact(LINE / std::mem::size_of::<T>()) {
+            prefetch(&line[0]);
+        }
+        self.next = later;
+    }
+}
+
 // Fewer heads at once take more keys or columns at once: eight sums under way hide the latency of the multiply-add.
 
 /// scores[h, j] = q_h · k_j for `H` query heads and all keys of a block, `K` at a time; `scores` has row stride `stride`.
 #[inline(always)]
-fn score_block<S: Simd, const H: usize, const K: usize>(
+fn score_block<S: Simd, const H: usize, const K: usize, T>(
     simd: S,
     queries: &[f32],
     keys: &[f32],
-    d: usize,
     stride: usize,
+    ahead: &mut Ahead<'_, T>,
     scores: &mut [f32],
 ) {
+    let d = ahead.head_dim;
     let mut at = 0;
     let mut tiles = keys.chunks_exact(K * d);
     for tile in tiles.by_ref() {
+        ahead.fetch(K * d);
         let mut rows: [&[f32]; K] = [&[]; K];
         for t in 0..K {
             rows[t] = &tile[t * d..(t + 1) * d];
@@ -367,14 +417,15 @@ fn dot<S: Simd, const H: usize, const K: usize>(
 
 /// out[h] += Σ_j weights[h, j] v_j for `H` query heads and the values of a block, `L` vectors of columns at a time.
 #[inline(always)]
-fn mix_block<S: Simd, const H: usize, const L: usize>(
+fn mix_block<S: Simd, const H: usize, const L: usize, T>(
     simd: S,
     weights: &[f32],
-    stride: usize,
     values: &[f32],
-    d: usize,
+    stride: usize,
+    ahead: &mut Ahead<'_, T>,
     out: &mut [f32],
 ) {
+    let d = ahead.head_dim;
     // The block's weights by token, so that the loops below need no index into them.
     let mut packed = [[0.0; H]; BLOCK];
     let count = values.len() / d;
@@ -387,6 +438,7 @@ fn mix_block<S: Simd, const H: usize, const L: usize>(
     let packed = &packed[..count];
     let mut lane = 0;
     while lane + L * S::F32_LANES <= d {
+        ahead.fetch(L * S::F32_LANES * count);
         mix_lanes::<S, H, L>(simd, packed, values, d, lane, out);
         lane += L * S::F32_LANES;
     }
@@ -442,7 +494,6 @@ struct Export<'a> {
     reduce: Reduce,
     layout: Slots,
     part: &'a [f32],
-    factors: &'a [f32],
     weights: &'a mut [f32],
 }
 
@@ -450,28 +501,33 @@ impl WithSimd for Export<'_> {
     type Output = ();
 
     #[inline(always)]
-    fn with_simd<S: Simd>(self, _: S) {
+    fn with_simd<S: Simd>(self, simd: S) {
+        let Slots { group, tokens, .. } = self.layout;
         let count = self.weights.len();
-        let share = 1.0 / self.factors.len() as f32;
-        for (g, &factor) in self.factors.iter().enumerate() {
-            let part = &self.part[g * self.layout.tokens..][..count];
-            let pairs = self.weights.iter_mut().zip(part);
-            match self.reduce {
-                Reduce::Max => {
-                    for (w, e) in pairs {
-                        let x = e * factor;
-                        *w = if x > *w { x } else { *w };
-                    }
+        let share = match self.reduce {
+            Reduce::Mean => 1.0 / group as f32,
+            Reduce::Max | Reduce::Sum => 1.0,
+        };
+        let (weights, weights_tail) = S::as_mut_simd_f32s(self.weights);
+        for g in 0..group {
+            let factor = self.part[self.layout.maximum(g)] * share;
+            let factors = simd.splat_f32s(factor);
+            let (part, part_tail) = S::as_simd_f32s(&self.part[g * tokens..][..count]);
+            let pairs = weights.iter_mut().zip(part);
+            let tails = weights_tail.iter_mut().zip(part_tail);
+            if self.reduce == Reduce::Max {
+                for (w, &e) in pairs {
+                    *w = simd.max_f32s(*w, simd.mul_f32s(e, factors));
                 }
-                Reduce::Sum => {
-                    for (w, e) in pairs {
-                        *w += e * factor;
-                    }
+                for (w, e) in tails {
+                    *w = w.max(e * factor);
                 }
-                Reduce::Mean => {
-                    for (w, e) in pairs {
-                        *w += e * (factor * share);
-                    }
+            } else {
+                for (w, &e) in pairs {
+                    *w = simd.mul_add_f32s(e, factors, *w);
+                }
+                for (w, e) in tails {
+                    *w += e * factor;
                 }
             }
         }

@@ -7,10 +7,12 @@ pub(crate) mod decode;
 pub(crate) mod device;
 mod element;
 mod exp;
+mod machine;
 pub(crate) mod prefill;
 mod tensors;
 
 pub(crate) use element::Element;
+pub use exp::exp;
 pub(crate) use tensors::{expect_shape, read};
 
 use crate::error::{Error, Result};

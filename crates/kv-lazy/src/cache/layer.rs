@@ -28,6 +28,8 @@ pub(super) struct Layer {
     pub(super) store: Box<dyn Store>,
     pub(super) attended: bool,
     pub(super) index: usize,
+    /// Bytes of the storage when they were last looked at.
+    pub(super) bytes: usize,
     /// Each for `heads` consecutive rows.
     evictors: Vec<Evictor>,
     heads: usize,
@@ -84,6 +86,7 @@ impl Layer {
             store,
             attended: true,
             index,
+            bytes: 0,
             fresh: evictors.clone(),
             heads: rows.checked_div(evictors.len()).unwrap_or(1),
             evictors,
@@ -96,16 +99,17 @@ impl Layer {
         self.needs
     }
 
-    /// Appends and attends; the policy sees the weights and may evict.
-    pub(super) fn attend(
-        &mut self,
-        q: &Tensor,
-        k: &Tensor,
-        v: &Tensor,
-        scale: f64,
-        clock: &Clock,
-    ) -> Result<Tensor> {
-        self.append(k, v, clock)?;
+    /// Numbers the sequences from `first` on; before the first token.
+    pub(super) fn number_from(&mut self, first: usize, batch: usize) {
+        let per_sequence = (self.evictors.len() / batch.max(1)).max(1);
+        for (part, evictor) in self.evictors.iter_mut().enumerate() {
+            evictor.renumber(first + part / per_sequence);
+        }
+        self.fresh.clone_from(&self.evictors);
+    }
+
+    /// Attends what was appended; the policy sees the weights.
+    pub(super) fn attend(&mut self, q: &Tensor, scale: f64, clock: &Clock) -> Result<Tensor> {
         let position = clock.next - clock.tokens;
         if let Some(queries) = &mut self.queries {
             queries.push(q, scale as f32, position)?;
@@ -144,7 +148,6 @@ impl Layer {
         if let Some(export) = export {
             self.observe(export, clock);
         }
-        self.evict(clock)?;
         Ok(out)
     }
 
@@ -336,5 +339,6 @@ impl Layer {
             queries.clear();
         }
         self.attended = true;
+        self.bytes = 0;
     }
 }

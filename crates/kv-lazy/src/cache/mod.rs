@@ -51,6 +51,9 @@ pub struct CacheSet {
     device: Device,
     clock: Clock,
     recorder: Option<Recorder>,
+    /// Bytes of keys and values now, and the most there were.
+    held: usize,
+    peak: usize,
 }
 
 /// A clock before the first step.
@@ -146,6 +149,23 @@ impl CacheSet {
         Ok(set)
     }
 
+    /// Numbers the sequences of the batch from `first` on, in place of 0: policies that draw then draw the same for a sequence of a larger
+    /// run, however it is cut into batches.
+    ///
+    /// # Errors
+    /// [`Error::NotReset`] once there are tokens.
+    pub fn numbered_from(mut self, first: usize) -> Result<Self> {
+        if self.clock.next > 0 {
+            return Err(Error::NotReset {
+                held: self.logical_len(),
+            });
+        }
+        for layer in &mut self.layers {
+            layer.number_from(first, self.batch);
+        }
+        Ok(self)
+    }
+
     fn build(
         layers: &[LayerShape],
         batch: usize,
@@ -174,6 +194,8 @@ impl CacheSet {
             device,
             clock: START,
             recorder: None,
+            held: 0,
+            peak: 0,
         })
     }
 
@@ -272,8 +294,12 @@ impl CacheSet {
         if let Some(recorder) = &mut self.recorder {
             recorder.push(layer, q, k, v, scale)?;
         }
-        let out = self.layers[layer].attend(q, k, v, scale, &self.clock)?;
-        self.layers[layer].attended = true;
+        let clock = self.clock;
+        self.append(layer, k, v)?;
+        let at = &mut self.layers[layer];
+        let out = at.attend(q, scale, &clock)?;
+        at.evict(&clock)?;
+        self.finish(layer);
         Ok(out)
     }
 
@@ -286,8 +312,7 @@ impl CacheSet {
     pub fn extend(&mut self, layer: usize, k: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
         self.check(layer, [("k", k), ("v", v)])?;
         let (clock, batch) = (self.clock, self.batch);
-        let at = &mut self.layers[layer];
-        let needs = at.needs();
+        let needs = self.layers[layer].needs();
         if needs.weights.is_some() || needs.queries > 0 {
             return Err(Error::NeedUnavailable {
                 policy: format!("of layer {layer}"),
@@ -295,11 +320,35 @@ impl CacheSet {
                 path: "attention computed elsewhere",
             });
         }
-        at.append(k, v, &clock)?;
+        self.append(layer, k, v)?;
+        let at = &mut self.layers[layer];
         let tensors = at.store.tensors(batch)?;
         at.evict(&clock)?;
-        at.attended = true;
+        self.finish(layer);
         Ok(tensors)
+    }
+
+    /// Appends to a layer; the step holds the most bytes now, before the layer evicts.
+    fn append(&mut self, layer: usize, k: &Tensor, v: &Tensor) -> Result<()> {
+        let at = &mut self.layers[layer];
+        at.append(k, v, &self.clock)?;
+        self.account(layer);
+        self.peak = self.peak.max(self.held);
+        Ok(())
+    }
+
+    /// The layer has done its step.
+    fn finish(&mut self, layer: usize) {
+        self.account(layer);
+        self.layers[layer].attended = true;
+    }
+
+    /// Takes the layer's bytes as they are now into the sum over all.
+    fn account(&mut self, layer: usize) {
+        let at = &mut self.layers[layer];
+        let bytes = at.store.bytes();
+        self.held = self.held - at.bytes + bytes;
+        at.bytes = bytes;
     }
 
     /// Checks that the layer awaits its turn and that the step's tensors fit it.
@@ -409,6 +458,12 @@ impl CacheSet {
         self.layers.iter().map(|layer| layer.store.bytes()).sum()
     }
 
+    /// The most bytes that keys and values of all layers have occupied since the set was new or [reset](Self::reset), within steps
+    /// too: after a layer has appended and before it evicts. What the allocator holds while it moves a row is not counted.
+    pub fn peak_bytes(&self) -> usize {
+        self.peak
+    }
+
     /// Bytes that the policies remember beside keys and values.
     pub fn state_bytes(&self) -> usize {
         self.layers.iter().map(Layer::state_bytes).sum()
@@ -423,6 +478,7 @@ impl CacheSet {
     pub fn reset(&mut self) {
         self.layers.iter_mut().for_each(Layer::reset);
         self.clock = START;
+        (self.held, self.peak) = (0, 0);
     }
 
     /// A copy of everything, to return to after speculative tokens.
@@ -434,6 +490,8 @@ impl CacheSet {
             device: self.device.clone(),
             clock: self.clock,
             recorder: None,
+            held: self.held,
+            peak: self.peak,
         })
     }
 

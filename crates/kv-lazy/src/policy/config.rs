@@ -38,9 +38,9 @@ pub struct LazySettings {
     pub threshold: Threshold,
     /// How weights are reduced over a group before they are compared with the threshold.
     pub reduce: Reduce,
-    /// How H1 and H2 combine.
-    pub combine: Combine,
-    /// Smallest MRI that earns H2; unset: the mode's.
+    /// How H1 and H2 combine; unset: the mode's.
+    pub combine: Option<Combine>,
+    /// Smallest MRI that earns H2; unset: 1.
     pub h2_min_mri: Option<u32>,
 }
 
@@ -50,7 +50,7 @@ impl Default for LazySettings {
             window: None,
             threshold: Threshold::Absolute(1e-4),
             reduce: Reduce::Max,
-            combine: Combine::Sum,
+            combine: None,
             h2_min_mri: None,
         }
     }
@@ -347,7 +347,7 @@ impl PolicyConfig {
 fn lazy(mode: Mode, settings: LazySettings, budget: Budget) -> Result<Box<dyn Policy>> {
     let window = settings.window.unwrap_or_else(|| quarter(budget, 128));
     let mut importance = Importance::of(mode);
-    importance.combine = settings.combine;
+    importance.combine = settings.combine.unwrap_or(importance.combine);
     importance.h2_min_mri = settings.h2_min_mri.unwrap_or(importance.h2_min_mri);
     let lazy = Lazy::new(mode, window, settings.threshold, settings.reduce)?;
     Ok(Box::new(lazy.with_importance(importance)))

@@ -116,6 +116,12 @@ impl Evictor {
             .collect()
     }
 
+    /// Tells the policy that its sequence has another number; before the first token.
+    pub(crate) fn renumber(&mut self, sequence: usize) {
+        self.place.sequence = sequence;
+        self.policy.start(self.place);
+    }
+
     /// What the policy must be given.
     pub fn needs(&self) -> Needs {
         self.policy.needs()

@@ -1,8 +1,7 @@
 //! Any policy, judged every W steps and with the newest W tokens protected: the window of LazyEviction alone.
 
-use super::{Clock, Needs, Phase, Place, Policy, Rows, Rule, Score, Seen, Trigger};
-use crate::error::Result;
-use crate::store::{Layout, Relocation};
+use super::{Phase, Policy, Rule, Trigger};
+use crate::store::Layout;
 
 /// Evicts every `window` steps in place of every step.
 #[derive(Debug, Clone)]
@@ -22,9 +21,6 @@ impl<P: Policy + Clone + 'static> Policy for Lagged<P> {
     fn name(&self) -> &'static str {
         self.inner.name()
     }
-    fn needs(&self) -> Needs {
-        self.inner.needs()
-    }
     fn rule(&self, phase: Phase) -> Rule {
         let rule = self.inner.rule(phase);
         Rule {
@@ -38,29 +34,11 @@ impl<P: Policy + Clone + 'static> Policy for Lagged<P> {
             ..rule
         }
     }
-    fn start(&mut self, place: Place) {
-        self.inner.start(place);
+    fn inner(&self) -> Option<&dyn Policy> {
+        Some(&self.inner)
     }
-    fn append(&mut self, clock: &Clock) {
-        self.inner.append(clock);
-    }
-    fn observe(&mut self, head: usize, seen: Seen<'_>, clock: &Clock) {
-        self.inner.observe(head, seen, clock);
-    }
-    fn score(
-        &mut self,
-        head: usize,
-        rows: &dyn Rows,
-        clock: &Clock,
-        scores: &mut [Score],
-    ) -> Result<()> {
-        self.inner.score(head, rows, clock, scores)
-    }
-    fn relocate(&mut self, head: usize, moves: &Relocation) {
-        self.inner.relocate(head, moves);
-    }
-    fn state_bytes(&self) -> usize {
-        self.inner.state_bytes()
+    fn inner_mut(&mut self) -> Option<&mut dyn Policy> {
+        Some(&mut self.inner)
     }
     fn boxed_clone(&self) -> Box<dyn Policy> {
         Box::new(self.clone())

@@ -194,19 +194,47 @@ impl Score {
 }
 
 /// A policy for one layer of one sequence.
+///
+/// A combinator gives the policy it wraps as [`inner`](Self::inner) and implements what it changes: everything else is the inner
+/// policy's. Without an inner policy the defaults remember nothing, look at nothing and give all tokens the same score.
 pub trait Policy: std::fmt::Debug + Send + Sync {
     /// The name used on the command line.
     fn name(&self) -> &'static str;
-    /// What must be provided.
-    fn needs(&self) -> Needs;
     /// When to evict and what is never evicted.
     fn rule(&self, phase: Phase) -> Rule;
+    /// A deep copy.
+    fn boxed_clone(&self) -> Box<dyn Policy>;
+    /// The policy that this one wraps.
+    fn inner(&self) -> Option<&dyn Policy> {
+        None
+    }
+    /// The same, to be changed; some exactly where `inner` is.
+    fn inner_mut(&mut self) -> Option<&mut dyn Policy> {
+        None
+    }
+    /// What must be provided.
+    fn needs(&self) -> Needs {
+        self.inner()
+            .map_or_else(Needs::default, |inner| inner.needs())
+    }
     /// Called once, before the first token.
-    fn start(&mut self, place: Place);
+    fn start(&mut self, place: Place) {
+        if let Some(inner) = self.inner_mut() {
+            inner.start(place);
+        }
+    }
     /// `clock.tokens` tokens join every head, at the end.
-    fn append(&mut self, clock: &Clock);
+    fn append(&mut self, clock: &Clock) {
+        if let Some(inner) = self.inner_mut() {
+            inner.append(clock);
+        }
+    }
     /// What the policy asked for, once per head and step.
-    fn observe(&mut self, head: usize, seen: Seen<'_>, clock: &Clock);
+    fn observe(&mut self, head: usize, seen: Seen<'_>, clock: &Clock) {
+        if let Some(inner) = self.inner_mut() {
+            inner.observe(head, seen, clock);
+        }
+    }
     /// Scores for all of a head's tokens, in physical order; called when an eviction is due.
     ///
     /// # Errors
@@ -217,13 +245,22 @@ pub trait Policy: std::fmt::Debug + Send + Sync {
         rows: &dyn Rows,
         clock: &Clock,
         scores: &mut [Score],
-    ) -> Result<()>;
+    ) -> Result<()> {
+        match self.inner_mut() {
+            Some(inner) => inner.score(head, rows, clock, scores),
+            None => Ok(()),
+        }
+    }
     /// Tokens of a head move or leave: per-token state follows.
-    fn relocate(&mut self, head: usize, moves: &Relocation);
+    fn relocate(&mut self, head: usize, moves: &Relocation) {
+        if let Some(inner) = self.inner_mut() {
+            inner.relocate(head, moves);
+        }
+    }
     /// Bytes of per-token state.
-    fn state_bytes(&self) -> usize;
-    /// A deep copy.
-    fn boxed_clone(&self) -> Box<dyn Policy>;
+    fn state_bytes(&self) -> usize {
+        self.inner().map_or(0, |inner| inner.state_bytes())
+    }
 }
 
 impl Clone for Box<dyn Policy> {
@@ -236,37 +273,16 @@ impl Policy for Box<dyn Policy> {
     fn name(&self) -> &'static str {
         self.as_ref().name()
     }
-    fn needs(&self) -> Needs {
-        self.as_ref().needs()
-    }
     fn rule(&self, phase: Phase) -> Rule {
         self.as_ref().rule(phase)
     }
-    fn start(&mut self, place: Place) {
-        self.as_mut().start(place);
-    }
-    fn append(&mut self, clock: &Clock) {
-        self.as_mut().append(clock);
-    }
-    fn observe(&mut self, head: usize, seen: Seen<'_>, clock: &Clock) {
-        self.as_mut().observe(head, seen, clock);
-    }
-    fn score(
-        &mut self,
-        head: usize,
-        rows: &dyn Rows,
-        clock: &Clock,
-        scores: &mut [Score],
-    ) -> Result<()> {
-        self.as_mut().score(head, rows, clock, scores)
-    }
-    fn relocate(&mut self, head: usize, moves: &Relocation) {
-        self.as_mut().relocate(head, moves);
-    }
-    fn state_bytes(&self) -> usize {
-        self.as_ref().state_bytes()
-    }
     fn boxed_clone(&self) -> Box<dyn Policy> {
         self.as_ref().boxed_clone()
+    }
+    fn inner(&self) -> Option<&dyn Policy> {
+        Some(self.as_ref())
+    }
+    fn inner_mut(&mut self) -> Option<&mut dyn Policy> {
+        Some(self.as_mut())
     }
 }

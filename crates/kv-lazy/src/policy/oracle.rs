@@ -1,8 +1,7 @@
 //! Oracle: keeps what will be attended most. For replay only, where the future is known.
 
-use super::{Clock, Needs, Phase, Place, Policy, Rows, Rule, Score, Seen};
+use super::{Clock, Phase, Policy, Rows, Rule, Score};
 use crate::error::Result;
-use crate::store::Relocation;
 use std::sync::Arc;
 
 /// The attention that is still to come.
@@ -38,18 +37,12 @@ impl Policy for Oracle {
     fn name(&self) -> &'static str {
         "oracle"
     }
-    fn needs(&self) -> Needs {
-        Needs::default()
-    }
     fn rule(&self, _: Phase) -> Rule {
         Rule {
             recent: 0,
             ..Rule::lagged(self.window)
         }
     }
-    fn start(&mut self, _: Place) {}
-    fn append(&mut self, _: &Clock) {}
-    fn observe(&mut self, _: usize, _: Seen<'_>, _: &Clock) {}
     fn score(
         &mut self,
         head: usize,
@@ -66,10 +59,6 @@ impl Policy for Oracle {
             score.value = mass;
         }
         Ok(())
-    }
-    fn relocate(&mut self, _: usize, _: &Relocation) {}
-    fn state_bytes(&self) -> usize {
-        0
     }
     fn boxed_clone(&self) -> Box<dyn Policy> {
         Box::new(self.clone())

@@ -1,8 +1,6 @@
 //! Any policy with more protected: sinks, newest tokens, the prompt.
 
-use super::{Clock, Needs, Phase, Place, Policy, Prompt, Rows, Rule, Score, Seen};
-use crate::error::Result;
-use crate::store::Relocation;
+use super::{Phase, Policy, Prompt, Rule};
 
 /// Protects tokens that `inner` might evict.
 #[derive(Debug, Clone)]
@@ -29,9 +27,6 @@ impl<P: Policy + Clone + 'static> Policy for Protect<P> {
     fn name(&self) -> &'static str {
         self.inner.name()
     }
-    fn needs(&self) -> Needs {
-        self.inner.needs()
-    }
     fn rule(&self, phase: Phase) -> Rule {
         let rule = self.inner.rule(phase);
         Rule {
@@ -41,29 +36,11 @@ impl<P: Policy + Clone + 'static> Policy for Protect<P> {
             ..rule
         }
     }
-    fn start(&mut self, place: Place) {
-        self.inner.start(place);
+    fn inner(&self) -> Option<&dyn Policy> {
+        Some(&self.inner)
     }
-    fn append(&mut self, clock: &Clock) {
-        self.inner.append(clock);
-    }
-    fn observe(&mut self, head: usize, seen: Seen<'_>, clock: &Clock) {
-        self.inner.observe(head, seen, clock);
-    }
-    fn score(
-        &mut self,
-        head: usize,
-        rows: &dyn Rows,
-        clock: &Clock,
-        scores: &mut [Score],
-    ) -> Result<()> {
-        self.inner.score(head, rows, clock, scores)
-    }
-    fn relocate(&mut self, head: usize, moves: &Relocation) {
-        self.inner.relocate(head, moves);
-    }
-    fn state_bytes(&self) -> usize {
-        self.inner.state_bytes()
+    fn inner_mut(&mut self) -> Option<&mut dyn Policy> {
+        Some(&mut self.inner)
     }
     fn boxed_clone(&self) -> Box<dyn Policy> {
         Box::new(self.clone())

@@ -7,9 +7,8 @@
 
 use super::snapkv::{Pooling, check_window};
 use super::window::{WindowLogits, dot, softmax};
-use super::{Clock, Needs, Phase, Place, Policy, Rows, Rule, Score, Seen};
+use super::{Clock, Needs, Phase, Policy, Rows, Rule, Score};
 use crate::error::{Error, Result};
-use crate::store::Relocation;
 
 /// Importance minus redundancy, every so many steps.
 #[derive(Debug, Clone, Copy)]
@@ -115,9 +114,6 @@ impl Policy for RKv {
             ..Rule::lagged(self.every)
         }
     }
-    fn start(&mut self, _: Place) {}
-    fn append(&mut self, _: &Clock) {}
-    fn observe(&mut self, _: usize, _: Seen<'_>, _: &Clock) {}
     fn score(
         &mut self,
         head: usize,
@@ -134,10 +130,6 @@ impl Policy for RKv {
             score.value = self.lambda * important - (1.0 - self.lambda) * redundant;
         }
         Ok(())
-    }
-    fn relocate(&mut self, _: usize, _: &Relocation) {}
-    fn state_bytes(&self) -> usize {
-        0
     }
     fn boxed_clone(&self) -> Box<dyn Policy> {
         Box::new(*self)

@@ -3,9 +3,8 @@
 //! Uniform per head; the draw is a function of (seed, layer, sequence, head, step, token), so that a run can be repeated, a
 //! snapshot needs no generator state and slots do not matter.
 
-use super::{Clock, Needs, Phase, Place, Policy, Prompt, Rows, Rule, Score, Seen};
+use super::{Clock, Phase, Place, Policy, Prompt, Rows, Rule, Score};
 use crate::error::Result;
-use crate::store::Relocation;
 use rand::{RngCore, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -41,9 +40,6 @@ impl Policy for Random {
     fn name(&self) -> &'static str {
         "random"
     }
-    fn needs(&self) -> Needs {
-        Needs::default()
-    }
     fn rule(&self, _: Phase) -> Rule {
         let prompt = if self.protect_prompt {
             Prompt::Keep
@@ -60,8 +56,6 @@ impl Policy for Random {
     fn start(&mut self, place: Place) {
         self.place = place;
     }
-    fn append(&mut self, _: &Clock) {}
-    fn observe(&mut self, _: usize, _: Seen<'_>, _: &Clock) {}
     fn score(
         &mut self,
         head: usize,
@@ -84,10 +78,6 @@ impl Policy for Random {
             score.tie = (mix(event ^ u64::from(id)) >> 32) as u32;
         }
         Ok(())
-    }
-    fn relocate(&mut self, _: usize, _: &Relocation) {}
-    fn state_bytes(&self) -> usize {
-        0
     }
     fn boxed_clone(&self) -> Box<dyn Policy> {
         Box::new(*self)

@@ -5,9 +5,9 @@
 //! asks for the same again every so many steps over the last w queries.
 
 use super::window::{WindowLogits, softmax};
-use super::{Clock, Needs, Phase, Place, Policy, Rows, Rule, Score, Seen, Trigger};
+use super::{Clock, Needs, Phase, Policy, Rows, Rule, Score, Trigger};
 use crate::error::{Error, Result};
-use crate::store::{Layout, Relocation};
+use crate::store::Layout;
 use serde::{Deserialize, Serialize};
 
 /// Smoothing of scores along the sequence.
@@ -104,9 +104,6 @@ impl Policy for SnapKv {
             ..Rule::STEPWISE
         }
     }
-    fn start(&mut self, _: Place) {}
-    fn append(&mut self, _: &Clock) {}
-    fn observe(&mut self, _: usize, _: Seen<'_>, _: &Clock) {}
     fn score(
         &mut self,
         head: usize,
@@ -134,10 +131,6 @@ impl Policy for SnapKv {
             }
         }
         Ok(())
-    }
-    fn relocate(&mut self, _: usize, _: &Relocation) {}
-    fn state_bytes(&self) -> usize {
-        0
     }
     fn boxed_clone(&self) -> Box<dyn Policy> {
         Box::new(*self)

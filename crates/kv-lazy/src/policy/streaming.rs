@@ -4,9 +4,9 @@
 //! positions; the authors' code re-rotates to positions inside the cache instead, which matters once the text is
 //! longer than the model's context.
 
-use super::{Clock, Needs, Phase, Place, Policy, Rows, Rule, Score, Seen};
+use super::{Clock, Phase, Policy, Rows, Rule, Score};
 use crate::error::Result;
-use crate::store::{Layout, Relocation};
+use crate::store::Layout;
 
 /// Sinks and a window of the newest tokens.
 #[derive(Debug, Clone, Copy)]
@@ -25,9 +25,6 @@ impl Policy for Streaming {
     fn name(&self) -> &'static str {
         "streaming"
     }
-    fn needs(&self) -> Needs {
-        Needs::default()
-    }
     fn rule(&self, _: Phase) -> Rule {
         Rule {
             sinks: self.sinks,
@@ -36,9 +33,6 @@ impl Policy for Streaming {
             ..Rule::STEPWISE
         }
     }
-    fn start(&mut self, _: Place) {}
-    fn append(&mut self, _: &Clock) {}
-    fn observe(&mut self, _: usize, _: Seen<'_>, _: &Clock) {}
     fn score(
         &mut self,
         head: usize,
@@ -50,10 +44,6 @@ impl Policy for Streaming {
             score.tie = id;
         }
         Ok(())
-    }
-    fn relocate(&mut self, _: usize, _: &Relocation) {}
-    fn state_bytes(&self) -> usize {
-        0
     }
     fn boxed_clone(&self) -> Box<dyn Policy> {
         Box::new(*self)

@@ -3,7 +3,7 @@
 //! A few values of huge norm carry more of the output than their weights say; losing them sends generation into loops (VaSE,
 //! arXiv 2606.03928). Norms are computed once per token, when it is first judged.
 
-use super::{Clock, Needs, Phase, Place, Policy, Rows, Rule, Score, Seen};
+use super::{Clock, Needs, Phase, Place, Policy, Rows, Rule, Score};
 use crate::error::Result;
 use crate::store::Relocation;
 
@@ -48,12 +48,6 @@ impl<P: Policy + Clone + 'static> Policy for ValueNormGuard<P> {
         self.norms = vec![Vec::new(); place.heads];
         self.inner.start(place);
     }
-    fn append(&mut self, clock: &Clock) {
-        self.inner.append(clock);
-    }
-    fn observe(&mut self, head: usize, seen: Seen<'_>, clock: &Clock) {
-        self.inner.observe(head, seen, clock);
-    }
     fn score(
         &mut self,
         head: usize,
@@ -95,6 +89,12 @@ impl<P: Policy + Clone + 'static> Policy for ValueNormGuard<P> {
     }
     fn state_bytes(&self) -> usize {
         self.norms.iter().map(|n| n.len() * 4).sum::<usize>() + self.inner.state_bytes()
+    }
+    fn inner(&self) -> Option<&dyn Policy> {
+        Some(&self.inner)
+    }
+    fn inner_mut(&mut self) -> Option<&mut dyn Policy> {
+        Some(&mut self.inner)
     }
     fn boxed_clone(&self) -> Box<dyn Policy> {
         Box::new(self.clone())

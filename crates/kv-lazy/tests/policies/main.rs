@@ -444,7 +444,7 @@ fn lazy_equals_its_definition_step_by_step_in_paper_and_reference_mode() {
 /// Ten prompt tokens are needed every 24 steps; every generated token is active at birth and in the step after, and never again: MRI 1.
 /// By the paper and the program such tokens outrank the recurring ones for ever.
 #[test]
-fn stale_tokens_of_mri_one_drive_out_recurring_ones_unless_h2_is_withheld() {
+fn stale_tokens_of_mri_one_drive_out_recurring_ones_unless_h2_ends_with_the_interval() {
     let recurring_left = |mode, combine| {
         let lazy = Lazy::new(mode, 8, Threshold::Absolute(0.05), Reduce::Max).unwrap();
         let mut importance = Importance::of(mode);
@@ -477,7 +477,7 @@ fn stale_tokens_of_mri_one_drive_out_recurring_ones_unless_h2_is_withheld() {
     assert_eq!(recurring_left(Mode::Paper, Combine::Sum), 0);
     assert_eq!(recurring_left(Mode::Reference, Combine::Sum), 0);
     assert_eq!(recurring_left(Mode::Paper, Combine::H1Only), 10);
-    assert_eq!(recurring_left(Mode::Guarded, Combine::Sum), 10);
+    assert_eq!(recurring_left(Mode::Guarded, Combine::Gated), 10);
 }
 
 #[test]

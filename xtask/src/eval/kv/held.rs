@@ -5,7 +5,7 @@ use serde_json::json;
 
 use crate::row::Row;
 
-/// The most that was held between two steps.
+/// The most that was held.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct Held {
     kv_bytes: usize,
@@ -14,12 +14,21 @@ pub(crate) struct Held {
 }
 
 impl Held {
-    /// Looks at the caches after a step.
+    /// Looks at the caches after a step, and at the most they held since they were new.
     pub(crate) fn look(&mut self, cache: &CacheSet) {
+        self.note(cache, cache.peak_bytes());
+    }
+
+    /// Looks at the caches as they are after a step.
+    pub(crate) fn look_between(&mut self, cache: &CacheSet) {
+        self.note(cache, cache.bytes());
+    }
+
+    fn note(&mut self, cache: &CacheSet, kv_bytes: usize) {
         let batch = cache.batch().max(1);
         let layers = cache.shapes().len();
         let tokens = (0..layers).map(|layer| cache.physical_len(layer)).max();
-        self.kv_bytes = self.kv_bytes.max(cache.bytes() / batch);
+        self.kv_bytes = self.kv_bytes.max(kv_bytes / batch);
         self.state_bytes = self.state_bytes.max(cache.state_bytes() / batch);
         self.tokens = self.tokens.max(tokens.unwrap_or(0));
     }

@@ -1,10 +1,13 @@
-//! KV-cache eviction: what policies cost at equal budgets, in perplexity, in attention on recorded traces, and in recall.
+//! KV-cache eviction: what policies cost at equal budgets, in perplexity, in attention on recorded traces, and in recall; and what they
+//! save in time.
 
 mod draws;
 mod held;
 pub mod perplexity;
 pub mod policy;
 pub mod recall;
+mod several;
+pub mod speed;
 pub mod trace;
 mod verdict;
 
@@ -42,12 +45,14 @@ pub struct Config {
 /// What policies are put to.
 #[derive(Debug, Clone)]
 pub enum Task {
-    /// Decode-time perplexity of a text.
-    Perplexity(perplexity::Text),
+    /// Decode-time perplexity of a text, one entry a model.
+    Perplexity(Vec<perplexity::Text>),
     /// The attention kept on traces.
     Trace(trace::Traces),
     /// The answers of a model trained to recall.
     Recall(recall::Recall),
+    /// The speed of generation after a long context.
+    Speed(speed::Speed),
 }
 
 impl Config {
@@ -81,15 +86,16 @@ impl Config {
 /// A policy that cannot run within a budget, a model, text or trace that cannot be read or run.
 pub fn run(common: &Common, config: &Config) -> Result<Vec<Section>> {
     let oracle = config.policies.iter().any(Choice::is_oracle);
-    if oracle && !matches!(config.task, Task::Trace(_)) {
+    if oracle && matches!(config.task, Task::Perplexity(_) | Task::Speed(_)) {
         bail!(
-            "--policy oracle needs the attention of the future: it runs under --task trace alone"
+            "--policy oracle needs the attention of the future: it runs under --task trace and --task recall alone"
         );
     }
     match &config.task {
-        Task::Perplexity(text) => perplexity::run(common, config, text),
+        Task::Perplexity(texts) => perplexity::run(common, config, texts),
         Task::Trace(traces) => trace::run(common, config, traces),
         Task::Recall(recall) => recall::run(common, config, recall),
+        Task::Speed(speed) => speed::run(common, config, speed),
     }
 }
 
@@ -128,7 +134,11 @@ fn over_bytes(
     metric: &Metric,
     reference: Option<Reference>,
 ) -> Plot {
-    let held = |row: &Row| Some(100.0 * row.kv_bytes? as f64 / row.kv_bytes_full? as f64);
+    // To a tenth, which is what an axis has room for.
+    let held = |row: &Row| {
+        let share = row.kv_bytes? as f64 / row.kv_bytes_full? as f64;
+        Some((1e3 * share).round() / 10.0)
+    };
     Plot {
         title: format!("{title} over bytes held"),
         x: Axis::linear("keys and values held (% of the full cache's)"),

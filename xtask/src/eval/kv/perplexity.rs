@@ -14,7 +14,7 @@ use tensor_io::Checkpoint;
 use super::held::Held;
 use super::policy::{self, Choice};
 use super::verdict::{Metric, verdict};
-use super::{Config, FULL, SUITE, draws, over_budget, over_bytes, reference};
+use super::{Config, FULL, SUITE, draws, over_budget, over_bytes, reference, several};
 use crate::cli::Common;
 use crate::column::Column;
 use crate::eval::perplexity::{self, Protocol, file_name};
@@ -48,10 +48,27 @@ pub struct Text {
     pub batch: Option<usize>,
 }
 
-/// Measure every policy at every budget, and the full cache in the same way.
-pub(crate) fn run(common: &Common, config: &Config, text: &Text) -> Result<Vec<Section>> {
+/// Measure every policy at every budget, and the full cache in the same way, for each of several models.
+pub(crate) fn run(common: &Common, config: &Config, texts: &[Text]) -> Result<Vec<Section>> {
+    let sections = texts
+        .iter()
+        .map(|text| one(common, config, text, texts.len() > 1))
+        .collect::<Result<Vec<(Section, usize)>>>()?;
+    let overview = (texts.len() > 1).then(|| several::overview(&sections));
+    let own = sections.into_iter().map(|(section, _)| section);
+    Ok(overview.into_iter().chain(own).collect())
+}
+
+/// One model, and the window it was run in: among several, one that was made for less than the window has its own.
+fn one(common: &Common, config: &Config, text: &Text, among: bool) -> Result<(Section, usize)> {
     let checkpoint = Checkpoint::open(&text.text.model)?;
     let decoder = perplexity::open(common, &checkpoint)?;
+    let mut common = common.clone();
+    if among {
+        let reach = decoder.config().max_positions;
+        common.window = common.window.map(|window| window.min(reach));
+    }
+    let common = &common;
     let protocol = Protocol::new(common, &text.text, &decoder)?;
     let windows = protocol.evaluation(common, &text.text.text)?;
     let window = windows.window_len();
@@ -94,16 +111,21 @@ pub(crate) fn run(common: &Common, config: &Config, text: &Text) -> Result<Vec<S
         }
     }
     bar.finish();
-    compare_with_full(&mut rows, &file_name(&text.text.model));
+    let name = file_name(&text.text.model);
+    compare_with_full(&mut rows, &name);
+    let mut section = section(rows, window);
+    if among {
+        section.title = format!("{}, {name}", section.title);
+    }
     let section = protocol
-        .facts(section(rows, window), &text.text.text, &windows)
+        .facts(section, &text.text.text, &windows)
         .fact("prefilled", prompt)
         .fact("decoded", window - prompt)
         .fact("targets", windows.count() * (window - prompt))
         .fact("batch", batch)
         .fact("keys and values", format!("{:?}", decoder.dtype()))
         .fact("prompt", config.prompt_rule.said());
-    Ok(vec![section])
+    Ok((section, window))
 }
 
 /// Windows side by side that memory allows.
@@ -196,7 +218,7 @@ fn section(rows: Vec<Row>, window: usize) -> Section {
     let prose = format!(
         "Windows are prefilled in part and decoded to their end one token at a time, teacher-forced, under eviction; only decoded tokens \
          count, for the full cache as for the others. A budget is what a layer holds per sequence and KV head right after an eviction; \
-         bytes are the most that storage held between two steps, per sequence, all layers. Speed is that of all windows of a batch together \
+         bytes are the most that storage held at any time, within steps too, per sequence, all layers. Speed is that of all windows of a batch together \
          and without prefill. {}",
         verdict(&rows, &PERPLEXITY)
     );

@@ -2,10 +2,7 @@
 
 use anyhow::{Context, Result};
 use causal_lm::Model;
-use kv_lazy::policy::{
-    Budget, Clock, Needs, Phase, Place, Policy, Rows, Rule, Score, Seen, Threshold,
-};
-use kv_lazy::store::Relocation;
+use kv_lazy::policy::{Budget, Threshold};
 use kv_lazy::{CacheConfig, CacheSet, PolicyConfig, Prompt};
 
 use crate::row;
@@ -30,7 +27,7 @@ pub struct Choice {
 /// What happens to the prompt under every policy of a run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum PromptRule {
-    /// What each policy does by itself: random and raas keep it.
+    /// What each policy does by itself: random, raas and lazy-guarded keep it.
     Own,
     /// Every policy keeps it.
     Keep,
@@ -42,7 +39,7 @@ impl PromptRule {
     /// The protocol's word for it.
     pub(crate) fn said(self) -> &'static str {
         match self {
-            PromptRule::Own => "kept by random and raas, evictable for the others",
+            PromptRule::Own => "kept by random, raas and lazy-guarded, evictable for the others",
             PromptRule::Keep => "kept by every policy",
             PromptRule::Evict => "evictable for every policy",
         }
@@ -51,7 +48,7 @@ impl PromptRule {
 
 impl Choice {
     /// All names, the lagged variants of the policies that judge at every step included.
-    pub const NAMES: [&'static str; 19] = [
+    pub const NAMES: [&'static str; 20] = [
         "full",
         "streaming",
         "h2o",
@@ -70,13 +67,14 @@ impl Choice {
         "lagged-tova",
         "lagged-scissorhands",
         "lagged-raas",
+        "lagged-snapkv",
         "lagged-random",
     ];
 
-    /// What runs where nothing is asked for: all but the full cache, which runs anyway, and the oracle only `in_replay`.
-    pub fn names(in_replay: bool) -> impl Iterator<Item = &'static str> {
+    /// What runs where nothing is asked for: all but the full cache, which runs anyway, and the oracle only where the `future` is known.
+    pub fn names(future: bool) -> impl Iterator<Item = &'static str> {
         let names = Self::NAMES.into_iter();
-        names.filter(move |&name| name != "full" && (in_replay || name != "oracle"))
+        names.filter(move |&name| name != "full" && (future || name != "oracle"))
     }
 
     /// The policy of a name out of [`Choice::NAMES`]; `alpha` is the weight from which LazyEviction and RaaS take a token as active.
@@ -132,6 +130,8 @@ impl Choice {
             | PolicyConfig::LazyGuarded(settings) => {
                 settings.threshold = Threshold::Absolute(self.alpha);
             }
+            // Without this it judges the prompt alone.
+            PolicyConfig::Snapkv { every, .. } if self.lagged => *every = Some(lag(budget)),
             _ => {}
         }
         config.lag = self.lagged.then(|| lag(budget));
@@ -147,7 +147,7 @@ impl Choice {
     pub(crate) fn keeps_prompt(&self) -> bool {
         let own = matches!(
             self.policy,
-            PolicyConfig::Random { .. } | PolicyConfig::Raas { .. }
+            PolicyConfig::Random { .. } | PolicyConfig::Raas { .. } | PolicyConfig::LazyGuarded(_)
         );
         self.prompt == PromptRule::Keep || self.prompt == PromptRule::Own && own
     }
@@ -179,14 +179,14 @@ pub(crate) fn tokens(budget: row::Budget, window: usize) -> usize {
     }
 }
 
-/// Checks every policy at every budget by building its cache, so that a run of hours fails at its start.
+/// Checks every policy but the oracle at every budget by building its cache, so that a run of hours fails at its start.
 pub(crate) fn check(
     model: &Model<'_>,
     choices: &[Choice],
     budgets: &[row::Budget],
     window: usize,
 ) -> Result<()> {
-    for choice in choices {
+    for choice in choices.iter().filter(|choice| !choice.is_oracle()) {
         for &budget in budgets {
             let config = choice.cache(tokens(budget, window), 0);
             caches(model, Some(&config), 0, 1).with_context(|| choice.flags(budget))?;
@@ -206,66 +206,7 @@ pub(crate) fn caches(
         return Ok(model.full_cache(batch)?);
     };
     let (dtype, device) = (model.decoder().dtype(), model.decoder().device());
-    let policy = |layer| -> kv_lazy::Result<(Box<dyn Policy>, Budget)> {
-        let budget = config.layer_budget(layer)?;
-        let inner = config.build(budget)?;
-        Ok((Box::new(Numbered { inner, first }), budget))
-    };
-    Ok(CacheSet::with_policies(
-        &model.cache_shapes(),
-        batch,
-        dtype,
-        device,
-        policy,
-    )?)
-}
-
-/// A policy that is told its sequence's number in the whole run, not in the batch, so that draws do not depend on how sequences are
-/// batched.
-#[derive(Debug, Clone)]
-struct Numbered {
-    inner: Box<dyn Policy>,
-    first: usize,
-}
-
-impl Policy for Numbered {
-    fn name(&self) -> &'static str {
-        self.inner.name()
-    }
-    fn needs(&self) -> Needs {
-        self.inner.needs()
-    }
-    fn rule(&self, phase: Phase) -> Rule {
-        self.inner.rule(phase)
-    }
-    fn start(&mut self, place: Place) {
-        self.inner.start(Place {
-            sequence: self.first + place.sequence,
-            ..place
-        });
-    }
-    fn append(&mut self, clock: &Clock) {
-        self.inner.append(clock);
-    }
-    fn observe(&mut self, head: usize, seen: Seen<'_>, clock: &Clock) {
-        self.inner.observe(head, seen, clock);
-    }
-    fn score(
-        &mut self,
-        head: usize,
-        rows: &dyn Rows,
-        clock: &Clock,
-        scores: &mut [Score],
-    ) -> kv_lazy::Result<()> {
-        self.inner.score(head, rows, clock, scores)
-    }
-    fn relocate(&mut self, head: usize, moves: &Relocation) {
-        self.inner.relocate(head, moves);
-    }
-    fn state_bytes(&self) -> usize {
-        self.inner.state_bytes()
-    }
-    fn boxed_clone(&self) -> Box<dyn Policy> {
-        Box::new(self.clone())
-    }
+    let caches = CacheSet::new(&model.cache_shapes(), batch, dtype, device, config)?;
+    // Draws do not depend on how sequences are batched.
+    Ok(caches.numbered_from(first)?)
 }

@@ -250,7 +250,7 @@ fn replay(common: &Common, config: &Config, kind: &Kind) -> Result<Section> {
         .traces
         .iter()
         .map(attention_seconds)
-        .collect::<Result<Vec<f64>>>()?;
+        .collect::<Result<Vec<_>>>()?;
     let mut recurrence = MriHistogram::default();
     for trace in &kind.traces {
         recurrence.merge(&mri::of_trace(trace, config.threshold(), Reduce::Max)?);
@@ -273,7 +273,7 @@ fn replay(common: &Common, config: &Config, kind: &Kind) -> Result<Section> {
             let watch = Stopwatch::start();
             let layers = replay_all(trace, &cache, &options)?;
             let mut row = row.clone();
-            fill(&mut row, &layers, attention[index]);
+            fill(&mut row, &layers, &attention[index]);
             watch.stop(&mut row);
             bar.inc(1);
             Ok(Replayed { row, layers })
@@ -342,8 +342,8 @@ fn replay(common: &Common, config: &Config, kind: &Kind) -> Result<Section> {
     Ok(section)
 }
 
-/// Fills a row with the means over heads and layers; `attention` is the seconds per step and token of decode attention.
-fn fill(row: &mut Row, layers: &[LayerReport], attention: f64) {
+/// Fills a row with the means over heads and layers; `attention` is each layer's seconds per step and token of decode attention.
+fn fill(row: &mut Row, layers: &[LayerReport], attention: &[f64]) {
     let count = layers.len().max(1) as f64;
     let mean =
         |figure: &dyn Fn(&LayerReport) -> f64| layers.iter().map(figure).sum::<f64>() / count;
@@ -358,8 +358,12 @@ fn fill(row: &mut Row, layers: &[LayerReport], attention: f64) {
     row.kv_bytes_full = Some(layers.iter().map(|l| l.kv_bytes_full as u64).sum());
     row.state_bytes = Some(layers.iter().map(|l| l.state_bytes as u64).sum());
     let seconds: f64 = layers.iter().map(|l| l.policy_seconds).sum();
-    let footprint: f64 = layers.iter().map(|l| l.footprint as f64).sum();
-    let detail = |l: &LayerReport| {
+    let attention: Vec<f64> = layers
+        .iter()
+        .zip(attention)
+        .map(|(layer, seconds)| seconds * layer.footprint as f64)
+        .collect();
+    let detail = |(l, attention): (&LayerReport, &f64)| {
         json!({
             "layer": l.layer,
             "retained_mass": l.mean(|h| h.retained_mass),
@@ -369,9 +373,11 @@ fn fill(row: &mut Row, layers: &[LayerReport], attention: f64) {
             "renormalisation": l.mean(|h| h.renormalisation),
             "mean_tokens": l.mean_tokens,
             "peak_tokens": l.peak_tokens,
+            "policy_seconds": l.policy_seconds,
+            "attention_seconds": attention,
         })
     };
-    row.layers = layers.iter().map(detail).collect();
+    row.layers = layers.iter().zip(&attention).map(detail).collect();
     let peak = layers.iter().map(|l| l.peak_tokens).max();
     for (name, value) in [
         ("recall_at_k", json!(mean(&|l| l.mean(|h| h.recall)))),
@@ -384,24 +390,24 @@ fn fill(row: &mut Row, layers: &[LayerReport], attention: f64) {
         ("tokens_held", json!(peak)),
         (
             "policy_over_attention",
-            json!(seconds / (attention * footprint)),
+            json!(seconds / attention.iter().sum::<f64>()),
         ),
     ] {
         row.extra.insert(name.into(), value);
     }
 }
 
-/// Seconds that decode attention takes per step and token held, through a cache that keeps everything.
-fn attention_seconds(trace: &Trace) -> Result<f64> {
-    let (mut seconds, mut footprint) = (0.0, 0);
-    for layer in trace.layers.values() {
+/// Seconds that each layer's decode attention takes per step and token held, through a cache that keeps everything.
+fn attention_seconds(trace: &Trace) -> Result<Vec<f64>> {
+    let one = |layer: &LayerTrace| -> Result<f64> {
+        let (mut seconds, mut footprint) = (0.0, 0u64);
         let LayerTrace {
             query_heads,
             kv_heads,
             head_dim,
             tokens,
             ..
-        } = **layer;
+        } = *layer;
         let shape = LayerShape {
             query_heads,
             kv_heads,
@@ -426,11 +432,12 @@ fn attention_seconds(trace: &Trace) -> Result<f64> {
             cache.attend(0, &q, &k, &v, trace.meta.scale)?;
             if from >= prompt {
                 seconds += started.elapsed().as_secs_f64();
-                footprint += from + 1;
+                footprint += from as u64 + 1;
             }
         }
-    }
-    Ok(seconds / f64::from(footprint.max(1) as u32))
+        Ok(seconds / footprint.max(1) as f64)
+    };
+    trace.layers.values().map(|layer| one(layer)).collect()
 }
 
 fn section(kind: &Kind, rows: Vec<Row>, window: usize, recurrence: &MriHistogram) -> Section {

@@ -22,6 +22,8 @@ pub enum Combine {
     H1Only,
     /// H1 · H2.
     Product,
+    /// H1 · (1 + H2): the prior counts as far as the token is still inside its interval.
+    Gated,
 }
 
 /// The importance function.
@@ -40,8 +42,11 @@ impl Importance {
     pub fn of(mode: Mode) -> Self {
         Self {
             reference_h1: mode == Mode::Reference,
-            combine: Combine::Sum,
-            h2_min_mri: if mode == Mode::Guarded { 2 } else { 1 },
+            combine: match mode {
+                Mode::Paper | Mode::Reference => Combine::Sum,
+                Mode::Guarded => Combine::Gated,
+            },
+            h2_min_mri: 1,
         }
     }
 
@@ -66,6 +71,7 @@ impl Importance {
             Combine::Sum => h1 + h2,
             Combine::H1Only => h1,
             Combine::Product => h1 * h2,
+            Combine::Gated => h1 * (1.0 + h2),
         }
     }
 }
@@ -137,6 +143,24 @@ mod tests {
             ],
         );
         assert!((twice(1.2) - 0.4630).abs() < 1e-4);
+    }
+
+    /// Refusing H2 to tokens of MRI 1 would avoid the trap too, and put a token that is attended at every step behind one that is attended at every
+    /// other.
+    #[test]
+    fn guarded_ranks_steady_tokens_above_recurring_and_recurring_above_stale() {
+        let importance = Importance::of(Mode::Guarded);
+        let ranked = [
+            (0, 1),
+            (0, 2),
+            (1, 1),
+            (10, 50),
+            (100, 50),
+            (50, 2),
+            (1000, 1),
+        ];
+        let scores = ranked.map(|(silence, mri)| importance.of_token(silence, mri));
+        assert!(scores.is_sorted_by(|a, b| a >= b), "{scores:?}");
     }
 
     /// A stale token of MRI 1 outranks a live recurring one in paper and program, and no longer when guarded.

@@ -5,10 +5,10 @@
 //! usual interval?) plus H2 (does it recur often?), see [`importance`](Importance).
 //!
 //! Modes: `Paper` follows the paper's formulas. `Reference` follows the authors' program, which caps H1 at 0.538 and
-//! starts a token's clock one step early. `Guarded` is the paper's with three repairs: H2 only for MRI ≥ 2, four sinks, and the prompt kept. The
-//! repair matters: a token active only in two consecutive steps has MRI = 1 and scores 1 however long ago that was, and so
-//! outranks live recurring tokens wherever the threshold is large against 1/n. In all modes state is kept per KV head, over
-//! the group's reduced weights, where the authors keep it per query head on expanded caches.
+//! starts a token's clock one step early. `Guarded` is the paper's with three repairs: H2 counts only as far as H1 says that the token is still inside
+//! its interval, four sinks, and the prompt kept. The first matters: a token active only in two consecutive steps has MRI = 1 and scores 1
+//! however long ago that was, and so outranks live recurring tokens wherever the threshold is large against 1/n. In all modes state
+//! is kept per KV head, over the group's reduced weights, where the authors keep it per query head on expanded caches.
 
 mod history;
 mod importance;
@@ -33,7 +33,7 @@ pub enum Mode {
     Paper,
     /// The authors' program.
     Reference,
-    /// The paper's formulas, H2 only for MRI ≥ 2, sinks and prompt kept.
+    /// The paper's H1 · (1 + H2), sinks and prompt kept.
     Guarded,
 }
 

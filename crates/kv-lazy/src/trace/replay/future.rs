@@ -6,9 +6,16 @@ use std::sync::Arc;
 
 /// Full-cache attention of the recorded queries still to come.
 #[derive(Debug)]
-pub(super) struct FutureAttention {
-    pub(super) layer: Arc<LayerTrace>,
-    pub(super) scale: f64,
+pub struct FutureAttention {
+    layer: Arc<LayerTrace>,
+    scale: f64,
+}
+
+impl FutureAttention {
+    /// That of one layer of a trace whose logits are q·k times `scale`.
+    pub fn new(layer: Arc<LayerTrace>, scale: f64) -> Self {
+        Self { layer, scale }
+    }
 }
 
 impl Future for FutureAttention {

@@ -2,12 +2,13 @@
 //!
 //! Each recorded decode step's attention is recomputed, restricted to what the policy still holds and renormalised; the policy sees those
 //! weights and evicts. This is exact for one layer given the recorded hidden states; in a live model the loss would feed
-//! back, so the ranking is cheap here and decided there. Only here the oracle can run.
+//! back, so the ranking is cheap here and decided there. The oracle sees the trace as its future.
 
 mod future;
 mod metrics;
 mod rows;
 
+pub use future::FutureAttention;
 pub use metrics::{AgeHistogram, HeadReport, LayerReport, Summary};
 
 use super::{LayerTrace, Trace};
@@ -18,7 +19,6 @@ use crate::policy::{
     Seen, Threshold,
 };
 use crate::store::Relocation;
-use future::FutureAttention;
 use metrics::Observer;
 use rayon::prelude::*;
 use rows::TraceRows;
@@ -123,10 +123,7 @@ fn build(
     let policy = match config.decode {
         PolicyConfig::Oracle { window, horizon } => {
             let window = window.unwrap_or_else(|| crate::policy::quarter(budget, 128));
-            let future = Arc::new(FutureAttention {
-                layer: data.clone(),
-                scale,
-            });
+            let future = Arc::new(FutureAttention::new(data.clone(), scale));
             let oracle = Oracle::new(window, horizon.unwrap_or(4 * window), future);
             config.combine(Box::new(oracle), budget)?
         }

@@ -5,14 +5,17 @@
 
 mod bootstrap;
 mod language;
+mod oracle;
 mod train;
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
 use candle_core::DType;
 use causal_lm::Model;
-use kv_lazy::CacheConfig;
+use kv_lazy::trace::Trace;
+use kv_lazy::{CacheConfig, PolicyConfig};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use serde_json::json;
@@ -116,12 +119,19 @@ pub(crate) fn run(common: &Common, config: &Config, recall: &Recall) -> Result<V
         let mut rng = ChaCha8Rng::seed_from_u64(common.seed);
         rng.set_stream(1 + index as u64);
         let samples = (0..sequences).map(|_| kind.sample(length, prompt, &mut rng));
+        let samples: Vec<Sample> = samples.collect();
+        let foreseen = if config.policies.iter().any(Choice::is_oracle) {
+            oracle::record(&model, &samples, prompt)?
+        } else {
+            Vec::new()
+        };
         let cells = Cells {
             common,
             config,
             model: &model,
             kind,
-            samples: samples.collect(),
+            samples,
+            foreseen: Arc::new(foreseen),
             prompt,
         };
         let (rows, scores) = cells.run(&file_name(&dir))?;
@@ -159,6 +169,8 @@ struct Cells<'a> {
     model: &'a Model<'a>,
     kind: Kind,
     samples: Vec<Sample>,
+    /// Each sample's attention under the full cache, for the oracle.
+    foreseen: Arc<Vec<Trace>>,
     prompt: usize,
 }
 
@@ -237,7 +249,12 @@ impl<'a> Cells<'a> {
 
     /// The score of each sequence: the share of its questions that were answered right, of a chain whether all were.
     fn answer(&self, eviction: Option<&CacheConfig>, held: &mut Held) -> Result<Vec<f64>> {
-        let mut cache = policy::caches(self.model, eviction, 0, self.samples.len())?;
+        let mut cache = match eviction {
+            Some(config) if matches!(config.decode, PolicyConfig::Oracle { .. }) => {
+                oracle::caches(self.model, config, &self.foreseen)?
+            }
+            _ => policy::caches(self.model, eviction, 0, self.samples.len())?,
+        };
         let mut tokens: Vec<Vec<u32>> = self.samples.iter().map(|s| s.tokens.clone()).collect();
         let mut right = vec![0usize; self.samples.len()];
         let mut next = vec![0usize; self.samples.len()];
