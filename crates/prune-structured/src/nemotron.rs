@@ -188,7 +188,10 @@ mod tests {
     fn readers_turn_the_multiplier_back_into_the_width() {
         for hidden in [64, 896, 4096, 8192] {
             for neurons in (256..32768).step_by(256) {
-                assert_eq!(intermediate_size(ffn_mult(neurons, hidden), hidden), neurons);
+                assert_eq!(
+                    intermediate_size(ffn_mult(neurons, hidden), hidden),
+                    neurons
+                );
             }
         }
     }

@@ -60,12 +60,15 @@ pub(crate) fn equalise(
             .unwrap_or(mlp.steps.len())
     };
     let step = mlp.steps.iter().map(|s| s.cost).max().unwrap_or(0) as f64;
-    let gap = |&(a, n): &(usize, usize)| (attention.cost(a) as f64 + mlp.cost(n) as f64 - each).abs();
+    let gap =
+        |&(a, n): &(usize, usize)| (attention.cost(a) as f64 + mlp.cost(n) as f64 - each).abs();
     let pairs: Vec<(usize, usize)> = choices.into_iter().map(|a| (a, neurons(a))).collect();
     let chosen = pairs.iter().find(|pair| gap(pair) <= step);
     let Some(&(attention_steps, mlp_steps)) = chosen else {
         let nearest = pairs.iter().min_by(|a, b| gap(a).total_cmp(&gap(b)));
-        let (a, n) = nearest.copied().unwrap_or((attention.steps.len(), mlp.steps.len()));
+        let (a, n) = nearest
+            .copied()
+            .unwrap_or((attention.steps.len(), mlp.steps.len()));
         let whole = (attention.cost(attention.steps.len()) + mlp.cost(mlp.steps.len())) as f64;
         return Err(Error::Uniform {
             ratio,

@@ -39,7 +39,14 @@ pub(super) struct StructuredArgs {
     overwrite: bool,
     /// Export each saved checkpoint too, to its folder, several separated by commas: as model-PRECISION.gguf for
     /// llama.cpp, as a folder nemotron-nas for vLLM
-    #[arg(long, value_enum, value_delimiter = ',', value_name = "E[,E..]", requires = "save", conflicts_with = "masked")]
+    #[arg(
+        long,
+        value_enum,
+        value_delimiter = ',',
+        value_name = "E[,E..]",
+        requires = "save",
+        conflicts_with = "masked"
+    )]
     export: Vec<ExportArg>,
     /// Write each plan, which units stay, as METHOD-RATIO.json to this folder
     #[arg(long, value_name = "DIR")]

@@ -249,7 +249,9 @@ impl Cells<'_> {
             true => None,
             false => self.refined(&plan, calibration, bar)?,
         };
-        let (plan, calibration) = refined.as_ref().map_or((&plan, calibration), |(p, c)| (p, c));
+        let (plan, calibration) = refined
+            .as_ref()
+            .map_or((&plan, calibration), |(p, c)| (p, c));
         if let Some(folder) = &self.config.save_plans {
             std::fs::create_dir_all(folder).with_context(|| folder.display().to_string())?;
             plan.save(folder.join(format!("{}.json", cell_name(recipe, ratio))))?;
@@ -333,8 +335,7 @@ impl Cells<'_> {
                 }
                 Export::NemotronNas => {
                     let name = "nemotron-nas".to_string();
-                    let written =
-                        nemotron::export(pruned, folder.join(&name), &self.config.write)?;
+                    let written = nemotron::export(pruned, folder.join(&name), &self.config.write)?;
                     (name, written.bytes)
                 }
             };

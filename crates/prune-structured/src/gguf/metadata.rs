@@ -84,7 +84,13 @@ pub(super) fn rope_factors(decoder: &Decoder<'_>) -> Result<Option<Vec<f32>>> {
     let factor = |(i, frequency): (usize, &f64)| {
         base.powf(-(2.0 * i as f64) / config.head_dim as f64) / frequency
     };
-    let factors: Vec<f64> = config.rope.inv_freq.iter().enumerate().map(factor).collect();
+    let factors: Vec<f64> = config
+        .rope
+        .inv_freq
+        .iter()
+        .enumerate()
+        .map(factor)
+        .collect();
     if factors.iter().all(|factor| (factor - 1.0).abs() < 1e-9) {
         return Ok(None);
     }

@@ -137,7 +137,10 @@ impl Architecture {
     fn of(decoder: &Decoder<'_>) -> Result<Self> {
         let config = decoder.config();
         let whole = |w: &causal_lm::Widths| w.heads > 0 && w.neurons > 0;
-        let uniform = config.widths.iter().all(|w| whole(w) && *w == config.widths[0]);
+        let uniform = config
+            .widths
+            .iter()
+            .all(|w| whole(w) && *w == config.widths[0]);
         match (config.qk_norm, uniform) {
             (false, true) => Ok(Self::Llama),
             (false, false) => Ok(Self::Deci),

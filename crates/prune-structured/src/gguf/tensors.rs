@@ -133,9 +133,7 @@ impl Output {
         Ok(match &self.source {
             Source::Copy(name) => read(name)?,
             Source::Interleaved(name) => interleave(&read(name)?, decoder.config().head_dim)?,
-            Source::Zeros(shape) => {
-                Tensor::zeros(shape.as_slice(), DType::F32, &Device::Cpu)?
-            }
+            Source::Zeros(shape) => Tensor::zeros(shape.as_slice(), DType::F32, &Device::Cpu)?,
             Source::RopeFactors(factors) => Tensor::new(factors.as_slice(), &Device::Cpu)?,
         })
     }

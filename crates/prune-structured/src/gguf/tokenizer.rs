@@ -104,9 +104,8 @@ impl File<'_> {
         let merges = self.merges()?;
         let byte_fallback = model["byte_fallback"].as_bool().unwrap_or(false);
         let (tokens, kinds) = self.tokens(byte_fallback)?;
-        let strings = |list: &[String]| {
-            Value::Array(list.iter().map(|s| Value::String(s.clone())).collect())
-        };
+        let strings =
+            |list: &[String]| Value::Array(list.iter().map(|s| Value::String(s.clone())).collect());
         let mut values: Vec<(&str, Value)> = Vec::new();
         if byte_fallback {
             let add_space = self.prepends_space()?;
@@ -159,7 +158,9 @@ impl File<'_> {
         let mut put = |text: &str, id: &Json, kind: Kind| {
             let row = id.as_u64().and_then(|id| tokens.get_mut(id as usize));
             let row = row.ok_or_else(|| {
-                self.error(format!("token {text:?} has id {id}, but the embedding {rows} rows"))
+                self.error(format!(
+                    "token {text:?} has id {id}, but the embedding {rows} rows"
+                ))
             })?;
             *row = Some((text.to_string(), kind));
             Ok::<_, Error>(())

@@ -9,8 +9,8 @@
 use crate::Result;
 use crate::compensate::solve;
 use candle_core::{D, DType, Device, Tensor};
-use causal_lm::block::Mlp;
 use causal_lm::Linear;
+use causal_lm::block::Mlp;
 
 /// The published scheme's weight α = β = γ of the three penalties, in its step size of s.
 const PENALTY: f64 = 5.0;
@@ -75,20 +75,35 @@ pub(super) fn alternate(
         if round == rounds {
             break;
         }
-        refit(&mut mlp.down, rows.iter().map(|r| (&r.p, &r.y)), ridge, layer)?;
+        refit(
+            &mut mlp.down,
+            rows.iter().map(|r| (&r.p, &r.y)),
+            ridge,
+            layer,
+        )?;
         let toward_p = inverse_normal(&mlp.down.weight, layer)?;
         for rows in &mut rows {
             rows.move_activations(&mlp, &toward_p)?;
         }
         if tokens >= TOKENS_PER_COLUMN * rows[0].x.dims()[1] {
             refit(&mut mlp.up, rows.iter().map(|r| (&r.x, &r.z)), ridge, layer)?;
-            refit(&mut mlp.gate, rows.iter().map(|r| (&r.x, &r.s)), ridge, layer)?;
+            refit(
+                &mut mlp.gate,
+                rows.iter().map(|r| (&r.x, &r.s)),
+                ridge,
+                layer,
+            )?;
         }
     }
     for rows in &mut rows {
         rows.p = (mlp.gate.forward(&rows.x)?.silu()? * mlp.up.forward(&rows.x)?)?;
     }
-    refit(&mut mlp.down, rows.iter().map(|r| (&r.p, &r.y)), ridge, layer)?;
+    refit(
+        &mut mlp.down,
+        rows.iter().map(|r| (&r.p, &r.y)),
+        ridge,
+        layer,
+    )?;
     Ok((ids, mlp))
 }
 

@@ -172,7 +172,10 @@ mod tests {
 
     fn close(ours: &[f64], expected: &[f64]) {
         for (a, b) in ours.iter().zip(expected) {
-            assert!((a - b).abs() < 1e-9 * b.abs().max(1.0), "{ours:?} is not {expected:?}");
+            assert!(
+                (a - b).abs() < 1e-9 * b.abs().max(1.0),
+                "{ours:?} is not {expected:?}"
+            );
         }
     }
 
@@ -196,7 +199,9 @@ mod tests {
         let rankings = rankings(&[10, 10, 20], &energies);
         let due = fill(&closed_form(&rankings), &sizes, 170.0);
         let loss = |r: &[f64]| -> f64 {
-            (0..3).map(|l| 0.5 * energies[l] * (r[l] / sizes[l]).powi(2)).sum()
+            (0..3)
+                .map(|l| 0.5 * energies[l] * (r[l] / sizes[l]).powi(2))
+                .sum()
         };
         for from in 0..3 {
             for to in (0..3).filter(|&to| to != from) {
@@ -212,7 +217,11 @@ mod tests {
     fn the_softmax_is_the_one_worked_out_by_hand() {
         // Energies 1, 2, 3 standardise to −1, 0, 1.
         let rankings = rankings(&[10, 10, 20], &[1.0, 2.0, 3.0]);
-        let due = fill(&softmax(&rankings, 0.5).unwrap(), &[100.0, 100.0, 200.0], 60.0);
+        let due = fill(
+            &softmax(&rankings, 0.5).unwrap(),
+            &[100.0, 100.0, 200.0],
+            60.0,
+        );
         let parts = [2f64.exp(), 1.0, (-2f64).exp()];
         let sum: f64 = parts.iter().sum();
         close(&due, &parts.map(|part| 60.0 * part / sum));
@@ -223,7 +232,10 @@ mod tests {
         let rankings = rankings(&[30, 20, 40, 20], &[3.0, 1.0, 2.0, 5.0]);
         let at = |temperature| {
             let weights = softmax(&rankings, temperature).unwrap();
-            removed(&rankings, &keep(&rankings, &weights, 1.0, (0.4, 660.0)).unwrap())
+            removed(
+                &rankings,
+                &keep(&rankings, &weights, 1.0, (0.4, 660.0)).unwrap(),
+            )
         };
         assert_eq!(at(1e9), [110; 4]);
         assert_eq!(at(f64::INFINITY), [110; 4]);
@@ -231,7 +243,10 @@ mod tests {
         assert_eq!(at(1e-9), [0, 200, 240, 0]);
         assert!(matches!(
             softmax(&rankings, 0.0),
-            Err(Error::Option { option: "temperature", .. })
+            Err(Error::Option {
+                option: "temperature",
+                ..
+            })
         ));
     }
 
@@ -241,12 +256,19 @@ mod tests {
         let weights = closed_form(&rankings);
         assert!(matches!(
             keep(&rankings, &weights, 0.3, (0.6, 80.0)),
-            Err(Error::Unreachable { kept: 140, total: 200, .. })
+            Err(Error::Unreachable {
+                kept: 140,
+                total: 200,
+                ..
+            })
         ));
         for max_ratio in [0.0, 1.5, f64::NAN] {
             assert!(matches!(
                 keep(&rankings, &weights, max_ratio, (0.6, 80.0)),
-                Err(Error::Option { option: "max_ratio", .. })
+                Err(Error::Option {
+                    option: "max_ratio",
+                    ..
+                })
             ));
         }
     }
