@@ -101,6 +101,7 @@ def of_llama_cpp(path, prefixes, vocab):
     params.model.path = path
     params.n_ctx, params.n_parallel, params.warmup = 256, 1, False
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     params.cpuparams.n_threads = 2
     server = xllamacpp.Server(params)
     rows = []
