@@ -1,7 +1,7 @@
 //! GGUF: a decoder as one file that llama.cpp opens.
 //!
 //! Any decoder that causal-lm opens can be exported: dense, pruned, or with low-rank factors merged
-//! in. What the file says is in [`metadata`](self), which tensors it holds in `tensors`, the
+//! in. What the file says is in `metadata`, which tensors it holds in `tensors`, the
 //! vocabulary in `tokenizer`; candle writes the container.
 //!
 //! | model | architecture in the file | read by |
