@@ -6,12 +6,13 @@
 use crate::flap::compat;
 use crate::ranking::{Ranking, Step, pool};
 use crate::stats::Part;
+use crate::structprune;
 use crate::{Error, Result};
 use serde::{Deserialize, Serialize};
 
 /// FLAP's four strategies: AL compares scores across layers, UL gives every layer the same share;
 /// AM compares attention with MLP, MM gives both the same share.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Allocation {
     /// One cut through all units of the model.
@@ -24,6 +25,19 @@ pub enum Allocation {
     UlUm,
     /// AL-AM as FLAP's published implementation cuts it: see [`crate::flap::compat`].
     FlapCompat,
+    /// Each sublayer's share of its own parameters falls with its energy: see
+    /// [`crate::structprune`].
+    ClosedForm {
+        /// No sublayer loses more than this share of its parameters.
+        max_ratio: f64,
+    },
+    /// A softmax over the energies shares out what is removed: see [`crate::structprune`].
+    Softmax {
+        /// Above 0: small takes all from the weakest sublayers, large the same from each.
+        temperature: f64,
+        /// No sublayer loses more than this share of its parameters.
+        max_ratio: f64,
+    },
 }
 
 impl Allocation {
@@ -35,12 +49,12 @@ impl Allocation {
     ///
     /// # Errors
     /// [`Error::Ratio`] outside `[0, 1)`; [`Error::Unreachable`] when protected steps alone exceed
-    /// the budget.
+    /// the budget; [`Error::Option`] for a temperature or largest share that means nothing.
     pub fn keep(self, rankings: &[Ranking], ratio: f64, added: u64) -> Result<Vec<usize>> {
         if !(0.0..1.0).contains(&ratio) {
             return Err(Error::Ratio(ratio));
         }
-        let total: u64 = rankings.iter().map(|r| r.cost(r.steps.len())).sum();
+        let total = total(rankings);
         let kept: u64 = rankings.iter().map(|r| r.cost(r.protected)).sum();
         let largest = rankings
             .iter()
@@ -51,7 +65,7 @@ impl Allocation {
         if ratio == 0.0 {
             return Ok(rankings.iter().map(|r| r.steps.len()).collect());
         }
-        let budget = total as f64 * (1.0 - ratio) - added as f64;
+        let budget = budget(rankings, ratio, added);
         // The share that each ranking may keep of its own cost.
         let share = budget / total as f64;
         if kept as f64 > budget + largest as f64 {
@@ -97,9 +111,30 @@ impl Allocation {
                     keep[i] = nearest(ranking, ranking.cost(ranking.steps.len()) as f64 * share);
                 }
             }
+            Self::ClosedForm { max_ratio } => {
+                let weights = structprune::closed_form(rankings);
+                keep = structprune::keep(rankings, &weights, max_ratio, (ratio, budget))?;
+            }
+            Self::Softmax {
+                temperature,
+                max_ratio,
+            } => {
+                let weights = structprune::softmax(rankings, temperature)?;
+                keep = structprune::keep(rankings, &weights, max_ratio, (ratio, budget))?;
+            }
         }
         Ok(keep)
     }
+}
+
+/// Parameters of all units.
+pub(crate) fn total(rankings: &[Ranking]) -> u64 {
+    rankings.iter().map(|r| r.cost(r.steps.len())).sum()
+}
+
+/// Parameters that stay at a ratio, `added` ones of a compensation counted against it.
+pub(crate) fn budget(rankings: &[Ranking], ratio: f64, added: u64) -> f64 {
+    total(rankings) as f64 * (1.0 - ratio) - added as f64
 }
 
 /// Keeps the best steps of one part, or of all, up to the cumulated cost closest to `budget`.

@@ -2,6 +2,7 @@
 
 use crate::flap::compat::Fluctuation;
 use crate::stats::{ColumnStats, GramStore, LayerStats, Moments, Part};
+use crate::structprune::Refits;
 use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor};
 use causal_lm::{Block, Decoder, Hidden, Linear, Site, Tap, TapResult, Windows};
@@ -22,6 +23,8 @@ pub struct Calibration {
     pub layers: Vec<LayerStats>,
     /// Gram matrices, when they were collected.
     pub gram: Option<GramStore>,
+    /// Weights that a refinement of the plan made, when there was one.
+    pub refits: Option<Refits>,
 }
 
 impl Calibration {
@@ -49,6 +52,7 @@ impl Calibration {
         Ok(Self {
             layers,
             gram: collect.gram.clone(),
+            refits: None,
         })
     }
 

@@ -24,6 +24,14 @@ pub enum Compensation {
         /// Damping relative to the mean diagonal of the Gram matrix.
         ridge: f64,
     },
+    /// StructPrune's refinement on activations that are already pruned: see
+    /// [`crate::structprune::refine()`], which makes the weights before they are written.
+    Alternating {
+        /// Rounds of the alternation in each MLP; with one, weights alone are refitted.
+        rounds: usize,
+        /// Damping relative to the mean diagonal of the Gram matrix.
+        ridge: f64,
+    },
 }
 
 /// The damping that Týr-the-Pruner and SparseGPT use.
@@ -52,6 +60,16 @@ pub(crate) enum Change {
     Weight(Tensor),
 }
 
+impl Change {
+    /// The new kept columns, if there are any.
+    pub(crate) fn into_weight(self) -> Option<Tensor> {
+        match self {
+            Self::Weight(weight) => Some(weight),
+            Self::Nothing | Self::Bias(_) => None,
+        }
+    }
+}
+
 impl Compensation {
     /// Parameters that it adds to a model: a bias for every output projection without one.
     pub fn added(self, decoder: &Decoder<'_>) -> u64 {
@@ -68,7 +86,7 @@ impl Compensation {
         let biases = without_bias(attention, LinearName::O) + without_bias(mlp, LinearName::Down);
         match self {
             Self::Bias => (biases * config.hidden) as u64,
-            Self::None | Self::LeastSquares { .. } => 0,
+            Self::None | Self::LeastSquares { .. } | Self::Alternating { .. } => 0,
         }
     }
 
@@ -87,7 +105,8 @@ impl Compensation {
         }
         let calibration = || calibration.ok_or(missing(layer, "the calibration"));
         match self {
-            Self::None => Ok(Change::Nothing),
+            // The refinement's weights replace the stored ones as they are written.
+            Self::None | Self::Alternating { .. } => Ok(Change::Nothing),
             Self::Bias => {
                 let mean = &calibration()?.part(layer, part)?.moments.mean;
                 Ok(Change::Bias(mean_contribution(weight, &removed, mean)?))
@@ -125,7 +144,7 @@ fn mean_contribution(weight: &Tensor, removed: &[usize], mean: &[f64]) -> Result
 }
 
 /// W_K + (H[K,K]⁻¹ H[K,R] W_Rᵀ)ᵀ, which is W H[:,K] H[K,K]⁻¹ without the part that cancels.
-fn refit(
+pub(crate) fn refit(
     weight: &Tensor,
     gram: &Tensor,
     kept: &[usize],
@@ -138,10 +157,8 @@ fn refit(
     let of_kept = gram.index_select(&kept_ids, 0)?;
     let cross = of_kept.index_select(&removed_ids, 1)?;
     let weight = weight.to_device(&Device::Cpu)?;
-    let lost = cross
-        .matmul(&weight.index_select(&removed_ids, 1)?.t()?)?
-        .to_vec2::<f32>()?;
-    let normal = of_kept.index_select(&kept_ids, 1)?.to_vec2::<f32>()?;
+    let lost = cross.matmul(&weight.index_select(&removed_ids, 1)?.t()?)?;
+    let normal = of_kept.index_select(&kept_ids, 1)?;
     let columns = weight.dims()[1];
     let diagonal = gram.flatten_all()?.to_vec1::<f32>()?;
     let mean_diagonal = diagonal
@@ -151,21 +168,29 @@ fn refit(
         .sum::<f64>()
         / columns as f64;
     let damping = ridge * mean_diagonal;
+    let delta = solve(&normal, damping, &lost, layer)?.t()?;
+    Ok((weight.index_select(&kept_ids, 1)? + delta)?)
+}
+
+/// `(normal + damping · 1)⁻¹ right`, solved in f64: `[k, k]` and `[k, n]` to `[k, n]`, on the CPU.
+pub(crate) fn solve(normal: &Tensor, damping: f64, right: &Tensor, layer: usize) -> Result<Tensor> {
+    let normal = normal.to_device(&Device::Cpu)?.to_vec2::<f32>()?;
     // A feature that is always zero has an empty row; without damping it would be singular.
-    let normal = Mat::from_fn(kept.len(), kept.len(), |i, j| {
+    let normal = Mat::from_fn(normal.len(), normal.len(), |i, j| {
         f64::from(normal[i][j]) + if i == j { damping } else { 0.0 }
     });
-    let lost = Mat::from_fn(kept.len(), weight.dims()[0], |i, o| f64::from(lost[i][o]));
+    let (rows, columns) = right.dims2()?;
+    let right = right.to_device(&Device::Cpu)?.to_vec2::<f32>()?;
+    let right = Mat::from_fn(rows, columns, |i, o| f64::from(right[i][o]));
     let factor = normal
         .llt(Side::Lower)
         .map_err(|_| Error::Singular { layer })?;
-    let delta = factor.solve(&lost);
-    let delta: Vec<f32> = (0..weight.dims()[0])
-        .flat_map(|o| (0..kept.len()).map(move |i| (i, o)))
-        .map(|(i, o)| delta[(i, o)] as f32)
+    let solved = factor.solve(&right);
+    let solved: Vec<f32> = (0..rows)
+        .flat_map(|i| (0..columns).map(move |o| (i, o)))
+        .map(|(i, o)| solved[(i, o)] as f32)
         .collect();
-    let delta = Tensor::from_vec(delta, (weight.dims()[0], kept.len()), &Device::Cpu)?;
-    Ok((weight.index_select(&kept_ids, 1)? + delta)?)
+    Ok(Tensor::from_vec(solved, (rows, columns), &Device::Cpu)?)
 }
 
 /// The ids below `width` that are not in the ascending list `ids`.

@@ -42,6 +42,54 @@ pub enum Error {
         /// The layer's width.
         width: usize,
     },
+    /// An option's value that means nothing.
+    #[error("{option} is {value}, but {expected}")]
+    Option {
+        /// The option's name.
+        option: &'static str,
+        /// Its value.
+        value: f64,
+        /// What would do.
+        expected: &'static str,
+    },
+    /// No widths that are equal in all layers come near the ratio.
+    #[error(
+        "equal widths cannot reach ratio {ratio}: the nearest, {heads} query heads and {neurons} neurons in every layer, remove {reached:.4}; align less or allow narrower layers"
+    )]
+    Uniform {
+        /// The ratio asked for.
+        ratio: f64,
+        /// The ratio that comes nearest.
+        reached: f64,
+        /// Query heads of the nearest.
+        heads: usize,
+        /// Neurons of the nearest.
+        neurons: usize,
+    },
+    /// The layers of the dense model differ in width, so that they cannot be made equal.
+    #[error("layer {layer} is not as wide as layer 0, so widths cannot be made equal")]
+    NotUniform {
+        /// The first layer that differs.
+        layer: usize,
+    },
+    /// A model that an export's format has no way to say.
+    #[error("{format} cannot hold {what}: {reason}")]
+    Export {
+        /// The format.
+        format: &'static str,
+        /// What does not fit.
+        what: String,
+        /// Why.
+        reason: String,
+    },
+    /// An export that could not be written, or a tokenizer file that it needs and cannot use.
+    #[error("{path}: {reason}", path = path.display())]
+    ExportFile {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
     /// Statistics that the calibration did not collect.
     #[error("layer {layer}: {what} was not collected in calibration; {need}")]
     Missing {

@@ -3,14 +3,15 @@
 //! A plan is made from calibration statistics alone and can be printed, saved and compared before
 //! any weight is touched. Writing it out knows nothing of how it came about.
 
+use crate::allocate::budget;
 use crate::compensate::Compensation;
+use crate::file::write_beside;
 use crate::ranking::Ranking;
 use crate::recipe::Recipe;
 use crate::stats::Part;
-use crate::{Calibration, Error, Result};
+use crate::{Calibration, Error, Result, uniform};
 use causal_lm::{Decoder, Widths};
 use serde::{Deserialize, Serialize};
-use std::fs::File;
 use std::io::Write;
 use std::path::Path;
 
@@ -68,6 +69,12 @@ impl Plan {
         let keep = recipe
             .allocation
             .keep(&rankings, ratio, compensation.added(decoder))?;
+        let keep = if recipe.shape.uniform && ratio > 0.0 {
+            let budget = budget(&rankings, ratio, compensation.added(decoder));
+            uniform::equalise(decoder, &rankings, &keep, (ratio, budget))?
+        } else {
+            keep
+        };
         let mut layers: Vec<LayerPlan> = decoder
             .config()
             .widths
@@ -196,18 +203,9 @@ impl Plan {
     /// [`Error::PlanFile`] when the file cannot be written.
     pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
         let path = path.as_ref();
-        let mut beside = path.as_os_str().to_owned();
-        beside.push(format!(".partial-{}", std::process::id()));
-        let write = || -> std::io::Result<()> {
-            let mut file = File::create(&beside)?;
-            file.write_all(&serde_json::to_vec(self)?)?;
-            file.sync_all()?;
-            std::fs::rename(&beside, path)
-        };
-        write().map_err(|e| {
-            std::fs::remove_file(&beside).ok();
-            plan_file(path, e)
-        })
+        write_beside(path, |file| file.write_all(&serde_json::to_vec(self)?))
+            .map(drop)
+            .map_err(|e| plan_file(path, e))
     }
 }
 

@@ -42,6 +42,9 @@ pub struct Shape {
     pub min_neurons: usize,
     /// Neurons are removed so that their number stays a multiple of this.
     pub align_neurons: usize,
+    /// The same widths in every layer: the nearest to the allocation.
+    #[serde(default)]
+    pub uniform: bool,
 }
 
 impl Default for Shape {
@@ -51,6 +54,7 @@ impl Default for Shape {
             min_attention: 1,
             min_neurons: 1,
             align_neurons: 1,
+            uniform: false,
         }
     }
 }
@@ -79,6 +83,8 @@ pub struct Ranking {
     pub steps: Vec<Step>,
     /// Steps at the front that must stay.
     pub protected: usize,
+    /// Score of the whole half, not standardised, per parameter.
+    pub energy: f64,
 }
 
 impl Ranking {
@@ -108,14 +114,16 @@ impl Ranking {
     ) -> Result<Vec<Self>> {
         let mut rankings = Vec::new();
         for (layer, widths) in decoder.config().widths.iter().enumerate() {
-            let columns = |part| -> Result<Vec<f64>> {
+            let columns = |part| -> Result<(Vec<f64>, f64)> {
                 let mut columns = score.columns(layer, part, calibration.part(layer, part)?)?;
+                let sum = columns.iter().sum();
                 standardise(&mut columns);
-                Ok(columns)
+                Ok((columns, sum))
             };
             let rows = |name| rows_cost(decoder, layer, name);
             if widths.heads > 0 {
-                let scores = means(&columns(Part::Attention)?, decoder.config().head_dim);
+                let (scores, sum) = columns(Part::Attention)?;
+                let scores = means(&scores, decoder.config().head_dim);
                 // Per head: rows of q and columns of o, or rows of k and of v.
                 let query = (rows(LinearName::Q) + decoder.config().hidden as u64)
                     * decoder.config().head_dim as u64;
@@ -139,7 +147,8 @@ impl Ranking {
                         Self::query_heads(layer, &scores, widths.kv_heads, query, key_value)
                     }
                 };
-                rankings.push(ranking.protect("min_attention", shape.min_attention, 1)?);
+                let ranking = ranking.protect("min_attention", shape.min_attention, 1)?;
+                rankings.push(ranking.with_energy(sum));
             }
             if widths.neurons > 0 {
                 let align = shape.align_neurons.max(1);
@@ -154,8 +163,10 @@ impl Ranking {
                 }
                 let cost =
                     rows(LinearName::Gate) + rows(LinearName::Up) + decoder.config().hidden as u64;
-                let ranking = Self::units(layer, Part::Mlp, &columns(Part::Mlp)?, cost, align);
-                rankings.push(ranking.protect("min_neurons", shape.min_neurons, align)?);
+                let (scores, sum) = columns(Part::Mlp)?;
+                let ranking = Self::units(layer, Part::Mlp, &scores, cost, align);
+                let ranking = ranking.protect("min_neurons", shape.min_neurons, align)?;
+                rankings.push(ranking.with_energy(sum));
             }
         }
         Ok(rankings)
@@ -178,6 +189,7 @@ impl Ranking {
             order,
             steps,
             protected: 0,
+            energy: 0.0,
         }
     }
 
@@ -212,7 +224,13 @@ impl Ranking {
             order,
             steps,
             protected: 0,
+            energy: 0.0,
         }
+    }
+
+    fn with_energy(self, score: f64) -> Self {
+        let energy = score / self.cost(self.steps.len()) as f64;
+        Self { energy, ..self }
     }
 
     fn protect(mut self, option: &'static str, minimum: usize, align: usize) -> Result<Self> {

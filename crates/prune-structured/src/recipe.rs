@@ -4,6 +4,7 @@ use crate::allocate::Allocation;
 use crate::compensate::Compensation;
 use crate::ranking::Shape;
 use crate::score::Score;
+use crate::structprune;
 use serde::{Deserialize, Serialize};
 
 /// One way to prune.
@@ -23,7 +24,15 @@ pub struct Recipe {
 
 impl Recipe {
     /// Names that [`Recipe::named`] knows.
-    pub const NAMES: [&str; 5] = ["flap", "flap-compat", "wanda-sp", "magnitude", "random"];
+    pub const NAMES: [&str; 7] = [
+        "flap",
+        "flap-compat",
+        "structprune",
+        "structprune-softmax",
+        "wanda-sp",
+        "magnitude",
+        "random",
+    ];
 
     /// A method as its authors, or common use, define it. `seed` is that of `random`.
     ///
@@ -37,6 +46,8 @@ impl Recipe {
                 Allocation::FlapCompat,
                 Some(Compensation::Bias),
             ),
+            "structprune" => (Score::WandaSp, structprune::CLOSED_FORM, None),
+            "structprune-softmax" => (Score::WandaSp, structprune::SOFTMAX, None),
             "wanda-sp" => control(Score::WandaSp),
             "magnitude" => control(Score::Magnitude),
             "random" => control(Score::Random { seed }),

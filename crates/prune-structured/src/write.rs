@@ -3,12 +3,12 @@
 //! Tensors that a plan leaves alone are copied byte for byte, rows and columns are cut without
 //! looking at the values, and only compensated tensors are computed anew.
 
-use crate::compensate::{Change, complement};
+use crate::compensate::{Change, Compensation, complement};
 use crate::config;
 use crate::layout::{Form, Output, Source, kept_features, outputs, part_of};
 use crate::plan::Plan;
 use crate::slice;
-use crate::{Calibration, Result};
+use crate::{Calibration, Error, Result};
 use candle_core::{DType, Device, Tensor};
 use causal_lm::{Decoder, LinearName};
 use std::path::Path;
@@ -73,15 +73,16 @@ impl Sources<'_> {
         match output.source {
             Source::Copy => writer.copy_tensor(name, checkpoint)?,
             Source::Weight(layer, linear) => {
-                match linear
-                    .is_output()
-                    .then(|| self.change(layer, linear))
-                    .transpose()?
-                {
-                    Some(Change::Weight(weight)) => {
+                let weight = match self.refitted(layer, linear)? {
+                    Some(weight) => Some(weight),
+                    None if linear.is_output() => self.change(layer, linear)?.into_weight(),
+                    None => None,
+                };
+                match weight {
+                    Some(weight) => {
                         writer.write_tensor(name, &self.shaped(weight, layer, linear)?)?;
                     }
-                    _ => {
+                    None => {
                         let bytes = self.cut(layer, linear, linear.is_output(), name)?;
                         writer.write_bytes(name, &bytes)?;
                     }
@@ -115,6 +116,20 @@ impl Sources<'_> {
             }
         }
         Ok(())
+    }
+
+    /// The weight that a refinement of the plan left, if the plan asks for one.
+    fn refitted(&self, layer: usize, linear: LinearName) -> Result<Option<Tensor>> {
+        if !matches!(self.plan.compensation, Compensation::Alternating { .. }) {
+            return Ok(None);
+        }
+        let refits = self.calibration.and_then(|c| c.refits.as_ref());
+        let refits = refits.ok_or(Error::Missing {
+            layer,
+            what: "the refinement's weights",
+            need: "refine the plan first",
+        })?;
+        refits.load(layer, linear)
     }
 
     fn change(&mut self, layer: usize, linear: LinearName) -> Result<Change> {
@@ -161,7 +176,8 @@ impl Sources<'_> {
         })
     }
 
-    /// A refitted weight in the form asked for: as it is, or spread over the dense columns.
+    /// A refitted weight in the form asked for: as it is, or spread over the dense columns, those of
+    /// an output projection, or rows.
     fn shaped(&self, weight: Tensor, layer: usize, linear: LinearName) -> Result<Tensor> {
         if self.form == Form::Sliced {
             return Ok(weight);
@@ -172,6 +188,14 @@ impl Sources<'_> {
             .checkpoint()
             .info(&linear.weight(layer))
             .map(|i| (i.shape[0], i.shape[1]))?;
+        if !linear.is_output() {
+            let rows = weight.to_vec2::<f32>()?;
+            let mut dense = vec![0f32; outputs * width];
+            for (&row, values) in kept.iter().zip(rows) {
+                dense[row * width..][..width].copy_from_slice(&values);
+            }
+            return Ok(Tensor::from_vec(dense, (outputs, width), &Device::Cpu)?);
+        }
         let mut dense = vec![0f32; outputs * width];
         for (row, refitted) in dense.chunks_exact_mut(width).zip(weight.to_vec2::<f32>()?) {
             for (&column, value) in kept.iter().zip(refitted) {

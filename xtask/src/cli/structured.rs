@@ -5,6 +5,8 @@ use std::path::PathBuf;
 
 use clap::builder::PossibleValuesParser;
 use clap::{Args, ValueEnum};
+use prune_structured::gguf::Precision;
+use prune_structured::structprune::{CLOSED_FORM, SOFTMAX};
 use prune_structured::{
     Allocation, AttentionUnit, Compensation, DEFAULT_RIDGE, Form, Recipe, Score,
 };
@@ -35,6 +37,17 @@ pub(super) struct StructuredArgs {
     /// Replace what is at --save
     #[arg(long)]
     overwrite: bool,
+    /// Export each saved checkpoint too, to its folder, several separated by commas: as model-PRECISION.gguf for
+    /// llama.cpp, as a folder nemotron-nas for vLLM
+    #[arg(
+        long,
+        value_enum,
+        value_delimiter = ',',
+        value_name = "E[,E..]",
+        requires = "save",
+        conflicts_with = "masked"
+    )]
+    export: Vec<ExportArg>,
     /// Write each plan, which units stay, as METHOD-RATIO.json to this folder
     #[arg(long, value_name = "DIR")]
     save_plans: Option<PathBuf>,
@@ -71,7 +84,17 @@ struct RecipeArgs {
         default_value = "auto"
     )]
     compensate: Vec<CompensateArg>,
-    /// Damping of least squares, relative to the mean diagonal
+    /// Share of the parameters that no sublayer loses more of [structprune, structprune-softmax; default: 1]
+    #[arg(long, value_name = "R")]
+    max_ratio: Option<f64>,
+    /// Temperature of the softmax over energies: small takes all from the weakest sublayers [structprune-softmax;
+    /// default: 1]
+    #[arg(long, value_name = "T")]
+    temperature: Option<f64>,
+    /// Rounds of the alternating refinement [default: 1]
+    #[arg(long, value_name = "N", default_value = "1")]
+    rounds: NonZeroUsize,
+    /// Damping of least squares and of the alternating refinement, relative to the mean diagonal
     #[arg(long, value_name = "X", default_value_t = DEFAULT_RIDGE)]
     ridge: f64,
     /// Unit of attention [default: KV groups where there are at least 4, else query heads]
@@ -86,6 +109,34 @@ struct RecipeArgs {
     /// Keep the number of neurons a multiple of this
     #[arg(long, value_name = "N")]
     align: Option<usize>,
+    /// The same widths in every layer, so that stock runtimes open the result
+    #[arg(long)]
+    uniform: bool,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum ExportArg {
+    #[value(name = "gguf:f32")]
+    GgufF32,
+    #[value(name = "gguf:f16", alias = "gguf")]
+    GgufF16,
+    #[value(name = "gguf:bf16")]
+    GgufBf16,
+    #[value(name = "gguf:q8_0")]
+    GgufQ8,
+    NemotronNas,
+}
+
+impl From<ExportArg> for structured::Export {
+    fn from(export: ExportArg) -> Self {
+        match export {
+            ExportArg::GgufF32 => Self::Gguf(Precision::F32),
+            ExportArg::GgufF16 => Self::Gguf(Precision::F16),
+            ExportArg::GgufBf16 => Self::Gguf(Precision::Bf16),
+            ExportArg::GgufQ8 => Self::Gguf(Precision::Q8_0),
+            ExportArg::NemotronNas => Self::NemotronNas,
+        }
+    }
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -104,6 +155,8 @@ enum AllocationArg {
     AlMm,
     UlMm,
     UlUm,
+    ClosedForm,
+    Softmax,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -112,6 +165,8 @@ enum CompensateArg {
     None,
     Bias,
     LeastSquares,
+    /// StructPrune's: block by block on pruned activations, neurons chosen anew
+    Alternating,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -135,6 +190,11 @@ impl RecipeArgs {
                 CompensateArg::LeastSquares => {
                     let ridge = self.ridge;
                     (Some(Compensation::LeastSquares { ridge }), "least-squares")
+                }
+                CompensateArg::Alternating => {
+                    let (rounds, ridge) = (self.rounds.get(), self.ridge);
+                    let compensation = Compensation::Alternating { rounds, ridge };
+                    (Some(compensation), "alternating")
                 }
             };
             recipe.compensation = compensation;
@@ -163,7 +223,21 @@ impl RecipeArgs {
                 AllocationArg::AlMm => Allocation::AlMm,
                 AllocationArg::UlMm => Allocation::UlMm,
                 AllocationArg::UlUm => Allocation::UlUm,
+                AllocationArg::ClosedForm => CLOSED_FORM,
+                AllocationArg::Softmax => SOFTMAX,
             };
+        }
+        if let (Allocation::Softmax { temperature, .. }, Some(value)) =
+            (&mut recipe.allocation, self.temperature)
+        {
+            *temperature = value;
+        }
+        if let (
+            Allocation::ClosedForm { max_ratio } | Allocation::Softmax { max_ratio, .. },
+            Some(value),
+        ) = (&mut recipe.allocation, self.max_ratio)
+        {
+            *max_ratio = value;
         }
         if let Some(unit) = self.attention_unit {
             recipe.shape.attention_unit = Some(match unit {
@@ -175,6 +249,7 @@ impl RecipeArgs {
         shape.min_attention = self.min_attention.unwrap_or(shape.min_attention);
         shape.min_neurons = self.min_neurons.unwrap_or(shape.min_neurons);
         shape.align_neurons = self.align.unwrap_or(shape.align_neurons);
+        shape.uniform |= self.uniform;
     }
 }
 
@@ -198,6 +273,7 @@ impl StructuredArgs {
                 overwrite: self.overwrite,
                 max_shard_bytes: self.max_shard_bytes,
             },
+            exports: self.export.into_iter().map(Into::into).collect(),
             save_plans: self.save_plans,
             dry_run: self.dry_run,
         }

@@ -5,8 +5,11 @@ use std::time::Instant;
 
 use anyhow::{Context, Result};
 use causal_lm::{BATCH_TOKENS, Decoder, Hidden, NoTap, Perplexity, Windows};
+use prune_structured::gguf::{self, Precision};
 use prune_structured::stats::GramStore;
-use prune_structured::{Calibration, Collect, Compensation, Cost, Form, Loading, Plan, Recipe};
+use prune_structured::{
+    Calibration, Collect, Compensation, Cost, Form, Loading, Plan, Recipe, nemotron, structprune,
+};
 use serde_json::json;
 use tempfile::TempDir;
 use tensor_io::{Checkpoint, WriteOptions};
@@ -43,10 +46,21 @@ pub struct Config {
     pub form: Form,
     /// How checkpoints are written.
     pub write: WriteOptions,
+    /// What each saved checkpoint is exported as.
+    pub exports: Vec<Export>,
     /// Folder for the plans.
     pub save_plans: Option<PathBuf>,
     /// Whether to stop at the plans.
     pub dry_run: bool,
+}
+
+/// Another format for a compressed checkpoint.
+#[derive(Debug, Clone, Copy)]
+pub enum Export {
+    /// A GGUF file for llama.cpp.
+    Gguf(Precision),
+    /// A folder with block configs, for vLLM.
+    NemotronNas,
 }
 
 /// Prune at every method and ratio and measure each.
@@ -75,6 +89,7 @@ pub fn run(common: &Common, config: &Config) -> Result<Vec<Section>> {
         common,
         config,
         decoder: &decoder,
+        calibration: &calibration,
         evaluation: &evaluation,
         scratch: scratch.path(),
     };
@@ -131,6 +146,7 @@ struct Cells<'a> {
     common: &'a Common,
     config: &'a Config,
     decoder: &'a Decoder<'a>,
+    calibration: &'a Windows,
     evaluation: &'a Windows,
     scratch: &'a Path,
 }
@@ -228,6 +244,14 @@ impl Cells<'_> {
                 Loading::PerLayer => "loader",
             }),
         );
+        // A dry run shows widths, which the refinement leaves as they are.
+        let refined = match self.config.dry_run {
+            true => None,
+            false => self.refined(&plan, calibration, bar)?,
+        };
+        let (plan, calibration) = refined
+            .as_ref()
+            .map_or((&plan, calibration), |(p, c)| (p, c));
         if let Some(folder) = &self.config.save_plans {
             std::fs::create_dir_all(folder).with_context(|| folder.display().to_string())?;
             plan.save(folder.join(format!("{}.json", cell_name(recipe, ratio))))?;
@@ -241,7 +265,7 @@ impl Cells<'_> {
         let writing = bar.nested("writing", outputs);
         let written = prune_structured::write(
             self.decoder,
-            &plan,
+            plan,
             Some(calibration),
             self.config.form,
             &folder,
@@ -261,6 +285,7 @@ impl Cells<'_> {
         perplexity::measure(&pruned, self.evaluation, &mut row, &steps)?;
         steps.finish();
         row.tokens_per_second = Some(speed(&pruned, self.evaluation)?);
+        self.export(&pruned, &folder, &mut row)?;
         anyhow::ensure!(
             (Some(written.parameters), Some(written.bytes)) == (row.params, row.bytes),
             "{}: the shards hold other parameters than the plan counts",
@@ -273,6 +298,50 @@ impl Cells<'_> {
             std::fs::remove_dir_all(&folder).with_context(|| folder.display().to_string())?;
         }
         Ok(row)
+    }
+
+    /// A plan whose compensation is the alternating refinement, after it, and where its weights are.
+    fn refined(
+        &self,
+        plan: &Plan,
+        calibration: &Calibration,
+        bar: &Progress,
+    ) -> Result<Option<(Plan, Calibration)>> {
+        if !matches!(plan.compensation, Compensation::Alternating { .. }) {
+            return Ok(None);
+        }
+        let refining = bar.nested("refining", plan.layers.len() as u64);
+        let (plan, refits) = structprune::refine(
+            self.decoder,
+            self.calibration,
+            plan,
+            self.scratch,
+            &mut || refining.inc(1),
+        )?;
+        refining.finish();
+        let mut calibration = calibration.clone();
+        calibration.refits = Some(refits);
+        Ok(Some((plan, calibration)))
+    }
+
+    /// Writes a saved checkpoint in the other formats, and the size of each to its row.
+    fn export(&self, pruned: &Decoder<'_>, folder: &Path, row: &mut Row) -> Result<()> {
+        for export in &self.config.exports {
+            let (name, bytes) = match export {
+                Export::Gguf(precision) => {
+                    let name = format!("model-{}.gguf", precision.name());
+                    let exported = gguf::export(pruned, *precision, folder.join(&name))?;
+                    (name, exported.bytes)
+                }
+                Export::NemotronNas => {
+                    let name = "nemotron-nas".to_string();
+                    let written = nemotron::export(pruned, folder.join(&name), &self.config.write)?;
+                    (name, written.bytes)
+                }
+            };
+            row.extra.insert(format!("bytes_{name}"), json!(bytes));
+        }
+        Ok(())
     }
 
     /// `--save` itself for a single checkpoint, a folder of its own for each of several.
@@ -330,6 +399,7 @@ fn compensation_name(compensation: Compensation) -> &'static str {
         Compensation::None => "none",
         Compensation::Bias => "bias",
         Compensation::LeastSquares { .. } => "least squares",
+        Compensation::Alternating { .. } => "alternating",
     }
 }
 
