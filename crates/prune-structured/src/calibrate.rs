@@ -66,10 +66,23 @@ impl Calibration {
                 need: "calibrate the same model that is pruned",
             })
     }
+
+    /// Gram matrix of the inputs of one half of a block, `[columns, columns]` f32.
+    ///
+    /// # Errors
+    /// [`Error::Missing`] when none were collected, and what reading its file reports.
+    pub fn gram(&self, layer: usize, part: Part) -> Result<Tensor> {
+        let store = self.gram.as_ref().ok_or(Error::Missing {
+            layer,
+            what: "the Gram matrix",
+            need: "ask for Gram matrices when calibrating",
+        })?;
+        store.load(layer, part)
+    }
 }
 
 /// Collects one block's statistics while it runs.
-struct Collector {
+pub(crate) struct Collector {
     window_len: usize,
     attention: Option<PartCollector>,
     mlp: Option<PartCollector>,
@@ -81,7 +94,7 @@ struct PartCollector {
 }
 
 impl Collector {
-    fn new(block: &Block, window_len: usize, collect: &Collect) -> Result<Self> {
+    pub(crate) fn new(block: &Block, window_len: usize, collect: &Collect) -> Result<Self> {
         let part = |linear: &Linear| PartCollector::new(linear, collect);
         Ok(Self {
             window_len,
@@ -90,7 +103,7 @@ impl Collector {
         })
     }
 
-    fn finish(self, layer: usize, store: Option<&GramStore>) -> Result<LayerStats> {
+    pub(crate) fn finish(self, layer: usize, store: Option<&GramStore>) -> Result<LayerStats> {
         let finish = |collector: Option<PartCollector>, part| -> Result<Option<ColumnStats>> {
             let Some(PartCollector { stats, gram }) = collector else {
                 return Ok(None);

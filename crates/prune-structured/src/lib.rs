@@ -15,14 +15,18 @@ mod compensate;
 pub mod config;
 mod cost;
 mod error;
+mod files;
 pub mod flap;
 mod layout;
+pub mod obs;
 mod plan;
 mod ranking;
+pub mod rate_distortion;
 mod recipe;
 mod score;
 mod slice;
 pub mod stats;
+pub mod tyr;
 mod write;
 
 pub use allocate::Allocation;

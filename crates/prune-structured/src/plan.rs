@@ -3,15 +3,16 @@
 //! A plan is made from calibration statistics alone and can be printed, saved and compared before
 //! any weight is touched. Writing it out knows nothing of how it came about.
 
+use crate::allocate::Allocation;
 use crate::compensate::Compensation;
+use crate::files;
+use crate::obs;
 use crate::ranking::Ranking;
 use crate::recipe::Recipe;
 use crate::stats::Part;
 use crate::{Calibration, Error, Result};
 use causal_lm::{Decoder, Widths};
 use serde::{Deserialize, Serialize};
-use std::fs::File;
-use std::io::Write;
 use std::path::Path;
 
 /// What one block keeps: ids in the dense model, ascending.
@@ -32,6 +33,30 @@ impl LayerPlan {
             heads: self.heads.len(),
             kv_heads: self.kv_heads.len(),
             neurons: self.neurons.len(),
+        }
+    }
+
+    /// Keeps the ascending units `kept` of a ranking over a half of a block of `dense` widths.
+    pub(crate) fn keep(&mut self, dense: Widths, ranking: &Ranking, kept: Vec<usize>) {
+        match ranking.part {
+            Part::Mlp => self.neurons = kept,
+            // Whole groups: the units are key/value heads.
+            Part::Attention if ranking.order.len() == dense.kv_heads => {
+                let group = dense.heads / dense.kv_heads;
+                self.heads = kept
+                    .iter()
+                    .flat_map(|kv| kv * group..(kv + 1) * group)
+                    .collect();
+                self.kv_heads = kept;
+            }
+            Part::Attention => {
+                self.kv_heads = if kept.is_empty() {
+                    vec![]
+                } else {
+                    (0..dense.kv_heads).collect()
+                };
+                self.heads = kept;
+            }
         }
     }
 }
@@ -61,16 +86,28 @@ impl Plan {
         recipe: &Recipe,
         ratio: f64,
     ) -> Result<Self> {
-        let rankings = Ranking::all(decoder, calibration, recipe.score, &recipe.shape)?;
-        let compensation = recipe
-            .compensation
-            .unwrap_or_else(|| Compensation::suggested(decoder));
-        let keep = recipe
-            .allocation
-            .keep(&rankings, ratio, compensation.added(decoder))?;
-        let mut layers: Vec<LayerPlan> = decoder
-            .config()
-            .widths
+        let mut rankings = Ranking::all(decoder, calibration, recipe.score, &recipe.shape)?;
+        if let Allocation::RdDp { .. } = recipe.allocation {
+            obs::attach_errors(decoder, calibration, recipe, &mut rankings)?;
+        }
+        Self::allocate(decoder, &rankings, recipe, ratio)
+    }
+
+    /// Allocates the budget over given rankings.
+    ///
+    /// # Errors
+    /// As [`Allocation::keep`].
+    pub fn allocate(
+        decoder: &Decoder<'_>,
+        rankings: &[Ranking],
+        recipe: &Recipe,
+        ratio: f64,
+    ) -> Result<Self> {
+        let compensation = recipe.compensation(decoder);
+        let added = compensation.added(decoder);
+        let keep = recipe.allocation.keep(rankings, ratio, added)?;
+        let dense = &decoder.config().widths;
+        let mut layers: Vec<LayerPlan> = dense
             .iter()
             .map(|_| LayerPlan {
                 heads: vec![],
@@ -79,31 +116,8 @@ impl Plan {
             })
             .collect();
         for (ranking, steps) in rankings.iter().zip(keep) {
-            let (plan, dense) = (
-                &mut layers[ranking.layer],
-                decoder.config().widths[ranking.layer],
-            );
-            let kept = ranking.kept(steps);
-            match ranking.part {
-                Part::Mlp => plan.neurons = kept,
-                // Whole groups: the units are key/value heads.
-                Part::Attention if ranking.order.len() == dense.kv_heads => {
-                    let group = dense.heads / dense.kv_heads;
-                    plan.heads = kept
-                        .iter()
-                        .flat_map(|kv| kv * group..(kv + 1) * group)
-                        .collect();
-                    plan.kv_heads = kept;
-                }
-                Part::Attention => {
-                    plan.kv_heads = if kept.is_empty() {
-                        vec![]
-                    } else {
-                        (0..dense.kv_heads).collect()
-                    };
-                    plan.heads = kept;
-                }
-            }
+            let layer = ranking.layer;
+            layers[layer].keep(dense[layer], ranking, ranking.kept(steps));
         }
         Ok(Self {
             recipe: recipe.clone(),
@@ -196,18 +210,7 @@ impl Plan {
     /// [`Error::PlanFile`] when the file cannot be written.
     pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
         let path = path.as_ref();
-        let mut beside = path.as_os_str().to_owned();
-        beside.push(format!(".partial-{}", std::process::id()));
-        let write = || -> std::io::Result<()> {
-            let mut file = File::create(&beside)?;
-            file.write_all(&serde_json::to_vec(self)?)?;
-            file.sync_all()?;
-            std::fs::rename(&beside, path)
-        };
-        write().map_err(|e| {
-            std::fs::remove_file(&beside).ok();
-            plan_file(path, e)
-        })
+        files::write_json(path, self).map_err(|e| plan_file(path, e))
     }
 }
 

@@ -79,6 +79,9 @@ pub struct Ranking {
     pub steps: Vec<Step>,
     /// Steps at the front that must stay.
     pub protected: usize,
+    /// Squared output error when the first k steps stay, for k = 0 ..= steps, where an allocation
+    /// asked for it.
+    pub errors: Option<Vec<f64>>,
 }
 
 impl Ranking {
@@ -106,16 +109,40 @@ impl Ranking {
         score: Score,
         shape: &Shape,
     ) -> Result<Vec<Self>> {
+        if let Score::Obs { rounds } = score {
+            return crate::obs::rank(decoder, calibration, rounds, shape);
+        }
+        Self::by_columns(decoder, shape, |layer, part| {
+            let mut columns = score.columns(layer, part, calibration.part(layer, part)?)?;
+            standardise(&mut columns);
+            Ok(columns)
+        })
+    }
+
+    /// The units of every sublayer in the order of their ids: costs and steps without a score.
+    pub(crate) fn unscored(decoder: &Decoder<'_>, shape: &Shape) -> Result<Vec<Self>> {
+        Self::by_columns(decoder, shape, |layer, part| {
+            let widths = decoder.config().widths[layer];
+            Ok(vec![
+                0.0;
+                match part {
+                    Part::Attention => widths.heads * decoder.config().head_dim,
+                    Part::Mlp => widths.neurons,
+                }
+            ])
+        })
+    }
+
+    fn by_columns(
+        decoder: &Decoder<'_>,
+        shape: &Shape,
+        columns: impl Fn(usize, Part) -> Result<Vec<f64>>,
+    ) -> Result<Vec<Self>> {
         let mut rankings = Vec::new();
         for (layer, widths) in decoder.config().widths.iter().enumerate() {
-            let columns = |part| -> Result<Vec<f64>> {
-                let mut columns = score.columns(layer, part, calibration.part(layer, part)?)?;
-                standardise(&mut columns);
-                Ok(columns)
-            };
             let rows = |name| rows_cost(decoder, layer, name);
             if widths.heads > 0 {
-                let scores = means(&columns(Part::Attention)?, decoder.config().head_dim);
+                let scores = means(&columns(layer, Part::Attention)?, decoder.config().head_dim);
                 // Per head: rows of q and columns of o, or rows of k and of v.
                 let query = (rows(LinearName::Q) + decoder.config().hidden as u64)
                     * decoder.config().head_dim as u64;
@@ -154,7 +181,8 @@ impl Ranking {
                 }
                 let cost =
                     rows(LinearName::Gate) + rows(LinearName::Up) + decoder.config().hidden as u64;
-                let ranking = Self::units(layer, Part::Mlp, &columns(Part::Mlp)?, cost, align);
+                let ranking =
+                    Self::units(layer, Part::Mlp, &columns(layer, Part::Mlp)?, cost, align);
                 rankings.push(ranking.protect("min_neurons", shape.min_neurons, align)?);
             }
         }
@@ -178,6 +206,7 @@ impl Ranking {
             order,
             steps,
             protected: 0,
+            errors: None,
         }
     }
 
@@ -212,6 +241,7 @@ impl Ranking {
             order,
             steps,
             protected: 0,
+            errors: None,
         }
     }
 

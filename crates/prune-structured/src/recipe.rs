@@ -4,6 +4,7 @@ use crate::allocate::Allocation;
 use crate::compensate::Compensation;
 use crate::ranking::Shape;
 use crate::score::Score;
+use causal_lm::Decoder;
 use serde::{Deserialize, Serialize};
 
 /// One way to prune.
@@ -22,8 +23,22 @@ pub struct Recipe {
 }
 
 impl Recipe {
+    /// What makes up for the loss in this model.
+    pub fn compensation(&self, decoder: &Decoder<'_>) -> Compensation {
+        self.compensation
+            .unwrap_or_else(|| Compensation::suggested(decoder))
+    }
+
     /// Names that [`Recipe::named`] knows.
-    pub const NAMES: [&str; 5] = ["flap", "flap-compat", "wanda-sp", "magnitude", "random"];
+    pub const NAMES: [&str; 7] = [
+        "flap",
+        "flap-compat",
+        "wanda-sp",
+        "magnitude",
+        "random",
+        "rd-dp",
+        "tyr",
+    ];
 
     /// A method as its authors, or common use, define it. `seed` is that of `random`.
     ///
@@ -40,6 +55,16 @@ impl Recipe {
             "wanda-sp" => control(Score::WandaSp),
             "magnitude" => control(Score::Magnitude),
             "random" => control(Score::Random { seed }),
+            "rd-dp" => (
+                Score::Obs { rounds: None },
+                Allocation::RdDp { convex: false },
+                Some(Compensation::LEAST_SQUARES),
+            ),
+            "tyr" => (
+                Score::Obs { rounds: None },
+                Allocation::Searched,
+                Some(Compensation::LEAST_SQUARES),
+            ),
             _ => return None,
         };
         let mut shape = Shape::default();

@@ -1,5 +1,7 @@
 //! The flags of `eval structured`.
 
+mod search;
+
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
@@ -49,6 +51,8 @@ pub(super) struct StructuredArgs {
     dry_run: bool,
     #[command(flatten)]
     change: RecipeArgs,
+    #[command(flatten)]
+    search: search::SearchArgs,
 }
 
 /// Changes to every method of the run.
@@ -96,6 +100,8 @@ enum ScoreArg {
     WandaSp,
     Magnitude,
     Random,
+    /// Optimal brain surgeon, the score of tyr
+    Obs,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -104,6 +110,10 @@ enum AllocationArg {
     AlMm,
     UlMm,
     UlUm,
+    /// Least total distortion
+    RdDp,
+    /// Least total distortion over the convex hulls of the curves
+    RdDpConvex,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -155,6 +165,7 @@ impl RecipeArgs {
                 ScoreArg::WandaSp => Score::WandaSp,
                 ScoreArg::Magnitude => Score::Magnitude,
                 ScoreArg::Random => Score::Random { seed },
+                ScoreArg::Obs => Score::Obs { rounds: None },
             };
         }
         if let Some(allocation) = self.allocation {
@@ -163,6 +174,8 @@ impl RecipeArgs {
                 AllocationArg::AlMm => Allocation::AlMm,
                 AllocationArg::UlMm => Allocation::UlMm,
                 AllocationArg::UlUm => Allocation::UlUm,
+                AllocationArg::RdDp => Allocation::RdDp { convex: false },
+                AllocationArg::RdDpConvex => Allocation::RdDp { convex: true },
             };
         }
         if let Some(unit) = self.attention_unit {
@@ -200,6 +213,7 @@ impl StructuredArgs {
             },
             save_plans: self.save_plans,
             dry_run: self.dry_run,
+            search: self.search.config(seed),
         }
     }
 }
