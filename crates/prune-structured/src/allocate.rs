@@ -5,7 +5,7 @@
 
 use crate::flap::compat;
 use crate::ranking::{Ranking, Step, pool};
-use crate::rate_distortion;
+use crate::rate_distortion::{self, Distortion};
 use crate::stats::Part;
 use crate::{Error, Result};
 use serde::{Deserialize, Serialize};
@@ -29,6 +29,8 @@ pub enum Allocation {
     FlapCompat,
     /// The least sum of the sublayers' output errors: see [`crate::rate_distortion`].
     RdDp {
+        /// What is added up; [`rate_distortion::measure`] replaces it by a measurement.
+        distortion: Distortion,
         /// Whether error curves are replaced by their convex hulls.
         convex: bool,
     },
@@ -71,7 +73,7 @@ impl Allocation {
         let mut keep: Vec<usize> = rankings.iter().map(|r| r.protected).collect();
         match self {
             Self::FlapCompat => keep = compat::keep(rankings, ratio),
-            Self::RdDp { convex } => keep = rate_distortion::keep(rankings, budget, convex)?,
+            Self::RdDp { convex, .. } => keep = rate_distortion::keep(rankings, budget, convex)?,
             Self::Searched => {
                 return Err(Error::Missing {
                     layer: 0,

@@ -43,7 +43,7 @@ impl Calibration {
             decoder.release(layer);
             let mut collector = Collector::new(&block, windows.window_len(), collect)?;
             hidden.advance(&block, &mut collector)?;
-            layers.push(collector.finish(layer, collect.gram.as_ref())?);
+            layers.push(collector.finish(layer, collect.gram.as_ref(), hidden.batches())?);
             progress();
         }
         Ok(Self {
@@ -103,7 +103,13 @@ impl Collector {
         })
     }
 
-    pub(crate) fn finish(self, layer: usize, store: Option<&GramStore>) -> Result<LayerStats> {
+    /// Ends the collection, `outputs` being what the block put out.
+    pub(crate) fn finish(
+        self,
+        layer: usize,
+        store: Option<&GramStore>,
+        outputs: &[Tensor],
+    ) -> Result<LayerStats> {
         let finish = |collector: Option<PartCollector>, part| -> Result<Option<ColumnStats>> {
             let Some(PartCollector { stats, gram }) = collector else {
                 return Ok(None);
@@ -116,8 +122,14 @@ impl Collector {
         Ok(LayerStats {
             attention: finish(self.attention, Part::Attention)?,
             mlp: finish(self.mlp, Part::Mlp)?,
+            hidden_square: outputs.iter().map(square).sum::<Result<f64>>()?,
         })
     }
+}
+
+fn square(batch: &Tensor) -> Result<f64> {
+    let sum = batch.to_dtype(DType::F32)?.sqr()?.sum_all()?;
+    Ok(sum.to_scalar::<f32>()?.into())
 }
 
 impl Tap for Collector {

@@ -87,8 +87,15 @@ impl Plan {
         ratio: f64,
     ) -> Result<Self> {
         let mut rankings = Ranking::all(decoder, calibration, recipe.score, &recipe.shape)?;
-        if let Allocation::RdDp { .. } = recipe.allocation {
-            obs::attach_errors(decoder, calibration, recipe, &mut rankings)?;
+        if let Allocation::RdDp { distortion, .. } = recipe.allocation {
+            let compensation = recipe.compensation(decoder);
+            obs::attach_errors(
+                decoder,
+                calibration,
+                compensation,
+                distortion,
+                &mut rankings,
+            )?;
         }
         Self::allocate(decoder, &rankings, recipe, ratio)
     }

@@ -3,6 +3,7 @@
 use crate::allocate::Allocation;
 use crate::compensate::Compensation;
 use crate::ranking::Shape;
+use crate::rate_distortion::Distortion;
 use crate::score::Score;
 use causal_lm::Decoder;
 use serde::{Deserialize, Serialize};
@@ -57,7 +58,10 @@ impl Recipe {
             "random" => control(Score::Random { seed }),
             "rd-dp" => (
                 Score::Obs { rounds: None },
-                Allocation::RdDp { convex: false },
+                Allocation::RdDp {
+                    distortion: Distortion::Hidden,
+                    convex: false,
+                },
                 Some(Compensation::LEAST_SQUARES),
             ),
             "tyr" => (

@@ -6,6 +6,7 @@ use candle_core::{DType, Device, Tensor};
 use causal_lm::Windows;
 use common::{KINDS, Tiny, gap, logits, windows};
 use prune_structured::obs::{Problem, Rounds, Units, sweep};
+use prune_structured::rate_distortion::{Distortion, Measure, measure};
 use prune_structured::stats::{GramStore, LayerStats, Part};
 use prune_structured::tyr::{Accumulation, Data, Found, Options, Sharing, Stage, Start, search};
 use prune_structured::{
@@ -371,6 +372,10 @@ fn rd_dp_never_exceeds_its_budget_and_no_other_allocation_has_less_error() {
             for compensation in [Compensation::LEAST_SQUARES, Compensation::None] {
                 let mut recipe = Recipe::named("rd-dp", 0).unwrap();
                 (recipe.score, recipe.compensation) = (score, Some(compensation));
+                recipe.allocation = Allocation::RdDp {
+                    distortion: Distortion::Output,
+                    convex: false,
+                };
                 let rd_dp = Plan::make(&decoder, &calibration, &recipe, 0.35).unwrap();
                 let prunable: u64 = Ranking::all(&decoder, &calibration, score, &recipe.shape)
                     .unwrap()
@@ -442,7 +447,10 @@ fn the_obs_score_goes_with_every_allocation_and_unit() {
                 Allocation::AlMm,
                 Allocation::UlMm,
                 Allocation::UlUm,
-                Allocation::RdDp { convex: true },
+                Allocation::RdDp {
+                    distortion: Distortion::Relative,
+                    convex: true,
+                },
             ] {
                 let mut recipe = Recipe::named("rd-dp", 0).unwrap();
                 recipe.allocation = allocation;
@@ -453,4 +461,97 @@ fn the_obs_score_goes_with_every_allocation_and_unit() {
             }
         }
     }
+}
+
+#[test]
+fn measured_curves_fall_to_the_dense_model_and_are_what_the_pruned_model_diverges_by() {
+    let model = Tiny::new("llama", DType::F32);
+    let texts = texts();
+    let calibration = calibrate(&model, &texts.calibration, "gram");
+    let decoder = model.decoder();
+    let recipe = Recipe::named("rd-dp", 0).unwrap();
+    let mut rankings = Ranking::all(&decoder, &calibration, recipe.score, &recipe.shape).unwrap();
+    let options = Measure::default();
+    let dir = model.path("curves");
+    measure(
+        &decoder,
+        &calibration,
+        &recipe,
+        &mut rankings,
+        &texts.search,
+        options,
+        &dir,
+    )
+    .unwrap();
+    for ranking in &rankings {
+        let errors = ranking.errors.as_ref().unwrap();
+        assert_eq!(errors.len(), ranking.steps.len() + 1);
+        assert!(errors.last().unwrap().abs() < 1e-6);
+        assert!(errors[ranking.protected] > 1e-4);
+    }
+    let plan = Plan::allocate(&decoder, &rankings, &recipe, 0.3).unwrap();
+    assert!(!plan.is_identity(&decoder));
+    // Attention of the first layer alone at its least width, written and opened.
+    let mut alone = plan.clone();
+    for (layer, plan) in alone.layers.iter_mut().enumerate() {
+        plan.neurons = (0..40).collect();
+        (plan.heads, plan.kv_heads) = ((0..8).collect(), (0..4).collect());
+        if layer == 0 {
+            plan.kv_heads = rankings[0].kept(1);
+            let kv = plan.kv_heads[0];
+            plan.heads = vec![2 * kv, 2 * kv + 1];
+        }
+    }
+    let dst = model.path("alone");
+    let write_options = WriteOptions::default();
+    let form = Form::Sliced;
+    write(
+        &decoder,
+        &alone,
+        Some(&calibration),
+        form,
+        &dst,
+        &write_options,
+        &mut || (),
+    )
+    .unwrap();
+    let measured = rankings[0].errors.as_ref().unwrap()[1];
+    let written = divergence(
+        &model.checkpoint,
+        &Checkpoint::open(&dst).unwrap(),
+        &texts.search,
+    );
+    assert!(
+        (measured - written).abs() < 1e-4 * (1.0 + written),
+        "{measured} {written}"
+    );
+}
+
+/// KL divergence of two models over the whole vocabulary, by the textbook.
+fn divergence(teacher: &Checkpoint, student: &Checkpoint, windows: &Windows) -> f64 {
+    let log_softmax = |checkpoint: &Checkpoint| -> Vec<Vec<f64>> {
+        let decoder = common::decoder(checkpoint);
+        let hidden = causal_lm::run_blocks(&decoder, windows, &mut causal_lm::NoTap, &mut || ());
+        let head = decoder.head().unwrap();
+        let mut rows = Vec::new();
+        for batch in hidden.unwrap().batches() {
+            let (count, len, width) = batch.dims3().unwrap();
+            let logits = head
+                .forward(&batch.reshape((count * len, width)).unwrap())
+                .unwrap();
+            for (row, logits) in logits.to_vec2::<f32>().unwrap().iter().enumerate() {
+                if row % len + 1 < len {
+                    let sum: f64 = logits.iter().map(|&z| f64::from(z).exp()).sum();
+                    rows.push(logits.iter().map(|&z| f64::from(z) - sum.ln()).collect());
+                }
+            }
+        }
+        rows
+    };
+    let (p, q) = (log_softmax(teacher), log_softmax(student));
+    let rows = p
+        .iter()
+        .zip(&q)
+        .map(|(p, q)| -> f64 { p.iter().zip(q).map(|(p, q)| p.exp() * (p - q)).sum() });
+    rows.sum::<f64>() / p.len() as f64
 }

@@ -7,6 +7,7 @@ use std::path::PathBuf;
 
 use clap::builder::PossibleValuesParser;
 use clap::{Args, ValueEnum};
+use prune_structured::rate_distortion::Distortion;
 use prune_structured::{
     Allocation, AttentionUnit, Compensation, DEFAULT_RIDGE, Form, Recipe, Score,
 };
@@ -110,10 +111,8 @@ enum AllocationArg {
     AlMm,
     UlMm,
     UlUm,
-    /// Least total distortion
+    /// Least total distortion, see --distortion
     RdDp,
-    /// Least total distortion over the convex hulls of the curves
-    RdDpConvex,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -174,8 +173,10 @@ impl RecipeArgs {
                 AllocationArg::AlMm => Allocation::AlMm,
                 AllocationArg::UlMm => Allocation::UlMm,
                 AllocationArg::UlUm => Allocation::UlUm,
-                AllocationArg::RdDp => Allocation::RdDp { convex: false },
-                AllocationArg::RdDpConvex => Allocation::RdDp { convex: true },
+                AllocationArg::RdDp => Allocation::RdDp {
+                    distortion: Distortion::Hidden,
+                    convex: false,
+                },
             };
         }
         if let Some(unit) = self.attention_unit {
@@ -194,7 +195,8 @@ impl RecipeArgs {
 impl StructuredArgs {
     pub(super) fn config(self, seed: u64) -> structured::Config {
         let variants = |name: &String| self.change.variants(name, seed);
-        let recipes = self.method.iter().flat_map(variants).collect();
+        let mut recipes: Vec<Recipe> = self.method.iter().flat_map(variants).collect();
+        recipes.iter_mut().for_each(|r| self.search.change(r));
         structured::Config {
             perplexity: self.text.into(),
             calib: self.calib,

@@ -15,7 +15,6 @@ use serde_json::json;
 use tempfile::TempDir;
 use tensor_io::{Checkpoint, WriteOptions};
 
-use self::search::Distortion;
 use super::perplexity::{self, Protocol, file_name};
 use crate::cli::Common;
 use crate::column::Column;
@@ -246,7 +245,7 @@ impl Cells<'_> {
                 }
                 Ok((found.plan, Some(found.calibration)))
             }
-            Allocation::RdDp { .. } if self.config.search.distortion == Distortion::Kl => {
+            Allocation::RdDp { .. } if self.config.search.measured => {
                 let folder = self.scratch.join("curves");
                 Ok((maker.measured(recipe, ratio, &folder)?, None))
             }

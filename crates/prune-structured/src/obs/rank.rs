@@ -2,8 +2,9 @@
 
 use super::{Nested, Problem, Rounds, Units, error_curve, sweep};
 use crate::ranking::{Ranking, Shape};
+use crate::rate_distortion::Distortion;
 use crate::score::standardise;
-use crate::{Calibration, DEFAULT_RIDGE, Recipe, Result};
+use crate::{Calibration, Compensation, DEFAULT_RIDGE, Result};
 use candle_core::{DType, Device};
 use causal_lm::Decoder;
 
@@ -30,14 +31,14 @@ pub(crate) fn rank(
     Ok(rankings)
 }
 
-/// Gives every ranking the curve of its output error under the recipe's compensation.
+/// Gives every ranking the curve of its output error under a compensation.
 pub(crate) fn attach_errors(
     decoder: &Decoder<'_>,
     calibration: &Calibration,
-    recipe: &Recipe,
+    compensation: Compensation,
+    distortion: Distortion,
     rankings: &mut [Ranking],
 ) -> Result<()> {
-    let compensation = recipe.compensation(decoder);
     for ranking in rankings {
         let problem = problem(decoder, calibration, ranking, compensation.ridge())?;
         let moments = &calibration.part(ranking.layer, ranking.part)?.moments;
@@ -45,9 +46,16 @@ pub(crate) fn attach_errors(
         let order = units.columns_of(&ranking.order);
         let input = (moments.mean.as_slice(), moments.count);
         let errors = error_curve(&problem, &order, compensation, input)?;
+        let scale = match distortion {
+            Distortion::Output => 1.0,
+            Distortion::Relative => errors[0],
+            Distortion::Hidden => calibration.layers[ranking.layer].hidden_square,
+        };
+        // Where nothing comes out, nothing can be lost.
+        let scale = if scale > 0.0 { scale } else { 1.0 };
         ranking.errors = Some(
             (0..=ranking.steps.len())
-                .map(|steps| errors[units.kept(steps) * units.columns])
+                .map(|steps| errors[units.kept(steps) * units.columns] / scale)
                 .collect(),
         );
     }

@@ -13,6 +13,7 @@ pub use measured::{Measure, measure};
 use crate::ranking::Ranking;
 use crate::{Error, Result};
 use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
 
 /// Budget states of the dynamic programme; with more the costs are rounded up.
 const STATES: u64 = 1 << 16;
@@ -21,6 +22,19 @@ const STATES: u64 = 1 << 16;
 const POINTS: usize = 256;
 /// States that one task computes.
 const CHUNK: usize = 4096;
+
+/// What is added up over sublayers, each pruned by itself and compensated.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Distortion {
+    /// Squared error of the sublayer's output.
+    Output,
+    /// The same as a share of the sublayer's squared output.
+    Relative,
+    /// The same as a share of the squared hidden states that leave the block: what the norm of the
+    /// next block sees.
+    Hidden,
+}
 
 /// A point of a curve.
 #[derive(Clone, Copy, Debug, PartialEq)]

@@ -60,6 +60,8 @@ pub struct LayerStats {
     pub attention: Option<ColumnStats>,
     /// Of down_proj.
     pub mlp: Option<ColumnStats>,
+    /// Σ x² over the hidden states that the block puts out, all tokens.
+    pub hidden_square: f64,
 }
 
 impl LayerStats {

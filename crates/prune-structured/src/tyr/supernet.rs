@@ -77,8 +77,9 @@ pub(crate) fn build(
                 ..Collect::default()
             };
             let mut collector = Collector::new(&block, windows.window_len(), &collect)?;
-            dense = Some(hidden.observed(&block, &mut collector)?);
-            let stats = collector.finish(layer, collect.gram.as_ref())?;
+            let outputs = hidden.observed(&block, &mut collector)?;
+            let stats = collector.finish(layer, collect.gram.as_ref(), &outputs)?;
+            dense = Some(outputs);
             for sublayer in &of_layer {
                 prune(&block, sublayer, options, ridge, store)?;
             }

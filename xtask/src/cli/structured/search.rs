@@ -5,9 +5,11 @@ use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
 use prune_structured::obs::Rounds;
+use prune_structured::rate_distortion::Distortion;
 use prune_structured::tyr::{Accumulation, Options, Stage};
+use prune_structured::{Allocation, Recipe};
 
-use crate::eval::structured::search::{Begin, Config, Distortion};
+use crate::eval::structured::search::{Begin, Config};
 
 /// Sizes of the search of tyr, and the curves of rd-dp.
 #[derive(Args)]
@@ -47,8 +49,23 @@ pub(super) struct SearchArgs {
     #[arg(long, value_name = "DIR")]
     resume: Option<PathBuf>,
     /// Distortion that rd-dp adds up
-    #[arg(long, value_enum, default_value = "output")]
-    distortion: Distortion,
+    #[arg(long, value_enum, default_value = "hidden")]
+    distortion: DistortionArg,
+    /// Replace rd-dp's curves by their convex hulls
+    #[arg(long)]
+    convex: bool,
+}
+
+#[derive(Clone, Copy, PartialEq, ValueEnum)]
+enum DistortionArg {
+    /// Squared error of each sublayer's output
+    Output,
+    /// Its share of the sublayer's output
+    Relative,
+    /// Its share of the hidden states that leave the block
+    Hidden,
+    /// Divergence of the whole model's predictions when one sublayer is pruned, measured
+    Kl,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -88,6 +105,19 @@ fn stage(text: &str) -> Result<Stage, String> {
 }
 
 impl SearchArgs {
+    /// Sets what rd-dp adds up where a recipe allocates by it.
+    pub(super) fn change(&self, recipe: &mut Recipe) {
+        if let Allocation::RdDp { distortion, convex } = &mut recipe.allocation {
+            *convex = self.convex;
+            *distortion = match self.distortion {
+                DistortionArg::Output => Distortion::Output,
+                DistortionArg::Relative => Distortion::Relative,
+                // A measurement replaces the curves.
+                DistortionArg::Hidden | DistortionArg::Kl => Distortion::Hidden,
+            };
+        }
+    }
+
     pub(super) fn config(self, seed: u64) -> Config {
         let mut options = match self.search_size {
             Size::Small => Options::default(),
@@ -119,7 +149,7 @@ impl SearchArgs {
             samples: self.search_samples.get(),
             start: self.search_start,
             resume: self.resume,
-            distortion: self.distortion,
+            measured: self.distortion == DistortionArg::Kl,
         }
     }
 }

@@ -23,8 +23,8 @@ pub struct Config {
     pub start: Begin,
     /// Folder that keeps the state of searches.
     pub resume: Option<PathBuf>,
-    /// What rd-dp adds up.
-    pub distortion: Distortion,
+    /// Whether rd-dp adds up measured divergences of the whole model.
+    pub measured: bool,
 }
 
 /// Widths that a search starts from.
@@ -34,15 +34,6 @@ pub enum Begin {
     Uniform,
     /// What rate-distortion allocation finds
     RdDp,
-}
-
-/// What rate-distortion allocation adds up.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum Distortion {
-    /// Squared error of each sublayer's output, from its Gram matrix
-    Output,
-    /// Divergence of the whole model's predictions when one sublayer is pruned, measured
-    Kl,
 }
 
 /// What plans are made from.
