@@ -11,9 +11,9 @@
 //! its copy. Units that are left stand in front, in no order, so that work shrinks with them. Only
 //! the lower triangle of H⁻¹ is kept up to date.
 //!
-//! Memory for n columns and m outputs: 2 n² f64 while inverting (H is dropped once factored), then
-//! n² and 2 nm f64; for 14,336 × 4,096 that is 3.3 GB, and 2.6 GB during the sweep, beside the
-//! 0.8 GB of statistics in f32.
+//! Memory for n columns and m outputs: 2 n² + 2 nm f64 while H is factored and inverted, n² + 2 nm
+//! after that. For 14,336 × 4,096 that is 4.2 and 2.6 GB, beside 0.8 GB of statistics in f32 where
+//! the caller keeps them.
 
 use super::{Problem, Units};
 use crate::{Error, Result};
