@@ -47,14 +47,14 @@ fn texts() -> Texts {
     }
 }
 
-/// Searches in `dir` until `steps` steps are done.
+/// Searches in `dir`, breaking off after `steps` steps.
 fn searched(
     model: &Tiny,
     options: &Options,
     ratio: f64,
     dir: &Path,
     steps: usize,
-) -> prune_structured::Result<Found> {
+) -> Result<Found, Box<Error>> {
     let texts = texts();
     let data = Data {
         calibration: &texts.calibration,
@@ -78,6 +78,7 @@ fn searched(
             }
         },
     )
+    .map_err(Box::new)
 }
 
 fn written(model: &Tiny, found: &Found, form: Form, name: &str) -> PathBuf {
@@ -164,7 +165,7 @@ fn a_search_interrupted_after_any_step_goes_on_to_the_same_result_and_the_same_f
         let dir = model.path(&format!("stopped-{stop}"));
         let interrupted = searched(&model, &options, 0.3, &dir, stop);
         assert!(
-            matches!(interrupted, Err(Error::Interrupted { .. })),
+            matches!(*interrupted.unwrap_err(), Error::Interrupted { .. }),
             "{stop}"
         );
         // A line that the state does not know of, torn in the middle.
@@ -191,7 +192,10 @@ fn a_step_count_is_what_progress_is_told() {
     let steps = small().steps(3);
     assert!(searched(&model, &small(), 0.3, &dir, steps + 1).is_ok());
     let interrupted = searched(&model, &small(), 0.3, &dir, steps);
-    assert!(matches!(interrupted, Err(Error::Interrupted { .. })));
+    assert!(matches!(
+        *interrupted.unwrap_err(),
+        Error::Interrupted { .. }
+    ));
 }
 
 #[test]
@@ -228,7 +232,7 @@ fn a_folder_of_another_search_is_refused_and_so_are_sizes_that_make_none() {
     searched(&model, &small(), 0.3, &dir, 2).unwrap_err();
     for (options, ratio) in [(Options { seed: 1, ..small() }, 0.3), (small(), 0.4)] {
         let refused = searched(&model, &options, ratio, &dir, 0);
-        assert!(matches!(refused, Err(Error::SearchFile { .. })));
+        assert!(matches!(*refused.unwrap_err(), Error::SearchFile { .. }));
     }
     let none = Options {
         offspring: 0,
@@ -236,16 +240,16 @@ fn a_folder_of_another_search_is_refused_and_so_are_sizes_that_make_none() {
     };
     let refused = searched(&model, &none, 0.3, &model.path("none"), 0);
     assert!(matches!(
-        refused,
-        Err(Error::Search {
+        *refused.unwrap_err(),
+        Error::Search {
             option: "offspring",
             ..
-        })
+        }
     ));
     assert!(!model.path("none").exists());
     std::fs::write(dir.join("state.json"), "{").unwrap();
     let refused = searched(&model, &small(), 0.3, &dir, 0);
-    assert!(matches!(refused, Err(Error::SearchFile { .. })));
+    assert!(matches!(*refused.unwrap_err(), Error::SearchFile { .. }));
 }
 
 #[test]
@@ -291,7 +295,6 @@ fn calibrate(model: &Tiny, windows: &Windows, name: &str) -> Calibration {
     Calibration::run(&model.decoder(), windows, &collect, &mut || ()).unwrap()
 }
 
-/// The last projection of the last block is refitted on inputs that carry all error before it.
 #[test]
 fn the_first_block_is_refitted_on_dense_inputs_and_later_ones_on_inputs_with_accumulated_error() {
     let model = Tiny::new("mistral", DType::F32);
@@ -300,6 +303,7 @@ fn the_first_block_is_refitted_on_dense_inputs_and_later_ones_on_inputs_with_acc
     let of = |accumulation, name: &str| {
         let options = Options {
             accumulation,
+            settle: false,
             iterations: 1,
             ..small()
         };
@@ -554,4 +558,34 @@ fn divergence(teacher: &Checkpoint, student: &Checkpoint, windows: &Windows) -> 
         .zip(&q)
         .map(|(p, q)| -> f64 { p.iter().zip(q).map(|(p, q)| p.exp() * (p - q)).sum() });
     rows.sum::<f64>() / p.len() as f64
+}
+
+#[test]
+fn a_settled_plan_has_the_widths_found_and_is_refitted_on_its_own_inputs() {
+    let model = Tiny::new("llama", DType::F32);
+    let settled = Options {
+        settle: true,
+        ..small()
+    };
+    let whole = searched(&model, &settled, 0.3, &model.path("settled"), 0).unwrap();
+    let plain = searched(&model, &small(), 0.3, &model.path("plain"), 0).unwrap();
+    assert_eq!(whole.plan.widths(), plain.plan.widths());
+    // The statistics of the second block are those of the first one as it is written.
+    let pruned = Checkpoint::open(written(&model, &whole, Form::Sliced, "sliced")).unwrap();
+    let decoder = common::decoder(&pruned);
+    let dense = model.decoder();
+    let mut hidden = causal_lm::Hidden::embed(&decoder, &texts().calibration).unwrap();
+    let mut advance = |block| hidden.advance(&block, &mut causal_lm::NoTap).unwrap();
+    advance(decoder.block(0).unwrap());
+    advance(dense.block(1).unwrap());
+    let square = |batch: &Tensor| batch.sqr().unwrap().sum_all().unwrap();
+    let squares = hidden
+        .batches()
+        .iter()
+        .map(|b| f64::from(square(b).to_scalar::<f32>().unwrap()));
+    let (seen, own) = (
+        whole.calibration.layers[1].hidden_square,
+        squares.sum::<f64>(),
+    );
+    assert!((seen / own - 1.0).abs() < 1e-4, "{seen} {own}");
 }

@@ -9,6 +9,9 @@ use std::collections::BTreeSet;
 /// A level for each sublayer.
 pub(crate) type Levels = Vec<i8>;
 
+/// The fitness, lower being better, of candidates on the tokens of a stage.
+pub(crate) type Evaluate<'e> = dyn FnMut(usize, &[Levels]) -> Result<Vec<f64>> + 'e;
+
 /// Most exchanges in a mutation.
 const FLIPS: usize = 4;
 /// Mutations tried for each that is wanted, after which the neighbourhood counts as exhausted.
@@ -80,13 +83,12 @@ pub(crate) struct Best {
 }
 
 /// Halves `offspring` over the stages and sets the last survivors beside `parent`, which stays
-/// unless one of them is better. `evaluate` gives the fitness, lower being better, of candidates
-/// on the tokens of a stage.
+/// unless one of them is better.
 pub(crate) fn select(
     options: &Options,
     parent: &[i8],
     offspring: Vec<Levels>,
-    evaluate: &mut dyn FnMut(usize, &[Levels]) -> Result<Vec<f64>>,
+    evaluate: &mut Evaluate<'_>,
 ) -> Result<Best> {
     let last = options.stages.len() - 1;
     let mut left = offspring;
@@ -185,7 +187,7 @@ mod tests {
             };
             Ok(candidates.iter().map(distance).collect())
         };
-        let run = |evaluate: &mut dyn FnMut(usize, &[Levels]) -> Result<Vec<f64>>| {
+        let run = |evaluate: &mut Evaluate<'_>| {
             let (mut parent, mut last) = (vec![0; 10], f64::INFINITY);
             for generation in 0..40 {
                 let mut rng = ChaCha8Rng::seed_from_u64(generation);

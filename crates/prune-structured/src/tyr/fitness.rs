@@ -16,6 +16,7 @@ use crate::{Error, Result};
 use causal_lm::{Block, Decoder, Head, Windows};
 use rayon::prelude::*;
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 
 /// Measures candidates; a candidate keeps a number of steps of each ranking.
 pub(crate) struct Fitness<'a> {
@@ -137,13 +138,15 @@ impl Fitness<'_> {
             }
             let mut variant = block.clone();
             for (&sublayer, &steps) in sublayers.iter().zip(steps) {
-                if !halves.contains_key(&(sublayer, steps)) {
-                    let ranking = self.rankings[sublayer];
-                    let kept = self.store.load(ranking, steps)?;
-                    let half = Half::new(block, widths, ranking, kept)?;
-                    halves.insert((sublayer, steps), half);
-                }
-                halves[&(sublayer, steps)].place(&mut variant);
+                let half = match halves.entry((sublayer, steps)) {
+                    Entry::Occupied(made) => made.into_mut(),
+                    Entry::Vacant(place) => {
+                        let ranking = self.rankings[sublayer];
+                        let kept = self.store.load(ranking, steps)?;
+                        place.insert(Half::new(block, widths, ranking, kept)?)
+                    }
+                };
+                half.place(&mut variant);
             }
             blocks.insert(steps.clone(), variant);
         }

@@ -61,6 +61,9 @@ pub struct Options {
     pub finest_neurons: usize,
     /// What the next block is calibrated on.
     pub accumulation: Accumulation,
+    /// Whether the widths found are pruned once more from the dense weights, at these widths alone,
+    /// each block on exactly what the pruned blocks before it put out. Not in the paper.
+    pub settle: bool,
     /// Units between two scorings; `None` chooses by [`Rounds::suggested`].
     pub rounds: Option<Rounds>,
     /// Bytes of hidden states held while candidates are compared. Results do not depend on it.
@@ -83,6 +86,7 @@ impl Default for Options {
             spacing: 0.125,
             finest_neurons: 1,
             accumulation: Accumulation::Mixture,
+            settle: false,
             rounds: None,
             memory: 1 << 30,
             sharing: Sharing::Prefixes,
@@ -108,7 +112,7 @@ impl Options {
 
     /// How often a search of a model of `layers` blocks reports progress.
     pub fn steps(&self, layers: usize) -> usize {
-        1 + self.iterations * (layers + self.generations)
+        1 + self.iterations * (layers + self.generations) + usize::from(self.settle) * layers
     }
 
     pub(crate) fn check(&self) -> Result<()> {

@@ -2,7 +2,7 @@
 
 use super::evolve::{Levels, offspring, select};
 use super::fitness::Fitness;
-use super::options::Options;
+use super::options::{Accumulation, Options};
 use super::space::{Sublayer, spacing, uniform};
 use super::state::{Folder, Identity, State};
 use super::store::{Kept, LevelStore};
@@ -48,7 +48,7 @@ pub struct Found {
     /// Statistics of the last supernet, with Gram matrices in the folder of the search.
     pub calibration: Calibration,
     /// KL divergence from the dense model, in nats per position, on the tokens of the last stage
-    /// of the last generation; `None` without generations.
+    /// of the last generation, before settling; `None` without generations.
     pub kl: Option<f64>,
     /// Tokens of all candidates that were compared in this run.
     pub candidate_tokens: u64,
@@ -105,11 +105,15 @@ pub fn search(
     let teacher = Teacher::new(decoder, data.search, options.top_k, dir)?;
     tick()?;
     let layers = decoder.config().layers();
+    let last = options.iterations - usize::from(!options.settle);
     for _ in 0..state.iteration * (layers + options.generations) {
         tick()?;
     }
     let (mut candidate_tokens, mut seconds) = (0, 0.0);
     loop {
+        // After the last iteration, one width of each sublayer and no search.
+        let settling = state.iteration == options.iterations;
+        let generations = if settling { 0 } else { options.generations };
         let space: Vec<Sublayer> = rankings
             .iter()
             .zip(&state.centres)
@@ -117,16 +121,24 @@ pub fn search(
                 ranking: ranking.clone(),
                 centre,
                 spacing: spacing(ranking, options, state.iteration),
-                reach: options.reach as i8,
+                reach: if settling { 0 } else { options.reach as i8 },
             })
             .collect();
         folder.remove_before(state.iteration)?;
         let store = LevelStore::create(folder.iteration(state.iteration))?;
+        let accumulation = match settling {
+            true => Accumulation::Centre,
+            false => options.accumulation,
+        };
+        let sizes = Options {
+            accumulation,
+            ..options.clone()
+        };
         supernet::build(
             decoder,
             data.calibration,
             &space,
-            options,
+            &sizes,
             ridge,
             &store,
             &mut tick,
@@ -143,7 +155,7 @@ pub fn search(
         for _ in 0..state.generation {
             tick()?;
         }
-        while state.generation < options.generations {
+        while state.generation < generations {
             let rng = |purpose| rng(options.seed, state.iteration, state.generation, purpose);
             let mutants = offspring(&space, &state.parent, options.offspring, &mut rng(0));
             let mut evaluate = |stage: usize, candidates: &[Levels]| {
@@ -171,7 +183,7 @@ pub fn search(
             tick()?;
         }
         let found = steps(&space, &state.parent);
-        if state.iteration + 1 == options.iterations {
+        if state.iteration == last {
             let plan = Plan {
                 recipe: recipe.clone(),
                 ratio,

@@ -39,6 +39,9 @@ pub(super) struct SearchArgs {
     /// What each block of a supernet is calibrated on [default: mixture]
     #[arg(long, value_enum)]
     accumulation: Option<AccumulationArg>,
+    /// Prune the widths found once more, each block on what the pruned blocks before it put out
+    #[arg(long)]
+    settle: bool,
     /// Units between two scorings [default: the paper's, finer in narrow layers]
     #[arg(long, value_enum)]
     rounds: Option<RoundsArg>,
@@ -128,6 +131,7 @@ impl SearchArgs {
         options.generations = self.generations.unwrap_or(options.generations);
         options.offspring = self.offspring.unwrap_or(options.offspring);
         options.top_k = self.top_k.unwrap_or(options.top_k);
+        options.settle = self.settle;
         if !self.stages.is_empty() {
             options.stages = self.stages;
         }
