@@ -5,11 +5,14 @@
 
 use crate::flap::compat;
 use crate::ranking::{Ranking, Step, pool};
+use crate::rate_distortion::{self, Distortion};
 use crate::stats::Part;
 use crate::structprune;
 use crate::{Error, Result};
 use serde::{Deserialize, Serialize};
 
+/// How a budget is spread.
+///
 /// FLAP's four strategies: AL compares scores across layers, UL gives every layer the same share;
 /// AM compares attention with MLP, MM gives both the same share.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
@@ -38,6 +41,15 @@ pub enum Allocation {
         /// No sublayer loses more than this share of its parameters.
         max_ratio: f64,
     },
+    /// The least sum of the sublayers' output errors: see [`crate::rate_distortion`].
+    RdDp {
+        /// What is added up; [`rate_distortion::measure`] replaces it by a measurement.
+        distortion: Distortion,
+        /// Whether error curves are replaced by their convex hulls.
+        convex: bool,
+    },
+    /// What a search over whole models has found: see [`crate::tyr`].
+    Searched,
 }
 
 impl Allocation {
@@ -45,11 +57,13 @@ impl Allocation {
     /// parameters (of a compensation) being counted against what is removed.
     ///
     /// AL-AM and AL-MM end within one step of the ratio, UL-MM within one step of every MLP, UL-UM
-    /// within one step of every sublayer, unless protected steps stand in the way.
+    /// within one step of every sublayer, RD-DP never above the budget, unless protected steps
+    /// stand in the way.
     ///
     /// # Errors
     /// [`Error::Ratio`] outside `[0, 1)`; [`Error::Unreachable`] when protected steps alone exceed
-    /// the budget; [`Error::Option`] for a temperature or largest share that means nothing.
+    /// the budget; [`Error::Option`] for a temperature or largest share that means nothing;
+    /// [`Error::Missing`] for what rankings alone do not tell.
     pub fn keep(self, rankings: &[Ranking], ratio: f64, added: u64) -> Result<Vec<usize>> {
         if !(0.0..1.0).contains(&ratio) {
             return Err(Error::Ratio(ratio));
@@ -74,6 +88,14 @@ impl Allocation {
         let mut keep: Vec<usize> = rankings.iter().map(|r| r.protected).collect();
         match self {
             Self::FlapCompat => keep = compat::keep(rankings, ratio),
+            Self::RdDp { convex, .. } => keep = rate_distortion::keep(rankings, budget, convex)?,
+            Self::Searched => {
+                return Err(Error::Missing {
+                    layer: 0,
+                    what: "the result of a search",
+                    need: "tyr::search makes the plan",
+                });
+            }
             Self::AlAm => cut(rankings, None, budget, &mut keep),
             Self::AlMm => {
                 let attention = |steps: &dyn Fn(usize, &Ranking) -> usize| -> u64 {

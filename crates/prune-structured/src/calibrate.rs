@@ -46,7 +46,7 @@ impl Calibration {
             decoder.release(layer);
             let mut collector = Collector::new(&block, windows.window_len(), collect)?;
             hidden.advance(&block, &mut collector)?;
-            layers.push(collector.finish(layer, collect.gram.as_ref())?);
+            layers.push(collector.finish(layer, collect.gram.as_ref(), hidden.batches())?);
             progress();
         }
         Ok(Self {
@@ -70,10 +70,23 @@ impl Calibration {
                 need: "calibrate the same model that is pruned",
             })
     }
+
+    /// Gram matrix of the inputs of one half of a block, `[columns, columns]` f32.
+    ///
+    /// # Errors
+    /// [`Error::Missing`] when none were collected, and what reading its file reports.
+    pub fn gram(&self, layer: usize, part: Part) -> Result<Tensor> {
+        let store = self.gram.as_ref().ok_or(Error::Missing {
+            layer,
+            what: "the Gram matrix",
+            need: "ask for Gram matrices when calibrating",
+        })?;
+        store.load(layer, part)
+    }
 }
 
 /// Collects one block's statistics while it runs.
-struct Collector {
+pub(crate) struct Collector {
     window_len: usize,
     attention: Option<PartCollector>,
     mlp: Option<PartCollector>,
@@ -85,7 +98,7 @@ struct PartCollector {
 }
 
 impl Collector {
-    fn new(block: &Block, window_len: usize, collect: &Collect) -> Result<Self> {
+    pub(crate) fn new(block: &Block, window_len: usize, collect: &Collect) -> Result<Self> {
         let part = |linear: &Linear| PartCollector::new(linear, collect);
         Ok(Self {
             window_len,
@@ -94,7 +107,13 @@ impl Collector {
         })
     }
 
-    fn finish(self, layer: usize, store: Option<&GramStore>) -> Result<LayerStats> {
+    /// Ends the collection, `outputs` being what the block put out.
+    pub(crate) fn finish(
+        self,
+        layer: usize,
+        store: Option<&GramStore>,
+        outputs: &[Tensor],
+    ) -> Result<LayerStats> {
         let finish = |collector: Option<PartCollector>, part| -> Result<Option<ColumnStats>> {
             let Some(PartCollector { stats, gram }) = collector else {
                 return Ok(None);
@@ -107,8 +126,14 @@ impl Collector {
         Ok(LayerStats {
             attention: finish(self.attention, Part::Attention)?,
             mlp: finish(self.mlp, Part::Mlp)?,
+            hidden_square: outputs.iter().map(square).sum::<Result<f64>>()?,
         })
     }
+}
+
+fn square(batch: &Tensor) -> Result<f64> {
+    let sum = batch.to_dtype(DType::F32)?.sqr()?.sum_all()?;
+    Ok(sum.to_scalar::<f32>()?.into())
 }
 
 impl Tap for Collector {

@@ -38,13 +38,24 @@ pub enum Compensation {
 pub const DEFAULT_RIDGE: f64 = 0.01;
 
 impl Compensation {
+    /// Least squares with the usual damping.
+    pub const LEAST_SQUARES: Self = Self::LeastSquares {
+        ridge: DEFAULT_RIDGE,
+    };
+
+    /// The damping of the Gram matrix, also for what reads it without refitting.
+    pub fn ridge(self) -> f64 {
+        match self {
+            Self::LeastSquares { ridge } | Self::Alternating { ridge, .. } => ridge,
+            Self::None | Self::Bias => DEFAULT_RIDGE,
+        }
+    }
+
     /// Bias where the architecture can store one for both o_proj and down_proj, else least squares.
     pub fn suggested(decoder: &Decoder<'_>) -> Self {
         match decoder.config().model_type {
             causal_lm::ModelType::Llama => Self::Bias,
-            _ => Self::LeastSquares {
-                ridge: DEFAULT_RIDGE,
-            },
+            _ => Self::LEAST_SQUARES,
         }
     }
 }
@@ -203,7 +214,7 @@ pub(crate) fn complement(ids: &[usize], width: usize) -> Vec<usize> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use crate::flap::compat::tests::samples;
     use crate::stats::Moments;
@@ -223,7 +234,7 @@ mod tests {
     }
 
     /// Inputs `[20, 6]` and a weight `[3, 6]` of the golden refits.
-    fn problem() -> (Tensor, Tensor) {
+    pub(crate) fn problem() -> (Tensor, Tensor) {
         let x = |t: usize, c: usize| (((7 * t + 5 * c + (t * c) % 5) % 13) as f32 - 6.0) / 5.0;
         let w = |o: usize, i: usize| (((3 * i + 5 * o + (i * o) % 3) % 11) as f32 - 5.0) / 4.0;
         let inputs = (0..120).map(|i| x(i / 6, i % 6)).collect();

@@ -111,6 +111,30 @@ pub enum Error {
         /// What is wrong with it.
         reason: String,
     },
+    /// A size that makes no search.
+    #[error("search option {option} is {value}; expected {expected}")]
+    Search {
+        /// The option's name.
+        option: &'static str,
+        /// Its value.
+        value: String,
+        /// What is expected.
+        expected: &'static str,
+    },
+    /// A file of a search that cannot be read or written, or belongs to another search.
+    #[error("{path}: {reason}", path = path.display())]
+    SearchFile {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// A search that was broken off between two steps.
+    #[error("the search was interrupted; {dir} holds what it needs to go on", dir = dir.display())]
+    Interrupted {
+        /// Its folder.
+        dir: PathBuf,
+    },
     /// The normal equations of a least-squares refit are singular.
     #[error(
         "layer {layer}: the least-squares refit is singular; use a larger ridge or more calibration windows"

@@ -3,16 +3,16 @@
 //! A plan is made from calibration statistics alone and can be printed, saved and compared before
 //! any weight is touched. Writing it out knows nothing of how it came about.
 
-use crate::allocate::budget;
+use crate::allocate::{Allocation, budget};
 use crate::compensate::Compensation;
-use crate::file::write_beside;
+use crate::files;
+use crate::obs;
 use crate::ranking::Ranking;
 use crate::recipe::Recipe;
 use crate::stats::Part;
 use crate::{Calibration, Error, Result, uniform};
 use causal_lm::{Decoder, Widths};
 use serde::{Deserialize, Serialize};
-use std::io::Write;
 use std::path::Path;
 
 /// What one block keeps: ids in the dense model, ascending.
@@ -33,6 +33,30 @@ impl LayerPlan {
             heads: self.heads.len(),
             kv_heads: self.kv_heads.len(),
             neurons: self.neurons.len(),
+        }
+    }
+
+    /// Keeps the ascending units `kept` of a ranking over a half of a block of `dense` widths.
+    pub(crate) fn keep(&mut self, dense: Widths, ranking: &Ranking, kept: Vec<usize>) {
+        match ranking.part {
+            Part::Mlp => self.neurons = kept,
+            // Whole groups: the units are key/value heads.
+            Part::Attention if ranking.order.len() == dense.kv_heads => {
+                let group = dense.heads / dense.kv_heads;
+                self.heads = kept
+                    .iter()
+                    .flat_map(|kv| kv * group..(kv + 1) * group)
+                    .collect();
+                self.kv_heads = kept;
+            }
+            Part::Attention => {
+                self.kv_heads = if kept.is_empty() {
+                    vec![]
+                } else {
+                    (0..dense.kv_heads).collect()
+                };
+                self.heads = kept;
+            }
         }
     }
 }
@@ -62,22 +86,39 @@ impl Plan {
         recipe: &Recipe,
         ratio: f64,
     ) -> Result<Self> {
-        let rankings = Ranking::all(decoder, calibration, recipe.score, &recipe.shape)?;
-        let compensation = recipe
-            .compensation
-            .unwrap_or_else(|| Compensation::suggested(decoder));
-        let keep = recipe
-            .allocation
-            .keep(&rankings, ratio, compensation.added(decoder))?;
-        let keep = if recipe.shape.uniform && ratio > 0.0 {
-            let budget = budget(&rankings, ratio, compensation.added(decoder));
-            uniform::equalise(decoder, &rankings, &keep, (ratio, budget))?
-        } else {
-            keep
-        };
-        let mut layers: Vec<LayerPlan> = decoder
-            .config()
-            .widths
+        let mut rankings = Ranking::all(decoder, calibration, recipe.score, &recipe.shape)?;
+        if let Allocation::RdDp { distortion, .. } = recipe.allocation {
+            let compensation = recipe.compensation(decoder);
+            obs::attach_errors(
+                decoder,
+                calibration,
+                compensation,
+                distortion,
+                &mut rankings,
+            )?;
+        }
+        Self::allocate(decoder, &rankings, recipe, ratio)
+    }
+
+    /// Allocates the budget over given rankings.
+    ///
+    /// # Errors
+    /// As [`Allocation::keep`].
+    pub fn allocate(
+        decoder: &Decoder<'_>,
+        rankings: &[Ranking],
+        recipe: &Recipe,
+        ratio: f64,
+    ) -> Result<Self> {
+        let compensation = recipe.compensation(decoder);
+        let added = compensation.added(decoder);
+        let mut keep = recipe.allocation.keep(rankings, ratio, added)?;
+        if recipe.shape.uniform && ratio > 0.0 {
+            let budget = budget(rankings, ratio, added);
+            keep = uniform::equalise(decoder, rankings, &keep, (ratio, budget))?;
+        }
+        let dense = &decoder.config().widths;
+        let mut layers: Vec<LayerPlan> = dense
             .iter()
             .map(|_| LayerPlan {
                 heads: vec![],
@@ -86,31 +127,8 @@ impl Plan {
             })
             .collect();
         for (ranking, steps) in rankings.iter().zip(keep) {
-            let (plan, dense) = (
-                &mut layers[ranking.layer],
-                decoder.config().widths[ranking.layer],
-            );
-            let kept = ranking.kept(steps);
-            match ranking.part {
-                Part::Mlp => plan.neurons = kept,
-                // Whole groups: the units are key/value heads.
-                Part::Attention if ranking.order.len() == dense.kv_heads => {
-                    let group = dense.heads / dense.kv_heads;
-                    plan.heads = kept
-                        .iter()
-                        .flat_map(|kv| kv * group..(kv + 1) * group)
-                        .collect();
-                    plan.kv_heads = kept;
-                }
-                Part::Attention => {
-                    plan.kv_heads = if kept.is_empty() {
-                        vec![]
-                    } else {
-                        (0..dense.kv_heads).collect()
-                    };
-                    plan.heads = kept;
-                }
-            }
+            let layer = ranking.layer;
+            layers[layer].keep(dense[layer], ranking, ranking.kept(steps));
         }
         Ok(Self {
             recipe: recipe.clone(),
@@ -203,9 +221,7 @@ impl Plan {
     /// [`Error::PlanFile`] when the file cannot be written.
     pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
         let path = path.as_ref();
-        write_beside(path, |file| file.write_all(&serde_json::to_vec(self)?))
-            .map(drop)
-            .map_err(|e| plan_file(path, e))
+        files::write_json(path, self).map_err(|e| plan_file(path, e))
     }
 }
 

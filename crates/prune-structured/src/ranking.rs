@@ -85,6 +85,9 @@ pub struct Ranking {
     pub protected: usize,
     /// Score of the whole half, not standardised, per parameter.
     pub energy: f64,
+    /// Squared output error when the first k steps stay, for k = 0 ..= steps, where an allocation
+    /// asked for it.
+    pub errors: Option<Vec<f64>>,
 }
 
 impl Ranking {
@@ -112,10 +115,37 @@ impl Ranking {
         score: Score,
         shape: &Shape,
     ) -> Result<Vec<Self>> {
+        if let Score::Obs { rounds } = score {
+            return crate::obs::rank(decoder, calibration, rounds, shape);
+        }
+        Self::by_columns(decoder, shape, |layer, part| {
+            score.columns(layer, part, calibration.part(layer, part)?)
+        })
+    }
+
+    /// The units of every sublayer in the order of their ids: costs and steps without a score.
+    pub(crate) fn unscored(decoder: &Decoder<'_>, shape: &Shape) -> Result<Vec<Self>> {
+        Self::by_columns(decoder, shape, |layer, part| {
+            let widths = decoder.config().widths[layer];
+            Ok(vec![
+                0.0;
+                match part {
+                    Part::Attention => widths.heads * decoder.config().head_dim,
+                    Part::Mlp => widths.neurons,
+                }
+            ])
+        })
+    }
+
+    fn by_columns(
+        decoder: &Decoder<'_>,
+        shape: &Shape,
+        columns: impl Fn(usize, Part) -> Result<Vec<f64>>,
+    ) -> Result<Vec<Self>> {
         let mut rankings = Vec::new();
         for (layer, widths) in decoder.config().widths.iter().enumerate() {
             let columns = |part| -> Result<(Vec<f64>, f64)> {
-                let mut columns = score.columns(layer, part, calibration.part(layer, part)?)?;
+                let mut columns = columns(layer, part)?;
                 let sum = columns.iter().sum();
                 standardise(&mut columns);
                 Ok((columns, sum))
@@ -190,6 +220,7 @@ impl Ranking {
             steps,
             protected: 0,
             energy: 0.0,
+            errors: None,
         }
     }
 
@@ -225,6 +256,7 @@ impl Ranking {
             steps,
             protected: 0,
             energy: 0.0,
+            errors: None,
         }
     }
 

@@ -3,8 +3,10 @@
 use crate::allocate::Allocation;
 use crate::compensate::Compensation;
 use crate::ranking::Shape;
+use crate::rate_distortion::Distortion;
 use crate::score::Score;
 use crate::structprune;
+use causal_lm::Decoder;
 use serde::{Deserialize, Serialize};
 
 /// One way to prune.
@@ -23,10 +25,18 @@ pub struct Recipe {
 }
 
 impl Recipe {
+    /// What makes up for the loss in this model.
+    pub fn compensation(&self, decoder: &Decoder<'_>) -> Compensation {
+        self.compensation
+            .unwrap_or_else(|| Compensation::suggested(decoder))
+    }
+
     /// Names that [`Recipe::named`] knows.
-    pub const NAMES: [&str; 7] = [
+    pub const NAMES: [&str; 9] = [
         "flap",
         "flap-compat",
+        "tyr",
+        "rd-dp",
         "structprune",
         "structprune-softmax",
         "wanda-sp",
@@ -51,6 +61,19 @@ impl Recipe {
             "wanda-sp" => control(Score::WandaSp),
             "magnitude" => control(Score::Magnitude),
             "random" => control(Score::Random { seed }),
+            "rd-dp" => (
+                Score::Obs { rounds: None },
+                Allocation::RdDp {
+                    distortion: Distortion::Hidden,
+                    convex: false,
+                },
+                Some(Compensation::LEAST_SQUARES),
+            ),
+            "tyr" => (
+                Score::Obs { rounds: None },
+                Allocation::Searched,
+                Some(Compensation::LEAST_SQUARES),
+            ),
             _ => return None,
         };
         let mut shape = Shape::default();

@@ -3,6 +3,7 @@
 //! A column is one input feature of o_proj or down_proj. x is that feature over the calibration
 //! tokens, W the projection's weight, `[outputs, columns]`.
 
+use crate::obs::Rounds;
 use crate::stats::{ColumnStats, Part};
 use crate::{Error, Result};
 use rand::{Rng, SeedableRng};
@@ -30,13 +31,20 @@ pub enum Score {
     },
     /// WIFV with the arithmetic of FLAP's published implementation.
     FlapCompat,
+    /// The order in which optimal brain surgeon eliminates units, by Týr-the-Pruner's score (arXiv
+    /// 2503.09657): see [`crate::obs`]. Ranks units together, so it has no scores of columns.
+    Obs {
+        /// Units between two scorings; `None` chooses by [`Rounds::suggested`].
+        rounds: Option<Rounds>,
+    },
 }
 
 impl Score {
     /// Scores of all columns of one half of a block.
     ///
     /// # Errors
-    /// [`Error::Missing`] when calibration did not collect what the score reads.
+    /// [`Error::Missing`] when calibration did not collect what the score reads, and for
+    /// [`Score::Obs`], which [`crate::Ranking::all`] computes from whole sublayers.
     pub fn columns(self, layer: usize, part: Part, stats: &ColumnStats) -> Result<Vec<f64>> {
         let moments = &stats.moments;
         let weighted =
@@ -72,6 +80,13 @@ impl Score {
                     Part::Attention => score.map(|s| s * s).collect(),
                     Part::Mlp => score.collect(),
                 }
+            }
+            Self::Obs { .. } => {
+                return Err(Error::Missing {
+                    layer,
+                    what: "a score of single columns",
+                    need: "this score ranks whole units",
+                });
             }
         })
     }

@@ -1,11 +1,14 @@
 //! The flags of `eval structured`.
 
+mod search;
+
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
 use clap::builder::PossibleValuesParser;
 use clap::{Args, ValueEnum};
 use prune_structured::gguf::Precision;
+use prune_structured::rate_distortion::Distortion;
 use prune_structured::structprune::{CLOSED_FORM, SOFTMAX};
 use prune_structured::{
     Allocation, AttentionUnit, Compensation, DEFAULT_RIDGE, Form, Recipe, Score,
@@ -62,6 +65,8 @@ pub(super) struct StructuredArgs {
     dry_run: bool,
     #[command(flatten)]
     change: RecipeArgs,
+    #[command(flatten)]
+    search: search::SearchArgs,
 }
 
 /// Changes to every method of the run.
@@ -147,6 +152,8 @@ enum ScoreArg {
     WandaSp,
     Magnitude,
     Random,
+    /// Optimal brain surgeon, the score of tyr
+    Obs,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -157,6 +164,8 @@ enum AllocationArg {
     UlUm,
     ClosedForm,
     Softmax,
+    /// Least total distortion, see --distortion
+    RdDp,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -215,6 +224,7 @@ impl RecipeArgs {
                 ScoreArg::WandaSp => Score::WandaSp,
                 ScoreArg::Magnitude => Score::Magnitude,
                 ScoreArg::Random => Score::Random { seed },
+                ScoreArg::Obs => Score::Obs { rounds: None },
             };
         }
         if let Some(allocation) = self.allocation {
@@ -225,6 +235,10 @@ impl RecipeArgs {
                 AllocationArg::UlUm => Allocation::UlUm,
                 AllocationArg::ClosedForm => CLOSED_FORM,
                 AllocationArg::Softmax => SOFTMAX,
+                AllocationArg::RdDp => Allocation::RdDp {
+                    distortion: Distortion::Hidden,
+                    convex: false,
+                },
             };
         }
         if let (Allocation::Softmax { temperature, .. }, Some(value)) =
@@ -256,7 +270,8 @@ impl RecipeArgs {
 impl StructuredArgs {
     pub(super) fn config(self, seed: u64) -> structured::Config {
         let variants = |name: &String| self.change.variants(name, seed);
-        let recipes = self.method.iter().flat_map(variants).collect();
+        let mut recipes: Vec<Recipe> = self.method.iter().flat_map(variants).collect();
+        recipes.iter_mut().for_each(|r| self.search.change(r));
         structured::Config {
             perplexity: self.text.into(),
             calib: self.calib,
@@ -276,6 +291,7 @@ impl StructuredArgs {
             exports: self.export.into_iter().map(Into::into).collect(),
             save_plans: self.save_plans,
             dry_run: self.dry_run,
+            search: self.search.config(seed),
         }
     }
 }

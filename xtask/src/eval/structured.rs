@@ -1,5 +1,7 @@
 //! Structured pruning: quality, size and speed by method and ratio.
 
+pub mod search;
+
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -8,7 +10,8 @@ use causal_lm::{BATCH_TOKENS, Decoder, Hidden, NoTap, Perplexity, Windows};
 use prune_structured::gguf::{self, Precision};
 use prune_structured::stats::GramStore;
 use prune_structured::{
-    Calibration, Collect, Compensation, Cost, Form, Loading, Plan, Recipe, nemotron, structprune,
+    Allocation, Calibration, Collect, Compensation, Cost, Form, Loading, Plan, Recipe, nemotron,
+    structprune,
 };
 use serde_json::json;
 use tempfile::TempDir;
@@ -24,8 +27,8 @@ use crate::progress::Progress;
 use crate::report::Section;
 use crate::row::{DENSE, Measure, Row, mean_over_seeds};
 
-/// Seeds of the random control.
-const RANDOM_DRAWS: u64 = 3;
+/// Seeds of the random control and of searches.
+const DRAWS: u64 = 3;
 
 /// What to prune and measure.
 #[derive(Debug, Clone)]
@@ -52,6 +55,8 @@ pub struct Config {
     pub save_plans: Option<PathBuf>,
     /// Whether to stop at the plans.
     pub dry_run: bool,
+    /// How widths are searched.
+    pub search: search::Config,
 }
 
 /// Another format for a compressed checkpoint.
@@ -79,9 +84,9 @@ pub fn run(common: &Common, config: &Config) -> Result<Vec<Section>> {
     let decoder = perplexity::open(common, &checkpoint)?;
     let protocol = Protocol::new(common, &config.perplexity, &decoder)?;
     let evaluation = protocol.evaluation(common, &config.perplexity.text)?;
-    let calibration = protocol
-        .windows(&config.calib)?
-        .sample(config.calib_samples, common.seed);
+    let text = protocol.windows(&config.calib)?;
+    let calibration = text.sample(config.calib_samples, common.seed);
+    let compared = text.sample(config.search.samples, common.seed);
 
     // Dense models of any size are pruned, so scratch space is on disk, not in memory.
     let scratch = TempDir::with_prefix("structured-").context("scratch folder")?;
@@ -91,12 +96,13 @@ pub fn run(common: &Common, config: &Config) -> Result<Vec<Section>> {
         decoder: &decoder,
         calibration: &calibration,
         evaluation: &evaluation,
+        compared: &compared,
         scratch: scratch.path(),
     };
     let layers = decoder.config().layers() as u64;
     let bar = common.progress("calibration", layers);
     let watch = Stopwatch::start();
-    let calibrated = cells.calibrate(&calibration, &bar)?;
+    let calibrated = cells.calibrate(&bar)?;
     let mut calibrating = Row::new("structured", "calibration");
     watch.stop(&mut calibrating);
     bar.finish();
@@ -148,28 +154,38 @@ struct Cells<'a> {
     decoder: &'a Decoder<'a>,
     calibration: &'a Windows,
     evaluation: &'a Windows,
+    compared: &'a Windows,
     scratch: &'a Path,
+}
+
+/// One of the runs whose mean a row shows.
+struct Draw {
+    recipe: Recipe,
+    /// Where runs differ by a seed.
+    seed: Option<u64>,
 }
 
 impl Cells<'_> {
     /// One pass that collects what any of the methods reads.
-    fn calibrate(&self, windows: &Windows, bar: &Progress) -> Result<Calibration> {
+    fn calibrate(&self, bar: &Progress) -> Result<Calibration> {
         let recipes = &self.config.recipes;
-        let refits = recipes.iter().any(|recipe| {
-            let compensation = recipe
-                .compensation
-                .unwrap_or_else(|| Compensation::suggested(self.decoder));
-            matches!(compensation, Compensation::LeastSquares { .. })
-        });
+        // Plans without refits are written from the model alone.
+        let reads_gram = |recipe: &Recipe| match self.config.dry_run {
+            true => search::plans_from_gram(recipe),
+            false => search::reads_gram(recipe, self.decoder),
+        };
         let collect = Collect {
             fluctuation: recipes
                 .iter()
                 .any(|recipe| recipe.score == prune_structured::Score::FlapCompat),
-            gram: (refits && !self.config.dry_run).then(|| GramStore::new(self.scratch)),
+            gram: recipes
+                .iter()
+                .any(reads_gram)
+                .then(|| GramStore::new(self.scratch)),
         };
         Ok(Calibration::run(
             self.decoder,
-            windows,
+            self.calibration,
             &collect,
             &mut || bar.inc(1),
         )?)
@@ -183,38 +199,92 @@ impl Cells<'_> {
         ratio: f64,
         bar: &Progress,
     ) -> Result<Row> {
-        let draws: Vec<Recipe> = match recipe.score {
-            prune_structured::Score::Random { seed } => (seed..seed + RANDOM_DRAWS)
-                .map(|seed| Recipe {
-                    score: prune_structured::Score::Random { seed },
-                    ..recipe.clone()
-                })
-                .collect(),
-            _ => vec![recipe.clone()],
-        };
-        let rows = draws
+        let rows = self
+            .draws(recipe)
             .iter()
             .map(|draw| self.measure_one(calibration, draw, ratio, bar))
             .collect::<Result<Vec<Row>>>()?;
         mean_over_seeds(rows, &DRAWN).context("no draws")
     }
 
+    fn draws(&self, recipe: &Recipe) -> Vec<Draw> {
+        let draw = |recipe, seed| Draw { recipe, seed };
+        match (recipe.score, recipe.allocation) {
+            (prune_structured::Score::Random { seed }, _) => (seed..seed + DRAWS)
+                .map(|seed| {
+                    let score = prune_structured::Score::Random { seed };
+                    let recipe = recipe.clone();
+                    draw(Recipe { score, ..recipe }, Some(seed))
+                })
+                .collect(),
+            (_, Allocation::Searched) => {
+                let first = self.config.search.options.seed;
+                (first..first + DRAWS)
+                    .map(|seed| draw(recipe.clone(), Some(seed)))
+                    .collect()
+            }
+            _ => vec![draw(recipe.clone(), None)],
+        }
+    }
+
+    /// The plan of a draw, and the statistics that go with it where they are not the dense model's.
+    fn plan(
+        &self,
+        calibration: &Calibration,
+        Draw { recipe, seed }: &Draw,
+        ratio: f64,
+        (row, bar): (&mut Row, &Progress),
+    ) -> Result<(Plan, Option<Calibration>)> {
+        let maker = search::Maker {
+            decoder: self.decoder,
+            config: &self.config.search,
+            windows: self.calibration,
+            search: self.compared,
+            calibration,
+        };
+        match recipe.allocation {
+            Allocation::Searched => {
+                let folder = self.config.search.resume.as_deref().unwrap_or(self.scratch);
+                let folder = folder.join(format!("search-{}", cell_name(recipe, *seed, ratio)));
+                let seed = seed.unwrap_or_default();
+                let found = maker.search(recipe, ratio, seed, &folder, bar)?;
+                if let Some(kl) = found.kl {
+                    row.extra.insert("kl".into(), json!(kl));
+                }
+                if found.candidate_tokens > 0 {
+                    let rate = found.candidate_tokens as f64 / found.seconds;
+                    row.extra
+                        .insert("candidate_tokens_per_second".into(), json!(rate));
+                }
+                Ok((found.plan, Some(found.calibration)))
+            }
+            Allocation::RdDp { .. } if self.config.search.measured => {
+                let folder = self.scratch.join("curves");
+                Ok((maker.measured(recipe, ratio, &folder)?, None))
+            }
+            _ => Ok((Plan::make(self.decoder, calibration, recipe, ratio)?, None)),
+        }
+    }
+
     fn measure_one(
         &self,
         calibration: &Calibration,
-        recipe: &Recipe,
+        draw: &Draw,
         ratio: f64,
         bar: &Progress,
     ) -> Result<Row> {
         let watch = Stopwatch::start();
-        let plan = Plan::make(self.decoder, calibration, recipe, ratio)?;
+        let recipe = &draw.recipe;
+        let mut row = Row::new("structured", &recipe.name);
+        let (plan, searched) = self.plan(calibration, draw, ratio, (&mut row, bar))?;
+        let calibration = searched.as_ref().unwrap_or(calibration);
         let cost = Cost::of(self.decoder, &plan)?;
-        let mut row = Row {
+        row = Row {
             ratio: Some(ratio),
             params: Some(cost.total_after().parameters),
             bytes: Some(cost.total_after().bytes),
             layers: layers(&plan, &cost),
-            ..Row::new("structured", &recipe.name)
+            ..row
         };
         if is_control(recipe) {
             row = row.control();
@@ -254,13 +324,13 @@ impl Cells<'_> {
             .map_or((&plan, calibration), |(p, c)| (p, c));
         if let Some(folder) = &self.config.save_plans {
             std::fs::create_dir_all(folder).with_context(|| folder.display().to_string())?;
-            plan.save(folder.join(format!("{}.json", cell_name(recipe, ratio))))?;
+            plan.save(folder.join(format!("{}.json", cell_name(recipe, draw.seed, ratio))))?;
         }
         if self.config.dry_run {
             watch.stop(&mut row);
             return Ok(row);
         }
-        let folder = self.folder(recipe, ratio);
+        let folder = self.folder(draw, ratio);
         let outputs = self.decoder.checkpoint().names().count() as u64;
         let writing = bar.nested("writing", outputs);
         let written = prune_structured::write(
@@ -345,10 +415,10 @@ impl Cells<'_> {
     }
 
     /// `--save` itself for a single checkpoint, a folder of its own for each of several.
-    fn folder(&self, recipe: &Recipe, ratio: f64) -> PathBuf {
-        let cell = cell_name(recipe, ratio);
-        let single = self.config.recipes.len() * self.config.ratios.len() == 1
-            && !matches!(recipe.score, prune_structured::Score::Random { .. });
+    fn folder(&self, draw: &Draw, ratio: f64) -> PathBuf {
+        let cell = cell_name(&draw.recipe, draw.seed, ratio);
+        let single =
+            self.config.recipes.len() * self.config.ratios.len() == 1 && draw.seed.is_none();
         match &self.config.save {
             Some(save) if single => save.clone(),
             Some(save) => save.join(cell),
@@ -358,10 +428,10 @@ impl Cells<'_> {
 }
 
 /// What the files of a cell are called.
-fn cell_name(recipe: &Recipe, ratio: f64) -> String {
-    match recipe.score {
-        prune_structured::Score::Random { seed } => format!("{}-{ratio}-seed{seed}", recipe.name),
-        _ => format!("{}-{ratio}", recipe.name),
+fn cell_name(recipe: &Recipe, seed: Option<u64>, ratio: f64) -> String {
+    match seed {
+        Some(seed) => format!("{}-{ratio}-seed{seed}", recipe.name),
+        None => format!("{}-{ratio}", recipe.name),
     }
 }
 
@@ -426,8 +496,8 @@ fn layers(plan: &Plan, cost: &Cost) -> Vec<serde_json::Value> {
         .collect()
 }
 
-/// What differs between draws of the random control.
-const DRAWN: [Measure; 3] = [
+/// What differs between draws.
+const DRAWN: [Measure; 5] = [
     Measure {
         name: "perplexity",
         get: |row| row.perplexity,
@@ -443,7 +513,24 @@ const DRAWN: [Measure; 3] = [
         get: |row| row.tokens_per_second,
         set: |row, value| row.tokens_per_second = Some(value),
     },
+    Measure {
+        name: "kl",
+        get: |row| extra(row, "kl"),
+        set: |row, value| drop(row.extra.insert("kl".into(), json!(value))),
+    },
+    Measure {
+        name: "candidate_tokens_per_second",
+        get: |row| extra(row, "candidate_tokens_per_second"),
+        set: |row, value| {
+            row.extra
+                .insert("candidate_tokens_per_second".into(), json!(value));
+        },
+    },
 ];
+
+fn extra(row: &Row, name: &str) -> Option<f64> {
+    row.extra.get(name)?.as_f64()
+}
 
 fn compare_with_dense(rows: &mut [Row], decoder: &Decoder<'_>, model: &str) {
     let dense = rows.iter().find(|row| row.method == DENSE).cloned();
@@ -478,7 +565,8 @@ fn section(config: &Config, rows: Vec<Row>) -> Section {
     } else {
         "Each row is a smaller checkpoint, written, opened again and measured on text that calibration never saw. \
          A ratio counts the parameters of the blocks' linears; embeddings, head and norms stay. Controls remove the \
-         same share of every layer and compensate nothing; random is the mean of three draws with its range. Time and \
+         same share of every layer and compensate nothing; random and tyr \
+         are means of three seeds with their range. Time and \
          memory are those of planning and writing; speed is that of the blocks of the result on a batch of windows."
     };
     Section {

@@ -18,7 +18,7 @@ mod metadata;
 mod tensors;
 mod tokenizer;
 
-use crate::file::write_beside;
+use crate::files::write_with;
 use crate::{Error, Result};
 use candle_core::quantized::{GgmlDType, QTensor, gguf_file};
 use causal_lm::Decoder;
@@ -113,7 +113,7 @@ pub fn export(
     }
     let metadata: Vec<_> = metadata.iter().map(|(k, v)| (k.as_str(), v)).collect();
     let tensors: Vec<_> = tensors.iter().map(|(k, v)| (k.as_str(), v)).collect();
-    let bytes = write_beside(dst, |file| {
+    let bytes = write_with(dst, |file| {
         let mut buffer = std::io::BufWriter::new(file);
         gguf_file::write(&mut buffer, &metadata, &tensors).map_err(std::io::Error::other)?;
         std::io::Write::flush(&mut buffer)

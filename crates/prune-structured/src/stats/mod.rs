@@ -8,6 +8,7 @@ mod gram;
 mod moments;
 
 use crate::flap::compat::Fluctuation;
+use causal_lm::LinearName;
 pub use gram::GramStore;
 pub use moments::Moments;
 use serde::{Deserialize, Serialize};
@@ -25,6 +26,14 @@ pub enum Part {
 impl Part {
     /// Both, in the order of the data.
     pub const ALL: [Self; 2] = [Self::Attention, Self::Mlp];
+
+    /// The projection whose columns are pruned.
+    pub fn output(self) -> LinearName {
+        match self {
+            Self::Attention => LinearName::O,
+            Self::Mlp => LinearName::Down,
+        }
+    }
 }
 
 /// Statistics of one output projection (o_proj or down_proj) and its input.
@@ -51,6 +60,8 @@ pub struct LayerStats {
     pub attention: Option<ColumnStats>,
     /// Of down_proj.
     pub mlp: Option<ColumnStats>,
+    /// Σ x² over the hidden states that the block puts out, all tokens.
+    pub hidden_square: f64,
 }
 
 impl LayerStats {

@@ -1,0 +1,78 @@
+//! The least-squares problem behind one output projection, in f64.
+
+use crate::{Error, Result};
+use candle_core::{DType, Device, Tensor};
+use faer::Mat;
+use std::collections::BTreeMap;
+
+/// W and the damped Gram matrix H of its input.
+///
+/// H holds `columns²` f64, W `outputs · columns`; both are read from f32.
+#[derive(Clone, Debug)]
+pub struct Problem {
+    /// `[outputs, columns]`; columns whose input was always zero are zero here.
+    pub(crate) weight: Mat<f64>,
+    /// `XᵀX + ridge · mean(diag XᵀX) · I`, `[columns, columns]`.
+    pub(crate) gram: Mat<f64>,
+    /// Columns whose input was always zero, with their weights, on which the loss does not depend.
+    pub(crate) dead: BTreeMap<usize, Vec<f32>>,
+    /// The block, for errors.
+    pub(crate) layer: usize,
+}
+
+impl Problem {
+    /// From the weight of o_proj or down_proj of block `layer`, `[outputs, columns]`, and
+    /// `gram = XᵀX`, `[columns, columns]`.
+    ///
+    /// # Errors
+    /// When the shapes do not fit each other.
+    pub fn new(weight: &Tensor, gram: &Tensor, ridge: f64, layer: usize) -> Result<Self> {
+        let (outputs, columns) = weight.dims2()?;
+        if gram.dims() != [columns, columns] {
+            return Err(Error::PlanMismatch(format!(
+                "layer {layer}: a Gram matrix of shape {:?} for {columns} columns",
+                gram.dims()
+            )));
+        }
+        let weight = values(weight)?;
+        let gram = values(gram)?;
+        let diagonal = gram.iter().step_by(columns + 1).map(|&d| f64::from(d));
+        let damping = ridge * diagonal.clone().sum::<f64>() / columns as f64;
+        let dead: BTreeMap<usize, Vec<f32>> = (0..columns)
+            .zip(diagonal)
+            .filter(|&(_, d)| d == 0.0)
+            .map(|(c, _)| (c, (0..outputs).map(|o| weight[o * columns + c]).collect()))
+            .collect();
+        let alive: Vec<f64> = (0..columns)
+            .map(|c| if dead.contains_key(&c) { 0.0 } else { 1.0 })
+            .collect();
+        Ok(Self {
+            weight: Mat::from_fn(outputs, columns, |o, c| {
+                f64::from(weight[o * columns + c]) * alive[c]
+            }),
+            gram: Mat::from_fn(columns, columns, |i, j| {
+                f64::from(gram[j * columns + i]) + if i == j { damping } else { 0.0 }
+            }),
+            dead,
+            layer,
+        })
+    }
+
+    /// Columns of the weight.
+    pub fn columns(&self) -> usize {
+        self.weight.ncols()
+    }
+
+    pub(crate) fn singular(&self) -> Error {
+        Error::Singular { layer: self.layer }
+    }
+}
+
+/// Row-major f32 values on the CPU.
+pub(crate) fn values(tensor: &Tensor) -> Result<Vec<f32>> {
+    Ok(tensor
+        .to_dtype(DType::F32)?
+        .to_device(&Device::Cpu)?
+        .flatten_all()?
+        .to_vec1()?)
+}

@@ -1,0 +1,591 @@
+//! Searched widths and rate-distortion allocation as their users see them.
+
+mod common;
+
+use candle_core::{DType, Device, Tensor};
+use causal_lm::Windows;
+use common::{KINDS, Tiny, gap, logits, windows};
+use prune_structured::obs::{Problem, Rounds, Units, sweep};
+use prune_structured::rate_distortion::{Distortion, Measure, measure};
+use prune_structured::stats::{GramStore, LayerStats, Part};
+use prune_structured::tyr::{Accumulation, Data, Found, Options, Sharing, Stage, Start, search};
+use prune_structured::{
+    Allocation, AttentionUnit, Calibration, Collect, Compensation, Cost, Error, Form, LayerPlan,
+    Plan, Ranking, Recipe, Score, write,
+};
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+use tensor_io::{Checkpoint, WriteOptions};
+
+fn tyr() -> Recipe {
+    Recipe::named("tyr", 0).unwrap()
+}
+
+/// A search of seconds.
+fn small() -> Options {
+    let stage = |tokens, survivors| Stage { tokens, survivors };
+    Options {
+        iterations: 2,
+        generations: 3,
+        offspring: 6,
+        stages: vec![stage(32, 3), stage(64, 2), stage(96, 1)],
+        ..Options::default()
+    }
+}
+
+struct Texts {
+    calibration: Windows,
+    search: Windows,
+}
+
+fn texts() -> Texts {
+    let all = windows(20);
+    let tail: Vec<u32> = all.iter().skip(12).flatten().copied().collect();
+    Texts {
+        calibration: all.first(12),
+        search: Windows::cut(&tail, 16, None).unwrap(),
+    }
+}
+
+/// Searches in `dir`, breaking off after `steps` steps.
+fn searched(
+    model: &Tiny,
+    options: &Options,
+    ratio: f64,
+    dir: &Path,
+    steps: usize,
+) -> Result<Found, Box<Error>> {
+    let texts = texts();
+    let data = Data {
+        calibration: &texts.calibration,
+        search: &texts.search,
+    };
+    let mut done = 0;
+    let start = Start::Uniform(ratio);
+    search(
+        &model.decoder(),
+        &data,
+        &tyr(),
+        start,
+        options,
+        dir,
+        &mut || {
+            done += 1;
+            if done == steps {
+                ControlFlow::Break(())
+            } else {
+                ControlFlow::Continue(())
+            }
+        },
+    )
+    .map_err(Box::new)
+}
+
+fn written(model: &Tiny, found: &Found, form: Form, name: &str) -> PathBuf {
+    let dst = model.path(name);
+    let options = WriteOptions {
+        overwrite: true,
+        ..WriteOptions::default()
+    };
+    let (decoder, calibration) = (model.decoder(), Some(&found.calibration));
+    write(
+        &decoder,
+        &found.plan,
+        calibration,
+        form,
+        &dst,
+        &options,
+        &mut || (),
+    )
+    .unwrap();
+    dst
+}
+
+#[test]
+fn a_search_gives_a_smaller_model_of_every_kind_that_opens_and_computes_what_its_mask_does() {
+    for kind in KINDS {
+        let model = Tiny::new(kind, DType::F32);
+        let found = searched(&model, &small(), 0.3, &model.path("search"), 0).unwrap();
+        let cost = Cost::of(&model.decoder(), &found.plan).unwrap();
+        let linears = |blocks: &[prune_structured::BlockCost]| {
+            blocks.iter().map(|b| b.parameters).sum::<u64>() as f64
+        };
+        let removed = 1.0 - linears(&cost.after) / linears(&cost.before);
+        assert!((removed - 0.3).abs() < 0.02, "{kind}: {removed}");
+        let sliced = written(&model, &found, Form::Sliced, "sliced");
+        let masked = written(&model, &found, Form::Masked, "masked");
+        assert!(gap(&logits(&sliced), &logits(&masked)) < 1e-5, "{kind}");
+        let checkpoint = Checkpoint::open(&sliced).unwrap();
+        assert_eq!(checkpoint.parameters(), cost.total_after().parameters);
+    }
+}
+
+#[test]
+fn ratio_0_keeps_everything() {
+    let model = Tiny::new("llama", DType::F32);
+    let found = searched(&model, &small(), 0.0, &model.path("search"), 0).unwrap();
+    assert!(found.plan.is_identity(&model.decoder()));
+    // The dense model is its own teacher.
+    assert!(found.kl.unwrap().abs() < 1e-6);
+}
+
+/// What decides the model that a search ends in.
+fn outcome(found: &Found) -> (Vec<LayerPlan>, Option<f64>, Vec<LayerStats>) {
+    let layers = found.calibration.layers.clone();
+    (found.plan.layers.clone(), found.kl, layers)
+}
+
+fn files(dir: &Path) -> Vec<(PathBuf, Vec<u8>)> {
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(dir).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            found.extend(files(&path));
+        } else {
+            found.push((path.clone(), std::fs::read(path).unwrap()));
+        }
+    }
+    found.sort();
+    found
+}
+
+#[test]
+fn a_search_interrupted_after_any_step_goes_on_to_the_same_result_and_the_same_files() {
+    let model = Tiny::new("llama", DType::F32);
+    let options = small();
+    let whole_dir = model.path("whole");
+    let whole = searched(&model, &options, 0.3, &whole_dir, 0).unwrap();
+    let names = |dir: &Path| -> Vec<(PathBuf, Vec<u8>)> {
+        files(dir)
+            .into_iter()
+            .map(|(path, bytes)| (path.strip_prefix(dir).unwrap().to_path_buf(), bytes))
+            .collect()
+    };
+    for stop in 1..=options.steps(3) {
+        let dir = model.path(&format!("stopped-{stop}"));
+        let interrupted = searched(&model, &options, 0.3, &dir, stop);
+        assert!(
+            matches!(*interrupted.unwrap_err(), Error::Interrupted { .. }),
+            "{stop}"
+        );
+        // A line that the state does not know of, torn in the middle.
+        let log = dir.join("log.jsonl");
+        let mut text = std::fs::read(&log).unwrap_or_default();
+        text.extend(b"{\"iteration\":0,\"gener");
+        std::fs::write(&log, text).unwrap();
+        let resumed = searched(&model, &options, 0.3, &dir, 0).unwrap();
+        assert_eq!(outcome(&resumed), outcome(&whole), "{stop}");
+        assert!(names(&dir) == names(&whole_dir), "{stop}");
+    }
+    // A finished search is read back without comparing anything.
+    let again = searched(&model, &options, 0.3, &whole_dir, 0).unwrap();
+    assert_eq!(
+        (outcome(&again), again.candidate_tokens),
+        (outcome(&whole), 0)
+    );
+}
+
+#[test]
+fn a_step_count_is_what_progress_is_told() {
+    let model = Tiny::new("mistral", DType::F32);
+    let dir = model.path("search");
+    let steps = small().steps(3);
+    assert!(searched(&model, &small(), 0.3, &dir, steps + 1).is_ok());
+    let interrupted = searched(&model, &small(), 0.3, &dir, steps);
+    assert!(matches!(
+        *interrupted.unwrap_err(),
+        Error::Interrupted { .. }
+    ));
+}
+
+#[test]
+fn the_result_depends_on_the_seed_but_not_on_threads_memory_or_sharing() {
+    let model = Tiny::new("qwen3", DType::F32);
+    let run = |name: &str, options: Options, threads| {
+        let pool = rayon::ThreadPoolBuilder::new()
+            .num_threads(threads)
+            .build()
+            .unwrap();
+        let dir = model.path(name);
+        pool.install(|| outcome(&searched(&model, &options, 0.3, &dir, 0).unwrap()))
+    };
+    let first = run("first", small(), 1);
+    assert_eq!(run("again", small(), 3), first);
+    let tight = Options {
+        memory: 1,
+        ..small()
+    };
+    assert_eq!(run("tight", tight, 2), first);
+    let alone = Options {
+        sharing: Sharing::Nothing,
+        ..small()
+    };
+    assert_eq!(run("alone", alone, 2), first);
+    let other = Options { seed: 1, ..small() };
+    assert_ne!(run("other", other, 2).1, first.1);
+}
+
+#[test]
+fn a_folder_of_another_search_is_refused_and_so_are_sizes_that_make_none() {
+    let model = Tiny::new("llama", DType::F32);
+    let dir = model.path("search");
+    searched(&model, &small(), 0.3, &dir, 2).unwrap_err();
+    for (options, ratio) in [(Options { seed: 1, ..small() }, 0.3), (small(), 0.4)] {
+        let refused = searched(&model, &options, ratio, &dir, 0);
+        assert!(matches!(*refused.unwrap_err(), Error::SearchFile { .. }));
+    }
+    let none = Options {
+        offspring: 0,
+        ..small()
+    };
+    let refused = searched(&model, &none, 0.3, &model.path("none"), 0);
+    assert!(matches!(
+        *refused.unwrap_err(),
+        Error::Search {
+            option: "offspring",
+            ..
+        }
+    ));
+    assert!(!model.path("none").exists());
+    std::fs::write(dir.join("state.json"), "{").unwrap();
+    let refused = searched(&model, &small(), 0.3, &dir, 0);
+    assert!(matches!(*refused.unwrap_err(), Error::SearchFile { .. }));
+}
+
+#[test]
+fn a_plan_is_a_start_whose_widths_a_search_without_generations_returns() {
+    let model = Tiny::new("llama", DType::F32);
+    let texts = texts();
+    let calibration = calibrate(&model, &texts.calibration, "gram");
+    let decoder = model.decoder();
+    let recipe = Recipe::named("flap", 0).unwrap();
+    let plan = Plan::make(&decoder, &calibration, &recipe, 0.3).unwrap();
+    let options = Options {
+        iterations: 1,
+        generations: 0,
+        ..small()
+    };
+    let data = Data {
+        calibration: &texts.calibration,
+        search: &texts.search,
+    };
+    let go = &mut || ControlFlow::Continue(());
+    let dir = model.path("search");
+    let found = search(
+        &decoder,
+        &data,
+        &tyr(),
+        Start::Plan(&plan),
+        &options,
+        &dir,
+        go,
+    )
+    .unwrap();
+    assert_eq!(found.plan.widths(), plan.widths());
+    assert_eq!(found.kl, None);
+}
+
+fn calibrate(model: &Tiny, windows: &Windows, name: &str) -> Calibration {
+    let dir = model.path(name);
+    std::fs::create_dir_all(&dir).unwrap();
+    let collect = Collect {
+        gram: Some(GramStore::new(dir)),
+        ..Collect::default()
+    };
+    Calibration::run(&model.decoder(), windows, &collect, &mut || ()).unwrap()
+}
+
+#[test]
+fn the_first_block_is_refitted_on_dense_inputs_and_later_ones_on_inputs_with_accumulated_error() {
+    let model = Tiny::new("mistral", DType::F32);
+    let texts = texts();
+    let dense = calibrate(&model, &texts.calibration, "gram");
+    let of = |accumulation, name: &str| {
+        let options = Options {
+            accumulation,
+            settle: false,
+            iterations: 1,
+            ..small()
+        };
+        searched(&model, &options, 0.4, &model.path(name), 0)
+            .unwrap()
+            .calibration
+    };
+    let same = |a: &Calibration, b: &Calibration, layer| {
+        let gram = |c: &Calibration| c.gram.as_ref().unwrap().load(layer, Part::Mlp).unwrap();
+        let values = |t: Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        values(gram(a)) == values(gram(b)) && a.layers[layer] == b.layers[layer]
+    };
+    let released = of(Accumulation::Dense, "dense");
+    assert!((0..3).all(|layer| same(&released, &dense, layer)));
+    let [mixture, centre] = [
+        of(Accumulation::Mixture, "mixture"),
+        of(Accumulation::Centre, "centre"),
+    ];
+    for accumulated in [&mixture, &centre] {
+        assert!(same(accumulated, &dense, 0));
+        assert!(!same(accumulated, &dense, 1) && !same(accumulated, &dense, 2));
+    }
+    assert!(!same(&mixture, &centre, 1));
+}
+
+#[test]
+fn what_is_written_is_what_the_sweep_left() {
+    let model = Tiny::new("qwen2", DType::F32);
+    let found = searched(&model, &small(), 0.3, &model.path("search"), 0).unwrap();
+    let sliced = Checkpoint::open(written(&model, &found, Form::Sliced, "sliced")).unwrap();
+    for (layer, plan) in found.plan.layers.iter().enumerate() {
+        let gram = found
+            .calibration
+            .gram
+            .as_ref()
+            .unwrap()
+            .load(layer, Part::Mlp)
+            .unwrap();
+        let name = format!("model.layers.{layer}.mlp.down_proj.weight");
+        let read = |checkpoint: &Checkpoint| {
+            checkpoint
+                .tensor_as(&name, DType::F32, &Device::Cpu)
+                .unwrap()
+        };
+        let problem = Problem::new(&read(&model.checkpoint), &gram, 0.01, layer).unwrap();
+        let units = Units::single(40, 1);
+        let rounds = Rounds::suggested(40);
+        let swept = sweep(problem, &units, rounds, &[plan.neurons.len()]).unwrap();
+        let level = &swept.levels[0];
+        assert_eq!(level.units, plan.neurons);
+        let gap = (&level.weight - read(&sliced)).unwrap().abs().unwrap();
+        let gap: f32 = gap
+            .flatten_all()
+            .unwrap()
+            .max(0)
+            .unwrap()
+            .to_scalar()
+            .unwrap();
+        assert!(gap < 1e-3, "layer {layer}: {gap}");
+    }
+}
+
+#[test]
+fn rd_dp_never_exceeds_its_budget_and_no_other_allocation_has_less_error() {
+    for kind in KINDS {
+        let model = Tiny::new(kind, DType::F32);
+        let calibration = calibrate(&model, &windows(12), "gram");
+        let decoder = model.decoder();
+        for score in [Score::Obs { rounds: None }, Score::Wifv, Score::WandaSp] {
+            for compensation in [Compensation::LEAST_SQUARES, Compensation::None] {
+                let mut recipe = Recipe::named("rd-dp", 0).unwrap();
+                (recipe.score, recipe.compensation) = (score, Some(compensation));
+                recipe.allocation = Allocation::RdDp {
+                    distortion: Distortion::Output,
+                    convex: false,
+                };
+                let rd_dp = Plan::make(&decoder, &calibration, &recipe, 0.35).unwrap();
+                let prunable: u64 = Ranking::all(&decoder, &calibration, score, &recipe.shape)
+                    .unwrap()
+                    .iter()
+                    .map(|r| r.cost(r.steps.len()))
+                    .sum();
+                let removed = |plan: &Plan| {
+                    let cost = Cost::of(&decoder, plan).unwrap();
+                    cost.total_before().parameters - cost.total_after().parameters
+                };
+                assert!(removed(&rd_dp) as f64 >= 0.35 * prunable as f64, "{kind}");
+                let error = |plan: &Plan| output_error(&model, &calibration, plan);
+                recipe.allocation = Allocation::UlUm;
+                // The uniform plan must not have spent more.
+                let uniform = Plan::make(&decoder, &calibration, &recipe, 0.36).unwrap();
+                if removed(&uniform) >= removed(&rd_dp) {
+                    assert!(
+                        error(&rd_dp) <= error(&uniform) * (1.0 + 1e-6),
+                        "{kind} {score:?}"
+                    );
+                }
+            }
+        }
+    }
+}
+
+/// Σ over sublayers of tr(ΔB ᵀ H ΔB) under the plan's compensation.
+fn output_error(model: &Tiny, calibration: &Calibration, plan: &Plan) -> f64 {
+    let decoder = model.decoder();
+    let d = decoder.config().head_dim;
+    let mut sum = 0.0;
+    for (layer, plan_of) in plan.layers.iter().enumerate() {
+        let heads = plan_of.heads.iter().flat_map(|h| h * d..(h + 1) * d);
+        for (part, kept) in [
+            (Part::Attention, heads.collect::<Vec<_>>()),
+            (Part::Mlp, plan_of.neurons.clone()),
+        ] {
+            let gram = calibration
+                .gram
+                .as_ref()
+                .unwrap()
+                .load(layer, part)
+                .unwrap();
+            let name = part.output().weight(layer);
+            let weight = model
+                .checkpoint
+                .tensor_as(&name, DType::F32, &Device::Cpu)
+                .unwrap();
+            let problem = Problem::new(&weight, &gram, 0.01, layer).unwrap();
+            let mut order = kept.clone();
+            order.extend((0..problem.columns()).filter(|c| !kept.contains(c)));
+            let mean = vec![0.0; problem.columns()];
+            let curve =
+                prune_structured::obs::error_curve(&problem, &order, plan.compensation, (&mean, 0));
+            sum += curve.unwrap()[kept.len()];
+        }
+    }
+    sum
+}
+
+#[test]
+fn the_obs_score_goes_with_every_allocation_and_unit() {
+    for kind in KINDS {
+        let model = Tiny::new(kind, DType::F32);
+        let calibration = calibrate(&model, &windows(12), "gram");
+        for unit in [AttentionUnit::KvGroup, AttentionUnit::QueryHead] {
+            for allocation in [
+                Allocation::AlAm,
+                Allocation::AlMm,
+                Allocation::UlMm,
+                Allocation::UlUm,
+                Allocation::RdDp {
+                    distortion: Distortion::Relative,
+                    convex: true,
+                },
+            ] {
+                let mut recipe = Recipe::named("rd-dp", 0).unwrap();
+                recipe.allocation = allocation;
+                recipe.shape.attention_unit = Some(unit);
+                let plan = Plan::make(&model.decoder(), &calibration, &recipe, 0.3).unwrap();
+                plan.check(&model.decoder()).unwrap();
+                assert!(!plan.is_identity(&model.decoder()), "{kind} {allocation:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn measured_curves_fall_to_the_dense_model_and_are_what_the_pruned_model_diverges_by() {
+    let model = Tiny::new("llama", DType::F32);
+    let texts = texts();
+    let calibration = calibrate(&model, &texts.calibration, "gram");
+    let decoder = model.decoder();
+    let recipe = Recipe::named("rd-dp", 0).unwrap();
+    let mut rankings = Ranking::all(&decoder, &calibration, recipe.score, &recipe.shape).unwrap();
+    let options = Measure::default();
+    let dir = model.path("curves");
+    measure(
+        &decoder,
+        &calibration,
+        &recipe,
+        &mut rankings,
+        &texts.search,
+        options,
+        &dir,
+    )
+    .unwrap();
+    for ranking in &rankings {
+        let errors = ranking.errors.as_ref().unwrap();
+        assert_eq!(errors.len(), ranking.steps.len() + 1);
+        assert!(errors.last().unwrap().abs() < 1e-6);
+        assert!(errors[ranking.protected] > 1e-4);
+    }
+    let plan = Plan::allocate(&decoder, &rankings, &recipe, 0.3).unwrap();
+    assert!(!plan.is_identity(&decoder));
+    // Attention of the first layer alone at its least width, written and opened.
+    let mut alone = plan.clone();
+    for (layer, plan) in alone.layers.iter_mut().enumerate() {
+        plan.neurons = (0..40).collect();
+        (plan.heads, plan.kv_heads) = ((0..8).collect(), (0..4).collect());
+        if layer == 0 {
+            plan.kv_heads = rankings[0].kept(1);
+            let kv = plan.kv_heads[0];
+            plan.heads = vec![2 * kv, 2 * kv + 1];
+        }
+    }
+    let dst = model.path("alone");
+    let write_options = WriteOptions::default();
+    let form = Form::Sliced;
+    write(
+        &decoder,
+        &alone,
+        Some(&calibration),
+        form,
+        &dst,
+        &write_options,
+        &mut || (),
+    )
+    .unwrap();
+    let measured = rankings[0].errors.as_ref().unwrap()[1];
+    let written = divergence(
+        &model.checkpoint,
+        &Checkpoint::open(&dst).unwrap(),
+        &texts.search,
+    );
+    assert!(
+        (measured - written).abs() < 1e-4 * (1.0 + written),
+        "{measured} {written}"
+    );
+}
+
+/// KL divergence of two models over the whole vocabulary, by the textbook.
+fn divergence(teacher: &Checkpoint, student: &Checkpoint, windows: &Windows) -> f64 {
+    let log_softmax = |checkpoint: &Checkpoint| -> Vec<Vec<f64>> {
+        let decoder = common::decoder(checkpoint);
+        let hidden = causal_lm::run_blocks(&decoder, windows, &mut causal_lm::NoTap, &mut || ());
+        let head = decoder.head().unwrap();
+        let mut rows = Vec::new();
+        for batch in hidden.unwrap().batches() {
+            let (count, len, width) = batch.dims3().unwrap();
+            let logits = head
+                .forward(&batch.reshape((count * len, width)).unwrap())
+                .unwrap();
+            for (row, logits) in logits.to_vec2::<f32>().unwrap().iter().enumerate() {
+                if row % len + 1 < len {
+                    let sum: f64 = logits.iter().map(|&z| f64::from(z).exp()).sum();
+                    rows.push(logits.iter().map(|&z| f64::from(z) - sum.ln()).collect());
+                }
+            }
+        }
+        rows
+    };
+    let (p, q) = (log_softmax(teacher), log_softmax(student));
+    let rows = p
+        .iter()
+        .zip(&q)
+        .map(|(p, q)| -> f64 { p.iter().zip(q).map(|(p, q)| p.exp() * (p - q)).sum() });
+    rows.sum::<f64>() / p.len() as f64
+}
+
+#[test]
+fn a_settled_plan_has_the_widths_found_and_is_refitted_on_its_own_inputs() {
+    let model = Tiny::new("llama", DType::F32);
+    let settled = Options {
+        settle: true,
+        ..small()
+    };
+    let whole = searched(&model, &settled, 0.3, &model.path("settled"), 0).unwrap();
+    let plain = searched(&model, &small(), 0.3, &model.path("plain"), 0).unwrap();
+    assert_eq!(whole.plan.widths(), plain.plan.widths());
+    // The statistics of the second block are those of the first one as it is written.
+    let pruned = Checkpoint::open(written(&model, &whole, Form::Sliced, "sliced")).unwrap();
+    let decoder = common::decoder(&pruned);
+    let dense = model.decoder();
+    let mut hidden = causal_lm::Hidden::embed(&decoder, &texts().calibration).unwrap();
+    let mut advance = |block| hidden.advance(&block, &mut causal_lm::NoTap).unwrap();
+    advance(decoder.block(0).unwrap());
+    advance(dense.block(1).unwrap());
+    let square = |batch: &Tensor| batch.sqr().unwrap().sum_all().unwrap();
+    let squares = hidden
+        .batches()
+        .iter()
+        .map(|b| f64::from(square(b).to_scalar::<f32>().unwrap()));
+    let (seen, own) = (
+        whole.calibration.layers[1].hidden_square,
+        squares.sum::<f64>(),
+    );
+    assert!((seen / own - 1.0).abs() < 1e-4, "{seen} {own}");
+}

@@ -1,0 +1,133 @@
+//! Plans that need more than statistics: searched widths, and curves measured on whole models.
+
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+
+use anyhow::Result;
+use causal_lm::{Decoder, Windows};
+use clap::ValueEnum;
+use prune_structured::rate_distortion::{self, Measure};
+use prune_structured::tyr::{self, Data, Found, Options, Start};
+use prune_structured::{Calibration, Compensation, Plan, Ranking, Recipe};
+
+use crate::progress::Progress;
+
+/// How searches and measured curves are run.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// Sizes of the search; its seed is the first of several.
+    pub options: Options,
+    /// Windows that whole models are compared on.
+    pub samples: usize,
+    /// Where a search starts.
+    pub start: Begin,
+    /// Folder that keeps the state of searches.
+    pub resume: Option<PathBuf>,
+    /// Whether rd-dp adds up measured divergences of the whole model.
+    pub measured: bool,
+}
+
+/// Widths that a search starts from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Begin {
+    /// The same share of every sublayer, as in the paper
+    Uniform,
+    /// What rate-distortion allocation finds
+    RdDp,
+}
+
+/// What plans are made from.
+pub(super) struct Maker<'a> {
+    pub(super) decoder: &'a Decoder<'a>,
+    pub(super) config: &'a Config,
+    /// Windows that `calibration` was collected on.
+    pub(super) windows: &'a Windows,
+    /// Windows that whole models are compared on.
+    pub(super) search: &'a Windows,
+    pub(super) calibration: &'a Calibration,
+}
+
+impl Maker<'_> {
+    /// Searches with one seed, in `dir`.
+    pub(super) fn search(
+        &self,
+        recipe: &Recipe,
+        ratio: f64,
+        seed: u64,
+        dir: &Path,
+        bar: &Progress,
+    ) -> Result<Found> {
+        let options = Options {
+            seed,
+            ..self.config.options.clone()
+        };
+        let data = Data {
+            calibration: self.windows,
+            search: self.search,
+        };
+        let plan;
+        let start = match self.config.start {
+            Begin::Uniform => Start::Uniform(ratio),
+            Begin::RdDp => {
+                let rd_dp = Recipe {
+                    shape: recipe.shape.clone(),
+                    compensation: recipe.compensation,
+                    ..Recipe::named("rd-dp", seed).expect("a known name")
+                };
+                plan = Plan::make(self.decoder, self.calibration, &rd_dp, ratio)?;
+                Start::Plan(&plan)
+            }
+        };
+        let steps = options.steps(self.decoder.config().layers());
+        let bar = bar.nested(format!("search, seed {seed}"), steps as u64);
+        let mut tick = || {
+            bar.inc(1);
+            ControlFlow::Continue(())
+        };
+        Ok(tyr::search(
+            self.decoder,
+            &data,
+            recipe,
+            start,
+            &options,
+            dir,
+            &mut tick,
+        )?)
+    }
+
+    /// Allocates over curves of the whole model's divergence, measured in `dir`.
+    pub(super) fn measured(&self, recipe: &Recipe, ratio: f64, dir: &Path) -> Result<Plan> {
+        let shape = &recipe.shape;
+        let mut rankings = Ranking::all(self.decoder, self.calibration, recipe.score, shape)?;
+        let measure = Measure {
+            top_k: self.config.options.top_k,
+            ..Measure::default()
+        };
+        rate_distortion::measure(
+            self.decoder,
+            self.calibration,
+            recipe,
+            &mut rankings,
+            self.search,
+            measure,
+            dir,
+        )?;
+        Ok(Plan::allocate(self.decoder, &rankings, recipe, ratio)?)
+    }
+}
+
+/// Whether a plan by this recipe is made from Gram matrices of the dense model.
+pub(super) fn plans_from_gram(recipe: &Recipe) -> bool {
+    use prune_structured::{Allocation, Score};
+    matches!(recipe.score, Score::Obs { .. })
+        || matches!(recipe.allocation, Allocation::RdDp { .. })
+}
+
+/// Whether making or writing it reads them.
+pub(super) fn reads_gram(recipe: &Recipe, decoder: &Decoder<'_>) -> bool {
+    let refits = matches!(
+        recipe.compensation(decoder),
+        Compensation::LeastSquares { .. }
+    );
+    refits || plans_from_gram(recipe)
+}
