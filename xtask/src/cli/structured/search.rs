@@ -44,7 +44,7 @@ pub(super) struct SearchArgs {
     settle: bool,
     /// Units between two scorings [default: the paper's, finer in narrow layers]
     #[arg(long, value_enum)]
-    rounds: Option<RoundsArg>,
+    elimination: Option<RoundsArg>,
     /// Widths that the search starts from
     #[arg(long, value_enum, default_value = "uniform")]
     search_start: Begin,
@@ -142,7 +142,7 @@ impl SearchArgs {
                 AccumulationArg::Dense => Accumulation::Dense,
             };
         }
-        if let Some(rounds) = self.rounds {
+        if let Some(rounds) = self.elimination {
             options.rounds = Some(match rounds {
                 RoundsArg::Paper => Rounds::PAPER,
                 RoundsArg::Released => Rounds::Released,
