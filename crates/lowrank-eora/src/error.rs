@@ -13,6 +13,58 @@ pub enum Error {
     /// A tensor operation failed.
     #[error("tensor operation failed")]
     Candle(#[from] candle_core::Error),
+    /// A compressor's name that cannot be read.
+    #[error("compressor `{name}`: {reason}; {expected}", expected = crate::compress::GRAMMAR)]
+    CompressorName {
+        /// The name given.
+        name: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// A compressor whose parameters do not go together, or do not fit the weight.
+    #[error("compressor `{compressor}`: {reason}")]
+    Compressor {
+        /// Its name.
+        compressor: String,
+        /// What does not fit.
+        reason: String,
+    },
+    /// A compressor was given less about the inputs than it needs.
+    #[error("compressor `{compressor}` needs {needs}")]
+    NeedsInputs {
+        /// Its name.
+        compressor: String,
+        /// What it needs.
+        needs: &'static str,
+    },
+    /// A matrix or vector of the wrong size.
+    #[error("{what}: expected {expected:?}, found {found:?}")]
+    Size {
+        /// The matrix.
+        what: &'static str,
+        /// Rows and columns expected.
+        expected: (usize, usize),
+        /// Rows and columns found.
+        found: (usize, usize),
+    },
+    /// NaN or an infinity.
+    #[error("{what}: {value} at row {row}, column {column}")]
+    NotFinite {
+        /// The matrix.
+        what: &'static str,
+        /// Row, counted from 0.
+        row: usize,
+        /// Column, counted from 0.
+        column: usize,
+        /// The value found.
+        value: f64,
+    },
+    /// A matrix that no inputs can have as their X Xᵀ.
+    #[error("not a Gram matrix X Xᵀ: {reason}")]
+    NotGram {
+        /// What shows it.
+        reason: String,
+    },
 }
 
 /// Result with this crate's [`Error`].
