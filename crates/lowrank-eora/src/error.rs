@@ -1,5 +1,7 @@
 //! What can go wrong when a model is compressed or repaired.
 
+use std::path::PathBuf;
+
 /// An error of this crate; every case names what was wrong and where.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -63,6 +65,125 @@ pub enum Error {
     #[error("not a Gram matrix X Xᵀ: {reason}")]
     NotGram {
         /// What shows it.
+        reason: String,
+    },
+    /// Two operands do not fit.
+    #[error("{what} has shape {found:?}, expected {expected:?}")]
+    Shape {
+        /// The operand.
+        what: &'static str,
+        /// Its shape.
+        found: Vec<usize>,
+        /// The shape that fits.
+        expected: Vec<usize>,
+    },
+    /// A rank that no correction of this layer can have.
+    #[error("rank {rank}: a layer of {rows} × {cols} takes ranks from 1 to {}", rows.min(cols))]
+    Rank {
+        /// What was asked for.
+        rank: usize,
+        /// Outputs of the layer.
+        rows: usize,
+        /// Inputs of the layer.
+        cols: usize,
+    },
+    /// An activation is NaN or infinite.
+    #[error("activation of token {token}, channel {channel} is {value}")]
+    Activation {
+        /// Token of the batch.
+        token: usize,
+        /// Input channel.
+        channel: usize,
+        /// NaN or an infinity.
+        value: f64,
+    },
+    /// A setting outside its range.
+    #[error("{name} is {value}, expected {expected}")]
+    Setting {
+        /// The setting.
+        name: &'static str,
+        /// Its value.
+        value: String,
+        /// What it may be.
+        expected: &'static str,
+    },
+    /// No method has this name.
+    #[error("unknown method {name:?}, expected one of {}", expected.join(", "))]
+    UnknownMethod {
+        /// What was asked for.
+        name: String,
+        /// The names there are.
+        expected: &'static [&'static str],
+    },
+    /// A method needs a statistic that was not collected.
+    #[error("{method} needs {statistic}, which was not collected")]
+    MissingStatistic {
+        /// The method.
+        method: &'static str,
+        /// What it needs.
+        statistic: &'static str,
+    },
+    /// A factorisation did not succeed.
+    #[error("{what} failed: {reason}")]
+    Factorization {
+        /// The factorisation and its matrix.
+        what: &'static str,
+        /// Why.
+        reason: String,
+    },
+    /// A budget below what the smallest allowed ranks need.
+    #[error("a budget of {budget} bytes: the smallest allowed ranks alone take {needed} bytes")]
+    Budget {
+        /// The budget.
+        budget: u64,
+        /// What the minima need.
+        needed: u64,
+    },
+    /// A statistics file holds something else than expected.
+    #[error("{}: {reason}", path.display())]
+    StatisticsFile {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// Something went wrong with one linear.
+    #[error("{layer}: {source}")]
+    Layer {
+        /// The linear.
+        layer: String,
+        /// What went wrong.
+        source: Box<Error>,
+    },
+    /// The compressed model differs from the dense one in more than its linears.
+    #[error("tensor {tensor} of the compressed model is not that of the dense one: {reason}")]
+    OtherTensor {
+        /// The tensor.
+        tensor: String,
+        /// How it differs.
+        reason: String,
+    },
+    /// A folder holds the state of another run.
+    #[error(
+        "{}: this is another run, with {what} {found} instead of {expected}; use another folder",
+        folder.display()
+    )]
+    OtherRun {
+        /// The folder.
+        folder: PathBuf,
+        /// What differs.
+        what: String,
+        /// What the folder's run had.
+        found: String,
+        /// What this run has.
+        expected: String,
+    },
+    /// A file or folder of a repair, an adapter or a probe that does not hold what it should.
+    #[error("{}: {reason}", path.display())]
+    Malformed {
+        /// The file or folder.
+        path: PathBuf,
+        /// What is wrong with it.
         reason: String,
     },
 }

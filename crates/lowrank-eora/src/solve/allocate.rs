@@ -1,0 +1,123 @@
+//! Ranks of many layers under one budget of bytes.
+//!
+//! Rank i of a layer takes s_i² off its squared loss whatever the other ranks, and costs the bytes
+//! of one column of B and one row of A. Gains fall within a layer, so taking ranks by gain per
+//! byte minimises the weighted sum of squared losses, up to the last rank that no longer fits.
+
+use super::Spectrum;
+use crate::{Error, Result};
+use std::cmp::Ordering;
+use std::collections::BinaryHeap;
+
+/// A layer that competes for ranks.
+#[derive(Clone, Copy, Debug)]
+pub struct Candidate<'a> {
+    /// Its spectrum, known up to the largest rank that it may get.
+    pub spectrum: &'a Spectrum,
+    /// What its squared loss counts.
+    pub weight: f64,
+    /// Bytes of one rank: (m + n) values as they will be stored.
+    pub bytes_per_rank: u64,
+    /// Its smallest rank.
+    pub min: usize,
+    /// Its largest rank.
+    pub max: usize,
+}
+
+/// The next step of a layer: ranks taken at once, as kernels want multiples.
+struct Step {
+    layer: usize,
+    ranks: usize,
+    density: f64,
+}
+
+impl Ord for Step {
+    fn cmp(&self, other: &Self) -> Ordering {
+        // Of equals the first layer.
+        (self.density.total_cmp(&other.density)).then(other.layer.cmp(&self.layer))
+    }
+}
+impl PartialOrd for Step {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+impl PartialEq for Step {
+    fn eq(&self, other: &Self) -> bool {
+        self.cmp(other) == Ordering::Equal
+    }
+}
+impl Eq for Step {}
+
+/// A rank for each layer, multiples of `multiple_of` unless a minimum or maximum is none.
+///
+/// # Errors
+/// When a weight is not a finite number ≥ 0, a minimum exceeds its maximum, a maximum exceeds the
+/// known spectrum, the multiple or the bytes of a rank are zero, or the minima exceed the budget.
+pub fn allocate(
+    layers: &[Candidate<'_>],
+    budget_bytes: u64,
+    multiple_of: usize,
+) -> Result<Vec<usize>> {
+    let setting = |name, value: String, expected| Error::Setting {
+        name,
+        value,
+        expected,
+    };
+    if multiple_of == 0 {
+        return Err(setting("multiple of ranks", "0".into(), "a number ≥ 1"));
+    }
+    for layer in layers {
+        if !(layer.weight.is_finite() && layer.weight >= 0.0) {
+            let value = layer.weight.to_string();
+            return Err(setting("layer weight", value, "a finite number ≥ 0"));
+        }
+        if layer.min > layer.max || layer.max > layer.spectrum.squares().len() {
+            let value = format!("{} to {}", layer.min, layer.max);
+            return Err(setting(
+                "range of ranks",
+                value,
+                "a range within the known spectrum",
+            ));
+        }
+        if layer.bytes_per_rank == 0 {
+            return Err(setting("bytes of a rank", "0".into(), "a number ≥ 1"));
+        }
+    }
+    let mut ranks: Vec<usize> = layers.iter().map(|layer| layer.min).collect();
+    let needed = (layers.iter())
+        .map(|layer| (layer.min as u64).saturating_mul(layer.bytes_per_rank))
+        .fold(0u64, u64::saturating_add);
+    if needed > budget_bytes {
+        return Err(Error::Budget {
+            budget: budget_bytes,
+            needed,
+        });
+    }
+    let mut left = budget_bytes - needed;
+    let step = |index: usize, rank: usize| {
+        let layer = &layers[index];
+        // To the next multiple, or to the maximum.
+        let end = ((rank / multiple_of + 1) * multiple_of).min(layer.max);
+        let gain: f64 = layer.spectrum.squares()[rank..end].iter().sum();
+        let taken = end - rank;
+        (taken > 0 && gain * layer.weight > 0.0).then(|| Step {
+            layer: index,
+            ranks: taken,
+            density: layer.weight * gain / (taken as u64 * layer.bytes_per_rank) as f64,
+        })
+    };
+    let mut heap: BinaryHeap<Step> = (0..layers.len())
+        .filter_map(|index| step(index, ranks[index]))
+        .collect();
+    while let Some(best) = heap.pop() {
+        let cost = best.ranks as u64 * layers[best.layer].bytes_per_rank;
+        // A layer whose step does not fit gets no more; cheaper ones may.
+        if cost <= left {
+            left -= cost;
+            ranks[best.layer] += best.ranks;
+            heap.extend(step(best.layer, ranks[best.layer]));
+        }
+    }
+    Ok(ranks)
+}

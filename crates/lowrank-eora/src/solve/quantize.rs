@@ -1,0 +1,249 @@
+//! Factors in few bits.
+//!
+//! Groups run along the rows of A and of Bᵀ, so that every rank has scales of its own and the
+//! result does not depend on how B and A share the singular values. Rounding A turns its row
+//! space a little; refitting B to the rounded A, B = D H Aᵀ (A H Aᵀ)⁺, takes most of that back.
+
+use super::exact::eigen;
+use super::{LowRank, Weighting};
+use crate::matrix::expect_shape;
+use crate::stats::Rows;
+use crate::{Error, Result};
+use faer::{Mat, MatRef};
+use half::f16;
+use serde::{Deserialize, Serialize};
+
+/// Symmetric integers with one f16 scale for each group of a row.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GroupQuantizer {
+    /// Bits of a value, 2 to 8.
+    pub bits: u32,
+    /// Values of a group.
+    pub group: usize,
+}
+
+/// A quantised matrix.
+#[derive(Clone, Debug)]
+pub struct Quantized {
+    /// Rows.
+    pub rows: usize,
+    /// Columns.
+    pub cols: usize,
+    /// How.
+    pub quantizer: GroupQuantizer,
+    /// `rows × cols`, row-major, from −(2^(bits−1) − 1) to 2^(bits−1) − 1.
+    pub codes: Vec<i8>,
+    /// `rows × ⌈cols / group⌉`, row-major.
+    pub scales: Vec<f16>,
+}
+
+impl GroupQuantizer {
+    /// Rounds to the nearest multiple of the group's largest magnitude / (2^(bits−1) − 1).
+    ///
+    /// # Errors
+    /// When bits or group are out of range or a value exceeds f16.
+    pub fn quantize(self, matrix: MatRef<'_, f64>) -> Result<Quantized> {
+        if !(2..=8).contains(&self.bits) || self.group == 0 {
+            return Err(Error::Setting {
+                name: "quantiser of factors",
+                value: format!("{} bits in groups of {}", self.bits, self.group),
+                expected: "2 to 8 bits in groups of at least 1",
+            });
+        }
+        let top = f64::from((1i32 << (self.bits - 1)) - 1);
+        let (rows, cols) = matrix.shape();
+        let mut codes = Vec::with_capacity(rows * cols);
+        let mut scales = Vec::with_capacity(rows * cols.div_ceil(self.group));
+        for i in 0..rows {
+            for start in (0..cols).step_by(self.group) {
+                let group = matrix.row(i).subcols(start, self.group.min(cols - start));
+                let scale = f16::from_f64(group.norm_max() / top);
+                if !scale.is_finite() {
+                    return Err(Error::Setting {
+                        name: "scale of a quantised factor",
+                        value: (group.norm_max() / top).to_string(),
+                        expected: "a number within f16",
+                    });
+                }
+                let step = scale.to_f64();
+                codes.extend(group.iter().map(|&x| {
+                    if step > 0.0 {
+                        (x / step).round_ties_even().clamp(-top, top) as i8
+                    } else {
+                        0
+                    }
+                }));
+                scales.push(scale);
+            }
+        }
+        Ok(Quantized {
+            rows,
+            cols,
+            quantizer: self,
+            codes,
+            scales,
+        })
+    }
+}
+
+impl Quantized {
+    /// The values.
+    pub fn dequantize(&self) -> Mat<f64> {
+        let group = self.quantizer.group;
+        let groups = self.cols.div_ceil(group);
+        Mat::from_fn(self.rows, self.cols, |i, j| {
+            let scale = self.scales[i * groups + j / group].to_f64();
+            f64::from(self.codes[i * self.cols + j]) * scale
+        })
+    }
+
+    /// Bytes when codes are packed.
+    pub fn bytes(&self) -> u64 {
+        let bits = self.codes.len() as u64 * u64::from(self.quantizer.bits);
+        bits.div_ceil(8) + 2 * self.scales.len() as u64
+    }
+}
+
+/// Quantised B and A.
+#[derive(Clone, Debug)]
+pub struct QuantizedFactors {
+    /// Bᵀ, `r × m`.
+    pub b_transposed: Quantized,
+    /// A, `r × n`.
+    pub a: Quantized,
+}
+
+impl QuantizedFactors {
+    /// What a runtime computes with.
+    pub fn dequantize(&self) -> LowRank {
+        LowRank {
+            b: self.b_transposed.dequantize().transpose().to_owned(),
+            a: self.a.dequantize(),
+        }
+    }
+
+    /// Bytes of both.
+    pub fn bytes(&self) -> u64 {
+        self.b_transposed.bytes() + self.a.bytes()
+    }
+}
+
+/// Quantises A, refits B to it where `refit` knows how, and quantises B.
+///
+/// 4 bits for A and 8 for B lose next to nothing with a refit.
+///
+/// # Errors
+/// When a quantiser is out of range or the refit fails.
+pub fn quantize_factors(
+    factors: &LowRank,
+    (a, b): (GroupQuantizer, GroupQuantizer),
+    refit: impl FnOnce(MatRef<'_, f64>) -> Result<Mat<f64>>,
+) -> Result<QuantizedFactors> {
+    let a = a.quantize(factors.a.as_ref())?;
+    let refitted = refit(a.dequantize().as_ref())?;
+    expect_shape("refitted B", refitted.as_ref(), factors.b.shape())?;
+    Ok(QuantizedFactors {
+        b_transposed: b.quantize(refitted.transpose())?,
+        a,
+    })
+}
+
+/// The B that is best with a given A (`r × n`): D H Aᵀ (A H Aᵀ)⁺.
+///
+/// # Errors
+/// When shapes do not fit or only G is known; [`RefitCollector`] needs no H.
+pub fn refit(
+    d: MatRef<'_, f64>,
+    weighting: &Weighting<'_>,
+    a: MatRef<'_, f64>,
+) -> Result<Mat<f64>> {
+    expect_shape("factor A", a, (a.nrows(), d.ncols()))?;
+    weighting.check(d.nrows(), d.ncols())?;
+    let ah = weighting.times(a).ok_or(Error::MissingStatistic {
+        method: "a refit",
+        statistic: "H",
+    })?;
+    normal_equations(d * ah.transpose(), &ah * a.transpose())
+}
+
+/// N M⁺ for a symmetric positive semidefinite M.
+fn normal_equations(right: Mat<f64>, mut moments: Mat<f64>) -> Result<Mat<f64>> {
+    // Rows of A differ in scale; with a unit diagonal the cut-off means the same for all.
+    let scales: Vec<f64> = (0..moments.nrows())
+        .map(|i| moments[(i, i)].max(0.0).sqrt())
+        .map(|s| if s > 0.0 { 1.0 / s } else { 0.0 })
+        .collect();
+    for j in 0..moments.ncols() {
+        for i in 0..moments.nrows() {
+            moments[(i, j)] *= scales[i] * scales[j];
+        }
+    }
+    let (values, mut vectors) = eigen(moments, "the eigenvectors of A H Aᵀ")?;
+    let cut = values.first().copied().unwrap_or(0.0) * f64::EPSILON * values.len() as f64;
+    for i in 0..vectors.nrows() {
+        for j in 0..vectors.ncols() {
+            vectors[(i, j)] *= scales[i];
+        }
+    }
+    let divided = Mat::from_fn(vectors.nrows(), vectors.ncols(), |i, j| {
+        if values[j] > cut {
+            vectors[(i, j)] / values[j]
+        } else {
+            0.0
+        }
+    });
+    Ok((right * divided) * vectors.transpose())
+}
+
+/// Collects what a refit needs from tokens, where H is too large: Σ (D x)(A x)ᵀ and Σ (A x)(A x)ᵀ.
+#[derive(Clone, Debug)]
+pub struct RefitCollector {
+    d: Mat<f32>,
+    a: Mat<f32>,
+    right: Mat<f64>,
+    moments: Mat<f64>,
+}
+
+impl RefitCollector {
+    /// Empty sums for a residual (`m × n`) and a factor A (`r × n`).
+    ///
+    /// # Errors
+    /// When the widths differ.
+    pub fn new(d: MatRef<'_, f64>, a: MatRef<'_, f64>) -> Result<Self> {
+        expect_shape("factor A", a, (a.nrows(), d.ncols()))?;
+        let single =
+            |x: MatRef<'_, f64>| Mat::<f32>::from_fn(x.nrows(), x.ncols(), |i, j| x[(i, j)] as f32);
+        Ok(Self {
+            d: single(d),
+            a: single(a),
+            right: Mat::zeros(d.nrows(), a.nrows()),
+            moments: Mat::zeros(a.nrows(), a.nrows()),
+        })
+    }
+
+    /// Adds a batch.
+    ///
+    /// # Errors
+    /// When its width is not D's.
+    pub fn update(&mut self, rows: &Rows) -> Result<()> {
+        rows.expect_width(self.d.ncols())?;
+        let double = |x: Mat<f32>, weighted: bool| {
+            Mat::from_fn(x.nrows(), x.ncols(), |i, t| {
+                f64::from(x[(i, t)]) * if weighted { rows.weight(t) } else { 1.0 }
+            })
+        };
+        let ax = &self.a * rows.matrix();
+        let weighted = double(ax.clone(), true);
+        self.right += double(&self.d * rows.matrix(), false) * weighted.transpose();
+        self.moments += double(ax, false) * weighted.transpose();
+        Ok(())
+    }
+
+    /// The best B, `m × r`.
+    ///
+    /// # Errors
+    /// When the eigenvectors of the moments are not found.
+    pub fn finish(self) -> Result<Mat<f64>> {
+        normal_equations(self.right, self.moments)
+    }
+}
