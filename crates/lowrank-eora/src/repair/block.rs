@@ -147,7 +147,8 @@ impl BlockRepair<'_> {
                 factors: 0,
             },
         };
-        let rank = self.repair.ranks.of(id, (m, n));
+        // A weight that lost nothing needs no factors.
+        let rank = if d.norm_max() > 0.0 { self.repair.ranks.of(id, (m, n)) } else { 0 };
         let mut factors = None;
         if let (Some(method), 1..) = (self.repair.method, rank) {
             let inputs = &observed.calibration.inputs;

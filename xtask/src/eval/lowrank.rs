@@ -1,0 +1,486 @@
+//! Low-rank repair: output error, quality and size by compressor, method and rank.
+
+mod control;
+mod data;
+mod hidden;
+mod save;
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use candle_core::DType;
+use causal_lm::{Decoder, Perplexity, Windows};
+use lowrank_eora::compress::Compressor;
+use lowrank_eora::output::{Layout, Weights, write_checkpoint};
+use lowrank_eora::repair::{
+    Bytes, Energy, FactorStorage, LayerReport, Ranks, Repair, Repaired, Source,
+};
+use lowrank_eora::solve::Method;
+use serde_json::{Value, json};
+use tempfile::TempDir;
+use tensor_io::{Checkpoint, WriteOptions};
+
+use super::perplexity::{self, Protocol, file_name};
+use crate::cli::Common;
+use crate::column::Column;
+use crate::machine::Stopwatch;
+use crate::plot::{Axis, Plot, Point, Reference, Series};
+use crate::progress::Progress;
+use crate::report::Section;
+use crate::row::{DENSE, Role, Row};
+
+pub(crate) use hidden::hidden_metrics;
+pub use save::Output;
+
+/// What to compress, repair and measure.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// Model, text and protocol of the evaluation.
+    pub perplexity: perplexity::Config,
+    /// Text to calibrate on.
+    pub calib: PathBuf,
+    /// Windows to calibrate on.
+    pub calib_samples: usize,
+    /// Other windows of the same text, to measure the loss on.
+    pub held_out_samples: usize,
+    /// Compressors.
+    pub compressors: Vec<Compressor>,
+    /// Methods; `None` leaves the compressed model as it is.
+    pub methods: Vec<Option<Method>>,
+    /// Ranks.
+    pub ranks: Vec<usize>,
+    /// Everything of the repair but method and rank.
+    pub repair: Repair,
+    /// Whether each block is compressed behind the repaired ones.
+    pub one_pass: bool,
+    /// Whether to measure what the bytes of the factors buy otherwise.
+    pub controls: bool,
+    /// Folder for what is written.
+    pub save: Option<PathBuf>,
+    /// What is written.
+    pub outputs: Vec<Output>,
+    /// How checkpoints are written.
+    pub write: WriteOptions,
+    /// Folder for the state of each block.
+    pub resume: Option<PathBuf>,
+    /// Whether to measure the hidden states.
+    pub hidden_metrics: bool,
+}
+
+/// Compress and repair in every combination and measure each.
+///
+/// # Errors
+/// A model or text that cannot be read or run.
+pub fn run(common: &Common, config: &Config) -> Result<Vec<Section>> {
+    let same = std::fs::canonicalize(&config.calib).ok()
+        == std::fs::canonicalize(&config.perplexity.text).ok();
+    anyhow::ensure!(
+        !same,
+        "--calib and --text are both {}: a model calibrated on its evaluation text looks better than it is",
+        config.calib.display()
+    );
+    let checkpoint = Checkpoint::open(&config.perplexity.model)?;
+    let decoder = open(common, &checkpoint)?;
+    let protocol = Protocol::new(common, &config.perplexity, &decoder)?;
+    let evaluation = protocol.evaluation(common, &config.perplexity.text)?;
+    let windows = protocol.windows(&config.calib)?;
+    let wanted = (config.calib_samples, config.held_out_samples);
+    let (calibration, held_out) = data::split(&windows, wanted, common.seed)
+        .with_context(|| config.calib.display().to_string())?;
+
+    let scratch = TempDir::with_prefix("lowrank-").context("scratch folder")?;
+    let suite = Lowrank {
+        common,
+        config,
+        decoder: &decoder,
+        evaluation: &evaluation,
+        calibration: &calibration,
+        held_out: &held_out,
+        state: config.resume.as_deref().unwrap_or(scratch.path()),
+        scratch: scratch.path(),
+    };
+    let mut rows = vec![suite.dense()?];
+    let repairs = config.methods.iter().flatten().count() * config.ranks.len();
+    let bar = common.progress("repair", (config.compressors.len() * (1 + repairs)) as u64);
+    for compressor in &config.compressors {
+        let named = || compressor.to_string();
+        rows.extend(suite.compressor(compressor, &bar).with_context(named)?);
+    }
+    bar.finish();
+    compare_with_dense(&mut rows, &decoder, &file_name(&config.perplexity.model));
+    let section = protocol
+        .facts(section(config, rows), &config.perplexity.text, &evaluation)
+        .fact("calibration text", file_name(&config.calib))
+        .fact("calibration windows", calibration.count())
+        .fact("held-out windows", held_out.count())
+        .fact("calibrated on", match config.repair.inputs {
+            lowrank_eora::repair::InputSource::Repaired => "activations behind the repaired blocks",
+            lowrank_eora::repair::InputSource::Dense => "activations of the dense model",
+        })
+        .fact("factors", match config.repair.factors {
+            FactorStorage::Quantised { .. } => "A int4, B int8 refitted",
+            other => other.dtype().as_str(),
+        });
+    Ok(vec![section])
+}
+
+/// A decoder that computes in f32 on every device: W_c + B A rounded to bf16 would lose what B A adds.
+fn open<'a>(common: &Common, checkpoint: &'a Checkpoint) -> Result<Decoder<'a>> {
+    Decoder::new(checkpoint, DType::F32, &common.device.open()?)
+        .with_context(|| checkpoint.dir().display().to_string())
+}
+
+/// What all rows share.
+struct Lowrank<'a> {
+    common: &'a Common,
+    config: &'a Config,
+    decoder: &'a Decoder<'a>,
+    evaluation: &'a Windows,
+    calibration: &'a Windows,
+    held_out: &'a Windows,
+    state: &'a Path,
+    scratch: &'a Path,
+}
+
+impl Lowrank<'_> {
+    fn dense(&self) -> Result<Row> {
+        let steps = Perplexity::steps(self.decoder, self.evaluation) as u64;
+        let bar = self.common.progress(DENSE, steps);
+        let mut row = Row::new("lowrank", DENSE);
+        perplexity::measure(self.decoder, self.evaluation, &mut row, &bar)?;
+        row.tokens_per_second = None;
+        if self.config.hidden_metrics {
+            hidden_metrics(self.decoder, self.evaluation, &mut row)?;
+        }
+        bar.finish();
+        Ok(row)
+    }
+
+    /// All rows of a compressor: as it is, repaired, and the controls.
+    fn compressor(&self, compressor: &Compressor, bar: &Progress) -> Result<Vec<Row>> {
+        let mut rows = Vec::new();
+        bar.set_label(compressor.to_string());
+        let (row, compressed) = self.cell(compressor, compressor, None, bar)?;
+        bar.inc(1);
+        if self.config.methods.contains(&None) {
+            rows.push(row);
+        }
+        let source: &dyn Source = if self.config.one_pass { compressor } else { &compressed };
+        for &method in self.config.methods.iter().flatten() {
+            for &rank in &self.config.ranks {
+                bar.set_label(format!("{compressor}, {method}, rank {rank}"));
+                let (row, repaired) = self
+                    .cell(compressor, source, Some((method, rank)), bar)
+                    .with_context(|| format!("{method} at rank {rank}"))?;
+                rows.push(row);
+                self.discard(&repaired)?;
+                bar.inc(1);
+            }
+        }
+        if self.config.controls {
+            rows.extend(self.controls(compressor, &compressed, &rows, bar)?);
+        }
+        self.discard(&compressed)?;
+        Ok(rows)
+    }
+
+    /// Makes room, unless the state is to be kept.
+    fn discard(&self, repaired: &Repaired) -> Result<()> {
+        if self.config.resume.is_some() {
+            return Ok(());
+        }
+        let folder = repaired.folder();
+        std::fs::remove_dir_all(folder).with_context(|| folder.display().to_string())
+    }
+
+    /// One row: a repair, or the compressed model as it is.
+    fn cell(
+        &self,
+        compressor: &Compressor,
+        source: &dyn Source,
+        repair: Option<(Method, usize)>,
+        bar: &Progress,
+    ) -> Result<(Row, Repaired)> {
+        let name = cell_name(compressor, repair);
+        let options = Repair {
+            method: repair.map(|(method, _)| method),
+            ranks: Ranks::Constant(repair.map_or(0, |(_, rank)| rank)),
+            requantise: self.config.repair.requantise.filter(|_| repair.is_some()),
+            ..self.config.repair.clone()
+        };
+        let watch = Stopwatch::start();
+        let blocks = bar.nested("blocks", self.decoder.config().layers() as u64);
+        let repaired = options.run(
+            self.decoder,
+            source,
+            self.calibration,
+            Some(self.held_out),
+            self.state.join(&name),
+            &mut |_| blocks.inc(1),
+        )?;
+        blocks.finish();
+        let mut row = Row {
+            compress: Some(compressor.to_string()),
+            rank: repair.map(|(_, rank)| rank as u64),
+            ..Row::new("lowrank", repair.map_or("none", |(method, _)| method.name()))
+        };
+        watch.stop(&mut row);
+        let made = (row.seconds, row.peak_rss_bytes);
+        self.fill(&mut row, &repaired, bar)?;
+        // Time and memory are those of the repair.
+        (row.seconds, row.peak_rss_bytes) = made;
+        if let Some(save) = &self.config.save {
+            let single = self.config.compressors.len() == 1
+                && self.config.methods.len() == 1
+                && (self.config.ranks.len() == 1 || repair.is_none());
+            let wanted = self.config.methods.contains(&options.method);
+            let folder = if single { save.clone() } else { save.join(&name) };
+            if wanted {
+                save::write(self.config, self.decoder, &repaired, &folder)
+                    .with_context(|| folder.display().to_string())?;
+            }
+        }
+        Ok((row, repaired))
+    }
+
+    /// Loss, size and quality.
+    fn fill(&self, row: &mut Row, repaired: &Repaired, bar: &Progress) -> Result<()> {
+        let held_out: Energy = repaired.reports().filter_map(|report| report.held_out).sum();
+        let calibration: Energy = repaired.reports().map(|report| report.calibration).sum();
+        let bytes: Bytes = repaired.reports().map(|report| report.bytes).sum();
+        let all = self.decoder.checkpoint().total_bytes();
+        row.loss = Some(held_out.loss());
+        row.loss_uncompensated = Some(held_out.loss_before());
+        row.layers = repaired.reports().map(layer).collect();
+
+        let folder = self.scratch.join("merged");
+        let layout = Layout::Dense {
+            dtype: Some(DType::F32),
+        };
+        let replace = WriteOptions {
+            overwrite: true,
+            ..self.config.write.clone()
+        };
+        write_checkpoint(
+            self.decoder,
+            repaired,
+            Weights::Merged,
+            layout,
+            &folder,
+            &replace,
+            &mut || (),
+        )?;
+        let merged = Checkpoint::open(&folder)?;
+        let decoder = open(self.common, &merged)?;
+        let steps = Perplexity::steps(&decoder, self.evaluation) as u64;
+        let nested = bar.nested("perplexity", steps);
+        perplexity::measure(&decoder, self.evaluation, row, &nested)?;
+        nested.finish();
+        // The merged copy is only there to be measured: its size and speed are not those of the result.
+        (row.params, row.tokens_per_second) = (None, None);
+        row.bytes = Some(all - bytes.dense + bytes.compressed + bytes.factors);
+
+        let mut extra = |name: &str, value: Value| row.extra.insert(name.into(), value);
+        extra("loss_calibration", json!(calibration.loss()));
+        extra("bytes_factors", json!(bytes.factors));
+        let drift: Energy = repaired.reports().filter_map(|report| report.held_out_drift).sum();
+        if drift.target > 0.0 {
+            extra("loss_drift", json!(drift.loss()));
+        }
+        if repaired.reports().any(|report| report.requantised.is_some()) {
+            let squares = repaired.reports().filter_map(|r| r.requantised.as_ref()?.held_out);
+            let after = squares.sum();
+            extra("loss_requantised", json!(Energy { after, ..held_out }.loss()));
+        }
+        if self.config.hidden_metrics {
+            hidden_metrics(&decoder, self.evaluation, row)?;
+        }
+        std::fs::remove_dir_all(&folder).with_context(|| folder.display().to_string())
+    }
+
+    /// What the bytes of each repair buy when they are spent on the weights.
+    fn controls(
+        &self,
+        compressor: &Compressor,
+        compressed: &Repaired,
+        rows: &[Row],
+        bar: &Progress,
+    ) -> Result<Vec<Row>> {
+        let first = compressed.reports().next().context("a model without linears")?;
+        let shapes = control::Shapes {
+            linears: compressed.reports().map(|report| (report.outputs, report.inputs)).collect(),
+            float: first.bytes.dense as usize / (first.outputs * first.inputs),
+        };
+        let own: Bytes = compressed.reports().map(|report| report.bytes).sum();
+        let all = self.decoder.checkpoint().total_bytes();
+        let mut controls: BTreeMap<String, (Compressor, Vec<String>)> = BTreeMap::new();
+        for row in rows.iter().filter(|row| row.rank.is_some()) {
+            let Some(target) = row.bytes.map(|bytes| bytes - (all - own.dense)) else {
+                continue;
+            };
+            if let Some((control, _)) = control::same_bytes(compressor, target, &shapes) {
+                let stands_for = row.rank.map(|rank| rank.to_string()).unwrap_or_default();
+                let (_, ranks) = controls.entry(control.to_string()).or_insert((control, vec![]));
+                if !ranks.contains(&stands_for) {
+                    ranks.push(stands_for);
+                }
+            }
+        }
+        let mut made = Vec::new();
+        for (control, ranks) in controls.into_values() {
+            bar.set_label(format!("control {control}"));
+            let (mut row, repaired) = self.control(&control, bar)?;
+            self.discard(&repaired)?;
+            row.extra.insert("instead_of".into(), json!(format!("{compressor} + rank {}", ranks.join(", "))));
+            made.push(row.control());
+        }
+        Ok(made)
+    }
+
+    fn control(&self, control: &Compressor, bar: &Progress) -> Result<(Row, Repaired)> {
+        let unsaved = Config {
+            save: None,
+            ..self.config.clone()
+        };
+        Lowrank {
+            config: &unsaved,
+            ..*self
+        }
+        .cell(control, control, None, bar)
+    }
+}
+
+/// What the files of a cell are called.
+fn cell_name(compressor: &Compressor, repair: Option<(Method, usize)>) -> String {
+    // A colon is no part of a file name everywhere.
+    let compressor = compressor.to_string().replace(':', "of");
+    match repair {
+        None => format!("{compressor}-none"),
+        Some((method, rank)) => format!("{compressor}-{method}-{rank}"),
+    }
+}
+
+fn layer(report: &LayerReport) -> Value {
+    let mut layer = json!({
+        "layer": report.layer,
+        "rank": report.rank,
+        "loss": report.held_out.map(|energy| energy.loss()),
+        "loss_uncompensated": report.held_out.map(|energy| energy.loss_before()),
+        "loss_calibration": report.calibration.loss(),
+        "bytes": report.bytes.compressed + report.bytes.factors,
+        "bytes_dense": report.bytes.dense,
+        "seconds_collect": report.seconds.collect,
+        "seconds_compress": report.seconds.compress,
+        "seconds_solve": report.seconds.solve,
+    });
+    if let Some(drift) = report.held_out_drift {
+        layer["loss_drift"] = json!(drift.loss());
+    }
+    layer
+}
+
+fn compare_with_dense(rows: &mut [Row], decoder: &Decoder<'_>, model: &str) {
+    let dense = rows.iter().find(|row| row.method == DENSE).and_then(|row| row.perplexity);
+    for row in rows {
+        row.model = Some(model.into());
+        row.bytes_dense = Some(decoder.checkpoint().total_bytes());
+        row.perplexity_dense = dense;
+    }
+}
+
+fn section(config: &Config, rows: Vec<Row>) -> Section {
+    let mut columns = vec![
+        Column::Compress,
+        Column::Method,
+        Column::Rank,
+        Column::LossUncompensated,
+        Column::Loss,
+        Column::Perplexity,
+        Column::PerplexityOverDense,
+        Column::Bytes,
+        Column::BytesOverDense,
+        Column::Seconds,
+        Column::PeakRss,
+    ];
+    let extra = ["loss_drift", "loss_requantised", "mnn", "nuclear", "entropy", "instead_of"];
+    columns.extend(extra.map(|name| Column::Extra(name.into())));
+    Section {
+        title: "Low-rank repair".into(),
+        prose: format!(
+            "Output error is the relative error of all repaired linears on held-out windows of the calibration text, behind \
+             the repaired blocks; perplexity is of W_c + B A in f32. {} Rows of controls spend the bytes of the factors on \
+             more bits, smaller groups or fewer zeros instead. Sizes count the whole model: quantised weights as a GPTQ file \
+             holds them; pruned ones as the values that stay, in the stored dtype, and a bit for each weight (at 2:4 the \
+             two-bit index of each kept value), where a dense file with zeros takes as much as the uncompressed model; \
+             factors in the dtype they are stored in. Time and memory are those of the repair.",
+            match config.one_pass {
+                true => "Each block was compressed behind the repaired ones, so rows differ in W_c.",
+                false => "The model was compressed once; all methods and ranks repair the same W_c.",
+            }
+        ),
+        columns,
+        plots: plots(config, &rows),
+        rows,
+        ..Section::default()
+    }
+}
+
+/// For each compressor perplexity over bytes, and loss by layer at the largest rank.
+fn plots(config: &Config, rows: &[Row]) -> Vec<Plot> {
+    let dense = rows.iter().find(|row| row.method == DENSE).and_then(|row| row.perplexity);
+    let mut plots = Vec::new();
+    for compressor in config.compressors.iter().map(ToString::to_string) {
+        let own: Vec<&Row> = (rows.iter())
+            .filter(|row| row.compress.as_ref() == Some(&compressor) && row.role != Role::Control)
+            .collect();
+        let controls = rows.iter().filter(|row| {
+            let instead = row.extra.get("instead_of").and_then(Value::as_str);
+            instead.is_some_and(|text| text.starts_with(&format!("{compressor} + ")))
+        });
+        let mut by_size: Vec<Series> = Vec::new();
+        let named = own.iter().map(|row| (row.method.as_str(), *row));
+        for (name, row) in named.chain(controls.map(|row| ("bytes on weights", row))) {
+            let (Some(bytes), Some(perplexity)) = (row.bytes, row.perplexity) else {
+                continue;
+            };
+            let point = Point::from((bytes as f64 / f64::from(1 << 20), perplexity));
+            match by_size.iter_mut().find(|series| series.name == name) {
+                Some(series) => series.points.push(point),
+                None => by_size.push(Series {
+                    name: name.into(),
+                    points: vec![point],
+                    control: row.role == Role::Control,
+                }),
+            }
+        }
+        plots.push(Plot {
+            title: format!("{compressor}: perplexity over size"),
+            x: Axis::linear("size of the model (MiB)"),
+            y: Axis::log("perplexity"),
+            series: by_size,
+            reference: dense.map(|y| Reference {
+                name: DENSE.into(),
+                y,
+            }),
+        });
+        let largest = own.iter().filter_map(|row| row.rank).max();
+        let by_layer = own.iter().filter(|row| row.rank.is_none() || row.rank == largest);
+        plots.push(Plot {
+            title: format!("{compressor}: output error by linear, rank {}", largest.unwrap_or(0)),
+            x: Axis::linear("linear, in the order of the data (7 a block)"),
+            y: Axis::linear("relative output error"),
+            series: by_layer
+                .map(|row| Series {
+                    name: row.method.clone(),
+                    points: (row.layers.iter().enumerate())
+                        .filter_map(|(i, layer)| Some(Point::from((i as f64, layer["loss"].as_f64()?))))
+                        .collect(),
+                    control: false,
+                })
+                .collect(),
+            reference: None,
+        });
+    }
+    plots
+}
