@@ -88,6 +88,9 @@ pub(super) fn factor(h: MatRef<'_, f64>, whitening: Whitening) -> Result<Mat<f64
 
 /// Eigenvalues, falling, and eigenvectors of the symmetric matrix with this lower triangle.
 pub(super) fn eigen(matrix: Mat<f64>, what: &'static str) -> Result<(Vec<f64>, Mat<f64>)> {
+    if matrix.nrows() == 0 {
+        return Ok((Vec::new(), matrix));
+    }
     let eigen = matrix
         .self_adjoint_eigen(Side::Lower)
         .map_err(|error| Error::Factorization {

@@ -21,9 +21,10 @@ use rand_chacha::ChaCha8Rng;
 const OVERSAMPLING: usize = 16;
 /// Steps after which a full factorisation is the better way.
 const MAX_STEPS: usize = 12;
-/// Directions of a block shorter than this share of what the block was before its known part was
-/// taken off are rounding.
-const DROP: f64 = 1e-6;
+/// Squared lengths below these shares are rounding: of the longest direction of the same block,
+/// and of the known part that was taken off the block.
+const NOISE: f64 = 1e-13;
+const NOISE_OF_KNOWN: f64 = 1e-24;
 
 /// Block width for a rank. Half of the rank is enough, as the subspace is that of all steps.
 fn block(rank: usize) -> usize {
@@ -133,8 +134,10 @@ impl Subspace {
                 subtract(&mut y, &self.y, &along);
             }
             let (squares, rotation) = eigen(z.transpose() * &y, "a Krylov block")?;
-            let longest = squares.first().map_or(known, |s| s.max(known));
-            let shortest = (longest * DROP * DROP).max(f64::MIN_POSITIVE);
+            let longest = squares.first().copied().unwrap_or(0.0);
+            let shortest = (longest * NOISE)
+                .max(known * NOISE_OF_KNOWN)
+                .max(f64::MIN_POSITIVE);
             let kept = squares.iter().take_while(|&&s| s > shortest).count();
             let scaled = Mat::from_fn(rotation.nrows(), kept, |i, j| {
                 rotation[(i, j)] / squares[j].sqrt()
@@ -252,14 +255,14 @@ fn iterate(
 ) -> Result<Option<(Mat<f64>, Spectrum)>> {
     let width = block(rank).min(pencil.size);
     let mut rng = ChaCha8Rng::seed_from_u64(options.seed);
-    // H Ω; sums of uniforms are as good as normals here.
+    // Sums of uniforms are as good as normals here.
     let mut random = |columns| {
-        pencil.times_h(&Mat::from_fn(pencil.size, columns, |_, _| {
+        Mat::from_fn(pencil.size, columns, |_, _| {
             (0..4).map(|_| rng.random::<f64>() - 0.5).sum::<f64>()
-        }))
+        })
     };
     let total = pencil.trace();
-    let mut next = random(width);
+    let mut next = pencil.times_h(&random(width));
     let mut subspace = Subspace::new(pencil.size);
     // What the first step captures is no gain: it says nothing of how gains fall.
     let mut gains = [f64::INFINITY; 2];
