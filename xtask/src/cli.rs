@@ -295,7 +295,7 @@ impl EvalArgs {
                     hidden_metrics: args.hidden_metrics,
                 },
                 Some(SuiteArgs::Structured(args)) => Suite::Structured(args.config(seed)),
-                Some(SuiteArgs::Lowrank(args)) => Suite::Lowrank(args.config()),
+                Some(SuiteArgs::Lowrank(args)) => Suite::Lowrank(args.config(seed)),
                 Some(SuiteArgs::Lattice(args)) => Suite::Lattice(args.config(seed)),
                 Some(SuiteArgs::Kv(args)) => Suite::Kv(args.config()),
             },

@@ -30,21 +30,40 @@ fn eval(scene: &Scene, suite: &str, more: &[&str]) -> Output {
 
 fn lowrank(scene: &Scene, more: &[&str]) -> Output {
     let calib = scene.path("calib.txt");
-    let own = ["--calib", calib.to_str().unwrap(), "--calib-samples", "20", "--held-out-samples", "8"];
+    let own = [
+        "--calib",
+        calib.to_str().unwrap(),
+        "--calib-samples",
+        "20",
+        "--held-out-samples",
+        "8",
+    ];
     eval(scene, "lowrank", &[&own, more].concat())
 }
 
 fn number(row: &Value, field: &str) -> f64 {
-    row[field].as_f64().unwrap_or_else(|| panic!("{field} in {row}"))
+    row[field]
+        .as_f64()
+        .unwrap_or_else(|| panic!("{field} in {row}"))
 }
 
 #[test]
 fn every_combination_has_a_row_and_repairs_the_same_weights() {
     let scene = llama();
-    let more = ["--compress", "rtn-int3,wanda-2:4", "--method", "none,svd,eora,eora-drift", "--rank", "2,4"];
+    let more = [
+        "--compress",
+        "rtn-int3,wanda-2:4",
+        "--method",
+        "none,svd,eora,eora-drift",
+        "--rank",
+        "2,4",
+    ];
     let rows = rows(&lowrank(&scene, &more));
     assert_eq!(rows[0]["method"], "dense");
-    let measured: Vec<&Value> = rows[1..].iter().filter(|row| row["role"] != "control").collect();
+    let measured: Vec<&Value> = rows[1..]
+        .iter()
+        .filter(|row| row["role"] != "control")
+        .collect();
     assert_eq!(measured.len(), 2 * (1 + 3 * 2));
     for row in &measured {
         assert_eq!(row["suite"], "lowrank");
@@ -68,10 +87,16 @@ fn every_combination_has_a_row_and_repairs_the_same_weights() {
     for compress in ["rtn-int3", "wanda-2:4"] {
         let none = of(compress, "none", None);
         for rank in [2, 4] {
-            let (svd, eora) = (of(compress, "svd", Some(rank)), of(compress, "eora", Some(rank)));
+            let (svd, eora) = (
+                of(compress, "svd", Some(rank)),
+                of(compress, "eora", Some(rank)),
+            );
             // The first linears are fed the same, whatever the method.
             let first = |row: &Value, field: &str| number(&row["layers"][0], field);
-            assert_eq!(first(svd, "loss_uncompensated"), first(eora, "loss_uncompensated"));
+            assert_eq!(
+                first(svd, "loss_uncompensated"),
+                first(eora, "loss_uncompensated")
+            );
             assert!(first(eora, "loss_calibration") <= first(svd, "loss_calibration") * 1.000001);
             // (m + n) r values of two bytes: q, k, v, o and the MLP of two blocks.
             let shapes = 2 * (64 + 48 + 48 + 64 + 3 * 96);
@@ -91,16 +116,30 @@ fn saved_results_open_and_a_resumed_run_says_the_same() {
     let scene = llama();
     let (save, state) = (scene.path("save"), scene.path("state"));
     let args = [
-        "--compress", "gptq-int4-g16", "--method", "eora", "--rank", "3", "--no-controls",
-        "--requantise", "gptq-int4-g16", "--save-as", "adapter,compressed,gptq-v2,merged,requantised,probe",
-        "--resume", state.to_str().unwrap(),
+        "--compress",
+        "gptq-int4-g16",
+        "--method",
+        "eora",
+        "--rank",
+        "3",
+        "--no-controls",
+        "--requantise",
+        "gptq-int4-g16",
+        "--save-as",
+        "adapter,compressed,gptq-v2,merged,requantised,probe",
+        "--resume",
+        state.to_str().unwrap(),
     ];
     let saving = [&args[..], &["--save", save.to_str().unwrap()]].concat();
     let first = rows(&lowrank(&scene, &saving));
     for folder in ["compressed", "gptq-v2", "merged", "requantised"] {
         let checkpoint = Checkpoint::open(save.join(folder)).unwrap();
         let packed = checkpoint.config().get("quantization_config").is_some();
-        assert_eq!(packed, folder.contains("gptq") || folder == "requantised", "{folder}");
+        assert_eq!(
+            packed,
+            folder.contains("gptq") || folder == "requantised",
+            "{folder}"
+        );
     }
     assert!(save.join("adapter/adapter_config.json").is_file());
     lowrank_eora::output::Probe::open(save.join("probe.safetensors")).unwrap();
@@ -112,7 +151,10 @@ fn saved_results_open_and_a_resumed_run_says_the_same() {
         assert_eq!(first[1][field], again[1][field], "{field}");
     }
     let other = error(&lowrank(&scene, &[&args[..], &["--sequential"]].concat()));
-    assert!(other.contains("another run") && other.contains("within_block"), "{other}");
+    assert!(
+        other.contains("another run") && other.contains("within_block"),
+        "{other}"
+    );
     let taken = error(&lowrank(&scene, &saving));
     assert!(taken.contains("exists already"), "{taken}");
 }
@@ -122,21 +164,43 @@ fn hidden_states_are_measured_where_asked_for() {
     let scene = llama();
     let row = &rows(&eval(&scene, "perplexity", &["--hidden-metrics"]))[0];
     for metric in ["mnn", "nuclear", "entropy"] {
-        assert!((0.0..=1.0).contains(&number(row, metric)), "{metric}: {row}");
+        assert!(
+            (0.0..=1.0).contains(&number(row, metric)),
+            "{metric}: {row}"
+        );
     }
-    assert!(rows(&eval(&scene, "perplexity", &[]))[0].get("mnn").is_none());
+    assert!(
+        rows(&eval(&scene, "perplexity", &[]))[0]
+            .get("mnn")
+            .is_none()
+    );
 }
 
 #[test]
 fn wrong_names_and_texts_are_one_clear_line() {
     let scene = llama();
-    let usage = lowrank(&scene, &["--compress", "gptq-int5", "--method", "eora", "--rank", "2"]);
+    let usage = lowrank(
+        &scene,
+        &["--compress", "gptq-int5", "--method", "eora", "--rank", "2"],
+    );
     assert_eq!(usage.status.code(), Some(2));
     assert!(String::from_utf8_lossy(&usage.stderr).contains("int5"));
-    let usage = lowrank(&scene, &["--compress", "rtn-int4", "--method", "eoro", "--rank", "2"]);
+    let usage = lowrank(
+        &scene,
+        &["--compress", "rtn-int4", "--method", "eoro", "--rank", "2"],
+    );
     assert!(String::from_utf8_lossy(&usage.stderr).contains("eora-drift"));
     let text = scene.path("text.txt");
-    let same = ["--calib", text.to_str().unwrap(), "--compress", "rtn-int4", "--method", "eora", "--rank", "2"];
+    let same = [
+        "--calib",
+        text.to_str().unwrap(),
+        "--compress",
+        "rtn-int4",
+        "--method",
+        "eora",
+        "--rank",
+        "2",
+    ];
     let same = error(&eval(&scene, "lowrank", &same));
     assert!(same.contains("--calib and --text"), "{same}");
     let odd = ["--compress", "wanda-2:5", "--method", "eora", "--rank", "2"];
@@ -157,10 +221,38 @@ fn on_a_trained_model_eora_has_the_least_held_out_error() {
         return;
     }
     let output = Command::new(env!("CARGO_BIN_EXE_xtask"))
-        .args(["eval", "lowrank", "--json", "--window", "256", "--samples", "10"])
-        .args(["--model", &path("models/stories260K"), "--text", &text, "--calib", &calib])
-        .args(["--calib-samples", "32", "--held-out-samples", "16", "--no-controls"])
-        .args(["--compress", "wanda-2:4,rtn-int3", "--method", "none,svd,eora", "--rank", "8"])
+        .args([
+            "eval",
+            "lowrank",
+            "--json",
+            "--window",
+            "256",
+            "--samples",
+            "10",
+        ])
+        .args([
+            "--model",
+            &path("models/stories260K"),
+            "--text",
+            &text,
+            "--calib",
+            &calib,
+        ])
+        .args([
+            "--calib-samples",
+            "32",
+            "--held-out-samples",
+            "16",
+            "--no-controls",
+        ])
+        .args([
+            "--compress",
+            "wanda-2:4,rtn-int3",
+            "--method",
+            "none,svd,eora",
+            "--rank",
+            "8",
+        ])
         .output()
         .unwrap();
     let rows = rows(&output);

@@ -25,7 +25,11 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let decoder = Decoder::new(&checkpoint, DType::F32, &Device::Cpu)?;
     let tokenizer = TextTokenizer::open(model)?;
     let tokens = tokenizer.encode_file(text)?;
-    let windows = Windows::cut(&tokens, decoder.config().max_positions.min(256), tokenizer.bos())?;
+    let windows = Windows::cut(
+        &tokens,
+        decoder.config().max_positions.min(256),
+        tokenizer.bos(),
+    )?;
     let mut groups = windows.groups(CALIBRATION_WINDOWS);
     let calibration = groups.next().ok_or("a text without windows")?;
     let held_out = groups.next();
@@ -53,14 +57,33 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         );
     }
     let calibrated: Energy = repaired.reports().map(|report| report.calibration).sum();
-    println!("calibration loss {:.4} -> {:.4}", calibrated.loss_before(), calibrated.loss());
-    let held_out: Energy = repaired.reports().filter_map(|report| report.held_out).sum();
-    println!("held-out loss    {:.4} -> {:.4}", held_out.loss_before(), held_out.loss());
+    println!(
+        "calibration loss {:.4} -> {:.4}",
+        calibrated.loss_before(),
+        calibrated.loss()
+    );
+    let held_out: Energy = repaired
+        .reports()
+        .filter_map(|report| report.held_out)
+        .sum();
+    println!(
+        "held-out loss    {:.4} -> {:.4}",
+        held_out.loss_before(),
+        held_out.loss()
+    );
 
     let write = |name: &str, weights, dtype| {
         let layout = Layout::Dense { dtype };
         let (dst, options) = (out.join(name), WriteOptions::default());
-        write_checkpoint(&decoder, &repaired, weights, layout, dst, &options, &mut || ())
+        write_checkpoint(
+            &decoder,
+            &repaired,
+            weights,
+            layout,
+            dst,
+            &options,
+            &mut || (),
+        )
     };
     write("compressed", Weights::Compressed, Some(DType::F32))?;
     write("merged", Weights::Merged, Some(DType::F32))?;

@@ -92,7 +92,8 @@ impl Repair {
             sampling: self.sampling,
             accumulation: self.accumulation,
         };
-        let mut calibration = Stream::embed(decoder, calibration, (student, cross || !student), how)?;
+        let mut calibration =
+            Stream::embed(decoder, calibration, (student, cross || !student), how)?;
         let drift = self.measure_drift;
         let how = How {
             cross: drift,

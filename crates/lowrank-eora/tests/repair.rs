@@ -39,12 +39,22 @@ fn eora(rank: usize) -> Repair {
 fn run(repair: &Repair, decoder: &Decoder<'_>, source: &dyn Source, folder: &Path) -> Repaired {
     let (calibration, held_out) = (windows(12, 1), windows(6, 2));
     repair
-        .run(decoder, source, &calibration, Some(&held_out), folder, &mut |_| ())
+        .run(
+            decoder,
+            source,
+            &calibration,
+            Some(&held_out),
+            folder,
+            &mut |_| (),
+        )
         .unwrap()
 }
 
 fn held_out(repaired: &Repaired) -> Energy {
-    repaired.reports().filter_map(|report| report.held_out).sum()
+    repaired
+        .reports()
+        .filter_map(|report| report.held_out)
+        .sum()
 }
 
 fn assert_close(found: MatRef<'_, f64>, expected: MatRef<'_, f64>, tolerance: f64) {
@@ -80,7 +90,9 @@ impl Inputs4 {
     fn of(block: &Block, states: &[Tensor], rope: &RopeTables) -> Self {
         let mut inputs = Self::default();
         for batch in states {
-            block.forward(batch, rope, &mut Mixer::Windows, &mut inputs).unwrap();
+            block
+                .forward(batch, rope, &mut Mixer::Windows, &mut inputs)
+                .unwrap();
         }
         inputs
     }
@@ -93,7 +105,10 @@ impl Inputs4 {
 }
 
 fn weight_of(block: &mut Block, linear: LinearName) -> &mut Tensor {
-    let (attention, mlp) = (block.attention.as_mut().unwrap(), block.mlp.as_mut().unwrap());
+    let (attention, mlp) = (
+        block.attention.as_mut().unwrap(),
+        block.mlp.as_mut().unwrap(),
+    );
     match linear {
         LinearName::Q => &mut attention.q.weight,
         LinearName::K => &mut attention.k.weight,
@@ -115,7 +130,9 @@ fn by_definition(d: &Mat<f64>, x: &Mat<f64>, rank: usize) -> Mat<f64> {
     let inverse = Mat::from_fn(n, n, |i, j| q[(j, i)] / values[i].sqrt());
     let svd = (d * &t).thin_svd().unwrap();
     let truncated = Mat::from_fn(d.nrows(), n, |i, j| {
-        (0..rank).map(|k| svd.U()[(i, k)] * svd.S().column_vector()[k] * svd.V()[(j, k)]).sum::<f64>()
+        (0..rank)
+            .map(|k| svd.U()[(i, k)] * svd.S().column_vector()[k] * svd.V()[(j, k)])
+            .sum::<f64>()
     });
     truncated * inverse
 }
@@ -149,11 +166,20 @@ fn naive(
             let w = from_tensor(weight, "weight").unwrap();
             let h = &x * x.transpose();
             let compressed = compressor.compress(w.as_ref(), Some(Inputs::Gram(h.as_ref())));
-            let compressed = compressed.unwrap().to_tensor(DType::F32, &Device::Cpu).unwrap();
+            let compressed = compressed
+                .unwrap()
+                .to_tensor(DType::F32, &Device::Cpu)
+                .unwrap();
             let w_c = from_tensor(&compressed, "compressed").unwrap();
             let ba = by_definition(&(&w - &w_c), &x, rank);
             *weight = to_tensor((&w_c + &ba).as_ref(), DType::F32, &Device::Cpu).unwrap();
-            all.insert(LayerId { block: layer, linear }, (w_c, ba));
+            all.insert(
+                LayerId {
+                    block: layer,
+                    linear,
+                },
+                (w_c, ba),
+            );
         }
         student.advance(&block, &mut NoTap).unwrap();
         teacher.advance(&dense, &mut NoTap).unwrap();
@@ -201,7 +227,12 @@ fn reported_losses_are_those_of_the_stored_factors_on_the_tokens_themselves() {
         factors: FactorStorage::F16,
         ..eora(4)
     };
-    let repaired = run(&repair, &decoder, &compressor("rtn-int3"), &tiny.path("run"));
+    let repaired = run(
+        &repair,
+        &decoder,
+        &compressor("rtn-int3"),
+        &tiny.path("run"),
+    );
     let held_out = windows(6, 2);
     let rope = decoder.rope(0, 16).unwrap();
     let states = Hidden::embed(&decoder, &held_out).unwrap();
@@ -237,14 +268,24 @@ fn a_run_that_was_killed_goes_on_to_the_same_result() {
     let whole = run(&eora(2), &decoder, &source, &whole);
     run(&eora(2), &decoder, &source, &killed);
     std::fs::remove_file(killed.join("block-00001.safetensors")).unwrap();
-    assert!(matches!(Repaired::open(&killed), Err(Error::Malformed { .. })));
+    assert!(matches!(
+        Repaired::open(&killed),
+        Err(Error::Malformed { .. })
+    ));
 
     let mut resumed = Vec::new();
     let calibration = windows(12, 1);
     let again = eora(2)
-        .run(&decoder, &source, &calibration, Some(&windows(6, 2)), &killed, &mut |done| {
-            resumed.push(done.resumed);
-        })
+        .run(
+            &decoder,
+            &source,
+            &calibration,
+            Some(&windows(6, 2)),
+            &killed,
+            &mut |done| {
+                resumed.push(done.resumed);
+            },
+        )
         .unwrap();
     assert_eq!(resumed, [true, false]);
     let timeless = |report: &LayerReport| LayerReport {
@@ -254,7 +295,11 @@ fn a_run_that_was_killed_goes_on_to_the_same_result() {
     let reports = |repaired: &Repaired| repaired.reports().map(timeless).collect::<Vec<_>>();
     assert_eq!(reports(&whole), reports(&again));
     for block in 0..2 {
-        let pairs = whole.block(block).unwrap().into_iter().zip(again.block(block).unwrap());
+        let pairs = whole
+            .block(block)
+            .unwrap()
+            .into_iter()
+            .zip(again.block(block).unwrap());
         for (a, b) in pairs {
             assert_eq!(a.merged().unwrap(), b.merged().unwrap());
         }
@@ -290,19 +335,34 @@ fn a_folder_with_another_run_is_refused_and_says_what_differs() {
 fn an_adapter_on_the_compressed_weight_is_the_merged_weight() {
     let tiny = Tiny::new();
     let decoder = tiny.decoder();
-    let ranks = LinearName::ALL.iter().enumerate().skip(1).flat_map(|(i, &linear)| {
-        (0..2).map(move |block| (LayerId { block, linear }, i + block))
-    });
+    let ranks = LinearName::ALL
+        .iter()
+        .enumerate()
+        .skip(1)
+        .flat_map(|(i, &linear)| (0..2).map(move |block| (LayerId { block, linear }, i + block)));
     let repair = Repair {
         ranks: Ranks::Table(ranks.collect()),
         ..eora(0)
     };
-    let repaired = run(&repair, &decoder, &compressor("wanda-2:4"), &tiny.path("run"));
+    let repaired = run(
+        &repair,
+        &decoder,
+        &compressor("wanda-2:4"),
+        &tiny.path("run"),
+    );
     let merged = tiny.path("merged");
     let layout = Layout::Dense { dtype: None };
     let options = WriteOptions::default();
-    write_checkpoint(&decoder, &repaired, Weights::Merged, layout, &merged, &options, &mut || ())
-        .unwrap();
+    write_checkpoint(
+        &decoder,
+        &repaired,
+        Weights::Merged,
+        layout,
+        &merged,
+        &options,
+        &mut || (),
+    )
+    .unwrap();
     let merged = Checkpoint::open(&merged).unwrap();
     assert_eq!(merged.total_bytes(), tiny.checkpoint.total_bytes());
 
@@ -323,7 +383,11 @@ fn an_adapter_on_the_compressed_weight_is_the_merged_weight() {
             overwrite: false,
         };
         Adapter::write(&repaired, &options, &folder).unwrap();
-        sizes.push(std::fs::metadata(folder.join("adapter_model.safetensors")).unwrap().len());
+        sizes.push(
+            std::fs::metadata(folder.join("adapter_model.safetensors"))
+                .unwrap()
+                .len(),
+        );
         let adapter = Adapter::read(&folder).unwrap();
         for block in 0..repaired.blocks() {
             for layer in repaired.block(block).unwrap() {
@@ -350,17 +414,28 @@ fn an_adapter_on_the_compressed_weight_is_the_merged_weight() {
 #[test]
 fn the_adapter_configuration_is_what_peft_and_vllm_read() {
     let tiny = Tiny::new();
-    let repaired = run(&eora(5), &tiny.decoder(), &compressor("rtn-int4"), &tiny.path("run"));
+    let repaired = run(
+        &eora(5),
+        &tiny.decoder(),
+        &compressor("rtn-int4"),
+        &tiny.path("run"),
+    );
     let folder = tiny.path("adapter");
     Adapter::write(&repaired, &AdapterOptions::default(), &folder).unwrap();
     let text = std::fs::read_to_string(folder.join("adapter_config.json")).unwrap();
     let config: serde_json::Value = serde_json::from_str(&text).unwrap();
-    assert_eq!((&config["r"], &config["lora_alpha"]), (&5.into(), &5.into()));
+    assert_eq!(
+        (&config["r"], &config["lora_alpha"]),
+        (&5.into(), &5.into())
+    );
     assert_eq!(config["rank_pattern"], serde_json::json!({}));
     assert_eq!(config["target_modules"].as_array().unwrap().len(), 7);
     assert_eq!(config["peft_type"], "LORA");
     let file = Checkpoint::open_file(folder.join("adapter_model.safetensors")).unwrap();
-    assert_eq!(file.metadata().get("format").map(String::as_str), Some("pt"));
+    assert_eq!(
+        file.metadata().get("format").map(String::as_str),
+        Some("pt")
+    );
     let name = "base_model.model.model.layers.1.self_attn.k_proj.lora_B.weight";
     assert_eq!(file.info(name).unwrap().shape, [16, 5]);
     assert_eq!(file.names().count(), 2 * 14);
@@ -370,7 +445,12 @@ fn the_adapter_configuration_is_what_peft_and_vllm_read() {
 fn a_probe_passes_on_the_repaired_model_and_tells_a_wrong_scale_by_its_size() {
     let tiny = Tiny::new();
     let decoder = tiny.decoder();
-    let repaired = run(&eora(4), &decoder, &compressor("gptq-int3"), &tiny.path("run"));
+    let repaired = run(
+        &eora(4),
+        &decoder,
+        &compressor("gptq-int3"),
+        &tiny.path("run"),
+    );
     let path = tiny.path("probe.safetensors");
     Probe::write(&repaired, 3, 0, &path).unwrap();
     let probe = Probe::open(&path).unwrap();
@@ -378,7 +458,10 @@ fn a_probe_passes_on_the_repaired_model_and_tells_a_wrong_scale_by_its_size() {
     let with = |scale: f64| {
         let runtime = |id: LayerId, x: &Tensor| {
             let layers = repaired.block(id.block)?;
-            let layer = layers.into_iter().find(|layer| layer.report.layer == id).unwrap();
+            let layer = layers
+                .into_iter()
+                .find(|layer| layer.report.layer == id)
+                .unwrap();
             let mut w = layer.weight.matrix()?;
             w += layer.factors.unwrap().product() * faer::Scale(scale);
             let w = to_tensor(w.as_ref(), DType::F32, &Device::Cpu)?;
@@ -387,12 +470,18 @@ fn a_probe_passes_on_the_repaired_model_and_tells_a_wrong_scale_by_its_size() {
         probe.check(runtime).unwrap()
     };
     for right in with(1.0) {
-        assert!(right.error < 1e-4 && (right.scale.unwrap() - 1.0).abs() < 1e-4, "{right:?}");
+        assert!(
+            right.error < 1e-4 && (right.scale.unwrap() - 1.0).abs() < 1e-4,
+            "{right:?}"
+        );
     }
     for scale in [0.0, 2.0, 0.5] {
         for wrong in with(scale) {
             assert!((wrong.scale.unwrap() - scale).abs() < 1e-3, "{wrong:?}");
-            assert!((wrong.error - (scale - 1.0).abs()).abs() < 1e-3, "{wrong:?}");
+            assert!(
+                (wrong.error - (scale - 1.0).abs()).abs() < 1e-3,
+                "{wrong:?}"
+            );
         }
     }
     let crossed = probe.check(|id, _| Ok(probe.layer(id)?.input));
@@ -406,8 +495,18 @@ fn a_model_compressed_before_is_repaired_like_the_weights_themselves() {
     let options = WriteOptions::default();
     for (name, layout) in [
         ("wanda-2:4", Layout::Dense { dtype: None }),
-        ("gptq-int4-g16", Layout::Gptq { version: gptq::Version::V2 }),
-        ("rtn-int4-g32-sym", Layout::Gptq { version: gptq::Version::V1 }),
+        (
+            "gptq-int4-g16",
+            Layout::Gptq {
+                version: gptq::Version::V2,
+            },
+        ),
+        (
+            "rtn-int4-g32-sym",
+            Layout::Gptq {
+                version: gptq::Version::V1,
+            },
+        ),
     ] {
         let none = Repair {
             method: None,
@@ -431,7 +530,10 @@ fn a_model_compressed_before_is_repaired_like_the_weights_themselves() {
         let from_folder = run(&eora(3), &decoder, &given, &path("from-folder"));
         let from_run = run(&eora(3), &decoder, &compressed, &path("from-run"));
         for (a, b) in from_folder.reports().zip(from_run.reports()) {
-            assert_eq!((a.layer, a.rank, a.calibration), (b.layer, b.rank, b.calibration));
+            assert_eq!(
+                (a.layer, a.rank, a.calibration),
+                (b.layer, b.rank, b.calibration)
+            );
             assert_eq!(a.held_out, b.held_out);
             assert!(a.calibration.after < a.calibration.before);
         }
@@ -455,7 +557,9 @@ fn what_does_not_fit_the_dense_model_is_an_error_that_names_it() {
         let mut writer =
             tensor_io::CheckpointWriter::create(&dir, config, specs, &options).unwrap();
         for name in other.checkpoint.names().filter(|name| Some(*name) != drop) {
-            writer.write_bytes(name, &other.checkpoint.bytes(name).unwrap()).unwrap();
+            writer
+                .write_bytes(name, &other.checkpoint.bytes(name).unwrap())
+                .unwrap();
         }
         writer.finish().unwrap();
         let checkpoint = Checkpoint::open(&dir).unwrap();
@@ -468,7 +572,10 @@ fn what_does_not_fit_the_dense_model_is_an_error_that_names_it() {
     };
     let same = |_: &str, tensor: Tensor| tensor;
     let missing = error(&Tiny::with(same), Some(up));
-    assert!(missing.starts_with("model.layers.1.mlp.up_proj: "), "{missing}");
+    assert!(
+        missing.starts_with("model.layers.1.mlp.up_proj: "),
+        "{missing}"
+    );
     let norm = "model.layers.0.input_layernorm.weight";
     let scaled = |name: &str, tensor: Tensor| match name {
         n if n == norm => (tensor * 1.5).unwrap(),
@@ -489,7 +596,14 @@ fn activations_that_overflow_are_an_error_that_names_the_layer() {
     let tiny = Tiny::with(huge);
     let decoder = tiny.decoder();
     let error = eora(2)
-        .run(&decoder, &compressor("rtn-int8"), &windows(4, 1), None, tiny.path("run"), &mut |_| ())
+        .run(
+            &decoder,
+            &compressor("rtn-int8"),
+            &windows(4, 1),
+            None,
+            tiny.path("run"),
+            &mut |_| (),
+        )
         .unwrap_err();
     let mut text = error.to_string();
     let mut cause = std::error::Error::source(&error);
@@ -497,7 +611,10 @@ fn activations_that_overflow_are_an_error_that_names_the_layer() {
         text = format!("{text}: {inner}");
         cause = inner.source();
     }
-    assert!(text.contains("layer 1") && text.contains("mlp.down_proj"), "{text}");
+    assert!(
+        text.contains("layer 1") && text.contains("mlp.down_proj"),
+        "{text}"
+    );
 }
 
 #[test]
@@ -519,19 +636,34 @@ fn drift_aware_factors_come_closest_to_what_the_dense_model_computes() {
         let folder = tiny.path(method.name());
         // Measured where it was fitted: there it is the optimum.
         let all = Some(&windows);
-        repair.run(&decoder, &compressed, &windows, all, folder, &mut |_| ()).unwrap()
+        repair
+            .run(&decoder, &compressed, &windows, all, folder, &mut |_| ())
+            .unwrap()
     };
     let of = |repaired: &Repaired, block| -> Vec<Energy> {
-        let reports = repaired.reports().filter(|report| report.layer.block == block);
+        let reports = repaired
+            .reports()
+            .filter(|report| report.layer.block == block);
         reports.filter_map(|report| report.held_out_drift).collect()
     };
-    let (eora, aware) = (drift(Method::Eora), drift(Method::EoraDrift { damping: 1e-6 }));
+    let (eora, aware) = (
+        drift(Method::Eora),
+        drift(Method::EoraDrift { damping: 1e-6 }),
+    );
     for (a, b) in of(&eora, 0).iter().zip(of(&aware, 0)) {
-        assert!((a.after / b.after - 1.0).abs() < 1e-3, "no drift before the first block");
+        assert!(
+            (a.after / b.after - 1.0).abs() < 1e-3,
+            "no drift before the first block"
+        );
     }
     // q/k/v of the second block are fed the same by both.
     for (eora, aware) in of(&eora, 1).iter().zip(of(&aware, 1)).take(3) {
-        assert!(aware.after < 0.98 * eora.after, "{} {}", aware.after, eora.after);
+        assert!(
+            aware.after < 0.98 * eora.after,
+            "{} {}",
+            aware.after,
+            eora.after
+        );
     }
     let refused = Repair {
         method: Some(Method::EoraDrift { damping: 0.01 }),
@@ -551,15 +683,18 @@ fn ranks_under_a_budget_spend_it_where_it_gains_most() {
     let constant = run(&eora(4), &decoder, &source, &tiny.path("constant"));
     let budget = constant.reports().map(|report| report.bytes.factors).sum();
     let ranks = Ranks::allocate(constant.reports(), budget, 4, 1).unwrap();
-    let repair = Repair {
-        ranks,
-        ..eora(0)
-    };
+    let repair = Repair { ranks, ..eora(0) };
     let allocated = run(&repair, &decoder, &source, &tiny.path("allocated"));
     let spent: u64 = allocated.reports().map(|report| report.bytes.factors).sum();
-    assert!(spent <= budget && spent > budget * 9 / 10, "{spent} of {budget}");
+    assert!(
+        spent <= budget && spent > budget * 9 / 10,
+        "{spent} of {budget}"
+    );
     let error = |repaired: &Repaired| -> f64 {
-        repaired.reports().map(|report| report.calibration.after).sum()
+        repaired
+            .reports()
+            .map(|report| report.calibration.after)
+            .sum()
     };
     assert!(error(&allocated) < error(&constant));
 }
@@ -584,7 +719,16 @@ fn merging_by_requantisation_reports_its_loss_and_is_stored_with_exactly_that() 
     };
     let (dir, options) = (tiny.path("requantised"), WriteOptions::default());
     let weights = Weights::Requantised;
-    write_checkpoint(&decoder, &repaired, weights, layout, &dir, &options, &mut || ()).unwrap();
+    write_checkpoint(
+        &decoder,
+        &repaired,
+        weights,
+        layout,
+        &dir,
+        &options,
+        &mut || (),
+    )
+    .unwrap();
     let checkpoint = Checkpoint::open(&dir).unwrap();
     let given = Given::open(&checkpoint).unwrap();
     let none = Repair {
@@ -615,11 +759,18 @@ fn window_weights_act_as_repetition_and_sampled_tokens_still_repair() {
     let tiny = Tiny::new();
     let decoder = tiny.decoder();
     let once = windows(8, 1);
-    let text: Vec<u32> = once.iter().chain(once.iter().take(4)).flatten().copied().collect();
+    let text: Vec<u32> = once
+        .iter()
+        .chain(once.iter().take(4))
+        .flatten()
+        .copied()
+        .collect();
     let twice = Windows::cut(&text, 16, None).unwrap();
     let result = |repair: &Repair, windows: &Windows, folder: &str| {
         let (source, folder) = (compressor("wanda-2:4"), tiny.path(folder));
-        repair.run(&decoder, &source, windows, None, folder, &mut |_| ()).unwrap()
+        repair
+            .run(&decoder, &source, windows, None, folder, &mut |_| ())
+            .unwrap()
     };
     let weighted = Repair {
         window_weights: Some((0..8).map(|w| if w < 4 { 2.0 } else { 1.0 }).collect()),
@@ -641,8 +792,18 @@ fn window_weights_act_as_repetition_and_sampled_tokens_still_repair() {
         ..eora(8)
     };
     let (all, half) = (
-        run(&eora(8), &decoder, &compressor("rtn-int3"), &tiny.path("all")),
-        run(&sampled, &decoder, &compressor("rtn-int3"), &tiny.path("half")),
+        run(
+            &eora(8),
+            &decoder,
+            &compressor("rtn-int3"),
+            &tiny.path("all"),
+        ),
+        run(
+            &sampled,
+            &decoder,
+            &compressor("rtn-int3"),
+            &tiny.path("half"),
+        ),
     );
     let (all, half) = (held_out(&all), held_out(&half));
     assert!(half.loss() < 1.1 * all.loss() && half.loss() < half.loss_before());
@@ -654,7 +815,14 @@ fn result_of_wrong_weights(decoder: &Decoder<'_>, tiny: &Tiny) -> lowrank_eora::
         ..eora(3)
     };
     let source = compressor("rtn-int4");
-    repair.run(decoder, &source, &windows(8, 1), None, tiny.path("short"), &mut |_| ())
+    repair.run(
+        decoder,
+        &source,
+        &windows(8, 1),
+        None,
+        tiny.path("short"),
+        &mut |_| (),
+    )
 }
 
 #[test]
@@ -672,8 +840,7 @@ fn factors_in_few_bits_lose_little_and_count_their_bytes() {
         ..eora(8)
     };
     let few = run(&quantised, &decoder, &source, &tiny.path("few"));
-    let bytes =
-        |r: &Repaired| -> u64 { r.reports().map(|report| report.bytes.factors).sum() };
+    let bytes = |r: &Repaired| -> u64 { r.reports().map(|report| report.bytes.factors).sum() };
     assert!(bytes(&few) * 4 < bytes(&full));
     assert!(held_out(&few).loss() < 1.1 * held_out(&full).loss());
     assert!(held_out(&few).loss() < held_out(&few).loss_before());
@@ -687,13 +854,12 @@ fn on_a_trained_model_eora_loses_least_on_held_out_tokens() {
     let decoder = decoder(&checkpoint);
     let folder = tempfile::tempdir().unwrap();
     let repair = |source: &dyn Source, method, name: &str| {
-        let repair = Repair {
-            method,
-            ..eora(8)
-        };
+        let repair = Repair { method, ..eora(8) };
         let path = folder.path().join(name);
         let held_out = Some(&held_out_windows);
-        repair.run(&decoder, source, &calibration, held_out, path, &mut |_| ()).unwrap()
+        repair
+            .run(&decoder, source, &calibration, held_out, path, &mut |_| ())
+            .unwrap()
     };
     for name in ["wanda-2:4", "gptq-int3"] {
         let none = repair(&compressor(name), None, name);

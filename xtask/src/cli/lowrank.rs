@@ -5,8 +5,9 @@ use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
 use lowrank_eora::compress::Compressor;
-use lowrank_eora::repair::{FactorStorage, InputSource, Repair, WithinBlock};
+use lowrank_eora::repair::{FactorStorage, InputSource, Repair, Sampling, WithinBlock};
 use lowrank_eora::solve::{GroupQuantizer, Method};
+use lowrank_eora::stats::Importance;
 use tensor_io::WriteOptions;
 
 use super::TextArgs;
@@ -87,6 +88,12 @@ struct RepairArgs {
     /// Compress each block behind the repaired ones, not the whole model before the repair
     #[arg(long)]
     one_pass: bool,
+    /// Spread the bytes of a rank over the linears by what they gain, in a second pass
+    #[arg(long)]
+    allocate: bool,
+    /// Share of the calibration tokens to use, drawn by their norms
+    #[arg(long, value_name = "S", value_parser = share)]
+    token_share: Option<f64>,
     /// How the factors are stored; int: A in 4 bits, B refitted in 8, groups of 64
     #[arg(long, value_enum, default_value = "f16")]
     factors: FactorsArg,
@@ -149,19 +156,29 @@ impl From<OutputArg> for lowrank::Output {
 }
 
 fn compressor(name: &str) -> Result<Compressor, String> {
-    name.parse().map_err(|error: lowrank_eora::Error| error.to_string())
+    name.parse()
+        .map_err(|error: lowrank_eora::Error| error.to_string())
+}
+
+fn share(text: &str) -> Result<f64, String> {
+    match text.parse() {
+        Ok(share) if share > 0.0 && share <= 1.0 => Ok(share),
+        _ => Err("expected a share, above 0 and at most 1".into()),
+    }
 }
 
 fn method(name: &str) -> Result<MethodArg, String> {
     if name == "none" {
         return Ok(MethodArg(None));
     }
-    let method = name.parse().map_err(|error: lowrank_eora::Error| error.to_string())?;
+    let method = name
+        .parse()
+        .map_err(|error: lowrank_eora::Error| error.to_string())?;
     Ok(MethodArg(Some(method)))
 }
 
 impl LowrankArgs {
-    pub(super) fn config(self) -> lowrank::Config {
+    pub(super) fn config(self, seed: u64) -> lowrank::Config {
         let methods: Vec<Option<Method>> = self.method.iter().map(|method| method.0).collect();
         let drifts = |method: &Option<Method>| method.is_some_and(|method| method.needs().cross);
         let quantizer = |bits| GroupQuantizer { bits, group: 64 };
@@ -192,10 +209,16 @@ impl LowrankArgs {
                     },
                 },
                 requantise: change.requantise,
+                sampling: change.token_share.map(|share| Sampling {
+                    importance: Importance::Mixture,
+                    share,
+                    seed,
+                }),
                 measure_drift: methods.iter().any(drifts),
                 ..Repair::default()
             },
             methods,
+            allocate: change.allocate,
             one_pass: change.one_pass,
             controls: !change.no_controls,
             save: self.save,

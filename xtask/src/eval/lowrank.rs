@@ -33,6 +33,9 @@ use crate::row::{DENSE, Role, Row};
 pub(crate) use hidden::hidden_metrics;
 pub use save::Output;
 
+/// The largest rank that an allocation gives a linear, in ranks of an even spread.
+const ALLOCATION_REACH: usize = 4;
+
 /// What to compress, repair and measure.
 #[derive(Debug, Clone)]
 pub struct Config {
@@ -50,6 +53,8 @@ pub struct Config {
     pub methods: Vec<Option<Method>>,
     /// Ranks.
     pub ranks: Vec<usize>,
+    /// Whether the bytes of a rank are spread over linears by what they gain.
+    pub allocate: bool,
     /// Everything of the repair but method and rank.
     pub repair: Repair,
     /// Whether each block is compressed behind the repaired ones.
@@ -114,15 +119,28 @@ pub fn run(common: &Common, config: &Config) -> Result<Vec<Section>> {
         .fact("calibration text", file_name(&config.calib))
         .fact("calibration windows", calibration.count())
         .fact("held-out windows", held_out.count())
-        .fact("calibrated on", match config.repair.inputs {
-            lowrank_eora::repair::InputSource::Repaired => "activations behind the repaired blocks",
-            lowrank_eora::repair::InputSource::Dense => "activations of the dense model",
-        })
-        .fact("factors", match config.repair.factors {
-            FactorStorage::Quantised { .. } => "A int4, B int8 refitted",
-            other => other.dtype().as_str(),
-        });
-    Ok(vec![section])
+        .fact(
+            "calibrated on",
+            match config.repair.inputs {
+                lowrank_eora::repair::InputSource::Repaired => {
+                    "activations behind the repaired blocks"
+                }
+                lowrank_eora::repair::InputSource::Dense => "activations of the dense model",
+            },
+        )
+        .fact(
+            "factors",
+            match config.repair.factors {
+                FactorStorage::Quantised { .. } => "A int4, B int8 refitted",
+                other => other.dtype().as_str(),
+            },
+        );
+    let spread = if config.allocate {
+        "by what each linear gains, in the bytes of one rank for all"
+    } else {
+        "the same for all"
+    };
+    Ok(vec![section.fact("ranks", spread)])
 }
 
 /// A decoder that computes in f32 on every device: W_c + B A rounded to bf16 would lose what B A adds.
@@ -166,7 +184,11 @@ impl Lowrank<'_> {
         if self.config.methods.contains(&None) {
             rows.push(row);
         }
-        let source: &dyn Source = if self.config.one_pass { compressor } else { &compressed };
+        let source: &dyn Source = if self.config.one_pass {
+            compressor
+        } else {
+            &compressed
+        };
         for &method in self.config.methods.iter().flatten() {
             for &rank in &self.config.ranks {
                 bar.set_label(format!("{compressor}, {method}, rank {rank}"));
@@ -210,20 +232,20 @@ impl Lowrank<'_> {
             ..self.config.repair.clone()
         };
         let watch = Stopwatch::start();
-        let blocks = bar.nested("blocks", self.decoder.config().layers() as u64);
-        let repaired = options.run(
-            self.decoder,
-            source,
-            self.calibration,
-            Some(self.held_out),
-            self.state.join(&name),
-            &mut |_| blocks.inc(1),
-        )?;
-        blocks.finish();
+        let options = match repair {
+            Some((_, rank)) if self.config.allocate => {
+                self.allocated(options, rank, source, &name, bar)?
+            }
+            _ => options,
+        };
+        let repaired = self.repair(&options, source, &name, bar)?;
         let mut row = Row {
             compress: Some(compressor.to_string()),
             rank: repair.map(|(_, rank)| rank as u64),
-            ..Row::new("lowrank", repair.map_or("none", |(method, _)| method.name()))
+            ..Row::new(
+                "lowrank",
+                repair.map_or("none", |(method, _)| method.name()),
+            )
         };
         watch.stop(&mut row);
         let made = (row.seconds, row.peak_rss_bytes);
@@ -235,7 +257,11 @@ impl Lowrank<'_> {
                 && self.config.methods.len() == 1
                 && (self.config.ranks.len() == 1 || repair.is_none());
             let wanted = self.config.methods.contains(&options.method);
-            let folder = if single { save.clone() } else { save.join(&name) };
+            let folder = if single {
+                save.clone()
+            } else {
+                save.join(&name)
+            };
             if wanted {
                 save::write(self.config, self.decoder, &repaired, &folder)
                     .with_context(|| folder.display().to_string())?;
@@ -244,9 +270,59 @@ impl Lowrank<'_> {
         Ok((row, repaired))
     }
 
+    fn repair(
+        &self,
+        options: &Repair,
+        source: &dyn Source,
+        name: &str,
+        bar: &Progress,
+    ) -> Result<Repaired> {
+        let blocks = bar.nested("blocks", self.decoder.config().layers() as u64);
+        let repaired = options.run(
+            self.decoder,
+            source,
+            self.calibration,
+            Some(self.held_out),
+            self.state.join(name),
+            &mut |_| blocks.inc(1),
+        )?;
+        blocks.finish();
+        Ok(repaired)
+    }
+
+    /// The same repair with the bytes of one rank for all spread by what each linear gains, as a first repair of a larger
+    /// rank shows it.
+    fn allocated(
+        &self,
+        options: Repair,
+        rank: usize,
+        source: &dyn Source,
+        name: &str,
+        bar: &Progress,
+    ) -> Result<Repair> {
+        let first = Repair {
+            ranks: Ranks::Constant(rank * ALLOCATION_REACH),
+            requantise: None,
+            ..options.clone()
+        };
+        let first = self.repair(&first, source, &format!("{name}-spectra"), bar)?;
+        let size = options.factors.dtype().size_in_bytes();
+        let values = |report: &LayerReport| {
+            let (m, n) = (report.outputs, report.inputs);
+            rank.min(m.min(n)) * (m + n)
+        };
+        let budget = (first.reports().map(values).sum::<usize>() * size) as u64;
+        let ranks = Ranks::allocate(first.reports(), budget, size, 1)?;
+        self.discard(&first)?;
+        Ok(Repair { ranks, ..options })
+    }
+
     /// Loss, size and quality.
     fn fill(&self, row: &mut Row, repaired: &Repaired, bar: &Progress) -> Result<()> {
-        let held_out: Energy = repaired.reports().filter_map(|report| report.held_out).sum();
+        let held_out: Energy = repaired
+            .reports()
+            .filter_map(|report| report.held_out)
+            .sum();
         let calibration: Energy = repaired.reports().map(|report| report.calibration).sum();
         let bytes: Bytes = repaired.reports().map(|report| report.bytes).sum();
         let all = self.decoder.checkpoint().total_bytes();
@@ -284,14 +360,25 @@ impl Lowrank<'_> {
         let mut extra = |name: &str, value: Value| row.extra.insert(name.into(), value);
         extra("loss_calibration", json!(calibration.loss()));
         extra("bytes_factors", json!(bytes.factors));
-        let drift: Energy = repaired.reports().filter_map(|report| report.held_out_drift).sum();
+        let drift: Energy = repaired
+            .reports()
+            .filter_map(|report| report.held_out_drift)
+            .sum();
         if drift.target > 0.0 {
             extra("loss_drift", json!(drift.loss()));
         }
-        if repaired.reports().any(|report| report.requantised.is_some()) {
-            let squares = repaired.reports().filter_map(|r| r.requantised.as_ref()?.held_out);
+        if repaired
+            .reports()
+            .any(|report| report.requantised.is_some())
+        {
+            let squares = repaired
+                .reports()
+                .filter_map(|r| r.requantised.as_ref()?.held_out);
             let after = squares.sum();
-            extra("loss_requantised", json!(Energy { after, ..held_out }.loss()));
+            extra(
+                "loss_requantised",
+                json!(Energy { after, ..held_out }.loss()),
+            );
         }
         if self.config.hidden_metrics {
             hidden_metrics(&decoder, self.evaluation, row)?;
@@ -307,9 +394,15 @@ impl Lowrank<'_> {
         rows: &[Row],
         bar: &Progress,
     ) -> Result<Vec<Row>> {
-        let first = compressed.reports().next().context("a model without linears")?;
+        let first = compressed
+            .reports()
+            .next()
+            .context("a model without linears")?;
         let shapes = control::Shapes {
-            linears: compressed.reports().map(|report| (report.outputs, report.inputs)).collect(),
+            linears: compressed
+                .reports()
+                .map(|report| (report.outputs, report.inputs))
+                .collect(),
             float: first.bytes.dense as usize / (first.outputs * first.inputs),
         };
         let own: Bytes = compressed.reports().map(|report| report.bytes).sum();
@@ -321,7 +414,9 @@ impl Lowrank<'_> {
             };
             if let Some((control, _)) = control::same_bytes(compressor, target, &shapes) {
                 let stands_for = row.rank.map(|rank| rank.to_string()).unwrap_or_default();
-                let (_, ranks) = controls.entry(control.to_string()).or_insert((control, vec![]));
+                let (_, ranks) = controls
+                    .entry(control.to_string())
+                    .or_insert((control, vec![]));
                 if !ranks.contains(&stands_for) {
                     ranks.push(stands_for);
                 }
@@ -332,7 +427,10 @@ impl Lowrank<'_> {
             bar.set_label(format!("control {control}"));
             let (mut row, repaired) = self.control(&control, bar)?;
             self.discard(&repaired)?;
-            row.extra.insert("instead_of".into(), json!(format!("{compressor} + rank {}", ranks.join(", "))));
+            row.extra.insert(
+                "instead_of".into(),
+                json!(format!("{compressor} + rank {}", ranks.join(", "))),
+            );
             made.push(row.control());
         }
         Ok(made)
@@ -381,7 +479,10 @@ fn layer(report: &LayerReport) -> Value {
 }
 
 fn compare_with_dense(rows: &mut [Row], decoder: &Decoder<'_>, model: &str) {
-    let dense = rows.iter().find(|row| row.method == DENSE).and_then(|row| row.perplexity);
+    let dense = rows
+        .iter()
+        .find(|row| row.method == DENSE)
+        .and_then(|row| row.perplexity);
     for row in rows {
         row.model = Some(model.into());
         row.bytes_dense = Some(decoder.checkpoint().total_bytes());
@@ -403,7 +504,14 @@ fn section(config: &Config, rows: Vec<Row>) -> Section {
         Column::Seconds,
         Column::PeakRss,
     ];
-    let extra = ["loss_drift", "loss_requantised", "mnn", "nuclear", "entropy", "instead_of"];
+    let extra = [
+        "loss_drift",
+        "loss_requantised",
+        "mnn",
+        "nuclear",
+        "entropy",
+        "instead_of",
+    ];
     columns.extend(extra.map(|name| Column::Extra(name.into())));
     Section {
         title: "Low-rank repair".into(),
@@ -415,8 +523,10 @@ fn section(config: &Config, rows: Vec<Row>) -> Section {
              two-bit index of each kept value), where a dense file with zeros takes as much as the uncompressed model; \
              factors in the dtype they are stored in. Time and memory are those of the repair.",
             match config.one_pass {
-                true => "Each block was compressed behind the repaired ones, so rows differ in W_c.",
-                false => "The model was compressed once; all methods and ranks repair the same W_c.",
+                true =>
+                    "Each block was compressed behind the repaired ones, so rows differ in W_c.",
+                false =>
+                    "The model was compressed once; all methods and ranks repair the same W_c.",
             }
         ),
         columns,
@@ -428,7 +538,10 @@ fn section(config: &Config, rows: Vec<Row>) -> Section {
 
 /// For each compressor perplexity over bytes, and loss by layer at the largest rank.
 fn plots(config: &Config, rows: &[Row]) -> Vec<Plot> {
-    let dense = rows.iter().find(|row| row.method == DENSE).and_then(|row| row.perplexity);
+    let dense = rows
+        .iter()
+        .find(|row| row.method == DENSE)
+        .and_then(|row| row.perplexity);
     let mut plots = Vec::new();
     for compressor in config.compressors.iter().map(ToString::to_string) {
         let own: Vec<&Row> = (rows.iter())
@@ -465,16 +578,23 @@ fn plots(config: &Config, rows: &[Row]) -> Vec<Plot> {
             }),
         });
         let largest = own.iter().filter_map(|row| row.rank).max();
-        let by_layer = own.iter().filter(|row| row.rank.is_none() || row.rank == largest);
+        let by_layer = own
+            .iter()
+            .filter(|row| row.rank.is_none() || row.rank == largest);
         plots.push(Plot {
-            title: format!("{compressor}: output error by linear, rank {}", largest.unwrap_or(0)),
+            title: format!(
+                "{compressor}: output error by linear, rank {}",
+                largest.unwrap_or(0)
+            ),
             x: Axis::linear("linear, in the order of the data (7 a block)"),
             y: Axis::linear("relative output error"),
             series: by_layer
                 .map(|row| Series {
                     name: row.method.clone(),
                     points: (row.layers.iter().enumerate())
-                        .filter_map(|(i, layer)| Some(Point::from((i as f64, layer["loss"].as_f64()?))))
+                        .filter_map(|(i, layer)| {
+                            Some(Point::from((i as f64, layer["loss"].as_f64()?)))
+                        })
                         .collect(),
                     control: false,
                 })

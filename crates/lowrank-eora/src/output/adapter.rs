@@ -148,14 +148,22 @@ impl Adapter {
                     continue;
                 }
                 let rank = stored(report.rank);
-                let scale = if options.rslora { 1.0 / (rank as f64).sqrt() } else { 1.0 };
+                let scale = if options.rslora {
+                    1.0 / (rank as f64).sqrt()
+                } else {
+                    1.0
+                };
                 let mut padded = LowRank {
                     b: Mat::zeros(report.outputs, rank),
                     a: Mat::zeros(rank, report.inputs),
                 };
                 if let Some(LowRank { b, a }) = &layer.factors {
                     let scaled = b * faer::Scale(scale);
-                    padded.b.as_mut().subcols_mut(0, b.ncols()).copy_from(&scaled);
+                    padded
+                        .b
+                        .as_mut()
+                        .subcols_mut(0, b.ncols())
+                        .copy_from(&scaled);
                     padded.a.as_mut().subrows_mut(0, a.nrows()).copy_from(a);
                 }
                 let (a, b) = padded.to_tensors(options.dtype, &Device::Cpu)?;
@@ -212,10 +220,10 @@ impl Adapter {
                 return Err(refuse(format!("tensor {name} is no factor of a LoRA")));
             };
             let layer = module.strip_prefix(PREFIX).and_then(LayerId::parse);
-            let layer = layer.ok_or_else(|| refuse(format!("{module} is no linear of a decoder")))?;
-            let factor = |factor: &str| {
-                file.tensor(&format!("{module}.{factor}.weight"), &Device::Cpu)
-            };
+            let layer =
+                layer.ok_or_else(|| refuse(format!("{module} is no linear of a decoder")))?;
+            let factor =
+                |factor: &str| file.tensor(&format!("{module}.{factor}.weight"), &Device::Cpu);
             let (a, b): (Tensor, Tensor) = (factor("lora_A")?, factor("lora_B")?);
             let factors = LowRank::from_tensors(&a, &b)?;
             let of = |key: &str| pattern(&config, key, &layer.to_string());

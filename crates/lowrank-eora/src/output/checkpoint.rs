@@ -56,7 +56,9 @@ pub fn write_checkpoint(
     let checkpoint = decoder.checkpoint();
     let linears: BTreeSet<LayerId> = repaired.reports().map(|report| report.layer).collect();
     if weights == Weights::Requantised
-        && repaired.reports().any(|report| report.requantised.is_none())
+        && repaired
+            .reports()
+            .any(|report| report.requantised.is_none())
     {
         return Err(Error::Setting {
             name: "weights",
@@ -107,7 +109,11 @@ pub fn write_checkpoint(
                 DType::F64 => "float64",
                 _ => "float32",
             };
-            let field = if config.get("dtype").is_some() { "dtype" } else { "torch_dtype" };
+            let field = if config.get("dtype").is_some() {
+                "dtype"
+            } else {
+                "torch_dtype"
+            };
             config.set(field, name);
         }
         (Layout::Gptq { version }, Some(compressor)) => {
@@ -190,7 +196,10 @@ fn packer(repaired: &Repaired, weights: Weights) -> Result<Compressor> {
 }
 
 fn requantised(layer: &RepairedLayer) -> Result<&StoredWeight> {
-    layer.requantised.as_ref().ok_or_else(|| not_storable(layer.report.layer, "not requantised"))
+    layer
+        .requantised
+        .as_ref()
+        .ok_or_else(|| not_storable(layer.report.layer, "not requantised"))
 }
 
 fn quantised(layer: &RepairedLayer, weights: Weights) -> Result<&Quantised> {

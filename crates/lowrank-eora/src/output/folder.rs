@@ -32,7 +32,10 @@ pub(super) fn write(
     fill: impl FnOnce(&Path) -> Result<()>,
 ) -> Result<()> {
     check(dst, overwrite, marker)?;
-    let parent = dst.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let parent = dst
+        .parent()
+        .filter(|p| !p.as_os_str().is_empty())
+        .unwrap_or(Path::new("."));
     fs::create_dir_all(parent).map_err(io("create", parent))?;
     let name = dst.file_name().unwrap_or_default().to_string_lossy();
     let sibling = |what| parent.join(format!(".{name}.{what}-{}", std::process::id()));
@@ -84,12 +87,14 @@ mod tests {
     fn a_folder_appears_whole_or_not_at_all() {
         let dir = tempfile::tempdir().unwrap();
         let dst = dir.path().join("a/adapter");
-        let fill = |text: &'static str| {
-            move |folder: &Path| file(&folder.join("mark"), text.as_bytes())
-        };
+        let fill =
+            |text: &'static str| move |folder: &Path| file(&folder.join("mark"), text.as_bytes());
         write(&dst, false, "mark", fill("one")).unwrap();
         let again = write(&dst, false, "mark", fill("two"));
-        assert!(matches!(again, Err(Error::Checkpoint(tensor_io::Error::Exists { .. }))));
+        assert!(matches!(
+            again,
+            Err(Error::Checkpoint(tensor_io::Error::Exists { .. }))
+        ));
         let failed = write(&dst, true, "mark", |folder| {
             file(&folder.join("mark"), b"half")?;
             file(&folder.join("no/such/folder"), b"")
@@ -99,7 +104,10 @@ mod tests {
         write(&dst, true, "mark", fill("two")).unwrap();
         assert_eq!(fs::read_to_string(dst.join("mark")).unwrap(), "two");
         let other = write(&dst, true, "another mark", fill("three"));
-        assert!(matches!(other, Err(Error::Checkpoint(tensor_io::Error::NotReplaceable { .. }))));
+        assert!(matches!(
+            other,
+            Err(Error::Checkpoint(tensor_io::Error::NotReplaceable { .. }))
+        ));
         assert_eq!(fs::read_dir(dst.parent().unwrap()).unwrap().count(), 1);
     }
 }

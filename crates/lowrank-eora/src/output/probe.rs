@@ -80,9 +80,11 @@ impl Probe {
                     None => Mat::zeros(layer.report.outputs, tokens),
                 };
                 let output = layer.weight.matrix()? * &input + &correction;
-                for (what, matrix) in
-                    [("input", input), ("output", output), ("correction", correction)]
-                {
+                for (what, matrix) in [
+                    ("input", input),
+                    ("output", output),
+                    ("correction", correction),
+                ] {
                     let tensor = to_tensor(matrix.transpose(), DType::F32, &Device::Cpu)?;
                     tensors.push((format!("{}.{what}", layer.report.layer), tensor));
                 }
@@ -177,7 +179,11 @@ fn deviation(probe: &ProbeLayer, found: &Tensor) -> Result<Deviation> {
         let norm = output.norm_l2();
         return Ok(Deviation {
             layer: probe.layer,
-            error: if norm > 0.0 { error.norm_l2() / norm } else { error.norm_l2() },
+            error: if norm > 0.0 {
+                error.norm_l2() / norm
+            } else {
+                error.norm_l2()
+            },
             scale: None,
         });
     }

@@ -106,7 +106,10 @@ impl BlockRepair<'_> {
         let stored = checkpoint.info(&name)?;
         let dense_bytes = stored.bytes as u64;
         let dtype = stored.candle_dtype().unwrap_or(DType::F32);
-        let weight = from_tensor(&checkpoint.tensor_as(&name, DType::F64, &Device::Cpu)?, "weight")?;
+        let weight = from_tensor(
+            &checkpoint.tensor_as(&name, DType::F64, &Device::Cpu)?,
+            "weight",
+        )?;
         checkpoint.release([name.as_str()]);
         let (m, n) = weight.shape();
 
@@ -148,7 +151,11 @@ impl BlockRepair<'_> {
             },
         };
         // A weight that lost nothing needs no factors.
-        let rank = if d.norm_max() > 0.0 { self.repair.ranks.of(id, (m, n)) } else { 0 };
+        let rank = if d.norm_max() > 0.0 {
+            self.repair.ranks.of(id, (m, n))
+        } else {
+            0
+        };
         let mut factors = None;
         if let (Some(method), 1..) = (self.repair.method, rank) {
             let inputs = &observed.calibration.inputs;
@@ -159,8 +166,12 @@ impl BlockRepair<'_> {
                 rank,
                 &self.repair.solver,
             )?;
-            let (rounded, bytes) =
-                self.round(method, &solution.factors, (&weight, &d), observed.calibration)?;
+            let (rounded, bytes) = self.round(
+                method,
+                &solution.factors,
+                (&weight, &d),
+                observed.calibration,
+            )?;
             report.rank = rounded.rank();
             report.bytes.factors = bytes;
             report.spectrum = Some(solution.spectrum);
@@ -190,7 +201,8 @@ impl BlockRepair<'_> {
         };
         let mut requantised = None;
         if self.repair.requantise.is_some() {
-            let (stored, lost) = self.requantise((&weight, &(&weight - &error)), dtype, observed)?;
+            let (stored, lost) =
+                self.requantise((&weight, &(&weight - &error)), dtype, observed)?;
             report.requantised = Some(lost);
             requantised = Some(stored);
         }
@@ -231,7 +243,9 @@ impl BlockRepair<'_> {
             _ => None,
         };
         let target = drift.as_ref().unwrap_or(d);
-        self.repair.factors.round(factors, target.as_ref(), &weighting)
+        self.repair
+            .factors
+            .round(factors, target.as_ref(), &weighting)
     }
 
     /// compress(W_c + B A), and what it loses.
@@ -241,7 +255,10 @@ impl BlockRepair<'_> {
         dtype: DType,
         observed: Observed<'_>,
     ) -> Result<(StoredWeight, Requantised)> {
-        let compressor = self.repair.requantise.unwrap_or(crate::compress::Compressor::NONE);
+        let compressor = self
+            .repair
+            .requantise
+            .unwrap_or(crate::compress::Compressor::NONE);
         let gram = observed.calibration.inputs.gram.as_ref();
         let inputs = gram.map(|gram| Inputs::Gram(gram.matrix()));
         let stored = StoredWeight::of(compressor.compress(merged.as_ref(), inputs)?, dtype)?;

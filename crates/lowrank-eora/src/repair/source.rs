@@ -103,7 +103,10 @@ impl Source for Given<'_> {
     fn check(&self, dense: &Decoder<'_>) -> Result<()> {
         let original = dense.checkpoint();
         for name in original.names() {
-            let is_linear = name.strip_suffix(".weight").and_then(LayerId::parse).is_some();
+            let is_linear = name
+                .strip_suffix(".weight")
+                .and_then(LayerId::parse)
+                .is_some();
             if is_linear || !self.checkpoint.contains(name) {
                 continue;
             }

@@ -139,7 +139,9 @@ pub(super) fn begin(folder: &Path, facts: &Map<String, Value>) -> Result<()> {
         }
     };
     if let Some(found) = read_facts(folder)? {
-        let differs = facts.iter().find(|(key, value)| found.get(*key) != Some(value));
+        let differs = facts
+            .iter()
+            .find(|(key, value)| found.get(*key) != Some(value));
         return match differs {
             None => Ok(()),
             Some((key, value)) => Err(Error::OtherRun {
@@ -180,7 +182,10 @@ pub(super) fn facts(
     let compressor = source.compressor().map(|compressor| compressor.to_string());
     facts.insert("compressor".into(), compressor.into());
     facts.insert("calibration".into(), hash(hash_windows(calibration)));
-    facts.insert("held_out".into(), held_out.map_or(Value::Null, |w| hash(hash_windows(w))));
+    facts.insert(
+        "held_out".into(),
+        held_out.map_or(Value::Null, |w| hash(hash_windows(w))),
+    );
     if let Value::Object(fields) = repair {
         facts.extend(fields);
     }
@@ -206,7 +211,9 @@ fn read_facts(folder: &Path) -> Result<Option<Map<String, Value>>> {
         path: path.clone(),
         source,
     })?;
-    serde_json::from_slice(&text).map(Some).map_err(|error| malformed(&path, &error))
+    serde_json::from_slice(&text)
+        .map(Some)
+        .map_err(|error| malformed(&path, &error))
 }
 
 fn block_file(folder: &Path, block: usize) -> PathBuf {
@@ -276,7 +283,11 @@ pub(super) fn read_block(folder: &Path, block: usize) -> Result<Option<Vec<Repai
             report,
         })
     };
-    reports.into_iter().map(layer).collect::<Result<_>>().map(Some)
+    reports
+        .into_iter()
+        .map(layer)
+        .collect::<Result<_>>()
+        .map(Some)
 }
 
 /// Bytes of each tensor that go into its hash.
@@ -331,7 +342,11 @@ impl super::Source for Repaired {
             hash.add(format!("{key} {value}").as_bytes());
         }
         let source = self.facts.get("source").and_then(Value::as_str);
-        format!("{}, as compressed by run {:016x}", source.unwrap_or_default(), hash.0)
+        format!(
+            "{}, as compressed by run {:016x}",
+            source.unwrap_or_default(),
+            hash.0
+        )
     }
 
     fn compressor(&self) -> Option<Compressor> {

@@ -102,10 +102,22 @@ impl StoredWeight {
                 let cpu = &Device::Cpu;
                 let grid = [weight.bits.get(), weight.group_width, *pruned].map(|v| v as i64);
                 vec![
-                    named("codes", Tensor::from_slice(&weight.codes, (rows, cols), cpu)?),
-                    named("scales", Tensor::from_slice(&weight.scales, (rows, groups), cpu)?),
-                    named("zeros", Tensor::from_slice(&weight.zeros, (rows, groups), cpu)?),
-                    named("group_index", Tensor::from_slice(&weight.group_index, cols, cpu)?),
+                    named(
+                        "codes",
+                        Tensor::from_slice(&weight.codes, (rows, cols), cpu)?,
+                    ),
+                    named(
+                        "scales",
+                        Tensor::from_slice(&weight.scales, (rows, groups), cpu)?,
+                    ),
+                    named(
+                        "zeros",
+                        Tensor::from_slice(&weight.zeros, (rows, groups), cpu)?,
+                    ),
+                    named(
+                        "group_index",
+                        Tensor::from_slice(&weight.group_index, cols, cpu)?,
+                    ),
                     named("grid", Tensor::from_slice(&grid, 3, cpu)?),
                 ]
             }
@@ -128,7 +140,10 @@ impl StoredWeight {
         let &[bits, group_width, pruned] = grid.as_slice() else {
             return Err(malformed());
         };
-        let bits = u8::try_from(bits).ok().and_then(Bits::new).ok_or_else(malformed)?;
+        let bits = u8::try_from(bits)
+            .ok()
+            .and_then(Bits::new)
+            .ok_or_else(malformed)?;
         let group_width = usize::try_from(group_width).ok().filter(|&w| w > 0);
         let weight = Quantised {
             bits,
@@ -144,7 +159,10 @@ impl StoredWeight {
         let fits = weight.scales.len() == rows * groups
             && weight.zeros.len() == rows * groups
             && weight.group_index.len() == cols
-            && weight.group_index.iter().all(|&group| (group as usize) < groups);
+            && weight
+                .group_index
+                .iter()
+                .all(|&group| (group as usize) < groups);
         if !fits {
             return Err(malformed());
         }

@@ -111,7 +111,9 @@ impl Stream {
             let windows = batch.dims()[0];
             collector.weights = self.how.weights.as_ref().map(|weights| {
                 let windows = weights[first..first + windows].iter();
-                windows.flat_map(|&w| std::iter::repeat_n(w, self.window_len)).collect()
+                windows
+                    .flat_map(|&w| std::iter::repeat_n(w, self.window_len))
+                    .collect()
             });
             first += windows;
             block.forward(batch, &self.rope, &mut Mixer::Windows, &mut collector)?;
@@ -169,13 +171,17 @@ impl Collector {
             let index = site_index(site);
             let sampler = how.sampling.map(|sampling| {
                 // Every input has draws of its own.
-                let seed = sampling.seed.wrapping_add((block.layer * SITES.len() + index) as u64);
+                let seed = sampling
+                    .seed
+                    .wrapping_add((block.layer * SITES.len() + index) as u64);
                 Sampler::new(sampling.importance, sampling.share, seed)
             });
             collectors[index] = Some(SiteCollector {
                 sums: InputCollector::new(width, collect, how.accumulation)?,
-                teacher: (how.teacher.then(|| GramCollector::new(width, how.accumulation)))
-                    .transpose()?,
+                teacher: (how
+                    .teacher
+                    .then(|| GramCollector::new(width, how.accumulation)))
+                .transpose()?,
                 sampler: sampler.transpose()?,
             });
         }

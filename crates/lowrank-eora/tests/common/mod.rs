@@ -69,7 +69,11 @@ pub(crate) fn trained() -> Option<(Checkpoint, Windows, Windows)> {
     let model = shared.join("models/stories260K");
     let text = shared.join("data/text/tinystories_train_1MiB.txt");
     if !model.is_dir() || !text.is_file() {
-        eprintln!("skipped: {} or {} is absent", model.display(), text.display());
+        eprintln!(
+            "skipped: {} or {} is absent",
+            model.display(),
+            text.display()
+        );
         return None;
     }
     let tokenizer = TextTokenizer::open(&model).unwrap();

@@ -40,7 +40,12 @@ pub(super) fn bytes(compressor: &Compressor, shapes: &Shapes) -> Option<u64> {
             }
         })
     };
-    shapes.linears.iter().map(linear).sum::<Option<usize>>().map(|bytes| bytes as u64)
+    shapes
+        .linears
+        .iter()
+        .map(linear)
+        .sum::<Option<usize>>()
+        .map(|bytes| bytes as u64)
 }
 
 /// The compressor of the same kind that comes nearest to `target` bytes, above what `compressor` takes: more bits or
@@ -55,10 +60,12 @@ pub(super) fn same_bytes(
         let bytes = bytes(candidate, shapes).filter(|bytes| *bytes > own)?;
         Some((*candidate, bytes))
     };
-    let quantised = quantisations(compressor).into_iter().map(|quantise| Compressor {
-        quantise: Some(quantise),
-        ..*compressor
-    });
+    let quantised = quantisations(compressor)
+        .into_iter()
+        .map(|quantise| Compressor {
+            quantise: Some(quantise),
+            ..*compressor
+        });
     let pruned = compressor.prune.into_iter().flat_map(|prune| {
         // A tenth of a percent is finer than any difference that is measured.
         (0..1000).map(move |permille| Compressor {
@@ -73,7 +80,10 @@ pub(super) fn same_bytes(
         })
     });
     // Of equally near ones the first: quantisers before patterns.
-    quantised.chain(pruned).filter_map(|c| finer(&c)).min_by_key(|(_, bytes)| bytes.abs_diff(target))
+    quantised
+        .chain(pruned)
+        .filter_map(|c| finer(&c))
+        .min_by_key(|(_, bytes)| bytes.abs_diff(target))
 }
 
 /// The quantiser with at least as many bits and groups at most as wide.
@@ -85,14 +95,22 @@ fn quantisations(compressor: &Compressor) -> Vec<Quantise> {
         Group::Channel => usize::MAX,
         Group::Columns(width) => width,
     };
-    let bits = [2, 3, 4, 8].into_iter().filter_map(Bits::new).filter(|b| *b >= quantise.grid.bits);
+    let bits = [2, 3, 4, 8]
+        .into_iter()
+        .filter_map(Bits::new)
+        .filter(|b| *b >= quantise.grid.bits);
     bits.flat_map(|bits| {
-        let narrower = GROUPS.into_iter().filter(|width| *width < widest).map(Group::Columns);
-        std::iter::once(quantise.grid.group).chain(narrower).map(move |group| {
-            let mut finer = quantise;
-            (finer.grid.bits, finer.grid.group) = (bits, group);
-            finer
-        })
+        let narrower = GROUPS
+            .into_iter()
+            .filter(|width| *width < widest)
+            .map(Group::Columns);
+        std::iter::once(quantise.grid.group)
+            .chain(narrower)
+            .map(move |group| {
+                let mut finer = quantise;
+                (finer.grid.bits, finer.grid.group) = (bits, group);
+                finer
+            })
     })
     .collect()
 }
@@ -134,7 +152,10 @@ mod tests {
                 let h = Mat::from_fn(n, n, |i, j| if i == j { 1.0 + i as f64 } else { 0.25 });
                 let inputs = Some(Inputs::Gram(h.as_ref()));
                 let compressed = compressor.compress(weight.as_ref(), inputs).unwrap();
-                StoredWeight::of(compressed, DType::F32).unwrap().bytes().unwrap()
+                StoredWeight::of(compressed, DType::F32)
+                    .unwrap()
+                    .bytes()
+                    .unwrap()
             };
             let expected: u64 = shapes().linears.iter().map(stored).sum();
             assert_eq!(bytes(&compressor, &shapes()), Some(expected), "{name}");
@@ -154,9 +175,15 @@ mod tests {
             let target = (own as f64 * more) as u64;
             let (control, spent) = same_bytes(&named(name), target, &shapes).unwrap();
             assert!(spent > own, "{name} {control}");
-            assert!((spent as f64 / target as f64 - 1.0).abs() < 0.1, "{name} {control} {spent}");
+            assert!(
+                (spent as f64 / target as f64 - 1.0).abs() < 0.1,
+                "{name} {control} {spent}"
+            );
         }
         let dense = named("none");
-        assert!(same_bytes(&dense, 1 << 20, &shapes).is_none(), "nothing is finer than dense");
+        assert!(
+            same_bytes(&dense, 1 << 20, &shapes).is_none(),
+            "nothing is finer than dense"
+        );
     }
 }

@@ -21,7 +21,12 @@ pub(super) fn split(
     let calibration = windows.sample(calibration, seed);
     // A window that repeats one to calibrate on is not unseen.
     let seen: HashSet<&[u32]> = calibration.iter().collect();
-    let others: Vec<u32> = windows.iter().filter(|w| !seen.contains(w)).flatten().copied().collect();
+    let others: Vec<u32> = windows
+        .iter()
+        .filter(|w| !seen.contains(w))
+        .flatten()
+        .copied()
+        .collect();
     ensure!(
         !others.is_empty(),
         "all windows of the text are the same: none is left to hold out"

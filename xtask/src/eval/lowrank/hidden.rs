@@ -38,7 +38,8 @@ pub(crate) fn hidden_metrics(
         }
     }
     let mut add = |name: &str, get: fn(&SpectralMetrics) -> f64| {
-        row.extra.insert(name.into(), json!(mean(all.iter().map(get))));
+        row.extra
+            .insert(name.into(), json!(mean(all.iter().map(get))));
     };
     add("mnn", |metrics| metrics.mnn);
     add("nuclear", |metrics| metrics.nuclear);

@@ -5,9 +5,7 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use causal_lm::Decoder;
 use lowrank_eora::format::gptq::Version;
-use lowrank_eora::output::{
-    Adapter, AdapterOptions, Layout, Probe, Weights, write_checkpoint,
-};
+use lowrank_eora::output::{Adapter, AdapterOptions, Layout, Probe, Weights, write_checkpoint};
 use lowrank_eora::repair::Repaired;
 
 use super::Config;
@@ -61,7 +59,11 @@ pub(super) fn write(
                 let base = base.map(|name| folder.join(name));
                 let options = AdapterOptions {
                     dtype: config.repair.factors.dtype(),
-                    base_model: base.as_deref().unwrap_or(&config.perplexity.model).display().to_string(),
+                    base_model: base
+                        .as_deref()
+                        .unwrap_or(&config.perplexity.model)
+                        .display()
+                        .to_string(),
                     overwrite: config.write.overwrite,
                     ..AdapterOptions::default()
                 };
