@@ -256,7 +256,7 @@ mod tests {
         let error = |range| {
             let grid = Grid {
                 range,
-                ..grid(3, Symmetry::Asymmetric)
+                ..grid(3, Symmetry::Symmetric)
             };
             let step = grid.fit(&weights);
             let errors = weights
