@@ -20,6 +20,8 @@ mod rows;
 mod storage;
 mod sweep;
 mod tensor;
+#[cfg(test)]
+mod tests;
 
 use faer::{Mat, MatRef};
 use serde::{Deserialize, Serialize};
@@ -34,7 +36,7 @@ pub use storage::Storage;
 pub use sweep::{ColumnOrder, GroupFit, Sweep, SweepReport};
 
 use factor::Factor;
-use rows::Rows;
+pub(crate) use rows::Rows;
 use sweep::{Pruning, Task};
 
 /// How a weight is compressed. Parsed from and shown as its name; serialised as that name too.

@@ -197,3 +197,73 @@ impl Grid {
         Step { scale, zero, max }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn grid(bits: u8, symmetry: Symmetry) -> Grid {
+        Grid {
+            symmetry,
+            scales: ScaleDtype::Exact,
+            ..Grid::new(Bits::new(bits).expect("a width"))
+        }
+    }
+
+    fn step(scale: f64, zero: u8, max: u8) -> Step {
+        Step { scale, zero, max }
+    }
+
+    #[test]
+    fn ranges_contain_zero() {
+        let asymmetric = grid(4, Symmetry::Asymmetric);
+        assert_eq!(asymmetric.fit(&[-1.0, 2.0]), step(3.0 / 15.0, 5, 15));
+        assert_eq!(asymmetric.fit(&[1.0, 3.0]), step(3.0 / 15.0, 0, 15));
+        assert_eq!(asymmetric.fit(&[-3.0, -1.0]), step(3.0 / 15.0, 15, 15));
+        assert_eq!(asymmetric.fit(&[0.0, 0.0]), step(2.0 / 15.0, 8, 15));
+        let symmetric = grid(3, Symmetry::Symmetric);
+        assert_eq!(symmetric.fit(&[-1.0, 2.0]), step(4.0 / 7.0, 4, 7));
+        assert_eq!(symmetric.fit(&[1.0, 2.0]), step(4.0 / 7.0, 4, 7));
+    }
+
+    #[test]
+    fn the_clipped_grid_loses_the_upper_half_of_a_group_without_negative_weights() {
+        let clipped = grid(4, Symmetry::SymmetricClipped);
+        let fitted = clipped.fit(&[0.1, 1.0]);
+        assert_eq!(fitted, step(1.0 / 15.0, 8, 15));
+        assert_eq!(fitted.value(fitted.code(1.0)), 7.0 / 15.0);
+        let usual = clipped.fit(&[-0.1, 1.0]);
+        assert_eq!(usual, grid(4, Symmetry::Symmetric).fit(&[-0.1, 1.0]));
+    }
+
+    #[test]
+    fn halves_round_to_even_and_codes_are_clamped() {
+        let step = step(1.0, 2, 7);
+        let codes: Vec<u8> = [-9.0, -1.5, -0.5, 0.5, 1.5, 2.5, 9.0]
+            .into_iter()
+            .map(|w| step.code(w))
+            .collect();
+        assert_eq!(codes, [0, 0, 2, 2, 4, 4, 7]);
+    }
+
+    #[test]
+    fn the_search_for_a_range_never_raises_its_error() {
+        // One outlier among values that a smaller range would hold.
+        let mut weights: Vec<f64> = (0..512)
+            .map(|i| f64::from(i * 29 % 512) / 256.0 - 1.0)
+            .collect();
+        weights[5] = 2.0;
+        let error = |range| {
+            let grid = Grid {
+                range,
+                ..grid(3, Symmetry::Symmetric)
+            };
+            let step = grid.fit(&weights);
+            let errors = weights
+                .iter()
+                .map(|&w| (step.value(step.code(w)) - w).abs());
+            errors.map(|e| e.powf(MSE_POWER)).sum::<f64>()
+        };
+        assert!(error(Range::Mse) < 0.9 * error(Range::MinMax));
+    }
+}

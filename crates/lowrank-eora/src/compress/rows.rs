@@ -1,5 +1,6 @@
 //! A weight laid out by rows, as compressors work on it: one output's weights lie side by side.
 
+use candle_core::{DType, Device, Tensor};
 use faer::{Mat, MatRef};
 use rayon::prelude::*;
 
@@ -20,6 +21,12 @@ pub(crate) struct Rows {
 }
 
 impl Rows {
+    /// Takes `rows · cols` values.
+    pub(crate) fn new(data: Vec<f64>, rows: usize, cols: usize) -> Self {
+        debug_assert_eq!(data.len(), rows * cols);
+        Self { data, rows, cols }
+    }
+
     /// Copies a matrix and checks that it is finite.
     pub(crate) fn read(matrix: MatRef<'_, f64>, what: &'static str) -> Result<Self> {
         let (rows, cols) = matrix.shape();
@@ -50,6 +57,12 @@ impl Rows {
 
     pub(crate) fn data_mut(&mut self) -> &mut [f64] {
         &mut self.data
+    }
+
+    /// As a tensor `[rows, cols]`.
+    pub(crate) fn to_tensor(&self, dtype: DType, device: &Device) -> Result<Tensor> {
+        let tensor = Tensor::from_slice(&self.data, (self.rows, self.cols), &Device::Cpu)?;
+        Ok(tensor.to_dtype(dtype)?.to_device(device)?)
     }
 
     pub(crate) fn to_mat(&self) -> Mat<f64> {

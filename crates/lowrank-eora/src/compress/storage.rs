@@ -82,7 +82,7 @@ mod tests {
     use faer::Mat;
 
     fn bits(name: &str) -> f64 {
-        let weight = Mat::from_fn(64, 256, |i, j| ((i * 31 + j * 17) % 101) as f64 - 50.0);
+        let weight = Mat::from_fn(64, 256, |i, j| ((i * 31 + j * 17) % 101) as f64 - 30.0);
         let inputs = vec![1.0; 256];
         let compressor: Compressor = name.parse().expect("a name");
         let inputs = Some(Inputs::Diagonal(&inputs));

@@ -33,8 +33,6 @@ impl Compressed {
     /// # Errors
     /// [`Error::Candle`](crate::Error::Candle).
     pub fn to_tensor(&self, dtype: DType, device: &Device) -> Result<Tensor> {
-        let rows = Rows::read(self.weight.as_ref(), "compressed weight")?;
-        let tensor = Tensor::from_slice(rows.data(), (rows.rows(), rows.cols()), &Device::Cpu)?;
-        Ok(tensor.to_dtype(dtype)?.to_device(device)?)
+        Rows::read(self.weight.as_ref(), "compressed weight")?.to_tensor(dtype, device)
     }
 }
