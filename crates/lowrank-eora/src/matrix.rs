@@ -12,10 +12,11 @@ use rayon::prelude::*;
 /// When the tensor is not two-dimensional or holds a NaN or an infinity; `what` names it.
 pub fn from_tensor(tensor: &Tensor, what: &'static str) -> Result<Mat<f64>> {
     let &[rows, cols] = tensor.dims() else {
+        let cols = tensor.dims().last().copied().unwrap_or(1);
         return Err(Error::Shape {
             what,
             found: tensor.dims().to_vec(),
-            expected: vec![0, 0],
+            expected: vec![tensor.elem_count() / cols.max(1), cols],
         });
     };
     let values = tensor
@@ -88,11 +89,17 @@ pub(crate) fn check_finite(matrix: MatRef<'_, f64>, what: &'static str) -> Resul
     }
 }
 
-/// Copies the lower triangle over the upper one.
+/// Copies the lower triangle over the upper one, in squares that fit a cache.
 pub(crate) fn mirror_lower(matrix: &mut Mat<f64>) {
-    for j in 0..matrix.ncols() {
-        for i in j + 1..matrix.nrows() {
-            matrix[(j, i)] = matrix[(i, j)];
+    const SIDE: usize = 64;
+    let n = matrix.ncols();
+    for left in (0..n).step_by(SIDE) {
+        for top in (left..n).step_by(SIDE) {
+            for j in left..n.min(left + SIDE) {
+                for i in top.max(j + 1)..n.min(top + SIDE) {
+                    matrix[(j, i)] = matrix[(i, j)];
+                }
+            }
         }
     }
 }
@@ -112,9 +119,12 @@ pub(crate) fn add_symmetric(acc: &mut Mat<f64>, a: MatRef<'_, f64>, b: MatRef<'_
     );
 }
 
-/// Columns of a panel and rows of a tile: a tile of products stays in a core's cache.
-const PANEL: usize = 128;
-const TILE: usize = 1024;
+/// Columns of a panel and rows of a tile: a tile of products stays in a core's cache, and small
+/// matrices still make enough panels for all cores.
+const fn panel(cols: usize) -> usize {
+    if cols >= 2048 { 256 } else { 64 }
+}
+const TILE: usize = 512;
 
 /// Which entries of a sum of products are kept.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -136,11 +146,12 @@ pub(crate) fn add_products(
     entries: Entries,
 ) {
     let rows = acc.nrows();
+    let width = panel(acc.ncols());
     acc.as_mut()
-        .par_col_chunks_mut(PANEL)
+        .par_col_chunks_mut(width)
         .enumerate()
         .for_each(|(panel, mut acc)| {
-            let (first, cols) = (panel * PANEL, acc.ncols());
+            let (first, cols) = (panel * width, acc.ncols());
             let b = b.subrows(first, cols).transpose();
             let mut tile = Mat::<f32>::zeros(TILE.min(rows), cols);
             let mut top = if entries == Entries::Lower { first } else { 0 };
@@ -157,7 +168,12 @@ pub(crate) fn add_products(
                 );
                 for j in 0..cols {
                     let sums = acc.as_mut().col_mut(j).subrows_mut(top, height);
-                    for (sum, &product) in sums.iter_mut().zip(tile.as_ref().col(j).iter()) {
+                    let products = tile.as_ref().col(j).try_as_col_major();
+                    let (Some(sums), Some(products)) = (sums.try_as_col_major_mut(), products)
+                    else {
+                        unreachable!("matrices that own their entries are column-major");
+                    };
+                    for (sum, &product) in sums.as_slice_mut().iter_mut().zip(products.as_slice()) {
                         *sum += scale * f64::from(product);
                     }
                 }

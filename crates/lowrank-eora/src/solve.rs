@@ -40,15 +40,15 @@ use serde::{Deserialize, Serialize};
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Route {
-    /// By shape and rank: the Gram route where it costs no more than about twice the Krylov route.
+    /// By shape and rank: the Gram route where it is cheap or costs at most twice the Krylov route.
     #[default]
     Auto,
     /// All eigenvectors of G = D H Dᵀ in f64, on the smaller side of D.
     Gram,
     /// Singular vectors of D T with a whitening factor T.
     Factor(Whitening),
-    /// Block Krylov subspace with a bound on what another step would gain; Gram where it does not
-    /// converge.
+    /// Block Krylov subspace, until further steps are estimated to gain too little; Gram where that
+    /// does not happen.
     Krylov,
 }
 
@@ -127,6 +127,7 @@ struct Leading {
 /// The correction of rank `rank` of the residual D (`m × n`) that is best under a weighting.
 ///
 /// Where the weighting sees nothing of D (H = 0), it is the best one in the plain Frobenius norm.
+/// The number of threads changes nothing but rounding.
 ///
 /// # Errors
 /// When the rank is not in 1..=min(m, n), shapes do not fit, an entry is not finite, or an
@@ -175,7 +176,7 @@ fn leading(
     match options.route {
         Route::Factor(whitening) => exact::by_factor(d, weighting, whitening, rank),
         Route::Gram => exact::by_gram(d, weighting, rank),
-        Route::Auto if krylov::is_small(d.shape(), rank, weighting) => {
+        Route::Auto if krylov::exact_is_better(d.shape(), rank, weighting) => {
             exact::by_gram(d, weighting, rank)
         }
         Route::Auto | Route::Krylov => match krylov::by_krylov(d, weighting, rank, options)? {

@@ -15,6 +15,7 @@ mod rows;
 mod sample;
 #[cfg(test)]
 mod tests;
+mod triangular;
 
 pub use cross::CrossCollector;
 pub use diagonal::Diagonal;
@@ -23,3 +24,4 @@ pub use input::{Collect, InputCollector, InputStats};
 pub use output::OutputCollector;
 pub use rows::Rows;
 pub use sample::{Importance, Pick, Sampler};
+pub use triangular::FactorCollector;

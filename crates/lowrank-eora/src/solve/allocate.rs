@@ -121,3 +121,66 @@ pub fn allocate(
     }
     Ok(ranks)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::assert_close;
+
+    #[test]
+    fn allocation_is_optimal_under_its_budget() {
+        let spectra: Vec<Spectrum> = [
+            [9.0, 4.0, 1.0, 0.5],
+            [8.0, 7.0, 6.0, 0.1],
+            [2.0, 0.3, 0.2, 0.1],
+        ]
+        .into_iter()
+        .map(|squares| Spectrum::new(squares.to_vec(), 0.0))
+        .collect();
+        let layers: Vec<Candidate<'_>> = (spectra.iter())
+            .map(|spectrum| Candidate {
+                spectrum,
+                weight: 1.0,
+                bytes_per_rank: 10,
+                min: 0,
+                max: 4,
+            })
+            .collect();
+        let gain = |ranks: &[usize]| -> f64 {
+            ranks
+                .iter()
+                .zip(&spectra)
+                .map(|(&r, s)| s.squares()[..r].iter().sum::<f64>())
+                .sum()
+        };
+        for budget in 0..13 {
+            let found = allocate(&layers, budget * 10, 1).expect("affordable");
+            let best = (0..125)
+                .map(|code| [code / 25, code / 5 % 5, code % 5])
+                .filter(|ranks| ranks.iter().sum::<usize>() as u64 <= budget)
+                .map(|ranks| gain(&ranks))
+                .fold(0.0, f64::max);
+            assert_close(gain(&found), best, 1e-12);
+        }
+        assert_eq!(allocate(&layers, 45, 2).expect("affordable"), [2, 2, 0]);
+        let mut bounded = layers.clone();
+        bounded[2].min = 2;
+        bounded[1].max = 1;
+        assert_eq!(allocate(&bounded, 50, 1).expect("affordable"), [2, 1, 2]);
+        bounded[0].weight = 0.0;
+        assert_eq!(allocate(&bounded, 50, 1).expect("affordable"), [0, 1, 4]);
+        let error = allocate(&bounded, 19, 1);
+        assert!(matches!(
+            error,
+            Err(Error::Budget {
+                budget: 19,
+                needed: 20
+            })
+        ));
+        bounded[0].max = 5;
+        assert!(matches!(
+            allocate(&bounded, 50, 1),
+            Err(Error::Setting { .. })
+        ));
+    }
+}

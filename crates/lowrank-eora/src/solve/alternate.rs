@@ -56,3 +56,28 @@ pub fn alternate(
     }
     Ok(best)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::solve::tests::square;
+    use crate::testing::{Lcg, assert_close};
+
+    #[test]
+    fn alternation_keeps_the_best_round() {
+        let mut lcg = Lcg(16);
+        let (w, x) = (lcg.matrix(24, 32), lcg.activations(32, 200));
+        let h = square(&x);
+        let weighting = Weighting::Gram(h.as_ref());
+        let found = alternate(w.as_ref(), &weighting, 4, 6, &Options::default(), |w| {
+            crate::testing::round_to_nearest(w.as_ref(), 3, 16)
+        })
+        .expect("solves");
+        let best = found.losses.iter().copied().fold(f64::INFINITY, f64::min);
+        assert_eq!(found.losses.len(), 7);
+        assert_close(found.solution.loss(), best, 1e-12);
+        assert!(best < 0.99 * found.losses[0], "{:?}", found.losses);
+        let error = &w - &found.compressed - found.solution.factors.product();
+        assert_close((error * &x).norm_l2(), best, 1e-6);
+    }
+}

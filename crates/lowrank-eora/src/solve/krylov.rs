@@ -31,24 +31,40 @@ fn block(rank: usize) -> usize {
     rank.div_ceil(2) + OVERSAMPLING
 }
 
-/// Whether the exact route on the smaller side costs less than this one.
-pub(super) fn is_small((m, n): (usize, usize), rank: usize, weighting: &Weighting<'_>) -> bool {
-    let (m, n, b) = (m as f64, n as f64, block(rank) as f64);
-    let eigen = |k: f64| 25.0 * k * k * k;
-    // Typical: five steps.
-    match weighting {
-        Weighting::Output(_) => eigen(m) <= 5.0 * (2.0 * m * m * b + 12.0 * m * b * b),
-        _ => {
-            let exact = if m <= n {
-                2.0 * m * n * n + m * m * n + eigen(m)
-            } else {
-                4.0 * m * n * n + 3.0 * n * n * n + eigen(n)
-            };
-            let krylov =
-                m * n * n / 2.0 + 5.0 * (4.0 * n * n * b + 12.0 * n * b * b) + 4.0 * m * n * b;
-            exact <= krylov
-        }
-    }
+/// Whether G is what the iteration runs on.
+fn on_outputs((m, n): (usize, usize), weighting: &Weighting<'_>) -> bool {
+    matches!(weighting, Weighting::Output(_)) || n > 2 * m
+}
+
+/// Operations that are not worth saving.
+const CHEAP: f64 = 2e9;
+
+/// Whether the exact route on the smaller side is cheap, or costs at most twice as much as this
+/// one.
+pub(super) fn exact_is_better(
+    shape: (usize, usize),
+    rank: usize,
+    weighting: &Weighting<'_>,
+) -> bool {
+    let (m, n, b) = (shape.0 as f64, shape.1 as f64, block(rank) as f64);
+    let eigen = |k: f64| 16.0 * k * k * k;
+    // Four steps on a side of length k: two or one products with a square matrix, and the basis.
+    let steps = |k: f64, products: f64| 4.0 * (2.0 * products * k * k * b + 16.0 * k * b * b);
+    let form_g = match weighting {
+        Weighting::Output(_) => 0.0,
+        _ => 2.0 * m * n * n + m * m * n,
+    };
+    let (exact, krylov) = if on_outputs(shape, weighting) {
+        (eigen(m) + form_g, steps(m, 1.0) + form_g)
+    } else {
+        let exact = if m <= n {
+            eigen(m) + form_g
+        } else {
+            4.0 * m * n * n + 3.0 * n * n * n + eigen(n)
+        };
+        (exact, m * n * n / 2.0 + steps(n, 2.0) + 4.0 * m * n * b)
+    };
+    exact <= CHEAP || exact <= 2.0 * krylov
 }
 
 /// The problem: eigenvectors of H S in the inner product of S.
@@ -195,7 +211,7 @@ pub(super) fn by_krylov(
     options: &Options,
 ) -> Result<Option<Leading>> {
     let (m, n) = d.shape();
-    let on_outputs = matches!(weighting, Weighting::Output(_)) || n > 2 * m;
+    let on_outputs = on_outputs((m, n), weighting);
     let formed;
     let pencil = if let Weighting::Output(g) = *weighting {
         Pencil {
@@ -269,15 +285,16 @@ fn iterate(
     let mut before = f64::NEG_INFINITY;
     for _ in 0..MAX_STEPS {
         let grown = subspace.extend(pencil, next)?;
-        let exhausted = grown == 0 || subspace.len() == pencil.size;
         if subspace.len() >= rank {
             let (values, vectors) = eigen(subspace.t.clone(), "Rayleigh quotients")?;
             let captured: f64 = values.iter().take(rank).sum();
             gains = [gains[1], captured - before];
             before = captured;
             let loss = (total - captured).max(0.0);
-            let settled = (options.tolerance * loss).max(4.0 * f64::EPSILON * total);
-            if exhausted || remaining(gains) <= settled {
+            let nothing = NOISE * total;
+            let settled = (options.tolerance * loss).max(nothing);
+            let done = subspace.len() == pencil.size || loss <= nothing;
+            if done || (grown > 0 && remaining(gains) <= settled) {
                 // Rayleigh quotients far behind the rank are too small to be reported.
                 let reported = values[..values.len().min(rank + rank / 4)].to_vec();
                 let rest = total - reported.iter().sum::<f64>();
@@ -285,7 +302,8 @@ fn iterate(
                 return Ok(Some((leading, Spectrum::new(reported, rest))));
             }
         }
-        if exhausted {
+        if grown == 0 {
+            // Invariant, and yet not all: an eigenvalue more often than a block is wide.
             return Ok(None);
         }
         // Where a few directions outshine the rest of a block, fresh ones take its place.

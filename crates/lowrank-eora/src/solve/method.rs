@@ -202,3 +202,103 @@ pub fn drift_residual(
     let drift = (cross - gram).transpose() * weight.transpose();
     Ok(d + llt.solve(drift).transpose())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::solve::LowRank;
+    use crate::solve::tests::{eora, loss, square};
+    use crate::stats::{InputCollector, Rows};
+    use crate::testing::{Golden, Lcg, assert_close, assert_matrix_close};
+
+    #[test]
+    fn methods_solve_in_their_norms_and_read_back_their_names() {
+        let golden = Golden::new();
+        let values = (0..64)
+            .flat_map(|t| (0..16).map(move |j| (j, t)))
+            .map(|(j, t)| golden.x[(j, t)] as f32);
+        let rows = Rows::new(values.collect(), 16).expect("finite");
+        let collect = Collect {
+            gram: true,
+            cross: true,
+        };
+        let mut collector = InputCollector::new(16, collect, Default::default()).expect("valid");
+        collector.update(&rows, Some(&rows)).expect("fits");
+        let stats = collector.finish();
+        let (d, h) = (golden.d(), golden.h());
+        for (name, expected) in [
+            ("svd", 1.7033139565910513),
+            ("act-scale", 1.4214612439321288),
+            ("diag", 1.394408824578968),
+            ("eora", 1.2343038187955053),
+            ("eora-drift", 1.2343038187955053),
+        ] {
+            let method: Method = name.parse().expect("a name");
+            assert_eq!(method.name(), name);
+            let solution = method
+                .solve(
+                    golden.w.as_ref(),
+                    golden.compressed.as_ref(),
+                    &stats,
+                    3,
+                    &Options::default(),
+                )
+                .expect("solves");
+            assert_close(loss(&d, &solution.factors, &h), expected, 1e-5);
+        }
+        for name in Method::NAMES {
+            assert_eq!(name.parse::<Method>().expect("a name").to_string(), *name);
+        }
+        assert!(matches!(
+            "aora".parse::<Method>(),
+            Err(Error::UnknownMethod { .. })
+        ));
+        let without = InputStats {
+            gram: None,
+            ..stats
+        };
+        let error = Method::Eora.solve(
+            golden.w.as_ref(),
+            golden.compressed.as_ref(),
+            &without,
+            3,
+            &Options::default(),
+        );
+        assert!(matches!(
+            error,
+            Err(Error::MissingStatistic { method: "eora", .. })
+        ));
+    }
+
+    #[test]
+    fn drift_aware_correction_beats_the_local_one_on_drifting_inputs() {
+        let mut lcg = Lcg(15);
+        let w = lcg.matrix(24, 16);
+        let compressed = crate::testing::round_to_nearest(w.as_ref(), 3, 8);
+        let teacher = lcg.activations(16, 200);
+        let turn = Mat::<f64>::identity(16, 16) + faer::Scale(0.05) * lcg.matrix(16, 16);
+        let student = &turn * &teacher;
+        let (h, k) = (square(&student), &teacher * student.transpose());
+        let d = &w - &compressed;
+        let total = |factors: &LowRank| {
+            (&w * &teacher - (&compressed + factors.product()) * &student).norm_l2()
+        };
+        let local = total(&eora(&d, &h, 6).factors);
+        let solve = |damping| {
+            let m = drift_residual(w.as_ref(), d.as_ref(), h.as_ref(), k.as_ref(), damping)
+                .expect("fits");
+            eora(&m, &h, 6).factors
+        };
+        assert!(total(&solve(DRIFT_DAMPING)) < 0.9 * local);
+        // Undamped it is the least squares optimum of rank 6.
+        let best = total(&solve(0.0));
+        for _ in 0..20 {
+            let mut step = solve(0.0);
+            step.b += faer::Scale(1e-2) * lcg.matrix(24, 6);
+            assert!(total(&step) >= best);
+        }
+        let none =
+            drift_residual(w.as_ref(), d.as_ref(), h.as_ref(), h.as_ref(), 0.1).expect("fits");
+        assert_matrix_close(none.as_ref(), d.as_ref(), 1e-12);
+    }
+}

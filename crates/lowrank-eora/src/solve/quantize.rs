@@ -247,3 +247,106 @@ impl RefitCollector {
         normal_equations(self.right, self.moments)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::solve::tests::{decaying, eora, loss, square};
+    use crate::solve::{Options, Split, solve};
+    use crate::testing::{Golden, Lcg, assert_matrix_close};
+    use faer::linalg::solvers::Solve;
+
+    #[test]
+    fn refitting_b_makes_four_bits_for_a_nearly_free() {
+        let mut lcg = Lcg(17);
+        let (w, x) = (lcg.matrix(96, 128), decaying(&mut Lcg(18), 128, 600, 5.0));
+        let d = &w - crate::testing::round_to_nearest(w.as_ref(), 3, 64);
+        let (h, size) = (square(&x), (&d * &x).norm_l2());
+        let weighting = Weighting::Gram(h.as_ref());
+        let factors = eora(&d, &h, 12).factors;
+        let bits = |a, b| {
+            (
+                GroupQuantizer { bits: a, group: 64 },
+                GroupQuantizer { bits: b, group: 64 },
+            )
+        };
+        let loss = |factors: &LowRank| (factors.error(d.as_ref()) * &x).norm_l2() / size;
+        let plain = loss(&factors);
+        let kept = quantize_factors(&factors, bits(4, 8), |_| Ok(factors.b.clone())).expect("fits");
+        let refitted = quantize_factors(&factors, bits(4, 8), |a| refit(d.as_ref(), &weighting, a))
+            .expect("fits");
+        let (kept, refitted_loss) = (loss(&kept.dequantize()), loss(&refitted.dequantize()));
+        assert!(
+            plain <= refitted_loss && refitted_loss < kept,
+            "{plain} {refitted_loss} {kept}"
+        );
+        assert!(
+            refitted_loss - plain < 0.4 * (kept - plain),
+            "{plain} {refitted_loss} {kept}"
+        );
+        assert_eq!(
+            refitted.bytes(),
+            (12 * 128 / 2 + 12 * 2 * 2) + (12 * 96 + 12 * 2 * 2)
+        );
+
+        // The same from tokens, without H.
+        let a = refitted.a.dequantize();
+        let mut collector = RefitCollector::new(d.as_ref(), a.as_ref()).expect("fits");
+        let values = (0..600)
+            .flat_map(|t| (0..128).map(move |j| (j, t)))
+            .map(|(j, t)| x[(j, t)] as f32);
+        collector
+            .update(&Rows::new(values.collect(), 128).expect("finite"))
+            .expect("fits");
+        let streamed = collector.finish().expect("solves");
+        let direct = refit(d.as_ref(), &weighting, a.as_ref()).expect("fits");
+        assert_matrix_close(streamed.as_ref(), direct.as_ref(), 1e-3);
+    }
+
+    #[test]
+    fn quantised_factors_do_not_depend_on_the_split() {
+        let golden = Golden::new();
+        let (d, h) = (golden.d(), golden.h());
+        let weighting = Weighting::Gram(h.as_ref());
+        let quantizer = GroupQuantizer { bits: 8, group: 8 };
+        let product = |split| {
+            let options = Options {
+                split,
+                ..Options::default()
+            };
+            let factors = solve(d.as_ref(), &weighting, 3, &options)
+                .expect("solves")
+                .factors;
+            let quantised =
+                quantize_factors(&factors, (quantizer, quantizer), |_| Ok(factors.b.clone()));
+            quantised.expect("fits").dequantize().product()
+        };
+        assert_matrix_close(
+            product(Split::Balanced).as_ref(),
+            product(Split::Orthonormal).as_ref(),
+            0.02, // The f16 scales round differently.
+        );
+    }
+
+    #[test]
+    fn least_squares_in_turns_does_not_beat_the_closed_form() {
+        let golden = Golden::new();
+        let (d, h) = (golden.d(), golden.h());
+        let mut lcg = Lcg(99);
+        let weighting = Weighting::Gram(h.as_ref());
+        let (mut a, mut b) = (lcg.matrix(3, 16), Mat::zeros(12, 3));
+        for _ in 0..3000 {
+            b = refit(d.as_ref(), &weighting, a.as_ref()).expect("fits");
+            // With B given the best A is (BᵀB)⁻¹ Bᵀ D.
+            a = (b.transpose() * &b)
+                .partial_piv_lu()
+                .solve(b.transpose() * &d);
+        }
+        let oracle = loss(&d, &LowRank { b, a }, &h);
+        let closed = 1.2343038187955053;
+        assert!(
+            oracle >= closed * (1.0 - 1e-9) && oracle <= closed * (1.0 + 1e-6),
+            "{oracle}"
+        );
+    }
+}

@@ -94,3 +94,18 @@ pub enum Criterion {
     /// All s of at least this size.
     Value(f64),
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rank_criteria_follow_their_definitions() {
+        let spectrum = Spectrum::new(vec![16.0, 4.0, 1.0, 1.0], 0.0);
+        assert_eq!(spectrum.rank(Criterion::Energy(0.9)), 2);
+        assert_eq!(spectrum.rank(Criterion::Sum(0.9)), 4);
+        assert_eq!(spectrum.rank(Criterion::Ratio(0.6)), 2);
+        assert_eq!(spectrum.rank(Criterion::Value(2.0)), 2);
+        assert_eq!(spectrum.rank(Criterion::Energy(1.0)), 4);
+    }
+}

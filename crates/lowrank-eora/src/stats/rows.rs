@@ -3,7 +3,7 @@
 use super::Pick;
 use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor};
-use faer::MatRef;
+use faer::{Mat, MatRef};
 use rayon::prelude::*;
 
 /// Activations of a batch of tokens, f32, finite, each token with a weight.
@@ -83,22 +83,30 @@ impl Rows {
         Ok(self)
     }
 
-    /// Some of the tokens, each counted with the weight of its pick on top of its own.
+    /// Some of the tokens, each counted with the weight of its pick on top of its own. Picks of the
+    /// student's batch serve for the teacher's as well.
     ///
-    /// # Panics
+    /// # Errors
     /// When a pick is not of this batch.
-    pub fn picked(&self, picks: &[Pick]) -> Self {
+    pub fn picked(&self, picks: &[Pick]) -> Result<Self> {
+        if let Some(bad) = picks.iter().find(|pick| pick.token >= self.tokens()) {
+            return Err(Error::Setting {
+                name: "picked token",
+                value: bad.token.to_string(),
+                expected: "a token of the batch",
+            });
+        }
         let values = (picks.iter())
             .flat_map(|pick| self.row(pick.token).iter().copied())
             .collect();
-        let weights = picks
-            .iter()
-            .map(|pick| pick.weight * self.weight(pick.token));
-        Self {
+        let weights: Vec<f64> = picks.iter().map(|pick| pick.weight).collect();
+        let tokens = picks.iter().map(|pick| self.weight(pick.token)).collect();
+        let rows = Self {
             values,
             width: self.width,
-            weights: Some(weights.collect()),
-        }
+            weights: Some(tokens),
+        };
+        rows.weighted(&weights)
     }
 
     /// Tokens.
@@ -132,6 +140,25 @@ impl Rows {
     /// X, `width × tokens`, without the weights.
     pub fn matrix(&self) -> MatRef<'_, f32> {
         MatRef::from_column_major_slice(&self.values, self.width, self.tokens())
+    }
+
+    /// Σ w ‖E x‖² of an error E (`p × n`): what a correction loses on these tokens. Products are
+    /// f32, sums f64.
+    ///
+    /// # Errors
+    /// When E has another width.
+    pub fn energy(&self, e: MatRef<'_, f64>) -> Result<f64> {
+        self.expect_width(e.ncols())?;
+        let e = Mat::<f32>::from_fn(e.nrows(), e.ncols(), |i, j| e[(i, j)] as f32);
+        let outputs = e * self.matrix();
+        let norm = |t: usize| {
+            outputs
+                .col(t)
+                .iter()
+                .map(|&y| f64::from(y).powi(2))
+                .sum::<f64>()
+        };
+        Ok((0..self.tokens()).map(|t| self.weight(t) * norm(t)).sum())
     }
 
     /// Appends √w x of some tokens to `out`.

@@ -45,7 +45,7 @@ pub struct Pick {
     pub weight: f64,
 }
 
-/// Picks tokens from a stream.
+/// Picks tokens from a stream. Its state is not saved: a run that is taken up again draws anew.
 #[derive(Clone, Debug)]
 pub struct Sampler {
     importance: Importance,
@@ -56,7 +56,9 @@ pub struct Sampler {
     stratum: f64,
     next: f64,
     tokens: u64,
-    importance_sum: f64,
+    /// Leverage scores so far: how many, and their sum.
+    scored: u64,
+    scores: f64,
     norm_sum: f64,
     sketch: Option<Sketch>,
 }
@@ -105,7 +107,8 @@ impl Sampler {
             stratum: 0.0,
             next,
             tokens: 0,
-            importance_sum: 0.0,
+            scored: 0,
+            scores: 0.0,
             norm_sum: 0.0,
             sketch: None,
         })
@@ -132,7 +135,7 @@ impl Sampler {
                 }
             }
             if let Some(sketch) = &mut self.sketch {
-                sketch.gram.update(&rows.picked(&picks[before..]))?;
+                sketch.gram.update(&rows.picked(&picks[before..])?)?;
             }
             start = end;
         }
@@ -144,7 +147,7 @@ impl Sampler {
     /// # Errors
     /// As [`Self::pick`].
     pub fn sample(&mut self, rows: &Rows) -> Result<Rows> {
-        Ok(rows.picked(&self.pick(rows)?))
+        rows.picked(&self.pick(rows)?)
     }
 
     /// The weight of the token if it is taken.
@@ -152,27 +155,23 @@ impl Sampler {
         let norm: f64 = rows.row(token).iter().map(|&x| f64::from(x).powi(2)).sum();
         self.tokens += 1;
         self.norm_sum += norm;
-        let relative = |value: f64, sum: f64| {
+        if let Some(score) = leverage {
+            self.scored += 1;
+            self.scores += score;
+        }
+        let relative = |value: f64, count: u64, sum: f64| {
             if sum > 0.0 {
-                value * self.tokens as f64 / sum
+                value * count as f64 / sum
             } else {
                 1.0
             }
         };
-        let by_norm = relative(norm, self.norm_sum);
+        let by_norm = relative(norm, self.tokens, self.norm_sum);
         let importance = match (self.importance, leverage) {
             (Importance::Uniform, _) => 1.0,
             (Importance::Norm, _) => by_norm,
             (Importance::Mixture, _) | (Importance::Leverage { .. }, None) => (1.0 + by_norm) / 2.0,
-            (Importance::Leverage { .. }, Some(score)) => {
-                self.importance_sum += score;
-                let counted = self.tokens - FIRST_SKETCH;
-                if self.importance_sum > 0.0 {
-                    score * counted as f64 / self.importance_sum
-                } else {
-                    1.0
-                }
-            }
+            (Importance::Leverage { .. }, Some(score)) => relative(score, self.scored, self.scores),
         };
         let p = self.share * importance;
         if p >= 1.0 {
