@@ -10,6 +10,8 @@ mod compressed_tensors;
 pub mod gptq;
 mod sparse;
 mod stored;
+#[cfg(test)]
+mod tests;
 
 use std::fmt::{self, Display, Formatter};
 

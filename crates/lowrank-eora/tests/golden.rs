@@ -120,10 +120,12 @@ fn rounding_to_three_bits_agrees_to_all_digits() {
     }
 }
 
+/// Name, ‖DX‖, and what plain SVD and EoRA leave of it at ranks 1, 3 and 6.
+type Row = (&'static str, f64, [(f64, f64); 3]);
+
 #[test]
 fn nine_compressors_and_their_repairs_have_the_published_losses() {
-    // Name, ‖DX‖, then plain SVD and EoRA at ranks 1, 3 and 6.
-    let rows: [(&str, f64, [(f64, f64); 3]); 9] = [
+    let rows: [Row; 9] = [
         (
             "rtn-int4-g8-exact",
             1.318587,

@@ -5,7 +5,6 @@ mod data;
 mod hidden;
 mod save;
 
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
@@ -407,23 +406,25 @@ impl Lowrank<'_> {
         };
         let own: Bytes = compressed.reports().map(|report| report.bytes).sum();
         let all = self.decoder.checkpoint().total_bytes();
-        let mut controls: BTreeMap<String, (Compressor, Vec<String>)> = BTreeMap::new();
-        for row in rows.iter().filter(|row| row.rank.is_some()) {
-            let Some(target) = row.bytes.map(|bytes| bytes - (all - own.dense)) else {
+        // In the order of ranks; methods of one rank share a control.
+        let mut controls: Vec<(Compressor, Vec<String>)> = Vec::new();
+        for row in rows {
+            let (Some(rank), Some(bytes)) = (row.rank, row.bytes) else {
                 continue;
             };
-            if let Some((control, _)) = control::same_bytes(compressor, target, &shapes) {
-                let stands_for = row.rank.map(|rank| rank.to_string()).unwrap_or_default();
-                let (_, ranks) = controls
-                    .entry(control.to_string())
-                    .or_insert((control, vec![]));
-                if !ranks.contains(&stands_for) {
-                    ranks.push(stands_for);
-                }
+            let target = bytes - (all - own.dense);
+            let Some((control, _)) = control::same_bytes(compressor, target, &shapes) else {
+                continue;
+            };
+            let rank = rank.to_string();
+            match controls.iter_mut().find(|(other, _)| *other == control) {
+                Some((_, ranks)) if ranks.contains(&rank) => {}
+                Some((_, ranks)) => ranks.push(rank),
+                None => controls.push((control, vec![rank])),
             }
         }
         let mut made = Vec::new();
-        for (control, ranks) in controls.into_values() {
+        for (control, ranks) in controls {
             bar.set_label(format!("control {control}"));
             let (mut row, repaired) = self.control(&control, bar)?;
             self.discard(&repaired)?;

@@ -318,7 +318,7 @@ impl Task<'_> {
             let width = grid.group.width(n);
             for group in block.start.div_ceil(width)..block.end.div_ceil(width) {
                 line.steps[group] =
-                    Some(self.fit(grid, &line.weights, &line.pruned, group, &mut fitted));
+                    Some(self.fit(grid, line.weights, line.pruned, group, &mut fitted));
             }
         }
         for (i, error) in block.clone().zip(errors) {
@@ -327,7 +327,7 @@ impl Task<'_> {
                 if i.is_multiple_of(width) {
                     let group = i / width;
                     line.steps[group] =
-                        Some(self.fit(grid, &line.weights, &line.pruned, group, &mut fitted));
+                        Some(self.fit(grid, line.weights, line.pruned, group, &mut fitted));
                 }
             }
             if let Pruning::Pattern(Pattern::Nm { keep, of }) = self.pruning

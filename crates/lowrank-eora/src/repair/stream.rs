@@ -204,8 +204,8 @@ impl Collector {
         let mut teacher = self.teacher[index].take();
         if let Some(sampler) = &mut site.sampler {
             let picks = sampler.pick(&rows)?;
-            rows = rows.picked(&picks);
-            teacher = teacher.map(|teacher| teacher.picked(&picks));
+            rows = rows.picked(&picks)?;
+            teacher = teacher.map(|rows| rows.picked(&picks)).transpose()?;
         }
         if let (Some(sum), Some(teacher)) = (&mut site.teacher, &teacher) {
             sum.update(teacher)?;

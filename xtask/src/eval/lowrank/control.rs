@@ -1,6 +1,6 @@
 //! The same bytes, spent on the weights instead of on factors.
 
-use lowrank_eora::compress::{Bits, Compressor, Cut, Group, Pattern, Prune, Quantise, Symmetry};
+use lowrank_eora::compress::{Bits, Compressor, Cut, Group, Pattern, Prune, Quantise, Score, Symmetry};
 
 /// The linears of a model, as far as their size goes.
 #[derive(Debug, Clone)]
@@ -19,13 +19,15 @@ const GROUPS: [usize; 6] = [512, 256, 128, 64, 32, 16];
 pub(super) fn bytes(compressor: &Compressor, shapes: &Shapes) -> Option<u64> {
     let linear = |&(m, n): &(usize, usize)| {
         let all = m * n;
-        let kept = match compressor.prune.map(|prune| prune.pattern) {
+        let kept = match compressor.prune {
             None => all,
-            Some(Pattern::Nm { keep, of }) if n.is_multiple_of(of) => all / of * keep,
-            Some(Pattern::Nm { .. }) => return None,
-            Some(Pattern::Unstructured { percent, .. }) => {
-                all - (all as f64 * percent / 100.0).floor() as usize
-            }
+            Some(Prune { score, pattern }) => match (pattern, score) {
+                (Pattern::Nm { keep, of }, _) if n.is_multiple_of(of) => all / of * keep,
+                (Pattern::Nm { .. }, _) => return None,
+                // Wanda prunes equally many of each output.
+                (Pattern::Unstructured { percent, .. }, Score::Wanda) => m * (n - share(n, percent)),
+                (Pattern::Unstructured { percent, .. }, _) => all - share(all, percent),
+            },
         };
         let mask = if kept < all { all.div_ceil(8) } else { 0 };
         Some(match compressor.quantise.map(|quantise| quantise.grid) {
@@ -46,6 +48,11 @@ pub(super) fn bytes(compressor: &Compressor, shapes: &Shapes) -> Option<u64> {
         .map(linear)
         .sum::<Option<usize>>()
         .map(|bytes| bytes as u64)
+}
+
+/// ⌊count · percent / 100⌋.
+fn share(count: usize, percent: f64) -> usize {
+    (count as f64 * percent / 100.0).floor() as usize
 }
 
 /// The compressor of the same kind that comes nearest to `target` bytes, above what `compressor` takes: more bits or
@@ -142,6 +149,8 @@ mod tests {
             "rtn-int4-g16-sym",
             "wanda-2:4",
             "magnitude-37.3",
+            "wanda-44.9",
+            "sparsegpt-44.9",
             "wanda-2:4+rtn-int4",
             "sparsegpt-50+gptq-int3-g32",
         ] {
