@@ -72,8 +72,13 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         held_out.loss()
     );
 
-    let write = |name: &str, weights, dtype| {
-        let layout = Layout::Dense { dtype };
+    for (name, weights) in [
+        ("compressed", Weights::Compressed),
+        ("merged", Weights::Merged),
+    ] {
+        let layout = Layout::Dense {
+            dtype: Some(DType::F32),
+        };
         let (dst, options) = (out.join(name), WriteOptions::default());
         write_checkpoint(
             &decoder,
@@ -83,10 +88,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             dst,
             &options,
             &mut || (),
-        )
-    };
-    write("compressed", Weights::Compressed, Some(DType::F32))?;
-    write("merged", Weights::Merged, Some(DType::F32))?;
+        )?;
+    }
     let options = AdapterOptions {
         base_model: out.join("compressed").display().to_string(),
         ..AdapterOptions::default()

@@ -193,19 +193,12 @@ pub enum Error {
         reason: String,
     },
     /// A folder holds the state of another run.
-    #[error(
-        "{}: this is another run, with {what} {found} instead of {expected}; use another folder",
-        folder.display()
-    )]
+    #[error("{}: this is another run, with {difference}; use another folder", folder.display())]
     OtherRun {
         /// The folder.
         folder: PathBuf,
-        /// What differs.
-        what: String,
-        /// What the folder's run had.
-        found: String,
-        /// What this run has.
-        expected: String,
+        /// What was run otherwise: "ranks {\"constant\":2} instead of {\"constant\":3}".
+        difference: String,
     },
     /// A file or folder of a repair, an adapter or a probe that does not hold what it should.
     #[error("{}: {reason}", path.display())]

@@ -322,13 +322,13 @@ fn a_folder_with_another_run_is_refused_and_says_what_differs() {
             &mut |_| (),
         );
         match result {
-            Err(Error::OtherRun { what, .. }) => what,
+            Err(Error::OtherRun { difference, .. }) => difference,
             other => panic!("{other:?}"),
         }
     };
-    assert_eq!(what(&eora(3), "rtn-int4", 1), "ranks");
-    assert_eq!(what(&eora(2), "rtn-int3", 1), "source");
-    assert_eq!(what(&eora(2), "rtn-int4", 7), "calibration");
+    assert!(what(&eora(3), "rtn-int4", 1).starts_with("ranks "));
+    assert!(what(&eora(2), "rtn-int3", 1).starts_with("source "));
+    assert!(what(&eora(2), "rtn-int4", 7).starts_with("calibration "));
 }
 
 #[test]
@@ -457,15 +457,15 @@ fn a_probe_passes_on_the_repaired_model_and_tells_a_wrong_scale_by_its_size() {
     assert_eq!(probe.layers().len(), 14);
     let with = |scale: f64| {
         let runtime = |id: LayerId, x: &Tensor| {
-            let layers = repaired.block(id.block)?;
+            let layers = repaired.block(id.block).unwrap();
             let layer = layers
                 .into_iter()
                 .find(|layer| layer.report.layer == id)
                 .unwrap();
-            let mut w = layer.weight.matrix()?;
+            let mut w = layer.weight.matrix().unwrap();
             w += layer.factors.unwrap().product() * faer::Scale(scale);
-            let w = to_tensor(w.as_ref(), DType::F32, &Device::Cpu)?;
-            Ok(x.matmul(&w.t()?)?)
+            let w = to_tensor(w.as_ref(), DType::F32, &Device::Cpu).unwrap();
+            x.matmul(&w.t()?)
         };
         probe.check(runtime).unwrap()
     };
@@ -484,7 +484,7 @@ fn a_probe_passes_on_the_repaired_model_and_tells_a_wrong_scale_by_its_size() {
             );
         }
     }
-    let crossed = probe.check(|id, _| Ok(probe.layer(id)?.input));
+    let crossed = probe.check(|id, _| Ok(probe.layer(id).unwrap().input));
     assert!(matches!(crossed, Err(Error::Layer { layer, .. }) if layer.contains("k_proj")));
 }
 
@@ -780,7 +780,12 @@ fn window_weights_act_as_repetition_and_sampled_tokens_still_repair() {
     for (a, b) in a.reports().zip(b.reports()) {
         assert!((a.calibration.after / b.calibration.after - 1.0).abs() < 1e-3);
     }
-    let short = result_of_wrong_weights(&decoder, &tiny);
+    let short = Repair {
+        window_weights: Some(vec![1.0; 3]),
+        ..eora(3)
+    };
+    let (source, folder) = (compressor("rtn-int4"), tiny.path("short"));
+    let short = short.run(&decoder, &source, &once, None, folder, &mut |_| ());
     assert!(matches!(short, Err(Error::Shape { .. })));
 
     let sampled = Repair {
@@ -807,22 +812,6 @@ fn window_weights_act_as_repetition_and_sampled_tokens_still_repair() {
     );
     let (all, half) = (held_out(&all), held_out(&half));
     assert!(half.loss() < 1.1 * all.loss() && half.loss() < half.loss_before());
-}
-
-fn result_of_wrong_weights(decoder: &Decoder<'_>, tiny: &Tiny) -> lowrank_eora::Result<Repaired> {
-    let repair = Repair {
-        window_weights: Some(vec![1.0; 3]),
-        ..eora(3)
-    };
-    let source = compressor("rtn-int4");
-    repair.run(
-        decoder,
-        &source,
-        &windows(8, 1),
-        None,
-        tiny.path("short"),
-        &mut |_| (),
-    )
 }
 
 #[test]

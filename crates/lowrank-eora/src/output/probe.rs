@@ -148,12 +148,12 @@ impl Probe {
     /// What the runtime reports, and outputs of another shape or that are not finite, with the linear.
     pub fn check(
         &self,
-        mut runtime: impl FnMut(LayerId, &Tensor) -> Result<Tensor>,
+        mut runtime: impl FnMut(LayerId, &Tensor) -> candle_core::Result<Tensor>,
     ) -> Result<Vec<Deviation>> {
         let check = |&layer: &LayerId| {
             let probe = self.layer(layer)?;
-            let found = runtime(layer, &probe.input)?;
-            deviation(&probe, &found).map_err(|source| Error::Layer {
+            let found = runtime(layer, &probe.input).map_err(Error::from);
+            (found.and_then(|found| deviation(&probe, &found))).map_err(|source| Error::Layer {
                 layer: format!("{}: {layer}", self.path.display()),
                 source: Box::new(source),
             })

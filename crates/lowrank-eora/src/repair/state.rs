@@ -144,12 +144,10 @@ pub(super) fn begin(folder: &Path, facts: &Map<String, Value>) -> Result<()> {
             .find(|(key, value)| found.get(*key) != Some(value));
         return match differs {
             None => Ok(()),
-            Some((key, value)) => Err(Error::OtherRun {
-                folder: folder.to_owned(),
-                what: key.clone(),
-                found: found.get(key).unwrap_or(&Value::Null).to_string(),
-                expected: value.to_string(),
-            }),
+            Some((key, value)) => {
+                let found = found.get(key).unwrap_or(&Value::Null);
+                Err(other_run(folder, key, found, value))
+            }
         };
     }
     fs::create_dir_all(folder).map_err(io("create", folder))?;
@@ -192,6 +190,13 @@ pub(super) fn facts(
     // As a file gives them back: floats in their shortest form.
     let text = serde_json::to_string(&facts).map_err(|error| malformed(Path::new(FILE), &error))?;
     serde_json::from_str(&text).map_err(|error| malformed(Path::new(FILE), &error))
+}
+
+fn other_run(folder: &Path, what: &str, found: &Value, expected: &Value) -> Error {
+    Error::OtherRun {
+        folder: folder.to_owned(),
+        difference: format!("{what} {found} instead of {expected}"),
+    }
 }
 
 fn malformed(path: &Path, error: &dyn std::error::Error) -> Error {
@@ -357,12 +362,10 @@ impl super::Source for Repaired {
         let found = Value::from(format!("{:016x}", hash_checkpoint(dense.checkpoint())));
         match self.facts.get("model") {
             Some(model) if *model == found => Ok(()),
-            model => Err(Error::OtherRun {
-                folder: self.folder.clone(),
-                what: "model".into(),
-                found: model.unwrap_or(&Value::Null).to_string(),
-                expected: found.to_string(),
-            }),
+            model => {
+                let model = model.unwrap_or(&Value::Null);
+                Err(other_run(&self.folder, "model", model, &found))
+            }
         }
     }
 

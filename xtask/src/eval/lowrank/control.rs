@@ -1,6 +1,8 @@
 //! The same bytes, spent on the weights instead of on factors.
 
-use lowrank_eora::compress::{Bits, Compressor, Cut, Group, Pattern, Prune, Quantise, Score, Symmetry};
+use lowrank_eora::compress::{
+    Bits, Compressor, Cut, Group, Pattern, Prune, Quantise, Score, Symmetry,
+};
 
 /// The linears of a model, as far as their size goes.
 #[derive(Debug, Clone)]
@@ -25,7 +27,9 @@ pub(super) fn bytes(compressor: &Compressor, shapes: &Shapes) -> Option<u64> {
                 (Pattern::Nm { keep, of }, _) if n.is_multiple_of(of) => all / of * keep,
                 (Pattern::Nm { .. }, _) => return None,
                 // Wanda prunes equally many of each output.
-                (Pattern::Unstructured { percent, .. }, Score::Wanda) => m * (n - share(n, percent)),
+                (Pattern::Unstructured { percent, .. }, Score::Wanda) => {
+                    m * (n - share(n, percent))
+                }
                 (Pattern::Unstructured { percent, .. }, _) => all - share(all, percent),
             },
         };
