@@ -203,6 +203,20 @@ fn wrong_names_and_texts_are_one_clear_line() {
     ];
     let same = error(&eval(&scene, "lowrank", &same));
     assert!(same.contains("--calib and --text"), "{same}");
+    let packed = [
+        "--compress",
+        "wanda-2:4",
+        "--method",
+        "eora",
+        "--rank",
+        "2",
+        "--save",
+        "x",
+        "--save-as",
+        "gptq",
+    ];
+    let packed = error(&lowrank(&scene, &packed));
+    assert!(packed.contains("--save-as gptq"), "{packed}");
     let odd = ["--compress", "wanda-2:5", "--method", "eora", "--rank", "2"];
     let odd = error(&lowrank(&scene, &odd));
     assert!(odd.contains("model.layers.0.self_attn.q_proj"), "{odd}");

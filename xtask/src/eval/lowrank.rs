@@ -13,7 +13,7 @@ use causal_lm::{Decoder, Perplexity, Windows};
 use lowrank_eora::compress::Compressor;
 use lowrank_eora::output::{Layout, Weights, write_checkpoint};
 use lowrank_eora::repair::{
-    Bytes, Energy, FactorStorage, LayerReport, Ranks, Repair, Repaired, Source,
+    Bytes, Energy, FactorStorage, InputSource, LayerReport, Ranks, Repair, Repaired, Source,
 };
 use lowrank_eora::solve::Method;
 use serde_json::{Value, json};
@@ -84,6 +84,7 @@ pub fn run(common: &Common, config: &Config) -> Result<Vec<Section>> {
         "--calib and --text are both {}: a model calibrated on its evaluation text looks better than it is",
         config.calib.display()
     );
+    save::check(config)?;
     let checkpoint = Checkpoint::open(&config.perplexity.model)?;
     let decoder = open(common, &checkpoint)?;
     let protocol = Protocol::new(common, &config.perplexity, &decoder)?;
@@ -121,10 +122,8 @@ pub fn run(common: &Common, config: &Config) -> Result<Vec<Section>> {
         .fact(
             "calibrated on",
             match config.repair.inputs {
-                lowrank_eora::repair::InputSource::Repaired => {
-                    "activations behind the repaired blocks"
-                }
-                lowrank_eora::repair::InputSource::Dense => "activations of the dense model",
+                InputSource::Repaired => "activations behind the repaired blocks",
+                InputSource::Dense => "activations of the dense model",
             },
         )
         .fact(
@@ -251,20 +250,9 @@ impl Lowrank<'_> {
         self.fill(&mut row, &repaired, bar)?;
         // Time and memory are those of the repair.
         (row.seconds, row.peak_rss_bytes) = made;
-        if let Some(save) = &self.config.save {
-            let single = self.config.compressors.len() == 1
-                && self.config.methods.len() == 1
-                && (self.config.ranks.len() == 1 || repair.is_none());
-            let wanted = self.config.methods.contains(&options.method);
-            let folder = if single {
-                save.clone()
-            } else {
-                save.join(&name)
-            };
-            if wanted {
-                save::write(self.config, self.decoder, &repaired, &folder)
-                    .with_context(|| folder.display().to_string())?;
-            }
+        if let Some(folder) = save::folder(self.config, compressor, repair) {
+            save::write(self.config, self.decoder, &repaired, &folder)
+                .with_context(|| folder.display().to_string())?;
         }
         Ok((row, repaired))
     }
