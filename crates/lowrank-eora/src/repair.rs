@@ -23,7 +23,7 @@ mod stored;
 mod stream;
 
 pub use layer::LayerId;
-pub use options::{FactorStorage, InputSource, Ranks, Repair, Sampling, WithinBlock};
+pub use options::{FactorStorage, InputSource, Ranks, Repair, Sampling, Spread, WithinBlock};
 pub use report::{Bytes, Energy, LayerReport, Requantised, Seconds};
 pub use source::{Given, Linear, Source};
 pub use state::{Repaired, RepairedLayer};

@@ -16,7 +16,7 @@ use lowrank_eora::output::{
 };
 use lowrank_eora::repair::{
     Energy, FactorStorage, Given, InputSource, LayerId, LayerReport, Ranks, Repair, Repaired,
-    Seconds, Source, WithinBlock,
+    Seconds, Source, Spread, WithinBlock,
 };
 use lowrank_eora::solve::{GroupQuantizer, Method};
 use std::collections::BTreeMap;
@@ -682,7 +682,7 @@ fn ranks_under_a_budget_spend_it_where_it_gains_most() {
     let source = compressor("rtn-int3");
     let constant = run(&eora(4), &decoder, &source, &tiny.path("constant"));
     let budget = constant.reports().map(|report| report.bytes.factors).sum();
-    let ranks = Ranks::allocate(constant.reports(), budget, 4, 1).unwrap();
+    let ranks = Ranks::allocate(constant.reports(), budget, 4, 1, Spread::Absolute).unwrap();
     let repair = Repair { ranks, ..eora(0) };
     let allocated = run(&repair, &decoder, &source, &tiny.path("allocated"));
     let spent: u64 = allocated.reports().map(|report| report.bytes.factors).sum();

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
 use lowrank_eora::compress::Compressor;
-use lowrank_eora::repair::{FactorStorage, InputSource, Repair, Sampling, WithinBlock};
+use lowrank_eora::repair::{FactorStorage, InputSource, Repair, Sampling, Spread, WithinBlock};
 use lowrank_eora::solve::{GroupQuantizer, Method};
 use lowrank_eora::stats::Importance;
 use tensor_io::WriteOptions;
@@ -88,9 +88,10 @@ struct RepairArgs {
     /// Compress each block behind the repaired ones, not the whole model before the repair
     #[arg(long)]
     one_pass: bool,
-    /// Spread the bytes of a rank over the linears by what they gain, in a second pass
-    #[arg(long)]
-    allocate: bool,
+    /// Spread the bytes of a rank over the linears by what they gain, in a second pass: relative to each linear's
+    /// outputs, or in all
+    #[arg(long, value_enum, value_name = "SPREAD")]
+    allocate: Option<SpreadArg>,
     /// Share of the calibration tokens to use, drawn by their norms
     #[arg(long, value_name = "S", value_parser = share)]
     token_share: Option<f64>,
@@ -108,6 +109,12 @@ struct RepairArgs {
 /// `none`, or a method.
 #[derive(Clone, Copy)]
 struct MethodArg(Option<Method>);
+
+#[derive(Clone, Copy, ValueEnum)]
+enum SpreadArg {
+    Relative,
+    Absolute,
+}
 
 #[derive(Clone, Copy, ValueEnum)]
 enum InputsArg {
@@ -218,7 +225,10 @@ impl LowrankArgs {
                 ..Repair::default()
             },
             methods,
-            allocate: change.allocate,
+            allocate: change.allocate.map(|spread| match spread {
+                SpreadArg::Relative => Spread::Relative,
+                SpreadArg::Absolute => Spread::Absolute,
+            }),
             one_pass: change.one_pass,
             controls: !change.no_controls,
             save: self.save,

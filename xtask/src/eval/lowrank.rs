@@ -14,7 +14,7 @@ use causal_lm::{Decoder, Perplexity, Windows};
 use lowrank_eora::compress::Compressor;
 use lowrank_eora::output::{Layout, Weights, write_checkpoint};
 use lowrank_eora::repair::{
-    Bytes, Energy, FactorStorage, InputSource, LayerReport, Ranks, Repair, Repaired, Source,
+    Bytes, Energy, FactorStorage, InputSource, LayerReport, Ranks, Repair, Repaired, Source, Spread,
 };
 use lowrank_eora::solve::Method;
 use serde_json::{Value, json};
@@ -51,8 +51,8 @@ pub struct Config {
     pub methods: Vec<Option<Method>>,
     /// Ranks.
     pub ranks: Vec<usize>,
-    /// Whether the bytes of a rank are spread over linears by what they gain.
-    pub allocate: bool,
+    /// Whether and how the bytes of a rank are spread over linears by what they gain.
+    pub allocate: Option<Spread>,
     /// Everything of the repair but method and rank.
     pub repair: Repair,
     /// Whether each block is compressed behind the repaired ones.
@@ -136,10 +136,10 @@ pub fn run(common: &Common, config: &Config) -> Result<Vec<Section>> {
                 other => other.dtype().as_str(),
             },
         );
-    let spread = if config.allocate {
-        "by what each linear gains, in the bytes of one rank for all"
-    } else {
-        "the same for all"
+    let spread = match config.allocate {
+        None => "the same for all",
+        Some(Spread::Relative) => "by relative gain, in the bytes of one rank for all",
+        Some(Spread::Absolute) => "by gain, in the bytes of one rank for all",
     };
     Ok(vec![section.fact("ranks", spread)])
 }
@@ -234,10 +234,8 @@ impl Lowrank<'_> {
         };
         let watch = Stopwatch::start();
         let options = match repair {
-            Some((_, rank)) if self.config.allocate => {
-                self.allocated(options, rank, source, &name, bar)?
-            }
-            _ => options,
+            Some((_, rank)) => self.allocated(options, rank, source, &name, bar)?,
+            None => options,
         };
         let repaired = self.repair(&options, source, &name, bar)?;
         let mut row = Row {
@@ -280,7 +278,7 @@ impl Lowrank<'_> {
         Ok(repaired)
     }
 
-    /// The same repair with the bytes of one rank for all spread by what each linear gains, as a first repair of a larger
+    /// The same repair, where asked for with the bytes of one rank for all spread by what each linear gains, as a first repair of a larger
     /// rank shows it.
     fn allocated(
         &self,
@@ -290,6 +288,9 @@ impl Lowrank<'_> {
         name: &str,
         bar: &Progress,
     ) -> Result<Repair> {
+        let Some(spread) = self.config.allocate else {
+            return Ok(options);
+        };
         let first = Repair {
             ranks: Ranks::Constant(rank * ALLOCATION_REACH),
             requantise: None,
@@ -302,7 +303,7 @@ impl Lowrank<'_> {
             rank.min(m.min(n)) * (m + n)
         };
         let budget = (first.reports().map(values).sum::<usize>() * size) as u64;
-        let ranks = Ranks::allocate(first.reports(), budget, size, 1)?;
+        let ranks = Ranks::allocate(first.reports(), budget, size, 1, spread)?;
         self.discard(&first)?;
         Ok(Repair { ranks, ..options })
     }

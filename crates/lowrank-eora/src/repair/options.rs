@@ -93,6 +93,18 @@ pub enum Ranks {
     Table(BTreeMap<LayerId, usize>),
 }
 
+/// What [`Ranks::allocate`] sums up over linears.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Spread {
+    /// Squared errors of outputs relative to the squared outputs of the same linear.
+    #[default]
+    Relative,
+    /// Squared errors of outputs: what the total loss is made of. Linears with large outputs take
+    /// the ranks, whatever they mean to the model.
+    Absolute,
+}
+
 impl Ranks {
     /// The rank of a linear of `m × n`.
     pub fn of(&self, layer: LayerId, (m, n): (usize, usize)) -> usize {
@@ -103,7 +115,7 @@ impl Ranks {
     }
 
     /// Ranks, multiples of `multiple_of`, that spend at most `budget` bytes on factors of `bytes`
-    /// bytes per entry where they take most off the sum of squared losses.
+    /// bytes per entry where they take most off the sum that `spread` names.
     ///
     /// In two passes over the model: the reports are those of a repair of constant rank, the
     /// largest that a layer may get, by a method that sees the inputs (their losses are otherwise
@@ -116,6 +128,7 @@ impl Ranks {
         budget: u64,
         bytes: usize,
         multiple_of: usize,
+        spread: Spread,
     ) -> Result<Self> {
         let reports: Vec<&LayerReport> = reports.into_iter().collect();
         let candidate = |report: &&'a LayerReport| -> Result<Candidate<'a>> {
@@ -126,7 +139,12 @@ impl Ranks {
             let side = report.outputs.min(report.inputs);
             Ok(Candidate {
                 spectrum,
-                weight: 1.0,
+                weight: match spread {
+                    Spread::Relative if report.calibration.target > 0.0 => {
+                        1.0 / report.calibration.target
+                    }
+                    Spread::Relative | Spread::Absolute => 1.0,
+                },
                 bytes_per_rank: ((report.outputs + report.inputs) * bytes) as u64,
                 min: 0,
                 max: spectrum.squares().len().min(side),

@@ -59,49 +59,52 @@ fn share(count: usize, percent: f64) -> usize {
     (count as f64 * percent / 100.0).floor() as usize
 }
 
-/// The compressor of the same kind that comes nearest to `target` bytes, above what `compressor` takes: more bits or
-/// smaller groups where it quantises, fewer pruned weights, without a pattern, where it prunes. With its bytes.
+/// How near to the target, in parts of it, several are equally near.
+const NEAR: u64 = 50;
+
+/// A compressor of the same kind with about `target` bytes, above what `compressor` takes: more bits or smaller groups
+/// where it quantises, fewer pruned weights, without a pattern, where it prunes. Of those within 2 % of the target the one
+/// that prunes least, else the nearest. With its bytes.
 pub(super) fn same_bytes(
     compressor: &Compressor,
     target: u64,
     shapes: &Shapes,
 ) -> Option<(Compressor, u64)> {
     let own = bytes(compressor, shapes)?;
-    let finer = |candidate: &Compressor| -> Option<(Compressor, u64)> {
-        let bytes = bytes(candidate, shapes).filter(|bytes| *bytes > own)?;
-        Some((*candidate, bytes))
+    let quantisers: Vec<Option<Quantise>> = match compressor.quantise {
+        None => vec![None],
+        Some(quantise) => quantisations(quantise).into_iter().map(Some).collect(),
     };
-    let quantised = quantisations(compressor)
-        .into_iter()
-        .map(|quantise| Compressor {
-            quantise: Some(quantise),
-            ..*compressor
-        });
-    let pruned = compressor.prune.into_iter().flat_map(|prune| {
-        // A tenth of a percent is finer than any difference that is measured.
-        (0..1000).map(move |permille| Compressor {
-            prune: Some(Prune {
-                pattern: Pattern::Unstructured {
-                    percent: f64::from(permille) / 10.0,
-                    cut: Cut::Count,
-                },
-                ..prune
-            }),
-            ..*compressor
+    // A tenth of a percent is finer than any difference that is measured.
+    let fewer = compressor.prune.into_iter().flat_map(|prune| {
+        (1..1000).map(move |permille| Prune {
+            pattern: Pattern::Unstructured {
+                percent: f64::from(permille) / 10.0,
+                cut: Cut::Count,
+            },
+            ..prune
         })
     });
-    // Of equally near ones the first: quantisers before patterns.
-    quantised
-        .chain(pruned)
-        .filter_map(|c| finer(&c))
-        .min_by_key(|(_, bytes)| bytes.abs_diff(target))
+    let mut found: Vec<(Compressor, u64)> = Vec::new();
+    for prune in std::iter::once(None).chain(fewer.map(Some)) {
+        for &quantise in &quantisers {
+            let candidate = Compressor {
+                prune,
+                quantise,
+                ..*compressor
+            };
+            if let Some(bytes) = bytes(&candidate, shapes).filter(|bytes| *bytes > own) {
+                found.push((candidate, bytes));
+            }
+        }
+    }
+    let near = |(_, bytes): &&(Compressor, u64)| bytes.abs_diff(target) <= target / NEAR;
+    let nearest = || found.iter().min_by_key(|(_, bytes)| bytes.abs_diff(target));
+    found.iter().find(near).or_else(nearest).copied()
 }
 
-/// The quantiser with at least as many bits and groups at most as wide.
-fn quantisations(compressor: &Compressor) -> Vec<Quantise> {
-    let Some(quantise) = compressor.quantise else {
-        return Vec::new();
-    };
+/// Quantisers with at least as many bits and groups at most as wide.
+fn quantisations(quantise: Quantise) -> Vec<Quantise> {
     let widest = match quantise.grid.group {
         Group::Channel => usize::MAX,
         Group::Columns(width) => width,
