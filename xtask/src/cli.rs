@@ -2,6 +2,7 @@
 
 mod kv;
 mod lattice;
+mod lowrank;
 mod random_model;
 mod structured;
 mod tasks;
@@ -46,9 +47,16 @@ pub enum Suite {
     /// Every suite on the embedded default model.
     All,
     /// Perplexity of a checkpoint.
-    Perplexity(perplexity::Config),
+    Perplexity {
+        /// Model, text and protocol.
+        config: perplexity::Config,
+        /// Whether to measure the hidden states too.
+        hidden_metrics: bool,
+    },
     /// Structured pruning.
     Structured(eval::structured::Config),
+    /// Low-rank repair.
+    Lowrank(eval::lowrank::Config),
     /// Pruning of recurrent networks by order.
     Lattice(eval::lattice::Config),
     /// KV-cache eviction.
@@ -174,6 +182,8 @@ enum SuiteArgs {
     Perplexity(PerplexityArgs),
     /// Structured pruning: quality, size and speed by method and ratio
     Structured(Box<structured::StructuredArgs>),
+    /// Low-rank repair of compressed models: output error, quality and size by compressor, method and rank
+    Lowrank(Box<lowrank::LowrankArgs>),
     /// Pruning of recurrent networks by order, with the controls that tell whether order matters
     Lattice(Box<lattice::LatticeArgs>),
     /// KV-cache eviction: perplexity, attention on traces, or recall, by policy and budget
@@ -242,6 +252,9 @@ impl From<TextArgs> for perplexity::Config {
 struct PerplexityArgs {
     #[command(flatten)]
     text: TextArgs,
+    /// Also measure nuclear norm and entropy of the hidden states
+    #[arg(long)]
+    hidden_metrics: bool,
 }
 
 fn window(text: &str) -> Result<usize, String> {
@@ -308,10 +321,12 @@ impl EvalArgs {
             },
             suite: match suite {
                 None => Suite::All,
-                Some(SuiteArgs::Perplexity(PerplexityArgs { text })) => {
-                    Suite::Perplexity(text.into())
-                }
+                Some(SuiteArgs::Perplexity(args)) => Suite::Perplexity {
+                    config: args.text.into(),
+                    hidden_metrics: args.hidden_metrics,
+                },
                 Some(SuiteArgs::Structured(args)) => Suite::Structured(args.config(seed)),
+                Some(SuiteArgs::Lowrank(args)) => Suite::Lowrank(args.config(seed)),
                 Some(SuiteArgs::Lattice(args)) => Suite::Lattice(args.config(seed)),
                 Some(SuiteArgs::Kv(args)) => Suite::Kv(args.config()),
                 Some(SuiteArgs::Tasks(args)) => Suite::Tasks((*args).into()),

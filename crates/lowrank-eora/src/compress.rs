@@ -1,1 +1,351 @@
 //! Compressors whose loss is repaired: pruning by magnitude, Wanda and SparseGPT, quantisation by rounding and GPTQ.
+//!
+//! A [`Compressor`] is plain data with a name (`sparsegpt-2:4`, `gptq-int4-g128-sym-act`, `wanda-2:4+rtn-int4`). It maps
+//! W (`m × n`, outputs × inputs) and what is known of the inputs, H = X Xᵀ or its diagonal, to W_c. Any positive
+//! multiple of H gives the same W_c. Pruning comes first, quantisation keeps the zeros.
+//!
+//! Cost for `m × n` weights, all in f64: magnitude, Wanda and rounding pass over W a few times, `O(mn)`, 80 times with the
+//! `mse` search. SparseGPT and GPTQ factorise H once, `2n³/3` multiply-adds and `2n²` numbers of memory, and sweep in
+//! blocks of b columns: `mnb/2` multiply-adds within blocks, `mn²/2` in matrix products after them.
+//!
+//! Work is shared out by rows in strips of fixed size, so results do not depend on the number of threads.
+
+mod factor;
+mod grid;
+mod name;
+mod nearest;
+mod prune;
+mod quantised;
+mod rows;
+mod storage;
+mod sweep;
+mod tensor;
+#[cfg(test)]
+mod tests;
+
+use faer::{Mat, MatRef};
+use serde::{Deserialize, Serialize};
+
+use crate::{Error, Result};
+
+pub use grid::{Bits, Grid, Group, Range, ScaleDtype, Symmetry};
+pub(crate) use name::GRAMMAR;
+pub use prune::{Cut, Mask, Pattern, Prune, Score};
+pub use quantised::Quantised;
+pub use storage::Storage;
+pub use sweep::{ColumnOrder, GroupFit, Sweep, SweepReport};
+
+use factor::Factor;
+pub(crate) use rows::Rows;
+use sweep::{Pruning, Task};
+
+/// How a weight is compressed. Parsed from and shown as its name; serialised as that name too.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct Compressor {
+    /// What is set to zero.
+    pub prune: Option<Prune>,
+    /// How what remains is quantised.
+    pub quantise: Option<Quantise>,
+    /// Parameters of the sweep over columns that SparseGPT and GPTQ make; unused by the others.
+    pub sweep: Sweep,
+}
+
+/// Quantisation: the grid of values, and how weights are assigned to it.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Quantise {
+    /// The values that can be stored.
+    pub grid: Grid,
+    /// How weights come to them.
+    pub rounding: Rounding,
+}
+
+/// How weights are assigned to the values of a grid.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Rounding {
+    /// Each to the nearest.
+    Nearest,
+    /// Column by column, the remaining columns taking over the error (GPTQ, arXiv 2210.17323).
+    Gptq {
+        /// Order of the columns.
+        order: ColumnOrder,
+        /// Which weights a group's parameters are fitted to.
+        fit: GroupFit,
+    },
+}
+
+/// What is known of the inputs X (`n × t`, tokens as columns) of a linear.
+#[derive(Debug, Clone, Copy)]
+pub enum Inputs<'a> {
+    /// H = X Xᵀ, `n × n`, or a positive multiple. Only the lower triangle is read.
+    Gram(MatRef<'a, f64>),
+    /// The diagonal of H: Σ_t X_jt², one value per input, or a positive multiple.
+    Diagonal(&'a [f64]),
+}
+
+/// What a compressor needs to know of the inputs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Needs {
+    /// Nothing.
+    Nothing,
+    /// The diagonal of X Xᵀ.
+    Diagonal,
+    /// X Xᵀ.
+    Gram,
+}
+
+/// A compressed weight.
+#[derive(Debug, Clone)]
+pub struct Compressed {
+    /// W_c, `m × n`. Where it is quantised, exactly scale · (code − zero) of [`Compressed::quantised`].
+    pub weight: Mat<f64>,
+    /// Which weights were pruned; None if nothing was.
+    pub mask: Option<Mask>,
+    /// The stored form of a quantised weight.
+    pub quantised: Option<Quantised>,
+    /// What the last sweep of SparseGPT or GPTQ met.
+    pub sweep: Option<SweepReport>,
+}
+
+impl Compressor {
+    /// Names in common use; more can be formed by the grammar that a failing parse states.
+    pub const COMMON: [&'static str; 14] = [
+        "magnitude-50",
+        "magnitude-2:4",
+        "wanda-50",
+        "wanda-2:4",
+        "sparsegpt-50",
+        "sparsegpt-2:4",
+        "rtn-int3",
+        "rtn-int4",
+        "gptq-int3",
+        "gptq-int4",
+        "gptq-int3-g128",
+        "gptq-int4-g128",
+        "wanda-2:4+rtn-int4",
+        "sparsegpt-2:4+gptq-int4",
+    ];
+
+    /// What [`Compressor::compress`] must be told of the inputs.
+    pub fn needs(&self) -> Needs {
+        if self.sweeps() {
+            Needs::Gram
+        } else if self.prune.is_some_and(|prune| prune.score == Score::Wanda) {
+            Needs::Diagonal
+        } else {
+            Needs::Nothing
+        }
+    }
+
+    /// Compresses W, `m × n`. Inputs may say more than is needed.
+    ///
+    /// # Errors
+    /// [`Error::NeedsInputs`]; [`Error::Size`] and [`Error::NotFinite`] for W and inputs; [`Error::NotGram`] for a Gram
+    /// matrix with a negative diagonal; [`Error::Compressor`] if n does not fit the pattern N:M.
+    pub fn compress(
+        &self,
+        weight: MatRef<'_, f64>,
+        inputs: Option<Inputs<'_>>,
+    ) -> Result<Compressed> {
+        self.validate(Some(weight.ncols()))?;
+        let mut rows = Rows::read(weight, "weight")?;
+        let columns = rows.cols();
+        let factor = match self.needs() {
+            Needs::Gram => {
+                let gram = self.gram(inputs, columns)?;
+                Some(Factor::new(gram, self.sweep.damping, self.order())?)
+            }
+            Needs::Diagonal | Needs::Nothing => None,
+        };
+
+        let mut mask = None;
+        let mut report = None;
+        if let Some(prune) = self.prune {
+            let mut pruned = Mask::none(rows.rows(), columns);
+            match (prune.score, &factor) {
+                (Score::SparseGpt, Some(factor)) if !self.is_joint() => {
+                    let task = Task {
+                        factor,
+                        sweep: self.sweep,
+                        pruning: Pruning::Pattern(prune.pattern),
+                        rounding: None,
+                    };
+                    report = Some(task.run(&mut rows, &mut pruned).report);
+                }
+                (Score::SparseGpt, _) => {}
+                (Score::Magnitude, _) => {
+                    prune::by_magnitude(&mut rows, prune.pattern, &mut pruned);
+                }
+                (Score::Wanda, _) => {
+                    let squares = self.diagonal(inputs, columns)?;
+                    prune::by_wanda(&mut rows, &squares, prune.pattern, &mut pruned);
+                }
+            }
+            mask = Some(pruned);
+        }
+
+        let mut quantised = None;
+        if let Some(Quantise { grid, rounding }) = self.quantise {
+            match (rounding, &factor) {
+                (Rounding::Gptq { fit, .. }, Some(factor)) => {
+                    let pruning = match self.prune {
+                        Some(prune) if self.is_joint() => Pruning::Pattern(prune.pattern),
+                        _ => Pruning::Given,
+                    };
+                    let task = Task {
+                        factor,
+                        sweep: self.sweep,
+                        pruning,
+                        rounding: Some((grid, fit)),
+                    };
+                    let mut none = Mask::none(rows.rows(), columns);
+                    let outcome = task.run(&mut rows, mask.as_mut().unwrap_or(&mut none));
+                    report = Some(outcome.report);
+                    quantised = outcome.quantised;
+                }
+                _ => quantised = Some(nearest::round(&mut rows, &grid)),
+            }
+        }
+
+        Ok(Compressed {
+            weight: rows.to_mat(),
+            mask,
+            quantised,
+            sweep: report,
+        })
+    }
+
+    /// Checks the parameters against each other and against the number of columns.
+    fn validate(&self, columns: Option<usize>) -> Result<()> {
+        let refuse = |reason: String| {
+            Err(Error::Compressor {
+                compressor: self.to_string(),
+                reason,
+            })
+        };
+        if !(self.sweep.damping >= 0.0 && self.sweep.damping.is_finite()) {
+            return refuse(format!("damping {} is not ≥ 0", self.sweep.damping));
+        }
+        if self.sweep.block == 0 {
+            return refuse("a block needs at least one column".to_string());
+        }
+        if let Some(quantise) = self.quantise
+            && quantise.grid.group == Group::Columns(0)
+        {
+            return refuse("a group needs at least one column".to_string());
+        }
+        let Some(prune) = self.prune else {
+            return Ok(());
+        };
+        match prune.pattern {
+            Pattern::Unstructured { percent, .. } => {
+                if !(0.0..100.0).contains(&percent) {
+                    return refuse(format!("{percent} percent is outside [0, 100)"));
+                }
+            }
+            Pattern::Nm { keep, of } => {
+                if keep == 0 || keep >= of {
+                    return refuse(format!("{keep}:{of} needs 0 < N < M"));
+                }
+                if let Some(columns) = columns
+                    && !columns.is_multiple_of(of)
+                {
+                    return refuse(format!("{columns} columns are not a multiple of {of}"));
+                }
+                if prune.score != Score::SparseGpt {
+                    return Ok(());
+                }
+                if !self.sweep.block.is_multiple_of(of) {
+                    return refuse(format!(
+                        "blocks of {} columns are not a multiple of {of}",
+                        self.sweep.block
+                    ));
+                }
+                if self.is_joint() {
+                    if self.order() == ColumnOrder::Activation {
+                        return refuse(format!(
+                            "SparseGPT chooses among {of} neighbours, which act-order takes apart; leave out `act`"
+                        ));
+                    }
+                    if let Some(Quantise { grid, .. }) = self.quantise
+                        && let Group::Columns(group) = grid.group
+                        && !group.is_multiple_of(of)
+                    {
+                        return refuse(format!(
+                            "groups of {group} columns are not a multiple of {of}"
+                        ));
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn sweeps(&self) -> bool {
+        self.prune
+            .is_some_and(|prune| prune.score == Score::SparseGpt)
+            || self.is_gptq()
+    }
+
+    fn is_gptq(&self) -> bool {
+        self.quantise
+            .is_some_and(|quantise| matches!(quantise.rounding, Rounding::Gptq { .. }))
+    }
+
+    /// Whether one sweep both prunes and quantises.
+    fn is_joint(&self) -> bool {
+        self.is_gptq()
+            && self
+                .prune
+                .is_some_and(|prune| prune.score == Score::SparseGpt)
+    }
+
+    fn order(&self) -> ColumnOrder {
+        match self.quantise.map(|quantise| quantise.rounding) {
+            Some(Rounding::Gptq { order, .. }) => order,
+            _ => ColumnOrder::Natural,
+        }
+    }
+
+    fn gram<'a>(&self, inputs: Option<Inputs<'a>>, columns: usize) -> Result<MatRef<'a, f64>> {
+        let Some(Inputs::Gram(gram)) = inputs else {
+            return Err(Error::NeedsInputs {
+                compressor: self.to_string(),
+                needs: "the Gram matrix X Xᵀ of the inputs",
+            });
+        };
+        if gram.shape() != (columns, columns) {
+            return Err(Error::Size {
+                what: "Gram matrix of the inputs",
+                expected: (columns, columns),
+                found: gram.shape(),
+            });
+        }
+        Ok(gram)
+    }
+
+    fn diagonal(&self, inputs: Option<Inputs<'_>>, columns: usize) -> Result<Vec<f64>> {
+        let diagonal = match inputs {
+            Some(Inputs::Gram(_)) => {
+                let gram = self.gram(inputs, columns)?;
+                (0..columns).map(|j| gram[(j, j)]).collect()
+            }
+            Some(Inputs::Diagonal(diagonal)) => diagonal.to_vec(),
+            None => {
+                return Err(Error::NeedsInputs {
+                    compressor: self.to_string(),
+                    needs: "the Gram matrix X Xᵀ of the inputs, or its diagonal",
+                });
+            }
+        };
+        if diagonal.len() != columns {
+            return Err(Error::Size {
+                what: "diagonal of the Gram matrix",
+                expected: (columns, 1),
+                found: (diagonal.len(), 1),
+            });
+        }
+        factor::check_diagonal(&diagonal)?;
+        Ok(diagonal)
+    }
+}

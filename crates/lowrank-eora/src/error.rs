@@ -15,6 +15,87 @@ pub enum Error {
     /// A tensor operation failed.
     #[error("tensor operation failed")]
     Candle(#[from] candle_core::Error),
+    /// A compressor's name that cannot be read.
+    #[error("compressor `{name}`: {reason}; {expected}", expected = crate::compress::GRAMMAR)]
+    CompressorName {
+        /// The name given.
+        name: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// A compressor whose parameters do not go together, or do not fit the weight.
+    #[error("compressor `{compressor}`: {reason}")]
+    Compressor {
+        /// Its name.
+        compressor: String,
+        /// What does not fit.
+        reason: String,
+    },
+    /// A compressor was given less about the inputs than it needs.
+    #[error("compressor `{compressor}` needs {needs}")]
+    NeedsInputs {
+        /// Its name.
+        compressor: String,
+        /// What it needs.
+        needs: &'static str,
+    },
+    /// A matrix or vector of the wrong size.
+    #[error("{what}: expected {expected:?}, found {found:?}")]
+    Size {
+        /// The matrix.
+        what: &'static str,
+        /// Rows and columns expected.
+        expected: (usize, usize),
+        /// Rows and columns found.
+        found: (usize, usize),
+    },
+    /// NaN or an infinity.
+    #[error("{what}: {value} at row {row}, column {column}")]
+    NotFinite {
+        /// The matrix.
+        what: &'static str,
+        /// Row, counted from 0.
+        row: usize,
+        /// Column, counted from 0.
+        column: usize,
+        /// The value found.
+        value: f64,
+    },
+    /// Weights stored in a form that cannot be read.
+    #[error(
+        "{}: weights are stored as {found}; what can be read is dense floats, GPTQ (checkpoint_format gptq or gptq_v2, 2, 3, 4 or 8 bits) and compressed-tensors (pack-quantized, sparse-24-bitmask or sparse-bitmask)",
+        path.display()
+    )]
+    UnsupportedFormat {
+        /// The checkpoint.
+        path: std::path::PathBuf,
+        /// What it says of itself.
+        found: String,
+    },
+    /// A tensor of a compressed weight does not fit the others.
+    #[error("tensor `{tensor}`: {reason}")]
+    StoredTensor {
+        /// The tensor.
+        tensor: String,
+        /// What does not fit.
+        reason: String,
+    },
+    /// A quantised weight that a format cannot hold.
+    #[error("`{module}` cannot be stored as {format}: {reason}")]
+    NotStorable {
+        /// The linear.
+        module: String,
+        /// The format.
+        format: &'static str,
+        /// Why, and what to do.
+        reason: String,
+    },
+    /// A matrix that no inputs can have as their X Xᵀ.
+    #[error("not a Gram matrix X Xᵀ: {reason}")]
+    NotGram {
+        /// What shows it.
+        reason: String,
+    },
     /// Two operands do not fit.
     #[error("{what} has shape {found:?}, expected {expected:?}")]
     Shape {
@@ -42,18 +123,6 @@ pub enum Error {
         token: usize,
         /// Input channel.
         channel: usize,
-        /// NaN or an infinity.
-        value: f64,
-    },
-    /// An entry of a matrix is NaN or infinite.
-    #[error("{what}: entry ({row}, {col}) is {value}")]
-    NotFinite {
-        /// The matrix.
-        what: &'static str,
-        /// Row of the entry.
-        row: usize,
-        /// Column of the entry.
-        col: usize,
         /// NaN or an infinity.
         value: f64,
     },
@@ -103,6 +172,38 @@ pub enum Error {
     #[error("{}: {reason}", path.display())]
     StatisticsFile {
         /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// Something went wrong with one linear.
+    #[error("{layer}: {source}")]
+    Layer {
+        /// The linear.
+        layer: String,
+        /// What went wrong.
+        source: Box<Error>,
+    },
+    /// The compressed model differs from the dense one in more than its linears.
+    #[error("tensor {tensor} of the compressed model is not that of the dense one: {reason}")]
+    OtherTensor {
+        /// The tensor.
+        tensor: String,
+        /// How it differs.
+        reason: String,
+    },
+    /// A folder holds the state of another run.
+    #[error("{}: this is another run, with {difference}; use another folder", folder.display())]
+    OtherRun {
+        /// The folder.
+        folder: PathBuf,
+        /// What was run otherwise: "ranks {\"constant\":2} instead of {\"constant\":3}".
+        difference: String,
+    },
+    /// A file or folder of a repair, an adapter or a probe that does not hold what it should.
+    #[error("{}: {reason}", path.display())]
+    Malformed {
+        /// The file or folder.
         path: PathBuf,
         /// What is wrong with it.
         reason: String,

@@ -83,7 +83,7 @@ pub(crate) fn check_finite(matrix: MatRef<'_, f64>, what: &'static str) -> Resul
         Some((row, col, value)) => Err(Error::NotFinite {
             what,
             row,
-            col,
+            column: col,
             value,
         }),
     }

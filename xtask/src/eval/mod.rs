@@ -2,6 +2,7 @@
 
 pub mod kv;
 pub mod lattice;
+pub mod lowrank;
 pub mod perplexity;
 pub mod structured;
 pub mod tasks;
@@ -37,8 +38,12 @@ pub fn run(mut run: Run) -> Result<()> {
     }
     let sections = match &run.suite {
         Suite::All => bail!("the run of all suites is not built yet"),
-        Suite::Perplexity(config) => perplexity::run(common, config)?,
+        Suite::Perplexity {
+            config,
+            hidden_metrics,
+        } => perplexity::run(common, config, *hidden_metrics)?,
         Suite::Structured(config) => structured::run(common, config)?,
+        Suite::Lowrank(config) => lowrank::run(common, config)?,
         Suite::Lattice(config) => lattice::run(common, config)?,
         Suite::Kv(config) => kv::run(common, config)?,
         Suite::Tasks(config) => tasks::run(common, config)?,

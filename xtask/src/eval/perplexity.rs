@@ -120,11 +120,11 @@ pub(crate) fn measure(
     Ok(())
 }
 
-/// Measure the perplexity of one checkpoint.
+/// Measure the perplexity of one checkpoint, and its hidden states where asked for.
 ///
 /// # Errors
 /// A model or text that cannot be read or run.
-pub fn run(common: &Common, config: &Config) -> Result<Vec<Section>> {
+pub fn run(common: &Common, config: &Config, hidden_metrics: bool) -> Result<Vec<Section>> {
     let checkpoint = Checkpoint::open(&config.model)?;
     let decoder = open(common, &checkpoint)?;
     let protocol = Protocol::new(common, config, &decoder)?;
@@ -135,6 +135,9 @@ pub fn run(common: &Common, config: &Config) -> Result<Vec<Section>> {
         ..Row::new("perplexity", DENSE)
     };
     measure(&decoder, &windows, &mut row, &progress)?;
+    if hidden_metrics {
+        super::lowrank::hidden_metrics(&decoder, &windows, &mut row)?;
+    }
     progress.finish();
     let section = Section {
         title: "Perplexity".into(),
@@ -150,6 +153,9 @@ pub fn run(common: &Common, config: &Config) -> Result<Vec<Section>> {
             Column::TokensPerSecond,
             Column::Seconds,
             Column::PeakRss,
+            Column::Extra("mnn".into()),
+            Column::Extra("nuclear".into()),
+            Column::Extra("entropy".into()),
         ],
         rows: vec![row],
         ..Section::default()

@@ -452,7 +452,11 @@ fn impossible_ranks_and_shapes_are_typed_errors() {
     let error = solve(bad.as_ref(), &Weighting::Identity, 1, &Options::default());
     assert!(matches!(
         error,
-        Err(Error::NotFinite { row: 2, col: 3, .. })
+        Err(Error::NotFinite {
+            row: 2,
+            column: 3,
+            ..
+        })
     ));
 }
 

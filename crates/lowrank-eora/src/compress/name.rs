@@ -1,0 +1,306 @@
+//! Names of compressors: `sparsegpt-2:4`, `gptq-int4-g128-sym-act`, `wanda-2:4+rtn-int4`.
+
+use std::fmt::{self, Display, Formatter};
+use std::str::FromStr;
+
+use super::grid::{Bits, Grid, Group, Range, ScaleDtype, Symmetry};
+use super::prune::{Cut, Pattern, Prune, Score};
+use super::sweep::{ColumnOrder, GroupFit, Sweep};
+use super::{Compressor, Quantise, Rounding};
+use crate::Error;
+
+/// What names there are, for errors.
+pub(crate) const GRAMMAR: &str = "\
+expected `none`, PRUNING, QUANTISATION or PRUNING+QUANTISATION; \
+PRUNING is magnitude, wanda or sparsegpt with -PERCENT or -N:M (N of M stay), for instance sparsegpt-2:4; \
+QUANTISATION is rtn or gptq with -int2, -int3, -int4 or -int8, for instance gptq-int4-g128-sym-act; suffixes of both \
+are -gN (columns per group; without: per output), -sym, -symclip, -mse and -exact (scales not rounded to f16), \
+of gptq -act, -static and -stale, of magnitude and sparsegpt with a percentage -ties, \
+of sparsegpt and gptq -dampX and -blockN";
+
+impl Compressor {
+    /// Leaves the weight as it is.
+    pub const NONE: Self = Self {
+        prune: None,
+        quantise: None,
+        sweep: Sweep {
+            damping: Sweep::DAMPING,
+            block: Sweep::BLOCK,
+        },
+    };
+}
+
+impl FromStr for Compressor {
+    type Err = Error;
+
+    fn from_str(name: &str) -> Result<Self, Error> {
+        let refuse = |reason: String| Error::CompressorName {
+            name: name.to_string(),
+            reason,
+        };
+        if name == "none" {
+            return Ok(Self::NONE);
+        }
+        let mut compressor = Self::NONE;
+        for part in name.split('+') {
+            let mut words = part.split('-');
+            let method = words.next().unwrap_or_default();
+            let given: Vec<&str> = words.collect();
+            match method {
+                "magnitude" | "wanda" | "sparsegpt" => {
+                    if compressor.prune.is_some() || compressor.quantise.is_some() {
+                        return Err(refuse("pruning comes once, and first".to_string()));
+                    }
+                    let score = match method {
+                        "magnitude" => Score::Magnitude,
+                        "wanda" => Score::Wanda,
+                        _ => Score::SparseGpt,
+                    };
+                    compressor.pruning(score, &given)
+                }
+                "rtn" | "gptq" => {
+                    if compressor.quantise.is_some() {
+                        return Err(refuse("quantisation comes once".to_string()));
+                    }
+                    compressor.quantisation(method == "gptq", &given)
+                }
+                _ => Err(format!("no method is called `{method}`")),
+            }
+            .map_err(refuse)?;
+        }
+        // What does not depend on the number of columns can be said now.
+        compressor.validate(None).map_err(|error| match error {
+            Error::Compressor { reason, .. } => refuse(reason),
+            other => other,
+        })?;
+        Ok(compressor)
+    }
+}
+
+impl Compressor {
+    fn pruning(&mut self, score: Score, words: &[&str]) -> Result<(), String> {
+        let Some((&amount, suffixes)) = words.split_first() else {
+            return Err("it lacks the share to prune".to_string());
+        };
+        let bad = || format!("`{amount}` is neither a percentage nor N:M");
+        let mut pattern = match amount.split_once(':') {
+            Some((keep, of)) => Pattern::Nm {
+                keep: keep.parse().map_err(|_| bad())?,
+                of: of.parse().map_err(|_| bad())?,
+            },
+            None => Pattern::Unstructured {
+                percent: amount.parse().map_err(|_| bad())?,
+                cut: Cut::Count,
+            },
+        };
+        for &suffix in suffixes {
+            match (&mut pattern, suffix) {
+                (Pattern::Unstructured { cut, .. }, "ties") if score != Score::Wanda => {
+                    *cut = Cut::Threshold;
+                }
+                _ if score == Score::SparseGpt && self.sweep(suffix)? => {}
+                _ => return Err(format!("suffix `{suffix}` does not go with it")),
+            }
+        }
+        self.prune = Some(Prune { score, pattern });
+        Ok(())
+    }
+
+    fn quantisation(&mut self, gptq: bool, words: &[&str]) -> Result<(), String> {
+        let Some((&bits, suffixes)) = words.split_first() else {
+            return Err("it lacks the bits".to_string());
+        };
+        let bits = bits
+            .strip_prefix("int")
+            .and_then(|bits| Bits::new(bits.parse().ok()?))
+            .ok_or_else(|| format!("`{bits}` is not int2, int3, int4 or int8"))?;
+        let mut grid = Grid::new(bits);
+        let (mut order, mut fit) = (ColumnOrder::Natural, GroupFit::Updated);
+        for &suffix in suffixes {
+            match suffix {
+                "sym" => grid.symmetry = Symmetry::Symmetric,
+                "symclip" => grid.symmetry = Symmetry::SymmetricClipped,
+                "mse" => grid.range = Range::Mse,
+                "exact" => grid.scales = ScaleDtype::Exact,
+                "act" if gptq => order = ColumnOrder::Activation,
+                "static" if gptq => fit = GroupFit::Static,
+                "stale" if gptq => fit = GroupFit::Stale,
+                _ => match suffix.strip_prefix('g').map(str::parse) {
+                    Some(Ok(width)) => grid.group = Group::Columns(width),
+                    _ if gptq && self.sweep(suffix)? => {}
+                    _ => return Err(format!("suffix `{suffix}` does not go with it")),
+                },
+            }
+        }
+        let rounding = match gptq {
+            true => Rounding::Gptq { order, fit },
+            false => Rounding::Nearest,
+        };
+        self.quantise = Some(Quantise { grid, rounding });
+        Ok(())
+    }
+
+    /// Takes a suffix that concerns the sweep; false if it does not.
+    fn sweep(&mut self, suffix: &str) -> Result<bool, String> {
+        let bad = || format!("`{suffix}` has no number that can be read");
+        if let Some(damping) = suffix.strip_prefix("damp") {
+            self.sweep.damping = damping.parse().map_err(|_| bad())?;
+        } else if let Some(block) = suffix.strip_prefix("block") {
+            self.sweep.block = block.parse().map_err(|_| bad())?;
+        } else {
+            return Ok(false);
+        }
+        Ok(true)
+    }
+}
+
+impl Display for Compressor {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        if let Some(Prune { score, pattern }) = self.prune {
+            f.write_str(match score {
+                Score::Magnitude => "magnitude",
+                Score::Wanda => "wanda",
+                Score::SparseGpt => "sparsegpt",
+            })?;
+            match pattern {
+                Pattern::Nm { keep, of } => write!(f, "-{keep}:{of}")?,
+                Pattern::Unstructured { percent, cut } => {
+                    write!(f, "-{percent}")?;
+                    if cut == Cut::Threshold {
+                        f.write_str("-ties")?;
+                    }
+                }
+            }
+        }
+        match (self.prune, self.quantise) {
+            (None, None) => return f.write_str("none"),
+            (Some(_), Some(_)) => {
+                // One sweep at most: where there are two they share its parameters, shown once.
+                if self.sweeps() && !self.is_gptq() {
+                    self.sweep.fmt(f)?;
+                }
+                f.write_str("+")?;
+            }
+            _ => {}
+        }
+        if let Some(Quantise { grid, rounding }) = self.quantise {
+            let method = match rounding {
+                Rounding::Nearest => "rtn",
+                Rounding::Gptq { .. } => "gptq",
+            };
+            write!(f, "{method}-int{}", grid.bits.get())?;
+            if let Group::Columns(width) = grid.group {
+                write!(f, "-g{width}")?;
+            }
+            f.write_str(match grid.symmetry {
+                Symmetry::Asymmetric => "",
+                Symmetry::Symmetric => "-sym",
+                Symmetry::SymmetricClipped => "-symclip",
+            })?;
+            if grid.range == Range::Mse {
+                f.write_str("-mse")?;
+            }
+            if grid.scales == ScaleDtype::Exact {
+                f.write_str("-exact")?;
+            }
+            if let Rounding::Gptq { order, fit } = rounding {
+                if order == ColumnOrder::Activation {
+                    f.write_str("-act")?;
+                }
+                f.write_str(match fit {
+                    GroupFit::Updated => "",
+                    GroupFit::Stale => "-stale",
+                    GroupFit::Static => "-static",
+                })?;
+            }
+        }
+        if self.is_gptq() || (self.sweeps() && self.quantise.is_none()) {
+            self.sweep.fmt(f)?;
+        }
+        Ok(())
+    }
+}
+
+impl Display for Sweep {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        let usual = Self::default();
+        if self.damping != usual.damping {
+            write!(f, "-damp{}", self.damping)?;
+        }
+        if self.block != usual.block {
+            write!(f, "-block{}", self.block)?;
+        }
+        Ok(())
+    }
+}
+
+impl TryFrom<String> for Compressor {
+    type Error = Error;
+
+    fn try_from(name: String) -> Result<Self, Error> {
+        name.parse()
+    }
+}
+
+impl From<Compressor> for String {
+    fn from(compressor: Compressor) -> Self {
+        compressor.to_string()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_come_back_as_they_went_in() {
+        let long = [
+            "none",
+            "magnitude-62.5-ties",
+            "wanda-4:8",
+            "sparsegpt-50-ties-damp0.1-block64",
+            "rtn-int2-g16-symclip-mse-exact",
+            "gptq-int8-g32-sym-mse-exact-act-static-damp0.05-block32",
+            "gptq-int3-g64-act-stale",
+            "sparsegpt-50-damp0.1+rtn-int4-g32",
+            "sparsegpt-2:4+gptq-int4-damp0.1",
+            "wanda-2:4+gptq-int4-act",
+        ];
+        for name in Compressor::COMMON.iter().chain(&long) {
+            let compressor: Compressor = name.parse().expect("a name");
+            assert_eq!(compressor.to_string(), *name);
+            let json = serde_json::to_string(&compressor).expect("JSON");
+            assert_eq!(json, format!("\"{name}\""));
+            let back: Compressor = serde_json::from_str(&json).expect("the same");
+            assert_eq!(back, compressor);
+        }
+    }
+
+    #[test]
+    fn a_bad_name_says_what_is_wrong_and_what_there_is() {
+        for (name, wrong) in [
+            ("", "no method is called ``"),
+            ("prune-50", "`prune`"),
+            ("wanda", "lacks the share"),
+            ("wanda-half", "`half` is neither"),
+            ("wanda-100", "outside [0, 100)"),
+            ("wanda-nan", "outside [0, 100)"),
+            ("wanda-4:4", "4:4 needs 0 < N < M"),
+            ("wanda-50-ties", "`ties`"),
+            ("magnitude-50-damp0.1", "`damp0.1`"),
+            ("rtn-int5", "`int5` is not int2"),
+            ("rtn-int4-act", "`act`"),
+            ("rtn-int4-g0", "at least one column"),
+            ("gptq-int4-dampx", "`dampx` has no number"),
+            ("gptq-int4-damp-1", "`damp` has no number"),
+            ("rtn-int4+wanda-50", "pruning comes once, and first"),
+            ("rtn-int4+rtn-int4", "quantisation comes once"),
+            ("sparsegpt-2:4+gptq-int4-act", "act-order takes apart"),
+            ("sparsegpt-2:4+gptq-int4-g6", "groups of 6"),
+        ] {
+            let error = name.parse::<Compressor>().expect_err(name).to_string();
+            assert!(error.contains(wrong), "{name}: {error}");
+            assert!(error.contains("sparsegpt-2:4"), "{error}");
+        }
+    }
+}

@@ -1,0 +1,21 @@
+//! What runtimes load: adapters, compressed and merged checkpoints, and probes to check a runtime with.
+//!
+//! All is made from a finished [`Repaired`](crate::repair::Repaired), block by block:
+//!
+//! - [`Adapter`]: a LoRA adapter folder for PEFT, vLLM and whatever else reads those, to be loaded
+//!   on top of the compressed model;
+//! - [`write_checkpoint`]: the compressed model itself, dense or packed as GPTQ, or W_c + B A merged
+//!   into dense weights, or merged by requantisation;
+//! - [`Probe`]: inputs and expected outputs of each linear, with which a runtime shows that it
+//!   applies the factors, and with the right scale.
+//!
+//! Everything appears under its name when it is complete.
+
+mod adapter;
+mod checkpoint;
+mod folder;
+mod probe;
+
+pub use adapter::{Adapter, AdapterFactors, AdapterOptions, AdapterRanks};
+pub use checkpoint::{Layout, Weights, write_checkpoint};
+pub use probe::{Deviation, Probe, ProbeLayer};

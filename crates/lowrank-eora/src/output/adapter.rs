@@ -1,0 +1,275 @@
+//! LoRA adapter folders: `adapter_model.safetensors` and `adapter_config.json`, as PEFT writes them.
+//!
+//! A linear's output gains scale · B (A x). PEFT's scale is `lora_alpha / r` with a rank and an alpha
+//! for each module where the configuration has patterns; vLLM knows one r and one alpha and ignores
+//! patterns. So the default is one rank for all, smaller ones padded with zeros, and alpha = r: a
+//! scale of 1 in both. Modules keep the case of their names.
+
+use super::folder;
+use crate::repair::{LayerId, Repaired};
+use crate::solve::LowRank;
+use crate::{Error, Result};
+use candle_core::{DType, Device, Tensor};
+use faer::Mat;
+use serde_json::{Map, Value, json};
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+use tensor_io::Checkpoint;
+
+const WEIGHTS: &str = "adapter_model.safetensors";
+const CONFIG: &str = "adapter_config.json";
+const PREFIX: &str = "base_model.model.";
+
+/// How layers of different rank are stored.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum AdapterRanks {
+    /// All with the largest rank, padded with zeros: what every runtime reads.
+    #[default]
+    Uniform,
+    /// Each with its own, and `rank_pattern` and `alpha_pattern`: smaller, and only right in
+    /// runtimes that read both, as PEFT does and vLLM does not. Where all ranks are the same there
+    /// are no patterns.
+    Mixed,
+}
+
+/// How an adapter is written.
+#[derive(Clone, Debug)]
+pub struct AdapterOptions {
+    /// Stored dtype: f16, bf16 or f32.
+    pub dtype: DType,
+    /// How layers of different rank are stored.
+    pub ranks: AdapterRanks,
+    /// Declare `use_rslora`, whose scale is `lora_alpha / √r`; B is divided by √r.
+    pub rslora: bool,
+    /// `base_model_name_or_path`: the compressed model.
+    pub base_model: String,
+    /// Replace an adapter that is there.
+    pub overwrite: bool,
+}
+
+impl Default for AdapterOptions {
+    fn default() -> Self {
+        Self {
+            dtype: DType::F16,
+            ranks: AdapterRanks::default(),
+            rslora: false,
+            base_model: String::new(),
+            overwrite: false,
+        }
+    }
+}
+
+/// The factors of an adapter folder, one module each.
+#[derive(Clone, Debug)]
+pub struct Adapter {
+    /// In the order of the data.
+    pub layers: Vec<AdapterFactors>,
+}
+
+/// B and A of a module, with the scale that a runtime multiplies B A with.
+#[derive(Clone, Debug)]
+pub struct AdapterFactors {
+    /// Which.
+    pub layer: LayerId,
+    /// As stored.
+    pub factors: LowRank,
+    /// From the configuration.
+    pub scale: f64,
+}
+
+impl Adapter {
+    /// Writes the factors of a repair as an adapter folder.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] for another dtype or a repair without factors, values beyond the dtype
+    /// with their tensor, and a folder that exists or cannot be written.
+    pub fn write(
+        repaired: &Repaired,
+        options: &AdapterOptions,
+        dst: impl AsRef<Path>,
+    ) -> Result<()> {
+        if !matches!(options.dtype, DType::F16 | DType::BF16 | DType::F32) {
+            return Err(Error::Setting {
+                name: "dtype of an adapter",
+                value: options.dtype.as_str().into(),
+                expected: "f16, bf16 or f32",
+            });
+        }
+        let ranks: BTreeMap<LayerId, usize> = (repaired.reports())
+            .map(|report| (report.layer, report.rank))
+            .collect();
+        let largest = ranks.values().copied().max().unwrap_or(0);
+        if largest == 0 {
+            return Err(Error::Setting {
+                name: "rank of the adapter",
+                value: "0".into(),
+                expected: "a repair with factors",
+            });
+        }
+        // A target without tensors would be initialised by the runtime.
+        let targets: BTreeSet<&str> = (ranks.iter())
+            .filter(|(_, rank)| **rank > 0)
+            .map(|(layer, _)| leaf(layer))
+            .collect();
+        let stored = |rank: usize| match options.ranks {
+            AdapterRanks::Uniform => largest,
+            AdapterRanks::Mixed => rank.max(1),
+        };
+        let pattern: Map<String, Value> = (ranks.iter())
+            .filter(|(layer, rank)| targets.contains(leaf(layer)) && stored(**rank) != largest)
+            .map(|(layer, rank)| (layer.to_string(), stored(*rank).into()))
+            .collect();
+        let config = json!({
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": options.base_model,
+            "r": largest,
+            "lora_alpha": largest,
+            "target_modules": targets,
+            "rank_pattern": pattern,
+            "alpha_pattern": pattern,
+            "use_rslora": options.rslora,
+            "use_dora": false,
+            "bias": "none",
+            "fan_in_fan_out": false,
+            "inference_mode": true,
+            "init_lora_weights": true,
+            "lora_dropout": 0.0,
+            "modules_to_save": null,
+        });
+        let mut text = format!("{config:#}");
+        text.push('\n');
+
+        let mut tensors = Vec::new();
+        for block in 0..repaired.blocks() {
+            for layer in repaired.block(block)? {
+                let report = &layer.report;
+                if !targets.contains(leaf(&report.layer)) {
+                    continue;
+                }
+                let rank = stored(report.rank);
+                let scale = if options.rslora {
+                    1.0 / (rank as f64).sqrt()
+                } else {
+                    1.0
+                };
+                let mut padded = LowRank {
+                    b: Mat::zeros(report.outputs, rank),
+                    a: Mat::zeros(rank, report.inputs),
+                };
+                if let Some(LowRank { b, a }) = &layer.factors {
+                    let scaled = b * faer::Scale(scale);
+                    padded
+                        .b
+                        .as_mut()
+                        .subcols_mut(0, b.ncols())
+                        .copy_from(&scaled);
+                    padded.a.as_mut().subrows_mut(0, a.nrows()).copy_from(a);
+                }
+                let (a, b) = padded.to_tensors(options.dtype, &Device::Cpu)?;
+                tensors.push((format!("{PREFIX}{}.lora_A.weight", report.layer), a));
+                tensors.push((format!("{PREFIX}{}.lora_B.weight", report.layer), b));
+            }
+        }
+        let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
+        folder::write(dst.as_ref(), options.overwrite, CONFIG, |dir| {
+            let tensors = tensors.iter().map(|(name, tensor)| (name.as_str(), tensor));
+            tensor_io::write_file(dir.join(WEIGHTS), tensors, &metadata)?;
+            folder::file(&dir.join(CONFIG), text.as_bytes())
+        })
+    }
+
+    /// Reads an adapter folder for a decoder, ours or another LoRA, as PEFT would.
+    ///
+    /// # Errors
+    /// [`Error::Malformed`] with the file for what is no LoRA adapter of a decoder's linears or asks
+    /// for what plain LoRA is not (DoRA, biases, saved modules).
+    pub fn read(dir: impl AsRef<Path>) -> Result<Self> {
+        let dir = dir.as_ref();
+        let path = dir.join(CONFIG);
+        let config = tensor_io::Config::read(&path)?;
+        let refuse = |reason: String| Error::Malformed {
+            path: path.clone(),
+            reason,
+        };
+        let kind = config.str("peft_type")?;
+        if kind != "LORA" {
+            return Err(refuse(format!("peft_type is {kind}, expected LORA")));
+        }
+        let asks = |key: &str| match config.get(key) {
+            None | Some(Value::Null | Value::Bool(false)) => false,
+            Some(Value::String(text)) => text != "none",
+            Some(Value::Array(items)) => !items.is_empty(),
+            Some(_) => true,
+        };
+        for key in ["use_dora", "bias", "modules_to_save", "fan_in_fan_out"] {
+            if asks(key) {
+                return Err(refuse(format!("{key} asks for more than plain LoRA")));
+            }
+        }
+        let r = config.usize("r")?;
+        let alpha = config.f64("lora_alpha")?;
+        let rslora = config.opt_bool("use_rslora")?.unwrap_or(false);
+        let file = Checkpoint::open_file(dir.join(WEIGHTS))?;
+        let mut layers = Vec::new();
+        for name in file.names() {
+            let Some(module) = name.strip_suffix(".lora_A.weight") else {
+                if name.ends_with(".lora_B.weight") {
+                    continue;
+                }
+                return Err(refuse(format!("tensor {name} is no factor of a LoRA")));
+            };
+            let layer = module.strip_prefix(PREFIX).and_then(LayerId::parse);
+            let layer =
+                layer.ok_or_else(|| refuse(format!("{module} is no linear of a decoder")))?;
+            let factor =
+                |factor: &str| file.tensor(&format!("{module}.{factor}.weight"), &Device::Cpu);
+            let (a, b): (Tensor, Tensor) = (factor("lora_A")?, factor("lora_B")?);
+            let factors = LowRank::from_tensors(&a, &b)?;
+            let of = |key: &str| pattern(&config, key, &layer.to_string());
+            let rank = of("rank_pattern").unwrap_or(r as f64);
+            if factors.rank() as f64 != rank {
+                return Err(refuse(format!(
+                    "{layer} has rank {}, and the configuration says {rank}",
+                    factors.rank()
+                )));
+            }
+            let alpha = of("alpha_pattern").unwrap_or(alpha);
+            layers.push(AdapterFactors {
+                layer,
+                factors,
+                scale: alpha / if rslora { rank.sqrt() } else { rank },
+            });
+        }
+        layers.sort_by_key(|layer| layer.layer);
+        Ok(Self { layers })
+    }
+
+    /// The factors of a linear.
+    pub fn get(&self, layer: LayerId) -> Option<&AdapterFactors> {
+        self.layers.iter().find(|factors| factors.layer == layer)
+    }
+}
+
+impl AdapterFactors {
+    /// scale · B A, `m × n`.
+    pub fn product(&self) -> Mat<f64> {
+        self.factors.product() * faer::Scale(self.scale)
+    }
+}
+
+/// Last part of a module's path, which is what PEFT looks for.
+fn leaf(layer: &LayerId) -> &'static str {
+    layer.linear.path().rsplit('.').next().unwrap_or_default()
+}
+
+/// The number that a pattern of the configuration gives a module: that of the first key which the
+/// module's path ends with, at the start of a part.
+fn pattern(config: &tensor_io::Config, key: &str, module: &str) -> Option<f64> {
+    let patterns = config.get(key)?.as_object()?;
+    let fits = |key: &str| {
+        let before = module.strip_suffix(key);
+        before.is_some_and(|before| before.is_empty() || before.ends_with('.'))
+    };
+    patterns.iter().find(|(key, _)| fits(key))?.1.as_f64()
+}

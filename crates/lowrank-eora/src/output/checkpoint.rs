@@ -1,0 +1,214 @@
+//! Whole checkpoints: compressed, merged, or merged by requantisation; dense or packed.
+
+use crate::compress::{Compressor, Quantised};
+use crate::format::gptq;
+use crate::matrix::to_tensor;
+use crate::repair::{LayerId, Repaired, RepairedLayer, StoredWeight};
+use crate::{Error, Result};
+use candle_core::{DType, Device};
+use causal_lm::Decoder;
+use std::collections::BTreeSet;
+use std::path::Path;
+use tensor_io::{CheckpointWriter, TensorSpec, WriteOptions, Written};
+
+/// Which weights are written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Weights {
+    /// W_c, on top of which the adapter goes.
+    Compressed,
+    /// W_c + B A, rounded to the stored dtype.
+    Merged,
+    /// W_c' of the merge by requantisation; the repair must have asked for it.
+    Requantised,
+}
+
+/// How they are stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Layout {
+    /// As floats: pruned weights as zeros, quantised ones as the nearest values of the dtype.
+    Dense {
+        /// Dtype of all floats; `None` keeps that of the dense checkpoint.
+        dtype: Option<DType>,
+    },
+    /// Packed as GPTQ. Pruned weights are stored as the code of zero.
+    Gptq {
+        /// Convention for zero points.
+        version: gptq::Version,
+    },
+}
+
+/// Writes a checkpoint folder; everything but the repaired linears is the dense model's.
+///
+/// `progress` is told after each block.
+///
+/// # Errors
+/// [`Error::NotStorable`] where the layout cannot hold the weights, [`Error::Setting`] where the
+/// repair did not requantise, and what reading and writing report. A failed run leaves nothing.
+pub fn write_checkpoint(
+    decoder: &Decoder<'_>,
+    repaired: &Repaired,
+    weights: Weights,
+    layout: Layout,
+    dst: impl AsRef<Path>,
+    options: &WriteOptions,
+    progress: &mut dyn FnMut(),
+) -> Result<Written> {
+    let checkpoint = decoder.checkpoint();
+    let linears: BTreeSet<LayerId> = repaired.reports().map(|report| report.layer).collect();
+    if weights == Weights::Requantised
+        && repaired
+            .reports()
+            .any(|report| report.requantised.is_none())
+    {
+        return Err(Error::Setting {
+            name: "weights",
+            value: "requantised".into(),
+            expected: "a repair that merged by requantisation",
+        });
+    }
+    let layer_of = |name: &str| {
+        let layer = name.strip_suffix(".weight").and_then(LayerId::parse);
+        layer.filter(|layer| linears.contains(layer))
+    };
+    let compressor = match layout {
+        Layout::Dense { .. } => None,
+        Layout::Gptq { .. } => Some(packer(repaired, weights)?),
+    };
+
+    let mut config = checkpoint.config().clone();
+    let mut specs = Vec::new();
+    for name in checkpoint.names() {
+        let info = checkpoint.info(name)?;
+        match (layer_of(name), layout, &compressor) {
+            (Some(layer), Layout::Gptq { .. }, Some(compressor)) => {
+                let &[m, n] = info.shape.as_slice() else {
+                    continue;
+                };
+                let Some(quantise) = compressor.quantise else {
+                    continue;
+                };
+                let module = layer.to_string();
+                specs.extend(gptq::specs(
+                    &module,
+                    (m, n),
+                    quantise.grid.bits,
+                    quantise.grid.group,
+                )?);
+            }
+            (_, Layout::Dense { dtype: Some(dtype) }, _) => {
+                specs.push(TensorSpec::new(name, dtype, info.shape.clone()));
+            }
+            _ => specs.push(TensorSpec::new(name, info.dtype, info.shape.clone())),
+        }
+    }
+    match (layout, &compressor) {
+        (Layout::Dense { dtype: Some(dtype) }, _) => {
+            let name = match dtype {
+                DType::F16 => "float16",
+                DType::BF16 => "bfloat16",
+                DType::F64 => "float64",
+                _ => "float32",
+            };
+            let field = if config.get("dtype").is_some() {
+                "dtype"
+            } else {
+                "torch_dtype"
+            };
+            config.set(field, name);
+        }
+        (Layout::Gptq { version }, Some(compressor)) => {
+            if let Some(section) = gptq::quantization_config(compressor, version) {
+                config.set("quantization_config", section);
+            }
+        }
+        _ => {}
+    }
+
+    let mut writer = CheckpointWriter::create(dst, &config, specs, options)?;
+    writer.carry_from(checkpoint)?;
+    for name in checkpoint.names().filter(|name| layer_of(name).is_none()) {
+        match layout {
+            Layout::Dense { dtype: Some(_) } => {
+                // Through f64, which holds every float exactly.
+                let tensor = checkpoint.tensor_as(name, DType::F64, &Device::Cpu)?;
+                writer.write_tensor(name, &tensor)?;
+                checkpoint.release([name]);
+            }
+            _ => writer.copy_tensor(name, checkpoint)?,
+        }
+    }
+    for block in 0..repaired.blocks() {
+        for layer in repaired.block(block)? {
+            let id = layer.report.layer;
+            match layout {
+                Layout::Dense { .. } => {
+                    let matrix = match weights {
+                        Weights::Compressed => layer.weight.matrix()?,
+                        Weights::Merged => layer.merged()?,
+                        Weights::Requantised => requantised(&layer)?.matrix()?,
+                    };
+                    let tensor = to_tensor(matrix.as_ref(), DType::F64, &Device::Cpu)?;
+                    writer.write_tensor(&id.weight(), &tensor)?;
+                }
+                Layout::Gptq { version } => {
+                    let packed = quantised(&layer, weights)?;
+                    for (spec, bytes) in gptq::tensors(&id.to_string(), packed, version)? {
+                        writer.write_bytes(&spec.name, &bytes)?;
+                    }
+                }
+            }
+        }
+        progress();
+    }
+    Ok(writer.finish()?)
+}
+
+fn not_storable(module: impl ToString, reason: &str) -> Error {
+    Error::NotStorable {
+        module: module.to_string(),
+        format: "gptq",
+        reason: reason.into(),
+    }
+}
+
+/// The compressor that quantised the weights.
+fn packer(repaired: &Repaired, weights: Weights) -> Result<Compressor> {
+    let compressor = match weights {
+        Weights::Compressed => repaired.compressor(),
+        Weights::Requantised => repaired.requantiser(),
+        Weights::Merged => None,
+    };
+    match (compressor, weights) {
+        (Some(compressor), _) if compressor.quantise.is_some() => Ok(compressor),
+        (Some(compressor), _) => Err(not_storable(
+            "the model",
+            &format!("{compressor} does not quantise; write it dense"),
+        )),
+        (None, Weights::Merged) => Err(not_storable(
+            "the model",
+            "W_c + B A has no codes; requantise it, or write it dense",
+        )),
+        (None, _) => Err(not_storable(
+            "the model",
+            "the compressed weights were given, and are stored already",
+        )),
+    }
+}
+
+fn requantised(layer: &RepairedLayer) -> Result<&StoredWeight> {
+    layer
+        .requantised
+        .as_ref()
+        .ok_or_else(|| not_storable(layer.report.layer, "not requantised"))
+}
+
+fn quantised(layer: &RepairedLayer, weights: Weights) -> Result<&Quantised> {
+    let stored = match weights {
+        Weights::Requantised => requantised(layer)?,
+        Weights::Compressed | Weights::Merged => &layer.weight,
+    };
+    match stored {
+        StoredWeight::Quantised { weight, .. } => Ok(weight),
+        StoredWeight::Dense(_) => Err(not_storable(layer.report.layer, "it is not quantised")),
+    }
+}

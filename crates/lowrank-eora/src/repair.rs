@@ -1,0 +1,149 @@
+//! The repair of a whole model, one block in memory at a time.
+//!
+//! Windows of calibration text go through the model block by block. Of each block the inputs of its
+//! linears are summed up, W_c is made or read, B A is found and rounded to what will be stored, and
+//! the windows go on through W_c + B A: the inputs of every block are those behind the repaired
+//! blocks before it (EoRA, arXiv 2410.21271, algorithm 1). Held-out windows travel beside them and
+//! tell what the repair is worth on tokens that it was not fitted to.
+//!
+//! A [`Repair`] says how, a [`Source`] gives W_c, and everything is kept in a folder as it is
+//! finished, from which [`Repaired`] is read, [`output`](crate::output) writes what runtimes load,
+//! and a run that was killed goes on.
+//!
+//! Memory: hidden states of all windows, one block, and for each of its four inputs an `n × n` sum
+//! in f64 of calibration and of held-out tokens.
+
+mod block;
+mod layer;
+mod options;
+mod report;
+mod source;
+mod state;
+mod stored;
+mod stream;
+
+pub use layer::LayerId;
+pub use options::{FactorStorage, InputSource, Ranks, Repair, Sampling, Spread, WithinBlock};
+pub use report::{Bytes, Energy, LayerReport, Requantised, Seconds};
+pub use source::{Given, Linear, Source};
+pub use state::{Repaired, RepairedLayer};
+pub use stored::StoredWeight;
+
+use crate::stats::Accumulation;
+use crate::{Error, Result};
+use block::BlockRepair;
+use causal_lm::{Decoder, Windows};
+use std::path::Path;
+use stream::{How, Stream};
+
+/// A block that was finished, for progress reports.
+#[derive(Clone, Copy, Debug)]
+pub struct BlockDone<'a> {
+    /// Its index.
+    pub block: usize,
+    /// Blocks of the model.
+    pub blocks: usize,
+    /// Whether it was found in the folder.
+    pub resumed: bool,
+    /// What was done to its linears.
+    pub layers: &'a [RepairedLayer],
+}
+
+impl Repair {
+    /// Repairs the linears of all blocks of `decoder`.
+    ///
+    /// Where `folder` holds the beginning of the same run, it goes on behind it, with the same
+    /// result. `held_out` are windows that calibration does not see; without them there are no
+    /// losses but those on the calibration windows.
+    ///
+    /// A decoder that computes in bf16 rounds W_c + B A as a whole; f32 keeps what B A adds.
+    ///
+    /// # Errors
+    /// [`Error::OtherRun`] where the folder holds another run; [`Error::Layer`] with the linear
+    /// where a weight is missing, of another shape or not finite; what reading, running or writing
+    /// report, among it activations that are not finite.
+    pub fn run(
+        &self,
+        decoder: &Decoder<'_>,
+        source: &dyn Source,
+        calibration: &Windows,
+        held_out: Option<&Windows>,
+        folder: impl AsRef<Path>,
+        progress: &mut dyn FnMut(BlockDone<'_>),
+    ) -> Result<Repaired> {
+        let folder = folder.as_ref();
+        let cross = self.method.is_some_and(|method| method.needs().cross);
+        if cross && self.inputs == InputSource::Dense {
+            return Err(Error::Setting {
+                name: "inputs",
+                value: "dense".into(),
+                expected: "repaired for a drift-aware method, which compares both",
+            });
+        }
+        source.check(decoder)?;
+        let facts = state::facts(self, source, decoder, (calibration, held_out))?;
+        state::begin(folder, &facts)?;
+
+        let student = self.inputs == InputSource::Repaired;
+        let how = How {
+            cross,
+            teacher: false,
+            weights: self.window_weights.clone(),
+            sampling: self.sampling,
+            accumulation: self.accumulation,
+        };
+        let mut calibration =
+            Stream::embed(decoder, calibration, (student, cross || !student), how)?;
+        let drift = self.measure_drift;
+        let how = How {
+            cross: drift,
+            teacher: drift,
+            weights: None,
+            sampling: None,
+            accumulation: Accumulation::Sum,
+        };
+        let mut held_out = match held_out {
+            Some(windows) => Some(Stream::embed(decoder, windows, (true, drift), how)?),
+            None => None,
+        };
+
+        let run = BlockRepair {
+            decoder,
+            source,
+            repair: self,
+        };
+        let blocks = decoder.config().layers();
+        let mut resuming = true;
+        for block in 0..blocks {
+            let dense = decoder.block(block)?;
+            decoder.release(block);
+            let found = match resuming {
+                true => state::read_block(folder, block)?,
+                false => None,
+            };
+            resuming = found.is_some();
+            let layers = match found {
+                Some(layers) => layers,
+                None => {
+                    let layers = run.run(&dense, &calibration, held_out.as_ref())?;
+                    state::write_block(folder, block, &layers)?;
+                    layers
+                }
+            };
+            if block + 1 < blocks {
+                let repaired = run.repaired(&dense, &layers)?;
+                calibration.advance(&dense, &repaired)?;
+                if let Some(held_out) = &mut held_out {
+                    held_out.advance(&dense, &repaired)?;
+                }
+            }
+            progress(BlockDone {
+                block,
+                blocks,
+                resumed: resuming,
+                layers: &layers,
+            });
+        }
+        Repaired::open(folder)
+    }
+}

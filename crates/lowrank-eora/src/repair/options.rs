@@ -1,0 +1,226 @@
+//! How a model is repaired, as plain data.
+
+use super::{LayerId, LayerReport};
+use crate::compress::Compressor;
+use crate::solve::{self, Candidate, GroupQuantizer, LowRank, Method, Weighting};
+use crate::stats::{Accumulation, Importance};
+use crate::{Error, Result, matrix};
+use candle_core::{DType, Device};
+use faer::MatRef;
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+
+/// How a model is repaired.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Repair {
+    /// Norm in which corrections are best; `None` compresses and corrects nothing.
+    pub method: Option<Method>,
+    /// Ranks.
+    pub ranks: Ranks,
+    /// Which activations calibrate.
+    pub inputs: InputSource,
+    /// What a linear's inputs within a block are computed with.
+    pub within_block: WithinBlock,
+    /// How B and A are stored.
+    pub factors: FactorStorage,
+    /// Also merge by requantisation, W_c' = compress(W_c + B A), and report what that loses.
+    pub requantise: Option<Compressor>,
+    /// Also report losses against what the dense model computes, which takes a dense pass of the
+    /// held-out windows.
+    pub measure_drift: bool,
+    /// What each calibration window counts, one number each; all the same where `None`.
+    pub window_weights: Option<Vec<f64>>,
+    /// Use part of the calibration tokens.
+    pub sampling: Option<Sampling>,
+    /// How sums over tokens are formed.
+    pub accumulation: Accumulation,
+    /// How corrections are found.
+    pub solver: solve::Options,
+}
+
+impl Default for Repair {
+    /// EoRA of rank 32 stored in f16, inputs from the repaired prefix of the model.
+    fn default() -> Self {
+        Self {
+            method: Some(Method::Eora),
+            ranks: Ranks::Constant(32),
+            inputs: InputSource::default(),
+            within_block: WithinBlock::default(),
+            factors: FactorStorage::default(),
+            requantise: None,
+            measure_drift: false,
+            window_weights: None,
+            sampling: None,
+            accumulation: Accumulation::default(),
+            solver: solve::Options::default(),
+        }
+    }
+}
+
+/// Which activations calibrate a block.
+///
+/// Losses on held-out tokens are always those behind the repaired blocks, which is what the
+/// repaired model meets.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum InputSource {
+    /// Those of the model with all blocks before this one repaired, as in EoRA's program.
+    #[default]
+    Repaired,
+    /// Those of the dense model.
+    Dense,
+}
+
+/// What the inputs of a linear within a block are computed with.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum WithinBlock {
+    /// The block's original weights, as in EoRA's program: one pass collects for all linears.
+    #[default]
+    Original,
+    /// The linears before it repaired: q/k/v, then o, then gate/up, then down, with a pass for each.
+    Sequential,
+}
+
+/// Ranks of the corrections.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Ranks {
+    /// This rank for each linear, or the smaller side of its weight where that is less.
+    Constant(usize),
+    /// A rank for each linear named, none for the others.
+    Table(BTreeMap<LayerId, usize>),
+}
+
+/// What [`Ranks::allocate`] sums up over linears.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Spread {
+    /// Squared errors of outputs relative to the squared outputs of the same linear.
+    #[default]
+    Relative,
+    /// Squared errors of outputs: what the total loss is made of. Linears with large outputs take
+    /// the ranks, whatever they mean to the model.
+    Absolute,
+}
+
+impl Ranks {
+    /// The rank of a linear of `m × n`.
+    pub fn of(&self, layer: LayerId, (m, n): (usize, usize)) -> usize {
+        match self {
+            Self::Constant(rank) => (*rank).min(m.min(n)),
+            Self::Table(ranks) => ranks.get(&layer).map_or(0, |rank| (*rank).min(m.min(n))),
+        }
+    }
+
+    /// Ranks, multiples of `multiple_of`, that spend at most `budget` bytes on factors of `bytes`
+    /// bytes per entry where they take most off the sum that `spread` names.
+    ///
+    /// In two passes over the model: the reports are those of a repair of constant rank, the
+    /// largest that a layer may get, by a method that sees the inputs (their losses are otherwise
+    /// not comparable); the ranks are for a second one.
+    ///
+    /// # Errors
+    /// [`Error::MissingStatistic`] for a report without spectrum, and as [`solve::allocate`].
+    pub fn allocate<'a>(
+        reports: impl IntoIterator<Item = &'a LayerReport>,
+        budget: u64,
+        bytes: usize,
+        multiple_of: usize,
+        spread: Spread,
+    ) -> Result<Self> {
+        let reports: Vec<&LayerReport> = reports.into_iter().collect();
+        let candidate = |report: &&'a LayerReport| -> Result<Candidate<'a>> {
+            let spectrum = report.spectrum.as_ref().ok_or(Error::MissingStatistic {
+                method: "an allocation of ranks",
+                statistic: "the spectrum of each layer",
+            })?;
+            let side = report.outputs.min(report.inputs);
+            Ok(Candidate {
+                spectrum,
+                weight: match spread {
+                    Spread::Relative if report.calibration.target > 0.0 => {
+                        1.0 / report.calibration.target
+                    }
+                    Spread::Relative | Spread::Absolute => 1.0,
+                },
+                bytes_per_rank: ((report.outputs + report.inputs) * bytes) as u64,
+                min: 0,
+                max: spectrum.squares().len().min(side),
+            })
+        };
+        let candidates: Vec<_> = reports.iter().map(candidate).collect::<Result<_>>()?;
+        let ranks = solve::allocate(&candidates, budget, multiple_of)?;
+        let table = reports.iter().map(|report| report.layer).zip(ranks);
+        Ok(Self::Table(table.collect()))
+    }
+}
+
+/// How B and A are stored.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum FactorStorage {
+    /// IEEE half.
+    #[default]
+    F16,
+    /// Bfloat16.
+    Bf16,
+    /// Single precision.
+    F32,
+    /// Integers in groups; B is refitted to the rounded A. Adapters hold their values as floats:
+    /// PEFT has no integer factors.
+    Quantised {
+        /// Of A.
+        a: GroupQuantizer,
+        /// Of B.
+        b: GroupQuantizer,
+    },
+}
+
+impl FactorStorage {
+    /// The dtype that holds the values exactly.
+    pub fn dtype(self) -> DType {
+        match self {
+            Self::F16 => DType::F16,
+            Self::Bf16 => DType::BF16,
+            // 8-bit codes times f16 scales.
+            Self::F32 | Self::Quantised { .. } => DType::F32,
+        }
+    }
+
+    /// The factors as a reader of the file gets them, and their bytes.
+    ///
+    /// # Errors
+    /// When a value does not fit the dtype, or a refit fails.
+    pub(super) fn round(
+        self,
+        factors: &LowRank,
+        d: MatRef<'_, f64>,
+        inputs: &Weighting<'_>,
+    ) -> Result<(LowRank, u64)> {
+        if let Self::Quantised { a, b } = self {
+            let refit = |a: MatRef<'_, f64>| solve::refit(d, inputs, a);
+            let quantised = solve::quantize_factors(factors, (a, b), refit)?;
+            return Ok((quantised.dequantize(), quantised.bytes()));
+        }
+        let (a, b) = factors.to_tensors(self.dtype(), &Device::Cpu)?;
+        let rounded = LowRank {
+            b: matrix::from_tensor(&b, "factor B as stored")?,
+            a: matrix::from_tensor(&a, "factor A as stored")?,
+        };
+        let entries = a.elem_count() + b.elem_count();
+        Ok((rounded, (entries * self.dtype().size_in_bytes()) as u64))
+    }
+}
+
+/// Which part of the calibration tokens is used.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Sampling {
+    /// What makes a token likely to be taken.
+    pub importance: Importance,
+    /// Share of the tokens that are taken, in (0, 1].
+    pub share: f64,
+    /// Seed of the draws.
+    pub seed: u64,
+}

@@ -1,0 +1,159 @@
+//! Where compressed weights come from.
+
+use super::{LayerId, StoredWeight};
+use crate::compress::{Compressor, Inputs};
+use crate::format::QuantisedCheckpoint;
+use crate::matrix::to_tensor;
+use crate::stats::InputStats;
+use crate::{Error, Result};
+use candle_core::{DType, Device};
+use causal_lm::Decoder;
+use faer::MatRef;
+use tensor_io::Checkpoint;
+
+/// A linear that is to be compressed.
+#[derive(Clone, Copy, Debug)]
+pub struct Linear<'a> {
+    /// Which.
+    pub layer: LayerId,
+    /// W, `m × n`.
+    pub weight: MatRef<'a, f64>,
+    /// Dtype in which the dense checkpoint stores it.
+    pub dtype: DType,
+    /// Its inputs on the calibration windows, H among them.
+    pub inputs: &'a InputStats,
+}
+
+/// Gives W_c for each linear of a decoder.
+pub trait Source {
+    /// What it is, for reports; a run is only resumed with a source that says the same.
+    fn describe(&self) -> String;
+
+    /// The compressor that makes or made the weights, where it is known.
+    fn compressor(&self) -> Option<Compressor> {
+        None
+    }
+
+    /// Checks that it fits a model, before anything is computed.
+    ///
+    /// # Errors
+    /// What does not fit.
+    fn check(&self, dense: &Decoder<'_>) -> Result<()>;
+
+    /// W_c of a linear. An error need not name the linear.
+    ///
+    /// # Errors
+    /// When there is none.
+    fn compressed(&self, linear: &Linear<'_>) -> Result<StoredWeight>;
+}
+
+/// Compresses the very weights that are repaired, on the inputs that the repair sees.
+impl Source for Compressor {
+    fn describe(&self) -> String {
+        self.to_string()
+    }
+
+    fn compressor(&self) -> Option<Compressor> {
+        Some(*self)
+    }
+
+    fn check(&self, _dense: &Decoder<'_>) -> Result<()> {
+        Ok(())
+    }
+
+    fn compressed(&self, linear: &Linear<'_>) -> Result<StoredWeight> {
+        let inputs = match &linear.inputs.gram {
+            Some(gram) => Inputs::Gram(gram.matrix()),
+            None => Inputs::Diagonal(&linear.inputs.diagonal.square),
+        };
+        StoredWeight::of(self.compress(linear.weight, Some(inputs))?, linear.dtype)
+    }
+}
+
+/// A checkpoint of the same model that anybody compressed: dense with zeros or rounded values, GPTQ,
+/// or compressed-tensors.
+#[derive(Debug)]
+pub struct Given<'a> {
+    checkpoint: &'a Checkpoint,
+    reader: QuantisedCheckpoint<'a>,
+}
+
+/// Largest difference of the other tensors, relative to their largest entry: one rounding to bf16.
+const ROUNDING: f64 = 1.0 / 128.0;
+
+impl<'a> Given<'a> {
+    /// Finds out how the checkpoint stores its linears.
+    ///
+    /// # Errors
+    /// [`Error::UnsupportedFormat`] and what reading the configuration reports.
+    pub fn open(checkpoint: &'a Checkpoint) -> Result<Self> {
+        let reader = QuantisedCheckpoint::open(checkpoint)?;
+        Ok(Self { checkpoint, reader })
+    }
+}
+
+impl Source for Given<'_> {
+    fn describe(&self) -> String {
+        let hash = super::state::hash_checkpoint(self.checkpoint);
+        format!("{} checkpoint {hash:016x}", self.reader.format())
+    }
+
+    /// Everything but the linears must be that of the dense model, up to a rounding: a model whose
+    /// norms were scaled or trained cannot be repaired against another one's activations.
+    fn check(&self, dense: &Decoder<'_>) -> Result<()> {
+        let original = dense.checkpoint();
+        for name in original.names() {
+            let is_linear = name
+                .strip_suffix(".weight")
+                .and_then(LayerId::parse)
+                .is_some();
+            if is_linear || !self.checkpoint.contains(name) {
+                continue;
+            }
+            let (expected, found) = (original.info(name)?, self.checkpoint.info(name)?);
+            if expected.shape != found.shape {
+                return Err(Error::OtherTensor {
+                    tensor: name.into(),
+                    reason: format!("its shape is {:?}, not {:?}", found.shape, expected.shape),
+                });
+            }
+            let values = |checkpoint: &Checkpoint| -> Result<Vec<f32>> {
+                let tensor = checkpoint.tensor_as(name, DType::F32, &Device::Cpu)?;
+                checkpoint.release([name]);
+                Ok(tensor.flatten_all()?.to_vec1()?)
+            };
+            let (expected, found) = (values(original)?, values(self.checkpoint)?);
+            let largest = expected.iter().fold(0f32, |max, v| max.max(v.abs()));
+            let pairs = expected.iter().zip(&found);
+            let difference = pairs.fold(0f32, |max, (a, b)| max.max((a - b).abs()));
+            if f64::from(difference) > ROUNDING * f64::from(largest) {
+                return Err(Error::OtherTensor {
+                    tensor: name.into(),
+                    reason: format!("values differ by up to {difference}"),
+                });
+            }
+        }
+        Ok(())
+    }
+
+    fn compressed(&self, linear: &Linear<'_>) -> Result<StoredWeight> {
+        let module = linear.layer.to_string();
+        if let Some(weight) = self.reader.quantised(&module)? {
+            return Ok(StoredWeight::Quantised { weight, pruned: 0 });
+        }
+        let name = linear.layer.weight();
+        if self.checkpoint.contains(&name) {
+            let tensor = self.checkpoint.tensor(&name, &Device::Cpu)?;
+            self.checkpoint.release([name.as_str()]);
+            return Ok(StoredWeight::Dense(tensor));
+        }
+        // Unpacked sparse weights: the dense model's dtype where it holds them exactly.
+        let weight = self.reader.weight(&module)?;
+        let narrow = to_tensor(weight.as_ref(), linear.dtype, &Device::Cpu)?;
+        let exact = crate::matrix::from_tensor(&narrow, "compressed weight")? == weight;
+        Ok(StoredWeight::Dense(match exact {
+            true => narrow,
+            false => to_tensor(weight.as_ref(), DType::F32, &Device::Cpu)?,
+        }))
+    }
+}

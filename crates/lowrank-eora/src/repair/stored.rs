@@ -1,0 +1,174 @@
+//! A compressed weight in the form in which it is stored.
+
+use crate::compress::{Bits, Compressed, Mask, Quantised};
+use crate::matrix::from_tensor;
+use crate::{Error, Result};
+use candle_core::{DType, Device, Tensor};
+use faer::Mat;
+use tensor_io::Checkpoint;
+
+/// W_c as it is stored: what a reader of the file computes with.
+#[derive(Clone, Debug)]
+pub enum StoredWeight {
+    /// Floats `[m, n]` in their stored dtype, on the CPU; pruned weights are exact zeros.
+    Dense(Tensor),
+    /// Codes with scales and zero points.
+    Quantised {
+        /// The weight.
+        weight: Quantised,
+        /// Weights that were pruned before.
+        pruned: usize,
+    },
+}
+
+/// Bytes of an f16 scale.
+const SCALE: usize = 2;
+
+impl StoredWeight {
+    /// What a compressor made; floats are rounded to `dtype`.
+    ///
+    /// # Errors
+    /// What candle reports.
+    pub fn of(compressed: Compressed, dtype: DType) -> Result<Self> {
+        let pruned = compressed.mask.as_ref().map_or(0, Mask::count);
+        Ok(match compressed.quantised {
+            Some(weight) => Self::Quantised { weight, pruned },
+            None => Self::Dense(compressed.to_tensor(dtype, &Device::Cpu)?),
+        })
+    }
+
+    /// Outputs and inputs.
+    pub fn shape(&self) -> (usize, usize) {
+        match self {
+            Self::Dense(tensor) => (tensor.dims()[0], tensor.dims()[1]),
+            Self::Quantised { weight, .. } => (weight.rows, weight.cols),
+        }
+    }
+
+    /// W_c, exactly.
+    ///
+    /// # Errors
+    /// When a value is not finite.
+    pub fn matrix(&self) -> Result<Mat<f64>> {
+        match self {
+            Self::Dense(tensor) => from_tensor(tensor, "compressed weight"),
+            Self::Quantised { weight, .. } => Ok(weight.dequantise()),
+        }
+    }
+
+    /// Bytes that the weight takes.
+    ///
+    /// Quantised weights count as a GPTQ file holds them: packed codes, f16 scales, packed zero
+    /// points unless the grid is symmetric, an index of groups unless groups are neighbours. Of
+    /// pruned weights only what stays counts, and one bit for every weight that says where; at 2:4
+    /// that is the two-bit index for each kept value. Files with zeros in them, which is what
+    /// today's runtimes load, take as much as the dense weight.
+    ///
+    /// # Errors
+    /// What candle reports.
+    pub fn bytes(&self) -> Result<u64> {
+        let bytes = match self {
+            Self::Dense(tensor) => {
+                let (all, width) = (tensor.elem_count(), tensor.dtype().size_in_bytes());
+                let kept = tensor.ne(0f64)?.to_dtype(DType::U32)?.sum_all()?;
+                let kept = kept.to_scalar::<u32>()? as usize;
+                (all * width).min(kept * width + all.div_ceil(8))
+            }
+            Self::Quantised { weight, pruned } => {
+                let (all, bits) = (weight.rows * weight.cols, weight.bits.get());
+                let mut bytes = ((all - pruned) * bits).div_ceil(8) + SCALE * weight.scales.len();
+                if *pruned > 0 {
+                    bytes += all.div_ceil(8);
+                }
+                if !weight.is_symmetric() {
+                    bytes += (weight.zeros.len() * bits).div_ceil(8);
+                }
+                if !weight.is_ordered() {
+                    bytes += 4 * weight.cols;
+                }
+                bytes
+            }
+        };
+        Ok(bytes as u64)
+    }
+
+    /// Tensors that hold it, by names that begin with `prefix`.
+    pub(super) fn tensors(&self, prefix: &str) -> Result<Vec<(String, Tensor)>> {
+        let named = |name: &str, tensor| (format!("{prefix}.{name}"), tensor);
+        Ok(match self {
+            Self::Dense(tensor) => vec![named("weight", tensor.clone())],
+            Self::Quantised { weight, pruned } => {
+                let (rows, cols, groups) = (weight.rows, weight.cols, weight.groups());
+                let cpu = &Device::Cpu;
+                let grid = [weight.bits.get(), weight.group_width, *pruned].map(|v| v as i64);
+                vec![
+                    named(
+                        "codes",
+                        Tensor::from_slice(&weight.codes, (rows, cols), cpu)?,
+                    ),
+                    named(
+                        "scales",
+                        Tensor::from_slice(&weight.scales, (rows, groups), cpu)?,
+                    ),
+                    named(
+                        "zeros",
+                        Tensor::from_slice(&weight.zeros, (rows, groups), cpu)?,
+                    ),
+                    named(
+                        "group_index",
+                        Tensor::from_slice(&weight.group_index, cols, cpu)?,
+                    ),
+                    named("grid", Tensor::from_slice(&grid, 3, cpu)?),
+                ]
+            }
+        })
+    }
+
+    /// Reads what [`Self::tensors`] gave.
+    pub(super) fn read(file: &Checkpoint, prefix: &str) -> Result<Self> {
+        let tensor = |name: &str| file.tensor(&format!("{prefix}.{name}"), &Device::Cpu);
+        if file.contains(&format!("{prefix}.weight")) {
+            return Ok(Self::Dense(tensor("weight")?));
+        }
+        let codes = tensor("codes")?;
+        let (rows, cols) = codes.dims2()?;
+        let grid = tensor("grid")?.to_vec1::<i64>()?;
+        let malformed = || Error::Malformed {
+            path: file.dir().to_owned(),
+            reason: format!("{prefix}: bits, groups and codes do not fit each other"),
+        };
+        let &[bits, group_width, pruned] = grid.as_slice() else {
+            return Err(malformed());
+        };
+        let bits = u8::try_from(bits)
+            .ok()
+            .and_then(Bits::new)
+            .ok_or_else(malformed)?;
+        let group_width = usize::try_from(group_width).ok().filter(|&w| w > 0);
+        let weight = Quantised {
+            bits,
+            rows,
+            cols,
+            group_width: group_width.ok_or_else(malformed)?,
+            codes: codes.flatten_all()?.to_vec1()?,
+            scales: tensor("scales")?.flatten_all()?.to_vec1()?,
+            zeros: tensor("zeros")?.flatten_all()?.to_vec1()?,
+            group_index: tensor("group_index")?.to_vec1()?,
+        };
+        let groups = weight.groups();
+        let fits = weight.scales.len() == rows * groups
+            && weight.zeros.len() == rows * groups
+            && weight.group_index.len() == cols
+            && weight
+                .group_index
+                .iter()
+                .all(|&group| (group as usize) < groups);
+        if !fits {
+            return Err(malformed());
+        }
+        Ok(Self::Quantised {
+            weight,
+            pruned: usize::try_from(pruned).map_err(|_| malformed())?,
+        })
+    }
+}

@@ -1,0 +1,244 @@
+//! The flags of `eval lowrank`.
+
+use std::num::NonZeroUsize;
+use std::path::PathBuf;
+
+use clap::{Args, ValueEnum};
+use lowrank_eora::compress::Compressor;
+use lowrank_eora::repair::{FactorStorage, InputSource, Repair, Sampling, Spread, WithinBlock};
+use lowrank_eora::solve::{GroupQuantizer, Method};
+use lowrank_eora::stats::Importance;
+use tensor_io::WriteOptions;
+
+use super::TextArgs;
+use crate::eval::lowrank;
+
+#[derive(Args)]
+pub(super) struct LowrankArgs {
+    #[command(flatten)]
+    text: TextArgs,
+    /// Text to calibrate on, another one than --text
+    #[arg(long, value_name = "FILE")]
+    calib: PathBuf,
+    /// Windows to calibrate on, drawn from the text with --seed
+    #[arg(long, value_name = "N", default_value = "128")]
+    calib_samples: NonZeroUsize,
+    /// Other windows of the same text, on which the loss is measured
+    #[arg(long, value_name = "N", default_value = "32")]
+    held_out_samples: NonZeroUsize,
+    /// Compressors, separated by commas, such as wanda-2:4, gptq-int3-g128 or wanda-2:4+rtn-int4
+    #[arg(
+        long,
+        required = true,
+        value_delimiter = ',',
+        value_name = "C[,C..]",
+        value_parser = compressor
+    )]
+    compress: Vec<Compressor>,
+    /// Methods, separated by commas: none, svd, act-scale, act-scale-sqrt, diag, lqer, eora, eora-drift
+    #[arg(
+        long,
+        required = true,
+        value_delimiter = ',',
+        value_name = "M[,M..]",
+        value_parser = method
+    )]
+    method: Vec<MethodArg>,
+    /// Ranks, separated by commas; a linear with a smaller side gets that
+    #[arg(long, required = true, value_delimiter = ',', value_name = "R[,R..]")]
+    rank: Vec<NonZeroUsize>,
+    /// Write what --save-as names to this folder; of several results, each to a folder COMPRESS-METHOD-RANK in it
+    #[arg(long, value_name = "DIR")]
+    save: Option<PathBuf>,
+    /// What to write, separated by commas
+    #[arg(
+        long,
+        value_enum,
+        value_delimiter = ',',
+        value_name = "O[,O..]",
+        default_value = "adapter,compressed,probe"
+    )]
+    save_as: Vec<OutputArg>,
+    /// Replace what is at --save
+    #[arg(long)]
+    overwrite: bool,
+    /// Largest shard in bytes
+    #[arg(long, value_name = "N", default_value = "5000000000")]
+    max_shard_bytes: u64,
+    /// Keep the state of each block here, and go on from what is there
+    #[arg(long, value_name = "DIR")]
+    resume: Option<PathBuf>,
+    /// Also measure nuclear norm and entropy of the hidden states
+    #[arg(long)]
+    hidden_metrics: bool,
+    #[command(flatten)]
+    change: RepairArgs,
+}
+
+/// Changes to every repair of the run.
+#[derive(Args)]
+#[command(next_help_heading = "Changes to the repair")]
+struct RepairArgs {
+    /// Activations to calibrate on: behind the repaired blocks, or of the dense model
+    #[arg(long, value_enum, default_value = "repaired")]
+    inputs: InputsArg,
+    /// Within a block, feed each linear what the repaired ones before it make
+    #[arg(long)]
+    sequential: bool,
+    /// Compress each block behind the repaired ones, not the whole model before the repair
+    #[arg(long)]
+    one_pass: bool,
+    /// Spread the bytes of a rank over the linears by what they gain, in a second pass: relative to each linear's
+    /// outputs, or in all
+    #[arg(long, value_enum, value_name = "SPREAD")]
+    allocate: Option<SpreadArg>,
+    /// Share of the calibration tokens to use, drawn by their norms
+    #[arg(long, value_name = "S", value_parser = share)]
+    token_share: Option<f64>,
+    /// How the factors are stored; int: A in 4 bits, B refitted in 8, groups of 64
+    #[arg(long, value_enum, default_value = "f16")]
+    factors: FactorsArg,
+    /// Merge each result into its weights and compress those by this again, and measure what is lost
+    #[arg(long, value_name = "C", value_parser = compressor)]
+    requantise: Option<Compressor>,
+    /// Leave out the controls that spend the bytes of the factors on the weights
+    #[arg(long)]
+    no_controls: bool,
+}
+
+/// `none`, or a method.
+#[derive(Clone, Copy)]
+struct MethodArg(Option<Method>);
+
+#[derive(Clone, Copy, ValueEnum)]
+enum SpreadArg {
+    Relative,
+    Absolute,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum InputsArg {
+    Repaired,
+    Dense,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum FactorsArg {
+    F16,
+    Bf16,
+    F32,
+    Int,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum OutputArg {
+    /// LoRA adapter folder for PEFT and vLLM
+    Adapter,
+    /// Compressed model with weights as floats
+    Compressed,
+    /// Compressed model packed as GPTQ
+    Gptq,
+    /// The same with zero points as they are, which most runtimes call gptq_v2
+    GptqV2,
+    /// Dense model with the factors merged into the weights
+    Merged,
+    /// The merged model packed as GPTQ again; needs --requantise
+    Requantised,
+    /// Inputs and expected outputs of each linear, to check a runtime with
+    Probe,
+}
+
+impl From<OutputArg> for lowrank::Output {
+    fn from(output: OutputArg) -> Self {
+        match output {
+            OutputArg::Adapter => Self::Adapter,
+            OutputArg::Compressed => Self::Compressed,
+            OutputArg::Gptq => Self::Gptq,
+            OutputArg::GptqV2 => Self::GptqV2,
+            OutputArg::Merged => Self::Merged,
+            OutputArg::Requantised => Self::Requantised,
+            OutputArg::Probe => Self::Probe,
+        }
+    }
+}
+
+fn compressor(name: &str) -> Result<Compressor, String> {
+    name.parse()
+        .map_err(|error: lowrank_eora::Error| error.to_string())
+}
+
+fn share(text: &str) -> Result<f64, String> {
+    match text.parse() {
+        Ok(share) if share > 0.0 && share <= 1.0 => Ok(share),
+        _ => Err("expected a share, above 0 and at most 1".into()),
+    }
+}
+
+fn method(name: &str) -> Result<MethodArg, String> {
+    if name == "none" {
+        return Ok(MethodArg(None));
+    }
+    let method = name
+        .parse()
+        .map_err(|error: lowrank_eora::Error| error.to_string())?;
+    Ok(MethodArg(Some(method)))
+}
+
+impl LowrankArgs {
+    pub(super) fn config(self, seed: u64) -> lowrank::Config {
+        let methods: Vec<Option<Method>> = self.method.iter().map(|method| method.0).collect();
+        let drifts = |method: &Option<Method>| method.is_some_and(|method| method.needs().cross);
+        let quantizer = |bits| GroupQuantizer { bits, group: 64 };
+        let change = self.change;
+        lowrank::Config {
+            perplexity: self.text.into(),
+            calib: self.calib,
+            calib_samples: self.calib_samples.get(),
+            held_out_samples: self.held_out_samples.get(),
+            compressors: self.compress,
+            ranks: self.rank.into_iter().map(NonZeroUsize::get).collect(),
+            repair: Repair {
+                inputs: match change.inputs {
+                    InputsArg::Repaired => InputSource::Repaired,
+                    InputsArg::Dense => InputSource::Dense,
+                },
+                within_block: match change.sequential {
+                    true => WithinBlock::Sequential,
+                    false => WithinBlock::Original,
+                },
+                factors: match change.factors {
+                    FactorsArg::F16 => FactorStorage::F16,
+                    FactorsArg::Bf16 => FactorStorage::Bf16,
+                    FactorsArg::F32 => FactorStorage::F32,
+                    FactorsArg::Int => FactorStorage::Quantised {
+                        a: quantizer(4),
+                        b: quantizer(8),
+                    },
+                },
+                requantise: change.requantise,
+                sampling: change.token_share.map(|share| Sampling {
+                    importance: Importance::Mixture,
+                    share,
+                    seed,
+                }),
+                measure_drift: methods.iter().any(drifts),
+                ..Repair::default()
+            },
+            methods,
+            allocate: change.allocate.map(|spread| match spread {
+                SpreadArg::Relative => Spread::Relative,
+                SpreadArg::Absolute => Spread::Absolute,
+            }),
+            one_pass: change.one_pass,
+            controls: !change.no_controls,
+            save: self.save,
+            outputs: self.save_as.into_iter().map(Into::into).collect(),
+            write: WriteOptions {
+                overwrite: self.overwrite,
+                max_shard_bytes: self.max_shard_bytes,
+            },
+            resume: self.resume,
+            hidden_metrics: self.hidden_metrics,
+        }
+    }
+}

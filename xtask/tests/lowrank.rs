@@ -1,0 +1,278 @@
+//! `eval lowrank` as its users run it: on a model made for the test, and on a trained one where it lies beside the project.
+
+#[path = "common/scene.rs"]
+mod scene;
+
+use std::path::Path;
+use std::process::{Command, Output};
+
+use scene::{Scene, error, rows, shared};
+use serde_json::{Value, json};
+use tensor_io::Checkpoint;
+
+fn llama() -> Scene {
+    Scene::new(json!({
+        "model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 8, "max_position_embeddings": 16,
+    }))
+}
+
+/// Runs a suite on the scene with more arguments.
+fn eval(scene: &Scene, suite: &str, more: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_xtask"))
+        .args(["eval", suite, "--json"])
+        .args(["--model".as_ref(), scene.path("model").as_os_str()])
+        .args(["--text".as_ref(), scene.path("text.txt").as_os_str()])
+        .args(more)
+        .output()
+        .unwrap()
+}
+
+fn lowrank(scene: &Scene, more: &[&str]) -> Output {
+    let calib = scene.path("calib.txt");
+    let own = [
+        "--calib",
+        calib.to_str().unwrap(),
+        "--calib-samples",
+        "20",
+        "--held-out-samples",
+        "8",
+    ];
+    eval(scene, "lowrank", &[&own, more].concat())
+}
+
+fn number(row: &Value, field: &str) -> f64 {
+    row[field]
+        .as_f64()
+        .unwrap_or_else(|| panic!("{field} in {row}"))
+}
+
+#[test]
+fn every_combination_has_a_row_and_repairs_the_same_weights() {
+    let scene = llama();
+    let more = [
+        "--compress",
+        "rtn-int3,wanda-2:4",
+        "--method",
+        "none,svd,eora,eora-drift",
+        "--rank",
+        "2,4",
+    ];
+    let rows = rows(&lowrank(&scene, &more));
+    assert_eq!(rows[0]["method"], "dense");
+    let measured: Vec<&Value> = rows[1..]
+        .iter()
+        .filter(|row| row["role"] != "control")
+        .collect();
+    assert_eq!(measured.len(), 2 * (1 + 3 * 2));
+    for row in &measured {
+        assert_eq!(row["suite"], "lowrank");
+        assert_eq!(row["layers"].as_array().unwrap().len(), 14);
+        assert_eq!(row["perplexity_dense"], rows[0]["perplexity"]);
+        assert!(number(row, "perplexity") > 1.0 && number(row, "seconds") > 0.0);
+        assert!(number(row, "bytes") < number(row, "bytes_dense"), "{row}");
+        if row["method"] == "none" {
+            assert_eq!(row["loss"], row["loss_uncompensated"]);
+            assert!(row.get("rank").is_none());
+        } else {
+            assert!(number(row, "loss") < number(row, "loss_uncompensated"));
+        }
+    }
+    let of = |compress: &str, method: &str, rank: Option<u64>| {
+        let same = |row: &&&Value| {
+            row["compress"] == compress && row["method"] == method && row["rank"].as_u64() == rank
+        };
+        *measured.iter().find(same).unwrap()
+    };
+    for compress in ["rtn-int3", "wanda-2:4"] {
+        let none = of(compress, "none", None);
+        for rank in [2, 4] {
+            let (svd, eora) = (
+                of(compress, "svd", Some(rank)),
+                of(compress, "eora", Some(rank)),
+            );
+            // The first linears are fed the same, whatever the method.
+            let first = |row: &Value, field: &str| number(&row["layers"][0], field);
+            assert_eq!(
+                first(svd, "loss_uncompensated"),
+                first(eora, "loss_uncompensated")
+            );
+            assert!(first(eora, "loss_calibration") <= first(svd, "loss_calibration") * 1.000001);
+            // (m + n) r values of two bytes: q, k, v, o and the MLP of two blocks.
+            let shapes = 2 * (64 + 48 + 48 + 64 + 3 * 96);
+            let factors = number(eora, "bytes") - number(none, "bytes");
+            assert_eq!(factors, (2 * rank * shapes) as f64, "{rank}");
+        }
+    }
+    let controls: Vec<&Value> = rows.iter().filter(|row| row["role"] == "control").collect();
+    assert!(!controls.is_empty());
+    for control in controls {
+        assert!(control["instead_of"].as_str().unwrap().contains(" + rank "));
+    }
+}
+
+#[test]
+fn saved_results_open_and_a_resumed_run_says_the_same() {
+    let scene = llama();
+    let (save, state) = (scene.path("save"), scene.path("state"));
+    let args = [
+        "--compress",
+        "gptq-int4-g16",
+        "--method",
+        "eora",
+        "--rank",
+        "3",
+        "--no-controls",
+        "--requantise",
+        "gptq-int4-g16",
+        "--save-as",
+        "adapter,compressed,gptq-v2,merged,requantised,probe",
+        "--resume",
+        state.to_str().unwrap(),
+    ];
+    let saving = [&args[..], &["--save", save.to_str().unwrap()]].concat();
+    let first = rows(&lowrank(&scene, &saving));
+    for folder in ["compressed", "gptq-v2", "merged", "requantised"] {
+        let checkpoint = Checkpoint::open(save.join(folder)).unwrap();
+        let packed = checkpoint.config().get("quantization_config").is_some();
+        assert_eq!(
+            packed,
+            folder.contains("gptq") || folder == "requantised",
+            "{folder}"
+        );
+    }
+    assert!(save.join("adapter/adapter_config.json").is_file());
+    lowrank_eora::output::Probe::open(save.join("probe.safetensors")).unwrap();
+    assert!(number(&first[1], "loss_requantised") > number(&first[1], "loss"));
+
+    std::fs::remove_file(state.join("gptq-int4-g16-eora-3/block-00001.safetensors")).unwrap();
+    let again = rows(&lowrank(&scene, &args));
+    for field in ["loss", "perplexity", "bytes"] {
+        assert_eq!(first[1][field], again[1][field], "{field}");
+    }
+    let other = error(&lowrank(&scene, &[&args[..], &["--sequential"]].concat()));
+    assert!(
+        other.contains("another run") && other.contains("within_block"),
+        "{other}"
+    );
+    let taken = error(&lowrank(&scene, &saving));
+    assert!(taken.contains("exists already"), "{taken}");
+}
+
+#[test]
+fn hidden_states_are_measured_where_asked_for() {
+    let scene = llama();
+    let row = &rows(&eval(&scene, "perplexity", &["--hidden-metrics"]))[0];
+    for metric in ["mnn", "nuclear", "entropy"] {
+        assert!(
+            (0.0..=1.0).contains(&number(row, metric)),
+            "{metric}: {row}"
+        );
+    }
+    assert!(
+        rows(&eval(&scene, "perplexity", &[]))[0]
+            .get("mnn")
+            .is_none()
+    );
+}
+
+#[test]
+fn wrong_names_and_texts_are_one_clear_line() {
+    let scene = llama();
+    let usage = lowrank(
+        &scene,
+        &["--compress", "gptq-int5", "--method", "eora", "--rank", "2"],
+    );
+    assert_eq!(usage.status.code(), Some(2));
+    assert!(String::from_utf8_lossy(&usage.stderr).contains("int5"));
+    let usage = lowrank(
+        &scene,
+        &["--compress", "rtn-int4", "--method", "eoro", "--rank", "2"],
+    );
+    assert!(String::from_utf8_lossy(&usage.stderr).contains("eora-drift"));
+    let text = scene.path("text.txt");
+    let same = [
+        "--calib",
+        text.to_str().unwrap(),
+        "--compress",
+        "rtn-int4",
+        "--method",
+        "eora",
+        "--rank",
+        "2",
+    ];
+    let same = error(&eval(&scene, "lowrank", &same));
+    assert!(same.contains("--calib and --text"), "{same}");
+    let packed = [
+        "--compress",
+        "wanda-2:4",
+        "--method",
+        "eora",
+        "--rank",
+        "2",
+        "--save",
+        "x",
+        "--save-as",
+        "gptq",
+    ];
+    let packed = error(&lowrank(&scene, &packed));
+    assert!(packed.contains("--save-as gptq"), "{packed}");
+    let odd = ["--compress", "wanda-2:5", "--method", "eora", "--rank", "2"];
+    let odd = error(&lowrank(&scene, &odd));
+    assert!(odd.contains("model.layers.0.self_attn.q_proj"), "{odd}");
+}
+
+#[test]
+fn on_a_trained_model_eora_has_the_least_held_out_error() {
+    let Some(shared) = shared() else {
+        return;
+    };
+    let path = |path: &str| shared.join(path).to_str().unwrap().to_owned();
+    let text = path("data/text/tinystories_valid_30KB.txt");
+    let calib = path("data/text/tinystories_train_1MiB.txt");
+    if !Path::new(&text).is_file() || !Path::new(&calib).is_file() {
+        eprintln!("skipped: no texts at {}", shared.display());
+        return;
+    }
+    let output = Command::new(env!("CARGO_BIN_EXE_xtask"))
+        .args([
+            "eval",
+            "lowrank",
+            "--json",
+            "--window",
+            "256",
+            "--samples",
+            "10",
+        ])
+        .args([
+            "--model",
+            &path("models/stories260K"),
+            "--text",
+            &text,
+            "--calib",
+            &calib,
+        ])
+        .args([
+            "--calib-samples",
+            "32",
+            "--held-out-samples",
+            "16",
+            "--no-controls",
+        ])
+        .args([
+            "--compress",
+            "wanda-2:4,rtn-int3",
+            "--method",
+            "none,svd,eora",
+            "--rank",
+            "8",
+        ])
+        .output()
+        .unwrap();
+    let rows = rows(&output);
+    for cells in rows[1..].chunks(3) {
+        let loss: Vec<f64> = cells.iter().map(|row| number(row, "loss")).collect();
+        assert!(loss[2] <= loss[1] && loss[1] < loss[0], "{loss:?}");
+        assert!(number(&cells[2], "perplexity") < number(&cells[0], "perplexity"));
+    }
+}
