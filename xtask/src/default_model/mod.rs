@@ -1,7 +1,7 @@
 //! The model that this project carries, and the text it was trained on: nothing has to be downloaded to see what
 //! compression does.
 //!
-//! Text comes from a generator ([`tale`]) that knows how likely each document is, so the model's cross-entropy can be held
+//! Text comes from a generator (`tale`) that knows how likely each document is, so the model's cross-entropy can be held
 //! against the best possible one. A document belongs to training, calibration or evaluation by its own hash, so that no
 //! two of them share a document, whatever the seeds.
 

@@ -78,7 +78,8 @@ pub fn run(mut run: Run) -> Result<()> {
 fn models(suite: &mut Suite) -> Vec<&mut PathBuf> {
     match suite {
         Suite::All | Suite::Lattice(_) => Vec::new(),
-        Suite::Perplexity(config) => vec![&mut config.model],
+        Suite::Perplexity { config, .. } => vec![&mut config.model],
+        Suite::Lowrank(config) => vec![&mut config.perplexity.model],
         Suite::Structured(config) => vec![&mut config.perplexity.model],
         Suite::Kv(config) => match &mut config.task {
             kv::Task::Perplexity(texts) => texts.iter_mut().map(|t| &mut t.text.model).collect(),
