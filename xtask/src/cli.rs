@@ -1,5 +1,6 @@
 //! The command line, turned once into a [`Run`]; nothing behind this module looks at flags.
 
+mod all;
 mod kv;
 mod lattice;
 mod lowrank;
@@ -8,14 +9,18 @@ mod structured;
 mod tasks;
 mod train_default;
 
+use std::io::IsTerminal;
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::error::ErrorKind;
+use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 
 use crate::eval::{self, perplexity};
 use crate::progress::Progress;
+
+pub(crate) use all::{Part, parts};
 
 /// What was asked for.
 #[derive(Debug)]
@@ -44,8 +49,8 @@ pub struct Run {
 /// The suite with what it alone is told.
 #[derive(Debug)]
 pub enum Suite {
-    /// Every suite on the embedded default model.
-    All,
+    /// Every suite, on the embedded default model or a given one.
+    All(eval::all::Config),
     /// Perplexity of a checkpoint.
     Perplexity {
         /// Model, text and protocol.
@@ -91,6 +96,13 @@ impl Common {
             Progress::hidden()
         } else {
             Progress::new(label, total)
+        }
+    }
+
+    /// Says on stderr what is done, where progress is shown.
+    pub fn note(&self, text: &str) {
+        if !self.json && std::io::stderr().is_terminal() {
+            eprintln!("{text}");
         }
     }
 }
@@ -145,7 +157,7 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Evaluate models before and after compression; without a suite, all of them on the embedded default model
+    /// Evaluate models before and after compression; without a suite, all of them on the embedded model
     Eval(Box<EvalArgs>),
     /// Compare two reports, row by row
     Report(ReportArgs),
@@ -157,6 +169,8 @@ enum Command {
 
 #[derive(Args)]
 struct EvalArgs {
+    #[command(flatten)]
+    all: all::AllArgs,
     #[command(flatten)]
     common: CommonArgs,
     #[command(subcommand)]
@@ -291,7 +305,13 @@ pub(crate) fn parse() -> Job {
 
 impl EvalArgs {
     fn run(self) -> Run {
-        let Self { common, suite } = self;
+        let Self { all, common, suite } = self;
+        if suite.is_some() && all.is_given() {
+            let what = "--model, --text and --calib of a suite go behind its name";
+            Cli::command()
+                .error(ErrorKind::ArgumentConflict, what)
+                .exit()
+        }
         let words = std::env::args_os()
             .skip(1)
             .map(|word| word.to_string_lossy().into_owned());
@@ -319,18 +339,23 @@ impl EvalArgs {
                 out,
                 json,
             },
-            suite: match suite {
-                None => Suite::All,
-                Some(SuiteArgs::Perplexity(args)) => Suite::Perplexity {
-                    config: args.text.into(),
-                    hidden_metrics: args.hidden_metrics,
-                },
-                Some(SuiteArgs::Structured(args)) => Suite::Structured(args.config(seed)),
-                Some(SuiteArgs::Lowrank(args)) => Suite::Lowrank(args.config(seed)),
-                Some(SuiteArgs::Lattice(args)) => Suite::Lattice(args.config(seed)),
-                Some(SuiteArgs::Kv(args)) => Suite::Kv(args.config()),
-                Some(SuiteArgs::Tasks(args)) => Suite::Tasks((*args).into()),
+            suite: suite.map_or_else(|| Suite::All(all.into()), |suite| suite.suite(seed)),
+        }
+    }
+}
+
+impl SuiteArgs {
+    fn suite(self, seed: u64) -> Suite {
+        match self {
+            SuiteArgs::Perplexity(args) => Suite::Perplexity {
+                config: args.text.into(),
+                hidden_metrics: args.hidden_metrics,
             },
+            SuiteArgs::Structured(args) => Suite::Structured(args.config(seed)),
+            SuiteArgs::Lowrank(args) => Suite::Lowrank(args.config(seed)),
+            SuiteArgs::Lattice(args) => Suite::Lattice(args.config(seed)),
+            SuiteArgs::Kv(args) => Suite::Kv(args.config()),
+            SuiteArgs::Tasks(args) => Suite::Tasks((*args).into()),
         }
     }
 }
@@ -338,7 +363,6 @@ impl EvalArgs {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use clap::CommandFactory;
 
     #[test]
     fn the_command_line_is_consistent() {

@@ -216,7 +216,7 @@ impl Column {
         use Column::*;
         match self {
             Method | Model | Compress | Ratio | Sparsity | Rank | Budget => true,
-            Extra(name) => name == "task",
+            Extra(name) => name == "task" || name == "crate",
             _ => false,
         }
     }

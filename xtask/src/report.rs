@@ -219,7 +219,12 @@ impl Report {
 
     /// The report as tables for a terminal of [`table::WIDTH`] columns.
     pub fn to_text(&self) -> String {
-        table::text(self)
+        table::text(&self.sections)
+    }
+
+    /// The first section alone, as [`Report::to_text`] shows it.
+    pub fn summary_text(&self) -> String {
+        table::text(&self.sections[..self.sections.len().min(1)])
     }
 
     /// Write `report.json`, `report.md` and `report.html` into `dir`, which is made if need be. Each file is complete

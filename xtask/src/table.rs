@@ -8,7 +8,7 @@ use serde_json::{Map, Value};
 
 use crate::column::{Column, json};
 use crate::format::ABSENT;
-use crate::report::{Report, Section};
+use crate::report::Section;
 use crate::row::{Role, Row};
 
 /// Columns of the terminal that a table keeps within.
@@ -163,10 +163,9 @@ pub(crate) fn facts(section: &Section) -> impl Iterator<Item = (&str, String)> {
         .map(|(name, value)| (name.as_str(), json(value)))
 }
 
-/// All sections of a report for the terminal.
-pub(crate) fn text(report: &Report) -> String {
-    report
-        .sections
+/// Sections of a report for the terminal.
+pub(crate) fn text(sections: &[Section]) -> String {
+    sections
         .iter()
         .map(section_text)
         .collect::<Vec<_>>()

@@ -91,9 +91,27 @@ impl Tales {
     }
 }
 
-/// The folder of the model in this checkout.
+/// The folder of the model in this checkout, with its texts.
 pub fn folder() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("model")
+}
+
+/// Name of the text to evaluate on in the model's folder.
+pub const EVALUATION: &str = "evaluation.txt";
+/// Name of the text to calibrate on in the model's folder.
+pub const CALIBRATION: &str = "calibration.txt";
+
+/// Bytes of either text.
+const TEXT: usize = 96 << 10;
+
+/// The text to evaluate on, as it lies in the model's folder.
+pub fn evaluation() -> Told {
+    Tales::new(Split::Evaluation, 0).take(TEXT)
+}
+
+/// The text to calibrate on, as it lies in the model's folder.
+pub fn calibration() -> Told {
+    Tales::new(Split::Calibration, 0).take(TEXT)
 }
 
 #[cfg(test)]

@@ -13,7 +13,7 @@ use tensor_io::WriteOptions;
 use tokenizers::Tokenizer;
 
 use super::vocabulary::{self, SIZE};
-use super::{Split, Tales};
+use super::{CALIBRATION, EVALUATION, Split, Tales, calibration, evaluation};
 use crate::cli::Device;
 use crate::format;
 use crate::progress::Progress;
@@ -159,13 +159,10 @@ pub fn run(config: &Config) -> Result<()> {
     }
     bar.finish();
     let seconds = started.elapsed().as_secs_f64();
-    student.write(
-        &fields,
-        DType::BF16,
-        &config.out,
-        &options,
-        &vocabulary::files(&tokenizer)?,
-    )?;
+    let mut files = vocabulary::files(&tokenizer)?.to_vec();
+    files.push((EVALUATION, evaluation().text.into_bytes()));
+    files.push((CALIBRATION, calibration().text.into_bytes()));
+    student.write(&fields, DType::BF16, &config.out, &options, &files)?;
     let tokens = config.steps * BATCH;
     println!(
         "{}: {tokens} tokens in {} ({:.0} tokens/s), {mean:.4} nats per token on the last of them",

@@ -1,5 +1,6 @@
 //! What `cargo xtask eval` does: one module per suite, and the report around them.
 
+pub mod all;
 pub mod kv;
 pub mod lattice;
 pub mod lowrank;
@@ -11,7 +12,7 @@ use std::io::{ErrorKind, Write};
 use std::path::PathBuf;
 use std::process::Command;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 
 use crate::cli::{Run, Suite};
 use crate::hub;
@@ -23,6 +24,9 @@ use crate::report::{self, Report};
 /// # Errors
 /// Whatever stopped the run, naming the file, tensor or flag.
 pub fn run(mut run: Run) -> Result<()> {
+    if let (Suite::All(_), None) = (&run.suite, &run.common.out) {
+        run.common.out = Some(all::report_folder());
+    }
     let common = &run.common;
     if let Some(dir) = &common.out {
         report::prepare(dir).context("--out")?;
@@ -37,7 +41,7 @@ pub fn run(mut run: Run) -> Result<()> {
         *model = hub::open_model(model, common)?;
     }
     let sections = match &run.suite {
-        Suite::All => bail!("the run of all suites is not built yet"),
+        Suite::All(config) => all::run(common, config)?,
         Suite::Perplexity {
             config,
             hidden_metrics,
@@ -65,6 +69,8 @@ pub fn run(mut run: Run) -> Result<()> {
     }
     print(&if common.json {
         report.to_json()?
+    } else if matches!(run.suite, Suite::All(_)) {
+        report.summary_text()
     } else {
         report.to_text()
     })?;
@@ -77,7 +83,8 @@ pub fn run(mut run: Run) -> Result<()> {
 /// The models that a suite was told of.
 fn models(suite: &mut Suite) -> Vec<&mut PathBuf> {
     match suite {
-        Suite::All | Suite::Lattice(_) => Vec::new(),
+        Suite::All(config) => config.given.iter_mut().map(|g| &mut g.text.model).collect(),
+        Suite::Lattice(_) => Vec::new(),
         Suite::Perplexity { config, .. } => vec![&mut config.model],
         Suite::Lowrank(config) => vec![&mut config.perplexity.model],
         Suite::Structured(config) => vec![&mut config.perplexity.model],

@@ -72,7 +72,7 @@ fn one(common: &Common, config: &Config, text: &Text, among: bool) -> Result<(Se
     let protocol = Protocol::new(common, &text.text, &decoder)?;
     let windows = protocol.evaluation(common, &text.text.text)?;
     let window = windows.window_len();
-    let prompt = text.prompt.unwrap_or((window / 4).max(1));
+    let prompt = text.prompt.unwrap_or(prompt(window));
     ensure!(
         prompt < window,
         "--prompt {prompt}: windows have {window} positions and none would be left to decode"
@@ -80,7 +80,7 @@ fn one(common: &Common, config: &Config, text: &Text, among: bool) -> Result<(Se
     let model = Model::load(&decoder)?;
     policy::check(&model, &config.policies, &config.budgets, window)?;
     let batch = text.batch.unwrap_or(batch(&decoder, window));
-    let cells = Cells {
+    let cells = Decoding {
         model: &model,
         windows: &windows,
         prompt,
@@ -128,25 +128,37 @@ fn one(common: &Common, config: &Config, text: &Text, among: bool) -> Result<(Se
     Ok((section, window))
 }
 
+/// Tokens that are prefilled where nothing is said.
+pub(in crate::eval) fn prompt(window: usize) -> usize {
+    (window / 4).max(1)
+}
+
 /// Windows side by side that memory allows.
-fn batch(decoder: &Decoder<'_>, window: usize) -> usize {
+pub(in crate::eval) fn batch(decoder: &Decoder<'_>, window: usize) -> usize {
     let config = decoder.config();
     let heads: usize = config.widths.iter().map(|widths| widths.kv_heads).sum();
     let bytes = 2 * heads * config.head_dim * window * decoder.dtype().size_in_bytes();
     (BATCH_BYTES / bytes.max(1)).clamp(1, BATCH)
 }
 
-/// What all cells of the table share.
-struct Cells<'a> {
-    model: &'a Model<'a>,
-    windows: &'a Windows,
-    prompt: usize,
-    batch: usize,
+/// How a model decodes texts.
+pub(in crate::eval) struct Decoding<'a> {
+    pub(in crate::eval) model: &'a Model<'a>,
+    pub(in crate::eval) windows: &'a Windows,
+    /// Tokens that are prefilled.
+    pub(in crate::eval) prompt: usize,
+    /// Windows that run side by side.
+    pub(in crate::eval) batch: usize,
 }
 
-impl Cells<'_> {
-    /// One run over all windows.
-    fn measure(&self, mut row: Row, eviction: Option<&CacheConfig>, bar: &Progress) -> Result<Row> {
+impl Decoding<'_> {
+    /// One run over all windows, a step of `bar` for each batch: quality, bytes and speed of `row`.
+    pub(in crate::eval) fn measure(
+        &self,
+        mut row: Row,
+        eviction: Option<&CacheConfig>,
+        bar: &Progress,
+    ) -> Result<Row> {
         let watch = Stopwatch::start();
         let (mut nll, mut held, mut decoding) = (0.0, Held::default(), Duration::ZERO);
         let mut steps = 0;

@@ -1,0 +1,109 @@
+//! Every suite on one model, and the methods applied on top of one another: one report with a summary in front.
+
+mod chain;
+mod summary;
+
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use anyhow::{Context, Result, ensure};
+use causal_lm::TextTokenizer;
+
+use super::perplexity;
+use crate::cli::{self, Common, Suite};
+use crate::default_model::{self, CALIBRATION, EVALUATION};
+use crate::format;
+use crate::report::Section;
+use crate::table::command_line;
+
+/// What to run on.
+#[derive(Debug, Clone, Default)]
+pub struct Config {
+    /// A model and texts; the embedded model where none are given.
+    pub given: Option<Given>,
+}
+
+/// A model with texts.
+#[derive(Debug, Clone)]
+pub struct Given {
+    /// Model and text to evaluate on.
+    pub text: perplexity::Config,
+    /// Text to calibrate on.
+    pub calib: PathBuf,
+}
+
+/// Where the report goes if nothing is said: the build folder of this checkout.
+pub(crate) fn report_folder() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .with_file_name("target")
+        .join("report")
+}
+
+/// Run all of it.
+///
+/// # Errors
+/// A model or text that cannot be read or run.
+pub(crate) fn run(common: &Common, config: &Config) -> Result<Vec<Section>> {
+    let (given, entropy) = match &config.given {
+        Some(given) => (given.clone(), None),
+        None => {
+            let (given, entropy) = embedded()?;
+            (given, Some(entropy))
+        }
+    };
+    let mut sections = Vec::new();
+    for cli::Part { words, suite } in cli::parts(&given, common.seed)? {
+        let name = &words[3];
+        let started = Instant::now();
+        let of_suite = match &suite {
+            Suite::Structured(config) => super::structured::run(common, config),
+            Suite::Lowrank(config) => super::lowrank::run(common, config),
+            Suite::Kv(config) => super::kv::run(common, config),
+            Suite::Lattice(config) => super::lattice::run(common, config),
+            _ => Ok(Vec::new()),
+        };
+        let mut of_suite = of_suite.with_context(|| name.clone())?;
+        if let Some(first) = of_suite.first_mut() {
+            let command = command_line(&words);
+            first.protocol.insert("command".into(), command.into());
+        }
+        common.note(&done(name, started));
+        sections.extend(of_suite);
+    }
+    let started = Instant::now();
+    sections.push(chain::run(common, &given).context("chain")?);
+    common.note(&done("chain", started));
+    let summary = summary::section(&sections, &given, entropy);
+    sections.insert(0, summary);
+    Ok(sections)
+}
+
+fn done(name: &str, started: Instant) -> String {
+    format!(
+        "{name}: {}",
+        format::seconds(started.elapsed().as_secs_f64())
+    )
+}
+
+/// The embedded model with texts that it has not seen, and the cross-entropy of the generator itself on the text to
+/// evaluate on, in nats per token.
+fn embedded() -> Result<(Given, f64)> {
+    let model = default_model::folder();
+    ensure!(
+        model.is_dir(),
+        "{}: the embedded model is not there; cargo xtask train-default makes it",
+        model.display()
+    );
+    let (text, calib) = (model.join(EVALUATION), model.join(CALIBRATION));
+    let tokens = TextTokenizer::open(&model)?.encode_file(&text)?.len();
+    let entropy = default_model::evaluation().nats / tokens as f64;
+    let given = Given {
+        text: perplexity::Config {
+            model,
+            text,
+            bos: true,
+        },
+        calib,
+    };
+    Ok((given, entropy))
+}
