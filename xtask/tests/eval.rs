@@ -3,12 +3,15 @@
 
 #[path = "common/scene.rs"]
 mod scene;
+#[path = "common/shared.rs"]
+mod shared;
 
 use std::path::Path;
 use std::process::{Command, Output};
 
-use scene::{Scene, error, rows, shared};
+use scene::{Scene, error, rows};
 use serde_json::json;
+use shared::shared;
 use tensor_io::Checkpoint;
 
 fn llama() -> Scene {

@@ -4,6 +4,8 @@
 
 #[path = "common/scene.rs"]
 mod scene;
+#[path = "common/shared.rs"]
+mod shared;
 
 use std::io::{BufRead, BufReader, Write};
 use std::net::{TcpListener, TcpStream};
@@ -11,8 +13,9 @@ use std::path::Path;
 use std::process::{Command, Output};
 use std::sync::{Arc, Mutex};
 
-use scene::{Scene, error, rows, shared};
+use scene::{Scene, error, rows};
 use serde_json::json;
+use shared::shared;
 
 fn llama() -> Scene {
     Scene::new(json!({

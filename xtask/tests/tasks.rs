@@ -3,14 +3,17 @@
 
 #[path = "common/scene.rs"]
 mod scene;
+#[path = "common/shared.rs"]
+mod shared;
 
 use std::path::Path;
 use std::process::{Command, Output};
 
 use candle_core::{DType, Device};
 use causal_lm::{Decoder, Model};
-use scene::{Scene, error, rows, shared};
+use scene::{Scene, error, rows};
 use serde_json::{Value, json};
+use shared::shared;
 use tensor_io::Checkpoint;
 
 /// The tokenizer of the scene has one token a word: `<s>` is 0, `a` to `f` are 1 to 6, everything else is 7.

@@ -1,21 +1,31 @@
-//! Continues a prompt: `cargo run --release -p causal-lm --example generate -- MODEL PROMPT`.
+//! Continues a prompt, with a cache that evicts where a policy and a budget in tokens are given:
+//! `cargo run --release -p causal-lm --example generate -- xtask/model "One summer morning, Anna" lazy 64`.
 
 use candle_core::{DType, Device};
-use causal_lm::{Decoder, GenerateOptions, Model, Sampling, TextTokenizer, generate};
+use causal_lm::{CacheSet, Decoder, GenerateOptions, Model, Sampling, TextTokenizer, generate};
+use kv_lazy::{Budget, CacheConfig};
 use std::io::Write;
 use tensor_io::Checkpoint;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let mut arguments = std::env::args().skip(1);
-    let (Some(folder), Some(prompt)) = (arguments.next(), arguments.next()) else {
-        return Err("usage: generate MODEL PROMPT".into());
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let [folder, prompt, eviction @ ..] = &arguments[..] else {
+        return Err("usage: generate MODEL PROMPT [POLICY BUDGET]".into());
     };
-    let checkpoint = Checkpoint::open(&folder)?;
+    let checkpoint = Checkpoint::open(folder)?;
     let decoder = Decoder::new(&checkpoint, DType::F32, &Device::Cpu)?;
     let model = Model::load(&decoder)?;
-    let tokenizer = TextTokenizer::open(&folder)?;
+    let tokenizer = TextTokenizer::open(folder)?;
     let mut prompt_tokens: Vec<u32> = tokenizer.bos().into_iter().collect();
-    prompt_tokens.extend(tokenizer.encode(&prompt)?);
+    prompt_tokens.extend(tokenizer.encode(prompt)?);
+    let mut cache = match eviction {
+        [policy, budget] => {
+            let config = CacheConfig::new(policy.parse()?, Budget::Tokens(budget.parse()?));
+            let (dtype, device) = (decoder.dtype(), decoder.device());
+            CacheSet::new(&model.cache_shapes(), 1, dtype, device, &config)?
+        }
+        _ => model.full_cache(1)?,
+    };
     let options = GenerateOptions {
         max_new_tokens: 128,
         sampling: Sampling::Random {
@@ -42,16 +52,11 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             text = longer;
         }
     };
-    let generated = generate(
-        &model,
-        &mut model.full_cache(1)?,
-        &prompt_tokens,
-        &options,
-        &mut print,
-    )?;
+    let generated = generate(&model, &mut cache, &prompt_tokens, &options, &mut print)?;
     println!(
-        "\n\n{:.1} tokens/s",
-        generated.tokens_per_second().unwrap_or_default()
+        "\n\n{:.1} tokens/s, {} bytes of keys and values",
+        generated.tokens_per_second().unwrap_or_default(),
+        cache.bytes()
     );
     Ok(())
 }

@@ -1,5 +1,6 @@
 //! Compresses a checkpoint, repairs it by EoRA and writes what runtimes load:
-//! `cargo run --release -p lowrank-eora --example repair -- MODEL CALIBRATION_TEXT COMPRESSOR RANK OUT`.
+//! `cargo run --release -p lowrank-eora --example repair -- MODEL CALIBRATION_TEXT COMPRESSOR RANK OUT`,
+//! e.g. with `xtask/model xtask/model/calibration.txt wanda-2:4 8 repaired`.
 //!
 //! OUT gets `compressed`, `adapter`, `merged`, `probe.safetensors`, and `logits.safetensors`: tokens of
 //! the text and the logits of the repaired model on them, for `tests/peft_logits.py`.

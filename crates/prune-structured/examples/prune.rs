@@ -1,5 +1,6 @@
 //! Prunes a checkpoint by FLAP:
-//! `cargo run --release -p prune-structured --example prune -- MODEL CALIBRATION_TEXT RATIO OUT`.
+//! `cargo run --release -p prune-structured --example prune -- MODEL CALIBRATION_TEXT RATIO OUT`,
+//! e.g. with `xtask/model xtask/model/calibration.txt 0.25 pruned`.
 
 use candle_core::{DType, Device};
 use causal_lm::{Decoder, TextTokenizer, Windows};

@@ -1,5 +1,5 @@
 //! Lists the tensors of a checkpoint folder or a safetensors file:
-//! `cargo run -p tensor-io --example inspect -- path/to/checkpoint`.
+//! `cargo run -p tensor-io --example inspect -- xtask/model`.
 
 use std::env;
 use std::path::PathBuf;

@@ -1,6 +1,6 @@
 //! A folder with a small random model, its tokenizer and two texts, and what runs on it answered.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::Output;
 
 use causal_lm::synthetic;
@@ -65,14 +65,4 @@ pub(crate) fn error(output: &Output) -> String {
     let stderr = String::from_utf8(output.stderr.clone()).unwrap();
     assert_eq!(stderr.lines().count(), 1, "{stderr}");
     stderr
-}
-
-/// Folder with trained models and texts beside the checkout, if it is there.
-pub(crate) fn shared() -> Option<PathBuf> {
-    let dir = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../shared"));
-    if !dir.is_dir() {
-        eprintln!("skipped: no trained models at {}", dir.display());
-        return None;
-    }
-    Some(dir.to_path_buf())
 }

@@ -1,0 +1,160 @@
+//! `eval` without a suite, and the model that it runs on.
+
+#[path = "common/scene.rs"]
+mod scene;
+
+use std::path::Path;
+use std::process::Command;
+
+use causal_lm::TextTokenizer;
+use scene::{Scene, error, rows};
+use serde_json::{Value, json};
+use xtask::default_model;
+
+fn scene() -> Scene {
+    Scene::new(json!({
+        "model_type": "llama", "hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 2,
+        "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 8, "max_position_embeddings": 64,
+    }))
+}
+
+fn xtask() -> Command {
+    Command::new(env!("CARGO_BIN_EXE_xtask"))
+}
+
+#[test]
+fn all_suites_run_on_a_model_of_ones_own_and_the_summary_fits_a_terminal() {
+    let scene = scene();
+    let out = scene.path("report");
+    let output = xtask()
+        .args(["eval", "--samples", "3"])
+        .arg("--model")
+        .arg(scene.path("model"))
+        .arg("--text")
+        .arg(scene.path("text.txt"))
+        .arg("--calib")
+        .arg(scene.path("calib.txt"))
+        .arg("--out")
+        .arg(&out)
+        .output()
+        .unwrap();
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{stderr}");
+    let stdout = String::from_utf8(output.stdout).unwrap();
+    assert!(stdout.starts_with("Summary: model\n"), "{stdout}");
+    for line in stdout.lines() {
+        assert!(line.chars().count() <= 100, "{line}");
+    }
+    let report = std::fs::read_to_string(out.join("report.json")).unwrap();
+    let report: Value = serde_json::from_str(&report).unwrap();
+    let rows = report["rows"].as_array().unwrap();
+    let of =
+        |suite: &str| -> Vec<&Value> { rows.iter().filter(|row| row["suite"] == suite).collect() };
+    for suite in ["structured", "lowrank", "kv", "lattice"] {
+        assert!(of(suite).len() > 4, "{suite}");
+    }
+    // Every line of the summary was found among the rows.
+    assert_eq!(of("summary").len(), 16);
+
+    let chain = of("chain");
+    let methods: Vec<&str> = chain
+        .iter()
+        .map(|row| row["method"].as_str().unwrap())
+        .collect();
+    assert_eq!(
+        methods,
+        [
+            "dense",
+            "flap",
+            "flap + gptq-int4",
+            "flap + gptq-int4 + eora",
+            "flap + gptq-int4 + eora + lazy",
+            "random",
+            "random + rtn-int4",
+            "random + rtn-int4 + svd",
+            "random + rtn-int4 + svd + random",
+        ]
+    );
+    let number = |row: usize, field: &str| chain[row][field].as_f64().unwrap();
+    for start in [0, 4] {
+        let before = |link: usize| if link == 1 { 0 } else { start + link - 1 };
+        let falls = |field, link| number(start + link, field) < number(before(link), field);
+        assert!(
+            falls("bytes", 1) && falls("bytes", 2) && falls("kv_bytes", 4),
+            "{chain:?}"
+        );
+        // The correction has a size of its own, and eviction leaves the weights alone.
+        assert!(number(start + 3, "bytes") > number(start + 2, "bytes"));
+        assert_eq!(number(start + 4, "bytes"), number(start + 3, "bytes"));
+    }
+}
+
+#[test]
+fn what_belongs_to_a_suite_is_refused_in_front_of_it() {
+    let output = xtask()
+        .args([
+            "eval", "--model", "m", "--text", "t", "--calib", "c", "lattice",
+        ])
+        .output()
+        .unwrap();
+    assert_eq!(output.status.code(), Some(2));
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(stderr.contains("go behind its name"), "{stderr}");
+    // A model needs its texts.
+    let output = xtask().args(["eval", "--model", "m"]).output().unwrap();
+    assert_eq!(output.status.code(), Some(2));
+}
+
+#[test]
+fn a_model_that_is_not_there_is_named_at_once() {
+    let scene = scene();
+    let output = xtask()
+        .args([
+            "eval",
+            "--model",
+            "no such model",
+            "--text",
+            "t",
+            "--calib",
+            "c",
+            "--out",
+        ])
+        .arg(scene.path("report"))
+        .output()
+        .unwrap();
+    assert!(error(&output).contains("no such model"));
+}
+
+#[test]
+fn the_embedded_texts_are_the_generators_and_the_model_is_near_the_generators_own_entropy() {
+    let folder = default_model::folder();
+    let read = |name: &str| std::fs::read_to_string(folder.join(name)).unwrap();
+    let told = default_model::evaluation();
+    let text = folder.join(default_model::EVALUATION);
+    assert_eq!(read(default_model::EVALUATION), told.text);
+    assert_eq!(
+        read(default_model::CALIBRATION),
+        default_model::calibration().text
+    );
+
+    let size = |path: &Path| std::fs::metadata(path).unwrap().len();
+    assert!(size(&folder.join("model.safetensors")) < 6 << 20);
+    let output = xtask()
+        .args(["eval", "perplexity", "--json", "--samples", "16", "--model"])
+        .arg(&folder)
+        .arg("--text")
+        .arg(&text)
+        .output()
+        .unwrap();
+    let nll = rows(&output)[0]["nll"].as_f64().unwrap();
+    let tokens = TextTokenizer::open(&folder)
+        .unwrap()
+        .encode_file(&text)
+        .unwrap();
+    let entropy = told.nats / tokens.len() as f64;
+    // Windows begin in the middle of a story, and these are a part of the text.
+    assert!(
+        (0.95 * entropy..1.15 * entropy).contains(&nll),
+        "{nll}, {entropy}"
+    );
+}
