@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use clap::{Args, Parser};
 
-use super::{Cli, Command};
+use super::{Cli, Command, Common};
 use crate::eval::all::{Config, Given};
 use crate::eval::perplexity;
 
@@ -58,7 +58,7 @@ pub(crate) struct Part {
 }
 
 /// The runs of all suites on a model.
-pub(crate) fn parts(given: &Given, seed: u64) -> Result<Vec<Part>> {
+pub(crate) fn parts(given: &Given, common: &Common) -> Result<Vec<Part>> {
     let path = |path: &Path| path.display().to_string();
     let (model, text, calib) = (
         path(&given.text.model),
@@ -69,6 +69,13 @@ pub(crate) fn parts(given: &Given, seed: u64) -> Result<Vec<Part>> {
     if !given.text.bos {
         on_text.push("--no-bos");
     }
+    let number = |name: &str, value: Option<usize>| value.map(|value| format!("{name}={value}"));
+    let cut = [
+        number("--window", common.window),
+        number("--samples", common.samples),
+    ];
+    on_text.extend(cut.iter().flatten().map(String::as_str));
+    let seed = format!("--seed={}", common.seed);
     let calibrated = [&on_text[..], &["--calib", &calib, "--calib-samples", "32"]].concat();
     [
         (
@@ -80,7 +87,7 @@ pub(crate) fn parts(given: &Given, seed: u64) -> Result<Vec<Part>> {
             &calibrated,
         ),
         (
-            "kv --policy lazy,lazy-guarded,h2o,tova,streaming,lagged-random,random --budget 0.125,0.25,0.5",
+            "kv --policy lazy,lazy-guarded,h2o,tova,streaming,lagged-random,random --budget 0.125,0.25,0.5 --prompt-rule evict",
             &on_text,
         ),
         (
@@ -89,7 +96,7 @@ pub(crate) fn parts(given: &Given, seed: u64) -> Result<Vec<Part>> {
         ),
     ]
     .into_iter()
-    .map(|(suite, texts)| part(suite, texts, seed))
+    .map(|(suite, texts)| part(suite, &[texts, &[seed.as_str()]].concat(), common.seed))
     .collect()
 }
 
@@ -125,7 +132,17 @@ mod tests {
                 },
                 calib: "calib".into(),
             };
-            let parts = parts(&given, 0).unwrap();
+            let common = Common {
+                window: Some(64),
+                samples: None,
+                seed: 3,
+                threads: None,
+                device: super::super::Device::Cpu,
+                out: None,
+                json: false,
+            };
+            let parts = parts(&given, &common).unwrap();
+            assert!(parts[0].words.contains(&"--window=64".to_owned()));
             assert_eq!(parts.len(), 4);
             let super::super::Suite::Structured(config) = &parts[0].suite else {
                 panic!("not structured pruning")

@@ -565,7 +565,7 @@ fn section(config: &Config, rows: Vec<Row>) -> Section {
     } else {
         "Each row is a smaller checkpoint, written, opened again and measured on text that calibration never saw. \
          A ratio counts the parameters of the blocks' linears; embeddings, head and norms stay. Controls remove the \
-         same share of every layer and compensate nothing; random and tyr \
+         same share of every layer; the column says how each row makes up for what it lost; random and tyr \
          are means of three seeds with their range. Time and \
          memory are those of planning and writing; speed is that of the blocks of the result on a batch of windows."
     };

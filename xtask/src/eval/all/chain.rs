@@ -193,7 +193,7 @@ impl Chain<'_> {
         name += &format!(" + {}", links.repair);
         rows.push(self.merged(&pruned, &repaired, row(name.clone(), bytes), None)?);
 
-        let evict = Choice::named(links.evict, PromptRule::Own, ALPHA);
+        let evict = Choice::named(links.evict, PromptRule::Evict, ALPHA);
         let evict = evict.with_context(|| format!("no policy {}", links.evict))?;
         name += &format!(" + {}", links.evict);
         let last = Row {

@@ -52,7 +52,7 @@ pub(crate) fn run(common: &Common, config: &Config) -> Result<Vec<Section>> {
         }
     };
     let mut sections = Vec::new();
-    for cli::Part { words, suite } in cli::parts(&given, common.seed)? {
+    for cli::Part { words, suite } in cli::parts(&given, common)? {
         let name = &words[3];
         let started = Instant::now();
         let of_suite = match &suite {

@@ -34,6 +34,8 @@ pub enum Begin {
     Uniform,
     /// What rate-distortion allocation finds
     RdDp,
+    /// FLAP's
+    Flap,
 }
 
 /// What plans are made from.
@@ -66,15 +68,20 @@ impl Maker<'_> {
             search: self.search,
         };
         let plan;
-        let start = match self.config.start {
-            Begin::Uniform => Start::Uniform(ratio),
-            Begin::RdDp => {
-                let rd_dp = Recipe {
+        let method = match self.config.start {
+            Begin::Uniform => None,
+            Begin::RdDp => Recipe::named("rd-dp", seed),
+            Begin::Flap => Recipe::named("flap", seed),
+        };
+        let start = match method {
+            None => Start::Uniform(ratio),
+            Some(method) => {
+                let first = Recipe {
                     shape: recipe.shape.clone(),
                     compensation: recipe.compensation,
-                    ..Recipe::named("rd-dp", seed).expect("a known name")
+                    ..method
                 };
-                plan = Plan::make(self.decoder, self.calibration, &rd_dp, ratio)?;
+                plan = Plan::make(self.decoder, self.calibration, &first, ratio)?;
                 Start::Plan(&plan)
             }
         };
