@@ -21,6 +21,7 @@ pub mod progress;
 pub mod random_model;
 pub mod report;
 pub mod row;
+mod scratch;
 pub mod table;
 mod train;
 

@@ -18,7 +18,6 @@ use lowrank_eora::repair::{
 };
 use lowrank_eora::solve::Method;
 use serde_json::{Value, json};
-use tempfile::TempDir;
 use tensor_io::{Checkpoint, WriteOptions};
 
 use super::perplexity::{self, Protocol, file_name};
@@ -27,6 +26,7 @@ use crate::machine::Stopwatch;
 use crate::progress::Progress;
 use crate::report::Section;
 use crate::row::{DENSE, Row};
+use crate::scratch::Scratch;
 
 pub(crate) use hidden::hidden_metrics;
 pub use save::Output;
@@ -93,7 +93,7 @@ pub fn run(common: &Common, config: &Config) -> Result<Vec<Section>> {
     let (calibration, held_out) = data::split(&windows, wanted, common.seed)
         .with_context(|| config.calib.display().to_string())?;
 
-    let scratch = TempDir::with_prefix("lowrank-").context("scratch folder")?;
+    let scratch = Scratch::new()?;
     let suite = Lowrank {
         common,
         config,

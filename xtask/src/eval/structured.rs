@@ -14,7 +14,6 @@ use prune_structured::{
     structprune,
 };
 use serde_json::json;
-use tempfile::TempDir;
 use tensor_io::{Checkpoint, WriteOptions};
 
 use super::perplexity::{self, Protocol, file_name};
@@ -26,6 +25,7 @@ use crate::plot::{Axis, Plot, Reference, Series};
 use crate::progress::Progress;
 use crate::report::Section;
 use crate::row::{DENSE, Measure, Row, mean_over_seeds};
+use crate::scratch::Scratch;
 
 /// Seeds of the random control and of searches.
 const DRAWS: u64 = 3;
@@ -89,7 +89,7 @@ pub fn run(common: &Common, config: &Config) -> Result<Vec<Section>> {
     let compared = text.sample(config.search.samples, common.seed);
 
     // Dense models of any size are pruned, so scratch space is on disk, not in memory.
-    let scratch = TempDir::with_prefix("structured-").context("scratch folder")?;
+    let scratch = Scratch::new()?;
     let cells = Cells {
         common,
         config,

@@ -16,7 +16,6 @@ use prune_structured::stats::GramStore;
 use prune_structured::{
     Calibration, Collect, Compensation, DEFAULT_RIDGE, Form, Plan, Recipe, Score,
 };
-use tempfile::TempDir;
 use tensor_io::{Checkpoint, WriteOptions};
 
 use super::Given;
@@ -30,6 +29,7 @@ use crate::plot::{Axis, Plot, Reference, Series};
 use crate::progress::Progress;
 use crate::report::Section;
 use crate::row::{Budget, DENSE, Measure, Row, mean_over_seeds};
+use crate::scratch::Scratch;
 
 /// Name of the suite in rows.
 pub(super) const SUITE: &str = "chain";
@@ -98,7 +98,7 @@ pub(super) fn run(common: &Common, given: &Given) -> Result<Section> {
     let calibration = protocol
         .windows(&given.calib)?
         .sample(CALIBRATION, common.seed);
-    let scratch = TempDir::with_prefix("chain-").context("scratch folder")?;
+    let scratch = Scratch::new()?;
     let bar = common.progress("chain", 1 + STEPS * (1 + DRAWS));
     let collect = Collect {
         fluctuation: false,

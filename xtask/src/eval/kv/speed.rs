@@ -24,6 +24,7 @@ use crate::eval::perplexity::{self, file_name};
 use crate::machine::Stopwatch;
 use crate::report::Section;
 use crate::row::Row;
+use crate::scratch::Scratch;
 
 /// Tokens of context where --window does not say.
 const CONTEXT: usize = 8192;
@@ -58,7 +59,7 @@ struct Lane {
 
 /// Fill and decode with the full cache and with every policy at every budget.
 pub(crate) fn run(common: &Common, config: &Config, speed: &Speed) -> Result<Vec<Section>> {
-    let scratch = tempfile::TempDir::with_prefix("speed-").context("scratch folder")?;
+    let scratch = Scratch::new()?;
     let window = common.window.unwrap_or(CONTEXT + WARM + TIMED);
     let dir = match &speed.model {
         Some(dir) => dir.clone(),

@@ -34,6 +34,7 @@ use crate::plot::{Axis, Reference};
 use crate::progress::Progress;
 use crate::report::Section;
 use crate::row::{Budget, Row, Spread};
+use crate::scratch::Scratch;
 use language::{BOS, KEYS, Kind, Sample, key, value_index};
 
 /// Sequences of each task where --samples does not say.
@@ -73,7 +74,7 @@ pub(crate) fn run(common: &Common, config: &Config, recall: &Recall) -> Result<V
         prompt + LEAST <= length,
         "--prompt {prompt}: the tasks need {LEAST} tokens after it, sequences have {length}"
     );
-    let scratch = tempfile::TempDir::with_prefix("recall-").context("scratch folder")?;
+    let scratch = Scratch::new()?;
     let mut trained = None;
     let dir = match &recall.model {
         Some(dir) => dir.clone(),
