@@ -1,8 +1,8 @@
 //! The kernel: one chunk of a row's tokens under all query heads of the group.
 //!
-//! Keys and values are widened in registers, as often as there are groups of four heads, and never stored widened. Vectors of a type that widens
-//! interleaved meet queries brought into the same order once per chunk, and the output is brought back. What comes next is
-//! asked of the memory piece by piece, spread over all the work on what is there.
+//! Keys and values are widened in registers, once for every four heads, and never stored wide. Elements that widen interleaved meet queries
+//! that were brought into the same order once per chunk, and the output is brought back. What is read next is asked for piece
+//! by piece, spread over all the work on what is there.
 
 use super::element::{Element, Kernel, Widen};
 use super::exp::exp_in_place;
@@ -80,22 +80,9 @@ impl<T: Element> Kernel<T> for Chunk<'_, T> {
         let (scores, out, stats, arranged) = self.layout.split(self.slots);
         let count = self.keys.len() / d;
         let queries = if W::INTERLEAVED {
-            for (from, to) in self
-                .queries
-                .chunks_exact(d)
-                .zip(arranged.chunks_exact_mut(d))
-            {
-                to.copy_from_slice(from);
-                let (pairs, _) = from.as_chunks::<2>();
-                for (pairs, to) in pairs
-                    .chunks_exact(S::F32_LANES)
-                    .zip(to.chunks_exact_mut(2 * S::F32_LANES))
-                {
-                    let (even, odd) = to.split_at_mut(S::F32_LANES);
-                    for ((pair, even), odd) in pairs.iter().zip(even).zip(odd) {
-                        [*even, *odd] = *pair;
-                    }
-                }
+            let pairs = self.queries.chunks_exact(d);
+            for (from, to) in pairs.zip(arranged.chunks_exact_mut(d)) {
+                part_even_and_odd::<S>(from, to);
             }
             &*arranged
         } else {
@@ -159,18 +146,9 @@ impl<T: Element> Kernel<T> for Chunk<'_, T> {
             }
         }
         if W::INTERLEAVED {
-            for (out, copy) in out.chunks_exact_mut(d).zip(arranged.chunks_exact_mut(d)) {
-                copy.copy_from_slice(out);
-                let (pairs, _) = out.as_chunks_mut::<2>();
-                for (pairs, copy) in pairs
-                    .chunks_exact_mut(S::F32_LANES)
-                    .zip(copy.chunks_exact(2 * S::F32_LANES))
-                {
-                    let (even, odd) = copy.split_at(S::F32_LANES);
-                    for ((pair, even), odd) in pairs.iter_mut().zip(even).zip(odd) {
-                        *pair = [*even, *odd];
-                    }
-                }
+            for (out, parted) in out.chunks_exact_mut(d).zip(arranged.chunks_exact_mut(d)) {
+                parted.copy_from_slice(out);
+                join_even_and_odd::<S>(parted, out);
             }
         }
     }
@@ -178,6 +156,31 @@ impl<T: Element> Kernel<T> for Chunk<'_, T> {
 
 // Closures are avoided in what follows: they are functions of their own, which need not be compiled for the vector
 // instructions that were dispatched to.
+
+/// Of each pack's worth of `from` the even elements, then the odd ones.
+#[inline(always)]
+fn part_even_and_odd<S: Simd>(from: &[f32], to: &mut [f32]) {
+    to.copy_from_slice(from);
+    let width = 2 * S::F32_LANES;
+    for (from, to) in from.chunks_exact(width).zip(to.chunks_exact_mut(width)) {
+        let (even, odd) = to.split_at_mut(S::F32_LANES);
+        for ((pair, even), odd) in from.as_chunks::<2>().0.iter().zip(even).zip(odd) {
+            [*even, *odd] = *pair;
+        }
+    }
+}
+
+/// The reverse of [`part_even_and_odd`], for what fills packs.
+#[inline(always)]
+fn join_even_and_odd<S: Simd>(from: &[f32], to: &mut [f32]) {
+    let width = 2 * S::F32_LANES;
+    for (from, to) in from.chunks_exact(width).zip(to.chunks_exact_mut(width)) {
+        let (even, odd) = from.split_at(S::F32_LANES);
+        for ((pair, even), odd) in to.as_chunks_mut::<2>().0.iter_mut().zip(even).zip(odd) {
+            *pair = [*even, *odd];
+        }
+    }
+}
 
 /// Query heads taken together when so many are left: fours, twos and ones.
 #[inline(always)]

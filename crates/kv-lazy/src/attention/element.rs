@@ -84,16 +84,22 @@ impl Element for f32 {
     }
 }
 
+/// Where the even element of a pair is the low half of 32 bits.
+const LITTLE_ENDIAN: bool = cfg!(target_endian = "little");
+
 /// Packs of 16-bit elements: pairs in the 32-bit lanes of a vector, the even element of each in the low half.
 #[inline(always)]
 fn pairs<S: Simd>(row: &[u16]) -> &[S::u16s] {
-    let halves = S::U16_LANES == 2 * S::F32_LANES && cfg!(target_endian = "little");
-    if halves { S::as_simd_u16s(row).0 } else { &[] }
+    if S::U16_LANES == 2 * S::F32_LANES && LITTLE_ENDIAN {
+        S::as_simd_u16s(row).0
+    } else {
+        &[]
+    }
 }
 
 impl Element for bf16 {
     type Pack<S: Simd> = S::u16s;
-    const INTERLEAVED: bool = true;
+    const INTERLEAVED: bool = LITTLE_ENDIAN;
     #[inline(always)]
     fn packs<S: Simd>(row: &[Self]) -> &[Self::Pack<S>] {
         pairs::<S>(row.reinterpret_cast())
@@ -120,7 +126,7 @@ impl Element for bf16 {
 
 impl Element for f16 {
     type Pack<S: Simd> = S::u16s;
-    const INTERLEAVED: bool = true;
+    const INTERLEAVED: bool = LITTLE_ENDIAN;
     #[inline(always)]
     fn packs<S: Simd>(row: &[Self]) -> &[Self::Pack<S>] {
         pairs::<S>(row.reinterpret_cast())

@@ -17,7 +17,8 @@ pub(super) fn prefetch<T>(at: &T) {
     let _ = at;
 }
 
-/// The lane sums of eight vectors, each in the order of `reduce_sum_f32s`, which would take twice as many instructions; none on machines other than AVX2.
+/// The lane sums of eight vectors, each in the order of `reduce_sum_f32s`, which would take twice as many instructions; none without
+/// AVX2.
 #[inline(always)]
 pub(super) fn sum_eight<S: Simd>(simd: S, vectors: &[S::f32s; 8]) -> Option<[f32; 8]> {
     #[cfg(target_arch = "x86_64")]
@@ -32,7 +33,7 @@ pub(super) fn sum_eight<S: Simd>(simd: S, vectors: &[S::f32s; 8]) -> Option<[f32
 }
 
 #[cfg(target_arch = "x86_64")]
-pub(super) use x86::F16c;
+pub(crate) use x86::F16c;
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
@@ -67,16 +68,16 @@ mod x86 {
 
     /// Proof that the machine has AVX2 and the instruction that widens f16.
     #[derive(Clone, Copy)]
-    pub(in super::super) struct F16c(V3);
+    pub(crate) struct F16c(V3);
 
     impl F16c {
-        pub(in super::super) fn detect() -> Option<Self> {
+        pub(crate) fn detect() -> Option<Self> {
             let simd = V3::try_new()?;
             std::is_x86_feature_detected!("f16c").then_some(Self(simd))
         }
 
         /// Runs `kernel` compiled for this machine.
-        pub(in super::super) fn run(self, kernel: impl Kernel<f16>) {
+        pub(crate) fn run(self, kernel: impl Kernel<f16>) {
             #[target_feature(enable = "avx2,fma,bmi1,bmi2,lzcnt,popcnt,f16c")]
             fn compiled(machine: F16c, kernel: impl Kernel<f16>) {
                 kernel.run(machine.0, machine);

@@ -112,6 +112,7 @@ impl Policy for RKv {
     fn rule(&self, _: Phase) -> Rule {
         Rule {
             recent: self.window,
+            // Importance is pooled over neighbours.
             layout: Layout::Compact,
             ..Rule::lagged(self.every)
         }
