@@ -1,97 +1,232 @@
 //! The element types a cache can store, all computed with in f32.
 
-use super::machine::widen_f16;
+#[cfg(target_arch = "x86_64")]
+use super::machine::F16c;
+use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
+use pulp::bytemuck::{self, Pod};
+use pulp::{Arch, Simd, WithSimd};
+use std::borrow::Cow;
+use std::marker::PhantomData;
 
-/// A storage element: widened blockwise to f32 before arithmetic.
+/// A storage element. Arithmetic reads *packs* of it, each as many elements as two vectors of f32 hold, and widens them in
+/// registers.
 pub(crate) trait Element: candle_core::WithDType + Default + std::fmt::Debug {
-    /// The values of `source` as f32, in `scratch` unless they are f32 already.
-    /// `scratch` is at least as long as `source`.
-    fn widen<'a>(source: &'a [Self], scratch: &'a mut [f32]) -> &'a [f32];
-    /// f32 values needed as scratch to widen `len` elements.
-    fn scratch(len: usize) -> usize;
+    /// The elements of two vectors, as they lie in memory.
+    type Pack<S: Simd>: Pod;
+    /// Whether [`widen`](Self::widen) puts a pack's even elements into its first vector and the odd ones into the second; they stay in order
+    /// otherwise.
+    const INTERLEAVED: bool;
+    /// The whole packs at the beginning of `row`; none where vectors are no wider than a number.
+    fn packs<S: Simd>(row: &[Self]) -> &[Self::Pack<S>];
+    /// A pack as f32, by operations that every machine has.
+    fn widen<S: Simd>(simd: S, pack: &Self::Pack<S>) -> [S::f32s; 2];
+    /// One element as f32.
+    fn single(self) -> f32;
+    /// All of `source` as f32.
+    fn widened(source: &[Self]) -> Cow<'_, [f32]>;
+    /// Runs `kernel` with the widest vectors and the best way of widening that the machine has.
+    fn dispatch(kernel: impl Kernel<Self>) {
+        Arch::new().dispatch(Everywhere(kernel, PhantomData));
+    }
+}
+
+/// A computation over elements of type `T`.
+pub(crate) trait Kernel<T: Element> {
+    fn run<S: Simd, W: Widen<T>>(self, simd: S, widen: W);
+}
+
+/// A way of widening packs; see [`Element`].
+pub(crate) trait Widen<T: Element>: Copy {
+    const INTERLEAVED: bool;
+    fn widen<S: Simd>(self, simd: S, pack: &T::Pack<S>) -> [S::f32s; 2];
+}
+
+/// The element's own way.
+#[derive(Clone, Copy)]
+struct Portable;
+
+impl<T: Element> Widen<T> for Portable {
+    const INTERLEAVED: bool = T::INTERLEAVED;
+    #[inline(always)]
+    fn widen<S: Simd>(self, simd: S, pack: &T::Pack<S>) -> [S::f32s; 2] {
+        T::widen(simd, pack)
+    }
+}
+
+struct Everywhere<T, K>(K, PhantomData<T>);
+
+impl<T: Element, K: Kernel<T>> WithSimd for Everywhere<T, K> {
+    type Output = ();
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        self.0.run(simd, Portable);
+    }
 }
 
 impl Element for f32 {
+    type Pack<S: Simd> = [S::f32s; 2];
+    const INTERLEAVED: bool = false;
     #[inline(always)]
-    fn widen<'a>(source: &'a [Self], _: &'a mut [f32]) -> &'a [f32] {
-        source
+    fn packs<S: Simd>(row: &[Self]) -> &[Self::Pack<S>] {
+        S::as_simd_f32s(row).0.as_chunks().0
     }
-    fn scratch(_: usize) -> usize {
-        0
+    #[inline(always)]
+    fn widen<S: Simd>(_: S, pack: &Self::Pack<S>) -> [S::f32s; 2] {
+        *pack
+    }
+    #[inline(always)]
+    fn single(self) -> f32 {
+        self
+    }
+    fn widened(source: &[Self]) -> Cow<'_, [f32]> {
+        Cow::Borrowed(source)
     }
 }
 
-impl Element for f16 {
-    #[inline(always)]
-    fn widen<'a>(source: &'a [Self], scratch: &'a mut [f32]) -> &'a [f32] {
-        let scratch = &mut scratch[..source.len()];
-        if !widen_f16(source, scratch) {
-            widen_bits(source, scratch);
-        }
-        scratch
-    }
-    fn scratch(len: usize) -> usize {
-        len
-    }
-}
+/// Where the even element of a pair is the low half of 32 bits.
+const LITTLE_ENDIAN: bool = cfg!(target_endian = "little");
 
-/// Widening without an instruction for it: moving the bits into place and scaling by the difference of the exponent biases is exact for
-/// normal and subnormal numbers; what has all exponent bits set keeps them set. This form compiles to vector code.
+/// Packs of 16-bit elements: pairs in the 32-bit lanes of a vector, the even element of each in the low half.
 #[inline(always)]
-fn widen_bits(source: &[f16], wide: &mut [f32]) {
-    const REBIAS: f32 = f32::from_bits((127 + 127 - 15) << 23);
-    for (wide, narrow) in wide.iter_mut().zip(source) {
-        let bits = u32::from(narrow.to_bits());
-        let magnitude = (bits & 0x7fff) << 13;
-        let scaled = (f32::from_bits(magnitude) * REBIAS).to_bits();
-        let special = if bits & 0x7c00 == 0x7c00 {
-            0x7f80_0000
-        } else {
-            0
-        };
-        *wide = f32::from_bits(scaled | special | (bits & 0x8000) << 16);
+fn pairs<S: Simd>(row: &[u16]) -> &[S::u16s] {
+    if S::U16_LANES == 2 * S::F32_LANES && LITTLE_ENDIAN {
+        S::as_simd_u16s(row).0
+    } else {
+        &[]
     }
 }
 
 impl Element for bf16 {
-    // Shifting the bits up is the whole conversion; this form compiles to vector code.
+    type Pack<S: Simd> = S::u16s;
+    const INTERLEAVED: bool = LITTLE_ENDIAN;
     #[inline(always)]
-    fn widen<'a>(source: &'a [Self], scratch: &'a mut [f32]) -> &'a [f32] {
-        let scratch = &mut scratch[..source.len()];
-        for (wide, narrow) in scratch.iter_mut().zip(source) {
-            *wide = f32::from_bits(u32::from(narrow.to_bits()) << 16);
+    fn packs<S: Simd>(row: &[Self]) -> &[Self::Pack<S>] {
+        pairs::<S>(row.reinterpret_cast())
+    }
+    // The bits of a bf16 are the upper half of the f32.
+    #[inline(always)]
+    fn widen<S: Simd>(simd: S, pack: &Self::Pack<S>) -> [S::f32s; 2] {
+        let pair: S::u32s = bytemuck::cast(*pack);
+        let even = simd.wrapping_dyn_shl_u32s(pair, simd.splat_u32s(16));
+        let odd = simd.and_u32s(pair, simd.splat_u32s(0xffff_0000));
+        [
+            simd.transmute_f32s_u32s(even),
+            simd.transmute_f32s_u32s(odd),
+        ]
+    }
+    #[inline(always)]
+    fn single(self) -> f32 {
+        self.to_f32()
+    }
+    fn widened(source: &[Self]) -> Cow<'_, [f32]> {
+        Cow::Owned(source.to_f32_vec())
+    }
+}
+
+impl Element for f16 {
+    type Pack<S: Simd> = S::u16s;
+    const INTERLEAVED: bool = LITTLE_ENDIAN;
+    #[inline(always)]
+    fn packs<S: Simd>(row: &[Self]) -> &[Self::Pack<S>] {
+        pairs::<S>(row.reinterpret_cast())
+    }
+    #[inline(always)]
+    fn widen<S: Simd>(simd: S, pack: &Self::Pack<S>) -> [S::f32s; 2] {
+        let pair: S::u32s = bytemuck::cast(*pack);
+        let even = simd.wrapping_dyn_shl_u32s(pair, simd.splat_u32s(16));
+        [upper_half(simd, even), upper_half(simd, pair)]
+    }
+    #[inline(always)]
+    fn single(self) -> f32 {
+        self.to_f32()
+    }
+    fn widened(source: &[Self]) -> Cow<'_, [f32]> {
+        Cow::Owned(source.to_f32_vec())
+    }
+    fn dispatch(kernel: impl Kernel<Self>) {
+        #[cfg(target_arch = "x86_64")]
+        if let Some(machine) = F16c::detect() {
+            return machine.run(kernel);
         }
-        scratch
+        Arch::new().dispatch(Everywhere(kernel, PhantomData));
     }
-    fn scratch(len: usize) -> usize {
-        len
-    }
+}
+
+/// The f16 in the upper half of each lane. Moving the bits into place and scaling by the difference of the exponent biases is exact for normal
+/// and subnormal numbers; what has all exponent bits set keeps them set.
+#[inline(always)]
+fn upper_half<S: Simd>(simd: S, bits: S::u32s) -> S::f32s {
+    const REBIAS: f32 = f32::from_bits((127 + 127 - 15) << 23);
+    let sign = simd.and_u32s(bits, simd.splat_u32s(0x8000_0000));
+    let magnitude = simd.and_u32s(bits, simd.splat_u32s(0x7fff_0000));
+    let special = simd.greater_than_or_equal_u32s(magnitude, simd.splat_u32s(0x7c00_0000));
+    let moved = simd.wrapping_dyn_shr_u32s(magnitude, simd.splat_u32s(3));
+    let scaled = simd.mul_f32s(simd.transmute_f32s_u32s(moved), simd.splat_f32s(REBIAS));
+    let exponent = simd.select_u32s(special, simd.splat_u32s(0x7f80_0000), simd.splat_u32s(0));
+    let bits = simd.or_u32s(simd.transmute_u32s_f32s(scaled), exponent);
+    simd.transmute_f32s_u32s(simd.or_u32s(bits, sign))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn same(narrow: f32, wide: f32) -> bool {
-        narrow == wide || (narrow.is_nan() && wide.is_nan())
+    /// Every bit pattern, and room for what they widen to.
+    struct All<'a, T> {
+        narrow: &'a [T],
+        wide: &'a mut [f32],
+    }
+
+    impl<T: Element> Kernel<T> for All<'_, T> {
+        #[inline(always)]
+        fn run<S: Simd, W: Widen<T>>(self, simd: S, widen: W) {
+            let packs = T::packs::<S>(self.narrow);
+            assert!(packs.len() * 2 * S::F32_LANES == self.narrow.len() || packs.is_empty());
+            for (pack, wide) in packs
+                .iter()
+                .zip(self.wide.chunks_exact_mut(2 * S::F32_LANES))
+            {
+                let vectors = widen.widen(simd, pack);
+                let lanes: &[f32] = bytemuck::cast_slice(&vectors);
+                for (i, wide) in wide.iter_mut().enumerate() {
+                    *wide = lanes[if W::INTERLEAVED {
+                        i / 2 + i % 2 * S::F32_LANES
+                    } else {
+                        i
+                    }];
+                }
+            }
+        }
+    }
+
+    fn check<T: Element>(all: &[T], run: impl Fn(All<'_, T>)) {
+        let mut wide: Vec<f32> = all.iter().map(|x| x.single()).collect();
+        run(All {
+            narrow: all,
+            wide: &mut wide,
+        });
+        let slice = T::widened(all);
+        for ((narrow, wide), from_slice) in all.iter().zip(&wide).zip(slice.iter()) {
+            let want = narrow.to_f64() as f32;
+            for got in [*wide, *from_slice] {
+                assert!(
+                    want == got || (want.is_nan() && got.is_nan()),
+                    "{narrow:?} {got}"
+                );
+            }
+        }
     }
 
     #[test]
     fn every_half_precision_number_widens_to_itself_with_and_without_an_instruction() {
         let all: Vec<u16> = (0..=u16::MAX).collect();
-        let mut wide = vec![0.0; all.len()];
-        let halves: Vec<f16> = all.iter().map(|&bits| f16::from_bits(bits)).collect();
-        for (narrow, wide) in halves.iter().zip(f16::widen(&halves, &mut wide)) {
-            assert!(same(narrow.to_f32(), *wide), "{narrow:?} {wide}");
-        }
-        widen_bits(&halves, &mut wide);
-        for (narrow, wide) in halves.iter().zip(&wide) {
-            assert!(same(narrow.to_f32(), *wide), "{narrow:?} {wide}");
-        }
-        let halves: Vec<bf16> = all.iter().map(|&bits| bf16::from_bits(bits)).collect();
-        for (narrow, wide) in halves.iter().zip(bf16::widen(&halves, &mut wide)) {
-            assert!(same(narrow.to_f32(), *wide), "{narrow:?} {wide}");
-        }
+        let f16s: Vec<f16> = all.iter().map(|&bits| f16::from_bits(bits)).collect();
+        check(&f16s, |all| f16::dispatch(all));
+        check(&f16s, |all| {
+            Arch::new().dispatch(Everywhere(all, PhantomData))
+        });
+        let bf16s: Vec<bf16> = all.iter().map(|&bits| bf16::from_bits(bits)).collect();
+        check(&bf16s, |all| bf16::dispatch(all));
     }
 }

@@ -1,8 +1,8 @@
-//! Two instructions that safe code cannot name: prefetching, and widening f16. The only unsafe code of the crate.
+//! Instructions that portable vectors lack: prefetching, widening f16, and summing the lanes of many vectors at once.
 //!
-//! Both change speed alone: without them, on other machines, the caller computes the same.
+//! They change speed alone: without them, on other machines, the caller computes the same. The only unsafe code of the crate is here.
 
-use half::f16;
+use pulp::Simd;
 
 /// Asks for the cache line of `at`, which will be read soon.
 #[inline(always)]
@@ -17,32 +17,85 @@ pub(super) fn prefetch<T>(at: &T) {
     let _ = at;
 }
 
-/// Widens `source` into `wide`, equally long, with the machine's own instruction; false, and nothing done, where it has none.
-pub(super) fn widen_f16(source: &[f16], wide: &mut [f32]) -> bool {
+/// The lane sums of eight vectors, each in the order of `reduce_sum_f32s`, which would take twice as many instructions; none without
+/// AVX2.
+#[inline(always)]
+pub(super) fn sum_eight<S: Simd>(simd: S, vectors: &[S::f32s; 8]) -> Option<[f32; 8]> {
     #[cfg(target_arch = "x86_64")]
-    if std::is_x86_feature_detected!("avx") && std::is_x86_feature_detected!("f16c") {
-        // SAFETY: the machine has the two features that the function is compiled for.
-        unsafe { widen_f16c(source, wide) };
-        return true;
+    {
+        let simd: &dyn std::any::Any = &simd;
+        if let Some(simd) = simd.downcast_ref::<pulp::x86::V3>() {
+            return Some(x86::sum_eight(*simd, pulp::bytemuck::cast(*vectors)));
+        }
     }
-    let _ = (source, wide);
-    false
+    let _ = (simd, vectors);
+    None
 }
 
 #[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx,f16c")]
-fn widen_f16c(source: &[f16], wide: &mut [f32]) {
-    use std::arch::x86_64::{_mm_loadu_si128, _mm256_cvtph_ps, _mm256_storeu_ps};
-    let (eights, rest) = source.as_chunks::<8>();
-    let (wide_eights, wide_rest) = wide.as_chunks_mut::<8>();
-    for (narrow, wide) in eights.iter().zip(wide_eights) {
-        // SAFETY: eight f16 are the 16 bytes read, eight f32 the 32 bytes written; neither need be aligned.
-        unsafe {
-            let narrow = _mm_loadu_si128(narrow.as_ptr().cast());
-            _mm256_storeu_ps(wide.as_mut_ptr(), _mm256_cvtph_ps(narrow));
+pub(crate) use x86::F16c;
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use super::super::element::{Element, Kernel, Widen};
+    use half::f16;
+    use pulp::bytemuck;
+    use pulp::{Simd, x86::V3};
+    use std::arch::x86_64::{__m128i, __m256, _mm256_cvtph_ps};
+
+    #[inline(always)]
+    pub(super) fn sum_eight(simd: V3, v: [__m256; 8]) -> [f32; 8] {
+        let avx = simd.avx;
+        // Lanes 0..4 come from the first four vectors, the others from the last.
+        let mut halves = [v[0]; 4];
+        for i in 0..4 {
+            let low = avx._mm256_permute2f128_ps::<0x20>(v[i], v[i + 4]);
+            let high = avx._mm256_permute2f128_ps::<0x31>(v[i], v[i + 4]);
+            halves[i] = avx._mm256_add_ps(low, high);
+        }
+        let mut quarters = [v[0]; 2];
+        for i in 0..2 {
+            let (x, y) = (halves[2 * i], halves[2 * i + 1]);
+            let low = avx._mm256_shuffle_ps::<0b01_00_01_00>(x, y);
+            let high = avx._mm256_shuffle_ps::<0b11_10_11_10>(x, y);
+            quarters[i] = avx._mm256_add_ps(low, high);
+        }
+        let [x, y] = quarters;
+        let even = avx._mm256_shuffle_ps::<0b10_00_10_00>(x, y);
+        let odd = avx._mm256_shuffle_ps::<0b11_01_11_01>(x, y);
+        bytemuck::cast(avx._mm256_add_ps(even, odd))
+    }
+
+    /// Proof that the machine has AVX2 and the instruction that widens f16.
+    #[derive(Clone, Copy)]
+    pub(crate) struct F16c(V3);
+
+    impl F16c {
+        pub(crate) fn detect() -> Option<Self> {
+            let simd = V3::try_new()?;
+            std::is_x86_feature_detected!("f16c").then_some(Self(simd))
+        }
+
+        /// Runs `kernel` compiled for this machine.
+        pub(crate) fn run(self, kernel: impl Kernel<f16>) {
+            #[target_feature(enable = "avx2,fma,bmi1,bmi2,lzcnt,popcnt,f16c")]
+            fn compiled(machine: F16c, kernel: impl Kernel<f16>) {
+                kernel.run(machine.0, machine);
+            }
+            // SAFETY: `self` proves that the machine has the features that the function is compiled for.
+            unsafe { compiled(self, kernel) }
         }
     }
-    for (narrow, wide) in rest.iter().zip(wide_rest) {
-        *wide = narrow.to_f32();
+
+    impl Widen<f16> for F16c {
+        const INTERLEAVED: bool = false;
+
+        #[inline(always)]
+        fn widen<S: Simd>(self, _: S, pack: &<f16 as Element>::Pack<S>) -> [S::f32s; 2] {
+            let [low, high]: [__m128i; 2] = bytemuck::cast(*pack);
+            // SAFETY: `self` proves that the machine has the instruction.
+            let (low, high) = unsafe { (_mm256_cvtph_ps(low), _mm256_cvtph_ps(high)) };
+            [bytemuck::cast(low), bytemuck::cast(high)]
+        }
     }
 }

@@ -53,10 +53,10 @@ pub(crate) fn prefill<T: Element>(
     if per_head == 0 || rows.is_empty() {
         return Ok(());
     }
-    let keys: Vec<Cow<'_, [f32]>> = rows.par_iter().map(|row| widened(row.keys)).collect();
+    let keys: Vec<Cow<'_, [f32]>> = rows.par_iter().map(|row| T::widened(row.keys)).collect();
     let values: Vec<Vec<f32>> = rows
         .par_iter()
-        .map(|row| panels(&widened(row.values), head_dim))
+        .map(|row| panels(&T::widened(row.values), head_dim))
         .collect();
     let arch = Arch::new();
     let block = arch.dispatch(BlockWidth);
@@ -98,15 +98,6 @@ pub(crate) fn prefill<T: Element>(
         }
     }
     Ok(())
-}
-
-fn widened<T: Element>(source: &[T]) -> Cow<'_, [f32]> {
-    if T::scratch(1) == 0 {
-        return Cow::Borrowed(T::widen(source, &mut []));
-    }
-    let mut wide = vec![0.0; source.len()];
-    T::widen(source, &mut wide);
-    Cow::Owned(wide)
 }
 
 /// Values `[n, d]` as panels `[d / COLUMNS, n, COLUMNS]`, the last filled up with zeros: a tile then reads them front to back.

@@ -30,7 +30,10 @@ impl<P: Policy + Clone + 'static> Policy for Lagged<P> {
             },
             recent: rule.recent.max(self.window),
             ahead: false,
-            layout: Layout::Compact,
+            layout: match rule.layout {
+                Layout::SinkRing => Layout::SlotReuse,
+                layout => layout,
+            },
             ..rule
         }
     }

@@ -9,6 +9,7 @@ use super::snapkv::{Pooling, check_window};
 use super::window::{WindowLogits, dot, softmax};
 use super::{Clock, Needs, Phase, Policy, Rows, Rule, Score};
 use crate::error::{Error, Result};
+use crate::store::Layout;
 
 /// Importance minus redundancy, every so many steps.
 #[derive(Debug, Clone, Copy)]
@@ -111,6 +112,8 @@ impl Policy for RKv {
     fn rule(&self, _: Phase) -> Rule {
         Rule {
             recent: self.window,
+            // Importance is pooled over neighbours.
+            layout: Layout::Compact,
             ..Rule::lagged(self.every)
         }
     }

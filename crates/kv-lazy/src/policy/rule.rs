@@ -106,7 +106,6 @@ impl Rule {
         Self {
             decode: Trigger::Every(window),
             recent: window,
-            layout: Layout::Compact,
             ..Self::STEPWISE
         }
     }

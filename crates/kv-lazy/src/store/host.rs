@@ -75,14 +75,7 @@ impl<T: Element> HostStore<T> {
     }
 
     fn widened(&self, from: usize, source: &[T]) -> Vec<f32> {
-        let source = &source[from * self.geometry.head_dim..];
-        let mut wide = vec![0.0; source.len()];
-        if T::scratch(1) == 0 {
-            wide.copy_from_slice(T::widen(source, &mut []));
-        } else {
-            T::widen(source, &mut wide);
-        }
-        wide
+        T::widened(&source[from * self.geometry.head_dim..]).into_owned()
     }
 }
 

@@ -21,9 +21,9 @@ use serde::{Deserialize, Serialize};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Layout {
-    /// Survivors close ranks and stay in order: right for eviction every W steps.
+    /// Survivors close ranks and stay in order, for policies that compare neighbours: everything behind the first hole moves.
     Compact,
-    /// The last tokens drop into the holes: one row moves per evicted token, right for eviction at every step.
+    /// The last tokens drop into the holes: one row moves per evicted token, whether at every step or every W steps.
     SlotReuse,
     /// A new token overwrites the one that leaves, behind the sinks: for policies that evict before they append.
     SinkRing,

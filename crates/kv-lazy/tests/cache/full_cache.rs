@@ -116,6 +116,28 @@ fn half_precision_storage_costs_half_the_bytes_and_only_its_rounding() {
 }
 
 #[test]
+fn decode_of_half_precision_equals_the_definition_for_head_counts_and_sizes_that_fill_no_vectors() {
+    for dtype in [DType::F32, DType::F16, DType::BF16] {
+        for (hq, hkv, d) in [(8, 1, 128), (14, 2, 40), (3, 3, 21), (6, 1, 8)] {
+            let mut r = rng(d as u64);
+            let q = tensor(&mut r, [1, hq, 1, d]);
+            // 600 positions cross the boundary between chunks and fill no block.
+            let [k, v] = [0; 2].map(|_| {
+                let x = tensor(&mut r, [1, hkv, 600, d]);
+                x.to_dtype(dtype).unwrap()
+            });
+            let got = attention::prefill(&q, &k, &v, 0.2, 599, None).unwrap();
+            let [k, v] = [k, v].map(|x| x.to_dtype(DType::F32).unwrap());
+            let want = naive(&q, &k, &v, 0.2, |_, _| true);
+            assert!(
+                distance(&flat(&got), &want) < 3e-6,
+                "{dtype:?} {hq} {hkv} {d}"
+            );
+        }
+    }
+}
+
+#[test]
 fn misuse_is_a_typed_error() {
     let device = Device::Cpu;
     assert!(matches!(
