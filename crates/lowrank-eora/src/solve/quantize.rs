@@ -4,9 +4,8 @@
 //! result does not depend on how B and A share the singular values. Rounding A turns its row
 //! space a little; refitting B to the rounded A, B = D H Aᵀ (A H Aᵀ)⁺, takes most of that back.
 
-use super::exact::eigen;
 use super::{LowRank, Weighting};
-use crate::matrix::expect_shape;
+use crate::matrix::{Entries, add_product, eigen, expect_shape, product};
 use crate::stats::Rows;
 use crate::{Error, Result};
 use faer::{Mat, MatRef};
@@ -163,7 +162,10 @@ pub fn refit(
         method: "a refit",
         statistic: "H",
     })?;
-    normal_equations(d * ah.transpose(), &ah * a.transpose())
+    normal_equations(
+        product(d, ah.transpose()),
+        product(ah.as_ref(), a.transpose()),
+    )
 }
 
 /// N M⁺ for a symmetric positive semidefinite M.
@@ -178,7 +180,7 @@ fn normal_equations(right: Mat<f64>, mut moments: Mat<f64>) -> Result<Mat<f64>> 
             moments[(i, j)] *= scales[i] * scales[j];
         }
     }
-    let (values, mut vectors) = eigen(moments, "the eigenvectors of A H Aᵀ")?;
+    let (values, mut vectors) = eigen(moments.as_ref(), "the eigenvectors of A H Aᵀ")?;
     let cut = values.first().copied().unwrap_or(0.0) * f64::EPSILON * values.len() as f64;
     for i in 0..vectors.nrows() {
         for j in 0..vectors.ncols() {
@@ -192,7 +194,8 @@ fn normal_equations(right: Mat<f64>, mut moments: Mat<f64>) -> Result<Mat<f64>> 
             0.0
         }
     });
-    Ok((right * divided) * vectors.transpose())
+    let right = product(right.as_ref(), divided.as_ref());
+    Ok(product(right.as_ref(), vectors.transpose()))
 }
 
 /// Collects what a refit needs from tokens, where H is too large: Σ (D x)(A x)ᵀ and Σ (A x)(A x)ᵀ.
@@ -232,11 +235,23 @@ impl RefitCollector {
                 f64::from(x[(i, t)]) * if weighted { rows.weight(t) } else { 1.0 }
             })
         };
-        let ax = &self.a * rows.matrix();
+        let x = rows.matrix();
+        let (ax, dx) = (product(self.a.as_ref(), x), product(self.d.as_ref(), x));
         let weighted = double(ax.clone(), true);
-        self.right += double(&self.d * rows.matrix(), false) * weighted.transpose();
-        self.moments += double(ax, false) * weighted.transpose();
+        for (sum, outputs) in [(&mut self.right, dx), (&mut self.moments, ax)] {
+            let outputs = double(outputs, false);
+            let (outputs, weighted) = (outputs.as_ref(), weighted.transpose());
+            add_product(sum, outputs, weighted, 1.0, Entries::All);
+        }
         Ok(())
+    }
+
+    /// Bytes held.
+    pub fn bytes(&self) -> u64 {
+        let entries = |(rows, cols): (usize, usize)| rows * cols;
+        let single = entries(self.d.shape()) + entries(self.a.shape());
+        let double = entries(self.right.shape()) + entries(self.moments.shape());
+        (size_of::<f32>() * single + size_of::<f64>() * double) as u64
     }
 
     /// The best B, `m × r`.
