@@ -1,7 +1,9 @@
 //! Results that do not depend on the number of threads.
 
 use crate::common::{Tiny, compressor, eora, run};
-use lowrank_eora::repair::{LayerReport, Ranks, Repair, Seconds};
+use candle_core::DType;
+use lowrank_eora::output::{Adapter, AdapterOptions};
+use lowrank_eora::repair::{LayerReport, Repair, Seconds};
 use lowrank_eora::solve::{Method, Options, Route, Whitening};
 use rayon::ThreadPoolBuilder;
 
@@ -17,41 +19,35 @@ fn written_factors_and_reports_are_the_same_bytes_for_one_two_and_three_threads(
         ("sparsegpt-2:4", drift, Route::Gram),
         ("magnitude-50", Method::Svd, factor),
     ] {
+        let solver = Options {
+            route,
+            ..Options::default()
+        };
         let repair = Repair {
             method: Some(method),
-            ranks: Ranks::Constant(6),
-            solver: Options {
-                route,
-                ..Options::default()
-            },
+            solver,
             measure_drift: method == drift,
             ..eora(6)
         };
+        let options = AdapterOptions {
+            dtype: DType::F32,
+            ..AdapterOptions::default()
+        };
         let written = |threads: usize| {
-            let folder = tiny.path(&format!("{name}-{threads}"));
+            let path = |what: &str| tiny.path(&format!("{what}-{name}-{threads}"));
             let pool = ThreadPoolBuilder::new().num_threads(threads).build();
             let repaired = pool.unwrap().install(|| {
                 let source = compressor(name);
-                run(&repair, &decoder, &source, &folder)
+                run(&repair, &decoder, &source, &path("run"))
             });
+            Adapter::write(&repaired, &options, path("adapter")).unwrap();
+            let factors = path("adapter").join("adapter_model.safetensors");
             let timeless = |report: &LayerReport| LayerReport {
                 seconds: Seconds::default(),
                 ..report.clone()
             };
             let reports: Vec<LayerReport> = repaired.reports().map(timeless).collect();
-            let tensors = (0..repaired.blocks()).flat_map(|block| repaired.block(block).unwrap());
-            let tensors: Vec<_> = tensors
-                .map(|layer| {
-                    let factors = layer.factors.unwrap();
-                    let bits = |m: &faer::Mat<f64>| -> Vec<u64> {
-                        let entries = m.col_iter().flat_map(|column| column.iter().copied());
-                        entries.map(f64::to_bits).collect()
-                    };
-                    let weight = layer.weight.matrix().unwrap();
-                    [&factors.b, &factors.a, &weight].map(bits)
-                })
-                .collect();
-            (reports, tensors)
+            (std::fs::read(factors).unwrap(), reports)
         };
         let one = written(1);
         for threads in [2, 3] {
