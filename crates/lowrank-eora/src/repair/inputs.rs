@@ -81,6 +81,9 @@ impl Statistics {
     }
 }
 
+/// Statistics by place in [`SITES`]; `None` where none were collected.
+pub(super) type SiteStats = [Option<Statistics>; SITES.len()];
+
 /// Sums of the inputs of a block while they are collected.
 pub(super) struct Collectors {
     sites: Vec<(Site, InputCollector, Option<TeacherGram>)>,
@@ -120,8 +123,8 @@ impl Collectors {
         all
     }
 
-    /// What was collected, by place in [`SITES`].
-    pub(super) fn finish(self) -> [Option<Statistics>; SITES.len()] {
+    /// What was collected.
+    pub(super) fn finish(self) -> SiteStats {
         let mut all = [const { None }; SITES.len()];
         for (site, sums, teacher) in self.sites {
             all[site_index(site)] = Some(Statistics {
@@ -133,13 +136,12 @@ impl Collectors {
     }
 }
 
-/// Σ ‖E x‖² of several errors of linears, in one pass together with other sums.
+/// Σ ‖E x‖² of the errors of several linears, in one pass together with other sums.
 pub(super) fn energies(
     view: View<'_>,
-    errors: Vec<(Site, Vec<EnergyCollector>)>,
+    mut errors: Vec<(Site, Vec<EnergyCollector>)>,
     mut others: Collectors,
-) -> Result<(Vec<Vec<f64>>, [Option<Statistics>; SITES.len()], Held)> {
-    let mut errors = errors;
+) -> Result<(Vec<Vec<f64>>, SiteStats, Held)> {
     let mut sums = others.sums();
     for (site, errors) in &mut errors {
         for error in errors {
