@@ -56,7 +56,7 @@ pub enum Suite {
     /// Structured pruning.
     Structured(eval::structured::Config),
     /// Low-rank repair.
-    Lowrank(eval::lowrank::Config),
+    Lowrank(Box<eval::lowrank::Config>),
     /// Pruning of recurrent networks by order.
     Lattice(eval::lattice::Config),
     /// KV-cache eviction.
@@ -326,7 +326,7 @@ impl EvalArgs {
                     hidden_metrics: args.hidden_metrics,
                 },
                 Some(SuiteArgs::Structured(args)) => Suite::Structured(args.config(seed)),
-                Some(SuiteArgs::Lowrank(args)) => Suite::Lowrank(args.config(seed)),
+                Some(SuiteArgs::Lowrank(args)) => Suite::Lowrank(Box::new(args.config(seed))),
                 Some(SuiteArgs::Lattice(args)) => Suite::Lattice(args.config(seed)),
                 Some(SuiteArgs::Kv(args)) => Suite::Kv(args.config()),
                 Some(SuiteArgs::Tasks(args)) => Suite::Tasks((*args).into()),
