@@ -61,7 +61,7 @@ pub enum Suite {
     /// Structured pruning.
     Structured(eval::structured::Config),
     /// Low-rank repair.
-    Lowrank(eval::lowrank::Config),
+    Lowrank(Box<eval::lowrank::Config>),
     /// Pruning of recurrent networks by order.
     Lattice(eval::lattice::Config),
     /// KV-cache eviction.
@@ -352,7 +352,7 @@ impl SuiteArgs {
                 hidden_metrics: args.hidden_metrics,
             },
             SuiteArgs::Structured(args) => Suite::Structured(args.config(seed)),
-            SuiteArgs::Lowrank(args) => Suite::Lowrank(args.config(seed)),
+            SuiteArgs::Lowrank(args) => Suite::Lowrank(Box::new(args.config(seed))),
             SuiteArgs::Lattice(args) => Suite::Lattice(args.config(seed)),
             SuiteArgs::Kv(args) => Suite::Kv(args.config()),
             SuiteArgs::Tasks(args) => Suite::Tasks((*args).into()),

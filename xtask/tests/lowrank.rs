@@ -115,6 +115,65 @@ fn every_combination_has_a_row_and_repairs_the_same_weights() {
 }
 
 #[test]
+fn the_printed_table_keeps_within_the_terminal_and_ends_in_a_verdict() {
+    let scene = llama();
+    let (calib, model, text) = (
+        scene.path("calib.txt"),
+        scene.path("model"),
+        scene.path("text.txt"),
+    );
+    let output = Command::new(env!("CARGO_BIN_EXE_xtask"))
+        .args([
+            "eval",
+            "lowrank",
+            "--calib-samples",
+            "20",
+            "--held-out-samples",
+            "8",
+        ])
+        .args(["--compress", "sparsegpt-2:4+gptq-int4-g16,rtn-int3"])
+        .args(["--method", "none,svd,eora,eora-drift", "--rank", "2,4"])
+        .args(["--calib".as_ref(), calib.as_os_str()])
+        .args(["--model".as_ref(), model.as_os_str()])
+        .args(["--text".as_ref(), text.as_os_str()])
+        .output()
+        .unwrap();
+    let printed = String::from_utf8(output.stdout).unwrap();
+    assert!(output.status.success(), "{printed}");
+    for line in printed.lines() {
+        assert!(line.chars().count() <= 100, "{line}");
+    }
+    // Compression, method and rank with both output errors, perplexity and size on one line each.
+    for compress in ["sparsegpt-2:4+gptq-int4-g16", "rtn-int3"] {
+        for method in ["none", "svd", "eora", "eora-drift"] {
+            let ranks: &[&str] = if method == "none" {
+                &["–"]
+            } else {
+                &["2", "4"]
+            };
+            for rank in ranks {
+                let is_row =
+                    |words: &[&str]| words.len() >= 7 && words[..3] == [compress, method, rank];
+                let words = printed
+                    .lines()
+                    .map(|line| line.split_whitespace().collect::<Vec<_>>());
+                let rows = words.filter(|words| is_row(words));
+                let row = rows.into_iter().next();
+                let row = row.unwrap_or_else(|| panic!("{compress} {method} {rank}:\n{printed}"));
+                for value in &row[3..6] {
+                    assert!(value.parse::<f64>().is_ok(), "{row:?}");
+                }
+            }
+        }
+    }
+    let flat = printed.split_whitespace().collect::<Vec<_>>().join(" ");
+    assert!(
+        flat.contains("EoRA <= SVD < none in ") && flat.contains(" of 4 cells"),
+        "{printed}"
+    );
+}
+
+#[test]
 fn saved_results_open_and_a_resumed_run_says_the_same() {
     let scene = llama();
     let (save, state) = (scene.path("save"), scene.path("state"));

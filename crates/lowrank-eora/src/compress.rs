@@ -26,6 +26,7 @@ mod tests;
 use faer::{Mat, MatRef};
 use serde::{Deserialize, Serialize};
 
+use crate::matrix::expect_shape;
 use crate::{Error, Result};
 
 pub use grid::{Bits, Grid, Group, Range, ScaleDtype, Symmetry};
@@ -140,7 +141,7 @@ impl Compressor {
     /// Compresses W, `m × n`. Inputs may say more than is needed.
     ///
     /// # Errors
-    /// [`Error::NeedsInputs`]; [`Error::Size`] and [`Error::NotFinite`] for W and inputs; [`Error::NotGram`] for a Gram
+    /// [`Error::NeedsInputs`]; [`Error::Shape`] and [`Error::NotFinite`] for W and inputs; [`Error::NotGram`] for a Gram
     /// matrix with a negative diagonal; [`Error::Compressor`] if n does not fit the pattern N:M.
     pub fn compress(
         &self,
@@ -314,13 +315,7 @@ impl Compressor {
                 needs: "the Gram matrix X Xᵀ of the inputs",
             });
         };
-        if gram.shape() != (columns, columns) {
-            return Err(Error::Size {
-                what: "Gram matrix of the inputs",
-                expected: (columns, columns),
-                found: gram.shape(),
-            });
-        }
+        expect_shape("Gram matrix of the inputs", gram, (columns, columns))?;
         Ok(gram)
     }
 
@@ -339,10 +334,10 @@ impl Compressor {
             }
         };
         if diagonal.len() != columns {
-            return Err(Error::Size {
+            return Err(Error::Shape {
                 what: "diagonal of the Gram matrix",
-                expected: (columns, 1),
-                found: (diagonal.len(), 1),
+                found: vec![diagonal.len()],
+                expected: vec![columns],
             });
         }
         factor::check_diagonal(&diagonal)?;

@@ -39,16 +39,6 @@ pub enum Error {
         /// What it needs.
         needs: &'static str,
     },
-    /// A matrix or vector of the wrong size.
-    #[error("{what}: expected {expected:?}, found {found:?}")]
-    Size {
-        /// The matrix.
-        what: &'static str,
-        /// Rows and columns expected.
-        expected: (usize, usize),
-        /// Rows and columns found.
-        found: (usize, usize),
-    },
     /// NaN or an infinity.
     #[error("{what}: {value} at row {row}, column {column}")]
     NotFinite {
@@ -96,10 +86,10 @@ pub enum Error {
         /// What shows it.
         reason: String,
     },
-    /// Two operands do not fit.
+    /// A matrix, vector or tensor of the wrong shape.
     #[error("{what} has shape {found:?}, expected {expected:?}")]
     Shape {
-        /// The operand.
+        /// Which.
         what: &'static str,
         /// Its shape.
         found: Vec<usize>,

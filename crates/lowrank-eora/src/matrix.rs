@@ -1,9 +1,16 @@
-//! Between candle's row-major tensors and faer's column-major matrices.
+//! Between candle's row-major tensors and faer's column-major matrices, and what is done with those.
+
+mod factorise;
+mod product;
+
+pub(crate) use factorise::{
+    Cholesky, Qr, cholesky_in_place, eigen, left_singular, pieces, singular_values,
+};
+pub(crate) use product::{Entries, add_product, add_products, mirror_lower, product};
 
 use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor};
-use faer::linalg::matmul::triangular::{self, BlockStructure};
-use faer::{Accum, Mat, MatMut, MatRef, Par};
+use faer::{Mat, MatMut, MatRef};
 use rayon::prelude::*;
 
 /// A `[rows, cols]` tensor of any float dtype as a matrix.
@@ -87,97 +94,4 @@ pub(crate) fn check_finite(matrix: MatRef<'_, f64>, what: &'static str) -> Resul
             value,
         }),
     }
-}
-
-/// Copies the lower triangle over the upper one, in squares that fit a cache.
-pub(crate) fn mirror_lower(matrix: &mut Mat<f64>) {
-    const SIDE: usize = 64;
-    let n = matrix.ncols();
-    for left in (0..n).step_by(SIDE) {
-        for top in (left..n).step_by(SIDE) {
-            for j in left..n.min(left + SIDE) {
-                for i in top.max(j + 1)..n.min(top + SIDE) {
-                    matrix[(j, i)] = matrix[(i, j)];
-                }
-            }
-        }
-    }
-}
-
-/// acc += a bᵀ on the lower triangle, where the product is symmetric.
-pub(crate) fn add_symmetric(acc: &mut Mat<f64>, a: MatRef<'_, f64>, b: MatRef<'_, f64>) {
-    triangular::matmul(
-        acc.as_mut(),
-        BlockStructure::TriangularLower,
-        Accum::Add,
-        a,
-        BlockStructure::Rectangular,
-        b.transpose(),
-        BlockStructure::Rectangular,
-        1.0,
-        Par::rayon(0),
-    );
-}
-
-/// Columns of a panel and rows of a tile: a tile of products stays in a core's cache, and small
-/// matrices still make enough panels for all cores.
-const fn panel(cols: usize) -> usize {
-    if cols >= 2048 { 256 } else { 64 }
-}
-const TILE: usize = 512;
-
-/// Which entries of a sum of products are kept.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Entries {
-    /// The lower triangle, down to whole panels.
-    Lower,
-    /// All.
-    All,
-}
-
-/// acc += scale · a bᵀ with f32 products and f64 sums; a and b hold one token per column.
-///
-/// Tiles are fixed by the shape alone, so that the result does not depend on the thread count.
-pub(crate) fn add_products(
-    acc: &mut Mat<f64>,
-    a: MatRef<'_, f32>,
-    b: MatRef<'_, f32>,
-    scale: f64,
-    entries: Entries,
-) {
-    let rows = acc.nrows();
-    let width = panel(acc.ncols());
-    acc.as_mut()
-        .par_col_chunks_mut(width)
-        .enumerate()
-        .for_each(|(panel, mut acc)| {
-            let (first, cols) = (panel * width, acc.ncols());
-            let b = b.subrows(first, cols).transpose();
-            let mut tile = Mat::<f32>::zeros(TILE.min(rows), cols);
-            let mut top = if entries == Entries::Lower { first } else { 0 };
-            while top < rows {
-                let height = TILE.min(rows - top);
-                let mut tile = tile.as_mut().subrows_mut(0, height);
-                faer::linalg::matmul::matmul(
-                    tile.as_mut(),
-                    Accum::Replace,
-                    a.subrows(top, height),
-                    b,
-                    1.0,
-                    Par::Seq,
-                );
-                for j in 0..cols {
-                    let sums = acc.as_mut().col_mut(j).subrows_mut(top, height);
-                    let products = tile.as_ref().col(j).try_as_col_major();
-                    let (Some(sums), Some(products)) = (sums.try_as_col_major_mut(), products)
-                    else {
-                        unreachable!("matrices that own their entries are column-major");
-                    };
-                    for (sum, &product) in sums.as_slice_mut().iter_mut().zip(products.as_slice()) {
-                        *sum += scale * f64::from(product);
-                    }
-                }
-                top += height;
-            }
-        });
 }

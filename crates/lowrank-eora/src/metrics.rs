@@ -5,7 +5,7 @@
 //! all three numbers are of the matrix Z that results. A text of one token, or with a token equal
 //! to the mean, has no such Z: its numbers are NaN, as published, and [`mean`] leaves it out.
 
-use crate::matrix::check_finite;
+use crate::matrix::{check_finite, singular_values};
 use crate::{Error, Result};
 use faer::{Mat, MatRef};
 
@@ -30,10 +30,7 @@ impl SpectralMetrics {
     pub fn of(states: MatRef<'_, f64>) -> Result<Self> {
         let z = normalized(states)?;
         let singular = if check_finite(z.as_ref(), "normalised states").is_ok() {
-            z.singular_values().map_err(|error| Error::Factorization {
-                what: "the singular values of hidden states",
-                reason: format!("{error:?}"),
-            })?
+            singular_values(z.as_ref(), "the singular values of hidden states")?
         } else {
             vec![f64::NAN]
         };

@@ -10,11 +10,23 @@
 //! finished, from which [`Repaired`] is read, [`output`](crate::output) writes what runtimes load,
 //! and a run that was killed goes on.
 //!
-//! Memory: hidden states of all windows, one block, and for each of its four inputs an `n × n` sum
-//! in f64 of calibration and of held-out tokens.
+//! Memory: hidden states of all windows, one block, and for each of its four inputs H, `n × n` in
+//! f64, of the calibration tokens and after them of the held-out ones.
+//!
+//! An input more than one and a half times as wide as the outputs of its linears together, which is
+//! that of down_proj, does without H wherever it can. W_c is made before the tokens pass (from
+//! channel sums of a pass of their own where a compressor wants them), they are summed up as
+//! G = Σ (D x)(D x)ᵀ, `m × m`, and a further pass sums up the losses of the factors as they are
+//! stored. H stays where something needs it: compression or requantisation by GPTQ or SparseGPT,
+//! drift-aware repairs and their losses, and EoRA's published accumulation. Both routes find the
+//! same to rounding; the one without H takes one more run of the block, or two, and 12 mn bytes for
+//! 8 n².
 
 mod block;
+mod correct;
+mod inputs;
 mod layer;
+mod measure;
 mod options;
 mod report;
 mod source;

@@ -15,7 +15,8 @@ mod exact;
 mod factors;
 mod krylov;
 mod method;
-mod quantize;
+mod quantise;
+mod refit;
 mod spectrum;
 #[cfg(test)]
 mod tests;
@@ -25,9 +26,8 @@ pub use allocate::{Candidate, allocate};
 pub use alternate::{Alternated, alternate};
 pub use factors::{LowRank, Split};
 pub use method::{DRIFT_DAMPING, Method, drift_residual};
-pub use quantize::{
-    GroupQuantizer, Quantized, QuantizedFactors, RefitCollector, quantize_factors, refit,
-};
+pub use quantise::quantise_factors;
+pub use refit::{RefitCollector, refit};
 pub use spectrum::{Criterion, Spectrum};
 pub use weighting::Weighting;
 
@@ -127,7 +127,7 @@ struct Leading {
 /// The correction of rank `rank` of the residual D (`m × n`) that is best under a weighting.
 ///
 /// Where the weighting sees nothing of D (H = 0), it is the best one in the plain Frobenius norm.
-/// The number of threads changes nothing but rounding.
+/// The number of threads changes nothing.
 ///
 /// # Errors
 /// When the rank is not in 1..=min(m, n), shapes do not fit, an entry is not finite, or an

@@ -28,6 +28,12 @@ impl Lcg {
     }
 }
 
+/// Runs in a pool of so many threads.
+pub(crate) fn with_threads<T: Send>(threads: usize, run: impl FnOnce() -> T + Send) -> T {
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
+    pool.expect("a pool").install(run)
+}
+
 /// Asymmetric round-to-nearest in groups along a row.
 pub(crate) fn round_to_nearest(w: MatRef<'_, f64>, bits: u32, group: usize) -> Mat<f64> {
     let top = f64::from((1u32 << bits) - 1);

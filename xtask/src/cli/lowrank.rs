@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use clap::{Args, ValueEnum};
 use lowrank_eora::compress::Compressor;
 use lowrank_eora::repair::{FactorStorage, InputSource, Repair, Sampling, Spread, WithinBlock};
-use lowrank_eora::solve::{GroupQuantizer, Method};
+use lowrank_eora::solve::Method;
 use lowrank_eora::stats::Importance;
 use tensor_io::WriteOptions;
 
@@ -188,7 +188,6 @@ impl LowrankArgs {
     pub(super) fn config(self, seed: u64) -> lowrank::Config {
         let methods: Vec<Option<Method>> = self.method.iter().map(|method| method.0).collect();
         let drifts = |method: &Option<Method>| method.is_some_and(|method| method.needs().cross);
-        let quantizer = |bits| GroupQuantizer { bits, group: 64 };
         let change = self.change;
         lowrank::Config {
             perplexity: self.text.into(),
@@ -210,10 +209,7 @@ impl LowrankArgs {
                     FactorsArg::F16 => FactorStorage::F16,
                     FactorsArg::Bf16 => FactorStorage::Bf16,
                     FactorsArg::F32 => FactorStorage::F32,
-                    FactorsArg::Int => FactorStorage::Quantised {
-                        a: quantizer(4),
-                        b: quantizer(8),
-                    },
+                    FactorsArg::Int => FactorStorage::integers(),
                 },
                 requantise: change.requantise,
                 sampling: change.token_share.map(|share| Sampling {

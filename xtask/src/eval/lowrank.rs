@@ -5,6 +5,7 @@ mod data;
 mod hidden;
 mod save;
 mod table;
+mod verdict;
 
 use std::path::{Path, PathBuf};
 
@@ -190,8 +191,9 @@ impl Lowrank<'_> {
         } else {
             &compressed
         };
-        for &method in self.config.methods.iter().flatten() {
-            for &rank in &self.config.ranks {
+        // Methods side by side at each rank.
+        for &rank in &self.config.ranks {
+            for &method in self.config.methods.iter().flatten() {
                 bar.set_label(format!("{compressor}, {method}, rank {rank}"));
                 let (row, repaired) = self
                     .cell(compressor, source, Some((method, rank)), bar)

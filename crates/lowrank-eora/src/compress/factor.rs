@@ -3,14 +3,13 @@
 //! With J the reversal of order, J H J = L Lᵀ gives U = J L⁻¹ J: one Cholesky factorisation and one triangular inverse,
 //! `2n³/3` multiply-adds, where the definition (factorise, invert, factorise the inverse) takes `4n³/3` and rounds more.
 
-use faer::dyn_stack::{MemBuffer, MemStack};
-use faer::linalg::cholesky::llt::factor::{cholesky_in_place, cholesky_in_place_scratch};
 use faer::linalg::triangular_inverse::invert_lower_triangular;
-use faer::{MatMut, MatRef, Par};
+use faer::{MatMut, MatRef};
 use rayon::prelude::*;
 
 use super::rows::transpose;
 use super::sweep::ColumnOrder;
+use crate::matrix::{cholesky_in_place, pieces};
 use crate::{Error, Result};
 
 /// By how much damping grows when H + damping is not positive definite.
@@ -72,7 +71,7 @@ impl Factor {
                         *target = entry(i, j);
                     }
                 });
-            if cholesky(MatMut::from_column_major_slice_mut(&mut work, n, n)) {
+            if cholesky_in_place(MatMut::from_column_major_slice_mut(&mut work, n, n)) {
                 break;
             }
             damping = (damping * GROWTH).max(LEAST_DAMPING);
@@ -90,7 +89,7 @@ impl Factor {
         invert_lower_triangular(
             MatMut::from_column_major_slice_mut(&mut inverse, n, n),
             MatRef::from_column_major_slice(&work, n, n),
-            Par::rayon(0),
+            pieces(),
         );
         // U_ij = (L⁻¹)_{n−1−i, n−1−j}.
         transpose(&mut work, n, |i, j| {
@@ -119,15 +118,6 @@ impl Factor {
     pub(crate) fn transposed(&self) -> MatRef<'_, f64> {
         MatRef::from_column_major_slice(&self.rows, self.n, self.n)
     }
-}
-
-/// Cholesky factorisation of the lower triangle; false if it is not positive definite.
-fn cholesky(matrix: MatMut<'_, f64>) -> bool {
-    let par = Par::rayon(0);
-    let scratch = cholesky_in_place_scratch::<f64>(matrix.nrows(), par, Default::default());
-    let mut memory = MemBuffer::new(scratch);
-    let stack = MemStack::new(&mut memory);
-    cholesky_in_place(matrix, Default::default(), par, stack, Default::default()).is_ok()
 }
 
 fn check_finite(gram: MatRef<'_, f64>) -> Result<()> {

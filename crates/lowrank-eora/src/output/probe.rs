@@ -4,8 +4,9 @@
 //! text. A probe makes it visible: for each linear a few inputs x, W_c x + B A x without bias, and
 //! B A x alone, which tells what share of the adapter the runtime applied.
 
-use crate::matrix::{from_tensor, to_tensor};
+use crate::matrix::{from_tensor, product, to_tensor};
 use crate::repair::{LayerId, Repaired};
+use crate::solve::LowRank;
 use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor};
 use faer::Mat;
@@ -76,10 +77,13 @@ impl Probe {
                     f64::from(rng.random_range(-1024i32..1024)) / 1024.0
                 });
                 let correction = match &layer.factors {
-                    Some(factors) => &factors.b * (&factors.a * &input),
+                    Some(LowRank { a, b }) => {
+                        product(b.as_ref(), product(a.as_ref(), input.as_ref()).as_ref())
+                    }
                     None => Mat::zeros(layer.report.outputs, tokens),
                 };
-                let output = layer.weight.matrix()? * &input + &correction;
+                let weight = layer.weight.matrix()?;
+                let output = product(weight.as_ref(), input.as_ref()) + &correction;
                 for (what, matrix) in [
                     ("input", input),
                     ("output", output),

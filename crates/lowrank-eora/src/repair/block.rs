@@ -1,20 +1,18 @@
 //! The repair of one block.
 
-use super::layer::{SITES, linear_mut, site_index};
-use super::source::Linear;
+use super::inputs::{Collectors, Sites, Statistics, energies};
+use super::layer::{SITES, linear_mut, site_index, site_of};
+use super::measure::{Measured, errors};
 use super::state::RepairedLayer;
-use super::stream::{SiteStats, Statistics, Stream};
-use super::{
-    Bytes, Energy, LayerId, LayerReport, Repair, Requantised, Seconds, Source, StoredWeight,
-    WithinBlock,
-};
-use crate::compress::Inputs;
+use super::stream::{Stream, View};
+use super::{LayerId, LayerReport, Repair, Requantised, Source, WithinBlock};
+use crate::compress::Needs;
 use crate::matrix::{from_tensor, to_tensor};
-use crate::solve::{LowRank, Method, Weighting, drift_residual};
+use crate::stats::{Accumulation, Collect, EnergyCollector, InputCollector, OutputCollector};
 use crate::{Error, Result};
 use candle_core::{DType, Device};
-use causal_lm::{Block, Decoder, LinearName, Site};
-use faer::{Mat, MatRef};
+use causal_lm::{Block, Decoder, Site};
+use faer::Mat;
 use std::time::Instant;
 
 /// All that the repair of any block needs.
@@ -24,11 +22,12 @@ pub(super) struct BlockRepair<'a> {
     pub(super) repair: &'a Repair,
 }
 
-/// Statistics of one input.
-#[derive(Clone, Copy)]
-struct Observed<'a> {
-    calibration: &'a Statistics,
-    held_out: Option<&'a Statistics>,
+/// A linear that is compressed before its inputs are summed up.
+struct Early {
+    site: Site,
+    layer: RepairedLayer,
+    /// G, where the method needs it.
+    output: Option<OutputCollector>,
 }
 
 impl BlockRepair<'_> {
@@ -40,44 +39,43 @@ impl BlockRepair<'_> {
         held_out: Option<&Stream>,
     ) -> Result<Vec<RepairedLayer>> {
         const ALL: &[Site] = &[Site::Qkv, Site::O, Site::GateUp, Site::Down];
-        let passes: Vec<&[Site]> = match self.repair.within_block {
+        let steps: Vec<&[Site]> = match self.repair.within_block {
             WithinBlock::Original => vec![ALL],
             WithinBlock::Sequential => ALL.chunks(1).collect(),
         };
         let mut current = dense.clone();
         let mut layers = Vec::new();
-        for sites in passes {
-            let start = Instant::now();
-            let stats = calibration.collect(dense, &current, sites)?;
-            let held_out = match held_out {
-                Some(stream) => stream.collect(dense, &current, sites)?,
-                None => SiteStats::default(),
+        for sites in steps {
+            let block = &current.clone();
+            let view = |stream| View {
+                stream,
+                dense,
+                block,
             };
-            let seconds = start.elapsed().as_secs_f64();
-            let linears: Vec<(usize, LinearName)> = (sites.iter().map(|&site| site_index(site)))
-                .filter(|&index| stats[index].is_some())
-                .flat_map(|index| SITES[index].1.iter().map(move |&linear| (index, linear)))
-                .collect();
-            for &(index, linear) in &linears {
-                let Some(calibration) = &stats[index] else {
-                    continue;
-                };
-                let id = LayerId {
-                    block: dense.layer,
-                    linear,
-                };
-                let observed = Observed {
-                    calibration,
-                    held_out: held_out[index].as_ref(),
-                };
-                let mut layer = self.linear(id, observed).map_err(|source| Error::Layer {
-                    layer: id.to_string(),
-                    source: Box::new(source),
+            let start = Instant::now();
+            let mut repaired = self.repair(view(calibration), sites)?;
+            if let Some(held_out) = held_out {
+                let view = view(held_out);
+                let sites = Sites::of(dense, sites, view.stream.how.may_stream());
+                self.measure(view, &sites, &mut repaired, |report, measured| {
+                    report.held_out = Some(measured.energy);
+                    report.held_out_drift = measured.drift;
+                    if let Some(requantised) = &mut report.requantised {
+                        requantised.held_out = measured.requantised;
+                    }
                 })?;
-                layer.report.seconds.collect = seconds / linears.len() as f64;
-                self.replace(&mut current, &layer)?;
-                layers.push(layer);
             }
+            let seconds = |layer: &RepairedLayer| {
+                let seconds = layer.report.seconds;
+                seconds.compress + seconds.solve
+            };
+            let rest = start.elapsed().as_secs_f64() - repaired.iter().map(seconds).sum::<f64>();
+            let share = rest.max(0.0) / repaired.len().max(1) as f64;
+            for layer in &mut repaired {
+                layer.report.seconds.collect = share;
+                self.replace(&mut current, layer)?;
+            }
+            layers.extend(repaired);
         }
         Ok(layers)
     }
@@ -100,208 +98,207 @@ impl BlockRepair<'_> {
         Ok(())
     }
 
-    fn linear(&self, id: LayerId, observed: Observed<'_>) -> Result<RepairedLayer> {
+    /// W.
+    pub(super) fn weight(&self, id: LayerId) -> Result<(Mat<f64>, DType)> {
         let checkpoint = self.decoder.checkpoint();
         let name = id.weight();
-        let stored = checkpoint.info(&name)?;
-        let dense_bytes = stored.bytes as u64;
-        let dtype = stored.candle_dtype().unwrap_or(DType::F32);
-        let weight = from_tensor(
-            &checkpoint.tensor_as(&name, DType::F64, &Device::Cpu)?,
-            "weight",
-        )?;
+        let dtype = checkpoint.info(&name)?.candle_dtype();
+        let tensor = checkpoint.tensor_as(&name, DType::F64, &Device::Cpu)?;
+        let weight = from_tensor(&tensor, "weight")?;
         checkpoint.release([name.as_str()]);
-        let (m, n) = weight.shape();
-
-        let start = Instant::now();
-        let compressed = self.source.compressed(&Linear {
-            layer: id,
-            weight: weight.as_ref(),
-            dtype,
-            inputs: &observed.calibration.inputs,
-        })?;
-        if compressed.shape() != (m, n) {
-            let (rows, cols) = compressed.shape();
-            return Err(Error::Shape {
-                what: "compressed weight",
-                found: vec![rows, cols],
-                expected: vec![m, n],
-            });
-        }
-        let w_c = compressed.matrix()?;
-        let compress = start.elapsed().as_secs_f64();
-
-        let start = Instant::now();
-        let d = &weight - &w_c;
-        let mut report = LayerReport {
-            layer: id,
-            outputs: m,
-            inputs: n,
-            rank: 0,
-            calibration: Energy::default(),
-            held_out: None,
-            held_out_drift: None,
-            requantised: None,
-            spectrum: None,
-            seconds: Seconds::default(),
-            bytes: Bytes {
-                dense: dense_bytes,
-                compressed: compressed.bytes()?,
-                factors: 0,
-            },
-        };
-        // A weight that lost nothing needs no factors.
-        let rank = if d.norm_max() > 0.0 {
-            self.repair.ranks.of(id, (m, n))
-        } else {
-            0
-        };
-        let mut factors = None;
-        if let (Some(method), 1..) = (self.repair.method, rank) {
-            let inputs = &observed.calibration.inputs;
-            let solution = method.solve(
-                weight.as_ref(),
-                w_c.as_ref(),
-                inputs,
-                rank,
-                &self.repair.solver,
-            )?;
-            let (rounded, bytes) = self.round(
-                method,
-                &solution.factors,
-                (&weight, &d),
-                observed.calibration,
-            )?;
-            report.rank = rounded.rank();
-            report.bytes.factors = bytes;
-            report.spectrum = Some(solution.spectrum);
-            factors = Some(rounded);
-        }
-        let error = match &factors {
-            Some(factors) => factors.error(d.as_ref()),
-            None => d.clone(),
-        };
-        let energy = |statistics: &Statistics| -> Result<Energy> {
-            let h = statistics.gram()?;
-            let before = h.energy(d.as_ref())?.max(0.0);
-            Ok(Energy {
-                target: h.energy(weight.as_ref())?.max(0.0),
-                before,
-                after: match factors {
-                    Some(_) => h.energy(error.as_ref())?.max(0.0),
-                    None => before,
-                },
-            })
-        };
-        report.calibration = energy(observed.calibration)?;
-        report.held_out = observed.held_out.map(energy).transpose()?;
-        report.held_out_drift = match observed.held_out {
-            Some(statistics) => drift_energy(&weight, (&d, &error), statistics)?,
-            None => None,
-        };
-        let mut requantised = None;
-        if self.repair.requantise.is_some() {
-            let (stored, lost) =
-                self.requantise((&weight, &(&weight - &error)), dtype, observed)?;
-            report.requantised = Some(lost);
-            requantised = Some(stored);
-        }
-        report.seconds.compress = compress;
-        report.seconds.solve = start.elapsed().as_secs_f64();
-        Ok(RepairedLayer {
-            report,
-            weight: compressed,
-            factors,
-            requantised,
-        })
+        Ok((weight, dtype.unwrap_or(DType::F32)))
     }
 
-    /// B and A as they will be stored.
-    fn round(
-        &self,
-        method: Method,
-        factors: &LowRank,
-        (weight, d): (&Mat<f64>, &Mat<f64>),
-        calibration: &Statistics,
-    ) -> Result<(LowRank, u64)> {
-        let inputs = &calibration.inputs;
-        let gram = calibration.gram()?;
-        let diagonal = method.diagonal(&inputs.diagonal);
-        let weighting = match &diagonal {
-            Some(diagonal) => Weighting::Diagonal(diagonal),
-            None if method == Method::Svd => Weighting::Identity,
-            None => gram,
-        };
-        let drift = match (method, &inputs.gram, &inputs.cross) {
-            (Method::EoraDrift { damping }, Some(gram), Some(cross)) => Some(drift_residual(
-                weight.as_ref(),
-                d.as_ref(),
-                gram.matrix(),
-                cross.as_ref(),
-                damping,
-            )?),
-            _ => None,
-        };
-        let target = drift.as_ref().unwrap_or(d);
-        self.repair
-            .factors
-            .round(factors, target.as_ref(), &weighting)
+    /// What compressing and requantising ask of the inputs.
+    fn needs(&self) -> Needs {
+        let requantise = self.repair.requantise.map(|compressor| compressor.needs());
+        self.source
+            .needs()
+            .max(requantise.unwrap_or(Needs::Nothing))
     }
 
-    /// compress(W_c + B A), and what it loses.
-    fn requantise(
+    /// The linears that read some inputs, with their losses on the windows that they are fitted to.
+    fn repair(&self, view: View<'_>, sites: &[Site]) -> Result<Vec<RepairedLayer>> {
+        let how = &view.stream.how;
+        let may_stream = how.may_stream() && self.needs() < Needs::Gram;
+        let sites = Sites::of(view.dense, sites, may_stream);
+        let mut early = self.compress_streamed(view, &sites)?;
+
+        let mut collectors = Collectors::new(view.dense, &sites, how)?;
+        let mut sums = collectors.sums();
+        for Early { site, output, .. } in &mut early {
+            if let Some(output) = output {
+                sums.push((*site, output));
+            }
+        }
+        let held = view.pass(sums)?;
+        let statistics = collectors.finish();
+
+        let mut early = early.into_iter();
+        let mut layers = Vec::new();
+        for (index, (site, linears)) in SITES.into_iter().enumerate() {
+            let Some(statistics) = &statistics[index] else {
+                continue;
+            };
+            for &linear in linears {
+                let id = LayerId {
+                    block: view.dense.layer,
+                    linear,
+                };
+                let mut layer = match sites.streamed.contains(&site) {
+                    false => self.whole(id, statistics),
+                    true => match early.next() {
+                        Some(early) => self.streamed(view, early, statistics),
+                        None => continue,
+                    },
+                }
+                .map_err(|source| in_layer(id, source))?;
+                layer.report.statistics_bytes = held[index];
+                layers.push(layer);
+            }
+        }
+        let streamed = Sites {
+            whole: Vec::new(),
+            ..sites
+        };
+        self.measure(view, &streamed, &mut layers, calibrated)?;
+        Ok(layers)
+    }
+
+    /// Compresses the linears of streamed inputs.
+    fn compress_streamed(&self, view: View<'_>, sites: &Sites) -> Result<Vec<Early>> {
+        let mut known = Vec::new();
+        for &site in &sites.streamed {
+            let width = super::layer::width(view.dense, site).unwrap_or(0);
+            let sums = InputCollector::new(width, Collect::default(), Accumulation::Sum)?;
+            known.push((site, sums));
+        }
+        if self.source.needs() > Needs::Nothing {
+            let sums = known.iter_mut();
+            view.pass(sums.map(|(site, sums)| (*site, sums as _)).collect())?;
+        }
+        let mut all = Vec::new();
+        for (site, sums) in known {
+            let inputs = sums.finish();
+            let (_, linears) = SITES[site_index(site)];
+            for &linear in linears {
+                let id = LayerId {
+                    block: view.dense.layer,
+                    linear,
+                };
+                let compress = || -> Result<Early> {
+                    let (layer, weight, compressed) = self.compressed(id, &inputs)?;
+                    let d = &weight - &compressed;
+                    let output = match self.needs_output(id, &d) {
+                        true => Some(OutputCollector::new(d.as_ref())?),
+                        false => None,
+                    };
+                    Ok(Early {
+                        site,
+                        layer,
+                        output,
+                    })
+                };
+                all.push(compress().map_err(|source| in_layer(id, source))?);
+            }
+        }
+        Ok(all)
+    }
+
+    /// A linear by the H of its inputs.
+    fn whole(&self, id: LayerId, statistics: &Statistics) -> Result<RepairedLayer> {
+        let (mut layer, weight, compressed) = self.compressed(id, &statistics.inputs)?;
+        let start = Instant::now();
+        self.correct(&mut layer, (&weight, &compressed), statistics, None)?;
+        let errors = errors(weight, compressed, &layer)?;
+        let measured = Measured::by_gram(&layer, &errors, statistics)?;
+        calibrated(&mut layer.report, measured);
+        layer.report.seconds.solve = start.elapsed().as_secs_f64();
+        Ok(layer)
+    }
+
+    /// A linear without H.
+    fn streamed(
         &self,
-        (weight, merged): (&Mat<f64>, &Mat<f64>),
-        dtype: DType,
-        observed: Observed<'_>,
-    ) -> Result<(StoredWeight, Requantised)> {
-        let compressor = self
-            .repair
-            .requantise
-            .unwrap_or(crate::compress::Compressor::NONE);
-        let gram = observed.calibration.inputs.gram.as_ref();
-        let inputs = gram.map(|gram| Inputs::Gram(gram.matrix()));
-        let stored = StoredWeight::of(compressor.compress(merged.as_ref(), inputs)?, dtype)?;
-        let error = weight - &stored.matrix()?;
-        let energy = |statistics: &Statistics| -> Result<f64> {
-            Ok(statistics.gram()?.energy(error.as_ref())?.max(0.0))
+        view: View<'_>,
+        early: Early,
+        statistics: &Statistics,
+    ) -> Result<RepairedLayer> {
+        let Early {
+            site,
+            mut layer,
+            output,
+        } = early;
+        let start = Instant::now();
+        let output = output.map(OutputCollector::finish);
+        let (weight, _) = self.weight(layer.report.layer)?;
+        let compressed = layer.weight.matrix()?;
+        let streamed = Some((view, site, output.as_ref()));
+        self.correct(&mut layer, (&weight, &compressed), statistics, streamed)?;
+        layer.report.seconds.solve = start.elapsed().as_secs_f64();
+        Ok(layer)
+    }
+
+    /// Measures what is left of the errors of linears at some sites, and enters it into their
+    /// reports.
+    fn measure(
+        &self,
+        view: View<'_>,
+        sites: &Sites,
+        layers: &mut [RepairedLayer],
+        enter: impl Fn(&mut LayerReport, Measured),
+    ) -> Result<()> {
+        let errors_of = |layer: &RepairedLayer| -> Result<Vec<Mat<f64>>> {
+            let (weight, _) = self.weight(layer.report.layer)?;
+            errors(weight, layer.weight.matrix()?, layer)
         };
-        let lost = Requantised {
-            calibration: energy(observed.calibration)?,
-            held_out: observed.held_out.map(energy).transpose()?,
-            bytes: stored.bytes()?,
+        let site = |layer: &RepairedLayer| site_of(layer.report.layer.linear);
+        let mut streamed = Vec::new();
+        for layer in (layers.iter()).filter(|layer| sites.streamed.contains(&site(layer))) {
+            let errors = errors_of(layer)?;
+            let collectors = errors.iter().map(|e| EnergyCollector::new(e.as_ref()));
+            streamed.push((site(layer), collectors.collect::<Result<_>>()?));
+        }
+        let whole = Sites {
+            streamed: Vec::new(),
+            ..sites.clone()
         };
-        Ok((stored, lost))
+        let collectors = Collectors::new(view.dense, &whole, &view.stream.how)?;
+        let (streamed, statistics, held) = energies(view, streamed, collectors)?;
+        let mut streamed = streamed.into_iter();
+        for layer in layers {
+            let (id, site) = (layer.report.layer, site(layer));
+            let measured = if sites.streamed.contains(&site) {
+                let energies = streamed.next().unwrap_or_default();
+                Measured::new(layer, &energies)
+            } else if let Some(statistics) = &statistics[site_index(site)] {
+                errors_of(layer)
+                    .and_then(|errors| Measured::by_gram(layer, &errors, statistics))
+                    .map_err(|source| in_layer(id, source))?
+            } else {
+                continue;
+            };
+            enter(&mut layer.report, measured);
+            let report = &mut layer.report;
+            report.statistics_bytes = report.statistics_bytes.max(held[site_index(site)]);
+        }
+        Ok(())
     }
 }
 
-/// ‖W X − V X̂‖² = tr(W H Wᵀ) − 2 tr(W K Vᵀ) + tr(V Ĥ Vᵀ) for V = W − E.
-fn drift_energy(
-    weight: &Mat<f64>,
-    (before, after): (&Mat<f64>, &Mat<f64>),
-    statistics: &Statistics,
-) -> Result<Option<Energy>> {
-    let (Some(teacher), Some(cross)) = (&statistics.teacher, &statistics.inputs.cross) else {
-        return Ok(None);
-    };
-    let target = Weighting::Gram(teacher.matrix()).energy(weight.as_ref())?;
-    let wk = weight * cross;
-    let energy = |error: &Mat<f64>| -> Result<f64> {
-        let v = weight - error;
-        let own = statistics.gram()?.energy(v.as_ref())?;
-        Ok((target - 2.0 * inner(wk.as_ref(), v.as_ref()) + own).max(0.0))
-    };
-    Ok(Some(Energy {
-        target,
-        before: energy(before)?,
-        after: energy(after)?,
-    }))
+/// Enters what was measured on the windows that the repair was fitted to.
+fn calibrated(report: &mut LayerReport, measured: Measured) {
+    report.calibration = measured.energy;
+    if let (Some(Requantised { calibration, .. }), Some(loss)) =
+        (&mut report.requantised, measured.requantised)
+    {
+        *calibration = loss;
+    }
 }
 
-/// Σ a ∘ b.
-fn inner(a: MatRef<'_, f64>, b: MatRef<'_, f64>) -> f64 {
-    let columns = a.col_iter().zip(b.col_iter());
-    columns
-        .map(|(a, b)| a.iter().zip(b.iter()).map(|(x, y)| x * y).sum::<f64>())
-        .sum()
+fn in_layer(id: LayerId, source: Error) -> Error {
+    Error::Layer {
+        layer: id.to_string(),
+        source: Box::new(source),
+    }
 }

@@ -56,6 +56,16 @@ pub(super) const SITES: [(Site, &[LinearName]); 4] = [
     (Site::Down, &[LinearName::Down]),
 ];
 
+/// The input that a linear reads.
+pub(super) fn site_of(linear: LinearName) -> Site {
+    match linear {
+        LinearName::Q | LinearName::K | LinearName::V => Site::Qkv,
+        LinearName::O => Site::O,
+        LinearName::Gate | LinearName::Up => Site::GateUp,
+        LinearName::Down => Site::Down,
+    }
+}
+
 /// Place of a site in [`SITES`].
 pub(super) fn site_index(site: Site) -> usize {
     match site {
@@ -101,6 +111,7 @@ mod tests {
         for (site, linears) in SITES {
             assert_eq!(SITES[site_index(site)].0, site);
             for &linear in linears {
+                assert_eq!(site_of(linear), site);
                 let id = LayerId { block: 11, linear };
                 assert_eq!(LayerId::parse(&id.to_string()), Some(id));
                 assert_eq!(id.weight(), format!("{id}.weight"));

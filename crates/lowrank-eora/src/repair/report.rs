@@ -138,6 +138,10 @@ pub struct LayerReport {
     pub seconds: Seconds,
     /// Bytes.
     pub bytes: Bytes,
+    /// Bytes that the sums over tokens of its input held at most, in any pass; linears that read one
+    /// input share them.
+    #[serde(default)]
+    pub statistics_bytes: u64,
 }
 
 #[cfg(test)]

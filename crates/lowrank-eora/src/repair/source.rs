@@ -1,7 +1,7 @@
 //! Where compressed weights come from.
 
 use super::{LayerId, StoredWeight};
-use crate::compress::{Compressor, Inputs};
+use crate::compress::{Compressor, Inputs, Needs};
 use crate::format::QuantisedCheckpoint;
 use crate::matrix::to_tensor;
 use crate::stats::InputStats;
@@ -20,7 +20,7 @@ pub struct Linear<'a> {
     pub weight: MatRef<'a, f64>,
     /// Dtype in which the dense checkpoint stores it.
     pub dtype: DType,
-    /// Its inputs on the calibration windows, H among them.
+    /// Its inputs on the calibration windows: what [`Source::needs`] asked for, and perhaps more.
     pub inputs: &'a InputStats,
 }
 
@@ -32,6 +32,13 @@ pub trait Source {
     /// The compressor that makes or made the weights, where it is known.
     fn compressor(&self) -> Option<Compressor> {
         None
+    }
+
+    /// What it must be told of the inputs of a linear to give W_c.
+    ///
+    /// Where that is not H, wide inputs do without it, which takes less memory.
+    fn needs(&self) -> Needs {
+        Needs::Gram
     }
 
     /// Checks that it fits a model, before anything is computed.
@@ -57,16 +64,27 @@ impl Source for Compressor {
         Some(*self)
     }
 
+    fn needs(&self) -> Needs {
+        self.needs()
+    }
+
     fn check(&self, _dense: &Decoder<'_>) -> Result<()> {
         Ok(())
     }
 
     fn compressed(&self, linear: &Linear<'_>) -> Result<StoredWeight> {
-        let inputs = match &linear.inputs.gram {
-            Some(gram) => Inputs::Gram(gram.matrix()),
-            None => Inputs::Diagonal(&linear.inputs.diagonal.square),
-        };
-        StoredWeight::of(self.compress(linear.weight, Some(inputs))?, linear.dtype)
+        let compressed = self.compress(linear.weight, Some(linear.inputs.into()))?;
+        StoredWeight::of(compressed, linear.dtype)
+    }
+}
+
+impl<'a> From<&'a InputStats> for Inputs<'a> {
+    /// The most that is known.
+    fn from(stats: &'a InputStats) -> Self {
+        match &stats.gram {
+            Some(gram) => Self::Gram(gram.matrix()),
+            None => Self::Diagonal(&stats.diagonal.square),
+        }
     }
 }
 
@@ -96,6 +114,10 @@ impl Source for Given<'_> {
     fn describe(&self) -> String {
         let hash = super::state::hash_checkpoint(self.checkpoint);
         format!("{} checkpoint {hash:016x}", self.reader.format())
+    }
+
+    fn needs(&self) -> Needs {
+        Needs::Nothing
     }
 
     /// Everything but the linears must be that of the dense model, up to a rounding: a model whose

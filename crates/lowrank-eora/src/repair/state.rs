@@ -5,7 +5,7 @@
 //! that a run which was killed goes on behind the last whole block.
 
 use super::{LayerId, LayerReport, StoredWeight};
-use crate::compress::Compressor;
+use crate::compress::{Compressor, Needs};
 use crate::solve::LowRank;
 use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor};
@@ -356,6 +356,10 @@ impl super::Source for Repaired {
 
     fn compressor(&self) -> Option<Compressor> {
         self.compressor()
+    }
+
+    fn needs(&self) -> Needs {
+        Needs::Nothing
     }
 
     fn check(&self, dense: &Decoder<'_>) -> Result<()> {

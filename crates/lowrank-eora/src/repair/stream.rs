@@ -1,10 +1,10 @@
-//! Windows on their way through a model, block by block, and the statistics of what linears are fed.
+//! Windows on their way through a model, block by block, and passes that show sums what linears are fed.
 
-use super::layer::{SITES, site_index, width};
+use super::layer::{SITES, site_index};
 use super::options::Sampling;
-use crate::solve::Weighting;
+use crate::solve::RefitCollector;
 use crate::stats::{
-    Accumulation, Collect, Gram, GramCollector, InputCollector, InputStats, Rows, Sampler,
+    Accumulation, EnergyCollector, GramCollector, InputCollector, OutputCollector, Rows, Sampler,
 };
 use crate::{Error, Result};
 use candle_core::Tensor;
@@ -19,7 +19,7 @@ pub(super) struct Stream {
     teacher: Option<Hidden>,
     rope: RopeTables,
     window_len: usize,
-    how: How,
+    pub(super) how: How,
 }
 
 /// How the tokens of a stream are counted.
@@ -33,29 +33,6 @@ pub(super) struct How {
     pub(super) sampling: Option<Sampling>,
     pub(super) accumulation: Accumulation,
 }
-
-/// What is known of one input.
-#[derive(Debug)]
-pub(super) struct Statistics {
-    /// Of what the linears are fed.
-    pub(super) inputs: InputStats,
-    /// H of what the dense model feeds them.
-    pub(super) teacher: Option<Gram>,
-}
-
-impl Statistics {
-    /// H.
-    pub(super) fn gram(&self) -> Result<Weighting<'_>> {
-        let gram = self.inputs.gram.as_ref().ok_or(Error::MissingStatistic {
-            method: "a loss",
-            statistic: "H",
-        })?;
-        Ok(Weighting::Gram(gram.matrix()))
-    }
-}
-
-/// Statistics by place in [`SITES`]; `None` where the block lacks that half or was not asked.
-pub(super) type SiteStats = [Option<Statistics>; 4];
 
 impl Stream {
     pub(super) fn embed(
@@ -83,44 +60,6 @@ impl Stream {
         })
     }
 
-    /// Statistics of the inputs at some sites: of `block` on the student's states, or of the dense
-    /// block where there is no student.
-    pub(super) fn collect(
-        &self,
-        dense: &Block,
-        block: &Block,
-        sites: &[Site],
-    ) -> Result<SiteStats> {
-        let (hidden, block) = match (&self.student, &self.teacher) {
-            (Some(student), _) => (student, block),
-            (None, Some(teacher)) => (teacher, dense),
-            (None, None) => return Ok(Default::default()),
-        };
-        let mut collector = Collector::new(block, sites, &self.how)?;
-        let mut first = 0;
-        for (index, batch) in hidden.batches().iter().enumerate() {
-            collector.teacher = match &self.teacher {
-                Some(teacher) if self.how.cross => {
-                    let mut record = Recorder::new(sites);
-                    let batch = &teacher.batches()[index];
-                    dense.forward(batch, &self.rope, &mut Mixer::Windows, &mut record)?;
-                    record.rows
-                }
-                _ => Default::default(),
-            };
-            let windows = batch.dims()[0];
-            collector.weights = self.how.weights.as_ref().map(|weights| {
-                let windows = weights[first..first + windows].iter();
-                windows
-                    .flat_map(|&w| std::iter::repeat_n(w, self.window_len))
-                    .collect()
-            });
-            first += windows;
-            block.forward(batch, &self.rope, &mut Mixer::Windows, &mut collector)?;
-        }
-        Ok(collector.sites.map(|site| site.map(SiteCollector::finish)))
-    }
-
     /// Sends the windows through a block.
     pub(super) fn advance(&mut self, dense: &Block, repaired: &Block) -> Result<()> {
         if let Some(student) = &mut self.student {
@@ -133,114 +72,196 @@ impl Stream {
     }
 }
 
-/// Sums up what the linears of one block are fed.
-struct Collector {
-    sites: [Option<SiteCollector>; 4],
-    /// Weights of the tokens of the batch under way.
-    weights: Option<Vec<f64>>,
-    /// What the dense model feeds the same tokens.
-    teacher: [Option<Rows>; 4],
+/// Windows before a block, and what they are sent through to see the inputs of its linears.
+#[derive(Clone, Copy)]
+pub(super) struct View<'a> {
+    pub(super) stream: &'a Stream,
+    pub(super) dense: &'a Block,
+    /// What the student's states are sent through.
+    pub(super) block: &'a Block,
 }
 
-struct SiteCollector {
-    sums: InputCollector,
-    teacher: Option<GramCollector>,
-    sampler: Option<Sampler>,
+/// Something that is summed up over the tokens of an input.
+pub(super) trait Sum {
+    /// Adds a batch as the linears are fed it, and where K is collected the same tokens as the dense
+    /// model feeds them.
+    fn update(&mut self, rows: &Rows, teacher: Option<&Rows>) -> Result<()>;
+
+    /// Bytes held.
+    fn bytes(&self) -> u64;
 }
 
-impl SiteCollector {
-    fn finish(self) -> Statistics {
-        Statistics {
-            inputs: self.sums.finish(),
-            teacher: self.teacher.map(GramCollector::finish),
-        }
+impl Sum for InputCollector {
+    fn update(&mut self, rows: &Rows, teacher: Option<&Rows>) -> Result<()> {
+        self.update(rows, teacher)
+    }
+
+    fn bytes(&self) -> u64 {
+        self.bytes()
     }
 }
 
-impl Collector {
-    fn new(block: &Block, sites: &[Site], how: &How) -> Result<Self> {
-        let mut collectors = [const { None }; 4];
-        let collect = Collect {
-            gram: true,
-            cross: how.cross,
+impl Sum for OutputCollector {
+    fn update(&mut self, rows: &Rows, _teacher: Option<&Rows>) -> Result<()> {
+        self.update(rows)
+    }
+
+    fn bytes(&self) -> u64 {
+        self.bytes()
+    }
+}
+
+impl Sum for EnergyCollector {
+    fn update(&mut self, rows: &Rows, _teacher: Option<&Rows>) -> Result<()> {
+        self.update(rows)
+    }
+
+    fn bytes(&self) -> u64 {
+        self.bytes()
+    }
+}
+
+impl Sum for RefitCollector {
+    fn update(&mut self, rows: &Rows, _teacher: Option<&Rows>) -> Result<()> {
+        self.update(rows)
+    }
+
+    fn bytes(&self) -> u64 {
+        self.bytes()
+    }
+}
+
+/// H of what the dense model feeds.
+pub(super) struct TeacherGram(pub(super) GramCollector);
+
+impl Sum for TeacherGram {
+    fn update(&mut self, _rows: &Rows, teacher: Option<&Rows>) -> Result<()> {
+        teacher.map_or(Ok(()), |teacher| self.0.update(teacher))
+    }
+
+    fn bytes(&self) -> u64 {
+        self.0.bytes()
+    }
+}
+
+/// Sums with the input that each is of.
+pub(super) type Sums<'a> = Vec<(Site, &'a mut dyn Sum)>;
+
+/// Bytes that the sums of each site held together, by place in [`SITES`].
+pub(super) type Held = [u64; SITES.len()];
+
+impl View<'_> {
+    /// Shows all tokens to the sums, the same ones in every pass.
+    pub(super) fn pass(self, sums: Sums<'_>) -> Result<Held> {
+        let mut held = Held::default();
+        let (stream, how) = (self.stream, &self.stream.how);
+        // Of `block` on the student's states, or of the dense block where there is no student.
+        let (hidden, block) = match (&stream.student, &stream.teacher) {
+            (Some(student), _) => (student, self.block),
+            (None, Some(teacher)) => (teacher, self.dense),
+            (None, None) => return Ok(held),
         };
-        for &site in sites {
-            let Some(width) = width(block, site) else {
-                continue;
+        if sums.is_empty() {
+            return Ok(held);
+        }
+        let mut observer = Observer::new(sums, block.layer, how)?;
+        let mut first = 0;
+        for (index, batch) in hidden.batches().iter().enumerate() {
+            observer.teacher = match &stream.teacher {
+                Some(teacher) if how.cross => {
+                    let mut record = Recorder::default();
+                    let batch = &teacher.batches()[index];
+                    let dense = self.dense;
+                    dense.forward(batch, &stream.rope, &mut Mixer::Windows, &mut record)?;
+                    record.rows
+                }
+                _ => Default::default(),
             };
-            let index = site_index(site);
-            let sampler = how.sampling.map(|sampling| {
+            let windows = batch.dims()[0];
+            observer.weights = how.weights.as_ref().map(|weights| {
+                let windows = weights[first..first + windows].iter();
+                windows
+                    .flat_map(|&w| std::iter::repeat_n(w, stream.window_len))
+                    .collect()
+            });
+            first += windows;
+            block.forward(batch, &stream.rope, &mut Mixer::Windows, &mut observer)?;
+        }
+        for (site, sum) in &observer.sums {
+            held[site_index(*site)] += sum.bytes();
+        }
+        Ok(held)
+    }
+}
+
+/// Hands what the linears of one block are fed to the sums.
+struct Observer<'a> {
+    sums: Sums<'a>,
+    samplers: [Option<Sampler>; SITES.len()],
+    /// Weights of the tokens of the batch under way.
+    weights: Option<Vec<f64>>,
+    /// What the dense model feeds the same tokens.
+    teacher: [Option<Rows>; SITES.len()],
+}
+
+impl<'a> Observer<'a> {
+    fn new(sums: Sums<'a>, layer: usize, how: &How) -> Result<Self> {
+        let mut samplers = [const { None }; SITES.len()];
+        if let Some(sampling) = how.sampling {
+            for (index, sampler) in samplers.iter_mut().enumerate() {
                 // Every input has draws of its own.
                 let seed = sampling
                     .seed
-                    .wrapping_add((block.layer * SITES.len() + index) as u64);
-                Sampler::new(sampling.importance, sampling.share, seed)
-            });
-            collectors[index] = Some(SiteCollector {
-                sums: InputCollector::new(width, collect, how.accumulation)?,
-                teacher: (how
-                    .teacher
-                    .then(|| GramCollector::new(width, how.accumulation)))
-                .transpose()?,
-                sampler: sampler.transpose()?,
-            });
+                    .wrapping_add((layer * SITES.len() + index) as u64);
+                *sampler = Some(Sampler::new(sampling.importance, sampling.share, seed)?);
+            }
         }
         Ok(Self {
-            sites: collectors,
+            sums,
+            samplers,
             weights: None,
             teacher: Default::default(),
         })
     }
 
     fn update(&mut self, site: Site, x: &Tensor) -> Result<()> {
-        let index = site_index(site);
-        let Some(site) = &mut self.sites[index] else {
+        if self.sums.iter().all(|(other, _)| *other != site) {
             return Ok(());
-        };
+        }
+        let index = site_index(site);
         let mut rows = Rows::from_tensor(x)?;
         if let Some(weights) = &self.weights {
             rows = rows.weighted(weights)?;
         }
         let mut teacher = self.teacher[index].take();
-        if let Some(sampler) = &mut site.sampler {
+        if let Some(sampler) = &mut self.samplers[index] {
             let picks = sampler.pick(&rows)?;
             rows = rows.picked(&picks)?;
             teacher = teacher.map(|rows| rows.picked(&picks)).transpose()?;
         }
-        if let (Some(sum), Some(teacher)) = (&mut site.teacher, &teacher) {
-            sum.update(teacher)?;
+        for (_, sum) in self.sums.iter_mut().filter(|(other, _)| *other == site) {
+            sum.update(&rows, teacher.as_ref())?;
         }
-        site.sums.update(&rows, teacher.as_ref())
+        Ok(())
     }
 }
 
-impl Tap for Collector {
+impl Tap for Observer<'_> {
     fn observe(&mut self, _block: usize, site: Site, x: &Tensor) -> TapResult {
         Ok(self.update(site, x).map_err(|source| at(site, source))?)
     }
 }
 
 /// Keeps what the linears of one block are fed.
-struct Recorder<'a> {
-    sites: &'a [Site],
-    rows: [Option<Rows>; 4],
+#[derive(Default)]
+struct Recorder {
+    rows: [Option<Rows>; SITES.len()],
 }
 
-impl<'a> Recorder<'a> {
-    fn new(sites: &'a [Site]) -> Self {
-        Self {
-            sites,
-            rows: Default::default(),
-        }
-    }
-}
-
-impl Tap for Recorder<'_> {
+impl Tap for Recorder {
     fn observe(&mut self, _block: usize, site: Site, x: &Tensor) -> TapResult {
-        if self.sites.contains(&site) {
-            let rows = Rows::from_tensor(x).map_err(|source| at(site, source))?;
-            self.rows[site_index(site)] = Some(rows);
-        }
+        let rows = Rows::from_tensor(x).map_err(|source| at(site, source))?;
+        self.rows[site_index(site)] = Some(rows);
         Ok(())
     }
 }

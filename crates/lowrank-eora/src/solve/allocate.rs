@@ -2,7 +2,8 @@
 //!
 //! Rank i of a layer takes s_i² off its squared loss whatever the other ranks, and costs the bytes
 //! of one column of B and one row of A. Gains fall within a layer, so taking ranks by gain per
-//! byte minimises the weighted sum of squared losses, up to the last rank that no longer fits.
+//! byte minimises the weighted sum of squared losses, up to the last rank that no longer fits. A
+//! model's perplexity need not follow that sum.
 
 use super::Spectrum;
 use crate::{Error, Result};

@@ -1,6 +1,7 @@
 //! B and A.
 
 use super::Spectrum;
+use crate::matrix::{Entries, add_product, product};
 use crate::{Error, Result, matrix};
 use candle_core::{DType, Device, Tensor};
 use faer::{Mat, MatRef};
@@ -39,7 +40,7 @@ impl LowRank {
     ) -> Self {
         let (mut b, mut a) = (u, Mat::zeros(0, 0));
         fix_signs(&mut b);
-        a.clone_from(&(b.transpose() * d));
+        a.clone_from(&product(b.transpose(), d));
         for i in 0..b.ncols() {
             let balanced = a.row(i).norm_l2();
             let singular = spectrum.squares()[i].sqrt();
@@ -64,20 +65,14 @@ impl LowRank {
 
     /// B A, `m × n`.
     pub fn product(&self) -> Mat<f64> {
-        &self.b * &self.a
+        product(self.b.as_ref(), self.a.as_ref())
     }
 
     /// D − B A.
     pub fn error(&self, d: MatRef<'_, f64>) -> Mat<f64> {
         let mut error = d.to_owned();
-        faer::linalg::matmul::matmul(
-            error.as_mut(),
-            faer::Accum::Add,
-            self.b.as_ref(),
-            self.a.as_ref(),
-            -1.0,
-            faer::Par::rayon(0),
-        );
+        let (b, a) = (self.b.as_ref(), self.a.as_ref());
+        add_product(&mut error, b, a, -1.0, Entries::All);
         error
     }
 

@@ -8,12 +8,11 @@
 //! After each step the Rayleigh quotients of the whole subspace give the loss; the iteration stops
 //! when what is still to be gained, extrapolated from the last gains, is a small share of it.
 
-use super::exact::eigen;
 use super::weighting::inner;
 use super::{Leading, Options, Route, Spectrum, Weighting};
 use crate::Result;
-use crate::matrix::{Entries, add_products, mirror_lower};
-use faer::{Accum, Mat, MatRef, Par};
+use crate::matrix::{Entries, Qr, add_product, add_products, eigen, mirror_lower, product};
+use faer::{Mat, MatRef};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -79,7 +78,7 @@ impl Pencil<'_> {
     fn times_s(&self, z: &Mat<f64>) -> Mat<f64> {
         match &self.s {
             None => z.clone(),
-            Some(s) => s * z,
+            Some(s) => product(s.as_ref(), z.as_ref()),
         }
     }
 
@@ -88,8 +87,8 @@ impl Pencil<'_> {
         match self.h {
             Weighting::Identity => y.clone(),
             Weighting::Diagonal(h) => Mat::from_fn(y.nrows(), y.ncols(), |i, j| h[i] * y[(i, j)]),
-            Weighting::Gram(h) | Weighting::Output(h) => h * y,
-            Weighting::Factor(t) => t * (t.transpose() * y),
+            Weighting::Gram(h) | Weighting::Output(h) => product(h, y.as_ref()),
+            Weighting::Factor(t) => product(t, product(t.transpose(), y.as_ref()).as_ref()),
         }
     }
 
@@ -104,7 +103,7 @@ impl Pencil<'_> {
             (Some(s), Weighting::Identity) => diagonal(s.as_ref()),
             (Some(s), Weighting::Diagonal(h)) => (0..self.size).map(|i| h[i] * s[(i, i)]).sum(),
             (Some(s), Weighting::Gram(h) | Weighting::Output(h)) => inner(s.as_ref(), h),
-            (Some(s), Weighting::Factor(t)) => inner((s * t).as_ref(), t),
+            (Some(s), Weighting::Factor(t)) => inner(product(s.as_ref(), t).as_ref(), t),
         }
     }
 }
@@ -136,7 +135,7 @@ impl Subspace {
         let mut known = 0.0f64;
         if self.len() > 0 {
             // The longest known part of a column, in the norm of S.
-            let along = self.y.transpose() * &z;
+            let along = product(self.y.transpose(), z.as_ref());
             known =
                 (along.col_iter()).fold(known, |best, column| best.max(column.squared_norm_l2()));
             subtract(&mut z, &self.z, &along);
@@ -145,11 +144,14 @@ impl Subspace {
         // Twice: the second pass removes what rounding left of the first.
         for _ in 0..2 {
             if self.len() > 0 {
-                let along = self.y.transpose() * &z;
+                let along = product(self.y.transpose(), z.as_ref());
                 subtract(&mut z, &self.z, &along);
                 subtract(&mut y, &self.y, &along);
             }
-            let (squares, rotation) = eigen(z.transpose() * &y, "a Krylov block")?;
+            let (squares, rotation) = {
+                let moments = product(z.transpose(), y.as_ref());
+                eigen(moments.as_ref(), "a Krylov block")?
+            };
             let longest = squares.first().copied().unwrap_or(0.0);
             let shortest = (longest * NOISE)
                 .max(known * NOISE_OF_KNOWN)
@@ -158,8 +160,8 @@ impl Subspace {
             let scaled = Mat::from_fn(rotation.nrows(), kept, |i, j| {
                 rotation[(i, j)] / squares[j].sqrt()
             });
-            z = &z * &scaled;
-            y = &y * &scaled;
+            z = product(z.as_ref(), scaled.as_ref());
+            y = product(y.as_ref(), scaled.as_ref());
             known = 0.0;
         }
         let grown = z.ncols();
@@ -168,7 +170,7 @@ impl Subspace {
         self.y = beside(&self.y, &y);
         self.w = beside(&self.w, &w);
         let (old, all) = (self.t.nrows(), self.z.ncols());
-        let new = self.y.transpose() * &w;
+        let new = product(self.y.transpose(), w.as_ref());
         self.t = Mat::from_fn(all, all, |i, j| match (i < old, j < old) {
             (true, true) => self.t[(i, j)],
             (_, false) => new[(i, j - old)],
@@ -184,14 +186,7 @@ impl Subspace {
 }
 
 fn subtract(from: &mut Mat<f64>, basis: &Mat<f64>, along: &Mat<f64>) {
-    faer::linalg::matmul::matmul(
-        from.as_mut(),
-        Accum::Add,
-        basis.as_ref(),
-        along.as_ref(),
-        -1.0,
-        Par::rayon(0),
-    );
+    add_product(from, basis.as_ref(), along.as_ref(), -1.0, Entries::All);
 }
 
 fn beside(left: &Mat<f64>, right: &Mat<f64>) -> Mat<f64> {
@@ -238,10 +233,14 @@ pub(super) fn by_krylov(
     let Some((z, spectrum)) = iterate(&pencil, rank, options)? else {
         return Ok(None);
     };
-    let q = if on_outputs { z } else { d * z };
+    let q = if on_outputs {
+        z
+    } else {
+        product(d, z.as_ref())
+    };
     // Orthonormal to rounding; triangular R keeps the order of the directions.
     Ok(Some(Leading {
-        vectors: q.qr().compute_thin_Q(),
+        vectors: Qr::new(q).q(),
         spectrum,
         route: Route::Krylov,
     }))
@@ -286,7 +285,7 @@ fn iterate(
     for _ in 0..MAX_STEPS {
         let grown = subspace.extend(pencil, next)?;
         if subspace.len() >= rank {
-            let (values, vectors) = eigen(subspace.t.clone(), "Rayleigh quotients")?;
+            let (values, vectors) = eigen(subspace.t.as_ref(), "Rayleigh quotients")?;
             let captured: f64 = values.iter().take(rank).sum();
             gains = [gains[1], captured - before];
             before = captured;
@@ -298,7 +297,7 @@ fn iterate(
                 // Rayleigh quotients far behind the rank are too small to be reported.
                 let reported = values[..values.len().min(rank + rank / 4)].to_vec();
                 let rest = total - reported.iter().sum::<f64>();
-                let leading = &subspace.z * vectors.subcols(0, rank);
+                let leading = product(subspace.z.as_ref(), vectors.subcols(0, rank));
                 return Ok(Some((leading, Spectrum::new(reported, rest))));
             }
         }

@@ -1,11 +1,10 @@
 //! The methods that the literature compares, by name.
 
 use super::{Options, Solution, Weighting, solve};
-use crate::matrix::expect_shape;
+use crate::matrix::{Cholesky, expect_shape, product};
 use crate::stats::{Collect, Diagonal, InputStats};
 use crate::{Error, Result};
-use faer::linalg::solvers::Solve;
-use faer::{Mat, MatRef, Side};
+use faer::{Mat, MatRef};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::str::FromStr;
@@ -192,15 +191,13 @@ pub fn drift_residual(
     }
     let ridge = damping * trace / n as f64;
     let damped = Mat::from_fn(n, n, |i, j| gram[(i, j)] + if i == j { ridge } else { 0.0 });
-    let llt = damped
-        .llt(Side::Lower)
-        .map_err(|error| Error::Factorization {
-            what: "the Cholesky factorisation of the student's H",
-            reason: format!("{error:?}; a larger damping makes it positive definite"),
-        })?;
+    let cholesky = Cholesky::new(damped).ok_or_else(|| Error::Factorization {
+        what: "the Cholesky factorisation of the student's H",
+        reason: "it is not positive definite; a larger damping makes it so".into(),
+    })?;
     // (W (K − Ĥ) (Ĥ + λI)⁻¹)ᵀ = (Ĥ + λI)⁻¹ (K − Ĥ)ᵀ Wᵀ.
-    let drift = (cross - gram).transpose() * weight.transpose();
-    Ok(d + llt.solve(drift).transpose())
+    let drift = product((cross - gram).transpose(), weight.transpose());
+    Ok(d + cholesky.solve(drift).transpose())
 }
 
 #[cfg(test)]

@@ -1,6 +1,6 @@
 //! The norm in which a correction is best.
 
-use crate::matrix::{add_symmetric, check_finite, expect_shape};
+use crate::matrix::{Entries, add_product, check_finite, expect_shape, product};
 use crate::{Error, Result};
 use faer::{Mat, MatRef};
 
@@ -62,8 +62,8 @@ impl Weighting<'_> {
         match *self {
             Self::Identity => Some(e.to_owned()),
             Self::Diagonal(h) => Some(Mat::from_fn(e.nrows(), e.ncols(), |i, j| e[(i, j)] * h[j])),
-            Self::Gram(h) => Some(e * h),
-            Self::Factor(t) => Some((e * t) * t.transpose()),
+            Self::Gram(h) => Some(product(e, h)),
+            Self::Factor(t) => Some(product(product(e, t).as_ref(), t.transpose())),
             Self::Output(_) => None,
         }
     }
@@ -74,14 +74,14 @@ impl Weighting<'_> {
     /// When E has another width or only G is known.
     pub fn energy(&self, e: MatRef<'_, f64>) -> Result<f64> {
         self.check_width(e)?;
-        let product = match *self {
-            Self::Factor(t) => return Ok((e * t).squared_norm_l2()),
+        let weighted = match *self {
+            Self::Factor(t) => return Ok(product(e, t).squared_norm_l2()),
             _ => self.times(e).ok_or(Error::MissingStatistic {
                 method: "the loss of a given error",
                 statistic: "H",
             })?,
         };
-        Ok(inner(product.as_ref(), e))
+        Ok(inner(weighted.as_ref(), e))
     }
 
     fn check_width(&self, e: MatRef<'_, f64>) -> Result<()> {
@@ -94,16 +94,19 @@ impl Weighting<'_> {
     /// The lower triangle of G = D H Dᵀ.
     pub(super) fn output_gram(&self, d: MatRef<'_, f64>) -> Mat<f64> {
         let mut g = Mat::zeros(d.nrows(), d.nrows());
+        let mut add = |a: MatRef<'_, f64>, b: MatRef<'_, f64>| {
+            add_product(&mut g, a, b.transpose(), 1.0, Entries::Lower);
+        };
         match *self {
-            Self::Output(known) => g.copy_from(known),
+            Self::Output(known) => return known.to_owned(),
             Self::Factor(t) => {
-                let dt = d * t;
-                add_symmetric(&mut g, dt.as_ref(), dt.as_ref());
+                let dt = product(d, t);
+                add(dt.as_ref(), dt.as_ref());
             }
-            Self::Identity => add_symmetric(&mut g, d, d),
+            Self::Identity => add(d, d),
             Self::Diagonal(_) | Self::Gram(_) => {
                 if let Some(dh) = self.times(d) {
-                    add_symmetric(&mut g, dh.as_ref(), d);
+                    add(dh.as_ref(), d);
                 }
             }
         }

@@ -63,6 +63,13 @@ impl CrossCollector {
         Ok(())
     }
 
+    /// Bytes held.
+    pub fn bytes(&self) -> u64 {
+        let n = self.sum.nrows();
+        let single = self.teacher.capacity() + self.student.capacity();
+        (size_of::<f64>() * n * n + size_of::<f32>() * single) as u64
+    }
+
     fn flush(&mut self) {
         let width = self.sum.nrows();
         let tokens = self.student.len() / width.max(1);

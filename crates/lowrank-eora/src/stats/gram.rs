@@ -5,7 +5,7 @@
 //! not depend on how its tokens were batched.
 
 use super::Rows;
-use crate::matrix::{Entries, add_products, mirror_lower};
+use crate::matrix::{Entries, add_product, add_products, mirror_lower};
 use crate::{Error, Result};
 use faer::{Mat, MatRef};
 use serde::{Deserialize, Serialize};
@@ -48,7 +48,7 @@ impl Gram {
     pub fn of(x: MatRef<'_, f64>) -> Result<Self> {
         crate::matrix::check_finite(x, "activations")?;
         let mut matrix = Mat::zeros(x.nrows(), x.nrows());
-        crate::matrix::add_symmetric(&mut matrix, x, x);
+        add_product(&mut matrix, x, x.transpose(), 1.0, Entries::Lower);
         mirror_lower(&mut matrix);
         Ok(Self {
             matrix,
@@ -184,6 +184,12 @@ impl GramCollector {
             self.flush(scale);
         }
         Ok(())
+    }
+
+    /// Bytes held.
+    pub fn bytes(&self) -> u64 {
+        let n = self.width();
+        (size_of::<f64>() * n * n + size_of::<f32>() * self.pending.capacity()) as u64
     }
 
     fn flush(&mut self, scale: f64) {

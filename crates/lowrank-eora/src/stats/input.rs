@@ -98,6 +98,14 @@ impl InputCollector {
         Ok(())
     }
 
+    /// Bytes held.
+    pub fn bytes(&self) -> u64 {
+        let channels = 3 * size_of::<f64>() * self.diagonal.width();
+        channels as u64
+            + self.gram.as_ref().map_or(0, GramCollector::bytes)
+            + self.cross.as_ref().map_or(0, CrossCollector::bytes)
+    }
+
     /// The sums.
     pub fn finish(self) -> InputStats {
         InputStats {

@@ -7,8 +7,8 @@
 use super::Rows;
 use super::gram::{BLOCK_TOKENS, Gram};
 use crate::Result;
-use crate::matrix::{add_symmetric, check_finite, mirror_lower};
-use faer::{Accum, Mat, MatRef, Par};
+use crate::matrix::{Entries, add_product, check_finite, mirror_lower, product};
+use faer::{Mat, MatRef};
 
 /// Collects G, which finishes as a [`Gram`] of the outputs.
 #[derive(Clone, Debug)]
@@ -63,18 +63,18 @@ impl OutputCollector {
         let (m, n) = self.d.shape();
         let tokens = self.pending.len() / n.max(1);
         let x = MatRef::from_column_major_slice(&self.pending, n, tokens);
-        let mut product = Mat::<f32>::zeros(m, tokens);
-        faer::linalg::matmul::matmul(
-            product.as_mut(),
-            Accum::Replace,
-            self.d.as_ref(),
-            x,
-            1.0,
-            Par::rayon(0),
-        );
-        let product = Mat::from_fn(m, tokens, |i, j| f64::from(product[(i, j)]));
-        add_symmetric(&mut self.sum, product.as_ref(), product.as_ref());
+        let dx = product(self.d.as_ref(), x);
+        let dx = Mat::from_fn(m, tokens, |i, j| f64::from(dx[(i, j)]));
+        let (dx, lower) = (dx.as_ref(), Entries::Lower);
+        add_product(&mut self.sum, dx, dx.transpose(), 1.0, lower);
         self.pending.clear();
+    }
+
+    /// Bytes held.
+    pub fn bytes(&self) -> u64 {
+        let (m, n) = self.d.shape();
+        let single = m * n + self.pending.capacity();
+        (size_of::<f64>() * m * m + size_of::<f32>() * single) as u64
     }
 
     /// G, `m × m`.

@@ -3,7 +3,7 @@
 use super::Pick;
 use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor};
-use faer::{Mat, MatRef};
+use faer::MatRef;
 use rayon::prelude::*;
 
 /// Activations of a batch of tokens, f32, finite, each token with a weight.
@@ -140,25 +140,6 @@ impl Rows {
     /// X, `width × tokens`, without the weights.
     pub fn matrix(&self) -> MatRef<'_, f32> {
         MatRef::from_column_major_slice(&self.values, self.width, self.tokens())
-    }
-
-    /// Σ w ‖E x‖² of an error E (`p × n`): what a correction loses on these tokens. Products are
-    /// f32, sums f64.
-    ///
-    /// # Errors
-    /// When E has another width.
-    pub fn energy(&self, e: MatRef<'_, f64>) -> Result<f64> {
-        self.expect_width(e.ncols())?;
-        let e = Mat::<f32>::from_fn(e.nrows(), e.ncols(), |i, j| e[(i, j)] as f32);
-        let outputs = e * self.matrix();
-        let norm = |t: usize| {
-            outputs
-                .col(t)
-                .iter()
-                .map(|&y| f64::from(y).powi(2))
-                .sum::<f64>()
-        };
-        Ok((0..self.tokens()).map(|t| self.weight(t) * norm(t)).sum())
     }
 
     /// Appends √w x of some tokens to `out`.

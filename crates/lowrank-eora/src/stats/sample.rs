@@ -10,9 +10,9 @@
 //! Calandriello et al. 2016) cost as much as the products they save and serve as a control.
 
 use super::{Accumulation, GramCollector, Rows};
+use crate::matrix::Cholesky;
 use crate::{Error, Result};
-use faer::linalg::solvers::Solve;
-use faer::{Mat, Side};
+use faer::Mat;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
@@ -68,7 +68,7 @@ pub struct Sampler {
 struct Sketch {
     gram: GramCollector,
     ridge: f64,
-    factor: Option<faer::linalg::solvers::Llt<f64>>,
+    factor: Option<Cholesky>,
     refresh_at: u64,
 }
 
@@ -207,7 +207,7 @@ impl Sampler {
             for i in 0..n {
                 h[(i, i)] += sketch.ridge * mean;
             }
-            sketch.factor = h.llt(Side::Lower).ok();
+            sketch.factor = Cholesky::new(h);
             sketch.refresh_at *= 2;
         }
         let left = (sketch.refresh_at - self.tokens) as usize;
@@ -220,7 +220,7 @@ impl Sampler {
         let x = Mat::from_fn(rows.width(), tokens.len(), |j, t| {
             f64::from(rows.row(first + t)[j])
         });
-        let solved = factor.solve(&x);
+        let solved = factor.solve(x.clone());
         let dot = |t: usize| {
             x.col(t)
                 .iter()

@@ -7,6 +7,7 @@
 use super::Rows;
 use super::gram::BLOCK_TOKENS;
 use crate::Result;
+use crate::matrix::Qr;
 use faer::Mat;
 
 /// Collects T, `n × n`, lower triangular.
@@ -63,7 +64,7 @@ impl FactorCollector {
             }
         });
         if tokens > 0 {
-            self.r = stacked.qr().thin_R().to_owned();
+            self.r = Qr::new(stacked).r();
         }
         self.pending.clear();
     }

@@ -3,6 +3,7 @@
 use serde_json::Value;
 
 use super::Config;
+use super::verdict::verdict;
 use crate::column::Column;
 use crate::plot::{Axis, Plot, Point, Reference, Series};
 use crate::report::Section;
@@ -17,7 +18,6 @@ pub(super) fn section(config: &Config, rows: Vec<Row>) -> Section {
         Column::LossUncompensated,
         Column::Loss,
         Column::Perplexity,
-        Column::PerplexityOverDense,
         Column::Bytes,
         Column::BytesOverDense,
         Column::Seconds,
@@ -49,6 +49,7 @@ pub(super) fn section(config: &Config, rows: Vec<Row>) -> Section {
             }
         ),
         columns,
+        remarks: verdict(&rows).into_iter().collect(),
         plots: plots(config, &rows),
         rows,
         ..Section::default()

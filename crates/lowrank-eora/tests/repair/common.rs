@@ -1,11 +1,14 @@
-//! Small decoders in folders, and windows of text for them.
+//! Small decoders in folders, windows of text for them, and what is repeated of repairs.
 
 use candle_core::{DType, Device, Tensor};
 use causal_lm::{Decoder, TextTokenizer, Windows, synthetic};
+use faer::MatRef;
+use lowrank_eora::compress::Compressor;
+use lowrank_eora::repair::{Energy, FactorStorage, Ranks, Repair, Repaired, Source};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde_json::json;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use tensor_io::{Checkpoint, Config, WriteOptions};
 
 /// A model in a folder that is removed with it.
@@ -14,12 +17,12 @@ pub(crate) struct Tiny {
     pub(crate) checkpoint: Checkpoint,
 }
 
-/// Two blocks, grouped-query attention; all widths are multiples of 4.
-fn config() -> Config {
+/// Two blocks, grouped-query attention; widths are multiples of 4.
+fn config(hidden: usize, intermediate: usize) -> Config {
     let fields = json!({
-        "model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-        "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 50, "max_position_embeddings": 64,
-        "tie_word_embeddings": true,
+        "model_type": "llama", "hidden_size": hidden, "intermediate_size": intermediate,
+        "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 50,
+        "max_position_embeddings": 64, "tie_word_embeddings": true,
     });
     Config::new(fields.as_object().unwrap().clone())
 }
@@ -31,11 +34,20 @@ impl Tiny {
 
     /// With tensors changed before they are written.
     pub(crate) fn with(change: impl Fn(&str, Tensor) -> Tensor) -> Self {
+        Self::of(&config(32, 64), change)
+    }
+
+    /// Wide enough for the work on one linear to be shared out.
+    pub(crate) fn wide() -> Self {
+        Self::of(&config(160, 400), |_, tensor| tensor)
+    }
+
+    fn of(config: &Config, change: impl Fn(&str, Tensor) -> Tensor) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let dir = folder.path().join("dense");
         let mut random = synthetic::random(11);
         let make = |name: &str, shape: &[usize]| Ok(change(name, random(name, shape)?));
-        synthetic::write(&config(), DType::F32, &dir, &WriteOptions::default(), make).unwrap();
+        synthetic::write(config, DType::F32, &dir, &WriteOptions::default(), make).unwrap();
         Self {
             checkpoint: Checkpoint::open(&dir).unwrap(),
             folder,
@@ -82,4 +94,52 @@ pub(crate) fn trained() -> Option<(Checkpoint, Windows, Windows)> {
     let (calibration, rest) = (windows.first(32), windows.sample(windows.count(), 0));
     let held_out = rest.groups(32).nth(1).unwrap();
     Some((Checkpoint::open(model).unwrap(), calibration, held_out))
+}
+
+pub(crate) fn compressor(name: &str) -> Compressor {
+    name.parse().unwrap()
+}
+
+/// EoRA of a rank, stored in f32.
+pub(crate) fn eora(rank: usize) -> Repair {
+    Repair {
+        ranks: Ranks::Constant(rank),
+        factors: FactorStorage::F32,
+        ..Repair::default()
+    }
+}
+
+pub(crate) fn run(
+    repair: &Repair,
+    decoder: &Decoder<'_>,
+    source: &dyn Source,
+    folder: &Path,
+) -> Repaired {
+    let (calibration, held_out) = (windows(12, 1), windows(6, 2));
+    repair
+        .run(
+            decoder,
+            source,
+            &calibration,
+            Some(&held_out),
+            folder,
+            &mut |_| (),
+        )
+        .unwrap()
+}
+
+pub(crate) fn held_out(repaired: &Repaired) -> Energy {
+    repaired
+        .reports()
+        .filter_map(|report| report.held_out)
+        .sum()
+}
+
+pub(crate) fn assert_close(found: MatRef<'_, f64>, expected: MatRef<'_, f64>, tolerance: f64) {
+    let difference = (found - expected).norm_l2();
+    assert!(
+        difference <= tolerance * expected.norm_l2(),
+        "differ by {difference} of {}",
+        expected.norm_l2()
+    );
 }

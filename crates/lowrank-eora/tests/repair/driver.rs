@@ -1,0 +1,389 @@
+//! The repair of a model block by block.
+
+use crate::common::{
+    Tiny, assert_close, compressor, decoder, eora, held_out, run, trained, windows,
+};
+use candle_core::{DType, Device, Tensor};
+use causal_lm::block::RopeTables;
+use causal_lm::{Block, Decoder, Hidden, LinearName, Mixer, NoTap, Site, Tap, TapResult, Windows};
+use faer::{Mat, Side};
+use lowrank_eora::Error;
+use lowrank_eora::compress::{Compressor, Inputs};
+use lowrank_eora::matrix::{from_tensor, to_tensor};
+use lowrank_eora::repair::{
+    Energy, FactorStorage, Given, InputSource, LayerId, LayerReport, Repair, Repaired, Seconds,
+    Source, WithinBlock,
+};
+use lowrank_eora::solve::Method;
+use std::collections::BTreeMap;
+use tensor_io::{Checkpoint, WriteOptions};
+
+/// Inputs of the linears of a block, one token per row.
+#[derive(Default)]
+struct Inputs4(BTreeMap<usize, Vec<Tensor>>);
+
+fn site_of(linear: LinearName) -> Site {
+    match linear {
+        LinearName::Q | LinearName::K | LinearName::V => Site::Qkv,
+        LinearName::O => Site::O,
+        LinearName::Gate | LinearName::Up => Site::GateUp,
+        LinearName::Down => Site::Down,
+    }
+}
+
+impl Tap for Inputs4 {
+    fn observe(&mut self, _block: usize, site: Site, x: &Tensor) -> TapResult {
+        self.0.entry(site as usize).or_default().push(x.clone());
+        Ok(())
+    }
+}
+
+impl Inputs4 {
+    fn of(block: &Block, states: &[Tensor], rope: &RopeTables) -> Self {
+        let mut inputs = Self::default();
+        for batch in states {
+            block
+                .forward(batch, rope, &mut Mixer::Windows, &mut inputs)
+                .unwrap();
+        }
+        inputs
+    }
+
+    /// X, `n × t`.
+    fn matrix(&self, linear: LinearName) -> Mat<f64> {
+        let all = Tensor::cat(&self.0[&(site_of(linear) as usize)], 0).unwrap();
+        from_tensor(&all, "inputs").unwrap().transpose().to_owned()
+    }
+}
+
+fn weight_of(block: &mut Block, linear: LinearName) -> &mut Tensor {
+    let (attention, mlp) = (
+        block.attention.as_mut().unwrap(),
+        block.mlp.as_mut().unwrap(),
+    );
+    match linear {
+        LinearName::Q => &mut attention.q.weight,
+        LinearName::K => &mut attention.k.weight,
+        LinearName::V => &mut attention.v.weight,
+        LinearName::O => &mut attention.o.weight,
+        LinearName::Gate => &mut mlp.gate.weight,
+        LinearName::Up => &mut mlp.up.weight,
+        LinearName::Down => &mut mlp.down.weight,
+    }
+}
+
+/// EoRA by its definition: T = Q √Λ, [D T]_r T⁻¹.
+fn by_definition(d: &Mat<f64>, x: &Mat<f64>, rank: usize) -> Mat<f64> {
+    let h = x * x.transpose();
+    let eigen = h.self_adjoint_eigen(Side::Lower).unwrap();
+    let (q, values) = (eigen.U(), eigen.S().column_vector());
+    let n = h.nrows();
+    let t = Mat::from_fn(n, n, |i, j| q[(i, j)] * values[j].sqrt());
+    let inverse = Mat::from_fn(n, n, |i, j| q[(j, i)] / values[i].sqrt());
+    let svd = (d * &t).thin_svd().unwrap();
+    let truncated = Mat::from_fn(d.nrows(), n, |i, j| {
+        (0..rank)
+            .map(|k| svd.U()[(i, k)] * svd.S().column_vector()[k] * svd.V()[(j, k)])
+            .sum::<f64>()
+    });
+    truncated * inverse
+}
+
+/// W_c and B A of all linears: each block once to see its inputs, once to go on.
+fn naive(
+    decoder: &Decoder<'_>,
+    compressor: Compressor,
+    rank: usize,
+    windows: &Windows,
+    repair: &Repair,
+) -> BTreeMap<LayerId, (Mat<f64>, Mat<f64>)> {
+    let rope = decoder.rope(0, windows.window_len()).unwrap();
+    let mut student = Hidden::embed(decoder, windows).unwrap();
+    let mut teacher = student.clone();
+    let mut all = BTreeMap::new();
+    for layer in 0..decoder.config().layers() {
+        let dense = decoder.block(layer).unwrap();
+        let mut block = dense.clone();
+        let mut seen = Inputs4::of(&dense, student.batches(), &rope);
+        if repair.inputs == InputSource::Dense {
+            seen = Inputs4::of(&dense, teacher.batches(), &rope);
+        }
+        for linear in LinearName::ALL {
+            let starts = !matches!(linear, LinearName::K | LinearName::V | LinearName::Up);
+            if repair.within_block == WithinBlock::Sequential && starts {
+                seen = Inputs4::of(&block, student.batches(), &rope);
+            }
+            let x = seen.matrix(linear);
+            let weight = weight_of(&mut block, linear);
+            let w = from_tensor(weight, "weight").unwrap();
+            let h = &x * x.transpose();
+            let compressed = compressor.compress(w.as_ref(), Some(Inputs::Gram(h.as_ref())));
+            let compressed = compressed
+                .unwrap()
+                .to_tensor(DType::F32, &Device::Cpu)
+                .unwrap();
+            let w_c = from_tensor(&compressed, "compressed").unwrap();
+            let ba = by_definition(&(&w - &w_c), &x, rank);
+            *weight = to_tensor((&w_c + &ba).as_ref(), DType::F32, &Device::Cpu).unwrap();
+            all.insert(
+                LayerId {
+                    block: layer,
+                    linear,
+                },
+                (w_c, ba),
+            );
+        }
+        student.advance(&block, &mut NoTap).unwrap();
+        teacher.advance(&dense, &mut NoTap).unwrap();
+    }
+    all
+}
+
+#[test]
+fn the_streaming_repair_equals_a_naive_two_pass_implementation() {
+    let tiny = Tiny::new();
+    let decoder = tiny.decoder();
+    let windows = windows(12, 1);
+    let variants = [
+        (InputSource::Repaired, WithinBlock::Original),
+        (InputSource::Repaired, WithinBlock::Sequential),
+        (InputSource::Dense, WithinBlock::Original),
+    ];
+    for (index, (inputs, within_block)) in variants.into_iter().enumerate() {
+        let repair = Repair {
+            inputs,
+            within_block,
+            ..eora(3)
+        };
+        let folder = tiny.path(&format!("run-{index}"));
+        let source = compressor("wanda-2:4");
+        let repaired = run(&repair, &decoder, &source, &folder);
+        let expected = naive(&decoder, source, 3, &windows, &repair);
+        assert_eq!(expected.len(), repaired.reports().count());
+        for block in 0..repaired.blocks() {
+            for layer in repaired.block(block).unwrap() {
+                let (w_c, ba) = &expected[&layer.report.layer];
+                assert_close(layer.weight.matrix().unwrap().as_ref(), w_c.as_ref(), 1e-9);
+                let found = layer.factors.unwrap().product();
+                assert_close(found.as_ref(), ba.as_ref(), 2e-3);
+            }
+        }
+    }
+}
+
+#[test]
+fn reported_losses_are_those_of_the_stored_factors_on_the_tokens_themselves() {
+    let tiny = Tiny::new();
+    let decoder = tiny.decoder();
+    let repair = Repair {
+        factors: FactorStorage::F16,
+        ..eora(4)
+    };
+    let repaired = run(
+        &repair,
+        &decoder,
+        &compressor("rtn-int3"),
+        &tiny.path("run"),
+    );
+    let held_out = windows(6, 2);
+    let rope = decoder.rope(0, 16).unwrap();
+    let states = Hidden::embed(&decoder, &held_out).unwrap();
+    let mut dense = decoder.block(0).unwrap();
+    let seen = Inputs4::of(&dense, states.batches(), &rope);
+    for layer in repaired.block(0).unwrap() {
+        let x = seen.matrix(layer.report.layer.linear);
+        let w = from_tensor(weight_of(&mut dense, layer.report.layer.linear), "weight").unwrap();
+        let square = |e: &Mat<f64>| (e * &x).squared_norm_l2();
+        let found = layer.report.held_out.unwrap();
+        let expected = Energy {
+            target: square(&w),
+            before: square(&(&w - &layer.weight.matrix().unwrap())),
+            after: square(&(&w - &layer.merged().unwrap())),
+        };
+        for (found, expected) in [
+            (found.target, expected.target),
+            (found.before, expected.before),
+            (found.after, expected.after),
+        ] {
+            assert!((found / expected - 1.0).abs() < 1e-5, "{found} {expected}");
+        }
+        assert!(found.after < found.before);
+    }
+}
+
+#[test]
+fn a_run_that_was_killed_goes_on_to_the_same_result() {
+    let tiny = Tiny::new();
+    let decoder = tiny.decoder();
+    let source = compressor("gptq-int4");
+    let (whole, killed) = (tiny.path("whole"), tiny.path("killed"));
+    let whole = run(&eora(2), &decoder, &source, &whole);
+    run(&eora(2), &decoder, &source, &killed);
+    std::fs::remove_file(killed.join("block-00001.safetensors")).unwrap();
+    assert!(matches!(
+        Repaired::open(&killed),
+        Err(Error::Malformed { .. })
+    ));
+
+    let mut resumed = Vec::new();
+    let calibration = windows(12, 1);
+    let again = eora(2)
+        .run(
+            &decoder,
+            &source,
+            &calibration,
+            Some(&windows(6, 2)),
+            &killed,
+            &mut |done| {
+                resumed.push(done.resumed);
+            },
+        )
+        .unwrap();
+    assert_eq!(resumed, [true, false]);
+    let timeless = |report: &LayerReport| LayerReport {
+        seconds: Seconds::default(),
+        ..report.clone()
+    };
+    let reports = |repaired: &Repaired| repaired.reports().map(timeless).collect::<Vec<_>>();
+    assert_eq!(reports(&whole), reports(&again));
+    for block in 0..2 {
+        let pairs = whole
+            .block(block)
+            .unwrap()
+            .into_iter()
+            .zip(again.block(block).unwrap());
+        for (a, b) in pairs {
+            assert_eq!(a.merged().unwrap(), b.merged().unwrap());
+        }
+    }
+}
+
+#[test]
+fn a_folder_with_another_run_is_refused_and_says_what_differs() {
+    let tiny = Tiny::new();
+    let decoder = tiny.decoder();
+    let folder = tiny.path("run");
+    run(&eora(2), &decoder, &compressor("rtn-int4"), &folder);
+    let what = |repair: &Repair, source: &str, seed| {
+        let result = repair.run(
+            &decoder,
+            &compressor(source),
+            &windows(12, seed),
+            Some(&windows(6, 2)),
+            &folder,
+            &mut |_| (),
+        );
+        match result {
+            Err(Error::OtherRun { difference, .. }) => difference,
+            other => panic!("{other:?}"),
+        }
+    };
+    assert!(what(&eora(3), "rtn-int4", 1).starts_with("ranks "));
+    assert!(what(&eora(2), "rtn-int3", 1).starts_with("source "));
+    assert!(what(&eora(2), "rtn-int4", 7).starts_with("calibration "));
+}
+
+#[test]
+fn what_does_not_fit_the_dense_model_is_an_error_that_names_it() {
+    let tiny = Tiny::new();
+    let decoder = tiny.decoder();
+    let up = "model.layers.1.mlp.up_proj.weight";
+    let error = |other: &Tiny, drop: Option<&str>| -> String {
+        let dir = other.path("given");
+        let names = other.checkpoint.names().filter(|name| Some(*name) != drop);
+        let specs = names.map(|name| {
+            let info = other.checkpoint.info(name).unwrap();
+            tensor_io::TensorSpec::new(name, info.dtype, info.shape.clone())
+        });
+        let (specs, options) = (specs.collect(), WriteOptions::default());
+        let config = other.checkpoint.config();
+        let mut writer =
+            tensor_io::CheckpointWriter::create(&dir, config, specs, &options).unwrap();
+        for name in other.checkpoint.names().filter(|name| Some(*name) != drop) {
+            writer
+                .write_bytes(name, &other.checkpoint.bytes(name).unwrap())
+                .unwrap();
+        }
+        writer.finish().unwrap();
+        let checkpoint = Checkpoint::open(&dir).unwrap();
+        let given = Given::open(&checkpoint).unwrap();
+        let folder = other.path("run");
+        let error = eora(2)
+            .run(&decoder, &given, &windows(4, 1), None, &folder, &mut |_| ())
+            .unwrap_err();
+        error.to_string()
+    };
+    let same = |_: &str, tensor: Tensor| tensor;
+    let missing = error(&Tiny::with(same), Some(up));
+    assert!(
+        missing.starts_with("model.layers.1.mlp.up_proj: "),
+        "{missing}"
+    );
+    let norm = "model.layers.0.input_layernorm.weight";
+    let scaled = |name: &str, tensor: Tensor| match name {
+        n if n == norm => (tensor * 1.5).unwrap(),
+        _ => tensor,
+    };
+    let other = error(&Tiny::with(scaled), None);
+    assert!(other.contains(norm), "{other}");
+}
+
+#[test]
+fn activations_that_overflow_are_an_error_that_names_the_layer() {
+    let huge = |name: &str, tensor: Tensor| match name {
+        "model.layers.1.mlp.up_proj.weight" | "model.layers.1.mlp.gate_proj.weight" => {
+            (tensor * 1e30).unwrap()
+        }
+        _ => tensor,
+    };
+    let tiny = Tiny::with(huge);
+    let decoder = tiny.decoder();
+    let error = eora(2)
+        .run(
+            &decoder,
+            &compressor("rtn-int8"),
+            &windows(4, 1),
+            None,
+            tiny.path("run"),
+            &mut |_| (),
+        )
+        .unwrap_err();
+    let mut text = error.to_string();
+    let mut cause = std::error::Error::source(&error);
+    while let Some(inner) = cause {
+        text = format!("{text}: {inner}");
+        cause = inner.source();
+    }
+    assert!(
+        text.contains("layer 1") && text.contains("mlp.down_proj"),
+        "{text}"
+    );
+}
+
+#[test]
+fn on_a_trained_model_eora_loses_least_on_held_out_tokens() {
+    let Some((checkpoint, calibration, held_out_windows)) = trained() else {
+        return;
+    };
+    let decoder = decoder(&checkpoint);
+    let folder = tempfile::tempdir().unwrap();
+    let repair = |source: &dyn Source, method, name: &str| {
+        let repair = Repair { method, ..eora(8) };
+        let path = folder.path().join(name);
+        let held_out = Some(&held_out_windows);
+        repair
+            .run(&decoder, source, &calibration, held_out, path, &mut |_| ())
+            .unwrap()
+    };
+    for name in ["wanda-2:4", "gptq-int3"] {
+        let none = repair(&compressor(name), None, name);
+        let svd = repair(&none, Some(Method::Svd), &format!("{name}-svd"));
+        let eora = repair(&none, Some(Method::Eora), &format!("{name}-eora"));
+        let loss = [&eora, &svd, &none].map(|repaired| held_out(repaired).loss());
+        assert!(loss[0] < loss[1] && loss[1] < loss[2], "{name}: {loss:?}");
+        for (eora, svd) in eora.reports().zip(svd.reports()).take(3) {
+            // Of the first block both see the same inputs.
+            assert!(eora.calibration.after <= svd.calibration.after * (1.0 + 1e-6));
+        }
+    }
+}

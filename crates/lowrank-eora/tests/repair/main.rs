@@ -1,0 +1,8 @@
+//! The repair of whole models, as its user sees it.
+
+mod common;
+mod driver;
+mod options;
+mod outputs;
+mod streaming;
+mod threads;

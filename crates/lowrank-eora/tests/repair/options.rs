@@ -1,0 +1,169 @@
+//! Methods, ranks, tokens and factors other than the usual ones.
+
+use crate::common::{Tiny, compressor, eora, held_out, run, windows};
+use causal_lm::Windows;
+use lowrank_eora::Error;
+use lowrank_eora::repair::{Energy, FactorStorage, InputSource, Ranks, Repair, Repaired, Spread};
+use lowrank_eora::solve::Method;
+
+#[test]
+fn drift_aware_factors_come_closest_to_what_the_dense_model_computes() {
+    let tiny = Tiny::new();
+    let decoder = tiny.decoder();
+    let none = Repair {
+        method: None,
+        ..eora(0)
+    };
+    let compressed = run(&none, &decoder, &compressor("rtn-int2"), &tiny.path("none"));
+    let windows = windows(40, 1);
+    let drift = |method: Method| {
+        let repair = Repair {
+            method: Some(method),
+            measure_drift: true,
+            ..eora(2)
+        };
+        let folder = tiny.path(method.name());
+        // Measured where it was fitted: there it is the optimum.
+        let all = Some(&windows);
+        repair
+            .run(&decoder, &compressed, &windows, all, folder, &mut |_| ())
+            .unwrap()
+    };
+    let of = |repaired: &Repaired, block| -> Vec<Energy> {
+        let reports = repaired
+            .reports()
+            .filter(|report| report.layer.block == block);
+        reports.filter_map(|report| report.held_out_drift).collect()
+    };
+    let (eora, aware) = (
+        drift(Method::Eora),
+        drift(Method::EoraDrift { damping: 1e-6 }),
+    );
+    for (a, b) in of(&eora, 0).iter().zip(of(&aware, 0)) {
+        assert!(
+            (a.after / b.after - 1.0).abs() < 1e-3,
+            "no drift before the first block"
+        );
+    }
+    // q/k/v of the second block are fed the same by both.
+    for (eora, aware) in of(&eora, 1).iter().zip(of(&aware, 1)).take(3) {
+        assert!(
+            aware.after < 0.98 * eora.after,
+            "{} {}",
+            aware.after,
+            eora.after
+        );
+    }
+    let refused = Repair {
+        method: Some(Method::EoraDrift { damping: 0.01 }),
+        inputs: InputSource::Dense,
+        ..Repair::default()
+    };
+    let folder = tiny.path("refused");
+    let result = refused.run(&decoder, &compressed, &windows, None, folder, &mut |_| ());
+    assert!(matches!(result, Err(Error::Setting { name: "inputs", .. })));
+}
+
+#[test]
+fn ranks_under_a_budget_spend_it_where_it_gains_most() {
+    let tiny = Tiny::new();
+    let decoder = tiny.decoder();
+    let source = compressor("rtn-int3");
+    let constant = run(&eora(4), &decoder, &source, &tiny.path("constant"));
+    let budget = constant.reports().map(|report| report.bytes.factors).sum();
+    let ranks = Ranks::allocate(constant.reports(), budget, 4, 1, Spread::Absolute).unwrap();
+    let repair = Repair { ranks, ..eora(0) };
+    let allocated = run(&repair, &decoder, &source, &tiny.path("allocated"));
+    let spent: u64 = allocated.reports().map(|report| report.bytes.factors).sum();
+    assert!(
+        spent <= budget && spent > budget * 9 / 10,
+        "{spent} of {budget}"
+    );
+    let error = |repaired: &Repaired| -> f64 {
+        repaired
+            .reports()
+            .map(|report| report.calibration.after)
+            .sum()
+    };
+    assert!(error(&allocated) < error(&constant));
+}
+
+#[test]
+fn window_weights_act_as_repetition_and_sampled_tokens_still_repair() {
+    let tiny = Tiny::new();
+    let decoder = tiny.decoder();
+    let once = windows(8, 1);
+    let text: Vec<u32> = once
+        .iter()
+        .chain(once.iter().take(4))
+        .flatten()
+        .copied()
+        .collect();
+    let twice = Windows::cut(&text, 16, None).unwrap();
+    let result = |repair: &Repair, windows: &Windows, folder: &str| {
+        let (source, folder) = (compressor("wanda-2:4"), tiny.path(folder));
+        repair
+            .run(&decoder, &source, windows, None, folder, &mut |_| ())
+            .unwrap()
+    };
+    let weighted = Repair {
+        window_weights: Some((0..8).map(|w| if w < 4 { 2.0 } else { 1.0 }).collect()),
+        ..eora(3)
+    };
+    let (a, b) = (result(&weighted, &once, "a"), result(&eora(3), &twice, "b"));
+    for (a, b) in a.reports().zip(b.reports()) {
+        assert!((a.calibration.after / b.calibration.after - 1.0).abs() < 1e-3);
+    }
+    let short = Repair {
+        window_weights: Some(vec![1.0; 3]),
+        ..eora(3)
+    };
+    let (source, folder) = (compressor("rtn-int4"), tiny.path("short"));
+    let short = short.run(&decoder, &source, &once, None, folder, &mut |_| ());
+    assert!(matches!(short, Err(Error::Shape { .. })));
+
+    let sampled = Repair {
+        sampling: Some(lowrank_eora::repair::Sampling {
+            importance: lowrank_eora::stats::Importance::Mixture,
+            share: 0.5,
+            seed: 0,
+        }),
+        ..eora(8)
+    };
+    let (all, half) = (
+        run(
+            &eora(8),
+            &decoder,
+            &compressor("rtn-int3"),
+            &tiny.path("all"),
+        ),
+        run(
+            &sampled,
+            &decoder,
+            &compressor("rtn-int3"),
+            &tiny.path("half"),
+        ),
+    );
+    let (all, half) = (held_out(&all), held_out(&half));
+    assert!(half.loss() < 1.1 * all.loss() && half.loss() < half.loss_before());
+}
+
+#[test]
+fn factors_in_few_bits_lose_little_and_count_their_bytes() {
+    let tiny = Tiny::new();
+    let decoder = tiny.decoder();
+    let source = compressor("rtn-int3");
+    let full = run(&eora(8), &decoder, &source, &tiny.path("full"));
+    let quantised = Repair {
+        factors: FactorStorage::Quantised {
+            a: compressor("rtn-int4-g16-sym"),
+            b: compressor("rtn-int8-g16-sym"),
+        },
+        ..eora(8)
+    };
+    let few = run(&quantised, &decoder, &source, &tiny.path("few"));
+    let bytes = |r: &Repaired| -> u64 { r.reports().map(|report| report.bytes.factors).sum() };
+    assert!(bytes(&few) * 4 < bytes(&full));
+    assert!(held_out(&few).loss() < 1.1 * held_out(&full).loss());
+    assert!(held_out(&few).loss() < held_out(&few).loss_before());
+}

@@ -1,0 +1,277 @@
+//! What a repair is written as, and what reads it.
+
+use crate::common::{Tiny, assert_close, compressor, eora, run};
+use candle_core::{DType, Device, Tensor};
+use causal_lm::LinearName;
+use lowrank_eora::Error;
+use lowrank_eora::format::gptq;
+use lowrank_eora::matrix::{from_tensor, to_tensor};
+use lowrank_eora::output::{
+    Adapter, AdapterOptions, AdapterRanks, Layout, Probe, Weights, write_checkpoint,
+};
+use lowrank_eora::repair::{Given, LayerId, Ranks, Repair};
+use tensor_io::{Checkpoint, WriteOptions};
+
+#[test]
+fn an_adapter_on_the_compressed_weight_is_the_merged_weight() {
+    let tiny = Tiny::new();
+    let decoder = tiny.decoder();
+    let ranks = LinearName::ALL
+        .iter()
+        .enumerate()
+        .skip(1)
+        .flat_map(|(i, &linear)| (0..2).map(move |block| (LayerId { block, linear }, i + block)));
+    let repair = Repair {
+        ranks: Ranks::Table(ranks.collect()),
+        ..eora(0)
+    };
+    let repaired = run(
+        &repair,
+        &decoder,
+        &compressor("wanda-2:4"),
+        &tiny.path("run"),
+    );
+    let merged = tiny.path("merged");
+    let layout = Layout::Dense { dtype: None };
+    let options = WriteOptions::default();
+    write_checkpoint(
+        &decoder,
+        &repaired,
+        Weights::Merged,
+        layout,
+        &merged,
+        &options,
+        &mut || (),
+    )
+    .unwrap();
+    let merged = Checkpoint::open(&merged).unwrap();
+    assert_eq!(merged.total_bytes(), tiny.checkpoint.total_bytes());
+
+    let mut sizes = Vec::new();
+    for (ranks, rslora, dtype, eps) in [
+        (AdapterRanks::Uniform, false, DType::F32, 1e-6),
+        (AdapterRanks::Uniform, true, DType::F32, 1e-6),
+        (AdapterRanks::Mixed, false, DType::F32, 1e-6),
+        (AdapterRanks::Mixed, true, DType::F16, 1e-3),
+        (AdapterRanks::Uniform, false, DType::BF16, 8e-3),
+    ] {
+        let folder = tiny.path(&format!("{ranks:?}-{rslora}-{dtype:?}"));
+        let options = AdapterOptions {
+            dtype,
+            ranks,
+            rslora,
+            base_model: "compressed".into(),
+            overwrite: false,
+        };
+        Adapter::write(&repaired, &options, &folder).unwrap();
+        sizes.push(
+            std::fs::metadata(folder.join("adapter_model.safetensors"))
+                .unwrap()
+                .len(),
+        );
+        let adapter = Adapter::read(&folder).unwrap();
+        for block in 0..repaired.blocks() {
+            for layer in repaired.block(block).unwrap() {
+                let id = layer.report.layer;
+                let expected = merged.tensor(&id.weight(), &Device::Cpu).unwrap();
+                let expected = from_tensor(&expected, "merged").unwrap();
+                let mut found = layer.weight.matrix().unwrap();
+                match (adapter.get(id), layer.factors) {
+                    (Some(factors), _) => {
+                        if ranks == AdapterRanks::Uniform {
+                            assert_eq!(factors.factors.rank(), 7);
+                        }
+                        found += factors.product();
+                    }
+                    (None, factors) => assert!(factors.is_none() && id.linear == LinearName::Q),
+                }
+                assert_close(found.as_ref(), expected.as_ref(), eps);
+            }
+        }
+    }
+    assert!(sizes[2] < sizes[0], "mixed ranks take less");
+}
+
+#[test]
+fn the_adapter_configuration_is_what_peft_and_vllm_read() {
+    let tiny = Tiny::new();
+    let repaired = run(
+        &eora(5),
+        &tiny.decoder(),
+        &compressor("rtn-int4"),
+        &tiny.path("run"),
+    );
+    let folder = tiny.path("adapter");
+    Adapter::write(&repaired, &AdapterOptions::default(), &folder).unwrap();
+    let text = std::fs::read_to_string(folder.join("adapter_config.json")).unwrap();
+    let config: serde_json::Value = serde_json::from_str(&text).unwrap();
+    assert_eq!(
+        (&config["r"], &config["lora_alpha"]),
+        (&5.into(), &5.into())
+    );
+    assert_eq!(config["rank_pattern"], serde_json::json!({}));
+    assert_eq!(config["target_modules"].as_array().unwrap().len(), 7);
+    assert_eq!(config["peft_type"], "LORA");
+    let file = Checkpoint::open_file(folder.join("adapter_model.safetensors")).unwrap();
+    assert_eq!(
+        file.metadata().get("format").map(String::as_str),
+        Some("pt")
+    );
+    let name = "base_model.model.model.layers.1.self_attn.k_proj.lora_B.weight";
+    assert_eq!(file.info(name).unwrap().shape, [16, 5]);
+    assert_eq!(file.names().count(), 2 * 14);
+}
+
+#[test]
+fn a_probe_passes_on_the_repaired_model_and_tells_a_wrong_scale_by_its_size() {
+    let tiny = Tiny::new();
+    let decoder = tiny.decoder();
+    let repaired = run(
+        &eora(4),
+        &decoder,
+        &compressor("gptq-int3"),
+        &tiny.path("run"),
+    );
+    let path = tiny.path("probe.safetensors");
+    Probe::write(&repaired, 3, 0, &path).unwrap();
+    let probe = Probe::open(&path).unwrap();
+    assert_eq!(probe.layers().len(), 14);
+    let with = |scale: f64| {
+        let runtime = |id: LayerId, x: &Tensor| {
+            let layers = repaired.block(id.block).unwrap();
+            let layer = layers
+                .into_iter()
+                .find(|layer| layer.report.layer == id)
+                .unwrap();
+            let mut w = layer.weight.matrix().unwrap();
+            w += layer.factors.unwrap().product() * faer::Scale(scale);
+            let w = to_tensor(w.as_ref(), DType::F32, &Device::Cpu).unwrap();
+            x.matmul(&w.t()?)
+        };
+        probe.check(runtime).unwrap()
+    };
+    for right in with(1.0) {
+        assert!(
+            right.error < 1e-4 && (right.scale.unwrap() - 1.0).abs() < 1e-4,
+            "{right:?}"
+        );
+    }
+    for scale in [0.0, 2.0, 0.5] {
+        for wrong in with(scale) {
+            assert!((wrong.scale.unwrap() - scale).abs() < 1e-3, "{wrong:?}");
+            assert!(
+                (wrong.error - (scale - 1.0).abs()).abs() < 1e-3,
+                "{wrong:?}"
+            );
+        }
+    }
+    let crossed = probe.check(|id, _| Ok(probe.layer(id).unwrap().input));
+    assert!(matches!(crossed, Err(Error::Layer { layer, .. }) if layer.contains("k_proj")));
+}
+
+#[test]
+fn a_model_compressed_before_is_repaired_like_the_weights_themselves() {
+    let tiny = Tiny::new();
+    let decoder = tiny.decoder();
+    let options = WriteOptions::default();
+    for (name, layout) in [
+        ("wanda-2:4", Layout::Dense { dtype: None }),
+        (
+            "gptq-int4-g16",
+            Layout::Gptq {
+                version: gptq::Version::V2,
+            },
+        ),
+        (
+            "rtn-int4-g32-sym",
+            Layout::Gptq {
+                version: gptq::Version::V1,
+            },
+        ),
+    ] {
+        let none = Repair {
+            method: None,
+            ..eora(0)
+        };
+        let path = |what: &str| tiny.path(&format!("{what}-{name}"));
+        let compressed = run(&none, &decoder, &compressor(name), &path("run"));
+        assert!(compressed.reports().all(|report| report.rank == 0));
+        write_checkpoint(
+            &decoder,
+            &compressed,
+            Weights::Compressed,
+            layout,
+            path("compressed"),
+            &options,
+            &mut || (),
+        )
+        .unwrap();
+        let checkpoint = Checkpoint::open(path("compressed")).unwrap();
+        let given = Given::open(&checkpoint).unwrap();
+        let from_folder = run(&eora(3), &decoder, &given, &path("from-folder"));
+        let from_run = run(&eora(3), &decoder, &compressed, &path("from-run"));
+        for (a, b) in from_folder.reports().zip(from_run.reports()) {
+            assert_eq!(
+                (a.layer, a.rank, a.calibration),
+                (b.layer, b.rank, b.calibration)
+            );
+            assert_eq!(a.held_out, b.held_out);
+            assert!(a.calibration.after < a.calibration.before);
+        }
+    }
+}
+
+#[test]
+fn merging_by_requantisation_reports_its_loss_and_is_stored_with_exactly_that() {
+    let tiny = Tiny::new();
+    let decoder = tiny.decoder();
+    let repair = Repair {
+        requantise: Some(compressor("gptq-int4-g32")),
+        ..eora(4)
+    };
+    let source = compressor("gptq-int4-g32");
+    let repaired = run(&repair, &decoder, &source, &tiny.path("run"));
+    for report in repaired.reports() {
+        let requantised = report.requantised.as_ref().unwrap();
+        assert!(requantised.calibration > report.calibration.after);
+        assert_eq!(requantised.bytes, report.bytes.compressed);
+    }
+    let layout = Layout::Gptq {
+        version: gptq::Version::V2,
+    };
+    let (dir, options) = (tiny.path("requantised"), WriteOptions::default());
+    let weights = Weights::Requantised;
+    write_checkpoint(
+        &decoder,
+        &repaired,
+        weights,
+        layout,
+        &dir,
+        &options,
+        &mut || (),
+    )
+    .unwrap();
+    let checkpoint = Checkpoint::open(&dir).unwrap();
+    let given = Given::open(&checkpoint).unwrap();
+    let none = Repair {
+        method: None,
+        ..eora(0)
+    };
+    let again = run(&none, &decoder, &given, &tiny.path("again"));
+    // The inputs of the first block are the same in both runs.
+    for (a, b) in repaired.reports().zip(again.reports()).take(3) {
+        let expected = a.requantised.as_ref().unwrap().calibration;
+        assert!((b.calibration.after / expected - 1.0).abs() < 1e-9);
+    }
+    let merged = write_checkpoint(
+        &decoder,
+        &repaired,
+        Weights::Merged,
+        layout,
+        tiny.path("no"),
+        &options,
+        &mut || (),
+    );
+    assert!(matches!(merged, Err(Error::NotStorable { .. })));
+    assert!(!tiny.path("no").exists());
+}

@@ -1,0 +1,57 @@
+//! Results that do not depend on the number of threads.
+
+use crate::common::{Tiny, compressor, eora, run};
+use candle_core::DType;
+use lowrank_eora::output::{Adapter, AdapterOptions};
+use lowrank_eora::repair::{LayerReport, Repair, Seconds};
+use lowrank_eora::solve::{Method, Options, Route, Whitening};
+use rayon::ThreadPoolBuilder;
+
+#[test]
+fn written_factors_and_reports_are_the_same_bytes_for_one_two_and_three_threads() {
+    let tiny = Tiny::wide();
+    let decoder = tiny.decoder();
+    let drift = Method::EoraDrift { damping: 0.01 };
+    let factor = Route::Factor(Whitening::Eigen);
+    for (name, method, route) in [
+        ("rtn-int3", Method::Eora, Route::Auto),
+        ("gptq-int3", Method::Eora, Route::Krylov),
+        ("sparsegpt-2:4", drift, Route::Gram),
+        ("magnitude-50", Method::Svd, factor),
+    ] {
+        let solver = Options {
+            route,
+            ..Options::default()
+        };
+        let repair = Repair {
+            method: Some(method),
+            solver,
+            measure_drift: method == drift,
+            ..eora(6)
+        };
+        let options = AdapterOptions {
+            dtype: DType::F32,
+            ..AdapterOptions::default()
+        };
+        let written = |threads: usize| {
+            let path = |what: &str| tiny.path(&format!("{what}-{name}-{threads}"));
+            let pool = ThreadPoolBuilder::new().num_threads(threads).build();
+            let repaired = pool.unwrap().install(|| {
+                let source = compressor(name);
+                run(&repair, &decoder, &source, &path("run"))
+            });
+            Adapter::write(&repaired, &options, path("adapter")).unwrap();
+            let factors = path("adapter").join("adapter_model.safetensors");
+            let timeless = |report: &LayerReport| LayerReport {
+                seconds: Seconds::default(),
+                ..report.clone()
+            };
+            let reports: Vec<LayerReport> = repaired.reports().map(timeless).collect();
+            (std::fs::read(factors).unwrap(), reports)
+        };
+        let one = written(1);
+        for threads in [2, 3] {
+            assert!(written(threads) == one, "{name}, {threads} threads");
+        }
+    }
+}
