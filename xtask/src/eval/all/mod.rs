@@ -16,6 +16,9 @@ use crate::format;
 use crate::report::Section;
 use crate::table::command_line;
 
+/// Windows to evaluate on where nothing is said, so that the whole takes minutes.
+const WINDOWS: usize = 16;
+
 /// What to run on.
 #[derive(Debug, Clone, Default)]
 pub struct Config {
@@ -51,7 +54,12 @@ pub(crate) fn run(common: &Common, config: &Config) -> Result<Vec<Section>> {
             (given, Some(entropy))
         }
     };
+    let common = &Common {
+        samples: common.samples.or(Some(WINDOWS)),
+        ..common.clone()
+    };
     let mut sections = Vec::new();
+    let mut times = Vec::new();
     for cli::Part { words, suite } in cli::parts(&given, common)? {
         let name = &words[3];
         let started = Instant::now();
@@ -67,22 +75,25 @@ pub(crate) fn run(common: &Common, config: &Config) -> Result<Vec<Section>> {
             let command = command_line(&words);
             first.protocol.insert("command".into(), command.into());
         }
-        common.note(&done(name, started));
+        times.push(done(common, name, started));
         sections.extend(of_suite);
     }
     let started = Instant::now();
     sections.push(chain::run(common, &given).context("chain")?);
-    common.note(&done("chain", started));
+    times.push(done(common, "chain", started));
     let summary = summary::section(&sections, &given, entropy);
+    let summary = times
+        .into_iter()
+        .fold(summary, |summary, (name, time)| summary.fact(name, time));
     sections.insert(0, summary);
     Ok(sections)
 }
 
-fn done(name: &str, started: Instant) -> String {
-    format!(
-        "{name}: {}",
-        format::seconds(started.elapsed().as_secs_f64())
-    )
+/// A run that is done, with its time.
+fn done(common: &Common, name: &str, started: Instant) -> (String, String) {
+    let time = format::seconds(started.elapsed().as_secs_f64());
+    common.note(&format!("{name}: {time}"));
+    (name.to_owned(), time)
 }
 
 /// The embedded model with texts that it has not seen, and the cross-entropy of the generator itself on the text to
