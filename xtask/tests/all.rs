@@ -152,9 +152,6 @@ fn the_embedded_texts_are_the_generators_and_the_model_is_near_the_generators_ow
         .encode_file(&text)
         .unwrap();
     let entropy = told.nats / tokens.len() as f64;
-    // Windows begin in the middle of a story, and these are a part of the text.
-    assert!(
-        (0.95 * entropy..1.15 * entropy).contains(&nll),
-        "{nll}, {entropy}"
-    );
+    // The model that was committed has 0.5767 nats per token here; the README promises 5 % of it.
+    assert!(nll > entropy && nll < 1.05 * 0.5767, "{nll}, {entropy}");
 }

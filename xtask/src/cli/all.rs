@@ -83,11 +83,11 @@ pub(crate) fn parts(given: &Given, common: &Common) -> Result<Vec<Part>> {
             &calibrated[..],
         ),
         (
-            "lowrank --compress wanda-2:4,rtn-int3,gptq-int3 --method none,svd,eora --rank 8 --held-out-samples 16",
+            "lowrank --compress wanda-2:4,gptq-int3 --method none,svd,eora --rank 8 --held-out-samples 16",
             &calibrated,
         ),
         (
-            "kv --policy lazy,lazy-guarded,h2o,tova,streaming,lagged-random,random --budget 0.125,0.25,0.5 --prompt-rule evict",
+            "kv --policy lazy,lazy-guarded,h2o,tova,streaming,random --budget 0.25,0.5 --prompt-rule evict",
             &on_text,
         ),
         (

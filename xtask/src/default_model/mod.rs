@@ -91,9 +91,14 @@ impl Tales {
     }
 }
 
-/// The folder of the model in this checkout, with its texts.
+/// The folder of the model in this checkout, with its texts; seen from the current folder where it lies below it.
 pub fn folder() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("model")
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("model");
+    let current = std::env::current_dir().ok();
+    match current.and_then(|current| Some(folder.strip_prefix(current).ok()?.to_owned())) {
+        Some(below) => below,
+        None => folder,
+    }
 }
 
 /// Name of the text to evaluate on in the model's folder.

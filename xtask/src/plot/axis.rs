@@ -9,6 +9,8 @@ use crate::format;
 
 /// Ticks that an axis has room for.
 const MAX_TICKS: usize = 8;
+/// Characters of a setting that was chosen and not computed.
+const CHOSEN: usize = 5;
 
 /// An axis over a range of values, the same code for both spacings.
 #[derive(Clone)]
@@ -20,7 +22,7 @@ pub(super) struct Coordinate {
 }
 
 impl Coordinate {
-    /// The axis of `settings` that were chosen: ticks stand at them if they are few and apart.
+    /// The axis of `settings` that were chosen: ticks stand at them if they are few, short and apart.
     pub(super) fn of_settings(settings: impl Iterator<Item = f64>, scale: Scale) -> Self {
         let mut values: Vec<f64> = settings.collect();
         values.sort_by(f64::total_cmp);
@@ -30,7 +32,8 @@ impl Coordinate {
         let is_apart = values
             .windows(2)
             .all(|pair| axis.place(pair[1]) - axis.place(pair[0]) >= apart);
-        if values.len() <= MAX_TICKS && is_apart {
+        let is_chosen = |value: &f64| format::tick(*value).len() <= CHOSEN;
+        if values.len() <= MAX_TICKS && is_apart && values.iter().all(is_chosen) {
             axis.ticks = values;
         }
         axis
@@ -149,6 +152,8 @@ mod tests {
         );
         let crowded = Coordinate::of_settings([1.0, 2.0, 1000.0].into_iter(), Scale::Linear).ticks;
         assert_eq!(crowded, [0.0, 200.0, 400.0, 600.0, 800.0, 1000.0]);
+        let computed = Coordinate::of_settings([1.509_644, 1.783_081].into_iter(), Scale::Linear);
+        assert!(!computed.ticks.contains(&1.509_644), "{:?}", computed.ticks);
     }
 
     #[test]

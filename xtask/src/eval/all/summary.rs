@@ -139,7 +139,7 @@ pub(super) fn section(sections: &[Section], given: &Given, entropy: Option<f64>)
     let model = file_name(&given.text.model);
     let mut prose = String::from(
         "One row for the method that each crate is for, and the plain control that spends as much. Which rows stand here was fixed before they \
-         were measured; everything else that was measured, protocols and plots stand below.",
+         were measured; everything else that was measured, protocols and plots stand below. Speeds are single measurements and swing with what else the machine does.",
     );
     if let Some(entropy) = entropy {
         prose += &format!(
