@@ -136,14 +136,17 @@ pub(super) fn section(sections: &[Section], given: &Given, entropy: Option<f64>)
             .find(|row| row.suite == line.suite && (line.is)(row))?;
         Some(shown(line, row))
     });
-    let model = file_name(&given.text.model);
+    let model = match entropy {
+        Some(_) => "the model carried here".into(),
+        None => file_name(&given.text.model),
+    };
     let mut prose = String::from(
         "One row for the method that each crate is for, and the plain control that spends as much. Which rows stand here was fixed before they \
          were measured; everything else that was measured, protocols and plots stand below. Speeds are single measurements and swing with what else the machine does.",
     );
     if let Some(entropy) = entropy {
         prose += &format!(
-            " The model is the one that this project carries. Its text comes from a generator that knows the probability of what it tells: no \
+            " The model's text comes from a generator that knows the probability of what it tells: no \
              model can have a perplexity below {} on this text.",
             format::real(entropy.exp(), 3)
         );
