@@ -281,7 +281,7 @@ fn wrong_names_and_texts_are_one_clear_line() {
     assert!(packed.contains("--save-as gptq"), "{packed}");
     let odd = ["--compress", "wanda-2:5", "--method", "eora", "--rank", "2"];
     let odd = error(&lowrank(&scene, &odd));
-    assert!(odd.contains("model.layers.0.self_attn.q_proj"), "{odd}");
+    assert!(odd.contains("model.layers.0.mlp.down_proj"), "{odd}");
 }
 
 #[test]
