@@ -80,8 +80,8 @@ fn all_suites_run_on_a_model_of_ones_own_and_the_summary_fits_a_terminal() {
         let before = |link: usize| if link == 1 { 0 } else { start + link - 1 };
         let falls = |field, link| number(start + link, field) < number(before(link), field);
         assert!(
-            falls("bytes", 1) && falls("bytes", 2) && falls("kv_bytes", 4),
-            "{chain:?}"
+            falls("bytes", 1) && falls("bytes", 2) && falls("tokens_held", 4),
+            "{methods:?}"
         );
         // The correction has a size of its own, and eviction leaves the weights alone.
         assert!(number(start + 3, "bytes") > number(start + 2, "bytes"));

@@ -83,7 +83,7 @@ pub(crate) fn parts(given: &Given, common: &Common) -> Result<Vec<Part>> {
             &calibrated[..],
         ),
         (
-            "lowrank --compress wanda-2:4,gptq-int3 --method none,svd,eora --rank 8 --held-out-samples 16",
+            "lowrank --compress wanda-2:4,gptq-int3 --method none,svd,eora --rank 8 --held-out-samples 8",
             &calibrated,
         ),
         (

@@ -79,6 +79,18 @@ impl Protocol {
     }
 }
 
+/// Refuses to calibrate on the text that is evaluated on.
+pub(crate) fn ensure_unseen(calib: &Path, text: &Path) -> Result<()> {
+    // A file that is not there is reported by whoever reads it.
+    let real = |path: &Path| path.canonicalize().ok();
+    anyhow::ensure!(
+        real(calib).is_none() || real(calib) != real(text),
+        "--calib and --text are both {}: a model calibrated on its evaluation text looks better than it is",
+        calib.display()
+    );
+    Ok(())
+}
+
 /// Last part of a path, which is what a report can tell without telling of the machine; the name on the hub of a model
 /// that was fetched from there.
 pub(crate) fn file_name(path: &Path) -> String {

@@ -73,13 +73,7 @@ pub enum Export {
 /// # Errors
 /// A model or text that cannot be read or run.
 pub fn run(common: &Common, config: &Config) -> Result<Vec<Section>> {
-    let same = std::fs::canonicalize(&config.calib).ok()
-        == std::fs::canonicalize(&config.perplexity.text).ok();
-    anyhow::ensure!(
-        !same,
-        "--calib and --text are both {}: a model calibrated on its evaluation text looks better than it is",
-        config.calib.display()
-    );
+    perplexity::ensure_unseen(&config.calib, &config.perplexity.text)?;
     let checkpoint = Checkpoint::open(&config.perplexity.model)?;
     let decoder = perplexity::open(common, &checkpoint)?;
     let protocol = Protocol::new(common, &config.perplexity, &decoder)?;
