@@ -157,7 +157,8 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Evaluate models before and after compression; without a suite, all of them on the embedded model
+    /// Evaluate models before and after compression; without a suite, all of them on the embedded model, on 16 windows
+    /// unless --samples says otherwise
     Eval(Box<EvalArgs>),
     /// Compare two reports, row by row
     Report(ReportArgs),
