@@ -490,8 +490,8 @@ fn layers(plan: &Plan, cost: &Cost) -> Vec<serde_json::Value> {
         .collect()
 }
 
-/// What differs between draws.
-const DRAWN: [Measure; 5] = [
+/// What differs between draws; a measure that rows lack is left out.
+pub(super) const DRAWN: [Measure; 5] = [
     Measure {
         name: "perplexity",
         get: |row| row.perplexity,

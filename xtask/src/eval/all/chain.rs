@@ -24,11 +24,12 @@ use crate::column::Column;
 use crate::eval::kv::perplexity::{Decoding, batch, prompt};
 use crate::eval::kv::policy::{self, ALPHA, Choice, PromptRule};
 use crate::eval::perplexity::{self, Protocol, file_name};
+use crate::eval::structured::DRAWN;
 use crate::machine::Stopwatch;
 use crate::plot::{Axis, Plot, Reference, Series};
 use crate::progress::Progress;
 use crate::report::Section;
-use crate::row::{Budget, DENSE, Measure, Row, mean_over_seeds};
+use crate::row::{Budget, DENSE, Row, mean_over_seeds};
 use crate::scratch::Scratch;
 
 /// Name of the suite in rows.
@@ -45,24 +46,6 @@ const CALIBRATION: usize = 32;
 const DRAWS: u64 = 3;
 /// Links and the measurement before them.
 const STEPS: u64 = 5;
-
-const DRAWN: [Measure; 3] = [
-    Measure {
-        name: "perplexity",
-        get: |row| row.perplexity,
-        set: |row, value| row.perplexity = Some(value),
-    },
-    Measure {
-        name: "nll",
-        get: |row| row.nll,
-        set: |row, value| row.nll = Some(value),
-    },
-    Measure {
-        name: "tokens_per_second",
-        get: |row| row.tokens_per_second,
-        set: |row, value| row.tokens_per_second = Some(value),
-    },
-];
 
 /// What each link does.
 struct Links {
