@@ -14,10 +14,10 @@ use std::process::Command;
 
 use anyhow::{Context, Result};
 
-use crate::cli::{Run, Suite};
+use crate::cli::{Common, Run, Suite};
 use crate::hub;
 use crate::machine::Machine;
-use crate::report::{self, Report};
+use crate::report::{self, Report, Section};
 
 /// Measure, print, and write the report.
 ///
@@ -40,18 +40,7 @@ pub fn run(mut run: Run) -> Result<()> {
     for model in models(&mut run.suite) {
         *model = hub::open_model(model, common)?;
     }
-    let sections = match &run.suite {
-        Suite::All(config) => all::run(common, config)?,
-        Suite::Perplexity {
-            config,
-            hidden_metrics,
-        } => perplexity::run(common, config, *hidden_metrics)?,
-        Suite::Structured(config) => structured::run(common, config)?,
-        Suite::Lowrank(config) => lowrank::run(common, config)?,
-        Suite::Lattice(config) => lattice::run(common, config)?,
-        Suite::Kv(config) => kv::run(common, config)?,
-        Suite::Tasks(config) => tasks::run(common, config)?,
-    };
+    let sections = sections(common, &run.suite)?;
     let mut report = Report {
         command: run.command.clone(),
         version: version(),
@@ -78,6 +67,22 @@ pub fn run(mut run: Run) -> Result<()> {
         eprintln!("report: {}", dir.join("report.html").display());
     }
     Ok(())
+}
+
+/// What a suite measures.
+fn sections(common: &Common, suite: &Suite) -> Result<Vec<Section>> {
+    match suite {
+        Suite::All(config) => all::run(common, config),
+        Suite::Perplexity {
+            config,
+            hidden_metrics,
+        } => perplexity::run(common, config, *hidden_metrics),
+        Suite::Structured(config) => structured::run(common, config),
+        Suite::Lowrank(config) => lowrank::run(common, config),
+        Suite::Lattice(config) => lattice::run(common, config),
+        Suite::Kv(config) => kv::run(common, config),
+        Suite::Tasks(config) => tasks::run(common, config),
+    }
 }
 
 /// The models that a suite was told of.

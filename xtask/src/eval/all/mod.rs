@@ -10,7 +10,7 @@ use anyhow::{Context, Result, ensure};
 use causal_lm::TextTokenizer;
 
 use super::perplexity;
-use crate::cli::{self, Common, Suite};
+use crate::cli::{self, Common};
 use crate::default_model::{self, CALIBRATION, EVALUATION};
 use crate::format;
 use crate::report::Section;
@@ -63,13 +63,7 @@ pub(crate) fn run(common: &Common, config: &Config) -> Result<Vec<Section>> {
     for cli::Part { words, suite } in cli::parts(&given, common)? {
         let name = &words[3];
         let started = Instant::now();
-        let of_suite = match &suite {
-            Suite::Structured(config) => super::structured::run(common, config),
-            Suite::Lowrank(config) => super::lowrank::run(common, config),
-            Suite::Kv(config) => super::kv::run(common, config),
-            Suite::Lattice(config) => super::lattice::run(common, config),
-            _ => Ok(Vec::new()),
-        };
+        let of_suite = super::sections(common, &suite);
         let mut of_suite = of_suite.with_context(|| name.clone())?;
         if let Some(first) = of_suite.first_mut() {
             let command = command_line(&words);
