@@ -170,20 +170,21 @@ impl Chain<'_> {
         let compressor: Compressor = links.quantise.parse()?;
         let quantised = self.repair(&pruned, None, &compressor)?;
         name += &format!(" + {}", links.quantise);
-        rows.push(self.merged(&pruned, &quantised, row(name.clone(), bytes), None)?);
+        let cells = vec![(row(name.clone(), bytes), None)];
+        rows.extend(self.merged(&pruned, &quantised, cells)?);
 
         let repaired = self.repair(&pruned, Some(links.repair), &quantised)?;
-        name += &format!(" + {}", links.repair);
-        rows.push(self.merged(&pruned, &repaired, row(name.clone(), bytes), None)?);
-
         let evict = Choice::named(links.evict, PromptRule::Evict, ALPHA);
         let evict = evict.with_context(|| format!("no policy {}", links.evict))?;
+        name += &format!(" + {}", links.repair);
+        let full = row(name.clone(), bytes);
         name += &format!(" + {}", links.evict);
-        let last = Row {
+        let evicting = Row {
             budget: Some(Budget::Share(BUDGET)),
             ..row(name, bytes)
         };
-        rows.push(self.merged(&pruned, &repaired, last, Some((&evict, seed)))?);
+        let cells = vec![(full, None), (evicting, Some((&evict, seed)))];
+        rows.extend(self.merged(&pruned, &repaired, cells)?);
         if let Some(last) = rows.last_mut() {
             watch.stop(last);
         }
@@ -238,18 +239,14 @@ impl Chain<'_> {
         Ok(repaired)
     }
 
-    /// The row of a repaired model; `row.bytes` comes in as the size before it was compressed.
+    /// The rows of a repaired model under caches; `row.bytes` comes in as the size before it was compressed.
     fn merged(
         &self,
         pruned: &Decoder<'_>,
         repaired: &Repaired,
-        mut row: Row,
-        evict: Option<(&Choice, u64)>,
-    ) -> Result<Row> {
+        cells: Vec<(Row, Option<(&Choice, u64)>)>,
+    ) -> Result<Vec<Row>> {
         let bytes: Bytes = repaired.reports().map(|report| report.bytes).sum();
-        row.bytes = row
-            .bytes
-            .map(|all| all - bytes.dense + bytes.compressed + bytes.factors);
         let folder = self.scratch.join("merged");
         let layout = Layout::Dense {
             dtype: Some(DType::F32),
@@ -270,9 +267,15 @@ impl Chain<'_> {
         )?;
         let checkpoint = Checkpoint::open(&folder)?;
         let decoder = perplexity::open(self.common, &checkpoint)?;
-        let row = self.measure(&decoder, row, evict)?;
+        let rows = cells.into_iter().map(|(mut row, evict)| {
+            row.bytes = row
+                .bytes
+                .map(|all| all - bytes.dense + bytes.compressed + bytes.factors);
+            self.measure(&decoder, row, evict)
+        });
+        let rows = rows.collect::<Result<Vec<_>>>()?;
         std::fs::remove_dir_all(&folder).with_context(|| folder.display().to_string())?;
-        Ok(row)
+        Ok(rows)
     }
 
     /// Quality, bytes of cache and speed of decoding.
