@@ -130,6 +130,108 @@ fn a_dry_run_counts_what_a_run_writes() {
     }
 }
 
+/// Sizes of a search that takes a moment.
+const SEARCH: [&str; 10] = [
+    "--iterations",
+    "1",
+    "--generations",
+    "2",
+    "--offspring",
+    "4",
+    "--stages",
+    "32:2,64:1",
+    "--search-samples",
+    "8",
+];
+
+#[test]
+fn allocations_by_curves_energies_and_searches_are_measured_like_the_others() {
+    let scene = llama();
+    let arguments = ["--ratio", "0.3", "--compensate", "least-squares"];
+    let run = |more: &[&str]| rows(&structured(&scene, &[&arguments[..], &SEARCH, more].concat()));
+    let found = run(&[
+        "--method",
+        "tyr,rd-dp,structprune,structprune-softmax",
+        "--settle",
+    ]);
+    let names: Vec<_> = found.iter().map(|row| row["method"].clone()).collect();
+    assert_eq!(
+        names,
+        ["dense", "tyr", "rd-dp", "structprune", "structprune-softmax"]
+    );
+    for row in &found[1..] {
+        // Widths are whole: no more is removed than asked, and about as much.
+        let removed = row["removed"].as_f64().unwrap();
+        assert!((0.2..=0.31).contains(&removed), "{row}");
+        assert!(row["perplexity"].as_f64().unwrap() > 1.0);
+    }
+    assert_eq!(found[1]["spread"]["perplexity"]["runs"], 3);
+    assert!(found[1]["kl"].as_f64().unwrap() > 0.0);
+    for (start, method) in [("flap", "tyr"), ("rd-dp", "tyr")] {
+        let found = run(&["--method", method, "--search-start", start]);
+        assert!(found[1]["kl"].as_f64().unwrap() > 0.0, "{start}");
+    }
+    let measured = run(&["--method", "rd-dp", "--distortion", "kl"]);
+    assert!(measured[1]["perplexity"].as_f64().unwrap() > 1.0);
+}
+
+#[test]
+fn a_search_that_is_there_is_taken_up() {
+    let scene = llama();
+    let state = scene.path("state");
+    let resumed = || {
+        let arguments = ["--method", "tyr", "--ratio", "0.3", "--resume"];
+        rows(&structured(
+            &scene,
+            &[&arguments[..], &[state.to_str().unwrap()], &SEARCH].concat(),
+        ))
+    };
+    let (first, second) = (resumed(), resumed());
+    for field in ["perplexity", "params", "layers", "spread"] {
+        assert_eq!(first[1][field], second[1][field], "{field}");
+    }
+    // Nothing is compared again.
+    assert!(first[1]["candidate_tokens_per_second"].as_f64().unwrap() > 0.0);
+    assert!(second[1].get("candidate_tokens_per_second").is_none());
+    assert_eq!(std::fs::read_dir(&state).unwrap().count(), 3);
+}
+
+#[test]
+fn one_width_in_all_layers_and_every_export_are_a_flag_each() {
+    let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("model");
+    let dir = tempfile::tempdir().unwrap();
+    let save = dir.path().join("pruned");
+    let output = Command::new(env!("CARGO_BIN_EXE_xtask"))
+        .args(["eval", "structured", "--json", "--model"])
+        .arg(&model)
+        .arg("--text")
+        .arg(model.join("evaluation.txt"))
+        .arg("--calib")
+        .arg(model.join("calibration.txt"))
+        .args(["--window", "32", "--samples", "2", "--calib-samples", "4"])
+        .args(["--method", "flap", "--ratio", "0.25", "--uniform"])
+        .args(["--align", "32", "--export", "gguf:q8_0,gguf:f16,nemotron-nas"])
+        .arg("--save")
+        .arg(&save)
+        .output()
+        .unwrap();
+    let row = &rows(&output)[1];
+    assert_eq!(row["loads_in"], "stock");
+    let layers = row["layers"].as_array().unwrap();
+    for layer in layers {
+        assert_eq!(layer["heads"], layers[0]["heads"]);
+        assert_eq!(layer["neurons"], layers[0]["neurons"]);
+        assert_eq!(layer["neurons"].as_u64().unwrap() % 32, 0);
+    }
+    for name in ["model-q8_0.gguf", "model-f16.gguf"] {
+        let file = std::fs::read(save.join(name)).unwrap();
+        assert_eq!(&file[..4], b"GGUF");
+        assert!(row[format!("bytes_{name}")].as_u64().unwrap() > 0);
+    }
+    let exported = Checkpoint::open(save.join("nemotron-nas")).unwrap();
+    assert_eq!(row["params"].as_u64(), Some(exported.parameters()));
+}
+
 #[test]
 fn bad_input_is_one_line_that_names_it() {
     let scene = llama();

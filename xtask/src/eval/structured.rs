@@ -196,9 +196,27 @@ impl Cells<'_> {
         let rows = self
             .draws(recipe)
             .iter()
-            .map(|draw| self.measure_one(calibration, draw, ratio, bar))
+            .map(|draw| {
+                let row = self.measure_one(calibration, draw, ratio, bar)?;
+                self.forget_search(draw, ratio)?;
+                Ok(row)
+            })
             .collect::<Result<Vec<Row>>>()?;
         mean_over_seeds(rows, &DRAWN).context("no draws")
+    }
+
+    fn search_folder(&self, Draw { recipe, seed }: &Draw, ratio: f64) -> PathBuf {
+        let folder = self.config.search.resume.as_deref().unwrap_or(self.scratch);
+        folder.join(format!("search-{}", cell_name(recipe, *seed, ratio)))
+    }
+
+    /// Removes the state of a search that nobody will resume: levels and Gram matrices are larger than the model.
+    fn forget_search(&self, draw: &Draw, ratio: f64) -> Result<()> {
+        let folder = self.search_folder(draw, ratio);
+        if self.config.search.resume.is_none() && folder.exists() {
+            std::fs::remove_dir_all(&folder).with_context(|| folder.display().to_string())?;
+        }
+        Ok(())
     }
 
     fn draws(&self, recipe: &Recipe) -> Vec<Draw> {
@@ -225,10 +243,11 @@ impl Cells<'_> {
     fn plan(
         &self,
         calibration: &Calibration,
-        Draw { recipe, seed }: &Draw,
+        draw: &Draw,
         ratio: f64,
         (row, bar): (&mut Row, &Progress),
     ) -> Result<(Plan, Option<Calibration>)> {
+        let recipe = &draw.recipe;
         let maker = search::Maker {
             decoder: self.decoder,
             config: &self.config.search,
@@ -238,9 +257,8 @@ impl Cells<'_> {
         };
         match recipe.allocation {
             Allocation::Searched => {
-                let folder = self.config.search.resume.as_deref().unwrap_or(self.scratch);
-                let folder = folder.join(format!("search-{}", cell_name(recipe, *seed, ratio)));
-                let seed = seed.unwrap_or_default();
+                let folder = self.search_folder(draw, ratio);
+                let seed = draw.seed.unwrap_or_default();
                 let found = maker.search(recipe, ratio, seed, &folder, bar)?;
                 if let Some(kl) = found.kl {
                     row.extra.insert("kl".into(), json!(kl));

@@ -210,33 +210,39 @@ fn maximum<S: Simd>(simd: S, scores: &[f32]) -> f32 {
 /// What the next block will read, asked for piece by piece while this one is computed: all at once would fill the machine's queue of
 /// outstanding lines and stop it.
 struct Ahead<'a, T> {
-    next: &'a [T],
+    /// Lines that are still to be asked for.
+    lines: std::slice::Chunks<'a, T>,
     head_dim: usize,
-    group: usize,
-    asked: usize,
-    due: usize,
+    /// Work that a line stands for, done so far and paid for by asking; in elements under one head.
+    line: usize,
+    done: usize,
+    paid: usize,
 }
 
 impl<'a, T> Ahead<'a, T> {
     /// The first block of `data`, whose rows have `head_dim` elements, for `group` heads.
     #[inline(always)]
     fn new(data: &'a [T], head_dim: usize, group: usize) -> Self {
+        let line = LINE / std::mem::size_of::<T>();
         Self {
-            next: &data[..data.len().min(block::<T>() * head_dim)],
+            lines: data[..data.len().min(block::<T>() * head_dim)].chunks(line),
             head_dim,
-            group,
-            asked: 0,
-            due: 0,
+            line: line * group,
+            done: 0,
+            paid: 0,
         }
     }
 
     /// Asks for as large a share of the next block as `heads` times `elements` are of all heads' work on this one.
     #[inline(always)]
     fn fetch(&mut self, heads: usize, elements: usize) {
-        self.due += heads * elements;
-        while self.asked < self.next.len() && self.asked * self.group < self.due {
-            prefetch(&self.next[self.asked]);
-            self.asked += LINE / std::mem::size_of::<T>();
+        self.done += heads * elements;
+        while self.paid < self.done {
+            let Some(line) = self.lines.next() else {
+                return;
+            };
+            prefetch(&line[0]);
+            self.paid += self.line;
         }
     }
 }
