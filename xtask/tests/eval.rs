@@ -148,7 +148,12 @@ const SEARCH: [&str; 10] = [
 fn allocations_by_curves_energies_and_searches_are_measured_like_the_others() {
     let scene = llama();
     let arguments = ["--ratio", "0.3", "--compensate", "least-squares"];
-    let run = |more: &[&str]| rows(&structured(&scene, &[&arguments[..], &SEARCH, more].concat()));
+    let run = |more: &[&str]| {
+        rows(&structured(
+            &scene,
+            &[&arguments[..], &SEARCH, more].concat(),
+        ))
+    };
     let found = run(&[
         "--method",
         "tyr,rd-dp,structprune,structprune-softmax",
@@ -157,7 +162,13 @@ fn allocations_by_curves_energies_and_searches_are_measured_like_the_others() {
     let names: Vec<_> = found.iter().map(|row| row["method"].clone()).collect();
     assert_eq!(
         names,
-        ["dense", "tyr", "rd-dp", "structprune", "structprune-softmax"]
+        [
+            "dense",
+            "tyr",
+            "rd-dp",
+            "structprune",
+            "structprune-softmax"
+        ]
     );
     for row in &found[1..] {
         // Widths are whole: no more is removed than asked, and about as much.
@@ -167,9 +178,24 @@ fn allocations_by_curves_energies_and_searches_are_measured_like_the_others() {
     }
     assert_eq!(found[1]["spread"]["perplexity"]["runs"], 3);
     assert!(found[1]["kl"].as_f64().unwrap() > 0.0);
-    for (start, method) in [("flap", "tyr"), ("rd-dp", "tyr")] {
-        let found = run(&["--method", method, "--search-start", start]);
+    for start in ["flap", "rd-dp"] {
+        let save = scene.path(start);
+        let found = run(&[
+            "--method",
+            "tyr",
+            "--search-start",
+            start,
+            "--seeds",
+            "1",
+            "--save",
+            save.to_str().unwrap(),
+        ]);
         assert!(found[1]["kl"].as_f64().unwrap() > 0.0, "{start}");
+        // One result lies in the folder itself.
+        assert_eq!(
+            found[1]["params"].as_u64(),
+            Some(Checkpoint::open(save).unwrap().parameters())
+        );
     }
     let measured = run(&["--method", "rd-dp", "--distortion", "kl"]);
     assert!(measured[1]["perplexity"].as_f64().unwrap() > 1.0);
@@ -187,8 +213,10 @@ fn a_search_that_is_there_is_taken_up() {
         ))
     };
     let (first, second) = (resumed(), resumed());
-    for field in ["perplexity", "params", "layers", "spread"] {
+    for field in ["perplexity", "kl", "params"] {
         assert_eq!(first[1][field], second[1][field], "{field}");
+        let spread = |rows: &[serde_json::Value]| rows[1]["spread"][field].clone();
+        assert_eq!(spread(&first), spread(&second), "{field}");
     }
     // Nothing is compared again.
     assert!(first[1]["candidate_tokens_per_second"].as_f64().unwrap() > 0.0);
@@ -210,7 +238,12 @@ fn one_width_in_all_layers_and_every_export_are_a_flag_each() {
         .arg(model.join("calibration.txt"))
         .args(["--window", "32", "--samples", "2", "--calib-samples", "4"])
         .args(["--method", "flap", "--ratio", "0.25", "--uniform"])
-        .args(["--align", "32", "--export", "gguf:q8_0,gguf:f16,nemotron-nas"])
+        .args([
+            "--align",
+            "32",
+            "--export",
+            "gguf:q8_0,gguf:f16,nemotron-nas",
+        ])
         .arg("--save")
         .arg(&save)
         .output()

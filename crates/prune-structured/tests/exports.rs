@@ -56,17 +56,21 @@ fn pruned(model: &Tiny, recipe: &Recipe, ratio: f64) -> PathBuf {
         plan.layers[1].neurons.pop();
     }
     let folder = save(model, &plan, &calibration, Form::Sliced, "pruned");
-    tokenizer(&folder, "ByteLevel");
+    tokenizer(&folder, &byte_level(true));
     folder
 }
 
-fn tokenizer(folder: &Path, pre_tokenizer: &str) {
+fn byte_level(use_regex: bool) -> Json {
+    json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": use_regex})
+}
+
+fn tokenizer(folder: &Path, pre_tokenizer: &Json) {
     let vocab: serde_json::Map<String, Json> =
         (0..40).map(|i| (format!("t{i}"), json!(i))).collect();
     let tokenizer = json!({
         "version": "1.0", "truncation": null, "padding": null, "normalizer": null,
         "added_tokens": [{"id": 40, "content": "<s>", "single_word": false, "lstrip": false, "rstrip": false, "normalized": false, "special": true}],
-        "pre_tokenizer": {"type": pre_tokenizer, "add_prefix_space": false, "trim_offsets": true, "use_regex": true},
+        "pre_tokenizer": pre_tokenizer,
         "post_processor": null, "decoder": null,
         "model": {"type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null, "end_of_word_suffix": null,
             "fuse_unk": false, "byte_fallback": false, "vocab": vocab, "merges": []},
@@ -265,10 +269,49 @@ fn check_values(
 }
 
 #[test]
+fn byte_level_pre_tokenizers_go_by_llama_cpps_names() {
+    let model = Tiny::new("llama", DType::F32);
+    let folder = pruned(&model, &recipe("wanda-sp", true), 0.3);
+    let sequence = |first: Json, use_regex| json!({"type": "Sequence", "pretokenizers": [first, byte_level(use_regex)]});
+    let split = |regex: &str| {
+        let pattern = json!({"Regex": regex});
+        sequence(
+            json!({"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": false}),
+            false,
+        )
+    };
+    let digits =
+        |single: bool| sequence(json!({"type": "Digits", "individual_digits": single}), true);
+    let qwen2 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+    let llama3 = qwen2.replace(r"|\p{N}|", r"|\p{N}{1,3}|");
+    for (pre_tokenizer, name) in [
+        (byte_level(true), Some("gpt-2")),
+        (digits(true), Some("smollm")),
+        (split(qwen2), Some("qwen2")),
+        (split(&llama3), Some("llama-bpe")),
+        (digits(false), None),
+        (split(r"\s+"), None),
+        (byte_level(false), None),
+    ] {
+        tokenizer(&folder, &pre_tokenizer);
+        let checkpoint = Checkpoint::open(&folder).unwrap();
+        let file = folder.join("model.gguf");
+        let exported = gguf::export(&decoder(&checkpoint), Precision::F16, &file);
+        assert_eq!(exported.is_ok(), name.is_some(), "{pre_tokenizer}");
+        if let Some(name) = name {
+            let content = Content::read(&mut std::fs::File::open(&file).unwrap()).unwrap();
+            let pre = &content.metadata["tokenizer.ggml.pre"];
+            assert_eq!(pre.to_string().unwrap(), name);
+            std::fs::remove_file(file).unwrap();
+        }
+    }
+}
+
+#[test]
 fn a_tokenizer_that_llama_cpp_has_no_name_for_is_refused_and_leaves_nothing() {
     let model = Tiny::new("llama", DType::F32);
     let folder = pruned(&model, &recipe("wanda-sp", true), 0.3);
-    tokenizer(&folder, "Whitespace");
+    tokenizer(&folder, &json!({"type": "Whitespace"}));
     let checkpoint = Checkpoint::open(&folder).unwrap();
     let file = folder.join("model.gguf");
     let refused = gguf::export(&decoder(&checkpoint), Precision::F16, &file);

@@ -2,7 +2,7 @@
 
 mod search;
 
-use std::num::NonZeroUsize;
+use std::num::{NonZeroU32, NonZeroUsize};
 use std::path::PathBuf;
 
 use clap::builder::PossibleValuesParser;
@@ -34,7 +34,7 @@ pub(super) struct StructuredArgs {
     /// Shares of the prunable parameters to remove, separated by commas
     #[arg(long, required = true, value_delimiter = ',', value_name = "R[,R..]", value_parser = ratio)]
     ratio: Vec<f64>,
-    /// Write the compressed checkpoint to this folder; of several, each to a folder METHOD-RATIO in it
+    /// Write the compressed checkpoint to this folder; of several, each to a folder METHOD-RATIO in it, with -seedN where it draws
     #[arg(long, value_name = "DIR")]
     save: Option<PathBuf>,
     /// Replace what is at --save
@@ -51,7 +51,7 @@ pub(super) struct StructuredArgs {
         conflicts_with = "masked"
     )]
     export: Vec<ExportArg>,
-    /// Write each plan, which units stay, as METHOD-RATIO.json to this folder
+    /// Write each plan, which units stay, as METHOD-RATIO.json or METHOD-RATIO-seedN.json to this folder
     #[arg(long, value_name = "DIR")]
     save_plans: Option<PathBuf>,
     /// Largest shard in bytes
@@ -60,9 +60,12 @@ pub(super) struct StructuredArgs {
     /// Keep the dense shapes and write zeros for what is removed
     #[arg(long)]
     masked: bool,
-    /// Make the plans and show them; write and evaluate nothing
+    /// Make the plans and show them, after searching for those of tyr; write and evaluate nothing
     #[arg(long)]
     dry_run: bool,
+    /// Runs of whatever draws or searches, from --seed on
+    #[arg(long, value_name = "N", default_value = "3")]
+    seeds: NonZeroU32,
     #[command(flatten)]
     change: RecipeArgs,
     #[command(flatten)]
@@ -292,6 +295,7 @@ impl StructuredArgs {
             save_plans: self.save_plans,
             dry_run: self.dry_run,
             search: self.search.config(seed),
+            seeds: self.seeds.get().into(),
         }
     }
 }

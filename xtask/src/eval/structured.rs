@@ -27,9 +27,6 @@ use crate::report::Section;
 use crate::row::{DENSE, Measure, Row, mean_over_seeds};
 use crate::scratch::Scratch;
 
-/// Seeds of the random control and of searches.
-const DRAWS: u64 = 3;
-
 /// What to prune and measure.
 #[derive(Debug, Clone)]
 pub struct Config {
@@ -57,6 +54,8 @@ pub struct Config {
     pub dry_run: bool,
     /// How widths are searched.
     pub search: search::Config,
+    /// Runs of whatever draws or searches, each with a seed of its own.
+    pub seeds: u64,
 }
 
 /// Another format for a compressed checkpoint.
@@ -221,8 +220,9 @@ impl Cells<'_> {
 
     fn draws(&self, recipe: &Recipe) -> Vec<Draw> {
         let draw = |recipe, seed| Draw { recipe, seed };
+        let seeds = self.config.seeds;
         match (recipe.score, recipe.allocation) {
-            (prune_structured::Score::Random { seed }, _) => (seed..seed + DRAWS)
+            (prune_structured::Score::Random { seed }, _) => (seed..seed + seeds)
                 .map(|seed| {
                     let score = prune_structured::Score::Random { seed };
                     let recipe = recipe.clone();
@@ -231,7 +231,7 @@ impl Cells<'_> {
                 .collect(),
             (_, Allocation::Searched) => {
                 let first = self.config.search.options.seed;
-                (first..first + DRAWS)
+                (first..first + seeds)
                     .map(|seed| draw(recipe.clone(), Some(seed)))
                     .collect()
             }
@@ -429,8 +429,10 @@ impl Cells<'_> {
     /// `--save` itself for a single checkpoint, a folder of its own for each of several.
     fn folder(&self, draw: &Draw, ratio: f64) -> PathBuf {
         let cell = cell_name(&draw.recipe, draw.seed, ratio);
-        let single =
-            self.config.recipes.len() * self.config.ratios.len() == 1 && draw.seed.is_none();
+        let Config {
+            recipes, ratios, ..
+        } = self.config;
+        let single = recipes.len() * ratios.len() * self.draws(&draw.recipe).len() == 1;
         match &self.config.save {
             Some(save) if single => save.clone(),
             Some(save) => save.join(cell),
@@ -578,7 +580,7 @@ fn section(config: &Config, rows: Vec<Row>) -> Section {
         "Each row is a smaller checkpoint, written, opened again and measured on text that calibration never saw. \
          A ratio counts the parameters of the blocks' linears; embeddings, head and norms stay. Controls remove the \
          same share of every layer; the column says how each row makes up for what it lost; random and tyr \
-         are means of three seeds with their range. Time and \
+         are means over seeds with their range. Time and \
          memory are those of planning and writing; speed is that of the blocks of the result on a batch of windows."
     };
     Section {

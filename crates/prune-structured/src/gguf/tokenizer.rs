@@ -3,7 +3,7 @@
 //! llama.cpp has its own tokenizers. Two kinds of `tokenizer.json` correspond to one exactly enough:
 //!
 //! - byte-level BPE (`gpt2`), when its pre-tokenizer is one that llama.cpp knows by name: GPT-2's,
-//!   Llama 3's or Qwen2's;
+//!   SmolLM's, Llama 3's or Qwen2's;
 //! - SentencePiece-like BPE with byte fallback (`llama`). llama.cpp merges by the score of the result,
 //!   so that a token's score is minus the rank of the first merge that makes it.
 //!
@@ -212,7 +212,7 @@ impl File<'_> {
     fn pre_tokenizer(&self) -> Result<&'static str> {
         let unknown = |what: String| {
             self.error(format!(
-                "llama.cpp knows pre-tokenizers by name, and this is none of gpt-2, llama-bpe and qwen2: {what}"
+                "llama.cpp knows pre-tokenizers by name, and this is none of gpt-2, smollm, llama-bpe and qwen2: {what}"
             ))
         };
         let normalizer = self.json["normalizer"]["type"].as_str();
@@ -231,6 +231,7 @@ impl File<'_> {
         let pattern = |split: &Json| split["pattern"]["Regex"].as_str().map(str::to_string);
         match splits {
             [] if plain && regex => Ok("gpt-2"),
+            [split] if plain && regex && single_digits(split) => Ok("smollm"),
             [split] if plain && !regex && pattern(split).as_deref() == Some(LLAMA3) => {
                 Ok("llama-bpe")
             }
@@ -257,6 +258,11 @@ fn steps<'j>(json: &'j Json, members: &str) -> Vec<&'j Json> {
         (_, Some(list)) => list.iter().collect(),
         (one, None) => vec![one],
     }
+}
+
+/// Whether a step of a pre-tokenizer makes every digit a piece of its own.
+fn single_digits(step: &Json) -> bool {
+    step["type"].as_str() == Some("Digits") && step["individual_digits"].as_bool() == Some(true)
 }
 
 /// `<0x00>` to `<0xFF>`.
