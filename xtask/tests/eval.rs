@@ -272,6 +272,8 @@ fn bad_input_is_one_line_that_names_it() {
     let flags = ["--method", "flap", "--ratio", "0.3"];
     let with = |more: &[&str]| error(&structured(&scene, &[&flags[..], more].concat()));
     assert!(with(&["--window", "17"]).contains("--window 17"));
+    assert!(with(&["--method", "tyr", "--compensate", "bias"]).contains("least squares"));
+    assert!(with(&["--method", "tyr", "--uniform"]).contains("uniform"));
     assert!(with(&["--min-attention", "5"]).contains("min_attention 5"));
     std::fs::create_dir(scene.path("there")).unwrap();
     std::fs::write(scene.path("there/file"), "mine").unwrap();

@@ -75,6 +75,14 @@ pub fn run(common: &Common, config: &Config) -> Result<Vec<Section>> {
     perplexity::ensure_unseen(&config.calib, &config.perplexity.text)?;
     let checkpoint = Checkpoint::open(&config.perplexity.model)?;
     let decoder = perplexity::open(common, &checkpoint)?;
+    for recipe in &config.recipes {
+        if recipe.allocation == Allocation::Searched {
+            let options = &config.search.options;
+            options
+                .check(&decoder, recipe)
+                .with_context(|| recipe.name.clone())?;
+        }
+    }
     let protocol = Protocol::new(common, &config.perplexity, &decoder)?;
     let evaluation = protocol.evaluation(common, &config.perplexity.text)?;
     let text = protocol.windows(&config.calib)?;

@@ -1,7 +1,10 @@
 //! Sizes of a search.
 
+use crate::compensate::Compensation;
 use crate::obs::Rounds;
+use crate::recipe::Recipe;
 use crate::{Error, Result};
+use causal_lm::Decoder;
 use serde::{Deserialize, Serialize};
 
 /// Whose output the next block of a supernet is calibrated on.
@@ -115,7 +118,37 @@ impl Options {
         1 + self.iterations * (layers + self.generations) + usize::from(self.settle) * layers
     }
 
-    pub(crate) fn check(&self) -> Result<()> {
+    /// Refuses what cannot be searched for, before anything is spent on it.
+    ///
+    /// # Errors
+    /// [`Error::Search`] for sizes that make no search, and for recipes that ask for equal widths or
+    /// another compensation than least squares.
+    pub fn check(&self, decoder: &Decoder<'_>, recipe: &Recipe) -> Result<()> {
+        self.check_sizes()?;
+        Self::ridge(decoder, recipe)?;
+        if recipe.shape.uniform {
+            return Err(Error::Search {
+                option: "uniform",
+                value: "true".into(),
+                expected: "false: a search gives every layer a width of its own",
+            });
+        }
+        Ok(())
+    }
+
+    /// The damping of least squares.
+    pub(super) fn ridge(decoder: &Decoder<'_>, recipe: &Recipe) -> Result<f64> {
+        match recipe.compensation(decoder) {
+            Compensation::LeastSquares { ridge } => Ok(ridge),
+            other => Err(Error::Search {
+                option: "compensation",
+                value: format!("{other:?}"),
+                expected: "least squares, which the levels of a supernet are refitted by",
+            }),
+        }
+    }
+
+    fn check_sizes(&self) -> Result<()> {
         let wrong = |option, value: usize, expected| {
             Err(Error::Search {
                 option,

@@ -63,8 +63,7 @@ pub struct Found {
 /// told [`Options::steps`] times, after a step is safe on disk, and may break off there.
 ///
 /// # Errors
-/// [`Error::Search`] for sizes that make no search, [`Error::SearchFile`] for a folder of another
-/// search, [`Error::Interrupted`] when `progress` breaks, [`Error::Ratio`],
+/// Those of [`Options::check`], [`Error::SearchFile`] for a folder of another search, [`Error::Interrupted`] when `progress` breaks, [`Error::Ratio`],
 /// [`Error::Unreachable`] and [`Error::Width`] for widths that cannot be asked of this model, and
 /// what reading and running it report.
 pub fn search(
@@ -76,21 +75,8 @@ pub fn search(
     dir: &Path,
     progress: &mut dyn FnMut() -> ControlFlow<()>,
 ) -> Result<Found> {
-    options.check()?;
-    let Compensation::LeastSquares { ridge } = recipe.compensation(decoder) else {
-        return Err(Error::Search {
-            option: "compensation",
-            value: format!("{:?}", recipe.compensation(decoder)),
-            expected: "least squares, which the levels of a supernet are refitted by",
-        });
-    };
-    if recipe.shape.uniform {
-        return Err(Error::Search {
-            option: "uniform",
-            value: "true".into(),
-            expected: "false: a search gives every layer a width of its own",
-        });
-    }
+    options.check(decoder, recipe)?;
+    let ridge = Options::ridge(decoder, recipe)?;
     let rankings = Ranking::unscored(decoder, &recipe.shape)?;
     let (ratio, centres) = match start {
         Start::Uniform(ratio) => (ratio, uniform(&rankings, ratio)?),
