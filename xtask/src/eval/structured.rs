@@ -16,6 +16,7 @@ use prune_structured::{
 use serde_json::json;
 use tensor_io::{Checkpoint, WriteOptions};
 
+use self::search::Curves;
 use super::perplexity::{self, Protocol, file_name};
 use crate::cli::Common;
 use crate::column::Column;
@@ -122,10 +123,17 @@ pub fn run(common: &Common, config: &Config) -> Result<Vec<Section>> {
         (config.recipes.len() * config.ratios.len()) as u64,
     );
     for recipe in &config.recipes {
+        let curves = cells
+            .curves(&calibrated, recipe)
+            .with_context(|| recipe.name.clone())?;
+        let given = Given {
+            calibration: &calibrated,
+            curves: curves.as_ref(),
+        };
         for &ratio in &config.ratios {
             bar.set_label(format!("{} at {ratio}", recipe.name));
             let row = cells
-                .measure(&calibrated, recipe, ratio, &bar)
+                .measure(given, recipe, ratio, &bar)
                 .with_context(|| format!("{} at ratio {ratio}", recipe.name))?;
             rows.push(row);
             bar.inc(1);
@@ -157,6 +165,14 @@ struct Cells<'a> {
     evaluation: &'a Windows,
     compared: &'a Windows,
     scratch: &'a Path,
+}
+
+/// What is measured before any ratio is asked for.
+#[derive(Clone, Copy)]
+struct Given<'a> {
+    calibration: &'a Calibration,
+    /// Where the recipe allocates by measured curves.
+    curves: Option<&'a Curves>,
 }
 
 /// One of the runs whose mean a row shows.
@@ -192,10 +208,30 @@ impl Cells<'_> {
         )?)
     }
 
+    fn maker<'a>(&'a self, calibration: &'a Calibration) -> search::Maker<'a> {
+        search::Maker {
+            decoder: self.decoder,
+            config: &self.config.search,
+            windows: self.calibration,
+            search: self.compared,
+            calibration,
+        }
+    }
+
+    fn curves(&self, calibration: &Calibration, recipe: &Recipe) -> Result<Option<Curves>> {
+        let by_curves = matches!(recipe.allocation, Allocation::RdDp { .. });
+        (by_curves && self.config.search.measured)
+            .then(|| {
+                let folder = self.scratch.join("curves");
+                self.maker(calibration).curves(recipe, &folder)
+            })
+            .transpose()
+    }
+
     /// One row: a method at one ratio, over several draws where it is random.
     fn measure(
         &self,
-        calibration: &Calibration,
+        given: Given<'_>,
         recipe: &Recipe,
         ratio: f64,
         bar: &Progress,
@@ -204,7 +240,7 @@ impl Cells<'_> {
             .draws(recipe)
             .iter()
             .map(|draw| {
-                let row = self.measure_one(calibration, draw, ratio, bar)?;
+                let row = self.measure_one(given, draw, ratio, bar)?;
                 self.forget_search(draw, ratio)?;
                 Ok(row)
             })
@@ -250,23 +286,17 @@ impl Cells<'_> {
     /// The plan of a draw, and the statistics that go with it where they are not the dense model's.
     fn plan(
         &self,
-        calibration: &Calibration,
+        given: Given<'_>,
         draw: &Draw,
         ratio: f64,
         (row, bar): (&mut Row, &Progress),
     ) -> Result<(Plan, Option<Calibration>)> {
         let recipe = &draw.recipe;
-        let maker = search::Maker {
-            decoder: self.decoder,
-            config: &self.config.search,
-            windows: self.calibration,
-            search: self.compared,
-            calibration,
-        };
         match recipe.allocation {
             Allocation::Searched => {
                 let folder = self.search_folder(draw, ratio);
                 let seed = draw.seed.unwrap_or_default();
+                let maker = self.maker(given.calibration);
                 let found = maker.search(recipe, ratio, seed, &folder, bar)?;
                 if let Some(kl) = found.kl {
                     row.extra.insert("kl".into(), json!(kl));
@@ -278,17 +308,19 @@ impl Cells<'_> {
                 }
                 Ok((found.plan, Some(found.calibration)))
             }
-            Allocation::RdDp { .. } if self.config.search.measured => {
-                let folder = self.scratch.join("curves");
-                Ok((maker.measured(recipe, ratio, &folder)?, None))
+            _ => {
+                let plan = match given.curves {
+                    Some(curves) => Plan::allocate(self.decoder, &curves.rankings, recipe, ratio)?,
+                    None => Plan::make(self.decoder, given.calibration, recipe, ratio)?,
+                };
+                Ok((plan, None))
             }
-            _ => Ok((Plan::make(self.decoder, calibration, recipe, ratio)?, None)),
         }
     }
 
     fn measure_one(
         &self,
-        calibration: &Calibration,
+        given: Given<'_>,
         draw: &Draw,
         ratio: f64,
         bar: &Progress,
@@ -296,8 +328,8 @@ impl Cells<'_> {
         let watch = Stopwatch::start();
         let recipe = &draw.recipe;
         let mut row = Row::new("structured", &recipe.name);
-        let (plan, searched) = self.plan(calibration, draw, ratio, (&mut row, bar))?;
-        let calibration = searched.as_ref().unwrap_or(calibration);
+        let (plan, searched) = self.plan(given, draw, ratio, (&mut row, bar))?;
+        let calibration = searched.as_ref().unwrap_or(given.calibration);
         let cost = Cost::of(self.decoder, &plan)?;
         row = Row {
             ratio: Some(ratio),
@@ -346,8 +378,11 @@ impl Cells<'_> {
             std::fs::create_dir_all(folder).with_context(|| folder.display().to_string())?;
             plan.save(folder.join(format!("{}.json", cell_name(recipe, draw.seed, ratio))))?;
         }
+        // Each row says what its ratio alone would take.
+        let measuring = given.curves.map_or(0.0, |curves| curves.seconds);
         if self.config.dry_run {
             watch.stop(&mut row);
+            row.seconds += measuring;
             return Ok(row);
         }
         let folder = self.folder(draw, ratio);
@@ -364,6 +399,7 @@ impl Cells<'_> {
         )?;
         writing.finish();
         watch.stop(&mut row);
+        row.seconds += measuring;
         let pruning = (row.seconds, row.peak_rss_bytes);
 
         let checkpoint = Checkpoint::open(&folder)?;

@@ -2,6 +2,7 @@
 
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use anyhow::Result;
 use causal_lm::{Decoder, Windows};
@@ -102,8 +103,9 @@ impl Maker<'_> {
         )?)
     }
 
-    /// Allocates over curves of the whole model's divergence, measured in `dir`.
-    pub(super) fn measured(&self, recipe: &Recipe, ratio: f64, dir: &Path) -> Result<Plan> {
+    /// Curves of the whole model's divergence, measured in `dir`, for any ratio.
+    pub(super) fn curves(&self, recipe: &Recipe, dir: &Path) -> Result<Curves> {
+        let start = Instant::now();
         let shape = &recipe.shape;
         let mut rankings = Ranking::all(self.decoder, self.calibration, recipe.score, shape)?;
         let measure = Measure {
@@ -119,8 +121,17 @@ impl Maker<'_> {
             measure,
             dir,
         )?;
-        Ok(Plan::allocate(self.decoder, &rankings, recipe, ratio)?)
+        Ok(Curves {
+            rankings,
+            seconds: start.elapsed().as_secs_f64(),
+        })
     }
+}
+
+/// Measured curves of every sublayer, and the time they took.
+pub(super) struct Curves {
+    pub(super) rankings: Vec<Ranking>,
+    pub(super) seconds: f64,
 }
 
 /// Whether a plan by this recipe is made from Gram matrices of the dense model.
