@@ -185,6 +185,8 @@ fn allocations_by_curves_energies_and_searches_are_measured_like_the_others() {
             "tyr",
             "--search-start",
             start,
+            "--distortion",
+            "kl",
             "--seeds",
             "1",
             "--save",

@@ -171,7 +171,7 @@ struct Cells<'a> {
 #[derive(Clone, Copy)]
 struct Given<'a> {
     calibration: &'a Calibration,
-    /// Where the recipe allocates by measured curves.
+    /// Where the recipe, or what its search starts from, allocates by measured curves.
     curves: Option<&'a Curves>,
 }
 
@@ -219,11 +219,12 @@ impl Cells<'_> {
     }
 
     fn curves(&self, calibration: &Calibration, recipe: &Recipe) -> Result<Option<Curves>> {
-        let by_curves = matches!(recipe.allocation, Allocation::RdDp { .. });
-        (by_curves && self.config.search.measured)
-            .then(|| {
+        self.config
+            .search
+            .measures_for(recipe)
+            .map(|recipe| {
                 let folder = self.scratch.join("curves");
-                self.maker(calibration).curves(recipe, &folder)
+                self.maker(calibration).curves(&recipe, &folder)
             })
             .transpose()
     }
@@ -292,30 +293,22 @@ impl Cells<'_> {
         (row, bar): (&mut Row, &Progress),
     ) -> Result<(Plan, Option<Calibration>)> {
         let recipe = &draw.recipe;
-        match recipe.allocation {
-            Allocation::Searched => {
-                let folder = self.search_folder(draw, ratio);
-                let seed = draw.seed.unwrap_or_default();
-                let maker = self.maker(given.calibration);
-                let found = maker.search(recipe, ratio, seed, &folder, bar)?;
-                if let Some(kl) = found.kl {
-                    row.extra.insert("kl".into(), json!(kl));
-                }
-                if found.candidate_tokens > 0 {
-                    let rate = found.candidate_tokens as f64 / found.seconds;
-                    row.extra
-                        .insert("candidate_tokens_per_second".into(), json!(rate));
-                }
-                Ok((found.plan, Some(found.calibration)))
-            }
-            _ => {
-                let plan = match given.curves {
-                    Some(curves) => Plan::allocate(self.decoder, &curves.rankings, recipe, ratio)?,
-                    None => Plan::make(self.decoder, given.calibration, recipe, ratio)?,
-                };
-                Ok((plan, None))
-            }
+        let maker = self.maker(given.calibration);
+        if recipe.allocation != Allocation::Searched {
+            return Ok((maker.plan(recipe, given.curves, ratio)?, None));
         }
+        let folder = self.search_folder(draw, ratio);
+        let seed = draw.seed.unwrap_or_default();
+        let found = maker.search(recipe, given.curves, (ratio, seed), &folder, bar)?;
+        if let Some(kl) = found.kl {
+            row.extra.insert("kl".into(), json!(kl));
+        }
+        if found.candidate_tokens > 0 {
+            let rate = found.candidate_tokens as f64 / found.seconds;
+            row.extra
+                .insert("candidate_tokens_per_second".into(), json!(rate));
+        }
+        Ok((found.plan, Some(found.calibration)))
     }
 
     fn measure_one(

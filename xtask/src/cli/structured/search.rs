@@ -9,7 +9,7 @@ use prune_structured::rate_distortion::Distortion;
 use prune_structured::tyr::{Accumulation, Options, Stage};
 use prune_structured::{Allocation, Recipe};
 
-use crate::eval::structured::search::{Begin, Config};
+use crate::eval::structured::search::Config;
 
 /// Sizes of the search of tyr, and the curves of rd-dp.
 #[derive(Args)]
@@ -47,11 +47,11 @@ pub(super) struct SearchArgs {
     elimination: Option<RoundsArg>,
     /// Widths that the search starts from
     #[arg(long, value_enum, default_value = "uniform")]
-    search_start: Begin,
+    search_start: StartArg,
     /// Keep the state of searches in this folder, and go on with those that are there
     #[arg(long, value_name = "DIR")]
     resume: Option<PathBuf>,
-    /// Distortion that rd-dp adds up
+    /// Distortion that rd-dp adds up, also where a search starts from it
     #[arg(long, value_enum, default_value = "hidden")]
     distortion: DistortionArg,
     /// Replace rd-dp's curves by their convex hulls
@@ -69,6 +69,16 @@ enum DistortionArg {
     Hidden,
     /// Divergence of the whole model's predictions when one sublayer is pruned, measured
     Kl,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum StartArg {
+    /// The same share of every sublayer, as in the paper
+    Uniform,
+    /// What rate-distortion allocation finds
+    RdDp,
+    /// FLAP's
+    Flap,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -122,6 +132,15 @@ impl SearchArgs {
     }
 
     pub(super) fn config(self, seed: u64) -> Config {
+        let start = match self.search_start {
+            StartArg::Uniform => None,
+            StartArg::RdDp => Recipe::named("rd-dp", seed),
+            StartArg::Flap => Recipe::named("flap", seed),
+        };
+        let start = start.map(|mut recipe| {
+            self.change(&mut recipe);
+            recipe
+        });
         let mut options = match self.search_size {
             Size::Small => Options::default(),
             Size::Paper => Options::paper(),
@@ -151,7 +170,7 @@ impl SearchArgs {
         Config {
             options,
             samples: self.search_samples.get(),
-            start: self.search_start,
+            start,
             resume: self.resume,
             measured: self.distortion == DistortionArg::Kl,
         }

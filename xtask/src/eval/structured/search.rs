@@ -6,10 +6,9 @@ use std::time::Instant;
 
 use anyhow::Result;
 use causal_lm::{Decoder, Windows};
-use clap::ValueEnum;
 use prune_structured::rate_distortion::{self, Measure};
 use prune_structured::tyr::{self, Data, Found, Options, Start};
-use prune_structured::{Calibration, Compensation, Plan, Ranking, Recipe};
+use prune_structured::{Allocation, Calibration, Compensation, Plan, Ranking, Recipe, Score};
 
 use crate::progress::Progress;
 
@@ -20,23 +19,33 @@ pub struct Config {
     pub options: Options,
     /// Windows that whole models are compared on.
     pub samples: usize,
-    /// Where a search starts.
-    pub start: Begin,
+    /// The method whose widths a search starts from; the same share of every sublayer without one, as in the paper.
+    pub start: Option<Recipe>,
     /// Folder that keeps the state of searches.
     pub resume: Option<PathBuf>,
     /// Whether rd-dp adds up measured divergences of the whole model.
     pub measured: bool,
 }
 
-/// Widths that a search starts from.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum Begin {
-    /// The same share of every sublayer, as in the paper
-    Uniform,
-    /// What rate-distortion allocation finds
-    RdDp,
-    /// FLAP's
-    Flap,
+impl Config {
+    /// The method that a search by this recipe starts from, for the same units and compensation.
+    fn start_of(&self, recipe: &Recipe) -> Option<Recipe> {
+        self.start.clone().map(|start| Recipe {
+            shape: recipe.shape.clone(),
+            compensation: recipe.compensation,
+            ..start
+        })
+    }
+
+    /// The method that measured curves are for: the recipe itself or the one that its search starts from.
+    pub(super) fn measures_for(&self, recipe: &Recipe) -> Option<Recipe> {
+        let allocates = match recipe.allocation {
+            Allocation::Searched => self.start_of(recipe)?,
+            _ => recipe.clone(),
+        };
+        let by_curves = matches!(allocates.allocation, Allocation::RdDp { .. });
+        (by_curves && self.measured).then_some(allocates)
+    }
 }
 
 /// What plans are made from.
@@ -51,12 +60,25 @@ pub(super) struct Maker<'a> {
 }
 
 impl Maker<'_> {
-    /// Searches with one seed, in `dir`.
+    /// A plan without a search.
+    pub(super) fn plan(
+        &self,
+        recipe: &Recipe,
+        curves: Option<&Curves>,
+        ratio: f64,
+    ) -> Result<Plan> {
+        Ok(match curves {
+            Some(curves) => Plan::allocate(self.decoder, &curves.rankings, recipe, ratio)?,
+            None => Plan::make(self.decoder, self.calibration, recipe, ratio)?,
+        })
+    }
+
+    /// Searches with one seed, in `dir`, from widths that `curves` give where they start it.
     pub(super) fn search(
         &self,
         recipe: &Recipe,
-        ratio: f64,
-        seed: u64,
+        curves: Option<&Curves>,
+        (ratio, seed): (f64, u64),
         dir: &Path,
         bar: &Progress,
     ) -> Result<Found> {
@@ -69,20 +91,10 @@ impl Maker<'_> {
             search: self.search,
         };
         let plan;
-        let method = match self.config.start {
-            Begin::Uniform => None,
-            Begin::RdDp => Recipe::named("rd-dp", seed),
-            Begin::Flap => Recipe::named("flap", seed),
-        };
-        let start = match method {
+        let start = match self.config.start_of(recipe) {
             None => Start::Uniform(ratio),
-            Some(method) => {
-                let first = Recipe {
-                    shape: recipe.shape.clone(),
-                    compensation: recipe.compensation,
-                    ..method
-                };
-                plan = Plan::make(self.decoder, self.calibration, &first, ratio)?;
+            Some(first) => {
+                plan = self.plan(&first, curves, ratio)?;
                 Start::Plan(&plan)
             }
         };
@@ -136,7 +148,6 @@ pub(super) struct Curves {
 
 /// Whether a plan by this recipe is made from Gram matrices of the dense model.
 pub(super) fn plans_from_gram(recipe: &Recipe) -> bool {
-    use prune_structured::{Allocation, Score};
     matches!(recipe.score, Score::Obs { .. })
         || matches!(recipe.allocation, Allocation::RdDp { .. })
 }
