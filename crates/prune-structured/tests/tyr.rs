@@ -6,7 +6,7 @@ use candle_core::{DType, Device, Tensor};
 use causal_lm::Windows;
 use common::{KINDS, Tiny, gap, logits, windows};
 use prune_structured::obs::{Problem, Rounds, Units, sweep};
-use prune_structured::rate_distortion::{Distortion, Measure, measure};
+use prune_structured::rate_distortion::{self, Distortion, Measure, measure};
 use prune_structured::stats::{GramStore, LayerStats, Part};
 use prune_structured::tyr::{Accumulation, Data, Found, Options, Sharing, Stage, Start, search};
 use prune_structured::{
@@ -477,16 +477,23 @@ fn measured_curves_fall_to_the_dense_model_and_are_what_the_pruned_model_diverge
     let mut rankings = Ranking::all(&decoder, &calibration, recipe.score, &recipe.shape).unwrap();
     let options = Measure::default();
     let dir = model.path("curves");
+    let data = rate_distortion::Data {
+        windows: &texts.search,
+        dir: &dir,
+    };
+    let steps = options.steps(&decoder, &rankings);
+    let mut done = 0;
     measure(
         &decoder,
         &calibration,
         &recipe,
         &mut rankings,
-        &texts.search,
+        data,
         options,
-        &dir,
+        &mut |more| done += more,
     )
     .unwrap();
+    assert_eq!(done, steps);
     for ranking in &rankings {
         let errors = ranking.errors.as_ref().unwrap();
         assert_eq!(errors.len(), ranking.steps.len() + 1);

@@ -124,7 +124,7 @@ pub fn run(common: &Common, config: &Config) -> Result<Vec<Section>> {
     );
     for recipe in &config.recipes {
         let curves = cells
-            .curves(&calibrated, recipe)
+            .curves(&calibrated, recipe, &bar)
             .with_context(|| recipe.name.clone())?;
         let given = Given {
             calibration: &calibrated,
@@ -218,13 +218,18 @@ impl Cells<'_> {
         }
     }
 
-    fn curves(&self, calibration: &Calibration, recipe: &Recipe) -> Result<Option<Curves>> {
+    fn curves(
+        &self,
+        calibration: &Calibration,
+        recipe: &Recipe,
+        bar: &Progress,
+    ) -> Result<Option<Curves>> {
         self.config
             .search
             .measures_for(recipe)
             .map(|recipe| {
                 let folder = self.scratch.join("curves");
-                self.maker(calibration).curves(&recipe, &folder)
+                self.maker(calibration).curves(&recipe, &folder, bar)
             })
             .transpose()
     }

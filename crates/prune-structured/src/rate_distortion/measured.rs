@@ -31,11 +31,29 @@ impl Default for Measure {
     }
 }
 
+impl Measure {
+    /// What progress adds up to when every curve of `rankings` is measured.
+    pub fn steps(&self, decoder: &Decoder<'_>, rankings: &[Ranking]) -> usize {
+        let layers = decoder.config().layers();
+        let widths = |r: &Ranking| grid(r.protected, r.steps.len(), self.points).len();
+        layers + rankings.iter().map(widths).sum::<usize>() * (1 + layers)
+    }
+}
+
+/// What curves are measured on, and where.
+#[derive(Clone, Copy, Debug)]
+pub struct Data<'a> {
+    /// Windows whose predictions are compared.
+    pub windows: &'a Windows,
+    /// Folder for pruned sublayers and the dense model's predictions.
+    pub dir: &'a Path,
+}
+
 /// Gives every ranking the curve of the model's KL divergence from the dense one, in nats per
-/// position on `windows`, when this sublayer alone is pruned and compensated.
+/// position, when this sublayer alone is pruned and compensated.
 ///
-/// Models that differ from the dense one in a single sublayer share all blocks before it. Pruned
-/// sublayers and the dense model's predictions go to the folder `dir`.
+/// Models that differ from the dense one in a single sublayer share all blocks before it. `progress`
+/// is told how many of [`Measure::steps`] are done since it was told last.
 ///
 /// # Errors
 /// [`Error::Missing`] without Gram matrices where the recipe refits, [`Error::Search`] for a
@@ -45,9 +63,9 @@ pub fn measure(
     calibration: &Calibration,
     recipe: &Recipe,
     rankings: &mut [Ranking],
-    windows: &Windows,
+    Data { windows, dir }: Data<'_>,
     options: Measure,
-    dir: &Path,
+    progress: &mut dyn FnMut(usize),
 ) -> Result<()> {
     let compensation = recipe.compensation(decoder);
     if compensation == Compensation::Bias {
@@ -65,6 +83,7 @@ pub fn measure(
     for (i, ranking) in rankings.iter().enumerate() {
         let grid = grid(ranking.protected, ranking.steps.len(), options.points);
         store_widths(decoder, calibration, compensation, ranking, &grid, &store)?;
+        progress(grid.len());
         for &steps in &grid {
             let mut candidate = dense.clone();
             candidate[i] = steps;
@@ -82,7 +101,7 @@ pub fn measure(
         memory: options.memory,
         sharing: Sharing::Prefixes,
     };
-    let found = fitness.of(&candidates, &all)?;
+    let found = fitness.of_watched(&candidates, &all, progress)?;
     let (of_dense, mut found) = (found[0], &found[1..]);
     for (ranking, grid) in rankings.iter_mut().zip(grids) {
         let (of_ranking, rest) = found.split_at(grid.len());

@@ -8,7 +8,7 @@
 
 mod measured;
 
-pub use measured::{Measure, measure};
+pub use measured::{Data, Measure, measure};
 
 use crate::ranking::Ranking;
 use crate::{Error, Result};

@@ -44,6 +44,16 @@ impl Fitness<'_> {
     /// # Errors
     /// [`causal_lm::Error::NonFinite`] for a candidate whose logits are not finite.
     pub(crate) fn of(&self, candidates: &[Vec<usize>], windows: &[usize]) -> Result<Vec<f64>> {
+        self.of_watched(candidates, windows, &mut |_| ())
+    }
+
+    /// The same; `progress` is told how many candidates have passed one more block.
+    pub(crate) fn of_watched(
+        &self,
+        candidates: &[Vec<usize>],
+        windows: &[usize],
+        progress: &mut dyn FnMut(usize),
+    ) -> Result<Vec<f64>> {
         let batch = pick(self.windows, windows)?;
         let window_bytes = self.windows.window_len()
             * self.decoder.config().hidden
@@ -54,7 +64,7 @@ impl Fitness<'_> {
         order.sort_by_key(|&i| &candidates[i]);
         let mut fitness = vec![0.0; candidates.len()];
         for group in order.chunks(together) {
-            for (i, divergence) in self.of_group(candidates, group, &batch, windows)? {
+            for (i, divergence) in self.of_group(candidates, group, &batch, windows, progress)? {
                 fitness[i] = divergence;
             }
         }
@@ -67,6 +77,7 @@ impl Fitness<'_> {
         group: &[usize],
         batch: &Windows,
         windows: &[usize],
+        progress: &mut dyn FnMut(usize),
     ) -> Result<Vec<(usize, f64)>> {
         let start = Activations::embed(self.decoder, batch)?;
         let mut runs: Vec<Run> = match self.sharing {
@@ -112,6 +123,7 @@ impl Fitness<'_> {
                     Ok(Run { hidden, ..run })
                 })
                 .collect::<Result<_>>()?;
+            progress(group.len());
         }
         let head = self.decoder.head()?;
         let found = self.divergences(&head, &runs, windows)?;

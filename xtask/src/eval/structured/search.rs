@@ -116,7 +116,7 @@ impl Maker<'_> {
     }
 
     /// Curves of the whole model's divergence, measured in `dir`, for any ratio.
-    pub(super) fn curves(&self, recipe: &Recipe, dir: &Path) -> Result<Curves> {
+    pub(super) fn curves(&self, recipe: &Recipe, dir: &Path, bar: &Progress) -> Result<Curves> {
         let start = Instant::now();
         let shape = &recipe.shape;
         let mut rankings = Ranking::all(self.decoder, self.calibration, recipe.score, shape)?;
@@ -124,15 +124,22 @@ impl Maker<'_> {
             top_k: self.config.options.top_k,
             ..Measure::default()
         };
+        let data = rate_distortion::Data {
+            windows: self.search,
+            dir,
+        };
+        let steps = measure.steps(self.decoder, &rankings);
+        let bar = bar.nested("measuring curves", steps as u64);
         rate_distortion::measure(
             self.decoder,
             self.calibration,
             recipe,
             &mut rankings,
-            self.search,
+            data,
             measure,
-            dir,
+            &mut |done| bar.inc(done as u64),
         )?;
+        bar.finish();
         Ok(Curves {
             rankings,
             seconds: start.elapsed().as_secs_f64(),
