@@ -1,0 +1,145 @@
+//! The table of the suite: what a row says of a plan, and what differs between draws.
+
+use causal_lm::Decoder;
+use prune_structured::{Compensation, Cost, Plan, Recipe};
+use serde_json::json;
+
+use super::Config;
+use crate::column::Column;
+use crate::plot::{Axis, Plot, Reference, Series};
+use crate::report::Section;
+use crate::row::{DENSE, Measure, Row};
+
+/// Whether a recipe is there to be compared with.
+pub(super) fn is_control(recipe: &Recipe) -> bool {
+    use prune_structured::Score::{Magnitude, Random, WandaSp};
+    matches!(recipe.score, Random { .. } | Magnitude | WandaSp)
+}
+
+pub(super) fn compensation_name(compensation: Compensation) -> &'static str {
+    match compensation {
+        Compensation::None => "none",
+        Compensation::Bias => "bias",
+        Compensation::LeastSquares { .. } => "least squares",
+        Compensation::Alternating { .. } => "alternating",
+    }
+}
+
+/// Widths and costs of each block.
+pub(super) fn layers(plan: &Plan, cost: &Cost) -> Vec<serde_json::Value> {
+    plan.widths()
+        .iter()
+        .zip(cost.before.iter().zip(&cost.after))
+        .enumerate()
+        .map(|(layer, (widths, (before, after)))| {
+            json!({
+                "layer": layer,
+                "heads": widths.heads,
+                "kv_heads": widths.kv_heads,
+                "neurons": widths.neurons,
+                "params": after.parameters,
+                "params_dense": before.parameters,
+                "bytes": after.bytes,
+                "bytes_dense": before.bytes,
+                "flops_per_token": after.flops_per_token,
+                "flops_per_token_dense": before.flops_per_token,
+            })
+        })
+        .collect()
+}
+
+/// What differs between draws; a measure that rows lack is left out.
+pub(in crate::eval) const DRAWN: [Measure; 5] = [
+    Measure {
+        name: "perplexity",
+        get: |row| row.perplexity,
+        set: |row, value| row.perplexity = Some(value),
+    },
+    Measure {
+        name: "nll",
+        get: |row| row.nll,
+        set: |row, value| row.nll = Some(value),
+    },
+    Measure {
+        name: "tokens_per_second",
+        get: |row| row.tokens_per_second,
+        set: |row, value| row.tokens_per_second = Some(value),
+    },
+    Measure {
+        name: "kl",
+        get: |row| extra(row, "kl"),
+        set: |row, value| drop(row.extra.insert("kl".into(), json!(value))),
+    },
+    Measure {
+        name: "candidate_tokens_per_second",
+        get: |row| extra(row, "candidate_tokens_per_second"),
+        set: |row, value| {
+            row.extra
+                .insert("candidate_tokens_per_second".into(), json!(value));
+        },
+    },
+];
+
+fn extra(row: &Row, name: &str) -> Option<f64> {
+    row.extra.get(name)?.as_f64()
+}
+
+pub(super) fn compare_with_dense(rows: &mut [Row], decoder: &Decoder<'_>, model: &str) {
+    let dense = rows.iter().find(|row| row.method == DENSE).cloned();
+    for row in rows {
+        row.model = Some(model.into());
+        row.params_dense = Some(decoder.checkpoint().parameters());
+        row.bytes_dense = Some(decoder.checkpoint().total_bytes());
+        if let Some(dense) = &dense {
+            row.perplexity_dense = dense.perplexity;
+            row.tokens_per_second_dense = dense.tokens_per_second;
+        }
+    }
+}
+
+pub(super) fn section(config: &Config, rows: Vec<Row>) -> Section {
+    let dense = rows
+        .iter()
+        .find(|row| row.method == DENSE)
+        .and_then(|row| row.perplexity);
+    let plot = Plot {
+        title: "Perplexity over ratio".into(),
+        x: Axis::linear("ratio of prunable parameters removed"),
+        y: Axis::log("perplexity"),
+        series: Series::by_method(&rows, |row| row.ratio, "perplexity", |row| row.perplexity),
+        reference: dense.map(|y| Reference {
+            name: DENSE.into(),
+            y,
+        }),
+    };
+    let prose = if config.dry_run {
+        "Plans only: nothing was written or measured. A ratio counts the parameters of the blocks' linears."
+    } else {
+        "Each row is a smaller checkpoint, written, opened again and measured on text that calibration never saw. \
+         A ratio counts the parameters of the blocks' linears; embeddings, head and norms stay. Controls remove the \
+         same share of every layer; the column says how each row makes up for what it lost; random and tyr \
+         are means over seeds with their range. Time and \
+         memory are those of planning and writing; speed is that of the blocks of the result on a batch of windows."
+    };
+    Section {
+        title: "Structured pruning".into(),
+        prose: prose.into(),
+        columns: vec![
+            Column::Method,
+            Column::Ratio,
+            Column::Perplexity,
+            Column::PerplexityOverDense,
+            Column::ParamsOverDense,
+            Column::Bytes,
+            Column::Speedup,
+            Column::Seconds,
+            Column::PeakRss,
+            Column::Extra("compensation".into()),
+            Column::Extra("loads_in".into()),
+        ],
+        plots: if config.dry_run { vec![] } else { vec![plot] },
+        print_layers: config.dry_run,
+        rows,
+        ..Section::default()
+    }
+}
