@@ -1,6 +1,7 @@
 //! Progress on stderr: bars that vanish when done, and nothing at all where nobody is looking.
 
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
+use tensor_io::Cancelled;
 
 /// A bar over a known number of steps; bars of inner loops stand below the outer one.
 ///
@@ -66,6 +67,22 @@ impl Progress {
 
     /// Remove the bar.
     pub fn finish(self) {}
+}
+
+impl tensor_io::Progress for Progress {
+    fn begin(&self, _stage: &str, steps: u64) {
+        self.bar.set_length(steps);
+        self.bar.set_position(0);
+    }
+
+    fn advance(&self, steps: u64) -> Result<(), Cancelled> {
+        self.inc(steps);
+        Ok(())
+    }
+
+    fn message(&self, text: &str) {
+        self.set_label(text);
+    }
 }
 
 impl Drop for Progress {

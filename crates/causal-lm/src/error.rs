@@ -101,6 +101,9 @@ pub enum Error {
     /// A sampling option has no meaning.
     #[error("sampling: {0}")]
     Sampling(String),
+    /// The [`Progress`](crate::Progress) of a long call asked to stop.
+    #[error(transparent)]
+    Cancelled(#[from] tensor_io::Cancelled),
     /// A [`Tap`](crate::Tap) refused what it was handed.
     #[error("layer {layer}: {source}")]
     Tap {

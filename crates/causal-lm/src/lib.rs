@@ -38,5 +38,6 @@ pub use perplexity::Perplexity;
 pub use rope::Rope;
 pub use stream::{BATCH_TOKENS, Hidden, run_blocks};
 pub use tap::{NoTap, Site, Tap, TapResult};
+pub use tensor_io::{Cancelled, NoProgress, Progress};
 pub use text::TextTokenizer;
 pub use windows::Windows;

@@ -16,6 +16,7 @@ use crate::{Error, Result, names, ops};
 use candle_core::Tensor;
 use std::collections::BTreeMap;
 use std::time::Instant;
+use tensor_io::Progress;
 
 /// A context and what may follow it, as tokens.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -72,8 +73,8 @@ pub struct Likelihoods {
 
 impl Likelihoods {
     /// Scores every continuation of `items`. A sequence takes at most `max_positions` positions; its last token is only
-    /// predicted and takes none. What is too long loses tokens at the beginning. `progress` is told steps done and
-    /// steps in all.
+    /// predicted and takes none. What is too long loses tokens at the beginning. A step
+    /// of `progress` is one block, or the head, over one group of batches.
     ///
     /// # Errors
     /// [`Error::Continuation`] for an empty context or continuation, and for a continuation that leaves no position
@@ -82,7 +83,7 @@ impl Likelihoods {
         decoder: &Decoder<'_>,
         items: &[Continuations],
         max_positions: usize,
-        progress: &mut dyn FnMut(usize, usize),
+        progress: &dyn Progress,
     ) -> Result<Self> {
         let start = Instant::now();
         let mut batches = vec![Batch::default()];
@@ -109,13 +110,10 @@ impl Likelihoods {
         let per_group = (HIDDEN_BYTES / bytes_per_token / BATCH_TOKENS).max(1);
         let steps = decoder.config().layers() + 1;
         let total = batches.len().div_ceil(per_group) * steps;
+        progress.begin("likelihoods", total as u64);
         let head = decoder.head()?;
-        for (i, group) in batches.chunks(per_group).enumerate() {
-            let mut step = i * steps;
-            let hidden = run(decoder, group, &mut || {
-                step += 1;
-                progress(step, total);
-            })?;
+        for group in batches.chunks(per_group) {
+            let hidden = run(decoder, group, progress)?;
             for (batch, hidden) in group.iter().zip(&hidden) {
                 for (target, nll) in batch.targets.iter().zip(batch.score(&head, hidden)?) {
                     if !nll.is_finite() {
@@ -125,7 +123,7 @@ impl Likelihoods {
                     log_likelihoods[target.item][target.continuation] -= nll;
                 }
             }
-            progress(step + 1, total);
+            progress.advance(1)?;
         }
         Ok(Self {
             log_likelihoods,
@@ -275,11 +273,7 @@ impl Batch {
 }
 
 /// Runs all blocks over `batches`, loading one at a time; each result is `[1, tokens, hidden]`.
-fn run(
-    decoder: &Decoder<'_>,
-    batches: &[Batch],
-    progress: &mut dyn FnMut(),
-) -> Result<Vec<Tensor>> {
+fn run(decoder: &Decoder<'_>, batches: &[Batch], progress: &dyn Progress) -> Result<Vec<Tensor>> {
     let longest = batches.iter().flat_map(|batch| &batch.positions).max();
     let tables = decoder.rope(0, longest.map_or(0, |&p| p as usize + 1))?;
     let ropes: Vec<RopeTables> = batches
@@ -298,7 +292,7 @@ fn run(
             *x = block.forward(x, rope, &mut Mixer::Forest(&batch.forest), &mut NoTap)?;
             batch.check_finite(x, || format!("layer {layer}"))?;
         }
-        progress();
+        progress.advance(1)?;
     }
     Ok(hidden)
 }

@@ -10,6 +10,7 @@ use crate::tap::NoTap;
 use crate::windows::Windows;
 use crate::{Error, Result};
 use std::time::Instant;
+use tensor_io::Progress;
 
 /// Bytes of hidden states held at once; a longer text goes through the model in several groups.
 pub(crate) const HIDDEN_BYTES: usize = 512 << 20;
@@ -30,22 +31,23 @@ pub struct Perplexity {
 }
 
 impl Perplexity {
-    /// Measures `decoder` on `windows`; `progress` is told `steps` times.
+    /// Measures `decoder` on `windows`; a step of `progress` is one block, or the head, over one group of windows.
     ///
     /// # Errors
-    /// What loading or running the model reports.
+    /// What loading or running the model reports, and [`Error::Cancelled`].
     pub fn measure(
         decoder: &Decoder<'_>,
         windows: &Windows,
-        progress: &mut dyn FnMut(),
+        progress: &dyn Progress,
     ) -> Result<Self> {
         let start = Instant::now();
+        progress.begin("perplexity", steps(decoder, windows));
         let head = decoder.head()?;
         let mut window_nll = Vec::with_capacity(windows.count());
         for group in windows.groups(windows_per_group(decoder, windows)) {
             let hidden = run_blocks(decoder, &group, &mut NoTap, progress)?;
             window_nll.extend(score(&head, &hidden, &group)?);
-            progress();
+            progress.advance(1)?;
         }
         if let Some(window) = window_nll.iter().position(|nll| !nll.is_finite()) {
             return Err(Error::NonFinite {
@@ -60,15 +62,6 @@ impl Perplexity {
             tokens: windows.count() * windows.window_len(),
             seconds: start.elapsed().as_secs_f64(),
         })
-    }
-
-    /// How often [`Perplexity::measure`] tells its progress: once a block and group, and once for
-    /// the head of each group.
-    pub fn steps(decoder: &Decoder<'_>, windows: &Windows) -> usize {
-        windows
-            .count()
-            .div_ceil(windows_per_group(decoder, windows))
-            * (decoder.config().layers() + 1)
     }
 
     /// Mean cross-entropy in nats per target.
@@ -86,6 +79,13 @@ impl Perplexity {
     pub fn tokens_per_second(&self) -> f64 {
         self.tokens as f64 / self.seconds
     }
+}
+
+fn steps(decoder: &Decoder<'_>, windows: &Windows) -> u64 {
+    let groups = windows
+        .count()
+        .div_ceil(windows_per_group(decoder, windows));
+    (groups * (decoder.config().layers() + 1)) as u64
 }
 
 fn windows_per_group(decoder: &Decoder<'_>, windows: &Windows) -> usize {

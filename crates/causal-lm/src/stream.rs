@@ -12,6 +12,7 @@ use crate::tap::Tap;
 use crate::windows::Windows;
 use crate::{Error, Result};
 use candle_core::Tensor;
+use tensor_io::Progress;
 
 /// Tokens that go through a block at once: enough for the GEMM's full rate, few enough that the
 /// MLP's intermediate tensors stay small beside the hidden states of all windows.
@@ -82,22 +83,23 @@ impl Hidden {
     }
 }
 
-/// Runs all blocks over `windows`, loading one at a time; `progress` is told after each block.
+/// Runs all blocks over `windows`, loading one at a time; `progress` advances by one after each block (the caller, who
+/// knows what else there is to do, begins the stage).
 ///
 /// # Errors
-/// What loading or running a block reports.
+/// What loading or running a block reports, and [`Error::Cancelled`].
 pub fn run_blocks(
     decoder: &Decoder<'_>,
     windows: &Windows,
     tap: &mut dyn Tap,
-    progress: &mut dyn FnMut(),
+    progress: &dyn Progress,
 ) -> Result<Hidden> {
     let mut hidden = Hidden::embed(decoder, windows)?;
     for layer in 0..decoder.config().layers() {
         let block = decoder.block(layer)?;
         decoder.release(layer);
         hidden.advance(&block, tap)?;
-        progress();
+        progress.advance(1)?;
     }
     Ok(hidden)
 }

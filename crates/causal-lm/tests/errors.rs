@@ -2,7 +2,7 @@
 
 use candle_core::{DType, Device, Tensor};
 use causal_lm::{
-    Decoder, Error, Hidden, Model, NoTap, Perplexity, TextTokenizer, Windows, synthetic,
+    Decoder, Error, Hidden, Model, NoProgress, NoTap, Perplexity, TextTokenizer, Windows, synthetic,
 };
 use serde_json::{Value, json};
 use std::path::PathBuf;
@@ -163,7 +163,7 @@ fn activations_that_overflow_are_found_with_layer_window_and_position() {
     let checkpoint = Checkpoint::open(model).unwrap();
     let decoder = Decoder::new(&checkpoint, DType::F32, &Device::Cpu).unwrap();
     let windows = Windows::cut(&[1, 2, 3, 4, 5, 6, 7, 8], 4, None).unwrap();
-    match Perplexity::measure(&decoder, &windows, &mut || ()).unwrap_err() {
+    match Perplexity::measure(&decoder, &windows, &NoProgress).unwrap_err() {
         Error::NonFinite { stage, window, .. } => {
             assert_eq!(stage, "layer 1");
             assert!(window < 2);
@@ -217,9 +217,9 @@ fn a_tap_can_stop_a_run_and_its_error_names_the_layer() {
     let checkpoint = Checkpoint::open(model).unwrap();
     let decoder = Decoder::new(&checkpoint, DType::F32, &Device::Cpu).unwrap();
     let windows = Windows::cut(&[1, 2, 3, 4], 4, None).unwrap();
-    let error = causal_lm::run_blocks(&decoder, &windows, &mut Refuse, &mut || ()).unwrap_err();
+    let error = causal_lm::run_blocks(&decoder, &windows, &mut Refuse, &NoProgress).unwrap_err();
     assert_eq!(error.to_string(), "layer 1: enough");
-    causal_lm::run_blocks(&decoder, &windows, &mut NoTap, &mut || ()).unwrap();
+    causal_lm::run_blocks(&decoder, &windows, &mut NoTap, &NoProgress).unwrap();
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 mod common;
 
-use causal_lm::{Hidden, Model, NoTap, Perplexity, Windows, run_blocks};
+use causal_lm::{Hidden, Model, NoProgress, NoTap, Perplexity, Windows, run_blocks};
 use common::for_each;
 
 const TOLERANCE: f32 = 2e-5;
@@ -65,7 +65,7 @@ fn hidden_states_and_loss_of_streamed_windows_agree_with_transformers() {
         let expected: Vec<f32> =
             serde_json::from_value(golden.0["first_block_last_row"].clone()).unwrap();
         check(name, &last.to_vec1().unwrap(), &expected);
-        let perplexity = Perplexity::measure(decoder, &windows, &mut || ()).unwrap();
+        let perplexity = Perplexity::measure(decoder, &windows, &NoProgress).unwrap();
         assert!(
             (perplexity.nll() - golden.mean_nll()).abs() < 1e-5,
             "{name}"
@@ -80,7 +80,7 @@ fn windows_in_a_batch_do_not_see_each_other() {
         let twice = [tokens.clone(), tokens.iter().rev().copied().collect()].concat();
         let last = |text: &[u32]| -> Vec<Vec<f32>> {
             let windows = Windows::cut(text, tokens.len(), None).unwrap();
-            let hidden = run_blocks(decoder, &windows, &mut NoTap, &mut || ()).unwrap();
+            let hidden = run_blocks(decoder, &windows, &mut NoTap, &NoProgress).unwrap();
             hidden.batches()[0]
                 .flatten_from(1)
                 .unwrap()

@@ -3,12 +3,12 @@
 mod common;
 
 use candle_core::{DType, Device};
-use causal_lm::{Continuations, Decoder, Error, Likelihoods, Model};
+use causal_lm::{Continuations, Decoder, Error, Likelihoods, Model, NoProgress};
 use common::{Golden, for_each};
 use tensor_io::Checkpoint;
 
 fn scores(decoder: &Decoder<'_>, items: &[Continuations], max: usize) -> Vec<Vec<f64>> {
-    Likelihoods::measure(decoder, items, max, &mut |_, _| ())
+    Likelihoods::measure(decoder, items, max, &NoProgress)
         .unwrap()
         .log_likelihoods
 }
@@ -110,7 +110,7 @@ fn a_context_too_long_is_cut_on_the_left() {
         context: tokens[..5].to_vec(),
         continuations: vec![tokens[5..7].to_vec(), tokens[5..8].to_vec()],
     };
-    let scored = Likelihoods::measure(&decoder, &[item], 6, &mut |_, _| ()).unwrap();
+    let scored = Likelihoods::measure(&decoder, &[item], 6, &NoProgress).unwrap();
     assert_eq!(scored.truncated, 1);
     let expected = [
         alone(&model, &tokens[..5], &tokens[5..7]),
@@ -141,7 +141,7 @@ fn what_cannot_be_scored_is_named() {
             },
             item,
         ];
-        Likelihoods::measure(&decoder, &items, 4, &mut |_, _| ()).unwrap_err()
+        Likelihoods::measure(&decoder, &items, 4, &NoProgress).unwrap_err()
     };
     for (context, continuations) in [
         (&[][..], &[&[1u32][..]][..]),
@@ -172,7 +172,7 @@ fn scores_of_all_continuations_of_one_token_are_a_distribution() {
                 .map(|t| vec![t])
                 .collect(),
         };
-        let scored = Likelihoods::measure(decoder, &[item], 64, &mut |_, _| ()).unwrap();
+        let scored = Likelihoods::measure(decoder, &[item], 64, &NoProgress).unwrap();
         assert_eq!(scored.tokens, golden.tokens().len(), "the context alone");
         let total: f64 = scored.log_likelihoods[0].iter().map(|x| x.exp()).sum();
         assert!((total - 1.0).abs() < 1e-5, "{name}: {total}");

@@ -542,7 +542,12 @@ fn measured_curves_fall_to_the_dense_model_and_are_what_the_pruned_model_diverge
 fn divergence(teacher: &Checkpoint, student: &Checkpoint, windows: &Windows) -> f64 {
     let log_softmax = |checkpoint: &Checkpoint| -> Vec<Vec<f64>> {
         let decoder = common::decoder(checkpoint);
-        let hidden = causal_lm::run_blocks(&decoder, windows, &mut causal_lm::NoTap, &mut || ());
+        let hidden = causal_lm::run_blocks(
+            &decoder,
+            windows,
+            &mut causal_lm::NoTap,
+            &causal_lm::NoProgress,
+        );
         let head = decoder.head().unwrap();
         let mut rows = Vec::new();
         for batch in hidden.unwrap().batches() {

@@ -318,10 +318,7 @@ pub enum Error {
 
 impl Error {
     /// Wraps an error of the operating system with what was tried on which path.
-    pub(crate) fn io(
-        action: &'static str,
-        path: impl AsRef<Path>,
-    ) -> impl FnOnce(io::Error) -> Self {
+    pub fn io(action: &'static str, path: impl AsRef<Path>) -> impl FnOnce(io::Error) -> Self {
         let path = path.as_ref().to_path_buf();
         move |source| Self::Io {
             action,

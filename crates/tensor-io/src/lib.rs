@@ -1,13 +1,16 @@
 #![doc = include_str!("../README.md")]
 
+pub mod atomic;
 mod checkpoint;
 mod config;
 mod dtype;
 mod error;
 mod folder;
+mod hash;
 mod header;
 mod index;
 mod map;
+pub mod progress;
 mod shard;
 mod shard_writer;
 mod single;
@@ -15,11 +18,14 @@ mod spec;
 mod staging;
 mod writer;
 
+pub use atomic::PendingFile;
 pub use checkpoint::{Checkpoint, TensorInfo};
 pub use config::{CONFIG_FILE, Config};
 pub use error::{Error, Result};
+pub use hash::{ContentHash, Hasher};
 pub use header::{Entry, Header, HeaderError, MAX_HEADER_BYTES};
 pub use index::{Index, IndexError};
+pub use progress::{Cancelled, NoProgress, Progress};
 pub use safetensors::Dtype;
 pub use single::{TensorData, write_file};
 pub use spec::TensorSpec;

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use candle_core::DType;
-use causal_lm::{Decoder, Perplexity, Windows};
+use causal_lm::{Decoder, Windows};
 use lowrank_eora::compress::Compressor;
 use lowrank_eora::output::{Layout, Weights, write_checkpoint};
 use lowrank_eora::repair::{
@@ -159,8 +159,7 @@ struct Lowrank<'a> {
 
 impl Lowrank<'_> {
     fn dense(&self) -> Result<Row> {
-        let steps = Perplexity::steps(self.decoder, self.evaluation) as u64;
-        let bar = self.common.progress(DENSE, steps);
+        let bar = self.common.progress(DENSE, 0);
         let mut row = Row::new("lowrank", DENSE);
         perplexity::measure(self.decoder, self.evaluation, &mut row, &bar)?;
         row.tokens_per_second = None;
@@ -336,8 +335,7 @@ impl Lowrank<'_> {
         )?;
         let merged = Checkpoint::open(&folder)?;
         let decoder = open(self.common, &merged)?;
-        let steps = Perplexity::steps(&decoder, self.evaluation) as u64;
-        let nested = bar.nested("perplexity", steps);
+        let nested = bar.nested("perplexity", 0);
         perplexity::measure(&decoder, self.evaluation, row, &nested)?;
         nested.finish();
         // The merged copy is only there to be measured: its size and speed are not those of the result.

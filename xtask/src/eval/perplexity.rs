@@ -122,7 +122,7 @@ pub(crate) fn measure(
     progress: &Progress,
 ) -> Result<()> {
     let watch = Stopwatch::start();
-    let perplexity = Perplexity::measure(decoder, windows, &mut || progress.inc(1))?;
+    let perplexity = Perplexity::measure(decoder, windows, progress)?;
     watch.stop(row);
     row.perplexity = Some(perplexity.perplexity());
     row.nll = Some(perplexity.nll());
@@ -141,7 +141,7 @@ pub fn run(common: &Common, config: &Config, hidden_metrics: bool) -> Result<Vec
     let decoder = open(common, &checkpoint)?;
     let protocol = Protocol::new(common, config, &decoder)?;
     let windows = protocol.evaluation(common, &config.text)?;
-    let progress = common.progress("perplexity", Perplexity::steps(&decoder, &windows) as u64);
+    let progress = common.progress("perplexity", 0);
     let mut row = Row {
         model: Some(file_name(&config.model)),
         ..Row::new("perplexity", DENSE)

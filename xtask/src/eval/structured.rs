@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::{Context, Result};
-use causal_lm::{BATCH_TOKENS, Decoder, Hidden, NoTap, Perplexity, Windows};
+use causal_lm::{BATCH_TOKENS, Decoder, Hidden, NoTap, Windows};
 use prune_structured::gguf::{self, Precision};
 use prune_structured::stats::GramStore;
 use prune_structured::{
@@ -112,7 +112,7 @@ pub fn run(common: &Common, config: &Config) -> Result<Vec<Section>> {
 
     let mut rows = Vec::new();
     if !config.dry_run {
-        let bar = common.progress(DENSE, Perplexity::steps(&decoder, &evaluation) as u64);
+        let bar = common.progress(DENSE, 0);
         let mut row = Row::new("structured", DENSE);
         perplexity::measure(&decoder, &evaluation, &mut row, &bar)?;
         row.tokens_per_second = Some(speed(&decoder, &evaluation)?);
@@ -403,10 +403,7 @@ impl Cells<'_> {
 
         let checkpoint = Checkpoint::open(&folder)?;
         let pruned = perplexity::open(self.common, &checkpoint)?;
-        let steps = bar.nested(
-            "perplexity",
-            Perplexity::steps(&pruned, self.evaluation) as u64,
-        );
+        let steps = bar.nested("perplexity", 0);
         perplexity::measure(&pruned, self.evaluation, &mut row, &steps)?;
         steps.finish();
         row.tokens_per_second = Some(speed(&pruned, self.evaluation)?);

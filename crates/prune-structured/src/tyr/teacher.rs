@@ -6,7 +6,7 @@
 
 use crate::Result;
 use candle_core::{DType, Device, Tensor};
-use causal_lm::{BATCH_TOKENS, Decoder, Hidden, NoTap, Windows, run_blocks};
+use causal_lm::{BATCH_TOKENS, Decoder, Hidden, NoProgress, NoTap, Windows, run_blocks};
 use rayon::prelude::*;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -66,7 +66,7 @@ impl Teacher {
                 file += files;
                 continue;
             }
-            let hidden: Hidden = run_blocks(decoder, &group, &mut NoTap, &mut || ())?;
+            let hidden: Hidden = run_blocks(decoder, &group, &mut NoTap, &NoProgress)?;
             let head = decoder.head()?;
             // The batches of hidden states are the files.
             for batch in hidden.batches() {

@@ -3,7 +3,7 @@
 use anyhow::{Context, Result};
 use candle_core::DType;
 use causal_lm::block::RmsNorm;
-use causal_lm::{Decoder, NoTap, Windows, names, run_blocks};
+use causal_lm::{Decoder, NoProgress, NoTap, Windows, names, run_blocks};
 use lowrank_eora::matrix::from_tensor;
 use lowrank_eora::metrics::{SpectralMetrics, mean};
 use serde_json::json;
@@ -28,7 +28,7 @@ pub(crate) fn hidden_metrics(
     let mut all = Vec::with_capacity(windows.count());
     // In groups, so that the states of a long text need not be held at once.
     for group in windows.groups(64) {
-        let hidden = run_blocks(decoder, &group, &mut NoTap, &mut || ())?;
+        let hidden = run_blocks(decoder, &group, &mut NoTap, &NoProgress)?;
         for batch in hidden.batches() {
             let states = norm.forward(batch)?.to_dtype(DType::F32)?;
             for window in 0..states.dim(0)? {

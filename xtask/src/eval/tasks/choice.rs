@@ -33,12 +33,7 @@ pub(crate) fn answer(
         )?);
         questions.push((choices, *right));
     }
-    let likelihoods = Likelihoods::measure(
-        subject.decoder,
-        &encoded,
-        subject.positions,
-        &mut |done, total| progress.set(done as u64, total as u64),
-    );
+    let likelihoods = Likelihoods::measure(subject.decoder, &encoded, subject.positions, progress);
     let likelihoods = match likelihoods {
         Err(error @ Error::Continuation { .. }) => {
             Err(error).with_context(|| data.path.display().to_string())
