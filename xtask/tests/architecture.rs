@@ -3,17 +3,19 @@
 use std::path::Path;
 
 /// Each crate with all the crates of this workspace that it may depend on.
-const ALLOWED: [(&str, &[&str]); 7] = [
+const ALLOWED: [(&str, &[&str]); 8] = [
+    ("packed", &[]),
     ("tensor-io", &[]),
     ("kv-lazy", &["tensor-io"]),
-    ("causal-lm", &["tensor-io", "kv-lazy"]),
-    ("prune-structured", &["tensor-io", "causal-lm"]),
-    ("lowrank-eora", &["tensor-io", "causal-lm"]),
+    ("causal-lm", &["tensor-io", "packed", "kv-lazy"]),
+    ("prune-structured", &["tensor-io", "packed", "causal-lm"]),
+    ("lowrank-eora", &["tensor-io", "packed", "causal-lm"]),
     ("prune-lattice", &["tensor-io"]),
     (
         "xtask",
         &[
             "tensor-io",
+            "packed",
             "kv-lazy",
             "causal-lm",
             "prune-structured",
