@@ -5,7 +5,7 @@
 use candle_core::{Device, Tensor};
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use prune_lattice::{
-    Cell,
+    Cell, NoProgress,
     data::{Dataset, Examples, Inputs, Sequences, Targets},
     mask::{MaskSet, hard_remove},
     prune::{Method, PruneConfig, prune, rank_neurons},
@@ -21,12 +21,7 @@ const BATCH: usize = 32;
 
 fn network(cell: Cell, hidden: Vec<usize>) -> Rnn {
     Rnn::new(
-        RnnConfig {
-            cell,
-            input: InputKind::OneHot { vocab: 7 },
-            hidden,
-            outputs: 2,
-        },
+        RnnConfig::new(cell, InputKind::OneHot { vocab: 7 }, hidden, 2),
         1,
     )
     .expect("sizes above 0")
@@ -60,14 +55,13 @@ fn training(c: &mut Criterion) {
     for cell in [Cell::Tanh, Cell::Gru, Cell::Lstm] {
         for hidden in [32, 128] {
             let mut rnn = network(cell, vec![hidden]);
-            let config = TrainConfig {
-                epochs: 1,
-                patience: None,
-                ..TrainConfig::default()
-            };
+            let config = TrainConfig::default().with(|c| {
+                c.epochs = 1;
+                c.patience = None;
+            });
             group.bench_function(format!("flat {cell}-{hidden}"), |b| {
                 b.iter(|| {
-                    train(&mut rnn, &data, &config, &MaskSet::default(), &|_| {})
+                    train(&mut rnn, &data, &config, &MaskSet::default(), &NoProgress)
                         .expect("a stable step")
                 });
             });

@@ -4,6 +4,7 @@
 //! The text is cut 90 / 5 / 5; fine-tuning reads the first so many characters of the first part, evaluation the last part.
 
 use prune_lattice::{
+    NoProgress,
     data::{Dataset, Examples},
     experiment::{ExperimentConfig, Row, Stage, measure_speed, run_model, verdict},
     prune::{Method, PruneConfig},
@@ -35,18 +36,14 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         rnn.config(),
         evaluate(&rnn, &data.test)?.bits()
     );
-    let config = ExperimentConfig {
-        seeds: vec![0],
-        ..ExperimentConfig::default()
-    };
-    let training = TrainConfig {
-        learning_rate: 1e-3,
-        batch: 32,
-        window: 64,
-        ..TrainConfig::default()
-    };
+    let config = ExperimentConfig::default().with(|c| c.seeds = vec![0]);
+    let training = TrainConfig::default().with(|c| {
+        c.learning_rate = 1e-3;
+        c.batch = 32;
+        c.window = 64;
+    });
     let start = Instant::now();
-    let rows = run_model("checkpoint", &rnn, &data, &config, &training, &|_| {})?;
+    let rows = run_model("checkpoint", &rnn, &data, &config, &training, &NoProgress)?;
     let bits = |method, sparsity: f64, stage| {
         let same = |r: &&Row| r.method == method && r.sparsity == sparsity && r.stage == stage;
         rows.iter()

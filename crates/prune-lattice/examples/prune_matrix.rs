@@ -5,9 +5,9 @@
 
 use prune_lattice::{
     Cell, GateLayout,
+    hasse::Diagram,
     influence::{Aggregate, Influence},
     io,
-    layout::Diagram,
     order::{Criterion, Cut, OrderMode, Poset, default_cuts, persistence, thresholds},
     prune::{Method, PruneConfig, prune_matrix},
 };

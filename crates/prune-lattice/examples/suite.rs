@@ -2,7 +2,10 @@
 //!
 //! `cargo run --release -p prune-lattice --example suite -- [TASK,.. [CELL,.. [EPOCHS]]]`, default suite without arguments.
 
-use prune_lattice::experiment::{ExperimentConfig, Row, Stage, run, verdict};
+use prune_lattice::{
+    NoProgress,
+    experiment::{ExperimentConfig, Row, Stage, run, verdict},
+};
 use std::{collections::BTreeMap, time::Instant};
 
 fn list<T: std::str::FromStr>(text: &str) -> Result<Vec<T>, T::Err> {
@@ -22,7 +25,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         config.finetune_epochs = epochs.parse()?;
     }
     let start = Instant::now();
-    let rows = run(&config, &|_| {})?;
+    let rows = run(&config, &NoProgress)?;
     let seconds = start.elapsed().as_secs_f64();
     let mut cells: BTreeMap<_, Vec<&Row>> = BTreeMap::new();
     for row in &rows {

@@ -4,29 +4,27 @@
 //! r, z, n. GRUs are those that apply the reset gate after the recurrent product (PyTorch; ONNX `linear_before_reset=1`;
 //! Keras `reset_after=True`).
 
-use crate::error::{Error, Result, check_finite};
+use crate::{
+    error::{Error, Result, check_finite},
+    names::named,
+};
 use candle_core::{DType, Device, Tensor};
-use serde::{Deserialize, Serialize};
-use std::{fmt, str::FromStr};
 
-/// A recurrent cell.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Cell {
-    /// `h' = tanh(W x + U h + b)`
-    Tanh,
-    /// `h' = max(0, W x + U h + b)`
-    Relu,
-    /// Gated recurrent unit, reset applied after the recurrent product.
-    Gru,
-    /// Long short-term memory without peepholes.
-    Lstm,
+named! {
+    /// A recurrent cell.
+    pub enum Cell as "cell" {
+        /// `h' = tanh(W x + U h + b)`
+        Tanh = "tanh",
+        /// `h' = max(0, W x + U h + b)`
+        Relu = "relu",
+        /// Gated recurrent unit, reset applied after the recurrent product.
+        Gru = "gru",
+        /// Long short-term memory without peepholes.
+        Lstm = "lstm",
+    }
 }
 
 impl Cell {
-    /// All cells.
-    pub const ALL: [Cell; 4] = [Cell::Tanh, Cell::Relu, Cell::Gru, Cell::Lstm];
-
     /// Number of gate blocks in the weight matrices: 1, 1, 3, 4.
     pub fn gates(self) -> usize {
         match self {
@@ -35,64 +33,19 @@ impl Cell {
             Cell::Lstm => 4,
         }
     }
-
-    /// Its name: `tanh`, `relu`, `gru`, `lstm`.
-    pub fn name(self) -> &'static str {
-        match self {
-            Cell::Tanh => "tanh",
-            Cell::Relu => "relu",
-            Cell::Gru => "gru",
-            Cell::Lstm => "lstm",
-        }
-    }
 }
 
-impl fmt::Display for Cell {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(self.name())
-    }
-}
-
-impl FromStr for Cell {
-    type Err = Error;
-    fn from_str(name: &str) -> Result<Self> {
-        Cell::ALL
-            .into_iter()
-            .find(|c| c.name() == name)
-            .ok_or_else(|| Error::UnknownName {
-                kind: "cell",
-                name: name.into(),
-                expected: Cell::ALL.map(Cell::name).join(", "),
-            })
-    }
-}
-
-/// Order of the gates and of the axes, by the framework that wrote the weights.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum GateLayout {
-    /// `[gates * H, sources]`; LSTM i, f, g, o; GRU r, z, n.
-    #[default]
-    PyTorch,
-    /// `[gates * H, sources]`, optionally with the leading direction axis of size 1; LSTM i, o, f, c; GRU z, r, h.
-    Onnx,
-    /// `[sources, gates * H]`; LSTM i, f, c, o; GRU z, r, h.
-    Keras,
-}
-
-impl FromStr for GateLayout {
-    type Err = Error;
-    fn from_str(name: &str) -> Result<Self> {
-        match name {
-            "pytorch" => Ok(Self::PyTorch),
-            "onnx" => Ok(Self::Onnx),
-            "keras" => Ok(Self::Keras),
-            _ => Err(Error::UnknownName {
-                kind: "gate layout",
-                name: name.into(),
-                expected: "pytorch, onnx, keras".into(),
-            }),
-        }
+named! {
+    /// Order of the gates and of the axes, by the framework that wrote the weights.
+    #[derive(Default)]
+    pub enum GateLayout as "gate layout" {
+        /// `[gates * H, sources]`; LSTM i, f, g, o; GRU r, z, n.
+        #[default]
+        PyTorch = "pytorch",
+        /// `[gates * H, sources]`, optionally with the leading direction axis of size 1; LSTM i, o, f, c; GRU z, r, h.
+        Onnx = "onnx",
+        /// `[sources, gates * H]`; LSTM i, f, c, o; GRU z, r, h.
+        Keras = "keras",
     }
 }
 
@@ -229,7 +182,7 @@ mod tests {
 
     #[test]
     fn writing_back_is_the_inverse_of_reading() {
-        for cell in Cell::ALL {
+        for &cell in Cell::ALL {
             for layout in [GateLayout::PyTorch, GateLayout::Onnx, GateLayout::Keras] {
                 let n = cell.gates() * 3 * 5;
                 let dims = if layout == GateLayout::Keras {

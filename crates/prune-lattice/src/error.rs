@@ -95,6 +95,9 @@ pub enum Error {
         /// The loss.
         loss: f64,
     },
+    /// The caller's [`Progress`](tensor_io::Progress) cancelled the call.
+    #[error(transparent)]
+    Cancelled(#[from] tensor_io::Cancelled),
     /// An error from candle.
     #[error(transparent)]
     Tensor(#[from] candle_core::Error),

@@ -69,23 +69,29 @@
 
 pub mod cell;
 pub mod centrality;
+#[cfg(feature = "train")]
 pub mod data;
 mod error;
+#[cfg(feature = "experiment")]
 pub mod experiment;
 pub mod graph;
+pub mod hasse;
 pub mod influence;
 pub mod io;
-pub mod layout;
 pub mod mask;
+mod names;
 pub mod order;
 pub mod params;
 pub mod prune;
 pub mod rnn;
 mod seed;
+#[cfg(feature = "experiment")]
 pub mod tasks;
 
+pub use candle_core;
 pub use cell::{Cell, GateLayout};
 pub use error::{Error, Result};
+pub use tensor_io::{Cancelled, NoProgress, Progress};
 
 /// The README's examples are compiled as doctests.
 #[cfg(doctest)]

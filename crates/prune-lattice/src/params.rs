@@ -85,11 +85,13 @@ impl ParamSet {
         &self.params[index].data
     }
 
+    #[cfg(feature = "train")]
     pub(crate) fn slot_mut(&mut self, index: usize) -> &mut [f32] {
         &mut self.params[index].data
     }
 
     /// Sets all values to zero.
+    #[cfg(feature = "train")]
     pub(crate) fn clear(&mut self) {
         self.params.iter_mut().for_each(|p| p.data.fill(0.0));
     }

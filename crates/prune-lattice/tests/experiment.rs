@@ -1,11 +1,10 @@
 //! Tasks and the experiment driver as a user sees them.
 
 use prune_lattice::{
-    Cell, Error,
+    Cancelled, Cell, Error, NoProgress, Progress,
     data::{Examples, Inputs, Targets},
     experiment::{
-        CONTROLS, ExperimentConfig, Outcome, Progress, Row, Stage, compare, measure_speed, run,
-        verdict,
+        CONTROLS, ExperimentConfig, Outcome, Row, Stage, compare, measure_speed, run, verdict,
     },
     order::Cut,
     prune::{LatticeConfig, Method, PruneConfig},
@@ -21,24 +20,42 @@ const SMALL: Sizes = Sizes {
 };
 
 fn small() -> ExperimentConfig {
-    ExperimentConfig {
-        tasks: vec![Task::Mod(2), Task::Adding],
-        cells: vec![Cell::Lstm, Cell::Tanh],
-        methods: vec![
+    ExperimentConfig::default().with(|c| {
+        c.tasks = vec![Task::Mod(2), Task::Adding];
+        c.cells = vec![Cell::Lstm, Cell::Tanh];
+        c.methods = vec![
             Method::Dense,
             Method::LatticeContext,
             Method::Strength,
             Method::RandomNeurons,
-        ],
-        sparsities: vec![0.5],
-        seeds: vec![0, 1],
-        sizes: Some(SMALL),
-        hidden: Some(vec![12]),
-        training: Some(TrainConfig {
-            epochs: 1,
-            ..TrainConfig::default()
-        }),
-        ..ExperimentConfig::default()
+        ];
+        c.sparsities = vec![0.5];
+        c.seeds = vec![0, 1];
+        c.sizes = Some(SMALL);
+        c.hidden = Some(vec![12]);
+        c.training = Some(TrainConfig::default().with(|c| c.epochs = 1));
+    })
+}
+
+/// Steps announced and done, and messages.
+#[derive(Default)]
+struct Seen {
+    steps: Mutex<(u64, u64)>,
+    messages: Mutex<Vec<String>>,
+}
+
+impl Progress for Seen {
+    fn begin(&self, _stage: &str, steps: u64) {
+        self.steps.lock().unwrap().0 += steps;
+    }
+
+    fn advance(&self, steps: u64) -> Result<(), Cancelled> {
+        self.steps.lock().unwrap().1 += steps;
+        Ok(())
+    }
+
+    fn message(&self, text: &str) {
+        self.messages.lock().unwrap().push(text.into());
     }
 }
 
@@ -55,7 +72,7 @@ fn rows_do_not_depend_on_the_number_of_threads() {
             .num_threads(threads)
             .build()
             .unwrap();
-        timeless(pool.install(|| run(&small(), &|_| {})).unwrap())
+        timeless(pool.install(|| run(&small(), &NoProgress)).unwrap())
     };
     let one = on(1);
     assert_eq!(one, on(3));
@@ -64,8 +81,8 @@ fn rows_do_not_depend_on_the_number_of_threads() {
 
 #[test]
 fn controls_and_both_stages_are_always_there_and_progress_counts_to_the_end() {
-    let seen = Mutex::new(Vec::new());
-    let rows = run(&small(), &|p| seen.lock().unwrap().push(p)).unwrap();
+    let seen = Seen::default();
+    let rows = run(&small(), &seen).unwrap();
     for control in CONTROLS {
         for stage in [Stage::OneShot, Stage::FineTuned] {
             let of = rows
@@ -96,16 +113,16 @@ fn controls_and_both_stages_are_always_there_and_progress_counts_to_the_end() {
                 && reached.recurrent_and_input <= reached.recurrent
         );
     }
-    let seen = seen.into_inner().unwrap();
-    let ends = |p: &&Progress| matches!(p, Progress::Pruned { done, total } if done == total);
-    assert_eq!(seen.iter().filter(ends).count(), 1);
-    assert!(seen.iter().any(|p| matches!(
-        p,
-        Progress::Epoch {
-            cell: Cell::Tanh,
-            ..
-        }
-    )));
+    let Seen { steps, messages } = seen;
+    let (announced, done) = steps.into_inner().unwrap();
+    assert_eq!(announced, done);
+    let messages = messages.into_inner().unwrap();
+    assert!(
+        messages
+            .iter()
+            .any(|m| m.starts_with("training mod2 tanh, seed 1, epoch 1: loss")),
+        "{messages:?}"
+    );
     let json = serde_json::to_string(&rows).unwrap();
     assert_eq!(serde_json::from_str::<Vec<Row>>(&json).unwrap(), rows);
     assert!(
@@ -119,18 +136,29 @@ fn controls_and_both_stages_are_always_there_and_progress_counts_to_the_end() {
 }
 
 #[test]
-fn a_degenerate_order_becomes_a_row_that_says_so() {
-    let config = ExperimentConfig {
-        tasks: vec![Task::Mod(2)],
-        methods: vec![Method::LatticeReachability],
-        lattice: LatticeConfig {
-            cuts: vec![Cut::Quantile(0.3)],
-            ..LatticeConfig::default()
-        },
-        finetune_epochs: 0,
-        ..small()
+fn an_experiment_and_a_training_run_can_be_cancelled_inside_an_epoch() {
+    let config = small().with(|c| {
+        c.tasks = vec![Task::Mod(2)];
+        c.training = Some(TrainConfig::default().with(|c| c.epochs = 1_000_000));
+    });
+    let calls = Mutex::new(0u64);
+    let cancel = |_| {
+        let mut calls = calls.lock().unwrap();
+        *calls += 1;
+        if *calls > 3 { Err(Cancelled) } else { Ok(()) }
     };
-    let rows = run(&config, &|_| {}).unwrap();
+    assert!(matches!(run(&config, &cancel), Err(Error::Cancelled(_))));
+}
+
+#[test]
+fn a_degenerate_order_becomes_a_row_that_says_so() {
+    let config = small().with(|c| {
+        c.tasks = vec![Task::Mod(2)];
+        c.methods = vec![Method::LatticeReachability];
+        c.lattice = LatticeConfig::default().with(|c| c.cuts = vec![Cut::Quantile(0.3)]);
+        c.finetune_epochs = 0;
+    });
+    let rows = run(&config, &NoProgress).unwrap();
     let refused: Vec<&Row> = rows
         .iter()
         .filter(|r| r.method == Method::LatticeReachability)
@@ -166,13 +194,12 @@ fn rows_with(template: &Row, accuracies: &[(Method, &[f64])]) -> Vec<Row> {
 
 #[test]
 fn the_verdict_says_in_words_when_order_does_not_beat_strength_or_chance() {
-    let config = ExperimentConfig {
-        tasks: vec![Task::Mod(2)],
-        cells: vec![Cell::Tanh],
-        seeds: vec![0],
-        ..small()
-    };
-    let template = run(&config, &|_| {})
+    let config = small().with(|c| {
+        c.tasks = vec![Task::Mod(2)];
+        c.cells = vec![Cell::Tanh];
+        c.seeds = vec![0];
+    });
+    let template = run(&config, &NoProgress)
         .unwrap()
         .into_iter()
         .find(|r| r.method == Method::LatticeContext)
@@ -291,12 +318,7 @@ fn a_text_file_is_cut_into_three_parts_and_missing_files_are_named() {
 #[test]
 fn speed_is_measured_for_the_dense_the_masked_and_the_smaller_network() {
     let rnn = Rnn::new(
-        RnnConfig {
-            cell: Cell::Lstm,
-            input: InputKind::OneHot { vocab: 5 },
-            hidden: vec![16],
-            outputs: 5,
-        },
+        RnnConfig::new(Cell::Lstm, InputKind::OneHot { vocab: 5 }, vec![16], 5),
         0,
     )
     .unwrap();
@@ -342,27 +364,25 @@ fn row_mnist_is_learned_from_idx_files_where_they_are_present() {
         }
     }
     let task = Task::Mnist(dir.path().into());
-    let config = ExperimentConfig {
-        tasks: vec![task],
-        cells: vec![Cell::Lstm],
-        methods: vec![Method::Dense],
-        sparsities: vec![0.5],
-        seeds: vec![0],
-        sizes: Some(Sizes {
+    let config = ExperimentConfig::default().with(|c| {
+        c.tasks = vec![task];
+        c.cells = vec![Cell::Lstm];
+        c.methods = vec![Method::Dense];
+        c.sparsities = vec![0.5];
+        c.seeds = vec![0];
+        c.sizes = Some(Sizes {
             train: 4000,
             valid: 300,
             test: 500,
-        }),
-        hidden: Some(vec![32]),
-        training: Some(TrainConfig {
-            epochs: 6,
-            learning_rate: 5e-3,
-            ..TrainConfig::default()
-        }),
-        finetune_epochs: 0,
-        ..ExperimentConfig::default()
-    };
-    let rows = run(&config, &|_| {}).unwrap();
+        });
+        c.hidden = Some(vec![32]);
+        c.training = Some(TrainConfig::default().with(|c| {
+            c.epochs = 6;
+            c.learning_rate = 5e-3;
+        }));
+        c.finetune_epochs = 0;
+    });
+    let rows = run(&config, &NoProgress).unwrap();
     let dense = rows[0].accuracy_dense.unwrap();
     assert!(dense > 0.8, "{dense}");
 }

@@ -2,7 +2,7 @@
 
 use candle_core::{Device, Tensor};
 use prune_lattice::{
-    Cell, Error,
+    Cell, Error, NoProgress,
     centrality::Centrality,
     data::{Dataset, Examples, Inputs, Sequences, Targets},
     influence::{Aggregate, StackEdges},
@@ -21,16 +21,7 @@ use rand_chacha::ChaCha8Rng;
 use std::collections::HashMap;
 
 fn network(cell: Cell, input: InputKind, hidden: &[usize], outputs: usize) -> Rnn {
-    let mut rnn = Rnn::new(
-        RnnConfig {
-            cell,
-            input,
-            hidden: hidden.to_vec(),
-            outputs,
-        },
-        3,
-    )
-    .unwrap();
+    let mut rnn = Rnn::new(RnnConfig::new(cell, input, hidden.to_vec(), outputs), 3).unwrap();
     let mut rng = ChaCha8Rng::seed_from_u64(9);
     rnn.params_mut()
         .iter_mut()
@@ -80,7 +71,7 @@ fn logits(rnn: &Rnn, input: Input<'_>, steps: usize, batch: usize) -> Vec<f32> {
 
 #[test]
 fn the_flat_forward_agrees_with_candle_for_every_cell_and_input() {
-    for cell in Cell::ALL {
+    for &cell in Cell::ALL {
         for kind in INPUTS {
             let rnn = network(cell, kind, &[7, 5], 4);
             let (x, t) = inputs(kind);
@@ -100,7 +91,7 @@ fn the_flat_forward_agrees_with_candle_for_every_cell_and_input() {
 
 #[test]
 fn a_sequence_read_in_pieces_gives_the_same_states() {
-    for cell in Cell::ALL {
+    for &cell in Cell::ALL {
         let kind = INPUTS[0];
         let rnn = network(cell, kind, &[7, 5], 4);
         let (Inputs::Symbols(s), _) = inputs(kind) else {
@@ -129,7 +120,7 @@ fn a_sequence_read_in_pieces_gives_the_same_states() {
 
 #[test]
 fn renumbered_block_inference_agrees_with_the_masked_network() {
-    for cell in Cell::ALL {
+    for &cell in Cell::ALL {
         for method in [
             Method::Strength,
             Method::Magnitude,
@@ -166,7 +157,7 @@ fn renumbered_block_inference_agrees_with_the_masked_network() {
 
 #[test]
 fn removing_neurons_equals_masking_them_everywhere() {
-    for cell in Cell::ALL {
+    for &cell in Cell::ALL {
         for kind in INPUTS {
             let rnn = network(cell, kind, &[9, 6], 4);
             let keep = vec![
@@ -238,23 +229,13 @@ fn memory_task() -> Dataset {
 #[test]
 fn every_cell_learns_a_task_that_needs_memory_and_pruned_weights_stay_zero_in_fine_tuning() {
     let data = memory_task();
-    for cell in Cell::ALL {
-        let mut rnn = Rnn::new(
-            RnnConfig {
-                cell,
-                input: data.input,
-                hidden: vec![20],
-                outputs: 2,
-            },
-            1,
-        )
-        .unwrap();
-        let config = TrainConfig {
-            epochs: 30,
-            learning_rate: 5e-3,
-            ..TrainConfig::default()
-        };
-        train(&mut rnn, &data, &config, &MaskSet::default(), &|_| {}).unwrap();
+    for &cell in Cell::ALL {
+        let mut rnn = Rnn::new(RnnConfig::new(cell, data.input, vec![20], 2), 1).unwrap();
+        let config = TrainConfig::default().with(|c| {
+            c.epochs = 30;
+            c.learning_rate = 5e-3;
+        });
+        train(&mut rnn, &data, &config, &MaskSet::default(), &NoProgress).unwrap();
         let dense = evaluate(&rnn, &data.test).unwrap().accuracy.unwrap();
         assert!(dense > 0.95, "{cell}: {dense}");
         let (masks, report) = prune(&rnn, &PruneConfig::new(Method::LatticeContext, 0.5)).unwrap();
@@ -262,12 +243,9 @@ fn every_cell_learns_a_task_that_needs_memory_and_pruned_weights_stay_zero_in_fi
         train(
             &mut rnn,
             &data,
-            &TrainConfig {
-                epochs: 2,
-                ..config
-            },
+            &config.with(|c| c.epochs = 2),
             &masks,
-            &|_| {},
+            &NoProgress,
         )
         .unwrap();
         let mut again = rnn.clone();
@@ -280,22 +258,12 @@ fn every_cell_learns_a_task_that_needs_memory_and_pruned_weights_stay_zero_in_fi
 fn training_is_the_same_for_the_same_seed() {
     let data = memory_task();
     let run = |seed| {
-        let mut rnn = Rnn::new(
-            RnnConfig {
-                cell: Cell::Gru,
-                input: data.input,
-                hidden: vec![8],
-                outputs: 2,
-            },
-            1,
-        )
-        .unwrap();
-        let config = TrainConfig {
-            epochs: 2,
-            seed,
-            ..TrainConfig::default()
-        };
-        train(&mut rnn, &data, &config, &MaskSet::default(), &|_| {}).unwrap();
+        let mut rnn = Rnn::new(RnnConfig::new(Cell::Gru, data.input, vec![8], 2), 1).unwrap();
+        let config = TrainConfig::default().with(|c| {
+            c.epochs = 2;
+            c.seed = seed;
+        });
+        train(&mut rnn, &data, &config, &MaskSet::default(), &NoProgress).unwrap();
         rnn
     };
     assert_eq!(run(4), run(4));
@@ -305,24 +273,14 @@ fn training_is_the_same_for_the_same_seed() {
 #[test]
 fn a_diverging_run_is_an_error() {
     let data = memory_task();
-    let mut rnn = Rnn::new(
-        RnnConfig {
-            cell: Cell::Relu,
-            input: data.input,
-            hidden: vec![8],
-            outputs: 2,
-        },
-        1,
-    )
-    .unwrap();
-    let config = TrainConfig {
-        epochs: 50,
-        learning_rate: 1e30,
-        clip: 1e30,
-        ..TrainConfig::default()
-    };
+    let mut rnn = Rnn::new(RnnConfig::new(Cell::Relu, data.input, vec![8], 2), 1).unwrap();
+    let config = TrainConfig::default().with(|c| {
+        c.epochs = 50;
+        c.learning_rate = 1e30;
+        c.clip = 1e30;
+    });
     assert!(matches!(
-        train(&mut rnn, &data, &config, &MaskSet::default(), &|_| {}),
+        train(&mut rnn, &data, &config, &MaskSet::default(), &NoProgress),
         Err(Error::Diverged { .. })
     ));
 }
@@ -356,10 +314,7 @@ fn checkpoints_round_trip_and_accept_pytorch_names() {
         "rnn.bias_hh_l0".into(),
         Tensor::from_vec(hh, 12, &Device::Cpu).unwrap(),
     );
-    let names = CheckpointNames {
-        dense_input: true,
-        ..CheckpointNames::default()
-    };
+    let names = CheckpointNames::default().with(|c| c.dense_input = true);
     let back = Rnn::from_tensors(&t, &names).unwrap();
     for (a, b) in back.params().iter().zip(rnn.params().iter()) {
         assert!(
@@ -415,10 +370,7 @@ fn bad_checkpoints_are_typed_errors() {
         Rnn::from_tensors(&t, &names),
         Err(Error::Setting { .. })
     ));
-    let names = CheckpointNames {
-        cell: Some(Cell::Gru),
-        ..names
-    };
+    let names = names.with(|c| c.cell = Some(Cell::Gru));
     assert!(matches!(
         Rnn::from_tensors(&tensors(), &names),
         Err(Error::Shape { .. })
@@ -455,14 +407,11 @@ fn inputs_that_do_not_fit_are_typed_errors() {
 
 #[test]
 fn every_method_meets_its_budget_exactly() {
-    for cell in Cell::ALL {
+    for &cell in Cell::ALL {
         let rnn = network(cell, INPUTS[0], &[24, 17], 5);
-        for method in Method::ALL {
+        for &method in Method::ALL {
             for s in [0.0, 0.3, 0.5, 0.75, 0.9, 0.99] {
-                let config = PruneConfig {
-                    seed: 3,
-                    ..PruneConfig::new(method, s)
-                };
+                let config = PruneConfig::new(method, s).with(|c| c.seed = 3);
                 let (masks, report) = prune(&rnn, &config).unwrap();
                 let mut expected = 0;
                 for n in [24usize, 17] {
@@ -497,22 +446,13 @@ fn scopes_rules_and_competition_do_what_they_say() {
     };
     let names = |config: &PruneConfig| pruned(config).into_iter().map(|p| p.0).collect::<Vec<_>>();
     assert_eq!(
-        names(&PruneConfig {
-            scope: Scope::I2h,
-            ..base.clone()
-        }),
+        names(&base.clone().with(|c| c.scope = Scope::I2h)),
         ["rnn.weight_ih_l0", "rnn.weight_ih_l1"]
     );
-    let both = PruneConfig {
-        scope: Scope::Both,
-        ..base.clone()
-    };
+    let both = base.clone().with(|c| c.scope = Scope::Both);
     assert_eq!(names(&both).len(), 4);
     // Global competition: one threshold, different shares, the same total.
-    let global = PruneConfig {
-        compete: Compete::Global,
-        ..both.clone()
-    };
+    let global = both.clone().with(|c| c.compete = Compete::Global);
     assert!(pruned(&global).iter().any(|(_, s)| (s - 0.6).abs() > 0.02));
     assert_eq!(
         prune(&rnn, &global).unwrap().0.pruned(),
@@ -532,14 +472,7 @@ fn scopes_rules_and_competition_do_what_they_say() {
     }
     assert!(smallest_kept >= largest_pruned);
     // Per gate: the same share in each.
-    let (_, report) = prune(
-        &rnn,
-        &PruneConfig {
-            compete: Compete::PerGate,
-            ..base.clone()
-        },
-    )
-    .unwrap();
+    let (_, report) = prune(&rnn, &base.clone().with(|c| c.compete = Compete::PerGate)).unwrap();
     assert!(
         report.layers[0]
             .gates
@@ -553,31 +486,23 @@ fn scopes_rules_and_competition_do_what_they_say() {
             MaskRule::Either,
             MaskRule::WeightedMagnitude { lambda: 1.0 },
         ] {
-            let shares = pruned(&PruneConfig {
-                method,
-                rule,
-                ..both.clone()
-            });
+            let shares = pruned(&both.clone().with(|c| {
+                c.method = method;
+                c.rule = rule;
+            }));
             assert!(shares.len() == 4 && shares.iter().all(|(_, s)| (s - 0.6).abs() < 0.01));
         }
     }
-    let plain = PruneConfig {
-        method: Method::Strength,
-        rule: MaskRule::WeightedMagnitude { lambda: 0.0 },
-        ..base.clone()
-    };
+    let plain = base.clone().with(|c| {
+        c.method = Method::Strength;
+        c.rule = MaskRule::WeightedMagnitude { lambda: 0.0 };
+    });
     assert_eq!(
         prune(&rnn, &plain).unwrap().0,
         prune(&rnn, &base).unwrap().0
     );
     assert!(matches!(
-        prune(
-            &rnn,
-            &PruneConfig {
-                method: Method::Ws,
-                ..both
-            }
-        ),
+        prune(&rnn, &both.with(|c| c.method = Method::Ws)),
         Err(Error::Setting {
             setting: "scope",
             ..
@@ -594,11 +519,10 @@ fn the_rule_both_keeps_connections_among_the_best_neurons_and_either_all_that_to
     let mask = |rule, sparsity| {
         let (masks, _) = prune(
             &rnn,
-            &PruneConfig {
-                rule,
-                sparsity,
-                ..config.clone()
-            },
+            &config.clone().with(|c| {
+                c.rule = rule;
+                c.sparsity = sparsity;
+            }),
         )
         .unwrap();
         masks.get("rnn.weight_hh_l0").unwrap().keep().clone()
@@ -714,38 +638,27 @@ fn every_setting_of_the_lattice_meets_its_budget_on_a_stack() {
         Centrality::Reach,
         Centrality::Betweenness,
     ] {
-        settings.push(LatticeConfig {
-            centrality,
-            ..base.clone()
-        });
+        settings.push(base.clone().with(|c| c.centrality = centrality));
     }
     for verdict in [Verdict::Meet, Verdict::Join, Verdict::Both] {
         for connected in [Connected::No, Connected::InOrOut, Connected::InAndOut] {
-            settings.push(LatticeConfig {
-                verdict,
-                connected,
-                beta: 0.0,
-                ..base.clone()
-            });
+            settings.push(base.clone().with(|c| {
+                c.verdict = verdict;
+                c.connected = connected;
+                c.beta = 0.0;
+            }));
         }
     }
     for orientation in [RankBy::Strength, RankBy::PageRank, RankBy::FeedbackArc] {
-        settings.push(LatticeConfig {
-            orientation,
-            ..base.clone()
-        });
+        settings.push(base.clone().with(|c| c.orientation = orientation));
     }
     for connected in [Connected::InAndOut, Connected::InOrOut] {
-        settings.push(LatticeConfig {
-            edges: StackEdges::LayerGraded,
-            connected,
-            ..base.clone()
-        });
+        settings.push(base.clone().with(|c| {
+            c.edges = StackEdges::LayerGraded;
+            c.connected = connected;
+        }));
     }
-    settings.push(LatticeConfig {
-        aggregate: Aggregate::Gate(2),
-        ..base
-    });
+    settings.push(base.with(|c| c.aggregate = Aggregate::Gate(2)));
     let kept = 3 * (100 + 49);
     for lattice in settings {
         for method in [
@@ -753,10 +666,7 @@ fn every_setting_of_the_lattice_meets_its_budget_on_a_stack() {
             Method::LatticeReachability,
             Method::LatticeOriented,
         ] {
-            let config = PruneConfig {
-                lattice: lattice.clone(),
-                ..PruneConfig::new(method, 0.75)
-            };
+            let config = PruneConfig::new(method, 0.75).with(|c| c.lattice = lattice.clone());
             match prune(&rnn, &config) {
                 Ok((masks, report)) => {
                     assert_eq!(

@@ -46,34 +46,25 @@ pub(super) struct LatticeArgs {
 
 impl LatticeArgs {
     pub(super) fn config(self, seed: u64) -> lattice::Config {
-        let defaults = ExperimentConfig::default();
-        lattice::Config {
-            experiment: ExperimentConfig {
-                tasks: if self.task.is_empty() {
-                    defaults.tasks
-                } else {
-                    self.task
-                },
-                cells: if self.cell.is_empty() {
-                    defaults.cells
-                } else {
-                    self.cell
-                },
+        let experiment = ExperimentConfig::default().with(|c| {
+            if !self.task.is_empty() {
+                c.tasks = self.task;
+            }
+            if !self.cell.is_empty() {
+                c.cells = self.cell;
+            }
+            if !self.method.is_empty() {
                 // The dense network is always there to be compared with.
-                methods: if self.method.is_empty() {
-                    defaults.methods
-                } else {
-                    [vec![Method::Dense], self.method].concat()
-                },
-                sparsities: if self.sparsity.is_empty() {
-                    defaults.sparsities
-                } else {
-                    self.sparsity
-                },
-                seeds: (seed..seed.saturating_add(self.seeds.get())).collect(),
-                finetune_epochs: self.finetune_epochs,
-                ..ExperimentConfig::default()
-            },
+                c.methods = [vec![Method::Dense], self.method].concat();
+            }
+            if !self.sparsity.is_empty() {
+                c.sparsities = self.sparsity;
+            }
+            c.seeds = (seed..seed.saturating_add(self.seeds.get())).collect();
+            c.finetune_epochs = self.finetune_epochs;
+        });
+        lattice::Config {
+            experiment,
             checkpoint: self.weights.zip(self.vocab).zip(self.text).map(
                 |((weights, vocab), text)| lattice::CheckpointConfig {
                     weights,

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use anyhow::{Context, Result};
 use prune_lattice::data::{Dataset, Examples};
 use prune_lattice::experiment::{self, ExperimentConfig, Stage, Trained, measure_speed, verdict};
-use prune_lattice::layout::Diagram;
+use prune_lattice::hasse::Diagram;
 use prune_lattice::order::{Cut, Poset, thresholds};
 use prune_lattice::prune::{Method, PruneConfig, influence_of, layers_of};
 use prune_lattice::rnn::{CheckpointNames, Rnn, TrainConfig};
@@ -16,7 +16,6 @@ use super::perplexity::file_name;
 use crate::cli::Common;
 use crate::column::Column;
 use crate::plot::{Axis, Plot, Reference, Series};
-use crate::progress::Progress;
 use crate::report::{Figure, Section};
 use crate::row::{DENSE, Measure, Row, mean_over_seeds};
 
@@ -64,13 +63,11 @@ pub fn run(common: &Common, config: &Config) -> Result<Vec<Section>> {
                 data,
                 training,
             } = &trained;
-            let report = |event| show(&bar, event);
-            let rows =
-                experiment::run_model(&name, rnn, data, &config.experiment, training, &report)?;
+            let rows = experiment::run_model(&name, rnn, data, &config.experiment, training, &bar)?;
             (rows, trained, name)
         }
         None => {
-            let rows = experiment::run(&config.experiment, &|event| show(&bar, event))?;
+            let rows = experiment::run(&config.experiment, &bar)?;
             let experiment = &config.experiment;
             let (task, cell) = experiment
                 .tasks
@@ -78,7 +75,7 @@ pub fn run(common: &Common, config: &Config) -> Result<Vec<Section>> {
                 .zip(experiment.cells.first())
                 .context("--task and --cell name nothing to run")?;
             let seed = experiment.seeds.first().copied().unwrap_or_default();
-            let trained = experiment::train_dense(experiment, task, *cell, seed, &|_| ())?;
+            let trained = experiment::train_dense(experiment, task, *cell, seed, &bar)?;
             (rows, trained, task.to_string())
         }
     };
@@ -103,15 +100,6 @@ pub fn run(common: &Common, config: &Config) -> Result<Vec<Section>> {
     Ok(sections)
 }
 
-fn show(bar: &Progress, event: experiment::Progress) {
-    match event {
-        experiment::Progress::Pruned { done, total } => bar.set(done as u64, total as u64),
-        experiment::Progress::Epoch { task, epoch, .. } => {
-            bar.set_label(format!("training {task}, epoch {}", epoch.epoch + 1));
-        }
-    }
-}
-
 fn open(config: &CheckpointConfig) -> Result<Trained> {
     let rnn = Rnn::load(&config.weights, &CheckpointNames::default())?;
     let text =
@@ -127,12 +115,11 @@ fn open(config: &CheckpointConfig) -> Result<Trained> {
         input: rnn.config().input,
         outputs: rnn.config().outputs,
     };
-    let training = TrainConfig {
-        learning_rate: 1e-3,
-        batch: 32,
-        window: 64,
-        ..TrainConfig::default()
-    };
+    let training = TrainConfig::default().with(|c| {
+        c.learning_rate = 1e-3;
+        c.batch = 32;
+        c.window = 64;
+    });
     Ok(Trained {
         rnn,
         data,

@@ -15,14 +15,16 @@ pub use verdict::{Comparison, Outcome, compare, verdict};
 use crate::{
     cell::Cell,
     mask::MaskRule,
+    names::with,
     prune::{Compete, LatticeConfig, Method, PruneConfig, Scope, Sparsity},
-    rnn::{Epoch, TrainConfig},
+    rnn::TrainConfig,
     tasks::{Sizes, Task},
 };
 use serde::{Deserialize, Serialize};
 
 /// What to run. `None` leaves the choice to the task's defaults.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct ExperimentConfig {
     /// Tasks.
     pub tasks: Vec<Task>,
@@ -57,6 +59,8 @@ pub struct ExperimentConfig {
 /// Controls without which no row of a lattice method means anything.
 pub const CONTROLS: [Method; 3] = [Method::ZeroWhh, Method::Random, Method::Threshold];
 
+with!(ExperimentConfig);
+
 impl Default for ExperimentConfig {
     /// The default suite: Reber strings, row digits and counting modulo 3 with LSTMs, all methods at 50, 75 and 90 %, three
     /// seeds.
@@ -85,7 +89,7 @@ impl ExperimentConfig {
     /// The methods with the controls, each once, in the order of [`Method::ALL`].
     pub fn all_methods(&self) -> Vec<Method> {
         let wanted = |m: &Method| self.methods.contains(m) || CONTROLS.contains(m);
-        Method::ALL.into_iter().filter(wanted).collect()
+        Method::ALL.iter().copied().filter(wanted).collect()
     }
 
     pub(crate) fn prune_config(&self, method: Method, sparsity: f64, seed: u64) -> PruneConfig {
@@ -187,27 +191,4 @@ pub struct Row {
     /// Why the method could not be carried out (a degenerate order); loss and accuracy are absent then.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
-}
-
-/// What happens while an experiment runs.
-#[derive(Debug, Clone, PartialEq)]
-pub enum Progress {
-    /// An epoch of training a dense network.
-    Epoch {
-        /// Task.
-        task: String,
-        /// Cell.
-        cell: Cell,
-        /// Seed.
-        seed: u64,
-        /// The epoch.
-        epoch: Epoch,
-    },
-    /// A pruned network is done.
-    Pruned {
-        /// Pruned networks done so far.
-        done: usize,
-        /// Pruned networks in all.
-        total: usize,
-    },
 }

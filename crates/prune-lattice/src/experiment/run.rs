@@ -1,6 +1,6 @@
 //! The driver.
 
-use super::{ExperimentConfig, OrderSummary, Progress, Row, Stage};
+use super::{ExperimentConfig, OrderSummary, Row, Stage};
 use crate::{
     cell::Cell,
     data::{Dataset, Examples},
@@ -12,16 +12,16 @@ use crate::{
     tasks::Task,
 };
 use rayon::prelude::*;
-use std::{
-    sync::atomic::{AtomicUsize, Ordering},
-    time::Instant,
-};
+use std::time::Instant;
+use tensor_io::{Cancelled, Progress};
 
-/// Trains a dense network for every task, cell and seed, prunes it by every method at every sparsity, and evaluates it.
+/// Trains a dense network for every task, cell and seed, prunes it by every method at every sparsity, and evaluates it. A
+/// step of `progress` is a pruned network; epochs of training are messages.
 ///
 /// # Errors
-/// Settings or files that cannot be used, or a diverging run. A degenerate order is no error here: its rows say so.
-pub fn run(config: &ExperimentConfig, progress: &(dyn Fn(Progress) + Sync)) -> Result<Vec<Row>> {
+/// Settings or files that cannot be used, a diverging run, or [`Error::Cancelled`]. A degenerate order is no error here: its
+/// rows say so.
+pub fn run(config: &ExperimentConfig, progress: &dyn Progress) -> Result<Vec<Row>> {
     let mut networks = Vec::new();
     for task in &config.tasks {
         for &cell in &config.cells {
@@ -30,10 +30,7 @@ pub fn run(config: &ExperimentConfig, progress: &(dyn Fn(Progress) + Sync)) -> R
             }
         }
     }
-    let counter = Counter {
-        done: AtomicUsize::new(0),
-        total: networks.len() * jobs(config).len(),
-    };
+    progress.begin("pruning", (networks.len() * jobs(config).len()) as u64);
     let rows: Vec<Vec<Row>> = networks
         .into_par_iter()
         .map(|(task, cell, seed)| {
@@ -46,7 +43,6 @@ pub fn run(config: &ExperimentConfig, progress: &(dyn Fn(Progress) + Sync)) -> R
             let session = Session {
                 config,
                 training: &training,
-                counter: &counter,
                 progress,
             };
             let dense = Dense {
@@ -83,29 +79,21 @@ pub fn train_dense(
     task: &Task,
     cell: Cell,
     seed: u64,
-    progress: &(dyn Fn(Progress) + Sync),
+    progress: &dyn Progress,
 ) -> Result<Trained> {
     let data = task.generate(config.sizes.unwrap_or(task.default_sizes()), seed)?;
     let training = TrainConfig {
         seed,
         ..config.training.clone().unwrap_or(task.default_training())
     };
-    let shape = RnnConfig {
-        cell,
-        input: data.input,
-        hidden: config.hidden.clone().unwrap_or(task.default_hidden(cell)),
-        outputs: data.outputs,
-    };
+    let hidden = config.hidden.clone().unwrap_or(task.default_hidden(cell));
+    let shape = RnnConfig::new(cell, data.input, hidden, data.outputs);
     let mut rnn = Rnn::new(shape, seed)?;
-    let name = task.to_string();
-    train(&mut rnn, &data, &training, &MaskSet::default(), &|epoch| {
-        progress(Progress::Epoch {
-            task: name.clone(),
-            cell,
-            seed,
-            epoch: epoch.clone(),
-        });
-    })?;
+    let inner = Inner {
+        outer: progress,
+        name: format!("training {task} {cell}, seed {seed}"),
+    };
+    train(&mut rnn, &data, &training, &MaskSet::default(), &inner)?;
     Ok(Trained {
         rnn,
         data,
@@ -124,16 +112,12 @@ pub fn run_model(
     data: &Dataset,
     config: &ExperimentConfig,
     training: &TrainConfig,
-    progress: &(dyn Fn(Progress) + Sync),
+    progress: &dyn Progress,
 ) -> Result<Vec<Row>> {
-    let counter = Counter {
-        done: AtomicUsize::new(0),
-        total: config.seeds.len() * jobs(config).len(),
-    };
+    progress.begin("pruning", (config.seeds.len() * jobs(config).len()) as u64);
     let session = Session {
         config,
         training,
-        counter: &counter,
         progress,
     };
     let dense = Dense {
@@ -150,9 +134,20 @@ pub fn run_model(
     Ok(rows.into_iter().flatten().collect())
 }
 
-struct Counter {
-    done: AtomicUsize,
-    total: usize,
+/// The progress of a call inside a step: it can cancel and its messages are passed on, its steps do not count.
+struct Inner<'a> {
+    outer: &'a dyn Progress,
+    name: String,
+}
+
+impl Progress for Inner<'_> {
+    fn advance(&self, _steps: u64) -> std::result::Result<(), Cancelled> {
+        self.outer.advance(0)
+    }
+
+    fn message(&self, text: &str) {
+        self.outer.message(&format!("{}, {text}", self.name));
+    }
 }
 
 /// Methods and sparsities; `dense` and `zero-whh` know no sparsity and run once.
@@ -179,8 +174,16 @@ struct Dense<'a> {
 struct Session<'a> {
     config: &'a ExperimentConfig,
     training: &'a TrainConfig,
-    counter: &'a Counter,
-    progress: &'a (dyn Fn(Progress) + Sync),
+    progress: &'a dyn Progress,
+}
+
+impl Session<'_> {
+    fn inner(&self, name: impl Into<String>) -> Inner<'_> {
+        Inner {
+            outer: self.progress,
+            name: name.into(),
+        }
+    }
 }
 
 impl Dense<'_> {
@@ -189,11 +192,7 @@ impl Dense<'_> {
             .into_par_iter()
             .map(|(method, sparsity)| {
                 let rows = self.prune_one(method, sparsity, session, seed)?;
-                let done = session.counter.done.fetch_add(1, Ordering::Relaxed) + 1;
-                (session.progress)(Progress::Pruned {
-                    done,
-                    total: session.counter.total,
-                });
+                session.progress.advance(1)?;
                 Ok(rows)
             })
             .collect::<Result<_>>()?;
@@ -232,7 +231,8 @@ impl Dense<'_> {
                 seed: seed.wrapping_add(1),
                 ..(*training).clone()
             };
-            train(&mut rnn, self.data, &tuning, &masks, &|_| {})?;
+            let inner = session.inner(format!("fine-tuning {} after {method}", self.name));
+            train(&mut rnn, self.data, &tuning, &masks, &inner)?;
             let test = evaluate(&rnn, &self.data.test)?;
             rows.push(self.row(
                 &report,
@@ -254,7 +254,8 @@ impl Dense<'_> {
             &rnn,
             &session.config.prune_config(Method::ZeroWhh, 0.0, seed),
         )?;
-        train(&mut rnn, self.data, session.training, &masks, &|_| {})?;
+        let inner = session.inner(format!("training {} without W_hh", self.name));
+        train(&mut rnn, self.data, session.training, &masks, &inner)?;
         let test = evaluate(&rnn, &self.data.test)?;
         Ok(self.row(&report, &masks, Stage::FromScratch, 0, test, start))
     }

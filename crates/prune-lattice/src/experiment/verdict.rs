@@ -131,7 +131,7 @@ pub fn compare(rows: &[Row]) -> Vec<Comparison> {
 pub fn verdict(rows: &[Row]) -> Vec<String> {
     let comparisons = compare(rows);
     let mut lines = Vec::new();
-    for method in Method::ALL.into_iter().filter(|m| m.is_lattice()) {
+    for &method in Method::ALL.iter().filter(|m| m.is_lattice()) {
         for stage in [Stage::OneShot, Stage::FineTuned] {
             let here: Vec<&Comparison> = comparisons
                 .iter()

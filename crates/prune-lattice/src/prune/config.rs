@@ -5,6 +5,7 @@ use crate::{
     centrality::Centrality,
     influence::{Aggregate, StackEdges},
     mask::MaskRule,
+    names::with,
     order::{Connected, Cut, RankBy, Verdict, default_cuts},
 };
 use serde::{Deserialize, Serialize};
@@ -12,6 +13,7 @@ use serde::{Deserialize, Serialize};
 /// Which matrices are pruned. Biases, embedding and read-out never are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
+#[non_exhaustive]
 pub enum Scope {
     /// `W_hh`
     #[default]
@@ -35,6 +37,7 @@ impl Scope {
 /// Within what weights compete for magnitude pruning.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
 pub enum Compete {
     /// One threshold for all pruned matrices of all layers (as the code of arXiv 2407.20601 does).
     Global,
@@ -47,6 +50,7 @@ pub enum Compete {
 
 /// How neurons are scored by order: `share of cuts + beta * centrality`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct LatticeConfig {
     /// How the gates of a connection become one number.
     pub aggregate: Aggregate,
@@ -83,6 +87,7 @@ impl Default for LatticeConfig {
 
 /// A pruning run.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct PruneConfig {
     /// What chooses.
     pub method: Method,
@@ -117,3 +122,5 @@ impl PruneConfig {
         }
     }
 }
+
+with!(LatticeConfig, PruneConfig);

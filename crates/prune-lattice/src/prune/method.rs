@@ -1,82 +1,42 @@
 //! The methods by name.
 
-use crate::error::Error;
-use serde::{Deserialize, Serialize};
-use std::{fmt, str::FromStr};
+use crate::names::named;
 
-/// A way of choosing what stays. The lattice methods and every control go through the same call.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Method {
-    /// Nothing is pruned.
-    Dense,
-    /// Irreducible rows of the one-step context, persistence over cuts, plus centrality. The default lattice.
-    LatticeContext,
-    /// Meet-irreducible classes of the reachability order.
-    LatticeReachability,
-    /// Meet-irreducible elements of the order along a ranking.
-    LatticeOriented,
-    /// Control: the same score for the neurons that are *reducible* in the context.
-    Reducible,
-    /// Control: neurons by the sum of their influences, no order.
-    Strength,
-    /// Control: random neurons under the same mask rule.
-    RandomNeurons,
-    /// Largest weights.
-    Magnitude,
-    /// Random weights.
-    Random,
-    /// Largest influences (all gates of a connection together), no order.
-    Threshold,
-    /// `W_hh = 0`, whatever the sparsity.
-    ZeroWhh,
-    /// A Watts–Strogatz graph as the mask.
-    Ws,
-    /// A Barabási–Albert graph as the mask.
-    Ba,
-    /// An Erdős–Rényi graph as the mask.
-    Er,
+named! {
+    /// A way of choosing what is kept. The lattice methods and every baseline go through the same call.
+    pub enum Method as "method" {
+        /// Nothing is pruned.
+        Dense = "dense",
+        /// Irreducible rows of the one-step context, persistence over cuts, plus centrality. The default lattice.
+        LatticeContext = "lattice-context",
+        /// Meet-irreducible classes of the reachability order.
+        LatticeReachability = "lattice-reachability",
+        /// Meet-irreducible elements of the order along a ranking.
+        LatticeOriented = "lattice-oriented",
+        /// Baseline: the same score for the neurons that are *reducible* in the context.
+        Reducible = "reducible",
+        /// Baseline: neurons by the sum of their influences, no order.
+        Strength = "strength",
+        /// Baseline: random neurons under the same mask rule.
+        RandomNeurons = "random-neurons",
+        /// Largest weights.
+        Magnitude = "magnitude",
+        /// Random weights.
+        Random = "random",
+        /// Largest influences (all gates of a connection together), no order.
+        Threshold = "threshold",
+        /// `W_hh = 0`, whatever the sparsity.
+        ZeroWhh = "zero-whh",
+        /// A Watts–Strogatz graph as the mask.
+        Ws = "ws",
+        /// A Barabási–Albert graph as the mask.
+        Ba = "ba",
+        /// An Erdős–Rényi graph as the mask.
+        Er = "er",
+    }
 }
 
 impl Method {
-    /// All methods.
-    pub const ALL: [Method; 14] = [
-        Method::Dense,
-        Method::LatticeContext,
-        Method::LatticeReachability,
-        Method::LatticeOriented,
-        Method::Reducible,
-        Method::Strength,
-        Method::RandomNeurons,
-        Method::Magnitude,
-        Method::Random,
-        Method::Threshold,
-        Method::ZeroWhh,
-        Method::Ws,
-        Method::Ba,
-        Method::Er,
-    ];
-
-    /// Its name, as in reports and on command lines.
-    pub fn name(self) -> &'static str {
-        match self {
-            Method::Dense => "dense",
-            Method::LatticeContext => "lattice-context",
-            Method::LatticeReachability => "lattice-reachability",
-            Method::LatticeOriented => "lattice-oriented",
-            Method::Reducible => "reducible",
-            Method::Strength => "strength",
-            Method::RandomNeurons => "random-neurons",
-            Method::Magnitude => "magnitude",
-            Method::Random => "random",
-            Method::Threshold => "threshold",
-            Method::ZeroWhh => "zero-whh",
-            Method::Ws => "ws",
-            Method::Ba => "ba",
-            Method::Er => "er",
-        }
-    }
-
     /// Whether it decides by an order.
     pub fn is_lattice(self) -> bool {
         matches!(
@@ -92,25 +52,5 @@ impl Method {
                 self,
                 Method::Reducible | Method::Strength | Method::RandomNeurons
             )
-    }
-}
-
-impl fmt::Display for Method {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(self.name())
-    }
-}
-
-impl FromStr for Method {
-    type Err = Error;
-    fn from_str(name: &str) -> Result<Self, Error> {
-        Method::ALL
-            .into_iter()
-            .find(|m| m.name() == name)
-            .ok_or_else(|| Error::UnknownName {
-                kind: "method",
-                name: name.into(),
-                expected: Method::ALL.map(Method::name).join(", "),
-            })
     }
 }

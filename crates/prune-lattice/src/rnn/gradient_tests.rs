@@ -91,7 +91,7 @@ const INPUTS: [InputKind; 3] = [
 
 #[test]
 fn gradients_agree_with_candles_autograd_for_every_parameter() {
-    for cell in Cell::ALL {
+    for &cell in Cell::ALL {
         for input in INPUTS {
             let case = Case::new(cell, input);
             let mut gradients = case.rnn.params().zeros_like();
@@ -145,7 +145,7 @@ fn gradients_agree_with_candles_autograd_for_every_parameter() {
 #[test]
 fn gradients_agree_with_finite_differences_when_sequences_end_at_different_steps() {
     let rows = [BATCH, 4 * BATCH + 1, 2 * BATCH + 2];
-    for cell in Cell::ALL {
+    for &cell in Cell::ALL {
         let case = Case::new(cell, INPUTS[1]);
         let mut gradients = case.rnn.params().zeros_like();
         case.loss(&case.rnn, Some(&rows), Some(&mut gradients));

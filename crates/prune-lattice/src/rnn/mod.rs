@@ -4,21 +4,33 @@
 //! time step ([`Tape`], explicit backward pass), because candle's autograd pays more per small operation than the operation
 //! costs; [`graph`] is the same network in candle, differentiable, and the reference of the tests.
 
+#[cfg(feature = "train")]
 mod activation;
+#[cfg(feature = "train")]
 mod adam;
+#[cfg(feature = "train")]
 mod compact;
-mod gemm;
-#[cfg(test)]
+#[cfg(all(test, feature = "train"))]
 mod gradient_tests;
+#[cfg(feature = "train")]
 pub mod graph;
+#[cfg(feature = "train")]
 mod loss;
 mod model;
+#[cfg(feature = "train")]
 mod packed;
+#[cfg(feature = "train")]
+mod product;
+#[cfg(feature = "train")]
 mod tape;
+#[cfg(feature = "train")]
 mod train;
 
-pub use compact::CompactRnn;
-pub use loss::Evaluation;
 pub use model::{CheckpointNames, InputKind, Rnn, RnnConfig, Role};
-pub use tape::{Input, State, Tape};
-pub use train::{Epoch, TrainConfig, TrainReport, evaluate, train};
+#[cfg(feature = "train")]
+pub use {
+    compact::CompactRnn,
+    loss::Evaluation,
+    tape::{Input, State, Tape},
+    train::{Epoch, TrainConfig, TrainReport, evaluate, train},
+};

@@ -4,6 +4,7 @@ use crate::{
     cell::Cell,
     error::{Error, Result},
     io,
+    names::with,
     params::{Param, ParamSet, take},
     seed,
 };
@@ -55,6 +56,7 @@ impl InputKind {
 
 /// Shape of a network.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct RnnConfig {
     /// Cell of every layer.
     pub cell: Cell,
@@ -94,6 +96,7 @@ pub struct Rnn {
 
 /// The parameters of one layer.
 #[derive(Debug, Clone, Copy)]
+#[cfg_attr(not(feature = "train"), allow(dead_code))]
 pub(crate) struct LayerRef<'a> {
     pub(crate) hidden: usize,
     pub(crate) width: usize,
@@ -104,6 +107,21 @@ pub(crate) struct LayerRef<'a> {
 }
 
 impl RnnConfig {
+    /// A stack of layers of one cell with a linear read-out of width `outputs`.
+    pub fn new(
+        cell: Cell,
+        input: InputKind,
+        hidden: impl Into<Vec<usize>>,
+        outputs: usize,
+    ) -> Self {
+        Self {
+            cell,
+            input,
+            hidden: hidden.into(),
+            outputs,
+        }
+    }
+
     fn check(&self) -> Result<()> {
         let empty = self.hidden.is_empty()
             || self.hidden.contains(&0)
@@ -147,6 +165,7 @@ impl RnnConfig {
     }
 
     /// Index of the read-out's weight; its bias follows.
+    #[cfg(feature = "train")]
     pub(crate) fn output_slot(&self) -> usize {
         self.layer_slot(self.hidden.len())
     }
@@ -154,6 +173,7 @@ impl RnnConfig {
 
 /// How a checkpoint names its tensors.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct CheckpointNames {
     /// What stands before `.weight_hh_l0`; found by itself when `None`.
     pub prefix: Option<String>,
@@ -178,6 +198,8 @@ impl Default for CheckpointNames {
         }
     }
 }
+
+with!(RnnConfig, CheckpointNames);
 
 const HH_L0: &str = "weight_hh_l0";
 

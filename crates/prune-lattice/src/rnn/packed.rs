@@ -4,8 +4,8 @@
 //! four times as fast as with the `[gates * H, sources]` of checkpoints, and for a single row it becomes a sum of rows.
 
 use super::{
-    gemm::{Store, View, gemm},
     model::{InputKind, LayerRef, Rnn},
+    product::{Store, View, product},
 };
 use crate::cell::Cell;
 use std::ops::Range;
@@ -53,7 +53,7 @@ fn add_product(
         }
         return;
     }
-    gemm(
+    product(
         dst,
         stride,
         Store::Add,

@@ -5,9 +5,9 @@
 
 use super::{
     activation::{sigmoid, tanh, tanh_into, tanh_of},
-    gemm::{Store, View, gemm},
     model::{InputKind, LayerRef, Rnn},
     packed::{Packed, PackedLayer},
+    product::{Store, View, product},
 };
 use crate::{
     cell::Cell,
@@ -230,7 +230,7 @@ impl Tape {
         let gathered = rows.map(|rows| self.gather_top(rnn, rows));
         let top = gathered.as_deref().unwrap_or(self.top());
         let d = View::new(d_logits, count, config.outputs);
-        gemm(
+        product(
             gradients.slot_mut(out),
             h,
             Store::Add,
@@ -242,10 +242,10 @@ impl Tape {
         self.d_out.clear();
         self.d_out.resize(positions * h, 0.0);
         match rows {
-            None => gemm(&mut self.d_out, h, Store::Replace, d, w_out),
+            None => product(&mut self.d_out, h, Store::Replace, d, w_out),
             Some(rows) => {
                 let mut picked = vec![0.0; count * h];
-                gemm(&mut picked, h, Store::Replace, d, w_out);
+                product(&mut picked, h, Store::Replace, d, w_out);
                 for (&r, p) in rows.iter().zip(picked.chunks_exact(h)) {
                     self.d_out[r * h..(r + 1) * h]
                         .iter_mut()
@@ -279,11 +279,11 @@ impl Tape {
                 let rz = View::strided(&tape.gates, positions, 2 * h, gh);
                 let candidate = View::new(&tape.aux, positions, h);
                 let (g_rz, g_n) = gradients.slot_mut(slot + 1).split_at_mut(2 * h * h);
-                gemm(g_rz, h, Store::Add, rz.t(), before);
-                gemm(g_n, h, Store::Add, candidate.t(), before);
+                product(g_rz, h, Store::Add, rz.t(), before);
+                product(g_n, h, Store::Add, candidate.t(), before);
                 add_rows(gradients.slot_mut(slot + 3), &tape.aux);
             } else {
-                gemm(gradients.slot_mut(slot + 1), h, Store::Add, d.t(), before);
+                product(gradients.slot_mut(slot + 1), h, Store::Add, d.t(), before);
             }
             add_rows(gradients.slot_mut(slot + 2), &tape.gates);
             let width = layer.width;
@@ -292,13 +292,13 @@ impl Tape {
             match (below.last(), input) {
                 (Some(b), _) => {
                     let x = View::new(&b.h[batch * width..], positions, width);
-                    gemm(g_ih, width, Store::Add, d.t(), x);
+                    product(g_ih, width, Store::Add, d.t(), x);
                     self.d_below.resize(positions * width, 0.0);
-                    gemm(&mut self.d_below, width, Store::Replace, d, w_ih);
+                    product(&mut self.d_below, width, Store::Replace, d, w_ih);
                     std::mem::swap(&mut self.d_out, &mut self.d_below);
                     self.d_out.truncate(positions * width);
                 }
-                (None, Input::Vectors(x)) => gemm(
+                (None, Input::Vectors(x)) => product(
                     g_ih,
                     width,
                     Store::Add,
@@ -307,7 +307,7 @@ impl Tape {
                 ),
                 (None, Input::Symbols(s)) => match config.input {
                     InputKind::Embedding { dim, .. } => {
-                        gemm(
+                        product(
                             g_ih,
                             width,
                             Store::Add,
@@ -315,7 +315,7 @@ impl Tape {
                             View::new(&self.embedded, positions, dim),
                         );
                         self.d_below.resize(positions * dim, 0.0);
-                        gemm(&mut self.d_below, dim, Store::Replace, d, w_ih);
+                        product(&mut self.d_below, dim, Store::Replace, d, w_ih);
                         let g = gradients.slot_mut(0);
                         for (&s, row) in s.iter().zip(self.d_below.chunks_exact(dim)) {
                             let at = s as usize * dim;
@@ -499,14 +499,14 @@ impl LayerTape {
         if cell == Cell::Gru {
             let (w_rz, w_n) = layer.w_hh.split_at(2 * h * h);
             let aux = &self.aux[t * size..(t + 1) * size];
-            gemm(
+            product(
                 d_state,
                 h,
                 Store::Add,
                 View::strided(gates, batch, 2 * h, gh),
                 View::new(w_rz, 2 * h, h),
             );
-            gemm(
+            product(
                 d_state,
                 h,
                 Store::Add,
@@ -514,7 +514,7 @@ impl LayerTape {
                 View::new(w_n, h, h),
             );
         } else {
-            gemm(
+            product(
                 d_state,
                 h,
                 Store::Replace,

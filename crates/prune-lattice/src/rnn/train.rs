@@ -11,14 +11,17 @@ use crate::{
     data::{Dataset, Examples, Inputs, Sequences, Targets},
     error::{Error, Result},
     mask::MaskSet,
+    names::with,
     params::ParamSet,
     seed,
 };
 use rand::seq::SliceRandom;
 use serde::{Deserialize, Serialize};
+use tensor_io::Progress;
 
 /// How to train.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct TrainConfig {
     /// Passes over the training split at most.
     pub epochs: usize,
@@ -37,6 +40,8 @@ pub struct TrainConfig {
     /// For the order of the examples.
     pub seed: u64,
 }
+
+with!(TrainConfig);
 
 impl Default for TrainConfig {
     fn default() -> Self {
@@ -73,16 +78,18 @@ pub struct TrainReport {
     pub best: usize,
 }
 
-/// Trains in place. With masks, pruned weights are zero from the start and stay so.
+/// Trains in place. With masks, pruned weights are zero from the start and stay so. A step of `progress` is a batch (for
+/// texts, a window); each epoch is a message.
 ///
 /// # Errors
-/// Settings that cannot be carried out, masks or data that do not fit the network, or a loss that leaves the finite numbers.
+/// Settings that cannot be carried out, masks or data that do not fit the network, a loss that leaves the finite numbers, or
+/// [`Error::Cancelled`]; the weights are then those of the last update.
 pub fn train(
     rnn: &mut Rnn,
     data: &Dataset,
     config: &TrainConfig,
     masks: &MaskSet,
-    progress: &dyn Fn(&Epoch),
+    progress: &dyn Progress,
 ) -> Result<TrainReport> {
     if config.batch == 0
         || config.window == 0
@@ -109,7 +116,9 @@ pub fn train(
         logits: Vec::new(),
         config,
         masks,
+        progress,
     };
+    progress.begin("training", config.epochs as u64 * run.batches(data));
     let mut rng = seed::rng(config.seed, "batches");
     let mut epochs: Vec<Epoch> = Vec::new();
     let mut best: Option<(usize, f64, ParamSet)> = None;
@@ -137,7 +146,11 @@ pub fn train(
             train_loss,
             valid,
         };
-        progress(&entry);
+        progress.message(&format!(
+            "epoch {}: loss {train_loss:.4}, validation {:.4}",
+            epoch + 1,
+            valid.loss
+        ));
         epochs.push(entry);
         if let Some(patience) = config.patience {
             if best.as_ref().is_none_or(|(_, loss, _)| valid.loss < *loss) {
@@ -225,6 +238,7 @@ struct Run<'a> {
     logits: Vec<f32>,
     config: &'a TrainConfig,
     masks: &'a MaskSet,
+    progress: &'a dyn Progress,
 }
 
 impl Run<'_> {
@@ -244,7 +258,20 @@ impl Run<'_> {
             masks,
         )?;
         gradients.clear();
-        Ok(())
+        Ok(self.progress.advance(1)?)
+    }
+
+    /// Updates of one epoch.
+    fn batches(&self, data: &Dataset) -> u64 {
+        let batches = match &data.train {
+            Examples::Sequences(s) => s.len().div_ceil(self.config.batch),
+            Examples::Text(text) => {
+                let symbols = text.len().saturating_sub(1);
+                let lanes = self.config.batch.min(symbols.max(1));
+                (symbols / lanes).div_ceil(self.config.window)
+            }
+        };
+        batches as u64
     }
 
     fn sequences(
