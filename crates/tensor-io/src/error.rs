@@ -1,8 +1,8 @@
 //! Everything that can go wrong with a checkpoint.
 //!
 //! One enum for the crate: each case names the file and the tensor, key or option at fault and says what was expected.
-//! The two formats that can be read from bytes alone, the header of a safetensors file and the index of a sharded
-//! checkpoint, have an error of their own, which [`Error`] wraps with the file.
+//! The formats that can be read from bytes alone (the header of a safetensors file, the index of a sharded checkpoint,
+//! GGUF) have an error of their own, which [`Error`] wraps with the file.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -11,6 +11,7 @@ use candle_core::DType;
 use safetensors::Dtype;
 
 use crate::dtype::BadValue;
+use crate::gguf::GgufError;
 use crate::header::HeaderError;
 use crate::index::IndexError;
 
@@ -87,6 +88,22 @@ pub enum Error {
         file: PathBuf,
         /// The fault, with the tensor's name where one is to blame.
         source: HeaderError,
+    },
+    /// A GGUF file is malformed or not what it should be.
+    #[error("{}: {source}", file.display())]
+    Gguf {
+        /// The GGUF file.
+        file: PathBuf,
+        /// The fault, with the key or tensor where one is to blame.
+        source: GgufError,
+    },
+    /// An importance matrix is malformed.
+    #[error("{}: importance matrix: {reason}", file.display())]
+    Imatrix {
+        /// The file.
+        file: PathBuf,
+        /// The fault, with the entry where one is to blame.
+        reason: String,
     },
     /// The index of a sharded checkpoint is malformed.
     #[error("{}: {source}", file.display())]
@@ -273,6 +290,16 @@ pub enum Error {
         path: PathBuf,
         /// The tensor.
         tensor: String,
+    },
+    /// A tensor was written before its turn, to a file that is written in order.
+    #[error("tensor `{tensor}` was written to {} out of order: `{expected}` comes first", path.display())]
+    OutOfOrder {
+        /// The destination.
+        path: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// The next tensor in order.
+        expected: String,
     },
     /// A tensor was written twice.
     #[error("tensor `{tensor}` was written to {} twice", path.display())]

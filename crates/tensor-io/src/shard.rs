@@ -110,7 +110,7 @@ impl Shard {
 }
 
 /// Opens a file for reading; refuses folders, pipes and the like, on which reading fails late or never returns.
-fn open_regular(path: &Path) -> io::Result<File> {
+pub(crate) fn open_regular(path: &Path) -> io::Result<File> {
     if !path.metadata()?.is_file() {
         return Err(io::Error::other("not a regular file"));
     }
