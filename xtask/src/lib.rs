@@ -23,7 +23,6 @@ pub mod report;
 pub mod row;
 mod scratch;
 pub mod table;
-mod train;
 
 use std::process::ExitCode;
 

@@ -3,15 +3,12 @@
 
 #[path = "common/scene.rs"]
 mod scene;
-#[path = "common/shared.rs"]
-mod shared;
 
 use std::path::Path;
 use std::process::{Command, Output};
 
 use scene::{Scene, error, rows};
 use serde_json::json;
-use shared::shared;
 use tensor_io::Checkpoint;
 
 fn llama() -> Scene {
@@ -294,9 +291,10 @@ fn bad_input_is_one_line_that_names_it() {
     assert!(with(&[]).contains("model.safetensors"));
 }
 
+#[shared_data::needed("models", "data/text")]
 #[test]
 fn perplexities_of_trained_models_are_those_of_transformers() {
-    let Some(shared) = shared() else { return };
+    let shared = Path::new(shared_data::path!(""));
     for (model, text, more, expected) in [
         (
             "stories260K",

@@ -4,8 +4,6 @@
 
 #[path = "common/scene.rs"]
 mod scene;
-#[path = "common/shared.rs"]
-mod shared;
 
 use std::io::{BufRead, BufReader, Write};
 use std::net::{TcpListener, TcpStream};
@@ -15,7 +13,6 @@ use std::sync::{Arc, Mutex};
 
 use scene::{Scene, error, rows};
 use serde_json::json;
-use shared::shared;
 
 fn llama() -> Scene {
     Scene::new(json!({
@@ -274,19 +271,19 @@ fn what_the_hub_refuses_is_said_in_one_line() {
     );
 }
 
+#[shared_data::needed("models/stories260K", "data/text")]
 #[test]
 fn a_trained_model_is_the_same_by_name() {
-    let Some(shared) = shared() else { return };
+    let folder = Path::new(shared_data::path!("models/stories260K"));
     let scene = llama();
     let snapshots = scene.path("home/hub/models--owner--stories/snapshots");
     std::fs::create_dir_all(&snapshots).unwrap();
-    let model = shared.join("models/stories260K").canonicalize().unwrap();
+    let model = folder.canonicalize().unwrap();
     std::os::unix::fs::symlink(model, snapshots.join(COMMIT)).unwrap();
-    let text = shared.join("data/text/tinystories_valid_30KB.txt");
+    let text = shared_data::path!("data/text/tinystories_valid_30KB.txt");
     std::fs::copy(text, scene.path("text.txt")).unwrap();
     let name = format!("hf:owner/stories@{COMMIT}");
     let row = rows(&perplexity(&scene, &name, &[("HF_HUB_OFFLINE", "1")])).remove(0);
-    let folder = shared.join("models/stories260K");
     let expected = rows(&perplexity(&scene, folder.to_str().unwrap(), &[])).remove(0);
     assert_eq!(row["perplexity"], expected["perplexity"]);
 }

@@ -2,15 +2,12 @@
 
 #[path = "common/scene.rs"]
 mod scene;
-#[path = "common/shared.rs"]
-mod shared;
 
 use std::path::Path;
 use std::process::{Command, Output};
 
 use scene::{Scene, error, rows};
 use serde_json::{Value, json};
-use shared::shared;
 
 fn model() -> Scene {
     Scene::new(json!({
@@ -296,11 +293,11 @@ fn a_model_trained_to_recall_is_saved_and_answers_again_as_before() {
     assert!(error(&kv(&["--task", "recall", "--save", save])).contains("--save"));
 }
 
+#[shared_data::needed("models/stories260K", "data/text")]
 #[test]
 fn a_trained_model_has_its_known_perplexity_and_loses_under_eviction() {
-    let Some(shared) = shared() else { return };
-    let model = shared.join("models/stories260K");
-    let text = shared.join("data/text/tinystories_valid_30KB.txt");
+    let model = Path::new(shared_data::path!("models/stories260K"));
+    let text = Path::new(shared_data::path!("data/text/tinystories_valid_30KB.txt"));
     let flags = [
         "--window",
         "256",
@@ -311,7 +308,7 @@ fn a_trained_model_has_its_known_perplexity_and_loses_under_eviction() {
         "--budget",
         "32",
     ];
-    let rows = rows(&on(&model, &text, &flags));
+    let rows = rows(&on(model, text, &flags));
     let (full, streaming) = (
         number(&rows[0], "perplexity"),
         number(&rows[1], "perplexity"),

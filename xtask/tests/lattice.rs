@@ -93,13 +93,10 @@ fn wrong_settings_and_files_are_named() {
     }
 }
 
+#[shared_data::needed("models/tfcharrnn_shakespeare", "data/text")]
 #[test]
 fn a_trained_character_network_is_judged_in_bits() {
-    let shared = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../shared"));
-    if !shared.is_dir() {
-        eprintln!("skipped: no trained models at {}", shared.display());
-        return;
-    }
+    let shared = Path::new(shared_data::path!(""));
     let model = shared.join("models/tfcharrnn_shakespeare");
     let path = |file: &str| model.join(file).to_str().unwrap().to_owned();
     // A piece of the text keeps the test short.

@@ -2,15 +2,12 @@
 
 #[path = "common/scene.rs"]
 mod scene;
-#[path = "common/shared.rs"]
-mod shared;
 
 use std::path::Path;
 use std::process::{Command, Output};
 
 use scene::{Scene, error, rows};
 use serde_json::{Value, json};
-use shared::shared;
 use tensor_io::Checkpoint;
 
 fn llama() -> Scene {
@@ -284,18 +281,13 @@ fn wrong_names_and_texts_are_one_clear_line() {
     assert!(odd.contains("model.layers.0.mlp.down_proj"), "{odd}");
 }
 
+#[shared_data::needed("models/stories260K", "data/text")]
 #[test]
 fn on_a_trained_model_eora_has_the_least_held_out_error() {
-    let Some(shared) = shared() else {
-        return;
-    };
+    let shared = Path::new(shared_data::path!(""));
     let path = |path: &str| shared.join(path).to_str().unwrap().to_owned();
     let text = path("data/text/tinystories_valid_30KB.txt");
     let calib = path("data/text/tinystories_train_1MiB.txt");
-    if !Path::new(&text).is_file() || !Path::new(&calib).is_file() {
-        eprintln!("skipped: no texts at {}", shared.display());
-        return;
-    }
     let output = Command::new(env!("CARGO_BIN_EXE_xtask"))
         .args([
             "eval",

@@ -3,8 +3,6 @@
 
 #[path = "common/scene.rs"]
 mod scene;
-#[path = "common/shared.rs"]
-mod shared;
 
 use std::path::Path;
 use std::process::{Command, Output};
@@ -13,7 +11,6 @@ use candle_core::{DType, Device};
 use causal_lm::{Decoder, Model};
 use scene::{Scene, error, rows};
 use serde_json::{Value, json};
-use shared::shared;
 use tensor_io::Checkpoint;
 
 /// The tokenizer of the scene has one token a word: `<s>` is 0, `a` to `f` are 1 to 6, everything else is 7.
@@ -334,9 +331,10 @@ fn bad_input_is_one_line_that_names_it() {
     assert!(error(&tasks(&[&model], &[&absent], &[])).contains("absent.jsonl"));
 }
 
+#[shared_data::needed("models/stories260K", "data/zeroshot")]
 #[test]
 fn trained_models_answer_as_in_transformers() {
-    let Some(shared) = shared() else { return };
+    let shared = Path::new(shared_data::path!(""));
     let dir = tempfile::tempdir().unwrap();
     let data = |name: &str| {
         shared

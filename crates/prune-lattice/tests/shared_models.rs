@@ -1,4 +1,4 @@
-//! Trained character networks of other people: the published losses, and what the methods do to them. Skipped when absent.
+//! Trained character networks of other people: the published losses, and what the methods do to them.
 
 use prune_lattice::{
     Cell,
@@ -8,26 +8,20 @@ use prune_lattice::{
     rnn::{CheckpointNames, Rnn, evaluate},
     tasks::Vocabulary,
 };
-use std::path::PathBuf;
-
-fn shared(path: &str) -> Option<PathBuf> {
-    let file = PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../../../shared")).join(path);
-    if !file.exists() {
-        eprintln!("skipped: {} is absent", file.display());
-        return None;
-    }
-    Some(file)
-}
+use std::path::Path;
 
 /// Network and text in its alphabet.
-fn model(name: &str) -> Option<(Rnn, Vec<u32>)> {
-    let weights = shared(&format!("models/{name}/model.safetensors"))?;
+fn model(name: &str) -> (Rnn, Vec<u32>) {
+    let weights = Path::new(shared_data::path!("models"))
+        .join(name)
+        .join("model.safetensors");
     let vocabulary = Vocabulary::load(&weights.with_file_name("vocab.json")).unwrap();
-    let text = std::fs::read_to_string(shared("data/text/tinyshakespeare.txt")?).unwrap();
-    Some((
+    let text =
+        std::fs::read_to_string(shared_data::path!("data/text/tinyshakespeare.txt")).unwrap();
+    (
         Rnn::load(&weights, &CheckpointNames::default()).unwrap(),
         vocabulary.encode(&text).unwrap(),
-    ))
+    )
 }
 
 fn perplexity(rnn: &Rnn, text: &[u32], from: f64, to: f64) -> f64 {
@@ -38,11 +32,10 @@ fn perplexity(rnn: &Rnn, text: &[u32], from: f64, to: f64) -> f64 {
         .exp()
 }
 
+#[shared_data::needed("models/tfcharrnn_shakespeare", "data/text")]
 #[test]
 fn the_one_hot_network_has_its_expected_perplexity() {
-    let Some((rnn, text)) = model("tfcharrnn_shakespeare") else {
-        return;
-    };
+    let (rnn, text) = model("tfcharrnn_shakespeare");
     assert_eq!(
         (rnn.config().cell, rnn.config().hidden.as_slice()),
         (Cell::Lstm, [128, 128].as_slice())
@@ -56,20 +49,18 @@ fn the_one_hot_network_has_its_expected_perplexity() {
     }
 }
 
+#[shared_data::needed("models/ml5_shakespeare", "data/text")]
 #[test]
 fn the_embedding_network_has_its_expected_perplexity() {
-    let Some((rnn, text)) = model("ml5_shakespeare") else {
-        return;
-    };
+    let (rnn, text) = model("ml5_shakespeare");
     let found = perplexity(&rnn, &text, 0.95, 1.0);
     assert!((found - 3.7772).abs() < 2e-4, "{found}");
 }
 
+#[shared_data::needed("models/tfcharrnn_shakespeare", "data/text")]
 #[test]
 fn on_a_trained_network_magnitude_costs_less_than_chance_and_removal_equals_masking() {
-    let Some((rnn, text)) = model("tfcharrnn_shakespeare") else {
-        return;
-    };
+    let (rnn, text) = model("tfcharrnn_shakespeare");
     let text = &text[text.len() - 5_000..];
     let loss = |rnn: &Rnn| evaluate(rnn, &Examples::Text(text.to_vec())).unwrap().loss;
     let pruned = |method| {

@@ -4,7 +4,7 @@ mod common;
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
 use tensor_io::{
@@ -45,18 +45,6 @@ fn listing(dir: &Path) -> Vec<String> {
     names
 }
 
-fn small_lm() -> Option<PathBuf> {
-    let dir = Path::new(concat!(
-        env!("CARGO_MANIFEST_DIR"),
-        "/../../../shared/models/small-lm"
-    ));
-    if dir.exists() {
-        return Some(dir.to_path_buf());
-    }
-    eprintln!("skipped: no shared/models/small-lm beside the workspace");
-    None
-}
-
 fn one_vector(config: &str) -> tempfile::TempDir {
     let dir = tempfile::tempdir().unwrap();
     folder(
@@ -69,10 +57,11 @@ fn one_vector(config: &str) -> tempfile::TempDir {
     dir
 }
 
+#[shared_data::needed("models/small-lm")]
 #[test]
 fn a_copied_model_is_byte_identical() {
-    let Some(dir) = small_lm() else { return };
-    let source = Checkpoint::open(&dir).unwrap();
+    let dir = Path::new(shared_data::path!("models/small-lm"));
+    let source = Checkpoint::open(dir).unwrap();
     let out = tempfile::tempdir().unwrap();
     let dst = out.path().join("copy");
     let written = copy(&source, &dst, &WriteOptions::default());
@@ -102,10 +91,11 @@ fn a_copied_model_is_byte_identical() {
     assert_eq!(listing(out.path()), ["copy"]);
 }
 
+#[shared_data::needed("models/small-lm")]
 #[test]
 fn shards_hold_the_same_tensors_as_one_file() {
-    let Some(dir) = small_lm() else { return };
-    let source = Checkpoint::open(&dir).unwrap();
+    let dir = Path::new(shared_data::path!("models/small-lm"));
+    let source = Checkpoint::open(dir).unwrap();
     let out = tempfile::tempdir().unwrap();
     let options = WriteOptions {
         max_shard_bytes: 1_000_000,

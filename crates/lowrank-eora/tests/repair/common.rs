@@ -76,24 +76,15 @@ pub(crate) fn windows(count: usize, seed: u64) -> Windows {
 }
 
 /// A trained model beside the project, with windows to calibrate on and others to hold out.
-pub(crate) fn trained() -> Option<(Checkpoint, Windows, Windows)> {
-    let shared = PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../../../shared"));
-    let model = shared.join("models/stories260K");
-    let text = shared.join("data/text/tinystories_train_1MiB.txt");
-    if !model.is_dir() || !text.is_file() {
-        eprintln!(
-            "skipped: {} or {} is absent",
-            model.display(),
-            text.display()
-        );
-        return None;
-    }
-    let tokenizer = TextTokenizer::open(&model).unwrap();
-    let tokens = tokenizer.encode_file(&text).unwrap();
+pub(crate) fn trained() -> (Checkpoint, Windows, Windows) {
+    let model = shared_data::path!("models/stories260K");
+    let text = shared_data::path!("data/text/tinystories_train_1MiB.txt");
+    let tokenizer = TextTokenizer::open(model).unwrap();
+    let tokens = tokenizer.encode_file(text).unwrap();
     let windows = Windows::cut(&tokens, 128, tokenizer.bos()).unwrap();
     let (calibration, rest) = (windows.first(32), windows.sample(windows.count(), 0));
     let held_out = rest.groups(32).nth(1).unwrap();
-    Some((Checkpoint::open(model).unwrap(), calibration, held_out))
+    (Checkpoint::open(model).unwrap(), calibration, held_out)
 }
 
 pub(crate) fn compressor(name: &str) -> Compressor {

@@ -360,11 +360,10 @@ fn activations_that_overflow_are_an_error_that_names_the_layer() {
     );
 }
 
+#[shared_data::needed("models/stories260K", "data/text")]
 #[test]
 fn on_a_trained_model_eora_loses_least_on_held_out_tokens() {
-    let Some((checkpoint, calibration, held_out_windows)) = trained() else {
-        return;
-    };
+    let (checkpoint, calibration, held_out_windows) = trained();
     let decoder = decoder(&checkpoint);
     let folder = tempfile::tempdir().unwrap();
     let repair = |source: &dyn Source, method, name: &str| {

@@ -163,16 +163,11 @@ mod tests {
         }
     }
 
+    #[shared_data::needed("data/seq/reber_sequences.csv")]
     #[test]
     fn the_published_strings_have_the_labels_of_the_automaton() {
-        let file = concat!(
-            env!("CARGO_MANIFEST_DIR"),
-            "/../../../shared/data/seq/reber_sequences.csv"
-        );
-        let Ok(csv) = std::fs::read_to_string(file) else {
-            eprintln!("skipped: {file} is absent");
-            return;
-        };
+        let csv = shared_data::path!("data/seq/reber_sequences.csv");
+        let csv = std::fs::read_to_string(csv).unwrap();
         let rows = csv.lines().skip(1).filter_map(|l| l.split_once(','));
         assert_eq!(
             rows.map(|(s, label)| assert_eq!(is_reber(s), label == "1", "{s}"))

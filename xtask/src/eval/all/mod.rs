@@ -8,10 +8,11 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use causal_lm::TextTokenizer;
+use toy_lm::bundled::{self, CALIBRATION, EVALUATION};
 
 use super::perplexity;
 use crate::cli::{self, Common};
-use crate::default_model::{self, CALIBRATION, EVALUATION};
+use crate::default_model;
 use crate::format;
 use crate::report::Section;
 use crate::table::command_line;
@@ -101,7 +102,7 @@ fn embedded() -> Result<(Given, f64)> {
     );
     let (text, calib) = (model.join(EVALUATION), model.join(CALIBRATION));
     let tokens = TextTokenizer::open(&model)?.encode_file(&text)?.len();
-    let entropy = default_model::evaluation().nats / tokens as f64;
+    let entropy = bundled::evaluation().nats() / tokens as f64;
     let given = Given {
         text: perplexity::Config {
             model,

@@ -145,7 +145,7 @@ pub(crate) fn run(common: &Common, config: &Config, recall: &Recall) -> Result<V
             .fact("α", f64::from(config.alpha));
         if let Some(trained) = trained {
             section = section
-                .fact("training steps", trained.steps)
+                .fact("training steps", recall.steps)
                 .fact("training seconds", trained.seconds)
                 .fact("training loss", trained.loss);
         }

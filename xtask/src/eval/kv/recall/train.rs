@@ -1,22 +1,19 @@
-//! A small transformer, trained to recall.
-//!
-//! What comes out is an ordinary checkpoint. Sequences grow longer as training goes on.
+//! A small transformer trained to recall, written as an ordinary checkpoint.
 
 use std::f64::consts::PI;
 use std::path::Path;
 
 use anyhow::{Context, Result};
 use candle_core::{DType, Device, Tensor};
-use candle_nn::optim::{AdamW, Optimizer, ParamsAdamW};
 use causal_lm::ModelConfig;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde_json::json;
 use tensor_io::{Config, WriteOptions};
 
+use toy_lm::{Batch, Progress, Stage, TrainOptions, TrainableDecoder, Trained};
+
 use super::language::{KEYS, Kind, Sample, VOCABULARY};
-use crate::progress::Progress;
-use crate::train::Student;
 
 /// Longest sequence that the model is trained on.
 pub(super) const LENGTH: usize = 128;
@@ -28,28 +25,27 @@ const WARMUP: usize = 50;
 const RATE: f64 = 4e-3;
 /// Width of the residual stream.
 const HIDDEN: usize = 64;
-/// How much more attention the head that looks back starts out giving to the token before than to its neighbours, in nats.
+/// Initial preference of the first layer's head for the token before over its neighbours, in nats.
 const LOOK_BACK: f64 = 4.0;
 /// Factor on queries and keys of the head that matches.
 const MATCH: f32 = 1.6;
 /// Tokens of a step.
 const STEP_TOKENS: usize = 1024;
-/// Curriculum: length of the sequences, and the share of the steps after which it ends.
-const STAGES: [(usize, f64); 3] = [(32, 0.4), (64, 0.7), (LENGTH, 1.0)];
-
-/// Length of the sequences when a share `done` of the steps is done.
-fn stage(done: f64) -> usize {
-    let stage = STAGES.iter().find(|(_, end)| done < *end);
-    stage.map_or(LENGTH, |(length, _)| *length)
-}
-
-/// How training went.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Trained {
-    pub(super) steps: usize,
-    pub(super) loss: f64,
-    pub(super) seconds: f64,
-}
+/// Lengths of the sequences over the run.
+const STAGES: [Stage; 3] = [
+    Stage {
+        length: 32,
+        until: 0.4,
+    },
+    Stage {
+        length: 64,
+        until: 0.7,
+    },
+    Stage {
+        length: LENGTH,
+        until: 1.0,
+    },
+];
 
 /// The architecture: two layers of two heads.
 fn config() -> Config {
@@ -68,55 +64,45 @@ pub(super) fn train(
     options: &WriteOptions,
     steps: usize,
     seed: u64,
-    bar: &Progress,
+    progress: &dyn Progress,
 ) -> Result<Trained> {
-    let started = std::time::Instant::now();
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     let fields = config();
-    let student = student(ModelConfig::new(&fields)?, &mut rng)?;
-    let mut optimizer = AdamW::new(
-        student.vars().values().cloned().collect(),
-        ParamsAdamW {
-            beta2: 0.98,
-            weight_decay: 0.01,
-            ..ParamsAdamW::default()
-        },
-    )?;
-    let mut mean = f64::NAN;
-    for step in 0..steps {
-        let length = stage(step as f64 / steps as f64);
-        let samples: Vec<Sample> = (0..STEP_TOKENS / length)
-            .map(|i| {
-                let prompt = rng.random_range(1..=4);
-                Kind::ALL[i % Kind::ALL.len()].sample(length, prompt, &mut rng)
-            })
-            .collect();
-        let loss = loss(&student, &samples)?;
-        let rise = ((step + 1) as f64 / WARMUP as f64).min(1.0);
-        let fall = 0.5 * (1.0 + (PI * step as f64 / steps as f64).cos());
-        optimizer.set_learning_rate(RATE * rise * (0.05 + 0.95 * fall));
-        optimizer.backward_step(&loss)?;
-        let loss = f64::from(loss.to_scalar::<f32>()?);
-        mean = if mean.is_nan() {
-            loss
-        } else {
-            0.95 * mean + 0.05 * loss
-        };
-        bar.inc(1);
-    }
-    student.write(&fields, DType::F32, dir, options, &[])?;
-    Ok(Trained {
-        steps,
-        loss: mean,
-        seconds: started.elapsed().as_secs_f64(),
-    })
+    let decoder = initial(ModelConfig::new(&fields)?, &mut rng)?;
+    let mut training = TrainOptions::new(steps, LENGTH);
+    training.warmup = WARMUP;
+    training.learning_rate = RATE;
+    training.stages = STAGES.to_vec();
+    let next = |length| {
+        let samples = (0..STEP_TOKENS / length).map(|i| {
+            let prompt = rng.random_range(1..=4);
+            Kind::ALL[i % Kind::ALL.len()].sample(length, prompt, &mut rng)
+        });
+        batch(&samples.collect::<Vec<_>>())
+    };
+    let trained = toy_lm::train(&decoder, &training, next, progress)?;
+    decoder.write(&fields, DType::F32, dir, options, &[])?;
+    Ok(trained)
 }
 
-/// The model before it learns anything.
-fn student(config: ModelConfig, rng: &mut ChaCha8Rng) -> Result<Student> {
+/// The answers to all questions of equally long samples.
+fn batch(samples: &[Sample]) -> toy_lm::Result<Batch> {
+    let targets = samples.iter().enumerate().flat_map(|(i, sample)| {
+        let asked = sample.questions.iter();
+        asked.map(move |&(position, answer)| (i, position, answer))
+    });
+    Batch::new(tokens(samples), targets)
+}
+
+fn tokens(samples: &[Sample]) -> Vec<Vec<u32>> {
+    samples.iter().map(|sample| sample.tokens.clone()).collect()
+}
+
+/// The model before training.
+fn initial(config: ModelConfig, rng: &mut ChaCha8Rng) -> Result<TrainableDecoder> {
     let dim = config.head_dim;
     let (cos, sin) = config.rope.tables(0, 2, DType::F32, &Device::Cpu)?;
-    let student = Student::new(config, &Device::Cpu, |name, shape| {
+    let decoder = TrainableDecoder::new(config, &Device::Cpu, |name, shape| {
         let inputs = shape.last().copied().unwrap_or(1) as f32;
         let (centre, spread) = match name {
             n if n.ends_with("norm.weight") => (1.0, 0.0),
@@ -132,27 +118,27 @@ fn student(config: ModelConfig, rng: &mut ChaCha8Rng) -> Result<Student> {
             .collect()
     })?;
     induction(
-        &student,
+        &decoder,
         dim,
         &cos.get(1)?.to_vec1()?,
         &sin.get(1)?.to_vec1()?,
     )?;
-    Ok(student)
+    Ok(decoder)
 }
 
-/// Lets training begin near an induction circuit, where a minute would not do to find one: the first head of the first layer looks one
-/// token back, through biases that RoPE turns into a preference for that distance, and copies what it sees from the first half
-/// of the residual stream into the second; the first head of the second layer matches the one half of the query with the
-/// other half of the keys. Everything is trained from there.
-fn induction(student: &Student, dim: usize, cos: &[f32], sin: &[f32]) -> Result<()> {
+/// Starts training near an induction circuit, because a minute is not enough to find one. The first head of the first
+/// layer attends to the token before, by biases that RoPE turns into a preference for distance one, and copies what it
+/// reads from the first half of the residual stream into the second. The first head of the second layer matches the first
+/// half of the query with the second half of the keys. Every weight is trained from there.
+fn induction(decoder: &TrainableDecoder, dim: usize, cos: &[f32], sin: &[f32]) -> Result<()> {
     let apart: f64 = cos.iter().map(|&cos| 1.0 - f64::from(cos)).sum();
     let back = (LOOK_BACK * (dim as f64).sqrt() / apart).sqrt() as f32;
-    edit(student, "model.layers.0.self_attn.q_proj.bias", |i, _| {
+    edit(decoder, "model.layers.0.self_attn.q_proj.bias", |i, _| {
         (i < dim / 2).then_some(back)
     })?;
     // The key is turned ahead by the rotation of one position, so that the two agree at distance one.
     edit(
-        student,
+        decoder,
         "model.layers.0.self_attn.k_proj.bias",
         |i, _| match i {
             _ if i < dim / 2 => Some(back * cos[i]),
@@ -164,28 +150,28 @@ fn induction(student: &Student, dim: usize, cos: &[f32], sin: &[f32]) -> Result<
     let slow = |i: usize| f64::from(sin[i % (dim / 2)]) * (LENGTH as f64) < 0.5 * PI;
     let unit = |on: bool, size: f32| on.then_some(size);
     let first = |part: &str| format!("model.layers.0.self_attn.{part}_proj.weight");
-    edit(student, &first("v"), |i, j| unit(i < dim && i == j, 1.0))?;
-    edit(student, &first("o"), |i, j| {
+    edit(decoder, &first("v"), |i, j| unit(i < dim && i == j, 1.0))?;
+    edit(decoder, &first("o"), |i, j| {
         unit(j < dim && i == j + dim, 1.0)
     })?;
     let second = |part: &str| format!("model.layers.1.self_attn.{part}_proj.weight");
-    edit(student, &second("q"), |i, j| {
+    edit(decoder, &second("q"), |i, j| {
         unit(i < dim && slow(i) && i == j, MATCH)
     })?;
-    edit(student, &second("k"), |i, j| {
+    edit(decoder, &second("k"), |i, j| {
         unit(i < dim && slow(i) && i + dim == j, MATCH)
     })?;
-    edit(student, &second("v"), |i, j| unit(i < dim && i == j, 1.0))?;
-    edit(student, &second("o"), |i, j| unit(j < dim && i == j, 1.0))
+    edit(decoder, &second("v"), |i, j| unit(i < dim && i == j, 1.0))?;
+    edit(decoder, &second("o"), |i, j| unit(j < dim && i == j, 1.0))
 }
 
 /// Replaces the elements of a matrix or vector for which `element` has a value.
 fn edit(
-    student: &Student,
+    decoder: &TrainableDecoder,
     name: &str,
     element: impl Fn(usize, usize) -> Option<f32>,
 ) -> Result<()> {
-    let var = student
+    let var = decoder
         .vars()
         .get(name)
         .with_context(|| format!("no tensor {name}"))?;
@@ -195,21 +181,6 @@ fn edit(
         *value = element(at / columns, at % columns).unwrap_or(*value);
     }
     Ok(var.set(&Tensor::from_vec(values, var.shape(), &Device::Cpu)?)?)
-}
-
-/// Mean cross-entropy over all questions of equally long samples.
-fn loss(student: &Student, samples: &[Sample]) -> Result<Tensor> {
-    let length = samples[0].tokens.len();
-    let asked = samples.iter().enumerate().flat_map(|(i, sample)| {
-        let at = sample.questions.iter();
-        at.map(move |&(position, answer)| ((i * length + position) as u32, answer))
-    });
-    let (rows, answers): (Vec<u32>, Vec<u32>) = asked.unzip();
-    student.loss(&tokens(samples), &rows, &answers)
-}
-
-fn tokens(samples: &[Sample]) -> Vec<&[u32]> {
-    samples.iter().map(|sample| &sample.tokens[..]).collect()
 }
 
 #[cfg(test)]
@@ -226,12 +197,10 @@ mod tests {
     #[test]
     fn every_parameter_gets_a_gradient() {
         let mut rng = ChaCha8Rng::seed_from_u64(0);
-        let student = student(ModelConfig::new(&config()).unwrap(), &mut rng).unwrap();
-        let gradients = loss(&student, &samples(&mut rng))
-            .unwrap()
-            .backward()
-            .unwrap();
-        for (name, var) in student.vars() {
+        let decoder = initial(ModelConfig::new(&config()).unwrap(), &mut rng).unwrap();
+        let batch = batch(&samples(&mut rng)).unwrap();
+        let gradients = decoder.loss(&batch).unwrap().backward().unwrap();
+        for (name, var) in decoder.vars() {
             let gradient = gradients
                 .get(var.as_tensor())
                 .unwrap_or_else(|| panic!("{name}"));
@@ -241,42 +210,30 @@ mod tests {
     }
 
     #[test]
-    fn the_student_computes_what_its_checkpoint_computes() {
+    fn the_trained_decoder_computes_what_its_checkpoint_computes() {
         let mut rng = ChaCha8Rng::seed_from_u64(1);
         let fields = config();
-        let student = student(ModelConfig::new(&fields).unwrap(), &mut rng).unwrap();
+        let trained = initial(ModelConfig::new(&fields).unwrap(), &mut rng).unwrap();
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("model");
-        student
+        trained
             .write(&fields, DType::F32, &path, &WriteOptions::default(), &[])
             .unwrap();
         let checkpoint = Checkpoint::open(&path).unwrap();
         let decoder = Decoder::new(&checkpoint, DType::F32, &Device::Cpu).unwrap();
         let model = Model::load(&decoder).unwrap();
         let samples = samples(&mut rng);
-        let tokens: Vec<&[u32]> = samples.iter().map(|s| &s.tokens[..]).collect();
-        let mut cache = model.full_cache(tokens.len()).unwrap();
-        let found = model.forward_all(&tokens, &mut cache).unwrap();
-        let head = student
-            .var("model.embed_tokens.weight")
-            .unwrap()
-            .t()
-            .unwrap();
-        let ours = student
-            .hidden(&super::tokens(&samples))
-            .unwrap()
-            .matmul(&head)
-            .unwrap();
+        let sequences: Vec<&[u32]> = samples.iter().map(|s| &s.tokens[..]).collect();
+        let mut cache = model.full_cache(sequences.len()).unwrap();
+        let found = model.forward_all(&sequences, &mut cache).unwrap();
+        let head = trained.tensor("model.embed_tokens.weight").unwrap();
+        let hidden = trained.hidden(&tokens(&samples)).unwrap();
+        let ours = hidden.matmul(&head.t().unwrap()).unwrap();
         let largest = |x: &Tensor| -> f32 {
             let x = x.abs().unwrap().max_all().unwrap();
             x.to_scalar().unwrap()
         };
         let gap = largest(&(ours.reshape(found.shape()).unwrap() - &found).unwrap());
         assert!(gap < 5e-5 * largest(&found), "{gap} of {}", largest(&found));
-    }
-
-    #[test]
-    fn sequences_grow_longer_to_the_full_length() {
-        assert_eq!([0.0, 0.5, 0.9, 1.0].map(stage), [32, 64, LENGTH, LENGTH]);
     }
 }

@@ -1,7 +1,7 @@
 //! Operations with gradients of their own, for training on a CPU.
 //!
 //! Candle's fused operations carry no gradient, and its composed ones pass over memory once per arithmetic operation on one
-//! thread. These do what a decoder needs in one parallel pass each way. On other devices [`super::Student`] composes the
+//! thread. These do what a decoder needs in one parallel pass each way. On other devices [`super::TrainableDecoder`] composes the
 //! same functions of candle's own operations, which are also what the tests compare with.
 
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Result, Shape, Storage, Tensor, bail};

@@ -1,6 +1,5 @@
-//! The tokenizer: byte-level BPE, learnt from the stories, every digit a token.
+//! The tokenizer: byte-level BPE trained on generated text, with one token per digit.
 
-use anyhow::{Context, Result};
 use serde_json::json;
 use tokenizers::decoders::byte_level::ByteLevel;
 use tokenizers::models::TrainerWrapper;
@@ -9,15 +8,17 @@ use tokenizers::pre_tokenizers::digits::Digits;
 use tokenizers::pre_tokenizers::sequence::Sequence;
 use tokenizers::{AddedToken, Tokenizer};
 
+use crate::{Error, Result};
+
 /// Entries of the vocabulary.
 pub(super) const SIZE: usize = 1024;
-/// The token that begins every window.
+/// The token at the beginning of every window.
 pub(super) const BOS: &str = "<s>";
-/// The token that ends a text.
+/// The token at the end of a text.
 pub(super) const EOS: &str = "</s>";
 
-/// Learns a vocabulary from `text`.
-pub(super) fn learn(text: &str) -> Result<Tokenizer> {
+/// Trains a tokenizer on `text`.
+pub(super) fn train(text: &str) -> Result<Tokenizer> {
     let special = [BOS, EOS]
         .map(|token| AddedToken::from(token, true))
         .to_vec();
@@ -35,26 +36,25 @@ pub(super) fn learn(text: &str) -> Result<Tokenizer> {
         ByteLevel::new(false, true, true).into(),
     ])));
     tokenizer.with_decoder(Some(ByteLevel::default()));
-    let lines = text.split_inclusive("\n\n");
-    tokenizer
-        .train(&mut trainer, lines)
-        .map_err(anyhow::Error::from_boxed)
-        .context("learning the vocabulary")?;
+    let documents = text.split_inclusive("\n\n");
+    tokenizer.train(&mut trainer, documents).map_err(error)?;
     Ok(tokenizer)
 }
 
-/// `tokenizer.json` and `tokenizer_config.json`.
-pub(super) fn files(tokenizer: &Tokenizer) -> Result<[(&'static str, Vec<u8>); 2]> {
-    let json = tokenizer
-        .to_string(true)
-        .map_err(anyhow::Error::from_boxed)?;
+/// `tokenizer.json` and `tokenizer_config.json`, for windows of up to `context` tokens.
+pub(super) fn files(tokenizer: &Tokenizer, context: usize) -> Result<[(&'static str, Vec<u8>); 2]> {
+    let json = tokenizer.to_string(true).map_err(error)?;
     let config = json!({
         "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS, "eos_token": EOS,
-        "model_max_length": super::train::CONTEXT, "clean_up_tokenization_spaces": false,
+        "model_max_length": context, "clean_up_tokenization_spaces": false,
     });
-    let config = serde_json::to_vec_pretty(&config)?;
+    let config = serde_json::to_vec_pretty(&config).map_err(|e| Error::Tokenizer(e.to_string()))?;
     Ok([
         ("tokenizer.json", json.into_bytes()),
         ("tokenizer_config.json", config),
     ])
+}
+
+pub(super) fn error(source: tokenizers::Error) -> Error {
+    Error::Tokenizer(source.to_string())
 }

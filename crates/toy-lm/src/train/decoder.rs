@@ -1,32 +1,111 @@
-//! A decoder while it learns: its tensors by their names in the checkpoint, and a forward pass that carries gradients.
+//! A decoder while it is trained: its tensors by their names in the checkpoint, and a forward pass with gradients.
 
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use anyhow::{Context, Result};
 use candle_core::{D, DType, Device, Tensor, Var};
-use causal_lm::ModelConfig;
+use causal_lm::names::EMBEDDING;
+use causal_lm::{ModelConfig, ModelType};
 use tensor_io::{CheckpointWriter, Config, TensorSpec, WriteOptions};
 
 use super::attention::Attention;
 use super::ops::{CrossEntropy, RmsNorm, SwiGlu};
+use crate::{Error, Result};
 
-/// A model with a gradient for every tensor: Llama or Qwen2 with tied embeddings.
-pub(crate) struct Student {
+/// The sequences of one training step, with the tokens to predict.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Batch {
+    sequences: Vec<Vec<u32>>,
+    /// Positions of the concatenated sequences that have a target.
+    positions: Vec<u32>,
+    targets: Vec<u32>,
+}
+
+impl Batch {
+    /// Equally long sequences in which every token but the first is to be predicted from those before it.
+    ///
+    /// # Errors
+    /// [`Error::Batch`] for sequences of different lengths, or of fewer than two tokens.
+    pub fn next_tokens(sequences: Vec<Vec<u32>>) -> Result<Self> {
+        let length = sequences.first().map_or(0, Vec::len);
+        if length < 2 {
+            let reason = format!("sequences of {length} tokens have none to predict");
+            return Err(Error::Batch(reason));
+        }
+        let targets = sequences.iter().enumerate().flat_map(|(index, sequence)| {
+            let next = sequence.iter().enumerate().skip(1);
+            next.map(move |(at, &token)| (index, at - 1, token))
+        });
+        let targets: Vec<_> = targets.collect();
+        Self::new(sequences, targets)
+    }
+
+    /// Equally long sequences and the targets: the sequence's index, a position in it, and the token that is right after
+    /// that position.
+    ///
+    /// # Errors
+    /// [`Error::Batch`] for sequences of different lengths, no target, or one outside of the sequences.
+    pub fn new(
+        sequences: Vec<Vec<u32>>,
+        targets: impl IntoIterator<Item = (usize, usize, u32)>,
+    ) -> Result<Self> {
+        let length = sequences.first().map_or(0, Vec::len);
+        if let Some(other) = sequences.iter().find(|s| s.len() != length) {
+            let reason = format!("sequences of {length} and of {} tokens", other.len());
+            return Err(Error::Batch(reason));
+        }
+        let mut batch = Self {
+            positions: Vec::new(),
+            targets: Vec::new(),
+            sequences,
+        };
+        for (sequence, position, token) in targets {
+            if sequence >= batch.sequences.len() || position >= length {
+                return Err(Error::Batch(format!(
+                    "a target at position {position} of sequence {sequence}, with {} sequences of {length} tokens",
+                    batch.sequences.len()
+                )));
+            }
+            let row = u32::try_from(sequence * length + position)
+                .map_err(|_| Error::Batch("more than 2^32 tokens".into()))?;
+            batch.positions.push(row);
+            batch.targets.push(token);
+        }
+        if batch.targets.is_empty() {
+            return Err(Error::Batch("no target".into()));
+        }
+        Ok(batch)
+    }
+}
+
+/// A Llama or Qwen2 decoder with tied embeddings whose every tensor is trained.
+pub struct TrainableDecoder {
     config: ModelConfig,
     vars: BTreeMap<String, Var>,
     device: Device,
 }
 
-impl Student {
-    /// A model whose tensors `make` provides by name and shape.
-    pub(crate) fn new(
+impl TrainableDecoder {
+    /// A model whose initial values `init` gives by name and shape, in row-major order.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] for an architecture that training does not implement, [`Error::InitialValues`].
+    pub fn new(
         config: ModelConfig,
         device: &Device,
-        mut make: impl FnMut(&str, &[usize]) -> Vec<f32>,
+        mut init: impl FnMut(&str, &[usize]) -> Vec<f32>,
     ) -> Result<Self> {
+        check(&config)?;
         let vars = config.tensors().into_iter().map(|(name, shape)| {
-            let tensor = Tensor::from_vec(make(&name, &shape), shape, device)?;
+            let (values, expected) = (init(&name, &shape), shape.iter().product::<usize>());
+            if values.len() != expected {
+                return Err(Error::InitialValues {
+                    found: values.len(),
+                    tensor: name,
+                    expected,
+                });
+            }
+            let tensor = Tensor::from_vec(values, shape, device)?;
             Ok((name, Var::from_tensor(&tensor)?))
         });
         let vars = vars.collect::<Result<_>>()?;
@@ -37,13 +116,16 @@ impl Student {
         })
     }
 
-    /// Its tensors by name.
-    pub(crate) fn vars(&self) -> &BTreeMap<String, Var> {
+    /// The tensors by their names in the checkpoint.
+    pub fn vars(&self) -> &BTreeMap<String, Var> {
         &self.vars
     }
 
-    /// Writes a checkpoint of the config that the model was made from, with `files` beside it.
-    pub(crate) fn write(
+    /// Writes a checkpoint in `dtype`: `config`, which the model was made from, the tensors, and further `files`.
+    ///
+    /// # Errors
+    /// What writing reports.
+    pub fn write(
         &self,
         config: &Config,
         dtype: DType,
@@ -66,34 +148,63 @@ impl Student {
     }
 
     /// The tensor of that name.
-    pub(crate) fn var(&self, name: &str) -> Result<&Tensor> {
-        let var = self.vars.get(name);
-        Ok(var
-            .with_context(|| format!("no tensor {name}"))?
-            .as_tensor())
+    ///
+    /// # Errors
+    /// [`Error::MissingTensor`].
+    pub fn tensor(&self, name: &str) -> Result<&Tensor> {
+        match self.vars.get(name) {
+            Some(var) => Ok(var.as_tensor()),
+            None => Err(Error::MissingTensor(name.into())),
+        }
     }
 
-    /// Mean cross-entropy, in nats, of `targets` at the rows `at` of equally long sequences.
-    pub(crate) fn loss(&self, sequences: &[&[u32]], at: &[u32], targets: &[u32]) -> Result<Tensor> {
-        let at = Tensor::new(at, &self.device)?;
-        let hidden = self.hidden(sequences)?.index_select(&at, 0)?;
-        let logits = hidden.matmul(&self.var("model.embed_tokens.weight")?.t()?)?;
+    /// Mean cross-entropy of the batch's targets, in nats; a scalar to differentiate.
+    ///
+    /// # Errors
+    /// [`Error::Batch`] for a token outside of the vocabulary.
+    pub fn loss(&self, batch: &Batch) -> Result<Tensor> {
+        if let Some(token) = batch
+            .targets
+            .iter()
+            .find(|t| **t as usize >= self.config.vocab)
+        {
+            return Err(self.outside(*token));
+        }
+        let positions = Tensor::new(&batch.positions[..], &self.device)?;
+        let hidden = self.hidden(&batch.sequences)?.index_select(&positions, 0)?;
+        let logits = hidden.matmul(&self.tensor(EMBEDDING)?.t()?)?;
         if self.device.is_cpu() {
-            let targets = targets.to_vec();
+            let targets = batch.targets.clone();
             return Ok(logits.apply_op1(CrossEntropy { targets })?.mean_all()?);
         }
         Ok(candle_nn::loss::cross_entropy(
             &logits,
-            &Tensor::new(targets, &self.device)?,
+            &Tensor::new(&batch.targets[..], &self.device)?,
         )?)
     }
 
-    /// The normed output of the last layer, `[sequences * length, hidden]`.
-    pub(crate) fn hidden(&self, sequences: &[&[u32]]) -> Result<Tensor> {
-        let length = sequences[0].len();
-        let embedding = self.var("model.embed_tokens.weight")?;
-        let tokens = Tensor::new(sequences.concat(), &self.device)?;
-        let mut x = embedding.index_select(&tokens, 0)?;
+    fn outside(&self, token: u32) -> Error {
+        Error::Batch(format!(
+            "token {token}, with a vocabulary of {} entries",
+            self.config.vocab
+        ))
+    }
+
+    /// The normed output of the last layer for equally long sequences, `[sequences * length, hidden]`.
+    ///
+    /// # Errors
+    /// [`Error::Batch`] for sequences of different lengths or a token outside of the vocabulary.
+    pub fn hidden(&self, sequences: &[Vec<u32>]) -> Result<Tensor> {
+        let length = sequences.first().map_or(0, Vec::len);
+        if length == 0 || sequences.iter().any(|s| s.len() != length) {
+            return Err(Error::Batch("sequences that are not equally long".into()));
+        }
+        let tokens = sequences.concat();
+        if let Some(token) = tokens.iter().find(|t| **t as usize >= self.config.vocab) {
+            return Err(self.outside(*token));
+        }
+        let tokens = Tensor::new(tokens, &self.device)?;
+        let mut x = self.tensor(EMBEDDING)?.index_select(&tokens, 0)?;
         for layer in 0..self.config.layers() {
             let name = |part: &str| format!("model.layers.{layer}.{part}");
             let input = self.norm(&x, &name("input_layernorm.weight"))?;
@@ -115,7 +226,7 @@ impl Student {
     }
 
     fn linear(&self, x: &Tensor, path: &str) -> Result<Tensor> {
-        let y = x.matmul(&self.var(&format!("{path}.weight"))?.t()?)?;
+        let y = x.matmul(&self.tensor(&format!("{path}.weight"))?.t()?)?;
         Ok(match self.vars.get(&format!("{path}.bias")) {
             Some(bias) => y.broadcast_add(bias.as_tensor())?,
             None => y,
@@ -123,7 +234,7 @@ impl Student {
     }
 
     fn norm(&self, x: &Tensor, name: &str) -> Result<Tensor> {
-        let (weight, eps) = (self.var(name)?, self.config.rms_eps);
+        let (weight, eps) = (self.tensor(name)?, self.config.rms_eps);
         if self.device.is_cpu() {
             return Ok(x.apply_op2(weight, RmsNorm { eps: eps as f32 })?);
         }
@@ -158,13 +269,34 @@ impl Student {
     }
 }
 
+/// Refuses what the forward pass below does not compute.
+fn check(config: &ModelConfig) -> Result<()> {
+    let known = matches!(config.model_type, ModelType::Llama | ModelType::Qwen2);
+    let unsupported = [
+        (!known, "an architecture other than Llama and Qwen2"),
+        (!config.tied, "an output head that is not the embedding"),
+        (
+            config.sliding_window.iter().any(Option::is_some),
+            "sliding windows",
+        ),
+        (
+            config.widths.iter().any(|w| w.heads == 0 || w.neurons == 0),
+            "layers without attention or without MLP",
+        ),
+    ];
+    match unsupported.iter().find(|(found, _)| *found) {
+        Some((_, what)) => Err(Error::Unsupported((*what).into())),
+        None => Ok(()),
+    }
+}
+
 fn composed_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
     let mean = x.sqr()?.mean_keepdim(D::Minus1)?;
     let x = x.broadcast_div(&(mean + eps)?.sqrt()?)?;
     Ok(x.broadcast_mul(weight)?)
 }
 
-/// [`Attention`] of operations that every device has.
+/// [`Attention`] by operations that every device has.
 fn composed_attention(
     length: usize,
     dim: usize,

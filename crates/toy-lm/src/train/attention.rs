@@ -1,8 +1,8 @@
 //! Causal attention with rotary embedding and its gradient, on a CPU.
 //!
-//! Queries are `[batch * length, heads * dim]`, keys and values `[batch * length, kv_heads * dim]`, as they come from their
-//! linears. One task does one key/value head of one sequence with the query heads that read it, some rows at a time, and
-//! only up to the diagonal; weights are computed again on the way back, so that nothing of size length² is ever held.
+//! Queries are `[batch * length, heads * dim]`, keys and values `[batch * length, kv_heads * dim]`, the outputs of their
+//! linears. One task computes one key/value head of one sequence with the query heads that read it, in blocks of rows and
+//! only up to the diagonal. The backward pass computes the weights again, so that nothing of size length² is stored.
 
 use std::ops::Range;
 
@@ -13,7 +13,7 @@ use rayon::prelude::*;
 
 use super::ops::{like, slice, values};
 
-/// Queries whose weights are held at a time.
+/// Query rows of a block.
 const ROWS: usize = 64;
 
 /// Shapes and angles of one attention.
@@ -28,15 +28,15 @@ pub(super) struct Attention {
     pub(super) sin: Vec<f32>,
 }
 
-/// Which way a head is turned.
+/// Rotation of a head by the angles of its positions.
 #[derive(Clone, Copy)]
-enum Turn {
+enum Rotation {
     None,
-    Ahead,
-    Back,
+    Forward,
+    Inverse,
 }
 
-/// A key/value head of a sequence, and one result for itself or each of its query heads.
+/// One matrix for each query head of a key/value head of a sequence.
 type Heads = Vec<Vec<f32>>;
 
 impl Attention {
@@ -44,13 +44,13 @@ impl Attention {
         1.0 / (self.dim as f32).sqrt()
     }
 
-    /// Turns rows by the angles of their positions.
-    fn turn(&self, head: &mut [f32], turn: Turn) {
+    /// Rotates rows by the angles of their positions.
+    fn rotate(&self, head: &mut [f32], rotation: Rotation) {
         let half = self.dim / 2;
-        let sign = match turn {
-            Turn::None => return,
-            Turn::Ahead => 1.0,
-            Turn::Back => -1.0,
+        let sign = match rotation {
+            Rotation::None => return,
+            Rotation::Forward => 1.0,
+            Rotation::Inverse => -1.0,
         };
         for (t, row) in head.chunks_exact_mut(self.dim).enumerate() {
             let (low, high) = row.split_at_mut(half);
@@ -68,14 +68,14 @@ impl Attention {
         from: &[f32],
         sequence: usize,
         (head, heads): (usize, usize),
-        turn: Turn,
+        rotation: Rotation,
     ) -> Vec<f32> {
         let rows = from[sequence * self.length * heads * self.dim..].chunks_exact(heads * self.dim);
         let mut part = Vec::with_capacity(self.length * self.dim);
         for row in rows.take(self.length) {
             part.extend_from_slice(&row[head * self.dim..][..self.dim]);
         }
-        self.turn(&mut part, turn);
+        self.rotate(&mut part, rotation);
         part
     }
 
@@ -93,13 +93,13 @@ impl Attention {
         MatRef::from_row_major_slice(values, rows.len(), self.dim)
     }
 
-    /// The same to write to.
+    /// Rows of a head as a matrix to write to.
     fn part_mut<'a>(&self, head: &'a mut [f32], rows: Range<usize>) -> MatMut<'a, f32> {
         let values = &mut head[rows.start * self.dim..rows.end * self.dim];
         MatMut::from_row_major_slice_mut(values, rows.len(), self.dim)
     }
 
-    /// Attention weights of some rows of turned queries on all keys up to the last of them, row-major; zero above the diagonal.
+    /// Attention weights of some rows of rotated queries on all keys up to the last of them, row-major; zero above the diagonal.
     fn weights(&self, q: &[f32], k: &[f32], rows: Range<usize>) -> Vec<f32> {
         let keys = self.part(k, 0..rows.end);
         let mut weights = product(self.part(q, rows.clone()), keys.transpose());
@@ -149,10 +149,10 @@ impl Attention {
 
     fn forward(&self, q: &[f32], k: &[f32], v: &[f32]) -> Vec<f32> {
         let outputs: Vec<Heads> = self.each(k.len(), |sequence, kv| {
-            let k = self.head(k, sequence, (kv, self.kv_heads), Turn::Ahead);
-            let v = self.head(v, sequence, (kv, self.kv_heads), Turn::None);
+            let k = self.head(k, sequence, (kv, self.kv_heads), Rotation::Forward);
+            let v = self.head(v, sequence, (kv, self.kv_heads), Rotation::None);
             let output = |head| {
-                let q = self.head(q, sequence, (head, self.heads), Turn::Ahead);
+                let q = self.head(q, sequence, (head, self.heads), Rotation::Forward);
                 let mut y = vec![0f32; q.len()];
                 for rows in self.blocks() {
                     let weights = self.weights(&q, &k, rows.clone());
@@ -170,13 +170,13 @@ impl Attention {
     /// Gradients of queries, keys and values.
     fn backward(&self, q: &[f32], k: &[f32], v: &[f32], dy: &[f32]) -> [Vec<f32>; 3] {
         let gradients: Vec<(Heads, Vec<f32>, Vec<f32>)> = self.each(k.len(), |sequence, kv| {
-            let k = self.head(k, sequence, (kv, self.kv_heads), Turn::Ahead);
-            let v = self.head(v, sequence, (kv, self.kv_heads), Turn::None);
+            let k = self.head(k, sequence, (kv, self.kv_heads), Rotation::Forward);
+            let v = self.head(v, sequence, (kv, self.kv_heads), Rotation::None);
             let (mut dk, mut dv) = (vec![0f32; k.len()], vec![0f32; v.len()]);
             let mut dqs = Vec::new();
             for head in self.readers(kv) {
-                let q = self.head(q, sequence, (head, self.heads), Turn::Ahead);
-                let dy = self.head(dy, sequence, (head, self.heads), Turn::None);
+                let q = self.head(q, sequence, (head, self.heads), Rotation::Forward);
+                let dy = self.head(dy, sequence, (head, self.heads), Rotation::None);
                 let mut dq = vec![0f32; q.len()];
                 for rows in self.blocks() {
                     let seen = 0..rows.end;
@@ -221,10 +221,10 @@ impl Attention {
                         Par::Seq,
                     );
                 }
-                self.turn(&mut dq, Turn::Back);
+                self.rotate(&mut dq, Rotation::Inverse);
                 dqs.push(dq);
             }
-            self.turn(&mut dk, Turn::Back);
+            self.rotate(&mut dk, Rotation::Inverse);
             (dqs, dk, dv)
         });
         [

@@ -1,16 +1,16 @@
 //! Documents of six kinds, with structure at every range: agreement within a phrase, counts and sums across a sentence,
 //! places and owners across a paragraph, and a word that comes up again only at the end.
 
-use super::teller::Teller;
 use super::words::{
     ANIMALS, COLOURS, CONTAINERS, FOODS, LOOKS, MEN, MOODS, OBJECTS, PLACES, ROLES, SECRETS, WOMEN,
 };
+use super::writer::Writer;
 
-/// Largest number of things in a story.
+/// Largest number of things bought or counted at a time.
 const MANY: usize = 12;
 
-/// Tells one document.
-pub(super) fn tell(t: &mut Teller<'_>) {
+/// Writes one document.
+pub(super) fn write(t: &mut Writer<'_>) {
     match t.choose(&[
         ("One ", 0.45),
         ("There were ", 0.15),
@@ -20,13 +20,13 @@ pub(super) fn tell(t: &mut Teller<'_>) {
         ("In a row stood ", 0.05),
     ]) {
         0 => story(t),
-        1 => herd(t),
+        1 => animals(t),
         2 => sums(t),
         3 => houses(t),
         4 => song(t),
-        _ => row(t),
+        _ => queue(t),
     }
-    t.say("\n\n");
+    t.write("\n\n");
 }
 
 /// Somebody in a story.
@@ -38,7 +38,7 @@ struct Person {
 
 impl Person {
     /// Writes a name that is not in use, and `after` it.
-    fn named(t: &mut Teller<'_>, used: &[&str], after: &str) -> Self {
+    fn new(t: &mut Writer<'_>, used: &[&str], after: &str) -> Self {
         // Women and men alternate, so that both are equally frequent.
         let names: Vec<&'static str> = WOMEN.iter().zip(&MEN).flat_map(|(w, m)| [*w, *m]).collect();
         let free: Vec<&'static str> = names.into_iter().filter(|n| !used.contains(n)).collect();
@@ -55,20 +55,20 @@ impl Person {
     }
 }
 
-fn story(t: &mut Teller<'_>) {
+fn story(t: &mut Writer<'_>) {
     t.word(&["summer", "winter", "spring", "autumn"], " ");
     t.word(&["morning", "evening", "day", "night"], ", ");
-    let finder = Person::named(t, &[], " the ");
+    let finder = Person::new(t, &[], " the ");
     t.word(&ROLES, " found a ");
     t.word(&LOOKS, " ");
     let colour = t.word(&COLOURS, " ");
     let object = t.word(&OBJECTS, " near the ");
     let start = t.word(&PLACES, ". ");
-    t.say(&format!("{} hid it in a ", finder.pronoun()));
+    t.write(&format!("{} hid it in a ", finder.pronoun()));
     let container = t.word(&CONTAINERS, " and gave it a name: ");
     let secret = t.word(&SECRETS, ". ");
-    t.say("Then came ");
-    let friend = Person::named(t, &[finder.name], ", who was ");
+    t.write("Then came ");
+    let friend = Person::new(t, &[finder.name], ", who was ");
     t.word(&MOODS, ". ");
     let mut people = [finder, friend];
     let mut place = start;
@@ -84,7 +84,7 @@ fn story(t: &mut Teller<'_>) {
         act(t, &mut people, actor, &mut place);
     }
     let [finder, friend] = people;
-    t.say(&format!(
+    t.write(&format!(
         "they went home from the {place}. {} took the {colour} {object} out of the {container}. \"What was its name?\" asked {}. \
          \"It is {secret},\" said {}.",
         finder.name, friend.name, finder.name
@@ -92,7 +92,7 @@ fn story(t: &mut Teller<'_>) {
 }
 
 /// What one of two people does next.
-fn act(t: &mut Teller<'_>, people: &mut [Person; 2], actor: usize, place: &mut &'static str) {
+fn act(t: &mut Writer<'_>, people: &mut [Person; 2], actor: usize, place: &mut &'static str) {
     let other = people[1 - actor].name;
     let name = people[actor].name;
     match t.choose(&[
@@ -105,7 +105,7 @@ fn act(t: &mut Teller<'_>, people: &mut [Person; 2], actor: usize, place: &mut &
     ]) {
         0 => {
             let there = t.word(&PLACES, ", and ");
-            t.say(&format!("{other} came along. "));
+            t.write(&format!("{other} came along. "));
             *place = there;
         }
         1 => {
@@ -114,7 +114,7 @@ fn act(t: &mut Teller<'_>, people: &mut [Person; 2], actor: usize, place: &mut &
             people[actor].foods += count;
             let eaten = t.number(1, count, " of them ");
             people[actor].foods -= eaten;
-            t.say(&format!(
+            t.write(&format!(
                 "{} ate, and {} {food} were left. ",
                 people[actor].pronoun().to_lowercase(),
                 count - eaten
@@ -122,11 +122,11 @@ fn act(t: &mut Teller<'_>, people: &mut [Person; 2], actor: usize, place: &mut &
         }
         2 => {
             let mood = t.word(&MOODS, ".\" ");
-            t.say(&format!("\"Why are you {mood}?\" asked {other}. "));
+            t.write(&format!("\"Why are you {mood}?\" asked {other}. "));
         }
         3 => {
             let animals = t.word(&ANIMALS, " ");
-            t.say(&format!(
+            t.write(&format!(
                 "at the {place}. \"Look, {animals}!\" cried {name}. "
             ));
         }
@@ -134,11 +134,11 @@ fn act(t: &mut Teller<'_>, people: &mut [Person; 2], actor: usize, place: &mut &
             t.word(&LOOKS, " ");
             t.word(&OBJECTS, ". ");
         }
-        _ => t.say(&format!("\"At the {place},\" said {other}. ")),
+        _ => t.write(&format!("\"At the {place},\" said {other}. ")),
     }
 }
 
-fn herd(t: &mut Teller<'_>) {
+fn animals(t: &mut Writer<'_>) {
     let mut count = t.number(1, MANY, " ");
     let animals = t.word(&ANIMALS, " at the ");
     let place = t.word(&PLACES, ". ");
@@ -160,31 +160,31 @@ fn herd(t: &mut Teller<'_>) {
             }
             _ => break,
         }
-        t.say(&format!("and there were {count} {animals}. "));
+        t.write(&format!("and there were {count} {animals}. "));
     }
-    t.say(&format!("{count} {animals} were at the {place}."));
+    t.write(&format!("{count} {animals} were at the {place}."));
 }
 
-fn sums(t: &mut Teller<'_>) {
-    Person::named(t, &[], ": ");
+fn sums(t: &mut Writer<'_>) {
+    Person::new(t, &[], ": ");
     loop {
         let a = t.number(0, 20, " ");
         let result = match t.choose(&[("plus ", 0.6), ("minus ", 0.4)]) {
             0 => a + t.number(0, 20, " is "),
             _ => a - t.number(0, a, " is "),
         };
-        t.say(&result.to_string());
+        t.write(&result.to_string());
         if t.choose(&[(", ", 0.8), (".", 0.2)]) == 1 {
             break;
         }
     }
 }
 
-fn houses(t: &mut Teller<'_>) {
+fn houses(t: &mut Writer<'_>) {
     let mut homes: Vec<(&str, &str, &str)> = Vec::new();
     loop {
         let used: Vec<&str> = homes.iter().map(|(name, _, _)| *name).collect();
-        let person = Person::named(t, &used, " lives in the ");
+        let person = Person::new(t, &used, " lives in the ");
         let look = t.word(&LOOKS, " ");
         let colour = t.word(&COLOURS, " house");
         homes.push((person.name, look, colour));
@@ -194,21 +194,21 @@ fn houses(t: &mut Teller<'_>) {
         }
     }
     loop {
-        t.say("Where does ");
+        t.write("Where does ");
         let names: Vec<&str> = homes.iter().map(|(name, _, _)| *name).collect();
         let asked = t.word(&names, " live? ");
         let home = homes.iter().find(|(name, _, _)| *name == asked);
         let (_, look, colour) = home.expect("the name is one of the list");
-        t.say(&format!("In the {look} {colour} house."));
+        t.write(&format!("In the {look} {colour} house."));
         if t.choose(&[(" ", 0.7), ("\n", 0.3)]) == 1 {
             break;
         }
     }
-    t.say("That is all.");
+    t.write("That is all.");
 }
 
-fn song(t: &mut Teller<'_>) {
-    Person::named(t, &[], ":\n");
+fn song(t: &mut Writer<'_>) {
+    Person::new(t, &[], ":\n");
     let mut lines = String::new();
     loop {
         let look = t.word(&LOOKS, " ");
@@ -225,14 +225,14 @@ fn song(t: &mut Teller<'_>) {
         if t.choose(&[("Once more:\n", 0.6), ("That was the song.", 0.4)]) == 1 {
             break;
         }
-        t.say(&lines);
+        t.write(&lines);
     }
 }
 
-fn row(t: &mut Teller<'_>) {
+fn queue(t: &mut Writer<'_>) {
     let mut names: Vec<&str> = Vec::new();
     loop {
-        let person = Person::named(t, &names, "");
+        let person = Person::new(t, &names, "");
         names.push(person.name);
         let end = match names.len() {
             1 | 2 => 0.0,
@@ -244,10 +244,10 @@ fn row(t: &mut Teller<'_>) {
         }
     }
     loop {
-        t.say("Who stood after ");
+        t.write("Who stood after ");
         let asked = t.word(&names[..names.len() - 1], "? ");
         let at = names.iter().position(|name| *name == asked);
-        t.say(&format!(
+        t.write(&format!(
             "{}.",
             names[at.expect("the name is one of the row") + 1]
         ));
@@ -255,7 +255,7 @@ fn row(t: &mut Teller<'_>) {
             break;
         }
     }
-    t.say(&format!(
+    t.write(&format!(
         "The first was {}, the last was {}.",
         names[0],
         names[names.len() - 1]

@@ -1,63 +1,67 @@
-//! Text by choices, with an account of how likely it was.
+//! Text by random choices, with their probabilities.
 //!
-//! Every choice is written down as it is made, and no option of a choice begins with another, so the choices can be read
-//! off the text: minus the logarithm of a text's probability is the sum over its choices, and no model that has not seen
-//! the text can predict it in fewer nats on average.
+//! Each choice is written as it is made, and no option of a choice begins with another option, so the choices can be
+//! read off the text: minus the logarithm of a text's probability is the sum over its choices, and no model predicts
+//! new text in fewer nats on average.
 
 use rand::Rng;
 use rand_chacha::ChaCha8Rng;
 
+use super::Document;
+
 /// Writes one document.
-pub(super) struct Teller<'a> {
+pub(super) struct Writer<'a> {
     rng: &'a mut ChaCha8Rng,
-    text: String,
-    nats: f64,
+    document: Document,
 }
 
-impl<'a> Teller<'a> {
+impl<'a> Writer<'a> {
     pub(super) fn new(rng: &'a mut ChaCha8Rng) -> Self {
         Self {
             rng,
-            text: String::new(),
-            nats: 0.0,
+            document: Document {
+                text: String::new(),
+                choices: Vec::new(),
+            },
         }
     }
 
-    /// The text and minus the logarithm of its probability.
-    pub(super) fn finish(self) -> (String, f64) {
-        (self.text, self.nats)
+    pub(super) fn finish(self) -> Document {
+        self.document
     }
 
-    /// Writes what follows from what was written before.
-    pub(super) fn say(&mut self, text: &str) {
-        self.text.push_str(text);
+    /// Writes text that follows from what was written before.
+    pub(super) fn write(&mut self, text: &str) {
+        self.document.text.push_str(text);
     }
 
     /// Writes one of `options` and `after` it; the option of rank i is drawn in proportion to 1 / (i + 2).
     pub(super) fn word<'w>(&mut self, options: &[&'w str], after: &str) -> &'w str {
         let weights: Vec<f64> = (0..options.len()).map(|i| 1.0 / (i as f64 + 2.0)).collect();
-        let at = self.draw(&weights);
-        self.write(options, at, after);
+        let (at, nats) = self.draw(&weights);
+        self.option(options, at, after, nats);
         options[at]
     }
 
     /// Writes one of `options`, drawn in proportion to its weight; returns its index.
     pub(super) fn choose(&mut self, options: &[(&str, f64)]) -> usize {
         let (texts, weights): (Vec<&str>, Vec<f64>) = options.iter().copied().unzip();
-        let at = self.draw(&weights);
-        self.write(&texts, at, "");
+        let (at, nats) = self.draw(&weights);
+        self.option(&texts, at, "", nats);
         at
     }
 
     /// Writes a number of `from..=to`, all equally likely, and `after` it.
     pub(super) fn number(&mut self, from: usize, to: usize, after: &str) -> usize {
-        let at = self.draw(&vec![1.0; to - from + 1]);
-        self.say(&format!("{}{after}", from + at));
         debug_assert!(after.starts_with(|c: char| !c.is_ascii_digit()));
-        from + at
+        let (at, nats) = self.draw(&vec![1.0; to - from + 1]);
+        let number = from + at;
+        self.write(&format!("{number}{after}"));
+        self.chosen(nats);
+        number
     }
 
-    fn write(&mut self, options: &[&str], at: usize, after: &str) {
+    fn option(&mut self, options: &[&str], at: usize, after: &str, nats: f64) {
         debug_assert!(
             options.iter().enumerate().all(|(i, a)| {
                 let mut others = options.iter().enumerate().filter(|(j, _)| *j != i);
@@ -65,11 +69,19 @@ impl<'a> Teller<'a> {
             }),
             "one of {options:?} begins with another"
         );
-        self.say(options[at]);
-        self.say(after);
+        self.write(options[at]);
+        self.write(after);
+        self.chosen(nats);
     }
 
-    fn draw(&mut self, weights: &[f64]) -> usize {
+    /// Records a choice that can be read off the text written so far.
+    fn chosen(&mut self, nats: f64) {
+        let end = self.document.text.len();
+        self.document.choices.push((end, nats));
+    }
+
+    /// An index drawn in proportion to `weights`, and minus the logarithm of its probability.
+    fn draw(&mut self, weights: &[f64]) -> (usize, f64) {
         let total: f64 = weights.iter().sum();
         let mut rest = self.rng.random::<f64>() * total;
         let mut at = 0;
@@ -77,8 +89,7 @@ impl<'a> Teller<'a> {
             rest -= weights[at];
             at += 1;
         }
-        self.nats -= (weights[at] / total).ln();
-        at
+        (at, -(weights[at] / total).ln())
     }
 }
 

@@ -1,6 +1,6 @@
-//! What the stories are made of; the first words of a list are the most frequent.
+//! The words of the documents; those at the front of a list are the most frequent.
 
-/// Names of those who are called she.
+/// Names that go with "she".
 pub(super) const WOMEN: [&str; 40] = [
     "Mira", "Anna", "Lotte", "Ida", "Nora", "Ella", "Greta", "Frida", "Clara", "Hanna", "Jana",
     "Lena", "Marta", "Olga", "Paula", "Rosa", "Selma", "Thea", "Vera", "Wanda", "Alma", "Berta",
@@ -8,7 +8,7 @@ pub(super) const WOMEN: [&str; 40] = [
     "Nelly", "Olive", "Petra", "Rita", "Sonja", "Tilda", "Ursula", "Yara",
 ];
 
-/// Names of those who are called he.
+/// Names that go with "he".
 pub(super) const MEN: [&str; 40] = [
     "Otto", "Ben", "Emil", "Tom", "Jonas", "Karl", "Leo", "Max", "Nils", "Oskar", "Piet", "Rolf",
     "Sam", "Theo", "Udo", "Viktor", "Willy", "Anton", "Bruno", "Caspar", "David", "Erik", "Felix",
@@ -16,7 +16,7 @@ pub(super) const MEN: [&str; 40] = [
     "Robert", "Simon", "Tobias", "Uwe", "Vincent", "Walter", "Zeno",
 ];
 
-/// What somebody does for a living.
+/// Occupations.
 pub(super) const ROLES: [&str; 20] = [
     "baker",
     "farmer",
@@ -46,7 +46,7 @@ pub(super) const COLOURS: [&str; 16] = [
     "pink", "orange", "purple", "copper", "violet", "cream",
 ];
 
-/// Things to find.
+/// Objects.
 pub(super) const OBJECTS: [&str; 48] = [
     "ball", "key", "box", "book", "lamp", "ring", "stone", "coin", "shell", "hat", "cup", "bell",
     "mirror", "knife", "feather", "button", "rope", "flute", "drum", "kite", "map", "letter",
@@ -99,13 +99,13 @@ pub(super) const PLACES: [&str; 40] = [
     "vineyard",
 ];
 
-/// Where things are kept.
+/// Containers.
 pub(super) const CONTAINERS: [&str; 12] = [
     "pocket", "drawer", "bag", "jar", "chest", "sack", "boot", "cupboard", "trunk", "crate",
     "bucket", "pouch",
 ];
 
-/// Words that are said once and asked for much later.
+/// Words that come up once and again only at the end of a document.
 pub(super) const SECRETS: [&str; 60] = [
     "kestrel", "amber", "thistle", "comet", "marble", "willow", "ember", "falcon", "ginger",
     "harvest", "ivory", "jasper", "linden", "meteor", "nutmeg", "onyx", "pepper", "quartz",
@@ -116,14 +116,14 @@ pub(super) const SECRETS: [&str; 60] = [
     "iris", "jade", "lotus", "mosaic", "nimbus", "otter",
 ];
 
-/// What can be eaten and counted.
+/// Food, in the plural.
 pub(super) const FOODS: [&str; 24] = [
     "apples", "nuts", "cakes", "plums", "eggs", "pears", "cherries", "carrots", "beans", "figs",
     "onions", "rolls", "grapes", "lemons", "peas", "melons", "berries", "olives", "turnips",
     "dates", "peaches", "buns", "radishes", "pies",
 ];
 
-/// Animals, more than one of them.
+/// Animals, in the plural.
 pub(super) const ANIMALS: [&str; 32] = [
     "dogs",
     "cats",
@@ -165,7 +165,7 @@ pub(super) const MOODS: [&str; 20] = [
     "thirsty", "lonely", "calm", "busy", "late", "sorry", "lucky", "sick", "brave", "shy",
 ];
 
-/// How something looks.
+/// Adjectives.
 pub(super) const LOOKS: [&str; 24] = [
     "small", "old", "big", "new", "quiet", "bright", "dark", "strange", "pretty", "heavy", "round",
     "soft", "tall", "thin", "wild", "gentle", "clever", "slow", "quick", "funny", "dusty", "shiny",

@@ -1,0 +1,64 @@
+//! The bundled model: where it is, and `train-default`, which makes it.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Result, ensure};
+use toy_lm::bundled;
+
+use crate::cli::Device;
+use crate::format;
+use crate::progress::Progress;
+
+/// What to train.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// Folder to write.
+    pub out: PathBuf,
+    /// Replace what is there.
+    pub overwrite: bool,
+    /// Steps of 4,096 tokens.
+    pub steps: usize,
+    /// Seed of weights and text.
+    pub seed: u64,
+    /// Where to compute.
+    pub device: Device,
+}
+
+/// The model's folder in this checkout, with its texts; relative to the current folder where it is below it.
+pub fn folder() -> PathBuf {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("model");
+    let current = std::env::current_dir().ok();
+    match current.and_then(|current| Some(folder.strip_prefix(current).ok()?.to_owned())) {
+        Some(below) => below,
+        None => folder,
+    }
+}
+
+/// Train the bundled model and write its checkpoint.
+///
+/// # Errors
+/// A folder that cannot be written, or a device that is not there.
+pub fn run(config: &Config) -> Result<()> {
+    let device = config.device.open()?;
+    ensure!(
+        config.overwrite || !config.out.exists(),
+        "--out {}: exists; --overwrite replaces it",
+        config.out.display()
+    );
+    let mut options = bundled::Options::new(&config.out);
+    options.overwrite = config.overwrite;
+    options.steps = config.steps;
+    options.seed = config.seed;
+    let bar = Progress::new("training", config.steps as u64);
+    let trained = bundled::train(&options, &device, &bar)?;
+    bar.finish();
+    println!(
+        "{}: {} tokens in {} ({:.0} tokens/s), {:.4} nats per token on the last of them",
+        config.out.display(),
+        options.tokens(),
+        format::seconds(trained.seconds),
+        options.tokens() as f64 / trained.seconds,
+        trained.loss
+    );
+    Ok(())
+}
