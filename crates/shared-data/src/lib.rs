@@ -3,7 +3,7 @@
 //! A test that needs something there is marked by [`needed`]: where it is absent, the test is reported as ignored and
 //! says why; where it is present, the test runs. [`path`] gives the path of a file or folder.
 //!
-//! ```
+//! ```text
 //! #[shared_data::needed("models/stories260K")]
 //! #[test]
 //! fn the_model_has_its_files() {
