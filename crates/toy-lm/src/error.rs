@@ -36,10 +36,10 @@ pub enum Error {
     Tokenizer(String),
     /// A config that is not a supported model.
     #[error(transparent)]
-    Model(#[from] causal_lm::Error),
+    Model(Box<causal_lm::Error>),
     /// The checkpoint cannot be written.
     #[error(transparent)]
-    Checkpoint(#[from] tensor_io::Error),
+    Checkpoint(Box<tensor_io::Error>),
     /// A tensor operation failed.
     #[error("tensor operation failed")]
     Candle(#[from] candle_core::Error),
@@ -50,3 +50,15 @@ pub enum Error {
 
 /// Result with this crate's [`Error`].
 pub type Result<T> = std::result::Result<T, Error>;
+
+impl From<causal_lm::Error> for Error {
+    fn from(error: causal_lm::Error) -> Self {
+        Self::Model(Box::new(error))
+    }
+}
+
+impl From<tensor_io::Error> for Error {
+    fn from(error: tensor_io::Error) -> Self {
+        Self::Checkpoint(Box::new(error))
+    }
+}
