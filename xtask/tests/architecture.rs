@@ -3,13 +3,20 @@
 use std::path::Path;
 
 /// Each crate with all the crates of this workspace that it may depend on.
-const ALLOWED: [(&str, &[&str]); 9] = [
+const ALLOWED: [(&str, &[&str]); 10] = [
     ("packed", &[]),
     ("tensor-io", &[]),
+    ("linalg", &[]),
     ("kv-lazy", &["tensor-io"]),
     ("causal-lm", &["tensor-io", "packed", "kv-lazy"]),
-    ("prune-structured", &["tensor-io", "packed", "causal-lm"]),
-    ("lowrank-eora", &["tensor-io", "packed", "causal-lm"]),
+    (
+        "prune-structured",
+        &["tensor-io", "packed", "linalg", "causal-lm"],
+    ),
+    (
+        "lowrank-eora",
+        &["tensor-io", "packed", "linalg", "causal-lm"],
+    ),
     ("prune-lattice", &["tensor-io"]),
     ("toy-lm", &["tensor-io", "causal-lm"]),
     (

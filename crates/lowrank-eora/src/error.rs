@@ -143,12 +143,12 @@ pub enum Error {
         statistic: &'static str,
     },
     /// A factorisation did not succeed.
-    #[error("{what} failed: {reason}")]
+    #[error("{what}: {source}")]
     Factorization {
-        /// The factorisation and its matrix.
+        /// The factorisation and its matrix, and what to do where there is something.
         what: &'static str,
         /// Why.
-        reason: String,
+        source: linalg::Error,
     },
     /// A budget below what the smallest allowed ranks need.
     #[error("a budget of {budget} bytes: the smallest allowed ranks alone take {needed} bytes")]

@@ -1,17 +1,8 @@
-//! Between candle's row-major tensors and faer's column-major matrices, and what is done with those.
-
-mod factorise;
-mod product;
-
-pub(crate) use factorise::{
-    Cholesky, Qr, cholesky_in_place, eigen, left_singular, pieces, singular_values,
-};
-pub(crate) use product::{Entries, add_product, add_products, mirror_lower, product};
+//! Between candle's row-major tensors and faer's column-major matrices.
 
 use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor};
 use faer::{Mat, MatMut, MatRef};
-use rayon::prelude::*;
 
 /// A `[rows, cols]` tensor of any float dtype as a matrix.
 ///
@@ -77,21 +68,13 @@ pub(crate) fn expect_shape(
 }
 
 pub(crate) fn check_finite(matrix: MatRef<'_, f64>, what: &'static str) -> Result<()> {
-    let bad = (0..matrix.ncols()).into_par_iter().find_map_first(|col| {
-        let bad = matrix
-            .col(col)
-            .iter()
-            .enumerate()
-            .find(|(_, value)| !value.is_finite());
-        bad.map(|(row, &value)| (row, col, value))
-    });
-    match bad {
-        None => Ok(()),
-        Some((row, col, value)) => Err(Error::NotFinite {
+    linalg::check_finite(matrix).map_err(|error| match error {
+        linalg::Error::NotFinite { row, column, value } => Error::NotFinite {
             what,
             row,
-            column: col,
+            column,
             value,
-        }),
-    }
+        },
+        source => Error::Factorization { what, source },
+    })
 }

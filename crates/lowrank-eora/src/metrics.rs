@@ -5,9 +5,10 @@
 //! all three numbers are of the matrix Z that results. A text of one token, or with a token equal
 //! to the mean, has no such Z: its numbers are NaN, as published, and [`mean`] leaves it out.
 
-use crate::matrix::{check_finite, singular_values};
+use crate::matrix::check_finite;
 use crate::{Error, Result};
 use faer::{Mat, MatRef};
+use linalg::singular_values;
 
 /// Numbers of one text.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -30,7 +31,10 @@ impl SpectralMetrics {
     pub fn of(states: MatRef<'_, f64>) -> Result<Self> {
         let z = normalized(states)?;
         let singular = if check_finite(z.as_ref(), "normalised states").is_ok() {
-            singular_values(z.as_ref(), "the singular values of hidden states")?
+            singular_values(z.as_ref()).map_err(|source| Error::Factorization {
+                what: "singular values of hidden states",
+                source,
+            })?
         } else {
             vec![f64::NAN]
         };

@@ -34,6 +34,7 @@ pub use weighting::Weighting;
 use crate::matrix::check_finite;
 use crate::{Error, Result};
 use faer::{Mat, MatRef};
+use linalg::Eigen;
 use serde::{Deserialize, Serialize};
 
 /// How the leading left singular vectors of D T are found.
@@ -184,4 +185,9 @@ fn leading(
             None => exact::by_gram(d, weighting, rank),
         },
     }
+}
+
+/// Eigenvectors of a symmetric matrix; `what` names it in errors.
+fn eigenvectors(matrix: MatRef<'_, f64>, what: &'static str) -> Result<Eigen> {
+    linalg::eigen(matrix).map_err(|source| Error::Factorization { what, source })
 }

@@ -1,7 +1,7 @@
 //! One pass of calibration windows through the dense model, shared by every method.
 
 use crate::flap::compat::Fluctuation;
-use crate::stats::{ColumnStats, GramStore, LayerStats, Moments, Part};
+use crate::stats::{ColumnStats, GramCollector, GramStore, LayerStats, Moments, Part};
 use crate::structprune::Refits;
 use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor};
@@ -94,7 +94,7 @@ pub(crate) struct Collector {
 
 struct PartCollector {
     stats: ColumnStats,
-    gram: Option<Tensor>,
+    gram: Option<GramCollector>,
 }
 
 impl Collector {
@@ -119,7 +119,7 @@ impl Collector {
                 return Ok(None);
             };
             if let (Some(store), Some(gram)) = (store, gram) {
-                store.save(layer, part, &gram)?;
+                store.save(layer, part, &gram.finish()?)?;
             }
             Ok(Some(stats))
         };
@@ -171,7 +171,7 @@ impl PartCollector {
             outputs,
         };
         let gram = match collect.gram {
-            Some(_) => Some(Tensor::zeros((width, width), DType::F32, weight.device())?),
+            Some(_) => Some(GramCollector::new(width, weight.device())?),
             None => None,
         };
         Ok(Self { stats, gram })
@@ -180,7 +180,7 @@ impl PartCollector {
     fn update(&mut self, x: &Tensor, window_len: usize) -> Result<()> {
         let x = x.to_dtype(DType::F32)?;
         if let Some(gram) = &mut self.gram {
-            *gram = (&*gram + x.t()?.matmul(&x)?)?;
+            gram.update(&x)?;
         }
         let (rows, width) = x.dims2()?;
         let values = x.to_device(&Device::Cpu)?.flatten_all()?.to_vec1::<f32>()?;

@@ -3,11 +3,12 @@
 //! W is the weight of o_proj or down_proj, `[outputs, columns]`, x its input.
 
 use crate::stats::Part;
+use crate::tensor::values;
 use crate::{Calibration, Error, Result};
 use candle_core::{Device, Tensor};
 use causal_lm::{Decoder, LinearName};
-use faer::linalg::solvers::Solve;
-use faer::{Mat, Side};
+use faer::Mat;
+use linalg::{Cholesky, product};
 use serde::{Deserialize, Serialize};
 
 /// What replaces the removed columns.
@@ -154,7 +155,7 @@ fn mean_contribution(weight: &Tensor, removed: &[usize], mean: &[f64]) -> Result
         .collect())
 }
 
-/// W_K + (H[K,K]⁻¹ H[K,R] W_Rᵀ)ᵀ, which is W H[:,K] H[K,K]⁻¹ without the part that cancels.
+/// W_K + (H[K,K]⁻¹ H[K,R] W_Rᵀ)ᵀ, which is W H[:,K] H[K,K]⁻¹ without the part that cancels; in f64.
 pub(crate) fn refit(
     weight: &Tensor,
     gram: &Tensor,
@@ -163,45 +164,53 @@ pub(crate) fn refit(
     ridge: f64,
     layer: usize,
 ) -> Result<Tensor> {
-    let index = |ids: &[usize]| Tensor::from_iter(ids.iter().map(|&id| id as u32), &Device::Cpu);
-    let (kept_ids, removed_ids) = (index(kept)?, index(removed)?);
-    let of_kept = gram.index_select(&kept_ids, 0)?;
-    let cross = of_kept.index_select(&removed_ids, 1)?;
-    let weight = weight.to_device(&Device::Cpu)?;
-    let lost = cross.matmul(&weight.index_select(&removed_ids, 1)?.t()?)?;
-    let normal = of_kept.index_select(&kept_ids, 1)?;
-    let columns = weight.dims()[1];
-    let diagonal = gram.flatten_all()?.to_vec1::<f32>()?;
-    let mean_diagonal = diagonal
-        .iter()
-        .step_by(columns + 1)
-        .map(|&d| f64::from(d))
-        .sum::<f64>()
-        / columns as f64;
-    let damping = ridge * mean_diagonal;
-    let delta = solve(&normal, damping, &lost, layer)?.t()?;
-    Ok((weight.index_select(&kept_ids, 1)? + delta)?)
+    let (outputs, columns) = weight.dims2()?;
+    let (weight, gram) = (values(weight)?, values(gram)?);
+    let entry = |i: usize, j: usize| f64::from(gram[i * columns + j]);
+    let mean_diagonal = (0..columns).map(|i| entry(i, i)).sum::<f64>() / columns as f64;
+    let lost = Mat::from_fn(removed.len(), outputs, |j, o| {
+        f64::from(weight[o * columns + removed[j]])
+    });
+    let cross = Mat::from_fn(kept.len(), removed.len(), |i, j| entry(kept[i], removed[j]));
+    let right = product(cross.as_ref(), lost.as_ref());
+    drop(cross);
+    let normal = Mat::from_fn(kept.len(), kept.len(), |i, j| entry(kept[i], kept[j]));
+    let delta = solve_damped(normal, ridge * mean_diagonal, right, layer)?;
+    let refitted: Vec<f32> = (0..outputs)
+        .flat_map(|o| (0..kept.len()).map(move |i| (o, i)))
+        .map(|(o, i)| (f64::from(weight[o * columns + kept[i]]) + delta[(i, o)]) as f32)
+        .collect();
+    Ok(Tensor::from_vec(
+        refitted,
+        (outputs, kept.len()),
+        &Device::Cpu,
+    )?)
 }
 
 /// `(normal + damping · 1)⁻¹ right`, solved in f64: `[k, k]` and `[k, n]` to `[k, n]`, on the CPU.
 pub(crate) fn solve(normal: &Tensor, damping: f64, right: &Tensor, layer: usize) -> Result<Tensor> {
-    let normal = normal.to_device(&Device::Cpu)?.to_vec2::<f32>()?;
-    // A feature that is always zero has an empty row; without damping it would be singular.
-    let normal = Mat::from_fn(normal.len(), normal.len(), |i, j| {
-        f64::from(normal[i][j]) + if i == j { damping } else { 0.0 }
-    });
     let (rows, columns) = right.dims2()?;
-    let right = right.to_device(&Device::Cpu)?.to_vec2::<f32>()?;
-    let right = Mat::from_fn(rows, columns, |i, o| f64::from(right[i][o]));
-    let factor = normal
-        .llt(Side::Lower)
-        .map_err(|_| Error::Singular { layer })?;
-    let solved = factor.solve(&right);
+    let (normal, right) = (values(normal)?, values(right)?);
+    let normal = Mat::from_fn(rows, rows, |i, j| f64::from(normal[i * rows + j]));
+    let right = Mat::from_fn(rows, columns, |i, o| f64::from(right[i * columns + o]));
+    let solved = solve_damped(normal, damping, right, layer)?;
     let solved: Vec<f32> = (0..rows)
         .flat_map(|i| (0..columns).map(move |o| (i, o)))
         .map(|(i, o)| solved[(i, o)] as f32)
         .collect();
     Ok(Tensor::from_vec(solved, (rows, columns), &Device::Cpu)?)
+}
+
+fn solve_damped(
+    mut normal: Mat<f64>,
+    damping: f64,
+    right: Mat<f64>,
+    layer: usize,
+) -> Result<Mat<f64>> {
+    // A feature that is always zero has an empty row; without damping it would be singular.
+    (0..normal.nrows()).for_each(|i| normal[(i, i)] += damping);
+    let factor = Cholesky::new(normal).map_err(|_| Error::Singular { layer })?;
+    Ok(factor.solve(right))
 }
 
 /// The ids below `width` that are not in the ascending list `ids`.

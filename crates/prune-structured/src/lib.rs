@@ -29,6 +29,7 @@ mod score;
 mod slice;
 pub mod stats;
 pub mod structprune;
+mod tensor;
 pub mod tyr;
 mod uniform;
 mod write;

@@ -3,14 +3,13 @@
 //! With J the reversal of order, J H J = L Lᵀ gives U = J L⁻¹ J: one Cholesky factorisation and one triangular inverse,
 //! `2n³/3` multiply-adds, where the definition (factorise, invert, factorise the inverse) takes `4n³/3` and rounds more.
 
-use faer::linalg::triangular_inverse::invert_lower_triangular;
 use faer::{MatMut, MatRef};
 use rayon::prelude::*;
 
 use super::rows::transpose;
 use super::sweep::ColumnOrder;
-use crate::matrix::{cholesky_in_place, pieces};
 use crate::{Error, Result};
+use linalg::{cholesky_in_place, invert_lower};
 
 /// By how much damping grows when H + damping is not positive definite.
 const GROWTH: f64 = 10.0;
@@ -71,8 +70,15 @@ impl Factor {
                         *target = entry(i, j);
                     }
                 });
-            if cholesky_in_place(MatMut::from_column_major_slice_mut(&mut work, n, n)) {
-                break;
+            match cholesky_in_place(MatMut::from_column_major_slice_mut(&mut work, n, n)) {
+                Ok(()) => break,
+                Err(linalg::Error::NotPositiveDefinite { .. }) => {}
+                Err(source) => {
+                    return Err(Error::Factorization {
+                        what: "Cholesky factorisation of the damped Gram matrix",
+                        source,
+                    });
+                }
             }
             damping = (damping * GROWTH).max(LEAST_DAMPING);
             retries += 1;
@@ -86,10 +92,9 @@ impl Factor {
         }
 
         let mut inverse = vec![0.0; n * n];
-        invert_lower_triangular(
+        invert_lower(
             MatMut::from_column_major_slice_mut(&mut inverse, n, n),
             MatRef::from_column_major_slice(&work, n, n),
-            pieces(),
         );
         // U_ij = (L⁻¹)_{n−1−i, n−1−j}.
         transpose(&mut work, n, |i, j| {

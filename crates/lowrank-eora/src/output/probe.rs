@@ -4,12 +4,13 @@
 //! text. A probe makes it visible: for each linear a few inputs x, W_c x + B A x without bias, and
 //! B A x alone, which tells what share of the adapter the runtime applied.
 
-use crate::matrix::{from_tensor, product, to_tensor};
+use crate::matrix::{from_tensor, to_tensor};
 use crate::repair::{LayerId, Repaired};
 use crate::solve::LowRank;
 use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor};
 use faer::Mat;
+use linalg::product;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use std::collections::BTreeMap;

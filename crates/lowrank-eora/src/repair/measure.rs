@@ -4,9 +4,9 @@ use super::Energy;
 use super::inputs::Statistics;
 use super::state::RepairedLayer;
 use crate::Result;
-use crate::matrix::product;
 use crate::solve::Weighting;
-use faer::{Mat, MatRef};
+use faer::Mat;
+use linalg::{dot, product};
 
 /// Squared norms on one set of tokens.
 #[derive(Clone, Copy, Debug)]
@@ -96,19 +96,11 @@ fn drift(
     let energy = |error: &Mat<f64>| -> Result<f64> {
         let v = weight - error;
         let own = statistics.gram()?.energy(v.as_ref())?;
-        Ok((target - 2.0 * inner(wk.as_ref(), v.as_ref()) + own).max(0.0))
+        Ok((target - 2.0 * dot(wk.as_ref(), v.as_ref()) + own).max(0.0))
     };
     Ok(Some(Energy {
         target,
         before: energy(before)?,
         after: energy(after)?,
     }))
-}
-
-/// Σ a ∘ b.
-fn inner(a: MatRef<'_, f64>, b: MatRef<'_, f64>) -> f64 {
-    let columns = a.col_iter().zip(b.col_iter());
-    columns
-        .map(|(a, b)| a.iter().zip(b.iter()).map(|(x, y)| x * y).sum::<f64>())
-        .sum()
 }

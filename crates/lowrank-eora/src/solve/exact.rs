@@ -1,9 +1,9 @@
 //! Routes through a full factorisation.
 
-use super::{Leading, Route, Spectrum, Weighting, Whitening};
-use crate::matrix::{Cholesky, Qr, eigen, left_singular, product};
+use super::{Leading, Route, Spectrum, Weighting, Whitening, eigenvectors};
 use crate::{Error, Result};
 use faer::{Mat, MatRef};
+use linalg::{Cholesky, Eigen, LeftSingular, Qr, Vectors, left_singular, product};
 
 /// Eigenvectors of G = D H Dᵀ; where D has more rows than columns, of R H Rᵀ with D = Q R.
 pub(super) fn by_gram(
@@ -21,7 +21,7 @@ pub(super) fn by_gram(
         });
     }
     let g = weighting.output_gram(d);
-    let (values, vectors) = eigen(g.as_ref(), "the eigenvectors of D H Dᵀ")?;
+    let Eigen { values, vectors } = eigenvectors(g.as_ref(), "eigenvectors of D H Dᵀ")?;
     Ok(Leading {
         vectors: vectors.subcols(0, rank).to_owned(),
         spectrum: Spectrum::new(values, 0.0),
@@ -46,9 +46,15 @@ pub(super) fn by_factor(
         // The whitening factor of G is D T up to a rotation of its columns.
         Weighting::Output(g) => factor(g, whitening)?,
     };
-    let full = whitened.ncols().min(whitened.nrows()) < rank;
-    let what = "the singular value decomposition of D T";
-    let (values, vectors) = left_singular(whitened.as_ref(), full, what)?;
+    let wanted = match whitened.ncols().min(whitened.nrows()) < rank {
+        true => Vectors::Full,
+        false => Vectors::Thin,
+    };
+    let LeftSingular { values, vectors } =
+        left_singular(whitened.as_ref(), wanted).map_err(|source| Error::Factorization {
+            what: "singular value decomposition of D T",
+            source,
+        })?;
     let mut squares: Vec<f64> = values.iter().map(|s| s * s).collect();
     squares.resize(squares.len().max(rank), 0.0);
     Ok(Leading {
@@ -62,15 +68,17 @@ pub(super) fn by_factor(
 pub(super) fn factor(h: MatRef<'_, f64>, whitening: Whitening) -> Result<Mat<f64>> {
     match whitening {
         Whitening::Cholesky => match Cholesky::new(h.to_owned()) {
-            Some(cholesky) => Ok(cholesky.into_l()),
-            None => Err(Error::Factorization {
-                what: "the Cholesky factorisation of H",
-                reason: "H is not positive definite: take the eigen whitening, or the Gram route"
-                    .into(),
+            Ok(cholesky) => Ok(cholesky.into_l()),
+            Err(source) => Err(Error::Factorization {
+                what: "Cholesky whitening of H, where the eigen whitening and the Gram route take any H",
+                source,
             }),
         },
         Whitening::Eigen => {
-            let (values, mut vectors) = eigen(h, "the eigenvectors of H")?;
+            let Eigen {
+                values,
+                mut vectors,
+            } = eigenvectors(h, "eigenvectors of H")?;
             for (column, value) in vectors.col_iter_mut().zip(values) {
                 let scale = value.max(0.0).sqrt();
                 column.iter_mut().for_each(|x| *x *= scale);

@@ -1,10 +1,10 @@
 //! B and A.
 
 use super::Spectrum;
-use crate::matrix::{Entries, add_product, product};
 use crate::{Error, Result, matrix};
 use candle_core::{DType, Device, Tensor};
 use faer::{Mat, MatRef};
+use linalg::{Entries, add_product, product};
 use serde::{Deserialize, Serialize};
 
 /// How B and A share the singular values; B A is the same for all.
@@ -72,7 +72,7 @@ impl LowRank {
     pub fn error(&self, d: MatRef<'_, f64>) -> Mat<f64> {
         let mut error = d.to_owned();
         let (b, a) = (self.b.as_ref(), self.a.as_ref());
-        add_product(&mut error, b, a, -1.0, Entries::All);
+        add_product(error.as_mut(), b, a, -1.0, Entries::All);
         error
     }
 

@@ -8,11 +8,11 @@
 //! After each step the Rayleigh quotients of the whole subspace give the loss; the iteration stops
 //! when what is still to be gained, extrapolated from the last gains, is a small share of it.
 
-use super::weighting::inner;
+use super::eigenvectors;
 use super::{Leading, Options, Route, Spectrum, Weighting};
 use crate::Result;
-use crate::matrix::{Entries, Qr, add_product, add_products, eigen, mirror_lower, product};
 use faer::{Mat, MatRef};
+use linalg::{Eigen, Entries, Qr, add_product, add_product_f32, dot, mirror_lower, product};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -102,8 +102,8 @@ impl Pencil<'_> {
             (None, Weighting::Factor(t)) => t.squared_norm_l2(),
             (Some(s), Weighting::Identity) => diagonal(s.as_ref()),
             (Some(s), Weighting::Diagonal(h)) => (0..self.size).map(|i| h[i] * s[(i, i)]).sum(),
-            (Some(s), Weighting::Gram(h) | Weighting::Output(h)) => inner(s.as_ref(), h),
-            (Some(s), Weighting::Factor(t)) => inner(product(s.as_ref(), t).as_ref(), t),
+            (Some(s), Weighting::Gram(h) | Weighting::Output(h)) => dot(s.as_ref(), h),
+            (Some(s), Weighting::Factor(t)) => dot(product(s.as_ref(), t).as_ref(), t),
         }
     }
 }
@@ -148,10 +148,11 @@ impl Subspace {
                 subtract(&mut z, &self.z, &along);
                 subtract(&mut y, &self.y, &along);
             }
-            let (squares, rotation) = {
-                let moments = product(z.transpose(), y.as_ref());
-                eigen(moments.as_ref(), "a Krylov block")?
-            };
+            let moments = product(z.transpose(), y.as_ref());
+            let Eigen {
+                values: squares,
+                vectors: rotation,
+            } = eigenvectors(moments.as_ref(), "eigenvectors of a Krylov block")?;
             let longest = squares.first().copied().unwrap_or(0.0);
             let shortest = (longest * NOISE)
                 .max(known * NOISE_OF_KNOWN)
@@ -186,7 +187,13 @@ impl Subspace {
 }
 
 fn subtract(from: &mut Mat<f64>, basis: &Mat<f64>, along: &Mat<f64>) {
-    add_product(from, basis.as_ref(), along.as_ref(), -1.0, Entries::All);
+    add_product(
+        from.as_mut(),
+        basis.as_ref(),
+        along.as_ref(),
+        -1.0,
+        Entries::All,
+    );
 }
 
 fn beside(left: &Mat<f64>, right: &Mat<f64>) -> Mat<f64> {
@@ -216,7 +223,7 @@ pub(super) fn by_krylov(
         }
     } else if on_outputs {
         let mut g = weighting.output_gram(d);
-        mirror_lower(&mut g);
+        mirror_lower(g.as_mut());
         formed = g;
         Pencil {
             s: None,
@@ -257,9 +264,15 @@ fn row_products(d: MatRef<'_, f64>) -> Mat<f64> {
     for start in (0..m).step_by(ROWS) {
         let rows = d.subrows(start, ROWS.min(m - start));
         let rows = Mat::<f32>::from_fn(n, rows.nrows(), |i, j| rows[(j, i)] as f32);
-        add_products(&mut s, rows.as_ref(), rows.as_ref(), 1.0, Entries::Lower);
+        add_product_f32(
+            s.as_mut(),
+            rows.as_ref(),
+            rows.as_ref(),
+            1.0,
+            Entries::Lower,
+        );
     }
-    mirror_lower(&mut s);
+    mirror_lower(s.as_mut());
     s
 }
 
@@ -285,7 +298,10 @@ fn iterate(
     for _ in 0..MAX_STEPS {
         let grown = subspace.extend(pencil, next)?;
         if subspace.len() >= rank {
-            let (values, vectors) = eigen(subspace.t.as_ref(), "Rayleigh quotients")?;
+            let Eigen { values, vectors } = eigenvectors(
+                subspace.t.as_ref(),
+                "Rayleigh quotients of a Krylov subspace",
+            )?;
             let captured: f64 = values.iter().take(rank).sum();
             gains = [gains[1], captured - before];
             before = captured;

@@ -1,10 +1,11 @@
 //! The methods that the literature compares, by name.
 
 use super::{Options, Solution, Weighting, solve};
-use crate::matrix::{Cholesky, expect_shape, product};
+use crate::matrix::expect_shape;
 use crate::stats::{Collect, Diagonal, InputStats};
 use crate::{Error, Result};
 use faer::{Mat, MatRef};
+use linalg::{Cholesky, product};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::str::FromStr;
@@ -191,9 +192,9 @@ pub fn drift_residual(
     }
     let ridge = damping * trace / n as f64;
     let damped = Mat::from_fn(n, n, |i, j| gram[(i, j)] + if i == j { ridge } else { 0.0 });
-    let cholesky = Cholesky::new(damped).ok_or_else(|| Error::Factorization {
-        what: "the Cholesky factorisation of the student's H",
-        reason: "it is not positive definite; a larger damping makes it so".into(),
+    let cholesky = Cholesky::new(damped).map_err(|source| Error::Factorization {
+        what: "Cholesky factorisation of the student's H, to which a larger damping can be added",
+        source,
     })?;
     // (W (K − Ĥ) (Ĥ + λI)⁻¹)ᵀ = (Ĥ + λI)⁻¹ (K − Ĥ)ᵀ Wᵀ.
     let drift = product((cross - gram).transpose(), weight.transpose());

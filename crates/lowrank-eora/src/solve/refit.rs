@@ -1,10 +1,11 @@
 //! The best B for a given A, from H or from tokens.
 
-use super::Weighting;
-use crate::matrix::{Entries, add_product, eigen, expect_shape, product};
+use super::{Weighting, eigenvectors};
+use crate::matrix::expect_shape;
 use crate::stats::Rows;
 use crate::{Error, Result};
 use faer::{Mat, MatRef};
+use linalg::{Eigen, Entries, add_product, product};
 
 /// The B that is best with a given A (`r × n`): D H Aᵀ (A H Aᵀ)⁺.
 ///
@@ -39,7 +40,10 @@ fn normal_equations(right: Mat<f64>, mut moments: Mat<f64>) -> Result<Mat<f64>> 
             moments[(i, j)] *= scales[i] * scales[j];
         }
     }
-    let (values, mut vectors) = eigen(moments.as_ref(), "the eigenvectors of A H Aᵀ")?;
+    let Eigen {
+        values,
+        mut vectors,
+    } = eigenvectors(moments.as_ref(), "eigenvectors of A H Aᵀ")?;
     let cut = values.first().copied().unwrap_or(0.0) * f64::EPSILON * values.len() as f64;
     for i in 0..vectors.nrows() {
         for j in 0..vectors.ncols() {
@@ -100,7 +104,7 @@ impl RefitCollector {
         for (sum, outputs) in [(&mut self.right, dx), (&mut self.moments, ax)] {
             let outputs = double(outputs, false);
             let (outputs, weighted) = (outputs.as_ref(), weighted.transpose());
-            add_product(sum, outputs, weighted, 1.0, Entries::All);
+            add_product(sum.as_mut(), outputs, weighted, 1.0, Entries::All);
         }
         Ok(())
     }

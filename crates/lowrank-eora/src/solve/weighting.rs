@@ -1,8 +1,9 @@
 //! The norm in which a correction is best.
 
-use crate::matrix::{Entries, add_product, check_finite, expect_shape, product};
+use crate::matrix::{check_finite, expect_shape};
 use crate::{Error, Result};
 use faer::{Mat, MatRef};
+use linalg::{Entries, add_product, dot, product};
 
 /// H, the second moments of a layer's input, in the form in which it is known.
 ///
@@ -81,7 +82,7 @@ impl Weighting<'_> {
                 statistic: "H",
             })?,
         };
-        Ok(inner(weighted.as_ref(), e))
+        Ok(dot(weighted.as_ref(), e))
     }
 
     fn check_width(&self, e: MatRef<'_, f64>) -> Result<()> {
@@ -95,7 +96,7 @@ impl Weighting<'_> {
     pub(super) fn output_gram(&self, d: MatRef<'_, f64>) -> Mat<f64> {
         let mut g = Mat::zeros(d.nrows(), d.nrows());
         let mut add = |a: MatRef<'_, f64>, b: MatRef<'_, f64>| {
-            add_product(&mut g, a, b.transpose(), 1.0, Entries::Lower);
+            add_product(g.as_mut(), a, b.transpose(), 1.0, Entries::Lower);
         };
         match *self {
             Self::Output(known) => return known.to_owned(),
@@ -112,14 +113,4 @@ impl Weighting<'_> {
         }
         g
     }
-}
-
-/// Σ a ∘ b.
-pub(super) fn inner(a: MatRef<'_, f64>, b: MatRef<'_, f64>) -> f64 {
-    (0..a.ncols())
-        .map(|j| {
-            let column = a.col(j).iter().zip(b.col(j).iter());
-            column.map(|(x, y)| x * y).sum::<f64>()
-        })
-        .sum()
 }

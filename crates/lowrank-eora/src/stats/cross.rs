@@ -2,9 +2,9 @@
 
 use super::Rows;
 use super::gram::BLOCK_TOKENS;
-use crate::matrix::{Entries, add_products};
 use crate::{Error, Result};
 use faer::{Mat, MatRef};
+use linalg::{Entries, add_product_f32};
 
 /// Collects K: f32 products over blocks of tokens, f64 sums, blocks filled across calls.
 #[derive(Clone, Debug)]
@@ -75,7 +75,7 @@ impl CrossCollector {
         let tokens = self.student.len() / width.max(1);
         let teacher = MatRef::from_column_major_slice(&self.teacher, width, tokens);
         let student = MatRef::from_column_major_slice(&self.student, width, tokens);
-        add_products(&mut self.sum, teacher, student, 1.0, Entries::All);
+        add_product_f32(self.sum.as_mut(), teacher, student, 1.0, Entries::All);
         self.teacher.clear();
         self.student.clear();
     }

@@ -5,8 +5,9 @@
 
 use super::Rows;
 use crate::Result;
-use crate::matrix::{check_finite, product};
+use crate::matrix::check_finite;
 use faer::{Mat, MatRef};
+use linalg::product;
 
 /// Collects Σ w ‖E x‖².
 #[derive(Clone, Debug)]

@@ -5,9 +5,9 @@
 //! not depend on how its tokens were batched.
 
 use super::Rows;
-use crate::matrix::{Entries, add_product, add_products, mirror_lower};
 use crate::{Error, Result};
 use faer::{Mat, MatRef};
+use linalg::{Entries, add_product, add_product_f32, mirror_lower};
 use serde::{Deserialize, Serialize};
 
 /// Tokens of one f32 product: long enough for the GEMM's rate, short enough for its rounding.
@@ -48,8 +48,8 @@ impl Gram {
     pub fn of(x: MatRef<'_, f64>) -> Result<Self> {
         crate::matrix::check_finite(x, "activations")?;
         let mut matrix = Mat::zeros(x.nrows(), x.nrows());
-        add_product(&mut matrix, x, x.transpose(), 1.0, Entries::Lower);
-        mirror_lower(&mut matrix);
+        add_product(matrix.as_mut(), x, x.transpose(), 1.0, Entries::Lower);
+        mirror_lower(matrix.as_mut());
         Ok(Self {
             matrix,
             tokens: x.ncols() as u64,
@@ -196,14 +196,14 @@ impl GramCollector {
         let width = self.width();
         let tokens = self.pending.len() / width.max(1);
         let x = MatRef::from_column_major_slice(&self.pending, width, tokens);
-        add_products(&mut self.sum, x, x, scale, Entries::Lower);
+        add_product_f32(self.sum.as_mut(), x, x, scale, Entries::Lower);
         self.pending.clear();
     }
 
     /// The sum.
     pub fn finish(mut self) -> Gram {
         self.flush(1.0);
-        mirror_lower(&mut self.sum);
+        mirror_lower(self.sum.as_mut());
         Gram {
             matrix: self.sum,
             tokens: self.tokens,

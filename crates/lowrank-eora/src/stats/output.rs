@@ -7,8 +7,9 @@
 use super::Rows;
 use super::gram::{BLOCK_TOKENS, Gram};
 use crate::Result;
-use crate::matrix::{Entries, add_product, check_finite, mirror_lower, product};
+use crate::matrix::check_finite;
 use faer::{Mat, MatRef};
+use linalg::{Entries, add_product, mirror_lower, product};
 
 /// Collects G, which finishes as a [`Gram`] of the outputs.
 #[derive(Clone, Debug)]
@@ -66,7 +67,7 @@ impl OutputCollector {
         let dx = product(self.d.as_ref(), x);
         let dx = Mat::from_fn(m, tokens, |i, j| f64::from(dx[(i, j)]));
         let (dx, lower) = (dx.as_ref(), Entries::Lower);
-        add_product(&mut self.sum, dx, dx.transpose(), 1.0, lower);
+        add_product(self.sum.as_mut(), dx, dx.transpose(), 1.0, lower);
         self.pending.clear();
     }
 
@@ -80,7 +81,7 @@ impl OutputCollector {
     /// G, `m × m`.
     pub fn finish(mut self) -> Gram {
         self.flush();
-        mirror_lower(&mut self.sum);
+        mirror_lower(self.sum.as_mut());
         Gram::from_parts(self.sum, self.tokens, self.weight)
     }
 }

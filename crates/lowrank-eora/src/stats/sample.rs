@@ -10,9 +10,9 @@
 //! Calandriello et al. 2016) cost as much as the products they save and serve as a control.
 
 use super::{Accumulation, GramCollector, Rows};
-use crate::matrix::Cholesky;
 use crate::{Error, Result};
 use faer::Mat;
+use linalg::Cholesky;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
@@ -207,7 +207,7 @@ impl Sampler {
             for i in 0..n {
                 h[(i, i)] += sketch.ridge * mean;
             }
-            sketch.factor = Cholesky::new(h);
+            sketch.factor = Cholesky::new(h).ok();
             sketch.refresh_at *= 2;
         }
         let left = (sketch.refresh_at - self.tokens) as usize;

@@ -7,8 +7,8 @@
 use super::Rows;
 use super::gram::BLOCK_TOKENS;
 use crate::Result;
-use crate::matrix::Qr;
 use faer::Mat;
+use linalg::Qr;
 
 /// Collects T, `n × n`, lower triangular.
 #[derive(Clone, Debug)]

@@ -7,14 +7,13 @@ use super::Problem;
 use crate::compensate::Compensation;
 use crate::{Error, Result};
 use candle_core::{Device, Tensor};
-use faer::linalg::matmul::matmul;
-use faer::linalg::triangular_solve::solve_upper_triangular_in_place;
-use faer::{Accum, Mat, Side, get_global_parallelism};
+use faer::Mat;
+use linalg::{Cholesky, product, solve_upper};
 use std::collections::BTreeMap;
 
 /// A projection with its columns in an order, factored.
 ///
-/// Memory for n columns and m outputs: n² + nm f64, and n² more while factoring.
+/// Memory for n columns and m outputs: n² + 2 nm f64.
 #[derive(Clone, Debug)]
 pub struct Nested {
     order: Vec<usize>,
@@ -32,21 +31,11 @@ impl Nested {
     pub fn new(problem: &Problem, order: &[usize]) -> Result<Self> {
         let n = order.len();
         let gram = Mat::from_fn(n, n, |i, j| problem.gram[(order[i], order[j])]);
-        let factor = gram.llt(Side::Lower).map_err(|_| problem.singular())?;
-        drop(gram);
+        let factor = Cholesky::new(gram).map_err(|_| problem.singular())?;
         let outputs = problem.weight.nrows();
         let weight = Mat::from_fn(n, outputs, |i, o| problem.weight[(o, order[i])]);
-        let factor = factor.L().to_owned();
-        let mut half = Mat::zeros(n, outputs);
-        let par = get_global_parallelism();
-        matmul(
-            &mut half,
-            Accum::Replace,
-            factor.transpose(),
-            &weight,
-            1.0,
-            par,
-        );
+        let factor = factor.into_l();
+        let half = product(factor.transpose(), weight.as_ref());
         Ok(Self {
             order: order.to_vec(),
             factor,
@@ -75,8 +64,7 @@ impl Nested {
         }
         let mut solved = self.half.subrows(0, kept).to_owned();
         let factor = self.factor.submatrix(0, 0, kept, kept);
-        let par = get_global_parallelism();
-        solve_upper_triangular_in_place(factor.transpose(), solved.as_mut(), par);
+        solve_upper(factor.transpose(), solved.as_mut());
         let mut places: Vec<usize> = (0..kept).collect();
         places.sort_by_key(|&i| self.order[i]);
         let outputs = solved.ncols();
@@ -115,7 +103,7 @@ pub fn error_curve(
     };
     // ‖Σ_{i ≥ k} x_i b_i‖² grows by its i = k terms as k falls.
     let n = order.len();
-    let products = problem.weight.transpose() * &problem.weight;
+    let products = product(problem.weight.transpose(), problem.weight.as_ref());
     let term = |i: usize, j: usize| {
         let (i, j) = (order[i], order[j]);
         (problem.gram[(i, j)] - bias * mean[i] * mean[j]) * products[(i, j)]

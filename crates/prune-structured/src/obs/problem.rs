@@ -1,7 +1,8 @@
 //! The least-squares problem behind one output projection, in f64.
 
+use crate::tensor::values;
 use crate::{Error, Result};
-use candle_core::{DType, Device, Tensor};
+use candle_core::Tensor;
 use faer::Mat;
 use std::collections::BTreeMap;
 
@@ -66,13 +67,4 @@ impl Problem {
     pub(crate) fn singular(&self) -> Error {
         Error::Singular { layer: self.layer }
     }
-}
-
-/// Row-major f32 values on the CPU.
-pub(crate) fn values(tensor: &Tensor) -> Result<Vec<f32>> {
-    Ok(tensor
-        .to_dtype(DType::F32)?
-        .to_device(&Device::Cpu)?
-        .flatten_all()?
-        .to_vec1()?)
 }

@@ -9,6 +9,7 @@ mod moments;
 
 use crate::flap::compat::Fluctuation;
 use causal_lm::LinearName;
+pub(crate) use gram::GramCollector;
 pub use gram::GramStore;
 pub use moments::Moments;
 use serde::{Deserialize, Serialize};

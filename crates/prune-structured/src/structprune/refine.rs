@@ -12,6 +12,7 @@ use super::alternate::alternate;
 use crate::compensate::{Compensation, complement, refit};
 use crate::layout::kept_features;
 use crate::plan::Plan;
+use crate::stats::GramCollector;
 use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor};
 use causal_lm::block::{Attention, Mlp};
@@ -91,6 +92,7 @@ pub fn refine(
             hidden.clone().advance(&attention, &mut gram)?;
             (attention.attention, attention.attention_constant) = match gram.gram {
                 Some(gram) if !kept.is_empty() => {
+                    let gram = gram.finish()?;
                     let narrow = narrowed(decoder, &plan, layer, dense, &gram, ridge)?;
                     weights.insert(LinearName::O.to_string(), narrow.o.weight.clone());
                     (Some(narrow), None)
@@ -207,21 +209,21 @@ fn in_dtype(mlp: &Mlp, dtype: DType) -> Result<Mlp> {
     })
 }
 
-/// Sums `XᵀX` of o_proj's input, on the CPU.
+/// Sums `XᵀX` of o_proj's input.
 #[derive(Default)]
 struct GramTap {
-    gram: Option<Tensor>,
+    gram: Option<GramCollector>,
 }
 
 impl Tap for GramTap {
     fn observe(&mut self, _layer: usize, site: Site, x: &Tensor) -> TapResult {
         if site == Site::O {
             let x = x.to_dtype(DType::F32)?;
-            let product = x.t()?.matmul(&x)?.to_device(&Device::Cpu)?;
-            self.gram = Some(match self.gram.take() {
-                Some(gram) => (gram + product)?,
-                None => product,
-            });
+            let gram = match &mut self.gram {
+                Some(gram) => gram,
+                None => (self.gram).insert(GramCollector::new(x.dims2()?.1, x.device())?),
+            };
+            gram.update(&x)?;
         }
         Ok(())
     }
