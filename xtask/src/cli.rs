@@ -28,7 +28,7 @@ pub enum Job {
     /// Evaluate.
     Eval(Box<Run>),
     /// Compare two reports.
-    Report(crate::compare::Config),
+    Report(crate::report::Config),
     /// Make a checkpoint of random weights.
     RandomModel(crate::random_model::Config),
     /// Train the embedded default model from nothing.
@@ -294,7 +294,7 @@ pub(crate) fn parse() -> Job {
             before,
             after,
             json,
-        }) => Job::Report(crate::compare::Config {
+        }) => Job::Report(crate::report::Config {
             before,
             after,
             json,

@@ -3,10 +3,10 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, ensure};
+use eval_report::format;
 use toy_lm::bundled;
 
 use crate::cli::Device;
-use crate::format;
 use crate::progress::Progress;
 
 /// What to train.

@@ -1,28 +1,18 @@
 //! Evaluation runs and reports: `cargo xtask eval`, and `cargo xtask report` to compare two of them.
 //!
-//! The command line ([`cli`]) is turned once into a typed description of the run; a suite in [`eval`] measures
-//! [`row::Row`]s and hands them over in [`report::Section`]s; [`report::Report`] shows them on the terminal and writes
-//! them as JSON, Markdown and HTML. [`plot`], [`progress`] and [`machine`] are what suites need beside that.
+//! The command line ([`cli`]) is turned once into a typed description of the run. A suite in [`eval`] measures
+//! [`eval_report::Row`]s and returns them in [`eval_report::Section`]s of one [`eval_report::Report`].
 
 #![forbid(unsafe_code)]
 
 pub mod cli;
-pub mod column;
-pub mod compare;
 pub mod default_model;
 pub mod eval;
-mod format;
-mod html;
 mod hub;
-pub mod machine;
-mod markdown;
-pub mod plot;
 pub mod progress;
 pub mod random_model;
-pub mod report;
-pub mod row;
+mod report;
 mod scratch;
-pub mod table;
 
 use std::process::ExitCode;
 
@@ -30,7 +20,7 @@ use std::process::ExitCode;
 pub fn main() -> ExitCode {
     let done = match cli::parse() {
         cli::Job::Eval(run) => eval::run(*run),
-        cli::Job::Report(config) => compare::run(&config),
+        cli::Job::Report(config) => report::run(&config),
         cli::Job::RandomModel(config) => random_model::run(&config),
         cli::Job::TrainDefault(config) => default_model::run(&config),
     };

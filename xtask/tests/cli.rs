@@ -129,3 +129,51 @@ fn a_build_that_cannot_fetch_models_says_how_to_build_one_that_can() {
         "{error}"
     );
 }
+
+/// A report of one row.
+fn report(perplexity: f64) -> eval_report::Report {
+    let mut report = eval_report::Report::default();
+    let row = eval_report::Row {
+        perplexity: Some(perplexity),
+        ..eval_report::Row::new("perplexity", eval_report::DENSE)
+    };
+    let section = eval_report::Section {
+        title: "Perplexity".into(),
+        rows: vec![row],
+        ..Default::default()
+    };
+    report.push(section).unwrap();
+    report
+}
+
+#[test]
+fn two_reports_are_compared_as_text_and_as_json() {
+    let dir = tempfile::tempdir().unwrap();
+    let write = |name: &str, perplexity: f64| {
+        let path = dir.path().join(name);
+        std::fs::write(&path, report(perplexity).to_json().unwrap()).unwrap();
+        path.to_str().unwrap().to_owned()
+    };
+    let (before, after) = (write("a.json", 2.0), write("b.json", 3.0));
+    let output = xtask(&["report", &before, &after]);
+    assert!(output.status.success());
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(text.contains("+50.0 %"), "{text}");
+    let output = xtask(&["report", &before, &after, "--json"]);
+    assert!(output.status.success());
+    let json: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(json["rows"][0]["changes"][0]["relative"], 0.5);
+    for (before, after) in [
+        (&before, "absent.json"),
+        (&"absent.json".into(), after.as_str()),
+    ] {
+        let output = xtask(&["report", before, after]);
+        let stderr = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(1));
+        assert!(
+            stderr.lines().count() == 1 && stderr.contains("absent.json"),
+            "{stderr}"
+        );
+        assert!(output.stdout.is_empty());
+    }
+}

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use clap::builder::PossibleValuesParser;
 use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, ValueEnum};
+use eval_report::Budget;
 
 use crate::eval::kv::perplexity::Text;
 use crate::eval::kv::policy::{ALPHA, Choice, PromptRule};
@@ -14,7 +15,6 @@ use crate::eval::kv::speed::Speed;
 use crate::eval::kv::trace::{Source, Traces};
 use crate::eval::kv::{Config, Task};
 use crate::eval::perplexity;
-use crate::row::Budget;
 
 #[derive(Args)]
 pub(super) struct KvArgs {

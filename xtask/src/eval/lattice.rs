@@ -3,21 +3,22 @@
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};
+use eval_report::{
+    Axis, Column, DENSE, Figure, Plot, Reference, Row, Section, Series, mean_over_seeds,
+};
 use prune_lattice::data::{Dataset, Examples};
-use prune_lattice::experiment::{self, ExperimentConfig, Stage, Trained, measure_speed, verdict};
+use prune_lattice::experiment::{
+    self, ExperimentConfig, OrderSummary, Stage, Trained, measure_speed, verdict,
+};
 use prune_lattice::hasse::Diagram;
 use prune_lattice::order::{Cut, Poset, thresholds};
-use prune_lattice::prune::{Method, PruneConfig, influence_of, layers_of};
+use prune_lattice::prune::{Method, PruneConfig, Sparsity, influence_of, layers_of};
 use prune_lattice::rnn::{CheckpointNames, Rnn, TrainConfig};
 use prune_lattice::tasks::Vocabulary;
 use serde_json::json;
 
 use super::perplexity::file_name;
 use crate::cli::Common;
-use crate::column::Column;
-use crate::plot::{Axis, Plot, Reference, Series};
-use crate::report::{Figure, Section};
-use crate::row::{DENSE, Measure, Row, mean_over_seeds};
 
 /// Mean out-degree of the order that is drawn: about one class of several neurons and many of one.
 const PICTURE_DEGREE: f64 = 1.0;
@@ -93,7 +94,7 @@ pub fn run(common: &Common, config: &Config) -> Result<Vec<Section>> {
             .iter()
             .filter(|row| row.task == task && row.cell.name() == cell)
             .collect();
-        sections.push(task_section(&task, &cell, &of_group));
+        sections.push(task_section(&task, &cell, &of_group)?);
     }
     sections.push(speed_section(&first.rnn, &name)?);
     sections.extend(picture(&first.rnn, &name)?);
@@ -144,25 +145,6 @@ fn overview(rows: &[experiment::Row], config: &Config) -> Section {
     .fact("pruned", json!(experiment.scope))
 }
 
-/// Averaged over seeds.
-const SEEDED: [Measure; 3] = [
-    Measure {
-        name: "accuracy",
-        get: |row| row.accuracy,
-        set: |row, value| row.accuracy = Some(value),
-    },
-    Measure {
-        name: "nll",
-        get: |row| row.nll,
-        set: |row, value| row.nll = Some(value),
-    },
-    Measure {
-        name: "bits",
-        get: |row| row.extra.get("bits")?.as_f64(),
-        set: |row, value| drop(row.extra.insert("bits".into(), json!(value))),
-    },
-];
-
 /// What a task is judged by.
 #[derive(Clone, Copy)]
 enum Quality {
@@ -192,7 +174,7 @@ impl Quality {
     }
 }
 
-fn task_section(task: &str, cell: &str, rows: &[&experiment::Row]) -> Section {
+fn task_section(task: &str, cell: &str, rows: &[&experiment::Row]) -> Result<Section> {
     let mut cells: Vec<(Method, u64, Stage)> = Vec::new();
     for row in rows {
         let cell = (row.method, row.sparsity.to_bits(), row.stage);
@@ -201,18 +183,16 @@ fn task_section(task: &str, cell: &str, rows: &[&experiment::Row]) -> Section {
         }
     }
     let of_cell = |(method, sparsity, stage): (Method, u64, Stage)| {
-        let same = |r: &&&experiment::Row| {
+        let same = |r: &&experiment::Row| {
             r.method == method && r.sparsity.to_bits() == sparsity && r.stage == stage
         };
-        mean_over_seeds(
-            rows.iter()
-                .filter(same)
-                .map(|row| report_row(row, task, cell))
-                .collect(),
-            &SEEDED,
-        )
+        let runs: Vec<&experiment::Row> = rows.iter().copied().filter(same).collect();
+        cell_row(&runs, task, cell)
     };
-    let rows: Vec<Row> = cells.into_iter().filter_map(of_cell).collect();
+    let rows = cells
+        .into_iter()
+        .map(of_cell)
+        .collect::<Result<Vec<Row>>>()?;
     let quality = if rows.iter().any(|row| row.extra.contains_key("bits")) {
         Quality::Bits
     } else if rows.iter().any(|row| row.accuracy.is_some()) {
@@ -248,7 +228,7 @@ fn task_section(task: &str, cell: &str, rows: &[&experiment::Row]) -> Section {
             reference: dense.clone(),
         }
     };
-    Section {
+    Ok(Section {
         title: format!("{task}, {cell}"),
         prose: String::new(),
         columns: vec![
@@ -269,10 +249,51 @@ fn task_section(task: &str, cell: &str, rows: &[&experiment::Row]) -> Section {
         ],
         rows,
         ..Section::default()
-    }
+    })
 }
 
-fn report_row(row: &experiment::Row, task: &str, cell: &str) -> Row {
+/// One cell of the table: the mean over seeds.
+fn cell_row(runs: &[&experiment::Row], task: &str, cell: &str) -> Result<Row> {
+    let rows: Vec<Row> = runs.iter().map(|run| seed_row(run, task, cell)).collect();
+    let mut row = mean_over_seeds(&rows)?;
+    let reached: Vec<Sparsity> = runs.iter().filter_map(|run| run.reached).collect();
+    if !reached.is_empty() {
+        let mut mean = |name: &str, share: fn(&Sparsity) -> f64| {
+            let mean = reached.iter().map(share).sum::<f64>() / reached.len() as f64;
+            let text = format!("{:.1} %", 100.0 * mean);
+            row.extra.insert(name.into(), json!(text));
+        };
+        mean("of W_hh", |s| s.recurrent);
+        mean("of W_hh and W_ih", |s| s.recurrent_and_input);
+        mean("of all", |s| s.total);
+    }
+    let orders: Vec<&OrderSummary> = runs.iter().filter_map(|run| run.order.as_ref()).collect();
+    if !orders.is_empty() {
+        let range = |ends: fn(&OrderSummary) -> (usize, usize)| {
+            let low = orders.iter().map(|order| ends(order).0).min();
+            let high = orders.iter().map(|order| ends(order).1).max();
+            match (low.unwrap_or(0), high.unwrap_or(0)) {
+                (low, high) if low == high => low.to_string(),
+                (low, high) => format!("{low}–{high}"),
+            }
+        };
+        let text = format!(
+            "{} of {} cuts, {} classes, {} irreducible",
+            range(|order| {
+                let counted = order.cuts - order.degenerate_cuts;
+                (counted, counted)
+            }),
+            range(|order| (order.cuts, order.cuts)),
+            range(|order| order.classes),
+            range(|order| order.irreducible)
+        );
+        row.extra.insert("order".into(), json!(text));
+    }
+    Ok(row)
+}
+
+/// What one network gave.
+fn seed_row(row: &experiment::Row, task: &str, cell: &str) -> Row {
     let stage = match row.stage {
         Stage::OneShot => "one-shot",
         Stage::FineTuned => "fine-tuned",
@@ -295,37 +316,7 @@ fn report_row(row: &experiment::Row, task: &str, cell: &str) -> Row {
     if let Some(bits) = row.bits {
         out.extra.insert("bits".into(), json!(bits));
     }
-    if let Some(reached) = row.reached {
-        let percent = |share: f64| json!(format!("{:.1} %", 100.0 * share));
-        out.extra
-            .insert("of W_hh".into(), percent(reached.recurrent));
-        out.extra.insert(
-            "of W_hh and W_ih".into(),
-            percent(reached.recurrent_and_input),
-        );
-        out.extra.insert("of all".into(), percent(reached.total));
-    }
-    if let Some(order) = &row.order {
-        let range = |(low, high): (usize, usize)| {
-            if low == high {
-                low.to_string()
-            } else {
-                format!("{low}–{high}")
-            }
-        };
-        let text = format!(
-            "{} of {} cuts, {} classes, {} irreducible",
-            order.cuts - order.degenerate_cuts,
-            order.cuts,
-            range(order.classes),
-            range(order.irreducible)
-        );
-        out.extra.insert("order".into(), json!(text));
-    }
-    if row.method == Method::Dense {
-        return out;
-    }
-    if row.method.is_lattice() {
+    if row.method == Method::Dense || row.method.is_lattice() {
         out
     } else {
         out.control()

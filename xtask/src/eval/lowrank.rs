@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use candle_core::DType;
 use causal_lm::{Decoder, Windows};
+use eval_report::{DENSE, Row, Section, Stopwatch};
 use lowrank_eora::compress::Compressor;
 use lowrank_eora::output::{Layout, Weights, write_checkpoint};
 use lowrank_eora::repair::{
@@ -23,10 +24,7 @@ use tensor_io::{Checkpoint, WriteOptions};
 
 use super::perplexity::{self, Protocol, file_name};
 use crate::cli::Common;
-use crate::machine::Stopwatch;
 use crate::progress::Progress;
-use crate::report::Section;
-use crate::row::{DENSE, Row};
 use crate::scratch::Scratch;
 
 pub(crate) use hidden::hidden_metrics;

@@ -13,11 +13,10 @@ use std::path::PathBuf;
 use std::process::Command;
 
 use anyhow::{Context, Result};
+use eval_report::{Machine, Report, Section};
 
 use crate::cli::{Common, Run, Suite};
 use crate::hub;
-use crate::machine::Machine;
-use crate::report::{self, Report, Section};
 
 /// Measure, print, and write the report.
 ///
@@ -29,7 +28,7 @@ pub fn run(mut run: Run) -> Result<()> {
     }
     let common = &run.common;
     if let Some(dir) = &common.out {
-        report::prepare(dir).context("--out")?;
+        eval_report::prepare(dir).context("--out")?;
     }
     if let Some(threads) = common.threads {
         rayon::ThreadPoolBuilder::new()
@@ -44,7 +43,7 @@ pub fn run(mut run: Run) -> Result<()> {
     let mut report = Report {
         command: run.command.clone(),
         version: version(),
-        machine: Machine::detect()?,
+        machine: Machine::detect(),
         device: common.device.name().into(),
         threads: rayon::current_num_threads(),
         seed: common.seed,

@@ -5,15 +5,12 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use candle_core::DType;
 use causal_lm::{Decoder, Perplexity, TextTokenizer, Windows};
+use eval_report::{Column, DENSE, Row, Section, Stopwatch};
 use tensor_io::Checkpoint;
 
 use crate::cli::Common;
-use crate::column::Column;
 use crate::hub;
-use crate::machine::Stopwatch;
 use crate::progress::Progress;
-use crate::report::Section;
-use crate::row::{DENSE, Row};
 
 /// Window in positions where none was asked for and the model reaches that far.
 const WINDOW: usize = 512;

@@ -8,6 +8,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result};
 use causal_lm::{BATCH_TOKENS, Decoder, Hidden, NoTap, Windows};
+use eval_report::{DENSE, Row, Section, Stopwatch, format, mean_over_seeds};
 use prune_structured::gguf::{self, Precision};
 use prune_structured::stats::GramStore;
 use prune_structured::{
@@ -18,15 +19,10 @@ use serde_json::json;
 use tensor_io::{Checkpoint, WriteOptions};
 
 use self::search::Curves;
-pub(super) use self::table::DRAWN;
 use self::table::{compare_with_dense, compensation_name, is_control, layers, section};
 use super::perplexity::{self, Protocol, file_name};
 use crate::cli::Common;
-use crate::format;
-use crate::machine::Stopwatch;
 use crate::progress::Progress;
-use crate::report::Section;
-use crate::row::{DENSE, Row, mean_over_seeds};
 use crate::scratch::Scratch;
 
 /// What to prune and measure.
@@ -252,7 +248,7 @@ impl Cells<'_> {
                 Ok(row)
             })
             .collect::<Result<Vec<Row>>>()?;
-        mean_over_seeds(rows, &DRAWN).context("no draws")
+        Ok(mean_over_seeds(&rows)?)
     }
 
     fn search_folder(&self, Draw { recipe, seed }: &Draw, ratio: f64) -> PathBuf {

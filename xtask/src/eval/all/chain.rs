@@ -8,6 +8,10 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use candle_core::DType;
 use causal_lm::{Decoder, Model, Windows};
+use eval_report::{
+    Axis, Budget, Column, DENSE, Plot, Reference, Role, Row, Section, Series, Stopwatch,
+    mean_over_seeds,
+};
 use lowrank_eora::compress::Compressor;
 use lowrank_eora::output::{Layout, Weights, write_checkpoint};
 use lowrank_eora::repair::{Bytes, Ranks, Repair, Repaired, Source};
@@ -20,16 +24,10 @@ use tensor_io::{Checkpoint, WriteOptions};
 
 use super::Given;
 use crate::cli::Common;
-use crate::column::Column;
 use crate::eval::kv::perplexity::{Decoding, batch, prompt};
 use crate::eval::kv::policy::{self, ALPHA, Choice, PromptRule};
 use crate::eval::perplexity::{self, Protocol, file_name};
-use crate::eval::structured::DRAWN;
-use crate::machine::Stopwatch;
-use crate::plot::{Axis, Plot, Reference, Series};
 use crate::progress::Progress;
-use crate::report::Section;
-use crate::row::{Budget, DENSE, Row, mean_over_seeds};
 use crate::scratch::Scratch;
 
 /// Name of the suite in rows.
@@ -104,8 +102,8 @@ pub(super) fn run(common: &Common, given: &Given) -> Result<Section> {
         .map(|seed| suite.links(&CONTROLS, seed))
         .collect::<Result<Vec<_>>>()?;
     for link in 0..draws[0].len() {
-        let runs = draws.iter().map(|rows| rows[link].clone()).collect();
-        rows.extend(mean_over_seeds(runs, &DRAWN));
+        let runs: Vec<Row> = draws.iter().map(|rows| rows[link].clone()).collect();
+        rows.push(mean_over_seeds(&runs)?);
     }
     let dense = rows[0].clone();
     for row in &mut rows {
@@ -309,9 +307,9 @@ impl Chain<'_> {
 fn section(rows: Vec<Row>) -> Section {
     let all_bytes = |row: &Row| Some((row.bytes? + row.kv_bytes?) as f64 / f64::from(1 << 20));
     let series = |name: &str, control| {
-        let of_chain = rows.iter().filter(|row| {
-            row.method == DENSE || (row.role == crate::row::Role::Control) == control
-        });
+        let of_chain = rows
+            .iter()
+            .filter(|row| row.method == DENSE || (row.role == Role::Control) == control);
         let mut points: Vec<_> = of_chain
             .filter_map(|row| Some((all_bytes(row)?, row.perplexity?).into()))
             .collect();

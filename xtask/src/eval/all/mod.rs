@@ -8,14 +8,12 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use causal_lm::TextTokenizer;
+use eval_report::{Section, command_line, format};
 use toy_lm::bundled::{self, CALIBRATION, EVALUATION};
 
 use super::perplexity;
 use crate::cli::{self, Common};
 use crate::default_model;
-use crate::format;
-use crate::report::Section;
-use crate::table::command_line;
 
 /// Windows to evaluate on where nothing is said, so that the whole takes minutes.
 const WINDOWS: usize = 16;

@@ -3,14 +3,11 @@
 //! Which rows stand here is fixed and does not depend on what they show: for each crate the method that it is for and the
 //! plain control at the same budget.
 
+use eval_report::{Budget, Column, DENSE, Role, Row, Section, format};
 use serde_json::json;
 
 use super::{Given, chain};
-use crate::column::Column;
 use crate::eval::perplexity::file_name;
-use crate::format;
-use crate::report::Section;
-use crate::row::{Budget, DENSE, Role, Row};
 
 /// A row of the summary: which crate, what it is called here, and which measured row it is.
 struct Line {

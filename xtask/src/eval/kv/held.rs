@@ -1,9 +1,8 @@
 //! What caches hold while a model runs, per sequence.
 
 use causal_lm::CacheSet;
+use eval_report::Row;
 use serde_json::json;
-
-use crate::row::Row;
 
 /// The most that was held.
 #[derive(Debug, Clone, Copy, Default)]

@@ -1,7 +1,6 @@
 //! KV-cache eviction: what policies cost at equal budgets, in perplexity, in attention on recorded traces, and in recall; and what they
 //! save in time.
 
-mod draws;
 mod held;
 pub mod perplexity;
 pub mod policy;
@@ -14,9 +13,7 @@ mod verdict;
 use anyhow::{Result, bail};
 
 use crate::cli::Common;
-use crate::plot::{Axis, Plot, Reference, Series};
-use crate::report::Section;
-use crate::row::{Budget, Role, Row};
+use eval_report::{Axis, Budget, Plot, Reference, Role, Row, Section, Series};
 use policy::{Choice, PromptRule};
 use verdict::Metric;
 

@@ -8,22 +8,17 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use causal_lm::{Decoder, Model, Windows, cross_entropy};
+use eval_report::{Axis, Column, Reference, Row, Section, Stopwatch, format, mean_over_seeds};
 use kv_lazy::CacheConfig;
 use tensor_io::Checkpoint;
 
 use super::held::Held;
 use super::policy::{self, Choice};
 use super::verdict::{Metric, verdict};
-use super::{Config, FULL, SUITE, draws, over_budget, over_bytes, reference, several};
+use super::{Config, FULL, SUITE, over_budget, over_bytes, reference, several};
 use crate::cli::Common;
-use crate::column::Column;
 use crate::eval::perplexity::{self, Protocol, file_name};
-use crate::format;
-use crate::machine::Stopwatch;
-use crate::plot::{Axis, Reference};
 use crate::progress::Progress;
-use crate::report::Section;
-use crate::row::Row;
 
 /// Windows that run side by side at most.
 const BATCH: usize = 32;
@@ -104,10 +99,7 @@ fn one(common: &Common, config: &Config, text: &Text, among: bool) -> Result<(Se
                 })
                 .collect::<Result<Vec<Row>>>()
                 .with_context(|| choice.flags(budget))?;
-            rows.push(draws::mean(
-                &draws,
-                &["perplexity", "nll", "tokens_per_second"],
-            )?);
+            rows.push(mean_over_seeds(&draws)?);
         }
     }
     bar.finish();

@@ -5,8 +5,6 @@ use causal_lm::Model;
 use kv_lazy::policy::{Budget, Threshold};
 use kv_lazy::{CacheConfig, CacheSet, PolicyConfig, Prompt};
 
-use crate::row;
-
 /// Prefix of a policy that judges at windows of the same length as LazyEviction's.
 const LAGGED: &str = "lagged-";
 
@@ -153,7 +151,7 @@ impl Choice {
     }
 
     /// The flags that an error about this policy at this budget is about.
-    pub(crate) fn flags(&self, budget: row::Budget) -> String {
+    pub(crate) fn flags(&self, budget: eval_report::Budget) -> String {
         format!("--policy {} --budget {}", self.name, said(budget))
     }
 }
@@ -164,18 +162,18 @@ pub(crate) fn lag(budget: usize) -> usize {
 }
 
 /// A budget as the command line says it.
-pub(crate) fn said(budget: row::Budget) -> String {
+pub(crate) fn said(budget: eval_report::Budget) -> String {
     match budget {
-        row::Budget::Tokens(tokens) => tokens.to_string(),
-        row::Budget::Share(share) => format!("{share:?}"),
+        eval_report::Budget::Tokens(tokens) => tokens.to_string(),
+        eval_report::Budget::Share(share) => format!("{share:?}"),
     }
 }
 
 /// A budget in tokens of a window of `window`, at least one.
-pub(crate) fn tokens(budget: row::Budget, window: usize) -> usize {
+pub(crate) fn tokens(budget: eval_report::Budget, window: usize) -> usize {
     match budget {
-        row::Budget::Tokens(tokens) => usize::try_from(tokens).unwrap_or(usize::MAX),
-        row::Budget::Share(share) => ((share * window as f64).round() as usize).max(1),
+        eval_report::Budget::Tokens(tokens) => usize::try_from(tokens).unwrap_or(usize::MAX),
+        eval_report::Budget::Share(share) => ((share * window as f64).round() as usize).max(1),
     }
 }
 
@@ -183,7 +181,7 @@ pub(crate) fn tokens(budget: row::Budget, window: usize) -> usize {
 pub(crate) fn check(
     model: &Model<'_>,
     choices: &[Choice],
-    budgets: &[row::Budget],
+    budgets: &[eval_report::Budget],
     window: usize,
 ) -> Result<()> {
     for choice in choices.iter().filter(|choice| !choice.is_oracle()) {

@@ -1,12 +1,9 @@
 //! One table and one plot over several models: what each policy costs at each budget, as a multiple of the full cache's perplexity.
 
+use eval_report::{Axis, Column, Plot, Reference, Role, Row, Section, Series};
 use serde_json::json;
 
 use super::{SUITE, share};
-use crate::column::Column;
-use crate::plot::{Axis, Plot, Reference, Series};
-use crate::report::Section;
-use crate::row::{Role, Row};
 
 /// Name of the mean over models.
 const MEAN: &str = "mean";
@@ -95,7 +92,7 @@ fn rounded(x: f64) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::row::Budget;
+    use eval_report::Budget;
 
     #[test]
     fn the_mean_over_models_is_geometric_and_needs_all_of_them() {

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use candle_core::DType;
 use causal_lm::{CacheSet, Model, synthetic};
+use eval_report::{Column, Row, Section, Stopwatch};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde_json::json;
@@ -19,11 +20,7 @@ use super::held::Held;
 use super::policy::{self, Choice};
 use super::{Config, FULL, SUITE, reference};
 use crate::cli::Common;
-use crate::column::Column;
 use crate::eval::perplexity::{self, file_name};
-use crate::machine::Stopwatch;
-use crate::report::Section;
-use crate::row::Row;
 use crate::scratch::Scratch;
 
 /// Tokens of context where --window does not say.

@@ -9,6 +9,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Device, Tensor};
 use causal_lm::Model;
+use eval_report::{Axis, Budget, Column, Row, Section, Stopwatch, mean_over_seeds};
 use kv_lazy::attention::Reduce;
 use kv_lazy::policy::Threshold;
 use kv_lazy::trace::mri::{self, MriHistogram};
@@ -21,14 +22,9 @@ use tensor_io::Checkpoint;
 
 use super::policy::{self, Choice};
 use super::verdict::{Metric, verdict};
-use super::{Config, FULL, SUITE, draws, over_budget, over_bytes, reference};
+use super::{Config, FULL, SUITE, over_budget, over_bytes, reference};
 use crate::cli::Common;
-use crate::column::Column;
 use crate::eval::perplexity::{self, Protocol, file_name};
-use crate::machine::Stopwatch;
-use crate::plot::Axis;
-use crate::report::Section;
-use crate::row::{Budget, Row};
 
 /// Windows recorded where --samples does not say.
 const RECORDED: usize = 2;
@@ -41,18 +37,6 @@ const MASS: Metric = Metric {
     value: |row| row.retained_mass,
     show: |value| format!("{:.2} %", 100.0 * value),
 };
-
-/// Fields that are averaged over traces.
-const FIELDS: [&str; 8] = [
-    "retained_mass",
-    "recurring_hit_rate",
-    "recall_at_k",
-    "regret",
-    "oracle_gap",
-    "output_error",
-    "ideal_mass",
-    "policy_over_attention",
-];
 
 /// Where traces come from.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -287,7 +271,7 @@ fn replay(common: &Common, config: &Config, kind: &Kind) -> Result<Section> {
     };
     let mean = |runs: &[Replayed]| {
         let rows: Vec<Row> = runs.iter().map(|run| run.row.clone()).collect();
-        draws::mean(&rows, &FIELDS)
+        mean_over_seeds(&rows)
     };
 
     let full = Choice::full();

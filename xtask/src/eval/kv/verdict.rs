@@ -1,8 +1,5 @@
 //! The rows in words: which policy is best at a budget, which lose to random, and where bytes are not equal.
-
-use crate::column::Column;
-use crate::format;
-use crate::row::{Role, Row};
+use eval_report::{Column, Role, Row, format};
 
 /// Rows whose bytes are within this factor of one another count as equal in bytes.
 const EQUAL_BYTES: f64 = 1.1;
@@ -162,7 +159,7 @@ fn ratio(a: &Row, b: &Row) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::row::{Budget, Spread};
+    use eval_report::{Budget, Spread, SpreadOver};
 
     const PERPLEXITY: Metric = Metric {
         field: "perplexity",
@@ -187,6 +184,7 @@ mod tests {
             runs: 3,
             min: 6.8,
             max: 7.1,
+            over: SpreadOver::Seeds,
         };
         random.spread.insert("perplexity".into(), spread);
         let rows = [

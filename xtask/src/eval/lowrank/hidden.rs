@@ -4,11 +4,10 @@ use anyhow::{Context, Result};
 use candle_core::DType;
 use causal_lm::block::RmsNorm;
 use causal_lm::{Decoder, NoProgress, NoTap, Windows, names, run_blocks};
+use eval_report::Row;
 use lowrank_eora::matrix::from_tensor;
 use lowrank_eora::metrics::{SpectralMetrics, mean};
 use serde_json::json;
-
-use crate::row::Row;
 
 /// Measures the states that the head reads, window by window, and adds the means to the row: `mnn`, the published
 /// Matrix Nuclear-Norm, `nuclear` and `entropy`.

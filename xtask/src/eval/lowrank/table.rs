@@ -1,13 +1,10 @@
 //! How the rows of `eval lowrank` are shown.
 
+use eval_report::{Axis, Column, DENSE, Plot, Point, Reference, Role, Row, Section, Series};
 use serde_json::Value;
 
 use super::Config;
 use super::verdict::verdict;
-use crate::column::Column;
-use crate::plot::{Axis, Plot, Point, Reference, Series};
-use crate::report::Section;
-use crate::row::{DENSE, Role, Row};
 
 /// The table with its explanation and plots.
 pub(super) fn section(config: &Config, rows: Vec<Row>) -> Section {

@@ -1,6 +1,5 @@
 //! The rows in one line: in how many cells EoRA loses at most as much as SVD, and SVD less than nothing.
-
-use crate::row::{Role, Row};
+use eval_report::{Role, Row};
 
 /// Rows at one compressor and rank: left alone, by plain singular value decomposition, by EoRA.
 struct Cell<'a> {

@@ -1,14 +1,11 @@
-//! The table of the suite: what a row says of a plan, and what differs between draws.
+//! The table of the suite: what a row says of a plan.
 
 use causal_lm::Decoder;
+use eval_report::{Axis, Column, DENSE, Plot, Reference, Row, Section, Series};
 use prune_structured::{Compensation, Cost, Plan, Recipe};
 use serde_json::json;
 
 use super::Config;
-use crate::column::Column;
-use crate::plot::{Axis, Plot, Reference, Series};
-use crate::report::Section;
-use crate::row::{DENSE, Measure, Row};
 
 /// Whether a recipe is there to be compared with.
 pub(super) fn is_control(recipe: &Recipe) -> bool {
@@ -46,42 +43,6 @@ pub(super) fn layers(plan: &Plan, cost: &Cost) -> Vec<serde_json::Value> {
             })
         })
         .collect()
-}
-
-/// What differs between draws; a measure that rows lack is left out.
-pub(in crate::eval) const DRAWN: [Measure; 5] = [
-    Measure {
-        name: "perplexity",
-        get: |row| row.perplexity,
-        set: |row, value| row.perplexity = Some(value),
-    },
-    Measure {
-        name: "nll",
-        get: |row| row.nll,
-        set: |row, value| row.nll = Some(value),
-    },
-    Measure {
-        name: "tokens_per_second",
-        get: |row| row.tokens_per_second,
-        set: |row, value| row.tokens_per_second = Some(value),
-    },
-    Measure {
-        name: "kl",
-        get: |row| extra(row, "kl"),
-        set: |row, value| drop(row.extra.insert("kl".into(), json!(value))),
-    },
-    Measure {
-        name: "candidate_tokens_per_second",
-        get: |row| extra(row, "candidate_tokens_per_second"),
-        set: |row, value| {
-            row.extra
-                .insert("candidate_tokens_per_second".into(), json!(value));
-        },
-    },
-];
-
-fn extra(row: &Row, name: &str) -> Option<f64> {
-    row.extra.get(name)?.as_f64()
 }
 
 pub(super) fn compare_with_dense(rows: &mut [Row], decoder: &Decoder<'_>, model: &str) {

@@ -16,6 +16,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use causal_lm::{Decoder, TextTokenizer};
+use eval_report::{Column, DENSE, Row, Section, Stopwatch};
 use serde_json::{Value, json};
 use tensor_io::Checkpoint;
 
@@ -24,10 +25,6 @@ pub use self::examples::Shots;
 use self::layout::Data;
 use super::perplexity::{file_name, open};
 use crate::cli::Common;
-use crate::column::Column;
-use crate::machine::Stopwatch;
-use crate::report::{self, Section};
-use crate::row::{DENSE, Row};
 
 /// What to measure.
 #[derive(Debug, Clone)]
@@ -92,7 +89,7 @@ pub fn run(common: &Common, config: &Config) -> Result<Vec<Section>> {
         .map(|data| Examples::new(&config.shots, data, from.as_ref()))
         .collect::<Result<_>>()?;
     if let Some(dir) = &config.log_samples {
-        report::prepare(dir).context("--log-samples")?;
+        eval_report::prepare(dir).context("--log-samples")?;
     }
     let names = labels(&config.models);
     let mut dense: Vec<(Row, Answers)> = Vec::new();
@@ -239,7 +236,7 @@ fn save(dir: &Path, model: &str, data: &Data, answers: &Answers) -> Result<()> {
         .iter()
         .map(|line| format!("{line}\n"))
         .collect();
-    report::Beside::write(path, &lines)?.rename()
+    Ok(tensor_io::atomic::write(path, lines.as_bytes())?)
 }
 
 fn share(right: &[bool]) -> f64 {

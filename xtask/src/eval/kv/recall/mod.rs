@@ -26,15 +26,12 @@ use super::policy::{self, Choice};
 use super::verdict::{Metric, verdict};
 use super::{Config, FULL, SUITE, over_budget, over_bytes, reference};
 use crate::cli::Common;
-use crate::column::Column;
 use crate::eval::perplexity::{self, file_name};
-use crate::format;
-use crate::machine::Stopwatch;
-use crate::plot::{Axis, Reference};
 use crate::progress::Progress;
-use crate::report::Section;
-use crate::row::{Budget, Row, Spread};
 use crate::scratch::Scratch;
+use eval_report::{
+    Axis, Budget, Column, Reference, Row, Section, Spread, SpreadOver, Stopwatch, format,
+};
 use language::{BOS, KEYS, Kind, Sample, key, value_index};
 
 /// Sequences of each task where --samples does not say.
@@ -308,7 +305,12 @@ fn with_intervals(rows: &[Row]) -> Vec<Row> {
         let bound = |name: &str| row.extra.get(name).and_then(serde_json::Value::as_f64);
         let mut row = row.clone();
         if let (Some(min), Some(max)) = (bound("accuracy_low"), bound("accuracy_high")) {
-            let spread = Spread { runs: 1, min, max };
+            let spread = Spread {
+                runs: 1,
+                min,
+                max,
+                over: SpreadOver::Seeds,
+            };
             row.spread.insert(ACCURACY.field.into(), spread);
         }
         row

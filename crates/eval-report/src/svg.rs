@@ -1,16 +1,20 @@
-//! The drawing itself, by plotters, and the colours that are put in afterwards.
+//! Line plots as SVG that takes its colours from the page around it.
+//!
+//! Text and axes are drawn in `currentColor`, series in the CSS variables `--series-0` to `--series-7`, so one drawing is
+//! legible on light and on dark pages. Series differ by marker as well as by colour. Where there are more than eight, the
+//! colours repeat with long dashes, then with dots. Baselines have short dashes.
 
-use std::error::Error;
+mod axis;
 
-use anyhow::{Result, anyhow};
 use plotters::coord::Shift;
 use plotters::coord::ranged1d::Ranged;
 use plotters::element::DashedPathElement;
 use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 
-use super::axis::Coordinate;
-use super::{Plot, Point};
+use self::axis::Coordinate;
+use crate::error::{Error, Result};
+use crate::plot::{Axis, Plot, Point, Scale};
 
 type Canvas<'a> = DrawingArea<SVGBackend<'a>, Shift>;
 
@@ -95,7 +99,33 @@ fn text() -> TextStyle<'static> {
     TextStyle::from(("inherit", TEXT_SIZE)).color(&INK)
 }
 
-pub(super) fn svg(plot: &Plot, names: &[String]) -> Result<String> {
+impl Plot {
+    /// The plot as an inline `<svg>` element. The colour and marker of a series follow from the position of its name in
+    /// `names`, or from its position in the plot if it is not among them.
+    ///
+    /// # Errors
+    /// [`Error::EmptyPlot`] and [`Error::NotPositive`], which name the plot.
+    pub fn svg(&self, names: &[String]) -> Result<String> {
+        if self.xs().next().is_none() {
+            return Err(Error::EmptyPlot {
+                title: self.title.clone(),
+            });
+        }
+        let refused = |axis: &Axis, value: f64| axis.scale == Scale::Log && value <= 0.0;
+        let xs = self.xs().map(|value| (&self.x, value));
+        let ys = self.ys().map(|value| (&self.y, value));
+        if let Some((axis, value)) = xs.chain(ys).find(|(axis, value)| refused(axis, *value)) {
+            return Err(Error::NotPositive {
+                title: self.title.clone(),
+                axis: axis.title.clone(),
+                value,
+            });
+        }
+        svg(self, names)
+    }
+}
+
+fn svg(plot: &Plot, names: &[String]) -> Result<String> {
     let number = |i: usize, name: &String| names.iter().position(|n| n == name).unwrap_or(i);
     let series = plot.series.iter().enumerate();
     let looks: Vec<Look> = series
@@ -106,8 +136,10 @@ pub(super) fn svg(plot: &Plot, names: &[String]) -> Result<String> {
 
     let mut svg = String::new();
     let canvas = SVGBackend::with_string(&mut svg, (WIDTH, height)).into_drawing_area();
-    draw(plot, &looks, &legend, &canvas)
-        .map_err(|e| anyhow!("plot {:?} cannot be drawn: {e}", plot.title))?;
+    draw(plot, &looks, &legend, &canvas).map_err(|error| Error::Draw {
+        title: plot.title.clone(),
+        reason: error.to_string(),
+    })?;
     drop(canvas);
 
     let hex = |RGBColor(r, g, b)| format!("#{r:02X}{g:02X}{b:02X}");
@@ -131,7 +163,7 @@ fn draw(
     looks: &[Look],
     legend: &[Entry],
     canvas: &Canvas,
-) -> Result<(), Box<dyn Error>> {
+) -> Result<(), Box<dyn std::error::Error>> {
     let style = text().pos(Pos::new(HPos::Left, VPos::Center));
     for &Entry { name, look, x, y } in legend {
         canvas.draw(&look.line(vec![(x, y), (x + SWATCH, y)]))?;
@@ -233,8 +265,8 @@ fn legend<'a>(plot: &'a Plot, looks: &[Look]) -> Vec<Entry<'a>> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{Axis, Reference, Series};
     use super::*;
+    use crate::plot::{Reference, Series};
 
     fn plot() -> Plot {
         let line = |name: &str, control: bool, y: f64| {
@@ -340,7 +372,7 @@ mod tests {
         let error = zero.svg(&[]).unwrap_err().to_string();
         assert_eq!(
             error,
-            "plot \"Perplexity\": perplexity (exp nats/token) is logarithmic and cannot show 0"
+            "plot \"Perplexity\": axis \"perplexity (exp nats/token)\" is logarithmic and cannot show 0"
         );
         let empty = Plot {
             series: vec![],
@@ -348,40 +380,8 @@ mod tests {
         };
         assert_eq!(
             empty.svg(&[]).unwrap_err().to_string(),
-            "plot \"Perplexity\" has no point to draw"
+            "plot \"Perplexity\" has no points"
         );
-    }
-
-    #[test]
-    fn rows_become_a_series_for_each_method_without_the_reference() {
-        use crate::row::{DENSE, Row, Spread};
-        let row = |method, ratio, perplexity| Row {
-            ratio,
-            perplexity,
-            ..Row::new("s", method)
-        };
-        let mut random = row("random", Some(0.1), Some(9.0)).control();
-        let spread = Spread {
-            runs: 2,
-            min: 8.0,
-            max: 10.0,
-        };
-        random.spread.insert("perplexity".into(), spread);
-        let rows = [
-            row(DENSE, None, Some(3.0)),
-            row("flap", Some(0.2), Some(5.0)),
-            random,
-            row("flap", Some(0.1), Some(4.0)),
-            row("flap", Some(0.3), None),
-        ];
-        let series = Series::by_method(&rows, |r| r.ratio, "perplexity", |r| r.perplexity);
-        assert_eq!(series.len(), 2);
-        assert_eq!(
-            series[0].points,
-            [Point::from((0.2, 5.0)), Point::from((0.1, 4.0))]
-        );
-        assert_eq!((series[0].control, series[1].control), (false, true));
-        assert_eq!(series[1].points[0].band, Some((8.0, 10.0)));
     }
 
     #[test]

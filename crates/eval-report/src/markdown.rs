@@ -1,11 +1,17 @@
-//! A report as Markdown, to be pasted where people talk: the sections' tables without their plots.
+//! A report as Markdown: the sections' tables without their plots.
 
 use crate::format;
+use crate::grid::{Grid, command_line, facts};
 use crate::report::{Report, Section};
-use crate::table::{Grid, command_line, facts};
 
-/// The text of `report.md`.
-pub(crate) fn render(report: &Report) -> String {
+impl Report {
+    /// The text of `report.md`.
+    pub fn to_markdown(&self) -> String {
+        render(self)
+    }
+}
+
+fn render(report: &Report) -> String {
     let machine = &report.machine;
     let mut out = format!(
         "# Evaluation report\n\n```\n{}\n```\n\nVersion {}, seed {}, {} with {} threads on {} ({} cores, {}).\n",

@@ -3,11 +3,12 @@
 use serde::{Deserialize, Serialize};
 
 use crate::format;
-use crate::row::{Budget, Row, Spread};
+use crate::row::{Budget, MemoryScope, Row, Spread};
 
-/// A quantity that a table can show. Columns in which no row measured anything are left out of the table.
+/// A quantity that a table can show. A column without any value is left out of the table.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
+#[non_exhaustive]
 pub enum Column {
     /// Method or policy.
     Method,
@@ -17,7 +18,7 @@ pub enum Column {
     Compress,
     /// Pruning ratio.
     Ratio,
-    /// Share of zeros.
+    /// Fraction of zeros.
     Sparsity,
     /// Rank of the compensation.
     Rank,
@@ -37,11 +38,11 @@ pub enum Column {
     AccuracyDense,
     /// Number of parameters.
     Params,
-    /// Parameters as a share of the dense model's.
+    /// Parameters divided by the dense model's.
     ParamsOverDense,
     /// Size of the weights.
     Bytes,
-    /// Size of the weights as a share of the dense model's.
+    /// Size of the weights divided by the dense model's.
     BytesOverDense,
     /// Relative output error.
     Loss,
@@ -51,9 +52,9 @@ pub enum Column {
     KvBytes,
     /// Bytes of keys and values of the full cache.
     KvBytesFull,
-    /// Bytes of keys and values as a share of the full cache's.
+    /// Bytes of keys and values divided by the full cache's.
     KvOverFull,
-    /// Bytes that the policy keeps beside them.
+    /// Bytes of the policy's own state.
     StateBytes,
     /// Retained attention mass.
     RetainedMass,
@@ -67,11 +68,11 @@ pub enum Column {
     FinetuneEpochs,
     /// Wall time.
     Seconds,
-    /// Largest resident memory.
+    /// Peak resident memory.
     PeakRss,
     /// A value of `Row::extra`, by its name.
     Extra(String),
-    /// A share in `Row::extra`, by its name.
+    /// A fraction in `Row::extra`, by its name, shown in percent.
     ExtraShare(String),
 }
 
@@ -96,7 +97,7 @@ fn digits4(value: f64) -> String {
     format::real(value, 4)
 }
 
-/// As few digits as tell a setting that was chosen, such as a ratio.
+/// A setting, such as a ratio, without trailing zeros.
 fn setting(value: f64) -> String {
     format::tick(value)
 }
@@ -184,10 +185,11 @@ impl Column {
                 Real(row.tokens_per_second, digits1),
             ),
             Column::Speedup => (
-                "",
+                "speedup",
                 "speed / dense",
                 Real(
-                    quotient(row.tokens_per_second, row.tokens_per_second_dense),
+                    row.speedup
+                        .or_else(|| quotient(row.tokens_per_second, row.tokens_per_second_dense)),
                     format::times,
                 ),
             ),
@@ -207,11 +209,11 @@ impl Column {
     }
 
     /// Heading of the column.
-    pub(crate) fn title(&self) -> String {
+    pub fn title(&self) -> String {
         self.describe(&Row::default()).1.replace('_', " ")
     }
 
-    /// Whether the column says which row this is, rather than what was measured.
+    /// Whether the column identifies the row, rather than a measurement.
     pub(crate) fn is_key(&self) -> bool {
         use Column::*;
         match self {
@@ -221,7 +223,7 @@ impl Column {
         }
     }
 
-    /// Whether the column holds numbers in these rows, and so is aligned to the right.
+    /// Whether the column holds numbers in these rows and is aligned to the right.
     pub(crate) fn is_numeric(&self, rows: &[Row]) -> bool {
         rows.iter().all(|row| match self.describe(row).2 {
             Cell::Text(_) => false,
@@ -230,13 +232,20 @@ impl Column {
         })
     }
 
-    /// What `row` has in this column, with its spread over repeated runs; `None` if it was not measured.
-    pub(crate) fn cell(&self, row: &Row) -> Option<String> {
-        let (name, _, cell) = self.describe(row);
-        let text = match cell {
+    /// The value of `row` with its spread over repeated measurements; `None` if it was not measured.
+    pub fn cell(&self, row: &Row) -> Option<String> {
+        let text = match self.describe(row).2 {
             Cell::Text(text) => text?.to_owned(),
             Cell::Value(value) => json(value?),
-            Cell::Real(value, show) => show(value?),
+            Cell::Real(value, show) => {
+                let text = show(value?);
+                match self.spread(row) {
+                    Some(Spread { min, max, .. }) => {
+                        format!("{text} [{}, {}]", show(*min), show(*max))
+                    }
+                    None => text,
+                }
+            }
             Cell::Count(value) => format::count(value?),
             Cell::Bytes(value) => format::bytes(value?),
             Cell::Budget(value) => match value? {
@@ -244,12 +253,26 @@ impl Column {
                 Budget::Tokens(tokens) => format::count(tokens),
             },
         };
-        Some(match (row.spread.get(name), self.describe(row).2) {
-            (Some(Spread { min, max, .. }), Cell::Real(_, show)) => {
-                format!("{text} [{}, {}]", show(*min), show(*max))
-            }
-            _ => text,
+        Some(match self.is_bound(row) {
+            true => format!("≤ {text}"),
+            false => text,
         })
+    }
+
+    /// The spread that the cell of `row` shows.
+    pub(crate) fn spread<'a>(&self, row: &'a Row) -> Option<&'a Spread> {
+        let (name, _, cell) = self.describe(row);
+        match cell {
+            Cell::Real(Some(_), _) => row.spread.get(name),
+            _ => None,
+        }
+    }
+
+    /// Whether the cell of `row` is an upper bound: the peak memory of the whole process.
+    pub(crate) fn is_bound(&self, row: &Row) -> bool {
+        *self == Column::PeakRss
+            && row.peak_rss_bytes.is_some()
+            && row.peak_rss_scope == MemoryScope::Process
     }
 }
 

@@ -1,22 +1,38 @@
-//! Numbers as people read them, the same on the terminal, in Markdown and in HTML.
+//! Numbers for people to read, the same on the terminal, in Markdown and in HTML.
 
-use indicatif::{BinaryBytes, HumanCount};
-
-/// What stands in a cell that was not measured.
-pub(crate) const ABSENT: &str = "–";
+/// Shown in a cell that was not measured.
+pub const ABSENT: &str = "–";
 
 /// `12,345,678`
-pub(crate) fn count(value: u64) -> String {
-    HumanCount(value).to_string()
+pub fn count(value: u64) -> String {
+    let digits = value.to_string();
+    let mut out = String::with_capacity(digits.len() + digits.len() / 3);
+    for (i, digit) in digits.chars().enumerate() {
+        if i > 0 && (digits.len() - i).is_multiple_of(3) {
+            out.push(',');
+        }
+        out.push(digit);
+    }
+    out
 }
 
 /// `12.34 MiB`
-pub(crate) fn bytes(value: u64) -> String {
-    BinaryBytes(value).to_string()
+pub fn bytes(value: u64) -> String {
+    const UNITS: [&str; 6] = ["KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
+    let mut scaled = value as f64 / 1024.0;
+    if scaled < 1.0 {
+        return format!("{value} B");
+    }
+    let mut unit = 0;
+    while scaled >= 1024.0 {
+        scaled /= 1024.0;
+        unit += 1;
+    }
+    format!("{scaled:.2} {}", UNITS[unit])
 }
 
 /// Fixed decimals with thousands separators; scientific where fixed decimals would say nothing.
-pub(crate) fn real(value: f64, decimals: usize) -> String {
+pub fn real(value: f64, decimals: usize) -> String {
     let smallest = 0.5 * 10f64.powi(-(decimals as i32));
     if !value.is_finite() {
         return value.to_string();
@@ -38,18 +54,18 @@ pub(crate) fn real(value: f64, decimals: usize) -> String {
     out
 }
 
-/// A share in [0, 1] as `12.3 %`.
-pub(crate) fn percent(share: f64) -> String {
+/// A fraction in [0, 1] as `12.3 %`.
+pub fn percent(share: f64) -> String {
     format!("{} %", real(100.0 * share, 1))
 }
 
 /// A quotient as `1.23×`.
-pub(crate) fn times(quotient: f64) -> String {
+pub fn times(quotient: f64) -> String {
     format!("{}×", real(quotient, 2))
 }
 
 /// `0.123 s`, `12.3 s`, `2m 05s`, `1h 02m`.
-pub(crate) fn seconds(value: f64) -> String {
+pub fn seconds(value: f64) -> String {
     let whole = value.round().max(0.0) as u64;
     match value {
         v if v < 1.0 => format!("{v:.3} s"),
@@ -60,7 +76,7 @@ pub(crate) fn seconds(value: f64) -> String {
 }
 
 /// The label of an axis tick: as few digits as tell it, `20k`, `1.5M`.
-pub(crate) fn tick(value: f64) -> String {
+pub fn tick(value: f64) -> String {
     let (scaled, suffix) = match value.abs() {
         v if v >= 1e12 || (v != 0.0 && v < 1e-4) => return format!("{value:.0e}"),
         v if v >= 1e9 => (value / 1e9, "G"),
@@ -96,7 +112,10 @@ mod tests {
 
     #[test]
     fn bytes_and_counts_carry_units_and_separators() {
+        assert_eq!(bytes(1023), "1023 B");
         assert_eq!(bytes(3 << 20), "3.00 MiB");
+        assert_eq!(bytes(u64::MAX), "16.00 EiB");
+        assert_eq!([0, 999, 1000].map(count), ["0", "999", "1,000"]);
         assert_eq!(bytes(5 << 29), "2.50 GiB");
         assert_eq!(count(1_234_567), "1,234,567");
     }

@@ -1,11 +1,11 @@
-//! Where values stand along an axis, and which of them get a tick.
+//! Positions along an axis, and its ticks.
 
 use std::ops::Range;
 
 use plotters::coord::ranged1d::{KeyPointHint, NoDefaultFormatting, Ranged, ValueFormatter};
 
-use super::Scale;
 use crate::format;
+use crate::plot::Scale;
 
 /// Ticks that an axis has room for.
 const MAX_TICKS: usize = 8;

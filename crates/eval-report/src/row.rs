@@ -1,22 +1,28 @@
-//! One measured row: a method at one setting, and everything its suite measured there.
+//! One measured row: a method at one setting, and everything measured there.
 //!
-//! Field names are the schema of `report.json`. Whatever was not measured is absent, never 0, so every measurement is an
-//! `Option` and a number that is not finite is set aside with a note instead of being written as `null`.
+//! Field names are the schema of `report.json`. What was not measured is absent, never 0: every measurement is an
+//! `Option`, and a number that is not finite is removed with a note instead of being written as `null`.
 
 use std::collections::BTreeMap;
 
-use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-/// The method name of a row that measures the model as it came.
+use crate::error::Result;
+
+/// The method name of a row that measures the original model.
 pub const DENSE: &str = "dense";
 
-/// How a row is meant to be read beside the others.
+/// Fields that identify a row; everything else of a row is measured or a remark.
+pub(crate) const KEYS: [&str; 8] = [
+    "suite", "method", "model", "compress", "ratio", "sparsity", "rank", "budget",
+];
+
+/// What a row is for among the others.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Role {
-    /// The model as it came: what everything else is compared with.
+    /// The original model, which the other rows are compared with.
     Reference,
     /// A baseline at the same budget, such as random selection.
     Control,
@@ -41,37 +47,87 @@ pub enum Budget {
     Share(f64),
 }
 
-/// Smallest and largest value of one field over repeated runs; the field itself holds their mean.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-pub struct Spread {
-    /// Number of runs (seeds).
-    pub runs: usize,
-    /// Smallest value seen.
-    pub min: f64,
-    /// Largest value seen.
-    pub max: f64,
+/// What repeated measurements of a field differ in.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum SpreadOver {
+    /// Runs with different seeds or inputs; the field is their mean.
+    #[default]
+    Seeds,
+    /// The same measurement taken again, such as a speed; the field is the median.
+    Repeats,
 }
 
-/// One row of the report. Fields ending in `_dense` or `_full` are the same quantity of the model as it came.
+impl SpreadOver {
+    fn is_seeds(&self) -> bool {
+        *self == SpreadOver::Seeds
+    }
+}
+
+/// Smallest and largest value of a field over several measurements.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Spread {
+    /// Number of measurements.
+    pub runs: usize,
+    /// Smallest value.
+    pub min: f64,
+    /// Largest value.
+    pub max: f64,
+    /// What the measurements differ in.
+    #[serde(default, skip_serializing_if = "SpreadOver::is_seeds")]
+    pub over: SpreadOver,
+}
+
+impl Spread {
+    /// The spread of `values`; `None` for no values.
+    pub fn of(values: &[f64], over: SpreadOver) -> Option<Self> {
+        (!values.is_empty()).then(|| Spread {
+            runs: values.len(),
+            min: values.iter().copied().fold(f64::INFINITY, f64::min),
+            max: values.iter().copied().fold(f64::NEG_INFINITY, f64::max),
+            over,
+        })
+    }
+}
+
+/// What the peak memory of a row covers.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum MemoryScope {
+    /// The work of this row alone.
+    #[default]
+    Row,
+    /// The process from its start to the end of this row, which is at least as much: the system does not let a process
+    /// reset its peak.
+    Process,
+}
+
+impl MemoryScope {
+    fn is_row(&self) -> bool {
+        *self == MemoryScope::Row
+    }
+}
+
+/// One row of the report. Fields ending in `_dense` or `_full` are the same quantity of the original model or full cache.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Row {
     /// Suite that measured the row: `perplexity`, `structured`, ...
     pub suite: String,
-    /// Method or policy; [`DENSE`] for the model as it came.
+    /// Method or policy; [`DENSE`] for the original model.
     pub method: String,
-    /// How the row is meant to be read.
+    /// What the row is for.
     #[serde(default, skip_serializing_if = "Role::is_method")]
     pub role: Role,
     /// Model folder or name.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub model: Option<String>,
-    /// Compression that the method starts from or repairs, such as `wanda-2:4`.
+    /// Compression that the method repairs, such as `wanda-2:4`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub compress: Option<String>,
-    /// Share of the prunable parameters to remove, in [0, 1).
+    /// Fraction of the prunable parameters to remove, in [0, 1).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ratio: Option<f64>,
-    /// Share of weights that are zero, in [0, 1].
+    /// Fraction of zero weights, in [0, 1].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sparsity: Option<f64>,
     /// Rank of the compensation.
@@ -89,7 +145,7 @@ pub struct Row {
     /// Mean cross-entropy over all targets, nats per token.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub nll: Option<f64>,
-    /// Share of right answers, in [0, 1].
+    /// Fraction of correct answers, in [0, 1].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub accuracy: Option<f64>,
     /// Accuracy of the dense model.
@@ -107,89 +163,59 @@ pub struct Row {
     /// Size of the dense weights in bytes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bytes_dense: Option<u64>,
-    /// Relative output error over all repaired linears, sqrt(Σ‖(W − W_c − BA)X‖² / Σ‖WX‖²), on tokens that calibration never saw.
+    /// Relative output error over all repaired linears, sqrt(Σ‖(W − W_c − BA)X‖² / Σ‖WX‖²), on tokens not used for calibration.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub loss: Option<f64>,
     /// `loss` with BA = 0.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub loss_uncompensated: Option<f64>,
-    /// Most bytes of keys and values held during the run, all layers.
+    /// Peak bytes of keys and values during the run, all layers.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kv_bytes: Option<u64>,
     /// The same for the full cache.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kv_bytes_full: Option<u64>,
-    /// Bytes that the policy keeps beside keys and values.
+    /// Bytes of the policy's own state.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub state_bytes: Option<u64>,
-    /// Share of the attention mass on tokens that were kept, in [0, 1].
+    /// Fraction of the attention mass on tokens still cached, in [0, 1].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub retained_mass: Option<f64>,
-    /// Share of recurring tokens still cached when they recurred, in [0, 1].
+    /// Fraction of recurring tokens still cached when they recurred, in [0, 1].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub recurring_hit_rate: Option<f64>,
-    /// Tokens per second.
+    /// Tokens per second; the median where it was measured several times.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tokens_per_second: Option<f64>,
     /// Tokens per second of the dense model.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tokens_per_second_dense: Option<f64>,
+    /// Speed divided by the dense model's, measured in pairs; the median of the pairs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub speedup: Option<f64>,
     /// Epochs of training after compression.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub finetune_epochs: Option<u64>,
-    /// Wall time that the row took, in seconds.
+    /// Wall time in seconds.
     pub seconds: f64,
-    /// Largest resident memory of the process while the row ran (mapped checkpoint pages included); absent where the
-    /// operating system does not tell.
+    /// Peak resident memory, pages of mapped files included; absent where the operating system does not report it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub peak_rss_bytes: Option<u64>,
-    /// Spread of the named fields over repeated runs.
+    /// What `peak_rss_bytes` covers.
+    #[serde(default, skip_serializing_if = "MemoryScope::is_row")]
+    pub peak_rss_scope: MemoryScope,
+    /// Spread of fields that were measured several times, by name.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub spread: BTreeMap<String, Spread>,
     /// Per-layer detail, one object per layer.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub layers: Vec<Value>,
-    /// Remarks that a reader of this row must know.
+    /// Remarks on this row.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub notes: Vec<String>,
-    /// What only this suite measures, by name; shown through [`crate::column::Column::Extra`].
+    /// Measurements that only this suite has, by name; shown by [`Column::Extra`](crate::Column::Extra).
     #[serde(flatten)]
     pub extra: Map<String, Value>,
-}
-
-/// A field that is averaged over repeated runs.
-pub(crate) struct Measure {
-    /// Name of the field in the report.
-    pub(crate) name: &'static str,
-    /// Reads it.
-    pub(crate) get: fn(&Row) -> Option<f64>,
-    /// Writes it.
-    pub(crate) set: fn(&mut Row, f64),
-}
-
-/// The mean of rows that differ in their seed alone, with the spread of `measures`; their time is the sum. Everything else is
-/// the first row's, without the detail of its layers. `None` for no rows.
-pub(crate) fn mean_over_seeds(rows: Vec<Row>, measures: &[Measure]) -> Option<Row> {
-    let mut mean = rows.first()?.clone();
-    if rows.len() == 1 {
-        return Some(mean);
-    }
-    mean.layers.clear();
-    mean.seconds = rows.iter().map(|row| row.seconds).sum();
-    for Measure { name, get, set } in measures {
-        let values: Vec<f64> = rows.iter().filter_map(get).collect();
-        if values.len() < rows.len() {
-            continue;
-        }
-        let spread = Spread {
-            runs: values.len(),
-            min: values.iter().copied().fold(f64::INFINITY, f64::min),
-            max: values.iter().copied().fold(f64::NEG_INFINITY, f64::max),
-        };
-        mean.spread.insert((*name).into(), spread);
-        set(&mut mean, values.iter().sum::<f64>() / values.len() as f64);
-    }
-    Some(mean)
 }
 
 impl Row {
@@ -209,7 +235,7 @@ impl Row {
         }
     }
 
-    /// This row as a control at the same budget.
+    /// This row as a baseline at the same budget.
     pub fn control(self) -> Self {
         Row {
             role: Role::Control,
@@ -217,17 +243,29 @@ impl Row {
         }
     }
 
-    /// The row with every number that is not finite made absent and named in `notes`.
+    /// The row as a JSON object. Numbers that are not finite are null.
+    pub(crate) fn to_fields(&self) -> Result<Map<String, Value>> {
+        match serde_json::to_value(self)? {
+            Value::Object(fields) => Ok(fields),
+            // A struct is always an object.
+            _ => Ok(Map::new()),
+        }
+    }
+
+    /// The row of a JSON object.
+    pub(crate) fn from_fields(fields: Map<String, Value>) -> Result<Self> {
+        Ok(serde_json::from_value(Value::Object(fields))?)
+    }
+
+    /// The row without numbers that are not finite; `notes` name them.
     ///
     /// # Errors
     /// None in practice: the row is converted to JSON and back.
     pub(crate) fn without_non_finite(mut self) -> Result<Self> {
         self.spread
             .retain(|_, spread| spread.min.is_finite() && spread.max.is_finite());
-        let Value::Object(mut fields) = serde_json::to_value(&self).context("row to JSON")? else {
-            return Ok(self);
-        };
-        // serde_json writes NaN and infinities as null, and nothing else here can be null.
+        let mut fields = self.to_fields()?;
+        // serde_json writes NaN and infinities as null, and no other value of a row is null.
         let lost: Vec<String> = fields
             .iter()
             .filter(|(_, value)| value.is_null())
@@ -237,8 +275,7 @@ impl Row {
             return Ok(self);
         }
         fields.retain(|_, value| !value.is_null());
-        let mut row: Row =
-            serde_json::from_value(Value::Object(fields)).context("row from JSON")?;
+        let mut row = Row::from_fields(fields)?;
         row.notes
             .push(format!("not a finite number: {}", lost.join(", ")));
         Ok(row)

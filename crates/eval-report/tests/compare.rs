@@ -1,28 +1,15 @@
-//! `cargo xtask report`: two reports beside each other.
+//! Two reports compared, as their readers see it.
 
 mod common;
 
-use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::path::Path;
 
+use eval_report::{Comparison, Report, Row};
 use serde_json::{Value, json};
-use xtask::compare::Comparison;
-use xtask::report::Report;
-use xtask::row::Row;
 
-fn compare(before: &Path, after: &Path, more: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_xtask"))
-        .arg("report")
-        .args([before, after])
-        .args(more)
-        .output()
-        .unwrap()
-}
-
-fn write(dir: &Path, name: &str, report: &Report) -> PathBuf {
-    let path = dir.join(name);
-    std::fs::write(&path, report.to_json().unwrap()).unwrap();
-    path
+fn text(before: &Report, after: &Report) -> String {
+    let comparison = Comparison::new(before, after).unwrap();
+    comparison.to_text(Path::new("a.json"), Path::new("b.json"))
 }
 
 /// The row of `method`, the first of several.
@@ -49,11 +36,7 @@ fn a_report_does_not_differ_from_itself() {
     assert!(comparison.rows.is_empty() && comparison.circumstances.is_empty());
     assert!(comparison.only_before.is_empty() && comparison.only_after.is_empty());
     assert_eq!(comparison.matched, report.rows().count());
-    let dir = tempfile::tempdir().unwrap();
-    let path = write(dir.path(), "a.json", &report);
-    let output = compare(&path, &path, &[]);
-    assert!(output.status.success());
-    let text = String::from_utf8(output.stdout).unwrap();
+    let text = text(&report, &report);
     assert!(text.contains("0 numbers changed"), "{text}");
 }
 
@@ -99,7 +82,7 @@ fn quality_is_exact_and_timings_are_allowed_their_noise() {
         expected.map(|(name, before, after, noise)| (name.to_owned(), before, after, noise));
     assert_eq!(changes(&before, &after), expected);
     after.machine.cores = 2;
-    let other = Some("under other circumstances".to_owned());
+    let other = Some("other machine or settings".to_owned());
     assert!(
         changes(&before, &after)[1..]
             .iter()
@@ -116,7 +99,7 @@ fn seeds_and_standard_errors_say_what_is_chance() {
     let noise = |before: &Report, after: &Report| changes(before, after).remove(0).3;
     assert_eq!(
         noise(&before, &after).as_deref(),
-        Some("ranges of the seeds overlap")
+        Some("the ranges overlap")
     );
     let far = row(&mut after, "random")
         .spread
@@ -147,24 +130,17 @@ fn other_machines_and_protocols_are_named() {
         .protocol
         .insert("window".into(), json!(512));
     after.sections[0].protocol.remove("BOS");
-    let dir = tempfile::tempdir().unwrap();
-    let (before, after) = (
-        write(dir.path(), "a.json", &before),
-        write(dir.path(), "b.json", &after),
-    );
-    let text = String::from_utf8(compare(&before, &after, &[]).stdout).unwrap();
+    let text = text(&before, &after);
     for line in [
         "machine, cpu: Example CPU 3000 <8-core> → Other CPU",
         "run, seed: 42 → 1",
         "Structured pruning, window: 256 → 512",
         "Structured pruning, BOS: yes, in every window → –",
-        "Measures of different protocols cannot be compared.",
+        "Results of different protocols cannot be compared.",
     ] {
         assert!(text.contains(line), "{line}: {text}");
     }
-    let json = compare(&before, &after, &["--json"]);
-    assert!(json.status.success());
-    let json: Value = serde_json::from_slice(&json.stdout).unwrap();
+    let json: Value = serde_json::to_value(Comparison::new(&before, &after).unwrap()).unwrap();
     assert_eq!(json["circumstances"].as_array().unwrap().len(), 4);
     assert_eq!(json["circumstances"][0]["after"], "Other CPU");
 }
@@ -177,18 +153,13 @@ fn the_terminal_shows_before_after_and_change_within_its_width() {
     changed.params = None;
     changed.peak_rss_bytes = Some(1 << 30);
     after.sections.pop();
-    let dir = tempfile::tempdir().unwrap();
-    let (before, after) = (
-        write(dir.path(), "a.json", &before),
-        write(dir.path(), "b.json", &after),
-    );
-    let text = String::from_utf8(compare(&before, &after, &[]).stdout).unwrap();
+    let text = text(&before, &after);
     for part in [
         "+50.0 %",
         "Quality and size",
         "Time and memory",
         "1.00 GiB",
-        "Rows before alone",
+        "Rows only before",
         "kv · lazy",
     ] {
         assert!(text.contains(part), "{part}: {text}");
@@ -203,9 +174,8 @@ fn the_terminal_shows_before_after_and_change_within_its_width() {
 }
 
 #[test]
-fn what_is_no_report_is_one_line_that_names_it() {
+fn a_file_that_is_not_a_report_is_named() {
     let dir = tempfile::tempdir().unwrap();
-    let good = write(dir.path(), "good.json", &common::report());
     let file = |name: &str, text: &str| {
         let path = dir.path().join(name);
         std::fs::write(&path, text).unwrap();
@@ -217,16 +187,27 @@ fn what_is_no_report_is_one_line_that_names_it() {
         file("newer.json", "{\"schema\": 2}"),
         dir.path().join("absent.json"),
     ] {
-        for (before, after) in [(&good, &bad), (&bad, &good)] {
-            let output = compare(before, after, &[]);
-            let stderr = String::from_utf8(output.stderr).unwrap();
-            assert_eq!(output.status.code(), Some(1));
-            let name = bad.file_name().unwrap().to_str().unwrap();
-            assert!(
-                stderr.lines().count() == 1 && stderr.contains(name),
-                "{stderr}"
-            );
-            assert!(output.stdout.is_empty());
-        }
+        let error = Report::read(&bad).unwrap_err().to_string();
+        let name = bad.file_name().unwrap().to_str().unwrap();
+        assert!(
+            error.lines().count() == 1 && error.contains(name),
+            "{error}"
+        );
     }
+}
+
+#[test]
+fn speeds_with_ranges_are_noise_where_the_ranges_overlap() {
+    let with = |speed: f64| {
+        let mut report = common::report();
+        let row = row(&mut report, "flap");
+        row.tokens_per_second = Some(speed);
+        let spread = json!({"runs": 3, "min": 0.9 * speed, "max": 1.1 * speed, "over": "repeats"});
+        let spread = serde_json::from_value(spread).unwrap();
+        row.spread.insert("tokens_per_second".into(), spread);
+        report
+    };
+    let noise = |after: f64| changes(&with(100.0), &with(after)).remove(0).3;
+    assert_eq!(noise(118.0).as_deref(), Some("the ranges overlap"));
+    assert_eq!(noise(130.0), None);
 }

@@ -1,13 +1,5 @@
-//! Line plots as SVG that takes its colours from the page around it.
-//!
-//! Text and axes are drawn in `currentColor`, series in the CSS variables `--series-0` to `--series-7`, so that one
-//! drawing is legible on light and on dark pages. Series differ by marker as well as by colour; where there are more than eight, the
-//! colours come again with long dashes, then with dots. Controls have short dashes. Points that were not measured at every setting are simply fewer.
+//! Line plots as data. [`Plot::svg`] draws them.
 
-mod axis;
-mod draw;
-
-use anyhow::{Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 
 use crate::row::{Role, Row};
@@ -81,14 +73,14 @@ pub struct Series {
     pub name: String,
     /// Points.
     pub points: Vec<Point>,
-    /// Whether this is a control, drawn dashed.
+    /// Whether this is a baseline, drawn dashed.
     #[serde(default)]
     pub control: bool,
 }
 
 impl Series {
     /// A series for each method of `rows`, in the order of their first rows and without the reference, through the
-    /// points where both `x` and `y` were measured. Bands are the spread of the row's `field`, which `y` reads.
+    /// points where both `x` and `y` were measured. Bands are the spread of the field named `field`, which `y` reads.
     pub fn by_method(
         rows: &[Row],
         x: impl Fn(&Row) -> Option<f64>,
@@ -141,33 +133,9 @@ pub struct Plot {
 }
 
 impl Plot {
-    /// The plot as an inline `<svg>` element. The colour and marker of a series follow from the place of its name in
-    /// `names`, or from its place in the plot if it is not among them.
-    ///
-    /// # Errors
-    /// No point to draw, or a value that is not above zero on a logarithmic axis; both name the plot.
-    pub fn svg(&self, names: &[String]) -> Result<String> {
-        ensure!(
-            self.xs().next().is_some(),
-            "plot {:?} has no point to draw",
-            self.title
-        );
-        let refused = |axis: &Axis, value: f64| axis.scale == Scale::Log && value <= 0.0;
-        let xs = self.xs().map(|value| (&self.x, value));
-        let ys = self.ys().map(|value| (&self.y, value));
-        if let Some((axis, value)) = xs.chain(ys).find(|(axis, value)| refused(axis, *value)) {
-            bail!(
-                "plot {:?}: {} is logarithmic and cannot show {value}",
-                self.title,
-                axis.title
-            );
-        }
-        draw::svg(self, names)
-    }
-
-    /// Make a plot of whatever was measured drawable: points that are not finite have no place on an axis and are left
-    /// out (their rows say so), and an axis that cannot be logarithmic becomes linear. False if no point is left.
-    pub(crate) fn settle(&mut self) -> bool {
+    /// Make the plot drawable: points that are not finite are left out (the notes of their rows name them), and an axis
+    /// with values of zero or less becomes linear. False if no point is left.
+    pub(crate) fn make_drawable(&mut self) -> bool {
         for series in &mut self.series {
             series
                 .points
@@ -187,13 +155,46 @@ impl Plot {
         self.series.iter().flat_map(|s| &s.points)
     }
 
-    fn xs(&self) -> impl Iterator<Item = f64> {
+    pub(crate) fn xs(&self) -> impl Iterator<Item = f64> {
         self.points().map(|p| p.x)
     }
 
-    fn ys(&self) -> impl Iterator<Item = f64> {
+    pub(crate) fn ys(&self) -> impl Iterator<Item = f64> {
         self.points()
             .flat_map(Point::ys)
             .chain(self.reference.iter().map(|r| r.y))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_become_a_series_for_each_method_without_the_reference() {
+        use crate::row::{DENSE, Row, Spread};
+        let row = |method, ratio, perplexity| Row {
+            ratio,
+            perplexity,
+            ..Row::new("s", method)
+        };
+        let mut random = row("random", Some(0.1), Some(9.0)).control();
+        let spread = Spread::of(&[8.0, 10.0], Default::default()).unwrap();
+        random.spread.insert("perplexity".into(), spread);
+        let rows = [
+            row(DENSE, None, Some(3.0)),
+            row("flap", Some(0.2), Some(5.0)),
+            random,
+            row("flap", Some(0.1), Some(4.0)),
+            row("flap", Some(0.3), None),
+        ];
+        let series = Series::by_method(&rows, |r| r.ratio, "perplexity", |r| r.perplexity);
+        assert_eq!(series.len(), 2);
+        assert_eq!(
+            series[0].points,
+            [Point::from((0.2, 5.0)), Point::from((0.1, 4.0))]
+        );
+        assert_eq!((series[0].control, series[1].control), (false, true));
+        assert_eq!(series[1].points[0].band, Some((8.0, 10.0)));
     }
 }

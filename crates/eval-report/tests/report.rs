@@ -6,10 +6,8 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
 
+use eval_report::{Budget, Column, MemoryScope, Report, Row, Spread, SpreadOver};
 use serde_json::Value;
-use xtask::column::Column;
-use xtask::report::Report;
-use xtask::row::{Budget, Row, Spread};
 
 #[test]
 fn a_report_survives_the_way_through_its_file() {
@@ -58,9 +56,11 @@ fn every_field_of_the_schema_has_its_name_and_survives() {
         "recurring_hit_rate",
         "tokens_per_second",
         "tokens_per_second_dense",
+        "speedup",
         "finetune_epochs",
         "seconds",
         "peak_rss_bytes",
+        "peak_rss_scope",
         "layers",
         "notes",
         "spread",
@@ -91,15 +91,18 @@ fn every_field_of_the_schema_has_its_name_and_survives() {
         recurring_hit_rate: Some(0.6),
         tokens_per_second: Some(17.5),
         tokens_per_second_dense: Some(18.5),
+        speedup: Some(0.9),
         finetune_epochs: Some(0),
         seconds: 0.1 + 0.2,
         peak_rss_bytes: Some(19),
+        peak_rss_scope: MemoryScope::Process,
         spread: [(
             "nll".to_owned(),
             Spread {
                 runs: 3,
                 min: 1.2,
                 max: 1.4,
+                over: SpreadOver::Repeats,
             },
         )]
         .into(),
@@ -232,7 +235,7 @@ fn a_folder_that_cannot_be_written_gives_one_error_that_names_it() {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("taken");
     fs::write(&file, "here first").unwrap();
-    let error = format!("{:#}", common::report().write(&file).unwrap_err());
+    let error = format!("{}", common::report().write(&file).unwrap_err());
     assert!(
         error.contains("taken") && error.lines().count() == 1,
         "{error}"
@@ -248,7 +251,7 @@ fn a_folder_that_cannot_be_written_gives_one_error_that_names_it() {
         eprintln!("skipped: this user may write into read-only folders");
         return;
     }
-    let error = format!("{:#}", common::report().write(&locked).unwrap_err());
+    let error = format!("{}", common::report().write(&locked).unwrap_err());
     assert!(
         error.contains("locked") && error.lines().count() == 1,
         "{error}"
@@ -260,7 +263,7 @@ fn a_folder_that_cannot_be_written_gives_one_error_that_names_it() {
 fn a_file_that_cannot_be_replaced_leaves_nothing_half_written() {
     let dir = tempfile::tempdir().unwrap();
     fs::create_dir(dir.path().join("report.json")).unwrap();
-    let error = format!("{:#}", common::report().write(dir.path()).unwrap_err());
+    let error = format!("{}", common::report().write(dir.path()).unwrap_err());
     assert!(
         error.contains("report.json") && error.lines().count() == 1,
         "{error}"

@@ -7,8 +7,9 @@ use serde_json::{Map, Value};
 use super::{Change, Circumstance, Comparison, Kind};
 use crate::column::json;
 use crate::format;
+use crate::grid::{Grid, Head, command_line};
 use crate::row::Role;
-use crate::table::{Grid, Head, WIDTH, command_line, grid_text, wrap};
+use crate::text::{WIDTH, grid_text, wrap};
 
 impl Comparison {
     /// The comparison for a terminal of [`WIDTH`] columns.
@@ -24,7 +25,7 @@ impl Comparison {
         let mut out = run("Before", before, &self.command_before);
         out += &run("After", after, &self.command_after);
         if !self.circumstances.is_empty() {
-            out += "\nNot the same in both\n";
+            out += "\nDifferent in the two runs\n";
             let fact = |c: &Circumstance| {
                 let side =
                     |value: &Option<Value>| value.as_ref().map_or(format::ABSENT.into(), json);
@@ -33,7 +34,7 @@ impl Comparison {
             };
             out += &self.circumstances.iter().map(fact).collect::<String>();
             if self.circumstances.iter().any(Circumstance::is_protocol) {
-                out += &lines("Measures of different protocols cannot be compared.");
+                out += &lines("Results of different protocols cannot be compared.");
             }
         }
         for (kind, title) in [
@@ -46,8 +47,8 @@ impl Comparison {
             }
         }
         for (title, rows) in [
-            ("Rows before alone", &self.only_before),
-            ("Rows after alone", &self.only_after),
+            ("Rows only before", &self.only_before),
+            ("Rows only after", &self.only_after),
         ] {
             if !rows.is_empty() {
                 out += &format!("\n{title}\n");
@@ -56,7 +57,7 @@ impl Comparison {
         }
         let changed: usize = self.rows.iter().map(|row| row.changes.len()).sum();
         out + &format!(
-            "\n{} rows are in both: {changed} numbers changed, {} are equal.\n",
+            "\n{} rows in both: {changed} numbers changed, {} are equal.\n",
             self.matched, self.equal
         )
     }
@@ -122,7 +123,7 @@ fn show(field: &str, value: f64) -> String {
     }
 }
 
-/// What a row is a row of, in one line.
+/// The key of a row in one line.
 fn name(row: &Map<String, Value>) -> String {
     let part = |(name, value): (&String, &Value)| match (&**name, value) {
         ("suite" | "method" | "model" | "compress" | "task", value) => json(value),

@@ -1,65 +1,50 @@
-//! Two reports side by side: `cargo xtask report BEFORE AFTER`.
+//! Two reports compared row by row.
 //!
-//! Rows are matched by what they are rows of: suite, method, model, settings, and whatever else of a row is text. What was
-//! measured is compared number by number; a change is called noise only where the reports themselves say how much to
-//! expect (seeds, standard errors), or where it is a single timing.
+//! Rows are matched by suite, method, model, settings, and every other text field. Measurements are compared number by
+//! number. A change is called noise only where the reports say how much to expect (spread, standard errors), or where it
+//! is a single timing.
 
 mod text;
 
 use std::collections::BTreeSet;
-use std::path::PathBuf;
 
-use anyhow::{Context, Result};
 use serde::Serialize;
 use serde_json::{Map, Value};
 
-use crate::eval::print;
+use crate::error::Result;
 use crate::report::Report;
-use crate::row::{Role, Row};
+use crate::row::{KEYS, Role, Row};
 
-/// What to compare.
-#[derive(Debug, Clone)]
-pub struct Config {
-    /// A `report.json`.
-    pub before: PathBuf,
-    /// Another one.
-    pub after: PathBuf,
-    /// Whether the comparison is printed as JSON.
-    pub json: bool,
-}
-
-/// Relative change up to which a single timing or memory peak says nothing: what runs of the same program on the same
-/// machine differ by when others use it too.
+/// Relative change of a single timing or memory peak that is noise: the difference between runs of the same program on
+/// the same machine while other programs use it.
 pub const NOISE: f64 = 0.1;
 
-/// Fields of a row that say which row it is.
-const KEY: [&str; 8] = [
-    "suite", "method", "model", "compress", "ratio", "sparsity", "rank", "budget",
-];
-/// Fields of a row that are neither that nor measured.
-const ASIDE: [&str; 4] = ["role", "spread", "layers", "notes"];
-/// Fields that depend on the machine and on who else uses it.
-const COSTS: [&str; 4] = [
+/// Fields of a row that neither identify it nor are measured.
+const ASIDE: [&str; 5] = ["role", "spread", "layers", "notes", "peak_rss_scope"];
+/// Fields that depend on the machine and on its load.
+const COSTS: [&str; 5] = [
     "seconds",
     "tokens_per_second",
     "tokens_per_second_dense",
+    "speedup",
     "peak_rss_bytes",
 ];
 
 /// What two reports have in common and where they differ.
 #[derive(Debug, Clone, PartialEq, Serialize)]
+#[non_exhaustive]
 pub struct Comparison {
     /// Command line of the first report.
     pub command_before: Vec<String>,
     /// Command line of the second.
     pub command_after: Vec<String>,
-    /// Circumstances that differ.
+    /// Facts about the runs that differ.
     pub circumstances: Vec<Circumstance>,
     /// Rows in both that differ in a number.
     pub rows: Vec<Changes>,
-    /// Rows in the first report alone, by what they are rows of.
+    /// Keys of the rows in the first report alone.
     pub only_before: Vec<Map<String, Value>>,
-    /// Rows in the second report alone.
+    /// Keys of the rows in the second report alone.
     pub only_after: Vec<Map<String, Value>>,
     /// Rows in both.
     pub matched: usize,
@@ -85,7 +70,7 @@ pub struct Circumstance {
 /// What changed in a row.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Changes {
-    /// What it is a row of.
+    /// Its key: suite, method, model, settings and text.
     pub row: Map<String, Value>,
     /// The numbers that differ.
     pub changes: Vec<Change>,
@@ -120,20 +105,6 @@ pub struct Change {
     /// Why the change may mean nothing.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub noise: Option<String>,
-}
-
-/// Compares and prints.
-///
-/// # Errors
-/// A file that is no report, named.
-pub fn run(config: &Config) -> Result<()> {
-    let (before, after) = (Report::read(&config.before)?, Report::read(&config.after)?);
-    let comparison = Comparison::new(&before, &after)?;
-    print(&if config.json {
-        serde_json::to_string_pretty(&comparison).context("comparison to JSON")? + "\n"
-    } else {
-        comparison.to_text(&config.before, &config.after)
-    })
 }
 
 impl Comparison {
@@ -203,15 +174,15 @@ impl Comparison {
                 .filter(|(before, _)| *before != 0.0)
                 .map(|(before, after)| (after - before) / before.abs());
             let is_small = relative.is_some_and(|change| change.abs() < NOISE);
+            let has_ranges = then.range(field).is_some() && now.range(field).is_some();
             let noise = match kind {
                 Kind::Cost if both.is_some() && !is_same_machine => {
-                    Some("under other circumstances".into())
+                    Some("other machine or settings".into())
                 }
-                Kind::Cost if is_small => {
+                Kind::Cost if is_small && !has_ranges => {
                     Some(format!("single runs differ by {:.0} %", 100.0 * NOISE))
                 }
-                Kind::Cost => None,
-                Kind::Quality => both.and_then(|both| noise(field, both, &then, now)),
+                _ => both.and_then(|both| noise(field, both, &then, now)),
             };
             changes.push(Change {
                 field: field.clone(),
@@ -231,7 +202,7 @@ impl Comparison {
     }
 }
 
-/// A row taken apart.
+/// The fields of a row, sorted.
 struct Fields {
     key: Map<String, Value>,
     measured: Map<String, Value>,
@@ -241,16 +212,14 @@ struct Fields {
 impl Fields {
     /// Numbers of the dense model are left out where it has a row of its own.
     fn new(row: &Row, has_reference: bool) -> Result<Self> {
-        let Value::Object(all) = serde_json::to_value(row).context("row to JSON")? else {
-            anyhow::bail!("a row is an object");
-        };
+        let all = row.to_fields()?;
         let is_key = |name: &str, value: &Value| {
-            !ASIDE.contains(&name) && (KEY.contains(&name) || !value.is_number())
+            !ASIDE.contains(&name) && (KEYS.contains(&name) || !value.is_number())
         };
         let repeats = |name: &str| name.ends_with("_dense") || name.ends_with("_full");
         let is_measured = |name: &str, value: &Value| {
             let is_told_elsewhere = name.ends_with("_stderr") || has_reference && repeats(name);
-            value.is_number() && !KEY.contains(&name) && !is_told_elsewhere
+            value.is_number() && !KEYS.contains(&name) && !is_told_elsewhere
         };
         let select = |wanted: &dyn Fn(&str, &Value) -> bool| -> Map<String, Value> {
             let wanted = all.iter().filter(|(name, value)| wanted(name, value));
@@ -269,18 +238,18 @@ impl Fields {
         self.all.get(name)?.as_f64()
     }
 
-    /// Smallest and largest value over seeds.
+    /// Smallest and largest of several measurements.
     fn range(&self, name: &str) -> Option<(f64, f64)> {
         let spread = self.all.get("spread")?.get(name)?;
         Some((spread["min"].as_f64()?, spread["max"].as_f64()?))
     }
 }
 
-/// What the reports themselves say about chance in a change.
+/// Why a change may be chance, by what the reports say of the spread.
 fn noise(field: &str, (before, after): (f64, f64), then: &Fields, now: &Fields) -> Option<String> {
     if let Some(((low, high), (low_now, high_now))) = then.range(field).zip(now.range(field)) {
         let overlap = low.max(low_now) <= high.min(high_now);
-        return overlap.then(|| "ranges of the seeds overlap".into());
+        return overlap.then(|| "the ranges overlap".into());
     }
     let error = format!("{field}_stderr");
     let (a, b) = then.number(&error).zip(now.number(&error))?;
@@ -301,8 +270,7 @@ fn circumstances(before: &Report, after: &Report) -> Result<Vec<Circumstance>> {
         .into_iter()
         .collect()
     };
-    let machine =
-        |report: &Report| serde_json::to_value(&report.machine).context("machine to JSON");
+    let machine = |report: &Report| serde_json::to_value(&report.machine);
     let machines = (machine(before)?, machine(after)?);
     let mut found = Vec::new();
     let fields = |value: &Value| value.as_object().cloned().unwrap_or_default();

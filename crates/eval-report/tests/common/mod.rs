@@ -1,11 +1,9 @@
 //! A report with invented numbers, in the shape that suites make: what is under test is how reports are shown.
 
+use eval_report::{
+    Axis, Column, DENSE, Machine, Plot, Reference, Report, Row, Section, Series, Spread, SpreadOver,
+};
 use serde_json::json;
-use xtask::column::Column;
-use xtask::machine::Machine;
-use xtask::plot::{Axis, Plot, Reference, Series};
-use xtask::report::{Report, Section};
-use xtask::row::{self, DENSE, Row, Spread};
 
 pub(crate) fn report() -> Report {
     let command = "cargo xtask eval structured --ratio 0.1,0.2,0.3,0.5 --model";
@@ -72,6 +70,7 @@ fn structured() -> Section {
                     runs: 3,
                     min: 0.8 * perplexity,
                     max: 1.3 * perplexity,
+                    over: SpreadOver::Seeds,
                 };
                 row.spread.insert("perplexity".into(), spread);
                 row = row.control();
@@ -147,7 +146,7 @@ fn kv() -> Section {
     ] {
         for tokens in [32, 64, 128, 256, 512] {
             let mut row = Row {
-                budget: Some(row::Budget::Tokens(tokens)),
+                budget: Some(eval_report::Budget::Tokens(tokens)),
                 perplexity: Some(14.2 * (1.0 + cost * 32.0 / tokens as f64)),
                 kv_bytes: Some(FULL * tokens / 1024),
                 kv_bytes_full: Some(FULL),
@@ -164,8 +163,8 @@ fn kv() -> Section {
         }
     }
     let tokens = |row: &Row| match row.budget? {
-        row::Budget::Tokens(tokens) => Some(tokens as f64),
-        row::Budget::Share(_) => None,
+        eval_report::Budget::Tokens(tokens) => Some(tokens as f64),
+        eval_report::Budget::Share(_) => None,
     };
     let plot = Plot {
         title: "Perplexity by budget".into(),
