@@ -6,7 +6,7 @@
 
 use candle_core::{DType, Device, Tensor};
 use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
-use kv_lazy::policy::LazySettings;
+use kv_lazy::policy::lazy;
 use kv_lazy::{Budget, CacheConfig, CacheSet, LayerShape, PolicyConfig, Prompt, attention};
 use std::hint::black_box;
 use std::time::Instant;
@@ -37,21 +37,16 @@ fn filled(config: &CacheConfig, n: usize, dtype: DType) -> CacheSet {
 
 fn named(name: &str, budget: usize) -> CacheConfig {
     let policy = name.parse().expect("a policy");
-    let config = CacheConfig::new(policy, Budget::Tokens(budget));
-    match name {
-        "full" => config,
-        _ => CacheConfig {
-            prompt: Some(Prompt::Evictable),
-            ..config
-        },
+    let mut config = CacheConfig::new(policy, Budget::Tokens(budget));
+    if name != "full" {
+        config.prompt = Some(Prompt::Evictable);
     }
+    config
 }
 
-fn lazy(budget: usize) -> CacheConfig {
-    let settings = LazySettings {
-        window: Some(WINDOW),
-        ..LazySettings::default()
-    };
+fn every_window(budget: usize) -> CacheConfig {
+    let mut settings = lazy::Settings::default();
+    settings.window = Some(WINDOW);
     CacheConfig::new(PolicyConfig::Lazy(settings), Budget::Tokens(budget))
 }
 
@@ -105,8 +100,8 @@ fn figures() {
             // After a window: static at n and growing, the same with bookkeeping, and held between n and n + W − 1 by eviction.
             let mut caches = [
                 filled(&named("full", 1), n - WINDOW, dtype),
-                filled(&lazy(1 << 30), n - WINDOW, dtype),
-                filled(&lazy(n), n, dtype),
+                filled(&every_window(1 << 30), n - WINDOW, dtype),
+                filled(&every_window(n), n, dtype),
             ];
             let times = seconds(&mut caches, 15);
             let sum = |times: &[f64]| times.iter().sum::<f64>();

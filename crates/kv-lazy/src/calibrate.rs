@@ -11,6 +11,7 @@ use crate::policy::Threshold;
 use crate::trace::Trace;
 use crate::trace::mri::{self, MriHistogram};
 use std::collections::BTreeMap;
+use tensor_io::Progress;
 
 /// Share of tokens whose MRI the window covers.
 pub const WINDOW_PERCENTILE: f64 = 0.8;
@@ -35,11 +36,16 @@ pub struct Calibration {
 /// Measures W and α over `traces`, trying each α of `alphas` from the largest.
 ///
 /// # Errors
-/// No traces or thresholds; no token active under any; weights that are not finite.
-pub fn calibrate(traces: &[Trace], alphas: &[f32], reduce: Reduce) -> Result<Calibration> {
+/// No traces or thresholds; no token active under any; weights that are not finite; a cancelled `progress`.
+pub fn calibrate(
+    traces: &[Trace],
+    alphas: &[f32],
+    reduce: Reduce,
+    progress: &dyn Progress,
+) -> Result<Calibration> {
     let mut best: Option<Calibration> = None;
     for &alpha in alphas {
-        let candidate = at(traces, alpha, reduce)?;
+        let candidate = at(traces, alpha, reduce, progress)?;
         let Some(candidate) = candidate else { continue };
         let enough = candidate.recurring_share >= RECURRING_SHARE;
         if best
@@ -60,14 +66,23 @@ pub fn calibrate(traces: &[Trace], alphas: &[f32], reduce: Reduce) -> Result<Cal
 }
 
 /// The statistics under one α; none if no token is ever active.
-fn at(traces: &[Trace], alpha: f32, reduce: Reduce) -> Result<Option<Calibration>> {
+fn at(
+    traces: &[Trace],
+    alpha: f32,
+    reduce: Reduce,
+    progress: &dyn Progress,
+) -> Result<Option<Calibration>> {
+    progress.begin(
+        &format!("recurrence at α = {alpha}"),
+        traces.iter().map(mri::steps).sum(),
+    );
     let mut layers: BTreeMap<usize, Vec<MriHistogram>> = BTreeMap::new();
     let mut all = MriHistogram::default();
     for trace in traces {
         let threshold = Threshold::Absolute(alpha);
         for (&index, layer) in &trace.layers {
             let (prompt, scale) = (trace.meta.prompt_len, trace.meta.scale);
-            let heads = mri::of_layer(layer, prompt, scale, threshold, reduce)?;
+            let heads = mri::of_layer(layer, prompt, scale, threshold, reduce, progress)?;
             let held = layers.entry(index).or_default();
             held.resize(held.len().max(heads.len()), MriHistogram::default());
             for (held, head) in held.iter_mut().zip(&heads) {

@@ -12,7 +12,7 @@ pub enum Error {
     /// The budget cannot hold what must never be evicted plus one token to choose.
     #[error(
         "budget of {budget} tokens is too small: {sinks} sinks + {recent} recent tokens + 1 need {}",
-        sinks + recent + 1
+        sinks.saturating_add(*recent).saturating_add(1)
     )]
     BudgetTooSmall {
         /// Tokens allowed.
@@ -37,6 +37,14 @@ pub enum Error {
         value: String,
         /// What is allowed.
         expected: &'static str,
+    },
+    /// No policy has this name.
+    #[error("unknown policy `{name}`: expected one of {known}")]
+    UnknownPolicy {
+        /// What was given.
+        name: String,
+        /// The names there are.
+        known: String,
     },
     /// The policy needs something that this path cannot give it.
     #[error("policy `{policy}` needs {need}, which {path} does not provide")]
@@ -126,13 +134,14 @@ pub enum Error {
         /// What is wrong with it.
         problem: String,
     },
-    /// A snapshot of a cache of another make.
+    /// A snapshot of a cache with another configuration.
     #[error("snapshot does not belong to this cache: {problem}")]
     Snapshot {
         /// What differs.
         problem: &'static str,
     },
-    /// A trace file that does not say what it should.
+    /// A trace file that is not what it should be.
+    #[cfg(feature = "trace")]
     #[error("trace {path}: {problem}")]
     Trace {
         /// The file.
@@ -140,7 +149,8 @@ pub enum Error {
         /// What is wrong with it.
         problem: String,
     },
-    /// Reading or writing a file failed.
+    /// Reading a file failed.
+    #[cfg(feature = "trace")]
     #[error("{path}: {source}")]
     Io {
         /// The file.
@@ -148,9 +158,24 @@ pub enum Error {
         /// The cause.
         source: std::io::Error,
     },
+    /// Writing a file failed.
+    #[cfg(feature = "trace")]
+    #[error(transparent)]
+    Write(Box<tensor_io::Error>),
+    /// A long call was cancelled by its progress.
+    #[cfg(feature = "trace")]
+    #[error(transparent)]
+    Cancelled(#[from] tensor_io::Cancelled),
     /// A tensor operation failed.
     #[error(transparent)]
     Candle(#[from] candle_core::Error),
+}
+
+#[cfg(feature = "trace")]
+impl From<tensor_io::Error> for Error {
+    fn from(error: tensor_io::Error) -> Self {
+        Error::Write(Box::new(error))
+    }
 }
 
 impl From<Error> for candle_core::Error {

@@ -2,10 +2,12 @@
 
 pub mod attention;
 mod cache;
+#[cfg(feature = "trace")]
 pub mod calibrate;
 mod error;
 pub mod policy;
 pub mod store;
+#[cfg(feature = "trace")]
 pub mod trace;
 
 /// The guide: is eviction worth it, which policy, which budget.

@@ -32,7 +32,7 @@ pub(super) struct KvArgs {
     #[arg(long)]
     no_bos: bool,
     /// Policies, separated by commas; the full cache is always measured [default: all, and lagged variants of baselines]
-    #[arg(long, value_delimiter = ',', value_name = "P[,P..]", value_parser = PossibleValuesParser::new(Choice::NAMES))]
+    #[arg(long, value_delimiter = ',', value_name = "P[,P..]", value_parser = PossibleValuesParser::new(Choice::known().iter().map(String::as_str)))]
     policy: Vec<String>,
     /// Budgets per layer, sequence and KV head, separated by commas: tokens, or with a decimal point a share of the window
     #[arg(long, value_delimiter = ',', value_name = "B[,B..]", default_value = "0.25,0.5", value_parser = budget)]

@@ -1,154 +1,195 @@
-//! Attention of one new token per sequence over everything cached: output and weights in one pass.
+//! Attention of a few new tokens per sequence over everything cached: output and weights in one pass.
 //!
 //! Each (sequence, KV head) row is cut into chunks of a fixed number of tokens; a chunk computes its scores, a
-//! local softmax and its share of the output for all query heads of the group, so that keys and values are read
+//! local softmax and its share of the output for all queries of the group, so that keys and values are read
 //! once, from memory that was asked for one block ahead. Chunks are merged in order, which makes the result independent of the
 //! number of threads. Storage may be f32, f16 or bf16; arithmetic is f32.
 
-use super::chunk::{Chunk, Slots};
-use super::element::Element;
-use super::{Geometry, Reduce, RowView};
+use super::Geometry;
+use super::chunk::{CHUNK, Chunk, Mask, Slots};
+use super::rows::RowView;
+use super::weights::{Exported, Reduce, WeightKinds};
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
-/// Tokens of a chunk: the unit of parallel work, and part of the definition of the rounding.
-const CHUNK: usize = 512;
 /// Multiply-adds below which handing work to other threads costs more than it saves.
 const PARALLEL_FROM: usize = 1 << 16;
 
-/// Where one query per row stands, and what it may see.
+/// The queries of a call: `tokens` per row, whose keys are the row's last.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct DecodeQuery {
     /// Heads and dimensions.
     pub(crate) geometry: Geometry,
-    /// Logical position of the new token and the layer's sliding window, where it has one.
+    /// New tokens per row; each sees the row's tokens up to its own.
+    pub(crate) tokens: usize,
+    /// Logical position of the first new token and the layer's sliding window, where it has one.
     pub(crate) window: Option<(u32, usize)>,
 }
 
-/// Workspace kept between steps, so that a step allocates nothing.
+/// Where a call's weights go.
+pub(crate) struct Export<'a> {
+    /// Prepared for the rows of the call.
+    pub(crate) into: &'a mut Exported,
+    /// The exported query that the call's last query is.
+    pub(crate) last: usize,
+    /// Whether column sums are exported.
+    pub(crate) columns: bool,
+}
+
+/// Workspace kept between steps, so that a step allocates little.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct DecodeScratch {
     buffer: Vec<f32>,
 }
 
-/// Attends each row's group of queries, `queries` `[rows, group, head_dim]` already scaled, over the row's
-/// keys and values; writes `out` of the same shape. With `export`, appends per row the weights of all `n` tokens reduced over the
-/// group to the vector. All rows hold the same number of tokens.
+/// Attends each row's queries, `queries` `[rows, group, tokens, head_dim]` already scaled, over the row's keys and values; writes `out` of the
+/// same shape. Rows may hold different numbers of tokens.
 ///
 /// On a softmax that is not finite returns the index of the first such row.
-pub(crate) fn decode<T: Element>(
+pub(crate) fn decode(
     query: DecodeQuery,
     queries: &[f32],
-    rows: &[RowView<'_, T>],
-    export: Option<(Reduce, &mut Vec<f32>)>,
+    rows: &[RowView<'_>],
+    export: Option<Export<'_>>,
     scratch: &mut DecodeScratch,
     out: &mut [f32],
 ) -> std::result::Result<(), usize> {
-    let Geometry {
-        group, head_dim, ..
-    } = query.geometry;
-    let n = rows.first().map_or(0, |row| row.len(head_dim));
-    if n == 0 {
+    let Geometry { group, head_dim } = query.geometry;
+    let lanes = group * query.tokens;
+    let longest = rows.iter().map(|row| row.len(head_dim)).max().unwrap_or(0);
+    if longest == 0 {
         return Ok(());
     }
-    let chunks = n.div_ceil(CHUNK);
-    let layout = Slots {
-        group,
-        head_dim,
-        tokens: n.min(CHUNK),
-        interleaved: T::INTERLEAVED,
-    };
-    let total = rows.len() * chunks * layout.size();
+    let layout = Slots::new(rows, lanes, head_dim, longest);
+    let chunks = |row: &RowView<'_>| row.len(head_dim).div_ceil(CHUNK);
+    let total = rows.iter().map(chunks).sum::<usize>() * layout.size();
     if scratch.buffer.len() < total {
         scratch.buffer.resize(total, 0.0);
     }
-    let parts = &mut scratch.buffer[..total];
-    let (reduce, weights) = match export {
-        Some((reduce, weights)) => {
-            let from = weights.len();
-            weights.resize(from + rows.len() * n, 0.0);
-            (reduce, &mut weights[from..])
+    let mut parts = &mut scratch.buffer[..total];
+
+    let (wanted, mut weights): (Wanted, Vec<&mut [f32]>) = match export {
+        Some(Export {
+            into,
+            last,
+            columns,
+        }) => {
+            let wanted = Wanted {
+                kinds: into.kinds(),
+                queries: into.queries(),
+                last,
+                columns,
+                blocks: into.blocks(),
+            };
+            (wanted, into.rows_mut().collect())
         }
-        None => (Reduce::default(), &mut [][..]),
+        None => (Wanted::default(), Vec::new()),
     };
+    let mut weights = weights.drain(..);
+    let tasks: Vec<Task<'_>> = rows
+        .iter()
+        .zip(out.chunks_exact_mut(lanes * head_dim))
+        .enumerate()
+        .map(|(index, (row, out))| {
+            let (mine, rest) = std::mem::take(&mut parts).split_at_mut(chunks(row) * layout.size());
+            parts = rest;
+            Task {
+                index,
+                parts: mine,
+                out,
+                weights: weights.next().unwrap_or_default(),
+            }
+        })
+        .collect();
 
     let arch = Arch::new();
-    let attend = |row: usize, chunk: usize, slots: &mut [f32]| {
+    let attend = |index: usize, chunk: usize, slots: &mut [f32]| {
+        let row = &rows[index];
+        let n = row.len(head_dim);
         let from = chunk * CHUNK;
         let to = (from + CHUNK).min(n);
-        let after = match rows.get(row + 1) {
+        let after = match rows.get(index + 1) {
             Some(next) if to == n => next.keys,
-            _ => &rows[row].keys[to * head_dim..],
+            _ => row.keys.slice(to, n, head_dim),
         };
-        T::dispatch(Chunk {
-            queries: &queries[row * group * head_dim..(row + 1) * group * head_dim],
-            keys: &rows[row].keys[from * head_dim..to * head_dim],
-            values: &rows[row].values[from * head_dim..to * head_dim],
-            after,
-            ids: query.window.map(|w| (&rows[row].ids[from..to], w)),
+        let chunk = Chunk {
+            queries: &queries[index * lanes * head_dim..(index + 1) * lanes * head_dim],
+            keys: row.keys.slice(from, to, head_dim),
+            values: row.values.slice(from, to, head_dim),
+            after: after.bytes(),
+            mask: Mask {
+                ids: row.ids.get(from..to).unwrap_or_default(),
+                window: query.window,
+                tokens: query.tokens,
+                first: from,
+                visible: n + 1 - query.tokens,
+            },
             layout,
             slots,
-        });
+        };
+        chunk.run();
     };
-    let finish = |parts: &mut [f32], weights: &mut [f32], out: &mut [f32]| {
-        let mut heads = out.chunks_exact_mut(head_dim).enumerate();
-        let good = heads.all(|(g, out)| merge_head(layout, parts, g, out));
-        let parts = parts.chunks_exact(layout.size());
-        for (part, weights) in parts.zip(weights.chunks_mut(CHUNK)) {
-            arch.dispatch(Export {
-                reduce,
+    let finish = |task: Task<'_>| {
+        let n = rows[task.index].len(head_dim);
+        let mut heads = task.out.chunks_exact_mut(head_dim).enumerate();
+        let good = heads.all(|(lane, out)| merge_lane(layout, task.parts, lane, out));
+        for (number, part) in task.parts.chunks_exact(layout.size()).enumerate() {
+            let from = number * CHUNK;
+            arch.dispatch(Weights {
+                wanted,
                 layout,
                 part,
-                weights,
+                tokens: query.tokens,
+                len: task.weights.len() / wanted.blocks.max(1),
+                from,
+                count: CHUNK.min(n - from),
+                weights: &mut *task.weights,
             });
         }
         good
     };
-    let per_row = chunks * layout.size();
-    let mut weights = weights.chunks_exact_mut(n);
-    let tasks = parts
-        .chunks_exact_mut(per_row)
-        .zip(out.chunks_exact_mut(group * head_dim))
-        .enumerate()
-        .map(|(row, (parts, out))| (row, parts, out, weights.next().unwrap_or_default()));
-    let whole = |(row, parts, out, weights): Task<'_>| {
-        let slots = parts.chunks_exact_mut(layout.size());
+    let whole = |task: Task<'_>| {
+        let slots = task.parts.chunks_exact_mut(layout.size());
+        let index = task.index;
         slots
             .enumerate()
-            .for_each(|(chunk, slots)| attend(row, chunk, slots));
-        finish(parts, weights, out)
+            .for_each(|(chunk, slots)| attend(index, chunk, slots));
+        finish(task)
     };
 
     let threads = rayon::current_num_threads();
-    let worth_it = rows.len() * n * head_dim * group >= PARALLEL_FROM;
-    let good: Vec<bool> = if threads == 1 || !worth_it {
-        tasks.map(whole).collect()
-    } else {
-        let tasks: Vec<Task<'_>> = tasks.collect();
+    let work = rows.iter().map(|row| row.len(head_dim)).sum::<usize>() * head_dim * lanes;
+    let good: Vec<bool> = if threads == 1 || work < PARALLEL_FROM {
+        tasks.into_iter().map(whole).collect()
+    } else if rows.len().is_multiple_of(threads) || rows.len() >= 4 * threads {
         // Whole rows need the other threads only once; they must be many for all threads to end together.
-        if rows.len().is_multiple_of(threads) || rows.len() >= 4 * threads {
-            tasks.into_par_iter().map(whole).collect()
-        } else {
-            let split = |(row, parts, out, weights): Task<'_>| {
-                let slots = parts.par_chunks_exact_mut(layout.size());
-                slots
-                    .enumerate()
-                    .for_each(|(chunk, slots)| attend(row, chunk, slots));
-                finish(parts, weights, out)
-            };
-            tasks.into_par_iter().map(split).collect()
-        }
+        tasks.into_par_iter().map(whole).collect()
+    } else {
+        let split = |task: Task<'_>| {
+            let slots = task.parts.par_chunks_exact_mut(layout.size());
+            let index = task.index;
+            slots
+                .enumerate()
+                .for_each(|(chunk, slots)| attend(index, chunk, slots));
+            finish(task)
+        };
+        tasks.into_par_iter().map(split).collect()
     };
     good.iter().position(|good| !good).map_or(Ok(()), Err)
 }
 
 /// A row with its workspace, its outputs and the place for its weights, which is empty where they are not wanted.
-type Task<'a> = (usize, &'a mut [f32], &'a mut [f32], &'a mut [f32]);
+struct Task<'a> {
+    index: usize,
+    parts: &'a mut [f32],
+    out: &'a mut [f32],
+    weights: &'a mut [f32],
+}
 
-/// Combines the chunks of one query head and leaves each chunk's weight factor in place of its maximum; false where the
+/// Combines the chunks of one lane and leaves each chunk's weight factor in place of its maximum; false where the
 /// softmax was not finite.
-fn merge_head(layout: Slots, parts: &mut [f32], g: usize, out: &mut [f32]) -> bool {
-    let (at_max, at_sum) = (layout.maximum(g), layout.maximum(g) + layout.group);
+fn merge_lane(layout: Slots, parts: &mut [f32], lane: usize, out: &mut [f32]) -> bool {
+    let (at_max, at_sum) = (layout.maximum(lane), layout.maximum(lane) + layout.lanes);
     let max = parts
         .chunks_exact(layout.size())
         .fold(f32::NEG_INFINITY, |max, part| max.max(part[at_max]));
@@ -164,54 +205,116 @@ fn merge_head(layout: Slots, parts: &mut [f32], g: usize, out: &mut [f32]) -> bo
     for part in parts.chunks_exact_mut(layout.size()) {
         part[at_max] /= total;
         let factor = part[at_max];
-        for (o, x) in out.iter_mut().zip(layout.out(part, g)) {
+        for (o, x) in out.iter_mut().zip(layout.out(part, lane)) {
             *o += factor * x;
         }
     }
     true
 }
 
-/// Scales a chunk's exponentials to weights and reduces them over the group.
-struct Export<'a> {
-    reduce: Reduce,
+/// Which of a call's weights are handed out.
+#[derive(Clone, Copy, Default)]
+struct Wanted {
+    kinds: WeightKinds,
+    queries: usize,
+    last: usize,
+    columns: bool,
+    /// Blocks of n weights that a row has room for.
+    blocks: usize,
+}
+
+/// Scales a chunk's exponentials to weights and reduces them over the group, or over all queries.
+struct Weights<'a> {
+    wanted: Wanted,
     layout: Slots,
     part: &'a [f32],
+    /// Queries per head.
+    tokens: usize,
+    /// Tokens of the row.
+    len: usize,
+    /// The chunk's slots `from..from + count`.
+    from: usize,
+    count: usize,
+    /// `[blocks, len]`.
     weights: &'a mut [f32],
 }
 
-impl WithSimd for Export<'_> {
+impl WithSimd for Weights<'_> {
     type Output = ();
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        let Slots { group, tokens, .. } = self.layout;
-        let count = self.weights.len();
-        let share = match self.reduce {
-            Reduce::Mean => 1.0 / group as f32,
-            Reduce::Max | Reduce::Sum => 1.0,
-        };
-        let (weights, weights_tail) = S::as_mut_simd_f32s(self.weights);
-        for g in 0..group {
-            let factor = self.part[self.layout.maximum(g)] * share;
-            let factors = simd.splat_f32s(factor);
-            let (part, part_tail) = S::as_simd_f32s(&self.part[g * tokens..][..count]);
-            let pairs = weights.iter_mut().zip(part);
-            let tails = weights_tail.iter_mut().zip(part_tail);
-            if self.reduce == Reduce::Max {
-                for (w, &e) in pairs {
-                    *w = simd.max_f32s(*w, simd.mul_f32s(e, factors));
-                }
-                for (w, e) in tails {
-                    *w = w.max(e * factor);
-                }
-            } else {
-                for (w, &e) in pairs {
-                    *w = simd.mul_add_f32s(e, factors, *w);
-                }
-                for (w, e) in tails {
-                    *w += e * factor;
+        let Self {
+            wanted,
+            layout,
+            part,
+            tokens,
+            len,
+            from,
+            count,
+            weights,
+        } = self;
+        if weights.is_empty() {
+            return;
+        }
+        let group = layout.lanes / tokens;
+        let reductions = wanted.kinds.reductions().count();
+        for query in 0..tokens {
+            // The exported query that this one is, counted from the last.
+            let Some(exported) = (wanted.last + query + 1).checked_sub(tokens) else {
+                continue;
+            };
+            for (r, reduce) in wanted.kinds.reductions().enumerate() {
+                let block = exported * reductions + r;
+                let into = &mut weights[block * len + from..][..count];
+                for g in 0..group {
+                    reduce_lane(simd, layout, part, g * tokens + query, reduce, group, into);
                 }
             }
+        }
+        if wanted.columns && wanted.kinds.columns() {
+            let into = &mut weights[wanted.queries * reductions * len + from..][..count];
+            for lane in 0..layout.lanes {
+                reduce_lane(simd, layout, part, lane, Reduce::Sum, group, into);
+            }
+        }
+    }
+}
+
+/// Takes a lane's weights into `weights`.
+#[inline(always)]
+fn reduce_lane<S: Simd>(
+    simd: S,
+    layout: Slots,
+    part: &[f32],
+    lane: usize,
+    reduce: Reduce,
+    group: usize,
+    weights: &mut [f32],
+) {
+    let share = match reduce {
+        Reduce::Mean => 1.0 / group as f32,
+        Reduce::Max | Reduce::Sum => 1.0,
+    };
+    let (from, from_tail) = S::as_simd_f32s(layout.scores(part, lane, weights.len()));
+    let (weights, weights_tail) = S::as_mut_simd_f32s(weights);
+    let factor = part[layout.maximum(lane)] * share;
+    let factors = simd.splat_f32s(factor);
+    let pairs = weights.iter_mut().zip(from);
+    let tails = weights_tail.iter_mut().zip(from_tail);
+    if reduce == Reduce::Max {
+        for (w, &e) in pairs {
+            *w = simd.max_f32s(*w, simd.mul_f32s(e, factors));
+        }
+        for (w, e) in tails {
+            *w = w.max(e * factor);
+        }
+    } else {
+        for (w, &e) in pairs {
+            *w = simd.mul_add_f32s(e, factors, *w);
+        }
+        for (w, e) in tails {
+            *w += e * factor;
         }
     }
 }

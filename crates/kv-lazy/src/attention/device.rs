@@ -3,7 +3,7 @@
 //! Grouped queries multiply as `[B, Hkv, group·T, d] × [B, Hkv, d, n]`, so keys and values are never expanded. The softmax is
 //! f32. Weights that a policy asks for cross to the host: one `[B, Hkv, n]` copy per layer and step.
 
-use super::{Export, Geometry, Reduce};
+use super::{Exported, Geometry, Reduce, WeightKind};
 use crate::error::{Error, Result};
 use candle_core::{DType, Tensor};
 
@@ -18,16 +18,15 @@ pub(crate) struct Mask {
     pub(crate) window: Option<(u32, usize)>,
 }
 
-/// A step's queries: their scale and heads, what they see, what is wanted beside the output.
+/// A step's queries: their scale and heads, and what they see.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct DeviceQuery {
     pub(crate) scale: f64,
     pub(crate) geometry: Geometry,
     pub(crate) mask: Mask,
-    pub(crate) export: Option<Export>,
 }
 
-/// Output `[B, Hq, T, d]` in the dtype of `q`, and the exported weights `[B·Hkv·n]` on the host. `ids` (`[B·Hkv][n]`) are the
+/// Output `[B, Hq, T, d]` in the dtype of `q`; the weights that `exported` is prepared for are copied to the host. `ids` (`[B·Hkv][n]`) are the
 /// keys' logical positions; without them keys are at 0..n.
 pub(crate) fn attend(
     q: &Tensor,
@@ -35,12 +34,12 @@ pub(crate) fn attend(
     v: &Tensor,
     ids: Option<&[Vec<u32>]>,
     query: &DeviceQuery,
-) -> Result<(Tensor, Option<Vec<f32>>)> {
+    exported: Option<&mut Exported>,
+) -> Result<Tensor> {
     let DeviceQuery {
         scale,
         geometry,
         mask,
-        export,
     } = *query;
     let (batch, query_heads, tokens, head_dim) = q.dims4()?;
     let Geometry { group, .. } = geometry;
@@ -71,25 +70,42 @@ pub(crate) fn attend(
         .matmul(&v.to_dtype(DType::F32)?.contiguous()?)?
         .reshape((batch, query_heads, tokens, head_dim))?
         .to_dtype(q.dtype())?;
-    let exported = match export {
-        None => None,
-        Some(wanted) => {
-            let by_head = weights.reshape((batch, kv_heads, group, tokens, n))?;
-            let reduced = match wanted {
-                Export::Columns => by_head.sum(3)?.sum(2)?,
-                Export::Last(reduce) => {
-                    let last = by_head.narrow(3, tokens - 1, 1)?.squeeze(3)?;
-                    match reduce {
-                        Reduce::Max => last.max(2)?,
-                        Reduce::Mean => last.mean(2)?,
-                        Reduce::Sum => last.sum(2)?,
-                    }
-                }
-            };
-            Some(reduced.flatten_all()?.to_vec1::<f32>()?)
+    if let Some(exported) = exported {
+        let by_head = weights.reshape((batch, kv_heads, group, tokens, n))?;
+        hand_out(&by_head, exported)?;
+    }
+    Ok(out)
+}
+
+/// Copies weights `[B, Hkv, group, T, n]`, reduced as wanted, to the host.
+fn hand_out(by_head: &Tensor, exported: &mut Exported) -> Result<()> {
+    let (_, _, _, tokens, n) = by_head.dims5()?;
+    let (kinds, queries) = (exported.kinds(), exported.queries());
+    let reductions = kinds.reductions().count();
+    let blocks = queries * reductions + usize::from(kinds.columns());
+    let into = exported.as_mut_slice();
+    let single = by_head.narrow(3, tokens - queries, queries)?;
+    for (r, reduce) in kinds.reductions().enumerate() {
+        let reduced = match reduce {
+            Reduce::Max => single.max(2)?,
+            Reduce::Mean => single.mean(2)?,
+            Reduce::Sum => single.sum(2)?,
+        };
+        let all = reduced.flatten_all()?.to_vec1::<f32>()?;
+        for (i, weights) in all.chunks_exact(n).enumerate() {
+            let (row, query) = (i / queries, i % queries);
+            let block = row * blocks + query * reductions + r;
+            into[block * n..(block + 1) * n].copy_from_slice(weights);
         }
-    };
-    Ok((out, exported))
+    }
+    if kinds.contains(WeightKind::Columns) {
+        let all = by_head.sum(3)?.sum(2)?.flatten_all()?.to_vec1::<f32>()?;
+        for (row, weights) in all.chunks_exact(n).enumerate() {
+            let block = (row + 1) * blocks - 1;
+            into[block * n..(block + 1) * n].copy_from_slice(weights);
+        }
+    }
+    Ok(())
 }
 
 /// 0 where a token sees a key and −∞ where not: `[1 or rows, T, n]`; none if everything is seen.

@@ -2,6 +2,7 @@
 
 #[cfg(target_arch = "x86_64")]
 use super::machine::F16c;
+use super::rows::Elements;
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use pulp::bytemuck::{self, Pod};
@@ -25,6 +26,10 @@ pub(crate) trait Element: candle_core::WithDType + Default + std::fmt::Debug {
     fn single(self) -> f32;
     /// All of `source` as f32.
     fn widened(source: &[Self]) -> Cow<'_, [f32]>;
+    /// `row` with its type as a value.
+    fn elements(row: &[Self]) -> Elements<'_>;
+    /// `row` as bytes.
+    fn bytes(row: &[Self]) -> &[u8];
     /// Runs `kernel` with the widest vectors and the best way of widening that the machine has.
     fn dispatch(kernel: impl Kernel<Self>) {
         Arch::new().dispatch(Everywhere(kernel, PhantomData));
@@ -82,6 +87,12 @@ impl Element for f32 {
     fn widened(source: &[Self]) -> Cow<'_, [f32]> {
         Cow::Borrowed(source)
     }
+    fn elements(row: &[Self]) -> Elements<'_> {
+        Elements::F32(row)
+    }
+    fn bytes(row: &[Self]) -> &[u8] {
+        bytemuck::cast_slice(row)
+    }
 }
 
 /// Where the even element of a pair is the low half of 32 bits.
@@ -122,6 +133,13 @@ impl Element for bf16 {
     fn widened(source: &[Self]) -> Cow<'_, [f32]> {
         Cow::Owned(source.to_f32_vec())
     }
+    fn elements(row: &[Self]) -> Elements<'_> {
+        Elements::BF16(row)
+    }
+    fn bytes(row: &[Self]) -> &[u8] {
+        let bits: &[u16] = row.reinterpret_cast();
+        bytemuck::cast_slice(bits)
+    }
 }
 
 impl Element for f16 {
@@ -143,6 +161,13 @@ impl Element for f16 {
     }
     fn widened(source: &[Self]) -> Cow<'_, [f32]> {
         Cow::Owned(source.to_f32_vec())
+    }
+    fn elements(row: &[Self]) -> Elements<'_> {
+        Elements::F16(row)
+    }
+    fn bytes(row: &[Self]) -> &[u8] {
+        let bits: &[u16] = row.reinterpret_cast();
+        bytemuck::cast_slice(bits)
     }
     fn dispatch(kernel: impl Kernel<Self>) {
         #[cfg(target_arch = "x86_64")]

@@ -1,61 +1,34 @@
 //! Attention over cached keys and values, grouped-query native: query head h reads KV head h / group.
 //!
-//! On the CPU one kernel serves one new token per sequence and hands out the attention weights on the way;
+//! On the CPU one kernel serves a few new tokens per sequence and hands out the attention weights on the way;
 //! [`prefill()`] serves many new tokens, blocked and causal. Elsewhere the same semantics are built from tensor operations.
 
 mod chunk;
 pub(crate) mod decode;
+mod dense;
 pub(crate) mod device;
 mod element;
 mod exp;
 mod machine;
 pub(crate) mod prefill;
+mod rows;
 mod tensors;
+mod weights;
 
 pub(crate) use element::Element;
 pub use exp::exp;
+#[cfg(feature = "trace")]
+pub(crate) use rows::Elements;
+pub(crate) use rows::RowView;
 pub(crate) use tensors::{expect_shape, read};
+pub(crate) use weights::Exported;
+pub use weights::{Reduce, WeightKind, WeightKinds};
 
 use crate::error::{Error, Result};
 use candle_core::{DType, Tensor};
-use serde::{Deserialize, Serialize};
 
-/// How the weights of the query heads that share a KV head become one weight per token.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Reduce {
-    /// The largest: some head of the group needs the token.
-    #[default]
-    Max,
-    /// The mean over the group.
-    Mean,
-    /// The sum over the group.
-    Sum,
-}
-
-impl Reduce {
-    /// Takes one of `group` heads' weights into `reduced`, which starts at 0.
-    pub(crate) fn accumulate(self, reduced: &mut [f32], weights: &[f32], group: usize) {
-        let pairs = reduced.iter_mut().zip(weights);
-        match self {
-            Reduce::Max => pairs.for_each(|(r, w)| *r = r.max(*w)),
-            Reduce::Sum => pairs.for_each(|(r, w)| *r += w),
-            Reduce::Mean => {
-                let share = 1.0 / group as f32;
-                pairs.for_each(|(r, w)| *r += w * share);
-            }
-        }
-    }
-}
-
-/// What a step wants beside its output: one weight per token.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Export {
-    /// The last query's weights, reduced over the group.
-    Last(Reduce),
-    /// Weights summed over all queries and the group.
-    Columns,
-}
+/// New tokens times heads of a group up to which attention reads the cache once for all of them, instead of by blocks of queries.
+pub(crate) const FEW: usize = 64;
 
 /// Heads per KV head and their dimension.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -66,17 +39,101 @@ pub(crate) struct Geometry {
     pub(crate) head_dim: usize,
 }
 
-/// What one KV head of one sequence holds: `[n, head_dim]` keys and values and the logical position of each.
+/// A sliding window of this many tokens hides nothing; larger ones are taken for it.
+pub(crate) const WIDEST: usize = u32::MAX as usize;
+
+/// A step's queries on the CPU, whatever their number.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct RowView<'a, T> {
-    pub(crate) keys: &'a [T],
-    pub(crate) values: &'a [T],
-    pub(crate) ids: &'a [u32],
+pub(crate) struct Causal {
+    pub(crate) geometry: Geometry,
+    /// New tokens per row, whose keys are the row's last.
+    pub(crate) tokens: usize,
+    /// Factor on q·k.
+    pub(crate) scale: f32,
+    /// Logical position of the first new token and the sliding window.
+    pub(crate) window: Option<(u32, usize)>,
 }
 
-impl<T> RowView<'_, T> {
-    pub(crate) fn len(&self, head_dim: usize) -> usize {
-        self.keys.len() / head_dim
+impl Causal {
+    /// Attends `q` `[rows, group, tokens, head_dim]` into `out` of the same shape; `exported` is prepared for these rows.
+    ///
+    /// On a softmax that is not finite returns the index of the first such row.
+    pub(crate) fn attend(
+        self,
+        q: &[f32],
+        rows: &[RowView<'_>],
+        mut exported: Option<&mut Exported>,
+        scratch: &mut decode::DecodeScratch,
+        out: &mut [f32],
+    ) -> std::result::Result<(), usize> {
+        let Self {
+            geometry,
+            tokens,
+            scale,
+            window,
+        } = self;
+        if tokens == 0 {
+            return Ok(());
+        }
+        let d = geometry.head_dim;
+        let few = decode::DecodeQuery {
+            geometry,
+            tokens,
+            window,
+        };
+        if tokens * geometry.group <= FEW {
+            let scaled: Vec<f32> = q.iter().map(|x| x * scale).collect();
+            let export = exported.map(|into| decode::Export {
+                last: into.queries().saturating_sub(1),
+                columns: true,
+                into,
+            });
+            return decode::decode(few, &scaled, rows, export, scratch, out);
+        }
+        let many = prefill::PrefillQuery {
+            geometry,
+            tokens,
+            scale,
+            window,
+        };
+        let columns = match &mut exported {
+            Some(exported) if exported.kinds().columns() => Some(exported.columns_mut()),
+            _ => None,
+        };
+        prefill::prefill(many, q, rows, columns, out)?;
+        let Some(exported) = exported else {
+            return Ok(());
+        };
+        if exported.kinds() == WeightKinds::COLUMNS {
+            return Ok(());
+        }
+        // The queries whose weights are wanted one by one, once more by themselves.
+        let mut unused = vec![0.0; rows.len() * geometry.group * d];
+        for last in 0..exported.queries() {
+            let before = exported.queries() - 1 - last;
+            let t = tokens - 1 - before;
+            let query: Vec<f32> = q
+                .chunks_exact(tokens * d)
+                .flat_map(|head| &head[t * d..(t + 1) * d])
+                .map(|x| x * scale)
+                .collect();
+            let rows: Vec<RowView<'_>> = rows
+                .iter()
+                .map(|row| row.prefix(row.len(d) - before, d))
+                .collect();
+            let one = decode::DecodeQuery {
+                tokens: 1,
+                window: window.map(|(position, w)| (position + t as u32, w)),
+                ..few
+            };
+            let export = decode::Export {
+                into: &mut *exported,
+                last,
+                columns: false,
+            };
+            decode::decode(one, &query, &rows, Some(export), scratch, &mut unused)?;
+        }
+        Ok(())
     }
 }
 
@@ -110,89 +167,69 @@ pub fn prefill(
             kv_heads,
         });
     }
-    let n = offset + tokens;
+    if head_dim == 0 {
+        return Err(Error::Shape {
+            what: "q",
+            got: q.dims().to_vec(),
+            expected: "heads of at least one element".into(),
+        });
+    }
+    let n = offset.saturating_add(tokens);
     expect_shape("k", k, &[batch, kv_heads, n, head_dim])?;
     expect_shape("v", v, &[batch, kv_heads, n, head_dim])?;
     let geometry = Geometry {
         group: query_heads / kv_heads,
         head_dim,
     };
+    let window = sliding_window.map(|w| (offset as u32, w.min(WIDEST)));
     if !q.device().is_cpu() {
-        let mask = device::Mask {
-            tokens,
-            offset,
-            window: sliding_window.map(|w| (offset as u32, w)),
-        };
         let query = device::DeviceQuery {
             scale,
             geometry,
-            mask,
-            export: None,
+            mask: device::Mask {
+                tokens,
+                offset,
+                window,
+            },
         };
-        return device::attend(q, k, v, None, &query).map(|(out, _)| out);
+        return device::attend(q, k, v, None, &query, None);
     }
+    let step = Causal {
+        geometry,
+        tokens,
+        scale: scale as f32,
+        window,
+    };
     match k.dtype() {
-        DType::F32 => prefill_tensors::<f32>(q, k, v, scale, offset, sliding_window, geometry),
-        DType::F16 => {
-            prefill_tensors::<half::f16>(q, k, v, scale, offset, sliding_window, geometry)
-        }
-        DType::BF16 => {
-            prefill_tensors::<half::bf16>(q, k, v, scale, offset, sliding_window, geometry)
-        }
+        DType::F32 => prefill_tensors::<f32>(q, k, v, step),
+        DType::F16 => prefill_tensors::<half::f16>(q, k, v, step),
+        DType::BF16 => prefill_tensors::<half::bf16>(q, k, v, step),
         got => Err(Error::DType { got }),
     }
 }
 
-fn prefill_tensors<T: Element>(
-    q: &Tensor,
-    k: &Tensor,
-    v: &Tensor,
-    scale: f64,
-    offset: usize,
-    sliding_window: Option<usize>,
-    geometry: Geometry,
-) -> Result<Tensor> {
+fn prefill_tensors<T: Element>(q: &Tensor, k: &Tensor, v: &Tensor, step: Causal) -> Result<Tensor> {
     let (batch, query_heads, tokens, head_dim) = q.dims4()?;
-    let n = offset + tokens;
+    let n = k.dim(2)?;
     let ids: Vec<u32> = (0..n as u32).collect();
-    let window = sliding_window.map(|w| (offset as u32, w));
-    let query = prefill::PrefillQuery {
-        geometry,
-        tokens,
-        offset,
-        scale: scale as f32,
-        window,
-    };
     let mut out = vec![0.0f32; batch * query_heads * tokens * head_dim];
     let done = read::<f32, _>(q, |q| {
         read::<T, _>(k, |k| {
             read::<T, _>(v, |v| {
-                let rows: Vec<RowView<'_, T>> = k
+                let rows: Vec<RowView<'_>> = k
                     .chunks_exact(n * head_dim)
                     .zip(v.chunks_exact(n * head_dim))
                     .map(|(keys, values)| RowView {
-                        keys,
-                        values,
+                        keys: T::elements(keys),
+                        values: T::elements(values),
                         ids: &ids,
                     })
                     .collect();
-                if tokens == 1 {
-                    let scaled: Vec<f32> = q.iter().map(|x| x * scale as f32).collect();
-                    let single = decode::DecodeQuery { geometry, window };
-                    return decode::decode(
-                        single,
-                        &scaled,
-                        &rows,
-                        None,
-                        &mut Default::default(),
-                        &mut out,
-                    );
-                }
-                prefill::prefill(query, q, &rows, None, &mut out)
+                step.attend(q, &rows, None, &mut Default::default(), &mut out)
             })
         })
     })???;
-    let kv_heads = query_heads / geometry.group;
+    let kv_heads = query_heads / step.geometry.group;
     done.map_err(|row| Error::NonFinite {
         layer: 0,
         sequence: row / kv_heads,

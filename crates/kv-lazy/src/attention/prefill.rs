@@ -1,33 +1,37 @@
 //! Causal attention of many new tokens at once, blocked over queries.
 //!
-//! A task takes one vector-width block of queries of one head and holds their scores transposed, `[key, query]`, so
+//! A block is one vector width of queries of one head; its scores are held transposed, `[key, query]`, so
 //! that keys and values are read in their natural layout, the softmax runs down the columns without horizontal
-//! sums, and keys right of the diagonal are never touched. Tasks own disjoint outputs and sum in a fixed order:
-//! the result does not depend on the number of threads.
+//! sums, and keys right of the diagonal are never touched. A task takes several blocks of one row and goes over the keys and values a tile at a
+//! time, widened and packed in a scratch of fixed size, with a running maximum per query: nothing that grows with what is cached is copied or held,
+//! except the weights of the task's queries where column sums are wanted. Tasks own
+//! disjoint outputs and sum in a fixed order: the result does not depend on the number of threads.
 
-use super::element::Element;
 use super::exp::exp;
 use super::{Geometry, RowView};
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
-use std::borrow::Cow;
 
 /// Keys whose scores one register tile computes.
 const KEYS: usize = 6;
 /// Value columns that one register tile accumulates.
 const COLUMNS: usize = 4;
-/// Keys per pass over the values: their block stays in the second-level cache.
-const VALUE_BLOCK: usize = 256;
+/// Keys or values that are widened at a time: a multiple of [`KEYS`] that stays in the second-level cache.
+const TILE: usize = 192;
+/// Blocks of a task, which share a widened tile.
+const SHARE: usize = 8;
+/// The same where the weights of all its queries are held for column sums.
+const SHARE_WITH_COLUMNS: usize = 2;
+/// Parts of a row's tasks whose column sums are accumulated apart: what bounds both parallelism and memory.
+const STRIPES: usize = 16;
 
-/// The queries of a prefill: `tokens` per row after `offset` cached keys.
+/// The queries of a prefill: `tokens` per row, whose keys are the row's last.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct PrefillQuery {
     /// Heads and dimensions.
     pub(crate) geometry: Geometry,
-    /// New tokens T.
+    /// New tokens T; each sees the row's tokens up to its own.
     pub(crate) tokens: usize,
-    /// Keys physically before the first new token: new token t sees keys 0..=offset + t.
-    pub(crate) offset: usize,
     /// Factor on q·k.
     pub(crate) scale: f32,
     /// Logical position of the first new token and the sliding window, where there is one.
@@ -35,82 +39,113 @@ pub(crate) struct PrefillQuery {
 }
 
 /// Attends `queries` `[rows, group, tokens, head_dim]` over `rows`, which already hold the new tokens' keys and values,
-/// into `out` of the same shape. With `columns`, adds the weights of every key summed over all queries of the row's group
-/// to the row's slice of it (`[rows, n]`).
+/// into `out` of the same shape. With `columns`, one slice per row, the weights of every key summed over all queries of the row's group are added
+/// to it.
 ///
 /// On a softmax that is not finite returns the index of the first such row.
-pub(crate) fn prefill<T: Element>(
+pub(crate) fn prefill(
     query: PrefillQuery,
     queries: &[f32],
-    rows: &[RowView<'_, T>],
-    columns: Option<&mut [f32]>,
+    rows: &[RowView<'_>],
+    columns: Option<Vec<&mut [f32]>>,
     out: &mut [f32],
 ) -> std::result::Result<(), usize> {
-    let Geometry {
-        group, head_dim, ..
-    } = query.geometry;
+    let Geometry { group, head_dim } = query.geometry;
     let per_head = query.tokens * head_dim;
     if per_head == 0 || rows.is_empty() {
         return Ok(());
     }
-    let keys: Vec<Cow<'_, [f32]>> = rows.par_iter().map(|row| T::widened(row.keys)).collect();
-    let values: Vec<Vec<f32>> = rows
-        .par_iter()
-        .map(|row| panels(&T::widened(row.values), head_dim))
-        .collect();
     let arch = Arch::new();
-    let block = arch.dispatch(BlockWidth);
-    let want_columns = columns.is_some();
-    let parts: Vec<Vec<(bool, Vec<f32>)>> = out
-        .par_chunks_mut(per_head)
-        .enumerate()
-        .map(|(head, out)| {
-            let row = head / group;
-            let queries = &queries[head * per_head..(head + 1) * per_head];
-            out.par_chunks_mut(block * head_dim)
-                .enumerate()
-                .map_init(Buffers::default, |buffers, (b, out)| {
-                    arch.dispatch(Block {
-                        query,
-                        first: b * block,
-                        queries: &queries[b * block * head_dim..][..out.len()],
-                        keys: &keys[row],
-                        values: &values[row],
-                        ids: rows[row].ids,
-                        want_columns,
-                        buffers,
-                        out,
-                    })
+    let width = arch.dispatch(BlockWidth);
+    let share = match columns {
+        Some(_) => SHARE_WITH_COLUMNS,
+        None => SHARE,
+    };
+
+    let mut stripes: Vec<Stripe<'_>> = Vec::new();
+    for (row, out) in out.chunks_exact_mut(group * per_head).enumerate() {
+        let offset = rows[row].len(head_dim) - query.tokens;
+        let mut blocks: Vec<Block<'_>> = out
+            .chunks_exact_mut(per_head)
+            .enumerate()
+            .flat_map(|(head, out)| {
+                let parts = out.chunks_mut(width * head_dim).enumerate();
+                parts.map(move |(b, out)| Block {
+                    head,
+                    first: b * width,
+                    end: offset + b * width + out.len() / head_dim,
+                    out,
                 })
-                .collect()
+            })
+            .collect();
+        // Blocks of a task see about the same keys.
+        blocks.sort_by_key(|block| block.first);
+        let count = STRIPES.min(blocks.len().div_ceil(share));
+        let first = stripes.len();
+        stripes.extend((0..count).map(|_| Stripe {
+            row,
+            tasks: Vec::new(),
+        }));
+        let mut blocks = blocks.into_iter().peekable();
+        let mut task = 0;
+        while blocks.peek().is_some() {
+            let blocks: Vec<Block<'_>> = blocks.by_ref().take(share).collect();
+            stripes[first + task % count].tasks.push(blocks);
+            task += 1;
+        }
+    }
+    let want_columns = columns.is_some();
+    let done: Vec<(usize, bool, Vec<f32>)> = stripes
+        .into_par_iter()
+        .map_init(Buffers::default, |buffers, Stripe { row, tasks }| {
+            let len = rows[row].len(head_dim);
+            let mut sums = if want_columns {
+                vec![0.0; len]
+            } else {
+                Vec::new()
+            };
+            let mut finite = true;
+            for blocks in tasks {
+                finite &= arch.dispatch(Work {
+                    query,
+                    queries: &queries[row * group * per_head..(row + 1) * group * per_head],
+                    row: &rows[row],
+                    offset: len - query.tokens,
+                    blocks,
+                    columns: &mut sums,
+                    buffers,
+                });
+            }
+            (row, finite, sums)
         })
         .collect();
-    if let Some(head) = parts.iter().position(|blocks| blocks.iter().any(|b| !b.0)) {
-        return Err(head / group);
+    if let Some((row, ..)) = done.iter().find(|(_, finite, _)| !finite) {
+        return Err(*row);
     }
-    if let Some(columns) = columns {
-        let n = query.offset + query.tokens;
-        for (head, blocks) in parts.iter().enumerate() {
-            let row = &mut columns[head / group * n..(head / group + 1) * n];
-            for (_, part) in blocks {
-                row.iter_mut().zip(part).for_each(|(sum, x)| *sum += x);
-            }
+    if let Some(mut columns) = columns {
+        for (row, _, sums) in &done {
+            let into = columns[*row].iter_mut();
+            into.zip(sums).for_each(|(sum, x)| *sum += x);
         }
     }
     Ok(())
 }
 
-/// Values `[n, d]` as panels `[d / COLUMNS, n, COLUMNS]`, the last filled up with zeros: a tile then reads them front to back.
-fn panels(values: &[f32], d: usize) -> Vec<f32> {
-    let n = values.len() / d;
-    let mut packed = vec![0.0; d.div_ceil(COLUMNS) * COLUMNS * n];
-    for (p, panel) in packed.chunks_exact_mut(n * COLUMNS).enumerate() {
-        let columns = p * COLUMNS..((p + 1) * COLUMNS).min(d);
-        for (to, row) in panel.chunks_exact_mut(COLUMNS).zip(values.chunks_exact(d)) {
-            to[..columns.len()].copy_from_slice(&row[columns.clone()]);
-        }
-    }
-    packed
+/// Tasks of one row whose column sums go to the same place, in order.
+struct Stripe<'a> {
+    row: usize,
+    tasks: Vec<Vec<Block<'a>>>,
+}
+
+/// One vector width of queries of one head.
+struct Block<'a> {
+    head: usize,
+    /// First query.
+    first: usize,
+    /// The keys that some query of the block sees: up to here.
+    end: usize,
+    /// Outputs of its queries, `[queries, head_dim]`.
+    out: &'a mut [f32],
 }
 
 /// Queries of a block: two vectors of the machine.
@@ -124,123 +159,225 @@ impl WithSimd for BlockWidth {
 
 #[derive(Default)]
 struct Buffers {
-    /// The block's queries, scaled and transposed: `[head_dim, block]`.
+    /// Per block its queries, scaled and transposed: `[head_dim, width]`.
     queries: Vec<f32>,
-    /// `[keys, block]`.
+    /// Per block the scores of a tile, or of all keys where column sums are wanted: `[keys, width]`.
     scores: Vec<f32>,
-    /// `[head_dim rounded up to whole panels, block]`.
+    /// Per block and tile the maxima that its exponentials are relative to: `[width]`.
+    offsets: Vec<f32>,
+    /// Per block `[head_dim rounded up to whole panels, width]`.
     out: Vec<f32>,
+    /// A tile's keys or values, where they are not stored as f32.
+    wide: Vec<f32>,
+    /// A tile's values in panels.
+    panels: Vec<f32>,
 }
 
-struct Block<'a> {
+struct Work<'a, 'b> {
     query: PrefillQuery,
-    first: usize,
+    /// `[group, tokens, head_dim]`.
     queries: &'a [f32],
-    keys: &'a [f32],
-    /// In panels.
-    values: &'a [f32],
-    ids: &'a [u32],
-    want_columns: bool,
+    row: &'a RowView<'a>,
+    /// Keys before the first query's own.
+    offset: usize,
+    blocks: Vec<Block<'b>>,
+    /// Column sums of the row, to be added to; empty where they are not wanted.
+    columns: &'a mut [f32],
     buffers: &'a mut Buffers,
-    out: &'a mut [f32],
 }
 
-impl WithSimd for Block<'_> {
-    /// Whether the softmax was finite, and the weights summed over the block's queries per key if wanted.
-    type Output = (bool, Vec<f32>);
+impl WithSimd for Work<'_, '_> {
+    /// Whether the softmax of all queries was finite.
+    type Output = bool;
 
     #[inline(always)]
-    fn with_simd<S: Simd>(self, simd: S) -> (bool, Vec<f32>) {
+    fn with_simd<S: Simd>(self, simd: S) -> bool {
         let width = 2 * S::F32_LANES;
-        let d = self.query.geometry.head_dim;
-        let count = self.queries.len() / d;
-        let diagonal = self.query.offset + self.first;
-        let end = diagonal + count;
-        let start = self.first_key();
+        let Self {
+            query,
+            queries: all,
+            row,
+            offset,
+            mut blocks,
+            columns,
+            buffers,
+        } = self;
+        let d = query.geometry.head_dim;
+        let per_head = query.tokens * d;
+        let count = blocks.len();
+        let start = first_key(query, row, blocks[0].first, offset);
+        let end = blocks[count - 1].end;
+        let rounded = d.div_ceil(COLUMNS) * COLUMNS;
+        let held = if columns.is_empty() {
+            TILE
+        } else {
+            end - start
+        };
+        let tiles = (end - start).div_ceil(TILE);
         let Buffers {
             queries,
             scores,
+            offsets,
             out,
-        } = self.buffers;
-
+            wide,
+            panels,
+        } = buffers;
         queries.clear();
-        queries.resize(d * width, 0.0);
-        for (t, row) in self.queries.chunks_exact(d).enumerate() {
-            for (i, &x) in row.iter().enumerate() {
-                queries[i * width + t] = x * self.query.scale;
+        queries.resize(count * d * width, 0.0);
+        for (block, to) in blocks.iter().zip(queries.chunks_exact_mut(d * width)) {
+            let from = &all[block.head * per_head + block.first * d..][..block.out.len()];
+            for (t, row) in from.chunks_exact(d).enumerate() {
+                for (i, &x) in row.iter().enumerate() {
+                    to[i * width + t] = x * query.scale;
+                }
             }
         }
-        if scores.len() < (end - start) * width {
-            scores.resize((end - start) * width, 0.0);
+        out.clear();
+        out.resize(count * rounded * width, 0.0);
+        for buffer in [(&mut *scores, held), (&mut *offsets, tiles)] {
+            let (buffer, rows) = buffer;
+            if buffer.len() < count * rows * width {
+                buffer.resize(count * rows * width, 0.0);
+            }
         }
-        let scores = &mut scores[..(end - start) * width];
-        score_tiles::<S>(simd, queries, &self.keys[start * d..end * d], d, scores);
-        // Keys of the diagonal: token t of the block sees those up to its own; idle lanes repeat the last token's view.
-        for j in diagonal + 1..end {
-            let hidden = (j - diagonal).min(width);
-            scores[(j - start) * width..][..hidden].fill(f32::NEG_INFINITY);
-        }
-        if let Some((position, window)) = self.query.window {
-            let position = position as usize + self.first;
-            mask_window(
-                scores,
-                &self.ids[start..end],
-                position,
-                window,
-                width,
-                count,
-            );
+        let none = simd.splat_f32s(f32::NEG_INFINITY);
+        let zero = simd.splat_f32s(0.0);
+        let mut maxima = vec![[none; 2]; count];
+        let mut sums = vec![[zero; 2]; count];
+
+        for tile in 0..tiles {
+            let from = start + tile * TILE;
+            let to = (from + TILE).min(end);
+            // Where a block's scores of this tile are.
+            let place = |b: usize| {
+                b * held * width
+                    + if held == TILE && columns.is_empty() {
+                        0
+                    } else {
+                        tile * TILE * width
+                    }
+            };
+            let keys = row.keys.slice(from, to, d).widened(wide);
+            for (b, block) in blocks.iter().enumerate() {
+                let to = to.min(block.end);
+                if from >= to {
+                    continue;
+                }
+                let scores = &mut scores[place(b)..][..(to - from) * width];
+                let queries = &queries[b * d * width..(b + 1) * d * width];
+                score_tiles::<S>(simd, queries, &keys[..(to - from) * d], d, scores);
+                hide(
+                    query,
+                    row,
+                    (block.first, block.out.len() / d),
+                    scores,
+                    (from, offset),
+                    width,
+                );
+                let out = &mut out[b * rounded * width..(b + 1) * rounded * width];
+                let relative = softmax_tile::<S>(simd, scores, &mut maxima[b], &mut sums[b], out);
+                let into = &mut offsets[(b * tiles + tile) * width..][..width];
+                into.copy_from_slice(pulp::bytemuck::cast_slice(&relative));
+            }
+            let values = row.values.slice(from, to, d).widened(wide);
+            pack(values, d, panels);
+            let n = to - from;
+            for (b, block) in blocks.iter().enumerate() {
+                let to = to.min(block.end);
+                if from >= to {
+                    continue;
+                }
+                let scores = &scores[place(b)..][..(to - from) * width];
+                let out = &mut out[b * rounded * width..(b + 1) * rounded * width];
+                for (p, out) in out.chunks_exact_mut(COLUMNS * width).enumerate() {
+                    let panel = &panels[p * n * COLUMNS..][..(to - from) * COLUMNS];
+                    mix_tile::<S>(simd, scores, panel, out);
+                }
+            }
         }
 
-        let (max, sum) = softmax_columns::<S>(simd, scores);
-        out.clear();
-        let panels = d.div_ceil(COLUMNS);
-        out.resize(panels * COLUMNS * width, 0.0);
-        let n = self.values.len() / (panels * COLUMNS);
-        for (b, scores) in scores.chunks(VALUE_BLOCK * width).enumerate() {
-            let keys = start + b * VALUE_BLOCK..start + b * VALUE_BLOCK + scores.len() / width;
-            for (p, out) in out.chunks_exact_mut(COLUMNS * width).enumerate() {
-                let panel = &self.values[p * n * COLUMNS..(p + 1) * n * COLUMNS];
-                mix_tile::<S>(
-                    simd,
-                    scores,
-                    &panel[keys.start * COLUMNS..keys.end * COLUMNS],
-                    out,
-                );
+        let mut finite = true;
+        for (b, block) in blocks.iter_mut().enumerate() {
+            let count = block.out.len() / d;
+            let totals: &[f32] = &pulp::bytemuck::cast_slice(&sums[b])[..count];
+            let maxima: &[f32] = &pulp::bytemuck::cast_slice(&maxima[b])[..count];
+            finite &= totals.iter().all(|s| s.is_finite() && *s > 0.0)
+                && maxima.iter().all(|m| m.is_finite());
+            let from = &out[b * rounded * width..(b + 1) * rounded * width];
+            for (t, row) in block.out.chunks_exact_mut(d).enumerate() {
+                let norm = 1.0 / totals[t];
+                for (i, o) in row.iter_mut().enumerate() {
+                    *o = from[i * width + t] * norm;
+                }
+            }
+            if columns.is_empty() {
+                continue;
+            }
+            let scores = &scores[b * held * width..][..(block.end - start) * width];
+            for (tile, scores) in scores.chunks(TILE * width).enumerate() {
+                let relative = &offsets[(b * tiles + tile) * width..][..count];
+                let mut factors = [0.0; MOST_QUERIES];
+                for t in 0..count {
+                    factors[t] = (relative[t] - maxima[t]).exp() / totals[t];
+                }
+                let columns = columns[start + tile * TILE..].iter_mut();
+                for (column, row) in columns.zip(scores.chunks_exact(width)) {
+                    let pairs = row[..count].iter().zip(&factors);
+                    *column += pairs.map(|(e, f)| e * f).sum::<f32>();
+                }
             }
         }
-        let sums: &[f32] = pulp::bytemuck::cast_slice(&sum);
-        let maxima: &[f32] = pulp::bytemuck::cast_slice(&max);
-        let finite = sums[..count].iter().all(|s| s.is_finite() && *s > 0.0)
-            && maxima[..count].iter().all(|m| m.is_finite());
-        for (t, row) in self.out.chunks_exact_mut(d).enumerate() {
-            let norm = 1.0 / sums[t];
-            for (i, o) in row.iter_mut().enumerate() {
-                *o = out[i * width + t] * norm;
-            }
-        }
-        let mut columns = Vec::new();
-        if self.want_columns {
-            columns.resize(end, 0.0);
-            for (column, row) in columns[start..].iter_mut().zip(scores.chunks_exact(width)) {
-                *column = row[..count].iter().zip(sums).map(|(e, s)| e / s).sum();
-            }
-        }
-        (finite, columns)
+        finite
     }
 }
 
-impl Block<'_> {
-    /// The first key that any query of the block may see: a prefix outside the sliding window is skipped.
-    fn first_key(&self) -> usize {
-        let Some((position, window)) = self.query.window else {
-            return 0;
-        };
-        let position = position as usize + self.first;
-        self.ids
-            .iter()
-            .position(|&id| position < id as usize + window)
-            .unwrap_or(self.query.offset + self.first)
+/// Queries of a block on the machine with the widest vectors.
+const MOST_QUERIES: usize = 64;
+
+/// The first key that any query from `first` on may see: a prefix outside the sliding window is skipped.
+fn first_key(query: PrefillQuery, row: &RowView<'_>, first: usize, offset: usize) -> usize {
+    let Some((position, window)) = query.window else {
+        return 0;
+    };
+    let position = position as usize + first;
+    let seen = |&id: &u32| position < id as usize + window;
+    let ids = &row.ids[..offset + first];
+    ids.iter().position(seen).unwrap_or(ids.len())
+}
+
+/// Hides from the `count` queries from `first` on the keys after their own and those outside the sliding window; `scores` `[keys, width]` begins at
+/// key `from`.
+fn hide(
+    query: PrefillQuery,
+    row: &RowView<'_>,
+    (first, count): (usize, usize),
+    scores: &mut [f32],
+    (from, offset): (usize, usize),
+    width: usize,
+) {
+    let diagonal = offset + first;
+    let keys = scores.len() / width;
+    // Idle lanes repeat the last token's view.
+    for j in (diagonal + 1).max(from)..from + keys {
+        let hidden = (j - diagonal).min(count);
+        scores[(j - from) * width..][..hidden].fill(f32::NEG_INFINITY);
+    }
+    if let Some((position, window)) = query.window {
+        let ids = &row.ids[from..from + keys];
+        mask_window(scores, ids, position as usize + first, window, width, count);
+    }
+}
+
+/// Values `[n, d]` as panels `[d / COLUMNS, n, COLUMNS]`, the last filled up with zeros: a register tile then reads them front to back.
+fn pack(values: &[f32], d: usize, packed: &mut Vec<f32>) {
+    let n = values.len() / d;
+    packed.clear();
+    packed.resize(d.div_ceil(COLUMNS) * COLUMNS * n, 0.0);
+    for (p, panel) in packed.chunks_exact_mut(n * COLUMNS).enumerate() {
+        let columns = p * COLUMNS..((p + 1) * COLUMNS).min(d);
+        for (to, row) in panel.chunks_exact_mut(COLUMNS).zip(values.chunks_exact(d)) {
+            to[..columns.len()].copy_from_slice(&row[columns.clone()]);
+        }
     }
 }
 
@@ -307,23 +444,47 @@ fn score_tile<S: Simd, const R: usize>(
     }
 }
 
-/// Replaces scores by e^(score − column maximum); returns the maxima and sums of the columns.
+/// Replaces a tile's scores by e^(score − running maximum) and brings maximum, sum and output `[_, width]` up to date; returns the maxima that the
+/// exponentials are relative to. Where nothing was seen yet that is 0.
 #[inline(always)]
-fn softmax_columns<S: Simd>(simd: S, scores: &mut [f32]) -> ([S::f32s; 2], [S::f32s; 2]) {
+fn softmax_tile<S: Simd>(
+    simd: S,
+    scores: &mut [f32],
+    max: &mut [S::f32s; 2],
+    sum: &mut [S::f32s; 2],
+    out: &mut [f32],
+) -> [S::f32s; 2] {
     let scores = S::as_mut_simd_f32s(scores).0;
-    let mut max = [simd.splat_f32s(f32::NEG_INFINITY); 2];
+    let none = simd.splat_f32s(f32::NEG_INFINITY);
+    let zero = simd.splat_f32s(0.0);
+    let mut tile = [none; 2];
     for row in scores.chunks_exact(2) {
-        max[0] = simd.max_f32s(max[0], row[0]);
-        max[1] = simd.max_f32s(max[1], row[1]);
+        tile[0] = simd.max_f32s(tile[0], row[0]);
+        tile[1] = simd.max_f32s(tile[1], row[1]);
     }
-    let mut sum = [simd.splat_f32s(0.0); 2];
+    let mut relative = [zero; 2];
+    let mut shrink = [zero; 2];
+    for c in 0..2 {
+        let new = simd.max_f32s(max[c], tile[c]);
+        relative[c] = simd.select_f32s(simd.equal_f32s(new, none), zero, new);
+        shrink[c] = exp(simd, simd.sub_f32s(max[c], relative[c]));
+        max[c] = new;
+    }
+    let mut part = [zero; 2];
     for row in scores.chunks_exact_mut(2) {
         for c in 0..2 {
-            row[c] = exp(simd, simd.sub_f32s(row[c], max[c]));
-            sum[c] = simd.add_f32s(sum[c], row[c]);
+            row[c] = exp(simd, simd.sub_f32s(row[c], relative[c]));
+            part[c] = simd.add_f32s(part[c], row[c]);
         }
     }
-    (max, sum)
+    for c in 0..2 {
+        sum[c] = simd.mul_add_f32s(sum[c], shrink[c], part[c]);
+    }
+    for out in S::as_mut_simd_f32s(out).0.chunks_exact_mut(2) {
+        out[0] = simd.mul_f32s(out[0], shrink[0]);
+        out[1] = simd.mul_f32s(out[1], shrink[1]);
+    }
+    relative
 }
 
 /// out[c, t] += Σ_j values[j, c] · weights[j, t] for one panel of values.

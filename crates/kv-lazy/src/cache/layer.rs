@@ -1,16 +1,18 @@
-//! One layer's step: make room, append, attend, show, evict.
+//! One layer's step: make room, append, attend, show the policy its weights, evict.
 
 use super::LayerShape;
 use super::queries::QueryRing;
-use crate::attention::Export;
 use crate::error::{Error, Result};
-use crate::policy::{Clock, Evictor, Needs, Phase, Plan, PrefillNeed, RecentQueries, Rows, Seen};
+use crate::policy::{Clock, Evictor, Needs, Phase, Plan, RecentQueries, Rows, Seen};
 use crate::store::{Call, Layout, Relocation, Store};
 use candle_core::Tensor;
 use rayon::prelude::*;
 
 /// Tokens that left a sliding window are dropped once they are this many.
 const DEAD: usize = 64;
+
+/// Tokens of a decode step up to which policies see each query's weights.
+const SHOWN: usize = 16;
 
 /// Tokens from which a second thread pays for the bookkeeping, some 100 µs of work; with more threads fewer will do.
 const PARALLEL_FROM: usize = 1 << 17;
@@ -21,7 +23,7 @@ fn in_parallel(tokens: usize) -> bool {
     threads > 1 && tokens >= 2 * PARALLEL_FROM / threads
 }
 
-/// Storage of a layer and the policies at work on it; none for the full cache.
+/// Storage of a layer and its policies; none for the full cache.
 #[derive(Debug, Clone)]
 pub(super) struct Layer {
     pub(super) shape: LayerShape,
@@ -47,9 +49,6 @@ struct SequenceRows<'a> {
 }
 
 impl Rows for SequenceRows<'_> {
-    fn len(&self) -> usize {
-        self.layer.len()
-    }
     fn head_dim(&self) -> usize {
         self.head_dim
     }
@@ -95,6 +94,14 @@ impl Layer {
         }
     }
 
+    /// Tokens held per sequence and head.
+    pub(super) fn physical_len(&self) -> usize {
+        if self.store.rows() == 0 {
+            return 0;
+        }
+        self.store.len(0)
+    }
+
     pub(super) fn needs(&self) -> Needs {
         self.needs
     }
@@ -114,27 +121,17 @@ impl Layer {
         if let Some(queries) = &mut self.queries {
             queries.push(q, scale as f32, position)?;
         }
-        let export = match clock.phase {
-            Phase::Prefill => match self.needs.prefill {
-                PrefillNeed::Nothing => None,
-                PrefillNeed::LastQuery => self.needs.weights.map(Export::Last),
-                PrefillNeed::Columns => Some(Export::Columns),
-            },
-            Phase::Decode => self.needs.weights.map(|reduce| {
-                // What accumulates over all queries must not miss those of a chunk.
-                let chunk = clock.tokens > 1 && self.needs.prefill == PrefillNeed::Columns;
-                if chunk {
-                    Export::Columns
-                } else {
-                    Export::Last(reduce)
-                }
-            }),
-        };
+        let weights = self.needs.of(clock.phase);
         let call = Call {
             scale,
             position,
             sliding_window: self.shape.sliding_window,
-            export,
+            weights,
+            queries: match clock.phase {
+                _ if !weights.single() => 0,
+                Phase::Decode if clock.tokens as usize <= SHOWN => clock.tokens as usize,
+                _ => 1,
+            },
         };
         let kv_heads = self.shape.kv_heads;
         let out = self
@@ -145,35 +142,33 @@ impl Layer {
                 sequence: row / kv_heads,
                 head: row % kv_heads,
             })?;
-        if let Some(export) = export {
-            self.observe(export, clock);
+        if !weights.is_empty() {
+            self.observe(clock);
         }
         Ok(out)
     }
 
     /// Shows the policies the weights of the attention just computed.
-    fn observe(&mut self, export: Export, clock: &Clock) {
-        let (len, heads, weights) = (self.store.len(), self.heads, self.store.weights());
-        let observe = |(evictor, weights): (&mut Evictor, &[f32])| {
-            for (head, weights) in weights.chunks_exact(len).enumerate() {
-                let seen = match export {
-                    Export::Last(_) => Seen::Weights(weights),
-                    Export::Columns => Seen::Columns(weights),
-                };
-                evictor.observe_finite(head, seen, clock);
+    fn observe(&mut self, clock: &Clock) {
+        let (heads, exported) = (self.heads, self.store.exported());
+        let observe = |(part, evictor): (usize, &mut Evictor)| {
+            for block in 0..exported.blocks() {
+                for head in 0..heads {
+                    let (query, kind, weights) = exported.block(part * heads + head, block);
+                    let after = exported.queries().saturating_sub(query + 1) as u32;
+                    let clock = Clock {
+                        next: clock.next - after,
+                        step: clock.step.saturating_sub(after),
+                        ..*clock
+                    };
+                    evictor.observe_finite(head, Seen { kind, weights }, &clock);
+                }
             }
         };
-        if in_parallel(weights.len()) {
-            let pairs = self
-                .evictors
-                .par_iter_mut()
-                .zip(weights.par_chunks_exact(heads * len));
-            pairs.for_each(observe);
+        if in_parallel(exported.len()) {
+            self.evictors.par_iter_mut().enumerate().for_each(observe);
         } else {
-            self.evictors
-                .iter_mut()
-                .zip(weights.chunks_exact(heads * len))
-                .for_each(observe);
+            self.evictors.iter_mut().enumerate().for_each(observe);
         }
     }
 
@@ -187,7 +182,7 @@ impl Layer {
             evictor.append(clock);
             for head in 0..self.heads {
                 if let Some(slots) = overwrite.get(part * self.heads + head) {
-                    let grown = self.store.len() + slots.len();
+                    let grown = self.store.len(0) + slots.len();
                     evictor.relocate(head, &Relocation::overwrite(slots, grown, tokens));
                 }
             }
@@ -205,8 +200,8 @@ impl Layer {
         if rule.layout == Layout::SinkRing && clock.tokens == 1 && plans[0].evicted() == 1 {
             return Ok(plans.into_iter().flat_map(|plan| plan.evict).collect());
         }
-        let room = rule.headroom() + clock.tokens as usize;
-        self.relocate(&plans, Layout::Compact, room)?;
+        let room = rule.headroom().saturating_add(clock.tokens as usize);
+        self.apply(plans, Layout::Compact, room)?;
         Ok(Vec::new())
     }
 
@@ -220,7 +215,7 @@ impl Layer {
                 Phase::Decode => rule.layout,
             };
             let room = self.evictors[0].rule(Phase::Decode).headroom();
-            self.relocate(&plans, layout, room)?;
+            self.apply(plans, layout, room)?;
         }
         self.drop_unreachable(clock)
     }
@@ -231,8 +226,8 @@ impl Layer {
         plan: impl Fn(&mut Evictor, &dyn Rows) -> Result<Option<Plan>> + Sync,
     ) -> Result<Option<Vec<Plan>>> {
         let (store, queries) = (self.store.as_ref(), self.queries.as_ref());
-        let (heads, head_dim, len) = (self.heads, self.shape.head_dim, store.len());
-        let judge = |(part, evictor): (usize, &mut Evictor)| {
+        let (heads, head_dim, len) = (self.heads, self.shape.head_dim, self.physical_len());
+        let plan_of = |(part, evictor): (usize, &mut Evictor)| {
             let rows = SequenceRows {
                 layer: store,
                 queries,
@@ -248,13 +243,13 @@ impl Layer {
             evictors
                 .par_iter_mut()
                 .enumerate()
-                .map(judge)
+                .map(plan_of)
                 .collect::<Result<_>>()?
         } else {
             evictors
                 .iter_mut()
                 .enumerate()
-                .map(judge)
+                .map(plan_of)
                 .collect::<Result<_>>()?
         };
         let plans: Vec<Plan> = plans.into_iter().flatten().collect();
@@ -273,21 +268,14 @@ impl Layer {
         }
     }
 
-    fn relocate(&mut self, plans: &[Plan], layout: Layout, room: usize) -> Result<()> {
-        let len = self.store.len();
-        let moves: Vec<Relocation> = plans
-            .iter()
-            .flat_map(|plan| &plan.evict)
-            .map(|evict| match layout {
-                Layout::Compact => Relocation::compact(evict, len),
-                Layout::SlotReuse | Layout::SinkRing => Relocation::swap_in(evict, len),
-            })
-            .collect();
-        self.apply(&moves, room)
+    fn apply(&mut self, plans: Vec<Plan>, layout: Layout, room: usize) -> Result<()> {
+        let evict: Vec<Vec<u32>> = plans.into_iter().flat_map(|plan| plan.evict).collect();
+        self.evict_slots(&evict, layout, room)
     }
 
-    fn apply(&mut self, moves: &[Relocation], room: usize) -> Result<()> {
-        self.store.relocate(moves, room)?;
+    /// Evicts slots of every row from the store and from the policies' state.
+    fn evict_slots(&mut self, evict: &[Vec<u32>], layout: Layout, room: usize) -> Result<()> {
+        let moves = self.store.evict(evict, layout, room)?;
         for (row, moves) in moves.iter().enumerate() {
             if let Some(evictor) = self.evictors.get_mut(row / self.heads) {
                 evictor.relocate(row % self.heads, moves);
@@ -301,12 +289,12 @@ impl Layer {
         let Some(window) = self.shape.sliding_window else {
             return Ok(());
         };
-        let len = self.store.len();
-        if len < window + DEAD.max(window / 4) {
+        let room = DEAD.max(window / 4);
+        if self.physical_len() < window.saturating_add(room) {
             return Ok(());
         }
         let rows = self.store.rows();
-        let dead = |id: u32| (id as usize + window) <= clock.next as usize;
+        let dead = |id: u32| (id as usize).saturating_add(window) <= clock.next as usize;
         let count = (0..rows)
             .map(|row| self.store.ids(row).iter().filter(|&&id| dead(id)).count())
             .min()
@@ -314,14 +302,14 @@ impl Layer {
         if count < DEAD {
             return Ok(());
         }
-        let moves: Vec<Relocation> = (0..rows)
+        let gone: Vec<Vec<u32>> = (0..rows)
             .map(|row| {
                 let ids = (0u32..).zip(self.store.ids(row));
                 let gone = ids.filter(|&(_, &id)| dead(id)).map(|(slot, _)| slot);
-                Relocation::compact(&gone.take(count).collect::<Vec<_>>(), len)
+                gone.take(count).collect()
             })
             .collect();
-        self.apply(&moves, DEAD.max(window / 4))
+        self.evict_slots(&gone, Layout::Compact, room)
     }
 
     pub(super) fn state_bytes(&self) -> usize {

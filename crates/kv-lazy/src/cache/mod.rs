@@ -1,17 +1,16 @@
 //! The caches of one generation: a batch of sequences, all layers, one clock.
 //!
 //! A step is `begin(tokens)`, then `attend` once for each layer that has KV heads. The set appends the new keys and
-//! values, attends, shows the policy what it asked for and lets it evict.
+//! values, attends, gives the policy the weights it needs and lets it evict.
 
 mod layer;
 mod queries;
 
 use crate::attention::{Geometry, expect_shape};
 use crate::error::{Error, Result};
-use crate::policy::{
-    Budget, CacheConfig, Clock, Evictor, Phase, Policy, PolicyConfig, PrefillNeed,
-};
+use crate::policy::{Budget, CacheConfig, Clock, Evictor, Phase, Policy, PolicyConfig, count};
 use crate::store::{DeviceStore, HostStore, Store};
+#[cfg(feature = "trace")]
 use crate::trace::Recorder;
 use candle_core::{DType, Device, Tensor};
 use layer::Layer;
@@ -43,6 +42,9 @@ pub struct Step {
 pub struct Snapshot(CacheSet);
 
 /// The KV caches of all layers for one batch of sequences.
+///
+/// After an error in the middle of a step the layers before have taken the step and the others have not: [`restore`](Self::restore) a snapshot or
+/// [`reset`](Self::reset) before going on.
 #[derive(Debug, Clone)]
 pub struct CacheSet {
     layers: Vec<Layer>,
@@ -50,6 +52,7 @@ pub struct CacheSet {
     dtype: DType,
     device: Device,
     clock: Clock,
+    #[cfg(feature = "trace")]
     recorder: Option<Recorder>,
     /// Bytes of keys and values now, and the most there were.
     held: usize,
@@ -91,7 +94,7 @@ impl CacheSet {
         device: &Device,
         config: &CacheConfig,
     ) -> Result<Self> {
-        if config.decode == PolicyConfig::Full && config.prefill.is_none() {
+        if matches!(config.decode, PolicyConfig::Full(_)) && config.prefill.is_none() {
             return Self::full(layers, batch, dtype, device);
         }
         Self::with_policies(layers, batch, dtype, device, |layer| {
@@ -118,7 +121,7 @@ impl CacheSet {
         })
     }
 
-    /// Caches for attention computed elsewhere, by [`extend`](Self::extend): nobody sees attention weights or queries there.
+    /// Caches for attention computed elsewhere, by [`extend`](Self::extend), which sees neither attention weights nor queries.
     ///
     /// # Errors
     /// As [`new`](Self::new); [`Error::NeedUnavailable`] for a policy that needs weights or queries.
@@ -132,7 +135,7 @@ impl CacheSet {
         let set = Self::new(layers, batch, dtype, device, config)?;
         for layer in &set.layers {
             let needs = layer.needs();
-            let need = if needs.weights.is_some() || needs.prefill != PrefillNeed::Nothing {
+            let need = if !needs.prefill.union(needs.decode).is_empty() {
                 "attention weights"
             } else if needs.queries > 0 {
                 "queries"
@@ -193,6 +196,7 @@ impl CacheSet {
             dtype,
             device,
             clock: START,
+            #[cfg(feature = "trace")]
             recorder: None,
             held: 0,
             peak: 0,
@@ -247,9 +251,16 @@ impl CacheSet {
             });
         }
         let position = self.logical_len();
+        let next = count(position.saturating_add(tokens));
+        if next == u32::MAX {
+            return Err(Error::Step {
+                layer: 0,
+                what: "more positions than 4294967294",
+            });
+        }
         let clock = &mut self.clock;
         clock.tokens = tokens as u32;
-        clock.next += clock.tokens;
+        clock.next = next;
         if prompt {
             clock.prompt = clock.next;
         } else {
@@ -278,7 +289,7 @@ impl CacheSet {
 
     /// Appends the step's `k` and `v` `[B, Hkv, T, d]` (keys after RoPE) to the layer's cache and attends `q` `[B, Hq, T, d]` over
     /// what is cached: causal among the new tokens, within the sliding window where the layer has one. Returns `[B, Hq, T, d]` in the
-    /// dtype of `q`. What the policy evicts leaves after the attention.
+    /// dtype of `q`. The policy evicts after the attention.
     ///
     /// # Errors
     /// Shapes or devices that do not fit, a layer attended twice or outside a step, non-finite weights.
@@ -291,6 +302,7 @@ impl CacheSet {
         scale: f64,
     ) -> Result<Tensor> {
         self.check(layer, [("q", q), ("k", k), ("v", v)])?;
+        #[cfg(feature = "trace")]
         if let Some(recorder) = &mut self.recorder {
             recorder.push(layer, q, k, v, scale)?;
         }
@@ -304,8 +316,8 @@ impl CacheSet {
     }
 
     /// Appends the step's `k` and `v` `[B, Hkv, T, d]` and returns all keys and values `[B, Hkv, n, d]` that the step's queries
-    /// are to attend, for attention computed elsewhere. The new tokens are the last T of n; a causal mask's offset is n − T. What the policy
-    /// evicts leaves afterwards.
+    /// are to attend, for attention computed elsewhere. The new tokens are the last T of n; a causal mask's offset is n − T. The policy
+    /// evicts afterwards.
     ///
     /// # Errors
     /// As [`attend`](Self::attend).
@@ -313,7 +325,7 @@ impl CacheSet {
         self.check(layer, [("k", k), ("v", v)])?;
         let (clock, batch) = (self.clock, self.batch);
         let needs = self.layers[layer].needs();
-        if needs.weights.is_some() || needs.queries > 0 {
+        if !needs.prefill.union(needs.decode).is_empty() || needs.queries > 0 {
             return Err(Error::NeedUnavailable {
                 policy: format!("of layer {layer}"),
                 need: "attention weights",
@@ -395,6 +407,7 @@ impl CacheSet {
     ///
     /// # Errors
     /// A batch of more than one sequence, or a recorder handed over in mid-sequence.
+    #[cfg(feature = "trace")]
     pub fn record(&mut self, recorder: Recorder) -> Result<()> {
         if self.batch != 1 {
             return Err(Error::Setting {
@@ -413,6 +426,7 @@ impl CacheSet {
     }
 
     /// Takes the recorder back, with what it holds.
+    #[cfg(feature = "trace")]
     pub fn take_recorder(&mut self) -> Option<Recorder> {
         self.recorder.take()
     }
@@ -429,7 +443,7 @@ impl CacheSet {
 
     /// Tokens that `layer` holds per sequence and head.
     pub fn physical_len(&self, layer: usize) -> usize {
-        self.layers.get(layer).map_or(0, |layer| layer.store.len())
+        self.layers.get(layer).map_or(0, Layer::physical_len)
     }
 
     /// Logical positions that a KV head of `layer` holds, in physical order.
@@ -489,6 +503,7 @@ impl CacheSet {
             dtype: self.dtype,
             device: self.device.clone(),
             clock: self.clock,
+            #[cfg(feature = "trace")]
             recorder: None,
             held: self.held,
             peak: self.peak,
@@ -530,6 +545,18 @@ fn new_store(
         head_dim,
         ..
     } = shape;
+    if kv_heads > 0 && head_dim == 0 {
+        return Err(Error::Setting {
+            name: "head_dim",
+            value: "0".into(),
+            expected: "at least one element",
+        });
+    }
+    if shape.sliding_window == Some(0) {
+        return Err(Error::ZeroWindow {
+            name: "sliding_window",
+        });
+    }
     if kv_heads > 0 && (query_heads == 0 || query_heads % kv_heads != 0) {
         return Err(Error::HeadGroups {
             layer,
@@ -537,7 +564,11 @@ fn new_store(
             kv_heads,
         });
     }
-    let rows = batch * kv_heads;
+    let rows = batch.checked_mul(kv_heads).ok_or(Error::Setting {
+        name: "batch",
+        value: batch.to_string(),
+        expected: "fewer sequences",
+    })?;
     let geometry = Geometry {
         group: query_heads.checked_div(kv_heads).unwrap_or(1),
         head_dim,

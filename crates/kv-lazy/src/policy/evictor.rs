@@ -1,9 +1,11 @@
 //! From scores to plans: the one place where tokens are chosen.
 //!
-//! When an eviction is due and a layer holds more than its budget, what the rule protects stays, the rest competes
-//! by score for the remaining slots, and the slots of those that lose are the plan. All heads keep the same number of tokens.
+//! When an eviction is due and a layer holds more than its budget, what the rule protects stays, the rest are ranked
+//! by score, and the slots of the lowest are the plan. All heads keep the same number of tokens.
 
-use super::{Budget, Clock, Needs, Phase, Place, Policy, Prompt, Rows, Rule, Score, Seen, Trigger};
+use super::{
+    Budget, Clock, Needs, Phase, Place, Policy, Prompt, Rows, Rule, Score, Seen, Trigger, count,
+};
 use crate::error::{Error, Result};
 use crate::store::Relocation;
 use std::ops::Range;
@@ -46,7 +48,7 @@ impl Plan {
     }
 }
 
-/// A policy at work on one layer of one sequence.
+/// A policy and its budget for one layer of one sequence.
 #[derive(Debug, Clone)]
 pub struct Evictor {
     policy: Box<dyn Policy>,
@@ -56,22 +58,20 @@ pub struct Evictor {
 }
 
 impl Evictor {
-    /// Puts `policy` to work within `budget`.
+    /// `policy` within `budget`.
     ///
     /// # Errors
     /// A budget below sinks + recent + 1, a window of zero, settings out of range.
     pub fn new(mut policy: Box<dyn Policy>, budget: Budget, place: Place) -> Result<Self> {
         for phase in [Phase::Prefill, Phase::Decode] {
             let rule = policy.rule(phase);
-            if rule.decode == Trigger::Every(0) {
-                return Err(Error::ZeroWindow { name: "window" });
-            }
+            check(&rule)?;
             if rule.decode == Trigger::Never && !rule.after_prefill {
                 continue;
             }
             budget.check(rule.sinks, rule.recent)?;
             if let (Prompt::CompressOnce(tokens), Budget::Tokens(budget)) = (rule.prompt, budget)
-                && tokens + rule.recent + 1 > budget
+                && tokens.saturating_add(rule.recent) >= budget
             {
                 return Err(Error::BudgetTooSmall {
                     budget,
@@ -142,8 +142,7 @@ impl Evictor {
     /// # Errors
     /// Weights that are not finite.
     pub fn observe(&mut self, head: usize, seen: Seen<'_>, clock: &Clock) -> Result<()> {
-        let (Seen::Weights(weights) | Seen::Columns(weights)) = seen;
-        if weights.iter().any(|w| !w.is_finite()) {
+        if seen.weights.iter().any(|w| !w.is_finite()) {
             let Place {
                 layer,
                 sequence,
@@ -162,6 +161,7 @@ impl Evictor {
 
     /// As [`observe`](Self::observe), for weights of a softmax that is known to be finite.
     pub(crate) fn observe_finite(&mut self, head: usize, seen: Seen<'_>, clock: &Clock) {
+        debug_assert!(self.policy.needs().of(clock.phase).contains(seen.kind));
         self.policy.observe(head, seen, clock);
     }
 
@@ -171,9 +171,6 @@ impl Evictor {
     /// Keys, values or queries that the policy could not read.
     pub fn plan(&mut self, rows: &dyn Rows, clock: &Clock) -> Result<Option<Plan>> {
         let rule = self.policy.rule(clock.phase);
-        if rule.ahead && clock.phase == Phase::Decode {
-            return Ok(None);
-        }
         let once = matches!(rule.prompt, Prompt::CompressOnce(_));
         let due = match clock.phase {
             Phase::Prefill => rule.after_prefill || once,
@@ -181,7 +178,8 @@ impl Evictor {
                 Trigger::Never => false,
                 Trigger::EveryStep => true,
                 Trigger::Every(w) => {
-                    clock.step / w as u32 > (clock.step - clock.tokens.min(clock.step)) / w as u32
+                    let w = count(w);
+                    clock.step / w > (clock.step - clock.tokens.min(clock.step)) / w
                 }
             },
         };
@@ -212,7 +210,7 @@ impl Evictor {
         clock: &Clock,
         coming: usize,
     ) -> Result<Option<Plan>> {
-        let len = rows.len();
+        let len = rows.len(0);
         let prompt_stays = match rule.prompt {
             Prompt::Evictable => false,
             Prompt::Keep | Prompt::KeepBeside => true,
@@ -223,22 +221,20 @@ impl Evictor {
             _ => self.budget.tokens(clock.next as usize),
         };
         let heads = 0..self.place.heads;
-        let most = |count: &dyn Fn(&[u32]) -> usize| {
-            heads
-                .clone()
-                .map(|head| count(rows.ids(head)))
-                .max()
-                .unwrap_or(0)
+        let most = |of: &dyn Fn(&[u32]) -> usize| {
+            let heads = heads.clone();
+            heads.map(|head| of(rows.ids(head))).max().unwrap_or(0)
         };
         if rule.prompt == Prompt::KeepBeside {
-            budget += most(&|ids| ids.iter().filter(|&&id| id < clock.prompt).count());
+            let prompt = most(&|ids| ids.iter().filter(|&&id| id < clock.prompt).count());
+            budget = budget.saturating_add(prompt);
         }
-        if len + coming <= budget {
+        if len.saturating_add(coming) <= budget {
             return Ok(None);
         }
         // What is never evicted is a prefix and a suffix of the positions.
         let prompt = if prompt_stays { clock.prompt } else { 0 };
-        let free = prompt.max(rule.sinks as u32)..clock.next.saturating_sub(rule.recent as u32);
+        let free = prompt.max(count(rule.sinks))..clock.next.saturating_sub(count(rule.recent));
         let held = most(&|ids| ids.iter().filter(|&id| !free.contains(id)).count());
         let limit = budget
             .saturating_sub(coming)
@@ -269,7 +265,37 @@ impl Evictor {
     }
 }
 
-/// The slots of the `count` lowest claims among positions in `free`, ascending.
+/// A rule within what positions can count.
+fn check(rule: &Rule) -> Result<()> {
+    let window = match rule.decode {
+        Trigger::Every(0) => return Err(Error::ZeroWindow { name: "window" }),
+        Trigger::Every(window) => window,
+        Trigger::EveryStep | Trigger::Never => 0,
+    };
+    for (name, value) in [
+        ("window", window),
+        ("sinks", rule.sinks),
+        ("recent", rule.recent),
+    ] {
+        if u32::try_from(value).is_err() {
+            return Err(Error::Setting {
+                name,
+                value: value.to_string(),
+                expected: "at most 4294967295",
+            });
+        }
+    }
+    if !(0.0..1.0).contains(&rule.release) {
+        return Err(Error::Setting {
+            name: "release",
+            value: rule.release.to_string(),
+            expected: "a share in [0, 1)",
+        });
+    }
+    Ok(())
+}
+
+/// The slots of the `count` lowest scores among positions in `free`, ascending.
 fn lowest(scores: &[Score], ids: &[u32], free: &Range<u32>, count: usize) -> Vec<u32> {
     let claim = |slot: u32| (scores[slot as usize], ids[slot as usize]);
     let order = |&a: &u32, &b: &u32| {

@@ -1,7 +1,19 @@
-//! Full: nothing is ever evicted and nothing is looked at; the reference for all others.
+//! Full: nothing is ever evicted; the reference for all others.
 
-use super::{Phase, Policy, Rule, Trigger};
+use super::{Budget, Phase, Policy, Rule, Trigger};
+use crate::error::Result;
 use crate::store::Layout;
+use serde::{Deserialize, Serialize};
+
+/// There is nothing to set.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+#[non_exhaustive]
+pub struct Settings {}
+
+pub(super) fn build(_: &Settings, _: Budget) -> Result<Box<dyn Policy>> {
+    Ok(Box::new(Full))
+}
 
 /// Keeps everything.
 #[derive(Debug, Clone, Copy, Default)]

@@ -3,8 +3,9 @@
 //! The sum favours old tokens, who were seen by more queries: under uniform attention the i-th token holds H_t − H_{i−1}
 //! (harmonic numbers). The mean divides by the number of queries that could see the token.
 
-use super::{Clock, Needs, Phase, Place, Policy, PrefillNeed, Prompt, Rows, Rule, Score, Seen};
-use crate::attention::Reduce;
+use super::config::RATIO_WINDOW;
+use super::{Budget, Clock, Needs, Phase, Place, Policy, Prompt, Rows, Rule, Score, Seen};
+use crate::attention::WeightKinds;
 use crate::error::Result;
 use crate::store::Relocation;
 use serde::{Deserialize, Serialize};
@@ -18,6 +19,26 @@ pub enum Normalise {
     Sum,
     /// The sum divided by the queries that could see the token.
     Mean,
+}
+
+/// Settings of [`H2o`].
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", default, deny_unknown_fields)]
+#[non_exhaustive]
+pub struct Settings {
+    /// Newest tokens kept; unset: half the budget, 32 for a ratio.
+    pub recent: Option<usize>,
+    /// Sum or mean of the attention received.
+    pub normalise: Normalise,
+}
+
+pub(super) fn build(settings: &Settings, budget: Budget) -> Result<Box<dyn Policy>> {
+    let half = match budget {
+        Budget::Tokens(tokens) => tokens / 2,
+        Budget::Ratio(_) => RATIO_WINDOW,
+    };
+    let recent = settings.recent.unwrap_or(half);
+    Ok(Box::new(H2o::new(recent, settings.normalise)))
 }
 
 /// Largest accumulated attention, plus the newest tokens.
@@ -46,11 +67,7 @@ impl Policy for H2o {
         "h2o"
     }
     fn needs(&self) -> Needs {
-        Needs {
-            weights: Some(Reduce::Sum),
-            prefill: PrefillNeed::Columns,
-            ..Needs::default()
-        }
+        Needs::weights(WeightKinds::COLUMNS)
     }
     fn rule(&self, _: Phase) -> Rule {
         Rule {
@@ -68,8 +85,7 @@ impl Policy for H2o {
         }
     }
     fn observe(&mut self, head: usize, seen: Seen<'_>, _: &Clock) {
-        let (Seen::Weights(weights) | Seen::Columns(weights)) = seen;
-        for (sum, weight) in self.received[head].iter_mut().zip(weights) {
+        for (sum, weight) in self.received[head].iter_mut().zip(seen.weights) {
             *sum += weight;
         }
     }

@@ -1,55 +1,48 @@
 //! Which tokens to keep: policies on plain slices, no tensors.
 //!
-//! A [`Policy`] remembers something per token and gives every resident token a [`Score`]; its [`Rule`] says when to
+//! A [`Policy`] keeps some state per token and gives every cached token a [`Score`]; its [`Rule`] says when to
 //! evict and what is never evicted. The [`Evictor`] turns both into a [`Plan`], the one place where tokens are chosen. Combinators
-//! change the rule ([`Lagged`], [`Protect`]), the score ([`ValueNormGuard`]) or the policy by phase ([`PerPhase`]).
+//! change the rule ([`EvictEvery`], [`Protect`]), the score ([`ValueNormGuard`]) or the policy by phase ([`PerPhase`]).
 //!
 //! A policy object serves one layer of one sequence: a single KV head, or all of them where it [needs](Needs::all_heads) that. Weights arrive reduced over the query heads that share a
 //! KV head.
+//!
+//! A new policy is a file here with its `Settings`, and a line in `config.rs` that gives it a name.
 
 mod activation;
 mod config;
+mod every;
 mod evictor;
-mod full;
-mod h2o;
-mod lagged;
+pub mod full;
+pub mod h2o;
 pub mod lazy;
-mod oracle;
+#[cfg(feature = "trace")]
+pub mod oracle;
 mod phase;
 mod protect;
-mod r_kv;
-mod raas;
-mod random;
+pub mod r_kv;
+pub mod raas;
+pub mod random;
 mod rule;
-mod scissorhands;
-mod snapkv;
-mod streaming;
-mod tova;
+pub mod scissorhands;
+pub mod snapkv;
+pub mod streaming;
+pub mod tova;
 mod value_norm;
 mod window;
 
 pub use activation::Threshold;
+#[cfg(feature = "trace")]
 pub(crate) use config::quarter;
-pub use config::{CacheConfig, LazySettings, POLICY_NAMES, PolicyConfig};
+pub use config::{CacheConfig, NAMES, PolicyConfig};
+pub use every::EvictEvery;
 pub use evictor::{Evictor, Plan};
-pub use full::Full;
-pub use h2o::{H2o, Normalise};
-pub use lagged::Lagged;
-pub use lazy::Lazy;
-pub use oracle::{Future, Oracle};
 pub use phase::PerPhase;
 pub use protect::Protect;
-pub use r_kv::RKv;
-pub use raas::Raas;
-pub use random::Random;
 pub use rule::{Budget, Prompt, Rule, Trigger};
-pub use scissorhands::Scissorhands;
-pub use snapkv::{Pooling, SnapKv};
-pub use streaming::Streaming;
-pub use tova::Tova;
 pub use value_norm::ValueNormGuard;
 
-use crate::attention::Reduce;
+use crate::attention::{WeightKind, WeightKinds};
 use crate::error::Result;
 use crate::store::Relocation;
 
@@ -77,6 +70,19 @@ pub struct Clock {
     pub phase: Phase,
 }
 
+impl Clock {
+    /// The decode step at which each of the step's tokens joins; 0 for those of the prompt.
+    pub fn births(&self) -> impl Iterator<Item = u32> + use<> {
+        let Self { step, tokens, .. } = *self;
+        (0..tokens).map(move |t| (step + t + 1).saturating_sub(tokens))
+    }
+}
+
+/// A number of tokens as positions count them; more than there can be is as many as there can be.
+pub(crate) fn count(tokens: usize) -> u32 {
+    u32::try_from(tokens).unwrap_or(u32::MAX)
+}
+
 /// Which KV heads of which layer of which sequence a policy serves.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Place {
@@ -90,41 +96,93 @@ pub struct Place {
     pub heads: usize,
 }
 
-/// What a policy wants to see of prefill attention.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, PartialOrd, Ord)]
-pub enum PrefillNeed {
-    /// Nothing.
-    #[default]
-    Nothing,
-    /// The weights of the last query.
-    LastQuery,
-    /// For each token the weights summed over all queries.
-    Columns,
-}
-
 /// What a policy must be given; a cache that cannot give it refuses to be built.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
 pub struct Needs {
-    /// Weights of each decode step, reduced over the group in this way.
-    pub weights: Option<Reduce>,
-    /// Weights of prefill.
-    pub prefill: PrefillNeed,
+    /// Weights of the prompt's steps.
+    pub prefill: WeightKinds,
+    /// Weights of decode steps.
+    pub decode: WeightKinds,
     /// The last queries, this many, at eviction.
     pub queries: usize,
     /// Keys at eviction.
     pub keys: bool,
     /// Values at eviction.
     pub values: bool,
-    /// All KV heads of a layer together, because one judgement serves them all; otherwise heads are judged apart, in parallel.
+    /// All KV heads of a layer together, because one decision serves them all; otherwise each head is served by a policy object of its own, in parallel.
     pub all_heads: bool,
 }
 
 impl Needs {
+    /// Nothing.
+    pub const NOTHING: Self = Self {
+        prefill: WeightKinds::NONE,
+        decode: WeightKinds::NONE,
+        queries: 0,
+        keys: false,
+        values: false,
+        all_heads: false,
+    };
+
+    /// Weights of decode steps alone.
+    pub const fn decode(kinds: WeightKinds) -> Self {
+        Self {
+            decode: kinds,
+            ..Self::NOTHING
+        }
+    }
+
+    /// The same weights of all steps.
+    pub const fn weights(kinds: WeightKinds) -> Self {
+        Self {
+            prefill: kinds,
+            ..Self::decode(kinds)
+        }
+    }
+
+    /// Keys, and nothing that attention computes.
+    pub const fn keys() -> Self {
+        Self {
+            keys: true,
+            ..Self::NOTHING
+        }
+    }
+
+    /// The same with the last `queries` queries at eviction.
+    pub const fn with_queries(self, queries: usize) -> Self {
+        Self { queries, ..self }
+    }
+
+    /// The same with values at eviction.
+    pub const fn with_values(self) -> Self {
+        Self {
+            values: true,
+            ..self
+        }
+    }
+
+    /// The same for all heads together.
+    pub const fn for_all_heads(self) -> Self {
+        Self {
+            all_heads: true,
+            ..self
+        }
+    }
+
+    /// The weights wanted of a phase's steps.
+    pub const fn of(&self, phase: Phase) -> WeightKinds {
+        match phase {
+            Phase::Prefill => self.prefill,
+            Phase::Decode => self.decode,
+        }
+    }
+
     /// Everything that either wants.
     pub fn union(self, other: Self) -> Self {
         Self {
-            weights: self.weights.or(other.weights),
-            prefill: self.prefill.max(other.prefill),
+            prefill: self.prefill.union(other.prefill),
+            decode: self.decode.union(other.decode),
             queries: self.queries.max(other.queries),
             keys: self.keys || other.keys,
             values: self.values || other.values,
@@ -133,22 +191,21 @@ impl Needs {
     }
 }
 
-/// What a policy is shown after a step, for one KV head, in physical order.
+/// Attention weights of one KV head, one per cached token in physical order. In a step of several tokens the weights of a single query
+/// end with that query's own token.
 #[derive(Debug, Clone, Copy)]
-pub enum Seen<'a> {
-    /// Attention weights of the last query.
-    Weights(&'a [f32]),
-    /// Weights summed over all queries of the step and the group.
-    Columns(&'a [f32]),
+pub struct Seen<'a> {
+    /// Which weights; one of those that the policy declared for the step's phase.
+    pub kind: WeightKind,
+    /// The weights.
+    pub weights: &'a [f32],
 }
 
 /// What a sequence holds in one layer, as a policy sees it at eviction; heads are counted from the policy's first.
 pub trait Rows {
-    /// Tokens per head.
-    fn len(&self) -> usize;
-    /// Whether nothing is held.
-    fn is_empty(&self) -> bool {
-        self.len() == 0
+    /// Tokens of a head.
+    fn len(&self, head: usize) -> usize {
+        self.ids(head).len()
     }
     /// Elements of a key, query or value.
     fn head_dim(&self) -> usize;
@@ -177,7 +234,7 @@ pub struct RecentQueries<'a> {
     pub positions: &'a [u32],
 }
 
-/// A token's claim to stay: `value` decides, then `tie`, then the newer position.
+/// How much a token should stay: `value` decides, then `tie`, then the newer position.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct Score {
     /// Higher stays.
@@ -196,7 +253,7 @@ impl Score {
 /// A policy for one layer of one sequence.
 ///
 /// A combinator gives the policy it wraps as [`inner`](Self::inner) and implements what it changes: everything else is the inner
-/// policy's. Without an inner policy the defaults remember nothing, look at nothing and give all tokens the same score.
+/// policy's. Without an inner policy the defaults keep no state, need nothing and give all tokens the same score.
 pub trait Policy: std::fmt::Debug + Send + Sync {
     /// The name used on the command line.
     fn name(&self) -> &'static str;
@@ -229,7 +286,8 @@ pub trait Policy: std::fmt::Debug + Send + Sync {
             inner.append(clock);
         }
     }
-    /// What the policy asked for, once per head and step.
+    /// What the policy asked for, head after head: once per step for column sums, once per query for single queries, whose `clock` stands where that
+    /// query stood.
     fn observe(&mut self, head: usize, seen: Seen<'_>, clock: &Clock) {
         if let Some(inner) = self.inner_mut() {
             inner.observe(head, seen, clock);

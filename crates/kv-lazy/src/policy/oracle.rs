@@ -1,8 +1,29 @@
-//! Oracle: keeps what will be attended most. For replay only, where the future is known.
+//! Oracle: keeps what will be attended most. For replay only, where future attention is known.
 
-use super::{Clock, Phase, Policy, Rows, Rule, Score};
-use crate::error::Result;
+use super::{Budget, Clock, Phase, Policy, Rows, Rule, Score};
+use crate::error::{Error, Result};
+use serde::{Deserialize, Serialize};
 use std::sync::Arc;
+
+/// Settings of [`Oracle`].
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", default, deny_unknown_fields)]
+#[non_exhaustive]
+pub struct Settings {
+    /// Steps between evictions; unset: a quarter of the budget, at most 128.
+    pub window: Option<usize>,
+    /// Steps looked ahead; unset: the best of one, two, four and eight windows.
+    pub horizon: Option<usize>,
+}
+
+/// Refuses: only a replay knows the future.
+pub(super) fn build(_: &Settings, _: Budget) -> Result<Box<dyn Policy>> {
+    Err(Error::NeedUnavailable {
+        policy: "oracle".into(),
+        need: "the attention of the future",
+        path: "anything but the replay of a trace",
+    })
+}
 
 /// The attention that is still to come.
 pub trait Future: std::fmt::Debug + Send + Sync {
@@ -10,7 +31,7 @@ pub trait Future: std::fmt::Debug + Send + Sync {
     fn mass(&self, head: usize, from: u32, horizon: usize, ids: &[u32], out: &mut [f32]);
 }
 
-/// Largest attention over the next steps, judged every W steps.
+/// Largest attention over the next steps, evicting every W steps.
 #[derive(Debug, Clone)]
 pub struct Oracle {
     /// Steps between evictions.
@@ -40,7 +61,7 @@ impl Policy for Oracle {
     fn rule(&self, _: Phase) -> Rule {
         Rule {
             recent: 0,
-            ..Rule::lagged(self.window)
+            ..Rule::every(self.window)
         }
     }
     fn score(

@@ -1,12 +1,12 @@
 //! One policy for the prompt, another for generation.
 //!
-//! Both see everything, so that the second knows the prompt's tokens when its turn comes.
+//! Each is shown, in either phase, the weights that it declared for that phase, so that the second knows the prompt's tokens when its turn comes.
 
 use super::{Clock, Needs, Phase, Place, Policy, Rows, Rule, Score, Seen};
 use crate::error::Result;
 use crate::store::Relocation;
 
-/// `prefill` judges while the prompt is read, `decode` afterwards.
+/// `prefill` evicts while the prompt is read, `decode` afterwards.
 #[derive(Debug, Clone)]
 pub struct PerPhase<A, B> {
     prefill: A,
@@ -25,9 +25,7 @@ impl<A: Policy + Clone + 'static, B: Policy + Clone + 'static> Policy for PerPha
         self.decode.name()
     }
     fn needs(&self) -> Needs {
-        let decode = self.decode.needs();
-        // Weights come reduced in one way only: the decoding policy's.
-        decode.union(self.prefill.needs())
+        self.prefill.needs().union(self.decode.needs())
     }
     fn rule(&self, phase: Phase) -> Rule {
         match phase {
@@ -45,8 +43,12 @@ impl<A: Policy + Clone + 'static, B: Policy + Clone + 'static> Policy for PerPha
         self.decode.append(clock);
     }
     fn observe(&mut self, head: usize, seen: Seen<'_>, clock: &Clock) {
-        self.prefill.observe(head, seen, clock);
-        self.decode.observe(head, seen, clock);
+        if self.prefill.needs().of(clock.phase).contains(seen.kind) {
+            self.prefill.observe(head, seen, clock);
+        }
+        if self.decode.needs().of(clock.phase).contains(seen.kind) {
+            self.decode.observe(head, seen, clock);
+        }
     }
     fn score(
         &mut self,

@@ -1,15 +1,49 @@
-//! R-KV (Cai et al., arXiv 2505.24133): important to the last queries and not a copy of a newer key.
+//! R-KV (Cai et al., arXiv 2505.24133): important to the last queries and not similar to a newer key.
 //!
 //! Importance: logits of the last queries, maximum over the group, softmax over the tokens before the window, mean over the queries,
 //! max-pooled. Redundancy: cosine similarity between keys, where each row forgives the most recent of its near copies; mean
 //! over rows, softmax. Z = λ·importance − (1 − λ)·redundancy. One evaluation costs n²·d multiply-adds per KV head, about as much
 //! as the attention of the steps between two of them.
 
+use super::config::quarter;
 use super::snapkv::{Pooling, check_window};
 use super::window::{WindowLogits, dot, softmax};
-use super::{Clock, Needs, Phase, Policy, Rows, Rule, Score};
+use super::{Budget, Clock, Needs, Phase, Policy, Rows, Rule, Score, count};
 use crate::error::{Error, Result};
 use crate::store::Layout;
+use serde::{Deserialize, Serialize};
+
+/// Settings of [`RKv`].
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", default, deny_unknown_fields)]
+#[non_exhaustive]
+pub struct Settings {
+    /// Last queries observed; 8.
+    pub window: usize,
+    /// Steps between evictions; unset: 128 as in the paper, a quarter of the budget where that is less.
+    pub every: Option<usize>,
+    /// Tokens pooled; 7.
+    pub kernel: usize,
+    /// Weight of importance; 0.1.
+    pub lambda: f32,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            window: 8,
+            every: None,
+            kernel: 7,
+            lambda: 0.1,
+        }
+    }
+}
+
+pub(super) fn build(settings: &Settings, budget: Budget) -> Result<Box<dyn Policy>> {
+    let every = settings.every.unwrap_or_else(|| quarter(budget, 128));
+    let policy = RKv::new(settings.window, every, settings.kernel, settings.lambda)?;
+    Ok(Box::new(policy))
+}
 
 /// Importance minus redundancy, every so many steps.
 #[derive(Debug, Clone, Copy)]
@@ -103,18 +137,14 @@ impl Policy for RKv {
         "r-kv"
     }
     fn needs(&self) -> Needs {
-        Needs {
-            queries: self.window,
-            keys: true,
-            ..Needs::default()
-        }
+        Needs::keys().with_queries(self.window)
     }
     fn rule(&self, _: Phase) -> Rule {
         Rule {
             recent: self.window,
             // Importance is pooled over neighbours.
             layout: Layout::Compact,
-            ..Rule::lagged(self.every)
+            ..Rule::every(self.every)
         }
     }
     fn score(
@@ -125,7 +155,7 @@ impl Policy for RKv {
         scores: &mut [Score],
     ) -> Result<()> {
         let window = WindowLogits::of(rows, head)?;
-        let from = clock.next.saturating_sub(self.window as u32);
+        let from = clock.next.saturating_sub(count(self.window));
         let prefix = rows.ids(head).partition_point(|&id| id < from);
         let importance = importance(&window, prefix, self.kernel);
         let redundancy = redundancy(&window.keys, rows.head_dim());

@@ -1,12 +1,37 @@
 //! RaaS (Hu et al., arXiv 2502.11147): least recently activated leaves first, the prompt stays.
 //!
 //! A generated token's timestamp is refreshed whenever its weight passes the threshold; over budget the oldest
-//! timestamp goes. The paper's page variant is not implemented.
+//! timestamp is evicted. The paper's page variant is not implemented.
 
-use super::{Clock, Needs, Phase, Place, Policy, Prompt, Rows, Rule, Score, Seen, Threshold};
-use crate::attention::Reduce;
+use super::{
+    Budget, Clock, Needs, Phase, Place, Policy, Prompt, Rows, Rule, Score, Seen, Threshold,
+};
+use crate::attention::{Reduce, WeightKinds};
 use crate::error::Result;
 use crate::store::Relocation;
+use serde::{Deserialize, Serialize};
+
+/// Settings of [`Raas`].
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", default, deny_unknown_fields)]
+#[non_exhaustive]
+pub struct Settings {
+    /// When a token counts as used; α = 1e-4.
+    pub threshold: Threshold,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            threshold: Threshold::Absolute(1e-4),
+        }
+    }
+}
+
+pub(super) fn build(settings: &Settings, _: Budget) -> Result<Box<dyn Policy>> {
+    settings.threshold.check()?;
+    Ok(Box::new(Raas::new(settings.threshold)))
+}
 
 /// Least recently used, by attention.
 #[derive(Debug, Clone)]
@@ -31,10 +56,7 @@ impl Policy for Raas {
         "raas"
     }
     fn needs(&self) -> Needs {
-        Needs {
-            weights: Some(Reduce::Max),
-            ..Needs::default()
-        }
+        Needs::decode(WeightKinds::last(Reduce::Max))
     }
     fn rule(&self, _: Phase) -> Rule {
         Rule {
@@ -47,11 +69,11 @@ impl Policy for Raas {
     }
     fn append(&mut self, clock: &Clock) {
         for used in &mut self.used {
-            used.resize(used.len() + clock.tokens as usize, clock.step);
+            used.extend(clock.births());
         }
     }
     fn observe(&mut self, head: usize, seen: Seen<'_>, clock: &Clock) {
-        let (Seen::Weights(weights) | Seen::Columns(weights)) = seen;
+        let weights = seen.weights;
         let level = self.threshold.level(weights);
         for (used, &weight) in self.used[head].iter_mut().zip(weights) {
             *used = if weight > level { clock.step } else { *used };

@@ -1,12 +1,40 @@
-//! Random eviction with the prompt kept: the control that every scorer must beat.
+//! Random eviction with the prompt kept: the baseline that every scorer must beat.
 //!
 //! Uniform per head; the draw is a function of (seed, layer, sequence, head, step, token), so that a run can be repeated, a
 //! snapshot needs no generator state and slots do not matter.
 
-use super::{Clock, Phase, Place, Policy, Prompt, Rows, Rule, Score};
+use super::{Budget, Clock, Phase, Place, Policy, Prompt, Rows, Rule, Score};
 use crate::error::Result;
 use rand::{RngCore, SeedableRng};
 use rand_chacha::ChaCha8Rng;
+use serde::{Deserialize, Serialize};
+
+/// Settings of [`Random`].
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", default, deny_unknown_fields)]
+#[non_exhaustive]
+pub struct Settings {
+    /// Seed of the draw; 0.
+    pub seed: u64,
+    /// Whether the prompt is kept; it is.
+    pub protect_prompt: bool,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            seed: 0,
+            protect_prompt: true,
+        }
+    }
+}
+
+pub(super) fn build(settings: &Settings, _: Budget) -> Result<Box<dyn Policy>> {
+    Ok(Box::new(Random::new(
+        settings.seed,
+        settings.protect_prompt,
+    )))
+}
 
 /// Uniformly random among what is not protected.
 #[derive(Debug, Clone, Copy)]

@@ -26,11 +26,13 @@ impl Budget {
     /// Checks the range, and that a fixed budget holds what is protected plus one.
     pub(crate) fn check(self, sinks: usize, recent: usize) -> Result<()> {
         match self {
-            Budget::Tokens(budget) if budget < sinks + recent + 1 => Err(Error::BudgetTooSmall {
-                budget,
-                sinks,
-                recent,
-            }),
+            Budget::Tokens(budget) if budget <= sinks.saturating_add(recent) => {
+                Err(Error::BudgetTooSmall {
+                    budget,
+                    sinks,
+                    recent,
+                })
+            }
             Budget::Ratio(ratio) if !(ratio > 0.0 && ratio <= 1.0) => Err(Error::Setting {
                 name: "budget",
                 value: ratio.to_string(),
@@ -102,7 +104,7 @@ impl Rule {
     };
 
     /// Evicts at every `window`-th step and protects the newest `window` tokens.
-    pub const fn lagged(window: usize) -> Self {
+    pub const fn every(window: usize) -> Self {
         Self {
             decode: Trigger::Every(window),
             recent: window,

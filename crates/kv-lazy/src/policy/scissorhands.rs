@@ -1,22 +1,53 @@
 //! Scissorhands (Liu et al., arXiv 2305.17118): persistence of importance.
 //!
 //! Over a history window, count per token how often its weight was below the uniform level 1/n; when the budget is
-//! exceeded, drop many of the most often unimportant at once, outside the newest tokens.
+//! exceeded, drop many of the most often unimportant at once, but none of the newest tokens.
 
-use super::{Clock, Needs, Phase, Place, Policy, PrefillNeed, Rows, Rule, Score, Seen};
-use crate::attention::Reduce;
-use crate::error::Result;
+use super::config::quarter;
+use super::{Budget, Clock, Needs, Phase, Place, Policy, Rows, Rule, Score, Seen};
+use crate::attention::{Reduce, WeightKinds};
+use crate::error::{Error, Result};
 use crate::store::{Layout, Relocation};
+use serde::{Deserialize, Serialize};
 
-/// Tokens that stayed unimportant go, in bulk.
+/// The longest history: each step takes a bit per token, 8 KiB a token at this length.
+pub const LONGEST_HISTORY: usize = u16::MAX as usize;
+
+/// Settings of [`Scissorhands`].
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", default, deny_unknown_fields)]
+#[non_exhaustive]
+pub struct Settings {
+    /// Steps of history; 400.
+    pub history: usize,
+    /// Newest tokens kept; unset: 10, less in a budget below 40.
+    pub recent: Option<usize>,
+    /// Share of the budget dropped at once; 0.5.
+    pub drop: f64,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            history: 400,
+            recent: None,
+            drop: 0.5,
+        }
+    }
+}
+
+pub(super) fn build(settings: &Settings, budget: Budget) -> Result<Box<dyn Policy>> {
+    let recent = settings.recent.unwrap_or_else(|| quarter(budget, 10));
+    let policy = Scissorhands::new(settings.history, recent, settings.drop)?;
+    Ok(Box::new(policy))
+}
+
+/// Evicts tokens that were unimportant for long, in bulk.
 #[derive(Debug, Clone)]
 pub struct Scissorhands {
-    /// Steps of history counted; 400 in the paper.
-    pub history: usize,
-    /// Newest tokens kept; 10 in the paper.
-    pub recent: usize,
-    /// Share of the budget dropped at once; 0.5 in the paper.
-    pub drop: f64,
+    history: usize,
+    recent: usize,
+    drop: f64,
     heads: Vec<History>,
 }
 
@@ -30,13 +61,33 @@ struct History {
 
 impl Scissorhands {
     /// `history` steps are counted, the newest `recent` tokens kept, a share `drop` of the budget dropped at once.
-    pub fn new(history: usize, recent: usize, drop: f64) -> Self {
-        Self {
+    ///
+    /// # Errors
+    /// A history of 0 or beyond [`LONGEST_HISTORY`], a share outside [0, 1).
+    pub fn new(history: usize, recent: usize, drop: f64) -> Result<Self> {
+        if history == 0 {
+            return Err(Error::ZeroWindow { name: "history" });
+        }
+        if history > LONGEST_HISTORY {
+            return Err(Error::Setting {
+                name: "history",
+                value: history.to_string(),
+                expected: "at most 65535 steps",
+            });
+        }
+        if !(0.0..1.0).contains(&drop) {
+            return Err(Error::Setting {
+                name: "drop",
+                value: drop.to_string(),
+                expected: "a share in [0, 1)",
+            });
+        }
+        Ok(Self {
             history,
             recent,
             drop,
             heads: Vec::new(),
-        }
+        })
     }
 
     fn words(&self) -> usize {
@@ -49,11 +100,7 @@ impl Policy for Scissorhands {
         "scissorhands"
     }
     fn needs(&self) -> Needs {
-        Needs {
-            weights: Some(Reduce::Max),
-            prefill: PrefillNeed::LastQuery,
-            ..Needs::default()
-        }
+        Needs::weights(WeightKinds::last(Reduce::Max))
     }
     fn rule(&self, _: Phase) -> Rule {
         Rule {
@@ -75,7 +122,7 @@ impl Policy for Scissorhands {
         }
     }
     fn observe(&mut self, head: usize, seen: Seen<'_>, _: &Clock) {
-        let (Seen::Weights(weights) | Seen::Columns(weights)) = seen;
+        let weights = seen.weights;
         let words = self.words();
         let head = &mut self.heads[head];
         let slot = head.steps % self.history;
@@ -95,7 +142,8 @@ impl Policy for Scissorhands {
             } else {
                 bits[word] & !mask
             };
-            *count = *count + u16::from(enters) - leaves;
+            // In this order a count stays within the history.
+            *count = *count - leaves + u16::from(enters);
         }
     }
     fn score(&mut self, head: usize, _: &dyn Rows, _: &Clock, scores: &mut [Score]) -> Result<()> {

@@ -4,8 +4,9 @@
 //! tokens of the prefix stay with the window itself. The prompt is compressed once; generated tokens are all kept, unless `every`
 //! asks for the same again every so many steps over the last w queries.
 
+use super::config::quarter;
 use super::window::{WindowLogits, softmax};
-use super::{Clock, Needs, Phase, Policy, Rows, Rule, Score, Trigger};
+use super::{Budget, Clock, Needs, Phase, Policy, Rows, Rule, Score, Trigger, count};
 use crate::error::{Error, Result};
 use crate::store::Layout;
 use serde::{Deserialize, Serialize};
@@ -37,7 +38,39 @@ impl Pooling {
     }
 }
 
-/// The observation window's favourites.
+/// Settings of [`SnapKv`].
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", default, deny_unknown_fields)]
+#[non_exhaustive]
+pub struct Settings {
+    /// Last queries observed; unset: 32, less in a budget below 128.
+    pub window: Option<usize>,
+    /// Tokens pooled; 5.
+    pub kernel: usize,
+    /// Mean or maximum.
+    pub pooling: Pooling,
+    /// Repeat every so many decode steps; unset: only after the prompt.
+    pub every: Option<usize>,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            window: None,
+            kernel: 5,
+            pooling: Pooling::Mean,
+            every: None,
+        }
+    }
+}
+
+pub(super) fn build(settings: &Settings, budget: Budget) -> Result<Box<dyn Policy>> {
+    let window = settings.window.unwrap_or_else(|| quarter(budget, 32));
+    let policy = SnapKv::new(window, settings.kernel, settings.pooling, settings.every)?;
+    Ok(Box::new(policy))
+}
+
+/// The tokens that the last queries attend to most.
 #[derive(Debug, Clone, Copy)]
 pub struct SnapKv {
     window: usize,
@@ -90,11 +123,7 @@ impl Policy for SnapKv {
         "snapkv"
     }
     fn needs(&self) -> Needs {
-        Needs {
-            queries: self.window,
-            keys: true,
-            ..Needs::default()
-        }
+        Needs::keys().with_queries(self.window)
     }
     fn rule(&self, _: Phase) -> Rule {
         Rule {
@@ -117,7 +146,7 @@ impl Policy for SnapKv {
             len,
             ..
         } = WindowLogits::of(rows, head)?;
-        let from = clock.next.saturating_sub(self.window as u32);
+        let from = clock.next.saturating_sub(count(self.window));
         let prefix = rows.ids(head).partition_point(|&id| id < from);
         let mut summed = vec![0.0; group * prefix];
         for (i, row) in logits.chunks_exact_mut(len).enumerate() {

@@ -3,10 +3,21 @@
 //! The weights are averaged over all query heads of the layer, so that all heads keep the same tokens; nothing is
 //! protected, not even the newest token.
 
-use super::{Clock, Needs, Phase, Place, Policy, PrefillNeed, Rows, Rule, Score, Seen};
-use crate::attention::Reduce;
+use super::{Budget, Clock, Needs, Phase, Place, Policy, Rows, Rule, Score, Seen};
+use crate::attention::{Reduce, WeightKinds};
 use crate::error::Result;
 use crate::store::Relocation;
+use serde::{Deserialize, Serialize};
+
+/// There is nothing to set.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+#[non_exhaustive]
+pub struct Settings {}
+
+pub(super) fn build(_: &Settings, _: Budget) -> Result<Box<dyn Policy>> {
+    Ok(Box::<Tova>::default())
+}
 
 /// The last query's weights, averaged over the layer's heads.
 #[derive(Debug, Clone, Default)]
@@ -20,12 +31,7 @@ impl Policy for Tova {
         "tova"
     }
     fn needs(&self) -> Needs {
-        Needs {
-            weights: Some(Reduce::Mean),
-            prefill: PrefillNeed::LastQuery,
-            all_heads: true,
-            ..Needs::default()
-        }
+        Needs::weights(WeightKinds::last(Reduce::Mean)).for_all_heads()
     }
     fn rule(&self, _: Phase) -> Rule {
         Rule::STEPWISE
@@ -38,12 +44,11 @@ impl Policy for Tova {
             .resize(self.mean.len() + clock.tokens as usize, 0.0);
     }
     fn observe(&mut self, head: usize, seen: Seen<'_>, _: &Clock) {
-        let (Seen::Weights(weights) | Seen::Columns(weights)) = seen;
         if head == 0 {
             self.mean.fill(0.0);
         }
         let share = 1.0 / self.heads as f32;
-        for (mean, weight) in self.mean.iter_mut().zip(weights) {
+        for (mean, weight) in self.mean.iter_mut().zip(seen.weights) {
             *mean += share * weight;
         }
     }

@@ -31,10 +31,7 @@ impl<P: Policy + Clone + 'static> Policy for ValueNormGuard<P> {
         self.inner.name()
     }
     fn needs(&self) -> Needs {
-        Needs {
-            values: true,
-            ..self.inner.needs()
-        }
+        self.inner.needs().with_values()
     }
     fn rule(&self, phase: Phase) -> Rule {
         // An overwritten slot would keep the norm of the token that left.

@@ -1,11 +1,12 @@
 //! Storage as candle tensors `[B, Hkv, n, d]`, for devices other than the CPU.
 //!
 //! Compaction flattens to `[rows · capacity, d]` and selects whole rows, which needs one u32 per token and not one per element;
-//! nothing is sorted on the device. Appending concatenates, so a step copies the layer's cache once.
+//! nothing is sorted on the device. Appending concatenates, so a step copies the layer's cache once. Every change is computed before it is
+//! stored, so that a failed operation leaves the cache as it was.
 
-use super::{Attended, Call, Relocation, Store};
-use crate::attention::Geometry;
+use super::{Attended, Call, Layout, Relocation, Store};
 use crate::attention::device::{self, DeviceQuery, Mask};
+use crate::attention::{Exported, Geometry, WIDEST};
 use crate::error::Result;
 use candle_core::{DType, Device, Tensor};
 
@@ -14,7 +15,7 @@ use candle_core::{DType, Device, Tensor};
 pub(crate) struct DeviceStore {
     kv: Option<(Tensor, Tensor)>,
     ids: Vec<Vec<u32>>,
-    weights: Vec<f32>,
+    exported: Exported,
     geometry: Geometry,
     dtype: DType,
     device: Device,
@@ -25,7 +26,7 @@ impl DeviceStore {
         Self {
             kv: None,
             ids: vec![Vec::new(); rows],
-            weights: Vec::new(),
+            exported: Exported::default(),
             geometry,
             dtype,
             device: device.clone(),
@@ -59,29 +60,41 @@ impl DeviceStore {
     }
 }
 
+/// Where the tokens of a row of `len` come from that moved so.
+fn sources(moves: &Relocation, len: usize) -> Vec<u32> {
+    let mut slots: Vec<u32> = (0..len as u32).collect();
+    moves.apply(&mut slots, 1);
+    slots
+}
+
 impl Store for DeviceStore {
     fn append(&mut self, k: &Tensor, v: &Tensor, first: u32, overwrite: &[Vec<u32>]) -> Result<()> {
         let tokens = k.dim(2)?;
         let (k, v) = (k.to_dtype(self.dtype)?, v.to_dtype(self.dtype)?);
-        let (k, v) = match self.kv.take() {
+        let (mut k, mut v) = match &self.kv {
             None => (k.contiguous()?, v.contiguous()?),
             Some((keys, values)) => (
-                Tensor::cat(&[&keys, &k], 2)?.contiguous()?,
-                Tensor::cat(&[&values, &v], 2)?.contiguous()?,
+                Tensor::cat(&[keys, &k], 2)?.contiguous()?,
+                Tensor::cat(&[values, &v], 2)?.contiguous()?,
             ),
         };
-        self.kv = Some((k, v));
-        for ids in &mut self.ids {
+        let mut ids = self.ids.clone();
+        for ids in &mut ids {
             ids.extend(first..first + tokens as u32);
         }
         if overwrite.iter().any(|slots| !slots.is_empty()) {
-            let len = self.len();
+            let len = k.dim(2)?;
             let moves: Vec<Relocation> = overwrite
                 .iter()
                 .map(|slots| Relocation::overwrite(slots, len, tokens))
                 .collect();
-            self.relocate(&moves, 0)?;
+            let slots: Vec<Vec<u32>> = moves.iter().map(|moves| sources(moves, len)).collect();
+            (k, v) = (self.select(&k, &slots)?, self.select(&v, &slots)?);
+            for (ids, moves) in ids.iter_mut().zip(&moves) {
+                moves.apply(ids, 1);
+            }
         }
+        (self.kv, self.ids) = (Some((k, v)), ids);
         Ok(())
     }
 
@@ -89,49 +102,57 @@ impl Store for DeviceStore {
         let Some((k, v)) = &self.kv else {
             return Ok(Err(0));
         };
-        let tokens = q.dim(2)?;
+        let (tokens, len) = (q.dim(2)?, self.len(0));
         let query = DeviceQuery {
             scale: call.scale,
             geometry: self.geometry,
             mask: Mask {
                 tokens,
-                offset: self.len() - tokens,
-                window: call.sliding_window.map(|w| (call.position, w)),
+                offset: len - tokens,
+                window: call.sliding_window.map(|w| (call.position, w.min(WIDEST))),
             },
-            export: call.export,
         };
-        let (out, weights) = device::attend(q, k, v, Some(&self.ids), &query)?;
-        self.weights = weights.unwrap_or_default();
-        // Weights are what a policy acts on; a row of NaN there must not pass for a judgement.
-        let width = self.len().max(1);
-        if let Some(at) = self.weights.iter().position(|w| !w.is_finite()) {
-            return Ok(Err(at / width));
+        let exported = if call.weights.is_empty() {
+            None
+        } else {
+            let lens = self.ids.iter().map(Vec::len);
+            self.exported.prepare(call.weights, call.queries, lens);
+            Some(&mut self.exported)
+        };
+        let out = device::attend(q, k, v, Some(&self.ids), &query, exported)?;
+        // Policies act on weights: NaN must not pass for one.
+        if !call.weights.is_empty()
+            && let Some(row) = self.exported.not_finite()
+        {
+            return Ok(Err(row));
         }
         Ok(Ok(out))
     }
 
-    fn weights(&self) -> &[f32] {
-        &self.weights
+    fn exported(&self) -> &Exported {
+        &self.exported
     }
 
-    fn relocate(&mut self, moves: &[Relocation], _room: usize) -> Result<()> {
-        let slots: Vec<Vec<u32>> = self
+    fn evict(&mut self, evict: &[Vec<u32>], layout: Layout, _: usize) -> Result<Vec<Relocation>> {
+        let moves: Vec<Relocation> = self
             .ids
             .iter()
-            .zip(moves)
-            .map(|(ids, moves)| {
-                let mut slots: Vec<u32> = (0..ids.len() as u32).collect();
-                moves.apply(&mut slots, 1);
-                slots
-            })
+            .zip(evict)
+            .map(|(ids, evict)| Relocation::of(evict, ids.len(), layout))
             .collect();
         if let Some((k, v)) = &self.kv {
+            let slots: Vec<Vec<u32>> = self
+                .ids
+                .iter()
+                .zip(&moves)
+                .map(|(ids, moves)| sources(moves, ids.len()))
+                .collect();
             self.kv = Some((self.select(k, &slots)?, self.select(v, &slots)?));
         }
-        for (ids, moves) in self.ids.iter_mut().zip(moves) {
+        for (ids, moves) in self.ids.iter_mut().zip(&moves) {
             moves.apply(ids, 1);
         }
-        Ok(())
+        Ok(moves)
     }
 
     fn rows(&self) -> usize {
@@ -148,10 +169,6 @@ impl Store for DeviceStore {
                 Ok((empty.clone(), empty))
             }
         }
-    }
-
-    fn len(&self) -> usize {
-        self.ids.first().map_or(0, Vec::len)
     }
 
     fn ids(&self, row: usize) -> &[u32] {
@@ -190,7 +207,7 @@ impl Store for DeviceStore {
 mod tests {
     use super::super::HostStore;
     use super::*;
-    use crate::attention::{Export, Reduce};
+    use crate::attention::{Reduce, WeightKinds};
     use rand::{Rng, SeedableRng};
     use rand_chacha::ChaCha8Rng;
 
@@ -218,24 +235,35 @@ mod tests {
             } else {
                 Vec::new()
             };
-            for export in [
-                None,
-                Some(Export::Columns),
-                Some(Export::Last(Reduce::Mean)),
+            let mean = WeightKinds::last(Reduce::Mean);
+            for weights in [
+                WeightKinds::NONE,
+                WeightKinds::COLUMNS,
+                mean,
+                mean.union(WeightKinds::last(Reduce::Max))
+                    .union(WeightKinds::COLUMNS),
             ] {
                 for sliding_window in [None, Some(5)] {
                     let call = Call {
                         scale: 0.8,
                         position,
                         sliding_window,
-                        export,
+                        weights,
+                        queries: tokens.min(2),
                     };
                     let mut pair: [Box<dyn Store>; 2] =
                         [Box::new(host.clone()), Box::new(device.clone())];
                     let [a, b] = [0, 1].map(|s| {
                         pair[s].append(&k, &v, position, &overwrite).unwrap();
                         let out = pair[s].attend(&q, &call).unwrap().unwrap();
-                        (out, pair[s].weights().to_vec())
+                        let exported = pair[s].exported();
+                        let mut all = Vec::new();
+                        for row in 0..4 * usize::from(!weights.is_empty()) {
+                            for block in 0..exported.blocks() {
+                                all.extend_from_slice(exported.block(row, block).2);
+                            }
+                        }
+                        (out, all)
                     });
                     let far = (a.0 - b.0).unwrap().abs().unwrap().max_all().unwrap();
                     assert!(far.to_scalar::<f32>().unwrap() < 1e-5);
@@ -247,29 +275,58 @@ mod tests {
             device.append(&k, &v, position, &overwrite).unwrap();
             position += tokens as u32;
             if i % 3 == 1 {
-                let len = host.len();
-                let moves: Vec<Relocation> = (0..4u32)
+                let len = host.len(0);
+                let evict: Vec<Vec<u32>> = (0..4u32)
                     .map(|row| {
-                        let evict: Vec<u32> = (0..len as u32)
+                        (0..len as u32)
                             .filter(|slot| slot % 4 == row)
                             .take(len / 5)
-                            .collect();
-                        if i == 4 {
-                            Relocation::swap_in(&evict, len)
-                        } else {
-                            Relocation::compact(&evict, len)
-                        }
+                            .collect()
                     })
                     .collect();
-                host.relocate(&moves, 0).unwrap();
-                device.relocate(&moves, 0).unwrap();
+                let layout = if i == 4 {
+                    Layout::SlotReuse
+                } else {
+                    Layout::Compact
+                };
+                let moves = host.evict(&evict, layout, 0).unwrap();
+                assert_eq!(device.evict(&evict, layout, 0).unwrap(), moves);
             }
             for row in 0..4 {
                 assert_eq!(host.ids(row), device.ids(row));
                 assert_eq!(host.keys(row, 1).unwrap(), device.keys(row, 1).unwrap());
                 assert_eq!(host.values(row, 0).unwrap(), device.values(row, 0).unwrap());
             }
-            assert_eq!(device.bytes(), 2 * 4 * device.len() * 16 * 4);
+            assert_eq!(device.bytes(), 2 * 4 * device.len(0) * 16 * 4);
         }
+    }
+
+    #[test]
+    fn a_failed_append_leaves_keys_values_and_positions_as_they_were() {
+        let geometry = Geometry {
+            group: 1,
+            head_dim: 8,
+        };
+        let tensor = |tokens: usize, d: usize| {
+            Tensor::randn(0f32, 1.0, (1, 2, tokens, d), &Device::Cpu).unwrap()
+        };
+        let mut store = DeviceStore::new(2, geometry, DType::F32, &Device::Cpu);
+        store.append(&tensor(5, 8), &tensor(5, 8), 0, &[]).unwrap();
+        let before = (store.keys(1, 0).unwrap(), store.values(1, 0).unwrap());
+        assert!(store.append(&tensor(1, 8), &tensor(1, 7), 5, &[]).is_err());
+        assert_eq!(store.len(1), 5);
+        assert_eq!(
+            (store.keys(1, 0).unwrap(), store.values(1, 0).unwrap()),
+            before
+        );
+        let slots = [vec![2], vec![99]];
+        let one = tensor(1, 8);
+        let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            store.append(&one, &one, 5, &slots)
+        }));
+        assert!(!matches!(result, Ok(Ok(()))));
+        assert_eq!((store.len(1), store.keys(1, 0).unwrap()), (5, before.0));
+        store.append(&tensor(1, 8), &tensor(1, 8), 5, &[]).unwrap();
+        assert_eq!((store.len(0), store.bytes()), (6, 2 * 2 * 6 * 8 * 4));
     }
 }

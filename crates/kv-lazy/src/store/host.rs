@@ -1,9 +1,8 @@
 //! Storage on the CPU: each row owns its vectors, so that rows grow, shrink and compact in place and in parallel.
 
-use super::{Attended, Call, Relocation, Store};
-use crate::attention::decode::{DecodeQuery, DecodeScratch, decode};
-use crate::attention::prefill::{PrefillQuery, prefill};
-use crate::attention::{Element, Export, Geometry, Reduce, RowView, read};
+use super::{Attended, Call, Layout, Relocation, Store};
+use crate::attention::decode::DecodeScratch;
+use crate::attention::{Causal, Element, Exported, Geometry, RowView, WIDEST, read};
 use crate::error::Result;
 use candle_core::{Device, Tensor};
 use rayon::prelude::*;
@@ -45,9 +44,9 @@ impl<T: Element> Row<T> {
         moves.apply(&mut self.keys, d);
         moves.apply(&mut self.values, d);
         moves.apply(&mut self.ids, 1);
-        let wanted = moves.len + room;
+        let wanted = moves.len.saturating_add(room);
         // The first eviction after a prompt frees it; later ones find the storage already of the right size.
-        if self.keys.capacity() > wanted * d {
+        if self.ids.capacity() > wanted || self.keys.capacity() / d > wanted {
             self.keys.shrink_to(wanted * d);
             self.values.shrink_to(wanted * d);
             self.ids.shrink_to(wanted);
@@ -61,7 +60,7 @@ pub(crate) struct HostStore<T> {
     rows: Vec<Row<T>>,
     geometry: Geometry,
     scratch: DecodeScratch,
-    weights: Vec<f32>,
+    exported: Exported,
 }
 
 impl<T: Element> HostStore<T> {
@@ -70,7 +69,7 @@ impl<T: Element> HostStore<T> {
             rows: vec![Row::default(); rows],
             geometry,
             scratch: DecodeScratch::default(),
-            weights: Vec::new(),
+            exported: Exported::default(),
         }
     }
 
@@ -99,94 +98,65 @@ impl<T: Element> Store for HostStore<T> {
     }
 
     fn attend(&mut self, q: &Tensor, call: &Call) -> Result<Attended> {
-        let (batch, query_heads, tokens, head_dim) = q.dims4()?;
-        let n = self.len();
-        let views: Vec<RowView<'_, T>> = self
+        let views: Vec<RowView<'_>> = self
             .rows
             .iter()
             .map(|row| RowView {
-                keys: &row.keys,
-                values: &row.values,
+                keys: T::elements(&row.keys),
+                values: T::elements(&row.values),
                 ids: &row.ids,
             })
             .collect();
+        let step = Causal {
+            geometry: self.geometry,
+            tokens: q.dim(2)?,
+            scale: call.scale as f32,
+            window: call.sliding_window.map(|w| (call.position, w.min(WIDEST))),
+        };
+        let exported = if call.weights.is_empty() {
+            None
+        } else {
+            let lens = self.rows.iter().map(|row| row.ids.len());
+            self.exported.prepare(call.weights, call.queries, lens);
+            Some(&mut self.exported)
+        };
         let mut out = vec![0.0; q.elem_count()];
-        let (geometry, scratch, weights) = (self.geometry, &mut self.scratch, &mut self.weights);
-        weights.clear();
-        let window = call.sliding_window.map(|w| (call.position, w));
-        let done = read::<f32, _>(q, |q| {
-            let single = DecodeQuery { geometry, window };
-            if tokens == 1 {
-                let scaled: Vec<f32> = q.iter().map(|x| x * call.scale as f32).collect();
-                // With one query the sum over queries is its weight.
-                let export = call.export.map(|export| match export {
-                    Export::Last(reduce) => (reduce, &mut *weights),
-                    Export::Columns => (Reduce::Sum, &mut *weights),
-                });
-                return decode(single, &scaled, &views, export, scratch, &mut out);
-            }
-            let columns = (call.export == Some(Export::Columns)).then(|| {
-                weights.resize(views.len() * n, 0.0);
-                weights.as_mut_slice()
-            });
-            let query = PrefillQuery {
-                geometry,
-                tokens,
-                offset: n - tokens,
-                scale: call.scale as f32,
-                window,
-            };
-            prefill(query, q, &views, columns, &mut out)?;
-            if let Some(Export::Last(reduce)) = call.export {
-                let last: Vec<f32> = q
-                    .chunks_exact(tokens * head_dim)
-                    .flat_map(|head| &head[(tokens - 1) * head_dim..])
-                    .map(|x| x * call.scale as f32)
-                    .collect();
-                let single = DecodeQuery {
-                    geometry,
-                    window: window.map(|(p, w)| (p + tokens as u32 - 1, w)),
-                };
-                let mut unused = vec![0.0; last.len()];
-                decode(
-                    single,
-                    &last,
-                    &views,
-                    Some((reduce, &mut *weights)),
-                    scratch,
-                    &mut unused,
-                )?;
-            }
-            Ok(())
-        })?;
+        let scratch = &mut self.scratch;
+        let done = read::<f32, _>(q, |q| step.attend(q, &views, exported, scratch, &mut out))?;
         if let Err(row) = done {
             return Ok(Err(row));
         }
-        let out = Tensor::from_vec(out, (batch, query_heads, tokens, head_dim), &Device::Cpu)?
-            .to_dtype(q.dtype())?;
+        let out = Tensor::from_vec(out, q.dims(), &Device::Cpu)?.to_dtype(q.dtype())?;
         Ok(Ok(out))
     }
 
-    fn weights(&self) -> &[f32] {
-        &self.weights
+    fn exported(&self) -> &Exported {
+        &self.exported
     }
 
-    fn relocate(&mut self, moves: &[Relocation], room: usize) -> Result<()> {
+    fn evict(
+        &mut self,
+        evict: &[Vec<u32>],
+        layout: Layout,
+        room: usize,
+    ) -> Result<Vec<Relocation>> {
         let d = self.geometry.head_dim;
-        // A single token that drops into a hole is not worth another thread.
-        if moves
+        let moves: Vec<Relocation> = self
+            .rows
             .iter()
-            .map(|m| m.runs.iter().map(|run| run.count).sum::<usize>())
-            .sum::<usize>()
-            > 64
-        {
-            let pairs = self.rows.par_iter_mut().zip(moves);
+            .zip(evict)
+            .map(|(row, evict)| Relocation::of(evict, row.ids.len(), layout))
+            .collect();
+        let moved = |moves: &Relocation| moves.runs.iter().map(|run| run.count).sum::<usize>();
+        // A single token that moves is not worth another thread.
+        if moves.iter().map(moved).sum::<usize>() > 64 {
+            let pairs = self.rows.par_iter_mut().zip(&moves);
             pairs.for_each(|(row, moves)| row.relocate(moves, room, d));
         } else {
-            let pairs = self.rows.iter_mut().zip(moves);
+            let pairs = self.rows.iter_mut().zip(&moves);
             pairs.for_each(|(row, moves)| row.relocate(moves, room, d));
         }
-        Ok(())
+        Ok(moves)
     }
 
     fn rows(&self) -> usize {
@@ -197,7 +167,7 @@ impl<T: Element> Store for HostStore<T> {
         let shape = [
             batch,
             self.rows.len().checked_div(batch).unwrap_or(0),
-            self.len(),
+            self.rows.first().map_or(0, |row| row.ids.len()),
             self.geometry.head_dim,
         ];
         let gather = |part: fn(&Row<T>) -> &[T]| {
@@ -205,10 +175,6 @@ impl<T: Element> Store for HostStore<T> {
             Tensor::from_vec(all, shape.to_vec(), &Device::Cpu)
         };
         Ok((gather(|row| &row.keys)?, gather(|row| &row.values)?))
-    }
-
-    fn len(&self) -> usize {
-        self.rows.first().map_or(0, |row| row.ids.len())
     }
 
     fn ids(&self, row: usize) -> &[u32] {
@@ -239,7 +205,7 @@ impl<T: Element> Store for HostStore<T> {
     fn clear(&mut self) {
         self.rows.fill(Row::default());
         self.scratch = DecodeScratch::default();
-        self.weights = Vec::new();
+        self.exported.clear();
     }
 
     fn boxed_clone(&self) -> Box<dyn Store> {

@@ -1,8 +1,7 @@
 //! Where keys and values live: per layer, one row per (sequence, KV head), never expanded to query heads.
 //!
 //! Keys are stored after RoPE with their original position in `ids`; the *logical* length counts positions and
-//! drives RoPE, the *physical* length counts slots and drives masks. Rows shrink for real: storage is given back when
-//! tokens leave.
+//! drives RoPE, the *physical* length counts slots and drives masks. Memory is freed when tokens are evicted.
 
 mod device;
 mod host;
@@ -12,7 +11,7 @@ pub(crate) use device::DeviceStore;
 pub(crate) use host::HostStore;
 pub use relocation::{Relocation, Run};
 
-use crate::attention::Export;
+use crate::attention::{Exported, WeightKinds};
 use crate::error::Result;
 use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
@@ -21,11 +20,11 @@ use serde::{Deserialize, Serialize};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Layout {
-    /// Survivors close ranks and stay in order, for policies that compare neighbours: everything behind the first hole moves.
+    /// The remaining tokens stay in order, for policies that compare neighbours: everything behind the first hole moves.
     Compact,
-    /// The last tokens drop into the holes: one row moves per evicted token, whether at every step or every W steps.
+    /// The last tokens are moved into the holes: one token moves per evicted token, whether at every step or every W steps.
     SlotReuse,
-    /// A new token overwrites the one that leaves, behind the sinks: for policies that evict before they append.
+    /// A new token overwrites the evicted one, behind the sinks: for policies that evict before they append.
     SinkRing,
 }
 
@@ -38,8 +37,10 @@ pub(crate) struct Call {
     pub(crate) position: u32,
     /// Sliding window of the layer.
     pub(crate) sliding_window: Option<usize>,
-    /// What is wanted beside the output.
-    pub(crate) export: Option<Export>,
+    /// Weights that are handed out.
+    pub(crate) weights: WeightKinds,
+    /// Queries whose weights are handed out one by one: the last ones.
+    pub(crate) queries: usize,
 }
 
 /// Output `[B, Hq, T, d]`, or the row whose softmax was not finite.
@@ -48,18 +49,22 @@ pub(crate) type Attended = std::result::Result<Tensor, usize>;
 /// Storage of one layer.
 pub(crate) trait Store: Send + Sync + std::fmt::Debug {
     /// Appends `k` and `v` `[B, Hkv, T, d]` at logical positions `first..first + T`. A row in `overwrite` names slots that
-    /// the new tokens replace, one for one, instead of growing the row.
+    /// the new tokens replace, one for one, instead of growing the row. On an error nothing has changed.
     fn append(&mut self, k: &Tensor, v: &Tensor, first: u32, overwrite: &[Vec<u32>]) -> Result<()>;
     /// Attends `q` `[B, Hq, T, d]`, whose keys were appended last.
     fn attend(&mut self, q: &Tensor, call: &Call) -> Result<Attended>;
-    /// What the last call exported, `[rows, n]`.
-    fn weights(&self) -> &[f32];
-    /// Moves every row; afterwards the storage holds at most `room` more tokens than remain.
-    fn relocate(&mut self, moves: &[Relocation], room: usize) -> Result<()>;
+    /// The weights that the last call handed out.
+    fn exported(&self) -> &Exported;
+    /// Evicts the tokens in these ascending slots of each row; afterwards the storage has room for at most `room` more tokens than remain. Returns how
+    /// the others moved. On an error nothing has changed.
+    fn evict(&mut self, evict: &[Vec<u32>], layout: Layout, room: usize)
+    -> Result<Vec<Relocation>>;
     /// Rows: sequences times KV heads.
     fn rows(&self) -> usize;
-    /// Tokens per row.
-    fn len(&self) -> usize;
+    /// Tokens of a row.
+    fn len(&self, row: usize) -> usize {
+        self.ids(row).len()
+    }
     /// Logical positions of a row's tokens in physical order.
     fn ids(&self, row: usize) -> &[u32];
     /// Keys of a row from slot `from` on, as f32 `[n − from, d]`.

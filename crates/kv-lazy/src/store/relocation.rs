@@ -1,8 +1,8 @@
-//! How rows move when tokens leave: the one description that keys, values, positions and every policy's own state follow.
+//! How tokens move when others are evicted: the one description that keys, values, positions and every policy's own state follow.
 //!
 //! A [`Relocation`] is a list of copies inside a row, ordered so that no source is overwritten before it is read, and
 //! the length that remains. *Compaction* keeps physical order and moves everything behind the first hole; *slot reuse*
-//! lets the last tokens drop into the holes and moves one row per evicted token.
+//! moves the last tokens into the holes, one token per evicted token.
 
 /// A copy of `count` consecutive tokens from slot `from` to slot `to`, `to` < `from`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -25,7 +25,15 @@ pub struct Relocation {
 }
 
 impl Relocation {
-    /// Of `len` tokens those in the ascending slots `evict` leave; the others close ranks in their order.
+    /// The moves that free the ascending slots `evict` of `len` tokens under `layout`.
+    pub(crate) fn of(evict: &[u32], len: usize, layout: super::Layout) -> Self {
+        match layout {
+            super::Layout::Compact => Self::compact(evict, len),
+            super::Layout::SlotReuse | super::Layout::SinkRing => Self::swap_in(evict, len),
+        }
+    }
+
+    /// Of `len` tokens those in the ascending slots `evict` leave; the others stay in order, without holes.
     pub fn compact(evict: &[u32], len: usize) -> Self {
         let mut runs = Vec::with_capacity(evict.len());
         let mut to = evict.first().map_or(len, |&slot| slot as usize);
@@ -44,7 +52,7 @@ impl Relocation {
         }
     }
 
-    /// Of `len` tokens those in the ascending slots `evict` leave; tokens from the end drop into the holes.
+    /// Of `len` tokens those in the ascending slots `evict` leave; tokens from the end are moved into the holes.
     pub fn swap_in(evict: &[u32], len: usize) -> Self {
         let kept = len - evict.len();
         let (holes, gone) = evict.split_at(evict.partition_point(|&slot| (slot as usize) < kept));
@@ -64,7 +72,7 @@ impl Relocation {
     }
 
     /// Of `len` slots whose last `new` were just appended, moves the first of these over `slots`, one for one; the rest
-    /// close ranks behind.
+    /// follow.
     pub fn overwrite(slots: &[u32], len: usize, new: usize) -> Self {
         let first = len - new;
         let replaced = slots.len().min(new);

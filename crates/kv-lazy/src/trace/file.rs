@@ -74,14 +74,7 @@ pub fn write(trace: &Trace, path: &Path) -> Result<()> {
     let meta = serde_json::to_string(&trace.meta).map_err(|e| bad(e.to_string()))?;
     let bytes = safetensors::serialize(views, Some(HashMap::from([(KEY.to_string(), meta)])))
         .map_err(|e| bad(e.to_string()))?;
-    let mut beside = path.as_os_str().to_owned();
-    beside.push(".partial");
-    let io = |source| Error::Io {
-        path: name.clone(),
-        source,
-    };
-    std::fs::write(&beside, bytes).map_err(io)?;
-    std::fs::rename(&beside, path).map_err(io)
+    Ok(tensor_io::atomic::write(path, &bytes)?)
 }
 
 /// Reads a trace.

@@ -12,8 +12,8 @@ pub mod synth;
 
 pub use record::Recorder;
 
-use crate::attention::decode::{DecodeQuery, DecodeScratch, decode};
-use crate::attention::{Geometry, RowView};
+use crate::attention::decode::{DecodeQuery, DecodeScratch, Export, decode};
+use crate::attention::{Elements, Exported, Geometry, Reduce, RowView, WeightKinds};
 use crate::error::{Error, Result};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -130,8 +130,8 @@ impl LayerTrace {
             .map(|x| x * scale as f32)
             .collect();
         let row = RowView {
-            keys: &self.keys(head)[..(t + 1) * d],
-            values: &self.values(head)[..(t + 1) * d],
+            keys: Elements::F32(&self.keys(head)[..(t + 1) * d]),
+            values: Elements::F32(&self.values(head)[..(t + 1) * d]),
             ids: &[],
         };
         let query = DecodeQuery {
@@ -139,15 +139,22 @@ impl LayerTrace {
                 group: 1,
                 head_dim: d,
             },
+            tokens: 1,
             window: None,
         };
-        let (mut out, mut weights) = (vec![0.0; d], Vec::with_capacity(t + 1));
-        let export = Some((crate::attention::Reduce::Max, &mut weights));
+        let (mut out, mut exported) = (vec![0.0; d], Exported::default());
+        let kinds = WeightKinds::last(Reduce::Max);
+        exported.prepare(kinds, 1, std::iter::once(t + 1));
+        let export = Export {
+            into: &mut exported,
+            last: 0,
+            columns: false,
+        };
         decode(
             query,
             &scaled,
             &[row],
-            export,
+            Some(export),
             &mut DecodeScratch::default(),
             &mut out,
         )
@@ -156,7 +163,7 @@ impl LayerTrace {
             sequence: 0,
             head,
         })?;
-        Ok((weights, out))
+        Ok((exported.into_weights(), out))
     }
 
     /// Checks that sizes agree and that every number is finite.

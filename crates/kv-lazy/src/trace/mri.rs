@@ -1,4 +1,4 @@
-//! Recurrence of attention: how long tokens stay silent between two activations.
+//! Recurrence of attention: how long tokens stay below the threshold between two activations.
 //!
 //! A token's maximum recurrence interval (MRI) is the longest interval between two decode steps at which its full-cache weight passed the
 //! threshold. LazyEviction pays off where most tokens have an MRI above 1, and its window is the 80th percentile.
@@ -9,6 +9,7 @@ use crate::error::Result;
 use crate::policy::Threshold;
 use crate::policy::lazy::History;
 use rayon::prelude::*;
+use tensor_io::Progress;
 
 /// How often each MRI occurs among tokens.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -75,14 +76,17 @@ impl MriHistogram {
 
 /// The histogram of each KV head of a layer, over the decode steps after a prompt of `prompt` positions.
 ///
+/// Reports a step of `progress` for each head and position.
+///
 /// # Errors
-/// Weights that are not finite.
+/// Weights that are not finite; a cancelled `progress`.
 pub fn of_layer(
     layer: &LayerTrace,
     prompt: usize,
     scale: f64,
     threshold: Threshold,
     reduce: Reduce,
+    progress: &dyn Progress,
 ) -> Result<Vec<MriHistogram>> {
     (0..layer.kv_heads)
         .into_par_iter()
@@ -95,6 +99,7 @@ pub fn of_layer(
                 let weights = group_weights(layer, head, t, scale, reduce)?;
                 let level = threshold.level(&weights);
                 history.record(step, &weights, |w| w > level);
+                progress.advance(1)?;
             }
             history.fold();
             let mut histogram = MriHistogram::default();
@@ -121,12 +126,25 @@ fn group_weights(
     Ok(reduced)
 }
 
+/// The steps that [`of_layer`] reports for all layers of a trace.
+pub(crate) fn steps(trace: &Trace) -> u64 {
+    let decoded = trace.tokens.len().saturating_sub(trace.meta.prompt_len);
+    let heads: usize = trace.layers.values().map(|layer| layer.kv_heads).sum();
+    (heads * decoded) as u64
+}
+
 /// The histogram of all heads of all layers together.
 ///
 /// # Errors
-/// Weights that are not finite.
-pub fn of_trace(trace: &Trace, threshold: Threshold, reduce: Reduce) -> Result<MriHistogram> {
+/// Weights that are not finite; a cancelled `progress`.
+pub fn of_trace(
+    trace: &Trace,
+    threshold: Threshold,
+    reduce: Reduce,
+    progress: &dyn Progress,
+) -> Result<MriHistogram> {
     let mut all = MriHistogram::default();
+    progress.begin("recurrence", steps(trace));
     for layer in trace.layers.values() {
         for head in of_layer(
             layer,
@@ -134,6 +152,7 @@ pub fn of_trace(trace: &Trace, threshold: Threshold, reduce: Reduce) -> Result<M
             trace.meta.scale,
             threshold,
             reduce,
+            progress,
         )? {
             all.merge(&head);
         }

@@ -1,7 +1,9 @@
 //! A naive second implementation of attention, and seeded random tensors.
 
 use candle_core::{Device, Tensor};
-use kv_lazy::policy::{Normalise, POLICY_NAMES, Pooling};
+use kv_lazy::policy::h2o::{self, Normalise};
+use kv_lazy::policy::snapkv::{self, Pooling};
+use kv_lazy::policy::{NAMES, Threshold, lazy};
 use kv_lazy::{Budget, CacheConfig, CacheSet, LayerShape, PolicyConfig, Prompt};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -120,69 +122,58 @@ pub(crate) fn run(cache: &mut CacheSet, steps: &[Qkv]) -> Vec<Vec<f32>> {
         .collect()
 }
 
+/// A policy by its name within `budget` tokens.
+pub(crate) fn named(name: &str, budget: usize) -> CacheConfig {
+    CacheConfig::new(name.parse().unwrap(), Budget::Tokens(budget))
+}
+
+/// `config` with something changed.
+pub(crate) fn with(mut config: CacheConfig, change: impl FnOnce(&mut CacheConfig)) -> CacheConfig {
+    change(&mut config);
+    config
+}
+
+/// LazyEviction with its window and the weight from which a token is active.
+pub(crate) fn lazy(window: usize, alpha: f32) -> PolicyConfig {
+    let mut settings = lazy::Settings::default();
+    settings.window = Some(window);
+    settings.threshold = Threshold::Absolute(alpha);
+    PolicyConfig::Lazy(settings)
+}
+
 /// Every policy that a cache can be built with, by its default settings, within `budget` tokens.
 pub(crate) fn all_policies(budget: usize) -> Vec<CacheConfig> {
-    POLICY_NAMES
-        .iter()
-        .filter(|name| **name != "oracle")
-        .map(|name| CacheConfig::new(name.parse().unwrap(), Budget::Tokens(budget)))
-        .collect()
+    let names = NAMES.iter().filter(|name| **name != "oracle");
+    names.map(|name| named(name, budget)).collect()
 }
 
 /// Those policies, and combinations of them.
 pub(crate) fn all_configurations(budget: usize) -> Vec<CacheConfig> {
-    let named = |name: &str| CacheConfig::new(name.parse().unwrap(), Budget::Tokens(budget));
+    let named = |name: &str| named(name, budget);
+    let mut mean = h2o::Settings::default();
+    mean.recent = Some(4);
+    mean.normalise = Normalise::Mean;
+    let mut every = snapkv::Settings::default();
+    every.window = Some(4);
+    every.kernel = 3;
+    every.pooling = Pooling::Max;
+    every.every = Some(6);
     let mut all = all_policies(budget);
     all.extend([
-        CacheConfig {
-            lag: Some(5),
-            ..named("h2o")
-        },
-        CacheConfig {
-            sinks: 2,
-            recent: 3,
-            prompt: Some(Prompt::KeepBeside),
-            ..named("tova")
-        },
-        CacheConfig {
-            prompt: Some(Prompt::CompressOnce(6)),
-            ..named("lazy")
-        },
-        CacheConfig {
-            prefill: Some("snapkv".parse().unwrap()),
-            ..named("raas")
-        },
-        CacheConfig {
-            guard_values: 3,
-            ..named("random")
-        },
-        CacheConfig {
-            guard_values: 2,
-            ..named("streaming")
-        },
-        CacheConfig {
-            budget: Budget::Ratio(0.5),
-            ..named("lazy")
-        },
-        CacheConfig {
-            budget: Budget::Ratio(0.4),
-            ..CacheConfig::new(
-                PolicyConfig::H2o {
-                    recent: Some(4),
-                    normalise: Normalise::Mean,
-                },
-                Budget::Ratio(0.4),
-            )
-        },
-        CacheConfig {
-            decode: PolicyConfig::Snapkv {
-                window: Some(4),
-                kernel: 3,
-                pooling: Pooling::Max,
-                every: Some(6),
-            },
-            ..named("snapkv")
-        },
+        with(named("h2o"), |c| c.evict_every = Some(5)),
+        with(named("tova"), |c| {
+            (c.sinks, c.recent) = (2, 3);
+            c.prompt = Some(Prompt::KeepBeside);
+        }),
+        with(named("lazy"), |c| c.prompt = Some(Prompt::CompressOnce(6))),
+        with(named("raas"), |c| c.prefill = "snapkv".parse().ok()),
+        with(named("h2o"), |c| c.prefill = "tova".parse().ok()),
+        with(named("lazy"), |c| c.prefill = "tova".parse().ok()),
+        with(named("random"), |c| c.guard_values = 3),
+        with(named("streaming"), |c| c.guard_values = 2),
+        with(named("lazy"), |c| c.budget = Budget::Ratio(0.5)),
+        CacheConfig::new(PolicyConfig::H2o(mean), Budget::Ratio(0.4)),
+        CacheConfig::new(PolicyConfig::Snapkv(every), Budget::Tokens(budget)),
     ]);
     all
 }

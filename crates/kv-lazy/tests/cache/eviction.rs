@@ -1,8 +1,10 @@
 //! What eviction does to attention, lengths and memory, for every policy.
 
-use crate::common::{all_configurations, all_policies, distance, flat, naive, run, steps};
+use crate::common::{
+    all_configurations, all_policies, distance, flat, lazy, naive, named, run, steps, with,
+};
 use candle_core::{DType, Device, Tensor};
-use kv_lazy::policy::{LazySettings, Threshold};
+use kv_lazy::policy::{r_kv, scissorhands};
 use kv_lazy::{Budget, CacheConfig, CacheSet, Error, LayerShape, PolicyConfig, Prompt};
 use proptest::prelude::*;
 
@@ -13,16 +15,12 @@ const SHAPE: LayerShape = LayerShape {
     sliding_window: None,
 };
 
-fn build(config: &CacheConfig, batch: usize) -> CacheSet {
-    CacheSet::new(&[SHAPE], batch, DType::F32, &Device::Cpu, config).unwrap()
+fn is_full(config: &CacheConfig) -> bool {
+    matches!(config.decode, PolicyConfig::Full(_))
 }
 
-fn lazy(window: usize) -> PolicyConfig {
-    PolicyConfig::Lazy(LazySettings {
-        window: Some(window),
-        threshold: Threshold::Absolute(0.02),
-        ..LazySettings::default()
-    })
+fn build(config: &CacheConfig, batch: usize) -> CacheSet {
+    CacheSet::new(&[SHAPE], batch, DType::F32, &Device::Cpu, config).unwrap()
 }
 
 /// A prompt, generation, a chunk in the middle of it, generation.
@@ -105,14 +103,17 @@ fn evicting_equals_masking_in_the_full_cache_for_every_policy() {
             }
             evicted |= cache.physical_len(0) < cache.logical_len();
         }
-        assert_eq!(evicted, config.decode != PolicyConfig::Full, "{config:?}");
+        assert_eq!(evicted, !is_full(&config), "{config:?}");
     }
 }
 
 #[test]
 fn lengths_saw_between_the_budget_and_budget_plus_window_minus_one() {
     let (budget, window) = (20, 6);
-    let mut cache = build(&CacheConfig::new(lazy(window), Budget::Tokens(budget)), 1);
+    let mut cache = build(
+        &CacheConfig::new(lazy(window, 0.02), Budget::Tokens(budget)),
+        1,
+    );
     for (t, (q, k, v)) in steps(2, 1, SHAPE, &[&[30][..], &[1; 60]].concat())
         .iter()
         .enumerate()
@@ -140,22 +141,12 @@ fn lengths_saw_between_the_budget_and_budget_plus_window_minus_one() {
 #[test]
 fn sinks_prompt_and_recent_tokens_stay_where_they_are_protected() {
     for config in all_policies(24) {
-        if config.decode == PolicyConfig::Full {
+        if is_full(&config) {
             continue;
         }
-        let config = CacheConfig {
-            sinks: 3,
-            recent: 5,
-            ..config
-        };
-        let keep = CacheConfig {
-            prompt: Some(Prompt::Keep),
-            ..config.clone()
-        };
-        let beside = CacheConfig {
-            prompt: Some(Prompt::KeepBeside),
-            ..config.clone()
-        };
+        let config = with(config, |c| (c.sinks, c.recent) = (3, 5));
+        let keep = with(config.clone(), |c| c.prompt = Some(Prompt::Keep));
+        let beside = with(config.clone(), |c| c.prompt = Some(Prompt::KeepBeside));
         for (config, prompt, bound) in [(config, 3, 24), (keep, 12, 24), (beside, 12, 36)] {
             let mut cache = build(&config, 1);
             run(
@@ -179,10 +170,9 @@ fn sinks_prompt_and_recent_tokens_stay_where_they_are_protected() {
 
 #[test]
 fn a_prompt_compressed_once_keeps_its_share() {
-    let config = CacheConfig {
-        prompt: Some(Prompt::CompressOnce(8)),
-        ..CacheConfig::new(lazy(4), Budget::Tokens(20))
-    };
+    let config = with(CacheConfig::new(lazy(4, 0.02), Budget::Tokens(20)), |c| {
+        c.prompt = Some(Prompt::CompressOnce(8));
+    });
     let mut cache = build(&config, 1);
     let steps = steps(4, 1, SHAPE, &[&[30][..], &[1; 40]].concat());
     run(&mut cache, &steps[..1]);
@@ -210,10 +200,7 @@ fn a_chunked_prompt_is_cut_down_after_each_chunk() {
 fn memory_is_given_back_and_stays_bounded() {
     let per_token = 2 * 2 * 16 * 4;
     for name in ["streaming", "h2o", "tova", "raas", "random", "lazy", "r-kv"] {
-        let config = CacheConfig {
-            prompt: Some(Prompt::Evictable),
-            ..CacheConfig::new(name.parse().unwrap(), Budget::Tokens(32))
-        };
+        let config = with(named(name, 32), |c| c.prompt = Some(Prompt::Evictable));
         let mut cache = build(&config, 1);
         let steps = steps(6, 1, SHAPE, &[&[400][..], &[1; 100]].concat());
         run(&mut cache, &steps[..1]);
@@ -270,55 +257,34 @@ fn impossible_settings_are_refused_with_their_numbers() {
     let build = |config: &CacheConfig| {
         CacheSet::new(&[SHAPE], 1, DType::F32, &Device::Cpu, config).map(|_| ())
     };
-    let named =
-        |name: &str, budget| CacheConfig::new(name.parse().unwrap(), Budget::Tokens(budget));
+    let protected = |budget| with(named("tova", budget), |c| (c.sinks, c.recent) = (4, 10));
     assert!(matches!(
-        build(&CacheConfig {
-            sinks: 4,
-            recent: 10,
-            ..named("tova", 14)
-        }),
+        build(&protected(14)),
         Err(Error::BudgetTooSmall {
             budget: 14,
             sinks: 4,
             recent: 10
         })
     ));
-    build(&CacheConfig {
-        sinks: 4,
-        recent: 10,
-        ..named("tova", 15)
-    })
-    .unwrap();
+    build(&protected(15)).unwrap();
     assert!(matches!(
-        build(&CacheConfig::new(lazy(20), Budget::Tokens(20))),
+        build(&CacheConfig::new(lazy(20, 0.02), Budget::Tokens(20))),
         Err(Error::BudgetTooSmall { .. })
     ));
     assert!(matches!(
-        build(&CacheConfig::new(lazy(0), Budget::Tokens(20))),
+        build(&CacheConfig::new(lazy(0, 0.02), Budget::Tokens(20))),
         Err(Error::ZeroWindow { name: "window" })
     ));
     assert!(matches!(
-        build(&CacheConfig {
-            lag: Some(0),
-            ..named("h2o", 20)
-        }),
+        build(&with(named("h2o", 20), |c| c.evict_every = Some(0))),
         Err(Error::ZeroWindow { .. })
     ));
     assert!(matches!(
-        build(&CacheConfig {
-            budget: Budget::Ratio(1.5),
-            ..named("h2o", 20)
-        }),
+        build(&with(named("h2o", 20), |c| c.budget = Budget::Ratio(1.5))),
         Err(Error::Setting { name: "budget", .. })
     ));
-    assert!(matches!(
-        build(&CacheConfig {
-            layer_budgets: Vec::from([Budget::Tokens(3)]),
-            ..named("h2o", 20)
-        }),
-        Ok(())
-    ));
+    let one_layer = |c: &mut CacheConfig| c.layer_budgets = vec![Budget::Tokens(3)];
+    assert!(matches!(build(&with(named("h2o", 20), one_layer)), Ok(())));
     assert!(matches!(
         build(&named("oracle", 20)),
         Err(Error::NeedUnavailable { .. })
@@ -371,10 +337,9 @@ fn layers_may_differ_in_heads_and_budgets() {
             ..SHAPE
         },
     ];
-    let config = CacheConfig {
-        layer_budgets: vec![Budget::Tokens(20), Budget::Tokens(1), Budget::Tokens(10)],
-        ..CacheConfig::new("h2o".parse().unwrap(), Budget::Tokens(1))
-    };
+    let config = with(named("h2o", 1), |c| {
+        c.layer_budgets = vec![Budget::Tokens(20), Budget::Tokens(1), Budget::Tokens(10)];
+    });
     let mut cache = CacheSet::new(&shapes, 1, DType::F32, &Device::Cpu, &config).unwrap();
     let tokens = [&[16][..], &[1; 20]].concat();
     let (a, c) = (
@@ -387,6 +352,195 @@ fn layers_may_differ_in_heads_and_budgets() {
         cache.attend(2, q2, k2, v2, 0.5).unwrap();
     }
     assert_eq!([0, 1, 2].map(|l| cache.physical_len(l)), [20, 0, 10]);
+}
+
+/// What is held after steps of 40, 1 and 17 tokens and single tokens: no more than the budget and, where evictions come every W steps, what
+/// joined since the last.
+#[test]
+fn steps_of_several_tokens_keep_every_policy_within_its_budget() {
+    let budget = 16;
+    for config in all_policies(budget) {
+        let name = config.decode.name();
+        if matches!(name, "full" | "snapkv") {
+            continue; // They keep what is generated.
+        }
+        let config = with(config, |c| c.prompt = Some(Prompt::Evictable));
+        for config in [config.clone(), with(config, |c| c.evict_every = Some(6))] {
+            let window = match (config.evict_every, name) {
+                (Some(window), _) => window,
+                (None, "lazy" | "lazy-reference" | "lazy-guarded" | "r-kv") => budget / 4,
+                _ => 1,
+            };
+            let mut cache = build(&config, 1);
+            let tokens = [&[40, 1, 17][..], &[1; 9], &[5, 30, 2]].concat();
+            let mut decoded = 0;
+            for (q, k, v) in &steps(11, 1, SHAPE, &tokens) {
+                let t = q.dim(2).unwrap();
+                cache.begin(t).unwrap();
+                cache.attend(0, q, k, v, 0.5).unwrap();
+                decoded += if cache.logical_len() == 40 { 0 } else { t };
+                if decoded >= window {
+                    let held = cache.physical_len(0);
+                    let bound = budget + decoded % window;
+                    assert!(held <= bound, "{config:?}: {held} after {decoded}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_prefill_policy_is_given_its_own_weights_whatever_the_decoding_policy_needs() {
+    let prompt = steps(12, 2, SHAPE, &[40]);
+    for name in ["tova", "scissorhands", "h2o"] {
+        let held = |config: CacheConfig| {
+            let mut cache = build(&config, 2);
+            run(&mut cache, &prompt);
+            (0..4)
+                .map(|row| cache.positions(0, row / 2, row % 2).to_vec())
+                .collect::<Vec<_>>()
+        };
+        let alone = held(named(name, 16));
+        for decode in ["h2o", "tova", "lazy", "raas", "scissorhands", "random"] {
+            let both = with(named(decode, 16), |c| {
+                c.prefill = name.parse().ok();
+                c.prompt = Some(Prompt::Evictable);
+            });
+            assert_eq!(held(both), alone, "prefill {name}, decode {decode}");
+        }
+    }
+}
+
+/// While nothing is evicted, as in the verification of speculative tokens.
+#[test]
+fn a_step_of_several_tokens_leaves_the_same_state_as_single_steps() {
+    let names = [
+        "lazy",
+        "lazy-reference",
+        "raas",
+        "scissorhands",
+        "tova",
+        "h2o",
+    ];
+    for name in names {
+        let config = with(named(name, 40), |c| c.evict_every = Some(16));
+        let singles = steps(13, 2, SHAPE, &[&[30][..], &[1; 50]].concat());
+        let mut one = build(&config, 2);
+        let want = run(&mut one, &singles);
+        let mut many = build(&config, 2);
+        run(&mut many, &singles[..1]);
+        let mut from = 1;
+        // Ends of steps are ends of windows.
+        for tokens in [1, 3, 7, 5, 16, 4, 12, 2] {
+            let join = |part: fn(&(Tensor, Tensor, Tensor)) -> &Tensor| {
+                let parts: Vec<_> = singles[from..from + tokens].iter().map(part).collect();
+                Tensor::cat(&parts, 2).unwrap()
+            };
+            let (q, k, v) = (join(|s| &s.0), join(|s| &s.1), join(|s| &s.2));
+            many.begin(tokens).unwrap();
+            let out = many.attend(0, &q, &k, &v, 0.5).unwrap();
+            for t in 0..tokens {
+                let got = flat(&out.narrow(2, t, 1).unwrap());
+                assert!(distance(&got, &want[from + t]) < 1e-5, "{name} step {from}");
+            }
+            from += tokens;
+        }
+        for row in 0..4 {
+            let positions = |cache: &CacheSet| cache.positions(0, row / 2, row % 2).to_vec();
+            assert_eq!(positions(&many), positions(&one), "{name}");
+        }
+    }
+}
+
+#[test]
+fn settings_beyond_what_positions_can_count_are_refused_or_mean_everything() {
+    let build = |config: CacheConfig| {
+        CacheSet::new(&[SHAPE], 1, DType::F32, &Device::Cpu, &config).map(|_| ())
+    };
+    let ratio = |name: &str| with(named(name, 1), |c| c.budget = Budget::Ratio(0.5));
+    for huge in [1 << 32, (1 << 32) + 1, usize::MAX] {
+        for config in [
+            with(ratio("h2o"), |c| c.evict_every = Some(huge)),
+            with(ratio("h2o"), |c| c.sinks = huge),
+            with(ratio("h2o"), |c| c.recent = huge),
+            with(named("h2o", usize::MAX), |c| c.recent = huge),
+            CacheConfig::new(lazy(huge, 1e-4), Budget::Ratio(0.5)),
+            CacheConfig::new(
+                {
+                    let mut settings = r_kv::Settings::default();
+                    settings.window = huge;
+                    PolicyConfig::RKv(settings)
+                },
+                Budget::Ratio(0.5),
+            ),
+        ] {
+            let error = build(config.clone()).unwrap_err();
+            let refused = matches!(error, Error::Setting { .. } | Error::BudgetTooSmall { .. });
+            assert!(refused, "{config:?}: {error}");
+        }
+        let both = with(named("h2o", 20), |c| (c.sinks, c.recent) = (huge, huge));
+        let error = build(both).unwrap_err();
+        let refused = matches!(error, Error::BudgetTooSmall { .. } | Error::Setting { .. });
+        assert!(refused && !error.to_string().is_empty());
+        let once = with(named("h2o", 20), |c| {
+            c.prompt = Some(Prompt::CompressOnce(huge))
+        });
+        assert!(matches!(build(once), Err(Error::BudgetTooSmall { .. })));
+        let mut settings = scissorhands::Settings::default();
+        settings.history = huge;
+        let config = CacheConfig::new(PolicyConfig::Scissorhands(settings), Budget::Tokens(20));
+        assert!(matches!(
+            build(config),
+            Err(Error::Setting {
+                name: "history",
+                ..
+            })
+        ));
+    }
+    // The largest that there is: as many tokens protected as there can be, and no eviction for as many steps.
+    let most = u32::MAX as usize;
+    for change in [
+        (|c: &mut CacheConfig, most| c.evict_every = Some(most)) as fn(&mut CacheConfig, usize),
+        |c, most| c.sinks = most,
+        |c, most| c.recent = most,
+    ] {
+        let mut cache = build_ratio(change, most);
+        run(
+            &mut cache,
+            &steps(14, 1, SHAPE, &[&[20][..], &[1; 20]].concat()),
+        );
+        assert!(cache.physical_len(0) >= 20);
+    }
+    let wide = LayerShape {
+        sliding_window: Some(usize::MAX),
+        ..SHAPE
+    };
+    let mut cache = CacheSet::full(&[wide], 1, DType::F32, &Device::Cpu).unwrap();
+    let mut plain = CacheSet::full(&[SHAPE], 1, DType::F32, &Device::Cpu).unwrap();
+    let all = steps(15, 1, SHAPE, &[40, 1, 3]);
+    assert_eq!(run(&mut cache, &all), run(&mut plain, &all));
+    for shape in [
+        LayerShape {
+            sliding_window: Some(0),
+            ..SHAPE
+        },
+        LayerShape {
+            head_dim: 0,
+            ..SHAPE
+        },
+    ] {
+        assert!(CacheSet::full(&[shape], 1, DType::F32, &Device::Cpu).is_err());
+    }
+    assert!(CacheSet::full(&[SHAPE], usize::MAX, DType::F32, &Device::Cpu).is_err());
+    assert!(matches!(cache.begin(usize::MAX), Err(Error::Step { .. })));
+}
+
+fn build_ratio(change: fn(&mut CacheConfig, usize), value: usize) -> CacheSet {
+    let config = with(named("h2o", 1), |c| {
+        c.budget = Budget::Ratio(0.5);
+        change(c, value);
+    });
+    build(&config, 1)
 }
 
 proptest! {
@@ -403,7 +557,9 @@ proptest! {
         sinks in 0usize..4,
         seed in any::<u64>(),
     ) {
-        let config = CacheConfig { sinks, recent: 1, ..all_policies(budget).swap_remove(policy) };
+        let config = with(all_policies(budget).swap_remove(policy), |c| {
+            (c.sinks, c.recent) = (sinks, 1);
+        });
         let mut cache = build(&config, 2);
         // The first single token ends the prompt.
         let tokens = [&[prompt, 1][..], &tokens].concat();

@@ -1,10 +1,10 @@
 //! Whose state is whose: sequences of a batch, snapshots, resets, threads, devices, a policy's own memory.
 
-use crate::common::{all_configurations, run, steps};
+use crate::common::{all_configurations, lazy, named, run, steps};
 use candle_core::{DType, Device, Tensor};
 use kv_lazy::attention::Reduce;
 use kv_lazy::policy::{
-    Clock, LazySettings, Needs, Phase, Place, Policy, Rows, Rule, Score, Seen, Trigger,
+    Clock, Needs, Phase, Place, Policy, Rows, Rule, Score, Seen, Trigger, lazy as lazy_eviction,
 };
 use kv_lazy::store::{Layout, Relocation};
 use kv_lazy::{Budget, CacheConfig, CacheSet, Error, LayerShape, PolicyConfig, Result};
@@ -27,7 +27,7 @@ fn tokens() -> Vec<usize> {
 #[test]
 fn a_sequence_of_a_batch_is_what_it_is_alone() {
     for config in all_configurations(20) {
-        if matches!(config.decode, PolicyConfig::Random { .. }) {
+        if matches!(config.decode, PolicyConfig::Random(_)) {
             continue; // Drawn per sequence on purpose.
         }
         let both = steps(1, 2, SHAPE, &tokens());
@@ -82,21 +82,25 @@ fn results_do_not_depend_on_the_number_of_threads() {
         sliding_window: None,
     };
     let steps = steps(3, 2, shape, &[&[1100][..], &[1; 20]].concat());
-    let config = CacheConfig::new(
-        PolicyConfig::Lazy(LazySettings {
-            window: Some(6),
-            ..LazySettings::default()
-        }),
-        Budget::Tokens(1050),
-    );
+    let configs = [
+        CacheConfig::new(lazy(6, 1e-4), Budget::Tokens(1050)),
+        named("h2o", 1050),
+    ];
     let on = |threads| {
         let pool = rayon::ThreadPoolBuilder::new()
             .num_threads(threads)
             .build()
             .unwrap();
         pool.install(|| {
-            let mut cache = CacheSet::new(&[shape], 2, DType::F32, &Device::Cpu, &config).unwrap();
-            run(&mut cache, &steps)
+            configs.clone().map(|config| {
+                let mut cache =
+                    CacheSet::new(&[shape], 2, DType::F32, &Device::Cpu, &config).unwrap();
+                let outputs = run(&mut cache, &steps);
+                let held: Vec<_> = (0..4)
+                    .map(|row| cache.positions(0, row / 2, row % 2).to_vec())
+                    .collect();
+                (outputs, held)
+            })
         })
     };
     let one = on(1);
@@ -112,11 +116,9 @@ fn with_one_query_head_per_group_every_reduction_is_the_same() {
     };
     let steps = steps(4, 1, shape, &tokens());
     let outputs = [Reduce::Max, Reduce::Mean, Reduce::Sum].map(|reduce| {
-        let policy = PolicyConfig::Lazy(LazySettings {
-            reduce,
-            ..LazySettings::default()
-        });
-        let config = CacheConfig::new(policy, Budget::Tokens(20));
+        let mut settings = lazy_eviction::Settings::default();
+        settings.reduce = reduce;
+        let config = CacheConfig::new(PolicyConfig::Lazy(settings), Budget::Tokens(20));
         run(
             &mut CacheSet::new(&[shape], 1, DType::F32, &Device::Cpu, &config).unwrap(),
             &steps,
@@ -126,7 +128,7 @@ fn with_one_query_head_per_group_every_reduction_is_the_same() {
     assert_eq!(outputs[0], outputs[2]);
 }
 
-/// Remembers each token's position by itself and checks it against the cache's at every judgement.
+/// Keeps each token's position by itself and checks it against the cache's at every eviction.
 #[derive(Debug, Clone)]
 struct Shadow {
     layout: Layout,
@@ -139,11 +141,7 @@ impl Policy for Shadow {
         "shadow"
     }
     fn needs(&self) -> Needs {
-        Needs {
-            values: true,
-            keys: true,
-            ..Needs::default()
-        }
+        Needs::keys().with_values()
     }
     fn rule(&self, _: Phase) -> Rule {
         Rule {

@@ -1,11 +1,18 @@
 //! Each policy against its definition, on plain slices.
 
 use kv_lazy::Result;
-use kv_lazy::attention::Reduce;
+use kv_lazy::attention::{Reduce, WeightKind};
+use kv_lazy::policy::h2o::{H2o, Normalise};
 use kv_lazy::policy::lazy::{Combine, Importance, Lazy, Mode};
+use kv_lazy::policy::raas::Raas;
+use kv_lazy::policy::random::Random;
+use kv_lazy::policy::scissorhands::{LONGEST_HISTORY, Scissorhands};
+use kv_lazy::policy::snapkv::{Pooling, SnapKv};
+use kv_lazy::policy::streaming::Streaming;
+use kv_lazy::policy::tova::Tova;
 use kv_lazy::policy::{
-    Budget, Clock, Evictor, H2o, Normalise, Phase, Place, Policy, Pooling, Prompt, Protect, Raas,
-    Random, RecentQueries, Rows, Scissorhands, Score, Seen, SnapKv, Streaming, Threshold, Tova,
+    Budget, Clock, Evictor, Phase, Place, Policy, Prompt, Protect, RecentQueries, Rows, Score,
+    Seen, Threshold,
 };
 use kv_lazy::store::Relocation;
 use rand::{Rng, SeedableRng};
@@ -32,9 +39,6 @@ impl Held {
 }
 
 impl Rows for Held {
-    fn len(&self) -> usize {
-        self.ids[0].len()
-    }
     fn head_dim(&self) -> usize {
         self.d
     }
@@ -92,7 +96,7 @@ fn drive(
     for step in 0..=steps {
         let clock = clock(prompt, step);
         let apply = |held: &mut Held, evictor: &mut Evictor, evict: Vec<Vec<u32>>| {
-            let len = held.len();
+            let len = held.len(0);
             for (head, evict) in evict.iter().enumerate() {
                 let moves = Relocation::compact(evict, len);
                 moves.apply(&mut held.ids[head], 1);
@@ -107,11 +111,16 @@ fn drive(
         }
         evictor.append(&clock);
         for head in 0..heads {
-            let seen = weights(head, step, &held.ids[head]);
-            evictor.observe(head, Seen::Weights(&seen), &clock).unwrap();
+            let weights = weights(head, step, &held.ids[head]);
+            for kind in evictor.needs().of(clock.phase).iter() {
+                let weights = &weights;
+                evictor
+                    .observe(head, Seen { kind, weights }, &clock)
+                    .unwrap();
+            }
         }
         if let Some(plan) = evictor.plan(&held, &clock).unwrap() {
-            plan.check(held.len()).unwrap();
+            plan.check(held.len(0)).unwrap();
             apply(&mut held, evictor, plan.evict);
         }
         after(step, &held.ids);
@@ -136,7 +145,11 @@ fn under_uniform_attention_h2o_holds_harmonic_numbers_and_its_mean_falls_with_ag
         for t in 1..=n {
             let clock = clock(0, t);
             h2o.append(&clock);
-            h2o.observe(0, Seen::Weights(&vec![1.0 / t as f32; t as usize]), &clock);
+            let seen = Seen {
+                kind: WeightKind::Columns,
+                weights: &vec![1.0 / t as f32; t as usize],
+            };
+            h2o.observe(0, seen, &clock);
         }
         let held = Held {
             ids: vec![(0..n).collect()],
@@ -266,7 +279,7 @@ fn raas_is_a_least_recently_used_map_over_generated_tokens() {
 #[test]
 fn scissorhands_counts_unimportance_over_its_history_only() {
     let (history, budget, recent) = (7usize, 20usize, 3u32);
-    let policy = Scissorhands::new(history, recent as usize, 0.25);
+    let policy = Scissorhands::new(history, recent as usize, 0.25).unwrap();
     let mut evictor = Evictor::new(Box::new(policy), Budget::Tokens(budget), place(1)).unwrap();
     let mut rng = ChaCha8Rng::seed_from_u64(3);
     // Per position, for each step: below uniform or not.
@@ -551,7 +564,11 @@ fn weights_that_are_not_finite_are_an_error_with_their_place() {
         .unwrap();
         let clock = clock(2, 0);
         evictor.append(&clock);
-        let got = evictor.observe(1, Seen::Weights(&[0.5, bad]), &clock);
+        let seen = Seen {
+            kind: WeightKind::Last(Reduce::Mean),
+            weights: &[0.5, bad],
+        };
+        let got = evictor.observe(1, seen, &clock);
         let wanted = kv_lazy::Error::NonFinite {
             layer: 3,
             sequence: 1,
@@ -559,4 +576,31 @@ fn weights_that_are_not_finite_are_an_error_with_their_place() {
         };
         assert_eq!(got.unwrap_err().to_string(), wanted.to_string());
     }
+}
+
+/// Two tokens, one always below the uniform weight, over a little more than the longest history.
+#[test]
+fn scissorhands_counts_the_longest_history_without_overflow() {
+    assert!(Scissorhands::new(LONGEST_HISTORY + 1, 1, 0.5).is_err());
+    let mut policy = Scissorhands::new(LONGEST_HISTORY, 1, 0.0).unwrap();
+    policy.start(place(1));
+    let mut joined = clock(0, 1);
+    joined.tokens = 2;
+    policy.append(&joined);
+    for step in 1..=LONGEST_HISTORY as u32 + 10 {
+        let seen = Seen {
+            kind: WeightKind::Last(Reduce::Max),
+            weights: &[0.1, 0.9],
+        };
+        policy.observe(0, seen, &clock(0, step));
+    }
+    let held = Held {
+        ids: vec![vec![0, 1]],
+        ..Held::default()
+    };
+    let mut scores = [Score::default(); 2];
+    let last = clock(0, LONGEST_HISTORY as u32 + 10);
+    policy.score(0, &held, &last, &mut scores).unwrap();
+    assert_eq!(scores[0].value, -(LONGEST_HISTORY as f32));
+    assert_eq!(scores[1].value, 0.0);
 }

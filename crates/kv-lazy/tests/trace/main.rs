@@ -3,13 +3,15 @@
 use candle_core::{DType, Device, Tensor};
 use kv_lazy::attention::Reduce;
 use kv_lazy::calibrate::{ALPHAS, calibrate};
-use kv_lazy::policy::{LazySettings, POLICY_NAMES, Threshold};
+use kv_lazy::policy::{NAMES, Threshold, lazy, oracle, streaming};
 use kv_lazy::trace::replay::{LayerReport, ReplayOptions, Summary, replay, replay_all};
 use kv_lazy::trace::synth::{Drifting, HeavyHitters, Planted, Sizes};
 use kv_lazy::trace::{LayerTrace, Recorder, Trace, TraceMeta, file, mri};
 use kv_lazy::{Budget, CacheConfig, CacheSet, Error, LayerShape, PolicyConfig};
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use tensor_io::{Cancelled, NoProgress, Progress};
 
 const SIZES: Sizes = Sizes {
     tokens: 400,
@@ -44,14 +46,13 @@ fn generators() -> Vec<Trace> {
 }
 
 fn lazily(window: usize) -> PolicyConfig {
-    PolicyConfig::Lazy(LazySettings {
-        window: Some(window),
-        ..LazySettings::default()
-    })
+    let mut settings = lazy::Settings::default();
+    settings.window = Some(window);
+    PolicyConfig::Lazy(settings)
 }
 
 fn run(trace: &Trace, config: &CacheConfig) -> LayerReport {
-    replay(trace, 0, config, &ReplayOptions::default()).unwrap()
+    replay(trace, 0, config, &ReplayOptions::default(), &NoProgress).unwrap()
 }
 
 /// Runs a layer of a trace through a cache; outputs `[Hq, 1, d]` of the decode steps.
@@ -98,7 +99,7 @@ fn replay_loses_exactly_what_a_live_cache_loses() {
         let shapes = [shape(layer)];
         let mut full = CacheSet::full(&shapes, 1, DType::F32, &Device::Cpu).unwrap();
         let reference = live(&trace, &mut full);
-        for name in POLICY_NAMES.into_iter().filter(|name| *name != "oracle") {
+        for &name in NAMES.iter().filter(|name| **name != "oracle") {
             let config = CacheConfig::new(name.parse().unwrap(), Budget::Tokens(96));
             let mut cache = CacheSet::new(&shapes, 1, DType::F32, &Device::Cpu, &config).unwrap();
             let outputs = live(&trace, &mut cache);
@@ -135,21 +136,21 @@ fn replay_loses_exactly_what_a_live_cache_loses() {
 #[test]
 fn the_oracle_retains_at_least_what_every_policy_does_and_the_ideal_set_more() {
     for trace in generators() {
-        let oracle = PolicyConfig::Oracle {
-            window: Some(16),
-            horizon: None,
-        };
+        let mut oracle = oracle::Settings::default();
+        oracle.window = Some(16);
+        let oracle = PolicyConfig::Oracle(oracle);
         let oracle = run(&trace, &CacheConfig::new(oracle, Budget::Tokens(96)));
-        for name in POLICY_NAMES {
+        for &name in NAMES {
             if matches!(name, "full" | "snapkv" | "oracle") {
                 continue; // They hold more than the budget, or are the oracle.
             }
             let config = match name.parse().unwrap() {
                 PolicyConfig::Lazy(_) => CacheConfig::new(lazily(16), Budget::Tokens(96)),
-                policy => CacheConfig {
-                    lag: Some(16),
-                    ..CacheConfig::new(policy, Budget::Tokens(96))
-                },
+                policy => {
+                    let mut config = CacheConfig::new(policy, Budget::Tokens(96));
+                    config.evict_every = Some(16);
+                    config
+                }
             };
             let report = run(&trace, &config);
             let gap = report.oracle_gap(&oracle);
@@ -178,8 +179,8 @@ fn the_full_cache_loses_nothing() {
         gap: 16,
         ..ReplayOptions::default()
     };
-    let config = CacheConfig::new(PolicyConfig::Full, Budget::Tokens(1));
-    let report = replay(&planted().trace(3), 0, &config, &options).unwrap();
+    let config = CacheConfig::new("full".parse().unwrap(), Budget::Tokens(1));
+    let report = replay(&planted().trace(3), 0, &config, &options, &NoProgress).unwrap();
     for head in &report.heads {
         assert!((head.retained_mass - 1.0).abs() < 1e-5);
         assert_eq!((head.recall, head.recurring_hit_rate), (1.0, Some(1.0)));
@@ -216,10 +217,9 @@ fn output_error_sees_a_value_outlier_that_mass_hides() {
             layers: BTreeMap::from([(0, Arc::new(layer))]),
         };
         // Of the prompt's four tokens, the first three stay.
-        let config = CacheConfig {
-            sinks: 3,
-            ..CacheConfig::new(PolicyConfig::Streaming { sinks: 3 }, Budget::Tokens(4))
-        };
+        let mut sinks = streaming::Settings::default();
+        sinks.sinks = 3;
+        let config = CacheConfig::new(PolicyConfig::Streaming(sinks), Budget::Tokens(4));
         let report = run(&trace, &config);
         let head = &report.heads[0];
         let output = 0.95 + 0.05 * f64::from(x);
@@ -297,8 +297,9 @@ fn broken_trace_files_are_refused_by_name() {
         replay(
             &trace,
             9,
-            &CacheConfig::new(PolicyConfig::Full, Budget::Tokens(1)),
-            &ReplayOptions::default()
+            &CacheConfig::new("full".parse().unwrap(), Budget::Tokens(1)),
+            &ReplayOptions::default(),
+            &NoProgress
         ),
         Err(Error::Trace { .. })
     ));
@@ -357,7 +358,8 @@ fn generators_repeat_by_seed_and_state_their_recurrence() {
     assert_ne!(planted().trace(1), planted().trace(2));
     for trace in generators() {
         trace.check("generated").unwrap();
-        let histogram = mri::of_trace(&trace, Threshold::Absolute(1e-4), Reduce::Max).unwrap();
+        let histogram =
+            mri::of_trace(&trace, Threshold::Absolute(1e-4), Reduce::Max, &NoProgress).unwrap();
         assert_eq!(histogram.tokens(), 2 * SIZES.tokens as u64);
         assert!(histogram.percentile(0.8).unwrap() >= 1);
     }
@@ -380,21 +382,82 @@ fn calibration_finds_the_planted_period() {
         decay: 8.0,
     };
     let trace = planted.trace(6);
-    let found = calibrate(std::slice::from_ref(&trace), &ALPHAS, Reduce::Max).unwrap();
+    let found = calibrate(
+        std::slice::from_ref(&trace),
+        &ALPHAS,
+        Reduce::Max,
+        &NoProgress,
+    )
+    .unwrap();
     assert!(ALPHAS.contains(&found.alpha));
     assert_eq!(found.layers[&0].len(), 1);
-    let again = mri::of_trace(&trace, Threshold::Absolute(found.alpha), Reduce::Max).unwrap();
+    let again = mri::of_trace(
+        &trace,
+        Threshold::Absolute(found.alpha),
+        Reduce::Max,
+        &NoProgress,
+    )
+    .unwrap();
     assert_eq!(again.percentile(0.8), Some(found.window as u32));
-    assert!(calibrate(&[], &ALPHAS, Reduce::Max).is_err());
+    assert!(calibrate(&[], &ALPHAS, Reduce::Max, &NoProgress).is_err());
 }
 
 #[test]
 fn summaries_order_their_quantiles() {
     let trace = planted().trace(7);
     let config = CacheConfig::new("h2o".parse().unwrap(), Budget::Tokens(64));
-    let reports = replay_all(&trace, &config, &ReplayOptions::default()).unwrap();
+    let reports = replay_all(&trace, &config, &ReplayOptions::default(), &NoProgress).unwrap();
     let s = Summary::of(&reports, |h| h.retained_mass).unwrap();
     assert!(s.min <= s.p10 && s.p10 <= s.median && s.median <= s.p90 && s.p90 <= s.max);
     assert!(s.min < 1.0 && s.min > 0.0);
     assert!(Summary::of(&[], |h| h.recall).is_none());
+}
+
+/// Counts the steps that were announced and done, and cancels after some.
+struct Counted {
+    announced: AtomicU64,
+    done: AtomicU64,
+    cancel_after: u64,
+}
+
+impl Progress for Counted {
+    fn begin(&self, _: &str, steps: u64) {
+        self.announced.fetch_add(steps, Ordering::Relaxed);
+    }
+    fn advance(&self, steps: u64) -> Result<(), Cancelled> {
+        let done = self.done.fetch_add(steps, Ordering::Relaxed) + steps;
+        if done > self.cancel_after {
+            return Err(Cancelled);
+        }
+        Ok(())
+    }
+}
+
+#[test]
+fn long_calls_report_all_their_steps_and_can_be_cancelled() {
+    let trace = planted().trace(8);
+    let call = |which: usize, progress: &Counted| match which {
+        0 => {
+            let config = CacheConfig::new("oracle".parse().unwrap(), Budget::Tokens(64));
+            replay_all(&trace, &config, &ReplayOptions::default(), progress).map(|_| ())
+        }
+        1 => calibrate(std::slice::from_ref(&trace), &[1e-3], Reduce::Max, progress).map(|_| ()),
+        _ => mri::of_trace(&trace, Threshold::Absolute(1e-4), Reduce::Max, progress).map(|_| ()),
+    };
+    for which in 0..3 {
+        let counted = |cancel_after| Counted {
+            announced: AtomicU64::new(0),
+            done: AtomicU64::new(0),
+            cancel_after,
+        };
+        let all = counted(u64::MAX);
+        call(which, &all).unwrap();
+        let announced = all.announced.into_inner();
+        assert!(announced > 300);
+        assert_eq!(announced, all.done.into_inner());
+        assert!(matches!(
+            call(which, &counted(10)),
+            Err(Error::Cancelled(_))
+        ));
+    }
 }

@@ -1,11 +1,13 @@
 //! Policies by name, budgets by tokens, and caches whose sequences know their place in the whole run.
 
+use std::sync::LazyLock;
+
 use anyhow::{Context, Result};
 use causal_lm::Model;
-use kv_lazy::policy::{Budget, Threshold};
+use kv_lazy::policy::{Budget, Phase, Threshold, Trigger, full};
 use kv_lazy::{CacheConfig, CacheSet, PolicyConfig, Prompt};
 
-/// Prefix of a policy that judges at windows of the same length as LazyEviction's.
+/// Prefix of a policy that evicts at windows of the same length as LazyEviction's.
 const LAGGED: &str = "lagged-";
 
 /// The weight from which a token counts as active in the LazyEviction paper, for most models.
@@ -45,44 +47,38 @@ impl PromptRule {
 }
 
 impl Choice {
-    /// All names, the lagged variants of the policies that judge at every step included.
-    pub const NAMES: [&'static str; 20] = [
-        "full",
-        "streaming",
-        "h2o",
-        "tova",
-        "scissorhands",
-        "raas",
-        "snapkv",
-        "r-kv",
-        "random",
-        "lazy",
-        "lazy-reference",
-        "lazy-guarded",
-        "oracle",
-        "lagged-streaming",
-        "lagged-h2o",
-        "lagged-tova",
-        "lagged-scissorhands",
-        "lagged-raas",
-        "lagged-snapkv",
-        "lagged-random",
-    ];
+    /// All names: the crate's policies, and lagged variants of those that evict at every step or only after the prompt.
+    pub fn known() -> &'static [String] {
+        static NAMES: LazyLock<Vec<String>> = LazyLock::new(|| {
+            let names = kv_lazy::policy::NAMES.iter();
+            let lagged = names.clone().filter(|name| {
+                let policy = name.parse::<PolicyConfig>();
+                let policy = policy.and_then(|policy| policy.build(Budget::Tokens(64)));
+                policy.is_ok_and(|policy| {
+                    let rule = policy.rule(Phase::Decode);
+                    rule.after_prefill && !matches!(rule.decode, Trigger::Every(_))
+                })
+            });
+            let lagged = lagged.map(|name| format!("{LAGGED}{name}"));
+            names.map(|name| (*name).to_owned()).chain(lagged).collect()
+        });
+        &NAMES
+    }
 
     /// What runs where nothing is asked for: all but the full cache, which runs anyway, and the oracle only where the `future` is known.
     pub fn names(future: bool) -> impl Iterator<Item = &'static str> {
-        let names = Self::NAMES.into_iter();
+        let names = Self::known().iter().map(String::as_str);
         names.filter(move |&name| name != "full" && (future || name != "oracle"))
     }
 
-    /// The policy of a name out of [`Choice::NAMES`]; `alpha` is the weight from which LazyEviction and RaaS take a token as active.
+    /// The policy of a name out of [`Choice::known`]; `alpha` is the weight from which LazyEviction and RaaS take a token as active.
     pub fn named(name: &str, prompt: PromptRule, alpha: f32) -> Option<Self> {
         let (base, lagged) = match name.strip_prefix(LAGGED) {
             Some(base) => (base, true),
             None => (name, false),
         };
         Some(Choice {
-            name: Self::NAMES.contains(&name).then(|| name.to_owned())?,
+            name: Self::known().iter().find(|known| *known == name)?.clone(),
             policy: base.parse().ok()?,
             lagged,
             prompt,
@@ -93,8 +89,8 @@ impl Choice {
     /// The full cache.
     pub(crate) fn full() -> Self {
         Choice {
-            name: PolicyConfig::Full.to_string(),
-            policy: PolicyConfig::Full,
+            name: "full".into(),
+            policy: PolicyConfig::Full(full::Settings::default()),
             lagged: false,
             prompt: PromptRule::Own,
             alpha: ALPHA,
@@ -103,36 +99,36 @@ impl Choice {
 
     /// Whether nothing is evicted.
     pub(crate) fn is_full(&self) -> bool {
-        self.policy == PolicyConfig::Full
+        matches!(self.policy, PolicyConfig::Full(_))
     }
 
     /// Whether the policy needs the future.
     pub(crate) fn is_oracle(&self) -> bool {
-        matches!(self.policy, PolicyConfig::Oracle { .. })
+        matches!(self.policy, PolicyConfig::Oracle(_))
     }
 
     /// Whether the policy draws.
     pub(crate) fn is_random(&self) -> bool {
-        matches!(self.policy, PolicyConfig::Random { .. })
+        matches!(self.policy, PolicyConfig::Random(_))
     }
 
     /// The configuration within `budget` tokens. Draws come from `seed`; the window of a lagged policy is the one that LazyEviction
     /// has by default.
     pub(crate) fn cache(&self, budget: usize, seed: u64) -> CacheConfig {
-        let mut config = CacheConfig::new(self.policy, Budget::Tokens(budget));
+        let mut config = CacheConfig::new(self.policy.clone(), Budget::Tokens(budget));
         match &mut config.decode {
-            PolicyConfig::Random { seed: drawn, .. } => *drawn = seed,
-            PolicyConfig::Raas { threshold } => *threshold = Threshold::Absolute(self.alpha),
+            PolicyConfig::Random(random) => random.seed = seed,
+            PolicyConfig::Raas(raas) => raas.threshold = Threshold::Absolute(self.alpha),
             PolicyConfig::Lazy(settings)
             | PolicyConfig::LazyReference(settings)
             | PolicyConfig::LazyGuarded(settings) => {
                 settings.threshold = Threshold::Absolute(self.alpha);
             }
-            // Without this it judges the prompt alone.
-            PolicyConfig::Snapkv { every, .. } if self.lagged => *every = Some(lag(budget)),
+            // Without this it only cuts the prompt.
+            PolicyConfig::Snapkv(snapkv) if self.lagged => snapkv.every = Some(lag(budget)),
             _ => {}
         }
-        config.lag = self.lagged.then(|| lag(budget));
+        config.evict_every = self.lagged.then(|| lag(budget));
         config.prompt = match self.prompt {
             PromptRule::Own => None,
             PromptRule::Keep => Some(Prompt::Keep),
@@ -145,7 +141,7 @@ impl Choice {
     pub(crate) fn keeps_prompt(&self) -> bool {
         let own = matches!(
             self.policy,
-            PolicyConfig::Random { .. } | PolicyConfig::Raas { .. } | PolicyConfig::LazyGuarded(_)
+            PolicyConfig::Random(_) | PolicyConfig::Raas(_) | PolicyConfig::LazyGuarded(_)
         );
         self.prompt == PromptRule::Keep || self.prompt == PromptRule::Own && own
     }
@@ -200,7 +196,8 @@ pub(crate) fn caches(
     first: usize,
     batch: usize,
 ) -> Result<CacheSet> {
-    let Some(config) = config.filter(|config| config.decode != PolicyConfig::Full) else {
+    let Some(config) = config.filter(|config| !matches!(config.decode, PolicyConfig::Full(_)))
+    else {
         return Ok(model.full_cache(batch)?);
     };
     let (dtype, device) = (model.decoder().dtype(), model.decoder().device());

@@ -18,7 +18,7 @@ use kv_lazy::trace::synth::{Drifting, HeavyHitters, Planted, Sizes};
 use kv_lazy::trace::{LayerTrace, Recorder, Trace, TraceMeta, file};
 use kv_lazy::{CacheSet, LayerShape};
 use serde_json::json;
-use tensor_io::Checkpoint;
+use tensor_io::{Checkpoint, NoProgress};
 
 use super::policy::{self, Choice};
 use super::verdict::{Metric, verdict};
@@ -237,7 +237,12 @@ fn replay(common: &Common, config: &Config, kind: &Kind) -> Result<Section> {
         .collect::<Result<Vec<_>>>()?;
     let mut recurrence = MriHistogram::default();
     for trace in &kind.traces {
-        recurrence.merge(&mri::of_trace(trace, config.threshold(), Reduce::Max)?);
+        recurrence.merge(&mri::of_trace(
+            trace,
+            config.threshold(),
+            Reduce::Max,
+            &NoProgress,
+        )?);
     }
 
     // The oracle first: the others are measured against it.
@@ -255,7 +260,7 @@ fn replay(common: &Common, config: &Config, kind: &Kind) -> Result<Section> {
                 ..ReplayOptions::default()
             };
             let watch = Stopwatch::start();
-            let layers = replay_all(trace, &cache, &options)?;
+            let layers = replay_all(trace, &cache, &options, &NoProgress)?;
             let mut row = row.clone();
             fill(&mut row, &layers, &attention[index]);
             watch.stop(&mut row);

@@ -1,4 +1,4 @@
-//! LazyEviction (arXiv 2506.15969): tokens recur, so wait a window before judging them.
+//! LazyEviction (arXiv 2506.15969): tokens recur, so wait a window before evicting them.
 //!
 //! Per token two numbers are kept: TS, the last step at which its weight passed the threshold, and MRI, the longest interval
 //! between two such steps. Every W steps, with the newest W tokens protected, a token's importance is H1 (is it still inside its
@@ -16,10 +16,11 @@ mod importance;
 pub use history::History;
 pub use importance::{Combine, Importance};
 
+use super::config::quarter;
 use super::{
-    Clock, Needs, Phase, Place, Policy, Prompt, Rows, Rule, Score, Seen, Threshold, Trigger,
+    Budget, Clock, Needs, Phase, Place, Policy, Prompt, Rows, Rule, Score, Seen, Threshold, Trigger,
 };
-use crate::attention::Reduce;
+use crate::attention::{Reduce, WeightKinds};
 use crate::error::{Error, Result};
 use crate::store::Relocation;
 use serde::{Deserialize, Serialize};
@@ -35,6 +36,57 @@ pub enum Mode {
     Reference,
     /// The paper's H1 · (1 + H2), sinks and prompt kept.
     Guarded,
+}
+
+/// Settings of the three modes.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", default, deny_unknown_fields)]
+#[non_exhaustive]
+pub struct Settings {
+    /// W, steps between evictions and newest tokens protected. Unset: a quarter of the budget, at most 128; 32 for a ratio. The paper uses the 80th percentile
+    /// of the MRI, which the module `calibrate` measures.
+    pub window: Option<usize>,
+    /// When a token counts as active; α = 1e-4 in the paper for most models.
+    pub threshold: Threshold,
+    /// How weights are reduced over a group before they are compared with the threshold.
+    pub reduce: Reduce,
+    /// How H1 and H2 combine; unset: the mode's.
+    pub combine: Option<Combine>,
+    /// Smallest MRI that earns H2; unset: 1.
+    pub h2_min_mri: Option<u32>,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            window: None,
+            threshold: Threshold::Absolute(1e-4),
+            reduce: Reduce::Max,
+            combine: None,
+            h2_min_mri: None,
+        }
+    }
+}
+
+pub(super) fn build_paper(settings: &Settings, budget: Budget) -> Result<Box<dyn Policy>> {
+    build(Mode::Paper, settings, budget)
+}
+
+pub(super) fn build_reference(settings: &Settings, budget: Budget) -> Result<Box<dyn Policy>> {
+    build(Mode::Reference, settings, budget)
+}
+
+pub(super) fn build_guarded(settings: &Settings, budget: Budget) -> Result<Box<dyn Policy>> {
+    build(Mode::Guarded, settings, budget)
+}
+
+fn build(mode: Mode, settings: &Settings, budget: Budget) -> Result<Box<dyn Policy>> {
+    let window = settings.window.unwrap_or_else(|| quarter(budget, 128));
+    let mut importance = Importance::of(mode);
+    importance.combine = settings.combine.unwrap_or(importance.combine);
+    importance.h2_min_mri = settings.h2_min_mri.unwrap_or(importance.h2_min_mri);
+    let lazy = Lazy::new(mode, window, settings.threshold, settings.reduce)?;
+    Ok(Box::new(lazy.with_importance(importance)))
 }
 
 /// Recurrence-aware eviction every W steps.
@@ -86,10 +138,8 @@ impl Policy for Lazy {
     }
 
     fn needs(&self) -> Needs {
-        Needs {
-            weights: Some(self.reduce),
-            ..Needs::default()
-        }
+        // Prefill attention is not used: t counts decode steps.
+        Needs::decode(WeightKinds::last(self.reduce))
     }
 
     fn rule(&self, _: Phase) -> Rule {
@@ -103,7 +153,7 @@ impl Policy for Lazy {
             } else {
                 Prompt::Evictable
             },
-            ..Rule::lagged(self.window)
+            ..Rule::every(self.window)
         }
     }
 
@@ -112,21 +162,16 @@ impl Policy for Lazy {
     }
 
     fn append(&mut self, clock: &Clock) {
-        let birth = match self.mode {
-            Mode::Reference => clock.step.saturating_sub(1),
-            Mode::Paper | Mode::Guarded => clock.step,
-        };
         for head in &mut self.heads {
-            head.append(clock.tokens as usize, birth);
+            for birth in clock.births() {
+                let early = u32::from(self.mode == Mode::Reference);
+                head.append(1, birth.saturating_sub(early));
+            }
         }
     }
 
     fn observe(&mut self, head: usize, seen: Seen<'_>, clock: &Clock) {
-        // Prefill attention is not used: t counts decode steps.
-        if clock.phase == Phase::Prefill {
-            return;
-        }
-        let (Seen::Weights(weights) | Seen::Columns(weights)) = seen;
+        let weights = seen.weights;
         let level = self.threshold.level(weights);
         // The paper activates above the threshold, the program at or above it.
         match self.mode {

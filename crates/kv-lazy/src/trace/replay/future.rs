@@ -1,6 +1,6 @@
 //! The future of a trace, for the oracle.
 
-use crate::policy::Future;
+use crate::policy::oracle::Future;
 use crate::trace::LayerTrace;
 use std::sync::Arc;
 
@@ -21,7 +21,9 @@ impl FutureAttention {
 impl Future for FutureAttention {
     fn mass(&self, head: usize, from: u32, horizon: usize, ids: &[u32], out: &mut [f32]) {
         let group = self.layer.group();
-        let end = (from as usize + horizon).min(self.layer.tokens);
+        let end = (from as usize)
+            .saturating_add(horizon)
+            .min(self.layer.tokens);
         for t in from as usize..end {
             for query_head in head * group..(head + 1) * group {
                 // Traces are checked to be finite on entry; an overflow in the product would stop the replay itself.

@@ -12,11 +12,11 @@ pub use future::FutureAttention;
 pub use metrics::{AgeHistogram, HeadReport, LayerReport, Summary};
 
 use super::{LayerTrace, Trace};
-use crate::attention::Reduce;
+use crate::attention::{Reduce, WeightKind};
 use crate::error::{Error, Result};
+use crate::policy::oracle::Oracle;
 use crate::policy::{
-    CacheConfig, Clock, Evictor, Needs, Oracle, Phase, Place, Plan, PolicyConfig, PrefillNeed,
-    Seen, Threshold,
+    CacheConfig, Clock, Evictor, Needs, Phase, Place, Plan, PolicyConfig, Seen, Threshold, quarter,
 };
 use crate::store::Relocation;
 use metrics::Observer;
@@ -24,6 +24,7 @@ use rayon::prelude::*;
 use rows::TraceRows;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use tensor_io::Progress;
 
 /// What is measured beside the losses themselves.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -46,50 +47,23 @@ impl Default for ReplayOptions {
     }
 }
 
+/// Windows that an oracle without a horizon looks ahead, in turn.
+const HORIZONS: [usize; 4] = [1, 2, 4, 8];
+
 /// Replays one layer of `trace` under `config`. An oracle without a horizon is replayed with one, two, four and eight windows, and the run that
 /// retains the most mass is reported: seeing further is not always better, because tokens still to come will want the slots.
 ///
 /// # Errors
-/// A layer that the trace does not have; settings that cannot be; weights that are not finite.
+/// A layer that the trace does not have; settings that cannot be; weights that are not finite; a cancelled `progress`.
 pub fn replay(
     trace: &Trace,
     layer: usize,
     config: &CacheConfig,
     options: &ReplayOptions,
+    progress: &dyn Progress,
 ) -> Result<LayerReport> {
-    let data = trace.layers.get(&layer).ok_or_else(|| Error::Trace {
-        path: trace.meta.model.clone(),
-        problem: format!("no layer {layer}"),
-    })?;
-    let run = |config: &CacheConfig| {
-        let evictor = build(config, data, trace.meta.scale, layer)?;
-        Run::new(data, trace, evictor, layer, *options).finish()
-    };
-    let PolicyConfig::Oracle {
-        window,
-        horizon: None,
-    } = config.decode
-    else {
-        return run(config);
-    };
-    let window = window.unwrap_or(crate::policy::quarter(config.layer_budget(layer)?, 128));
-    let mut best: Option<LayerReport> = None;
-    for windows in [1, 2, 4, 8] {
-        let horizon = Some(windows * window);
-        let decode = PolicyConfig::Oracle {
-            window: Some(window),
-            horizon,
-        };
-        let report = run(&CacheConfig {
-            decode,
-            ..config.clone()
-        })?;
-        let mass = |report: &LayerReport| report.mean(|h| h.retained_mass);
-        if best.as_ref().is_none_or(|best| mass(&report) > mass(best)) {
-            best = Some(report);
-        }
-    }
-    Ok(best.expect("four horizons were replayed"))
+    progress.begin("replay", steps(trace, config));
+    replay_layer(trace, layer, config, options, progress)
 }
 
 /// Replays every layer of `trace`.
@@ -100,12 +74,71 @@ pub fn replay_all(
     trace: &Trace,
     config: &CacheConfig,
     options: &ReplayOptions,
+    progress: &dyn Progress,
 ) -> Result<Vec<LayerReport>> {
+    let layers = trace.layers.len() as u64;
+    progress.begin("replay", layers * steps(trace, config));
     trace
         .layers
         .keys()
-        .map(|&layer| replay(trace, layer, config, options))
+        .map(|&layer| replay_layer(trace, layer, config, options, progress))
         .collect()
+}
+
+/// Decode steps that the replay of a layer takes.
+fn steps(trace: &Trace, config: &CacheConfig) -> u64 {
+    let runs = match &config.decode {
+        PolicyConfig::Oracle(oracle) if oracle.horizon.is_none() => HORIZONS.len(),
+        _ => 1,
+    };
+    (runs * trace.tokens.len().saturating_sub(trace.meta.prompt_len)) as u64
+}
+
+fn replay_layer(
+    trace: &Trace,
+    layer: usize,
+    config: &CacheConfig,
+    options: &ReplayOptions,
+    progress: &dyn Progress,
+) -> Result<LayerReport> {
+    let data = trace.layers.get(&layer).ok_or_else(|| Error::Trace {
+        path: trace.meta.model.clone(),
+        problem: format!("no layer {layer}"),
+    })?;
+    if options.top == 0 {
+        return Err(Error::Setting {
+            name: "top",
+            value: "0".into(),
+            expected: "at least 1",
+        });
+    }
+    let run = |config: &CacheConfig| {
+        let evictor = build(config, data, trace.meta.scale, layer)?;
+        Run::new(data, trace, evictor, layer, *options).finish(progress)
+    };
+    let oracle = match &config.decode {
+        PolicyConfig::Oracle(oracle) if oracle.horizon.is_none() => oracle,
+        _ => return run(config),
+    };
+    let window = match oracle.window {
+        Some(window) => window,
+        None => quarter(config.layer_budget(layer)?, 128),
+    };
+    let mut best: Option<LayerReport> = None;
+    for windows in HORIZONS {
+        let mut oracle = oracle.clone();
+        oracle.window = Some(window);
+        oracle.horizon = Some(window.saturating_mul(windows));
+        let report = run(&CacheConfig {
+            decode: PolicyConfig::Oracle(oracle),
+            ..config.clone()
+        })?;
+        let mass = |report: &LayerReport| report.mean(|h| h.retained_mass);
+        if best.as_ref().is_none_or(|best| mass(&report) > mass(best)) {
+            best = Some(report);
+        }
+    }
+    Ok(best.expect("four horizons were replayed"))
 }
 
 fn build(
@@ -120,19 +153,19 @@ fn build(
         heads: data.kv_heads,
         ..Place::default()
     };
-    let policy = match config.decode {
-        PolicyConfig::Oracle { window, horizon } => {
-            let window = window.unwrap_or_else(|| crate::policy::quarter(budget, 128));
+    let policy = match &config.decode {
+        PolicyConfig::Oracle(oracle) => {
+            let window = oracle.window.unwrap_or_else(|| quarter(budget, 128));
+            let horizon = oracle.horizon.unwrap_or(window.saturating_mul(4));
             let future = Arc::new(FutureAttention::new(data.clone(), scale));
-            let oracle = Oracle::new(window, horizon.unwrap_or(4 * window), future);
-            config.combine(Box::new(oracle), budget)?
+            config.combine(Box::new(Oracle::new(window, horizon, future)), budget)?
         }
         _ => config.build(budget)?,
     };
     Evictor::new(policy, budget, place)
 }
 
-/// One layer's replay under way.
+/// The replay of one layer.
 struct Run<'a> {
     data: &'a LayerTrace,
     scale: f64,
@@ -169,10 +202,11 @@ impl<'a> Run<'a> {
         }
     }
 
-    fn finish(mut self) -> Result<LayerReport> {
+    fn finish(mut self, progress: &dyn Progress) -> Result<LayerReport> {
         self.prefill()?;
         for t in self.prompt..self.data.tokens {
             self.step(t)?;
+            progress.advance(1)?;
         }
         let Self {
             layer,
@@ -195,36 +229,27 @@ impl<'a> Run<'a> {
         };
         self.rows.append(0, self.prompt);
         self.evictor.append(&clock);
-        let first = match self.needs.prefill {
-            PrefillNeed::Nothing => self.prompt,
-            PrefillNeed::LastQuery => self.prompt - 1,
-            PrefillNeed::Columns => 0,
-        };
-        let columns = self.needs.prefill == PrefillNeed::Columns;
-        let reduce = if columns {
-            Reduce::Sum
-        } else {
-            self.needs.weights.unwrap_or_default()
-        };
-        for head in 0..self.data.kv_heads {
-            if first == self.prompt {
-                break;
-            }
-            let mut sum = vec![0.0; self.prompt];
-            for t in first..self.prompt {
-                for g in 0..self.data.group() {
-                    let (weights, _) =
-                        self.data
-                            .attention(head * self.data.group() + g, t, self.scale)?;
-                    reduce.accumulate(&mut sum[..=t], &weights, self.data.group());
-                }
-            }
-            let seen = if columns {
-                Seen::Columns(&sum)
-            } else {
-                Seen::Weights(&sum)
+        let wanted = self.needs.prefill;
+        for kind in wanted.iter() {
+            let (first, reduce) = match kind {
+                WeightKind::Columns => (0, Reduce::Sum),
+                WeightKind::Last(reduce) => (self.prompt - 1, reduce),
             };
-            self.evictor.observe(head, seen, &clock)?;
+            for head in 0..self.data.kv_heads {
+                let group = self.data.group();
+                let mut sum = vec![0.0; self.prompt];
+                for t in first..self.prompt {
+                    for query_head in head * group..(head + 1) * group {
+                        let (weights, _) = self.data.attention(query_head, t, self.scale)?;
+                        reduce.accumulate(&mut sum[..=t], &weights, group);
+                    }
+                }
+                let seen = Seen {
+                    kind,
+                    weights: &sum,
+                };
+                self.evictor.observe(head, seen, &clock)?;
+            }
         }
         self.evict(&clock)
     }
@@ -251,11 +276,16 @@ impl<'a> Run<'a> {
             .map(|head| data.attention(head, t, scale))
             .collect::<Result<_>>()?;
         self.observer.step(t, &self.rows, &attention);
-        if let Some(reduce) = self.needs.weights {
-            let group = data.group();
+        let group = data.group();
+        for kind in self.needs.decode.iter() {
+            let reduce = match kind {
+                // With one query per step the column sums are its weights, summed over the group.
+                WeightKind::Columns => Reduce::Sum,
+                WeightKind::Last(reduce) => reduce,
+            };
             for head in 0..data.kv_heads {
                 let ids = self.rows.ids_of(head);
-                let mut seen = vec![0.0; ids.len()];
+                let mut sum = vec![0.0; ids.len()];
                 for (weights, _) in &attention[head * group..(head + 1) * group] {
                     let held: Vec<f32> = ids.iter().map(|&id| weights[id as usize]).collect();
                     let mass: f32 = held.iter().sum();
@@ -263,10 +293,14 @@ impl<'a> Run<'a> {
                         .iter()
                         .map(|w| w / mass.max(f32::MIN_POSITIVE))
                         .collect();
-                    reduce.accumulate(&mut seen, &renormalised, group);
+                    reduce.accumulate(&mut sum, &renormalised, group);
                 }
                 let started = Instant::now();
-                self.evictor.observe(head, Seen::Weights(&seen), &clock)?;
+                let seen = Seen {
+                    kind,
+                    weights: &sum,
+                };
+                self.evictor.observe(head, seen, &clock)?;
                 self.policy_time += started.elapsed();
             }
         }

@@ -70,9 +70,6 @@ impl<'a> TraceRows<'a> {
 }
 
 impl Rows for TraceRows<'_> {
-    fn len(&self) -> usize {
-        self.ids.first().map_or(0, Vec::len)
-    }
     fn head_dim(&self) -> usize {
         self.data.head_dim
     }

@@ -248,7 +248,7 @@ impl<'a> Cells<'a> {
     /// The score of each sequence: the share of its questions that were answered right, of a chain whether all were.
     fn answer(&self, eviction: Option<&CacheConfig>, held: &mut Held) -> Result<Vec<f64>> {
         let mut cache = match eviction {
-            Some(config) if matches!(config.decode, PolicyConfig::Oracle { .. }) => {
+            Some(config) if matches!(config.decode, PolicyConfig::Oracle(_)) => {
                 oracle::caches(self.model, config, &self.foreseen)?
             }
             _ => policy::caches(self.model, eviction, 0, self.samples.len())?,

@@ -8,7 +8,8 @@ use std::sync::Arc;
 use anyhow::{Context, Result};
 use causal_lm::{CacheSet, Model};
 use kv_lazy::CacheConfig;
-use kv_lazy::policy::{Budget, Needs, Oracle, Phase, Place, Policy, Rule};
+use kv_lazy::policy::oracle::Oracle;
+use kv_lazy::policy::{Budget, Needs, Phase, Place, Policy, Rule};
 use kv_lazy::trace::replay::FutureAttention;
 use kv_lazy::trace::{Recorder, Trace, TraceMeta};
 
@@ -35,9 +36,9 @@ pub(super) fn caches(
     traces: &Arc<Vec<Trace>>,
 ) -> Result<CacheSet> {
     let (dtype, device) = (model.decoder().dtype(), model.decoder().device());
-    let foreseeing = |layer| -> kv_lazy::Result<(Box<dyn Policy>, Budget)> {
+    let oracle = |layer| -> kv_lazy::Result<(Box<dyn Policy>, Budget)> {
         let budget = config.layer_budget(layer)?;
-        let policy = Foreseeing {
+        let policy = TraceOracle {
             traces: traces.clone(),
             window: policy::lag(budget.tokens(0)),
             oracle: None,
@@ -50,33 +51,30 @@ pub(super) fn caches(
         traces.len(),
         dtype,
         device,
-        foreseeing,
+        oracle,
     )?)
 }
 
-/// An oracle that is given its sequence's future when it is told which sequence it serves.
+/// An oracle over the trace of its sequence.
 #[derive(Debug, Clone)]
-struct Foreseeing {
+struct TraceOracle {
     traces: Arc<Vec<Trace>>,
     window: usize,
     oracle: Option<Oracle>,
 }
 
-impl Policy for Foreseeing {
+impl Policy for TraceOracle {
     fn name(&self) -> &'static str {
         "oracle"
     }
     fn needs(&self) -> Needs {
         // The trace holds all heads of a layer.
-        Needs {
-            all_heads: true,
-            ..Needs::default()
-        }
+        Needs::NOTHING.for_all_heads()
     }
     fn rule(&self, _: Phase) -> Rule {
         Rule {
             recent: 0,
-            ..Rule::lagged(self.window)
+            ..Rule::every(self.window)
         }
     }
     fn start(&mut self, place: Place) {

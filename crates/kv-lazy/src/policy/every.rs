@@ -1,23 +1,23 @@
-//! Any policy, judged every W steps and with the newest W tokens protected: the window of LazyEviction alone.
+//! Any policy, evicting every W steps and with the newest W tokens protected: the window of LazyEviction alone.
 
 use super::{Phase, Policy, Rule, Trigger};
 use crate::store::Layout;
 
 /// Evicts every `window` steps in place of every step.
 #[derive(Debug, Clone)]
-pub struct Lagged<P> {
+pub struct EvictEvery<P> {
     inner: P,
     window: usize,
 }
 
-impl<P> Lagged<P> {
-    /// Lets `inner` judge every `window` steps; a window of zero is refused when the policy is put to work.
+impl<P> EvictEvery<P> {
+    /// `inner` evicts every `window` steps; a window of zero is refused when the evictor is built.
     pub fn new(inner: P, window: usize) -> Self {
         Self { inner, window }
     }
 }
 
-impl<P: Policy + Clone + 'static> Policy for Lagged<P> {
+impl<P: Policy + Clone + 'static> Policy for EvictEvery<P> {
     fn name(&self) -> &'static str {
         self.inner.name()
     }
