@@ -13,7 +13,7 @@ use std::path::Path;
 use candle_core::{DType, Device, Tensor};
 use causal_lm::{Decoder, LinearName, Windows, synthetic};
 use criterion::{BatchSize, Criterion, SamplingMode, Throughput, criterion_group, criterion_main};
-use prune_structured::{Calibration, Collect, Form, Plan, Recipe, write};
+use prune_structured::{Calibration, Collect, NoProgress, Plan, Recipe, Settings, write};
 use tensor_io::{Checkpoint, Config, WriteOptions};
 
 const WINDOW: usize = 512;
@@ -59,7 +59,7 @@ fn calibration(c: &mut Criterion) {
     group.throughput(Throughput::Elements(flops as u64));
     group.bench_function("moments of one block", |b| {
         b.iter(|| {
-            Calibration::run(&decoder, &windows, &Collect::default(), &mut || ()).expect("finite")
+            Calibration::run(&decoder, &windows, &Collect::default(), &NoProgress).expect("finite")
         });
     });
     let operands: Vec<(Tensor, Tensor)> = shapes
@@ -88,25 +88,15 @@ fn rewriting(c: &mut Criterion) {
     let dir = tempfile::tempdir().expect("temporary folder");
     let checkpoint = model(dir.path());
     let decoder = Decoder::new(&checkpoint, DType::F32, &Device::Cpu).expect("a supported model");
-    let calibration = Calibration::run(&decoder, &windows(), &Collect::default(), &mut || ())
+    let calibration = Calibration::run(&decoder, &windows(), &Collect::default(), &NoProgress)
         .expect("finite activations");
     let recipe = Recipe::named("flap", 0).expect("a known name");
-    let plan = Plan::make(&decoder, &calibration, &recipe, 0.2).expect("a ratio in reach");
+    let plan =
+        Plan::make(&decoder, &calibration, &recipe, 0.2, &NoProgress).expect("a ratio in reach");
     let dst = dir.path().join("pruned");
-    let options = WriteOptions::default();
+    let settings = Settings::new(&calibration);
     let remove = || drop(fs::remove_dir_all(&dst));
-    let prune = |()| {
-        write(
-            &decoder,
-            &plan,
-            Some(&calibration),
-            Form::Sliced,
-            &dst,
-            &options,
-            &mut || (),
-        )
-        .expect("removed")
-    };
+    let prune = |()| write(&decoder, &plan, &dst, &settings, &NoProgress).expect("removed");
     let bytes = prune(()).bytes;
 
     let mut group = c.benchmark_group("rewriting");

@@ -6,15 +6,14 @@
 //! of every round, so "elem/s" reads as FLOP/s. Searching is counted in tokens of candidates.
 
 use std::hint::black_box;
-use std::ops::ControlFlow;
 use std::time::Duration;
 
 use candle_core::{DType, Device, Tensor};
 use causal_lm::{Decoder, Windows, synthetic};
 use criterion::{BatchSize, Criterion, SamplingMode, Throughput, criterion_group, criterion_main};
-use prune_structured::Recipe;
 use prune_structured::obs::{Problem, Rounds, Units, sweep};
-use prune_structured::tyr::{Data, Options, Sharing, Stage, Start, search};
+use prune_structured::tyr::{Data, Options, Run, Sharing, Stage, Start, search};
+use prune_structured::{NoProgress, Recipe};
 use tensor_io::{Checkpoint, Config, WriteOptions};
 
 const COLUMNS: usize = 2048;
@@ -70,13 +69,12 @@ fn searching(c: &mut Criterion) {
     let recipe = Recipe::named("tyr", 0).expect("a known name");
 
     let stage = |tokens, survivors| Stage { tokens, survivors };
-    let sizes = |sharing| Options {
-        iterations: 1,
-        generations: 4,
-        offspring: 32,
-        stages: vec![stage(512, 8), stage(1024, 2), stage(2048, 1)],
-        sharing,
-        ..Options::default()
+    let sizes = |sharing| {
+        let mut options = Options::default();
+        (options.iterations, options.generations, options.offspring) = (1, 4, 32);
+        options.stages = vec![stage(512, 8), stage(1024, 2), stage(2048, 1)];
+        options.sharing = sharing;
+        options
     };
     let data = Data {
         calibration: &windows,
@@ -84,18 +82,14 @@ fn searching(c: &mut Criterion) {
     };
     let run = |sharing| {
         let folder = tempfile::tempdir().expect("temporary folder");
-        let go = &mut || ControlFlow::Continue(());
+        let options = sizes(sharing);
+        let run = Run {
+            options: &options,
+            dir: folder.path(),
+        };
         let start = Start::Uniform(0.25);
-        search(
-            &decoder,
-            &data,
-            &recipe,
-            start,
-            &sizes(sharing),
-            folder.path(),
-            go,
-        )
-        .expect("a search of sensible size")
+        search(&decoder, &data, &recipe, start, run, &NoProgress)
+            .expect("a search of sensible size")
     };
     let mut group = c.benchmark_group("search");
     group.sampling_mode(SamplingMode::Flat).sample_size(10);

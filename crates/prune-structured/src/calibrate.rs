@@ -1,19 +1,31 @@
 //! One pass of calibration windows through the dense model, shared by every method.
 
-use crate::flap::compat::Fluctuation;
-use crate::stats::{ColumnStats, GramCollector, GramStore, LayerStats, Moments, Part};
-use crate::structprune::Refits;
+use crate::stats::{
+    ColumnStats, Fluctuation, GramCollector, GramStore, LayerStats, Moments, Needs, Part,
+};
 use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor};
-use causal_lm::{Block, Decoder, Hidden, Linear, Site, Tap, TapResult, Windows};
+use causal_lm::{Block, Decoder, Hidden, Linear, Progress, Site, Tap, TapResult, Windows};
+use std::path::PathBuf;
 
 /// What a calibration collects beside moments.
 #[derive(Clone, Debug, Default)]
+#[non_exhaustive]
 pub struct Collect {
-    /// The reference's fluctuation, for `flap-compat`.
+    /// The fluctuation of FLAP's published implementation, for `flap-compat`.
     pub fluctuation: bool,
     /// Gram matrices for least-squares refits, written to this store.
     pub gram: Option<GramStore>,
+}
+
+impl Collect {
+    /// What methods with these needs read, Gram matrices in `dir`, which must exist and outlive the calibration.
+    pub fn new(needs: Needs, dir: impl Into<PathBuf>) -> Self {
+        Self {
+            fluctuation: needs.fluctuation,
+            gram: needs.gram.then(|| GramStore::new(dir)),
+        }
+    }
 }
 
 /// Statistics of all blocks of a model on a set of windows.
@@ -23,36 +35,34 @@ pub struct Calibration {
     pub layers: Vec<LayerStats>,
     /// Gram matrices, when they were collected.
     pub gram: Option<GramStore>,
-    /// Weights that a refinement of the plan made, when there was one.
-    pub refits: Option<Refits>,
 }
 
 impl Calibration {
-    /// Runs `windows` through the dense model, one block in memory at a time; `progress` is told
-    /// after each block.
+    /// Runs `windows` through the dense model, one block in memory at a time; a step of `progress` is a block.
     ///
     /// # Errors
-    /// What reading or running the model reports, among it activations that are not finite.
+    /// What reading or running the model reports, among it activations that are not finite;
+    /// [`Error::Cancelled`].
     pub fn run(
         decoder: &Decoder<'_>,
         windows: &Windows,
         collect: &Collect,
-        progress: &mut dyn FnMut(),
+        progress: &dyn Progress,
     ) -> Result<Self> {
         let mut hidden = Hidden::embed(decoder, windows)?;
         let mut layers = Vec::with_capacity(decoder.config().layers());
+        progress.begin("calibration", decoder.config().layers() as u64);
         for layer in 0..decoder.config().layers() {
             let block = decoder.block(layer)?;
             decoder.release(layer);
             let mut collector = Collector::new(&block, windows.window_len(), collect)?;
             hidden.advance(&block, &mut collector)?;
             layers.push(collector.finish(layer, collect.gram.as_ref(), hidden.batches())?);
-            progress();
+            progress.advance(1)?;
         }
         Ok(Self {
             layers,
             gram: collect.gram.clone(),
-            refits: None,
         })
     }
 

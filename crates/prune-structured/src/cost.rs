@@ -1,7 +1,8 @@
 //! What a plan saves, counted from the tensors that writing it would produce.
 
 use crate::Result;
-use crate::layout::{Form, linear_of, outputs};
+use crate::output::Form;
+use crate::output::layout::{linear_of, outputs};
 use crate::plan::Plan;
 use causal_lm::Decoder;
 use causal_lm::names::EMBEDDING;

@@ -1,5 +1,6 @@
 //! What can go wrong when a model is pruned.
 
+use causal_lm::Cancelled;
 use std::path::PathBuf;
 
 /// An error of this crate; every case names what was wrong and where.
@@ -42,14 +43,14 @@ pub enum Error {
         /// The layer's width.
         width: usize,
     },
-    /// An option's value that means nothing.
+    /// An option out of range.
     #[error("{option} is {value}, but {expected}")]
     Option {
         /// The option's name.
         option: &'static str,
         /// Its value.
         value: f64,
-        /// What would do.
+        /// What is expected.
         expected: &'static str,
     },
     /// No widths that are equal in all layers come near the ratio.
@@ -72,7 +73,7 @@ pub enum Error {
         /// The first layer that differs.
         layer: usize,
     },
-    /// A model that an export's format has no way to say.
+    /// A model that an export's format cannot represent.
     #[error("{format} cannot hold {what}: {reason}")]
     Export {
         /// The format.
@@ -111,7 +112,7 @@ pub enum Error {
         /// What is wrong with it.
         reason: String,
     },
-    /// A size that makes no search.
+    /// A search option out of range.
     #[error("search option {option} is {value}; expected {expected}")]
     Search {
         /// The option's name.
@@ -121,20 +122,17 @@ pub enum Error {
         /// What is expected.
         expected: &'static str,
     },
-    /// A file of a search that cannot be read or written, or belongs to another search.
+    /// A file of statistics or of a search that cannot be read or written, is damaged, or belongs to another search.
     #[error("{path}: {reason}", path = path.display())]
-    SearchFile {
+    StateFile {
         /// The file.
         path: PathBuf,
         /// What is wrong with it.
         reason: String,
     },
-    /// A search that was broken off between two steps.
-    #[error("the search was interrupted; {dir} holds what it needs to go on", dir = dir.display())]
-    Interrupted {
-        /// Its folder.
-        dir: PathBuf,
-    },
+    /// The call was cancelled by its progress. A search continues from its folder.
+    #[error(transparent)]
+    Cancelled(#[from] Cancelled),
     /// The normal equations of a least-squares refit are singular.
     #[error(
         "layer {layer}: the least-squares refit is singular; use a larger ridge or more calibration windows"

@@ -1,6 +1,6 @@
 #![doc = include_str!("../README.md")]
 //!
-//! # The way of the data
+//! # Data flow
 //!
 //! ```text
 //! Calibration::run   one pass of windows through the dense model, statistics per column
@@ -9,40 +9,35 @@
 //! ```
 #![forbid(unsafe_code)]
 
-mod allocate;
+pub mod allocation;
 mod calibrate;
-mod compensate;
-pub mod config;
+pub mod compensation;
 mod cost;
+mod divergence;
 mod error;
-mod files;
-pub mod flap;
-pub mod gguf;
-mod layout;
-pub mod nemotron;
+mod methods;
 pub mod obs;
+pub mod output;
 mod plan;
 mod ranking;
 pub mod rate_distortion;
 mod recipe;
-mod score;
-mod slice;
+pub mod score;
 pub mod stats;
+mod stored;
 pub mod structprune;
 mod tensor;
 pub mod tyr;
-mod uniform;
-mod write;
 
-pub use allocate::Allocation;
+pub use allocation::Allocation;
 pub use calibrate::{Calibration, Collect};
-pub use compensate::{Compensation, DEFAULT_RIDGE};
-pub use config::Loading;
+pub use candle_core;
+pub use causal_lm::{Cancelled, NoProgress, Progress};
+pub use compensation::{Compensation, DEFAULT_RIDGE};
 pub use cost::{BlockCost, Cost};
 pub use error::{Error, Result};
-pub use layout::Form;
+pub use output::{Form, Loading, Settings, gguf, nemotron, write};
 pub use plan::{LayerPlan, Plan};
 pub use ranking::{AttentionUnit, Ranking, Shape, Step};
 pub use recipe::Recipe;
-pub use score::{Score, standardise};
-pub use write::write;
+pub use score::Score;

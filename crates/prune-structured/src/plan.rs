@@ -1,17 +1,15 @@
 //! Plans: what is kept of every block, as plain data.
 //!
 //! A plan is made from calibration statistics alone and can be printed, saved and compared before
-//! any weight is touched. Writing it out knows nothing of how it came about.
+//! any weight is touched. Writing it does not depend on the method that made it.
 
-use crate::allocate::{Allocation, budget};
-use crate::compensate::Compensation;
-use crate::files;
-use crate::obs;
+use crate::allocation::{Budget, equalise};
+use crate::compensation::Compensation;
 use crate::ranking::Ranking;
 use crate::recipe::Recipe;
 use crate::stats::Part;
-use crate::{Calibration, Error, Result, uniform};
-use causal_lm::{Decoder, Widths};
+use crate::{Calibration, Error, Result};
+use causal_lm::{Decoder, Progress, Widths};
 use serde::{Deserialize, Serialize};
 use std::path::Path;
 
@@ -41,7 +39,7 @@ impl LayerPlan {
         match ranking.part {
             Part::Mlp => self.neurons = kept,
             // Whole groups: the units are key/value heads.
-            Part::Attention if ranking.order.len() == dense.kv_heads => {
+            Part::Attention if ranking.order().len() == dense.kv_heads => {
                 let group = dense.heads / dense.kv_heads;
                 self.heads = kept
                     .iter()
@@ -61,49 +59,49 @@ impl LayerPlan {
     }
 }
 
-/// What is kept of a model, and how the rest is made up for.
+/// What is kept of a model, and what compensates for the rest.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Plan {
-    /// How it came about.
+    /// The method that made it.
     pub recipe: Recipe,
-    /// The ratio that was asked for.
+    /// The ratio to remove.
     pub ratio: f64,
-    /// What makes up for the removed units.
+    /// What compensates for the removed units.
     pub compensation: Compensation,
     /// One entry per block.
     pub layers: Vec<LayerPlan>,
 }
 
 impl Plan {
-    /// Scores, ranks and allocates.
+    /// Scores, ranks and allocates; a step of `progress` is a sublayer, where the method takes long.
     ///
     /// # Errors
     /// [`Error::Ratio`], [`Error::Unreachable`] and [`Error::Width`] for what cannot be asked of
-    /// this model; [`Error::Missing`] when the score reads statistics that were not collected.
+    /// this model; [`Error::Missing`] when the score reads statistics that were not collected;
+    /// [`Error::Cancelled`].
     pub fn make(
         decoder: &Decoder<'_>,
         calibration: &Calibration,
         recipe: &Recipe,
         ratio: f64,
+        progress: &dyn Progress,
     ) -> Result<Self> {
-        let mut rankings = Ranking::all(decoder, calibration, recipe.score, &recipe.shape)?;
-        if let Allocation::RdDp { distortion, .. } = recipe.allocation {
-            let compensation = recipe.compensation(decoder);
-            obs::attach_errors(
-                decoder,
-                calibration,
-                compensation,
-                distortion,
-                &mut rankings,
-            )?;
-        }
+        let (score, shape) = (&recipe.score, &recipe.shape);
+        let mut rankings = score.rank(decoder, calibration, shape, progress)?;
+        recipe.allocation.method().prepare(
+            decoder,
+            calibration,
+            recipe.compensation(decoder),
+            &mut rankings,
+            progress,
+        )?;
         Self::allocate(decoder, &rankings, recipe, ratio)
     }
 
     /// Allocates the budget over given rankings.
     ///
     /// # Errors
-    /// As [`Allocation::keep`].
+    /// As [`Allocation::keep`](crate::Allocation::keep).
     pub fn allocate(
         decoder: &Decoder<'_>,
         rankings: &[Ranking],
@@ -114,8 +112,8 @@ impl Plan {
         let added = compensation.added(decoder);
         let mut keep = recipe.allocation.keep(rankings, ratio, added)?;
         if recipe.shape.uniform && ratio > 0.0 {
-            let budget = budget(rankings, ratio, added);
-            keep = uniform::equalise(decoder, rankings, &keep, (ratio, budget))?;
+            let budget = Budget::new(rankings, ratio, added);
+            keep = equalise(decoder, rankings, &keep, budget)?;
         }
         let dense = &decoder.config().widths;
         let mut layers: Vec<LayerPlan> = dense
@@ -148,7 +146,7 @@ impl Plan {
         self.widths() == decoder.config().widths
     }
 
-    /// Whether all blocks come out with the same widths and none without a half.
+    /// Whether all blocks keep the same widths and none loses a half.
     pub fn is_uniform(&self) -> bool {
         let widths = self.widths();
         let whole = |w: &Widths| w.heads > 0 && w.neurons > 0;
@@ -215,13 +213,13 @@ impl Plan {
         serde_json::from_slice(&bytes).map_err(|e| plan_file(path, e))
     }
 
-    /// Writes it as JSON: beside the destination first, then renamed.
+    /// Writes it as JSON, whole or not at all.
     ///
     /// # Errors
     /// [`Error::PlanFile`] when the file cannot be written.
     pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
         let path = path.as_ref();
-        files::write_json(path, self).map_err(|e| plan_file(path, e))
+        tensor_io::atomic::write_json(path, self).map_err(|e| plan_file(path, e))
     }
 }
 

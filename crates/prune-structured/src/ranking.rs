@@ -1,18 +1,18 @@
 //! What can be removed from each half of a block, in which order, and what each step saves.
 //!
-//! An allocation only decides how many steps of each ranking to keep. Everything that restricts
-//! shapes is settled before: whole KV groups, equal numbers of query heads in every group, widths
-//! that are multiples of an alignment, minimum widths.
+//! An allocation only decides how many steps of each ranking to keep. Everything that restricts shapes is settled
+//! before: whole KV groups, equal numbers of query heads in every group, widths that are multiples of an alignment,
+//! minimum widths.
 
-use crate::score::standardise;
-use crate::stats::Part;
-use crate::{Calibration, Error, Result, Score};
+use crate::stats::{Part, standardise};
+use crate::{Error, Result};
 use causal_lm::{Decoder, LinearName};
 use serde::{Deserialize, Serialize};
 
 /// The unit that attention is pruned in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
 pub enum AttentionUnit {
     /// A key/value head with all query heads that read it.
     KvGroup,
@@ -33,12 +33,13 @@ impl AttentionUnit {
 
 /// Restrictions on the widths that may result.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct Shape {
     /// Unit of attention; `None` chooses by [`AttentionUnit::suggested`].
     pub attention_unit: Option<AttentionUnit>,
-    /// Attention units that every layer keeps; 0 allows attention to go altogether.
+    /// Attention units that every layer keeps; 0 allows attention to be removed altogether.
     pub min_attention: usize,
-    /// Neurons that every layer keeps; 0 allows the MLP to go altogether.
+    /// Neurons that every layer keeps; 0 allows the MLP to be removed altogether.
     pub min_neurons: usize,
     /// Neurons are removed so that their number stays a multiple of this.
     pub align_neurons: usize,
@@ -59,7 +60,7 @@ impl Default for Shape {
     }
 }
 
-/// One step of a ranking: units that go together.
+/// One step of a ranking: units that are removed together.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Step {
     /// Units (KV heads, query heads or neurons) in the step.
@@ -77,50 +78,103 @@ pub struct Ranking {
     pub layer: usize,
     /// Which half.
     pub part: Part,
-    /// Ids of the units, best first: KV heads, query heads or neurons.
-    pub order: Vec<usize>,
-    /// The order cut into steps; their scores never rise.
-    pub steps: Vec<Step>,
     /// Steps at the front that must stay.
     pub protected: usize,
     /// Score of the whole half, not standardised, per parameter.
     pub energy: f64,
-    /// Squared output error when the first k steps stay, for k = 0 ..= steps, where an allocation
-    /// asked for it.
+    /// Squared output error when the first k steps stay, for k = 0 ..= steps, where an allocation asked for it.
     pub errors: Option<Vec<f64>>,
+    order: Vec<usize>,
+    steps: Vec<Step>,
+    /// Units and parameters of the first k steps, for k = 0 ..= steps.
+    kept: Vec<(usize, u64)>,
 }
 
 impl Ranking {
+    fn new(layer: usize, part: Part, order: Vec<usize>, steps: Vec<Step>) -> Self {
+        let mut kept = Vec::with_capacity(steps.len() + 1);
+        let mut sum = (0, 0);
+        kept.push(sum);
+        for step in &steps {
+            sum = (sum.0 + step.units, sum.1 + step.cost);
+            kept.push(sum);
+        }
+        Self {
+            layer,
+            part,
+            protected: 0,
+            energy: 0.0,
+            errors: None,
+            order,
+            steps,
+            kept,
+        }
+    }
+
+    /// Ids of the units, best first: KV heads, query heads or neurons.
+    pub fn order(&self) -> &[usize] {
+        &self.order
+    }
+
+    /// The order cut into steps; their scores never rise.
+    pub fn steps(&self) -> &[Step] {
+        &self.steps
+    }
+
     /// Parameters of the first `steps` steps.
     pub fn cost(&self, steps: usize) -> u64 {
-        self.steps[..steps].iter().map(|step| step.cost).sum()
+        self.kept[steps].1
+    }
+
+    /// Parameters of all steps.
+    pub fn total(&self) -> u64 {
+        self.cost(self.steps.len())
+    }
+
+    /// Number of units in the first `steps` steps.
+    pub fn units_in(&self, steps: usize) -> usize {
+        self.kept[steps].0
+    }
+
+    /// The number of steps that hold exactly `units` units, if there is one.
+    pub fn steps_of(&self, units: usize) -> Option<usize> {
+        self.kept
+            .binary_search_by_key(&units, |&(units, _)| units)
+            .ok()
+    }
+
+    /// The number of steps, `protected` ones at least, whose parameters are closest to `budget`; the fewer on a tie.
+    pub fn nearest(&self, budget: f64) -> usize {
+        let gap = |steps: usize| (self.cost(steps) as f64 - budget).abs();
+        let above = self
+            .kept
+            .partition_point(|&(_, cost)| (cost as f64) < budget)
+            .clamp(self.protected, self.steps.len());
+        let below = above.saturating_sub(1).max(self.protected);
+        // Steps without parameters of their own tie with the one before.
+        let best = if gap(below) <= gap(above) {
+            below
+        } else {
+            above
+        };
+        self.kept
+            .partition_point(|&(_, cost)| cost < self.cost(best))
+            .max(self.protected)
     }
 
     /// Ids of the units in the first `steps` steps, ascending.
     pub fn kept(&self, steps: usize) -> Vec<usize> {
-        let units = self.steps[..steps].iter().map(|step| step.units).sum();
-        let mut kept = self.order[..units].to_vec();
+        let mut kept = self.order[..self.units_in(steps)].to_vec();
         kept.sort_unstable();
         kept
     }
 
-    /// Ranks the units of every sublayer of a model.
-    ///
-    /// # Errors
-    /// [`Error::Width`] for a minimum or alignment that a layer cannot satisfy, and what the
-    /// score reports.
-    pub fn all(
-        decoder: &Decoder<'_>,
-        calibration: &Calibration,
-        score: Score,
-        shape: &Shape,
-    ) -> Result<Vec<Self>> {
-        if let Score::Obs { rounds } = score {
-            return crate::obs::rank(decoder, calibration, rounds, shape);
+    /// Puts the units into another order and gives every step a score.
+    pub(crate) fn reorder(&mut self, order: Vec<usize>, scores: impl IntoIterator<Item = f64>) {
+        self.order = order;
+        for (step, score) in self.steps.iter_mut().zip(scores) {
+            step.score = score;
         }
-        Self::by_columns(decoder, shape, |layer, part| {
-            score.columns(layer, part, calibration.part(layer, part)?)
-        })
     }
 
     /// The units of every sublayer in the order of their ids: costs and steps without a score.
@@ -137,7 +191,8 @@ impl Ranking {
         })
     }
 
-    fn by_columns(
+    /// Ranks the units of every sublayer by the mean score of their columns.
+    pub(crate) fn by_columns(
         decoder: &Decoder<'_>,
         shape: &Shape,
         columns: impl Fn(usize, Part) -> Result<Vec<f64>>,
@@ -213,18 +268,10 @@ impl Ranking {
                 cost: cost * ids.len() as u64,
             })
             .collect();
-        Self {
-            layer,
-            part,
-            order,
-            steps,
-            protected: 0,
-            energy: 0.0,
-            errors: None,
-        }
+        Self::new(layer, part, order, steps)
     }
 
-    /// Query heads in steps of one from every group; the last step to go takes keys and values.
+    /// Query heads in steps of one from every group; the last step to be removed takes keys and values.
     fn query_heads(
         layer: usize,
         scores: &[f64],
@@ -249,19 +296,11 @@ impl Ranking {
             });
             order.extend(ids);
         }
-        Self {
-            layer,
-            part: Part::Attention,
-            order,
-            steps,
-            protected: 0,
-            energy: 0.0,
-            errors: None,
-        }
+        Self::new(layer, Part::Attention, order, steps)
     }
 
     fn with_energy(self, score: f64) -> Self {
-        let energy = score / self.cost(self.steps.len()) as f64;
+        let energy = score / self.total() as f64;
         Self { energy, ..self }
     }
 
@@ -319,4 +358,43 @@ pub(crate) fn pool(rankings: &[Ranking], part: Option<Part>) -> Vec<(usize, usiz
             .then_with(|| place(a).cmp(&place(b)))
     });
     pool
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn the_nearest_number_of_steps_is_the_one_that_a_search_of_all_finds(
+            units in 1usize..40,
+            align in 1usize..5,
+            protected in 0usize..5,
+            budget in -5.0f64..500.0,
+        ) {
+            let mut ranking = Ranking::units(0, Part::Mlp, &vec![0.0; units], 7, align);
+            ranking.protected = protected.min(ranking.steps().len());
+            let mut best = ranking.protected;
+            for steps in ranking.protected..=ranking.steps().len() {
+                let gap = |steps| (ranking.cost(steps) as f64 - budget).abs();
+                if gap(steps) < gap(best) {
+                    best = steps;
+                }
+            }
+            prop_assert_eq!(ranking.nearest(budget), best);
+        }
+
+        #[test]
+        fn units_and_costs_of_the_first_steps_are_sums(units in 1usize..40, align in 1usize..5) {
+            let ranking = Ranking::units(0, Part::Mlp, &vec![0.0; units], 7, align);
+            for steps in 0..=ranking.steps().len() {
+                let first = &ranking.steps()[..steps];
+                prop_assert_eq!(ranking.cost(steps), first.iter().map(|s| s.cost).sum::<u64>());
+                prop_assert_eq!(ranking.units_in(steps), first.iter().map(|s| s.units).sum::<usize>());
+                prop_assert_eq!(ranking.steps_of(ranking.units_in(steps)), Some(steps));
+            }
+            prop_assert_eq!(ranking.steps_of(units + 1), None);
+        }
+    }
 }

@@ -1,92 +1,141 @@
 //! Methods by name: a score, an allocation, a compensation, and the shapes they may result in.
 
-use crate::allocate::Allocation;
-use crate::compensate::Compensation;
+use crate::allocation::{
+    AlAm, Allocation, ClosedForm, FlapCompatCut, RdDp, Searched, Softmax, UlMm,
+};
+use crate::compensation::{Bias, Compensation, NoCompensation};
 use crate::ranking::Shape;
-use crate::rate_distortion::Distortion;
-use crate::score::Score;
-use crate::structprune;
+use crate::score::{FlapCompat, Magnitude, Obs, Random, Score, WandaSp, Wifv};
+use crate::stats::Needs;
 use causal_lm::Decoder;
 use serde::{Deserialize, Serialize};
 
 /// One way to prune.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct Recipe {
-    /// What it is called in tables.
+    /// Its name in tables.
     pub name: String,
     /// How columns are scored.
     pub score: Score,
-    /// How the budget is spread.
+    /// How the budget is divided.
     pub allocation: Allocation,
-    /// What makes up for the loss; `None` for what suits the architecture.
+    /// What compensates for the removed units; `None` for what suits the architecture.
     pub compensation: Option<Compensation>,
     /// Restrictions on widths.
     pub shape: Shape,
 }
 
+/// Score, allocation and compensation of a named method.
+type Parts = (Score, Allocation, Option<Compensation>);
+
+/// Every method, one line each; the function's argument is the seed.
+const METHODS: [(&str, fn(u64) -> Parts); 9] = [
+    ("flap", |_| parts(Wifv, AlAm, None)),
+    ("flap-compat", |_| {
+        parts(FlapCompat, FlapCompatCut, Some(Bias.into()))
+    }),
+    ("tyr", |_| {
+        parts(Obs::default(), Searched, Some(Compensation::LEAST_SQUARES))
+    }),
+    ("rd-dp", |_| {
+        let least_squares = Some(Compensation::LEAST_SQUARES);
+        parts(Obs::default(), RdDp::default(), least_squares)
+    }),
+    ("structprune", |_| {
+        parts(WandaSp, ClosedForm::default(), None)
+    }),
+    ("structprune-softmax", |_| {
+        parts(WandaSp, Softmax::default(), None)
+    }),
+    ("wanda-sp", |_| baseline(WandaSp)),
+    ("magnitude", |_| baseline(Magnitude)),
+    ("random", |seed| baseline(Random { seed })),
+];
+
+fn parts(
+    score: impl Into<Score>,
+    allocation: impl Into<Allocation>,
+    compensation: Option<Compensation>,
+) -> Parts {
+    (score.into(), allocation.into(), compensation)
+}
+
+/// Baselines remove the same share of every layer and compensate for nothing.
+fn baseline(score: impl Into<Score>) -> Parts {
+    parts(score, UlMm, Some(NoCompensation.into()))
+}
+
 impl Recipe {
-    /// What makes up for the loss in this model.
+    /// Names that [`Recipe::named`] knows.
+    pub const NAMES: [&str; METHODS.len()] = {
+        let mut names = [""; METHODS.len()];
+        let mut i = 0;
+        while i < names.len() {
+            names[i] = METHODS[i].0;
+            i += 1;
+        }
+        names
+    };
+
+    /// A method as its authors, or common use, define it. `seed` is that of `random`.
+    pub fn named(name: &str, seed: u64) -> Option<Self> {
+        let (_, make) = METHODS.iter().find(|(known, _)| *known == name)?;
+        let (score, allocation, compensation) = make(seed);
+        let mut recipe = Self::new(name, score, allocation);
+        recipe.compensation = compensation;
+        if matches!(allocation, Allocation::FlapCompat(_)) {
+            // The published implementation has no minimum.
+            (recipe.shape.min_attention, recipe.shape.min_neurons) = (0, 0);
+        }
+        Some(recipe)
+    }
+
+    /// A method of your own, with the compensation that suits the architecture and no restriction on widths but that
+    /// no half of a block is removed altogether.
+    pub fn new(
+        name: impl Into<String>,
+        score: impl Into<Score>,
+        allocation: impl Into<Allocation>,
+    ) -> Self {
+        Self {
+            name: name.into(),
+            score: score.into(),
+            allocation: allocation.into(),
+            compensation: None,
+            shape: Shape::default(),
+        }
+    }
+
+    /// What compensates for the removed units in this model.
     pub fn compensation(&self, decoder: &Decoder<'_>) -> Compensation {
         self.compensation
             .unwrap_or_else(|| Compensation::suggested(decoder))
     }
 
-    /// Names that [`Recipe::named`] knows.
-    pub const NAMES: [&str; 9] = [
-        "flap",
-        "flap-compat",
-        "tyr",
-        "rd-dp",
-        "structprune",
-        "structprune-softmax",
-        "wanda-sp",
-        "magnitude",
-        "random",
-    ];
+    /// Statistics that making a plan reads.
+    pub fn needs_for_plan(&self) -> Needs {
+        self.score.needs() | self.allocation.needs()
+    }
 
-    /// A method as its authors, or common use, define it. `seed` is that of `random`.
-    ///
-    /// The controls spend the same share in every layer and leave the rest as it is.
-    pub fn named(name: &str, seed: u64) -> Option<Self> {
-        let control = |score| (score, Allocation::UlMm, Some(Compensation::None));
-        let (score, allocation, compensation) = match name {
-            "flap" => (Score::Wifv, Allocation::AlAm, None),
-            "flap-compat" => (
-                Score::FlapCompat,
-                Allocation::FlapCompat,
-                Some(Compensation::Bias),
-            ),
-            "structprune" => (Score::WandaSp, structprune::CLOSED_FORM, None),
-            "structprune-softmax" => (Score::WandaSp, structprune::SOFTMAX, None),
-            "wanda-sp" => control(Score::WandaSp),
-            "magnitude" => control(Score::Magnitude),
-            "random" => control(Score::Random { seed }),
-            "rd-dp" => (
-                Score::Obs { rounds: None },
-                Allocation::RdDp {
-                    distortion: Distortion::Hidden,
-                    convex: false,
-                },
-                Some(Compensation::LEAST_SQUARES),
-            ),
-            "tyr" => (
-                Score::Obs { rounds: None },
-                Allocation::Searched,
-                Some(Compensation::LEAST_SQUARES),
-            ),
-            _ => return None,
-        };
-        let mut shape = Shape::default();
-        if allocation == Allocation::FlapCompat {
-            // The published implementation has no floor.
-            (shape.min_attention, shape.min_neurons) = (0, 0);
+    /// Statistics that making and writing a plan for this model read.
+    pub fn needs(&self, decoder: &Decoder<'_>) -> Needs {
+        self.needs_for_plan() | self.compensation(decoder).needs()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_name_gives_a_method_of_that_name_and_no_other_does() {
+        for name in Recipe::NAMES {
+            let recipe = Recipe::named(name, 3).unwrap();
+            assert_eq!(recipe.name, name);
+            let json = serde_json::to_string(&recipe).unwrap();
+            assert_eq!(serde_json::from_str::<Recipe>(&json).unwrap(), recipe);
         }
-        Some(Self {
-            name: name.into(),
-            score,
-            allocation,
-            compensation,
-            shape,
-        })
+        assert_eq!(Recipe::named("no-such-method", 0), None);
     }
 }

@@ -5,11 +5,14 @@ mod common;
 use candle_core::quantized::gguf_file::{Content, Value};
 use candle_core::{DType, Device, Tensor};
 use causal_lm::config::WIDTHS_KEY;
-use common::{KINDS, Tiny, decoder, gap, logits, windows};
+use common::{KINDS, Tiny, decoder, gap, logits, overwrite, windows};
+use prune_structured::compensation::{Alternating, NoCompensation};
 use prune_structured::gguf::{self, Precision};
+use prune_structured::output::Refits;
 use prune_structured::structprune;
 use prune_structured::{
-    Calibration, Collect, Compensation, Cost, Error, Form, Loading, Plan, Recipe, nemotron, write,
+    Calibration, Collect, Cost, Error, Form, Loading, NoProgress, Plan, Recipe, Settings, nemotron,
+    write,
 };
 use serde_json::{Value as Json, json};
 use std::path::{Path, PathBuf};
@@ -17,40 +20,49 @@ use tensor_io::{Checkpoint, WriteOptions};
 
 fn calibrate(model: &Tiny) -> Calibration {
     let collect = Collect::default();
-    Calibration::run(&model.decoder(), &windows(12), &collect, &mut || ()).unwrap()
+    Calibration::run(&model.decoder(), &windows(12), &collect, &NoProgress).unwrap()
 }
 
 fn recipe(name: &str, uniform: bool) -> Recipe {
     let mut recipe = Recipe::named(name, 3).unwrap();
     recipe.shape.uniform = uniform;
-    recipe.compensation = Some(Compensation::None);
+    recipe.compensation = Some(NoCompensation.into());
     recipe
 }
 
 fn save(model: &Tiny, plan: &Plan, calibration: &Calibration, form: Form, name: &str) -> PathBuf {
+    save_refined(model, plan, (calibration, None), form, name)
+}
+
+fn save_refined(
+    model: &Tiny,
+    plan: &Plan,
+    (calibration, refits): (&Calibration, Option<&Refits>),
+    form: Form,
+    name: &str,
+) -> PathBuf {
     let dst = model.path(name);
-    let options = WriteOptions {
-        overwrite: true,
-        ..WriteOptions::default()
-    };
-    let (decoder, calibration) = (model.decoder(), Some(calibration));
-    write(
-        &decoder,
-        plan,
-        calibration,
-        form,
-        &dst,
-        &options,
-        &mut || (),
-    )
-    .unwrap();
+    let settings = Settings::new(calibration)
+        .refits(refits)
+        .form(form)
+        .files(overwrite());
+    write(&model.decoder(), plan, &dst, &settings, &NoProgress).unwrap();
     dst
+}
+
+fn make(
+    model: &Tiny,
+    calibration: &Calibration,
+    recipe: &Recipe,
+    ratio: f64,
+) -> Result<Plan, Box<Error>> {
+    Plan::make(&model.decoder(), calibration, recipe, ratio, &NoProgress).map_err(Box::new)
 }
 
 /// A pruned model in a folder with a byte-level tokenizer of as many tokens as it has rows.
 fn pruned(model: &Tiny, recipe: &Recipe, ratio: f64) -> PathBuf {
     let calibration = calibrate(model);
-    let mut plan = Plan::make(&model.decoder(), &calibration, recipe, ratio).unwrap();
+    let mut plan = make(model, &calibration, recipe, ratio).unwrap();
     if !recipe.shape.uniform {
         // Small models may come out equally wide by chance.
         plan.layers[1].neurons.pop();
@@ -96,7 +108,7 @@ fn equal_widths_come_within_one_step_of_every_layer_under_any_allocation() {
             for align in [1, 4] {
                 let mut recipe = recipe(name, true);
                 recipe.shape.align_neurons = align;
-                let plan = Plan::make(&model.decoder(), &calibration, &recipe, 0.3).unwrap();
+                let plan = make(&model, &calibration, &recipe, 0.3).unwrap();
                 assert!(plan.is_uniform(), "{kind} {name}: {:?}", plan.widths());
                 assert_eq!(
                     Loading::of(&model.decoder(), &plan, Form::Sliced),
@@ -127,10 +139,10 @@ fn equal_widths_that_miss_the_ratio_are_an_error() {
     let mut recipe = recipe("flap", true);
     recipe.shape.min_attention = 4;
     recipe.shape.min_neurons = 36;
-    let plan = Plan::make(&model.decoder(), &calibration, &recipe, 0.1);
+    let plan = make(&model, &calibration, &recipe, 0.1);
     assert!(matches!(
         plan,
-        Err(Error::Uniform { .. } | Error::Unreachable { .. })
+        Err(error) if matches!(*error, Error::Uniform { .. } | Error::Unreachable { .. })
     ));
 }
 
@@ -144,13 +156,13 @@ fn a_gguf_holds_the_models_values_and_widths() {
             let decoder = decoder(&checkpoint);
             let file = folder.join("model.gguf");
             if kind == "qwen3" && !uniform {
-                let refused = gguf::export(&decoder, Precision::F32, &file);
+                let refused = gguf::export(&decoder, Precision::F32, &file, &NoProgress);
                 assert!(matches!(refused, Err(Error::Export { .. })));
                 assert!(!file.exists());
                 continue;
             }
             for precision in Precision::ALL {
-                let exported = gguf::export(&decoder, precision, &file).unwrap();
+                let exported = gguf::export(&decoder, precision, &file, &NoProgress).unwrap();
                 assert_eq!(exported.bytes, std::fs::metadata(&file).unwrap().len());
                 assert_eq!(exported.parameters, checkpoint.parameters());
                 let mut reader = std::fs::File::open(&file).unwrap();
@@ -251,6 +263,7 @@ fn check_values(
             Precision::F16 => largest / 2048.0,
             Precision::Bf16 => largest / 256.0,
             Precision::Q8_0 => largest / 127.0,
+            other => panic!("no tolerance for {}", other.name()),
         };
         for (i, value) in stored.iter().enumerate() {
             let row = i / width;
@@ -296,7 +309,7 @@ fn byte_level_pre_tokenizers_go_by_llama_cpps_names() {
         tokenizer(&folder, &pre_tokenizer);
         let checkpoint = Checkpoint::open(&folder).unwrap();
         let file = folder.join("model.gguf");
-        let exported = gguf::export(&decoder(&checkpoint), Precision::F16, &file);
+        let exported = gguf::export(&decoder(&checkpoint), Precision::F16, &file, &NoProgress);
         assert_eq!(exported.is_ok(), name.is_some(), "{pre_tokenizer}");
         if let Some(name) = name {
             let content = Content::read(&mut std::fs::File::open(&file).unwrap()).unwrap();
@@ -314,7 +327,7 @@ fn a_tokenizer_that_llama_cpp_has_no_name_for_is_refused_and_leaves_nothing() {
     tokenizer(&folder, &json!({"type": "Whitespace"}));
     let checkpoint = Checkpoint::open(&folder).unwrap();
     let file = folder.join("model.gguf");
-    let refused = gguf::export(&decoder(&checkpoint), Precision::F16, &file);
+    let refused = gguf::export(&decoder(&checkpoint), Precision::F16, &file, &NoProgress);
     let Err(Error::ExportFile { path, reason }) = refused else {
         panic!("{refused:?}");
     };
@@ -341,12 +354,18 @@ fn block_configs_give_the_widths_and_the_model_runs_with_them() {
             "qwen2" => dense.heads / dense.kv_heads,
             _ => dense.kv_heads,
         };
-        let plan = Plan::make(&model.decoder(), &calibration, &recipe, 0.2).unwrap();
+        let plan = make(&model, &calibration, &recipe, 0.2).unwrap();
         assert!(!plan.is_uniform(), "{kind}");
         let folder = save(&model, &plan, &calibration, Form::Sliced, "pruned");
         let checkpoint = Checkpoint::open(&folder).unwrap();
         let exported = model.path("nemotron");
-        nemotron::export(&decoder(&checkpoint), &exported, &WriteOptions::default()).unwrap();
+        nemotron::export(
+            &decoder(&checkpoint),
+            &exported,
+            &WriteOptions::default(),
+            &NoProgress,
+        )
+        .unwrap();
         assert!(exported.join(nemotron::CONFIG_CLASS_FILE).is_file());
 
         let file = exported.join("config.json");
@@ -370,13 +389,18 @@ fn block_configs_give_the_widths_and_the_model_runs_with_them() {
 fn block_configs_refuse_attention_of_different_widths() {
     let model = Tiny::new("llama", DType::F32);
     let calibration = calibrate(&model);
-    let mut plan = Plan::make(&model.decoder(), &calibration, &recipe("flap", true), 0.3).unwrap();
+    let mut plan = make(&model, &calibration, &recipe("flap", true), 0.3).unwrap();
     plan.layers[1].heads = (0..2).collect();
     plan.layers[1].kv_heads = vec![0];
     let folder = save(&model, &plan, &calibration, Form::Sliced, "pruned");
     let checkpoint = Checkpoint::open(&folder).unwrap();
     let dst = model.path("nemotron");
-    let refused = nemotron::export(&decoder(&checkpoint), &dst, &WriteOptions::default());
+    let refused = nemotron::export(
+        &decoder(&checkpoint),
+        &dst,
+        &WriteOptions::default(),
+        &NoProgress,
+    );
     assert!(matches!(refused, Err(Error::Export { .. })), "{refused:?}");
     assert!(!dst.exists());
 }
@@ -385,42 +409,35 @@ fn block_configs_refuse_attention_of_different_widths() {
 fn a_refined_model_is_the_same_masked_and_sliced_and_keeps_its_widths() {
     for kind in KINDS {
         let model = Tiny::new(kind, DType::F32);
-        let mut calibration = calibrate(&model);
+        let calibration = calibrate(&model);
         for rounds in [1, 3] {
             let mut recipe = recipe("structprune", false);
-            recipe.compensation = Some(Compensation::Alternating {
-                rounds,
-                ridge: 0.01,
-            });
-            let plan = Plan::make(&model.decoder(), &calibration, &recipe, 0.3).unwrap();
-            let unrefined = write(
-                &model.decoder(),
-                &plan,
-                Some(&calibration),
-                Form::Sliced,
-                model.path("unrefined"),
-                &WriteOptions::default(),
-                &mut || (),
+            recipe.compensation = Some(
+                Alternating {
+                    rounds,
+                    ridge: 0.01,
+                }
+                .into(),
             );
-            if calibration.refits.is_none() {
-                assert!(matches!(unrefined, Err(Error::Missing { .. })));
-            }
+            let plan = make(&model, &calibration, &recipe, 0.3).unwrap();
+            let settings = Settings::new(&calibration).files(overwrite());
+            let unrefined = model.path("unrefined");
+            let unrefined = write(&model.decoder(), &plan, unrefined, &settings, &NoProgress);
+            assert!(matches!(unrefined, Err(Error::Missing { .. })));
             let dir = model.path("refits");
             std::fs::create_dir_all(&dir).unwrap();
             let (refined, refits) =
-                structprune::refine(&model.decoder(), &windows(12), &plan, &dir, &mut || ())
+                structprune::refine(&model.decoder(), &windows(12), &plan, &dir, &NoProgress)
                     .unwrap();
             assert_eq!(refined.widths(), plan.widths());
-            calibration.refits = Some(refits);
-            let sliced = save(&model, &refined, &calibration, Form::Sliced, "sliced");
-            let masked = save(&model, &refined, &calibration, Form::Masked, "masked");
+            let made = (&calibration, Some(&refits));
+            let sliced = save_refined(&model, &refined, made, Form::Sliced, "sliced");
+            let masked = save_refined(&model, &refined, made, Form::Masked, "masked");
             let gap = gap(&logits(&sliced), &logits(&masked));
             assert!(gap < 1e-5, "{kind} {rounds}: {gap}");
             let written = Checkpoint::open(&sliced).unwrap();
             let cost = Cost::of(&model.decoder(), &refined).unwrap();
             assert_eq!(written.parameters(), cost.total_after().parameters);
-            calibration.refits = None;
-            std::fs::remove_dir_all(model.path("unrefined")).ok();
         }
     }
 }

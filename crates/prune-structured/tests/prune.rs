@@ -3,24 +3,30 @@
 mod common;
 
 use candle_core::{DType, Tensor};
-use common::{KINDS, Tiny, decoder, gap, logits, windows};
-use prune_structured::stats::GramStore;
+use common::{KINDS, Tiny, decoder, gap, logits, overwrite, windows};
+use prune_structured::allocation::UlUm;
+use prune_structured::compensation::{Bias, NoCompensation};
+use prune_structured::score::Ifv;
+use prune_structured::stats::{Needs, Part};
 use prune_structured::{
     Allocation, AttentionUnit, Calibration, Collect, Compensation, Cost, Error, Form, LayerPlan,
-    Loading, Plan, Recipe, Score, write,
+    Loading, NoProgress, Plan, Recipe, Score, Settings, write,
 };
-use tensor_io::{Checkpoint, WriteOptions};
+use tensor_io::Checkpoint;
 
-const LEAST_SQUARES: Compensation = Compensation::LeastSquares { ridge: 0.01 };
+const LEAST_SQUARES: Compensation = Compensation::LEAST_SQUARES;
+const NONE: Compensation = Compensation::None(NoCompensation);
+const BIAS: Compensation = Compensation::Bias(Bias);
 
 fn calibrate(model: &Tiny) -> Calibration {
     let dir = model.path("gram");
     std::fs::create_dir_all(&dir).unwrap();
-    let collect = Collect {
+    let everything = Needs {
         fluctuation: true,
-        gram: Some(GramStore::new(dir)),
+        gram: true,
     };
-    Calibration::run(&model.decoder(), &windows(12), &collect, &mut || ()).unwrap()
+    let collect = Collect::new(everything, dir);
+    Calibration::run(&model.decoder(), &windows(12), &collect, &NoProgress).unwrap()
 }
 
 fn recipe(name: &str) -> Recipe {
@@ -35,21 +41,19 @@ fn save(
     name: &str,
 ) -> std::path::PathBuf {
     let dst = model.path(name);
-    let options = WriteOptions {
-        overwrite: true,
-        ..WriteOptions::default()
-    };
-    write(
-        &model.decoder(),
-        plan,
-        Some(calibration),
-        form,
-        &dst,
-        &options,
-        &mut || (),
-    )
-    .unwrap();
+    let settings = Settings::new(calibration).form(form).files(overwrite());
+    write(&model.decoder(), plan, &dst, &settings, &NoProgress).unwrap();
     dst
+}
+
+/// A plan by a method that takes no time.
+fn make(
+    model: &Tiny,
+    calibration: &Calibration,
+    recipe: &Recipe,
+    ratio: f64,
+) -> prune_structured::Result<Plan> {
+    Plan::make(&model.decoder(), calibration, recipe, ratio, &NoProgress)
 }
 
 #[test]
@@ -59,7 +63,7 @@ fn ratio_0_copies_every_byte_and_leaves_the_config_alone() {
             let model = Tiny::new(kind, dtype);
             let calibration = calibrate(&model);
             for name in Recipe::NAMES {
-                let plan = Plan::make(&model.decoder(), &calibration, &recipe(name), 0.0).unwrap();
+                let plan = make(&model, &calibration, &recipe(name), 0.0).unwrap();
                 let copy =
                     Checkpoint::open(save(&model, &plan, &calibration, Form::Sliced, "copy"))
                         .unwrap();
@@ -87,17 +91,13 @@ fn masked_and_sliced_models_give_the_same_logits() {
         let model = Tiny::new(kind, DType::F32);
         let calibration = calibrate(&model);
         for unit in [AttentionUnit::KvGroup, AttentionUnit::QueryHead] {
-            for compensation in [Compensation::None, Compensation::Bias, LEAST_SQUARES] {
-                for allocation in [
-                    Allocation::AlAm,
-                    Allocation::AlMm,
-                    Allocation::UlMm,
-                    Allocation::UlUm,
-                ] {
+            for compensation in [NONE, BIAS, LEAST_SQUARES] {
+                for allocation in ["al-am", "al-mm", "ul-mm", "ul-um"] {
+                    let allocation = Allocation::named(allocation).unwrap();
                     let mut recipe = recipe("flap");
                     recipe.shape.attention_unit = Some(unit);
                     (recipe.allocation, recipe.compensation) = (allocation, Some(compensation));
-                    let plan = Plan::make(&model.decoder(), &calibration, &recipe, 0.3).unwrap();
+                    let plan = make(&model, &calibration, &recipe, 0.3).unwrap();
                     let sliced = save(&model, &plan, &calibration, Form::Sliced, "sliced");
                     let masked = save(&model, &plan, &calibration, Form::Masked, "masked");
                     let gap = gap(&logits(&sliced), &logits(&masked));
@@ -118,8 +118,7 @@ fn the_removed_share_is_within_one_unit_of_the_ratio_and_the_shards_hold_what_th
         let calibration = calibrate(&model);
         for name in ["flap", "wanda-sp", "magnitude", "random"] {
             for ratio in [0.1, 0.2, 0.3, 0.5] {
-                let plan =
-                    Plan::make(&model.decoder(), &calibration, &recipe(name), ratio).unwrap();
+                let plan = make(&model, &calibration, &recipe(name), ratio).unwrap();
                 let cost = Cost::of(&model.decoder(), &plan).unwrap();
                 let blocks = |blocks: &[prune_structured::BlockCost]| {
                     blocks.iter().map(|b| b.parameters).sum::<u64>()
@@ -135,7 +134,7 @@ fn the_removed_share_is_within_one_unit_of_the_ratio_and_the_shards_hold_what_th
                             neurons: vec![],
                         })
                         .collect();
-                    nothing.compensation = Compensation::None;
+                    nothing.compensation = NONE;
                     blocks(&cost.before)
                         - blocks(&Cost::of(&model.decoder(), &nothing).unwrap().after)
                 };
@@ -181,15 +180,13 @@ fn a_constant_feature_scores_0_and_its_bias_replaces_it_exactly() {
     let calibration = calibrate(&model);
     for layer in &calibration.layers {
         let stats = layer.mlp.as_ref().unwrap();
-        let scores = Score::Ifv
-            .columns(0, prune_structured::stats::Part::Mlp, stats)
-            .unwrap();
+        let scores = Score::from(Ifv).columns(0, Part::Mlp, stats).unwrap();
         assert!(scores[7] < 1e-12, "{}", scores[7]);
     }
     let plan = Plan {
         recipe: recipe("flap"),
         ratio: 0.01,
-        compensation: Compensation::Bias,
+        compensation: BIAS,
         layers: vec![
             LayerPlan {
                 heads: (0..8).collect(),
@@ -222,7 +219,7 @@ fn permuting_neurons_permutes_what_is_kept() {
         }
     });
     let kept = |model: &Tiny| {
-        Plan::make(&model.decoder(), &calibrate(model), &recipe("flap"), 0.3)
+        make(model, &calibrate(model), &recipe("flap"), 0.3)
             .unwrap()
             .layers
     };
@@ -238,9 +235,7 @@ fn permuting_neurons_permutes_what_is_kept() {
 fn scaling_an_output_projection_leaves_the_global_cut_alone() {
     let model = Tiny::new("llama", DType::F32);
     let mut calibration = calibrate(&model);
-    let plan = |calibration: &Calibration| {
-        Plan::make(&model.decoder(), calibration, &recipe("flap"), 0.4).unwrap()
-    };
+    let plan = |calibration: &Calibration| make(&model, calibration, &recipe("flap"), 0.4).unwrap();
     let before = plan(&calibration);
     for layer in [0, 2] {
         let stats = calibration.layers[layer].mlp.as_mut().unwrap();
@@ -275,8 +270,8 @@ fn least_squares_never_loses_to_no_compensation_on_its_own_tokens() {
         let error = |compensation| -> f64 {
             // Only the MLP of the first layer is pruned, so that its input is the dense one.
             let mut recipe = recipe("flap");
-            (recipe.allocation, recipe.compensation) = (Allocation::UlUm, Some(compensation));
-            let mut plan = Plan::make(&model.decoder(), &calibration, &recipe, ratio).unwrap();
+            (recipe.allocation, recipe.compensation) = (UlUm.into(), Some(compensation));
+            let mut plan = make(&model, &calibration, &recipe, ratio).unwrap();
             plan.layers[0].heads = (0..8).collect();
             plan.layers[0].kv_heads = (0..4).collect();
             let pruned =
@@ -288,7 +283,7 @@ fn least_squares_never_loses_to_no_compensation_on_its_own_tokens() {
                 .map(|(a, b)| f64::from(a - b).powi(2))
                 .sum()
         };
-        let (none, refitted) = (error(Compensation::None), error(LEAST_SQUARES));
+        let (none, refitted) = (error(NONE), error(LEAST_SQUARES));
         assert!(refitted < none, "{refitted} is no better than {none}");
         assert!(refitted > last, "error must grow with the ratio");
         last = refitted;
@@ -305,7 +300,7 @@ fn minimum_widths_and_alignment_hold_in_every_layer() {
         recipe.shape.min_neurons,
         recipe.shape.align_neurons,
     ) = (2, 12, 4);
-    let plan = Plan::make(&model.decoder(), &calibration, &recipe, 0.45).unwrap();
+    let plan = make(&model, &calibration, &recipe, 0.45).unwrap();
     for widths in plan.widths() {
         assert!(
             widths.kv_heads >= 2 && widths.neurons >= 12 && widths.neurons % 4 == 0,
@@ -313,12 +308,12 @@ fn minimum_widths_and_alignment_hold_in_every_layer() {
         );
     }
     assert!(matches!(
-        Plan::make(&model.decoder(), &calibration, &recipe, 0.9),
+        make(&model, &calibration, &recipe, 0.9),
         Err(Error::Unreachable { .. })
     ));
     recipe.shape.min_attention = 5;
     assert!(matches!(
-        Plan::make(&model.decoder(), &calibration, &recipe, 0.1),
+        make(&model, &calibration, &recipe, 0.1),
         Err(Error::Width {
             option: "min_attention",
             value: 5,
@@ -340,7 +335,7 @@ fn sublayers_may_go_altogether_and_the_model_still_runs() {
             kv_heads: all(dense.kv_heads),
             neurons: all(40),
         };
-        for compensation in [Compensation::None, Compensation::Bias, LEAST_SQUARES] {
+        for compensation in [NONE, BIAS, LEAST_SQUARES] {
             let plan = Plan {
                 recipe: recipe("flap"),
                 ratio: 0.3,
@@ -376,7 +371,7 @@ fn sublayers_may_go_altogether_and_the_model_still_runs() {
 fn a_plan_survives_its_file_and_is_refused_by_another_model() {
     let model = Tiny::new("llama", DType::F32);
     let calibration = calibrate(&model);
-    let plan = Plan::make(&model.decoder(), &calibration, &recipe("flap"), 0.3).unwrap();
+    let plan = make(&model, &calibration, &recipe("flap"), 0.3).unwrap();
     let file = model.path("plan.json");
     plan.save(&file).unwrap();
     assert_eq!(Plan::load(&file).unwrap(), plan);
@@ -394,34 +389,23 @@ fn bad_ratios_and_missing_statistics_are_refused() {
     let model = Tiny::new("qwen3", DType::F32);
     let collect = Collect::default();
     let calibration =
-        Calibration::run(&model.decoder(), &windows(2), &collect, &mut || ()).unwrap();
+        Calibration::run(&model.decoder(), &windows(2), &collect, &NoProgress).unwrap();
     for ratio in [-0.1, 1.0, f64::NAN] {
         assert!(matches!(
-            Plan::make(&model.decoder(), &calibration, &recipe("flap"), ratio),
+            make(&model, &calibration, &recipe("flap"), ratio),
             Err(Error::Ratio(_))
         ));
     }
     assert!(matches!(
-        Plan::make(&model.decoder(), &calibration, &recipe("flap-compat"), 0.2),
+        make(&model, &calibration, &recipe("flap-compat"), 0.2),
         Err(Error::Missing { layer: 0, .. })
     ));
     // Qwen3 has no slot for a bias in the MLP, so FLAP refits there, which needs Gram matrices.
-    let plan = Plan::make(&model.decoder(), &calibration, &recipe("flap"), 0.2).unwrap();
-    assert!(matches!(
-        plan.compensation,
-        Compensation::LeastSquares { .. }
-    ));
-    let options = WriteOptions::default();
+    let plan = make(&model, &calibration, &recipe("flap"), 0.2).unwrap();
+    assert!(matches!(plan.compensation, Compensation::LeastSquares(_)));
     let dst = model.path("pruned");
-    let result = write(
-        &model.decoder(),
-        &plan,
-        Some(&calibration),
-        Form::Sliced,
-        &dst,
-        &options,
-        &mut || (),
-    );
+    let settings = Settings::new(&calibration);
+    let result = write(&model.decoder(), &plan, &dst, &settings, &NoProgress);
     assert!(matches!(result, Err(Error::Missing { .. })));
     assert!(!dst.exists());
 }

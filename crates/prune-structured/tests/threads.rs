@@ -3,8 +3,7 @@
 
 use candle_core::{DType, Device};
 use causal_lm::{Decoder, Windows, synthetic};
-use prune_structured::stats::GramStore;
-use prune_structured::{Calibration, Collect, Form, Plan, Recipe, write};
+use prune_structured::{Calibration, Collect, NoProgress, Plan, Recipe, Settings, write};
 use serde_json::json;
 use std::path::Path;
 use tensor_io::{Checkpoint, Config, WriteOptions};
@@ -19,22 +18,16 @@ fn pruned(checkpoint: &Checkpoint, dir: &Path, threads: usize) -> (String, Strin
         let decoder = Decoder::new(checkpoint, DType::F32, &Device::Cpu).unwrap();
         let text: Vec<u32> = (0..960).map(|i| (i * i + 3 * i) % 49).collect();
         let windows = Windows::cut(&text, 16, None).unwrap();
-        let collect = Collect {
-            fluctuation: false,
-            gram: Some(GramStore::new(grams)),
-        };
-        let calibration = Calibration::run(&decoder, &windows, &collect, &mut || ()).unwrap();
         let recipe = Recipe::named("rd-dp", 0).unwrap();
-        let plan = Plan::make(&decoder, &calibration, &recipe, 0.4).unwrap();
-        let options = WriteOptions::default();
+        let collect = Collect::new(recipe.needs(&decoder), grams);
+        let calibration = Calibration::run(&decoder, &windows, &collect, &NoProgress).unwrap();
+        let plan = Plan::make(&decoder, &calibration, &recipe, 0.4, &NoProgress).unwrap();
         write(
             &decoder,
             &plan,
-            Some(&calibration),
-            Form::Sliced,
             &dst,
-            &options,
-            &mut || (),
+            &Settings::new(&calibration),
+            &NoProgress,
         )
         .unwrap();
         serde_json::to_string(&plan).unwrap()

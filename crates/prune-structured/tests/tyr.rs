@@ -4,18 +4,22 @@ mod common;
 
 use candle_core::{DType, Device, Tensor};
 use causal_lm::Windows;
-use common::{KINDS, Tiny, gap, logits, windows};
+use common::{KINDS, Tiny, gap, logits, overwrite, windows};
+use prune_structured::allocation::UlUm;
+use prune_structured::compensation::NoCompensation;
 use prune_structured::obs::{Problem, Rounds, Units, sweep};
-use prune_structured::rate_distortion::{self, Distortion, Measure, measure};
-use prune_structured::stats::{GramStore, LayerStats, Part};
-use prune_structured::tyr::{Accumulation, Data, Found, Options, Sharing, Stage, Start, search};
-use prune_structured::{
-    Allocation, AttentionUnit, Calibration, Collect, Compensation, Cost, Error, Form, LayerPlan,
-    Plan, Ranking, Recipe, Score, write,
+use prune_structured::rate_distortion::{self, Distortion, Measure, RdDp, measure};
+use prune_structured::stats::{LayerStats, Needs, Part};
+use prune_structured::tyr::{
+    Accumulation, Data, Found, Options, Run, Sharing, Stage, Start, search,
 };
-use std::ops::ControlFlow;
+use prune_structured::{
+    Allocation, AttentionUnit, Calibration, Cancelled, Collect, Compensation, Cost, Error, Form,
+    LayerPlan, NoProgress, Plan, Progress, Ranking, Recipe, Score, Settings, write,
+};
 use std::path::{Path, PathBuf};
-use tensor_io::{Checkpoint, WriteOptions};
+use std::sync::atomic::{AtomicU64, Ordering};
+use tensor_io::Checkpoint;
 
 fn tyr() -> Recipe {
     Recipe::named("tyr", 0).unwrap()
@@ -24,12 +28,40 @@ fn tyr() -> Recipe {
 /// A search of seconds.
 fn small() -> Options {
     let stage = |tokens, survivors| Stage { tokens, survivors };
-    Options {
-        iterations: 2,
-        generations: 3,
-        offspring: 6,
-        stages: vec![stage(32, 3), stage(64, 2), stage(96, 1)],
-        ..Options::default()
+    let mut options = Options::default();
+    options.iterations = 2;
+    options.generations = 3;
+    options.offspring = 6;
+    options.stages = vec![stage(32, 3), stage(64, 2), stage(96, 1)];
+    options
+}
+
+/// [`small`] with changes.
+fn small_with(change: impl FnOnce(&mut Options)) -> Options {
+    let mut options = small();
+    change(&mut options);
+    options
+}
+
+/// Counts the steps that are announced and done, and cancels when `stop` are done.
+#[derive(Default)]
+struct Counter {
+    announced: AtomicU64,
+    done: AtomicU64,
+    stop: u64,
+}
+
+impl Progress for Counter {
+    fn begin(&self, _stage: &str, steps: u64) {
+        self.announced.fetch_add(steps, Ordering::Relaxed);
+    }
+
+    fn advance(&self, steps: u64) -> Result<(), Cancelled> {
+        let done = self.done.fetch_add(steps, Ordering::Relaxed) + steps;
+        match self.stop > 0 && done >= self.stop {
+            true => Err(Cancelled),
+            false => Ok(()),
+        }
     }
 }
 
@@ -47,57 +79,29 @@ fn texts() -> Texts {
     }
 }
 
-/// Searches in `dir`, breaking off after `steps` steps.
+/// Searches in `dir`.
 fn searched(
     model: &Tiny,
     options: &Options,
     ratio: f64,
     dir: &Path,
-    steps: usize,
+    progress: &dyn Progress,
 ) -> Result<Found, Box<Error>> {
     let texts = texts();
     let data = Data {
         calibration: &texts.calibration,
         search: &texts.search,
     };
-    let mut done = 0;
-    let start = Start::Uniform(ratio);
-    search(
-        &model.decoder(),
-        &data,
-        &tyr(),
-        start,
-        options,
-        dir,
-        &mut || {
-            done += 1;
-            if done == steps {
-                ControlFlow::Break(())
-            } else {
-                ControlFlow::Continue(())
-            }
-        },
-    )
-    .map_err(Box::new)
+    let (start, run) = (Start::Uniform(ratio), Run { options, dir });
+    search(&model.decoder(), &data, &tyr(), start, run, progress).map_err(Box::new)
 }
 
 fn written(model: &Tiny, found: &Found, form: Form, name: &str) -> PathBuf {
     let dst = model.path(name);
-    let options = WriteOptions {
-        overwrite: true,
-        ..WriteOptions::default()
-    };
-    let (decoder, calibration) = (model.decoder(), Some(&found.calibration));
-    write(
-        &decoder,
-        &found.plan,
-        calibration,
-        form,
-        &dst,
-        &options,
-        &mut || (),
-    )
-    .unwrap();
+    let settings = Settings::new(&found.calibration)
+        .form(form)
+        .files(overwrite());
+    write(&model.decoder(), &found.plan, &dst, &settings, &NoProgress).unwrap();
     dst
 }
 
@@ -105,7 +109,7 @@ fn written(model: &Tiny, found: &Found, form: Form, name: &str) -> PathBuf {
 fn a_search_gives_a_smaller_model_of_every_kind_that_opens_and_computes_what_its_mask_does() {
     for kind in KINDS {
         let model = Tiny::new(kind, DType::F32);
-        let found = searched(&model, &small(), 0.3, &model.path("search"), 0).unwrap();
+        let found = searched(&model, &small(), 0.3, &model.path("search"), &NoProgress).unwrap();
         let cost = Cost::of(&model.decoder(), &found.plan).unwrap();
         let linears = |blocks: &[prune_structured::BlockCost]| {
             blocks.iter().map(|b| b.parameters).sum::<u64>() as f64
@@ -123,7 +127,7 @@ fn a_search_gives_a_smaller_model_of_every_kind_that_opens_and_computes_what_its
 #[test]
 fn ratio_0_keeps_everything() {
     let model = Tiny::new("llama", DType::F32);
-    let found = searched(&model, &small(), 0.0, &model.path("search"), 0).unwrap();
+    let found = searched(&model, &small(), 0.0, &model.path("search"), &NoProgress).unwrap();
     assert!(found.plan.is_identity(&model.decoder()));
     // The dense model is its own teacher.
     assert!(found.kl.unwrap().abs() < 1e-6);
@@ -154,18 +158,29 @@ fn a_search_interrupted_after_any_step_goes_on_to_the_same_result_and_the_same_f
     let model = Tiny::new("llama", DType::F32);
     let options = small();
     let whole_dir = model.path("whole");
-    let whole = searched(&model, &options, 0.3, &whole_dir, 0).unwrap();
+    let whole = searched(&model, &options, 0.3, &whole_dir, &NoProgress).unwrap();
     let names = |dir: &Path| -> Vec<(PathBuf, Vec<u8>)> {
         files(dir)
             .into_iter()
             .map(|(path, bytes)| (path.strip_prefix(dir).unwrap().to_path_buf(), bytes))
             .collect()
     };
-    for stop in 1..=options.steps(3) {
+    let counter = Counter::default();
+    searched(&model, &options, 0.3, &model.path("counted"), &counter).unwrap();
+    let steps = counter.done.into_inner();
+    assert_eq!(counter.announced.into_inner(), steps);
+    for stop in 1..=steps {
         let dir = model.path(&format!("stopped-{stop}"));
-        let interrupted = searched(&model, &options, 0.3, &dir, stop);
+        let stopping = Counter {
+            stop,
+            ..Counter::default()
+        };
+        let interrupted = searched(&model, &options, 0.3, &dir, &stopping);
         assert!(
-            matches!(*interrupted.unwrap_err(), Error::Interrupted { .. }),
+            matches!(
+                *interrupted.unwrap_err(),
+                Error::Cancelled(_) | Error::Model(_)
+            ),
             "{stop}"
         );
         // A line that the state does not know of, torn in the middle.
@@ -173,29 +188,16 @@ fn a_search_interrupted_after_any_step_goes_on_to_the_same_result_and_the_same_f
         let mut text = std::fs::read(&log).unwrap_or_default();
         text.extend(b"{\"iteration\":0,\"gener");
         std::fs::write(&log, text).unwrap();
-        let resumed = searched(&model, &options, 0.3, &dir, 0).unwrap();
+        let resumed = searched(&model, &options, 0.3, &dir, &NoProgress).unwrap();
         assert_eq!(outcome(&resumed), outcome(&whole), "{stop}");
         assert!(names(&dir) == names(&whole_dir), "{stop}");
     }
     // A finished search is read back without comparing anything.
-    let again = searched(&model, &options, 0.3, &whole_dir, 0).unwrap();
+    let again = searched(&model, &options, 0.3, &whole_dir, &NoProgress).unwrap();
     assert_eq!(
         (outcome(&again), again.candidate_tokens),
         (outcome(&whole), 0)
     );
-}
-
-#[test]
-fn a_step_count_is_what_progress_is_told() {
-    let model = Tiny::new("mistral", DType::F32);
-    let dir = model.path("search");
-    let steps = small().steps(3);
-    assert!(searched(&model, &small(), 0.3, &dir, steps + 1).is_ok());
-    let interrupted = searched(&model, &small(), 0.3, &dir, steps);
-    assert!(matches!(
-        *interrupted.unwrap_err(),
-        Error::Interrupted { .. }
-    ));
 }
 
 #[test]
@@ -207,21 +209,15 @@ fn the_result_depends_on_the_seed_but_not_on_threads_memory_or_sharing() {
             .build()
             .unwrap();
         let dir = model.path(name);
-        pool.install(|| outcome(&searched(&model, &options, 0.3, &dir, 0).unwrap()))
+        pool.install(|| outcome(&searched(&model, &options, 0.3, &dir, &NoProgress).unwrap()))
     };
     let first = run("first", small(), 1);
     assert_eq!(run("again", small(), 3), first);
-    let tight = Options {
-        memory: 1,
-        ..small()
-    };
+    let tight = small_with(|o| o.memory = 1);
     assert_eq!(run("tight", tight, 2), first);
-    let alone = Options {
-        sharing: Sharing::Nothing,
-        ..small()
-    };
+    let alone = small_with(|o| o.sharing = Sharing::Nothing);
     assert_eq!(run("alone", alone, 2), first);
-    let other = Options { seed: 1, ..small() };
+    let other = small_with(|o| o.seed = 1);
     assert_ne!(run("other", other, 2).1, first.1);
 }
 
@@ -229,16 +225,17 @@ fn the_result_depends_on_the_seed_but_not_on_threads_memory_or_sharing() {
 fn a_folder_of_another_search_is_refused_and_so_are_sizes_that_make_none() {
     let model = Tiny::new("llama", DType::F32);
     let dir = model.path("search");
-    searched(&model, &small(), 0.3, &dir, 2).unwrap_err();
-    for (options, ratio) in [(Options { seed: 1, ..small() }, 0.3), (small(), 0.4)] {
-        let refused = searched(&model, &options, ratio, &dir, 0);
-        assert!(matches!(*refused.unwrap_err(), Error::SearchFile { .. }));
-    }
-    let none = Options {
-        offspring: 0,
-        ..small()
+    let stopping = Counter {
+        stop: 5,
+        ..Counter::default()
     };
-    let refused = searched(&model, &none, 0.3, &model.path("none"), 0);
+    searched(&model, &small(), 0.3, &dir, &stopping).unwrap_err();
+    for (options, ratio) in [(small_with(|o| o.seed = 1), 0.3), (small(), 0.4)] {
+        let refused = searched(&model, &options, ratio, &dir, &NoProgress);
+        assert!(matches!(*refused.unwrap_err(), Error::StateFile { .. }));
+    }
+    let none = small_with(|o| o.offspring = 0);
+    let refused = searched(&model, &none, 0.3, &model.path("none"), &NoProgress);
     assert!(matches!(
         *refused.unwrap_err(),
         Error::Search {
@@ -247,9 +244,14 @@ fn a_folder_of_another_search_is_refused_and_so_are_sizes_that_make_none() {
         }
     ));
     assert!(!model.path("none").exists());
-    std::fs::write(dir.join("state.json"), "{").unwrap();
-    let refused = searched(&model, &small(), 0.3, &dir, 0);
-    assert!(matches!(*refused.unwrap_err(), Error::SearchFile { .. }));
+    searched(&model, &small(), 0.3, &dir, &NoProgress).unwrap();
+    let state = dir.join("state.json");
+    let text = std::fs::read_to_string(&state).unwrap();
+    let damaged = text.replace("\"generation\":3", "\"generation\":2");
+    assert_ne!(damaged, text);
+    std::fs::write(&state, damaged).unwrap();
+    let refused = searched(&model, &small(), 0.3, &dir, &NoProgress);
+    assert!(matches!(*refused.unwrap_err(), Error::StateFile { .. }));
 }
 
 #[test]
@@ -259,28 +261,18 @@ fn a_plan_is_a_start_whose_widths_a_search_without_generations_returns() {
     let calibration = calibrate(&model, &texts.calibration, "gram");
     let decoder = model.decoder();
     let recipe = Recipe::named("flap", 0).unwrap();
-    let plan = Plan::make(&decoder, &calibration, &recipe, 0.3).unwrap();
-    let options = Options {
-        iterations: 1,
-        generations: 0,
-        ..small()
-    };
+    let plan = Plan::make(&decoder, &calibration, &recipe, 0.3, &NoProgress).unwrap();
+    let options = small_with(|o| (o.iterations, o.generations) = (1, 0));
     let data = Data {
         calibration: &texts.calibration,
         search: &texts.search,
     };
-    let go = &mut || ControlFlow::Continue(());
-    let dir = model.path("search");
-    let found = search(
-        &decoder,
-        &data,
-        &tyr(),
-        Start::Plan(&plan),
-        &options,
-        &dir,
-        go,
-    )
-    .unwrap();
+    let run = Run {
+        options: &options,
+        dir: &model.path("search"),
+    };
+    let start = Start::Plan(&plan);
+    let found = search(&decoder, &data, &tyr(), start, run, &NoProgress).unwrap();
     assert_eq!(found.plan.widths(), plan.widths());
     assert_eq!(found.kl, None);
 }
@@ -288,11 +280,17 @@ fn a_plan_is_a_start_whose_widths_a_search_without_generations_returns() {
 fn calibrate(model: &Tiny, windows: &Windows, name: &str) -> Calibration {
     let dir = model.path(name);
     std::fs::create_dir_all(&dir).unwrap();
-    let collect = Collect {
-        gram: Some(GramStore::new(dir)),
-        ..Collect::default()
+    let gram = Needs {
+        gram: true,
+        ..Needs::default()
     };
-    Calibration::run(&model.decoder(), windows, &collect, &mut || ()).unwrap()
+    Calibration::run(
+        &model.decoder(),
+        windows,
+        &Collect::new(gram, dir),
+        &NoProgress,
+    )
+    .unwrap()
 }
 
 #[test]
@@ -301,13 +299,8 @@ fn the_first_block_is_refitted_on_dense_inputs_and_later_ones_on_inputs_with_acc
     let texts = texts();
     let dense = calibrate(&model, &texts.calibration, "gram");
     let of = |accumulation, name: &str| {
-        let options = Options {
-            accumulation,
-            settle: false,
-            iterations: 1,
-            ..small()
-        };
-        searched(&model, &options, 0.4, &model.path(name), 0)
+        let options = small_with(|o| (o.accumulation, o.iterations) = (accumulation, 1));
+        searched(&model, &options, 0.4, &model.path(name), &NoProgress)
             .unwrap()
             .calibration
     };
@@ -332,7 +325,7 @@ fn the_first_block_is_refitted_on_dense_inputs_and_later_ones_on_inputs_with_acc
 #[test]
 fn what_is_written_is_what_the_sweep_left() {
     let model = Tiny::new("qwen2", DType::F32);
-    let found = searched(&model, &small(), 0.3, &model.path("search"), 0).unwrap();
+    let found = searched(&model, &small(), 0.3, &model.path("search"), &NoProgress).unwrap();
     let sliced = Checkpoint::open(written(&model, &found, Form::Sliced, "sliced")).unwrap();
     for (layer, plan) in found.plan.layers.iter().enumerate() {
         let gram = found
@@ -372,19 +365,21 @@ fn rd_dp_never_exceeds_its_budget_and_no_other_allocation_has_less_error() {
         let model = Tiny::new(kind, DType::F32);
         let calibration = calibrate(&model, &windows(12), "gram");
         let decoder = model.decoder();
-        for score in [Score::Obs { rounds: None }, Score::Wifv, Score::WandaSp] {
-            for compensation in [Compensation::LEAST_SQUARES, Compensation::None] {
+        for score in ["obs", "wifv", "wanda-sp"] {
+            let score = Score::named(score).unwrap();
+            for compensation in [Compensation::LEAST_SQUARES, NoCompensation.into()] {
                 let mut recipe = Recipe::named("rd-dp", 0).unwrap();
                 (recipe.score, recipe.compensation) = (score, Some(compensation));
-                recipe.allocation = Allocation::RdDp {
-                    distortion: Distortion::Output,
-                    convex: false,
+                recipe.allocation = output_error_curves(false);
+                let make = |recipe: &Recipe, ratio| {
+                    Plan::make(&decoder, &calibration, recipe, ratio, &NoProgress).unwrap()
                 };
-                let rd_dp = Plan::make(&decoder, &calibration, &recipe, 0.35).unwrap();
-                let prunable: u64 = Ranking::all(&decoder, &calibration, score, &recipe.shape)
+                let rd_dp = make(&recipe, 0.35);
+                let prunable: u64 = score
+                    .rank(&decoder, &calibration, &recipe.shape, &NoProgress)
                     .unwrap()
                     .iter()
-                    .map(|r| r.cost(r.steps.len()))
+                    .map(Ranking::total)
                     .sum();
                 let removed = |plan: &Plan| {
                     let cost = Cost::of(&decoder, plan).unwrap();
@@ -392,9 +387,9 @@ fn rd_dp_never_exceeds_its_budget_and_no_other_allocation_has_less_error() {
                 };
                 assert!(removed(&rd_dp) as f64 >= 0.35 * prunable as f64, "{kind}");
                 let error = |plan: &Plan| output_error(&model, &calibration, plan);
-                recipe.allocation = Allocation::UlUm;
+                recipe.allocation = UlUm.into();
                 // The uniform plan must not have spent more.
-                let uniform = Plan::make(&decoder, &calibration, &recipe, 0.36).unwrap();
+                let uniform = make(&recipe, 0.36);
                 if removed(&uniform) >= removed(&rd_dp) {
                     assert!(
                         error(&rd_dp) <= error(&uniform) * (1.0 + 1e-6),
@@ -404,6 +399,14 @@ fn rd_dp_never_exceeds_its_budget_and_no_other_allocation_has_less_error() {
             }
         }
     }
+}
+
+fn output_error_curves(convex: bool) -> Allocation {
+    let distortion = match convex {
+        true => Distortion::Relative,
+        false => Distortion::Output,
+    };
+    RdDp { distortion, convex }.into()
 }
 
 /// Σ over sublayers of tr(ΔB ᵀ H ΔB) under the plan's compensation.
@@ -447,19 +450,17 @@ fn the_obs_score_goes_with_every_allocation_and_unit() {
         let calibration = calibrate(&model, &windows(12), "gram");
         for unit in [AttentionUnit::KvGroup, AttentionUnit::QueryHead] {
             for allocation in [
-                Allocation::AlAm,
-                Allocation::AlMm,
-                Allocation::UlMm,
-                Allocation::UlUm,
-                Allocation::RdDp {
-                    distortion: Distortion::Relative,
-                    convex: true,
-                },
+                Allocation::named("al-am").unwrap(),
+                Allocation::named("al-mm").unwrap(),
+                Allocation::named("ul-mm").unwrap(),
+                Allocation::named("ul-um").unwrap(),
+                output_error_curves(true),
             ] {
                 let mut recipe = Recipe::named("rd-dp", 0).unwrap();
                 recipe.allocation = allocation;
                 recipe.shape.attention_unit = Some(unit);
-                let plan = Plan::make(&model.decoder(), &calibration, &recipe, 0.3).unwrap();
+                let plan =
+                    Plan::make(&model.decoder(), &calibration, &recipe, 0.3, &NoProgress).unwrap();
                 plan.check(&model.decoder()).unwrap();
                 assert!(!plan.is_identity(&model.decoder()), "{kind} {allocation:?}");
             }
@@ -474,29 +475,30 @@ fn measured_curves_fall_to_the_dense_model_and_are_what_the_pruned_model_diverge
     let calibration = calibrate(&model, &texts.calibration, "gram");
     let decoder = model.decoder();
     let recipe = Recipe::named("rd-dp", 0).unwrap();
-    let mut rankings = Ranking::all(&decoder, &calibration, recipe.score, &recipe.shape).unwrap();
-    let options = Measure::default();
+    let mut rankings = recipe
+        .score
+        .rank(&decoder, &calibration, &recipe.shape, &NoProgress)
+        .unwrap();
     let dir = model.path("curves");
     let data = rate_distortion::Data {
         windows: &texts.search,
         dir: &dir,
+        options: Measure::default(),
     };
-    let steps = options.steps(&decoder, &rankings);
-    let mut done = 0;
+    let counter = Counter::default();
     measure(
         &decoder,
         &calibration,
         &recipe,
         &mut rankings,
         data,
-        options,
-        &mut |more| done += more,
+        &counter,
     )
     .unwrap();
-    assert_eq!(done, steps);
+    assert_eq!(counter.announced.into_inner(), counter.done.into_inner());
     for ranking in &rankings {
         let errors = ranking.errors.as_ref().unwrap();
-        assert_eq!(errors.len(), ranking.steps.len() + 1);
+        assert_eq!(errors.len(), ranking.steps().len() + 1);
         assert!(errors.last().unwrap().abs() < 1e-6);
         assert!(errors[ranking.protected] > 1e-4);
     }
@@ -514,16 +516,12 @@ fn measured_curves_fall_to_the_dense_model_and_are_what_the_pruned_model_diverge
         }
     }
     let dst = model.path("alone");
-    let write_options = WriteOptions::default();
-    let form = Form::Sliced;
     write(
         &decoder,
         &alone,
-        Some(&calibration),
-        form,
         &dst,
-        &write_options,
-        &mut || (),
+        &Settings::new(&calibration),
+        &NoProgress,
     )
     .unwrap();
     let measured = rankings[0].errors.as_ref().unwrap()[1];
@@ -575,12 +573,9 @@ fn divergence(teacher: &Checkpoint, student: &Checkpoint, windows: &Windows) -> 
 #[test]
 fn a_settled_plan_has_the_widths_found_and_is_refitted_on_its_own_inputs() {
     let model = Tiny::new("llama", DType::F32);
-    let settled = Options {
-        settle: true,
-        ..small()
-    };
-    let whole = searched(&model, &settled, 0.3, &model.path("settled"), 0).unwrap();
-    let plain = searched(&model, &small(), 0.3, &model.path("plain"), 0).unwrap();
+    let settled = small_with(|o| o.settle = true);
+    let whole = searched(&model, &settled, 0.3, &model.path("settled"), &NoProgress).unwrap();
+    let plain = searched(&model, &small(), 0.3, &model.path("plain"), &NoProgress).unwrap();
     assert_eq!(whole.plan.widths(), plain.plan.widths());
     // The statistics of the second block are those of the first one as it is written.
     let pruned = Checkpoint::open(written(&model, &whole, Form::Sliced, "sliced")).unwrap();
@@ -600,4 +595,92 @@ fn a_settled_plan_has_the_widths_found_and_is_refitted_on_its_own_inputs() {
         squares.sum::<f64>(),
     );
     assert!((seen / own - 1.0).abs() < 1e-4, "{seen} {own}");
+}
+
+/// The curve of every sublayer, measured in `dir`.
+fn measured(model: &Tiny, windows: &Windows, top_k: usize, dir: &Path) -> Vec<Vec<f64>> {
+    let calibration = calibrate(model, windows, "gram");
+    let decoder = model.decoder();
+    let recipe = Recipe::named("rd-dp", 0).unwrap();
+    let shape = &recipe.shape;
+    let mut rankings = Score::named("wifv")
+        .unwrap()
+        .rank(&decoder, &calibration, shape, &NoProgress)
+        .unwrap();
+    let mut options = Measure::default();
+    (options.points, options.top_k) = (2, top_k);
+    let data = rate_distortion::Data {
+        windows,
+        dir,
+        options,
+    };
+    measure(
+        &decoder,
+        &calibration,
+        &recipe,
+        &mut rankings,
+        data,
+        &NoProgress,
+    )
+    .unwrap();
+    rankings.into_iter().map(|r| r.errors.unwrap()).collect()
+}
+
+#[test]
+fn predictions_of_another_model_text_or_k_in_the_folder_are_not_used() {
+    let model = Tiny::new("llama", DType::F32);
+    // Another model whose tensors are the same but for one entry far behind the first bytes.
+    let other = Tiny::with("llama", DType::F32, |name, tensor| {
+        if name != "model.layers.2.mlp.down_proj.weight" {
+            return tensor;
+        }
+        let mut rows = tensor.to_vec2::<f32>().unwrap();
+        *rows.last_mut().unwrap().last_mut().unwrap() += 2.0;
+        Tensor::new(rows, tensor.device()).unwrap()
+    });
+    let all = windows(8);
+    let tail: Vec<u32> = all.iter().skip(4).flatten().copied().collect();
+    let (first, second) = (all.first(4), Windows::cut(&tail, 16, None).unwrap());
+    let shared = model.path("shared");
+    let before = measured(&model, &first, 20, &shared);
+    for (model, windows, top_k) in [
+        (&other, &first, 20),
+        (&model, &second, 20),
+        (&model, &first, 10),
+        (&model, &first, 20),
+    ] {
+        let fresh = tempfile::tempdir().unwrap();
+        let expected = measured(model, windows, top_k, fresh.path());
+        assert_eq!(measured(model, windows, top_k, &shared), expected);
+    }
+    assert_eq!(measured(&model, &first, 20, &shared), before);
+}
+
+#[test]
+fn calibration_writing_refinement_and_export_can_be_cancelled() {
+    let model = Tiny::new("llama", DType::F32);
+    let decoder = model.decoder();
+    let stopping = || Counter {
+        stop: 2,
+        ..Counter::default()
+    };
+    let collect = Collect::default();
+    let cancelled = Calibration::run(&decoder, &windows(2), &collect, &stopping());
+    assert!(matches!(cancelled, Err(Error::Cancelled(_))));
+    let calibration = calibrate(&model, &windows(8), "gram");
+    let mut recipe = Recipe::named("flap", 0).unwrap();
+    let plan = Plan::make(&decoder, &calibration, &recipe, 0.3, &NoProgress).unwrap();
+    let dst = model.path("cancelled");
+    let cancelled = write(
+        &decoder,
+        &plan,
+        &dst,
+        &Settings::new(&calibration),
+        &stopping(),
+    );
+    assert!(matches!(cancelled, Err(Error::Cancelled(_))));
+    assert!(!dst.exists());
+    recipe.score = Score::named("obs").unwrap();
+    let cancelled = Plan::make(&decoder, &calibration, &recipe, 0.3, &stopping());
+    assert!(matches!(cancelled, Err(Error::Cancelled(_))));
 }

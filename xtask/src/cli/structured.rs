@@ -7,9 +7,9 @@ use std::path::PathBuf;
 
 use clap::builder::PossibleValuesParser;
 use clap::{Args, ValueEnum};
+use prune_structured::compensation::{Alternating, LeastSquares};
 use prune_structured::gguf::Precision;
-use prune_structured::rate_distortion::Distortion;
-use prune_structured::structprune::{CLOSED_FORM, SOFTMAX};
+use prune_structured::score::Random;
 use prune_structured::{
     Allocation, AttentionUnit, Compensation, DEFAULT_RIDGE, Form, Recipe, Score,
 };
@@ -77,22 +77,22 @@ pub(super) struct StructuredArgs {
 #[command(next_help_heading = "Changes to the methods")]
 struct RecipeArgs {
     /// Score of units [default: the method's]
-    #[arg(long, value_enum)]
-    score: Option<ScoreArg>,
-    /// How the budget is spread over layers [default: the method's]
-    #[arg(long, value_enum)]
-    allocation: Option<AllocationArg>,
-    /// What makes up for removed units, several separated by commas; auto: the method's own, flap's being bias where the
-    /// architecture can store one, else least squares
+    #[arg(long, value_parser = PossibleValuesParser::new(names(Score::NAMES, "flap-compat")))]
+    score: Option<String>,
+    /// How the budget is divided over layers [default: the method's]
+    #[arg(long, value_parser = PossibleValuesParser::new(names(&names(Allocation::NAMES, "flap-compat"), "searched")))]
+    allocation: Option<String>,
+    /// What compensates for removed units, several separated by commas; auto: the method's own, which for flap is bias
+    /// where the architecture can store one, else least squares
     #[arg(
         long,
-        value_enum,
         value_delimiter = ',',
         value_name = "C[,C..]",
-        default_value = "auto"
+        default_value = AUTO,
+        value_parser = PossibleValuesParser::new([&[AUTO], Compensation::NAMES].concat())
     )]
-    compensate: Vec<CompensateArg>,
-    /// Share of the parameters that no sublayer loses more of [structprune, structprune-softmax; default: 1]
+    compensate: Vec<String>,
+    /// Maximum fraction removed from any sublayer [structprune, structprune-softmax; default: 1]
     #[arg(long, value_name = "R")]
     max_ratio: Option<f64>,
     /// Temperature of the softmax over energies: small takes all from the weakest sublayers [structprune-softmax;
@@ -147,38 +147,12 @@ impl From<ExportArg> for structured::Export {
     }
 }
 
-#[derive(Clone, Copy, ValueEnum)]
-enum ScoreArg {
-    Wifv,
-    Ifv,
-    Wifn,
-    WandaSp,
-    Magnitude,
-    Random,
-    /// Optimal brain surgeon, the score of tyr
-    Obs,
-}
+/// Leaves a method its own compensation.
+const AUTO: &str = "auto";
 
-#[derive(Clone, Copy, ValueEnum)]
-enum AllocationArg {
-    AlAm,
-    AlMm,
-    UlMm,
-    UlUm,
-    ClosedForm,
-    Softmax,
-    /// Least total distortion, see --distortion
-    RdDp,
-}
-
-#[derive(Clone, Copy, ValueEnum)]
-enum CompensateArg {
-    Auto,
-    None,
-    Bias,
-    LeastSquares,
-    /// StructPrune's: block by block on pruned activations, neurons chosen anew
-    Alternating,
+/// All of `names` but one.
+fn names(names: &[&'static str], but: &str) -> Vec<&'static str> {
+    names.iter().copied().filter(|name| *name != but).collect()
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -191,70 +165,50 @@ impl RecipeArgs {
     /// The variants of one method: one for each compensation, named after it where there are several.
     fn variants(&self, name: &str, seed: u64) -> Vec<Recipe> {
         let several = self.compensate.len() > 1;
-        let variant = |&compensate: &CompensateArg| {
+        let variant = |compensate: &String| {
             // clap has admitted no other name.
             let mut recipe = Recipe::named(name, seed).expect("the parser knows the same names");
             self.change(&mut recipe, seed);
-            let (compensation, label) = match compensate {
-                CompensateArg::Auto => (recipe.compensation, "auto"),
-                CompensateArg::None => (Some(Compensation::None), "none"),
-                CompensateArg::Bias => (Some(Compensation::Bias), "bias"),
-                CompensateArg::LeastSquares => {
-                    let ridge = self.ridge;
-                    (Some(Compensation::LeastSquares { ridge }), "least-squares")
-                }
-                CompensateArg::Alternating => {
-                    let (rounds, ridge) = (self.rounds.get(), self.ridge);
-                    let compensation = Compensation::Alternating { rounds, ridge };
-                    (Some(compensation), "alternating")
-                }
-            };
-            recipe.compensation = compensation;
+            if compensate != AUTO {
+                recipe.compensation = self.compensation(compensate);
+            }
             if several {
-                recipe.name = format!("{name}+{label}");
+                recipe.name = format!("{name}+{compensate}");
             }
             recipe
         };
         self.compensate.iter().map(variant).collect()
     }
 
+    /// The compensation of this name with the flags' parameters.
+    fn compensation(&self, name: &str) -> Option<Compensation> {
+        let (rounds, ridge) = (self.rounds.get(), self.ridge);
+        Some(match Compensation::named(name)? {
+            Compensation::LeastSquares(_) => LeastSquares { ridge }.into(),
+            Compensation::Alternating(_) => Alternating { rounds, ridge }.into(),
+            other => other,
+        })
+    }
+
     fn change(&self, recipe: &mut Recipe, seed: u64) {
-        if let Some(score) = self.score {
+        if let Some(score) = self.score.as_deref().and_then(Score::named) {
             recipe.score = match score {
-                ScoreArg::Wifv => Score::Wifv,
-                ScoreArg::Ifv => Score::Ifv,
-                ScoreArg::Wifn => Score::Wifn,
-                ScoreArg::WandaSp => Score::WandaSp,
-                ScoreArg::Magnitude => Score::Magnitude,
-                ScoreArg::Random => Score::Random { seed },
-                ScoreArg::Obs => Score::Obs { rounds: None },
+                Score::Random(_) => Random { seed }.into(),
+                other => other,
             };
         }
-        if let Some(allocation) = self.allocation {
-            recipe.allocation = match allocation {
-                AllocationArg::AlAm => Allocation::AlAm,
-                AllocationArg::AlMm => Allocation::AlMm,
-                AllocationArg::UlMm => Allocation::UlMm,
-                AllocationArg::UlUm => Allocation::UlUm,
-                AllocationArg::ClosedForm => CLOSED_FORM,
-                AllocationArg::Softmax => SOFTMAX,
-                AllocationArg::RdDp => Allocation::RdDp {
-                    distortion: Distortion::Hidden,
-                    convex: false,
-                },
-            };
+        if let Some(allocation) = self.allocation.as_deref().and_then(Allocation::named) {
+            recipe.allocation = allocation;
         }
-        if let (Allocation::Softmax { temperature, .. }, Some(value)) =
-            (&mut recipe.allocation, self.temperature)
-        {
-            *temperature = value;
-        }
-        if let (
-            Allocation::ClosedForm { max_ratio } | Allocation::Softmax { max_ratio, .. },
-            Some(value),
-        ) = (&mut recipe.allocation, self.max_ratio)
-        {
-            *max_ratio = value;
+        match &mut recipe.allocation {
+            Allocation::Softmax(softmax) => {
+                softmax.temperature = self.temperature.unwrap_or(softmax.temperature);
+                softmax.max_ratio = self.max_ratio.unwrap_or(softmax.max_ratio);
+            }
+            Allocation::ClosedForm(closed) => {
+                closed.max_ratio = self.max_ratio.unwrap_or(closed.max_ratio);
+            }
+            _ => {}
         }
         if let Some(unit) = self.attention_unit {
             recipe.shape.attention_unit = Some(match unit {

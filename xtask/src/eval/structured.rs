@@ -10,16 +10,18 @@ use anyhow::{Context, Result};
 use causal_lm::{BATCH_TOKENS, Decoder, Hidden, NoTap, Windows};
 use eval_report::{DENSE, Row, Section, Stopwatch, format, mean_over_seeds};
 use prune_structured::gguf::{self, Precision};
-use prune_structured::stats::GramStore;
+use prune_structured::output::Refits;
+use prune_structured::score::Random;
+use prune_structured::stats::Needs;
 use prune_structured::{
-    Allocation, Calibration, Collect, Compensation, Cost, Form, Loading, Plan, Recipe, nemotron,
-    structprune,
+    Allocation, Calibration, Collect, Compensation, Cost, Form, Loading, Plan, Recipe, Score,
+    Settings, nemotron, structprune,
 };
 use serde_json::json;
 use tensor_io::{Checkpoint, WriteOptions};
 
 use self::search::Curves;
-use self::table::{compare_with_dense, compensation_name, is_control, layers, section};
+use self::table::{compare_with_dense, is_control, layers, section};
 use super::perplexity::{self, Protocol, file_name};
 use crate::cli::Common;
 use crate::progress::Progress;
@@ -74,7 +76,7 @@ pub fn run(common: &Common, config: &Config) -> Result<Vec<Section>> {
     let checkpoint = Checkpoint::open(&config.perplexity.model)?;
     let decoder = perplexity::open(common, &checkpoint)?;
     for recipe in &config.recipes {
-        if recipe.allocation == Allocation::Searched {
+        if matches!(recipe.allocation, Allocation::Searched(_)) {
             let options = &config.search.options;
             options
                 .check(&decoder, recipe)
@@ -123,14 +125,14 @@ pub fn run(common: &Common, config: &Config) -> Result<Vec<Section>> {
         let curves = cells
             .curves(&calibrated, recipe, &bar)
             .with_context(|| recipe.name.clone())?;
-        let given = Given {
+        let inputs = Inputs {
             calibration: &calibrated,
             curves: curves.as_ref(),
         };
         for &ratio in &config.ratios {
             bar.set_label(format!("{} at {ratio}", recipe.name));
             let row = cells
-                .measure(given, recipe, ratio, &bar)
+                .measure(inputs, recipe, ratio, &bar)
                 .with_context(|| format!("{} at ratio {ratio}", recipe.name))?;
             rows.push(row);
             bar.inc(1);
@@ -166,7 +168,7 @@ struct Cells<'a> {
 
 /// What is measured before any ratio is asked for.
 #[derive(Clone, Copy)]
-struct Given<'a> {
+struct Inputs<'a> {
     calibration: &'a Calibration,
     /// Where the recipe, or what its search starts from, allocates by measured curves.
     curves: Option<&'a Curves>,
@@ -182,26 +184,22 @@ struct Draw {
 impl Cells<'_> {
     /// One pass that collects what any of the methods reads.
     fn calibrate(&self, bar: &Progress) -> Result<Calibration> {
-        let recipes = &self.config.recipes;
         // Plans without refits are written from the model alone.
-        let reads_gram = |recipe: &Recipe| match self.config.dry_run {
-            true => search::plans_from_gram(recipe),
-            false => search::reads_gram(recipe, self.decoder),
-        };
-        let collect = Collect {
-            fluctuation: recipes
-                .iter()
-                .any(|recipe| recipe.score == prune_structured::Score::FlapCompat),
-            gram: recipes
-                .iter()
-                .any(reads_gram)
-                .then(|| GramStore::new(self.scratch)),
-        };
+        let needs = self
+            .config
+            .recipes
+            .iter()
+            .map(|recipe| match self.config.dry_run {
+                true => recipe.needs_for_plan(),
+                false => recipe.needs(self.decoder),
+            });
+        let needs = needs.fold(Needs::default(), |all, needs| all | needs);
+        let collect = Collect::new(needs, self.scratch);
         Ok(Calibration::run(
             self.decoder,
             self.calibration,
             &collect,
-            &mut || bar.inc(1),
+            bar,
         )?)
     }
 
@@ -234,7 +232,7 @@ impl Cells<'_> {
     /// One row: a method at one ratio, over several draws where it is random.
     fn measure(
         &self,
-        given: Given<'_>,
+        inputs: Inputs<'_>,
         recipe: &Recipe,
         ratio: f64,
         bar: &Progress,
@@ -243,7 +241,7 @@ impl Cells<'_> {
             .draws(recipe)
             .iter()
             .map(|draw| {
-                let row = self.measure_one(given, draw, ratio, bar)?;
+                let row = self.measure_one(inputs, draw, ratio, bar)?;
                 self.forget_search(draw, ratio)?;
                 Ok(row)
             })
@@ -269,14 +267,14 @@ impl Cells<'_> {
         let draw = |recipe, seed| Draw { recipe, seed };
         let seeds = self.config.seeds;
         match (recipe.score, recipe.allocation) {
-            (prune_structured::Score::Random { seed }, _) => (seed..seed + seeds)
+            (Score::Random(Random { seed }), _) => (seed..seed + seeds)
                 .map(|seed| {
-                    let score = prune_structured::Score::Random { seed };
-                    let recipe = recipe.clone();
-                    draw(Recipe { score, ..recipe }, Some(seed))
+                    let mut recipe = recipe.clone();
+                    recipe.score = Random { seed }.into();
+                    draw(recipe, Some(seed))
                 })
                 .collect(),
-            (_, Allocation::Searched) => {
+            (_, Allocation::Searched(_)) => {
                 let first = self.config.search.options.seed;
                 (first..first + seeds)
                     .map(|seed| draw(recipe.clone(), Some(seed)))
@@ -289,19 +287,19 @@ impl Cells<'_> {
     /// The plan of a draw, and the statistics that go with it where they are not the dense model's.
     fn plan(
         &self,
-        given: Given<'_>,
+        inputs: Inputs<'_>,
         draw: &Draw,
         ratio: f64,
         (row, bar): (&mut Row, &Progress),
     ) -> Result<(Plan, Option<Calibration>)> {
         let recipe = &draw.recipe;
-        let maker = self.maker(given.calibration);
-        if recipe.allocation != Allocation::Searched {
-            return Ok((maker.plan(recipe, given.curves, ratio)?, None));
+        let maker = self.maker(inputs.calibration);
+        if !matches!(recipe.allocation, Allocation::Searched(_)) {
+            return Ok((maker.plan(recipe, inputs.curves, ratio, bar)?, None));
         }
         let folder = self.search_folder(draw, ratio);
         let seed = draw.seed.unwrap_or_default();
-        let found = maker.search(recipe, given.curves, (ratio, seed), &folder, bar)?;
+        let found = maker.search(recipe, inputs.curves, (ratio, seed), &folder, bar)?;
         if let Some(kl) = found.kl {
             row.extra.insert("kl".into(), json!(kl));
         }
@@ -315,7 +313,7 @@ impl Cells<'_> {
 
     fn measure_one(
         &self,
-        given: Given<'_>,
+        inputs: Inputs<'_>,
         draw: &Draw,
         ratio: f64,
         bar: &Progress,
@@ -323,8 +321,8 @@ impl Cells<'_> {
         let watch = Stopwatch::start();
         let recipe = &draw.recipe;
         let mut row = Row::new("structured", &recipe.name);
-        let (plan, searched) = self.plan(given, draw, ratio, (&mut row, bar))?;
-        let calibration = searched.as_ref().unwrap_or(given.calibration);
+        let (plan, searched) = self.plan(inputs, draw, ratio, (&mut row, bar))?;
+        let calibration = searched.as_ref().unwrap_or(inputs.calibration);
         let cost = Cost::of(self.decoder, &plan)?;
         row = Row {
             ratio: Some(ratio),
@@ -352,46 +350,38 @@ impl Cells<'_> {
         );
         row.extra.insert(
             "compensation".into(),
-            json!(compensation_name(plan.compensation)),
+            json!(plan.compensation.name().replace('-', " ")),
         );
         row.extra.insert(
             "loads_in".into(),
             json!(match Loading::of(self.decoder, &plan, self.config.form) {
                 Loading::Stock => "stock",
-                Loading::PerLayer => "loader",
+                _ => "loader",
             }),
         );
         // A dry run shows widths, which the refinement leaves as they are.
-        let refined = match self.config.dry_run {
-            true => None,
-            false => self.refined(&plan, calibration, bar)?,
+        let (plan, refits) = match self.config.dry_run {
+            true => (plan, None),
+            false => self.refined(plan, bar)?,
         };
-        let (plan, calibration) = refined
-            .as_ref()
-            .map_or((&plan, calibration), |(p, c)| (p, c));
         if let Some(folder) = &self.config.save_plans {
             std::fs::create_dir_all(folder).with_context(|| folder.display().to_string())?;
             plan.save(folder.join(format!("{}.json", cell_name(recipe, draw.seed, ratio))))?;
         }
         // Each row says what its ratio alone would take.
-        let measuring = given.curves.map_or(0.0, |curves| curves.seconds);
+        let measuring = inputs.curves.map_or(0.0, |curves| curves.seconds);
         if self.config.dry_run {
             watch.stop(&mut row);
             row.seconds += measuring;
             return Ok(row);
         }
         let folder = self.folder(draw, ratio);
-        let outputs = self.decoder.checkpoint().names().count() as u64;
-        let writing = bar.nested("writing", outputs);
-        let written = prune_structured::write(
-            self.decoder,
-            plan,
-            Some(calibration),
-            self.config.form,
-            &folder,
-            &self.config.write,
-            &mut || writing.inc(1),
-        )?;
+        let writing = bar.nested("writing", 0);
+        let settings = Settings::new(calibration)
+            .form(self.config.form)
+            .refits(refits.as_ref())
+            .files(self.config.write.clone());
+        let written = prune_structured::write(self.decoder, &plan, &folder, &settings, &writing)?;
         writing.finish();
         watch.stop(&mut row);
         row.seconds += measuring;
@@ -403,7 +393,7 @@ impl Cells<'_> {
         perplexity::measure(&pruned, self.evaluation, &mut row, &steps)?;
         steps.finish();
         row.tokens_per_second = Some(speed(&pruned, self.evaluation)?);
-        self.export(&pruned, &folder, &mut row)?;
+        self.export(&pruned, &folder, (&mut row, bar))?;
         anyhow::ensure!(
             (Some(written.parameters), Some(written.bytes)) == (row.params, row.bytes),
             "{}: the shards hold other parameters than the plan counts",
@@ -419,41 +409,36 @@ impl Cells<'_> {
     }
 
     /// A plan whose compensation is the alternating refinement, after it, and where its weights are.
-    fn refined(
-        &self,
-        plan: &Plan,
-        calibration: &Calibration,
-        bar: &Progress,
-    ) -> Result<Option<(Plan, Calibration)>> {
-        if !matches!(plan.compensation, Compensation::Alternating { .. }) {
-            return Ok(None);
+    fn refined(&self, plan: Plan, bar: &Progress) -> Result<(Plan, Option<Refits>)> {
+        if !matches!(plan.compensation, Compensation::Alternating(_)) {
+            return Ok((plan, None));
         }
-        let refining = bar.nested("refining", plan.layers.len() as u64);
-        let (plan, refits) = structprune::refine(
-            self.decoder,
-            self.calibration,
-            plan,
-            self.scratch,
-            &mut || refining.inc(1),
-        )?;
-        refining.finish();
-        let mut calibration = calibration.clone();
-        calibration.refits = Some(refits);
-        Ok(Some((plan, calibration)))
+        let refining = bar.nested("refining", 0);
+        let windows = self.calibration;
+        let (plan, refits) =
+            structprune::refine(self.decoder, windows, &plan, self.scratch, &refining)?;
+        Ok((plan, Some(refits)))
     }
 
     /// Writes a saved checkpoint in the other formats, and the size of each to its row.
-    fn export(&self, pruned: &Decoder<'_>, folder: &Path, row: &mut Row) -> Result<()> {
+    fn export(
+        &self,
+        pruned: &Decoder<'_>,
+        folder: &Path,
+        (row, bar): (&mut Row, &Progress),
+    ) -> Result<()> {
         for export in &self.config.exports {
+            let bar = bar.nested("export", 0);
             let (name, bytes) = match export {
                 Export::Gguf(precision) => {
                     let name = format!("model-{}.gguf", precision.name());
-                    let exported = gguf::export(pruned, *precision, folder.join(&name))?;
+                    let exported = gguf::export(pruned, *precision, folder.join(&name), &bar)?;
                     (name, exported.bytes)
                 }
                 Export::NemotronNas => {
                     let name = "nemotron-nas".to_string();
-                    let written = nemotron::export(pruned, folder.join(&name), &self.config.write)?;
+                    let dst = folder.join(&name);
+                    let written = nemotron::export(pruned, dst, &self.config.write, &bar)?;
                     (name, written.bytes)
                 }
             };

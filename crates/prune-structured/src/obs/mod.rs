@@ -22,6 +22,6 @@ mod units;
 
 pub use nested::{Nested, error_curve};
 pub use problem::Problem;
-pub(crate) use rank::{attach_errors, rank};
+pub(crate) use rank::{rank, step_errors};
 pub use sweep::{Level, Rounds, Sweep, sweep};
 pub use units::Units;

@@ -4,7 +4,7 @@
 //! refitting them, `B_k = L_kk⁻ᵀ Y_k`, leaves the squared output error `Σ_{i ≥ k} ‖Y_i‖²`.
 
 use super::Problem;
-use crate::compensate::Compensation;
+use crate::compensation::Compensation;
 use crate::{Error, Result};
 use candle_core::{Device, Tensor};
 use faer::Mat;
@@ -94,12 +94,12 @@ pub fn error_curve(
     compensation: Compensation,
     (mean, tokens): (&[f64], u64),
 ) -> Result<Vec<f64>> {
-    let bias = match compensation {
-        Compensation::LeastSquares { .. } | Compensation::Alternating { .. } => {
-            return Ok(Nested::new(problem, order)?.errors());
-        }
-        Compensation::None => 0.0,
-        Compensation::Bias => tokens as f64,
+    if compensation.refits() {
+        return Ok(Nested::new(problem, order)?.errors());
+    }
+    let bias = match compensation.adds_bias() {
+        true => tokens as f64,
+        false => 0.0,
     };
     // ‖Σ_{i ≥ k} x_i b_i‖² grows by its i = k terms as k falls.
     let n = order.len();

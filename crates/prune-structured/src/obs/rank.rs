@@ -1,12 +1,12 @@
 //! Rankings and error curves of whole models from their Gram matrices.
 
 use super::{Nested, Problem, Rounds, Units, error_curve, sweep};
+use crate::compensation::{Compensation, DEFAULT_RIDGE};
 use crate::ranking::{Ranking, Shape};
-use crate::rate_distortion::Distortion;
-use crate::score::standardise;
-use crate::{Calibration, Compensation, DEFAULT_RIDGE, Result};
+use crate::stats::standardise;
+use crate::{Calibration, Result};
 use candle_core::{DType, Device};
-use causal_lm::Decoder;
+use causal_lm::{Decoder, Progress};
 
 /// Ranks the units of every sublayer by the order in which a sweep eliminates them.
 ///
@@ -17,49 +17,40 @@ pub(crate) fn rank(
     calibration: &Calibration,
     rounds: Option<Rounds>,
     shape: &Shape,
+    progress: &dyn Progress,
 ) -> Result<Vec<Ranking>> {
     let mut rankings = Ranking::unscored(decoder, shape)?;
+    progress.begin("ranking", rankings.len() as u64);
     for ranking in &mut rankings {
         let problem = problem(decoder, calibration, ranking, DEFAULT_RIDGE)?;
         let units = Units::of(ranking, problem.columns());
         let rounds = rounds.unwrap_or(Rounds::suggested(problem.columns()));
         let levels = [ranking.protected];
-        ranking.order = sweep(problem.clone(), &units, rounds, &levels)?.order;
-        let errors = Nested::new(&problem, &units.columns_of(&ranking.order))?.errors();
-        ranking.score_steps(&units, &errors);
+        let order = sweep(problem.clone(), &units, rounds, &levels)?.order;
+        let errors = Nested::new(&problem, &units.columns_of(&order))?.errors();
+        ranking.reorder(order, step_scores(&units, &errors));
+        progress.advance(1)?;
     }
     Ok(rankings)
 }
 
-/// Gives every ranking the curve of its output error under a compensation.
-pub(crate) fn attach_errors(
+/// Squared output error of a sublayer under a compensation when the first k steps of its ranking stay, for k = 0 ..=
+/// steps.
+pub(crate) fn step_errors(
     decoder: &Decoder<'_>,
     calibration: &Calibration,
     compensation: Compensation,
-    distortion: Distortion,
-    rankings: &mut [Ranking],
-) -> Result<()> {
-    for ranking in rankings {
-        let problem = problem(decoder, calibration, ranking, compensation.ridge())?;
-        let moments = &calibration.part(ranking.layer, ranking.part)?.moments;
-        let units = Units::of(ranking, problem.columns());
-        let order = units.columns_of(&ranking.order);
-        let input = (moments.mean.as_slice(), moments.count);
-        let errors = error_curve(&problem, &order, compensation, input)?;
-        let scale = match distortion {
-            Distortion::Output => 1.0,
-            Distortion::Relative => errors[0],
-            Distortion::Hidden => calibration.layers[ranking.layer].hidden_square,
-        };
-        // Where nothing comes out, nothing can be lost.
-        let scale = if scale > 0.0 { scale } else { 1.0 };
-        ranking.errors = Some(
-            (0..=ranking.steps.len())
-                .map(|steps| errors[units.kept(steps) * units.columns] / scale)
-                .collect(),
-        );
-    }
-    Ok(())
+    ranking: &Ranking,
+) -> Result<Vec<f64>> {
+    let problem = problem(decoder, calibration, ranking, compensation.ridge())?;
+    let moments = &calibration.part(ranking.layer, ranking.part)?.moments;
+    let units = Units::of(ranking, problem.columns());
+    let order = units.columns_of(ranking.order());
+    let input = (moments.mean.as_slice(), moments.count);
+    let errors = error_curve(&problem, &order, compensation, input)?;
+    Ok((0..=ranking.steps().len())
+        .map(|steps| errors[units.kept(steps) * units.columns])
+        .collect())
 }
 
 fn problem(
@@ -76,19 +67,16 @@ fn problem(
     Problem::new(&weight, &calibration.gram(layer, part)?, ridge, layer)
 }
 
-impl Ranking {
-    fn score_steps(&mut self, units: &Units, errors: &[f64]) {
-        let mut scores: Vec<f64> = (0..self.steps.len())
-            .map(|step| {
-                let [from, to] = [step, step + 1].map(|s| units.kept(s) * units.columns);
-                (errors[from] - errors[to]) / (to - from) as f64
-            })
-            .collect();
-        standardise(&mut scores);
-        for (step, score) in self.steps.iter_mut().zip(never_rising(&scores)) {
-            step.score = score;
-        }
-    }
+/// Scores of the steps from the errors of keeping the first k columns.
+fn step_scores(units: &Units, errors: &[f64]) -> Vec<f64> {
+    let mut scores: Vec<f64> = (0..units.steps.len())
+        .map(|step| {
+            let [from, to] = [step, step + 1].map(|s| units.kept(s) * units.columns);
+            (errors[from] - errors[to]) / (to - from) as f64
+        })
+        .collect();
+    standardise(&mut scores);
+    never_rising(&scores)
 }
 
 /// The closest values that never rise, by averaging runs that do.

@@ -370,8 +370,8 @@ fn swap_symmetric(mut matrix: MatMut<'_, f64>, a: usize, b: usize) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::compensate::tests::problem as golden;
-    use crate::compensate::{Compensation, complement, refit};
+    use crate::compensation::tests::problem as golden;
+    use crate::compensation::{Bias, Compensation, NoCompensation, complement, refit};
     use crate::obs::{Nested, error_curve};
     use proptest::prelude::*;
 
@@ -495,7 +495,7 @@ mod tests {
             let n = count * columns;
             let (weight, gram) = random(n, 3 * n, seed);
             let problem = Problem::new(&weight, &gram, 0.01, 0).unwrap();
-            let structure = Units { columns, count, pools, steps: vec![pools; units] };
+            let structure = Units::new(columns, count, pools, vec![pools; units]);
             let levels: Vec<usize> = (1..=units).collect();
             let rounds = Rounds::Fine { neurons: round };
             let swept = sweep(problem.clone(), &structure, rounds, &levels).unwrap();
@@ -504,7 +504,7 @@ mod tests {
             let nested = Nested::new(&problem, &structure.columns_of(&swept.order)).unwrap();
             let errors = nested.errors();
             let uncompensated = error_curve(
-                &problem, &structure.columns_of(&swept.order), Compensation::None, (&vec![0.0; n], 0),
+                &problem, &structure.columns_of(&swept.order), NoCompensation.into(), (&vec![0.0; n], 0),
             ).unwrap();
             let mut narrower: Option<&Level> = None;
             for level in swept.levels.iter().rev() {
@@ -536,7 +536,7 @@ mod tests {
             let problem = Problem::new(&weight, &gram, 0.01, 0).unwrap();
             let mean: Vec<f64> = (0..8).map(|c| c as f64 / 40.0).collect();
             let order = [3, 1, 7, 0, 6, 2, 5, 4];
-            let (compensation, tokens) = if bias { (Compensation::Bias, 20) } else { (Compensation::None, 0) };
+            let (compensation, tokens): (Compensation, _) = if bias { (Bias.into(), 20) } else { (NoCompensation.into(), 0) };
             let curve = error_curve(&problem, &order, compensation, (&mean, tokens)).unwrap();
             for kept in 0..=8 {
                 let mut naive = 0.0;

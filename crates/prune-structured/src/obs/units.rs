@@ -1,10 +1,11 @@
-//! How columns fall into units, and how units go together.
+//! How columns form units, and which units are removed together.
 
 use crate::ranking::Ranking;
 use crate::stats::Part;
 
-/// Units of equally many consecutive columns, which go in steps.
+/// Units of equally many consecutive columns, which are removed in steps.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Units {
     /// Columns of one unit.
     pub columns: usize,
@@ -13,39 +14,50 @@ pub struct Units {
     /// Consecutive runs of units of which each step takes equally many: the key/value heads when
     /// query heads are the units, else 1.
     pub pools: usize,
-    /// Units in each step, the one that goes last in front.
-    pub steps: Vec<usize>,
+    /// Units in each step, the one that is removed last in front.
+    pub(crate) steps: Vec<usize>,
+    /// Units in the first k steps, for k = 0 ..= steps.
+    kept: Vec<usize>,
 }
 
 impl Units {
-    /// `count` units of `columns` columns, each a step of its own.
-    pub fn single(count: usize, columns: usize) -> Self {
+    /// `count` units of `columns` columns in `pools` pools, removed in `steps`.
+    pub fn new(columns: usize, count: usize, pools: usize, steps: Vec<usize>) -> Self {
+        let mut kept = Vec::with_capacity(steps.len() + 1);
+        kept.push(0);
+        kept.extend(steps.iter().scan(0, |sum, step| {
+            *sum += step;
+            Some(*sum)
+        }));
         Self {
             columns,
             count,
-            pools: 1,
-            steps: vec![1; count],
+            pools,
+            steps,
+            kept,
         }
+    }
+
+    /// `count` units of `columns` columns, each a step of its own.
+    pub fn single(count: usize, columns: usize) -> Self {
+        Self::new(columns, count, 1, vec![1; count])
     }
 
     /// Units and steps of a ranking over `columns` columns.
     pub fn of(ranking: &Ranking, columns: usize) -> Self {
-        let count = ranking.order.len();
-        Self {
-            columns: columns / count,
-            count,
-            pools: match ranking.part {
-                // Attention goes in steps of one unit, or of one from each group.
-                Part::Attention => ranking.steps[0].units,
-                Part::Mlp => 1,
-            },
-            steps: ranking.steps.iter().map(|step| step.units).collect(),
-        }
+        let count = ranking.order().len();
+        let steps: Vec<usize> = ranking.steps().iter().map(|step| step.units).collect();
+        let pools = match ranking.part {
+            // Attention is removed in steps of one unit, or of one from each group.
+            Part::Attention => steps[0],
+            Part::Mlp => 1,
+        };
+        Self::new(columns / count, count, pools, steps)
     }
 
     /// Units in the first `steps` steps.
     pub fn kept(&self, steps: usize) -> usize {
-        self.steps[..steps].iter().sum()
+        self.kept[steps]
     }
 
     /// The pool of a unit.

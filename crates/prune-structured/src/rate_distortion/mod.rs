@@ -1,357 +1,198 @@
-//! Rate-distortion allocation by dynamic programming (arXiv 2308.10438).
+//! Rate-distortion allocation (arXiv 2308.10438), and curves measured on the whole model.
 //!
-//! Every sublayer has a curve: its distortion at every number of parameters it may keep. Errors of
-//! different sublayers are taken to add up, so the best allocation is a multiple-choice knapsack:
-//! one point from each curve, the least total distortion, never more parameters than the budget.
-//! Costs are counted in their greatest common divisor, where that gives too many states in coarser
-//! units rounded up; back-pointers are kept for every state, so the result is the optimum itself.
+//! Every sublayer has a curve: its distortion at every number of parameters it may keep. Errors of different sublayers
+//! are taken to add up, so the best allocation is a multiple-choice knapsack: [`RdDp`] takes one point from each curve.
+//! [`measure`] replaces the curves by what pruning one sublayer does to the whole model's output.
 
-mod measured;
-
-pub use measured::{Data, Measure, measure};
-
+use crate::compensation::{complement, refit};
+use crate::divergence::{Fitness, LevelStore, Sharing, Teacher};
+use crate::obs::{Level, Units};
 use crate::ranking::Ranking;
-use crate::{Error, Result};
-use rayon::prelude::*;
-use serde::{Deserialize, Serialize};
+use crate::{Calibration, Compensation, Error, Recipe, Result};
+use candle_core::{DType, Device, Tensor};
+use causal_lm::{Decoder, Progress, Windows};
+use std::path::Path;
 
-/// Budget states of the dynamic programme; with more the costs are rounded up.
-const STATES: u64 = 1 << 16;
-/// Points of a curve that enter it. A longer curve is thinned, and what the budget leaves over is
-/// then spent step by step.
-const POINTS: usize = 256;
-/// States that one task computes.
-const CHUNK: usize = 4096;
+pub use crate::allocation::{Distortion, Point, RdDp, convexify, knapsack};
 
-/// What is added up over sublayers, each pruned by itself and compensated.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Distortion {
-    /// Squared error of the sublayer's output.
-    Output,
-    /// The same as a share of the sublayer's squared output.
-    Relative,
-    /// The same as a share of the squared hidden states that leave the block: what the norm of the
-    /// next block sees.
-    Hidden,
+/// How curves are measured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Measure {
+    /// Widths of each sublayer that are measured beside the dense one; errors between them are
+    /// interpolated.
+    pub points: usize,
+    /// Logits of the dense model that are compared.
+    pub top_k: usize,
+    /// Bytes of hidden states held at once.
+    pub memory: usize,
 }
 
-/// A point of a curve.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Point {
-    /// Parameters kept.
-    pub cost: u64,
-    /// What that does to the output.
-    pub distortion: f64,
+impl Default for Measure {
+    fn default() -> Self {
+        Self {
+            points: 8,
+            top_k: 512,
+            memory: 1 << 30,
+        }
+    }
 }
 
-/// Index of the point to take from each curve so that the sum of distortions is least and that of
-/// costs at most `budget`; on equal distortion the dearer. `None` when even the cheapest points
-/// cost more.
+/// What curves are measured on, and where.
+#[derive(Clone, Copy, Debug)]
+pub struct Data<'a> {
+    /// Windows whose predictions are compared.
+    pub windows: &'a Windows,
+    /// Folder for pruned sublayers and the dense model's predictions.
+    pub dir: &'a Path,
+    /// How many points and logits.
+    pub options: Measure,
+}
+
+/// Gives every ranking the curve of the model's KL divergence from the dense one, in nats per
+/// position, when this sublayer alone is pruned and compensated.
 ///
-/// Costs of a curve must not fall. Exact when the budget beyond the cheapest points, in units of
-/// the greatest common divisor of costs, has at most 65,536 states; else it leaves at most one
-/// 65,536th of it unspent for every curve.
-pub fn allocate(curves: &[Vec<Point>], budget: u64) -> Option<Vec<usize>> {
-    let first: u64 = curves.iter().map(|c| c[0].cost).sum();
-    let spare = budget.checked_sub(first)?;
-    let extra = |curve: &[Point], i: usize| curve[i].cost - curve[0].cost;
-    let divisor = curves
-        .iter()
-        .flat_map(|c| (0..c.len()).map(|i| extra(c, i)))
-        .fold(0, gcd)
-        .max(1);
-    let most: u64 = curves.iter().map(|c| extra(c, c.len() - 1)).sum();
-    let spare = spare.min(most);
-    let unit = divisor.max(spare.div_ceil(STATES));
-    let states = (spare / unit) as usize + 1;
-
-    // least[b]: the least distortion of the curves so far for at most b units.
-    let mut least = vec![0.0; states];
-    let mut taken: Vec<Vec<u32>> = Vec::with_capacity(curves.len());
-    for curve in curves {
-        let choices: Vec<(usize, f64)> = (0..curve.len())
-            .map(|i| (extra(curve, i).div_ceil(unit) as usize, curve[i].distortion))
-            .collect();
-        let mut next = vec![f64::INFINITY; states];
-        let mut chosen = vec![0u32; states];
-        next.par_chunks_mut(CHUNK)
-            .zip(chosen.par_chunks_mut(CHUNK))
-            .enumerate()
-            .for_each(|(chunk, (next, chosen))| {
-                let start = chunk * CHUNK;
-                for (i, &(cost, distortion)) in choices.iter().enumerate().rev() {
-                    for b in cost.saturating_sub(start)..next.len() {
-                        let total = least[start + b - cost] + distortion;
-                        if total < next[b] {
-                            (next[b], chosen[b]) = (total, i as u32);
-                        }
-                    }
-                }
-            });
-        least = next;
-        taken.push(chosen);
-    }
-    let mut left = states - 1;
-    let mut choice: Vec<usize> = curves
-        .iter()
-        .zip(taken)
-        .rev()
-        .map(|(curve, taken)| {
-            let i = taken[left] as usize;
-            left -= extra(curve, i).div_ceil(unit) as usize;
-            i
-        })
-        .collect();
-    choice.reverse();
-    Some(choice)
-}
-
-/// Replaces every distortion by the lower convex hull of the curve at its cost, which takes out the
-/// bumps of measured curves.
-pub fn convexify(curve: &mut [Point]) {
-    let mut hull: Vec<Point> = Vec::with_capacity(curve.len());
-    let slope = |a: Point, b: Point| (b.distortion - a.distortion) / (b.cost - a.cost) as f64;
-    for &point in curve.iter() {
-        if let Some(&last) = hull.last()
-            && last.cost == point.cost
-        {
-            if point.distortion >= last.distortion {
-                continue;
-            }
-            hull.pop();
-        }
-        while let [.., a, b] = hull[..]
-            && slope(a, b) >= slope(b, point)
-        {
-            hull.pop();
-        }
-        hull.push(point);
-    }
-    let mut at = 0;
-    for point in curve {
-        while at + 1 < hull.len() && hull[at + 1].cost <= point.cost {
-            at += 1;
-        }
-        let a = hull[at];
-        point.distortion = match hull.get(at + 1) {
-            Some(&b) => a.distortion + slope(a, b) * (point.cost - a.cost) as f64,
-            None => a.distortion,
-        };
-    }
-}
-
-/// Steps that each ranking keeps so that at most `budget` parameters stay and the sum of
-/// distortions is least.
+/// Models that differ from the dense one in a single sublayer share all blocks before it. `progress` has a stage for the
+/// dense model's predictions, one for pruning every sublayer at every width, and one for comparing. Predictions in the
+/// folder are used when they are of the same weights, windows and k.
 ///
 /// # Errors
-/// [`Error::Missing`] for a ranking without a curve, [`Error::Unreachable`] when protected steps
-/// alone exceed the budget.
-pub(crate) fn keep(rankings: &[Ranking], budget: f64, convex: bool) -> Result<Vec<usize>> {
-    let mut fine = Vec::with_capacity(rankings.len());
-    for ranking in rankings {
-        let errors = ranking.errors.as_ref().ok_or(Error::Missing {
-            layer: ranking.layer,
-            what: "the error curve of a sublayer",
-            need: "rd-dp reads it; collect Gram matrices",
-        })?;
-        let mut curve: Vec<Point> = (ranking.protected..=ranking.steps.len())
-            .map(|steps| Point {
-                cost: ranking.cost(steps),
-                distortion: errors[steps],
-            })
-            .collect();
-        if convex {
-            convexify(&mut curve);
+/// [`Error::Missing`] without Gram matrices where the recipe refits, [`Error::Search`] for a compensation by bias, which
+/// a curve leaves out, [`Error::Cancelled`], and what running the model reports.
+pub fn measure(
+    decoder: &Decoder<'_>,
+    calibration: &Calibration,
+    recipe: &Recipe,
+    rankings: &mut [Ranking],
+    Data {
+        windows,
+        dir,
+        options,
+    }: Data<'_>,
+    progress: &dyn Progress,
+) -> Result<()> {
+    let compensation = recipe.compensation(decoder);
+    if compensation.adds_bias() {
+        return Err(Error::Search {
+            option: "compensation",
+            value: compensation.name().into(),
+            expected: "least squares or none where curves are measured",
+        });
+    }
+    let store = LevelStore::create(dir)?;
+    let place = (dir, decoder.checkpoint().content_hash()?);
+    let teacher = Teacher::new(decoder, windows, options.top_k, place, progress)?;
+    let dense: Vec<usize> = rankings.iter().map(|r| r.steps().len()).collect();
+    progress.begin("pruning sublayers", rankings.len() as u64);
+    let mut grids = Vec::with_capacity(rankings.len());
+    let mut candidates = vec![dense.clone()];
+    for (i, ranking) in rankings.iter().enumerate() {
+        let grid = grid(ranking.protected, ranking.steps().len(), options.points);
+        store_widths(decoder, calibration, compensation, ranking, &grid, &store)?;
+        progress.advance(1)?;
+        for &steps in &grid {
+            let mut candidate = dense.clone();
+            candidate[i] = steps;
+            candidates.push(candidate);
         }
-        fine.push(curve);
+        grids.push(grid);
     }
-    let kept: Vec<Vec<usize>> = fine.iter().map(|curve| thin(curve.len())).collect();
-    let coarse: Vec<Vec<Point>> = fine
-        .iter()
-        .zip(&kept)
-        .map(|(curve, kept)| kept.iter().map(|&i| curve[i]).collect())
-        .collect();
-    let whole = budget.max(0.0) as u64;
-    let least: u64 = fine.iter().map(|curve| curve[0].cost).sum();
-    let total: u64 = rankings.iter().map(|r| r.cost(r.steps.len())).sum();
-    let choice = allocate(&coarse, whole).ok_or(Error::Unreachable {
-        ratio: 1.0 - budget / total as f64,
-        kept: least,
-        total,
-    })?;
-    let mut at: Vec<usize> = choice.iter().zip(&kept).map(|(&c, kept)| kept[c]).collect();
-    spend(&fine, &mut at, whole);
-    Ok(at
-        .iter()
-        .zip(rankings)
-        .map(|(at, ranking)| ranking.protected + at)
-        .collect())
+    let all: Vec<usize> = (0..windows.count()).collect();
+    let fitness = Fitness {
+        decoder,
+        windows,
+        teacher: &teacher,
+        rankings: rankings.iter().collect(),
+        store: &store,
+        memory: options.memory,
+        sharing: Sharing::Prefixes,
+    };
+    let layers = decoder.config().layers();
+    progress.begin("comparing models", (candidates.len() * layers) as u64);
+    let found = fitness.of(&candidates, &all, progress, 1)?;
+    let (of_dense, mut found) = (found[0], &found[1..]);
+    for (ranking, grid) in rankings.iter_mut().zip(grids) {
+        let (of_ranking, rest) = found.split_at(grid.len());
+        found = rest;
+        let mut points: Vec<(usize, f64)> =
+            grid.into_iter().zip(of_ranking.iter().copied()).collect();
+        points.push((ranking.steps().len(), of_dense));
+        ranking.errors = Some(interpolate(&points));
+    }
+    Ok(())
 }
 
-/// Indices of at most [`POINTS`] points of a curve, both ends among them.
-fn thin(len: usize) -> Vec<usize> {
-    let points = len.min(POINTS);
-    (0..points)
-        .map(|i| i * (len - 1) / (points - 1).max(1))
-        .collect()
+/// At most `points` widths below `steps`, ascending from the least.
+fn grid(least: usize, steps: usize, points: usize) -> Vec<usize> {
+    let span = steps - least;
+    let points = points.min(span);
+    (0..points).map(|i| least + i * span / points).collect()
 }
 
-/// Spends what is left of the budget on the steps that save most for each parameter.
-fn spend(curves: &[Vec<Point>], at: &mut [usize], budget: u64) {
-    let spent: u64 = curves.iter().zip(&*at).map(|(c, &i)| c[i].cost).sum();
-    let mut left = budget - spent;
-    loop {
-        let gain = |l: usize| -> Option<(f64, u64)> {
-            let (now, next) = (curves[l][at[l]], curves[l].get(at[l] + 1)?);
-            let (cost, saved) = (next.cost - now.cost, now.distortion - next.distortion);
-            (cost <= left && saved >= 0.0).then_some((saved / cost as f64, cost))
+/// Values at 0 ..= the last place, linear between the given ones and constant before the first.
+fn interpolate(points: &[(usize, f64)]) -> Vec<f64> {
+    let mut values = vec![points[0].1; points[0].0];
+    for pair in points.windows(2) {
+        let [(from, a), (to, b)] = [pair[0], pair[1]];
+        let share = |at: usize| (at - from) as f64 / (to - from) as f64;
+        values.extend((from..to).map(|at| a + (b - a) * share(at)));
+    }
+    values.extend(points.last().map(|&(_, value)| value));
+    values
+}
+
+fn store_widths(
+    decoder: &Decoder<'_>,
+    calibration: &Calibration,
+    compensation: Compensation,
+    ranking: &Ranking,
+    grid: &[usize],
+    store: &LevelStore,
+) -> Result<()> {
+    let Ranking { layer, part, .. } = *ranking;
+    let name = part.output().weight(layer);
+    let weight = decoder
+        .checkpoint()
+        .tensor_as(&name, DType::F32, &Device::Cpu)?;
+    let columns = weight.dim(1)?;
+    let units = Units::of(ranking, columns);
+    let gram = match compensation.refits() {
+        true => Some(calibration.gram(layer, part)?),
+        false => None,
+    };
+    let level = |&steps: &usize| -> Result<Level> {
+        let kept_units = ranking.kept(steps);
+        let kept = units.columns_of(&kept_units);
+        let weight = match &gram {
+            Some(gram) if !kept.is_empty() => {
+                let removed = complement(&kept, columns);
+                refit(&weight, gram, &kept, &removed, compensation.ridge(), layer)?
+            }
+            _ => {
+                let ids = kept.iter().map(|&column| column as u32);
+                weight.index_select(&Tensor::from_iter(ids, &Device::Cpu)?, 1)?
+            }
         };
-        let best = (0..curves.len())
-            .filter_map(|l| gain(l).map(|(gain, cost)| (l, gain, cost)))
-            .max_by(|a, b| a.1.total_cmp(&b.1).then(b.0.cmp(&a.0)));
-        let Some((l, _, cost)) = best else { return };
-        at[l] += 1;
-        left -= cost;
-    }
-}
-
-fn gcd(a: u64, b: u64) -> u64 {
-    if b == 0 { a } else { gcd(b, a % b) }
+        Ok(Level {
+            steps,
+            units: kept_units,
+            weight,
+            error: 0.0,
+        })
+    };
+    let levels: Vec<Level> = grid.iter().map(level).collect::<Result<_>>()?;
+    store.save(ranking, &levels)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use proptest::prelude::*;
-
-    /// Curves of the golden problem: the amounts pruned are 0, ¼, ½, ¾ and 1, cheapest first here.
-    fn golden() -> Vec<Vec<Point>> {
-        let distortions = [
-            [0.0, 1.0, 4.0, 9.0, 30.0],
-            [0.0, 0.5, 1.0, 3.0, 8.0],
-            [0.0, 2.0, 6.0, 20.0, 60.0],
-        ];
-        [8u64, 12, 16]
-            .into_iter()
-            .zip(distortions)
-            .map(|(n, distortions)| {
-                let point = |i: usize| Point {
-                    cost: n * (4 - i as u64) / 4,
-                    distortion: distortions[i],
-                };
-                (0..5).rev().map(point).collect()
-            })
-            .collect()
-    }
-
-    fn total(curves: &[Vec<Point>], choice: &[usize]) -> (u64, f64) {
-        let points = || curves.iter().zip(choice).map(|(c, &i)| c[i]);
-        (
-            points().map(|p| p.cost).sum(),
-            points().map(|p| p.distortion).sum(),
-        )
-    }
-
-    /// The least distortion within the budget over all choices.
-    fn brute_force(curves: &[Vec<Point>], budget: u64) -> Option<f64> {
-        let Some((first, rest)) = curves.split_first() else {
-            return Some(0.0);
-        };
-        first
-            .iter()
-            .filter(|p| p.cost <= budget)
-            .filter_map(|p| Some(p.distortion + brute_force(rest, budget - p.cost)?))
-            .min_by(f64::total_cmp)
-    }
 
     #[test]
-    fn the_published_examples_come_out_and_so_does_the_one_that_crashes_the_published_solver() {
-        let curves = golden();
-        for (ratio, distortion) in [(0.25, 3.0), (0.4, 6.0), (0.5, 10.0)] {
-            let budget = ((1.0 - ratio) * 36.0f64).floor() as u64;
-            let (cost, found) = total(&curves, &allocate(&curves, budget).unwrap());
-            assert!(cost <= budget);
-            assert_eq!(found, distortion, "{ratio}");
-        }
-        // Cheapest first: index 3 prunes a quarter, 1 three quarters, 2 half.
-        assert_eq!(allocate(&curves, 21).unwrap(), [3, 1, 3]);
-        assert_eq!(allocate(&curves, 18).unwrap(), [3, 1, 2]);
-        let (cost, found) = total(&curves, &allocate(&curves, 14).unwrap());
-        assert!(cost <= 14);
-        assert_eq!(Some(found), brute_force(&curves, 14));
-        assert_eq!(allocate(&curves, 0).unwrap(), [0, 0, 0]);
-    }
-
-    #[test]
-    fn identical_convex_curves_are_split_equally() {
-        let curve: Vec<Point> = (0..=10u64)
-            .map(|k| Point {
-                cost: 7 * k,
-                distortion: (10.0 - k as f64).powi(2),
-            })
-            .collect();
-        assert_eq!(allocate(&vec![curve; 5], 5 * 7 * 6).unwrap(), [6; 5]);
-    }
-
-    #[test]
-    fn the_hull_is_convex_below_the_curve_and_leaves_convex_curves_alone() {
-        let point = |(cost, distortion)| Point { cost, distortion };
-        let mut bumpy: Vec<Point> = [(0, 10.0), (1, 9.5), (2, 4.0), (3, 3.9), (4, 0.0)]
-            .map(point)
-            .to_vec();
-        convexify(&mut bumpy);
-        let distortions: Vec<f64> = bumpy.iter().map(|p| p.distortion).collect();
-        assert_eq!(distortions, [10.0, 7.0, 4.0, 2.0, 0.0]);
-        let before = bumpy.clone();
-        convexify(&mut bumpy);
-        assert_eq!(bumpy, before);
-    }
-
-    #[test]
-    fn a_budget_of_many_states_is_kept_and_nearly_spent() {
-        let curve = |scale: f64| -> Vec<Point> {
-            (0..=300u64)
-                .map(|k| Point {
-                    cost: 1_000_003 * k + k % 2,
-                    distortion: scale / (1.0 + k as f64),
-                })
-                .collect()
-        };
-        let curves: Vec<_> = [1.0, 3.0, 0.2, 5.0].map(curve).to_vec();
-        let budget = 555_555_555;
-        let (cost, _) = total(&curves, &allocate(&curves, budget).unwrap());
-        assert!(cost <= budget && cost > budget - 5_000_000, "{cost}");
-    }
-
-    proptest! {
-        #[test]
-        fn it_is_brute_force_on_up_to_four_curves(
-            curves in prop::collection::vec(prop::collection::vec((1u64..9, 0.0f64..10.0), 1..6), 1..5),
-            budget in 0u64..60,
-        ) {
-            let curves: Vec<Vec<Point>> = curves
-                .into_iter()
-                .map(|steps| {
-                    let mut cost = 0;
-                    steps
-                        .into_iter()
-                        .map(|(step, distortion)| {
-                            cost += step;
-                            Point { cost, distortion }
-                        })
-                        .collect()
-                })
-                .collect();
-            match (allocate(&curves, budget), brute_force(&curves, budget)) {
-                (None, None) => {}
-                (Some(choice), Some(best)) => {
-                    let (cost, found) = total(&curves, &choice);
-                    prop_assert!(cost <= budget);
-                    prop_assert!((found - best).abs() < 1e-9);
-                }
-                (ours, best) => prop_assert!(false, "{ours:?} beside {best:?}"),
-            }
-        }
+    fn values_between_measured_widths_lie_on_a_line() {
+        assert_eq!(grid(1, 9, 4), [1, 3, 5, 7]);
+        assert_eq!(grid(1, 3, 10), [1, 2]);
+        let values = interpolate(&[(1, 8.0), (3, 4.0), (4, 0.0)]);
+        assert_eq!(values, [8.0, 8.0, 6.0, 4.0, 0.0]);
     }
 }

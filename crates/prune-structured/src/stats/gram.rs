@@ -5,6 +5,7 @@
 
 use super::Part;
 use crate::Result;
+use crate::stored::{self, Tensors};
 use candle_core::{DType, Device, Tensor};
 use faer::{Mat, MatRef};
 use linalg::{Entries, add_product, mirror_lower};
@@ -74,29 +75,20 @@ impl GramStore {
     }
 
     fn path(&self, layer: usize, part: Part) -> PathBuf {
-        let part = match part {
-            Part::Attention => "attention",
-            Part::Mlp => "mlp",
-        };
-        self.dir.join(format!("gram-{layer}-{part}.safetensors"))
+        self.dir
+            .join(format!("gram-{layer}-{}.safetensors", part.name()))
     }
 
     pub(crate) fn save(&self, layer: usize, part: Part, gram: &Tensor) -> Result<()> {
-        let none = std::collections::BTreeMap::new();
-        Ok(tensor_io::write_file(
-            self.path(layer, part),
-            [("gram", gram)],
-            &none,
-        )?)
+        stored::write_tensors(&self.path(layer, part), &[("gram".into(), gram.clone())])
     }
 
     /// H of one half, `[width, width]` f32.
     ///
     /// # Errors
-    /// When it was not collected or its file cannot be read.
+    /// When it was not collected, or its file cannot be read or is damaged.
     pub fn load(&self, layer: usize, part: Part) -> Result<Tensor> {
-        let file = tensor_io::Checkpoint::open_file(self.path(layer, part))?;
-        Ok(file.tensor_as("gram", DType::F32, &Device::Cpu)?)
+        Tensors::open(&self.path(layer, part))?.load("gram")
     }
 }
 

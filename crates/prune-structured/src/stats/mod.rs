@@ -4,15 +4,18 @@
 //! Only the inputs of o_proj and down_proj matter, because removing a unit removes columns there.
 //! Everything is a sum over tokens. Gram matrices, which are as large as weights, go to files.
 
+pub(crate) mod fluctuation;
 mod gram;
 mod moments;
+mod standardise;
 
-use crate::flap::compat::Fluctuation;
 use causal_lm::LinearName;
+pub use fluctuation::Fluctuation;
 pub(crate) use gram::GramCollector;
 pub use gram::GramStore;
 pub use moments::Moments;
 use serde::{Deserialize, Serialize};
+pub use standardise::standardise;
 
 /// The two halves of a block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -28,11 +31,39 @@ impl Part {
     /// Both, in the order of the data.
     pub const ALL: [Self; 2] = [Self::Attention, Self::Mlp];
 
+    /// Its name in file names.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Attention => "attention",
+            Self::Mlp => "mlp",
+        }
+    }
+
     /// The projection whose columns are pruned.
     pub fn output(self) -> LinearName {
         match self {
             Self::Attention => LinearName::O,
             Self::Mlp => LinearName::Down,
+        }
+    }
+}
+
+/// Statistics that a method reads beside moments and weight norms.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Needs {
+    /// FLAP's fluctuation as its published implementation computes it.
+    pub fluctuation: bool,
+    /// Gram matrices of the inputs.
+    pub gram: bool,
+}
+
+impl std::ops::BitOr for Needs {
+    type Output = Self;
+
+    fn bitor(self, other: Self) -> Self {
+        Self {
+            fluctuation: self.fluctuation || other.fluctuation,
+            gram: self.gram || other.gram,
         }
     }
 }
@@ -44,7 +75,7 @@ pub struct ColumnStats {
     pub moments: Moments,
     /// Windows seen.
     pub samples: u64,
-    /// The reference's fluctuation, when asked for.
+    /// The fluctuation of FLAP's published implementation, when asked for.
     pub fluctuation: Option<Fluctuation>,
     /// Σ over outputs of W², of each column.
     pub weight_square: Vec<f64>,

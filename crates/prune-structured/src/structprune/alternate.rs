@@ -7,7 +7,7 @@
 //! matrices; here gate, up and down share one set of neurons.
 
 use crate::Result;
-use crate::compensate::solve;
+use crate::compensation::solve;
 use candle_core::{D, DType, Device, Tensor};
 use causal_lm::Linear;
 use causal_lm::block::Mlp;

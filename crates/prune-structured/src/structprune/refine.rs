@@ -9,79 +9,49 @@
 //! activations.
 
 use super::alternate::alternate;
-use crate::compensate::{Compensation, complement, refit};
-use crate::layout::kept_features;
+use crate::compensation::{Alternating, Compensation, complement, refit};
+use crate::output::Refits;
+use crate::output::layout::kept_features;
 use crate::plan::Plan;
 use crate::stats::GramCollector;
 use crate::{Error, Result};
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Tensor};
 use causal_lm::block::{Attention, Mlp};
-use causal_lm::{Block, Decoder, Hidden, Linear, LinearName, NoTap, Site, Tap, TapResult, Windows};
-use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
-
-/// Weights that a refinement made, one file per block.
-#[derive(Clone, Debug)]
-pub struct Refits {
-    dir: PathBuf,
-}
-
-impl Refits {
-    fn path(&self, layer: usize) -> PathBuf {
-        self.dir.join(format!("refit-{layer}.safetensors"))
-    }
-
-    fn save(&self, layer: usize, weights: &BTreeMap<String, Tensor>) -> Result<()> {
-        let none = BTreeMap::new();
-        Ok(tensor_io::write_file(self.path(layer), weights, &none)?)
-    }
-
-    /// The weight of one linear as the refinement left it, in the plan's shape, f32; `None` where it
-    /// did not touch it.
-    ///
-    /// # Errors
-    /// When the file cannot be read.
-    pub fn load(&self, layer: usize, name: LinearName) -> Result<Option<Tensor>> {
-        let file = tensor_io::Checkpoint::open_file(self.path(layer))?;
-        let key = name.to_string();
-        if !file.contains(&key) {
-            return Ok(None);
-        }
-        Ok(Some(file.tensor_as(&key, DType::F32, &Device::Cpu)?))
-    }
-}
+use causal_lm::{
+    Block, Decoder, Hidden, Linear, LinearName, NoTap, Progress, Site, Tap, TapResult, Windows,
+};
+use std::path::Path;
 
 /// Refines `plan`, whose compensation is [`Compensation::Alternating`], on `windows`.
 ///
 /// Returns the plan with the neurons that the alternation chose, and the weights, written to `dir`,
-/// which must exist and outlive them. `progress` is told after each block.
+/// which must exist and outlive them. A step of `progress` is a block.
 ///
 /// # Errors
 /// [`Error::PlanMismatch`] for a plan of another model or another compensation,
-/// [`Error::Singular`] for a refit without a solution, and what reading and running the model
+/// [`Error::Singular`] for a refit without a solution, [`Error::Cancelled`], and what reading and running the model
 /// report.
 pub fn refine(
     decoder: &Decoder<'_>,
     windows: &Windows,
     plan: &Plan,
     dir: impl AsRef<Path>,
-    progress: &mut dyn FnMut(),
+    progress: &dyn Progress,
 ) -> Result<(Plan, Refits)> {
     plan.check(decoder)?;
-    let Compensation::Alternating { rounds, ridge } = plan.compensation else {
+    let Compensation::Alternating(Alternating { rounds, ridge }) = plan.compensation else {
         return Err(Error::PlanMismatch(
             "its compensation is not the alternating refinement".into(),
         ));
     };
-    let refits = Refits {
-        dir: dir.as_ref().into(),
-    };
+    let refits = Refits::new(dir.as_ref());
     let mut plan = plan.clone();
+    progress.begin("refinement", decoder.config().layers() as u64);
     let mut hidden = Hidden::embed(decoder, windows)?;
     for layer in 0..decoder.config().layers() {
         let block = decoder.block(layer)?;
         decoder.release(layer);
-        let mut weights = BTreeMap::new();
+        let mut weights: Vec<(String, Tensor)> = Vec::new();
 
         let (mut attention, mlp) = halves(&block);
         let kept = kept_features(decoder, &plan, layer, LinearName::O);
@@ -94,7 +64,7 @@ pub fn refine(
                 Some(gram) if !kept.is_empty() => {
                     let gram = gram.finish()?;
                     let narrow = narrowed(decoder, &plan, layer, dense, &gram, ridge)?;
-                    weights.insert(LinearName::O.to_string(), narrow.o.weight.clone());
+                    weights.push((LinearName::O.to_string(), f32_of(&narrow.o)?));
                     (Some(narrow), None)
                 }
                 _ => (None, dense.o.bias.clone()),
@@ -121,14 +91,14 @@ pub fn refine(
                     (LinearName::Up, &narrow.up),
                     (LinearName::Down, &narrow.down),
                 ] {
-                    weights.insert(name.to_string(), linear.weight.clone());
+                    weights.push((name.to_string(), f32_of(linear)?));
                 }
                 (Some(in_dtype(&narrow, decoder.dtype())?), None)
             };
         }
         hidden.advance(&mlp, &mut NoTap)?;
         refits.save(layer, &weights)?;
-        progress();
+        progress.advance(1)?;
     }
     Ok((plan, refits))
 }
@@ -185,6 +155,10 @@ fn narrowed(
         },
         ..dense.clone()
     })
+}
+
+fn f32_of(linear: &Linear) -> Result<Tensor> {
+    Ok(linear.weight.to_dtype(DType::F32)?)
 }
 
 fn in_f32(mlp: &Mlp) -> Result<Mlp> {

@@ -1,15 +1,17 @@
-//! Sizes of a search.
+//! Options of a search.
 
-use crate::compensate::Compensation;
+use crate::compensation::{Compensation, LeastSquares};
+use crate::divergence::Sharing;
 use crate::obs::Rounds;
 use crate::recipe::Recipe;
 use crate::{Error, Result};
 use causal_lm::Decoder;
 use serde::{Deserialize, Serialize};
 
-/// Whose output the next block of a supernet is calibrated on.
+/// Whose output is the calibration input of the next block of a supernet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
 pub enum Accumulation {
     /// The paper's: all levels of the block, level e weighted by the share 1 − S_e that it keeps.
     Mixture,
@@ -20,28 +22,19 @@ pub enum Accumulation {
     Dense,
 }
 
-/// What candidates of a generation share while they are compared. Results do not depend on it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Sharing {
-    /// The blocks before their first difference: each prefix of levels runs once.
-    Prefixes,
-    /// Nothing: every candidate runs from the embedding on, as a measure of what sharing saves.
-    Nothing,
-}
-
 /// One round of selection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Stage {
     /// Tokens on which candidates are compared, rounded up to whole windows and drawn anew in
     /// every generation; all windows where there are no more.
     pub tokens: usize,
-    /// Candidates that go on.
+    /// Candidates that are kept.
     pub survivors: usize,
 }
 
-/// Sizes of a search. The default is for small models and one machine.
+/// Options of a search. The default is for small models and one machine.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct Options {
     /// Seed of mutations and of the windows of each stage.
     pub seed: u64,
@@ -51,7 +44,7 @@ pub struct Options {
     pub generations: usize,
     /// Candidates of a generation.
     pub offspring: usize,
-    /// Rounds of selection, the parent joining in the last one, of which the best goes on.
+    /// Rounds of selection, the parent joining in the last one, of which the best is the next parent.
     pub stages: Vec<Stage>,
     /// Logits of the teacher that are compared; both sides are renormalised over them.
     pub top_k: usize,
@@ -113,15 +106,10 @@ impl Options {
         }
     }
 
-    /// How often a search of a model of `layers` blocks reports progress.
-    pub fn steps(&self, layers: usize) -> usize {
-        1 + self.iterations * (layers + self.generations) + usize::from(self.settle) * layers
-    }
-
     /// Refuses what cannot be searched for, before anything is spent on it.
     ///
     /// # Errors
-    /// [`Error::Search`] for sizes that make no search, and for recipes that ask for equal widths or
+    /// [`Error::Search`] for sizes out of range, and for recipes that ask for equal widths or
     /// another compensation than least squares.
     pub fn check(&self, decoder: &Decoder<'_>, recipe: &Recipe) -> Result<()> {
         self.check_sizes()?;
@@ -139,10 +127,10 @@ impl Options {
     /// The damping of least squares.
     pub(super) fn ridge(decoder: &Decoder<'_>, recipe: &Recipe) -> Result<f64> {
         match recipe.compensation(decoder) {
-            Compensation::LeastSquares { ridge } => Ok(ridge),
+            Compensation::LeastSquares(LeastSquares { ridge }) => Ok(ridge),
             other => Err(Error::Search {
                 option: "compensation",
-                value: format!("{other:?}"),
+                value: other.name().into(),
                 expected: "least squares, which the levels of a supernet are refitted by",
             }),
         }

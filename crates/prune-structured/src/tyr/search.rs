@@ -1,24 +1,21 @@
 //! The whole search: iterations of a supernet and generations in it.
 
 use super::evolve::{Levels, offspring, select};
-use super::fitness::Fitness;
 use super::options::{Accumulation, Options};
 use super::space::{Sublayer, spacing, uniform};
 use super::state::{Folder, Identity, State};
-use super::store::{Kept, LevelStore};
 use super::supernet;
-use super::teacher::Teacher;
-use crate::compensate::Compensation;
+use crate::compensation::LeastSquares;
+use crate::divergence::{Fitness, Kept, LevelStore, Teacher};
 use crate::plan::{LayerPlan, Plan};
 use crate::ranking::Ranking;
 use crate::recipe::Recipe;
 use crate::stats::Part;
 use crate::{Calibration, Error, Result};
-use causal_lm::{Decoder, Windows};
+use causal_lm::{Decoder, Progress, Windows};
 use rand::SeedableRng;
 use rand::seq::index;
 use rand_chacha::ChaCha8Rng;
-use std::ops::ControlFlow;
 use std::path::Path;
 use std::time::Instant;
 
@@ -40,6 +37,15 @@ pub enum Start<'a> {
     Plan(&'a Plan),
 }
 
+/// How a search runs.
+#[derive(Clone, Copy, Debug)]
+pub struct Run<'a> {
+    /// Its sizes and seed.
+    pub options: &'a Options,
+    /// Its folder, made where it does not exist.
+    pub dir: &'a Path,
+}
+
 /// What a search has found.
 #[derive(Clone, Debug)]
 pub struct Found {
@@ -56,24 +62,24 @@ pub struct Found {
     pub seconds: f64,
 }
 
-/// Searches for the widths of each sublayer, keeping everything in `dir`, which may hold the same
-/// search, interrupted: it goes on where it stopped and finds what it would have found.
+/// Searches for the widths of each sublayer, keeping everything in `dir`, which may hold the same search, interrupted:
+/// it continues where it stopped and finds what it would have found.
 ///
-/// The recipe gives the shapes that may result and the damping of least squares. `progress` is
-/// told [`Options::steps`] times, after a step is safe on disk, and may break off there.
+/// The recipe gives the shapes that may result and the damping of least squares. `progress` has a stage for the dense
+/// model's predictions, one for each supernet (steps are blocks) and one for the generations in it; a step counts when
+/// its result is on disk.
 ///
 /// # Errors
-/// Those of [`Options::check`], [`Error::SearchFile`] for a folder of another search, [`Error::Interrupted`] when `progress` breaks, [`Error::Ratio`],
-/// [`Error::Unreachable`] and [`Error::Width`] for widths that cannot be asked of this model, and
-/// what reading and running it report.
+/// Those of [`Options::check`], [`Error::StateFile`] for a folder of another search or a damaged file,
+/// [`Error::Cancelled`], [`Error::Ratio`], [`Error::Unreachable`] and [`Error::Width`] for widths that cannot be asked of
+/// this model, and what reading and running it report.
 pub fn search(
     decoder: &Decoder<'_>,
     data: &Data<'_>,
     recipe: &Recipe,
     start: Start<'_>,
-    options: &Options,
-    dir: &Path,
-    progress: &mut dyn FnMut() -> ControlFlow<()>,
+    Run { options, dir }: Run<'_>,
+    progress: &dyn Progress,
 ) -> Result<Found> {
     options.check(decoder, recipe)?;
     let ridge = Options::ridge(decoder, recipe)?;
@@ -82,12 +88,9 @@ pub fn search(
         Start::Uniform(ratio) => (ratio, uniform(&rankings, ratio)?),
         Start::Plan(plan) => (plan.ratio, steps_of(decoder, plan, &rankings)?),
     };
-    let identity = Identity::of(decoder, data, options, &recipe.shape, ridge, &centres)?;
+    let weights = decoder.checkpoint().content_hash()?;
+    let identity = Identity::of(weights, data, options, &recipe.shape, ridge, &centres);
     let (folder, state) = Folder::open(dir, &identity)?;
-    let mut tick = || match progress() {
-        ControlFlow::Continue(()) => Ok(()),
-        ControlFlow::Break(()) => Err(Error::Interrupted { dir: dir.into() }),
-    };
     let mut state = state.unwrap_or_else(|| State {
         iteration: 0,
         generation: 0,
@@ -95,13 +98,10 @@ pub fn search(
         centres,
         kl: None,
     });
-    let teacher = Teacher::new(decoder, data.search, options.top_k, dir)?;
-    tick()?;
+    let place = (dir, weights);
+    let teacher = Teacher::new(decoder, data.search, options.top_k, place, progress)?;
     let layers = decoder.config().layers();
     let last = options.iterations - usize::from(!options.settle);
-    for _ in 0..state.iteration * (layers + options.generations) {
-        tick()?;
-    }
     let (mut candidate_tokens, mut seconds) = (0, 0.0);
     loop {
         // After the last iteration, one width of each sublayer and no search.
@@ -127,15 +127,17 @@ pub fn search(
             accumulation,
             ..options.clone()
         };
-        supernet::build(
+        let stage = |what: &str| format!("{what} {} of {}", state.iteration + 1, last + 1);
+        progress.begin(&stage("supernet"), layers as u64);
+        let supernet = supernet::Supernet {
             decoder,
-            data.calibration,
-            &space,
-            &sizes,
+            windows: data.calibration,
+            space: &space,
+            options: &sizes,
             ridge,
-            &store,
-            &mut tick,
-        )?;
+            store: &store,
+        };
+        supernet.build(progress)?;
         let fitness = Fitness {
             decoder,
             windows: data.search,
@@ -145,8 +147,9 @@ pub fn search(
             memory: options.memory,
             sharing: options.sharing,
         };
-        for _ in 0..state.generation {
-            tick()?;
+        if generations > 0 {
+            progress.begin(&stage("generations of supernet"), generations as u64);
+            progress.advance(state.generation as u64)?;
         }
         while state.generation < generations {
             let rng = |purpose| rng(options.seed, state.iteration, state.generation, purpose);
@@ -163,7 +166,8 @@ pub fn search(
                     .iter()
                     .map(|levels| steps(&space, levels))
                     .collect();
-                let found = fitness.of(&candidates, &windows);
+                // Candidates are cancelled between two blocks; only whole generations count.
+                let found = fitness.of(&candidates, &windows, progress, 0);
                 candidate_tokens += (candidates.len() * wanted * len) as u64;
                 seconds += started.elapsed().as_secs_f64();
                 found
@@ -173,14 +177,14 @@ pub fn search(
             state.generation += 1;
             (state.parent, state.kl) = (best.levels, Some(best.fitness));
             folder.save(&state)?;
-            tick()?;
+            progress.advance(1)?;
         }
         let found = steps(&space, &state.parent);
         if state.iteration == last {
             let plan = Plan {
                 recipe: recipe.clone(),
                 ratio,
-                compensation: Compensation::LeastSquares { ridge },
+                compensation: LeastSquares { ridge }.into(),
                 layers: plan_layers(decoder, &space, &found, &store)?,
             };
             return Ok(Found {
@@ -202,8 +206,8 @@ pub fn search(
     }
 }
 
-/// A generator of its own for each purpose in each generation, so that a search goes on after an
-/// interruption as if there had been none.
+/// A generator of its own for each purpose in each generation, so that an interrupted search continues as if it had
+/// not been.
 fn rng(seed: u64, iteration: usize, generation: usize, purpose: u64) -> ChaCha8Rng {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     rng.set_stream(((iteration as u64) << 48) | ((generation as u64) << 16) | purpose);
@@ -223,11 +227,12 @@ fn steps_of(decoder: &Decoder<'_>, plan: &Plan, rankings: &[Ranking]) -> Result<
         let dense = decoder.config().widths[ranking.layer];
         let units = match ranking.part {
             Part::Mlp => layer.neurons.len(),
-            Part::Attention if ranking.order.len() == dense.kv_heads => layer.kv_heads.len(),
+            Part::Attention if ranking.order().len() == dense.kv_heads => layer.kv_heads.len(),
             Part::Attention => layer.heads.len(),
         };
-        (ranking.protected..=ranking.steps.len())
-            .find(|&steps| ranking.steps[..steps].iter().map(|s| s.units).sum::<usize>() == units)
+        ranking
+            .steps_of(units)
+            .filter(|&steps| steps >= ranking.protected)
             .ok_or_else(|| {
                 Error::PlanMismatch(format!(
                     "layer {}: the shapes that a search may choose from have none with {units} units",
@@ -256,7 +261,7 @@ fn plan_layers(
     for (sublayer, &steps) in space.iter().zip(steps) {
         let ranking = &sublayer.ranking;
         let units = match store.load(ranking, steps)? {
-            Kept::Dense => (0..ranking.order.len()).collect(),
+            Kept::Dense => (0..ranking.order().len()).collect(),
             Kept::Some { units, .. } => units,
             Kept::Gone => vec![],
         };
@@ -276,6 +281,5 @@ fn calibration(layers: usize, store: &LevelStore) -> Result<Calibration> {
     Ok(Calibration {
         layers: (0..layers).map(of).collect::<Result<_>>()?,
         gram: Some(store.gram()),
-        refits: None,
     })
 }

@@ -27,7 +27,7 @@ impl Sublayer {
     pub(crate) fn steps(&self, level: i8) -> Option<usize> {
         let steps = self.centre as isize - isize::from(level) * self.spacing as isize;
         let steps = usize::try_from(steps).ok()?;
-        let within = (self.ranking.protected..=self.ranking.steps.len()).contains(&steps);
+        let within = (self.ranking.protected..=self.ranking.steps().len()).contains(&steps);
         (level.abs() <= self.reach && within).then_some(steps)
     }
 
@@ -60,11 +60,11 @@ impl Sublayer {
 
 /// Spacing of the sublayers of a kind in an iteration.
 pub(crate) fn spacing(ranking: &Ranking, options: &Options, iteration: usize) -> usize {
-    let first = options.spacing * ranking.steps.len() as f64;
+    let first = options.spacing * ranking.steps().len() as f64;
     let halved = (first / f64::powi(2.0, iteration as i32)).round() as usize;
     let finest = match ranking.part {
         Part::Attention => 1,
-        Part::Mlp => options.finest_neurons / ranking.steps[0].units,
+        Part::Mlp => options.finest_neurons / ranking.steps()[0].units,
     };
     halved.max(finest).max(1)
 }
@@ -78,8 +78,8 @@ pub(crate) fn uniform(rankings: &[Ranking], ratio: f64) -> Result<Vec<usize>> {
     if !(0.0..1.0).contains(&ratio) {
         return Err(Error::Ratio(ratio));
     }
-    let total: u64 = rankings.iter().map(|r| r.cost(r.steps.len())).sum();
-    let mut keep: Vec<usize> = rankings.iter().map(|r| r.steps.len()).collect();
+    let total: u64 = rankings.iter().map(|r| r.cost(r.steps().len())).sum();
+    let mut keep: Vec<usize> = rankings.iter().map(|r| r.steps().len()).collect();
     let saved = |keep: &[usize]| -> f64 {
         let kept: u64 = rankings.iter().zip(keep).map(|(r, &k)| r.cost(k)).sum();
         (total - kept) as f64
@@ -88,7 +88,7 @@ pub(crate) fn uniform(rankings: &[Ranking], ratio: f64) -> Result<Vec<usize>> {
         let of_part: Vec<usize> = (0..rankings.len())
             .filter(|&i| rankings[i].part == part)
             .collect();
-        let steps: usize = of_part.iter().map(|&i| rankings[i].steps.len()).sum();
+        let steps: usize = of_part.iter().map(|&i| rankings[i].steps().len()).sum();
         let cost: u64 = of_part.iter().map(|&i| rankings[i].cost(keep[i])).sum();
         if steps == 0 {
             continue;
@@ -100,7 +100,11 @@ pub(crate) fn uniform(rankings: &[Ranking], ratio: f64) -> Result<Vec<usize>> {
         };
         remove(rankings, &of_part, due.round().max(0.0) as usize, &mut keep);
     }
-    let largest = rankings.iter().flat_map(|r| &r.steps).map(|s| s.cost).max();
+    let largest = rankings
+        .iter()
+        .flat_map(Ranking::steps)
+        .map(|s| s.cost)
+        .max();
     if (saved(&keep) - ratio * total as f64).abs() > largest.unwrap_or(0) as f64 {
         let kept = rankings.iter().map(|r| r.cost(r.protected)).sum();
         return Err(Error::Unreachable { ratio, kept, total });
@@ -111,7 +115,7 @@ pub(crate) fn uniform(rankings: &[Ranking], ratio: f64) -> Result<Vec<usize>> {
 /// Takes `due` steps from the given rankings, in proportion to their length and as far as
 /// protected steps allow.
 fn remove(rankings: &[Ranking], of_part: &[usize], due: usize, keep: &mut [usize]) {
-    let all: usize = of_part.iter().map(|&i| rankings[i].steps.len()).sum();
+    let all: usize = of_part.iter().map(|&i| rankings[i].steps().len()).sum();
     let (mut passed, mut removed) = (0, 0);
     let take = |i: usize, wanted: usize, keep: &mut [usize]| {
         let taken = wanted.min(keep[i] - rankings[i].protected);
@@ -119,7 +123,7 @@ fn remove(rankings: &[Ranking], of_part: &[usize], due: usize, keep: &mut [usize
         taken
     };
     for &i in of_part {
-        passed += rankings[i].steps.len();
+        passed += rankings[i].steps().len();
         // Rounded in the middle, so that a single odd step falls on a middle layer.
         let target = (passed * due + all / 2) / all;
         removed += take(i, target.saturating_sub(removed), keep);
@@ -163,7 +167,7 @@ mod tests {
         ) {
             let rankings = rankings(layers, heads, 200);
             let keep = uniform(&rankings, ratio).unwrap();
-            let total: u64 = rankings.iter().map(|r| r.cost(r.steps.len())).sum();
+            let total: u64 = rankings.iter().map(|r| r.cost(r.steps().len())).sum();
             let kept: u64 = rankings.iter().zip(&keep).map(|(r, &k)| r.cost(k)).sum();
             prop_assert!(((total - kept) as f64 - ratio * total as f64).abs() <= 1.5);
             for part in [0, 1] {

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! DIR/run.json      what is searched: model, texts, options; another run is refused
-//! DIR/state.json    where the search stands
+//! DIR/state.json    iteration, generation and the best candidate so far
 //! DIR/log.jsonl     one line for each generation
 //! DIR/iteration-N/  the supernet in use
 //! ```
@@ -10,25 +10,23 @@
 //! All but the log are replaced whole; lines of the log beyond the state are dropped on resuming.
 
 use super::evolve::{Best, Levels};
-use super::options::{Options, Sharing};
+use super::options::Options;
 use super::search::Data;
-use super::store::file_error;
+use crate::Result;
+use crate::divergence::{Sharing, hash_of};
 use crate::ranking::Shape;
-use crate::{Result, files};
-use causal_lm::{Decoder, Windows};
+use crate::stored::{self, damaged as file_error};
 use serde::{Deserialize, Serialize};
 use std::io::Write;
 use std::path::{Path, PathBuf};
-
-/// Bytes of each tensor that tell one model from another.
-const SAMPLED: usize = 1 << 16;
+use tensor_io::{ContentHash, atomic};
 
 /// What decides the result of a search.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Identity {
-    model: u64,
-    calibration: u64,
-    search: u64,
+    weights: ContentHash,
+    calibration: ContentHash,
+    search: ContentHash,
     options: Options,
     shape: Shape,
     ridge: f64,
@@ -36,26 +34,19 @@ pub(crate) struct Identity {
 }
 
 impl Identity {
+    /// `weights` is the hash of the checkpoint that is searched.
     pub(crate) fn of(
-        decoder: &Decoder<'_>,
+        weights: ContentHash,
         data: &Data<'_>,
         options: &Options,
         shape: &Shape,
         ridge: f64,
         start: &[usize],
-    ) -> Result<Self> {
-        let checkpoint = decoder.checkpoint();
-        let mut model = Hash::new();
-        for name in checkpoint.names() {
-            let bytes = checkpoint.bytes(name)?;
-            model.add(name.as_bytes());
-            model.add(&(bytes.len() as u64).to_le_bytes());
-            model.add(&bytes[..bytes.len().min(SAMPLED)]);
-        }
-        Ok(Self {
-            model: model.0,
-            calibration: windows(data.calibration),
-            search: windows(data.search),
+    ) -> Self {
+        Self {
+            weights,
+            calibration: hash_of(data.calibration),
+            search: hash_of(data.search),
             options: Options {
                 memory: 0,
                 sharing: Sharing::Prefixes,
@@ -64,35 +55,11 @@ impl Identity {
             shape: shape.clone(),
             ridge,
             start: start.to_vec(),
-        })
-    }
-}
-
-/// FNV-1a, which is the same everywhere and for ever.
-struct Hash(u64);
-
-impl Hash {
-    fn new() -> Self {
-        Self(0xcbf2_9ce4_8422_2325)
-    }
-
-    fn add(&mut self, bytes: &[u8]) {
-        for &byte in bytes {
-            self.0 = (self.0 ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3);
         }
     }
 }
 
-fn windows(windows: &Windows) -> u64 {
-    let mut hash = Hash::new();
-    hash.add(&(windows.window_len() as u64).to_le_bytes());
-    for token in windows.iter().flatten() {
-        hash.add(&token.to_le_bytes());
-    }
-    hash.0
-}
-
-/// Where a search stands.
+/// How far a search is.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct State {
     pub(crate) iteration: usize,
@@ -127,8 +94,8 @@ impl Folder {
         std::fs::create_dir_all(dir).map_err(|e| file_error(dir, e))?;
         let folder = Self { dir: dir.into() };
         let path = dir.join("run.json");
-        match files::read_json::<Identity>(&path).map_err(|e| file_error(&path, e))? {
-            None => files::write_json(&path, identity).map_err(|e| file_error(&path, e))?,
+        match stored::read_json::<Identity>(&path)? {
+            None => stored::write_json(&path, identity)?,
             Some(before) if before == *identity => {}
             Some(_) => {
                 return Err(file_error(
@@ -138,7 +105,7 @@ impl Folder {
             }
         }
         let path = folder.state();
-        let state: Option<State> = files::read_json(&path).map_err(|e| file_error(&path, e))?;
+        let state: Option<State> = stored::read_json(&path)?;
         folder.trim_log(state.as_ref())?;
         Ok((folder, state))
     }
@@ -157,7 +124,7 @@ impl Folder {
     }
 
     pub(crate) fn save(&self, state: &State) -> Result<()> {
-        files::write_json(&self.state(), state).map_err(|e| file_error(&self.state(), e))
+        stored::write_json(&self.state(), state)
     }
 
     /// Adds the generation that `state` is about to count.
@@ -199,7 +166,7 @@ impl Folder {
         if kept == text {
             return Ok(());
         }
-        files::write(&path, kept.as_bytes()).map_err(|e| file_error(&path, e))
+        Ok(atomic::write(&path, kept.as_bytes())?)
     }
 
     /// Removes supernets of iterations before this one.

@@ -7,97 +7,79 @@
 
 use super::options::{Accumulation, Options};
 use super::space::Sublayer;
-use super::store::LevelStore;
-use super::variant::Half;
 use crate::calibrate::Collector;
+use crate::divergence::{Activations, Half, LevelStore};
 use crate::obs::{Problem, Rounds, Units, sweep};
 use crate::stats::Part;
 use crate::{Collect, Error, Result};
 use candle_core::Tensor;
-use causal_lm::block::RopeTables;
-use causal_lm::{Block, Decoder, Hidden, Mixer, NoTap, Tap, Windows};
+use causal_lm::{Block, Decoder, Progress, Windows};
 use rayon::prelude::*;
 
-/// Hidden states of windows, as [`Hidden`], which may also be mixed. A clone shares its tensors.
-#[derive(Clone)]
-pub(crate) struct Activations {
-    pub(crate) batches: Vec<Tensor>,
-    pub(crate) rope: RopeTables,
+/// A supernet and what it is built from.
+pub(crate) struct Supernet<'a> {
+    pub(crate) decoder: &'a Decoder<'a>,
+    pub(crate) windows: &'a Windows,
+    pub(crate) space: &'a [Sublayer],
+    pub(crate) options: &'a Options,
+    pub(crate) ridge: f64,
+    pub(crate) store: &'a LevelStore,
 }
 
-impl Activations {
-    pub(crate) fn embed(decoder: &Decoder<'_>, windows: &Windows) -> Result<Self> {
-        Ok(Self {
-            batches: Hidden::embed(decoder, windows)?.batches().to_vec(),
-            rope: decoder.rope(0, windows.window_len())?,
-        })
-    }
-
-    /// What `block` makes of them.
-    pub(crate) fn through(&self, block: &Block) -> Result<Vec<Tensor>> {
-        let forward = |batch: &Tensor| self.forward(block, batch, &mut NoTap);
-        self.batches.par_iter().map(forward).collect()
-    }
-
-    fn observed(&self, block: &Block, tap: &mut dyn Tap) -> Result<Vec<Tensor>> {
-        let forward = |batch: &Tensor| self.forward(block, batch, tap);
-        self.batches.iter().map(forward).collect()
-    }
-
-    fn forward(&self, block: &Block, batch: &Tensor, tap: &mut dyn Tap) -> Result<Tensor> {
-        Ok(block.forward(batch, &self.rope, &mut Mixer::Windows, tap)?)
-    }
-}
-
-/// Builds what is missing of a supernet in `store`; `progress` is told after each block.
-pub(crate) fn build(
-    decoder: &Decoder<'_>,
-    windows: &Windows,
-    space: &[Sublayer],
-    options: &Options,
-    ridge: f64,
-    store: &LevelStore,
-    progress: &mut dyn FnMut() -> Result<()>,
-) -> Result<()> {
-    let layers = decoder.config().layers();
-    if (0..layers).try_fold(true, |all, layer| {
-        Ok::<_, Error>(all && store.stats(layer)?.is_some())
-    })? {
-        return (0..layers).try_for_each(|_| progress());
-    }
-    let mut hidden = Activations::embed(decoder, windows)?;
-    for layer in 0..layers {
-        let block = decoder.block(layer)?;
-        decoder.release(layer);
-        let of_layer: Vec<&Sublayer> = space.iter().filter(|s| s.ranking.layer == layer).collect();
-        let mut dense = None;
-        if store.stats(layer)?.is_none() {
-            let collect = Collect {
-                gram: Some(store.gram()),
-                ..Collect::default()
-            };
-            let mut collector = Collector::new(&block, windows.window_len(), &collect)?;
-            let outputs = hidden.observed(&block, &mut collector)?;
-            let stats = collector.finish(layer, collect.gram.as_ref(), &outputs)?;
-            dense = Some(outputs);
-            for sublayer in &of_layer {
-                prune(&block, sublayer, options, ridge, store)?;
-            }
-            store.finish(layer, &stats)?;
+impl Supernet<'_> {
+    /// Builds what is missing in the store; a step of `progress` is a block.
+    pub(crate) fn build(&self, progress: &dyn Progress) -> Result<()> {
+        let &Self {
+            decoder,
+            windows,
+            space,
+            options,
+            ridge,
+            store,
+        } = self;
+        let layers = decoder.config().layers();
+        if (0..layers).try_fold(true, |all, layer| {
+            Ok::<_, Error>(all && store.stats(layer)?.is_some())
+        })? {
+            return Ok(progress.advance(layers as u64)?);
         }
-        if layer + 1 < layers {
-            hidden.batches = match (options.accumulation, dense) {
-                (Accumulation::Dense, Some(dense)) => dense,
-                (Accumulation::Dense, None) => hidden.through(&block)?,
-                (Accumulation::Centre, _) => {
-                    hidden.through(&at_level(decoder, &block, &of_layer, 0, store)?)?
+        let mut hidden = Activations::embed(decoder, windows)?;
+        for layer in 0..layers {
+            let block = decoder.block(layer)?;
+            decoder.release(layer);
+            let of_layer: Vec<&Sublayer> =
+                space.iter().filter(|s| s.ranking.layer == layer).collect();
+            let mut dense = None;
+            if store.stats(layer)?.is_none() {
+                let collect = Collect {
+                    gram: Some(store.gram()),
+                    ..Collect::default()
+                };
+                let mut collector = Collector::new(&block, windows.window_len(), &collect)?;
+                let outputs = hidden.observed(&block, &mut collector)?;
+                let stats = collector.finish(layer, collect.gram.as_ref(), &outputs)?;
+                dense = Some(outputs);
+                for sublayer in &of_layer {
+                    prune(&block, sublayer, options, ridge, store)?;
                 }
-                (Accumulation::Mixture, _) => mixture(decoder, &hidden, &block, &of_layer, store)?,
-            };
+                store.finish(layer, &stats)?;
+            }
+            if layer + 1 < layers {
+                hidden.batches = match (options.accumulation, dense) {
+                    (Accumulation::Dense, Some(dense)) => dense,
+                    (Accumulation::Dense, None) => hidden.through(&block)?,
+                    (Accumulation::Centre, _) => {
+                        hidden.through(&at_level(decoder, &block, &of_layer, 0, store)?)?
+                    }
+                    (Accumulation::Mixture, _) => {
+                        mixture(decoder, &hidden, &block, &of_layer, store)?
+                    }
+                };
+            }
+            progress.advance(1)?;
         }
-        progress()?;
+        Ok(())
     }
-    Ok(())
 }
 
 /// Sweeps a sublayer through its levels and stores them.

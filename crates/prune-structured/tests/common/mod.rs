@@ -57,6 +57,14 @@ pub(crate) fn decoder(checkpoint: &Checkpoint) -> Decoder<'_> {
     Decoder::new(checkpoint, DType::F32, &Device::Cpu).unwrap()
 }
 
+/// Replacing what an earlier step of a test wrote.
+pub(crate) fn overwrite() -> WriteOptions {
+    WriteOptions {
+        overwrite: true,
+        ..WriteOptions::default()
+    }
+}
+
 /// Random text as windows.
 pub(crate) fn windows(count: usize) -> Windows {
     let mut rng = ChaCha8Rng::seed_from_u64(5);

@@ -120,9 +120,9 @@ fn stage(text: &str) -> Result<Stage, String> {
 impl SearchArgs {
     /// Sets what rd-dp adds up where a recipe allocates by it.
     pub(super) fn change(&self, recipe: &mut Recipe) {
-        if let Allocation::RdDp { distortion, convex } = &mut recipe.allocation {
-            *convex = self.convex;
-            *distortion = match self.distortion {
+        if let Allocation::RdDp(rd_dp) = &mut recipe.allocation {
+            rd_dp.convex = self.convex;
+            rd_dp.distortion = match self.distortion {
                 DistortionArg::Output => Distortion::Output,
                 DistortionArg::Relative => Distortion::Relative,
                 // A measurement replaces the curves.

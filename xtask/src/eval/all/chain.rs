@@ -16,10 +16,7 @@ use lowrank_eora::compress::Compressor;
 use lowrank_eora::output::{Layout, Weights, write_checkpoint};
 use lowrank_eora::repair::{Bytes, Ranks, Repair, Repaired, Source};
 use lowrank_eora::solve::Method;
-use prune_structured::stats::GramStore;
-use prune_structured::{
-    Calibration, Collect, Compensation, DEFAULT_RIDGE, Form, Plan, Recipe, Score,
-};
+use prune_structured::{Calibration, Collect, Compensation, NoProgress, Plan, Recipe, Settings};
 use tensor_io::{Checkpoint, WriteOptions};
 
 use super::Given;
@@ -81,11 +78,8 @@ pub(super) fn run(common: &Common, given: &Given) -> Result<Section> {
         .sample(CALIBRATION, common.seed);
     let scratch = Scratch::new()?;
     let bar = common.progress("chain", 1 + STEPS * (1 + DRAWS));
-    let collect = Collect {
-        fluctuation: false,
-        gram: Some(GramStore::new(scratch.path())),
-    };
-    let statistics = Calibration::run(&decoder, &calibration, &collect, &mut || ())?;
+    let collect = Collect::new(Compensation::LEAST_SQUARES.needs(), scratch.path());
+    let statistics = Calibration::run(&decoder, &calibration, &collect, &NoProgress)?;
     bar.inc(1);
     let suite = Chain {
         common,
@@ -196,24 +190,10 @@ impl Chain<'_> {
         self.bar.set_label(format!("{} at {RATIO}", links.prune));
         let recipe = Recipe::named(links.prune, seed);
         let mut recipe = recipe.with_context(|| format!("no method {}", links.prune))?;
-        recipe.compensation = Some(Compensation::LeastSquares {
-            ridge: DEFAULT_RIDGE,
-        });
-        if let Score::Random { seed: drawn } = &mut recipe.score {
-            *drawn = seed;
-        }
-        let plan = Plan::make(self.decoder, self.statistics, &recipe, RATIO)?;
-        let (statistics, options) = (Some(self.statistics), WriteOptions::default());
-        let form = Form::Sliced;
-        prune_structured::write(
-            self.decoder,
-            &plan,
-            statistics,
-            form,
-            folder,
-            &options,
-            &mut || (),
-        )?;
+        recipe.compensation = Some(Compensation::LEAST_SQUARES);
+        let plan = Plan::make(self.decoder, self.statistics, &recipe, RATIO, &NoProgress)?;
+        let settings = Settings::new(self.statistics);
+        prune_structured::write(self.decoder, &plan, folder, &settings, &NoProgress)?;
         self.bar.inc(1);
         Ok(())
     }

@@ -1,14 +1,13 @@
 //! Plans that need more than statistics: searched widths, and curves measured on whole models.
 
-use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::Result;
 use causal_lm::{Decoder, Windows};
 use prune_structured::rate_distortion::{self, Measure};
-use prune_structured::tyr::{self, Data, Found, Options, Start};
-use prune_structured::{Allocation, Calibration, Compensation, Plan, Ranking, Recipe, Score};
+use prune_structured::tyr::{self, Data, Found, Options, Run, Start};
+use prune_structured::{Allocation, Calibration, Plan, Ranking, Recipe};
 
 use crate::progress::Progress;
 
@@ -30,20 +29,19 @@ pub struct Config {
 impl Config {
     /// The method that a search by this recipe starts from, for the same units and compensation.
     fn start_of(&self, recipe: &Recipe) -> Option<Recipe> {
-        self.start.clone().map(|start| Recipe {
-            shape: recipe.shape.clone(),
-            compensation: recipe.compensation,
-            ..start
-        })
+        let mut start = self.start.clone()?;
+        start.shape = recipe.shape.clone();
+        start.compensation = recipe.compensation;
+        Some(start)
     }
 
     /// The method that measured curves are for: the recipe itself or the one that its search starts from.
     pub(super) fn measures_for(&self, recipe: &Recipe) -> Option<Recipe> {
         let allocates = match recipe.allocation {
-            Allocation::Searched => self.start_of(recipe)?,
+            Allocation::Searched(_) => self.start_of(recipe)?,
             _ => recipe.clone(),
         };
-        let by_curves = matches!(allocates.allocation, Allocation::RdDp { .. });
+        let by_curves = matches!(allocates.allocation, Allocation::RdDp(_));
         (by_curves && self.measured).then_some(allocates)
     }
 }
@@ -66,10 +64,14 @@ impl Maker<'_> {
         recipe: &Recipe,
         curves: Option<&Curves>,
         ratio: f64,
+        bar: &Progress,
     ) -> Result<Plan> {
         Ok(match curves {
             Some(curves) => Plan::allocate(self.decoder, &curves.rankings, recipe, ratio)?,
-            None => Plan::make(self.decoder, self.calibration, recipe, ratio)?,
+            None => {
+                let bar = bar.nested("planning", 0);
+                Plan::make(self.decoder, self.calibration, recipe, ratio, &bar)?
+            }
         })
     }
 
@@ -82,10 +84,8 @@ impl Maker<'_> {
         dir: &Path,
         bar: &Progress,
     ) -> Result<Found> {
-        let options = Options {
-            seed,
-            ..self.config.options.clone()
-        };
+        let mut options = self.config.options.clone();
+        options.seed = seed;
         let data = Data {
             calibration: self.windows,
             search: self.search,
@@ -94,50 +94,38 @@ impl Maker<'_> {
         let start = match self.config.start_of(recipe) {
             None => Start::Uniform(ratio),
             Some(first) => {
-                plan = self.plan(&first, curves, ratio)?;
+                plan = self.plan(&first, curves, ratio, bar)?;
                 Start::Plan(&plan)
             }
         };
-        let steps = options.steps(self.decoder.config().layers());
-        let bar = bar.nested(format!("search, seed {seed}"), steps as u64);
-        let mut tick = || {
-            bar.inc(1);
-            ControlFlow::Continue(())
-        };
-        Ok(tyr::search(
-            self.decoder,
-            &data,
-            recipe,
-            start,
-            &options,
+        let bar = bar.nested(format!("search, seed {seed}"), 0);
+        let run = Run {
+            options: &options,
             dir,
-            &mut tick,
-        )?)
+        };
+        Ok(tyr::search(self.decoder, &data, recipe, start, run, &bar)?)
     }
 
     /// Curves of the whole model's divergence, measured in `dir`, for any ratio.
     pub(super) fn curves(&self, recipe: &Recipe, dir: &Path, bar: &Progress) -> Result<Curves> {
         let start = Instant::now();
-        let shape = &recipe.shape;
-        let mut rankings = Ranking::all(self.decoder, self.calibration, recipe.score, shape)?;
-        let measure = Measure {
-            top_k: self.config.options.top_k,
-            ..Measure::default()
-        };
+        let bar = bar.nested("measuring curves", 0);
+        let (score, shape) = (recipe.score, &recipe.shape);
+        let mut rankings = score.rank(self.decoder, self.calibration, shape, &bar)?;
+        let mut options = Measure::default();
+        options.top_k = self.config.options.top_k;
         let data = rate_distortion::Data {
             windows: self.search,
             dir,
+            options,
         };
-        let steps = measure.steps(self.decoder, &rankings);
-        let bar = bar.nested("measuring curves", steps as u64);
         rate_distortion::measure(
             self.decoder,
             self.calibration,
             recipe,
             &mut rankings,
             data,
-            measure,
-            &mut |done| bar.inc(done as u64),
+            &bar,
         )?;
         bar.finish();
         Ok(Curves {
@@ -151,19 +139,4 @@ impl Maker<'_> {
 pub(super) struct Curves {
     pub(super) rankings: Vec<Ranking>,
     pub(super) seconds: f64,
-}
-
-/// Whether a plan by this recipe is made from Gram matrices of the dense model.
-pub(super) fn plans_from_gram(recipe: &Recipe) -> bool {
-    matches!(recipe.score, Score::Obs { .. })
-        || matches!(recipe.allocation, Allocation::RdDp { .. })
-}
-
-/// Whether making or writing it reads them.
-pub(super) fn reads_gram(recipe: &Recipe, decoder: &Decoder<'_>) -> bool {
-    let refits = matches!(
-        recipe.compensation(decoder),
-        Compensation::LeastSquares { .. }
-    );
-    refits || plans_from_gram(recipe)
 }

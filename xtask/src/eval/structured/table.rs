@@ -2,7 +2,7 @@
 
 use causal_lm::Decoder;
 use eval_report::{Axis, Column, DENSE, Plot, Reference, Row, Section, Series};
-use prune_structured::{Compensation, Cost, Plan, Recipe};
+use prune_structured::{Cost, Plan, Recipe};
 use serde_json::json;
 
 use super::Config;
@@ -10,16 +10,7 @@ use super::Config;
 /// Whether a recipe is there to be compared with.
 pub(super) fn is_control(recipe: &Recipe) -> bool {
     use prune_structured::Score::{Magnitude, Random, WandaSp};
-    matches!(recipe.score, Random { .. } | Magnitude | WandaSp)
-}
-
-pub(super) fn compensation_name(compensation: Compensation) -> &'static str {
-    match compensation {
-        Compensation::None => "none",
-        Compensation::Bias => "bias",
-        Compensation::LeastSquares { .. } => "least squares",
-        Compensation::Alternating { .. } => "alternating",
-    }
+    matches!(recipe.score, Random(_) | Magnitude(_) | WandaSp(_))
 }
 
 /// Widths and costs of each block.

@@ -1,0 +1,83 @@
+//! Equal widths in every layer, for runtimes that read one number for all of them.
+//!
+//! The allocation decides how much of the budget attention keeps and how much the MLPs; every layer
+//! then keeps the same number of steps of its own ranking. Neurons, the finer unit, make up for
+//! what attention's rounding missed, so that the ratio is met within one step of every layer.
+
+use super::Budget;
+use crate::ranking::Ranking;
+use crate::stats::Part;
+use crate::{Error, Result};
+use causal_lm::{Decoder, ModelType};
+
+/// Steps that each ranking keeps with equal widths everywhere, as near to `keep` as the budget
+/// allows.
+///
+/// # Errors
+/// [`Error::NotUniform`] when the dense layers differ already; [`Error::Uniform`] when no equal
+/// widths come within one step of every layer of the budget.
+pub(crate) fn equalise(
+    decoder: &Decoder<'_>,
+    rankings: &[Ranking],
+    keep: &[usize],
+    budget: Budget,
+) -> Result<Vec<usize>> {
+    let dense = &decoder.config().widths;
+    if let Some(layer) = dense.iter().position(|w| *w != dense[0]) {
+        return Err(Error::NotUniform { layer });
+    }
+    let first = |part| rankings.iter().find(|r| r.part == part);
+    let (Some(attention), Some(mlp)) = (first(Part::Attention), first(Part::Mlp)) else {
+        return Err(Error::NotUniform { layer: 0 });
+    };
+    let layers = dense.len() as f64;
+    // The config class of stock Llama refuses head counts that do not divide the hidden size.
+    let heads = |steps: usize| match attention.order().len() == dense[0].kv_heads {
+        true => steps * dense[0].heads / dense[0].kv_heads,
+        false => steps * dense[0].kv_heads,
+    };
+    let llama = decoder.config().model_type == ModelType::Llama;
+    let opens = |&steps: &usize| !llama || decoder.config().hidden.is_multiple_of(heads(steps));
+    let mean = rankings
+        .iter()
+        .zip(keep)
+        .filter(|(r, _)| r.part == Part::Attention)
+        .map(|(_, &steps)| steps as f64)
+        .sum::<f64>()
+        / layers;
+    let mut choices: Vec<usize> = (attention.protected.max(1)..=attention.steps().len())
+        .filter(opens)
+        .collect();
+    choices.sort_by(|&a, &b| {
+        let distance = |steps: usize| (steps as f64 - mean).abs();
+        distance(a).total_cmp(&distance(b)).then(b.cmp(&a))
+    });
+    let each = budget.parameters / layers;
+    let neurons = |steps: usize| -> usize {
+        let left = each - attention.cost(steps) as f64;
+        mlp.nearest(left).max(1)
+    };
+    let step = mlp.steps().iter().map(|s| s.cost).max().unwrap_or(0) as f64;
+    let gap =
+        |&(a, n): &(usize, usize)| (attention.cost(a) as f64 + mlp.cost(n) as f64 - each).abs();
+    let pairs: Vec<(usize, usize)> = choices.into_iter().map(|a| (a, neurons(a))).collect();
+    let chosen = pairs.iter().find(|pair| gap(pair) <= step);
+    let Some(&(attention_steps, mlp_steps)) = chosen else {
+        let nearest = pairs.iter().min_by(|a, b| gap(a).total_cmp(&gap(b)));
+        let (a, n) = nearest
+            .copied()
+            .unwrap_or((attention.steps().len(), mlp.steps().len()));
+        let whole = (attention.total() + mlp.total()) as f64;
+        return Err(Error::Uniform {
+            ratio: budget.ratio,
+            reached: 1.0 - (attention.cost(a) + mlp.cost(n)) as f64 / whole,
+            heads: heads(a),
+            neurons: mlp.units_in(n),
+        });
+    };
+    let steps = |r: &Ranking| match r.part {
+        Part::Attention => attention_steps,
+        Part::Mlp => mlp_steps,
+    };
+    Ok(rankings.iter().map(steps).collect())
+}

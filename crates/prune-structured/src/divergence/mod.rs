@@ -1,0 +1,22 @@
+//! How far models with pruned sublayers are from the dense one, measured on their predictions.
+//!
+//! ```text
+//! teacher      top-k probabilities of the dense model on some windows, on disk
+//! levels       sublayers at several widths, on disk
+//! variant      a block with its halves at other widths
+//! activations  hidden states between two blocks
+//! fitness      KL divergence of candidates, which share the blocks that they agree on
+//! ```
+
+mod activations;
+mod fitness;
+mod levels;
+mod teacher;
+mod variant;
+
+pub(crate) use activations::Activations;
+pub(crate) use fitness::Fitness;
+pub use fitness::Sharing;
+pub(crate) use levels::{Kept, LevelStore};
+pub(crate) use teacher::{Teacher, hash_of};
+pub(crate) use variant::Half;
