@@ -29,8 +29,11 @@ pub struct Recipe {
 /// Score, allocation and compensation of a named method.
 type Parts = (Score, Allocation, Option<Compensation>);
 
-/// Every method, one line each; the function's argument is the seed.
-const METHODS: [(&str, fn(u64) -> Parts); 9] = [
+/// A name, and what makes the method from a seed.
+type Method = (&'static str, fn(u64) -> Parts);
+
+/// Every method, one line each.
+const METHODS: [Method; 9] = [
     ("flap", |_| parts(Wifv, AlAm, None)),
     ("flap-compat", |_| {
         parts(FlapCompat, FlapCompatCut, Some(Bias.into()))
