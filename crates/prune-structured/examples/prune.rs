@@ -78,6 +78,6 @@ fn random_model(dir: &Path) -> Result<PathBuf, Error> {
 
 fn random_text(vocab: usize) -> Vec<u32> {
     (0..16_384u64)
-        .map(|i| (i * i * 2_654_435_761 >> 7) as u32 % vocab as u32)
+        .map(|i| ((i * i * 2_654_435_761) >> 7) as u32 % vocab as u32)
         .collect()
 }

@@ -46,6 +46,7 @@ fn save(
     dst
 }
 
+#[allow(clippy::result_large_err)]
 /// A plan by a method that takes no time.
 fn make(
     model: &Tiny,
