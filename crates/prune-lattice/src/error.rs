@@ -95,6 +95,14 @@ pub enum Error {
         /// The loss.
         loss: f64,
     },
+    /// A least-squares problem has no solution: the moments are not those of any states.
+    #[error("{what}: {reason}")]
+    LeastSquares {
+        /// The matrix or states that were to be solved for.
+        what: String,
+        /// What went wrong.
+        reason: String,
+    },
     /// The caller's [`Progress`](tensor_io::Progress) cancelled the call.
     #[error(transparent)]
     Cancelled(#[from] tensor_io::Cancelled),

@@ -67,6 +67,7 @@
 //! # }
 //! ```
 
+pub mod calibration;
 pub mod cell;
 pub mod centrality;
 #[cfg(feature = "train")]
@@ -83,6 +84,8 @@ mod names;
 pub mod order;
 pub mod params;
 pub mod prune;
+#[cfg(feature = "train")]
+pub mod repair;
 pub mod rnn;
 mod seed;
 #[cfg(feature = "experiment")]

@@ -96,6 +96,14 @@ impl ParamSet {
         self.params.iter_mut().for_each(|p| p.data.fill(0.0));
     }
 
+    /// Adds the values of a set of the same shapes.
+    #[cfg(feature = "train")]
+    pub(crate) fn add(&mut self, other: &ParamSet) {
+        for (p, o) in self.params.iter_mut().zip(&other.params) {
+            p.data.iter_mut().zip(&o.data).for_each(|(p, o)| *p += o);
+        }
+    }
+
     /// As candle tensors on the CPU.
     ///
     /// # Errors

@@ -261,7 +261,7 @@ fn every_task_has_a_name_that_parses_and_splits_of_the_sizes_asked_for() {
                         Targets::Classes(c) => {
                             assert!(c.iter().all(|&c| (c as usize) < data.outputs))
                         }
-                        Targets::Values(_) => assert_eq!(data.outputs, 1),
+                        _ => assert_eq!(data.outputs, 1),
                     }
                 }
                 Examples::Text(t) => assert_eq!(t.len(), size),

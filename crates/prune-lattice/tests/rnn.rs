@@ -3,17 +3,19 @@
 use candle_core::{Device, Tensor};
 use prune_lattice::{
     Cell, Error, NoProgress,
+    calibration::{Calibration, RecordConfig, record},
     centrality::Centrality,
     data::{Dataset, Examples, Inputs, Sequences, Targets},
     influence::{Aggregate, StackEdges},
-    mask::{Mask, MaskRule, MaskSet, hard_remove, neuron_masks},
+    mask::{Block, Mask, MaskRule, MaskSet, hard_remove, neuron_masks},
     order::{Connected, RankBy, Verdict, bits::BitMatrix},
     prune::{
-        Compete, LatticeConfig, Method, PruneConfig, Scope, prune, prune_matrix, rank_neurons,
+        Compete, LatticeConfig, Method, PruneConfig, PruneContext, Scope, prune, prune_in,
+        prune_matrix, rank_neurons,
     },
     rnn::{
-        CheckpointNames, CompactRnn, Input, InputKind, Rnn, RnnConfig, State, Tape, TrainConfig,
-        evaluate, graph::GraphRnn, train,
+        CheckpointNames, CompactRnn, Decay, Gradual, Input, InputKind, ReadOut, Rnn, RnnConfig,
+        State, Tape, TrainConfig, evaluate, graph::GraphRnn, train,
     },
 };
 use rand::{Rng, SeedableRng};
@@ -405,14 +407,271 @@ fn inputs_that_do_not_fit_are_typed_errors() {
     ));
 }
 
+fn calibrated(rnn: &Rnn) -> Calibration {
+    let text = Examples::Text((0..400).map(|k| k * (k + 3) % 5).collect());
+    record(rnn, &text, &RecordConfig::default(), &NoProgress).unwrap()
+}
+
+/// Every gate of layers of 24 and 17 neurons keeps its share of the blocks, each of them whole.
+fn assert_whole_blocks(masks: &MaskSet, block: Block, cell: Cell, s: f64) {
+    for (layer, n) in [24usize, 17].into_iter().enumerate() {
+        let Some(mask) = masks.get(&format!("rnn.weight_hh_l{layer}")) else {
+            assert_eq!(s, 0.0);
+            continue;
+        };
+        let (down, across) = block.grid(n, n);
+        for g in 0..cell.gates() {
+            let mut kept = 0;
+            for a in 0..down {
+                for b in 0..across {
+                    let rows = a * block.rows..n.min((a + 1) * block.rows);
+                    let cols = b * block.cols..n.min((b + 1) * block.cols);
+                    let inside: Vec<bool> = rows
+                        .flat_map(|i| cols.clone().map(move |j| (i, j)))
+                        .map(|(i, j)| mask.keep().get(g * n + i, j))
+                        .collect();
+                    assert!(inside.iter().all(|&k| k == inside[0]));
+                    kept += usize::from(inside[0]);
+                }
+            }
+            let expected = ((1.0 - s) * (down * across) as f64).round() as usize;
+            assert_eq!(kept, expected, "{cell} {block:?} {s}");
+        }
+    }
+}
+
+#[test]
+fn blocks_keep_the_diagonal_and_a_density_for_each_gate_where_they_are_asked_to() {
+    let rnn = network(Cell::Gru, INPUTS[0], &[24], 5);
+    let densities = vec![0.25, 0.5, 0.75];
+    let config = PruneConfig::new(Method::Block8x4, 0.0).with(|c| {
+        c.keep_diagonal = true;
+        c.densities = Some(densities.clone());
+    });
+    let (masks, report) = prune(&rnn, &config).unwrap();
+    let keep = masks.get("rnn.weight_hh_l0").unwrap().keep();
+    for (g, density) in densities.iter().enumerate() {
+        assert!((0..24).all(|i| keep.get(g * 24 + i, i)));
+        let whole = (0..3 * 6)
+            .filter(|b| {
+                let (top, left) = (8 * (b / 6), 4 * (b % 6));
+                let mut entries = (0..32).map(|e| (g * 24 + top + e / 4, left + e % 4));
+                entries.all(|(i, j)| keep.get(i, j))
+            })
+            .count();
+        assert_eq!(whole, (density * 18.0_f64).round() as usize);
+        // What is reported counts the diagonal too.
+        let kept = (0..24)
+            .map(|i| keep.row_ones(g * 24 + i).count())
+            .sum::<usize>();
+        assert!((report.layers[0].gates[g] - (1.0 - kept as f64 / 576.0)).abs() < 1e-12);
+    }
+    for wrong in [vec![0.5], vec![0.5, 0.5, 1.5]] {
+        let config = config.clone().with(|c| c.densities = Some(wrong));
+        assert!(matches!(
+            prune(&rnn, &config),
+            Err(Error::Setting {
+                setting: "densities",
+                ..
+            })
+        ));
+    }
+}
+
+#[test]
+fn weighed_inputs_change_which_weights_are_kept_and_need_a_calibration() {
+    let rnn = network(Cell::Lstm, INPUTS[0], &[24], 5);
+    let calibration = calibrated(&rnn);
+    let config = PruneConfig::new(Method::Magnitude, 0.5).with(|c| c.weigh_inputs = true);
+    assert!(matches!(
+        prune(&rnn, &config),
+        Err(Error::Setting {
+            setting: "calibration",
+            ..
+        })
+    ));
+    let context = PruneContext::default().calibrated(&calibration);
+    let (masks, _) = prune_in(&rnn, &context, &config).unwrap();
+    let keep = masks.get("rnn.weight_hh_l0").unwrap().keep();
+    let w = &rnn.params().get("rnn.weight_hh_l0").unwrap().data;
+    let before = &calibration.layers[0].before;
+    let score = |e: usize| f64::from(w[e]).abs() * before.second(e % 24, e % 24).sqrt();
+    for g in 0..4 {
+        let range = g * 576..(g + 1) * 576;
+        let (kept, pruned): (Vec<usize>, Vec<usize>) =
+            range.partition(|e| keep.get(e / 24, e % 24));
+        let smallest = kept.iter().map(|&e| score(e)).fold(f64::INFINITY, f64::min);
+        let largest = pruned.iter().map(|&e| score(e)).fold(0.0, f64::max);
+        assert!(smallest >= largest && kept.len() == 288);
+    }
+    let (plain, _) = prune(&rnn, &PruneConfig::new(Method::Magnitude, 0.5)).unwrap();
+    assert_ne!(plain, masks);
+}
+
+#[test]
+fn masks_stay_within_the_entries_that_exist_and_budgets_count_only_those() {
+    let rnn = network(Cell::Lstm, INPUTS[0], &[20], 5);
+    let calibration = calibrated(&rnn);
+    // A band of the same width in every gate.
+    let mut within = MaskSet::default();
+    let band = BitMatrix::from_fn(80, 20, |i, j| (i % 20).abs_diff(j) < 6);
+    let exist = band.count();
+    within.insert("rnn.weight_hh_l0", Mask::of_matrix(band.clone()));
+    let context = PruneContext::default()
+        .calibrated(&calibration)
+        .within(&within);
+    for &method in Method::ALL {
+        for compete in [Compete::Global, Compete::PerMatrix, Compete::PerGate] {
+            let config = PruneConfig::new(method, 0.5).with(|c| c.compete = compete);
+            let found = prune_in(&rnn, &context, &config);
+            let drawn = matches!(method, Method::Ws | Method::Ba | Method::Er);
+            if drawn || method.block().is_some() {
+                assert!(matches!(
+                    found,
+                    Err(Error::Setting {
+                        setting: "wiring",
+                        ..
+                    })
+                ));
+                continue;
+            }
+            let (masks, report) = found.unwrap();
+            let keep = masks.get("rnn.weight_hh_l0").unwrap().keep();
+            assert!((0..80).all(|i| keep.row_ones(i).all(|j| band.get(i, j))));
+            let expected = match method {
+                Method::Dense => exist,
+                Method::ZeroWhh => 0,
+                _ => 4 * ((exist / 4) as f64 * 0.5).round() as usize,
+            };
+            assert_eq!(keep.count(), expected, "{method}");
+            let sparsity = 1.0 - expected as f64 / exist as f64;
+            assert!((report.sparsity.recurrent - sparsity).abs() < 1e-12);
+        }
+    }
+}
+
+#[test]
+fn gradual_pruning_ends_at_its_sparsity_and_lets_weights_come_back() {
+    let data = memory_task();
+    let shape = RnnConfig::new(Cell::Lstm, data.input, [16], 2);
+    let mut rnn = Rnn::new(shape, 1).unwrap();
+    let prune = PruneConfig::new(Method::Magnitude, 0.75);
+    // 47 updates an epoch.
+    let config = TrainConfig::default().with(|c| {
+        c.epochs = 3;
+        c.patience = None;
+        c.gradual = Some(Gradual::new(10, 100, 10, prune.clone()));
+    });
+    let report = train(&mut rnn, &data, &config, &MaskSet::default(), &NoProgress).unwrap();
+    assert_eq!(report.masks.pruned(), 4 * 16 * 16 * 3 / 4);
+    let mut masked = rnn.clone();
+    report.masks.apply(masked.params_mut()).unwrap();
+    assert_eq!(masked, rnn);
+    for (start, stop, every) in [(10, 10, 5), (5, 20, 0)] {
+        let config = config
+            .clone()
+            .with(|c| c.gradual = Some(Gradual::new(start, stop, every, prune.clone())));
+        assert!(matches!(
+            train(&mut rnn, &data, &config, &MaskSet::default(), &NoProgress),
+            Err(Error::Setting {
+                setting: "gradual pruning",
+                ..
+            })
+        ));
+    }
+}
+
+#[test]
+fn shards_of_a_batch_change_nothing_but_rounding_and_not_with_the_number_of_threads() {
+    let data = memory_task();
+    let run = |shards: usize, threads: usize| {
+        let shape = RnnConfig::new(Cell::Gru, data.input, [8], 2);
+        let mut rnn = Rnn::new(shape, 1).unwrap();
+        let config = TrainConfig::default().with(|c| {
+            c.epochs = 1;
+            c.shards = shards;
+            c.warmup = 20;
+            c.decay = Decay::Cosine;
+            c.l1 = 1e-5;
+        });
+        let pool = rayon::ThreadPoolBuilder::new()
+            .num_threads(threads)
+            .build()
+            .unwrap();
+        pool.install(|| train(&mut rnn, &data, &config, &MaskSet::default(), &NoProgress))
+            .unwrap();
+        rnn
+    };
+    let whole = run(1, 1);
+    let three = run(3, 1);
+    assert_eq!(three, run(3, 2));
+    for (a, b) in whole.params().iter().zip(three.params().iter()) {
+        let far = a.data.iter().zip(&b.data).map(|(a, b)| (a - b).abs());
+        assert!(far.fold(0.0, f32::max) < 2e-3, "{}", a.name);
+    }
+}
+
+/// At every step, whether the number seen two steps before was positive.
+fn delayed_sign(count: usize, seed: u64) -> Examples {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    let lengths: Vec<usize> = (0..count).map(|k| 40 + k % 5).collect();
+    let (mut values, mut targets, mut counted) = (Vec::new(), Vec::new(), Vec::new());
+    for &n in &lengths {
+        let x: Vec<f32> = (0..n).map(|_| rng.random_range(-1.0..1.0)).collect();
+        targets.extend((0..n).map(|t| f32::from(u8::from(t >= 2 && x[t - 2] > 0.0))));
+        counted.extend((0..n).map(|t| t >= 2));
+        values.extend(x);
+    }
+    Examples::Sequences(
+        Sequences::new(
+            Inputs::Vectors { dim: 1, values },
+            &lengths,
+            Targets::Binary { targets, counted },
+        )
+        .unwrap(),
+    )
+}
+
+#[test]
+fn decisions_at_every_step_are_learned_in_windows_with_the_state_carried() {
+    let data = Dataset {
+        train: delayed_sign(200, 1),
+        valid: delayed_sign(40, 2),
+        test: delayed_sign(40, 3),
+        input: InputKind::Dense { dim: 1 },
+        outputs: 1,
+    };
+    for read_out in [ReadOut::Linear, ReadOut::Relu] {
+        let shape = RnnConfig::new(Cell::Lstm, data.input, [16], 1).with(|c| c.read_out = read_out);
+        let mut rnn = Rnn::new(shape, 1).unwrap();
+        let config = TrainConfig::default().with(|c| {
+            c.epochs = 12;
+            c.window = 15;
+            c.learning_rate = 1e-2;
+        });
+        train(&mut rnn, &data, &config, &MaskSet::default(), &NoProgress).unwrap();
+        let found = evaluate(&rnn, &data.test).unwrap();
+        let steps: usize = (0..40).map(|k| 38 + k % 5).sum();
+        assert_eq!(found.targets, steps);
+        assert!(found.auc.unwrap() > 0.97, "{read_out}: {found:?}");
+        assert!(found.accuracy.unwrap() > 0.9);
+    }
+}
+
 #[test]
 fn every_method_meets_its_budget_exactly() {
     for &cell in Cell::ALL {
         let rnn = network(cell, INPUTS[0], &[24, 17], 5);
+        let calibration = calibrated(&rnn);
+        let context = PruneContext::default().calibrated(&calibration);
         for &method in Method::ALL {
             for s in [0.0, 0.3, 0.5, 0.75, 0.9, 0.99] {
                 let config = PruneConfig::new(method, s).with(|c| c.seed = 3);
-                let (masks, report) = prune(&rnn, &config).unwrap();
+                let (masks, report) = prune_in(&rnn, &context, &config).unwrap();
+                if let Some(block) = method.block() {
+                    assert_whole_blocks(&masks, block, cell, s);
+                    continue;
+                }
                 let mut expected = 0;
                 for n in [24usize, 17] {
                     let kept = ((1.0 - s) * (n * n) as f64).round() as usize;
@@ -493,6 +752,7 @@ fn scopes_rules_and_competition_do_what_they_say() {
             assert!(shares.len() == 4 && shares.iter().all(|(_, s)| (s - 0.6).abs() < 0.01));
         }
     }
+    let base = base.with(|c| c.compete = Compete::PerMatrix);
     let plain = base.clone().with(|c| {
         c.method = Method::Strength;
         c.rule = MaskRule::WeightedMagnitude { lambda: 0.0 };

@@ -3,9 +3,11 @@
 //! A [`MaskSet`] maps parameter names to masks. It is applied in one place to whatever has those names: weights, gradients,
 //! moments of the optimiser, candle tensors. It can be saved, loaded and dropped without a trace.
 
+mod blocks;
 mod neurons;
 mod select;
 
+pub use blocks::Block;
 pub use neurons::{hard_remove, neuron_masks};
 pub use select::{MaskRule, Rank, keep_top, tile};
 
@@ -83,6 +85,19 @@ impl Mask {
                 for (k, v) in values.iter_mut().enumerate() {
                     *v = if word >> k & 1 == 1 { *v } else { 0.0 };
                 }
+            }
+        }
+    }
+}
+
+impl Mask {
+    /// Copies the kept entries of `from` into `to`.
+    #[cfg(feature = "train")]
+    pub(crate) fn merge_kept(&self, to: &mut [f32], from: &[f32]) {
+        let cols = self.keep.cols();
+        for i in 0..self.keep.rows() {
+            for j in self.keep.row_ones(i) {
+                to[i * cols + j] = from[i * cols + j];
             }
         }
     }

@@ -42,9 +42,9 @@ pub enum Compete {
     /// One threshold for all pruned matrices of all layers (as the code of arXiv 2407.20601 does).
     Global,
     /// Each matrix keeps its share.
-    #[default]
     PerMatrix,
     /// Each gate block of each matrix keeps its share.
+    #[default]
     PerGate,
 }
 
@@ -91,7 +91,7 @@ impl Default for LatticeConfig {
 pub struct PruneConfig {
     /// What chooses.
     pub method: Method,
-    /// Share of the weights in scope to remove, in `[0, 1)`. Met exactly, up to rounding to whole connections.
+    /// Share of the weights in scope to remove, in `[0, 1)`. Met exactly, up to rounding to whole connections or blocks.
     pub sparsity: f64,
     /// Which matrices.
     pub scope: Scope,
@@ -101,6 +101,16 @@ pub struct PruneConfig {
     pub lattice: LatticeConfig,
     /// Within what weights compete for magnitude pruning.
     pub compete: Compete,
+    /// The share that each gate keeps, in PyTorch's order, in place of the sparsity; for magnitudes per gate and for blocks.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub densities: Option<Vec<f64>>,
+    /// Whether blocks of `W_hh` leave the diagonal as it is, beside the budget.
+    #[serde(default)]
+    pub keep_diagonal: bool,
+    /// Whether a weight counts times the root mean square of its input, which needs a calibration; for magnitudes, thresholds
+    /// and blocks.
+    #[serde(default)]
+    pub weigh_inputs: bool,
     /// Rewiring probability of Watts–Strogatz graphs: 0.1 is a small world, 1 what arXiv 2407.20601 used.
     pub rewire: f64,
     /// For whatever is random.
@@ -117,6 +127,9 @@ impl PruneConfig {
             rule: MaskRule::Both,
             lattice: LatticeConfig::default(),
             compete: Compete::default(),
+            densities: None,
+            keep_diagonal: false,
+            weigh_inputs: false,
             rewire: 0.1,
             seed: 0,
         }

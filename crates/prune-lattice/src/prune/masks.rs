@@ -6,7 +6,7 @@ use crate::{
     error::{Error, Result},
     graph::{Graph, barabasi_albert, erdos_renyi, watts_strogatz},
     influence::Aggregate,
-    mask::{MaskRule, Rank, keep_top, tile},
+    mask::{Block, MaskRule, Rank, keep_top, tile},
     order::bits::BitMatrix,
     seed,
 };
@@ -31,17 +31,68 @@ pub(super) struct Matrix<'a> {
     pub(super) cols: usize,
     pub(super) recurrent: bool,
     pub(super) layer: usize,
+    /// The entries that exist, shaped like the matrix; the others are pruned beside the budget.
+    pub(super) allowed: Option<&'a BitMatrix>,
+    /// What the magnitudes of each column are multiplied by.
+    pub(super) input_scale: Option<&'a [f64]>,
 }
 
+/// Entries that do not exist come after all others.
+const EXCLUDED: Rank = Rank {
+    level: u64::MAX,
+    weight: f64::NEG_INFINITY,
+};
+
 impl Matrix<'_> {
-    /// Connections to keep; every connection stands for a weight in each gate.
+    fn allows(&self, row: usize, j: usize) -> bool {
+        self.allowed.is_none_or(|a| a.get(row, j))
+    }
+
+    /// Whether a connection exists in every gate.
+    fn allows_connection(&self, i: usize, j: usize) -> bool {
+        (0..self.gates).all(|g| self.allows(g * self.rows + i, j))
+    }
+
+    /// Weights of a gate that exist.
+    fn size(&self, gate: usize) -> usize {
+        match self.allowed {
+            None => self.rows * self.cols,
+            Some(_) => {
+                let row = |i: usize| {
+                    (0..self.cols).filter(move |&j| self.allows(gate * self.rows + i, j))
+                };
+                (0..self.rows).map(|i| row(i).count()).sum()
+            }
+        }
+    }
+
+    /// Weights of all gates to keep.
     fn budget(&self, sparsity: f64) -> usize {
-        ((1.0 - sparsity) * (self.rows * self.cols) as f64).round() as usize
+        (0..self.gates)
+            .map(|g| share(1.0 - sparsity, self.size(g)))
+            .sum()
+    }
+
+    /// Connections to keep; every connection stands for a weight in each gate.
+    fn connections(&self, sparsity: f64) -> usize {
+        match self.allowed {
+            None => share(1.0 - sparsity, self.rows * self.cols),
+            Some(_) => {
+                let row = |i: usize| (0..self.cols).filter(move |&j| self.allows_connection(i, j));
+                share(1.0 - sparsity, (0..self.rows).map(|i| row(i).count()).sum())
+            }
+        }
+    }
+
+    /// Magnitude of a weight, times that of its input where they are weighed.
+    fn magnitude(&self, row: usize, j: usize) -> f64 {
+        let scale = self.input_scale.map_or(1.0, |s| s[j]);
+        f64::from(self.w[row * self.cols + j]).abs() * scale
     }
 
     /// Joined magnitude of a connection over the gates.
     fn connection(&self, i: usize, j: usize, how: Aggregate) -> f64 {
-        let at = |g: usize| f64::from(self.w[(g * self.rows + i) * self.cols + j]).abs();
+        let at = |g: usize| self.magnitude(g * self.rows + i, j);
         let gates = (0..self.gates).map(at);
         match how {
             Aggregate::L2 => gates.map(|m| m * m).sum::<f64>().sqrt(),
@@ -49,6 +100,49 @@ impl Matrix<'_> {
             Aggregate::Sum => gates.sum(),
             Aggregate::Gate(g) => at(g.min(self.gates - 1)),
         }
+    }
+
+    /// The connections with the best ranks among those that exist, in all gates.
+    fn keep_connections(&self, sparsity: f64, rank: impl Fn(usize, usize) -> Rank) -> BitMatrix {
+        let rank = |i, j| match self.allows_connection(i, j) {
+            true => rank(i, j),
+            false => EXCLUDED,
+        };
+        let kept = keep_top(self.rows, self.cols, self.connections(sparsity), rank);
+        tile(&kept, self.gates)
+    }
+
+    /// The weights with the best ranks among those that exist.
+    fn keep_weights(&self, keep: usize, rank: impl Fn(usize, usize) -> Rank) -> BitMatrix {
+        let rank = |row, j| match self.allows(row, j) {
+            true => rank(row, j),
+            false => EXCLUDED,
+        };
+        keep_top(self.gates * self.rows, self.cols, keep, rank)
+    }
+
+    /// Masks of the gates, one above the other.
+    fn per_gate(&self, mask: impl Fn(usize) -> BitMatrix) -> BitMatrix {
+        let mut keep = BitMatrix::new(self.gates * self.rows, self.cols);
+        for g in 0..self.gates {
+            let gate = mask(g);
+            for i in 0..self.rows {
+                keep.row_mut(g * self.rows + i).copy_from_slice(gate.row(i));
+            }
+        }
+        keep
+    }
+}
+
+fn share(density: f64, of: usize) -> usize {
+    (density * of as f64).round() as usize
+}
+
+/// The share of its weights that a gate keeps.
+fn density(config: &PruneConfig, gate: usize) -> f64 {
+    match &config.densities {
+        Some(densities) => densities[gate],
+        None => 1.0 - config.sparsity,
     }
 }
 
@@ -98,10 +192,14 @@ pub(super) fn masks(
     ranked: Option<&Ranked>,
     config: &PruneConfig,
 ) -> Result<Vec<BitMatrix>> {
+    let plain = |weight: f64| Rank { level: 0, weight };
     match config.method {
         Method::Dense => Ok(matrices
             .iter()
-            .map(|m| BitMatrix::ones(m.gates * m.rows, m.cols))
+            .map(|m| match m.allowed {
+                Some(allowed) => allowed.clone(),
+                None => BitMatrix::ones(m.gates * m.rows, m.cols),
+            })
             .collect()),
         Method::Magnitude => Ok(magnitude(matrices, config)),
         Method::Random => {
@@ -114,14 +212,9 @@ pub(super) fn masks(
         Method::Threshold => Ok(matrices
             .iter()
             .map(|m| {
-                let rank = |i, j| Rank {
-                    level: 0,
-                    weight: m.connection(i, j, config.lattice.aggregate),
-                };
-                tile(
-                    &keep_top(m.rows, m.cols, m.budget(config.sparsity), rank),
-                    m.gates,
-                )
+                let aggregate = config.lattice.aggregate;
+                let rank = |i, j| plain(m.connection(i, j, aggregate));
+                m.keep_connections(config.sparsity, rank)
             })
             .collect()),
         Method::ZeroWhh | Method::Ws | Method::Ba | Method::Er => matrices
@@ -137,22 +230,56 @@ pub(super) fn masks(
                 if config.method == Method::ZeroWhh {
                     return Ok(BitMatrix::new(m.gates * m.rows, m.cols));
                 }
+                if m.allowed.is_some() {
+                    let reason = format!("{} draws its own graph", config.method);
+                    return Err(Error::Setting {
+                        setting: "wiring",
+                        reason,
+                    });
+                }
                 let mut rng = seed::rng(config.seed, &format!("{} {}", config.method, m.layer));
-                let edges = random_graph(m.rows, m.budget(config.sparsity), config, &mut rng)?;
+                let edges = random_graph(m.rows, m.connections(config.sparsity), config, &mut rng)?;
                 Ok(tile(&edges, m.gates))
             })
             .collect(),
-        _ => {
-            let ranked = ranked.ok_or_else(|| Error::Setting {
-                setting: "method",
-                reason: format!("{} needs scores of neurons", config.method),
-            })?;
-            Ok(matrices
+        method => match (method.block(), ranked) {
+            (Some(block), _) => matrices
+                .iter()
+                .map(|m| by_blocks(m, block, config))
+                .collect(),
+            (None, Some(ranked)) => Ok(matrices
                 .iter()
                 .map(|m| by_neurons(m, ranked, config))
-                .collect())
-        }
+                .collect()),
+            (None, None) => Err(Error::Setting {
+                setting: "method",
+                reason: format!("{method} needs scores of neurons"),
+            }),
+        },
     }
+}
+
+fn by_blocks(m: &Matrix<'_>, block: Block, config: &PruneConfig) -> Result<BitMatrix> {
+    if m.allowed.is_some() {
+        return Err(Error::Setting {
+            setting: "wiring",
+            reason: format!("{} keeps whole blocks, which it may cut", config.method),
+        });
+    }
+    let diagonal = m.recurrent && config.keep_diagonal;
+    let (down, across) = block.grid(m.rows, m.cols);
+    Ok(m.per_gate(|g| {
+        let weight = |i: usize, j: usize| match diagonal && i == j {
+            true => 0.0,
+            false => m.magnitude(g * m.rows + i, j).powi(2),
+        };
+        let keep = share(density(config, g), down * across);
+        let mut kept = block.keep_largest(m.rows, m.cols, keep, weight);
+        if diagonal {
+            (0..m.rows).for_each(|i| kept.set(i, i, true));
+        }
+        kept
+    }))
 }
 
 fn by_neurons(m: &Matrix<'_>, ranked: &Ranked, config: &PruneConfig) -> BitMatrix {
@@ -176,10 +303,7 @@ fn by_neurons(m: &Matrix<'_>, ranked: &Ranked, config: &PruneConfig) -> BitMatri
             level: level(i, j, of),
             weight: m.connection(i, j, aggregate),
         };
-        tile(
-            &keep_top(m.rows, m.cols, m.budget(config.sparsity), rank),
-            m.gates,
-        )
+        m.keep_connections(config.sparsity, rank)
     };
     match config.rule {
         MaskRule::Both => connections(u64::max),
@@ -191,66 +315,51 @@ fn by_neurons(m: &Matrix<'_>, ranked: &Ranked, config: &PruneConfig) -> BitMatri
             };
             let rank = |row: usize, j: usize| Rank {
                 level: 0,
-                weight: f64::from(m.w[row * m.cols + j]).abs()
-                    * (1.0 + lambda * score(row % m.rows, j)),
+                weight: m.magnitude(row, j) * (1.0 + lambda * score(row % m.rows, j)),
             };
-            keep_top(
-                m.gates * m.rows,
-                m.cols,
-                m.gates * m.budget(config.sparsity),
-                rank,
-            )
+            m.keep_weights(m.budget(config.sparsity), rank)
         }
     }
 }
 
 fn magnitude(matrices: &[Matrix<'_>], config: &PruneConfig) -> Vec<BitMatrix> {
-    let weight = |m: &Matrix<'_>, row: usize, j: usize| f64::from(m.w[row * m.cols + j]).abs();
+    let plain = |weight: f64| Rank { level: 0, weight };
     match config.compete {
         Compete::PerMatrix => matrices
             .iter()
             .map(|m| {
-                let rank = |row, j| Rank {
-                    level: 0,
-                    weight: weight(m, row, j),
-                };
-                keep_top(
-                    m.gates * m.rows,
-                    m.cols,
-                    m.gates * m.budget(config.sparsity),
-                    rank,
-                )
+                m.keep_weights(m.budget(config.sparsity), |row, j| {
+                    plain(m.magnitude(row, j))
+                })
             })
             .collect(),
         Compete::PerGate => matrices
             .iter()
             .map(|m| {
-                let mut keep = BitMatrix::new(m.gates * m.rows, m.cols);
-                for g in 0..m.gates {
-                    let rank = |i, j| Rank {
-                        level: 0,
-                        weight: weight(m, g * m.rows + i, j),
+                m.per_gate(|g| {
+                    let rank = |i: usize, j: usize| match m.allows(g * m.rows + i, j) {
+                        true => plain(m.magnitude(g * m.rows + i, j)),
+                        false => EXCLUDED,
                     };
-                    let gate = keep_top(m.rows, m.cols, m.budget(config.sparsity), rank);
-                    for i in 0..m.rows {
-                        keep.row_mut(g * m.rows + i).copy_from_slice(gate.row(i));
-                    }
-                }
-                keep
+                    let keep = share(density(config, g), m.size(g));
+                    keep_top(m.rows, m.cols, keep, rank)
+                })
             })
             .collect(),
         Compete::Global => {
             let total: usize = matrices.iter().map(|m| m.w.len()).sum();
-            let budget: usize = matrices
-                .iter()
-                .map(|m| m.gates * m.budget(config.sparsity))
-                .sum();
+            let budget: usize = matrices.iter().map(|m| m.budget(config.sparsity)).sum();
             // One row of all weights, cut back into matrices.
-            let all: Vec<f32> = matrices.iter().flat_map(|m| m.w).map(|w| w.abs()).collect();
-            let kept = keep_top(1, total, budget, |_, e| Rank {
-                level: 0,
-                weight: f64::from(all[e]),
-            });
+            let all: Vec<Rank> = matrices
+                .iter()
+                .flat_map(|m| {
+                    (0..m.w.len()).map(move |e| match m.allows(e / m.cols, e % m.cols) {
+                        true => plain(m.magnitude(e / m.cols, e % m.cols)),
+                        false => EXCLUDED,
+                    })
+                })
+                .collect();
+            let kept = keep_top(1, total, budget, |_, e| all[e]);
             let mut start = 0;
             matrices
                 .iter()
@@ -268,8 +377,11 @@ fn magnitude(matrices: &[Matrix<'_>], config: &PruneConfig) -> Vec<BitMatrix> {
 
 fn random(m: &Matrix<'_>, sparsity: f64, rng: &mut ChaCha8Rng) -> BitMatrix {
     let mut keep = BitMatrix::new(m.gates * m.rows, m.cols);
-    for e in index::sample(rng, m.w.len(), m.gates * m.budget(sparsity)) {
-        keep.set(e / m.cols, e % m.cols, true);
+    let exist: Vec<usize> = (0..m.w.len())
+        .filter(|e| m.allows(e / m.cols, e % m.cols))
+        .collect();
+    for k in index::sample(rng, exist.len(), m.budget(sparsity)) {
+        keep.set(exist[k] / m.cols, exist[k] % m.cols, true);
     }
     keep
 }
@@ -318,11 +430,13 @@ pub(super) fn in_scope<'a>(
     layers: &[LayerWeights<'a>],
     cell: Cell,
     config: &PruneConfig,
+    sides: &'a [Sides],
 ) -> Vec<Matrix<'a>> {
     let gates = cell.gates();
     let mut matrices = Vec::new();
     for (layer, l) in layers.iter().enumerate() {
         let rows = l.hidden;
+        let side = sides.get(layer);
         if config.scope.recurrent() {
             matrices.push(Matrix {
                 w: l.w_hh,
@@ -331,6 +445,8 @@ pub(super) fn in_scope<'a>(
                 cols: rows,
                 recurrent: true,
                 layer,
+                allowed: side.and_then(|s| s.recurrent.as_ref()),
+                input_scale: side.and_then(|s| s.recurrent_scale.as_deref()),
             });
         }
         if let (Some(w), true) = (l.w_ih, config.scope.input()) {
@@ -341,8 +457,19 @@ pub(super) fn in_scope<'a>(
                 cols: w.len() / (gates * rows),
                 recurrent: false,
                 layer,
+                allowed: side.and_then(|s| s.input.as_ref()),
+                input_scale: side.and_then(|s| s.input_scale.as_deref()),
             });
         }
     }
     matrices
+}
+
+/// What is known of a layer's matrices beside their weights: the entries that exist, and the size of what they read.
+#[derive(Default)]
+pub(super) struct Sides {
+    pub(super) recurrent: Option<BitMatrix>,
+    pub(super) input: Option<BitMatrix>,
+    pub(super) recurrent_scale: Option<Vec<f64>>,
+    pub(super) input_scale: Option<Vec<f64>>,
 }

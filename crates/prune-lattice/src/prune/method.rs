@@ -1,12 +1,20 @@
 //! The methods by name.
 
-use crate::names::named;
+use crate::{mask::Block, names::named};
 
 named! {
     /// A way of choosing what is kept. The lattice methods and every baseline go through the same call.
     pub enum Method as "method" {
         /// Nothing is pruned.
         Dense = "dense",
+        /// Neurons whose states, in linear combinations, say most of what all states say to their readers: a greedy basis.
+        /// Needs a calibration.
+        Span = "span",
+        /// Neurons by the deviation of their state times the norm of the weights that read it. Needs a calibration.
+        Flow = "flow",
+        /// Neurons by pivoted Cholesky factorisation of the covariance of the states: a greedy basis that does not know who
+        /// reads. Needs a calibration.
+        PivotedCholesky = "pivoted-cholesky",
         /// Irreducible rows of the one-step context, persistence over cuts, plus centrality. The default lattice.
         LatticeContext = "lattice-context",
         /// Meet-irreducible classes of the reachability order.
@@ -21,6 +29,14 @@ named! {
         RandomNeurons = "random-neurons",
         /// Largest weights.
         Magnitude = "magnitude",
+        /// Blocks of 8 targets x 4 sources with the largest sums of squares, per gate.
+        Block8x4 = "block-8x4",
+        /// Blocks of 8 targets x 1 source.
+        Block8x1 = "block-8x1",
+        /// Blocks of 4 targets x 1 source.
+        Block4x1 = "block-4x1",
+        /// Blocks of 16 targets x 1 source.
+        Block16x1 = "block-16x1",
         /// Random weights.
         Random = "random",
         /// Largest influences (all gates of a connection together), no order.
@@ -45,9 +61,27 @@ impl Method {
         )
     }
 
+    /// Whether it needs a [`Calibration`](crate::calibration::Calibration).
+    pub fn needs_calibration(self) -> bool {
+        matches!(self, Method::Span | Method::Flow | Method::PivotedCholesky)
+    }
+
+    /// Targets and sources of its blocks, for the methods that keep whole blocks.
+    pub fn block(self) -> Option<Block> {
+        let (rows, cols) = match self {
+            Method::Block8x4 => (8, 4),
+            Method::Block8x1 => (8, 1),
+            Method::Block4x1 => (4, 1),
+            Method::Block16x1 => (16, 1),
+            _ => return None,
+        };
+        Some(Block { rows, cols })
+    }
+
     /// Whether it ranks neurons (and a [`MaskRule`](crate::mask::MaskRule) turns the ranking into a mask).
     pub fn ranks_neurons(self) -> bool {
         self.is_lattice()
+            || self.needs_calibration()
             || matches!(
                 self,
                 Method::Reducible | Method::Strength | Method::RandomNeurons

@@ -8,21 +8,23 @@ mod masks;
 mod method;
 mod report;
 mod score;
+mod span;
 
 pub use config::{Compete, LatticeConfig, PruneConfig, Scope};
 pub use masks::LayerMask;
 pub use method::Method;
-pub use report::{LayerReport, PruneReport, Sparsity, sparsity};
+pub use report::{LayerReport, PruneReport, Sparsity, sparsity, sparsity_within};
 pub use score::{Scores, influence_of, neuron_scores};
 
 use crate::{
+    calibration::{Calibration, Moments},
     cell::{Cell, GateLayout},
     error::{Error, Result, check_finite, check_sparsity},
     mask::{Mask, MaskSet},
     rnn::{Rnn, Role},
 };
 use candle_core::Tensor;
-use masks::Ranked;
+use masks::{Ranked, Sides};
 use std::time::Instant;
 
 /// The matrices of one layer in PyTorch layout.
@@ -55,6 +57,20 @@ pub fn layers_of(rnn: &Rnn) -> Vec<LayerWeights<'_>> {
 
 fn check(layers: &[LayerWeights<'_>], cell: Cell, config: &PruneConfig) -> Result<()> {
     check_sparsity(config.sparsity)?;
+    if let Some(densities) = &config.densities {
+        let shares = densities.iter().all(|d| (0.0..=1.0).contains(d));
+        let by_gate = config.method.block().is_some()
+            || (config.method, config.compete) == (Method::Magnitude, Compete::PerGate);
+        if densities.len() != cell.gates() || !shares || !by_gate {
+            return Err(Error::Setting {
+                setting: "densities",
+                reason: format!(
+                    "{densities:?}: {} shares in [0, 1] are needed, and magnitudes per gate or blocks",
+                    cell.gates()
+                ),
+            });
+        }
+    }
     for (l, layer) in layers.iter().enumerate() {
         let rows = cell.gates() * layer.hidden;
         let wrong = |name: &str, cols: &str, len: usize| Error::Shape {
@@ -89,22 +105,43 @@ fn check(layers: &[LayerWeights<'_>], cell: Cell, config: &PruneConfig) -> Resul
 ///
 /// # Errors
 /// Sizes that do not fit the cell, weights that are not finite, a sparsity outside `[0, 1)`, a degenerate order, settings
-/// that exclude each other.
+/// that exclude each other, a method that needs a calibration.
 pub fn prune_layers(
     layers: &[LayerWeights<'_>],
     cell: Cell,
     config: &PruneConfig,
 ) -> Result<(Vec<LayerMask>, Option<Scores>)> {
     check(layers, cell, config)?;
+    if config.weigh_inputs {
+        return Err(no_calibration(config.method));
+    }
     let scores = config
         .method
         .ranks_neurons()
         .then(|| neuron_scores(&influence_of(layers, cell, &config.lattice)?, config))
         .transpose()?;
-    let ranked = scores.as_ref().map(|s| Ranked::new(s, layers));
-    let matrices = masks::in_scope(layers, cell, config);
+    let masks = layer_masks(layers, cell, config, scores.as_ref(), &[])?;
+    Ok((masks, scores))
+}
+
+fn no_calibration(method: Method) -> Error {
+    Error::Setting {
+        setting: "calibration",
+        reason: format!("{method} needs one: record it and use prune_in"),
+    }
+}
+
+fn layer_masks(
+    layers: &[LayerWeights<'_>],
+    cell: Cell,
+    config: &PruneConfig,
+    scores: Option<&Scores>,
+    sides: &[Sides],
+) -> Result<Vec<LayerMask>> {
+    let ranked = scores.map(|s| Ranked::new(s, layers));
+    let matrices = masks::in_scope(layers, cell, config, sides);
     let mut kept = masks::masks(&matrices, ranked.as_ref(), config)?.into_iter();
-    let per_layer = layers
+    Ok(layers
         .iter()
         .map(|l| LayerMask {
             recurrent: if config.scope.recurrent() {
@@ -118,8 +155,7 @@ pub fn prune_layers(
                 None
             },
         })
-        .collect();
-    Ok((per_layer, scores))
+        .collect())
 }
 
 /// The mask of a single recurrent matrix as a framework stores it, in the same layout (1 keeps, 0 prunes; f32).
@@ -161,15 +197,110 @@ pub fn prune_matrix(
     Ok(layout.from_canonical(&w, cell)?.reshape(w_hh.dims())?)
 }
 
+/// What a method may know of a network beside its weights.
+#[derive(Debug, Clone, Copy, Default)]
+#[non_exhaustive]
+pub struct PruneContext<'a> {
+    /// Moments of its states on examples.
+    pub calibration: Option<&'a Calibration>,
+    /// The entries that exist (the masks of a wiring): budgets count only them, and the masks lie
+    /// within them.
+    pub within: Option<&'a MaskSet>,
+}
+
+impl<'a> PruneContext<'a> {
+    /// With a calibration.
+    #[must_use]
+    pub fn calibrated(mut self, calibration: &'a Calibration) -> Self {
+        self.calibration = Some(calibration);
+        self
+    }
+
+    /// Within masks.
+    #[must_use]
+    pub fn within(mut self, masks: &'a MaskSet) -> Self {
+        self.within = Some(masks);
+        self
+    }
+
+    /// The scores of a method that ranks neurons.
+    fn scores(&self, rnn: &Rnn, config: &PruneConfig) -> Result<Scores> {
+        if config.method.needs_calibration() {
+            let calibration = self
+                .calibration
+                .ok_or_else(|| no_calibration(config.method))?;
+            return span::scores(rnn, config.method, calibration);
+        }
+        let layers = layers_of(rnn);
+        let influence = influence_of(&layers, rnn.config().cell, &config.lattice)?;
+        neuron_scores(&influence, config)
+    }
+
+    fn sides(&self, rnn: &Rnn, config: &PruneConfig) -> Result<Vec<Sides>> {
+        let calibration = match (config.weigh_inputs, self.calibration) {
+            (false, _) => None,
+            (true, Some(calibration)) => {
+                calibration.check(rnn.config().input.width(), &rnn.config().hidden)?;
+                Some(calibration)
+            }
+            (true, None) => return Err(no_calibration(config.method)),
+        };
+        let rms = |m: &Moments| {
+            (0..m.dim())
+                .map(|j| m.second(j, j).max(0.0).sqrt())
+                .collect()
+        };
+        Ok((0..rnn.config().hidden.len())
+            .map(|l| {
+                let allowed = |role: Role| {
+                    let mask = self.within?.get(rnn.name_of(role)?)?;
+                    Some(mask.keep().clone())
+                };
+                Sides {
+                    recurrent: allowed(Role::RecurrentWeight(l)),
+                    input: allowed(Role::InputWeight(l)),
+                    recurrent_scale: calibration.map(|c| rms(&c.layers[l].before)),
+                    input_scale: calibration.map(|c| rms(c.input_of(l))),
+                }
+            })
+            .collect())
+    }
+}
+
 /// Masks of a network's weights by name, with a report. The weights are not changed.
 ///
 /// # Errors
 /// Those of [`prune_layers`].
 pub fn prune(rnn: &Rnn, config: &PruneConfig) -> Result<(MaskSet, PruneReport)> {
+    prune_in(rnn, &PruneContext::default(), config)
+}
+
+/// The same for methods that need a calibration, and for networks that do not have all connections.
+///
+/// # Errors
+/// Those of [`prune_layers`]; masks or a calibration that do not fit the network.
+pub fn prune_in(
+    rnn: &Rnn,
+    context: &PruneContext<'_>,
+    config: &PruneConfig,
+) -> Result<(MaskSet, PruneReport)> {
+    let mut wired;
+    let rnn = match context.within {
+        None => rnn,
+        Some(within) => {
+            wired = rnn.clone();
+            within.apply(wired.params_mut())?;
+            &wired
+        }
+    };
     let layers = layers_of(rnn);
     let cell = rnn.config().cell;
     let start = Instant::now();
-    let (kept, scores) = prune_layers(&layers, cell, config)?;
+    check(&layers, cell, config)?;
+    let ranks = config.method.ranks_neurons();
+    let scores = ranks.then(|| context.scores(rnn, config)).transpose()?;
+    let sides = context.sides(rnn, config)?;
+    let kept = layer_masks(&layers, cell, config, scores.as_ref(), &sides)?;
     let seconds = start.elapsed().as_secs_f64();
     let mut set = MaskSet::default();
     let mut reports = Vec::new();
@@ -192,9 +323,12 @@ pub fn prune(rnn: &Rnn, config: &PruneConfig) -> Result<(MaskSet, PruneReport)> 
         }
         reports.push(report::layer_report(&layers[l], &pruned, cell, config)?);
     }
+    if let Some(within) = context.within {
+        set = set.intersection(within);
+    }
     let report = PruneReport {
         config: config.clone(),
-        sparsity: sparsity(rnn, &set),
+        sparsity: report::sparsity_within(rnn, &set, context.within),
         layers: reports,
         cuts: scores.map(|s| s.cuts).unwrap_or_default(),
         seconds,
@@ -203,22 +337,31 @@ pub fn prune(rnn: &Rnn, config: &PruneConfig) -> Result<(MaskSet, PruneReport)> 
 }
 
 /// For each layer, which neurons to keep so that `W_hh` shrinks by `config.sparsity`: the best `round(n sqrt(1 - s))`,
-/// at least one. For [`hard_remove`](crate::mask::hard_remove).
+/// at least one. For [`hard_remove`](crate::mask::hard_remove) and merging.
 ///
 /// # Errors
 /// A method that ranks no neurons, a sparsity outside `[0, 1)`, a degenerate order.
 pub fn rank_neurons(rnn: &Rnn, config: &PruneConfig) -> Result<Vec<Vec<bool>>> {
-    let layers = layers_of(rnn);
-    check(&layers, rnn.config().cell, config)?;
-    let scores = neuron_scores(
-        &influence_of(&layers, rnn.config().cell, &config.lattice)?,
-        config,
-    )?;
+    rank_neurons_in(rnn, &PruneContext::default(), config)
+}
+
+/// The same for methods that need a calibration.
+///
+/// # Errors
+/// Those of [`rank_neurons`]; a calibration that does not fit the network.
+pub fn rank_neurons_in(
+    rnn: &Rnn,
+    context: &PruneContext<'_>,
+    config: &PruneConfig,
+) -> Result<Vec<Vec<bool>>> {
+    check(&layers_of(rnn), rnn.config().cell, config)?;
+    let scores = context.scores(rnn, config)?;
     let mut start = 0;
-    Ok(layers
+    Ok(rnn
+        .config()
+        .hidden
         .iter()
-        .map(|layer| {
-            let n = layer.hidden;
+        .map(|&n| {
             let count = ((n as f64 * (1.0 - config.sparsity).sqrt()).round() as usize).clamp(1, n);
             let mut keep = vec![false; n];
             scores.ranking(start..start + n)[..count]

@@ -52,12 +52,20 @@ pub struct PruneReport {
 
 /// The three sparsities of a network under masks.
 pub fn sparsity(rnn: &Rnn, masks: &MaskSet) -> Sparsity {
+    sparsity_within(rnn, masks, None)
+}
+
+/// The same as shares of the entries that exist; the masks lie within them.
+pub fn sparsity_within(rnn: &Rnn, masks: &MaskSet, within: Option<&MaskSet>) -> Sparsity {
     let (mut hh, mut ih, mut all) = ((0, 0), (0, 0), (0, 0));
     for (role, p) in rnn.roles().into_iter().zip(rnn.params().iter()) {
+        let absent = within
+            .and_then(|w| w.get(&p.name))
+            .map_or(0, |m| m.pruned());
         let pruned = masks.get(&p.name).map_or(0, |m| m.pruned());
         let add = |sum: &mut (usize, usize)| {
-            sum.0 += pruned;
-            sum.1 += p.data.len();
+            sum.0 += pruned.saturating_sub(absent);
+            sum.1 += p.data.len() - absent;
         };
         add(&mut all);
         match role {

@@ -3,7 +3,7 @@
 use super::{
     graph::GraphRnn,
     loss::cross_entropy,
-    model::{InputKind, Rnn, RnnConfig},
+    model::{InputKind, ReadOut, Rnn, RnnConfig},
     tape::{Input, State, Tape},
 };
 use crate::{cell::Cell, params::ParamSet, seed};
@@ -22,15 +22,10 @@ struct Case {
 }
 
 impl Case {
-    fn new(cell: Cell, input: InputKind) -> Self {
+    fn new(cell: Cell, input: InputKind, read_out: ReadOut) -> Self {
         let mut rng = seed::rng(5, "gradients");
         let mut rnn = Rnn::new(
-            RnnConfig {
-                cell,
-                input,
-                hidden: vec![6, 5],
-                outputs: CLASSES,
-            },
+            RnnConfig::new(cell, input, [6, 5], CLASSES).with(|c| c.read_out = read_out),
             2,
         )
         .unwrap();
@@ -93,7 +88,9 @@ const INPUTS: [InputKind; 3] = [
 fn gradients_agree_with_candles_autograd_for_every_parameter() {
     for &cell in Cell::ALL {
         for input in INPUTS {
-            let case = Case::new(cell, input);
+            // Both read-outs with every cell, in turns.
+            let read_out = ReadOut::ALL[usize::from(input.vocab().is_none())];
+            let case = Case::new(cell, input, read_out);
             let mut gradients = case.rnn.params().zeros_like();
             case.loss(&case.rnn, None, Some(&mut gradients));
             let graph = GraphRnn::new(&case.rnn, &Device::Cpu).unwrap();
@@ -146,7 +143,7 @@ fn gradients_agree_with_candles_autograd_for_every_parameter() {
 fn gradients_agree_with_finite_differences_when_sequences_end_at_different_steps() {
     let rows = [BATCH, 4 * BATCH + 1, 2 * BATCH + 2];
     for &cell in Cell::ALL {
-        let case = Case::new(cell, INPUTS[1]);
+        let case = Case::new(cell, INPUTS[1], ReadOut::Linear);
         let mut gradients = case.rnn.params().zeros_like();
         case.loss(&case.rnn, Some(&rows), Some(&mut gradients));
         // A ReLU has kinks, which a short step seldom meets.

@@ -1,6 +1,6 @@
 //! The same network in candle operations: differentiable, on any device.
 
-use super::model::{InputKind, Rnn, RnnConfig};
+use super::model::{InputKind, ReadOut, Rnn, RnnConfig};
 use crate::{cell::Cell, error::Result};
 use candle_core::{Device, Tensor, Var};
 
@@ -104,7 +104,10 @@ impl GraphRnn {
         }
         let out = self.config.output_slot();
         let (w, b) = (&self.vars[out], &self.vars[out + 1]);
-        let flat = below.reshape((steps * batch, ()))?;
+        let mut flat = below.reshape((steps * batch, ()))?;
+        if self.config.read_out == ReadOut::Relu {
+            flat = flat.relu()?;
+        }
         Ok(flat
             .matmul(&w.t()?)?
             .broadcast_add(b)?

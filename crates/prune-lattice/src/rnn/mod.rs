@@ -13,6 +13,8 @@ mod compact;
 #[cfg(all(test, feature = "train"))]
 mod gradient_tests;
 #[cfg(feature = "train")]
+mod gradual;
+#[cfg(feature = "train")]
 pub mod graph;
 #[cfg(feature = "train")]
 mod loss;
@@ -26,11 +28,12 @@ mod tape;
 #[cfg(feature = "train")]
 mod train;
 
-pub use model::{CheckpointNames, InputKind, Rnn, RnnConfig, Role};
+pub use model::{CheckpointNames, InputKind, ReadOut, Rnn, RnnConfig, Role};
 #[cfg(feature = "train")]
 pub use {
     compact::CompactRnn,
+    gradual::Gradual,
     loss::Evaluation,
     tape::{Input, State, Tape},
-    train::{Epoch, TrainConfig, TrainReport, evaluate, train},
+    train::{Decay, Epoch, TrainConfig, TrainReport, evaluate, train},
 };

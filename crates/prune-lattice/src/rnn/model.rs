@@ -4,7 +4,7 @@ use crate::{
     cell::Cell,
     error::{Error, Result},
     io,
-    names::with,
+    names::{named, with},
     params::{Param, ParamSet, take},
     seed,
 };
@@ -54,6 +54,18 @@ impl InputKind {
     }
 }
 
+named! {
+    /// What is applied to the states of the top layer before the linear read-out.
+    #[derive(Default)]
+    pub enum ReadOut as "read-out" {
+        /// Nothing.
+        #[default]
+        Linear = "linear",
+        /// `max(0, h)`
+        Relu = "relu",
+    }
+}
+
 /// Shape of a network.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[non_exhaustive]
@@ -66,6 +78,9 @@ pub struct RnnConfig {
     pub hidden: Vec<usize>,
     /// Width of the read-out.
     pub outputs: usize,
+    /// What is applied to the top states before the read-out.
+    #[serde(default)]
+    pub read_out: ReadOut,
 }
 
 /// What a parameter is, with its layer.
@@ -119,6 +134,7 @@ impl RnnConfig {
             input,
             hidden: hidden.into(),
             outputs,
+            read_out: ReadOut::Linear,
         }
     }
 
@@ -185,6 +201,8 @@ pub struct CheckpointNames {
     pub output: String,
     /// Whether the network reads vectors instead of symbols.
     pub dense_input: bool,
+    /// What is applied to the top states before the read-out; a checkpoint does not say so.
+    pub read_out: ReadOut,
 }
 
 impl Default for CheckpointNames {
@@ -195,6 +213,7 @@ impl Default for CheckpointNames {
             embedding: "embed.weight".into(),
             output: "out".into(),
             dense_input: false,
+            read_out: ReadOut::Linear,
         }
     }
 }
@@ -349,6 +368,7 @@ impl Rnn {
             input,
             hidden,
             outputs,
+            read_out: names.read_out,
         };
         config.check()?;
         let params = config
@@ -437,6 +457,33 @@ impl Rnn {
             .position(|&r| r == role)
             .and_then(|k| self.params.iter().nth(k))
             .map(|p| p.name.as_str())
+    }
+
+    #[cfg(feature = "train")]
+    fn slot_of(&self, role: Role) -> usize {
+        let position = self.roles().iter().position(|&r| r == role);
+        position.expect("a role of this network")
+    }
+
+    /// Values of the parameter with that role, which must be one of the network's.
+    #[cfg(feature = "train")]
+    pub(crate) fn get(&self, role: Role) -> &[f32] {
+        self.params.slot(self.slot_of(role))
+    }
+
+    /// Replaces the values of a parameter by as many others.
+    #[cfg(feature = "train")]
+    pub(crate) fn set(&mut self, role: Role, values: Vec<f32>) {
+        let slot = self.slot_of(role);
+        self.params.slot_mut(slot).copy_from_slice(&values);
+    }
+
+    /// Adds to the values of a parameter.
+    #[cfg(feature = "train")]
+    pub(crate) fn add_to(&mut self, role: Role, values: &[f32]) {
+        let slot = self.slot_of(role);
+        let to = self.params.slot_mut(slot);
+        to.iter_mut().zip(values).for_each(|(t, v)| *t += v);
     }
 
     pub(crate) fn layer(&self, layer: usize) -> LayerRef<'_> {

@@ -5,7 +5,7 @@
 
 use super::{
     activation::{sigmoid, tanh, tanh_into, tanh_of},
-    model::{InputKind, LayerRef, Rnn},
+    model::{InputKind, LayerRef, ReadOut, Rnn},
     packed::{Packed, PackedLayer},
     product::{Store, View, product},
 };
@@ -14,6 +14,7 @@ use crate::{
     error::{Error, Result, check_finite},
     params::ParamSet,
 };
+use std::borrow::Cow;
 
 /// Input of all steps, time-major.
 #[derive(Debug, Clone, Copy)]
@@ -196,18 +197,36 @@ impl Tape {
         rows: Option<&[usize]>,
         logits: &mut Vec<f32>,
     ) {
-        match rows {
-            None => packed.read_out(rnn, self.top(), self.steps * self.batch, logits),
-            Some(rows) => packed.read_out(rnn, &self.gather_top(rnn, rows), rows.len(), logits),
-        }
+        let count = rows.map_or(self.steps * self.batch, <[usize]>::len);
+        packed.read_out(rnn, &self.read_out_input(rnn, rows), count, logits);
     }
 
-    fn gather_top(&self, rnn: &Rnn, rows: &[usize]) -> Vec<f32> {
+    /// What the read-out sees: the top states of `rows` (`None`: all), after the activation.
+    pub(crate) fn read_out_input(&self, rnn: &Rnn, rows: Option<&[usize]>) -> Cow<'_, [f32]> {
         let h = rnn.config().hidden[rnn.config().hidden.len() - 1];
-        rows.iter()
-            .flat_map(|&r| &self.top()[r * h..(r + 1) * h])
-            .copied()
-            .collect()
+        let mut top = match rows {
+            None => Cow::Borrowed(self.top()),
+            Some(rows) => rows
+                .iter()
+                .flat_map(|&r| &self.top()[r * h..(r + 1) * h])
+                .copied()
+                .collect::<Vec<f32>>()
+                .into(),
+        };
+        if rnn.config().read_out == ReadOut::Relu {
+            top.to_mut().iter_mut().for_each(|v| *v = v.max(0.0));
+        }
+        top
+    }
+
+    /// States of a layer, `[steps + 1, batch, H]`, the first being the initial one, from the last forward pass.
+    pub(crate) fn states(&self, layer: usize) -> &[f32] {
+        &self.layers[layer].h
+    }
+
+    /// The embedded symbols of the last forward pass, `[steps * batch, dim]`.
+    pub(crate) fn embedded(&self) -> &[f32] {
+        &self.embedded
     }
 
     /// Backward pass from the gradient of the read-out `[rows, outputs]`, adding to `gradients`.
@@ -227,25 +246,31 @@ impl Tape {
         let out = config.output_slot();
         let count = rows.map_or(positions, <[usize]>::len);
         // Read-out.
-        let gathered = rows.map(|rows| self.gather_top(rnn, rows));
-        let top = gathered.as_deref().unwrap_or(self.top());
+        let top = self.read_out_input(rnn, rows);
         let d = View::new(d_logits, count, config.outputs);
         product(
             gradients.slot_mut(out),
             h,
             Store::Add,
             d.t(),
-            View::new(top, count, h),
+            View::new(&top, count, h),
         );
         add_rows(gradients.slot_mut(out + 1), d_logits);
         let w_out = View::new(rnn.params().slot(out), config.outputs, h);
-        self.d_out.clear();
-        self.d_out.resize(positions * h, 0.0);
+        let mut picked = vec![0.0; count * h];
+        product(&mut picked, h, Store::Replace, d, w_out);
+        if config.read_out == ReadOut::Relu {
+            for (p, v) in picked.iter_mut().zip(top.iter()) {
+                if *v <= 0.0 {
+                    *p = 0.0;
+                }
+            }
+        }
         match rows {
-            None => product(&mut self.d_out, h, Store::Replace, d, w_out),
+            None => self.d_out = picked,
             Some(rows) => {
-                let mut picked = vec![0.0; count * h];
-                product(&mut picked, h, Store::Replace, d, w_out);
+                self.d_out.clear();
+                self.d_out.resize(positions * h, 0.0);
                 for (&r, p) in rows.iter().zip(picked.chunks_exact(h)) {
                     self.d_out[r * h..(r + 1) * h]
                         .iter_mut()

@@ -1,14 +1,15 @@
-//! Training and evaluation: Adam, clipping, truncated backpropagation for texts, early stopping on a validation split.
+//! Training and evaluation: Adam, clipping, truncated backpropagation, early stopping on a validation split.
 
 use super::{
     adam::Adam,
     compact::CompactRnn,
-    loss::{Evaluation, Sums, cross_entropy, squared_error},
-    model::Rnn,
+    gradual::{Gradual, GradualState},
+    loss::{Evaluation, Sums, binary_cross_entropy, cross_entropy, squared_error},
+    model::{Rnn, Role},
     tape::{Input, State, Tape},
 };
 use crate::{
-    data::{Dataset, Examples, Inputs, Sequences, Targets},
+    data::{Batch, Dataset, Draw, Examples, Sequences, Targets},
     error::{Error, Result},
     mask::MaskSet,
     names::with,
@@ -16,11 +17,13 @@ use crate::{
     seed,
 };
 use rand::seq::SliceRandom;
+use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use tensor_io::Progress;
 
 /// How to train.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
 #[non_exhaustive]
 pub struct TrainConfig {
     /// Passes over the training split at most.
@@ -29,19 +32,43 @@ pub struct TrainConfig {
     pub batch: usize,
     /// Adam's rate.
     pub learning_rate: f32,
+    /// Steps over which the rate rises from 0.
+    pub warmup: usize,
+    /// How the rate falls after that.
+    pub decay: Decay,
     /// Largest norm of the gradient.
     pub clip: f32,
-    /// Steps of truncated backpropagation, for texts.
+    /// Penalty on the magnitudes of `W_ih` and `W_hh`.
+    pub l1: f32,
+    /// Steps of truncated backpropagation, for texts and for targets at every step.
     pub window: usize,
     /// Epochs without improvement of the validation loss before stopping; `None` runs all epochs and keeps the last weights.
     pub patience: Option<usize>,
     /// Stop as soon as the validation loss is at or below this.
     pub target_loss: Option<f64>,
-    /// For the order of the examples.
+    /// Parts of a batch whose gradients are computed in parallel and then summed. The result depends on this number, not
+    /// on the number of threads.
+    pub shards: usize,
+    /// Pruning while training.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub gradual: Option<Gradual>,
+    /// For the order of the examples and their augmentation.
     pub seed: u64,
 }
 
 with!(TrainConfig);
+
+/// How the learning rate falls after the warm-up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
+pub enum Decay {
+    /// Not at all.
+    #[default]
+    Constant,
+    /// Along half a cosine to 0 at the last step.
+    Cosine,
+}
 
 impl Default for TrainConfig {
     fn default() -> Self {
@@ -49,12 +76,53 @@ impl Default for TrainConfig {
             epochs: 20,
             batch: 32,
             learning_rate: 3e-3,
+            warmup: 0,
+            decay: Decay::Constant,
             clip: 1.0,
+            l1: 0.0,
             window: 64,
             patience: Some(5),
             target_loss: None,
+            shards: 1,
+            gradual: None,
             seed: 0,
         }
+    }
+}
+
+impl TrainConfig {
+    /// Adam's rate at a step, counted from 0, of `total`.
+    fn rate(&self, step: u64, total: u64) -> f32 {
+        let warmup = self.warmup as u64;
+        if step < warmup {
+            return self.learning_rate * (step + 1) as f32 / warmup as f32;
+        }
+        match self.decay {
+            Decay::Constant => self.learning_rate,
+            Decay::Cosine => {
+                let done = (step - warmup) as f64 / (total.saturating_sub(warmup)).max(1) as f64;
+                let share = 0.5 * (1.0 + (std::f64::consts::PI * done.min(1.0)).cos());
+                self.learning_rate * share as f32
+            }
+        }
+    }
+
+    fn check(&self) -> Result<()> {
+        let positive = [
+            self.batch as f32,
+            self.window as f32,
+            self.epochs as f32,
+            self.shards as f32,
+            self.learning_rate,
+            self.clip,
+        ];
+        if positive.iter().any(|v| v.is_nan() || *v <= 0.0) || self.l1.is_nan() || self.l1 < 0.0 {
+            return Err(Error::Setting {
+                setting: "training",
+                reason: format!("a value is 0 or less in {self:?}"),
+            });
+        }
+        Ok(())
     }
 }
 
@@ -71,15 +139,19 @@ pub struct Epoch {
 
 /// What training did.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct TrainReport {
     /// Every pass.
     pub epochs: Vec<Epoch>,
     /// The pass whose weights were kept.
     pub best: usize,
+    /// The masks at the end: those given, and those of gradual pruning.
+    #[serde(skip)]
+    pub masks: MaskSet,
 }
 
-/// Trains in place. With masks, pruned weights are zero from the start and stay so. A step of `progress` is a batch (for
-/// texts, a window); each epoch is a message.
+/// Trains in place. With masks, pruned weights are zero from the start and stay so. A step of `progress` is an update of the
+/// weights; each epoch is a message.
 ///
 /// # Errors
 /// Settings that cannot be carried out, masks or data that do not fit the network, a loss that leaves the finite numbers, or
@@ -91,17 +163,7 @@ pub fn train(
     masks: &MaskSet,
     progress: &dyn Progress,
 ) -> Result<TrainReport> {
-    if config.batch == 0
-        || config.window == 0
-        || config.epochs == 0
-        || config.learning_rate <= 0.0
-        || config.clip <= 0.0
-    {
-        return Err(Error::Setting {
-            setting: "training",
-            reason: format!("a value is 0 or less in {config:?}"),
-        });
-    }
+    config.check()?;
     if matches!(&data.train, Examples::Sequences(s) if s.is_empty()) {
         return Err(Error::Setting {
             setting: "training",
@@ -109,22 +171,35 @@ pub fn train(
         });
     }
     masks.apply(rnn.params_mut())?;
+    let updates = config.epochs as u64 * updates(&data.train, config);
     let mut run = Run {
         adam: Adam::new(rnn.params()),
-        gradients: rnn.params().zeros_like(),
-        tape: Tape::new(),
-        logits: Vec::new(),
+        engines: vec![Engine::new(rnn); config.shards],
+        gradual: config
+            .gradual
+            .as_ref()
+            .map(|g| GradualState::new(g, rnn, masks))
+            .transpose()?,
         config,
-        masks,
+        masks: masks.clone(),
         progress,
+        step: 0,
+        total: updates,
     };
-    progress.begin("training", config.epochs as u64 * run.batches(data));
+    progress.begin("training", updates);
     let mut rng = seed::rng(config.seed, "batches");
     let mut epochs: Vec<Epoch> = Vec::new();
-    let mut best: Option<(usize, f64, ParamSet)> = None;
+    let mut best: Option<(usize, f64, ParamSet, MaskSet)> = None;
     for epoch in 0..config.epochs {
         let sums = match &data.train {
-            Examples::Sequences(s) => run.sequences(rnn, s, &batches(s, config.batch, &mut rng))?,
+            Examples::Sequences(s) => {
+                let batches = batches(s, config.batch, &mut rng);
+                let draw = Draw {
+                    seed: config.seed,
+                    epoch: epoch as u64,
+                };
+                run.sequences(rnn, s, &batches, draw)?
+            }
             Examples::Text(text) => run.text(rnn, text)?,
         };
         let train_loss = sums.mean(true).loss;
@@ -141,20 +216,19 @@ pub fn train(
                 loss: valid.loss,
             });
         }
-        let entry = Epoch {
-            epoch,
-            train_loss,
-            valid,
-        };
         progress.message(&format!(
             "epoch {}: loss {train_loss:.4}, validation {:.4}",
             epoch + 1,
             valid.loss
         ));
-        epochs.push(entry);
+        epochs.push(Epoch {
+            epoch,
+            train_loss,
+            valid,
+        });
         if let Some(patience) = config.patience {
-            if best.as_ref().is_none_or(|(_, loss, _)| valid.loss < *loss) {
-                best = Some((epoch, valid.loss, rnn.params().clone()));
+            if best.as_ref().is_none_or(|(_, loss, ..)| valid.loss < *loss) {
+                best = Some((epoch, valid.loss, rnn.params().clone(), run.masks.clone()));
             } else if best.as_ref().is_some_and(|(at, ..)| epoch - at >= patience) {
                 break;
             }
@@ -163,14 +237,37 @@ pub fn train(
             break;
         }
     }
-    let kept = match best {
-        Some((at, _, params)) => {
+    let (best, masks) = match best {
+        Some((at, _, params, masks)) => {
             *rnn.params_mut() = params;
-            at
+            (at, masks)
         }
-        None => epochs.len() - 1,
+        None => (epochs.len() - 1, run.masks),
     };
-    Ok(TrainReport { epochs, best: kept })
+    Ok(TrainReport {
+        epochs,
+        best,
+        masks,
+    })
+}
+
+/// Updates of the weights in one epoch.
+fn updates(train: &Examples, config: &TrainConfig) -> u64 {
+    let updates = match train {
+        Examples::Sequences(s) => {
+            let windows = match s.targets() {
+                Targets::Binary { .. } => s.longest().div_ceil(config.window),
+                _ => 1,
+            };
+            s.len().div_ceil(config.batch) * windows
+        }
+        Examples::Text(text) => {
+            let symbols = text.len().saturating_sub(1);
+            let lanes = config.batch.min(symbols.max(1));
+            (symbols / lanes).div_ceil(config.window)
+        }
+    };
+    updates as u64
 }
 
 /// Random batches of sequences of similar length: shuffled pools of 16 batches, sorted inside.
@@ -185,38 +282,32 @@ fn batches(sequences: &Sequences, batch: usize, rng: &mut impl rand::Rng) -> Vec
     batches
 }
 
-fn buffer_like(inputs: &Inputs) -> Inputs {
-    match inputs {
-        Inputs::Symbols(_) => Inputs::Symbols(Vec::new()),
-        Inputs::Vectors { dim, .. } => Inputs::Vectors {
-            dim: *dim,
-            values: Vec::new(),
-        },
-    }
-}
-
-fn view(inputs: &Inputs) -> Input<'_> {
-    match inputs {
-        Inputs::Symbols(s) => Input::Symbols(s),
-        Inputs::Vectors { values, .. } => Input::Vectors(values),
-    }
-}
-
-fn loss(targets: &Targets, chosen: &[usize], outputs: usize, logits: &mut [f32]) -> Result<Sums> {
-    let scale = 1.0 / chosen.len() as f32;
+/// The loss of the logits read at some positions, `chosen` being the indices of their targets; the logits become the gradient
+/// of `scale` times the summed loss.
+fn loss(
+    targets: &Targets,
+    chosen: &[usize],
+    outputs: usize,
+    scale: f32,
+    logits: &mut [f32],
+) -> Result<Sums> {
     match targets {
         Targets::Classes(classes) => {
             let wanted: Vec<u32> = chosen.iter().map(|&k| classes[k]).collect();
             check_classes(&wanted, outputs)?;
             Ok(cross_entropy(logits, outputs, &wanted, scale))
         }
-        Targets::Values(_) if outputs != 1 => Err(Error::Setting {
+        _ if outputs != 1 => Err(Error::Setting {
             setting: "read-out",
-            reason: format!("regression needs 1 output, the network has {outputs}"),
+            reason: format!("these targets need 1 output, the network has {outputs}"),
         }),
         Targets::Values(values) => {
             let wanted: Vec<f32> = chosen.iter().map(|&k| values[k]).collect();
             Ok(squared_error(logits, &wanted, scale))
+        }
+        Targets::Binary { targets, .. } => {
+            let wanted: Vec<f32> = chosen.iter().map(|&k| targets[k]).collect();
+            Ok(binary_cross_entropy(logits, &wanted, scale))
         }
     }
 }
@@ -231,47 +322,110 @@ fn check_classes(wanted: &[u32], outputs: usize) -> Result<()> {
     }
 }
 
-struct Run<'a> {
-    adam: Adam,
-    gradients: ParamSet,
+/// What computes the gradient of one part of a batch.
+#[derive(Clone)]
+struct Engine {
     tape: Tape,
     logits: Vec<f32>,
+    gradients: ParamSet,
+    state: State,
+    sums: Sums,
+}
+
+impl Engine {
+    fn new(rnn: &Rnn) -> Self {
+        Self {
+            tape: Tape::new(),
+            logits: Vec::new(),
+            gradients: rnn.params().zeros_like(),
+            state: State::zeros(rnn, 0),
+            sums: Sums::default(),
+        }
+    }
+
+    /// Adds the gradient of the steps `window` of a batch, for a loss multiplied by `scale`.
+    fn add_gradient(
+        &mut self,
+        rnn: &Rnn,
+        data: &Sequences,
+        batch: &Batch,
+        window: (usize, usize),
+        scale: f32,
+    ) -> Result<()> {
+        let (from, to) = (window.0.min(batch.steps), window.1.min(batch.steps));
+        if from == to || batch.size == 0 {
+            return Ok(());
+        }
+        let (rows, targets) = batch.in_window(from, to);
+        let input = batch.view(from, to);
+        self.tape.forward(rnn, input, to - from, &mut self.state)?;
+        self.tape.read_out(rnn, Some(&rows), &mut self.logits);
+        let outputs = rnn.config().outputs;
+        self.sums.add(loss(
+            data.targets(),
+            &targets,
+            outputs,
+            scale,
+            &mut self.logits,
+        )?);
+        let (logits, gradients) = (&self.logits, &mut self.gradients);
+        self.tape
+            .backward(rnn, input, Some(&rows), logits, gradients);
+        Ok(())
+    }
+}
+
+struct Run<'a> {
+    adam: Adam,
+    engines: Vec<Engine>,
+    gradual: Option<GradualState<'a>>,
     config: &'a TrainConfig,
-    masks: &'a MaskSet,
+    masks: MaskSet,
     progress: &'a dyn Progress,
+    step: u64,
+    total: u64,
 }
 
 impl Run<'_> {
+    /// One step of the optimiser along the sum of the engines' gradients.
     fn update(&mut self, rnn: &mut Rnn) -> Result<()> {
-        let Self {
-            adam,
-            gradients,
-            config,
-            masks,
-            ..
-        } = self;
-        adam.update(
-            rnn.params_mut(),
-            gradients,
-            config.learning_rate,
-            config.clip,
-            masks,
-        )?;
-        gradients.clear();
-        Ok(self.progress.advance(1)?)
-    }
-
-    /// Updates of one epoch.
-    fn batches(&self, data: &Dataset) -> u64 {
-        let batches = match &data.train {
-            Examples::Sequences(s) => s.len().div_ceil(self.config.batch),
-            Examples::Text(text) => {
-                let symbols = text.len().saturating_sub(1);
-                let lanes = self.config.batch.min(symbols.max(1));
-                (symbols / lanes).div_ceil(self.config.window)
+        let (first, others) = self
+            .engines
+            .split_first_mut()
+            .expect("checked: at least one shard");
+        for other in others {
+            first.gradients.add(&other.gradients);
+            other.gradients.clear();
+        }
+        if self.config.l1 > 0.0 {
+            let roles = rnn.roles();
+            let weights = roles.iter().zip(rnn.params().iter());
+            for ((role, w), g) in weights.zip(first.gradients.iter_mut()) {
+                if matches!(role, Role::InputWeight(_) | Role::RecurrentWeight(_)) {
+                    let pairs = g.data.iter_mut().zip(&w.data);
+                    pairs.filter(|(_, w)| **w != 0.0).for_each(|(g, w)| {
+                        *g += self.config.l1 * w.signum();
+                    });
+                }
             }
-        };
-        batches as u64
+        }
+        let rate = self.config.rate(self.step, self.total);
+        self.adam.update(
+            rnn.params_mut(),
+            &mut first.gradients,
+            rate,
+            self.config.clip,
+            &self.masks,
+        )?;
+        first.gradients.clear();
+        self.step += 1;
+        if let Some(gradual) = &mut self.gradual
+            && let Some(masks) = gradual.masks_at(self.step, rnn)?
+        {
+            masks.apply(rnn.params_mut())?;
+            self.masks = masks;
+        }
+        Ok(self.progress.advance(1)?)
     }
 
     fn sequences(
@@ -279,30 +433,61 @@ impl Run<'_> {
         rnn: &mut Rnn,
         data: &Sequences,
         batches: &[Vec<usize>],
+        draw: Draw,
     ) -> Result<Sums> {
-        let mut total = Sums::default();
-        let (mut inputs, mut rows) = (buffer_like(data.inputs()), Vec::new());
-        for chosen in batches {
-            let steps = data.batch(chosen, &mut inputs, &mut rows);
-            let mut state = State::zeros(rnn, chosen.len());
-            self.tape.forward(rnn, view(&inputs), steps, &mut state)?;
-            self.tape.read_out(rnn, Some(&rows), &mut self.logits);
-            total.add(loss(
-                data.targets(),
-                chosen,
-                rnn.config().outputs,
-                &mut self.logits,
-            )?);
-            self.tape.backward(
-                rnn,
-                view(&inputs),
-                Some(&rows),
-                &self.logits,
-                &mut self.gradients,
+        let shards = self.engines.len();
+        let fill = |chosen: Option<&Vec<usize>>, into: &mut [Batch]| {
+            let Some(chosen) = chosen else { return };
+            let part = chosen.len().div_ceil(shards);
+            for (k, batch) in into.iter_mut().enumerate() {
+                let (from, to) = (k * part, (k + 1) * part);
+                let len = chosen.len();
+                data.batch(&chosen[from.min(len)..to.min(len)], Some(draw), batch);
+            }
+        };
+        let mut current = vec![Batch::new(data.inputs()); shards];
+        let mut next = current.clone();
+        fill(batches.first(), &mut next);
+        for k in 0..batches.len() {
+            std::mem::swap(&mut current, &mut next);
+            // Augmented images take time: they are drawn while the batch before them is computed.
+            let (done, ()) = rayon::join(
+                || self.batch(rnn, data, &current),
+                || fill(batches.get(k + 1), &mut next),
             );
+            done?;
+        }
+        let mut total = Sums::default();
+        for engine in &mut self.engines {
+            total.add(std::mem::take(&mut engine.sums));
+        }
+        // Decisions of different weights are no one curve.
+        total.decisions.clear();
+        Ok(total)
+    }
+
+    /// The updates of one batch: one, or for targets at every step one for each window.
+    fn batch(&mut self, rnn: &mut Rnn, data: &Sequences, parts: &[Batch]) -> Result<()> {
+        let steps = parts.iter().map(|b| b.steps).max().unwrap_or(0);
+        let window = match data.targets() {
+            Targets::Binary { .. } => self.config.window,
+            _ => steps.max(1),
+        };
+        for (engine, part) in self.engines.iter_mut().zip(parts) {
+            engine.state = State::zeros(rnn, part.size);
+        }
+        for from in (0..steps).step_by(window) {
+            let to = from + window;
+            let targets: usize = parts.iter().map(|b| b.in_window(from, to).0.len()).sum();
+            let scale = 1.0 / targets.max(1) as f32;
+            let network = &*rnn;
+            let engines = self.engines.par_iter_mut().zip(parts);
+            engines
+                .map(|(engine, part)| engine.add_gradient(network, data, part, (from, to), scale))
+                .collect::<Result<Vec<()>>>()?;
             self.update(rnn)?;
         }
-        Ok(total)
+        Ok(())
     }
 
     fn text(&mut self, rnn: &mut Rnn, text: &[u32]) -> Result<Sums> {
@@ -328,23 +513,15 @@ impl Run<'_> {
             inputs.extend(at(0));
             targets.clear();
             targets.extend(at(1));
-            self.tape
-                .forward(rnn, Input::Symbols(&inputs), steps, &mut state)?;
-            self.tape.read_out(rnn, None, &mut self.logits);
+            let engine = &mut self.engines[0];
+            let input = Input::Symbols(&inputs);
+            engine.tape.forward(rnn, input, steps, &mut state)?;
+            engine.tape.read_out(rnn, None, &mut engine.logits);
             let scale = 1.0 / targets.len() as f32;
-            total.add(cross_entropy(
-                &mut self.logits,
-                rnn.config().outputs,
-                &targets,
-                scale,
-            ));
-            self.tape.backward(
-                rnn,
-                Input::Symbols(&inputs),
-                None,
-                &self.logits,
-                &mut self.gradients,
-            );
+            let outputs = rnn.config().outputs;
+            total.add(cross_entropy(&mut engine.logits, outputs, &targets, scale));
+            let (logits, gradients) = (&engine.logits, &mut engine.gradients);
+            engine.tape.backward(rnn, input, None, logits, gradients);
             self.update(rnn)?;
         }
         Ok(total)
@@ -354,7 +531,7 @@ impl Run<'_> {
 /// Sequences per forward pass, and steps of a text, in evaluation.
 const EVALUATION_BATCH: usize = 256;
 
-/// Quality of a network on examples. A text is read once from its start with the state carried through.
+/// Quality of a network on examples. A text is read once from its start to its end, in one sequence.
 ///
 /// # Errors
 /// The examples do not fit the network, or are not finite.
@@ -366,17 +543,19 @@ pub fn evaluate(rnn: &Rnn, examples: &Examples) -> Result<Evaluation> {
         Examples::Sequences(data) => {
             let mut order: Vec<usize> = (0..data.len()).collect();
             order.sort_by_key(|&k| data.length(k));
-            let (mut inputs, mut rows) = (buffer_like(data.inputs()), Vec::new());
+            let mut batch = Batch::new(data.inputs());
             for chosen in order.chunks(EVALUATION_BATCH) {
-                let steps = data.batch(chosen, &mut inputs, &mut rows);
-                tape.forward(
-                    rnn,
-                    view(&inputs),
-                    steps,
-                    &mut State::zeros(rnn, chosen.len()),
-                )?;
-                tape.read_out(rnn, Some(&rows), &mut logits);
-                total.add(loss(data.targets(), chosen, outputs, &mut logits)?);
+                data.batch(chosen, None, &mut batch);
+                let mut state = State::zeros(rnn, chosen.len());
+                tape.forward(rnn, batch.view(0, batch.steps), batch.steps, &mut state)?;
+                tape.read_out(rnn, Some(&batch.rows), &mut logits);
+                total.add(loss(
+                    data.targets(),
+                    &batch.targets,
+                    outputs,
+                    1.0,
+                    &mut logits,
+                )?);
             }
         }
         Examples::Text(text) => {

@@ -1,0 +1,24 @@
+//! Least squares after pruning, without training: what was removed is expressed by what is kept.
+//!
+//! [`refit`] solves the weights under a mask again, so that each product is as close as it can be to the dense one on the
+//! recorded states. [`merge`] removes neurons and folds a linear prediction of their states into the weights that read them.
+//! Prior art: spectral pruning of recurrent networks
+//! (arXiv 2105.10832), interpolative decompositions of layers (arXiv 2108.00065), neuron merging (arXiv 2010.13160).
+
+mod merge;
+mod refit;
+
+pub use merge::{MergeConfig, Prediction, merge, merge_passes, predict};
+pub use refit::{MatrixRefit, Refit, RefitConfig, RefitReport, refit, refit_matrix};
+
+use crate::error::{Error, Result};
+use linalg::{Cholesky, faer::Mat};
+
+/// Solves `a x = b` for a symmetric positive definite `a`.
+fn solve(a: Mat<f64>, b: Mat<f64>, what: &str) -> Result<Mat<f64>> {
+    let factor = Cholesky::new(a).map_err(|e| Error::LeastSquares {
+        what: what.into(),
+        reason: e.to_string(),
+    })?;
+    Ok(factor.solve(b))
+}

@@ -1,0 +1,354 @@
+//! Calibration, refitting and merging as a user sees them.
+
+use prune_lattice::{
+    Cancelled, Cell, Error, NoProgress,
+    calibration::{Calibration, RecordConfig, record},
+    data::{Dataset, Examples, Inputs, Sequences, Targets},
+    mask::{MaskSet, hard_remove},
+    prune::{Method, PruneConfig, PruneContext, Scope, prune_in, rank_neurons_in},
+    repair::{MergeConfig, RefitConfig, merge, merge_passes, refit},
+    rnn::{Input, InputKind, ReadOut, Rnn, RnnConfig, Role, State, Tape, evaluate},
+};
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+const DIM: usize = 5;
+const LENGTH: usize = 30;
+
+fn network(cell: Cell, hidden: &[usize]) -> Rnn {
+    let shape = RnnConfig::new(cell, InputKind::Dense { dim: DIM }, hidden, 3);
+    Rnn::new(shape, 4).unwrap()
+}
+
+fn vectors(count: usize) -> Vec<f32> {
+    let mut rng = ChaCha8Rng::seed_from_u64(8);
+    (0..count).map(|_| rng.random_range(-1.0..1.0)).collect()
+}
+
+/// Sequences of different lengths.
+fn examples(count: usize) -> Examples {
+    let lengths: Vec<usize> = (0..count).map(|k| LENGTH - k % 7).collect();
+    let inputs = Inputs::Vectors {
+        dim: DIM,
+        values: vectors(lengths.iter().sum::<usize>() * DIM),
+    };
+    let classes = (0..count as u32).map(|k| k % 3).collect();
+    Examples::Sequences(Sequences::new(inputs, &lengths, Targets::Classes(classes)).unwrap())
+}
+
+fn calibrate(rnn: &Rnn) -> Calibration {
+    record(rnn, &examples(40), &RecordConfig::default(), &NoProgress).unwrap()
+}
+
+/// Logits over 200 steps of two sequences.
+fn logits(rnn: &Rnn) -> Vec<f32> {
+    let x = vectors(2 * 200 * DIM);
+    let (mut tape, mut out) = (Tape::new(), Vec::new());
+    let mut state = State::zeros(rnn, 2);
+    tape.forward(rnn, Input::Vectors(&x), 200, &mut state)
+        .unwrap();
+    tape.read_out(rnn, None, &mut out);
+    out
+}
+
+fn farthest(a: &[f32], b: &[f32]) -> f32 {
+    assert_eq!(a.len(), b.len());
+    let pairs = a.iter().zip(b);
+    pairs.map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
+}
+
+fn change(rnn: &mut Rnn, role: Role, f: impl Fn(&mut [f32])) {
+    let at = rnn.roles().iter().position(|&r| r == role).unwrap();
+    f(&mut rnn.params_mut().iter_mut().nth(at).unwrap().data);
+}
+
+/// Neuron `to` of layer 0 gets the weights of neuron `from`, so that their states are equal (`scale` 1) or a multiple.
+fn copy_neuron(rnn: &mut Rnn, from: usize, to: usize, scale: f32) {
+    let (cell, n) = (rnn.config().cell, rnn.config().hidden[0]);
+    for (role, cols) in [
+        (Role::InputWeight(0), DIM),
+        (Role::RecurrentWeight(0), n),
+        (Role::Bias(0), 1),
+    ] {
+        change(rnn, role, |w| {
+            for g in 0..cell.gates() {
+                for j in 0..cols {
+                    w[(g * n + to) * cols + j] = scale * w[(g * n + from) * cols + j];
+                }
+            }
+        });
+    }
+    if cell == Cell::Gru {
+        change(rnn, Role::CandidateBias(0), |b| b[to] = b[from]);
+    }
+}
+
+#[test]
+fn moments_do_not_depend_on_the_batch_and_padding_does_not_count() {
+    let rnn = network(Cell::Gru, &[6, 4]);
+    let all = calibrate(&rnn);
+    let steps: usize = (0..40).map(|k| LENGTH - k % 7).sum();
+    assert_eq!(all.input.count(), steps as u64);
+    assert_eq!(all.layers[1].after.count(), steps as u64);
+    assert_eq!(all.read_out.count(), 40);
+    let by_seven = record(
+        &rnn,
+        &examples(40),
+        &RecordConfig::default().with(|c| c.batch = 7),
+        &NoProgress,
+    )
+    .unwrap();
+    let parts = |c: &Calibration| {
+        let layers = c
+            .layers
+            .iter()
+            .flat_map(|l| [l.before.clone(), l.after.clone()]);
+        layers
+            .chain([c.input.clone(), c.read_out.clone()])
+            .collect::<Vec<_>>()
+    };
+    for (a, b) in parts(&all).iter().zip(parts(&by_seven)) {
+        assert_eq!((a.dim(), a.count()), (b.dim(), b.count()));
+        for (x, y) in a.covariance().iter().zip(b.covariance()) {
+            assert!((x - y).abs() < 1e-6);
+        }
+    }
+    // Every sequence starts from zero, so h_{t-1} is shorter than h_t in the mean.
+    let energy = |k: usize| -> f64 {
+        let m = [&all.layers[0].before, &all.layers[0].after][k];
+        (0..m.dim()).map(|i| m.second(i, i)).sum()
+    };
+    assert!(energy(0) < energy(1));
+    let json = serde_json::to_string(&all).unwrap();
+    assert_eq!(serde_json::from_str::<Calibration>(&json).unwrap(), all);
+}
+
+#[test]
+fn a_text_is_recorded_in_one_run_and_recording_can_be_cancelled() {
+    let shape = RnnConfig::new(Cell::Lstm, InputKind::OneHot { vocab: 4 }, [5], 4);
+    let rnn = Rnn::new(shape, 2).unwrap();
+    let text = Examples::Text((0..700).map(|k| k * k % 4).collect());
+    let config = RecordConfig::default().with(|c| c.symbols = Some(600));
+    let found = record(&rnn, &text, &config, &NoProgress).unwrap();
+    assert_eq!((found.input.count(), found.read_out.count()), (600, 600));
+    // One-hot inputs never occur together.
+    assert_eq!(found.input.second(0, 1), 0.0);
+    let total: f64 = found.input.mean().iter().sum();
+    assert!((total - 1.0).abs() < 1e-12);
+    let cancel = |_| Err(Cancelled);
+    assert!(matches!(
+        record(&rnn, &text, &config, &cancel),
+        Err(Error::Cancelled(_))
+    ));
+}
+
+#[test]
+fn refitting_under_a_full_mask_returns_the_weights() {
+    for &cell in Cell::ALL {
+        let rnn = network(cell, &[8, 6]);
+        let config = PruneConfig::new(Method::Dense, 0.0);
+        // Dense masks prune nothing and are left out, so that the solver has to be given them.
+        let (masks, _) = prune_in(&rnn, &PruneContext::default(), &config).unwrap();
+        assert!(masks.is_empty());
+        let mut full = MaskSet::default();
+        for p in rnn.params().iter().filter(|p| p.name.contains("weight_")) {
+            let keep = prune_lattice::order::bits::BitMatrix::ones(p.shape[0], p.shape[1]);
+            full.insert(p.name.clone(), prune_lattice::mask::Mask::of_matrix(keep));
+        }
+        let mut again = rnn.clone();
+        refit(&mut again, &full, &calibrate(&rnn), &RefitConfig::default()).unwrap();
+        for (a, b) in again.params().iter().zip(rnn.params().iter()) {
+            assert!(farthest(&a.data, &b.data) < 1e-4, "{cell} {}", a.name);
+        }
+    }
+}
+
+#[test]
+fn refitting_never_raises_the_squared_error_on_the_calibration_and_stays_under_the_mask() {
+    for cell in [Cell::Lstm, Cell::Gru, Cell::Relu] {
+        let rnn = network(cell, &[16, 8]);
+        let calibration = calibrate(&rnn);
+        let context = PruneContext::default().calibrated(&calibration);
+        for method in [
+            Method::Magnitude,
+            Method::Random,
+            Method::Strength,
+            Method::Span,
+            Method::Block8x4,
+            Method::Threshold,
+        ] {
+            for constant in [true, false] {
+                let config = PruneConfig::new(method, 0.75).with(|c| c.scope = Scope::Both);
+                let (masks, _) = prune_in(&rnn, &context, &config).unwrap();
+                let mut fitted = rnn.clone();
+                let how = RefitConfig::default().with(|c| c.constant = constant);
+                let report = refit(&mut fitted, &masks, &calibration, &how).unwrap();
+                assert_eq!(report.matrices.len(), 4);
+                for m in &report.matrices {
+                    assert!(
+                        m.error <= m.error_masked + 1e-7,
+                        "{cell} {method} {}: {} {}",
+                        m.name,
+                        m.error,
+                        m.error_masked
+                    );
+                }
+                assert!(
+                    report
+                        .matrices
+                        .iter()
+                        .any(|m| m.error < 0.9 * m.error_masked)
+                );
+                let mut masked = fitted.clone();
+                masks.apply(masked.params_mut()).unwrap();
+                assert_eq!(masked, fitted);
+                if !constant {
+                    for (a, b) in fitted.params().iter().zip(rnn.params().iter()) {
+                        assert!(a.shape.len() == 2 || a.data == b.data, "{}", a.name);
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn merging_is_exact_where_removed_neurons_are_copies_of_kept_ones() {
+    for &cell in Cell::ALL {
+        for read_out in ReadOut::ALL {
+            let mut rnn = Rnn::new(
+                network(cell, &[7, 5])
+                    .config()
+                    .clone()
+                    .with(|c| c.read_out = *read_out),
+                4,
+            )
+            .unwrap();
+            let scale = match cell {
+                Cell::Relu => 2.0,
+                Cell::Tanh => -1.0,
+                _ => 1.0,
+            };
+            copy_neuron(&mut rnn, 1, 4, scale);
+            copy_neuron(&mut rnn, 6, 2, 1.0);
+            let keep = vec![
+                vec![true, true, false, true, false, true, true],
+                vec![true; 5],
+            ];
+            let config = MergeConfig::default().with(|c| c.ridge = 1e-13);
+            let small = merge(&rnn, &keep, &calibrate(&rnn), &config).unwrap();
+            assert_eq!(small.config().hidden, [5, 5]);
+            let far = farthest(&logits(&small), &logits(&rnn));
+            assert!(far < 1e-5, "{cell} {read_out}: {far}");
+            let removed = hard_remove(&rnn, &keep).unwrap();
+            assert!(farthest(&logits(&removed), &logits(&rnn)) > 1e-3);
+        }
+    }
+}
+
+#[test]
+fn merging_keeps_a_network_whose_neurons_are_all_kept_as_it_is() {
+    for &cell in Cell::ALL {
+        let rnn = network(cell, &[6, 5]);
+        let keep = vec![vec![true; 6], vec![true; 5]];
+        let same = merge(&rnn, &keep, &calibrate(&rnn), &MergeConfig::default()).unwrap();
+        assert_eq!(same, rnn);
+    }
+}
+
+#[test]
+fn merging_equals_removing_where_nobody_reads_the_removed_neurons() {
+    for &cell in Cell::ALL {
+        let mut rnn = network(cell, &[6]);
+        let keep = vec![vec![true, false, true, true, false, true]];
+        let clear = |cols: usize, w: &mut [f32]| {
+            for row in w.chunks_exact_mut(cols) {
+                (row[1], row[4]) = (0.0, 0.0);
+            }
+        };
+        change(&mut rnn, Role::RecurrentWeight(0), |w| clear(6, w));
+        change(&mut rnn, Role::OutputWeight, |w| clear(6, w));
+        let merged = merge(&rnn, &keep, &calibrate(&rnn), &MergeConfig::default()).unwrap();
+        assert_eq!(merged, hard_remove(&rnn, &keep).unwrap());
+    }
+}
+
+#[test]
+fn merged_and_refitted_networks_are_closer_to_the_dense_one_than_pruned_ones() {
+    for cell in [Cell::Lstm, Cell::Gru] {
+        let rnn = network(cell, &[24]);
+        let calibration = calibrate(&rnn);
+        let context = PruneContext::default().calibrated(&calibration);
+        let config = PruneConfig::new(Method::Span, 0.75);
+        let keep = rank_neurons_in(&rnn, &context, &config).unwrap();
+        assert_eq!(keep[0].iter().filter(|&&k| k).count(), 12);
+        let dense = logits(&rnn);
+        let square = |rnn: &Rnn| -> f32 {
+            let pairs = logits(rnn).into_iter().zip(&dense);
+            pairs.map(|(a, b)| (a - b).powi(2)).sum()
+        };
+        let merged = merge(&rnn, &keep, &calibration, &MergeConfig::default()).unwrap();
+        let removed = hard_remove(&rnn, &keep).unwrap();
+        assert!(square(&merged) < 0.2 * square(&removed), "{cell}");
+        let (masks, _) = prune_in(&rnn, &context, &config).unwrap();
+        let (mut masked, mut fitted) = (rnn.clone(), rnn.clone());
+        masks.apply(masked.params_mut()).unwrap();
+        refit(&mut fitted, &masks, &calibration, &RefitConfig::default()).unwrap();
+        assert!(square(&fitted) < 0.5 * square(&masked), "{cell}");
+    }
+}
+
+#[test]
+fn more_passes_return_the_network_with_the_smallest_validation_loss() {
+    let rnn = network(Cell::Gru, &[16]);
+    let data = Dataset {
+        train: examples(60),
+        valid: examples(30),
+        test: examples(30),
+        input: rnn.config().input,
+        outputs: 3,
+    };
+    let calibration = calibrate(&rnn);
+    let keep = vec![(0..16).map(|k| k % 4 == 0).collect::<Vec<bool>>()];
+    let loss = |rnn: &Rnn| evaluate(rnn, &data.valid).unwrap().loss;
+    let with_passes = |passes| {
+        let config = MergeConfig::default().with(|c| c.passes = passes);
+        merge_passes(&rnn, &keep, &calibration, &config, &data, &NoProgress).unwrap()
+    };
+    let (one, at) = with_passes(1);
+    assert_eq!(at, 0);
+    assert_eq!(
+        one,
+        merge(&rnn, &keep, &calibration, &MergeConfig::default()).unwrap()
+    );
+    let (three, _) = with_passes(3);
+    assert_eq!(three.config().hidden, [4]);
+    assert!(loss(&three) <= loss(&one));
+}
+
+#[test]
+fn a_calibration_that_is_missing_or_of_another_network_is_an_error() {
+    let rnn = network(Cell::Lstm, &[8]);
+    let other = calibrate(&network(Cell::Lstm, &[7]));
+    let config = PruneConfig::new(Method::Span, 0.5);
+    assert!(matches!(
+        prune_in(&rnn, &PruneContext::default(), &config),
+        Err(Error::Setting {
+            setting: "calibration",
+            ..
+        })
+    ));
+    let context = PruneContext::default().calibrated(&other);
+    assert!(matches!(
+        prune_in(&rnn, &context, &config),
+        Err(Error::Shape { .. })
+    ));
+    let keep = vec![vec![true; 8]];
+    assert!(matches!(
+        merge(&rnn, &keep, &other, &MergeConfig::default()),
+        Err(Error::Shape { .. })
+    ));
+    let own = calibrate(&rnn);
+    assert!(merge(&rnn, &[vec![false; 8]], &own, &MergeConfig::default()).is_err());
+    assert!(merge(&rnn, &[], &own, &MergeConfig::default()).is_err());
+}
