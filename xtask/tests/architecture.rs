@@ -34,7 +34,7 @@ const ALLOWED: [(&str, &[&str]); 14] = [
             "lm-eval",
         ],
     ),
-    ("prune-lattice", &["tensor-io"]),
+    ("prune-lattice", &["tensor-io", "linalg"]),
     ("eval-report", &["tensor-io"]),
     ("toy-lm", &["tensor-io", "causal-lm"]),
     (
