@@ -210,15 +210,9 @@ impl<'a> Decoder<'a> {
             windows.first().map_or(0, |w| w.len()),
             self.config.hidden,
         );
-        let embedding = self.checkpoint.bytes(names::EMBEDDING)?;
-        let row_bytes = embedding.len() / vocab;
-        let rows: Vec<u8> = windows
-            .iter()
-            .copied()
-            .flatten()
-            .flat_map(|&token| &embedding[token as usize * row_bytes..][..row_bytes])
-            .copied()
-            .collect();
+        let tokens = windows.iter().copied().flatten();
+        let rows: Vec<usize> = tokens.map(|&token| token as usize).collect();
+        let rows = self.checkpoint.rows(names::EMBEDDING, &rows)?;
         // Opening has checked that the embedding is of floats.
         let stored = self
             .checkpoint

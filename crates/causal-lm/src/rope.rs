@@ -68,11 +68,15 @@ impl Rope {
                 attention_factor = factor;
                 inv_freq
             }
+            "longrope" if parameters.number("attention_factor")?.is_some() => {
+                attention_factor = parameters.required("attention_factor")?;
+                divided(&base, &parameters)?
+            }
             other => {
                 return Err(Error::UnsupportedOption {
                     field: "rope_type",
                     value: other.into(),
-                    supported: "default, linear, llama3, yarn",
+                    supported: "default, linear, llama3, yarn, and longrope with equal factors and an attention_factor",
                 });
             }
         };
@@ -146,6 +150,24 @@ impl Parameters {
         }
     }
 
+    /// `count` positive numbers.
+    fn numbers(&self, key: &str, count: usize) -> Result<Vec<f64>> {
+        let list = self
+            .0
+            .as_ref()
+            .and_then(|section| section.get(key)?.as_array());
+        let numbers: Option<Vec<f64>> =
+            list.and_then(|list| list.iter().map(|x| x.as_f64()).collect());
+        match numbers {
+            Some(numbers) if numbers.len() == count && numbers.iter().all(|&x| x > 0.0) => {
+                Ok(numbers)
+            }
+            _ => Err(invalid(format!(
+                "{key} must be a list of {count} positive numbers"
+            ))),
+        }
+    }
+
     fn flag(&self, key: &str) -> Result<Option<bool>> {
         match &self.0 {
             Some(section) => Ok(section.opt_bool(key)?),
@@ -160,6 +182,24 @@ impl Parameters {
             None => Err(invalid(format!("{key} is missing"))),
         }
     }
+}
+
+/// LongRoPE with the same factors for short and long texts: each frequency is divided by its own.
+fn divided(base: &[f64], parameters: &Parameters) -> Result<Vec<f64>> {
+    let factors = |key: &str| parameters.numbers(key, base.len());
+    let short = factors("short_factor")?;
+    if short != factors("long_factor")? {
+        return Err(Error::UnsupportedOption {
+            field: "rope_parameters",
+            value: "long_factor other than short_factor".into(),
+            supported: "equal factors",
+        });
+    }
+    Ok(base
+        .iter()
+        .zip(short)
+        .map(|(frequency, factor)| frequency / factor)
+        .collect())
 }
 
 /// Llama 3.1: long waves are slowed by `factor`, short ones left, a linear blend between.

@@ -1,7 +1,8 @@
 //! Texts and the tokenizer that a checkpoint folder carries.
 
-use crate::{Error, Result};
+use crate::{Error, Result, gguf};
 use std::path::Path;
+use tensor_io::gguf::Gguf;
 use tokenizers::Tokenizer;
 
 /// The tokenizer of a checkpoint and the BOS token it names.
@@ -13,12 +14,16 @@ pub struct TextTokenizer {
 
 impl TextTokenizer {
     /// Reads `tokenizer.json`, and the BOS token from `tokenizer_config.json` or, in its absence,
-    /// `special_tokens_map.json`.
+    /// `special_tokens_map.json`; of a GGUF file, rebuilds the tokenizer from its metadata.
     ///
     /// # Errors
-    /// [`Error::Text`] with the file that is missing or cannot be used.
+    /// [`Error::Text`] with the file that is missing or cannot be used, and for a GGUF file a tokenizer that is not
+    /// supported.
     pub fn open(dir: impl AsRef<Path>) -> Result<Self> {
         let dir = dir.as_ref();
+        if gguf::is_gguf(dir) {
+            return Self::of_gguf(&Gguf::open(dir)?);
+        }
         let path = dir.join("tokenizer.json");
         let mut tokenizer = Tokenizer::from_file(&path).map_err(|e| error(&path, e))?;
         // A file may ask for padding or truncation, which have no place in running text.
@@ -38,6 +43,16 @@ impl TextTokenizer {
             })?),
         };
         Ok(Self { tokenizer, bos })
+    }
+
+    fn of_gguf(file: &Gguf) -> Result<Self> {
+        match gguf::tokenizer::rebuild(file)? {
+            Some(rebuilt) => Ok(Self {
+                tokenizer: rebuilt.tokenizer,
+                bos: rebuilt.bos,
+            }),
+            None => Err(error(file.path(), "the file holds no tokenizer")),
+        }
     }
 
     /// The BOS token, where the tokenizer has one.

@@ -5,7 +5,7 @@
 //! whoever walks through a model block by block releases each block behind it.
 
 use std::borrow::Cow;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fmt;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -20,15 +20,17 @@ use crate::error::{Error, Result};
 use crate::folder;
 use crate::header::Entry;
 use crate::shard::Shard;
+use crate::source::TensorSource;
+use crate::spec::TensorSpec;
 
 /// What is known of a tensor without reading it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TensorInfo {
-    /// Dtype as stored.
+    /// Dtype as stored; of a source, after decoding.
     pub dtype: Dtype,
     /// Shape, outermost dimension first.
     pub shape: Vec<usize>,
-    /// Size as stored, in bytes.
+    /// Size in this dtype, in bytes.
     pub bytes: usize,
     /// The file that holds it, counted in [`Checkpoint::shards`].
     pub shard: usize,
@@ -118,6 +120,37 @@ impl Checkpoint {
         ))
     }
 
+    /// A checkpoint of the tensors that `source` decodes, declared by `tensors`, with this configuration. `path` is the
+    /// file or folder that it stands for: in errors, and as [`Checkpoint::dir`].
+    ///
+    /// # Errors
+    /// [`Error::BadDeclaration`] for a tensor that is declared twice or whose size overflows.
+    pub fn from_source(
+        path: impl AsRef<Path>,
+        config: Config,
+        tensors: Vec<TensorSpec>,
+        source: Box<dyn TensorSource>,
+    ) -> Result<Self> {
+        let path = path.as_ref();
+        let mut names = HashSet::new();
+        let mut entries = Vec::new();
+        for spec in &tensors {
+            if !names.insert(&spec.name) {
+                return Err(spec.refuse("it is declared twice"));
+            }
+            entries.push(Entry {
+                name: spec.name.clone(),
+                dtype: spec.dtype,
+                shape: spec.shape.clone(),
+                start: 0,
+                end: spec.bytes()?,
+            });
+        }
+        let shard = Shard::of_source(path.to_path_buf(), source);
+        let weights = vec![(shard, entries)];
+        Ok(Self::new(path, path, config, weights, Vec::new()))
+    }
+
     fn new(
         path: &Path,
         dir: &Path,
@@ -157,7 +190,7 @@ impl Checkpoint {
         }
     }
 
-    /// The folder (for a single file: the one it lies in).
+    /// The folder (for a single safetensors file: the one it lies in; for a source: what it stands for).
     pub fn dir(&self) -> &Path {
         &self.dir
     }
@@ -235,6 +268,30 @@ impl Checkpoint {
         self.shards[info.shard].bytes(name, info.range())
     }
 
+    /// Rows of a matrix as stored, one after the other: of an embedding, those of some tokens.
+    ///
+    /// # Errors
+    /// [`Error::UnknownTensor`], [`Error::UnknownRow`], [`Error::Pickle`], and what a source reports.
+    pub fn rows(&self, name: &str, rows: &[usize]) -> Result<Vec<u8>> {
+        let info = self.info(name)?;
+        let count = info.shape.first().copied().unwrap_or(0);
+        if let Some(&row) = rows.iter().find(|&&row| row >= count) {
+            return Err(Error::UnknownRow {
+                file: self.shard_paths[info.shard].clone(),
+                tensor: name.to_string(),
+                row,
+                rows: count,
+            });
+        }
+        let row_bytes = info.bytes.checked_div(count).unwrap_or(0);
+        self.shards[info.shard].rows(name, info.range(), row_bytes, rows)
+    }
+
+    /// The source of the tensors, if they are not in files of safetensors or PyTorch.
+    pub fn source(&self) -> Option<&dyn TensorSource> {
+        self.shards.first().and_then(Shard::source)
+    }
+
     /// A tensor in its stored dtype (booleans as 0 and 1 in u8), floats checked to be finite.
     ///
     /// # Errors
@@ -287,13 +344,16 @@ impl Checkpoint {
     pub fn release<'a>(&self, names: impl IntoIterator<Item = &'a str>) {
         for name in names {
             if let Ok(info) = self.info(name) {
-                self.shards[info.shard].release(info.range());
+                self.shards[info.shard].release(name, info.range());
             }
         }
     }
 
-    /// Size of all tensors as stored, in bytes.
+    /// Size of all tensors as stored, in bytes; of a source, before decoding.
     pub fn total_bytes(&self) -> u64 {
+        if let Some(source) = self.source() {
+            return source.total_bytes();
+        }
         self.tensors.iter().map(|(_, info)| info.bytes as u64).sum()
     }
 

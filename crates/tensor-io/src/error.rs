@@ -97,6 +97,24 @@ pub enum Error {
         /// The fault, with the key or tensor where one is to blame.
         source: GgufError,
     },
+    /// A tensor cannot be decoded from the form that it is stored in.
+    #[error("{}: tensor `{tensor}`: {reason}", file.display())]
+    Decode {
+        /// The file.
+        file: PathBuf,
+        /// The tensor, by its name in the file.
+        tensor: String,
+        /// Why not, with row and block where they are to blame.
+        reason: String,
+    },
+    /// Files that a folder would need cannot be made from this source.
+    #[error("{}: {reason}", file.display())]
+    Unavailable {
+        /// The source's file.
+        file: PathBuf,
+        /// What cannot be made and why.
+        reason: String,
+    },
     /// An importance matrix is malformed.
     #[error("{}: importance matrix: {reason}", file.display())]
     Imatrix {
@@ -170,6 +188,18 @@ pub enum Error {
         file: PathBuf,
         /// The name asked for.
         tensor: String,
+    },
+    /// A row that a matrix does not have.
+    #[error("{}: tensor `{tensor}`: no row {row}, it has {rows}", file.display())]
+    UnknownRow {
+        /// The file.
+        file: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// The row asked for.
+        row: usize,
+        /// Its number of rows.
+        rows: usize,
     },
     /// The dtype has no tensor form here; the raw bytes can still be read and written.
     #[error("{}: tensor `{tensor}`: dtype {dtype} cannot become a tensor of {wanted}", file.display())]

@@ -100,7 +100,7 @@ impl Hasher {
 
 impl Checkpoint {
     /// Hash of the weights: names, dtypes, shapes and all bytes of all tensors in the order of their names, whatever
-    /// files they lie in. Configuration and tokenizer do not count.
+    /// files they lie in; of a source, the bytes before decoding. Configuration and tokenizer do not count.
     ///
     /// # Errors
     /// Those of [`Checkpoint::bytes`].
@@ -113,7 +113,10 @@ impl Checkpoint {
             hasher
                 .part(name.as_bytes())
                 .part(format!("{} {:?}", info.dtype, info.shape).as_bytes())
-                .part(&self.bytes(name)?);
+                .part(&match self.source() {
+                    Some(source) => source.stored(name)?,
+                    None => self.bytes(name)?,
+                });
             self.release([name]);
         }
         Ok(hasher.finish())

@@ -1,4 +1,5 @@
-//! One file of tensors, open for reading: mapped safetensors, or a PyTorch pickle read through candle.
+//! One file of tensors, open for reading: mapped safetensors, a PyTorch pickle read through candle, or a source of
+//! tensors that somebody else decodes.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -14,6 +15,7 @@ use safetensors::View;
 use crate::error::{Error, Result};
 use crate::header::{Entry, Header, byte_size};
 use crate::map::MappedFile;
+use crate::source::TensorSource;
 
 /// A file of tensors.
 pub(crate) struct Shard {
@@ -26,6 +28,7 @@ enum Content {
     /// A safetensors file and where its data begins.
     Mapped(MappedFile, usize),
     Pickle(PthTensors),
+    Source(Box<dyn TensorSource>),
 }
 
 impl Shard {
@@ -43,6 +46,15 @@ impl Shard {
             content: Content::Mapped(map, header.data_start),
         };
         Ok((shard, header.entries))
+    }
+
+    /// Tensors that `source` decodes.
+    pub(crate) fn of_source(path: PathBuf, source: Box<dyn TensorSource>) -> Self {
+        Self {
+            path,
+            metadata: BTreeMap::new(),
+            content: Content::Source(source),
+        }
     }
 
     /// Opens a `.bin` file of PyTorch; also returns what it holds, by name. Its entries have sizes but no place.
@@ -98,13 +110,45 @@ impl Shard {
                 })?;
                 Ok(Cow::Owned(View::data(&tensor).into_owned()))
             }),
+            Content::Source(source) => source.bytes(name),
         }
     }
 
+    /// Rows of a matrix, one after the other.
+    pub(crate) fn rows(
+        &self,
+        name: &str,
+        range: Range<usize>,
+        row_bytes: usize,
+        rows: &[usize],
+    ) -> Result<Vec<u8>> {
+        if let Content::Source(source) = &self.content {
+            return source.rows(name, rows);
+        }
+        let all = self.bytes(name, range)?;
+        let mut bytes = Vec::with_capacity(rows.len() * row_bytes);
+        for row in rows {
+            bytes.extend_from_slice(&all[row * row_bytes..][..row_bytes]);
+        }
+        Ok(bytes)
+    }
+
     /// Lets go of the memory of a tensor.
-    pub(crate) fn release(&self, range: Range<usize>) {
-        if let Content::Mapped(map, data_start) = &self.content {
-            map.release(data_start + range.start..data_start + range.end);
+    pub(crate) fn release(&self, name: &str, range: Range<usize>) {
+        match &self.content {
+            Content::Mapped(map, data_start) => {
+                map.release(data_start + range.start..data_start + range.end);
+            }
+            Content::Pickle(_) => {}
+            Content::Source(source) => source.release(name),
+        }
+    }
+
+    /// The source behind it, if that is what it is.
+    pub(crate) fn source(&self) -> Option<&dyn TensorSource> {
+        match &self.content {
+            Content::Source(source) => Some(&**source),
+            Content::Mapped(..) | Content::Pickle(_) => None,
         }
     }
 }

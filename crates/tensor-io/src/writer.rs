@@ -102,12 +102,17 @@ impl CheckpointWriter {
     /// Copies the tokenizer and generation files of `source`.
     ///
     /// # Errors
-    /// [`Error::Io`].
+    /// [`Error::Io`], and what a [`TensorSource`](crate::TensorSource) reports that has to make them.
     pub fn carry_from(&mut self, source: &Checkpoint) -> Result<()> {
         for path in source.files_to_carry() {
             let name = path.file_name().unwrap_or_default().to_string_lossy();
             let contents = fs::read(path).map_err(Error::io("read", path))?;
             self.add_file(&name, &contents)?;
+        }
+        if let Some(made) = source.source() {
+            for (name, contents) in made.files()? {
+                self.add_file(&name, &contents)?;
+            }
         }
         Ok(())
     }

@@ -1,7 +1,5 @@
 //! Importance matrices in both forms.
 
-use std::path::Path;
-
 use tensor_io::Error;
 use tensor_io::gguf::{BlockLayout, TensorSpec, Value, Writer};
 use tensor_io::imatrix::{Imatrix, Importance};
@@ -197,14 +195,10 @@ fn tensors_that_belong_to_no_entry_are_refused() {
 }
 
 /// The files of other programs: the same matrix in both forms, in hexadecimal, with the means.
+#[shared_data::needed("golden/gguf-imatrix.json")]
 #[test]
 fn both_golden_files_give_the_golden_means_and_are_written_byte_for_byte() {
-    let golden =
-        Path::new(env!("CARGO_MANIFEST_DIR")).join("../../../shared/golden/gguf-imatrix.json");
-    let Ok(text) = std::fs::read_to_string(&golden) else {
-        eprintln!("skipped: no {}", golden.display());
-        return;
-    };
+    let text = std::fs::read_to_string(shared_data::path!("golden/gguf-imatrix.json")).unwrap();
     let golden: serde_json::Value = serde_json::from_str(&text).unwrap();
     let hex = |key: &str| -> Vec<u8> {
         let digits = golden[key].as_str().unwrap();

@@ -93,7 +93,7 @@ fn floats(list: &Value) -> Vec<f32> {
 }
 
 /// The formula of `tests/golden/make.py`.
-fn entries(name: &str, shape: &[usize]) -> Vec<f32> {
+pub(crate) fn entries(name: &str, shape: &[usize]) -> Vec<f32> {
     let hash = |h: u64, byte: u8| (h ^ u64::from(byte)).wrapping_mul(0x100000001b3);
     let mut x = name.bytes().fold(0xcbf29ce484222325, hash);
     let fan_in = *shape.last().unwrap() as f64;

@@ -183,14 +183,10 @@ fn a_file_of_many_small_entries_takes_memory_in_proportion() {
 }
 
 /// Opens one real file that is damaged in the same ways, where there is one beside the repository.
+#[shared_data::needed("golden/tiny-llama-gqa-q4_0.gguf")]
 #[test]
 fn a_golden_file_that_is_cut_or_damaged_gives_a_file_or_an_error() {
-    let golden = std::path::Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("../../../shared/golden/tiny-llama-gqa-q4_0.gguf");
-    let Ok(model) = std::fs::read(&golden) else {
-        eprintln!("skipped: no {}", golden.display());
-        return;
-    };
+    let model = std::fs::read(shared_data::path!("golden/tiny-llama-gqa-q4_0.gguf")).unwrap();
     assert!(examine(&model));
     for len in 0..model.len() {
         // All of the header, and every 61st byte of the data.

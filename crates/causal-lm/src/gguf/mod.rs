@@ -1,0 +1,78 @@
+//! GGUF files as checkpoints: opened under the names of Hugging Face, so that a decoder runs from them as from a folder.
+//!
+//! The metadata become a config, tensors get the names and the order of rows that Hugging Face has, and blocks are decoded
+//! when they are asked for ([`open`]); the bytes of the blocks themselves stay reachable ([`GgufTensors::packed`]). The
+//! tokenizer is rebuilt from the metadata (`tokenizer`).
+//!
+//! | architecture in the file | model type | rows of q and k |
+//! |---|---|---|
+//! | `llama` | llama (and Mistral, SmolLM, Qwen2 in this form) | rotated channels are neighbours |
+//! | `deci` | llama with widths for each layer | the same |
+//! | `qwen2`, `qwen3` | the same | as in Hugging Face |
+
+mod config;
+pub mod names;
+mod tensors;
+pub(crate) mod tokenizer;
+
+use std::path::Path;
+
+use tensor_io::gguf::{Gguf, GgufError, Metadata};
+use tensor_io::{Checkpoint, Error};
+
+use crate::Result;
+pub use names::Architecture;
+pub use tensors::GgufTensors;
+
+/// Opens a GGUF file, or any part of a split one, as a checkpoint. Nothing but the header is read.
+///
+/// # Errors
+/// What [`Gguf::open`] refuses; a file that is no model, an architecture that is not supported, missing keys and tensors
+/// without a place in the model.
+pub fn open(path: impl AsRef<Path>) -> Result<Checkpoint> {
+    let file = Gguf::open(path)?;
+    let architecture = architecture(&file)?;
+    let config = config::config(&file, architecture)?;
+    let path = file.path().to_path_buf();
+    let (specs, tensors) = tensors::map(file, architecture, &config)?;
+    Ok(Checkpoint::from_source(
+        path,
+        config,
+        specs,
+        Box::new(tensors),
+    )?)
+}
+
+/// Whether `path` is a file that begins as GGUF files do.
+pub fn is_gguf(path: &Path) -> bool {
+    let mut magic = [0; 4];
+    let read = std::fs::File::open(path)
+        .and_then(|mut file| std::io::Read::read_exact(&mut file, &mut magic));
+    path.is_file() && read.is_ok() && magic == tensor_io::gguf::MAGIC
+}
+
+fn architecture(file: &Gguf) -> Result<Architecture> {
+    let metadata = file.metadata();
+    if let Some(kind) = metadata.get_str("general.type")?
+        && kind != "model"
+    {
+        return Err(content(
+            &metadata,
+            format!("general.type is {kind:?}, expected \"model\""),
+        ));
+    }
+    let name = metadata.required("general.architecture", Metadata::get_str)?;
+    Architecture::named(name).ok_or_else(|| {
+        let known: Vec<&str> = Architecture::ALL.iter().map(|known| known.name()).collect();
+        let known = known.join(", ");
+        content(
+            &metadata,
+            format!("architecture {name:?} is not supported (supported: {known})"),
+        )
+    })
+}
+
+/// An error about what a well-formed file says.
+pub(crate) fn content(metadata: &Metadata<'_>, what: impl Into<String>) -> crate::Error {
+    Error::into(metadata.error(GgufError::Content(what.into())))
+}

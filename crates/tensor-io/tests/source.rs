@@ -1,0 +1,137 @@
+//! A checkpoint of tensors that are decoded when asked for behaves as one of files.
+
+use std::any::Any;
+use std::borrow::Cow;
+use std::sync::Mutex;
+
+use candle_core::{DType, Device};
+use tensor_io::{
+    Checkpoint, CheckpointWriter, Config, Dtype, Error, Result, TensorSource, TensorSpec,
+    WriteOptions,
+};
+
+/// Bytes that are stored as the difference from 7.
+struct Shifted(Mutex<Vec<String>>);
+
+impl Shifted {
+    fn stored_bytes() -> Vec<u8> {
+        [1f32, 2., 3., 4., 5., 6.]
+            .iter()
+            .flat_map(|x| x.to_le_bytes())
+            .map(|b| b.wrapping_sub(7))
+            .collect()
+    }
+}
+
+impl TensorSource for Shifted {
+    fn bytes(&self, _name: &str) -> Result<Cow<'_, [u8]>> {
+        Ok(Cow::Owned(
+            Self::stored_bytes()
+                .iter()
+                .map(|b| b.wrapping_add(7))
+                .collect(),
+        ))
+    }
+
+    fn rows(&self, name: &str, rows: &[usize]) -> Result<Vec<u8>> {
+        let all = self.bytes(name)?;
+        Ok(rows
+            .iter()
+            .flat_map(|row| all[row * 8..][..8].to_vec())
+            .collect())
+    }
+
+    fn stored(&self, _name: &str) -> Result<Cow<'_, [u8]>> {
+        Ok(Cow::Owned(Self::stored_bytes()))
+    }
+
+    fn total_bytes(&self) -> u64 {
+        5
+    }
+
+    fn release(&self, name: &str) {
+        self.0.lock().unwrap().push(name.to_string());
+    }
+
+    fn files(&self) -> Result<Vec<(String, Vec<u8>)>> {
+        Ok(vec![("tokenizer.json".into(), b"{}".to_vec())])
+    }
+
+    fn as_any(&self) -> &dyn Any {
+        self
+    }
+}
+
+fn open() -> Checkpoint {
+    let specs = vec![TensorSpec::new("w", Dtype::F32, [3, 2])];
+    let source = Box::new(Shifted(Mutex::default()));
+    Checkpoint::from_source("m.gguf", Config::default(), specs, source).unwrap()
+}
+
+#[test]
+fn tensors_rows_and_sizes_come_from_the_source() {
+    let checkpoint = open();
+    let w = checkpoint.tensor_as("w", DType::F64, &Device::Cpu).unwrap();
+    assert_eq!(w.to_vec2::<f64>().unwrap(), [[1., 2.], [3., 4.], [5., 6.]]);
+    let rows = checkpoint.rows("w", &[2, 0]).unwrap();
+    assert_eq!(rows, [5f32, 6., 1., 2.].map(f32::to_le_bytes).concat());
+    let missing = checkpoint.rows("w", &[3]).unwrap_err();
+    assert!(
+        matches!(
+            missing,
+            Error::UnknownRow {
+                row: 3,
+                rows: 3,
+                ..
+            }
+        ),
+        "{missing}"
+    );
+    assert_eq!((checkpoint.total_bytes(), checkpoint.parameters()), (5, 6));
+    assert_eq!(checkpoint.dir().to_str(), Some("m.gguf"));
+    checkpoint.release(["w", "unknown"]);
+    let source = checkpoint.source().unwrap().as_any();
+    assert_eq!(
+        *source.downcast_ref::<Shifted>().unwrap().0.lock().unwrap(),
+        ["w"]
+    );
+}
+
+#[test]
+fn a_tensor_cannot_be_declared_twice() {
+    let spec = TensorSpec::new("w", Dtype::F32, [3, 2]);
+    let source = Box::new(Shifted(Mutex::default()));
+    let twice = Checkpoint::from_source("m", Config::default(), vec![spec.clone(), spec], source);
+    assert!(matches!(twice, Err(Error::BadDeclaration { .. })));
+}
+
+#[test]
+fn a_folder_of_files_can_be_written_from_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let checkpoint = open();
+    let specs = vec![TensorSpec::new("w", Dtype::F32, [3, 2])];
+    let folder = dir.path().join("out");
+    let mut writer = CheckpointWriter::create(
+        &folder,
+        checkpoint.config(),
+        specs,
+        &WriteOptions::default(),
+    )
+    .unwrap();
+    writer.carry_from(&checkpoint).unwrap();
+    writer.copy_tensor("w", &checkpoint).unwrap();
+    writer.finish().unwrap();
+    let written = Checkpoint::open(&folder).unwrap();
+    assert!(written.source().is_none());
+    assert_eq!(written.bytes("w").unwrap(), checkpoint.bytes("w").unwrap());
+    assert_eq!(
+        written.rows("w", &[1]).unwrap(),
+        checkpoint.rows("w", &[1]).unwrap()
+    );
+    assert_eq!(std::fs::read(folder.join("tokenizer.json")).unwrap(), b"{}");
+    // The hash is of what is stored.
+    assert_ne!(
+        written.content_hash().unwrap(),
+        checkpoint.content_hash().unwrap()
+    );
+}
