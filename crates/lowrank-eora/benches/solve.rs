@@ -14,8 +14,8 @@
 use std::time::Instant;
 
 use faer::{Mat, MatRef, Side};
-use lowrank_eora::solve::{LowRank, Options, Route, Solution, Weighting, solve};
-use lowrank_eora::stats::{Accumulation, Gram, GramCollector, OutputCollector, Rows};
+use lowrank_eora::repair::layer::{Accumulation, Gram, GramCollector, OutputCollector, Rows};
+use lowrank_eora::repair::layer::{LowRank, Options, Route, Solution, Weighting, solve};
 use rayon::prelude::*;
 
 const GROUP: usize = 128;
@@ -383,10 +383,7 @@ fn main() {
         print_row(down, &recipe, found, loss(&recipe.factors), runs[6].seconds);
         total += recipe.seconds();
     } else {
-        let exact = Options {
-            route: Route::Gram,
-            ..Options::default()
-        };
+        let exact = Options::default().with_route(Route::Gram);
         let best = solve(
             d.as_ref(),
             &Weighting::Output(output_gram.matrix()),

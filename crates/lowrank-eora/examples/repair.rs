@@ -1,17 +1,34 @@
 //! Compresses a checkpoint, repairs it by EoRA and writes what runtimes load:
-//! `cargo run --release -p lowrank-eora --example repair -- MODEL CALIBRATION_TEXT COMPRESSOR RANK OUT`,
-//! e.g. with `xtask/model xtask/model/calibration.txt wanda-2:4 8 repaired`.
 //!
-//! OUT gets `compressed`, `adapter`, `merged`, `probe.safetensors`, and `logits.safetensors`: tokens of
+//! ```sh
+//! cargo run --release -p lowrank-eora --example repair -- MODEL CALIBRATION_TEXT COMPRESSOR RANK OUT
+//! ```
+//!
+//! MODEL is a folder in Hugging Face's layout, COMPRESSOR a name such as `wanda-2:4` or `gptq-int4-g128-sym`. OUT gets `compressed`, `adapter`, `merged`, `probe.safetensors`, and `logits.safetensors`: tokens of
 //! the text and the logits of the repaired model on them, for `tests/peft_logits.py`.
 
 use candle_core::{DType, Device, Tensor};
 use causal_lm::{Decoder, Model, TextTokenizer, Windows};
 use lowrank_eora::compress::Compressor;
-use lowrank_eora::output::{Adapter, AdapterOptions, Layout, Probe, Weights, write_checkpoint};
-use lowrank_eora::repair::{Energy, Ranks, Repair};
+use lowrank_eora::output::{
+    Adapter, AdapterOptions, CheckpointOptions, Layout, Probe, Weights, write_checkpoint,
+};
+use lowrank_eora::repair::{Energy, Ranks, Repair, Texts};
 use std::path::Path;
-use tensor_io::{Checkpoint, WriteOptions};
+use tensor_io::{Cancelled, Checkpoint, NoProgress, Progress};
+
+/// Prints what a long call says of its progress.
+struct Print;
+
+impl Progress for Print {
+    fn advance(&self, _steps: u64) -> Result<(), Cancelled> {
+        Ok(())
+    }
+
+    fn message(&self, text: &str) {
+        eprintln!("{text}");
+    }
+}
 
 const CALIBRATION_WINDOWS: usize = 64;
 const LOGIT_TOKENS: usize = 64;
@@ -35,18 +52,12 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let calibration = groups.next().ok_or("a text without windows")?;
     let held_out = groups.next();
 
-    let repair = Repair {
-        ranks: Ranks::Constant(rank.parse()?),
-        ..Repair::default()
-    };
-    let repaired = repair.run(
-        &decoder,
-        &compressor,
-        &calibration,
-        held_out.as_ref(),
-        out.join("state"),
-        &mut |done| eprintln!("block {} of {}", done.block + 1, done.blocks),
-    )?;
+    let repair = Repair::default().with_ranks(Ranks::Constant(rank.parse()?));
+    let mut texts = Texts::new(&calibration);
+    if let Some(held_out) = &held_out {
+        texts = texts.with_held_out(held_out);
+    }
+    let repaired = repair.run(&decoder, &compressor, texts, out.join("state"), &Print)?;
     for report in repaired.reports() {
         let energy = report.held_out.unwrap_or(report.calibration);
         println!(
@@ -80,21 +91,11 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         let layout = Layout::Dense {
             dtype: Some(DType::F32),
         };
-        let (dst, options) = (out.join(name), WriteOptions::default());
-        write_checkpoint(
-            &decoder,
-            &repaired,
-            weights,
-            layout,
-            dst,
-            &options,
-            &mut || (),
-        )?;
+        let options = CheckpointOptions::new(weights, layout);
+        write_checkpoint(&decoder, &repaired, out.join(name), &options, &NoProgress)?;
     }
-    let options = AdapterOptions {
-        base_model: out.join("compressed").display().to_string(),
-        ..AdapterOptions::default()
-    };
+    let options =
+        AdapterOptions::default().with_base_model(out.join("compressed").display().to_string());
     Adapter::write(&repaired, &options, out.join("adapter"))?;
     Probe::write(&repaired, 4, 0, out.join("probe.safetensors"))?;
 

@@ -11,6 +11,7 @@
 //! Work is shared out by rows in strips of fixed size, so results do not depend on the number of threads.
 
 mod factor;
+mod finer;
 mod grid;
 mod name;
 mod nearest;
@@ -29,6 +30,7 @@ use serde::{Deserialize, Serialize};
 use crate::matrix::expect_shape;
 use crate::{Error, Result};
 
+pub use finer::Shapes;
 pub use grid::{Bits, Grid, Group, Range, ScaleDtype, Symmetry};
 pub(crate) use name::GRAMMAR;
 pub use prune::{Cut, Mask, Pattern, Prune, Score};
@@ -43,6 +45,7 @@ use sweep::{Pruning, Task};
 /// How a weight is compressed. Parsed from and shown as its name; serialised as that name too.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
+#[non_exhaustive]
 pub struct Compressor {
     /// What is set to zero.
     pub prune: Option<Prune>,
@@ -63,6 +66,7 @@ pub struct Quantise {
 
 /// How weights are assigned to the values of a grid.
 #[derive(Debug, Clone, Copy, PartialEq)]
+#[non_exhaustive]
 pub enum Rounding {
     /// Each to the nearest.
     Nearest,
@@ -77,6 +81,7 @@ pub enum Rounding {
 
 /// What is known of the inputs X (`n × t`, tokens as columns) of a linear.
 #[derive(Debug, Clone, Copy)]
+#[non_exhaustive]
 pub enum Inputs<'a> {
     /// H = X Xᵀ, `n × n`, or a positive multiple. Only the lower triangle is read.
     Gram(MatRef<'a, f64>),
@@ -97,6 +102,7 @@ pub enum Needs {
 
 /// A compressed weight.
 #[derive(Debug, Clone)]
+#[non_exhaustive]
 pub struct Compressed {
     /// W_c, `m × n`. Where it is quantised, exactly scale · (code − zero) of [`Compressed::quantised`].
     pub weight: Mat<f64>,
@@ -106,6 +112,18 @@ pub struct Compressed {
     pub quantised: Option<Quantised>,
     /// What the last sweep of SparseGPT or GPTQ met.
     pub sweep: Option<SweepReport>,
+}
+
+impl Quantise {
+    /// Whether groups are no runs of neighbouring inputs.
+    fn takes_groups_apart(&self) -> bool {
+        let Rounding::Gptq { order, fit } = self.rounding else {
+            return false;
+        };
+        order == ColumnOrder::Activation
+            && fit != GroupFit::Static
+            && self.grid.group != Group::Channel
+    }
 }
 
 impl Compressor {

@@ -15,6 +15,9 @@ pub enum Error {
     /// A tensor operation failed.
     #[error("tensor operation failed")]
     Candle(#[from] candle_core::Error),
+    /// The call was cancelled by its [`Progress`](tensor_io::Progress). What was saved before is kept.
+    #[error(transparent)]
+    Cancelled(#[from] tensor_io::Cancelled),
     /// A compressor's name that cannot be read.
     #[error("compressor `{name}`: {reason}; {expected}", expected = crate::compress::GRAMMAR)]
     CompressorName {

@@ -3,14 +3,16 @@
 
 pub mod compress;
 mod error;
-pub mod format;
-pub mod matrix;
+mod format;
+mod matrix;
 pub mod metrics;
 pub mod output;
 pub mod repair;
-pub mod solve;
-pub mod stats;
+mod solve;
+mod stats;
 #[cfg(test)]
 mod testing;
 
+pub use candle_core;
 pub use error::{Error, Result};
+pub use faer;

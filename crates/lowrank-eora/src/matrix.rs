@@ -8,7 +8,7 @@ use faer::{Mat, MatMut, MatRef};
 ///
 /// # Errors
 /// When the tensor is not two-dimensional or holds a NaN or an infinity; `what` names it.
-pub fn from_tensor(tensor: &Tensor, what: &'static str) -> Result<Mat<f64>> {
+pub(crate) fn from_tensor(tensor: &Tensor, what: &'static str) -> Result<Mat<f64>> {
     let &[rows, cols] = tensor.dims() else {
         let cols = tensor.dims().last().copied().unwrap_or(1);
         return Err(Error::Shape {
@@ -31,25 +31,13 @@ pub fn from_tensor(tensor: &Tensor, what: &'static str) -> Result<Mat<f64>> {
 ///
 /// # Errors
 /// When the device has no room.
-pub fn to_tensor(matrix: MatRef<'_, f64>, dtype: DType, device: &Device) -> Result<Tensor> {
+pub(crate) fn to_tensor(matrix: MatRef<'_, f64>, dtype: DType, device: &Device) -> Result<Tensor> {
     let (rows, cols) = matrix.shape();
     let mut values = vec![0f64; rows * cols];
     MatMut::from_row_major_slice_mut(&mut values, rows, cols).copy_from(matrix);
     Ok(Tensor::from_vec(values, (rows, cols), &Device::Cpu)?
         .to_dtype(dtype)?
         .to_device(device)?)
-}
-
-/// D = W − W_c of two `[outputs, inputs]` tensors, subtracted in f64.
-///
-/// # Errors
-/// When shapes differ or an entry is not finite.
-pub fn residual(weight: &Tensor, compressed: &Tensor) -> Result<Mat<f64>> {
-    let mut d = from_tensor(weight, "weight")?;
-    let compressed = from_tensor(compressed, "compressed weight")?;
-    expect_shape("compressed weight", compressed.as_ref(), d.shape())?;
-    d -= compressed;
-    Ok(d)
 }
 
 pub(crate) fn expect_shape(

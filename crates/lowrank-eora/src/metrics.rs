@@ -5,8 +5,9 @@
 //! all three numbers are of the matrix Z that results. A text of one token, or with a token equal
 //! to the mean, has no such Z: its numbers are NaN, as published, and [`mean`] leaves it out.
 
-use crate::matrix::check_finite;
+use crate::matrix::{check_finite, from_tensor};
 use crate::{Error, Result};
+use candle_core::Tensor;
 use faer::{Mat, MatRef};
 use linalg::singular_values;
 
@@ -24,6 +25,14 @@ pub struct SpectralMetrics {
 }
 
 impl SpectralMetrics {
+    /// Of hidden states `[tokens, channels]` of any float dtype.
+    ///
+    /// # Errors
+    /// As [`SpectralMetrics::of`], and for a tensor that is no matrix.
+    pub fn of_tensor(states: &Tensor) -> Result<Self> {
+        Self::of(from_tensor(states, "hidden states")?.as_ref())
+    }
+
     /// Of hidden states, one token per row.
     ///
     /// # Errors

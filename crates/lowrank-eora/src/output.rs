@@ -1,6 +1,6 @@
 //! What runtimes load: adapters, compressed and merged checkpoints, and probes to check a runtime with.
 //!
-//! All is made from a finished [`Repaired`](crate::repair::Repaired), block by block:
+//! Everything is made from a finished [`Repaired`](crate::repair::Repaired), block by block:
 //!
 //! - [`Adapter`]: a LoRA adapter folder for PEFT, vLLM and whatever else reads those, to be loaded
 //!   on top of the compressed model;
@@ -9,13 +9,13 @@
 //! - [`Probe`]: inputs and expected outputs of each linear, with which a runtime shows that it
 //!   applies the factors, and with the right scale.
 //!
-//! Everything appears under its name when it is complete.
+//! Files and folders appear under their names when they are complete.
 
 mod adapter;
 mod checkpoint;
-mod folder;
 mod probe;
 
+pub use crate::format::gptq;
 pub use adapter::{Adapter, AdapterFactors, AdapterOptions, AdapterRanks};
-pub use checkpoint::{Layout, Weights, write_checkpoint};
+pub use checkpoint::{CheckpointOptions, Layout, Weights, write_checkpoint};
 pub use probe::{Deviation, Probe, ProbeLayer};

@@ -25,18 +25,21 @@
 mod block;
 mod correct;
 mod inputs;
-mod layer;
+pub mod layer;
 mod measure;
 mod options;
 mod report;
+mod sites;
 mod source;
 mod state;
 mod stored;
 mod stream;
 
-pub use layer::LayerId;
+pub use crate::format::{Format, QuantisedCheckpoint};
+pub use crate::solve::{DRIFT_DAMPING, Method};
 pub use options::{FactorStorage, InputSource, Ranks, Repair, Sampling, Spread, WithinBlock};
 pub use report::{Bytes, Energy, LayerReport, Requantised, Seconds};
+pub use sites::LayerId;
 pub use source::{Given, Linear, Source};
 pub use state::{Repaired, RepairedLayer};
 pub use stored::StoredWeight;
@@ -47,41 +50,54 @@ use block::BlockRepair;
 use causal_lm::{Decoder, Windows};
 use std::path::Path;
 use stream::{How, Stream};
+use tensor_io::Progress;
 
-/// A block that was finished, for progress reports.
+/// The windows of text that a repair reads.
 #[derive(Clone, Copy, Debug)]
-pub struct BlockDone<'a> {
-    /// Its index.
-    pub block: usize,
-    /// Blocks of the model.
-    pub blocks: usize,
-    /// Whether it was found in the folder.
-    pub resumed: bool,
-    /// What was done to its linears.
-    pub layers: &'a [RepairedLayer],
+pub struct Texts<'a> {
+    /// Those it is fitted to.
+    pub calibration: &'a Windows,
+    /// Others, on which losses are measured; without them losses are those on the calibration windows.
+    pub held_out: Option<&'a Windows>,
+}
+
+impl<'a> Texts<'a> {
+    /// Calibration windows alone.
+    pub fn new(calibration: &'a Windows) -> Self {
+        Self {
+            calibration,
+            held_out: None,
+        }
+    }
+
+    /// With windows that calibration does not see.
+    pub fn with_held_out(self, held_out: &'a Windows) -> Self {
+        Self {
+            held_out: Some(held_out),
+            ..self
+        }
+    }
 }
 
 impl Repair {
     /// Repairs the linears of all blocks of `decoder`.
     ///
-    /// Where `folder` holds the beginning of the same run, it goes on behind it, with the same
-    /// result. `held_out` are windows that calibration does not see; without them there are no
-    /// losses but those on the calibration windows.
+    /// Where `folder` holds the beginning of the same run, it continues there, with the same result. `progress` counts
+    /// blocks, and its messages give the loss of each; the run can be cancelled between two linears.
     ///
     /// A decoder that computes in bf16 rounds W_c + B A as a whole; f32 keeps what B A adds.
     ///
     /// # Errors
     /// [`Error::OtherRun`] where the folder holds another run; [`Error::Layer`] with the linear
-    /// where a weight is missing, of another shape or not finite; what reading, running or writing
-    /// report, among it activations that are not finite.
+    /// where a weight is missing, of another shape or not finite; [`Error::Cancelled`]; what reading, running or
+    /// writing report, among it activations that are not finite and state files that are damaged.
     pub fn run(
         &self,
         decoder: &Decoder<'_>,
         source: &dyn Source,
-        calibration: &Windows,
-        held_out: Option<&Windows>,
+        texts: Texts<'_>,
         folder: impl AsRef<Path>,
-        progress: &mut dyn FnMut(BlockDone<'_>),
+        progress: &dyn Progress,
     ) -> Result<Repaired> {
         let folder = folder.as_ref();
         let cross = self.method.is_some_and(|method| method.needs().cross);
@@ -93,7 +109,7 @@ impl Repair {
             });
         }
         source.check(decoder)?;
-        let facts = state::facts(self, source, decoder, (calibration, held_out))?;
+        let facts = state::facts(self, source, decoder, texts)?;
         state::begin(folder, &facts)?;
 
         let student = self.inputs == InputSource::Repaired;
@@ -104,8 +120,12 @@ impl Repair {
             sampling: self.sampling,
             accumulation: self.accumulation,
         };
-        let mut calibration =
-            Stream::embed(decoder, calibration, (student, cross || !student), how)?;
+        let mut calibration = Stream::embed(
+            decoder,
+            texts.calibration,
+            (student, cross || !student),
+            how,
+        )?;
         let drift = self.measure_drift;
         let how = How {
             cross: drift,
@@ -114,7 +134,7 @@ impl Repair {
             sampling: None,
             accumulation: Accumulation::Sum,
         };
-        let mut held_out = match held_out {
+        let mut held_out = match texts.held_out {
             Some(windows) => Some(Stream::embed(decoder, windows, (true, drift), how)?),
             None => None,
         };
@@ -123,8 +143,10 @@ impl Repair {
             decoder,
             source,
             repair: self,
+            progress,
         };
         let blocks = decoder.config().layers();
+        progress.begin("repair", blocks as u64);
         let mut resuming = true;
         for block in 0..blocks {
             let dense = decoder.block(block)?;
@@ -149,13 +171,21 @@ impl Repair {
                     held_out.advance(&dense, &repaired)?;
                 }
             }
-            progress(BlockDone {
-                block,
-                blocks,
-                resumed: resuming,
-                layers: &layers,
-            });
+            progress.message(&summary(block, &layers, resuming));
+            progress.advance(1)?;
         }
         Repaired::open(folder)
     }
+}
+
+/// What a block lost and got back.
+fn summary(block: usize, layers: &[RepairedLayer], resumed: bool) -> String {
+    let energy = |report: &LayerReport| report.held_out.unwrap_or(report.calibration);
+    let total: Energy = layers.iter().map(|layer| energy(&layer.report)).sum();
+    let resumed = if resumed { ", from an earlier run" } else { "" };
+    format!(
+        "block {block}: loss {:.4}, repaired {:.4}{resumed}",
+        total.loss_before(),
+        total.loss()
+    )
 }

@@ -22,12 +22,13 @@ mod spectrum;
 mod tests;
 mod weighting;
 
-pub use allocate::{Candidate, allocate};
+pub(crate) use allocate::{Candidate, allocate};
 pub use alternate::{Alternated, alternate};
 pub use factors::{LowRank, Split};
-pub use method::{DRIFT_DAMPING, Method, drift_residual};
-pub use quantise::quantise_factors;
-pub use refit::{RefitCollector, refit};
+pub(crate) use method::drift_residual;
+pub use method::{DRIFT_DAMPING, Method};
+pub(crate) use quantise::quantise_factors;
+pub(crate) use refit::{RefitCollector, refit};
 pub use spectrum::{Criterion, Spectrum};
 pub use weighting::Weighting;
 
@@ -40,6 +41,7 @@ use serde::{Deserialize, Serialize};
 /// How the leading left singular vectors of D T are found.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
 pub enum Route {
     /// By shape and rank: the Gram route where it is cheap or costs at most twice the Krylov route.
     #[default]
@@ -56,6 +58,7 @@ pub enum Route {
 /// Which T with T Tᵀ = H.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
 pub enum Whitening {
     /// Q √Λ of the eigenvectors of H, as EoRA computes it; any H.
     Eigen,
@@ -66,6 +69,7 @@ pub enum Whitening {
 /// How to solve.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
+#[non_exhaustive]
 pub struct Options {
     /// Route.
     pub route: Route,
@@ -88,8 +92,31 @@ impl Default for Options {
     }
 }
 
+impl Options {
+    /// How the leading singular vectors are found.
+    pub fn with_route(self, route: Route) -> Self {
+        Self { route, ..self }
+    }
+
+    /// How B and A share the singular values.
+    pub fn with_split(self, split: Split) -> Self {
+        Self { split, ..self }
+    }
+
+    /// Krylov route: the share of the best squared loss within which it stops.
+    pub fn with_tolerance(self, tolerance: f64) -> Self {
+        Self { tolerance, ..self }
+    }
+
+    /// Krylov route: seed of the random start.
+    pub fn with_seed(self, seed: u64) -> Self {
+        Self { seed, ..self }
+    }
+}
+
 /// The best correction of a layer.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct Solution {
     /// B and A.
     pub factors: LowRank,

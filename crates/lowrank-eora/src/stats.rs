@@ -19,9 +19,9 @@ mod sample;
 mod tests;
 mod triangular;
 
-pub use cross::CrossCollector;
+pub(crate) use cross::CrossCollector;
 pub use diagonal::Diagonal;
-pub use energy::EnergyCollector;
+pub(crate) use energy::EnergyCollector;
 pub use gram::{Accumulation, Gram, GramCollector};
 pub use input::{Collect, InputCollector, InputStats};
 pub use output::OutputCollector;

@@ -7,8 +7,8 @@ use candle_core::{DType, Device};
 use faer::{Mat, MatRef};
 use lowrank_eora::Error;
 use lowrank_eora::compress::{Compressor, Inputs};
-use lowrank_eora::format::gptq::{self, Version};
-use lowrank_eora::format::{Format, QuantisedCheckpoint};
+use lowrank_eora::output::gptq::{self, Version};
+use lowrank_eora::repair::{Format, QuantisedCheckpoint};
 use tensor_io::{Checkpoint, CheckpointWriter, Config, Dtype, TensorSpec, WriteOptions};
 
 const MODULE: &str = "model.layers.0.mlp.up_proj";

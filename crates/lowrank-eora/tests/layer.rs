@@ -1,10 +1,10 @@
 //! Repairing one layer, from activations to stored factors.
 
 use candle_core::{DType, Device, Result, Tensor};
-use lowrank_eora::matrix::{from_tensor, residual};
-use lowrank_eora::solve::{LowRank, Method, Options, Weighting, solve};
-use lowrank_eora::stats::{
-    Accumulation, Collect, InputCollector, InputStats, OutputCollector, Rows,
+use faer::{Mat, MatRef};
+use lowrank_eora::repair::layer::{
+    Accumulation, Collect, InputCollector, InputStats, LowRank, Method, Options, OutputCollector,
+    Rows, Weighting, solve,
 };
 
 const OUTPUTS: usize = 48;
@@ -47,6 +47,13 @@ fn activations(seed: u64) -> Result<Tensor> {
         .matmul(&mix)
 }
 
+/// D = W − W_c.
+fn residual(weight: &Tensor, compressed: &Tensor) -> Result<Mat<f64>> {
+    let d = (weight.to_dtype(DType::F64)? - compressed.to_dtype(DType::F64)?)?;
+    let values: Vec<f64> = d.flatten_all()?.to_vec1()?;
+    Ok(MatRef::from_row_major_slice(&values, OUTPUTS, INPUTS).to_owned())
+}
+
 fn statistics(x: &Tensor) -> InputStats {
     let collect = Collect {
         gram: true,
@@ -81,11 +88,10 @@ fn stored_factors_repair_unseen_tokens_and_eora_more_than_its_baselines() {
     let (weight, compressed) = layer().expect("a layer");
     let (seen, unseen) = (activations(2).expect("x"), activations(3).expect("x"));
     let stats = statistics(&seen);
-    let w = from_tensor(&weight, "weight").expect("finite");
-    let wc = from_tensor(&compressed, "compressed weight").expect("finite");
     let repaired = |method: &str| {
         let method: Method = method.parse().expect("a name");
-        let solution = method.solve(w.as_ref(), wc.as_ref(), &stats, 8, &Options::default());
+        let options = Options::default();
+        let solution = method.solve_tensors(&weight, &compressed, &stats, 8, &options);
         let factors = solution.expect("solves").factors;
         let (a, b) = factors.to_tensors(DType::F16, &Device::Cpu).expect("fits");
         assert_eq!(
@@ -143,7 +149,9 @@ fn a_wide_layer_is_repaired_from_its_outputs_alone() {
 fn a_tensor_that_does_not_fit_is_named() {
     let (weight, _) = layer().expect("a layer");
     let other = weight.narrow(0, 0, OUTPUTS - 1).expect("narrower");
-    let error = residual(&weight, &other)
+    let stats = statistics(&activations(2).expect("x"));
+    let error = Method::Eora
+        .solve_tensors(&weight, &other, &stats, 8, &Options::default())
         .expect_err("shapes differ")
         .to_string();
     assert_eq!(

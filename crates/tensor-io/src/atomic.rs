@@ -1,139 +1,20 @@
-//! Single files that appear whole or not at all: written under a temporary name in the same folder, synced, renamed.
+//! Files and folders that appear whole or not at all.
 //!
-//! For checkpoints, which consist of several files, see [`CheckpointWriter`](crate::CheckpointWriter).
+//! [`PendingFile`] is one file, [`PendingFolder`] a folder of files. Both are written beside their destination, brought to
+//! disk and renamed; dropped before that, they leave the destination as it was.
 
-use std::fs::File;
-use std::io::{self, Write};
-use std::path::{Path, PathBuf};
+mod file;
+mod folder;
 
-use serde::Serialize;
-use tempfile::NamedTempFile;
+use std::path::Path;
 
-use crate::error::{Error, Result};
+pub use file::{PendingFile, read_json, write, write_json};
+pub use folder::{Overwrite, PendingFolder};
 
-/// A file being written. Dropped without [`PendingFile::persist`], it leaves nothing and what was at the path stays.
-#[derive(Debug)]
-pub struct PendingFile {
-    file: NamedTempFile,
-    path: PathBuf,
-}
-
-impl PendingFile {
-    /// Makes a temporary file beside `path`, whose folder must exist.
-    ///
-    /// # Errors
-    /// [`Error::Io`] that names `path`.
-    pub fn create(path: impl Into<PathBuf>) -> Result<Self> {
-        let path = path.into();
-        let folder = match path.parent() {
-            Some(parent) if parent != Path::new("") => parent,
-            _ => Path::new("."),
-        };
-        let mut builder = tempfile::Builder::new();
-        builder.prefix(".partial-");
-        // The umask decides who may read the file, as for any other; temporary files are private by default.
-        #[cfg(unix)]
-        builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
-        let file = builder
-            .tempfile_in(folder)
-            .map_err(Error::io("write", &path))?;
-        Ok(Self { file, path })
-    }
-
-    /// Where the file will be.
-    pub fn path(&self) -> &Path {
-        &self.path
-    }
-
-    /// The open file, for writers that seek.
-    pub fn as_file_mut(&mut self) -> &mut File {
-        self.file.as_file_mut()
-    }
-
-    /// Brings the contents to disk and gives the file its name, replacing an older file; returns its size in bytes.
-    ///
-    /// # Errors
-    /// [`Error::Io`] that names the path.
-    pub fn persist(self) -> Result<u64> {
-        let Self { file, path } = self;
-        let io = || Error::io("write", &path);
-        file.as_file().sync_all().map_err(io())?;
-        let bytes = file.as_file().metadata().map_err(io())?.len();
-        file.persist(&path).map_err(|failed| io()(failed.error))?;
-        Ok(bytes)
-    }
-}
-
-impl Write for PendingFile {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.file.write(bytes)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        self.file.flush()
-    }
-}
-
-/// Writes `bytes` to `path`, whole or not at all.
-///
-/// # Errors
-/// [`Error::Io`] that names the path.
-pub fn write(path: impl Into<PathBuf>, bytes: &[u8]) -> Result<()> {
-    let mut file = PendingFile::create(path)?;
-    if let Err(source) = file.write_all(bytes) {
-        return Err(Error::io("write", &file.path)(source));
-    }
-    file.persist().map(drop)
-}
-
-/// Writes `value` as JSON to `path`, whole or not at all.
-///
-/// # Errors
-/// [`Error::Io`] that names the path, also for a value that has no JSON form.
-pub fn write_json(path: impl Into<PathBuf>, value: &impl Serialize) -> Result<()> {
-    let path = path.into();
-    match serde_json::to_vec(value) {
-        Ok(bytes) => write(path, &bytes),
-        Err(error) => Err(Error::io("write", &path)(error.into())),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_file_that_is_not_persisted_leaves_the_old_one_and_nothing_else() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("a.json");
-        write_json(&path, &[1, 2]).unwrap();
-        let mut pending = PendingFile::create(&path).unwrap();
-        pending.write_all(b"half").unwrap();
-        drop(pending);
-        assert_eq!(std::fs::read_to_string(&path).unwrap(), "[1,2]");
-        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
-        write(&path, b"new").unwrap();
-        assert_eq!(std::fs::read_to_string(&path).unwrap(), "new");
-        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
-    }
-
-    #[test]
-    fn a_missing_folder_is_an_error_that_names_the_file() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("no/such/a.json");
-        let error = write(&path, b"x").unwrap_err();
-        assert!(error.to_string().contains("no/such/a.json"), "{error}");
-    }
-
-    #[cfg(unix)]
-    #[test]
-    fn a_file_is_readable_as_the_umask_allows() {
-        use std::os::unix::fs::PermissionsExt;
-        let dir = tempfile::tempdir().unwrap();
-        let (ours, plain) = (dir.path().join("ours"), dir.path().join("plain"));
-        write(&ours, b"x").unwrap();
-        std::fs::write(&plain, b"x").unwrap();
-        let mode = |path: &Path| path.metadata().unwrap().permissions().mode();
-        assert_eq!(mode(&ours), mode(&plain));
+/// The folder that a path lies in.
+fn parent(path: &Path) -> &Path {
+    match path.parent() {
+        Some(parent) if parent != Path::new("") => parent,
+        _ => Path::new("."),
     }
 }

@@ -281,13 +281,13 @@ pub enum Error {
         /// The destination.
         path: PathBuf,
     },
-    /// The destination cannot be replaced: it is no checkpoint (folder), or not a plain file.
-    #[error("{} will not be overwritten: expected {expected}", path.display())]
+    /// The destination is replaced only where it is a folder of the kind that is written.
+    #[error("{} will not be overwritten: it holds other files and no {marker}", path.display())]
     NotReplaceable {
         /// The destination.
         path: PathBuf,
-        /// What would have been replaced.
-        expected: &'static str,
+        /// The file that a folder of this kind holds.
+        marker: &'static str,
     },
     /// Another process, or another writer of this one, is writing the same destination.
     #[error("{} is being written by another writer (lock file {})", path.display(), lock.display())]
@@ -358,6 +358,19 @@ pub enum Error {
         expected: usize,
         /// Bytes given.
         found: usize,
+    },
+    /// A file does not hold what was written to it.
+    #[error(
+        "{}: the checksum is {found}, and {} was written: the file is damaged", path.display(),
+        expected.as_deref().unwrap_or("none")
+    )]
+    Checksum {
+        /// The file.
+        path: PathBuf,
+        /// The checksum in the file.
+        expected: Option<String>,
+        /// That of its contents.
+        found: String,
     },
     /// The tensor cannot be converted to the declared dtype.
     #[error("{}: tensor `{tensor}`: declared as {expected}, cannot be written from {found}", path.display())]

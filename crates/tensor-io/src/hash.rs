@@ -3,6 +3,7 @@
 use std::fmt;
 use std::str::FromStr;
 
+use safetensors::Dtype;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::checkpoint::Checkpoint;
@@ -92,6 +93,13 @@ impl Hasher {
         self
     }
 
+    /// Adds a tensor: name, dtype, shape and bytes.
+    pub(crate) fn tensor(&mut self, name: &str, dtype: Dtype, shape: &[usize], bytes: &[u8]) {
+        self.part(name.as_bytes())
+            .part(format!("{dtype} {shape:?}").as_bytes())
+            .part(bytes);
+    }
+
     /// The hash of what was added.
     pub fn finish(&self) -> ContentHash {
         ContentHash(*self.0.finalize().as_bytes())
@@ -105,21 +113,7 @@ impl Checkpoint {
     /// # Errors
     /// Those of [`Checkpoint::bytes`].
     pub fn content_hash(&self) -> Result<ContentHash> {
-        let mut names: Vec<&str> = self.names().collect();
-        names.sort_unstable();
-        let mut hasher = Hasher::new();
-        for name in names {
-            let info = self.info(name)?;
-            hasher
-                .part(name.as_bytes())
-                .part(format!("{} {:?}", info.dtype, info.shape).as_bytes())
-                .part(&match self.source() {
-                    Some(source) => source.stored(name)?,
-                    None => self.bytes(name)?,
-                });
-            self.release([name]);
-        }
-        Ok(hasher.finish())
+        self.add_tensors(Hasher::new())
     }
 }
 

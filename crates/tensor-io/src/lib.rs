@@ -2,6 +2,7 @@
 
 pub mod atomic;
 mod checkpoint;
+mod checksum;
 mod config;
 mod dtype;
 mod error;
@@ -18,11 +19,11 @@ mod shard_writer;
 mod single;
 mod source;
 mod spec;
-mod staging;
 mod writer;
 
-pub use atomic::PendingFile;
+pub use atomic::{PendingFile, PendingFolder};
 pub use checkpoint::{Checkpoint, TensorInfo};
+pub use checksum::write_checked_file;
 pub use config::{CONFIG_FILE, Config};
 pub use error::{Error, Result};
 pub use hash::{ContentHash, Hasher};

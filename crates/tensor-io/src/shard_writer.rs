@@ -72,7 +72,7 @@ impl ShardWriter {
             },
         })?;
 
-        let mut file = File::create_new(&path).map_err(Error::io("create", &path))?;
+        let mut file = File::create(&path).map_err(Error::io("create", &path))?;
         file.write_all(&head).map_err(Error::io("write", &path))?;
         file.set_len((head.len() + start) as u64)
             .map_err(Error::io("extend", &path))?;

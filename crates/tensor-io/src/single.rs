@@ -1,15 +1,16 @@
 //! Writing one safetensors file: masks, statistics, traces, the weights of a small network.
 
 use std::collections::{BTreeMap, HashMap};
+use std::fs;
 use std::path::Path;
 
 use candle_core::Tensor;
 use safetensors::Dtype;
 
-use crate::error::Result;
+use crate::atomic::PendingFile;
+use crate::error::{Error, Result};
 use crate::shard_writer::ShardWriter;
 use crate::spec::TensorSpec;
-use crate::staging::{Kind, Staging};
 
 /// A tensor to be written to a file.
 #[derive(Debug, Clone, Copy)]
@@ -28,7 +29,7 @@ pub enum TensorData<'a> {
 }
 
 impl TensorData<'_> {
-    fn spec(&self, name: String) -> TensorSpec {
+    pub(crate) fn spec(&self, name: String) -> TensorSpec {
         match self {
             Self::Tensor(tensor) => TensorSpec::new(name, tensor.dtype(), tensor.dims()),
             Self::Bytes { dtype, shape, .. } => TensorSpec::new(name, *dtype, *shape),
@@ -43,7 +44,7 @@ impl<'a> From<&'a Tensor> for TensorData<'a> {
 }
 
 /// Writes named tensors and free text to a safetensors file, which appears under its name when it is complete.
-/// An existing file is replaced. [`Checkpoint::open_file`](crate::Checkpoint::open_file) reads it.
+/// Missing parent folders are made, an existing file is replaced. [`Checkpoint::open_file`](crate::Checkpoint::open_file) reads it.
 ///
 /// # Errors
 /// As [`CheckpointWriter`](crate::CheckpointWriter): a name twice or a shape that overflows, floats that are not finite,
@@ -72,16 +73,17 @@ where
         }
     }
 
-    let staging = Staging::begin(path.as_ref(), Kind::File, true)?;
-    let partial = staging.partial().to_path_buf();
-    let mut file = ShardWriter::create(partial, &specs, metadata.clone())?;
+    let path = path.as_ref();
+    let folder = path.parent().unwrap_or(Path::new(""));
+    fs::create_dir_all(folder).map_err(Error::io("create", folder))?;
+    let pending = PendingFile::create(path)?;
+    let mut file = ShardWriter::create(pending.partial().to_path_buf(), &specs, metadata.clone())?;
     for i in 0..specs.len() {
         match by_name[file.entries()[i].name.as_str()] {
-            TensorData::Tensor(tensor) => file.write_tensor(i, tensor, staging.destination())?,
-            TensorData::Bytes { bytes, .. } => file.write_bytes(i, bytes, staging.destination())?,
+            TensorData::Tensor(tensor) => file.write_tensor(i, tensor, path)?,
+            TensorData::Bytes { bytes, .. } => file.write_bytes(i, bytes, path)?,
         }
     }
     file.sync()?;
-    staging.publish()?;
-    Ok(())
+    pending.persist().map(drop)
 }

@@ -2,23 +2,23 @@
 //!
 //! All tensors are declared up front, which fixes the shards and the place of every byte; then they are written in any
 //! order, straight to their place, so that no more than one tensor need be in memory. The folder appears under its name
-//! when it is complete, or not at all; see the `staging` module.
+//! when it is complete, or not at all; see [`PendingFolder`].
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::fs::{self, File};
+use std::fs;
 use std::path::{Path, PathBuf};
 
 use candle_core::Tensor;
 
+use crate::atomic::{Overwrite, PendingFolder};
 use crate::checkpoint::Checkpoint;
 use crate::config::{CONFIG_FILE, Config};
 use crate::error::{Error, Result};
 use crate::folder::{INDEX_FILE, SINGLE_FILE, shard_file_name};
 use crate::header::element_count;
-use crate::index::{Index, is_plain_file_name};
+use crate::index::Index;
 use crate::shard_writer::ShardWriter;
 use crate::spec::TensorSpec;
-use crate::staging::{Kind, Staging};
 
 /// How to write.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -62,9 +62,8 @@ pub struct CheckpointWriter {
     written: Vec<bool>,
     /// File names that `add_file` must not take.
     reserved: BTreeSet<String>,
-    added: BTreeSet<String>,
     summary: Written,
-    staging: Staging,
+    folder: PendingFolder,
 }
 
 impl CheckpointWriter {
@@ -81,7 +80,11 @@ impl CheckpointWriter {
         options: &WriteOptions,
     ) -> Result<Self> {
         let plan = plan_shards(&tensors, options.max_shard_bytes)?;
-        let staging = Staging::begin(dst.as_ref(), Kind::Folder, options.overwrite)?;
+        let overwrite = match options.overwrite {
+            true => Overwrite::IfHolds(CONFIG_FILE),
+            false => Overwrite::Never,
+        };
+        let folder = PendingFolder::create(dst, overwrite)?;
         let mut writer = Self {
             shards: Vec::new(),
             places: HashMap::new(),
@@ -89,13 +92,12 @@ impl CheckpointWriter {
             reserved: [CONFIG_FILE, INDEX_FILE, SINGLE_FILE]
                 .map(String::from)
                 .into(),
-            added: BTreeSet::new(),
-            summary: summarise(&tensors, plan.len(), staging.destination())?,
+            summary: summarise(&tensors, plan.len(), folder.destination())?,
             specs: tensors,
-            staging,
+            folder,
         };
         writer.create_shards(&plan)?;
-        writer.put(CONFIG_FILE, &config.to_file_bytes())?;
+        writer.folder.write(CONFIG_FILE, &config.to_file_bytes())?;
         Ok(writer)
     }
 
@@ -122,17 +124,13 @@ impl CheckpointWriter {
     /// # Errors
     /// [`Error::FileName`] for a path, or the name of a file that the writer itself writes; [`Error::Io`].
     pub fn add_file(&mut self, name: &str, contents: &[u8]) -> Result<()> {
-        let reason = if !is_plain_file_name(name) {
-            "expected a plain file name"
-        } else if self.reserved.contains(name) {
-            "the writer writes this file itself"
-        } else {
-            return self.put(name, contents);
-        };
-        Err(Error::FileName {
-            name: name.to_string(),
-            reason,
-        })
+        if self.reserved.contains(name) {
+            return Err(Error::FileName {
+                name: name.to_string(),
+                reason: "the writer writes this file itself",
+            });
+        }
+        self.folder.write(name, contents)
     }
 
     /// Writes a tensor from its stored form (little endian, row-major), without looking at the values.
@@ -205,15 +203,7 @@ impl CheckpointWriter {
         for shard in &mut self.shards {
             shard.sync()?;
         }
-        for name in &self.added {
-            let path = self.staging.partial().join(name);
-            File::options()
-                .write(true)
-                .open(&path)
-                .and_then(|file| file.sync_all())
-                .map_err(Error::io("sync", &path))?;
-        }
-        self.staging.publish()?;
+        self.folder.persist()?;
         Ok(self.summary)
     }
 
@@ -233,7 +223,7 @@ impl CheckpointWriter {
             };
             let specs: Vec<&TensorSpec> = members.iter().map(|&i| &self.specs[i]).collect();
             let metadata = BTreeMap::from([("format".to_string(), "pt".to_string())]);
-            let path = self.staging.partial().join(&file_name);
+            let path = self.folder.path().join(&file_name);
             let shard = ShardWriter::create(path, &specs, metadata)?;
             for (i, entry) in shard.entries().iter().enumerate() {
                 let place = (position[&entry.name], number, i);
@@ -245,15 +235,8 @@ impl CheckpointWriter {
         }
         if plan.len() > 1 {
             let index = Index::new(self.summary.bytes, weight_map);
-            self.put(INDEX_FILE, &index.to_file_bytes())?;
+            self.folder.write(INDEX_FILE, &index.to_file_bytes())?;
         }
-        Ok(())
-    }
-
-    fn put(&mut self, name: &str, contents: &[u8]) -> Result<()> {
-        let path = self.staging.partial().join(name);
-        fs::write(&path, contents).map_err(Error::io("write", &path))?;
-        self.added.insert(name.to_string());
         Ok(())
     }
 

@@ -5,9 +5,10 @@ use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
 use lowrank_eora::compress::Compressor;
-use lowrank_eora::repair::{FactorStorage, InputSource, Repair, Sampling, Spread, WithinBlock};
-use lowrank_eora::solve::Method;
-use lowrank_eora::stats::Importance;
+use lowrank_eora::repair::layer::Importance;
+use lowrank_eora::repair::{
+    FactorStorage, InputSource, Method, Repair, Sampling, Spread, WithinBlock,
+};
 use tensor_io::WriteOptions;
 
 use super::TextArgs;
@@ -196,30 +197,28 @@ impl LowrankArgs {
             held_out_samples: self.held_out_samples.get(),
             compressors: self.compress,
             ranks: self.rank.into_iter().map(NonZeroUsize::get).collect(),
-            repair: Repair {
-                inputs: match change.inputs {
+            repair: Repair::default()
+                .with_inputs(match change.inputs {
                     InputsArg::Repaired => InputSource::Repaired,
                     InputsArg::Dense => InputSource::Dense,
-                },
-                within_block: match change.sequential {
+                })
+                .with_within_block(match change.sequential {
                     true => WithinBlock::Sequential,
                     false => WithinBlock::Original,
-                },
-                factors: match change.factors {
+                })
+                .with_factors(match change.factors {
                     FactorsArg::F16 => FactorStorage::F16,
                     FactorsArg::Bf16 => FactorStorage::Bf16,
                     FactorsArg::F32 => FactorStorage::F32,
                     FactorsArg::Int => FactorStorage::integers(),
-                },
-                requantise: change.requantise,
-                sampling: change.token_share.map(|share| Sampling {
-                    importance: Importance::Mixture,
-                    share,
-                    seed,
-                }),
-                measure_drift: methods.iter().any(drifts),
-                ..Repair::default()
-            },
+                })
+                .with_requantise(change.requantise)
+                .with_sampling(
+                    change
+                        .token_share
+                        .map(|share| Sampling::new(Importance::Mixture, share, seed)),
+                )
+                .with_measure_drift(methods.iter().any(drifts)),
             methods,
             allocate: change.allocate.map(|spread| match spread {
                 SpreadArg::Relative => Spread::Relative,

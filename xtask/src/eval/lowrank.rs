@@ -1,6 +1,5 @@
 //! Low-rank repair: output error, quality and size by compressor, method and rank.
 
-mod control;
 mod data;
 mod hidden;
 mod save;
@@ -13,14 +12,13 @@ use anyhow::{Context, Result};
 use candle_core::DType;
 use causal_lm::{Decoder, Windows};
 use eval_report::{DENSE, Row, Section, Stopwatch};
-use lowrank_eora::compress::Compressor;
-use lowrank_eora::output::{Layout, Weights, write_checkpoint};
+use lowrank_eora::compress::{Compressor, Shapes};
+use lowrank_eora::output::{CheckpointOptions, Layout, Weights, write_checkpoint};
 use lowrank_eora::repair::{
-    Bytes, Energy, FactorStorage, InputSource, LayerReport, Ranks, Repair, Repaired, Source, Spread,
+    Bytes, Energy, LayerReport, Method, Ranks, Repair, Repaired, Source, Spread, Texts,
 };
-use lowrank_eora::solve::Method;
 use serde_json::{Value, json};
-use tensor_io::{Checkpoint, WriteOptions};
+use tensor_io::{Checkpoint, NoProgress, WriteOptions};
 
 use super::perplexity::{self, Protocol, file_name};
 use crate::cli::Common;
@@ -117,22 +115,12 @@ pub fn run(common: &Common, config: &Config) -> Result<Vec<Section>> {
         .fact("held-out windows", held_out.count())
         .fact(
             "calibrated on",
-            match config.repair.inputs {
-                InputSource::Repaired => "activations behind the repaired blocks",
-                InputSource::Dense => "activations of the dense model",
-            },
+            format!("activations of {}", config.repair.inputs),
         )
-        .fact(
-            "factors",
-            match config.repair.factors {
-                FactorStorage::Quantised { .. } => "A int4, B int8 refitted",
-                other => other.dtype().as_str(),
-            },
-        );
+        .fact("factors", config.repair.factors.to_string());
     let spread = match config.allocate {
-        None => "the same for all",
-        Some(Spread::Relative) => "by relative gain, in the bytes of one rank for all",
-        Some(Spread::Absolute) => "by gain, in the bytes of one rank for all",
+        None => "the same for all".to_string(),
+        Some(spread) => format!("by {spread}, in the bytes of one rank for all"),
     };
     Ok(vec![section.fact("ranks", spread)])
 }
@@ -219,12 +207,13 @@ impl Lowrank<'_> {
         bar: &Progress,
     ) -> Result<(Row, Repaired)> {
         let name = cell_name(compressor, repair);
-        let options = Repair {
-            method: repair.map(|(method, _)| method),
-            ranks: Ranks::Constant(repair.map_or(0, |(_, rank)| rank)),
-            requantise: self.config.repair.requantise.filter(|_| repair.is_some()),
-            ..self.config.repair.clone()
-        };
+        let options = self
+            .config
+            .repair
+            .clone()
+            .with_method(repair.map(|(method, _)| method))
+            .with_ranks(Ranks::Constant(repair.map_or(0, |(_, rank)| rank)))
+            .with_requantise(self.config.repair.requantise.filter(|_| repair.is_some()));
         let watch = Stopwatch::start();
         let options = match repair {
             Some((_, rank)) => self.allocated(options, rank, source, &name, bar)?,
@@ -259,14 +248,9 @@ impl Lowrank<'_> {
         bar: &Progress,
     ) -> Result<Repaired> {
         let blocks = bar.nested("blocks", self.decoder.config().layers() as u64);
-        let repaired = options.run(
-            self.decoder,
-            source,
-            self.calibration,
-            Some(self.held_out),
-            self.state.join(name),
-            &mut |_| blocks.inc(1),
-        )?;
+        let texts = Texts::new(self.calibration).with_held_out(self.held_out);
+        let folder = self.state.join(name);
+        let repaired = options.run(self.decoder, source, texts, folder, &blocks)?;
         blocks.finish();
         Ok(repaired)
     }
@@ -284,11 +268,10 @@ impl Lowrank<'_> {
         let Some(spread) = self.config.allocate else {
             return Ok(options);
         };
-        let first = Repair {
-            ranks: Ranks::Constant(rank * ALLOCATION_REACH),
-            requantise: None,
-            ..options.clone()
-        };
+        let first = options
+            .clone()
+            .with_ranks(Ranks::Constant(rank * ALLOCATION_REACH))
+            .with_requantise(None);
         let first = self.repair(&first, source, &format!("{name}-spectra"), bar)?;
         let size = options.factors.dtype().size_in_bytes();
         let values = |report: &LayerReport| {
@@ -298,7 +281,7 @@ impl Lowrank<'_> {
         let budget = (first.reports().map(values).sum::<usize>() * size) as u64;
         let ranks = Ranks::allocate(first.reports(), budget, size, 1, spread)?;
         self.discard(&first)?;
-        Ok(Repair { ranks, ..options })
+        Ok(options.with_ranks(ranks))
     }
 
     /// Loss, size and quality.
@@ -318,19 +301,11 @@ impl Lowrank<'_> {
         let layout = Layout::Dense {
             dtype: Some(DType::F32),
         };
-        let replace = WriteOptions {
+        let options = CheckpointOptions::new(Weights::Merged, layout).with_write(WriteOptions {
             overwrite: true,
             ..self.config.write.clone()
-        };
-        write_checkpoint(
-            self.decoder,
-            repaired,
-            Weights::Merged,
-            layout,
-            &folder,
-            &replace,
-            &mut || (),
-        )?;
+        });
+        write_checkpoint(self.decoder, repaired, &folder, &options, &NoProgress)?;
         let merged = Checkpoint::open(&folder)?;
         let decoder = open(self.common, &merged)?;
         let nested = bar.nested("perplexity", 0);
@@ -381,12 +356,12 @@ impl Lowrank<'_> {
             .reports()
             .next()
             .context("a model without linears")?;
-        let shapes = control::Shapes {
+        let shapes = Shapes {
             linears: compressed
                 .reports()
                 .map(|report| (report.outputs, report.inputs))
                 .collect(),
-            float: first.bytes.dense as usize / (first.outputs * first.inputs),
+            float_bytes: first.bytes.dense as usize / (first.outputs * first.inputs),
         };
         let own: Bytes = compressed.reports().map(|report| report.bytes).sum();
         let all = self.decoder.checkpoint().total_bytes();
@@ -397,7 +372,7 @@ impl Lowrank<'_> {
                 continue;
             };
             let target = bytes - (all - own.dense);
-            let Some((control, _)) = control::same_bytes(compressor, target, &shapes) else {
+            let Some((control, _)) = compressor.finer(target, &shapes) else {
                 continue;
             };
             let rank = rank.to_string();

@@ -57,6 +57,7 @@ impl Group {
 
 /// Where the zero point lies.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Symmetry {
     /// Anywhere: the range is that of the weights, extended to contain 0.
     Asymmetric,
@@ -69,6 +70,7 @@ pub enum Symmetry {
 
 /// How the range of a group is found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Range {
     /// From the smallest to the largest weight.
     MinMax,
@@ -87,6 +89,7 @@ pub enum ScaleDtype {
 
 /// Which values a weight can take.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Grid {
     /// Bits per weight.
     pub bits: Bits,

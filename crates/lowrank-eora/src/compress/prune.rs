@@ -15,6 +15,7 @@ pub struct Prune {
 
 /// How dispensable a weight is; the lowest scores are pruned.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Score {
     /// |W_ij|, compared over the whole matrix.
     Magnitude,
@@ -27,6 +28,7 @@ pub enum Score {
 
 /// Where zeros lie.
 #[derive(Debug, Clone, Copy, PartialEq)]
+#[non_exhaustive]
 pub enum Pattern {
     /// Anywhere.
     Unstructured {

@@ -1,13 +1,17 @@
 //! How many bytes a compressed weight takes.
 
-use super::{Compressed, Mask};
+use super::grid::Symmetry;
+use super::prune::{Pattern, Prune, Score, share};
+use super::{Compressed, Compressor, Mask, Quantised};
 
-/// Bytes of the parts of a compressed weight, as files of the usual formats hold them: 16-bit floats, codes without gaps.
+/// Bytes of the parts of a compressed weight, as files of the usual formats hold them: codes without gaps, f16 scales.
 ///
-/// Of a pruned weight only what stays counts, and a mask of one bit per weight. That is what a format for sparse weights
-/// needs (`sparse-bitmask`; for 2:4 the indices of the hardware format take as much); a dense file with zeros in it takes
-/// as much as the uncompressed weight.
+/// Zero points count unless the grid is symmetric, an index of groups where groups are not runs of neighbouring inputs.
+/// Of a pruned weight only what stays counts, and a mask of one bit for each weight. That is what a format for sparse
+/// weights needs (`sparse-bitmask`; for 2:4 the indices of the hardware format take as much); a file with the zeros in
+/// it, which is what runtimes load today, takes as much as the dense weight.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Storage {
     /// Weights, or their codes.
     pub values: usize,
@@ -15,28 +19,99 @@ pub struct Storage {
     pub mask: usize,
     /// Scales.
     pub scales: usize,
-    /// Zero points; none if the grid is symmetric.
+    /// Zero points.
     pub zeros: usize,
-    /// The group of each input, where groups are not runs of neighbours: 4 bytes each.
+    /// The group of each input: 4 bytes each.
     pub group_index: usize,
     /// Number of weights.
     pub weights: usize,
 }
 
-/// Bytes of a 16-bit float.
-const HALF: usize = 2;
+/// Bytes of an f16 scale.
+const SCALE: usize = 2;
 
 impl Storage {
-    /// Of an uncompressed weight in 16-bit floats.
-    pub fn dense(rows: usize, cols: usize) -> Self {
+    /// Of floats of `width` bytes, `kept` of which are not zero: with a mask where that takes less.
+    pub fn floats(weights: usize, kept: usize, width: usize) -> Self {
+        let (sparse, mask) = (kept * width, weights.div_ceil(8));
+        let (values, mask) = match sparse + mask < weights * width {
+            true => (sparse, mask),
+            false => (weights * width, 0),
+        };
         Self {
-            values: rows * cols * HALF,
-            mask: 0,
+            values,
+            mask,
             scales: 0,
             zeros: 0,
             group_index: 0,
-            weights: rows * cols,
+            weights,
         }
+    }
+
+    /// Of a quantised weight of which `pruned` weights were pruned before.
+    pub fn quantised(weight: &Quantised, pruned: usize) -> Self {
+        let (weights, bits) = (weight.rows * weight.cols, weight.bits.get());
+        Self {
+            values: ((weights - pruned) * bits).div_ceil(8),
+            mask: if pruned > 0 { weights.div_ceil(8) } else { 0 },
+            scales: weight.scales.len() * SCALE,
+            zeros: match weight.is_symmetric() {
+                true => 0,
+                false => (weight.zeros.len() * bits).div_ceil(8),
+            },
+            group_index: match weight.is_ordered() {
+                true => 0,
+                false => 4 * weight.cols,
+            },
+            weights,
+        }
+    }
+
+    /// What `compressor` will make of an `m × n` weight of floats of `width` bytes, without compressing it; `None`
+    /// where it does not fit the shape.
+    ///
+    /// Ties, sweeps and zero points that all lie in the middle by chance are not foreseen.
+    pub fn predicted(
+        compressor: &Compressor,
+        (m, n): (usize, usize),
+        width: usize,
+    ) -> Option<Self> {
+        let weights = m * n;
+        let kept = match compressor.prune {
+            None => weights,
+            Some(Prune { score, pattern }) => match (pattern, score) {
+                (Pattern::Nm { keep, of }, _) if n.is_multiple_of(of) => weights / of * keep,
+                (Pattern::Nm { .. }, _) => return None,
+                // Wanda prunes equally many of each output.
+                (Pattern::Unstructured { percent, .. }, Score::Wanda) => {
+                    m * (n - share(n, percent))
+                }
+                (Pattern::Unstructured { percent, .. }, _) => weights - share(weights, percent),
+            },
+        };
+        let Some(quantise) = compressor.quantise else {
+            return Some(Self::floats(weights, kept, width));
+        };
+        let grid = quantise.grid;
+        let groups = m * grid.group.count(n);
+        Some(Self {
+            values: (kept * grid.bits.get()).div_ceil(8),
+            mask: if kept < weights {
+                weights.div_ceil(8)
+            } else {
+                0
+            },
+            scales: groups * SCALE,
+            zeros: match grid.symmetry {
+                Symmetry::Asymmetric => (groups * grid.bits.get()).div_ceil(8),
+                Symmetry::Symmetric | Symmetry::SymmetricClipped => 0,
+            },
+            group_index: match quantise.takes_groups_apart() {
+                true => 4 * n,
+                false => 0,
+            },
+            weights,
+        })
     }
 
     /// All bytes.
@@ -51,47 +126,39 @@ impl Storage {
 }
 
 impl Compressed {
-    /// How many bytes this weight takes.
-    pub fn storage(&self) -> Storage {
-        let weights = self.weight.nrows() * self.weight.ncols();
+    /// How many bytes this weight takes; those that are not quantised as floats of `width` bytes.
+    pub fn storage(&self, width: usize) -> Storage {
         let pruned = self.mask.as_ref().map_or(0, Mask::count);
-        let kept = weights - pruned;
-        let mut storage = Storage::dense(self.weight.nrows(), self.weight.ncols());
-        storage.values = kept * HALF;
-        if pruned > 0 {
-            storage.mask = weights.div_ceil(8);
-        }
-        if let Some(quantised) = &self.quantised {
-            let bits = quantised.bits.get();
-            storage.values = (kept * bits).div_ceil(8);
-            storage.scales = quantised.scales.len() * HALF;
-            if !quantised.is_symmetric() {
-                storage.zeros = (quantised.zeros.len() * bits).div_ceil(8);
-            }
-            if !quantised.is_ordered() {
-                storage.group_index = 4 * quantised.cols;
+        match &self.quantised {
+            Some(quantised) => Storage::quantised(quantised, pruned),
+            None => {
+                let weights = self.weight.nrows() * self.weight.ncols();
+                Storage::floats(weights, weights - pruned, width)
             }
         }
-        storage
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::super::{Compressor, Inputs};
+    use super::Storage;
     use faer::Mat;
 
-    fn bits(name: &str) -> f64 {
-        let weight = Mat::from_fn(64, 256, |i, j| ((i * 31 + j * 17) % 101) as f64 - 30.0);
-        let inputs = vec![1.0; 256];
+    fn storage(name: &str, (m, n): (usize, usize)) -> Storage {
+        let weight = Mat::from_fn(m, n, |i, j| {
+            ((i * 37 + j * 101 + i * j) % 193) as f64 - 66.5
+        });
+        let h = Mat::from_fn(n, n, |i, j| if i == j { 1.0 + i as f64 } else { 0.25 });
         let compressor: Compressor = name.parse().expect("a name");
-        let inputs = Some(Inputs::Diagonal(&inputs));
+        let inputs = Some(Inputs::Gram(h.as_ref()));
         let compressed = compressor.compress(weight.as_ref(), inputs).expect("valid");
-        compressed.storage().bits_per_weight()
+        compressed.storage(2)
     }
 
     #[test]
     fn bits_per_weight_are_codes_masks_scales_and_zeros() {
+        let bits = |name| storage(name, (64, 256)).bits_per_weight();
         assert_eq!(bits("none"), 16.0);
         assert_eq!(bits("wanda-2:4"), 8.0 + 1.0);
         assert_eq!(bits("wanda-75"), 4.0 + 1.0);
@@ -99,5 +166,33 @@ mod tests {
         assert_eq!(bits("rtn-int4-g128-sym"), 4.0 + 16.0 / 128.0);
         assert_eq!(bits("rtn-int3"), 3.0 + (16.0 + 3.0) / 256.0);
         assert_eq!(bits("wanda-2:4+rtn-int4-sym"), 2.0 + 1.0 + 16.0 / 256.0);
+        let index = 8.0 * 4.0 / 64.0;
+        assert_eq!(bits("gptq-int4-g128-sym-act"), 4.0 + 16.0 / 128.0 + index);
+    }
+
+    #[test]
+    fn predicted_bytes_are_those_of_compressed_weights() {
+        for name in [
+            "none",
+            "rtn-int3",
+            "gptq-int4-g32",
+            "gptq-int4-g32-act",
+            "gptq-int4-g32-act-static",
+            "rtn-int4-g16-sym",
+            "wanda-2:4",
+            "magnitude-37.3",
+            "magnitude-1",
+            "wanda-44.9",
+            "sparsegpt-44.9",
+            "wanda-2:4+rtn-int4",
+            "sparsegpt-50+gptq-int3-g32",
+        ] {
+            for shape in [(32, 64), (64, 64), (64, 96)] {
+                let predicted = Storage::predicted(&name.parse().expect("a name"), shape, 2);
+                assert_eq!(predicted, Some(storage(name, shape)), "{name} {shape:?}");
+            }
+        }
+        let pattern = "wanda-2:4".parse().expect("a name");
+        assert_eq!(Storage::predicted(&pattern, (4, 6), 2), None);
     }
 }

@@ -18,6 +18,7 @@ use super::rows::{Rows, STRIP};
 
 /// Parameters of the sweep.
 #[derive(Debug, Clone, Copy, PartialEq)]
+#[non_exhaustive]
 pub struct Sweep {
     /// Added to the diagonal of H, as a share of its mean.
     pub damping: f64,
@@ -45,6 +46,7 @@ impl Default for Sweep {
 
 /// Order in which GPTQ quantises columns.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum ColumnOrder {
     /// As they stand.
     Natural,
@@ -54,6 +56,7 @@ pub enum ColumnOrder {
 
 /// Which weights the scale and zero of a group are fitted to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum GroupFit {
     /// Those that have taken over all errors made before the group.
     Updated,
@@ -66,6 +69,7 @@ pub enum GroupFit {
 
 /// What a sweep met.
 #[derive(Debug, Clone, Copy, PartialEq)]
+#[non_exhaustive]
 pub struct SweepReport {
     /// ‖(W − W_c) X‖² under the damped H, W without the columns of dead inputs.
     pub loss: f64,

@@ -5,7 +5,6 @@
 //! patterns. So the default is one rank for all, smaller ones padded with zeros, and alpha = r: a
 //! scale of 1 in both. Modules keep the case of their names.
 
-use super::folder;
 use crate::repair::{LayerId, Repaired};
 use crate::solve::LowRank;
 use crate::{Error, Result};
@@ -14,7 +13,8 @@ use faer::Mat;
 use serde_json::{Map, Value, json};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
-use tensor_io::Checkpoint;
+use tensor_io::atomic::Overwrite;
+use tensor_io::{Checkpoint, PendingFolder};
 
 const WEIGHTS: &str = "adapter_model.safetensors";
 const CONFIG: &str = "adapter_config.json";
@@ -22,6 +22,7 @@ const PREFIX: &str = "base_model.model.";
 
 /// How layers of different rank are stored.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum AdapterRanks {
     /// All with the largest rank, padded with zeros: what every runtime reads.
     #[default]
@@ -34,6 +35,7 @@ pub enum AdapterRanks {
 
 /// How an adapter is written.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct AdapterOptions {
     /// Stored dtype: f16, bf16 or f32.
     pub dtype: DType,
@@ -45,6 +47,36 @@ pub struct AdapterOptions {
     pub base_model: String,
     /// Replace an adapter that is there.
     pub overwrite: bool,
+}
+
+impl AdapterOptions {
+    /// Stored dtype: f16, bf16 or f32.
+    pub fn with_dtype(self, dtype: DType) -> Self {
+        Self { dtype, ..self }
+    }
+
+    /// How layers of different rank are stored.
+    pub fn with_ranks(self, ranks: AdapterRanks) -> Self {
+        Self { ranks, ..self }
+    }
+
+    /// Declare `use_rslora`.
+    pub fn with_rslora(self, rslora: bool) -> Self {
+        Self { rslora, ..self }
+    }
+
+    /// `base_model_name_or_path`: the compressed model.
+    pub fn with_base_model(self, base_model: impl Into<String>) -> Self {
+        Self {
+            base_model: base_model.into(),
+            ..self
+        }
+    }
+
+    /// Replace an adapter that is there.
+    pub fn with_overwrite(self, overwrite: bool) -> Self {
+        Self { overwrite, ..self }
+    }
 }
 
 impl Default for AdapterOptions {
@@ -172,11 +204,16 @@ impl Adapter {
             }
         }
         let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
-        folder::write(dst.as_ref(), options.overwrite, CONFIG, |dir| {
-            let tensors = tensors.iter().map(|(name, tensor)| (name.as_str(), tensor));
-            tensor_io::write_file(dir.join(WEIGHTS), tensors, &metadata)?;
-            folder::file(&dir.join(CONFIG), text.as_bytes())
-        })
+        let overwrite = match options.overwrite {
+            true => Overwrite::IfHolds(CONFIG),
+            false => Overwrite::Never,
+        };
+        let folder = PendingFolder::create(dst, overwrite)?;
+        let tensors = tensors.iter().map(|(name, tensor)| (name.as_str(), tensor));
+        tensor_io::write_file(folder.path().join(WEIGHTS), tensors, &metadata)?;
+        folder.write(CONFIG, text.as_bytes())?;
+        folder.persist()?;
+        Ok(())
     }
 
     /// Reads an adapter folder for a decoder, ours or another LoRA, as PEFT would.

@@ -9,10 +9,11 @@ use candle_core::{DType, Device};
 use causal_lm::Decoder;
 use std::collections::BTreeSet;
 use std::path::Path;
-use tensor_io::{CheckpointWriter, TensorSpec, WriteOptions, Written};
+use tensor_io::{CheckpointWriter, Progress, TensorSpec, WriteOptions, Written};
 
 /// Which weights are written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Weights {
     /// W_c, on top of which the adapter goes.
     Compressed,
@@ -24,6 +25,7 @@ pub enum Weights {
 
 /// How they are stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Layout {
     /// As floats: pruned weights as zeros, quantised ones as the nearest values of the dtype.
     Dense {
@@ -37,9 +39,35 @@ pub enum Layout {
     },
 }
 
-/// Writes a checkpoint folder; everything but the repaired linears is the dense model's.
-///
-/// `progress` is told after each block.
+/// How a checkpoint is written.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct CheckpointOptions {
+    /// Which weights.
+    pub weights: Weights,
+    /// How they are stored.
+    pub layout: Layout,
+    /// Size of files, and whether a checkpoint that is there is replaced.
+    pub write: WriteOptions,
+}
+
+impl CheckpointOptions {
+    /// These weights in this layout, in files of the usual size; an existing checkpoint is not replaced.
+    pub fn new(weights: Weights, layout: Layout) -> Self {
+        Self {
+            weights,
+            layout,
+            write: WriteOptions::default(),
+        }
+    }
+
+    /// Size of files, and whether a checkpoint that is there is replaced.
+    pub fn with_write(self, write: WriteOptions) -> Self {
+        Self { write, ..self }
+    }
+}
+
+/// Writes a checkpoint folder; everything but the repaired linears is the dense model's. `progress` counts blocks.
 ///
 /// # Errors
 /// [`Error::NotStorable`] where the layout cannot hold the weights, [`Error::Setting`] where the
@@ -47,12 +75,11 @@ pub enum Layout {
 pub fn write_checkpoint(
     decoder: &Decoder<'_>,
     repaired: &Repaired,
-    weights: Weights,
-    layout: Layout,
     dst: impl AsRef<Path>,
-    options: &WriteOptions,
-    progress: &mut dyn FnMut(),
+    options: &CheckpointOptions,
+    progress: &dyn Progress,
 ) -> Result<Written> {
+    let (weights, layout) = (options.weights, options.layout);
     let checkpoint = decoder.checkpoint();
     let linears: BTreeSet<LayerId> = repaired.reports().map(|report| report.layer).collect();
     if weights == Weights::Requantised
@@ -124,7 +151,8 @@ pub fn write_checkpoint(
         _ => {}
     }
 
-    let mut writer = CheckpointWriter::create(dst, &config, specs, options)?;
+    let mut writer = CheckpointWriter::create(dst, &config, specs, &options.write)?;
+    progress.begin("write checkpoint", repaired.blocks() as u64);
     writer.carry_from(checkpoint)?;
     for name in checkpoint.names().filter(|name| layer_of(name).is_none()) {
         match layout {
@@ -158,7 +186,7 @@ pub fn write_checkpoint(
                 }
             }
         }
-        progress();
+        progress.advance(1)?;
     }
     Ok(writer.finish()?)
 }

@@ -1,8 +1,8 @@
 //! The repair of one block.
 
 use super::inputs::{Collectors, Sites, Statistics, energies};
-use super::layer::{SITES, linear_mut, site_index, site_of};
 use super::measure::{Measured, errors};
+use super::sites::{SITES, linear_mut, site_index, site_of};
 use super::state::RepairedLayer;
 use super::stream::{Stream, View};
 use super::{LayerId, LayerReport, Repair, Requantised, Source, WithinBlock};
@@ -14,12 +14,14 @@ use candle_core::{DType, Device};
 use causal_lm::{Block, Decoder, Site};
 use faer::Mat;
 use std::time::Instant;
+use tensor_io::Progress;
 
 /// All that the repair of any block needs.
 pub(super) struct BlockRepair<'a> {
     pub(super) decoder: &'a Decoder<'a>,
     pub(super) source: &'a dyn Source,
     pub(super) repair: &'a Repair,
+    pub(super) progress: &'a dyn Progress,
 }
 
 /// A linear that is compressed before its inputs are summed up.
@@ -141,6 +143,7 @@ impl BlockRepair<'_> {
                 continue;
             };
             for &linear in linears {
+                self.progress.advance(0)?;
                 let id = LayerId {
                     block: view.dense.layer,
                     linear,
@@ -169,7 +172,7 @@ impl BlockRepair<'_> {
     fn compress_streamed(&self, view: View<'_>, sites: &Sites) -> Result<Vec<Early>> {
         let mut known = Vec::new();
         for &site in &sites.streamed {
-            let width = super::layer::width(view.dense, site).unwrap_or(0);
+            let width = super::sites::width(view.dense, site).unwrap_or(0);
             let sums = InputCollector::new(width, Collect::default(), Accumulation::Sum)?;
             known.push((site, sums));
         }

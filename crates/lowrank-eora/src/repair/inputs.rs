@@ -4,7 +4,7 @@
 //! (down_proj), H can be spared: with D known before the tokens, G = Σ (D x)(D x)ᵀ finds the best
 //! correction, and losses are summed up from the tokens in a further pass.
 
-use super::layer::{SITES, linear_mut, site_index};
+use super::sites::{SITES, linear_mut, site_index};
 use super::stream::{Held, How, Sums, TeacherGram, View};
 use crate::solve::Weighting;
 use crate::stats::{
@@ -96,7 +96,7 @@ impl Collectors {
         let streamed = sites.streamed.iter().map(|&site| (site, false));
         let mut collectors = Vec::new();
         for (site, gram) in whole.chain(streamed) {
-            let width = super::layer::width(block, site).unwrap_or(0);
+            let width = super::sites::width(block, site).unwrap_or(0);
             let collect = Collect {
                 gram,
                 cross: gram && how.cross,
@@ -159,14 +159,19 @@ pub(super) fn energies(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use faer::Mat;
 
     #[test]
-    fn an_input_is_wide_where_the_losses_of_its_linears_take_less_than_h() {
-        for (outputs, inputs) in [(4096, 14336), (4096, 11008), (32, 64), (4096, 4096), (4, 6)] {
-            let errors = 3 * size_of::<f32>() * outputs * inputs;
-            let h = size_of::<f64>() * inputs * inputs;
-            assert_eq!(is_wide(outputs, inputs), errors < h);
+    fn a_wide_input_takes_fewer_bytes_without_its_h() {
+        for (outputs, inputs) in [(40, 140), (40, 61), (40, 40), (20, 29), (8, 13), (12, 17)] {
+            let error = Mat::zeros(outputs, inputs);
+            let errors = EnergyCollector::new(error.as_ref()).expect("finite");
+            let h = GramCollector::new(inputs, Accumulation::Sum).expect("valid");
+            assert_eq!(
+                is_wide(outputs, inputs),
+                3 * errors.bytes() < h.bytes(),
+                "{outputs} × {inputs}"
+            );
         }
-        assert!(is_wide(4096, 14336) && !is_wide(4096, 4096));
     }
 }

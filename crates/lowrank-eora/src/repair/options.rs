@@ -9,10 +9,20 @@ use candle_core::{DType, Device};
 use faer::{Mat, MatRef};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
+use std::fmt::{self, Display, Formatter};
 
 /// How a model is repaired.
+///
+/// ```
+/// use lowrank_eora::repair::{FactorStorage, Ranks, Repair};
+///
+/// let repair = Repair::default()
+///     .with_ranks(Ranks::Constant(64))
+///     .with_factors(FactorStorage::Bf16);
+/// ```
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
+#[non_exhaustive]
 pub struct Repair {
     /// Norm in which corrections are best; `None` compresses and corrects nothing.
     pub method: Option<Method>,
@@ -58,12 +68,82 @@ impl Default for Repair {
     }
 }
 
+impl Repair {
+    /// The norm in which corrections are best; `None` compresses and corrects nothing.
+    pub fn with_method(self, method: Option<Method>) -> Self {
+        Self { method, ..self }
+    }
+
+    /// Ranks.
+    pub fn with_ranks(self, ranks: Ranks) -> Self {
+        Self { ranks, ..self }
+    }
+
+    /// Which activations calibrate.
+    pub fn with_inputs(self, inputs: InputSource) -> Self {
+        Self { inputs, ..self }
+    }
+
+    /// What a linear's inputs within a block are computed with.
+    pub fn with_within_block(self, within_block: WithinBlock) -> Self {
+        Self {
+            within_block,
+            ..self
+        }
+    }
+
+    /// How B and A are stored.
+    pub fn with_factors(self, factors: FactorStorage) -> Self {
+        Self { factors, ..self }
+    }
+
+    /// Also merge by requantisation with this compressor.
+    pub fn with_requantise(self, requantise: Option<Compressor>) -> Self {
+        Self { requantise, ..self }
+    }
+
+    /// Whether losses against what the dense model computes are reported too.
+    pub fn with_measure_drift(self, measure_drift: bool) -> Self {
+        Self {
+            measure_drift,
+            ..self
+        }
+    }
+
+    /// What each calibration window counts.
+    pub fn with_window_weights(self, window_weights: Option<Vec<f64>>) -> Self {
+        Self {
+            window_weights,
+            ..self
+        }
+    }
+
+    /// Use part of the calibration tokens.
+    pub fn with_sampling(self, sampling: Option<Sampling>) -> Self {
+        Self { sampling, ..self }
+    }
+
+    /// How sums over tokens are formed.
+    pub fn with_accumulation(self, accumulation: Accumulation) -> Self {
+        Self {
+            accumulation,
+            ..self
+        }
+    }
+
+    /// How corrections are found.
+    pub fn with_solver(self, solver: solve::Options) -> Self {
+        Self { solver, ..self }
+    }
+}
+
 /// Which activations calibrate a block.
 ///
 /// Losses on held-out tokens are always those behind the repaired blocks, which is what the
 /// repaired model meets.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
 pub enum InputSource {
     /// Those of the model with all blocks before this one repaired, as in EoRA's program.
     #[default]
@@ -75,6 +155,7 @@ pub enum InputSource {
 /// What the inputs of a linear within a block are computed with.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
 pub enum WithinBlock {
     /// The block's original weights, as in EoRA's program: one pass collects for all linears.
     #[default]
@@ -86,6 +167,7 @@ pub enum WithinBlock {
 /// Ranks of the corrections.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
 pub enum Ranks {
     /// This rank for each linear, or the smaller side of its weight where that is less.
     Constant(usize),
@@ -96,6 +178,7 @@ pub enum Ranks {
 /// What [`Ranks::allocate`] sums up over linears.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
 pub enum Spread {
     /// Squared errors of outputs relative to the squared outputs of the same linear.
     #[default]
@@ -103,6 +186,33 @@ pub enum Spread {
     /// Squared errors of outputs: what the total loss is made of. Linears with large outputs take
     /// the ranks, whatever they mean to the model.
     Absolute,
+}
+
+impl Display for InputSource {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Repaired => "the model with all earlier blocks repaired",
+            Self::Dense => "the dense model",
+        })
+    }
+}
+
+impl Display for Spread {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Relative => "relative gain",
+            Self::Absolute => "gain",
+        })
+    }
+}
+
+impl Display for FactorStorage {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Quantised { a, b } => write!(f, "A {a}, B {b} refitted"),
+            floats => f.write_str(floats.dtype().as_str()),
+        }
+    }
 }
 
 impl Ranks {
@@ -164,6 +274,7 @@ impl Ranks {
 /// How B and A are stored.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
 pub enum FactorStorage {
     /// IEEE half.
     #[default]
@@ -227,6 +338,7 @@ impl FactorStorage {
 
 /// Which part of the calibration tokens is used.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct Sampling {
     /// What makes a token likely to be taken.
     pub importance: Importance,
@@ -234,4 +346,15 @@ pub struct Sampling {
     pub share: f64,
     /// Seed of the draws.
     pub seed: u64,
+}
+
+impl Sampling {
+    /// About `share`, in (0, 1], of the tokens, drawn with a seed.
+    pub fn new(importance: Importance, share: f64, seed: u64) -> Self {
+        Self {
+            importance,
+            share,
+            seed,
+        }
+    }
 }

@@ -98,6 +98,7 @@ impl Sum for Bytes {
 
 /// What merging by requantisation, W_c' = quantise(W_c + B A), leaves of a repair.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct Requantised {
     /// ‖(W − W_c') X‖² on the calibration windows.
     pub calibration: f64,
@@ -110,6 +111,7 @@ pub struct Requantised {
 
 /// One linear.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct LayerReport {
     /// Which.
     pub layer: LayerId,

@@ -13,6 +13,7 @@ use tensor_io::Checkpoint;
 
 /// A linear that is to be compressed.
 #[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
 pub struct Linear<'a> {
     /// Which.
     pub layer: LayerId,
@@ -26,8 +27,12 @@ pub struct Linear<'a> {
 
 /// Gives W_c for each linear of a decoder.
 pub trait Source {
-    /// What it is, for reports; a run is only resumed with a source that says the same.
-    fn describe(&self) -> String;
+    /// What it is, for reports; a run is only resumed with a source of the same description, so that it must tell
+    /// apart sources that give different weights.
+    ///
+    /// # Errors
+    /// When the weights that it stands for cannot be read.
+    fn describe(&self) -> Result<String>;
 
     /// The compressor that makes or made the weights, where it is known.
     fn compressor(&self) -> Option<Compressor> {
@@ -56,8 +61,8 @@ pub trait Source {
 
 /// Compresses the very weights that are repaired, on the inputs that the repair sees.
 impl Source for Compressor {
-    fn describe(&self) -> String {
-        self.to_string()
+    fn describe(&self) -> Result<String> {
+        Ok(self.to_string())
     }
 
     fn compressor(&self) -> Option<Compressor> {
@@ -111,9 +116,9 @@ impl<'a> Given<'a> {
 }
 
 impl Source for Given<'_> {
-    fn describe(&self) -> String {
-        let hash = super::state::hash_checkpoint(self.checkpoint);
-        format!("{} checkpoint {hash:016x}", self.reader.format())
+    fn describe(&self) -> Result<String> {
+        let hash = self.checkpoint.content_hash()?;
+        Ok(format!("{} checkpoint {hash}", self.reader.format()))
     }
 
     fn needs(&self) -> Needs {

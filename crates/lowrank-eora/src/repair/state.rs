@@ -1,10 +1,10 @@
-//! The folder in which a repair lives: one file per block, and what the run was asked to do.
+//! The state folder of a repair: one file per block, and a description of the run.
 //!
-//! `repair.json` says what was run on what; `block-00003.safetensors` holds W_c, B and A of the
-//! linears of block 3 and, in its metadata, their reports. Each file appears when it is complete, so
-//! that a run which was killed goes on behind the last whole block.
+//! `repair.json` describes the run: model, windows, source and options; `block-00003.safetensors` holds W_c, B and A
+//! of the linears of block 3 and, in its metadata, their reports and a checksum of everything. Each file appears when
+//! it is complete, so that a run that was killed continues after the last complete block. A damaged file is an error.
 
-use super::{LayerId, LayerReport, StoredWeight};
+use super::{LayerReport, StoredWeight};
 use crate::compress::{Compressor, Needs};
 use crate::solve::LowRank;
 use crate::{Error, Result};
@@ -14,10 +14,11 @@ use serde_json::{Map, Value};
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
-use tensor_io::Checkpoint;
+use tensor_io::atomic::{read_json, write_json};
+use tensor_io::{Checkpoint, ContentHash, Hasher};
 
 /// Version of the layout of the folder.
-const VERSION: u64 = 1;
+const VERSION: u64 = 2;
 const FILE: &str = "repair.json";
 const REPORT: &str = "report";
 
@@ -31,6 +32,7 @@ pub struct Repaired {
 
 /// A linear of a finished repair.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct RepairedLayer {
     /// What was done to it.
     pub report: LayerReport,
@@ -57,10 +59,11 @@ impl RepairedLayer {
 }
 
 impl Repaired {
-    /// Opens a finished repair.
+    /// Opens a finished repair. Reads all of it and compares it with its checksums.
     ///
     /// # Errors
-    /// When the folder holds none, or one that stopped before its last block.
+    /// When the folder holds none, or one that stopped before its last block; [`Error::Checkpoint`] with
+    /// [`tensor_io::Error::Checksum`] for a damaged file.
     pub fn open(folder: impl AsRef<Path>) -> Result<Self> {
         let folder = folder.as_ref();
         let facts = read_facts(folder)?.ok_or_else(|| Error::Malformed {
@@ -70,10 +73,12 @@ impl Repaired {
         let blocks = facts.get("blocks").and_then(Value::as_u64).unwrap_or(0) as usize;
         let reports = (0..blocks)
             .map(|block| {
-                read_report(folder, block)?.ok_or_else(|| Error::Malformed {
+                let found = open_checked(folder, block)?;
+                let (_, reports) = found.ok_or_else(|| Error::Malformed {
                     path: block_file(folder, block),
                     reason: "this block was not repaired yet; run the repair again".into(),
-                })
+                })?;
+                Ok(reports)
             })
             .collect::<Result<_>>()?;
         Ok(Self {
@@ -118,10 +123,20 @@ impl Repaired {
     /// # Errors
     /// When the file cannot be read or does not hold what its report says.
     pub fn block(&self, block: usize) -> Result<Vec<RepairedLayer>> {
-        read_block(&self.folder, block)?.ok_or_else(|| Error::Malformed {
-            path: block_file(&self.folder, block),
-            reason: "there is no such block".into(),
-        })
+        let (file, reports) = self.file(block)?;
+        read_layers(&file, reports.clone())
+    }
+
+    /// The file of a block, which was checked when the repair was opened.
+    fn file(&self, block: usize) -> Result<(Checkpoint, &Vec<LayerReport>)> {
+        let path = block_file(&self.folder, block);
+        match self.reports.get(block) {
+            Some(reports) => Ok((Checkpoint::open_file(path)?, reports)),
+            None => Err(Error::Malformed {
+                path,
+                reason: format!("the model has {} blocks", self.reports.len()),
+            }),
+        }
     }
 }
 
@@ -130,14 +145,6 @@ impl Repaired {
 /// # Errors
 /// [`Error::OtherRun`] when it was asked for something else.
 pub(super) fn begin(folder: &Path, facts: &Map<String, Value>) -> Result<()> {
-    let io = |action, path: &Path| {
-        let path = path.to_owned();
-        move |source| tensor_io::Error::Io {
-            action,
-            path,
-            source,
-        }
-    };
     if let Some(found) = read_facts(folder)? {
         let differs = facts
             .iter()
@@ -150,13 +157,8 @@ pub(super) fn begin(folder: &Path, facts: &Map<String, Value>) -> Result<()> {
             }
         };
     }
-    fs::create_dir_all(folder).map_err(io("create", folder))?;
-    let (path, partial) = (folder.join(FILE), folder.join(".repair.json.partial"));
-    let mut text = serde_json::to_vec_pretty(facts).map_err(|error| malformed(&path, &error))?;
-    text.push(b'\n');
-    fs::write(&partial, text).map_err(io("write", &partial))?;
-    fs::rename(&partial, &path).map_err(io("rename", &partial))?;
-    Ok(())
+    fs::create_dir_all(folder).map_err(tensor_io::Error::io("create", folder))?;
+    Ok(write_json(folder.join(FILE), facts)?)
 }
 
 /// What makes two runs the same.
@@ -164,9 +166,9 @@ pub(super) fn facts(
     repair: &super::Repair,
     source: &dyn super::Source,
     decoder: &Decoder<'_>,
-    (calibration, held_out): (&Windows, Option<&Windows>),
+    texts: super::Texts<'_>,
 ) -> Result<Map<String, Value>> {
-    let hash = |hash: u64| Value::from(format!("{hash:016x}"));
+    let hash = |hash: ContentHash| Value::from(hash.to_string());
     let repair = serde_json::to_value(repair).map_err(|error| Error::Malformed {
         path: FILE.into(),
         reason: error.to_string(),
@@ -174,15 +176,15 @@ pub(super) fn facts(
     let mut facts = Map::new();
     facts.insert("version".into(), VERSION.into());
     facts.insert("blocks".into(), decoder.config().layers().into());
-    facts.insert("model".into(), hash(hash_checkpoint(decoder.checkpoint())));
+    facts.insert("model".into(), hash(decoder.checkpoint().content_hash()?));
     facts.insert("computed_in".into(), decoder.dtype().as_str().into());
-    facts.insert("source".into(), source.describe().into());
+    facts.insert("source".into(), source.describe()?.into());
     let compressor = source.compressor().map(|compressor| compressor.to_string());
     facts.insert("compressor".into(), compressor.into());
-    facts.insert("calibration".into(), hash(hash_windows(calibration)));
+    facts.insert("calibration".into(), hash(hash_windows(texts.calibration)));
     facts.insert(
         "held_out".into(),
-        held_out.map_or(Value::Null, |w| hash(hash_windows(w))),
+        (texts.held_out).map_or(Value::Null, |w| hash(hash_windows(w))),
     );
     if let Value::Object(fields) = repair {
         facts.extend(fields);
@@ -207,18 +209,7 @@ fn malformed(path: &Path, error: &dyn std::error::Error) -> Error {
 }
 
 fn read_facts(folder: &Path) -> Result<Option<Map<String, Value>>> {
-    let path = folder.join(FILE);
-    if !path.exists() {
-        return Ok(None);
-    }
-    let text = fs::read(&path).map_err(|source| tensor_io::Error::Io {
-        action: "read",
-        path: path.clone(),
-        source,
-    })?;
-    serde_json::from_slice(&text)
-        .map(Some)
-        .map_err(|error| malformed(&path, &error))
+    Ok(read_json(folder.join(FILE))?)
 }
 
 fn block_file(folder: &Path, block: usize) -> PathBuf {
@@ -246,29 +237,30 @@ pub(super) fn write_block(folder: &Path, block: usize, layers: &[RepairedLayer])
     let reports = serde_json::to_string(&reports).map_err(|error| malformed(&path, &error))?;
     let metadata = BTreeMap::from([(REPORT.to_owned(), reports)]);
     let tensors = tensors.iter().map(|(name, tensor)| (name.as_str(), tensor));
-    Ok(tensor_io::write_file(path, tensors, &metadata)?)
+    Ok(tensor_io::write_checked_file(path, tensors, &metadata)?)
 }
 
-fn open_block(folder: &Path, block: usize) -> Result<Option<(Checkpoint, Vec<LayerReport>)>> {
+/// The file of a block, if it was repaired, and its reports. All of it is read and compared with its checksum.
+fn open_checked(folder: &Path, block: usize) -> Result<Option<(Checkpoint, Vec<LayerReport>)>> {
     let path = block_file(folder, block);
     if !path.exists() {
         return Ok(None);
     }
-    let file = Checkpoint::open_file(&path)?;
+    let file = Checkpoint::open_checked_file(&path)?;
     let reports = file.metadata().get(REPORT).map_or("", String::as_str);
     let reports = serde_json::from_str(reports).map_err(|error| malformed(&path, &error))?;
     Ok(Some((file, reports)))
 }
 
-fn read_report(folder: &Path, block: usize) -> Result<Option<Vec<LayerReport>>> {
-    Ok(open_block(folder, block)?.map(|(_, reports)| reports))
-}
-
 /// Reads the linears of a block, if it was repaired.
 pub(super) fn read_block(folder: &Path, block: usize) -> Result<Option<Vec<RepairedLayer>>> {
-    let Some((file, reports)) = open_block(folder, block)? else {
-        return Ok(None);
-    };
+    match open_checked(folder, block)? {
+        Some((file, reports)) => read_layers(&file, reports).map(Some),
+        None => Ok(None),
+    }
+}
+
+fn read_layers(file: &Checkpoint, reports: Vec<LayerReport>) -> Result<Vec<RepairedLayer>> {
     let layer = |report: LayerReport| -> Result<RepairedLayer> {
         let name = report.layer.to_string();
         let factors = match report.rank {
@@ -280,78 +272,40 @@ pub(super) fn read_block(folder: &Path, block: usize) -> Result<Option<Vec<Repai
         };
         let requantised = report.requantised.as_ref();
         let requantised =
-            requantised.map(|_| StoredWeight::read(&file, &format!("{name}.requantised")));
+            requantised.map(|_| StoredWeight::read(file, &format!("{name}.requantised")));
         Ok(RepairedLayer {
-            weight: StoredWeight::read(&file, &name)?,
+            weight: StoredWeight::read(file, &name)?,
             factors,
             requantised: requantised.transpose()?,
             report,
         })
     };
-    reports
-        .into_iter()
-        .map(layer)
-        .collect::<Result<_>>()
-        .map(Some)
+    reports.into_iter().map(layer).collect()
 }
 
-/// Bytes of each tensor that go into its hash.
-const HASHED_BYTES: usize = 4096;
-
-/// Tells checkpoints apart: names, dtypes, shapes and the first bytes of all tensors.
-pub(super) fn hash_checkpoint(checkpoint: &Checkpoint) -> u64 {
-    let mut hash = Fnv::default();
-    for name in checkpoint.names() {
-        hash.add(name.as_bytes());
-        if let (Ok(info), Ok(bytes)) = (checkpoint.info(name), checkpoint.bytes(name)) {
-            hash.add(format!("{} {:?}", info.dtype, info.shape).as_bytes());
-            hash.add(&bytes[..bytes.len().min(HASHED_BYTES)]);
-        }
-    }
-    hash.0
-}
-
-fn hash_windows(windows: &Windows) -> u64 {
-    let mut hash = Fnv::default();
+fn hash_windows(windows: &Windows) -> ContentHash {
+    let mut hasher = Hasher::new();
     for window in windows.iter() {
-        for token in window {
-            hash.add(&token.to_le_bytes());
-        }
-        hash.add(b"|");
+        hasher.tokens(window);
     }
-    hash.0
-}
-
-/// FNV-1a, 64 bits.
-struct Fnv(u64);
-
-impl Default for Fnv {
-    fn default() -> Self {
-        Self(0xcbf2_9ce4_8422_2325)
-    }
-}
-
-impl Fnv {
-    fn add(&mut self, bytes: &[u8]) {
-        for &byte in bytes {
-            self.0 = (self.0 ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3);
-        }
-    }
+    hasher.finish()
 }
 
 /// The weights of an earlier repair, for another one that starts from the same W_c.
 impl super::Source for Repaired {
-    fn describe(&self) -> String {
-        let mut hash = Fnv::default();
+    fn describe(&self) -> Result<String> {
+        let mut hasher = Hasher::new();
         for (key, value) in &self.facts {
-            hash.add(format!("{key} {value}").as_bytes());
+            hasher
+                .part(key.as_bytes())
+                .part(value.to_string().as_bytes());
         }
         let source = self.facts.get("source").and_then(Value::as_str);
-        format!(
-            "{}, as compressed by run {:016x}",
+        Ok(format!(
+            "{}, as compressed by run {}",
             source.unwrap_or_default(),
-            hash.0
-        )
+            hasher.finish()
+        ))
     }
 
     fn compressor(&self) -> Option<Compressor> {
@@ -363,7 +317,7 @@ impl super::Source for Repaired {
     }
 
     fn check(&self, dense: &Decoder<'_>) -> Result<()> {
-        let found = Value::from(format!("{:016x}", hash_checkpoint(dense.checkpoint())));
+        let found = Value::from(dense.checkpoint().content_hash()?.to_string());
         match self.facts.get("model") {
             Some(model) if *model == found => Ok(()),
             model => {
@@ -374,11 +328,7 @@ impl super::Source for Repaired {
     }
 
     fn compressed(&self, linear: &super::Linear<'_>) -> Result<StoredWeight> {
-        let LayerId { block, .. } = linear.layer;
-        let (file, _) = open_block(&self.folder, block)?.ok_or_else(|| Error::Malformed {
-            path: block_file(&self.folder, block),
-            reason: "there is no such block".into(),
-        })?;
+        let (file, _) = self.file(linear.layer.block)?;
         StoredWeight::read(&file, &linear.layer.to_string())
     }
 }

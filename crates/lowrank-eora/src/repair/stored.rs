@@ -1,6 +1,6 @@
 //! A compressed weight in the form in which it is stored.
 
-use crate::compress::{Bits, Compressed, Mask, Quantised};
+use crate::compress::{Bits, Compressed, Mask, Quantised, Storage};
 use crate::matrix::from_tensor;
 use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor};
@@ -9,6 +9,7 @@ use tensor_io::Checkpoint;
 
 /// W_c as it is stored: what a reader of the file computes with.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub enum StoredWeight {
     /// Floats `[m, n]` in their stored dtype, on the CPU; pruned weights are exact zeros.
     Dense(Tensor),
@@ -20,9 +21,6 @@ pub enum StoredWeight {
         pruned: usize,
     },
 }
-
-/// Bytes of an f16 scale.
-const SCALE: usize = 2;
 
 impl StoredWeight {
     /// What a compressor made; floats are rounded to `dtype`.
@@ -56,40 +54,27 @@ impl StoredWeight {
         }
     }
 
-    /// Bytes that the weight takes.
+    /// The bytes that it takes, part by part.
     ///
-    /// Quantised weights count as a GPTQ file holds them: packed codes, f16 scales, packed zero
-    /// points unless the grid is symmetric, an index of groups unless groups are neighbours. Of
-    /// pruned weights only what stays counts, and one bit for every weight that says where; at 2:4
-    /// that is the two-bit index for each kept value. Files with zeros in them, which is what
-    /// today's runtimes load, take as much as the dense weight.
+    /// # Errors
+    /// What candle reports.
+    pub fn storage(&self) -> Result<Storage> {
+        Ok(match self {
+            Self::Dense(tensor) => {
+                let kept = tensor.ne(0f64)?.to_dtype(DType::U32)?.sum_all()?;
+                let kept = kept.to_scalar::<u32>()? as usize;
+                Storage::floats(tensor.elem_count(), kept, tensor.dtype().size_in_bytes())
+            }
+            Self::Quantised { weight, pruned } => Storage::quantised(weight, *pruned),
+        })
+    }
+
+    /// All bytes of [`StoredWeight::storage`].
     ///
     /// # Errors
     /// What candle reports.
     pub fn bytes(&self) -> Result<u64> {
-        let bytes = match self {
-            Self::Dense(tensor) => {
-                let (all, width) = (tensor.elem_count(), tensor.dtype().size_in_bytes());
-                let kept = tensor.ne(0f64)?.to_dtype(DType::U32)?.sum_all()?;
-                let kept = kept.to_scalar::<u32>()? as usize;
-                (all * width).min(kept * width + all.div_ceil(8))
-            }
-            Self::Quantised { weight, pruned } => {
-                let (all, bits) = (weight.rows * weight.cols, weight.bits.get());
-                let mut bytes = ((all - pruned) * bits).div_ceil(8) + SCALE * weight.scales.len();
-                if *pruned > 0 {
-                    bytes += all.div_ceil(8);
-                }
-                if !weight.is_symmetric() {
-                    bytes += (weight.zeros.len() * bits).div_ceil(8);
-                }
-                if !weight.is_ordered() {
-                    bytes += 4 * weight.cols;
-                }
-                bytes
-            }
-        };
-        Ok(bytes as u64)
+        Ok(self.storage()?.bytes() as u64)
     }
 
     /// Tensors that hold it, by names that begin with `prefix`.

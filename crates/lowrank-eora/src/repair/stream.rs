@@ -1,7 +1,7 @@
 //! Windows on their way through a model, block by block, and passes that show sums what linears are fed.
 
-use super::layer::{SITES, site_index};
 use super::options::Sampling;
+use super::sites::{SITES, site_index};
 use crate::solve::RefitCollector;
 use crate::stats::{
     Accumulation, EnergyCollector, GramCollector, InputCollector, OutputCollector, Rows, Sampler,

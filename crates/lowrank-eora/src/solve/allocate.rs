@@ -12,7 +12,7 @@ use std::collections::BinaryHeap;
 
 /// A layer that competes for ranks.
 #[derive(Clone, Copy, Debug)]
-pub struct Candidate<'a> {
+pub(crate) struct Candidate<'a> {
     /// Its spectrum, known up to the largest rank that it may get.
     pub spectrum: &'a Spectrum,
     /// What its squared loss counts.
@@ -55,7 +55,7 @@ impl Eq for Step {}
 /// # Errors
 /// When a weight is not a finite number ≥ 0, a minimum exceeds its maximum, a maximum exceeds the
 /// known spectrum, the multiple or the bytes of a rank are zero, or the minima exceed the budget.
-pub fn allocate(
+pub(crate) fn allocate(
     layers: &[Candidate<'_>],
     budget_bytes: u64,
     multiple_of: usize,

@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 /// How B and A share the singular values; B A is the same for all.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
 pub enum Split {
     /// Column i of B as long as row i of A: both fit f16 whenever B A does.
     #[default]

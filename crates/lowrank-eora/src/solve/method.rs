@@ -1,9 +1,10 @@
 //! The methods that the literature compares, by name.
 
 use super::{Options, Solution, Weighting, solve};
-use crate::matrix::expect_shape;
+use crate::matrix::{expect_shape, from_tensor};
 use crate::stats::{Collect, Diagonal, InputStats};
 use crate::{Error, Result};
+use candle_core::Tensor;
 use faer::{Mat, MatRef};
 use linalg::{Cholesky, product};
 use serde::{Deserialize, Serialize};
@@ -13,6 +14,7 @@ use std::str::FromStr;
 /// Which norm a correction is best in.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
 pub enum Method {
     /// H = I: the singular value decomposition of D (ZeroQuant-V2, arXiv 2303.08302; LoftQ).
     Svd,
@@ -112,6 +114,23 @@ impl Method {
         solve(target.as_ref(), &Weighting::Gram(gram), rank, options)
     }
 
+    /// As [`Method::solve`], for tensors `[m, n]` of any float dtype.
+    ///
+    /// # Errors
+    /// As [`Method::solve`], and for tensors that are no matrices or not finite.
+    pub fn solve_tensors(
+        self,
+        weight: &Tensor,
+        compressed: &Tensor,
+        stats: &InputStats,
+        rank: usize,
+        options: &Options,
+    ) -> Result<Solution> {
+        let weight = from_tensor(weight, "weight")?;
+        let compressed = from_tensor(compressed, "compressed weight")?;
+        self.solve(weight.as_ref(), compressed.as_ref(), stats, rank, options)
+    }
+
     /// The diagonal H of the methods that have one.
     pub fn diagonal(self, sums: &Diagonal) -> Option<Vec<f64>> {
         let square = |scale: &f64| scale * scale;
@@ -167,7 +186,7 @@ impl FromStr for Method {
 ///
 /// # Errors
 /// When shapes do not fit, the damping is negative, or Ĥ + λI is not positive definite.
-pub fn drift_residual(
+pub(crate) fn drift_residual(
     weight: MatRef<'_, f64>,
     d: MatRef<'_, f64>,
     gram: MatRef<'_, f64>,

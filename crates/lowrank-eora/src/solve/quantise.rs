@@ -10,6 +10,9 @@ use crate::compress::Compressor;
 use crate::matrix::expect_shape;
 use faer::{Mat, MatRef};
 
+/// Bytes of a factor's entry that its compressor leaves as a float.
+const HALF: usize = 2;
+
 /// Quantises A, refits B to it where `refit` knows how, and quantises B: what a runtime computes
 /// with, and the bytes of both.
 ///
@@ -17,7 +20,7 @@ use faer::{Mat, MatRef};
 ///
 /// # Errors
 /// When a compressor asks for inputs, or the refit fails.
-pub fn quantise_factors(
+pub(crate) fn quantise_factors(
     factors: &LowRank,
     (a, b): (&Compressor, &Compressor),
     refit: impl FnOnce(MatRef<'_, f64>) -> Result<Mat<f64>>,
@@ -26,7 +29,7 @@ pub fn quantise_factors(
     let refitted = refit(a.weight.as_ref())?;
     expect_shape("refitted B", refitted.as_ref(), factors.b.shape())?;
     let b = b.compress(refitted.transpose(), None)?;
-    let bytes = a.storage().bytes() + b.storage().bytes();
+    let bytes = a.storage(HALF).bytes() + b.storage(HALF).bytes();
     let rounded = LowRank {
         b: b.weight.transpose().to_owned(),
         a: a.weight,

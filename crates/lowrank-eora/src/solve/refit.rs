@@ -11,7 +11,7 @@ use linalg::{Eigen, Entries, add_product, product};
 ///
 /// # Errors
 /// When shapes do not fit or only G is known; [`RefitCollector`] needs no H.
-pub fn refit(
+pub(crate) fn refit(
     d: MatRef<'_, f64>,
     weighting: &Weighting<'_>,
     a: MatRef<'_, f64>,
@@ -63,7 +63,7 @@ fn normal_equations(right: Mat<f64>, mut moments: Mat<f64>) -> Result<Mat<f64>> 
 
 /// Collects what a refit needs from tokens, where H is too large: Σ (D x)(A x)ᵀ and Σ (A x)(A x)ᵀ.
 #[derive(Clone, Debug)]
-pub struct RefitCollector {
+pub(crate) struct RefitCollector {
     d: Mat<f32>,
     a: Mat<f32>,
     right: Mat<f64>,
@@ -75,7 +75,7 @@ impl RefitCollector {
     ///
     /// # Errors
     /// When the widths differ.
-    pub fn new(d: MatRef<'_, f64>, a: MatRef<'_, f64>) -> Result<Self> {
+    pub(crate) fn new(d: MatRef<'_, f64>, a: MatRef<'_, f64>) -> Result<Self> {
         expect_shape("factor A", a, (a.nrows(), d.ncols()))?;
         let single =
             |x: MatRef<'_, f64>| Mat::<f32>::from_fn(x.nrows(), x.ncols(), |i, j| x[(i, j)] as f32);
@@ -91,7 +91,7 @@ impl RefitCollector {
     ///
     /// # Errors
     /// When its width is not D's.
-    pub fn update(&mut self, rows: &Rows) -> Result<()> {
+    pub(crate) fn update(&mut self, rows: &Rows) -> Result<()> {
         rows.expect_width(self.d.ncols())?;
         let double = |x: Mat<f32>, weighted: bool| {
             Mat::from_fn(x.nrows(), x.ncols(), |i, t| {
@@ -110,7 +110,7 @@ impl RefitCollector {
     }
 
     /// Bytes held.
-    pub fn bytes(&self) -> u64 {
+    pub(crate) fn bytes(&self) -> u64 {
         let entries = |(rows, cols): (usize, usize)| rows * cols;
         let single = entries(self.d.shape()) + entries(self.a.shape());
         let double = entries(self.right.shape()) + entries(self.moments.shape());
@@ -121,7 +121,7 @@ impl RefitCollector {
     ///
     /// # Errors
     /// When the eigenvectors of the moments are not found.
-    pub fn finish(self) -> Result<Mat<f64>> {
+    pub(crate) fn finish(self) -> Result<Mat<f64>> {
         normal_equations(self.right, self.moments)
     }
 }

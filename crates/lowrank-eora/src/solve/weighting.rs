@@ -9,6 +9,7 @@ use linalg::{Entries, add_product, dot, product};
 ///
 /// The norm of an error E is ‖E X‖_F = √tr(E H Eᵀ). A positive factor on H changes no solution.
 #[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
 pub enum Weighting<'a> {
     /// H = I: the plain Frobenius norm.
     Identity,

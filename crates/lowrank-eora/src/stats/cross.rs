@@ -8,7 +8,7 @@ use linalg::{Entries, add_product_f32};
 
 /// Collects K: f32 products over blocks of tokens, f64 sums, blocks filled across calls.
 #[derive(Clone, Debug)]
-pub struct CrossCollector {
+pub(crate) struct CrossCollector {
     sum: Mat<f64>,
     teacher: Vec<f32>,
     student: Vec<f32>,
@@ -16,12 +16,12 @@ pub struct CrossCollector {
 
 impl CrossCollector {
     /// An empty sum over tokens of `width` channels.
-    pub fn new(width: usize) -> Self {
+    pub(crate) fn new(width: usize) -> Self {
         Self::resume(Mat::zeros(width, width))
     }
 
     /// Goes on from a finished sum.
-    pub fn resume(sum: Mat<f64>) -> Self {
+    pub(crate) fn resume(sum: Mat<f64>) -> Self {
         Self {
             sum,
             teacher: Vec::new(),
@@ -33,7 +33,7 @@ impl CrossCollector {
     ///
     /// # Errors
     /// When the two do not have as many tokens, or a width is another one.
-    pub fn update(&mut self, teacher: &Rows, student: &Rows) -> Result<()> {
+    pub(crate) fn update(&mut self, teacher: &Rows, student: &Rows) -> Result<()> {
         let width = self.sum.nrows();
         teacher.expect_width(width)?;
         student.expect_width(width)?;
@@ -64,7 +64,7 @@ impl CrossCollector {
     }
 
     /// Bytes held.
-    pub fn bytes(&self) -> u64 {
+    pub(crate) fn bytes(&self) -> u64 {
         let n = self.sum.nrows();
         let single = self.teacher.capacity() + self.student.capacity();
         (size_of::<f64>() * n * n + size_of::<f32>() * single) as u64
@@ -81,7 +81,7 @@ impl CrossCollector {
     }
 
     /// K, `n × n`.
-    pub fn finish(mut self) -> Mat<f64> {
+    pub(crate) fn finish(mut self) -> Mat<f64> {
         self.flush();
         self.sum
     }

@@ -11,7 +11,7 @@ use linalg::product;
 
 /// Collects Σ w ‖E x‖².
 #[derive(Clone, Debug)]
-pub struct EnergyCollector {
+pub(crate) struct EnergyCollector {
     e: Mat<f32>,
     sum: f64,
 }
@@ -21,7 +21,7 @@ impl EnergyCollector {
     ///
     /// # Errors
     /// When an entry is not finite.
-    pub fn new(e: MatRef<'_, f64>) -> Result<Self> {
+    pub(crate) fn new(e: MatRef<'_, f64>) -> Result<Self> {
         check_finite(e, "error of a weight")?;
         Ok(Self {
             e: Mat::from_fn(e.nrows(), e.ncols(), |i, j| e[(i, j)] as f32),
@@ -33,7 +33,7 @@ impl EnergyCollector {
     ///
     /// # Errors
     /// When its width is not E's.
-    pub fn update(&mut self, rows: &Rows) -> Result<()> {
+    pub(crate) fn update(&mut self, rows: &Rows) -> Result<()> {
         rows.expect_width(self.e.ncols())?;
         let outputs = product(self.e.as_ref(), rows.matrix());
         for (token, output) in outputs.col_iter().enumerate() {
@@ -44,12 +44,12 @@ impl EnergyCollector {
     }
 
     /// Bytes held.
-    pub fn bytes(&self) -> u64 {
+    pub(crate) fn bytes(&self) -> u64 {
         (size_of::<f32>() * self.e.nrows() * self.e.ncols()) as u64
     }
 
     /// Σ w ‖E x‖².
-    pub fn finish(self) -> f64 {
+    pub(crate) fn finish(self) -> f64 {
         self.sum
     }
 }

@@ -16,6 +16,7 @@ pub(crate) const BLOCK_TOKENS: usize = 512;
 /// How the products of one call join the sum.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
 pub enum Accumulation {
     /// H = Σ w x xᵀ over all tokens.
     #[default]

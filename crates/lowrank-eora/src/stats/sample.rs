@@ -20,6 +20,7 @@ use serde::{Deserialize, Serialize};
 /// What makes a token important.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
 pub enum Importance {
     /// Nothing.
     Uniform,

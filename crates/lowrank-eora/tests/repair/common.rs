@@ -2,14 +2,16 @@
 
 use candle_core::{DType, Device, Tensor};
 use causal_lm::{Decoder, TextTokenizer, Windows, synthetic};
-use faer::MatRef;
+use faer::{Mat, MatMut, MatRef};
 use lowrank_eora::compress::Compressor;
-use lowrank_eora::repair::{Energy, FactorStorage, Ranks, Repair, Repaired, Source};
+use lowrank_eora::repair::{
+    Energy, FactorStorage, LayerReport, Ranks, Repair, Repaired, Seconds, Source, Texts,
+};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde_json::json;
 use std::path::{Path, PathBuf};
-use tensor_io::{Checkpoint, Config, WriteOptions};
+use tensor_io::{Checkpoint, Config, NoProgress, WriteOptions};
 
 /// A model in a folder that is removed with it.
 pub(crate) struct Tiny {
@@ -37,9 +39,14 @@ impl Tiny {
         Self::of(&config(32, 64), change)
     }
 
-    /// Wide enough for the work on one linear to be shared out.
+    /// Wide enough for the work on one linear to be divided among threads.
     pub(crate) fn wide() -> Self {
-        Self::of(&config(160, 400), |_, tensor| tensor)
+        Self::wide_with(|_, tensor| tensor)
+    }
+
+    /// The same with tensors changed before they are written.
+    pub(crate) fn wide_with(change: impl Fn(&str, Tensor) -> Tensor) -> Self {
+        Self::of(&config(160, 400), change)
     }
 
     fn of(config: &Config, change: impl Fn(&str, Tensor) -> Tensor) -> Self {
@@ -93,11 +100,9 @@ pub(crate) fn compressor(name: &str) -> Compressor {
 
 /// EoRA of a rank, stored in f32.
 pub(crate) fn eora(rank: usize) -> Repair {
-    Repair {
-        ranks: Ranks::Constant(rank),
-        factors: FactorStorage::F32,
-        ..Repair::default()
-    }
+    Repair::default()
+        .with_ranks(Ranks::Constant(rank))
+        .with_factors(FactorStorage::F32)
 }
 
 pub(crate) fn run(
@@ -107,15 +112,9 @@ pub(crate) fn run(
     folder: &Path,
 ) -> Repaired {
     let (calibration, held_out) = (windows(12, 1), windows(6, 2));
+    let texts = Texts::new(&calibration).with_held_out(&held_out);
     repair
-        .run(
-            decoder,
-            source,
-            &calibration,
-            Some(&held_out),
-            folder,
-            &mut |_| (),
-        )
+        .run(decoder, source, texts, folder, &NoProgress)
         .unwrap()
 }
 
@@ -133,4 +132,28 @@ pub(crate) fn assert_close(found: MatRef<'_, f64>, expected: MatRef<'_, f64>, to
         "differ by {difference} of {}",
         expected.norm_l2()
     );
+}
+
+/// A report without its times.
+pub(crate) fn timeless(report: &LayerReport) -> LayerReport {
+    let mut report = report.clone();
+    report.seconds = Seconds::default();
+    report
+}
+
+/// A tensor `[rows, cols]` as a matrix.
+pub(crate) fn from_tensor(tensor: &Tensor) -> Mat<f64> {
+    let (rows, cols) = tensor.dims2().unwrap();
+    let values = tensor.to_dtype(DType::F64).unwrap().flatten_all().unwrap();
+    let values: Vec<f64> = values.to_vec1().unwrap();
+    MatRef::from_row_major_slice(&values, rows, cols).to_owned()
+}
+
+/// A matrix as a tensor `[rows, cols]` of f32.
+pub(crate) fn to_tensor(matrix: MatRef<'_, f64>) -> Tensor {
+    let (rows, cols) = matrix.shape();
+    let mut values = vec![0f64; rows * cols];
+    MatMut::from_row_major_slice_mut(&mut values, rows, cols).copy_from(matrix);
+    let tensor = Tensor::from_vec(values, (rows, cols), &Device::Cpu).unwrap();
+    tensor.to_dtype(DType::F32).unwrap()
 }

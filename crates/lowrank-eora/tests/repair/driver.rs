@@ -1,7 +1,8 @@
 //! The repair of a model block by block.
 
 use crate::common::{
-    Tiny, assert_close, compressor, decoder, eora, held_out, run, trained, windows,
+    Tiny, assert_close, compressor, decoder, eora, from_tensor, held_out, run, timeless, to_tensor,
+    trained, windows,
 };
 use candle_core::{DType, Device, Tensor};
 use causal_lm::block::RopeTables;
@@ -9,14 +10,14 @@ use causal_lm::{Block, Decoder, Hidden, LinearName, Mixer, NoTap, Site, Tap, Tap
 use faer::{Mat, Side};
 use lowrank_eora::Error;
 use lowrank_eora::compress::{Compressor, Inputs};
-use lowrank_eora::matrix::{from_tensor, to_tensor};
 use lowrank_eora::repair::{
-    Energy, FactorStorage, Given, InputSource, LayerId, LayerReport, Repair, Repaired, Seconds,
-    Source, WithinBlock,
+    Energy, FactorStorage, Given, InputSource, LayerId, Method, Repair, Repaired, Source, Texts,
+    WithinBlock,
 };
-use lowrank_eora::solve::Method;
 use std::collections::BTreeMap;
-use tensor_io::{Checkpoint, WriteOptions};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
+use tensor_io::{Cancelled, Checkpoint, NoProgress, Progress, WriteOptions};
 
 /// Inputs of the linears of a block, one token per row.
 #[derive(Default)]
@@ -52,7 +53,7 @@ impl Inputs4 {
     /// X, `n × t`.
     fn matrix(&self, linear: LinearName) -> Mat<f64> {
         let all = Tensor::cat(&self.0[&(site_of(linear) as usize)], 0).unwrap();
-        from_tensor(&all, "inputs").unwrap().transpose().to_owned()
+        from_tensor(&all).transpose().to_owned()
     }
 }
 
@@ -115,16 +116,16 @@ fn naive(
             }
             let x = seen.matrix(linear);
             let weight = weight_of(&mut block, linear);
-            let w = from_tensor(weight, "weight").unwrap();
+            let w = from_tensor(weight);
             let h = &x * x.transpose();
             let compressed = compressor.compress(w.as_ref(), Some(Inputs::Gram(h.as_ref())));
             let compressed = compressed
                 .unwrap()
                 .to_tensor(DType::F32, &Device::Cpu)
                 .unwrap();
-            let w_c = from_tensor(&compressed, "compressed").unwrap();
+            let w_c = from_tensor(&compressed);
             let ba = by_definition(&(&w - &w_c), &x, rank);
-            *weight = to_tensor((&w_c + &ba).as_ref(), DType::F32, &Device::Cpu).unwrap();
+            *weight = to_tensor((&w_c + &ba).as_ref());
             all.insert(
                 LayerId {
                     block: layer,
@@ -150,11 +151,7 @@ fn the_streaming_repair_equals_a_naive_two_pass_implementation() {
         (InputSource::Dense, WithinBlock::Original),
     ];
     for (index, (inputs, within_block)) in variants.into_iter().enumerate() {
-        let repair = Repair {
-            inputs,
-            within_block,
-            ..eora(3)
-        };
+        let repair = eora(3).with_inputs(inputs).with_within_block(within_block);
         let folder = tiny.path(&format!("run-{index}"));
         let source = compressor("wanda-2:4");
         let repaired = run(&repair, &decoder, &source, &folder);
@@ -175,10 +172,7 @@ fn the_streaming_repair_equals_a_naive_two_pass_implementation() {
 fn reported_losses_are_those_of_the_stored_factors_on_the_tokens_themselves() {
     let tiny = Tiny::new();
     let decoder = tiny.decoder();
-    let repair = Repair {
-        factors: FactorStorage::F16,
-        ..eora(4)
-    };
+    let repair = eora(4).with_factors(FactorStorage::F16);
     let repaired = run(
         &repair,
         &decoder,
@@ -192,7 +186,7 @@ fn reported_losses_are_those_of_the_stored_factors_on_the_tokens_themselves() {
     let seen = Inputs4::of(&dense, states.batches(), &rope);
     for layer in repaired.block(0).unwrap() {
         let x = seen.matrix(layer.report.layer.linear);
-        let w = from_tensor(weight_of(&mut dense, layer.report.layer.linear), "weight").unwrap();
+        let w = from_tensor(weight_of(&mut dense, layer.report.layer.linear));
         let square = |e: &Mat<f64>| (e * &x).squared_norm_l2();
         let found = layer.report.held_out.unwrap();
         let expected = Energy {
@@ -225,25 +219,16 @@ fn a_run_that_was_killed_goes_on_to_the_same_result() {
         Err(Error::Malformed { .. })
     ));
 
-    let mut resumed = Vec::new();
-    let calibration = windows(12, 1);
+    let (calibration, held_out) = (windows(12, 1), windows(6, 2));
+    let texts = Texts::new(&calibration).with_held_out(&held_out);
+    let messages = Messages::default();
     let again = eora(2)
-        .run(
-            &decoder,
-            &source,
-            &calibration,
-            Some(&windows(6, 2)),
-            &killed,
-            &mut |done| {
-                resumed.push(done.resumed);
-            },
-        )
+        .run(&decoder, &source, texts, &killed, &messages)
         .unwrap();
-    assert_eq!(resumed, [true, false]);
-    let timeless = |report: &LayerReport| LayerReport {
-        seconds: Seconds::default(),
-        ..report.clone()
-    };
+    let messages = messages.0.into_inner().unwrap();
+    assert_eq!(messages.len(), 2);
+    assert!(messages[0].ends_with("from an earlier run"), "{messages:?}");
+    assert!(messages[1].starts_with("block 1: loss 0."), "{messages:?}");
     let reports = |repaired: &Repaired| repaired.reports().map(timeless).collect::<Vec<_>>();
     assert_eq!(reports(&whole), reports(&again));
     for block in 0..2 {
@@ -258,6 +243,109 @@ fn a_run_that_was_killed_goes_on_to_the_same_result() {
     }
 }
 
+/// Cancels after some linears of a run, and keeps the messages of finished blocks.
+#[derive(Default)]
+struct Messages(Mutex<Vec<String>>, Option<u64>, AtomicU64);
+
+impl Progress for Messages {
+    fn advance(&self, _steps: u64) -> Result<(), Cancelled> {
+        match self.1 {
+            Some(last) if self.2.fetch_add(1, Ordering::Relaxed) >= last => Err(Cancelled),
+            _ => Ok(()),
+        }
+    }
+
+    fn message(&self, text: &str) {
+        self.0.lock().unwrap().push(text.into());
+    }
+}
+
+#[test]
+fn a_cancelled_run_keeps_the_blocks_that_are_finished() {
+    let tiny = Tiny::new();
+    let decoder = tiny.decoder();
+    let (calibration, folder) = (windows(12, 1), tiny.path("run"));
+    // Seven linears and the block itself, and then two linears of the next block.
+    let cancelling = Messages(Mutex::default(), Some(10), AtomicU64::new(0));
+    let texts = Texts::new(&calibration);
+    let source = compressor("rtn-int4");
+    let error = eora(2)
+        .run(&decoder, &source, texts, &folder, &cancelling)
+        .unwrap_err();
+    assert!(matches!(error, Error::Cancelled(_)), "{error}");
+    assert!(folder.join("block-00000.safetensors").exists());
+    assert!(!folder.join("block-00001.safetensors").exists());
+}
+
+#[test]
+fn a_flipped_bit_in_the_state_of_a_block_is_an_error() {
+    let tiny = Tiny::new();
+    let decoder = tiny.decoder();
+    let folder = tiny.path("run");
+    run(&eora(2), &decoder, &compressor("rtn-int4"), &folder);
+    let path = folder.join("block-00001.safetensors");
+    let bytes = std::fs::read(&path).unwrap();
+    for at in [3, bytes.len() / 4, bytes.len() / 2, bytes.len() - 1] {
+        let mut damaged = bytes.clone();
+        damaged[at] ^= 0b10;
+        std::fs::write(&path, damaged).unwrap();
+        let opened = Repaired::open(&folder);
+        assert!(matches!(opened, Err(Error::Checkpoint(_))), "byte {at}");
+        let (calibration, held_out) = (windows(12, 1), windows(6, 2));
+        let texts = Texts::new(&calibration).with_held_out(&held_out);
+        let resumed = eora(2).run(
+            &decoder,
+            &compressor("rtn-int4"),
+            texts,
+            &folder,
+            &NoProgress,
+        );
+        assert!(matches!(resumed, Err(Error::Checkpoint(_))), "byte {at}");
+    }
+    std::fs::write(&path, bytes).unwrap();
+    Repaired::open(&folder).unwrap();
+}
+
+#[test]
+fn a_model_that_was_edited_deep_inside_a_tensor_is_another_run() {
+    let name = "model.layers.1.mlp.down_proj.weight";
+    let tiny = Tiny::wide();
+    let decoder = tiny.decoder();
+    let folder = tiny.path("run");
+    run(&eora(2), &decoder, &compressor("rtn-int4"), &folder);
+    // The last weight of a tensor of 256,000 bytes.
+    let edited = Tiny::wide_with(|tensor_name, tensor| {
+        if tensor_name != name {
+            return tensor;
+        }
+        let shape = tensor.dims().to_vec();
+        let mut values: Vec<f32> = tensor.flatten_all().unwrap().to_vec1().unwrap();
+        *values.last_mut().unwrap() += 1.0;
+        Tensor::from_vec(values, shape, &Device::Cpu).unwrap()
+    });
+    let (calibration, held_out) = (windows(12, 1), windows(6, 2));
+    let texts = Texts::new(&calibration).with_held_out(&held_out);
+    let resumed = eora(2).run(
+        &edited.decoder(),
+        &compressor("rtn-int4"),
+        texts,
+        &folder,
+        &NoProgress,
+    );
+    let difference = match resumed {
+        Err(Error::OtherRun { difference, .. }) => difference,
+        other => panic!("{other:?}"),
+    };
+    assert!(difference.starts_with("model "), "{difference}");
+
+    // The same of a checkpoint that is repaired as it is given.
+    let describe = |checkpoint: &Checkpoint| {
+        let given = Given::open(checkpoint).unwrap();
+        given.describe().unwrap()
+    };
+    assert_ne!(describe(&tiny.checkpoint), describe(&edited.checkpoint));
+}
+
 #[test]
 fn a_folder_with_another_run_is_refused_and_says_what_differs() {
     let tiny = Tiny::new();
@@ -265,14 +353,9 @@ fn a_folder_with_another_run_is_refused_and_says_what_differs() {
     let folder = tiny.path("run");
     run(&eora(2), &decoder, &compressor("rtn-int4"), &folder);
     let what = |repair: &Repair, source: &str, seed| {
-        let result = repair.run(
-            &decoder,
-            &compressor(source),
-            &windows(12, seed),
-            Some(&windows(6, 2)),
-            &folder,
-            &mut |_| (),
-        );
+        let (calibration, held_out) = (windows(12, seed), windows(6, 2));
+        let texts = Texts::new(&calibration).with_held_out(&held_out);
+        let result = repair.run(&decoder, &compressor(source), texts, &folder, &NoProgress);
         match result {
             Err(Error::OtherRun { difference, .. }) => difference,
             other => panic!("{other:?}"),
@@ -308,8 +391,10 @@ fn what_does_not_fit_the_dense_model_is_an_error_that_names_it() {
         let checkpoint = Checkpoint::open(&dir).unwrap();
         let given = Given::open(&checkpoint).unwrap();
         let folder = other.path("run");
+        let windows = windows(4, 1);
+        let texts = Texts::new(&windows);
         let error = eora(2)
-            .run(&decoder, &given, &windows(4, 1), None, &folder, &mut |_| ())
+            .run(&decoder, &given, texts, &folder, &NoProgress)
             .unwrap_err();
         error.to_string()
     };
@@ -338,15 +423,10 @@ fn activations_that_overflow_are_an_error_that_names_the_layer() {
     };
     let tiny = Tiny::with(huge);
     let decoder = tiny.decoder();
+    let windows = windows(4, 1);
+    let (source, texts) = (compressor("rtn-int8"), Texts::new(&windows));
     let error = eora(2)
-        .run(
-            &decoder,
-            &compressor("rtn-int8"),
-            &windows(4, 1),
-            None,
-            tiny.path("run"),
-            &mut |_| (),
-        )
+        .run(&decoder, &source, texts, tiny.path("run"), &NoProgress)
         .unwrap_err();
     let mut text = error.to_string();
     let mut cause = std::error::Error::source(&error);
@@ -367,11 +447,11 @@ fn on_a_trained_model_eora_loses_least_on_held_out_tokens() {
     let decoder = decoder(&checkpoint);
     let folder = tempfile::tempdir().unwrap();
     let repair = |source: &dyn Source, method, name: &str| {
-        let repair = Repair { method, ..eora(8) };
+        let repair = eora(8).with_method(method);
         let path = folder.path().join(name);
-        let held_out = Some(&held_out_windows);
+        let texts = Texts::new(&calibration).with_held_out(&held_out_windows);
         repair
-            .run(&decoder, source, &calibration, held_out, path, &mut |_| ())
+            .run(&decoder, source, texts, path, &NoProgress)
             .unwrap()
     };
     for name in ["wanda-2:4", "gptq-int3"] {

@@ -3,30 +3,26 @@
 use crate::common::{Tiny, compressor, eora, held_out, run, windows};
 use causal_lm::Windows;
 use lowrank_eora::Error;
-use lowrank_eora::repair::{Energy, FactorStorage, InputSource, Ranks, Repair, Repaired, Spread};
-use lowrank_eora::solve::Method;
+use lowrank_eora::repair::layer::Importance;
+use lowrank_eora::repair::{
+    Energy, FactorStorage, InputSource, Method, Ranks, Repair, Repaired, Sampling, Spread, Texts,
+};
+use tensor_io::NoProgress;
 
 #[test]
 fn drift_aware_factors_come_closest_to_what_the_dense_model_computes() {
     let tiny = Tiny::new();
     let decoder = tiny.decoder();
-    let none = Repair {
-        method: None,
-        ..eora(0)
-    };
+    let none = eora(0).with_method(None);
     let compressed = run(&none, &decoder, &compressor("rtn-int2"), &tiny.path("none"));
     let windows = windows(40, 1);
     let drift = |method: Method| {
-        let repair = Repair {
-            method: Some(method),
-            measure_drift: true,
-            ..eora(2)
-        };
+        let repair = eora(2).with_method(Some(method)).with_measure_drift(true);
         let folder = tiny.path(method.name());
         // Measured where it was fitted: there it is the optimum.
-        let all = Some(&windows);
+        let texts = Texts::new(&windows).with_held_out(&windows);
         repair
-            .run(&decoder, &compressed, &windows, all, folder, &mut |_| ())
+            .run(&decoder, &compressed, texts, folder, &NoProgress)
             .unwrap()
     };
     let of = |repaired: &Repaired, block| -> Vec<Energy> {
@@ -54,13 +50,17 @@ fn drift_aware_factors_come_closest_to_what_the_dense_model_computes() {
             eora.after
         );
     }
-    let refused = Repair {
-        method: Some(Method::EoraDrift { damping: 0.01 }),
-        inputs: InputSource::Dense,
-        ..Repair::default()
-    };
+    let refused = Repair::default()
+        .with_method(Some(Method::EoraDrift { damping: 0.01 }))
+        .with_inputs(InputSource::Dense);
     let folder = tiny.path("refused");
-    let result = refused.run(&decoder, &compressed, &windows, None, folder, &mut |_| ());
+    let result = refused.run(
+        &decoder,
+        &compressed,
+        Texts::new(&windows),
+        folder,
+        &NoProgress,
+    );
     assert!(matches!(result, Err(Error::Setting { name: "inputs", .. })));
 }
 
@@ -72,7 +72,7 @@ fn ranks_under_a_budget_spend_it_where_it_gains_most() {
     let constant = run(&eora(4), &decoder, &source, &tiny.path("constant"));
     let budget = constant.reports().map(|report| report.bytes.factors).sum();
     let ranks = Ranks::allocate(constant.reports(), budget, 4, 1, Spread::Absolute).unwrap();
-    let repair = Repair { ranks, ..eora(0) };
+    let repair = eora(0).with_ranks(ranks);
     let allocated = run(&repair, &decoder, &source, &tiny.path("allocated"));
     let spent: u64 = allocated.reports().map(|report| report.bytes.factors).sum();
     assert!(
@@ -102,34 +102,24 @@ fn window_weights_act_as_repetition_and_sampled_tokens_still_repair() {
     let twice = Windows::cut(&text, 16, None).unwrap();
     let result = |repair: &Repair, windows: &Windows, folder: &str| {
         let (source, folder) = (compressor("wanda-2:4"), tiny.path(folder));
+        let texts = Texts::new(windows);
         repair
-            .run(&decoder, &source, windows, None, folder, &mut |_| ())
+            .run(&decoder, &source, texts, folder, &NoProgress)
             .unwrap()
     };
-    let weighted = Repair {
-        window_weights: Some((0..8).map(|w| if w < 4 { 2.0 } else { 1.0 }).collect()),
-        ..eora(3)
-    };
+    let weighted = eora(3).with_window_weights(Some(
+        (0..8).map(|w| if w < 4 { 2.0 } else { 1.0 }).collect(),
+    ));
     let (a, b) = (result(&weighted, &once, "a"), result(&eora(3), &twice, "b"));
     for (a, b) in a.reports().zip(b.reports()) {
         assert!((a.calibration.after / b.calibration.after - 1.0).abs() < 1e-3);
     }
-    let short = Repair {
-        window_weights: Some(vec![1.0; 3]),
-        ..eora(3)
-    };
+    let short = eora(3).with_window_weights(Some(vec![1.0; 3]));
     let (source, folder) = (compressor("rtn-int4"), tiny.path("short"));
-    let short = short.run(&decoder, &source, &once, None, folder, &mut |_| ());
+    let short = short.run(&decoder, &source, Texts::new(&once), folder, &NoProgress);
     assert!(matches!(short, Err(Error::Shape { .. })));
 
-    let sampled = Repair {
-        sampling: Some(lowrank_eora::repair::Sampling {
-            importance: lowrank_eora::stats::Importance::Mixture,
-            share: 0.5,
-            seed: 0,
-        }),
-        ..eora(8)
-    };
+    let sampled = eora(8).with_sampling(Some(Sampling::new(Importance::Mixture, 0.5, 0)));
     let (all, half) = (
         run(
             &eora(8),
@@ -154,13 +144,10 @@ fn factors_in_few_bits_lose_little_and_count_their_bytes() {
     let decoder = tiny.decoder();
     let source = compressor("rtn-int3");
     let full = run(&eora(8), &decoder, &source, &tiny.path("full"));
-    let quantised = Repair {
-        factors: FactorStorage::Quantised {
-            a: compressor("rtn-int4-g16-sym"),
-            b: compressor("rtn-int8-g16-sym"),
-        },
-        ..eora(8)
-    };
+    let quantised = eora(8).with_factors(FactorStorage::Quantised {
+        a: compressor("rtn-int4-g16-sym"),
+        b: compressor("rtn-int8-g16-sym"),
+    });
     let few = run(&quantised, &decoder, &source, &tiny.path("few"));
     let bytes = |r: &Repaired| -> u64 { r.reports().map(|report| report.bytes.factors).sum() };
     assert!(bytes(&few) * 4 < bytes(&full));

@@ -1,16 +1,15 @@
 //! What a repair is written as, and what reads it.
 
-use crate::common::{Tiny, assert_close, compressor, eora, run};
+use crate::common::{Tiny, assert_close, compressor, eora, from_tensor, run, to_tensor};
 use candle_core::{DType, Device, Tensor};
 use causal_lm::LinearName;
 use lowrank_eora::Error;
-use lowrank_eora::format::gptq;
-use lowrank_eora::matrix::{from_tensor, to_tensor};
 use lowrank_eora::output::{
-    Adapter, AdapterOptions, AdapterRanks, Layout, Probe, Weights, write_checkpoint,
+    Adapter, AdapterOptions, AdapterRanks, CheckpointOptions, Layout, Probe, Weights, gptq,
+    write_checkpoint,
 };
-use lowrank_eora::repair::{Given, LayerId, Ranks, Repair};
-use tensor_io::{Checkpoint, WriteOptions};
+use lowrank_eora::repair::{Given, LayerId, Ranks};
+use tensor_io::{Checkpoint, NoProgress};
 
 #[test]
 fn an_adapter_on_the_compressed_weight_is_the_merged_weight() {
@@ -21,10 +20,7 @@ fn an_adapter_on_the_compressed_weight_is_the_merged_weight() {
         .enumerate()
         .skip(1)
         .flat_map(|(i, &linear)| (0..2).map(move |block| (LayerId { block, linear }, i + block)));
-    let repair = Repair {
-        ranks: Ranks::Table(ranks.collect()),
-        ..eora(0)
-    };
+    let repair = eora(0).with_ranks(Ranks::Table(ranks.collect()));
     let repaired = run(
         &repair,
         &decoder,
@@ -32,18 +28,8 @@ fn an_adapter_on_the_compressed_weight_is_the_merged_weight() {
         &tiny.path("run"),
     );
     let merged = tiny.path("merged");
-    let layout = Layout::Dense { dtype: None };
-    let options = WriteOptions::default();
-    write_checkpoint(
-        &decoder,
-        &repaired,
-        Weights::Merged,
-        layout,
-        &merged,
-        &options,
-        &mut || (),
-    )
-    .unwrap();
+    let options = CheckpointOptions::new(Weights::Merged, Layout::Dense { dtype: None });
+    write_checkpoint(&decoder, &repaired, &merged, &options, &NoProgress).unwrap();
     let merged = Checkpoint::open(&merged).unwrap();
     assert_eq!(merged.total_bytes(), tiny.checkpoint.total_bytes());
 
@@ -56,13 +42,11 @@ fn an_adapter_on_the_compressed_weight_is_the_merged_weight() {
         (AdapterRanks::Uniform, false, DType::BF16, 8e-3),
     ] {
         let folder = tiny.path(&format!("{ranks:?}-{rslora}-{dtype:?}"));
-        let options = AdapterOptions {
-            dtype,
-            ranks,
-            rslora,
-            base_model: "compressed".into(),
-            overwrite: false,
-        };
+        let options = AdapterOptions::default()
+            .with_dtype(dtype)
+            .with_ranks(ranks)
+            .with_rslora(rslora)
+            .with_base_model("compressed");
         Adapter::write(&repaired, &options, &folder).unwrap();
         sizes.push(
             std::fs::metadata(folder.join("adapter_model.safetensors"))
@@ -74,7 +58,7 @@ fn an_adapter_on_the_compressed_weight_is_the_merged_weight() {
             for layer in repaired.block(block).unwrap() {
                 let id = layer.report.layer;
                 let expected = merged.tensor(&id.weight(), &Device::Cpu).unwrap();
-                let expected = from_tensor(&expected, "merged").unwrap();
+                let expected = from_tensor(&expected);
                 let mut found = layer.weight.matrix().unwrap();
                 match (adapter.get(id), layer.factors) {
                     (Some(factors), _) => {
@@ -145,7 +129,7 @@ fn a_probe_passes_on_the_repaired_model_and_tells_a_wrong_scale_by_its_size() {
                 .unwrap();
             let mut w = layer.weight.matrix().unwrap();
             w += layer.factors.unwrap().product() * faer::Scale(scale);
-            let w = to_tensor(w.as_ref(), DType::F32, &Device::Cpu).unwrap();
+            let w = to_tensor(w.as_ref());
             x.matmul(&w.t()?)
         };
         probe.check(runtime).unwrap()
@@ -173,7 +157,6 @@ fn a_probe_passes_on_the_repaired_model_and_tells_a_wrong_scale_by_its_size() {
 fn a_model_compressed_before_is_repaired_like_the_weights_themselves() {
     let tiny = Tiny::new();
     let decoder = tiny.decoder();
-    let options = WriteOptions::default();
     for (name, layout) in [
         ("wanda-2:4", Layout::Dense { dtype: None }),
         (
@@ -189,23 +172,13 @@ fn a_model_compressed_before_is_repaired_like_the_weights_themselves() {
             },
         ),
     ] {
-        let none = Repair {
-            method: None,
-            ..eora(0)
-        };
+        let none = eora(0).with_method(None);
         let path = |what: &str| tiny.path(&format!("{what}-{name}"));
         let compressed = run(&none, &decoder, &compressor(name), &path("run"));
         assert!(compressed.reports().all(|report| report.rank == 0));
-        write_checkpoint(
-            &decoder,
-            &compressed,
-            Weights::Compressed,
-            layout,
-            path("compressed"),
-            &options,
-            &mut || (),
-        )
-        .unwrap();
+        let options = CheckpointOptions::new(Weights::Compressed, layout);
+        let dst = path("compressed");
+        write_checkpoint(&decoder, &compressed, dst, &options, &NoProgress).unwrap();
         let checkpoint = Checkpoint::open(path("compressed")).unwrap();
         let given = Given::open(&checkpoint).unwrap();
         let from_folder = run(&eora(3), &decoder, &given, &path("from-folder"));
@@ -225,10 +198,7 @@ fn a_model_compressed_before_is_repaired_like_the_weights_themselves() {
 fn merging_by_requantisation_reports_its_loss_and_is_stored_with_exactly_that() {
     let tiny = Tiny::new();
     let decoder = tiny.decoder();
-    let repair = Repair {
-        requantise: Some(compressor("gptq-int4-g32")),
-        ..eora(4)
-    };
+    let repair = eora(4).with_requantise(Some(compressor("gptq-int4-g32")));
     let source = compressor("gptq-int4-g32");
     let repaired = run(&repair, &decoder, &source, &tiny.path("run"));
     for report in repaired.reports() {
@@ -239,39 +209,21 @@ fn merging_by_requantisation_reports_its_loss_and_is_stored_with_exactly_that() 
     let layout = Layout::Gptq {
         version: gptq::Version::V2,
     };
-    let (dir, options) = (tiny.path("requantised"), WriteOptions::default());
-    let weights = Weights::Requantised;
-    write_checkpoint(
-        &decoder,
-        &repaired,
-        weights,
-        layout,
-        &dir,
-        &options,
-        &mut || (),
-    )
-    .unwrap();
+    let dir = tiny.path("requantised");
+    let options = CheckpointOptions::new(Weights::Requantised, layout);
+    write_checkpoint(&decoder, &repaired, &dir, &options, &NoProgress).unwrap();
     let checkpoint = Checkpoint::open(&dir).unwrap();
     let given = Given::open(&checkpoint).unwrap();
-    let none = Repair {
-        method: None,
-        ..eora(0)
-    };
+    let none = eora(0).with_method(None);
     let again = run(&none, &decoder, &given, &tiny.path("again"));
     // The inputs of the first block are the same in both runs.
     for (a, b) in repaired.reports().zip(again.reports()).take(3) {
         let expected = a.requantised.as_ref().unwrap().calibration;
         assert!((b.calibration.after / expected - 1.0).abs() < 1e-9);
     }
-    let merged = write_checkpoint(
-        &decoder,
-        &repaired,
-        Weights::Merged,
-        layout,
-        tiny.path("no"),
-        &options,
-        &mut || (),
-    );
+    let options = CheckpointOptions::new(Weights::Merged, layout);
+    let no = tiny.path("no");
+    let merged = write_checkpoint(&decoder, &repaired, &no, &options, &NoProgress);
     assert!(matches!(merged, Err(Error::NotStorable { .. })));
     assert!(!tiny.path("no").exists());
 }

@@ -5,16 +5,15 @@ use causal_lm::{Decoder, LinearName};
 use lowrank_eora::Result;
 use lowrank_eora::compress::{Compressor, Needs};
 use lowrank_eora::repair::{
-    Energy, FactorStorage, LayerReport, Linear, Repair, Repaired, Source, StoredWeight, WithinBlock,
+    Energy, FactorStorage, LayerReport, Linear, Method, Repaired, Source, StoredWeight, WithinBlock,
 };
-use lowrank_eora::solve::Method;
 
 /// The same compressor, which says that it needs H.
 struct WithGram(Compressor);
 
 impl Source for WithGram {
-    fn describe(&self) -> String {
-        self.0.to_string()
+    fn describe(&self) -> Result<String> {
+        Ok(self.0.to_string())
     }
 
     fn needs(&self) -> Needs {
@@ -71,13 +70,11 @@ fn a_wide_input_gives_the_same_factors_and_losses_with_and_without_its_h_in_fewe
     .into_iter()
     .enumerate()
     {
-        let repair = Repair {
-            method,
-            factors,
-            within_block,
-            requantise: Some(compressor("rtn-int4")),
-            ..eora(5)
-        };
+        let repair = eora(5)
+            .with_method(method)
+            .with_factors(factors)
+            .with_within_block(within_block)
+            .with_requantise(Some(compressor("rtn-int4")));
         let path = |what: &str| tiny.path(&format!("{what}-{index}"));
         let source = compressor(name);
         let streamed = run(&repair, &decoder, &source, &path("streamed"));
@@ -113,11 +110,7 @@ fn held_out_losses_are_the_same_with_and_without_h() {
     let decoder = tiny.decoder();
     let source = compressor("gptq-int3");
     let streamed = run(&eora(3), &decoder, &source, &tiny.path("streamed"));
-    let drift = Repair {
-        // Its K needs H.
-        measure_drift: true,
-        ..eora(3)
-    };
+    let drift = eora(3).with_measure_drift(true);
     let whole = run(&drift, &decoder, &source, &tiny.path("whole"));
     for (streamed, whole) in streamed.reports().zip(whole.reports()) {
         assert_eq!(streamed.calibration, whole.calibration);

@@ -1,10 +1,10 @@
 //! Results that do not depend on the number of threads.
 
-use crate::common::{Tiny, compressor, eora, run};
+use crate::common::{Tiny, compressor, eora, run, timeless};
 use candle_core::DType;
 use lowrank_eora::output::{Adapter, AdapterOptions};
-use lowrank_eora::repair::{LayerReport, Repair, Seconds};
-use lowrank_eora::solve::{Method, Options, Route, Whitening};
+use lowrank_eora::repair::LayerReport;
+use lowrank_eora::repair::layer::{Method, Options, Route, Whitening};
 use rayon::ThreadPoolBuilder;
 
 #[test]
@@ -19,20 +19,12 @@ fn written_factors_and_reports_are_the_same_bytes_for_one_two_and_three_threads(
         ("sparsegpt-2:4", drift, Route::Gram),
         ("magnitude-50", Method::Svd, factor),
     ] {
-        let solver = Options {
-            route,
-            ..Options::default()
-        };
-        let repair = Repair {
-            method: Some(method),
-            solver,
-            measure_drift: method == drift,
-            ..eora(6)
-        };
-        let options = AdapterOptions {
-            dtype: DType::F32,
-            ..AdapterOptions::default()
-        };
+        let solver = Options::default().with_route(route);
+        let repair = eora(6)
+            .with_method(Some(method))
+            .with_solver(solver)
+            .with_measure_drift(method == drift);
+        let options = AdapterOptions::default().with_dtype(DType::F32);
         let written = |threads: usize| {
             let path = |what: &str| tiny.path(&format!("{what}-{name}-{threads}"));
             let pool = ThreadPoolBuilder::new().num_threads(threads).build();
@@ -42,10 +34,6 @@ fn written_factors_and_reports_are_the_same_bytes_for_one_two_and_three_threads(
             });
             Adapter::write(&repaired, &options, path("adapter")).unwrap();
             let factors = path("adapter").join("adapter_model.safetensors");
-            let timeless = |report: &LayerReport| LayerReport {
-                seconds: Seconds::default(),
-                ..report.clone()
-            };
             let reports: Vec<LayerReport> = repaired.reports().map(timeless).collect();
             (std::fs::read(factors).unwrap(), reports)
         };

@@ -13,9 +13,8 @@ use eval_report::{
     mean_over_seeds,
 };
 use lowrank_eora::compress::Compressor;
-use lowrank_eora::output::{Layout, Weights, write_checkpoint};
-use lowrank_eora::repair::{Bytes, Ranks, Repair, Repaired, Source};
-use lowrank_eora::solve::Method;
+use lowrank_eora::output::{CheckpointOptions, Layout, Weights, write_checkpoint};
+use lowrank_eora::repair::{Bytes, Method, Ranks, Repair, Repaired, Source, Texts};
 use prune_structured::{Calibration, Collect, Compensation, NoProgress, Plan, Recipe, Settings};
 use tensor_io::{Checkpoint, WriteOptions};
 
@@ -205,15 +204,14 @@ impl Chain<'_> {
         method: Option<Method>,
         source: &dyn Source,
     ) -> Result<Repaired> {
-        let repair = Repair {
-            method,
-            ranks: Ranks::Constant(method.map_or(0, |_| RANK)),
-            ..Repair::default()
-        };
+        let repair = Repair::default()
+            .with_method(method)
+            .with_ranks(Ranks::Constant(method.map_or(0, |_| RANK)));
         let name = method.map_or("quantised", Method::name);
         self.bar.set_label(name);
         let folder = self.scratch.join(name);
-        let repaired = repair.run(pruned, source, self.calibration, None, folder, &mut |_| ())?;
+        let texts = Texts::new(self.calibration);
+        let repaired = repair.run(pruned, source, texts, folder, &NoProgress)?;
         Ok(repaired)
     }
 
@@ -229,20 +227,11 @@ impl Chain<'_> {
         let layout = Layout::Dense {
             dtype: Some(DType::F32),
         };
-        let options = WriteOptions {
+        let options = CheckpointOptions::new(Weights::Merged, layout).with_write(WriteOptions {
             overwrite: true,
             ..WriteOptions::default()
-        };
-        let weights = Weights::Merged;
-        write_checkpoint(
-            pruned,
-            repaired,
-            weights,
-            layout,
-            &folder,
-            &options,
-            &mut || (),
-        )?;
+        });
+        write_checkpoint(pruned, repaired, &folder, &options, &NoProgress)?;
         let checkpoint = Checkpoint::open(&folder)?;
         let decoder = perplexity::open(self.common, &checkpoint)?;
         let rows = cells.into_iter().map(|(mut row, evict)| {

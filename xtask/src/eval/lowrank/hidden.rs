@@ -5,7 +5,6 @@ use candle_core::DType;
 use causal_lm::block::RmsNorm;
 use causal_lm::{Decoder, NoProgress, NoTap, Windows, names, run_blocks};
 use eval_report::Row;
-use lowrank_eora::matrix::from_tensor;
 use lowrank_eora::metrics::{SpectralMetrics, mean};
 use serde_json::json;
 
@@ -31,8 +30,8 @@ pub(crate) fn hidden_metrics(
         for batch in hidden.batches() {
             let states = norm.forward(batch)?.to_dtype(DType::F32)?;
             for window in 0..states.dim(0)? {
-                let states = from_tensor(&states.get(window)?, "hidden states")?;
-                all.push(SpectralMetrics::of(states.as_ref()).context("hidden states")?);
+                let metrics = SpectralMetrics::of_tensor(&states.get(window)?);
+                all.push(metrics.context("hidden states")?);
             }
         }
     }

@@ -5,10 +5,12 @@ use std::path::{Path, PathBuf};
 use anyhow::{Result, ensure};
 use causal_lm::Decoder;
 use lowrank_eora::compress::Compressor;
-use lowrank_eora::format::gptq::Version;
-use lowrank_eora::output::{Adapter, AdapterOptions, Layout, Probe, Weights, write_checkpoint};
-use lowrank_eora::repair::Repaired;
-use lowrank_eora::solve::Method;
+use lowrank_eora::output::gptq::Version;
+use lowrank_eora::output::{
+    Adapter, AdapterOptions, CheckpointOptions, Layout, Probe, Weights, write_checkpoint,
+};
+use lowrank_eora::repair::{Method, Repaired};
+use tensor_io::NoProgress;
 
 use super::{Config, cell_name};
 
@@ -116,8 +118,9 @@ pub(super) fn write(
     let dense = Layout::Dense { dtype: None };
     let gptq = |version| Layout::Gptq { version };
     let checkpoint = |output: &Output, weights, layout| -> Result<()> {
-        let (dst, options) = (folder.join(output.file_name()), &config.write);
-        write_checkpoint(decoder, repaired, weights, layout, dst, options, &mut || ())?;
+        let dst = folder.join(output.file_name());
+        let options = CheckpointOptions::new(weights, layout).with_write(config.write.clone());
+        write_checkpoint(decoder, repaired, dst, &options, &NoProgress)?;
         Ok(())
     };
     let has_factors = repaired.reports().any(|report| report.rank > 0);
@@ -129,16 +132,15 @@ pub(super) fn write(
                     .into_iter()
                     .find(|model| config.outputs.contains(model));
                 let base = base.map(|model| folder.join(model.file_name()));
-                let options = AdapterOptions {
-                    dtype: config.repair.factors.dtype(),
-                    base_model: base
-                        .as_deref()
-                        .unwrap_or(&config.perplexity.model)
-                        .display()
-                        .to_string(),
-                    overwrite: config.write.overwrite,
-                    ..AdapterOptions::default()
-                };
+                let options = AdapterOptions::default()
+                    .with_dtype(config.repair.factors.dtype())
+                    .with_base_model(
+                        base.as_deref()
+                            .unwrap_or(&config.perplexity.model)
+                            .display()
+                            .to_string(),
+                    )
+                    .with_overwrite(config.write.overwrite);
                 Adapter::write(repaired, &options, folder.join(output.file_name()))?;
             }
             Output::Adapter => {}

@@ -1,4 +1,4 @@
-//! Writing beside the destination and renaming at the end.
+//! Folders: written beside the destination, renamed at the end.
 //!
 //! For a destination `out/model` everything is written to the hidden sibling `out/.model.tensor-io-partial`, which takes
 //! the destination's name by a rename, once it is complete and on disk. An older `out/model` is renamed to
@@ -11,85 +11,119 @@ use std::fs::{self, File, TryLockError};
 use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
 
-use crate::config::CONFIG_FILE;
+use super::parent;
 use crate::error::{Error, Result};
+use crate::index::is_plain_file_name;
 
-/// What is being written.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Kind {
-    /// A checkpoint folder; one is only replaced if it holds a `config.json` or nothing.
-    Folder,
-    /// A single file.
-    File,
+/// Whether a folder at the destination may be replaced.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Overwrite {
+    /// No.
+    #[default]
+    Never,
+    /// One that holds a file of this name, which shows what kind of folder it is, or nothing at all.
+    IfHolds(&'static str),
 }
 
-/// A destination that is being written. Dropped without [`Staging::publish`], it leaves the destination as it was.
+/// A folder that is being written. Dropped without [`PendingFolder::persist`], it leaves the destination as it was.
+///
+/// ```
+/// use tensor_io::atomic::{Overwrite, PendingFolder};
+///
+/// # let dir = tempfile::tempdir()?;
+/// # let destination = dir.path().join("adapter");
+/// let folder = PendingFolder::create(&destination, Overwrite::IfHolds("adapter.json"))?;
+/// folder.write("adapter.json", b"{}")?;
+/// std::fs::write(folder.path().join("notes.txt"), "written by other means")?;
+/// assert!(!destination.exists());
+/// folder.persist()?;
+/// assert!(destination.join("adapter.json").exists());
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug)]
-pub(crate) struct Staging {
+pub struct PendingFolder {
     destination: PathBuf,
     partial: PathBuf,
     old: PathBuf,
-    kind: Kind,
-    overwrite: bool,
+    overwrite: Overwrite,
     // Dropped last: fields are dropped in order, after `Drop::drop` has removed the partial files.
     _lock: LockFile,
 }
 
-impl Staging {
-    /// Takes the lock, cleans up after killed writers and checks that the destination may be written. For a folder, the
-    /// partial folder exists on return; for a file it is the caller's to create.
-    pub(crate) fn begin(destination: &Path, kind: Kind, overwrite: bool) -> Result<Self> {
-        let destination = resolve(destination)?;
+impl PendingFolder {
+    /// Begins a folder at `destination`: makes missing parent folders, takes the destination's lock, puts right what a
+    /// killed writer left, and makes the hidden folder to write into. Where `destination` is a symbolic link, the folder
+    /// that it leads to is replaced, not the link.
+    ///
+    /// # Errors
+    /// [`Error::Exists`] and [`Error::NotReplaceable`] where the destination may not be replaced, [`Error::Busy`] where
+    /// another writer has it, [`Error::FileName`] for a path without a name, [`Error::Io`].
+    pub fn create(destination: impl AsRef<Path>, overwrite: Overwrite) -> Result<Self> {
+        let destination = resolve(destination.as_ref())?;
         let lock = LockFile::acquire(&destination)?;
-        let staging = Self {
+        let folder = Self {
             partial: sibling(&destination, "partial"),
             old: sibling(&destination, "old"),
             destination,
-            kind,
             overwrite,
             _lock: lock,
         };
-        staging.recover()?;
-        staging.check_destination()?;
-        if kind == Kind::Folder {
-            fs::create_dir(&staging.partial).map_err(Error::io("create", &staging.partial))?;
-        }
-        Ok(staging)
+        folder.recover()?;
+        folder.check_destination()?;
+        fs::create_dir(&folder.partial).map_err(Error::io("create", &folder.partial))?;
+        Ok(folder)
     }
 
-    /// Where to write.
-    pub(crate) fn partial(&self) -> &Path {
+    /// The hidden folder to write into.
+    pub fn path(&self) -> &Path {
         &self.partial
     }
 
     /// Where it will be.
-    pub(crate) fn destination(&self) -> &Path {
+    pub fn destination(&self) -> &Path {
         &self.destination
     }
 
-    /// Gives what was written the destination's name. Its files must have been synced to disk by the caller.
-    pub(crate) fn publish(self) -> Result<PathBuf> {
+    /// Writes a file of this name.
+    ///
+    /// # Errors
+    /// [`Error::FileName`] for a path, [`Error::Io`].
+    pub fn write(&self, name: &str, contents: &[u8]) -> Result<()> {
+        if !is_plain_file_name(name) {
+            return Err(Error::FileName {
+                name: name.to_string(),
+                reason: "expected a plain file name",
+            });
+        }
+        let path = self.partial.join(name);
+        fs::write(&path, contents).map_err(Error::io("write", &path))
+    }
+
+    /// Brings all files in the folder to disk and gives it its name; returns where it is.
+    ///
+    /// # Errors
+    /// [`Error::Exists`] if the destination has appeared meanwhile, [`Error::Io`]. In each case the destination is as it
+    /// was before.
+    pub fn persist(self) -> Result<PathBuf> {
         self.check_destination()?;
         let parent = parent(&self.destination);
-        if self.kind == Kind::Folder {
-            sync_folder(&self.partial).map_err(Error::io("sync", &self.partial))?;
-        }
-        // A file replaces a file by a plain rename; a folder with something in it cannot be replaced so.
-        let aside = self.kind == Kind::Folder && exists(&self.destination);
+        sync_all(&self.partial)?;
+        // A folder with something in it cannot be replaced by a rename.
+        let aside = exists(&self.destination);
         if aside {
             fs::rename(&self.destination, &self.old)
                 .map_err(Error::io("rename", &self.destination))?;
         }
         if let Err(source) = fs::rename(&self.partial, &self.destination) {
             if aside {
-                // If this fails too, the next writer puts the old checkpoint back.
+                // If this fails too, the next writer puts the old folder back.
                 drop(fs::rename(&self.old, &self.destination));
             }
             return Err(Error::io("rename", &self.partial)(source));
         }
         sync_folder(parent).map_err(Error::io("sync", parent))?;
         if aside {
-            // The new checkpoint is in place; a remainder of the old one is the next writer's to remove.
+            // The new folder is in place; a remainder of the old one is the next writer's to remove.
             drop(remove(&self.old));
         }
         Ok(self.destination.clone())
@@ -111,28 +145,20 @@ impl Staging {
         if !exists(path) {
             return Ok(());
         }
-        if !self.overwrite {
-            return Err(Error::Exists { path: path.clone() });
-        }
-        let (replaceable, expected) = match self.kind {
-            Kind::File => (path.is_file(), "a file"),
-            Kind::Folder => (
-                path.join(CONFIG_FILE).is_file() || is_empty_folder(path),
-                "a checkpoint folder (with config.json) or an empty one",
-            ),
-        };
-        if replaceable {
-            Ok(())
-        } else {
-            Err(Error::NotReplaceable {
+        match self.overwrite {
+            Overwrite::Never => Err(Error::Exists { path: path.clone() }),
+            Overwrite::IfHolds(name) if path.join(name).is_file() || is_empty_folder(path) => {
+                Ok(())
+            }
+            Overwrite::IfHolds(marker) => Err(Error::NotReplaceable {
                 path: path.clone(),
-                expected,
-            })
+                marker,
+            }),
         }
     }
 }
 
-impl Drop for Staging {
+impl Drop for PendingFolder {
     fn drop(&mut self) {
         // After publishing there is nothing left under this name. An error cannot be reported from here; what remains
         // is the next writer's to remove.
@@ -216,13 +242,6 @@ fn resolve(destination: &Path) -> Result<PathBuf> {
     Ok(destination.to_path_buf())
 }
 
-fn parent(path: &Path) -> &Path {
-    match path.parent() {
-        Some(parent) if parent != Path::new("") => parent,
-        _ => Path::new("."),
-    }
-}
-
 /// The hidden sibling of `destination` for `role`.
 fn sibling(destination: &Path, role: &str) -> PathBuf {
     let mut name = OsString::from(".");
@@ -254,6 +273,24 @@ fn remove(path: &Path) -> io::Result<()> {
     }
 }
 
+/// Brings the files in a folder to disk, those in its folders too.
+fn sync_all(folder: &Path) -> Result<()> {
+    for entry in fs::read_dir(folder).map_err(Error::io("read", folder))? {
+        let path = entry.map_err(Error::io("read", folder))?.path();
+        if path.is_dir() {
+            sync_all(&path)?;
+        } else if path.is_file() {
+            // Some systems sync only what is open for writing.
+            File::options()
+                .write(true)
+                .open(&path)
+                .and_then(|file| file.sync_all())
+                .map_err(Error::io("sync", &path))?;
+        }
+    }
+    sync_folder(folder).map_err(Error::io("sync", folder))
+}
+
 /// Brings the names in a folder to disk.
 #[cfg(unix)]
 fn sync_folder(path: &Path) -> io::Result<()> {
@@ -264,4 +301,49 @@ fn sync_folder(path: &Path) -> io::Result<()> {
 #[cfg(not(unix))]
 fn sync_folder(_path: &Path) -> io::Result<()> {
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_folder_appears_whole_or_not_at_all() {
+        let dir = tempfile::tempdir().unwrap();
+        let destination = dir.path().join("a/adapter");
+        let create = |overwrite| PendingFolder::create(&destination, overwrite);
+        let mark = || fs::read_to_string(destination.join("mark")).unwrap();
+
+        let folder = create(Overwrite::Never).unwrap();
+        folder.write("mark", b"one").unwrap();
+        fs::create_dir(folder.path().join("inner")).unwrap();
+        fs::write(folder.path().join("inner/file"), "kept").unwrap();
+        assert!(!destination.exists());
+        assert!(matches!(create(Overwrite::Never), Err(Error::Busy { .. })));
+        assert_eq!(folder.persist().unwrap(), destination);
+        assert_eq!(mark(), "one");
+        assert!(destination.join("inner/file").exists());
+
+        assert!(matches!(
+            create(Overwrite::Never),
+            Err(Error::Exists { .. })
+        ));
+        let refused = create(Overwrite::IfHolds("another mark"));
+        assert!(matches!(refused, Err(Error::NotReplaceable { .. })));
+
+        let folder = create(Overwrite::IfHolds("mark")).unwrap();
+        folder.write("mark", b"half").unwrap();
+        let outside = folder.write("../mark", b"");
+        assert!(matches!(outside, Err(Error::FileName { .. })));
+        drop(folder);
+        assert_eq!(mark(), "one");
+
+        let folder = create(Overwrite::IfHolds("mark")).unwrap();
+        folder.write("mark", b"two").unwrap();
+        folder.persist().unwrap();
+        assert_eq!(mark(), "two");
+        assert!(!destination.join("inner").exists());
+        let left = fs::read_dir(destination.parent().unwrap()).unwrap();
+        assert_eq!(left.count(), 1);
+    }
 }
