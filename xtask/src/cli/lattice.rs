@@ -10,7 +10,7 @@ use prune_lattice::prune::Method;
 use prune_lattice::tasks::Task;
 
 use super::ratio;
-use crate::eval::lattice;
+use crate::suites::lattice;
 
 #[derive(Args)]
 pub(super) struct LatticeArgs {
@@ -54,24 +54,21 @@ impl LatticeArgs {
                 c.cells = self.cell;
             }
             if !self.method.is_empty() {
-                // The dense network is always there to be compared with.
-                c.methods = [vec![Method::Dense], self.method].concat();
+                c.methods = self.method;
             }
             if !self.sparsity.is_empty() {
                 c.sparsities = self.sparsity;
             }
-            c.seeds = (seed..seed.saturating_add(self.seeds.get())).collect();
             c.finetune_epochs = self.finetune_epochs;
         });
+        let files = self.weights.zip(self.vocab).zip(self.text);
         lattice::Config {
-            experiment,
-            checkpoint: self.weights.zip(self.vocab).zip(self.text).map(
-                |((weights, vocab), text)| lattice::CheckpointConfig {
-                    weights,
-                    vocab,
-                    text,
-                },
-            ),
+            checkpoint: files.map(|((weights, vocab), text)| lattice::CheckpointConfig {
+                weights,
+                vocab,
+                text,
+            }),
+            ..lattice::Config::new(experiment, seed, self.seeds.get())
         }
     }
 }
