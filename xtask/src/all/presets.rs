@@ -156,6 +156,7 @@ fn kv(inputs: &Inputs, settings: &Settings) -> Result<Preset> {
 fn lattice(_: &Inputs, settings: &Settings) -> Preset {
     let tasks = vec![Task::Reber, Task::Mod(3)];
     let methods = [
+        LatticeMethod::Span,
         LatticeMethod::LatticeContext,
         LatticeMethod::Strength,
         LatticeMethod::Magnitude,

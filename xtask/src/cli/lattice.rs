@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 use prune_lattice::Cell;
-use prune_lattice::experiment::ExperimentConfig;
+use prune_lattice::experiment::{ExperimentConfig, Repair};
 use prune_lattice::prune::Method;
 use prune_lattice::tasks::Task;
 
@@ -15,7 +15,7 @@ use crate::suites::lattice;
 #[derive(Args)]
 pub(super) struct LatticeArgs {
     /// Tasks, separated by commas: reber, embedded-reber, row-digits, mod2, mod3, tomita1 to tomita7, adding,
-    /// char-grammar, text:FILE, mnist:FOLDER [default: reber, row-digits, mod3]
+    /// char-grammar, text:FILE, mnist:FOLDER, mnist-permuted:FOLDER, vad:FOLDER [default: reber, row-digits, mod3]
     #[arg(long, value_delimiter = ',', value_name = "T[,T..]")]
     task: Vec<Task>,
     /// Cells, separated by commas: lstm, gru, tanh, relu [default: lstm]
@@ -30,6 +30,10 @@ pub(super) struct LatticeArgs {
     /// Networks of each task and cell, seeded from --seed on
     #[arg(long, value_name = "N", default_value = "3")]
     seeds: NonZeroU64,
+    /// What is done after pruning, separated by commas: none, refit (solve the weights under the mask again by least
+    /// squares), merge (fold removed neurons into the kept ones) [default: none, refit, merge]
+    #[arg(long, value_delimiter = ',', value_name = "R[,R..]")]
+    repair: Vec<Repair>,
     /// Passes of fine-tuning under the mask
     #[arg(long, value_name = "N", default_value_t = 1)]
     finetune_epochs: usize,
@@ -58,6 +62,9 @@ impl LatticeArgs {
             }
             if !self.sparsity.is_empty() {
                 c.sparsities = self.sparsity;
+            }
+            if !self.repair.is_empty() {
+                c.repairs = self.repair;
             }
             c.finetune_epochs = self.finetune_epochs;
         });

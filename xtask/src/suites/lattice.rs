@@ -8,7 +8,7 @@ use eval_report::{
 };
 use prune_lattice::data::{Dataset, Examples};
 use prune_lattice::experiment::{
-    self, ExperimentConfig, OrderSummary, Stage, Trained, measure_speed, verdict,
+    self, ExperimentConfig, OrderSummary, Repair, Stage, Trained, measure_speed, verdict,
 };
 use prune_lattice::hasse::Diagram;
 use prune_lattice::order::{Cut, Poset, thresholds};
@@ -147,8 +147,9 @@ fn open(config: &CheckpointConfig) -> Result<Trained> {
 fn overview(rows: &[experiment::Row], config: &Config) -> Section {
     let experiment = &config.experiment;
     let prose = "One network for each task, cell and seed; every method prunes that same network, and each result is \
-        tested at once and again after fine-tuning under its mask. Test data decide nothing. A mask makes nothing \
-        faster: see the table of speeds.";
+        tested at once and again after fine-tuning under its mask. Refitting solves the weights under a mask again, merging \
+        folds removed neurons into the kept ones; both are least squares on states of the training split, without training. \
+        Test data decide nothing. A mask makes nothing faster: see the table of speeds.";
     Section {
         title: "Pruning by order".into(),
         prose: prose.into(),
@@ -190,16 +191,16 @@ impl Quality {
 }
 
 fn task_section(task: &str, cell: &str, rows: &[&experiment::Row]) -> Result<Section> {
-    let mut cells: Vec<(Method, u64, Stage)> = Vec::new();
+    let mut cells: Vec<(Method, Repair, u64, Stage)> = Vec::new();
     for row in rows {
-        let cell = (row.method, row.sparsity.to_bits(), row.stage);
+        let cell = (row.method, row.repair, row.sparsity.to_bits(), row.stage);
         if !cells.contains(&cell) {
             cells.push(cell);
         }
     }
-    let of_cell = |(method, sparsity, stage): (Method, u64, Stage)| {
+    let of_cell = |(method, repair, sparsity, stage): (Method, Repair, u64, Stage)| {
         let same = |r: &&experiment::Row| {
-            r.method == method && r.sparsity.to_bits() == sparsity && r.stage == stage
+            (r.method, r.repair, r.sparsity.to_bits(), r.stage) == (method, repair, sparsity, stage)
         };
         let runs: Vec<&experiment::Row> = rows.iter().copied().filter(same).collect();
         cell_row(&runs, task, cell)
@@ -229,6 +230,15 @@ fn task_section(task: &str, cell: &str, rows: &[&experiment::Row]) -> Result<Sec
             .iter()
             .filter(|row| of_stage(row) && row.sparsity.is_some_and(|s| s > 0.0))
             .cloned()
+            .map(|mut row| {
+                // A curve for each method and repair.
+                if let Some(repair) = row.extra.get("repair").and_then(|r| r.as_str())
+                    && repair != Repair::None.name()
+                {
+                    row.method = format!("{} + {repair}", row.method);
+                }
+                row
+            })
             .collect();
         let (y, field) = match quality {
             Quality::Accuracy => (Axis::linear("accuracy"), "accuracy"),
@@ -249,8 +259,10 @@ fn task_section(task: &str, cell: &str, rows: &[&experiment::Row]) -> Result<Sec
         columns: vec![
             Column::Method,
             Column::Sparsity,
+            Column::Extra("repair".into()),
             Column::Extra("stage".into()),
             quality.column(),
+            Column::Extra("AUC".into()),
             Column::FinetuneEpochs,
             Column::Extra("of W_hh".into()),
             Column::Extra("of W_hh and W_ih".into()),
@@ -328,6 +340,10 @@ fn seed_row(row: &experiment::Row, task: &str, cell: &str) -> Row {
         ..Row::new("lattice", row.method.name())
     };
     out.extra.insert("stage".into(), json!(stage));
+    out.extra.insert("repair".into(), json!(row.repair));
+    if let Some(auc) = row.auc {
+        out.extra.insert("AUC".into(), json!(auc));
+    }
     if let Some(bits) = row.bits {
         out.extra.insert("bits".into(), json!(bits));
     }
