@@ -1,5 +1,5 @@
 //! Evaluation runs and reports.
 
 fn main() -> std::process::ExitCode {
-    xtask::cli::main()
+    xtask::main()
 }

@@ -5,11 +5,11 @@ use std::path::PathBuf;
 use anyhow::{Context, Result};
 use eval_report::{Comparison, Report};
 
-use crate::stdout::print;
+use crate::eval::print;
 
 /// What to compare.
 #[derive(Debug, Clone)]
-pub(crate) struct Config {
+pub struct Config {
     /// A `report.json`.
     pub before: PathBuf,
     /// The `report.json` of another run.

@@ -9,6 +9,9 @@ pub enum Error {
     /// No type has this name.
     #[error("unknown block type `{0}`")]
     UnknownType(String),
+    /// No set of instructions has this name.
+    #[error("unknown instruction level `{0}`")]
+    UnknownLevel(String),
     /// A row is no multiple of the type's block.
     #[error("rows of {cols} values are not whole {ty} blocks of {}", ty.block_len())]
     Columns {
@@ -77,6 +80,12 @@ pub enum Error {
         /// The largest code.
         most: u8,
     },
+    /// Factors of low rank that are quantised.
+    #[error("factors of low rank must be floats")]
+    Factors,
+    /// Groups that no kernel serves.
+    #[error("{0}")]
+    Groups(&'static str),
     /// A type that the call does not serve.
     #[error("{ty}: {reason}")]
     Unsupported {

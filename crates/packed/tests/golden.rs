@@ -5,7 +5,7 @@
 use std::path::{Path, PathBuf};
 
 use libtest_mimic::{Arguments, Failed, Trial};
-use packed::{BlockType, QuantRows, quantise};
+use packed::{Activations, BlockType, Context, Level, Linear, Matrix, QuantRows, quantise};
 use serde::Deserialize;
 
 #[derive(Deserialize)]
@@ -30,6 +30,7 @@ struct Case {
     bytes: String,
     values: Option<Vec<f32>>,
     dot: Option<f64>,
+    dot_int8: Option<f64>,
 }
 
 /// Bytes of the first input of the file, by type, for checkouts without the file.
@@ -193,6 +194,36 @@ impl Case {
             assert!(near(ours, dot), "{ours} {dot}");
         }
     }
+
+    fn products_are_those_of_the_file(&self) {
+        let linear = Linear::from(Matrix::from_rows(&self.rows()).unwrap());
+        let x = activation(self.n);
+        // Sums of f32 are as exact as the magnitudes that were added.
+        let magnitude: f32 = self
+            .rows()
+            .dequantise()
+            .iter()
+            .zip(&x)
+            .map(|(v, a)| (v * a).abs())
+            .sum();
+        for (activations, expected) in [
+            (Activations::F32, self.dot),
+            (Activations::Int8, self.dot_int8),
+        ] {
+            let Some(expected) = expected else { continue };
+            for level in Level::available() {
+                let mut y = [0.0];
+                let context = Context::new(activations).with_level(level);
+                linear.forward(&x, &mut y, &context).unwrap();
+                let error = (f64::from(y[0]) - expected).abs();
+                assert!(
+                    error <= 1e-6 * f64::from(magnitude),
+                    "{level} {activations:?} {} {expected}",
+                    y[0]
+                );
+            }
+        }
+    }
 }
 
 fn shared() -> PathBuf {
@@ -244,6 +275,10 @@ fn main() {
                 trials.push(trial(
                     "rounding_gives_the_bytes_of_ggml",
                     Case::rounding_gives_the_bytes_of_ggml,
+                ));
+                trials.push(trial(
+                    "products_are_those_of_the_file",
+                    Case::products_are_those_of_the_file,
                 ));
                 trials.push(trial(
                     "values_are_those_of_the_gguf_package",

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use crate::suites::tasks::{Config, Shots};
+use crate::eval::tasks::{Config, Shots};
 
 #[derive(Args)]
 pub(super) struct TasksArgs {

@@ -58,12 +58,6 @@ impl Augmentation {
         }
     }
 
-    /// Pixels of a row.
-    #[cfg(feature = "experiment")]
-    pub(crate) fn width(&self) -> usize {
-        self.width
-    }
-
     /// Number of pixels.
     pub(crate) fn size(&self) -> usize {
         self.height * self.width
