@@ -6,8 +6,8 @@ use anyhow::{Result, ensure};
 use eval_report::format;
 use toy_lm::bundled;
 
-use crate::cli::Device;
-use crate::progress::Progress;
+use crate::bar::Bar;
+use crate::settings::Device;
 
 /// What to train.
 #[derive(Debug, Clone)]
@@ -49,7 +49,7 @@ pub fn run(config: &Config) -> Result<()> {
     options.overwrite = config.overwrite;
     options.steps = config.steps;
     options.seed = config.seed;
-    let bar = Progress::new("training", config.steps as u64);
+    let bar = Bar::new("training", config.steps as u64);
     let trained = bundled::train(&options, &device, &bar)?;
     bar.finish();
     println!(

@@ -1,5 +1,5 @@
 //! Evaluation runs and reports.
 
 fn main() -> std::process::ExitCode {
-    xtask::main()
+    xtask::cli::main()
 }

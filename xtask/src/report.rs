@@ -5,11 +5,11 @@ use std::path::PathBuf;
 use anyhow::{Context, Result};
 use eval_report::{Comparison, Report};
 
-use crate::eval::print;
+use crate::stdout::print;
 
 /// What to compare.
 #[derive(Debug, Clone)]
-pub struct Config {
+pub(crate) struct Config {
     /// A `report.json`.
     pub before: PathBuf,
     /// The `report.json` of another run.

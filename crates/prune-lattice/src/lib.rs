@@ -1,4 +1,9 @@
-//! Pruning of recurrent networks by order, with the controls that tell whether order matters.
+//! Pruning of recurrent networks without retraining.
+//!
+//! [`calibration`] records what a network's states do on examples; [`prune`] chooses weights, blocks or neurons by many methods
+//! through one call; `repair` (feature `train`) solves the weights under a mask again, or folds removed neurons into the kept
+//! ones. The README begins with that. What follows is about the methods of order theory, and the baselines that tell whether
+//! order matters.
 //!
 //! # The method
 //! The recurrent weights of a network say which neuron drives which. Above a threshold this is a digraph, the digraph
@@ -81,6 +86,8 @@ pub mod influence;
 pub mod io;
 pub mod mask;
 mod names;
+#[cfg(feature = "onnx")]
+pub mod onnx;
 pub mod order;
 pub mod params;
 pub mod prune;

@@ -141,3 +141,16 @@ pub(crate) fn take(
     check_finite(name, &data)?;
     Ok(data)
 }
+
+/// Takes one tensor of any shape out of a file and checks its values.
+#[cfg(feature = "experiment")]
+pub(crate) fn take_any(
+    tensors: &HashMap<String, Tensor>,
+    name: &str,
+) -> Result<(Vec<usize>, Vec<f32>)> {
+    let t = tensors
+        .get(name)
+        .ok_or_else(|| Error::MissingTensor { name: name.into() })?;
+    let data = take(tensors, name, t.dims())?;
+    Ok((t.dims().to_vec(), data))
+}

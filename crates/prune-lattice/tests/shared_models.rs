@@ -1,12 +1,14 @@
 //! Trained character networks of other people: the published losses, and what the methods do to them.
 
 use prune_lattice::{
-    Cell,
-    data::Examples,
+    Cell, NoProgress,
+    calibration::{RecordConfig, record},
+    data::{Examples, Inputs, Targets},
     mask::{hard_remove, neuron_masks},
-    prune::{Method, PruneConfig, prune, rank_neurons},
-    rnn::{CheckpointNames, Rnn, evaluate},
-    tasks::Vocabulary,
+    prune::{Method, PruneConfig, PruneContext, prune, prune_in, rank_neurons, rank_neurons_in},
+    repair::{MergeConfig, RefitConfig, merge, refit},
+    rnn::{CheckpointNames, Input, ReadOut, Rnn, State, Tape, evaluate},
+    tasks::{Task, Vocabulary},
 };
 use std::path::Path;
 
@@ -88,4 +90,75 @@ fn on_a_trained_network_magnitude_costs_less_than_chance_and_removal_equals_mask
     let small = hard_remove(&rnn, &keep).unwrap();
     assert!((loss(&masked) - loss(&small)).abs() < 1e-5);
     assert!(small.params().count() < rnn.params().count() * 8 / 10);
+}
+
+/// The recurrent part of Silero VAD, and its recorded clips.
+fn silero() -> (Rnn, prune_lattice::data::Dataset) {
+    let names = CheckpointNames::default().with(|c| {
+        c.dense_input = true;
+        c.read_out = ReadOut::Relu;
+    });
+    let file = shared_data::path!("models/silero_vad/model.safetensors");
+    let task = Task::Vad(shared_data::path!("data/vad").into());
+    (
+        Rnn::load(Path::new(file), &names).unwrap(),
+        task.generate(task.default_sizes(), 0).unwrap(),
+    )
+}
+
+#[shared_data::needed("models/silero_vad", "data/vad")]
+#[test]
+fn silero_vad_gives_the_probabilities_and_the_quality_of_its_runtime() {
+    let (rnn, data) = silero();
+    let found = evaluate(&rnn, &data.test).unwrap();
+    assert_eq!(found.targets, 3736);
+    assert!((found.auc.unwrap() - 0.998_203).abs() < 1e-5, "{found:?}");
+    assert!((found.accuracy.unwrap() - 0.986_081).abs() < 3e-4);
+    assert!((found.loss - 0.043_524).abs() < 1e-5);
+    // Every probability of the first training clip.
+    let Examples::Sequences(train) = &data.train else {
+        unreachable!()
+    };
+    let (Inputs::Vectors { values, .. }, Targets::Binary { targets, .. }) =
+        (train.inputs(), train.targets())
+    else {
+        unreachable!()
+    };
+    let (mut tape, mut logits) = (Tape::new(), Vec::new());
+    let input = Input::Vectors(&values[..500 * 128]);
+    let mut state = State::zeros(&rnn, 1);
+    tape.forward(&rnn, input, 500, &mut state).unwrap();
+    tape.read_out(&rnn, None, &mut logits);
+    for (z, p) in logits.iter().zip(&targets[..500]) {
+        assert!((1.0 / (1.0 + (-z).exp()) - p).abs() < 1e-5);
+    }
+}
+
+#[shared_data::needed("models/silero_vad", "data/vad")]
+#[test]
+fn a_quarter_of_silero_vad_is_as_good_as_the_whole_after_merging_and_refitting_repairs_masks() {
+    let (rnn, data) = silero();
+    let calibration = record(&rnn, &data.train, &RecordConfig::default(), &NoProgress).unwrap();
+    let context = PruneContext::default().calibrated(&calibration);
+    let auc = |rnn: &Rnn| evaluate(rnn, &data.test).unwrap().auc.unwrap();
+    let quality = |method, sparsity| {
+        let config = PruneConfig::new(method, sparsity);
+        let (masks, _) = prune_in(&rnn, &context, &config).unwrap();
+        let (mut masked, mut fitted) = (rnn.clone(), rnn.clone());
+        masks.apply(masked.params_mut()).unwrap();
+        refit(&mut fitted, &masks, &calibration, &RefitConfig::default()).unwrap();
+        (auc(&masked), auc(&fitted))
+    };
+    let (plain, fitted) = quality(Method::Magnitude, 0.9);
+    assert!(plain < 0.992 && fitted > 0.995, "{plain} {fitted}");
+    let (plain, fitted) = quality(Method::Block8x4, 0.75);
+    assert!(fitted > plain + 0.002, "{plain} {fitted}");
+    // 32 of 128 neurons.
+    let config = PruneConfig::new(Method::Flow, 1.0 - 1.0 / 16.0);
+    let keep = rank_neurons_in(&rnn, &context, &config).unwrap();
+    let merged = merge(&rnn, &keep, &calibration, &MergeConfig::default()).unwrap();
+    assert_eq!(merged.config().hidden, [32]);
+    let removed = auc(&hard_remove(&rnn, &keep).unwrap());
+    let merged = auc(&merged);
+    assert!(removed < 0.97 && merged > 0.99, "{removed} {merged}");
 }

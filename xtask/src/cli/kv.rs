@@ -8,13 +8,13 @@ use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, ValueEnum};
 use eval_report::Budget;
 
-use crate::eval::kv::perplexity::Text;
-use crate::eval::kv::policy::{ALPHA, Choice, PromptRule};
-use crate::eval::kv::recall::Recall;
-use crate::eval::kv::speed::Speed;
-use crate::eval::kv::trace::{Source, Traces};
-use crate::eval::kv::{Config, Task};
-use crate::eval::perplexity;
+use crate::suites::kv::perplexity::Text;
+use crate::suites::kv::policy::{ALPHA, Choice, PromptRule};
+use crate::suites::kv::recall::Recall;
+use crate::suites::kv::speed::Speed;
+use crate::suites::kv::trace::{Source, Traces};
+use crate::suites::kv::{Config, Task};
+use crate::suites::perplexity;
 
 #[derive(Args)]
 pub(super) struct KvArgs {
@@ -40,9 +40,9 @@ pub(super) struct KvArgs {
     /// Tokens of a window that are prefilled [default: a quarter]
     #[arg(long, value_name = "N")]
     prompt: Option<NonZeroUsize>,
-    /// What happens to the prompt: own, as each policy does by itself; keep or evict under all
-    #[arg(long, value_enum, default_value_t = PromptRuleArg::Own)]
-    prompt_rule: PromptRuleArg,
+    /// What happens to the prompt
+    #[arg(long, value_enum, default_value_t = PromptRule::Own)]
+    prompt_rule: PromptRule,
     /// Weight from which LazyEviction, RaaS and the statistics of recurrence take a token as active
     #[arg(long, value_name = "X", default_value_t = ALPHA, value_parser = alpha)]
     alpha: f32,
@@ -75,13 +75,6 @@ enum KvTask {
     Speed,
 }
 
-#[derive(Clone, Copy, ValueEnum)]
-enum PromptRuleArg {
-    Own,
-    Keep,
-    Evict,
-}
-
 impl KvArgs {
     pub(super) fn config(self) -> Config {
         let makes = match self.task {
@@ -103,11 +96,7 @@ impl KvArgs {
         if self.batch.is_some() && self.task != KvTask::Perplexity {
             wrong("--batch belongs to --task perplexity");
         }
-        let prompt_rule = match self.prompt_rule {
-            PromptRuleArg::Own => PromptRule::Own,
-            PromptRuleArg::Keep => PromptRule::Keep,
-            PromptRuleArg::Evict => PromptRule::Evict,
-        };
+        let prompt_rule = self.prompt_rule;
         let choice = |name: &str| {
             // clap has admitted no other name.
             Choice::named(name, prompt_rule, self.alpha).expect("the parser knows the same names")

@@ -5,17 +5,17 @@ use std::path::PathBuf;
 
 use clap::Args;
 use prune_lattice::Cell;
-use prune_lattice::experiment::ExperimentConfig;
+use prune_lattice::experiment::{ExperimentConfig, Repair};
 use prune_lattice::prune::Method;
 use prune_lattice::tasks::Task;
 
 use super::ratio;
-use crate::eval::lattice;
+use crate::suites::lattice;
 
 #[derive(Args)]
 pub(super) struct LatticeArgs {
     /// Tasks, separated by commas: reber, embedded-reber, row-digits, mod2, mod3, tomita1 to tomita7, adding,
-    /// char-grammar, text:FILE, mnist:FOLDER [default: reber, row-digits, mod3]
+    /// char-grammar, text:FILE, mnist:FOLDER, mnist-permuted:FOLDER, vad:FOLDER [default: reber, row-digits, mod3]
     #[arg(long, value_delimiter = ',', value_name = "T[,T..]")]
     task: Vec<Task>,
     /// Cells, separated by commas: lstm, gru, tanh, relu [default: lstm]
@@ -30,6 +30,10 @@ pub(super) struct LatticeArgs {
     /// Networks of each task and cell, seeded from --seed on
     #[arg(long, value_name = "N", default_value = "3")]
     seeds: NonZeroU64,
+    /// What is done after pruning, separated by commas: none, refit (solve the weights under the mask again by least
+    /// squares), merge (fold removed neurons into the kept ones) [default: none, refit, merge]
+    #[arg(long, value_delimiter = ',', value_name = "R[,R..]")]
+    repair: Vec<Repair>,
     /// Passes of fine-tuning under the mask
     #[arg(long, value_name = "N", default_value_t = 1)]
     finetune_epochs: usize,
@@ -54,24 +58,24 @@ impl LatticeArgs {
                 c.cells = self.cell;
             }
             if !self.method.is_empty() {
-                // The dense network is always there to be compared with.
-                c.methods = [vec![Method::Dense], self.method].concat();
+                c.methods = self.method;
             }
             if !self.sparsity.is_empty() {
                 c.sparsities = self.sparsity;
             }
-            c.seeds = (seed..seed.saturating_add(self.seeds.get())).collect();
+            if !self.repair.is_empty() {
+                c.repairs = self.repair;
+            }
             c.finetune_epochs = self.finetune_epochs;
         });
+        let files = self.weights.zip(self.vocab).zip(self.text);
         lattice::Config {
-            experiment,
-            checkpoint: self.weights.zip(self.vocab).zip(self.text).map(
-                |((weights, vocab), text)| lattice::CheckpointConfig {
-                    weights,
-                    vocab,
-                    text,
-                },
-            ),
+            checkpoint: files.map(|((weights, vocab), text)| lattice::CheckpointConfig {
+                weights,
+                vocab,
+                text,
+            }),
+            ..lattice::Config::new(experiment, seed, self.seeds.get())
         }
     }
 }

@@ -12,7 +12,7 @@ use lowrank_eora::repair::{
 use tensor_io::WriteOptions;
 
 use super::TextArgs;
-use crate::eval::lowrank;
+use crate::suites::lowrank::{self, Output};
 
 #[derive(Args)]
 pub(super) struct LowrankArgs {
@@ -57,9 +57,9 @@ pub(super) struct LowrankArgs {
         value_enum,
         value_delimiter = ',',
         value_name = "O[,O..]",
-        default_value = "adapter,compressed,probe"
+        default_values_t = Output::DEFAULT
     )]
-    save_as: Vec<OutputArg>,
+    save_as: Vec<Output>,
     /// Replace what is at --save
     #[arg(long)]
     overwrite: bool,
@@ -131,38 +131,6 @@ enum FactorsArg {
     Int,
 }
 
-#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum OutputArg {
-    /// LoRA adapter folder for PEFT and vLLM
-    Adapter,
-    /// Compressed model with weights as floats
-    Compressed,
-    /// Compressed model packed as GPTQ
-    Gptq,
-    /// The same with zero points as they are, which most runtimes call gptq_v2
-    GptqV2,
-    /// Dense model with the factors merged into the weights
-    Merged,
-    /// The merged model packed as GPTQ again; needs --requantise
-    Requantised,
-    /// Inputs and expected outputs of each linear, to check a runtime with
-    Probe,
-}
-
-impl From<OutputArg> for lowrank::Output {
-    fn from(output: OutputArg) -> Self {
-        match output {
-            OutputArg::Adapter => Self::Adapter,
-            OutputArg::Compressed => Self::Compressed,
-            OutputArg::Gptq => Self::Gptq,
-            OutputArg::GptqV2 => Self::GptqV2,
-            OutputArg::Merged => Self::Merged,
-            OutputArg::Requantised => Self::Requantised,
-            OutputArg::Probe => Self::Probe,
-        }
-    }
-}
-
 fn compressor(name: &str) -> Result<Compressor, String> {
     name.parse()
         .map_err(|error: lowrank_eora::Error| error.to_string())
@@ -176,7 +144,7 @@ fn share(text: &str) -> Result<f64, String> {
 }
 
 fn method(name: &str) -> Result<MethodArg, String> {
-    if name == "none" {
+    if name == lowrank::NONE {
         return Ok(MethodArg(None));
     }
     let method = name
@@ -227,7 +195,7 @@ impl LowrankArgs {
             one_pass: change.one_pass,
             controls: !change.no_controls,
             save: self.save,
-            outputs: self.save_as.into_iter().map(Into::into).collect(),
+            outputs: self.save_as,
             write: WriteOptions {
                 overwrite: self.overwrite,
                 max_shard_bytes: self.max_shard_bytes,

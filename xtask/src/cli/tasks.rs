@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use crate::eval::tasks::{Config, Shots};
+use crate::suites::tasks::{Config, Shots};
 
 #[derive(Args)]
 pub(super) struct TasksArgs {

@@ -5,12 +5,12 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use super::Device;
 use crate::default_model;
+use crate::settings::Device;
 
 #[derive(Args)]
 pub(super) struct TrainDefaultArgs {
-    /// Folder to write [default: the embedded model's own]
+    /// Folder to write [default: the bundled model]
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
     /// Replace what is at --out

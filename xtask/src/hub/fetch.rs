@@ -13,8 +13,8 @@ use hf_hub::{Cache, Repo, RepoType};
 use serde_json::Value;
 
 use super::Name;
-use crate::cli::Common;
-use crate::progress::Progress;
+use crate::bar::Bar;
+use crate::settings::Settings;
 
 const CONFIG: &str = "config.json";
 const WEIGHTS: &str = "model.safetensors";
@@ -23,7 +23,7 @@ const INDEX: &str = "model.safetensors.index.json";
 const RETRIES: usize = 3;
 
 /// The folder of `name`, complete.
-pub(super) fn model(name: &Name, common: &Common) -> Result<PathBuf> {
+pub(super) fn model(name: &Name, common: &Settings) -> Result<PathBuf> {
     let set = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
     let dir = set("HF_HUB_CACHE").map_or_else(|| Cache::from_env().path().clone(), PathBuf::from);
     let cache = Cache::new(dir.clone());
@@ -167,7 +167,7 @@ fn one_line(error: &ApiError) -> String {
 /// Shows how far the download of a file has come, in MiB.
 struct Download<'a> {
     common: &'a Common,
-    bar: Option<Progress>,
+    bar: Option<Bar>,
     done: usize,
     size: usize,
 }
@@ -187,7 +187,7 @@ impl hf_hub::api::Progress for Download<'_> {
     fn init(&mut self, size: usize, file: &str) {
         (self.done, self.size) = (0, size);
         let label = format!("{file} (MiB)");
-        self.bar = Some(self.common.progress(label, (size >> 20) as u64));
+        self.bar = Some(self.common.bar(label, (size >> 20) as u64));
     }
 
     fn update(&mut self, bytes: usize) {

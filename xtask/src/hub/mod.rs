@@ -10,7 +10,7 @@ use std::path::{Component, Path, PathBuf};
 
 use anyhow::{Context, Result};
 
-use crate::cli::Common;
+use crate::settings::Settings;
 
 /// What a model on the hub begins with.
 const SCHEME: &str = "hf:";
@@ -28,7 +28,7 @@ struct Name {
 ///
 /// # Errors
 /// A name that is none, a build without the feature `hub`, and what fetching reports.
-pub(crate) fn open_model(model: &Path, common: &Common) -> Result<PathBuf> {
+pub(crate) fn open_model(model: &Path, common: &Settings) -> Result<PathBuf> {
     let text = model.to_string_lossy();
     let Some(name) = text.strip_prefix(SCHEME) else {
         return Ok(model.to_path_buf());
@@ -40,12 +40,12 @@ pub(crate) fn open_model(model: &Path, common: &Common) -> Result<PathBuf> {
 }
 
 #[cfg(feature = "hub")]
-fn fetch(name: &Name, common: &Common) -> Result<PathBuf> {
+fn fetch(name: &Name, common: &Settings) -> Result<PathBuf> {
     fetch::model(name, common)
 }
 
 #[cfg(not(feature = "hub"))]
-fn fetch(_: &Name, _: &Common) -> Result<PathBuf> {
+fn fetch(_: &Name, _: &Settings) -> Result<PathBuf> {
     anyhow::bail!(
         "this build cannot fetch models; `cargo run --release -p xtask --features hub -- eval ...` can"
     )

@@ -58,6 +58,12 @@ impl Augmentation {
         }
     }
 
+    /// Pixels of a row.
+    #[cfg(feature = "experiment")]
+    pub(crate) fn width(&self) -> usize {
+        self.width
+    }
+
     /// Number of pixels.
     pub(crate) fn size(&self) -> usize {
         self.height * self.width

@@ -15,7 +15,7 @@ pub use verdict::{Comparison, Outcome, compare, verdict};
 use crate::{
     cell::Cell,
     mask::MaskRule,
-    names::with,
+    names::{named, with},
     prune::{Compete, LatticeConfig, Method, PruneConfig, Scope, Sparsity},
     rnn::TrainConfig,
     tasks::{Sizes, Task},
@@ -36,6 +36,9 @@ pub struct ExperimentConfig {
     pub sparsities: Vec<f64>,
     /// Seeds: of the data, the initial weights, the order of the examples and whatever a method draws.
     pub seeds: Vec<u64>,
+    /// What is done after pruning; each gives rows of its own.
+    #[serde(default = "all_repairs")]
+    pub repairs: Vec<Repair>,
     /// Passes of fine-tuning under the mask; 0 leaves only the one-shot rows.
     pub finetune_epochs: usize,
     /// Adam's rate in fine-tuning, as a share of the rate in training.
@@ -56,10 +59,28 @@ pub struct ExperimentConfig {
     pub training: Option<TrainConfig>,
 }
 
+named! {
+    /// What is done after pruning, before any training.
+    #[derive(Default)]
+    pub enum Repair as "repair" {
+        /// Nothing.
+        #[default]
+        None = "none",
+        /// The weights under the mask are solved again by least squares on states of the training split.
+        Refit = "refit",
+        /// Neurons are removed and folded into the kept ones; for methods that rank neurons.
+        Merge = "merge",
+    }
+}
+
 /// Controls without which no row of a lattice method means anything.
 pub const CONTROLS: [Method; 3] = [Method::ZeroWhh, Method::Random, Method::Threshold];
 
 with!(ExperimentConfig);
+
+fn all_repairs() -> Vec<Repair> {
+    Repair::ALL.to_vec()
+}
 
 impl Default for ExperimentConfig {
     /// The default suite: Reber strings, row digits and counting modulo 3 with LSTMs, all methods at 50, 75 and 90 %, three
@@ -72,6 +93,7 @@ impl Default for ExperimentConfig {
             methods: Method::ALL.to_vec(),
             sparsities: vec![0.5, 0.75, 0.9],
             seeds: vec![0, 1, 2],
+            repairs: all_repairs(),
             finetune_epochs: 1,
             finetune_rate: 1.0,
             scope: base.scope,
@@ -154,6 +176,9 @@ pub struct Row {
     pub seed: u64,
     /// One-shot, fine-tuned or trained from scratch.
     pub stage: Stage,
+    /// What was done after pruning.
+    #[serde(default)]
+    pub repair: Repair,
     /// Passes of fine-tuning behind the numbers.
     pub finetune_epochs: usize,
     /// Mean cross-entropy in nats, or squared error, on the test split.
@@ -173,6 +198,12 @@ pub struct Row {
     /// Of the unpruned network.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub accuracy_dense: Option<f64>,
+    /// Area under the ROC curve on the test split, for decisions at every step.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub auc: Option<f64>,
+    /// Of the unpruned network.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub auc_dense: Option<f64>,
     /// Weights that are not masked.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub params: Option<usize>,

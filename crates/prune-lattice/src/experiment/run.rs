@@ -1,13 +1,15 @@
 //! The driver.
 
-use super::{ExperimentConfig, OrderSummary, Row, Stage};
+use super::{ExperimentConfig, OrderSummary, Repair, Row, Stage};
 use crate::{
+    calibration::{Calibration, RecordConfig, record},
     cell::Cell,
     data::{Dataset, Examples},
     error::{Error, Result},
     mask::MaskSet,
     order::CutReport,
-    prune::{Method, PruneReport, prune},
+    prune::{Method, PruneContext, PruneReport, prune, prune_in, rank_neurons_in},
+    repair::{MergeConfig, RefitConfig, merge, refit},
     rnn::{Evaluation, Rnn, RnnConfig, TrainConfig, evaluate, train},
     tasks::Task,
 };
@@ -45,12 +47,7 @@ pub fn run(config: &ExperimentConfig, progress: &dyn Progress) -> Result<Vec<Row
                 training: &training,
                 progress,
             };
-            let dense = Dense {
-                name: &name,
-                rnn: &rnn,
-                data: &data,
-                test: evaluate(&rnn, &data.test)?,
-            };
+            let dense = Dense::new(&name, &rnn, &data, progress)?;
             let mut rows = dense.prune_all(&session, seed)?;
             rows.push(dense.without_recurrence(&session, seed)?);
             Ok(rows)
@@ -84,7 +81,10 @@ pub fn train_dense(
     let data = task.generate(config.sizes.unwrap_or(task.default_sizes()), seed)?;
     let training = TrainConfig {
         seed,
-        ..config.training.clone().unwrap_or(task.default_training())
+        ..config
+            .training
+            .clone()
+            .unwrap_or(task.default_training(cell))
     };
     let hidden = config.hidden.clone().unwrap_or(task.default_hidden(cell));
     let shape = RnnConfig::new(cell, data.input, hidden, data.outputs);
@@ -120,12 +120,7 @@ pub fn run_model(
         training,
         progress,
     };
-    let dense = Dense {
-        name,
-        rnn,
-        data,
-        test: evaluate(rnn, &data.test)?,
-    };
+    let dense = Dense::new(name, rnn, data, progress)?;
     let rows: Vec<Vec<Row>> = config
         .seeds
         .iter()
@@ -168,6 +163,7 @@ struct Dense<'a> {
     rnn: &'a Rnn,
     data: &'a Dataset,
     test: Evaluation,
+    calibration: Calibration,
 }
 
 /// What all pruned networks of a run share.
@@ -186,7 +182,26 @@ impl Session<'_> {
     }
 }
 
-impl Dense<'_> {
+impl<'a> Dense<'a> {
+    fn new(
+        name: &'a str,
+        rnn: &'a Rnn,
+        data: &'a Dataset,
+        progress: &dyn Progress,
+    ) -> Result<Self> {
+        let inner = Inner {
+            outer: progress,
+            name: name.into(),
+        };
+        Ok(Self {
+            name,
+            rnn,
+            data,
+            test: evaluate(rnn, &data.test)?,
+            calibration: record(rnn, &data.train, &RecordConfig::default(), &inner)?,
+        })
+    }
+
     fn prune_all(&self, session: &Session<'_>, seed: u64) -> Result<Vec<Row>> {
         let rows: Vec<Vec<Row>> = jobs(session.config)
             .into_par_iter()
@@ -210,38 +225,62 @@ impl Dense<'_> {
             config, training, ..
         } = session;
         let start = Instant::now();
-        let (masks, report) = match prune(self.rnn, &config.prune_config(method, sparsity, seed)) {
+        let context = PruneContext::default().calibrated(&self.calibration);
+        let prune_config = config.prune_config(method, sparsity, seed);
+        let (masks, report) = match prune_in(self.rnn, &context, &prune_config) {
             Ok(done) => done,
             Err(e @ Error::DegenerateOrder { .. }) => {
                 return Ok(vec![self.refused(method, sparsity, seed, &e)]);
             }
             Err(e) => return Err(e),
         };
-        let mut rnn = self.rnn.clone();
-        masks.apply(rnn.params_mut())?;
-        let test = evaluate(&rnn, &self.data.test)?;
-        let mut rows = vec![self.row(&report, &masks, Stage::OneShot, 0, test, start)];
-        if config.finetune_epochs > 0 {
-            let start = Instant::now();
-            let tuning = TrainConfig {
-                epochs: config.finetune_epochs,
-                learning_rate: training.learning_rate * config.finetune_rate,
-                patience: None,
-                target_loss: None,
-                seed: seed.wrapping_add(1),
-                ..(*training).clone()
+        let mut rows = Vec::new();
+        for &repair in &config.repairs {
+            let start = if rows.is_empty() {
+                start
+            } else {
+                Instant::now()
             };
-            let inner = session.inner(format!("fine-tuning {} after {method}", self.name));
-            train(&mut rnn, self.data, &tuning, &masks, &inner)?;
+            let mut rnn = self.rnn.clone();
+            let none = MaskSet::default();
+            let masks = match repair {
+                Repair::None => {
+                    masks.apply(rnn.params_mut())?;
+                    &masks
+                }
+                Repair::Refit if masks.is_empty() => continue,
+                Repair::Refit => {
+                    refit(&mut rnn, &masks, &self.calibration, &RefitConfig::default())?;
+                    &masks
+                }
+                Repair::Merge if !method.ranks_neurons() => continue,
+                Repair::Merge => {
+                    let keep = rank_neurons_in(self.rnn, &context, &prune_config)?;
+                    rnn = merge(self.rnn, &keep, &self.calibration, &MergeConfig::default())?;
+                    &none
+                }
+            };
+            let row = |stage, epochs, test: Evaluation, start, rnn: &Rnn| Row {
+                repair,
+                params: Some(rnn.params().count() - masks.pruned()),
+                ..self.row(&report, masks, stage, epochs, test, start)
+            };
             let test = evaluate(&rnn, &self.data.test)?;
-            rows.push(self.row(
-                &report,
-                &masks,
-                Stage::FineTuned,
-                tuning.epochs,
-                test,
-                start,
-            ));
+            rows.push(row(Stage::OneShot, 0, test, start, &rnn));
+            if config.finetune_epochs > 0 {
+                let start = Instant::now();
+                let tuning = (*training).clone().with(|c| {
+                    c.epochs = config.finetune_epochs;
+                    c.learning_rate = training.learning_rate * config.finetune_rate;
+                    c.patience = None;
+                    c.target_loss = None;
+                    c.seed = seed.wrapping_add(1);
+                });
+                let inner = session.inner(format!("fine-tuning {} after {method}", self.name));
+                train(&mut rnn, self.data, &tuning, masks, &inner)?;
+                let test = evaluate(&rnn, &self.data.test)?;
+                rows.push(row(Stage::FineTuned, tuning.epochs, test, start, &rnn));
+            }
         }
         Ok(rows)
     }
@@ -279,6 +318,7 @@ impl Dense<'_> {
             loss: Some(test.loss),
             bits: self.bits(&test),
             accuracy: test.accuracy,
+            auc: test.auc,
             params: Some(self.rnn.params().count() - masks.pruned()),
             dead: Some(report.layers.iter().map(|l| l.dead).sum()),
             spectral_radius: report.layers.iter().map(|l| l.spectral_radius).collect(),
@@ -313,6 +353,9 @@ impl Dense<'_> {
             bits_dense: self.bits(&self.test),
             accuracy: None,
             accuracy_dense: self.test.accuracy,
+            auc: None,
+            auc_dense: self.test.auc,
+            repair: Repair::None,
             params: None,
             params_dense: self.rnn.params().count(),
             dead: None,

@@ -1,6 +1,6 @@
 //! Does order matter? Said in words, from the rows alone.
 
-use super::{Row, Stage};
+use super::{Repair, Row, Stage};
 use crate::prune::Method;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
@@ -68,7 +68,7 @@ pub fn compare(rows: &[Row]) -> Vec<Comparison> {
     type Place = (String, String, u64, Stage);
     let mut cells: BTreeMap<Place, BTreeMap<(Method, u64), f64>> = BTreeMap::new();
     for row in rows {
-        if let Some(q) = quality(row) {
+        if let (Repair::None, Some(q)) = (row.repair, quality(row)) {
             let place = (
                 row.task.clone(),
                 row.cell.to_string(),
@@ -194,7 +194,59 @@ pub fn verdict(rows: &[Row]) -> Vec<String> {
             row.method, row.task, row.seed, row.sparsity
         ));
     }
+    lines.extend(repairs(rows));
     lines.extend(weak_tasks(rows));
+    lines
+}
+
+/// How far least squares gets without training, beside the baselines that any claim must beat: random weights refitted, and
+/// span merged.
+fn repairs(rows: &[Row]) -> Vec<String> {
+    let mut by_place: BTreeMap<(&str, u64), Vec<&Row>> = BTreeMap::new();
+    for row in rows.iter().filter(|r| r.stage == Stage::OneShot) {
+        by_place
+            .entry((&row.task, row.sparsity.to_bits()))
+            .or_default()
+            .push(row);
+    }
+    let mut lines = Vec::new();
+    for ((task, sparsity), rows) in by_place {
+        let mean = |method: Method, repair: Repair| {
+            let of = rows
+                .iter()
+                .filter(|r| r.method == method && r.repair == repair);
+            let values: Vec<f64> = of.filter_map(|r| r.auc.or(r.accuracy)).collect();
+            (!values.is_empty()).then(|| values.iter().sum::<f64>() / values.len() as f64)
+        };
+        let shown: Vec<String> = [
+            (Method::Magnitude, Repair::None),
+            (Method::Magnitude, Repair::Refit),
+            (Method::Random, Repair::Refit),
+            (Method::Span, Repair::Merge),
+            (Method::LatticeContext, Repair::None),
+            (Method::LatticeContext, Repair::Merge),
+        ]
+        .into_iter()
+        .filter_map(|(method, repair)| {
+            let done = match repair {
+                Repair::None => "alone",
+                Repair::Refit => "refitted",
+                Repair::Merge => "merged",
+            };
+            mean(method, repair).map(|v| format!("{method} {done} {:.1} %", 100.0 * v))
+        })
+        .collect();
+        if shown
+            .iter()
+            .any(|s| s.contains("refitted") || s.contains("merged"))
+        {
+            lines.push(format!(
+                "{task} at {:.0} %, without training: {}",
+                100.0 * f64::from_bits(sparsity),
+                shown.join(", ")
+            ));
+        }
+    }
     lines
 }
 

@@ -1,20 +1,27 @@
-//! MNIST from plain IDX files, an image row a step.
+//! MNIST from IDX files, plain or gzipped, 28 pixels a step: the rows of the image, or all pixels permuted once.
 //!
 //! The folder holds `train*-images-idx3-ubyte` and `t10k-images-idx3-ubyte` with the label files of the same names
-//! (`labels-idx1`). Gzipped files must be decompressed first (`gunzip -k *.gz`).
+//! (`labels-idx1`), each with or without `.gz`. Training images are deformed anew in every epoch.
 
 use super::Sizes;
 use crate::{
-    data::{Dataset, Examples, Inputs, Sequences, Targets},
+    data::{Augment, Augmentation, Dataset, Examples, Inputs, Sequences, Targets},
     error::{Error, Result},
     rnn::InputKind,
+    seed,
 };
+use rand::seq::SliceRandom;
 use std::{
     fs,
+    io::Read,
     path::{Path, PathBuf},
 };
 
+/// One permutation for all networks, so that they can be compared.
+const PERMUTATION_SEED: u64 = 0;
 const IMAGES: &str = "images-idx3-ubyte";
+/// Bytes of an unpacked file at most: 60,000 images take 47 MB.
+const MAX_BYTES: u64 = 1 << 30;
 const IMAGES_MAGIC: u32 = 0x803;
 const LABELS_MAGIC: u32 = 0x801;
 
@@ -27,10 +34,18 @@ fn wrong(file: &Path, reason: impl Into<String>) -> Error {
 
 /// Sizes of the axes and the bytes of an IDX file.
 fn read_idx(file: &Path, magic: u32, axes: usize) -> Result<(Vec<usize>, Vec<u8>)> {
-    let mut bytes = fs::read(file).map_err(|source| Error::Io {
+    let io = |source| Error::Io {
         file: file.into(),
         source,
-    })?;
+    };
+    let mut bytes = fs::read(file).map_err(io)?;
+    if file.extension().is_some_and(|e| e == "gz") {
+        let mut plain = Vec::new();
+        let gzip = flate2::read::GzDecoder::new(bytes.as_slice());
+        // A page of a file that claims to be small must not fill the memory.
+        gzip.take(MAX_BYTES).read_to_end(&mut plain).map_err(io)?;
+        bytes = plain;
+    }
     let header = 4 + 4 * axes;
     if bytes.len() < header {
         return Err(wrong(
@@ -70,30 +85,30 @@ fn find(folder: &Path, prefix: &str) -> Result<(PathBuf, PathBuf)> {
         .filter_map(|e| e.ok()?.file_name().into_string().ok())
         .collect();
     names.sort();
-    match names
-        .iter()
-        .find(|n| n.starts_with(prefix) && n.ends_with(IMAGES))
-    {
-        Some(name) => {
-            let labels = name.replace(IMAGES, "labels-idx1-ubyte");
-            Ok((folder.join(name), folder.join(labels)))
-        }
-        None => {
-            let zipped = names
-                .iter()
-                .any(|n| n.starts_with(prefix) && n.ends_with(".gz"));
-            let hint = if zipped {
-                "; decompress the .gz files first"
-            } else {
-                ""
-            };
-            Err(wrong(folder, format!("no file {prefix}*-{IMAGES}{hint}")))
-        }
-    }
+    let images =
+        |n: &&String| n.starts_with(prefix) && n.strip_suffix(".gz").unwrap_or(n).ends_with(IMAGES);
+    let Some(name) = names.iter().find(images) else {
+        let reason = format!("no file {prefix}*-{IMAGES} or {prefix}*-{IMAGES}.gz");
+        return Err(wrong(folder, reason));
+    };
+    let labels = name.replace(IMAGES, "labels-idx1-ubyte");
+    let plain = labels.trim_end_matches(".gz");
+    let found = [labels.as_str(), plain, &format!("{plain}.gz")]
+        .into_iter()
+        .find(|l| names.iter().any(|n| n == l))
+        .unwrap_or(plain)
+        .to_owned();
+    Ok((folder.join(name), folder.join(found)))
 }
 
 /// Rows of the images `from..from + count`.
-fn examples(folder: &Path, prefix: &str, from: usize, count: usize) -> Result<(Examples, usize)> {
+fn examples(
+    folder: &Path,
+    prefix: &str,
+    from: usize,
+    count: usize,
+    permuted: bool,
+) -> Result<(Sequences, Augmentation)> {
     let (image_file, label_file) = find(folder, prefix)?;
     let (dims, pixels) = read_idx(&image_file, IMAGES_MAGIC, 3)?;
     let (label_dims, labels) = read_idx(&label_file, LABELS_MAGIC, 1)?;
@@ -112,27 +127,39 @@ fn examples(folder: &Path, prefix: &str, from: usize, count: usize) -> Result<(E
         return Err(wrong(&label_file, "a label is above 9"));
     }
     let size = rows * width;
-    let values = pixels[from * size..end * size]
-        .iter()
-        .map(|&p| f32::from(p) / 255.0)
-        .collect();
+    let order = permuted.then(|| {
+        let mut order: Vec<u32> = (0..size as u32).collect();
+        order.shuffle(&mut seed::rng(PERMUTATION_SEED, "pixels"));
+        order
+    });
+    let image = |pixels: &[u8]| -> Vec<f32> {
+        let value = |p: usize| f32::from(pixels[p]) / 255.0;
+        match &order {
+            None => (0..size).map(value).collect(),
+            Some(order) => order.iter().map(|&p| value(p as usize)).collect(),
+        }
+    };
+    let images = pixels[from * size..end * size].chunks_exact(size);
+    let values = images.flat_map(image).collect();
     let classes = labels[from..end].iter().map(|&l| u32::from(l)).collect();
     let sequences = Sequences::new(
         Inputs::Vectors { dim: width, values },
         &vec![rows; count],
         Targets::Classes(classes),
     )?;
-    Ok((Examples::Sequences(sequences), width))
+    let augmentation = Augmentation::new(Augment::Elastic, rows, width, order);
+    Ok((sequences, augmentation))
 }
 
-pub(super) fn dataset(folder: &Path, sizes: Sizes) -> Result<Dataset> {
-    let (train, dim) = examples(folder, "train", 0, sizes.train)?;
-    let (valid, _) = examples(folder, "train", sizes.train, sizes.valid)?;
-    let (test, _) = examples(folder, "t10k", 0, sizes.test)?;
+pub(super) fn dataset(folder: &Path, sizes: Sizes, permuted: bool) -> Result<Dataset> {
+    let (train, augmentation) = examples(folder, "train", 0, sizes.train, permuted)?;
+    let (valid, _) = examples(folder, "train", sizes.train, sizes.valid, permuted)?;
+    let (test, _) = examples(folder, "t10k", 0, sizes.test, permuted)?;
+    let dim = augmentation.width();
     Ok(Dataset {
-        train,
-        valid,
-        test,
+        train: Examples::Sequences(train.augmented(augmentation)?),
+        valid: Examples::Sequences(valid),
+        test: Examples::Sequences(test),
         input: InputKind::Dense { dim },
         outputs: 10,
     })
@@ -160,7 +187,7 @@ mod tests {
             test: 1,
         };
         assert!(matches!(
-            dataset(dir.path(), sizes),
+            dataset(dir.path(), sizes, false),
             Err(Error::Data { .. })
         ));
         let pixels: Vec<u8> = (0..3 * 6).map(|p| p * 10).collect();
@@ -174,7 +201,7 @@ mod tests {
                 idx(LABELS_MAGIC, &[3], &[4, 5, 6]),
             );
         }
-        let data = dataset(dir.path(), sizes).unwrap();
+        let data = dataset(dir.path(), sizes, false).unwrap();
         let Examples::Sequences(valid) = &data.valid else {
             unreachable!()
         };
@@ -183,15 +210,38 @@ mod tests {
             unreachable!()
         };
         assert_eq!(values[0], 120.0 / 255.0);
+        // Gzipped files are the same data; a permutation changes places only.
+        let zipped = tempfile::tempdir().unwrap();
+        for file in fs::read_dir(dir.path()).unwrap() {
+            let path = file.unwrap().path();
+            let name = format!("{}.gz", path.file_name().unwrap().to_str().unwrap());
+            let out = fs::File::create(zipped.path().join(name)).unwrap();
+            let mut out = flate2::write::GzEncoder::new(out, flate2::Compression::fast());
+            std::io::Write::write_all(&mut out, &fs::read(path).unwrap()).unwrap();
+            out.finish().unwrap();
+        }
+        assert_eq!(dataset(zipped.path(), sizes, false).unwrap(), data);
+        let Examples::Sequences(permuted) = dataset(dir.path(), sizes, true).unwrap().valid else {
+            unreachable!()
+        };
+        let Inputs::Vectors { values: moved, .. } = permuted.inputs() else {
+            unreachable!()
+        };
+        let sorted = |v: &[f32]| {
+            let mut v = v.to_vec();
+            v.sort_by(f32::total_cmp);
+            v
+        };
+        assert_eq!(sorted(moved), sorted(values));
         assert!(matches!(
-            dataset(dir.path(), Sizes { train: 3, ..sizes }),
+            dataset(dir.path(), Sizes { train: 3, ..sizes }, false),
             Err(Error::Data { .. })
         ));
         put(
             "t10k-labels-idx1-ubyte",
             idx(IMAGES_MAGIC, &[3], &[4, 5, 6]),
         );
-        match dataset(dir.path(), sizes) {
+        match dataset(dir.path(), sizes, false) {
             Err(Error::Data { file, reason }) => {
                 assert!(file.ends_with("t10k-labels-idx1-ubyte") && reason.contains("0x803"));
             }
@@ -202,12 +252,12 @@ mod tests {
             idx(LABELS_MAGIC, &[9], &[4, 5, 6]),
         );
         assert!(matches!(
-            dataset(dir.path(), sizes),
+            dataset(dir.path(), sizes, false),
             Err(Error::Data { .. })
         ));
         put("t10k-labels-idx1-ubyte", vec![0, 0]);
         assert!(matches!(
-            dataset(dir.path(), sizes),
+            dataset(dir.path(), sizes, false),
             Err(Error::Data { .. })
         ));
     }

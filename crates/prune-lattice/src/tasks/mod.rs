@@ -10,6 +10,7 @@ mod digits;
 mod mnist;
 mod reber;
 mod text;
+mod vad;
 
 pub use automaton::{Dfa, tomita};
 pub use reber::{is_embedded_reber, is_reber, reber_automaton};
@@ -19,7 +20,7 @@ use crate::{
     cell::Cell,
     data::Dataset,
     error::{Error, Result},
-    rnn::TrainConfig,
+    rnn::{Decay, TrainConfig},
 };
 use serde::{Deserialize, Serialize};
 use std::{fmt, path::PathBuf, str::FromStr};
@@ -27,6 +28,7 @@ use std::{fmt, path::PathBuf, str::FromStr};
 /// Something to train on.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(into = "String", try_from = "String")]
+#[non_exhaustive]
 pub enum Task {
     /// Whether a string is a Reber string; invalid ones have one symbol of the alphabet changed.
     Reber,
@@ -44,8 +46,14 @@ pub enum Task {
     CharGrammar,
     /// Next character of a text file: first 90 % training, then 5 % validation and 5 % test.
     Text(PathBuf),
-    /// MNIST, a row a step, from a folder with the plain (decompressed) IDX files.
+    /// MNIST, a row a step, from a folder with the IDX files, plain or gzipped.
     Mnist(PathBuf),
+    /// The same with all pixels permuted once: what needs memory over the whole image.
+    MnistPermuted(PathBuf),
+    /// Decisions at every step of recorded clips: a folder with `train.safetensors` and `test.safetensors`, each with
+    /// `features` `[clips, steps, dim]`, `labels` (0, 1, 255: not counted) and `probs` of the original network, which
+    /// fine-tuning imitates.
+    Vad(PathBuf),
 }
 
 /// Number of examples of each split (sequences; characters for texts).
@@ -59,7 +67,7 @@ pub struct Sizes {
     pub test: usize,
 }
 
-const NAMES: &str = "reber, embedded-reber, row-digits, mod2, mod3, tomita1 to tomita7, adding, char-grammar, text:FILE, mnist:FOLDER";
+const NAMES: &str = "reber, embedded-reber, row-digits, mod2, mod3, tomita1 to tomita7, adding, char-grammar, text:FILE, mnist:FOLDER, mnist-permuted:FOLDER, vad:FOLDER";
 
 impl Task {
     /// Examples of every split, drawn from separate streams of the seed. Strings of the same generator may occur in more
@@ -77,7 +85,9 @@ impl Task {
             Task::Adding => adding::dataset(sizes, seed),
             Task::CharGrammar => text::grammar_dataset(sizes, seed),
             Task::Text(file) => text::file_dataset(file),
-            Task::Mnist(folder) => mnist::dataset(folder, sizes),
+            Task::Mnist(folder) => mnist::dataset(folder, sizes, false),
+            Task::MnistPermuted(folder) => mnist::dataset(folder, sizes, true),
+            Task::Vad(folder) => vad::dataset(folder),
         }
     }
 
@@ -85,7 +95,7 @@ impl Task {
     pub fn default_sizes(&self) -> Sizes {
         let (train, valid, test) = match self {
             Task::CharGrammar => (60_000, 6_000, 12_000),
-            Task::Mnist(_) => (9_000, 1_000, 10_000),
+            Task::Mnist(_) | Task::MnistPermuted(_) => (9_000, 1_000, 10_000),
             _ => (3_000, 500, 1_000),
         };
         Sizes { train, valid, test }
@@ -96,13 +106,14 @@ impl Task {
         let wide = if cell == Cell::Lstm { 32 } else { 40 };
         vec![match self {
             Task::Mod(_) | Task::Tomita(_) => 24,
-            Task::Text(_) | Task::Mnist(_) => 64,
+            Task::Text(_) => 64,
+            Task::Mnist(_) | Task::MnistPermuted(_) | Task::Vad(_) => 128,
             _ => wide,
         }]
     }
 
     /// How the default suite trains.
-    pub fn default_training(&self) -> TrainConfig {
+    pub fn default_training(&self, cell: Cell) -> TrainConfig {
         let base = TrainConfig {
             target_loss: Some(0.01),
             ..TrainConfig::default()
@@ -145,8 +156,23 @@ impl Task {
                 target_loss: None,
                 ..base
             },
-            Task::Mnist(_) => TrainConfig {
-                epochs: 8,
+            Task::Mnist(_) | Task::MnistPermuted(_) => TrainConfig {
+                epochs: 20,
+                batch: 100,
+                learning_rate: if cell.gates() == 1 { 1e-3 } else { 3e-3 },
+                warmup: 100,
+                decay: Decay::Cosine,
+                patience: None,
+                target_loss: None,
+                shards: 2,
+                ..base
+            },
+            Task::Vad(_) => TrainConfig {
+                epochs: 10,
+                batch: 16,
+                learning_rate: 2e-3,
+                window: 100,
+                patience: None,
                 target_loss: None,
                 ..base
             },
@@ -166,6 +192,8 @@ impl fmt::Display for Task {
             Task::CharGrammar => f.write_str("char-grammar"),
             Task::Text(file) => write!(f, "text:{}", file.display()),
             Task::Mnist(folder) => write!(f, "mnist:{}", folder.display()),
+            Task::MnistPermuted(folder) => write!(f, "mnist-permuted:{}", folder.display()),
+            Task::Vad(folder) => write!(f, "vad:{}", folder.display()),
         }
     }
 }
@@ -182,6 +210,8 @@ impl FromStr for Task {
             return match kind {
                 "text" => Ok(Task::Text(path.into())),
                 "mnist" => Ok(Task::Mnist(path.into())),
+                "mnist-permuted" => Ok(Task::MnistPermuted(path.into())),
+                "vad" => Ok(Task::Vad(path.into())),
                 _ => Err(unknown()),
             };
         }

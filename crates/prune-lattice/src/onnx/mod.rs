@@ -1,0 +1,387 @@
+//! Recurrent weights in ONNX files: LSTM, GRU and RNN nodes, read and overwritten in place.
+//!
+//! Weights are found where exporters put them: as initializers, behind operators that only move elements (slices and
+//! concatenations of a framework's own layout), and inside the branches of an `If`. A network of unchanged shape (masked or
+//! refitted) is written back to the bytes that it was read from, so that any runtime runs the pruned file; everything else in
+//! the file stays as it is.
+
+mod fold;
+mod proto;
+
+use crate::{
+    cell::{Cell, GateLayout},
+    error::{Error, Result, check_finite},
+    rnn::Rnn,
+};
+use candle_core::{Device, Tensor};
+use fold::{Element, Found, Scopes, Value};
+use prost::{Message, bytes::Bytes};
+use proto::{Graph, Model, Node};
+use std::{
+    collections::HashMap,
+    path::{Path, PathBuf},
+};
+
+/// Bytes of a file at most: protobuf's own limit.
+const MAX_BYTES: usize = 1 << 31;
+/// Graphs inside graphs.
+const MAX_DEPTH: usize = 16;
+
+/// An ONNX file with its recurrent nodes.
+#[derive(Debug, Clone)]
+pub struct OnnxFile {
+    file: PathBuf,
+    bytes: Bytes,
+    nodes: Vec<RecurrentNode>,
+}
+
+/// A recurrent node, gates in PyTorch's order.
+#[derive(Debug, Clone)]
+pub struct RecurrentNode {
+    /// Name of the node.
+    pub name: String,
+    /// Its cell.
+    pub cell: Cell,
+    /// Hidden size H.
+    pub hidden: usize,
+    /// Width of its input.
+    pub width: usize,
+    /// `W`: `[gates * H, width]`.
+    weight_ih: Vec<Element>,
+    /// `R`: `[gates * H, H]`.
+    weight_hh: Vec<Element>,
+    /// Both halves of `B`, `[gates * H]` each; empty where the node has none.
+    bias_ih: Vec<Element>,
+    bias_hh: Vec<Element>,
+}
+
+impl OnnxFile {
+    /// Reads a file.
+    ///
+    /// # Errors
+    /// The file cannot be read or is no ONNX model, has no recurrent node, or one of a kind that is not supported (the error
+    /// names node and reason).
+    pub fn open(file: &Path) -> Result<Self> {
+        let bytes = std::fs::read(file).map_err(|source| Error::Io {
+            file: file.into(),
+            source,
+        })?;
+        Self::from_bytes(bytes, file)
+    }
+
+    /// The same from bytes; `file` is named in errors.
+    ///
+    /// # Errors
+    /// Those of [`open`](Self::open), but for reading.
+    pub fn from_bytes(bytes: Vec<u8>, file: &Path) -> Result<Self> {
+        let wrong = |reason: String| Error::Data {
+            file: file.into(),
+            reason,
+        };
+        if bytes.len() > MAX_BYTES {
+            return Err(wrong(format!(
+                "{} bytes are more than {MAX_BYTES}",
+                bytes.len()
+            )));
+        }
+        let bytes = Bytes::from(bytes);
+        let model =
+            Model::decode(bytes.clone()).map_err(|e| wrong(format!("not an ONNX model: {e}")))?;
+        let graph = model
+            .graph
+            .ok_or_else(|| wrong("an ONNX model without a graph".into()))?;
+        let mut nodes = Vec::new();
+        collect(&mut vec![&graph], &bytes, &mut nodes).map_err(wrong)?;
+        if nodes.is_empty() {
+            return Err(wrong(
+                "it has no LSTM, GRU or RNN node; cells that are unrolled into Gemm, Sigmoid and Mul are not recognised"
+                    .into(),
+            ));
+        }
+        Ok(Self {
+            file: file.into(),
+            bytes,
+            nodes,
+        })
+    }
+
+    /// All recurrent nodes.
+    pub fn nodes(&self) -> &[RecurrentNode] {
+        &self.nodes
+    }
+
+    /// The node of that name, or the only one.
+    ///
+    /// # Errors
+    /// There is no such node, or there are several and no name is given.
+    pub fn node(&self, name: Option<&str>) -> Result<&RecurrentNode> {
+        let names: Vec<&str> = self.nodes.iter().map(|n| n.name.as_str()).collect();
+        match (name, self.nodes.as_slice()) {
+            (None, [one]) => Ok(one),
+            (None, _) => Err(Error::Data {
+                file: self.file.clone(),
+                reason: format!(
+                    "it has several recurrent nodes, give one of: {}",
+                    names.join(", ")
+                ),
+            }),
+            (Some(name), nodes) => {
+                nodes
+                    .iter()
+                    .find(|n| n.name == name)
+                    .ok_or_else(|| Error::UnknownName {
+                        kind: "recurrent node",
+                        name: name.into(),
+                        expected: names.join(", "),
+                    })
+            }
+        }
+    }
+
+    /// The file with the weights of a node replaced by those of a layer of `rnn`, which must have its shape.
+    ///
+    /// # Errors
+    /// The shapes differ, or a changed weight has no place of its own in the file.
+    pub fn with_layer(&self, node: &RecurrentNode, rnn: &Rnn, layer: usize) -> Result<Vec<u8>> {
+        let shape = rnn.config();
+        if layer >= shape.hidden.len()
+            || (shape.cell, shape.hidden[layer], rnn.layer(layer).width)
+                != (node.cell, node.hidden, node.width)
+        {
+            return Err(Error::Shape {
+                tensor: node.name.clone(),
+                expected: format!(
+                    "{} of {} inputs and {} neurons",
+                    node.cell, node.width, node.hidden
+                ),
+                found: shape.hidden.clone(),
+            });
+        }
+        let weights = rnn.layer(layer);
+        let mut bytes = self.bytes.to_vec();
+        let mut written: HashMap<usize, f32> = HashMap::new();
+        let mut put = |(old, place): Element, new: f32, what: &str| -> Result<()> {
+            let wrong = |reason: &str| Error::Data {
+                file: self.file.clone(),
+                reason: format!("{what} of node `{}` {reason}", node.name),
+            };
+            let Some(place) = place else {
+                return match old == new {
+                    true => Ok(()),
+                    false => Err(wrong(
+                        "is not stored as raw bytes and cannot be overwritten",
+                    )),
+                };
+            };
+            match written.insert(place, new) {
+                Some(other) if other.to_bits() != new.to_bits() => {
+                    return Err(wrong("is stored once for two different values"));
+                }
+                _ => {}
+            }
+            bytes[place..place + 4].copy_from_slice(&new.to_le_bytes());
+            Ok(())
+        };
+        for (&e, &w) in node.weight_ih.iter().zip(weights.w_ih) {
+            put(e, w, "W")?;
+        }
+        for (&e, &w) in node.weight_hh.iter().zip(weights.w_hh) {
+            put(e, w, "R")?;
+        }
+        let h = node.hidden;
+        for (k, &bias) in weights.bias.iter().enumerate() {
+            // The recurrent half of a candidate has its own value; elsewhere only the sum of the halves matters.
+            let own = (node.cell == Cell::Gru && k >= 2 * h)
+                .then(|| weights.candidate_bias.map_or(0.0, |b| b[k - 2 * h]));
+            let half = |v: &[Element]| v.get(k).copied().unwrap_or((0.0, None));
+            let (ih, hh) = (half(&node.bias_ih), half(&node.bias_hh));
+            let (new_ih, new_hh) = match own {
+                Some(own) => (bias, own),
+                None if ih.0 + hh.0 == bias => (ih.0, hh.0),
+                None => (bias - hh.0, hh.0),
+            };
+            put(ih, new_ih, "B")?;
+            put(hh, new_hh, "B")?;
+        }
+        Ok(bytes)
+    }
+
+    /// Writes [`with_layer`](Self::with_layer) to a file, which appears under its name when it is complete.
+    ///
+    /// # Errors
+    /// Those of [`with_layer`](Self::with_layer), and of writing.
+    pub fn write(&self, node: &RecurrentNode, rnn: &Rnn, layer: usize, to: &Path) -> Result<()> {
+        let bytes = self.with_layer(node, rnn, layer)?;
+        Ok(tensor_io::atomic::write(to, &bytes)?)
+    }
+}
+
+impl RecurrentNode {
+    /// Its weights by PyTorch's names under `prefix`: `weight_ih_l0`, `weight_hh_l0`, `bias_ih_l0`, `bias_hh_l0`. With a
+    /// read-out beside them, [`Rnn::from_tensors`] makes a network of them.
+    ///
+    /// # Errors
+    /// A weight is NaN or infinite.
+    pub fn tensors(&self, prefix: &str) -> Result<HashMap<String, Tensor>> {
+        let rows = self.cell.gates() * self.hidden;
+        let zero = vec![(0.0, None); rows];
+        let or_zero = |v: &[Element]| {
+            if v.is_empty() {
+                zero.clone()
+            } else {
+                v.to_vec()
+            }
+        };
+        [
+            (
+                "weight_ih_l0",
+                self.weight_ih.clone(),
+                vec![rows, self.width],
+            ),
+            (
+                "weight_hh_l0",
+                self.weight_hh.clone(),
+                vec![rows, self.hidden],
+            ),
+            ("bias_ih_l0", or_zero(&self.bias_ih), vec![rows]),
+            ("bias_hh_l0", or_zero(&self.bias_hh), vec![rows]),
+        ]
+        .into_iter()
+        .map(|(name, elements, shape)| {
+            let values: Vec<f32> = elements.iter().map(|e| e.0).collect();
+            check_finite(name, &values)?;
+            let tensor = Tensor::from_vec(values, shape, &Device::Cpu)?;
+            Ok((format!("{prefix}.{name}"), tensor))
+        })
+        .collect()
+    }
+}
+
+/// The recurrent nodes of the innermost graph and of those inside it.
+fn collect(graphs: &mut Vec<&Graph>, file: &[u8], into: &mut Vec<RecurrentNode>) -> Found<()> {
+    if graphs.len() > MAX_DEPTH {
+        return Err(format!("more than {MAX_DEPTH} graphs inside each other"));
+    }
+    let graph = *graphs.last().expect("called with a graph");
+    for (k, node) in graph.node.iter().enumerate() {
+        let cell = match node.op_type.as_str() {
+            "LSTM" => Some(Cell::Lstm),
+            "GRU" => Some(Cell::Gru),
+            "RNN" => Some(Cell::Tanh),
+            _ => None,
+        };
+        if let Some(cell) = cell {
+            let name = match node.name.is_empty() {
+                true => format!("{} {k}", node.op_type),
+                false => node.name.clone(),
+            };
+            let scopes = Scopes::new(graphs.clone(), file);
+            let read = recurrent(node, cell, &scopes, &name);
+            into.push(read.map_err(|e| format!("{} node `{name}`: {e}", node.op_type))?);
+        }
+        for inner in node.attribute.iter().filter_map(|a| a.g.as_ref()) {
+            graphs.push(inner);
+            collect(graphs, file, into)?;
+            graphs.pop();
+        }
+    }
+    Ok(())
+}
+
+/// Reads a node, after refusing by name what the crate's cells do not compute.
+fn recurrent(node: &Node, cell: Cell, scopes: &Scopes<'_>, name: &str) -> Found<RecurrentNode> {
+    let text = |b: &Bytes| String::from_utf8_lossy(b).into_owned();
+    let direction = node.attribute("direction").map(|a| text(&a.s));
+    if direction.as_deref().is_some_and(|d| d != "forward") {
+        return Err(format!(
+            "direction `{}` is not supported",
+            direction.unwrap_or_default()
+        ));
+    }
+    if node.attribute("clip").is_some() {
+        return Err("clip is not supported".into());
+    }
+    if node.attribute("input_forget").is_some_and(|a| a.i != 0) {
+        return Err("input_forget = 1 is not supported".into());
+    }
+    if cell == Cell::Lstm && node.input(7).is_some() {
+        return Err("peepholes (P) are not supported".into());
+    }
+    if cell == Cell::Gru
+        && node
+            .attribute("linear_before_reset")
+            .is_none_or(|a| a.i == 0)
+    {
+        return Err("linear_before_reset = 0 is another cell; only 1 is supported".into());
+    }
+    let activations: Vec<String> = node
+        .attribute("activations")
+        .map(|a| a.strings.iter().map(|s| text(s).to_lowercase()).collect())
+        .unwrap_or_default();
+    let (cell, usual): (Cell, &[&str]) = match cell {
+        Cell::Lstm => (cell, &["sigmoid", "tanh", "tanh"]),
+        Cell::Gru => (cell, &["sigmoid", "tanh"]),
+        _ if activations == ["relu"] => (Cell::Relu, &["relu"]),
+        _ => (cell, &["tanh"]),
+    };
+    if !activations.is_empty() && activations != usual {
+        return Err(format!("activations {activations:?} are not supported"));
+    }
+    let gates = cell.gates();
+    // Without the axis of directions.
+    let matrix = |at: usize, role: &str| -> Found<(Vec<usize>, Vec<Element>)> {
+        let input = node.input(at).ok_or_else(|| format!("it has no {role}"))?;
+        match scopes.value(input).map_err(|e| format!("{role}: {e}"))? {
+            Value::Floats(dims, values) if dims.first() == Some(&1) => {
+                Ok((dims[1..].to_vec(), values))
+            }
+            Value::Floats(dims, _) | Value::Ints(dims, _) => Err(format!(
+                "{role} has the shape {dims:?}; a first axis of 1 is expected"
+            )),
+        }
+    };
+    let (w_shape, w) = matrix(1, "W")?;
+    let (r_shape, r) = matrix(2, "R")?;
+    let (&[rows, width], &[r_rows, hidden]) = (w_shape.as_slice(), r_shape.as_slice()) else {
+        return Err(format!("W {w_shape:?} and R {r_shape:?} are no matrices"));
+    };
+    if hidden == 0 || width == 0 || rows != gates * hidden || r_rows != rows {
+        return Err(format!(
+            "W {w_shape:?} and R {r_shape:?} do not fit {gates} gates"
+        ));
+    }
+    let stated = node.attribute("hidden_size").map(|a| a.i);
+    if stated.is_some_and(|s| s != hidden as i64) {
+        return Err(format!("hidden_size is {stated:?}, R has {hidden} columns"));
+    }
+    let reordered = |values: &[Element], cols: usize| -> Vec<Element> {
+        let block = hidden * cols;
+        let positions = GateLayout::Onnx.positions(cell).iter();
+        positions
+            .flat_map(|&p| values[p * block..(p + 1) * block].iter().copied())
+            .collect()
+    };
+    let (bias_ih, bias_hh) = match node.input(3) {
+        None => (Vec::new(), Vec::new()),
+        Some(_) => {
+            let (shape, b) = matrix(3, "B")?;
+            if shape != [2 * rows] {
+                return Err(format!(
+                    "B has {shape:?} entries, {} are expected",
+                    2 * rows
+                ));
+            }
+            (reordered(&b[..rows], 1), reordered(&b[rows..], 1))
+        }
+    };
+    Ok(RecurrentNode {
+        name: name.to_owned(),
+        cell,
+        hidden,
+        width,
+        weight_ih: reordered(&w, width),
+        weight_hh: reordered(&r, hidden),
+        bias_ih,
+        bias_hh,
+    })
+}

@@ -1,0 +1,125 @@
+//! All suites on one model, and the methods applied on top of one another: one report that begins with a summary.
+
+mod chain;
+mod inputs;
+mod preset;
+pub(crate) mod presets;
+mod summary;
+
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use anyhow::{Context, Result, ensure};
+use causal_lm::TextTokenizer;
+use eval_report::{Section, command_line, format};
+use toy_lm::bundled::{self, CALIBRATION, EVALUATION};
+
+pub use self::inputs::Inputs;
+use self::summary::Part;
+use crate::default_model;
+use crate::settings::Settings;
+use crate::suites::perplexity;
+
+/// Windows to evaluate on by default, so that the whole takes minutes.
+const WINDOWS: usize = 16;
+
+/// What to run on.
+#[derive(Debug, Clone, Default)]
+pub struct Config {
+    /// A model and texts; the bundled model by default.
+    pub inputs: Option<Inputs>,
+}
+
+impl Config {
+    /// The models it reads, which may be names on a hub.
+    pub(crate) fn models(&mut self) -> Vec<&mut PathBuf> {
+        let models = self.inputs.iter_mut().map(|inputs| &mut inputs.text.model);
+        models.collect()
+    }
+}
+
+/// Where the report goes by default: the build folder of this checkout.
+pub(crate) fn report_folder() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .with_file_name("target")
+        .join("report")
+}
+
+/// Run all of it.
+///
+/// # Errors
+/// A model or text that cannot be read or run.
+pub(crate) fn run(settings: &Settings, config: &Config) -> Result<Vec<Section>> {
+    let (inputs, entropy) = match &config.inputs {
+        Some(inputs) => (inputs.clone(), None),
+        None => {
+            let (inputs, entropy) = bundled_inputs()?;
+            (inputs, Some(entropy))
+        }
+    };
+    let settings = &Settings {
+        samples: settings.samples.or(Some(WINDOWS)),
+        ..settings.clone()
+    };
+    let mut parts = Vec::new();
+    let mut times = Vec::new();
+    for preset in presets::all(&inputs, settings)? {
+        let started = Instant::now();
+        let sections = preset.suite.run(settings);
+        let mut sections = sections.with_context(|| preset.name)?;
+        if let Some(first) = sections.first_mut() {
+            let command = command_line(&preset.command());
+            first.protocol.insert("command".into(), command.into());
+        }
+        times.push(done(settings, preset.name, started));
+        parts.push(Part {
+            name: preset.crate_name,
+            shown: preset.shown,
+            sections,
+        });
+    }
+    let started = Instant::now();
+    parts.push(Part {
+        name: "all in a chain",
+        shown: chain::shown(),
+        sections: vec![chain::run(settings, &inputs).context(chain::SUITE)?],
+    });
+    times.push(done(settings, chain::SUITE, started));
+    let model = perplexity::file_name(&inputs.text.model);
+    let summary = times.into_iter().fold(
+        summary::section(&parts, &model, entropy),
+        |summary, (name, time)| summary.fact(name, time),
+    );
+    let sections = parts.into_iter().flat_map(|part| part.sections);
+    Ok(std::iter::once(summary).chain(sections).collect())
+}
+
+/// Reports that a run is done, with its time.
+fn done(settings: &Settings, name: &str, started: Instant) -> (String, String) {
+    let time = format::seconds(started.elapsed().as_secs_f64());
+    settings.note(&format!("{name}: {time}"));
+    (name.to_owned(), time)
+}
+
+/// The bundled model with texts that it was not trained on, and the cross-entropy of the generator itself on the text to
+/// evaluate on, in nats per token.
+fn bundled_inputs() -> Result<(Inputs, f64)> {
+    let model = default_model::folder();
+    ensure!(
+        model.is_dir(),
+        "{}: the bundled model is missing; cargo xtask train-default makes it",
+        model.display()
+    );
+    let (text, calib) = (model.join(EVALUATION), model.join(CALIBRATION));
+    let tokens = TextTokenizer::open(&model)?.encode_file(&text)?.len();
+    let entropy = bundled::evaluation().nats() / tokens as f64;
+    let inputs = Inputs {
+        text: perplexity::Config {
+            model,
+            text,
+            bos: true,
+        },
+        calib,
+    };
+    Ok((inputs, entropy))
+}

@@ -1,0 +1,200 @@
+//! The runs of all suites: for each crate the method that it is for and baselines at the same budget, in about a minute.
+
+use anyhow::{Context, Result};
+use eval_report::{Budget, DENSE, format};
+use lowrank_eora::compress::Compressor;
+use lowrank_eora::repair::Method;
+use prune_lattice::experiment::ExperimentConfig;
+use prune_lattice::prune::Method as LatticeMethod;
+use prune_lattice::tasks::Task;
+use prune_structured::{Compensation, Recipe};
+
+use super::inputs::Inputs;
+use super::preset::{Flags, Preset, Shown, path};
+use crate::settings::Settings;
+use crate::suite::Suite;
+use crate::suites::kv::policy::{ALPHA, Choice, PromptRule};
+use crate::suites::{kv, lattice, lowrank, structured};
+
+/// Windows to calibrate on.
+const CALIBRATION: usize = 32;
+
+/// Recurrent networks of each task.
+const NETWORKS: u64 = 3;
+
+/// All of them, in the order of the report.
+pub(crate) fn all(inputs: &Inputs, settings: &Settings) -> Result<Vec<Preset>> {
+    Ok(vec![
+        structured(inputs, settings)?,
+        lowrank(inputs, settings)?,
+        kv(inputs, settings)?,
+        lattice(inputs, settings),
+    ])
+}
+
+fn structured(inputs: &Inputs, settings: &Settings) -> Result<Preset> {
+    let methods = ["flap", "wanda-sp", "magnitude", "random"];
+    let ratios = vec![0.125, 0.25, 0.5];
+    let recipes = methods
+        .iter()
+        .map(|name| {
+            let mut recipe =
+                Recipe::named(name, settings.seed).with_context(|| format!("no method {name}"))?;
+            recipe.compensation = Some(Compensation::LEAST_SQUARES);
+            Ok(recipe)
+        })
+        .collect::<Result<Vec<Recipe>>>()?;
+    let at = 0.25;
+    let shown = |method: &str| Shown {
+        ratio: Some(at),
+        ..Shown::new(format!("{method}, {} pruned", percent(at)), method)
+    };
+    Ok(Preset {
+        crate_name: "prune-structured",
+        name: "structured",
+        flags: Flags::of_text(inputs, settings)
+            .with("--calib", path(&inputs.calib))
+            .with("--calib-samples", CALIBRATION)
+            .with_all("--method", methods)
+            .with_all("--ratio", &ratios)
+            .with("--compensate", "least-squares")
+            .finish(settings),
+        suite: Suite::Structured(structured::Config {
+            calib_samples: CALIBRATION,
+            recipes,
+            ratios,
+            ..structured::Config::new(inputs.text.clone(), inputs.calib.clone(), settings.seed)
+        }),
+        shown: vec![
+            Shown::new("original model", DENSE),
+            shown("flap"),
+            shown("magnitude"),
+            shown("random"),
+        ],
+    })
+}
+
+fn lowrank(inputs: &Inputs, settings: &Settings) -> Result<Preset> {
+    const RANK: usize = 8;
+    const HELD_OUT: usize = 8;
+    let compressors = ["wanda-2:4", "gptq-int3"]
+        .iter()
+        .map(|name| Ok(name.parse()?))
+        .collect::<Result<Vec<Compressor>>>()?;
+    let methods = vec![None, Some(Method::Svd), Some(Method::Eora)];
+    let name = |method: &Option<Method>| method.map_or(lowrank::NONE, Method::name);
+    let first = compressors.first().map(ToString::to_string);
+    let shown = |method: &Option<Method>| Shown {
+        label: match (&first, method) {
+            (Some(first), None) => format!("{first}, not repaired"),
+            (Some(first), Some(method)) => format!("{first}, {method} of rank {RANK}"),
+            (None, _) => String::new(),
+        },
+        compress: first.clone(),
+        ..Shown::new("", name(method))
+    };
+    Ok(Preset {
+        crate_name: "lowrank-eora",
+        name: "lowrank",
+        flags: Flags::of_text(inputs, settings)
+            .with("--calib", path(&inputs.calib))
+            .with("--calib-samples", CALIBRATION)
+            .with("--held-out-samples", HELD_OUT)
+            .with_all("--compress", &compressors)
+            .with_all("--method", methods.iter().map(name))
+            .with("--rank", RANK)
+            .finish(settings),
+        shown: methods.iter().map(shown).collect(),
+        suite: Suite::Lowrank(Box::new(lowrank::Config {
+            calib_samples: CALIBRATION,
+            held_out_samples: HELD_OUT,
+            compressors,
+            methods,
+            ranks: vec![RANK],
+            ..lowrank::Config::new(inputs.text.clone(), inputs.calib.clone())
+        })),
+    })
+}
+
+fn kv(inputs: &Inputs, settings: &Settings) -> Result<Preset> {
+    let names = ["lazy", "lazy-guarded", "h2o", "tova", "streaming", "random"];
+    let budgets = vec![Budget::Share(0.25), Budget::Share(0.5)];
+    let policies = names
+        .iter()
+        .map(|name| {
+            Choice::named(name, PromptRule::Evict, ALPHA)
+                .with_context(|| format!("no policy {name}"))
+        })
+        .collect::<Result<Vec<Choice>>>()?;
+    let at = 0.25;
+    let shown = |policy: &str| Shown {
+        budget: Some(Budget::Share(at)),
+        ..Shown::new(format!("{policy}, {} of the window", percent(at)), policy)
+    };
+    Ok(Preset {
+        crate_name: "kv-lazy",
+        name: "kv",
+        flags: Flags::of_text(inputs, settings)
+            .with_all("--policy", names)
+            .with_all("--budget", budgets.iter().map(|b| kv::policy::said(*b)))
+            .with("--prompt-rule", PromptRule::Evict.name())
+            .finish(settings),
+        suite: Suite::Kv(kv::Config {
+            policies,
+            budgets,
+            prompt_rule: PromptRule::Evict,
+            ..kv::Config::on_text(inputs.text.clone())
+        }),
+        shown: vec![
+            Shown::new("full cache, decoding", kv::FULL),
+            shown("lazy"),
+            shown("random"),
+        ],
+    })
+}
+
+fn lattice(_: &Inputs, settings: &Settings) -> Preset {
+    let tasks = vec![Task::Reber, Task::Mod(3)];
+    let methods = [
+        LatticeMethod::Span,
+        LatticeMethod::LatticeContext,
+        LatticeMethod::Strength,
+        LatticeMethod::Magnitude,
+        LatticeMethod::Random,
+    ];
+    let sparsities = vec![0.5, 0.75, 0.9];
+    let at = 0.75;
+    let shown = |label: &str, method: LatticeMethod| Shown {
+        sparsity: Some(at),
+        ..Shown::new(format!("{label}, {} pruned", percent(at)), method.name())
+    };
+    Preset {
+        crate_name: "prune-lattice",
+        name: "lattice",
+        flags: Flags::default()
+            .with_all("--task", &tasks)
+            .with_all("--method", methods.map(LatticeMethod::name))
+            .with_all("--sparsity", &sparsities)
+            .with("--seeds", NETWORKS)
+            .finish(settings),
+        suite: Suite::Lattice(lattice::Config::new(
+            ExperimentConfig::default().with(|config| {
+                config.tasks = tasks;
+                config.methods = methods.to_vec();
+                config.sparsities = sparsities;
+            }),
+            settings.seed,
+            NETWORKS,
+        )),
+        shown: vec![
+            Shown::new("dense LSTM", DENSE),
+            shown("lattice", LatticeMethod::LatticeContext),
+            shown("random", LatticeMethod::Random),
+        ],
+    }
+}
+
+/// A fraction as `25 %`.
+fn percent(share: f64) -> String {
+    format!("{} %", format::tick(100.0 * share))
+}

@@ -1,0 +1,292 @@
+//! The command line: flags become a typed description of the work, which is then run. No other module imports this one.
+
+mod all;
+mod kv;
+mod lattice;
+mod lowrank;
+mod random_model;
+mod structured;
+mod tasks;
+mod train_default;
+
+use std::num::NonZeroUsize;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::error::ErrorKind;
+use clap::{Args, CommandFactory, Parser, Subcommand};
+
+use crate::eval::{self, Run, Scope};
+use crate::settings::{Device, Settings};
+use crate::suite::Suite;
+use crate::suites::perplexity;
+use crate::{default_model, random_model as random, report};
+
+/// Run the command line: 0 when done, 1 with one line on stderr when the run failed, 2 on wrong usage.
+pub fn main() -> ExitCode {
+    let done = match Cli::parse().command {
+        Command::Eval(args) => eval::run(args.run()),
+        Command::Report(args) => report::run(&args.into()),
+        Command::RandomModel(args) => random::run(&args.into()),
+        Command::TrainDefault(args) => default_model::run(&args.into()),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {}", one_line(&error));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// An error and its causes on one line. A cause that ends the text before it is not repeated, and line breaks become
+/// spaces.
+fn one_line(error: &anyhow::Error) -> String {
+    let mut line = String::new();
+    for cause in error.chain() {
+        let text = cause.to_string();
+        let text = text.lines().map(str::trim).collect::<Vec<_>>().join(" ");
+        if !line.ends_with(&text) {
+            if !line.is_empty() {
+                line += ": ";
+            }
+            line += &text;
+        }
+    }
+    line
+}
+
+/// Post-training compression, measured.
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask", version)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Evaluate models before and after compression; without a suite, all of them on the embedded model, on 16 windows
+    /// unless --samples says otherwise
+    Eval(Box<EvalArgs>),
+    /// Compare two reports, row by row
+    Report(ReportArgs),
+    /// Write a checkpoint with random weights for a config.json, to measure memory and speed on
+    RandomModel(random_model::RandomModelArgs),
+    /// Train the embedded default model from nothing, on text that the project generates
+    TrainDefault(train_default::TrainDefaultArgs),
+}
+
+#[derive(Args)]
+struct EvalArgs {
+    #[command(flatten)]
+    all: all::AllArgs,
+    #[command(flatten)]
+    common: CommonArgs,
+    #[command(subcommand)]
+    suite: Option<SuiteArgs>,
+}
+
+#[derive(Args)]
+struct ReportArgs {
+    /// A report.json
+    #[arg(value_name = "BEFORE")]
+    before: PathBuf,
+    /// The report.json of another run
+    #[arg(value_name = "AFTER")]
+    after: PathBuf,
+    /// Print the comparison as JSON on stdout and nothing else there
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Subcommand)]
+enum SuiteArgs {
+    /// Perplexity of a checkpoint on a text
+    Perplexity(PerplexityArgs),
+    /// Structured pruning: quality, size and speed by method and ratio
+    Structured(Box<structured::StructuredArgs>),
+    /// Low-rank repair of compressed models: output error, quality and size by compressor, method and rank
+    Lowrank(Box<lowrank::LowrankArgs>),
+    /// Pruning of recurrent networks by order, with the controls that tell whether order matters
+    Lattice(Box<lattice::LatticeArgs>),
+    /// KV-cache eviction: perplexity, attention on traces, or recall, by policy and budget
+    Kv(Box<kv::KvArgs>),
+    /// Zero-shot and few-shot tasks: multiple choice by log-likelihood, and generation with exact match
+    Tasks(Box<tasks::TasksArgs>),
+}
+
+#[derive(Args)]
+#[command(next_help_heading = "Common options")]
+struct CommonArgs {
+    /// Tokens in a window
+    #[arg(long, global = true, value_name = "N", value_parser = window)]
+    window: Option<usize>,
+    /// Evaluate the first N windows or questions only
+    #[arg(long, global = true, value_name = "N")]
+    samples: Option<NonZeroUsize>,
+    /// Seed of everything random
+    #[arg(long, global = true, value_name = "N", default_value_t = 0)]
+    seed: u64,
+    /// Threads to compute with [default: all cores]
+    #[arg(long, global = true, value_name = "N")]
+    threads: Option<NonZeroUsize>,
+    /// Where to compute
+    #[arg(long, global = true, value_enum, default_value_t = Device::Cpu)]
+    device: Device,
+    /// Folder for report.json, report.md and report.html
+    #[arg(long, global = true, value_name = "DIR")]
+    out: Option<PathBuf>,
+    /// Print the report as JSON on stdout and nothing else there
+    #[arg(long, global = true)]
+    json: bool,
+}
+
+/// Model and text to measure perplexity with.
+#[derive(Args)]
+struct TextArgs {
+    /// Checkpoint folder in Hugging Face layout, or hf:OWNER/NAME
+    #[arg(long, value_name = "DIR")]
+    model: PathBuf,
+    /// Text to evaluate on
+    #[arg(long, value_name = "FILE")]
+    text: PathBuf,
+    /// Begin windows with text, not with the tokenizer's BOS token
+    #[arg(long)]
+    no_bos: bool,
+}
+
+impl From<ReportArgs> for report::Config {
+    fn from(
+        ReportArgs {
+            before,
+            after,
+            json,
+        }: ReportArgs,
+    ) -> Self {
+        report::Config {
+            before,
+            after,
+            json,
+        }
+    }
+}
+
+impl From<TextArgs> for perplexity::Config {
+    fn from(
+        TextArgs {
+            model,
+            text,
+            no_bos,
+        }: TextArgs,
+    ) -> Self {
+        perplexity::Config {
+            model,
+            text,
+            bos: !no_bos,
+        }
+    }
+}
+
+#[derive(Args)]
+struct PerplexityArgs {
+    #[command(flatten)]
+    text: TextArgs,
+    /// Also measure nuclear norm and entropy of the hidden states
+    #[arg(long)]
+    hidden_metrics: bool,
+}
+
+fn window(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(tokens) if tokens >= 2 => Ok(tokens),
+        _ => Err("expected a number of tokens, at least 2 (the first is never a target)".into()),
+    }
+}
+
+fn ratio(text: &str) -> Result<f64, String> {
+    match text.parse() {
+        Ok(share) if (0.0..1.0).contains(&share) => Ok(share),
+        _ => Err("expected a share, at least 0 and below 1".into()),
+    }
+}
+
+impl EvalArgs {
+    fn run(self) -> Run {
+        let Self { all, common, suite } = self;
+        if suite.is_some() && all.is_given() {
+            let what = "--model, --text and --calib of a suite go behind its name";
+            Cli::command()
+                .error(ErrorKind::ArgumentConflict, what)
+                .exit()
+        }
+        let words = std::env::args_os()
+            .skip(1)
+            .map(|word| word.to_string_lossy().into_owned());
+        let CommonArgs {
+            window,
+            samples,
+            seed,
+            threads,
+            device,
+            out,
+            json,
+        } = common;
+        Run {
+            command: ["cargo", "xtask"]
+                .map(String::from)
+                .into_iter()
+                .chain(words)
+                .collect(),
+            settings: Settings {
+                window,
+                samples: samples.map(NonZeroUsize::get),
+                seed,
+                threads: threads.map(NonZeroUsize::get),
+                device,
+                quiet: json,
+            },
+            scope: match suite {
+                None => Scope::All(all.into()),
+                Some(suite) => Scope::One(Box::new(suite.suite(seed))),
+            },
+            out,
+            json,
+        }
+    }
+}
+
+impl SuiteArgs {
+    fn suite(self, seed: u64) -> Suite {
+        match self {
+            SuiteArgs::Perplexity(args) => Suite::Perplexity {
+                config: args.text.into(),
+                hidden_metrics: args.hidden_metrics,
+            },
+            SuiteArgs::Structured(args) => Suite::Structured(args.config(seed)),
+            SuiteArgs::Lowrank(args) => Suite::Lowrank(Box::new(args.config(seed))),
+            SuiteArgs::Lattice(args) => Suite::Lattice(args.config(seed)),
+            SuiteArgs::Kv(args) => Suite::Kv(args.config()),
+            SuiteArgs::Tasks(args) => Suite::Tasks((*args).into()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn an_error_is_one_line_without_repetition() {
+        let cause = std::io::Error::other("no\nspace");
+        let error = anyhow::Error::new(cause)
+            .context("cannot write x: no space")
+            .context("flap");
+        assert_eq!(one_line(&error), "flap: cannot write x: no space");
+    }
+}

@@ -1,0 +1,255 @@
+//! The flags of `eval structured`.
+
+mod search;
+
+use std::num::{NonZeroU32, NonZeroUsize};
+use std::path::PathBuf;
+
+use clap::builder::PossibleValuesParser;
+use clap::{Args, ValueEnum};
+use prune_structured::compensation::{Alternating, LeastSquares};
+use prune_structured::gguf::Precision;
+use prune_structured::score::Random;
+use prune_structured::{
+    Allocation, AttentionUnit, Compensation, DEFAULT_RIDGE, Form, Recipe, Score,
+};
+use tensor_io::WriteOptions;
+
+use super::{TextArgs, ratio};
+use crate::suites::structured;
+
+#[derive(Args)]
+pub(super) struct StructuredArgs {
+    #[command(flatten)]
+    text: TextArgs,
+    /// Text to calibrate on, another one than --text
+    #[arg(long, value_name = "FILE")]
+    calib: PathBuf,
+    /// Windows to calibrate on, drawn from the text with --seed
+    #[arg(long, value_name = "N", default_value = "128")]
+    calib_samples: NonZeroUsize,
+    /// Methods, separated by commas
+    #[arg(long, required = true, value_delimiter = ',', value_name = "M[,M..]", value_parser = PossibleValuesParser::new(Recipe::NAMES))]
+    method: Vec<String>,
+    /// Shares of the prunable parameters to remove, separated by commas
+    #[arg(long, required = true, value_delimiter = ',', value_name = "R[,R..]", value_parser = ratio)]
+    ratio: Vec<f64>,
+    /// Write the compressed checkpoint to this folder; of several, each to a folder METHOD-RATIO in it, with -seedN where it draws
+    #[arg(long, value_name = "DIR")]
+    save: Option<PathBuf>,
+    /// Replace what is at --save
+    #[arg(long)]
+    overwrite: bool,
+    /// Export each saved checkpoint too, to its folder, several separated by commas: as model-PRECISION.gguf for
+    /// llama.cpp, as a folder nemotron-nas for vLLM
+    #[arg(
+        long,
+        value_enum,
+        value_delimiter = ',',
+        value_name = "E[,E..]",
+        requires = "save",
+        conflicts_with = "masked"
+    )]
+    export: Vec<ExportArg>,
+    /// Write each plan, which units stay, as METHOD-RATIO.json or METHOD-RATIO-seedN.json to this folder
+    #[arg(long, value_name = "DIR")]
+    save_plans: Option<PathBuf>,
+    /// Largest shard in bytes
+    #[arg(long, value_name = "N", default_value = "5000000000")]
+    max_shard_bytes: u64,
+    /// Keep the dense shapes and write zeros for what is removed
+    #[arg(long)]
+    masked: bool,
+    /// Make the plans and show them, after searching for those of tyr; write and evaluate nothing
+    #[arg(long)]
+    dry_run: bool,
+    /// Runs of whatever draws or searches, from --seed on
+    #[arg(long, value_name = "N", default_value = "3")]
+    seeds: NonZeroU32,
+    #[command(flatten)]
+    change: RecipeArgs,
+    #[command(flatten)]
+    search: search::SearchArgs,
+}
+
+/// Changes to every method of the run.
+#[derive(Args)]
+#[command(next_help_heading = "Changes to the methods")]
+struct RecipeArgs {
+    /// Score of units [default: the method's]
+    #[arg(long, value_parser = PossibleValuesParser::new(names(Score::NAMES, "flap-compat")))]
+    score: Option<String>,
+    /// How the budget is divided over layers [default: the method's]
+    #[arg(long, value_parser = PossibleValuesParser::new(names(&names(Allocation::NAMES, "flap-compat"), "searched")))]
+    allocation: Option<String>,
+    /// What compensates for removed units, several separated by commas; auto: the method's own, which for flap is bias
+    /// where the architecture can store one, else least squares
+    #[arg(
+        long,
+        value_delimiter = ',',
+        value_name = "C[,C..]",
+        default_value = AUTO,
+        value_parser = PossibleValuesParser::new([&[AUTO], Compensation::NAMES].concat())
+    )]
+    compensate: Vec<String>,
+    /// Maximum fraction removed from any sublayer [structprune, structprune-softmax; default: 1]
+    #[arg(long, value_name = "R")]
+    max_ratio: Option<f64>,
+    /// Temperature of the softmax over energies: small takes all from the weakest sublayers [structprune-softmax;
+    /// default: 1]
+    #[arg(long, value_name = "T")]
+    temperature: Option<f64>,
+    /// Rounds of the alternating refinement [default: 1]
+    #[arg(long, value_name = "N", default_value = "1")]
+    rounds: NonZeroUsize,
+    /// Damping of least squares and of the alternating refinement, relative to the mean diagonal
+    #[arg(long, value_name = "X", default_value_t = DEFAULT_RIDGE)]
+    ridge: f64,
+    /// Unit of attention [default: KV groups where there are at least 4, else query heads]
+    #[arg(long, value_enum)]
+    attention_unit: Option<AttentionUnitArg>,
+    /// KV groups, or query heads of each group, that every layer keeps [default: 1; flap-compat: 0]
+    #[arg(long, value_name = "N")]
+    min_attention: Option<usize>,
+    /// Neurons that every layer keeps [default: 1; flap-compat: 0]
+    #[arg(long, value_name = "N")]
+    min_neurons: Option<usize>,
+    /// Keep the number of neurons a multiple of this
+    #[arg(long, value_name = "N")]
+    align: Option<usize>,
+    /// The same widths in every layer, so that stock runtimes open the result
+    #[arg(long)]
+    uniform: bool,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum ExportArg {
+    #[value(name = "gguf:f32")]
+    GgufF32,
+    #[value(name = "gguf:f16", alias = "gguf")]
+    GgufF16,
+    #[value(name = "gguf:bf16")]
+    GgufBf16,
+    #[value(name = "gguf:q8_0")]
+    GgufQ8,
+    NemotronNas,
+}
+
+impl From<ExportArg> for structured::Export {
+    fn from(export: ExportArg) -> Self {
+        match export {
+            ExportArg::GgufF32 => Self::Gguf(Precision::F32),
+            ExportArg::GgufF16 => Self::Gguf(Precision::F16),
+            ExportArg::GgufBf16 => Self::Gguf(Precision::Bf16),
+            ExportArg::GgufQ8 => Self::Gguf(Precision::Q8_0),
+            ExportArg::NemotronNas => Self::NemotronNas,
+        }
+    }
+}
+
+/// Leaves a method its own compensation.
+const AUTO: &str = "auto";
+
+/// All of `names` but one.
+fn names(names: &[&'static str], but: &str) -> Vec<&'static str> {
+    names.iter().copied().filter(|name| *name != but).collect()
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum AttentionUnitArg {
+    KvGroup,
+    QueryHead,
+}
+
+impl RecipeArgs {
+    /// The variants of one method: one for each compensation, named after it where there are several.
+    fn variants(&self, name: &str, seed: u64) -> Vec<Recipe> {
+        let several = self.compensate.len() > 1;
+        let variant = |compensate: &String| {
+            // clap has admitted no other name.
+            let mut recipe = Recipe::named(name, seed).expect("the parser knows the same names");
+            self.change(&mut recipe, seed);
+            if compensate != AUTO {
+                recipe.compensation = self.compensation(compensate);
+            }
+            if several {
+                recipe.name = format!("{name}+{compensate}");
+            }
+            recipe
+        };
+        self.compensate.iter().map(variant).collect()
+    }
+
+    /// The compensation of this name with the flags' parameters.
+    fn compensation(&self, name: &str) -> Option<Compensation> {
+        let (rounds, ridge) = (self.rounds.get(), self.ridge);
+        Some(match Compensation::named(name)? {
+            Compensation::LeastSquares(_) => LeastSquares { ridge }.into(),
+            Compensation::Alternating(_) => Alternating { rounds, ridge }.into(),
+            other => other,
+        })
+    }
+
+    fn change(&self, recipe: &mut Recipe, seed: u64) {
+        if let Some(score) = self.score.as_deref().and_then(Score::named) {
+            recipe.score = match score {
+                Score::Random(_) => Random { seed }.into(),
+                other => other,
+            };
+        }
+        if let Some(allocation) = self.allocation.as_deref().and_then(Allocation::named) {
+            recipe.allocation = allocation;
+        }
+        match &mut recipe.allocation {
+            Allocation::Softmax(softmax) => {
+                softmax.temperature = self.temperature.unwrap_or(softmax.temperature);
+                softmax.max_ratio = self.max_ratio.unwrap_or(softmax.max_ratio);
+            }
+            Allocation::ClosedForm(closed) => {
+                closed.max_ratio = self.max_ratio.unwrap_or(closed.max_ratio);
+            }
+            _ => {}
+        }
+        if let Some(unit) = self.attention_unit {
+            recipe.shape.attention_unit = Some(match unit {
+                AttentionUnitArg::KvGroup => AttentionUnit::KvGroup,
+                AttentionUnitArg::QueryHead => AttentionUnit::QueryHead,
+            });
+        }
+        let shape = &mut recipe.shape;
+        shape.min_attention = self.min_attention.unwrap_or(shape.min_attention);
+        shape.min_neurons = self.min_neurons.unwrap_or(shape.min_neurons);
+        shape.align_neurons = self.align.unwrap_or(shape.align_neurons);
+        shape.uniform |= self.uniform;
+    }
+}
+
+impl StructuredArgs {
+    pub(super) fn config(self, seed: u64) -> structured::Config {
+        let variants = |name: &String| self.change.variants(name, seed);
+        let mut recipes: Vec<Recipe> = self.method.iter().flat_map(variants).collect();
+        recipes.iter_mut().for_each(|r| self.search.change(r));
+        structured::Config {
+            perplexity: self.text.into(),
+            calib: self.calib,
+            calib_samples: self.calib_samples.get(),
+            recipes,
+            ratios: self.ratio,
+            save: self.save,
+            form: if self.masked {
+                Form::Masked
+            } else {
+                Form::Sliced
+            },
+            write: WriteOptions {
+                overwrite: self.overwrite,
+                max_shard_bytes: self.max_shard_bytes,
+            },
+            exports: self.export.into_iter().map(Into::into).collect(),
+            save_plans: self.save_plans,
+            dry_run: self.dry_run,
+            search: self.search.config(seed),
+            seeds: self.seeds.get().into(),
+        }
+    }
+}

@@ -1,0 +1,63 @@
+//! The suites, and which function runs which.
+
+use std::path::PathBuf;
+
+use anyhow::Result;
+use eval_report::Section;
+
+use crate::settings::Settings;
+use crate::suites::{kv, lattice, lowrank, perplexity, structured, tasks};
+
+/// A suite with its own settings.
+#[derive(Debug)]
+pub enum Suite {
+    /// Perplexity of a checkpoint.
+    Perplexity {
+        /// Model, text and protocol.
+        config: perplexity::Config,
+        /// Whether to measure the hidden states too.
+        hidden_metrics: bool,
+    },
+    /// Structured pruning.
+    Structured(structured::Config),
+    /// Low-rank repair.
+    Lowrank(Box<lowrank::Config>),
+    /// Pruning of recurrent networks by order.
+    Lattice(lattice::Config),
+    /// KV-cache eviction.
+    Kv(kv::Config),
+    /// Multiple choice and generation.
+    Tasks(tasks::Config),
+}
+
+impl Suite {
+    /// Measure.
+    ///
+    /// # Errors
+    /// What the suite reports, naming the file, tensor or flag.
+    pub fn run(&self, settings: &Settings) -> Result<Vec<Section>> {
+        match self {
+            Suite::Perplexity {
+                config,
+                hidden_metrics,
+            } => perplexity::run(settings, config, *hidden_metrics),
+            Suite::Structured(config) => structured::run(settings, config),
+            Suite::Lowrank(config) => lowrank::run(settings, config),
+            Suite::Lattice(config) => lattice::run(settings, config),
+            Suite::Kv(config) => kv::run(settings, config),
+            Suite::Tasks(config) => tasks::run(settings, config),
+        }
+    }
+
+    /// The models it reads, which may be names on a hub.
+    pub fn models(&mut self) -> Vec<&mut PathBuf> {
+        match self {
+            Suite::Perplexity { config, .. } => vec![&mut config.model],
+            Suite::Structured(config) => vec![&mut config.perplexity.model],
+            Suite::Lowrank(config) => vec![&mut config.perplexity.model],
+            Suite::Lattice(_) => Vec::new(),
+            Suite::Kv(config) => config.models(),
+            Suite::Tasks(config) => config.models.iter_mut().collect(),
+        }
+    }
+}

@@ -1,0 +1,261 @@
+//! Decode-time perplexity: a text is teacher-forced through a cache that evicts.
+//!
+//! The first tokens of each window are prefilled, the others decoded one at a time; every decoded token is predicted from what the
+//! cache still holds. Windows run side by side, because products of matrices are faster than those of vectors, and policies
+//! see each window alone.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use causal_lm::{Decoder, Model, Windows, cross_entropy};
+use eval_report::{Axis, Column, Reference, Row, Section, Stopwatch, format, mean_over_seeds};
+use kv_lazy::CacheConfig;
+use tensor_io::Checkpoint;
+
+use super::held::Held;
+use super::policy::{self, Choice};
+use super::rows::{FULL, SUITE, over_budget, over_bytes, reference};
+use super::verdict::{Metric, verdict};
+use super::{Config, several};
+use crate::bar::Bar;
+use crate::settings::Settings;
+use crate::suites::perplexity::{self, Protocol, file_name};
+
+/// Windows that run side by side at most.
+const BATCH: usize = 32;
+/// Bytes of keys and values that the full caches of a batch may take.
+const BATCH_BYTES: usize = 1 << 30;
+
+const PERPLEXITY: Metric = Metric {
+    field: "perplexity",
+    falls: true,
+    value: |row| row.perplexity,
+    show: |value| format::real(value, 3),
+};
+
+/// What to run.
+#[derive(Debug, Clone)]
+pub struct Text {
+    /// Model, text and how it is cut into windows.
+    pub text: perplexity::Config,
+    /// Tokens that are prefilled; a quarter of the window where not asked for.
+    pub prompt: Option<usize>,
+    /// Windows that run side by side; as memory allows where not asked for.
+    pub batch: Option<usize>,
+}
+
+/// Measure every policy at every budget, and the full cache in the same way, for each of several models.
+pub(crate) fn run(common: &Settings, config: &Config, texts: &[Text]) -> Result<Vec<Section>> {
+    let sections = texts
+        .iter()
+        .map(|text| one(common, config, text, texts.len() > 1))
+        .collect::<Result<Vec<(Section, usize)>>>()?;
+    let overview = (texts.len() > 1).then(|| several::overview(&sections));
+    let own = sections.into_iter().map(|(section, _)| section);
+    Ok(overview.into_iter().chain(own).collect())
+}
+
+/// One model, and the window it was run in: among several, one that was made for less than the window has its own.
+fn one(common: &Settings, config: &Config, text: &Text, among: bool) -> Result<(Section, usize)> {
+    let checkpoint = Checkpoint::open(&text.text.model)?;
+    let decoder = perplexity::open(common, &checkpoint)?;
+    let mut common = common.clone();
+    if among {
+        let reach = decoder.config().max_positions;
+        common.window = common.window.map(|window| window.min(reach));
+    }
+    let common = &common;
+    let protocol = Protocol::new(common, &text.text, &decoder)?;
+    let windows = protocol.evaluation(common, &text.text.text)?;
+    let window = windows.window_len();
+    let prompt = text.prompt.unwrap_or(prompt(window));
+    ensure!(
+        prompt < window,
+        "--prompt {prompt}: windows have {window} positions and none would be left to decode"
+    );
+    let model = Model::load(&decoder)?;
+    policy::check(&model, &config.policies, &config.budgets, window)?;
+    let batch = text.batch.unwrap_or(batch(&decoder, window));
+    let cells = Decoding {
+        model: &model,
+        windows: &windows,
+        prompt,
+        batch,
+    };
+
+    let evicting: Vec<&Choice> = config.policies.iter().filter(|c| !c.is_full()).collect();
+    let runs: usize = evicting.iter().map(|c| config.runs(c)).sum();
+    let steps = (1 + runs * config.budgets.len()) * windows.count().div_ceil(batch);
+    let bar = common.bar(FULL, steps as u64);
+    let mut rows = vec![cells.measure(reference(Row::new(SUITE, FULL)), None, &bar)?];
+    for choice in evicting {
+        for &budget in &config.budgets {
+            bar.set_label(format!("{} at {}", choice.name, policy::said(budget)));
+            let draws = (0..config.runs(choice) as u64)
+                .map(|draw| {
+                    let tokens = policy::tokens(budget, window);
+                    let cache = choice.cache(tokens, common.seed + draw);
+                    let row = config.row(choice, budget, window, prompt);
+                    cells.measure(row, Some(&cache), &bar)
+                })
+                .collect::<Result<Vec<Row>>>()
+                .with_context(|| choice.flags(budget))?;
+            rows.push(mean_over_seeds(&draws)?);
+        }
+    }
+    bar.finish();
+    let name = file_name(&text.text.model);
+    compare_with_full(&mut rows, &name);
+    let mut section = section(rows, window);
+    if among {
+        section.title = format!("{}, {name}", section.title);
+    }
+    let section = protocol
+        .facts(section, &text.text.text, &windows)
+        .fact("prefilled", prompt)
+        .fact("decoded", window - prompt)
+        .fact("targets", windows.count() * (window - prompt))
+        .fact("batch", batch)
+        .fact("keys and values", format!("{:?}", decoder.dtype()))
+        .fact("prompt", config.prompt_rule.said());
+    Ok((section, window))
+}
+
+/// Tokens that are prefilled where nothing is said.
+pub(crate) fn prompt(window: usize) -> usize {
+    (window / 4).max(1)
+}
+
+/// Windows side by side that memory allows.
+pub(crate) fn batch(decoder: &Decoder<'_>, window: usize) -> usize {
+    let config = decoder.config();
+    let heads: usize = config.widths.iter().map(|widths| widths.kv_heads).sum();
+    let bytes = 2 * heads * config.head_dim * window * decoder.dtype().size_in_bytes();
+    (BATCH_BYTES / bytes.max(1)).clamp(1, BATCH)
+}
+
+/// How a model decodes texts.
+pub(crate) struct Decoding<'a> {
+    pub(crate) model: &'a Model<'a>,
+    pub(crate) windows: &'a Windows,
+    /// Tokens that are prefilled.
+    pub(crate) prompt: usize,
+    /// Windows that run side by side.
+    pub(crate) batch: usize,
+}
+
+impl Decoding<'_> {
+    /// One run over all windows, a step of `bar` for each batch: quality, bytes and speed of `row`.
+    pub(crate) fn measure(
+        &self,
+        mut row: Row,
+        eviction: Option<&CacheConfig>,
+        bar: &Bar,
+    ) -> Result<Row> {
+        let watch = Stopwatch::start();
+        let (mut nll, mut held, mut decoding) = (0.0, Held::default(), Duration::ZERO);
+        let mut steps = 0;
+        for (group, windows) in self.windows.groups(self.batch).enumerate() {
+            let first = group * self.batch;
+            let windows: Vec<&[u32]> = windows.iter().collect();
+            let mut cache = policy::caches(self.model, eviction, first, windows.len())?;
+            let part = |range: std::ops::Range<usize>| -> Vec<&[u32]> {
+                windows
+                    .iter()
+                    .map(|window| &window[range.clone()])
+                    .collect()
+            };
+            let mut logits = self.model.forward(&part(0..self.prompt), &mut cache)?;
+            held.look(&cache);
+            let length = self.windows.window_len();
+            for position in self.prompt..length {
+                let targets: Vec<u32> = windows.iter().map(|window| window[position]).collect();
+                for (sequence, loss) in cross_entropy(&logits, &targets)?.into_iter().enumerate() {
+                    ensure!(
+                        loss.is_finite(),
+                        "the logits are not finite (window {}, position {position})",
+                        first + sequence
+                    );
+                    nll += loss;
+                }
+                if position + 1 < length {
+                    let started = Instant::now();
+                    logits = self
+                        .model
+                        .forward(&part(position..position + 1), &mut cache)?;
+                    decoding += started.elapsed();
+                    steps += windows.len();
+                    held.look(&cache);
+                }
+            }
+            bar.inc(1);
+        }
+        let targets = self.windows.count() * (self.windows.window_len() - self.prompt);
+        let nll = nll / targets as f64;
+        row.nll = Some(nll);
+        row.perplexity = Some(nll.exp());
+        row.tokens_per_second = (steps > 0).then(|| steps as f64 / decoding.as_secs_f64());
+        held.fill(&mut row);
+        watch.stop(&mut row);
+        Ok(row)
+    }
+}
+
+/// Gives every row what the full cache measured; the first row is its.
+fn compare_with_full(rows: &mut [Row], model: &str) {
+    let Some(full) = rows.first().cloned() else {
+        return;
+    };
+    for row in rows {
+        row.model = Some(model.into());
+        row.perplexity_dense = full.perplexity;
+        row.kv_bytes_full = full.kv_bytes;
+        row.tokens_per_second_dense = full.tokens_per_second;
+    }
+}
+
+fn section(rows: Vec<Row>, window: usize) -> Section {
+    let reference = rows.first().and_then(|row| row.perplexity);
+    let reference = reference.map(|y| Reference {
+        name: FULL.into(),
+        y,
+    });
+    let prose = format!(
+        "Windows are prefilled in part and decoded to their end one token at a time, teacher-forced, under eviction; only decoded tokens \
+         count, for the full cache as for the others. A budget is what a layer holds per sequence and KV head right after an eviction; \
+         bytes are the most that storage held at any time, within steps too, per sequence, all layers. Speed is that of all windows of a batch together \
+         and without prefill. {}",
+        verdict(&rows, &PERPLEXITY)
+    );
+    let axis = Axis::log("perplexity of decoded tokens");
+    Section {
+        title: "KV cache: perplexity under eviction".into(),
+        prose,
+        columns: vec![
+            Column::Method,
+            Column::Budget,
+            Column::Perplexity,
+            Column::PerplexityOverDense,
+            Column::KvBytes,
+            Column::KvOverFull,
+            Column::StateBytes,
+            Column::Extra("tokens_held".into()),
+            Column::TokensPerSecond,
+            Column::Speedup,
+            Column::Seconds,
+        ],
+        plots: vec![
+            over_budget(
+                "Perplexity",
+                axis.clone(),
+                &rows,
+                window,
+                &PERPLEXITY,
+                reference.clone(),
+            ),
+            over_bytes("Perplexity", axis, &rows, &PERPLEXITY, reference),
+        ],
+        rows,
+        ..Section::default()
+    }
+}

@@ -1,0 +1,217 @@
+//! Speed of generation after a long context: one sequence, full cache against eviction.
+//!
+//! All caches are filled with the same context and then decode in turn, step by step, so that whatever else the machine does slows
+//! all alike. Which tokens are fed does not matter for speed: they are drawn. What a smaller cache can win at most follows from the bytes a step reads,
+//! weights and cache, and stands beside what it wins.
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use candle_core::DType;
+use causal_lm::{CacheSet, Model, synthetic};
+use eval_report::{Column, Row, Section, Stopwatch};
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use serde_json::json;
+use tensor_io::{Checkpoint, WriteOptions};
+
+use super::Config;
+use super::held::Held;
+use super::policy::{self, Choice};
+use super::rows::{FULL, SUITE, reference};
+use crate::scratch::Scratch;
+use crate::settings::Settings;
+use crate::suites::perplexity::{self, file_name};
+
+/// Tokens of context where --window does not say.
+const CONTEXT: usize = 8192;
+/// Tokens generated before the clock runs: by then policies that judge once a window have judged the context.
+const WARM: usize = 128;
+/// Tokens generated against the clock where --prompt does not say: two of the longest windows.
+const TIMED: usize = 256;
+/// Tokens of the context read at a time.
+const CHUNK: usize = 512;
+
+/// What to run.
+#[derive(Debug, Clone)]
+pub struct Speed {
+    /// Model; one of random weights where there is none.
+    pub model: Option<PathBuf>,
+    /// Tokens of context.
+    pub prompt: Option<usize>,
+}
+
+impl Speed {
+    /// Policies where nothing is asked for: the cheapest, the paper's and one that sums, the last two every window.
+    pub const POLICIES: [&'static str; 3] = ["streaming", "lagged-h2o", "lazy"];
+}
+
+/// Caches of one row and the time they took.
+struct Lane {
+    row: Row,
+    cache: CacheSet,
+    held: Held,
+    spent: Duration,
+}
+
+/// Fill and decode with the full cache and with every policy at every budget.
+pub(crate) fn run(common: &Settings, config: &Config, speed: &Speed) -> Result<Vec<Section>> {
+    let scratch = Scratch::new()?;
+    let window = common.window.unwrap_or(CONTEXT + WARM + TIMED);
+    let dir = match &speed.model {
+        Some(dir) => dir.clone(),
+        None => random_model(&scratch.path().join("random"), window, common.seed)?,
+    };
+    let checkpoint = Checkpoint::open(&dir)?;
+    let decoder = perplexity::open(common, &checkpoint)?;
+    let reach = decoder.config().max_positions;
+    ensure!(
+        window <= reach,
+        "--window {window}: {} was made for {reach} positions",
+        dir.display()
+    );
+    let prompt = speed
+        .prompt
+        .unwrap_or(window.saturating_sub(WARM + TIMED).max(1));
+    ensure!(
+        prompt + WARM < window,
+        "--prompt {prompt}: the window of {window} has no room for {WARM} tokens before the clock runs and one after"
+    );
+    let model = Model::load(&decoder)?;
+    policy::check(&model, &config.policies, &config.budgets, prompt)?;
+
+    let mut rng = ChaCha8Rng::seed_from_u64(common.seed);
+    let vocabulary = decoder.config().vocab as u32;
+    let tokens: Vec<u32> = (0..window)
+        .map(|_| rng.random_range(0..vocabulary))
+        .collect();
+    let evicting: Vec<&Choice> = config.policies.iter().filter(|c| !c.is_full()).collect();
+    let lanes = 1 + evicting.len() * config.budgets.len();
+    let bar = common.bar("context", (lanes + (window - prompt)) as u64);
+    let watch = Stopwatch::start();
+
+    let mut all = Vec::with_capacity(lanes);
+    let mut lane = |row: Row, cache: CacheSet| -> Result<()> {
+        let lane = Lane {
+            row,
+            cache: fill(&model, cache, &tokens[..prompt])?,
+            held: Held::default(),
+            spent: Duration::ZERO,
+        };
+        all.push(lane);
+        bar.inc(1);
+        Ok(())
+    };
+    let full = policy::caches(&model, None, 0, 1)?;
+    lane(reference(Row::new(SUITE, FULL)), full)?;
+    for choice in evicting {
+        for &budget in &config.budgets {
+            let cache = choice.cache(policy::tokens(budget, prompt), common.seed);
+            let cache =
+                policy::caches(&model, Some(&cache), 0, 1).with_context(|| choice.flags(budget))?;
+            lane(config.row(choice, budget, prompt, prompt), cache)?;
+        }
+    }
+    bar.set_label("generation");
+    for (step, token) in tokens[prompt..].chunks(1).enumerate() {
+        for lane in &mut all {
+            let started = Instant::now();
+            model.forward(&[token], &mut lane.cache)?;
+            if step >= WARM {
+                lane.spent += started.elapsed();
+                lane.held.look_between(&lane.cache);
+            }
+        }
+        bar.inc(1);
+    }
+    bar.finish();
+
+    let weights: usize = checkpoint
+        .names()
+        .filter_map(|name| checkpoint.info(name).ok())
+        .map(|info| info.shape.iter().product::<usize>() * decoder.dtype().size_in_bytes())
+        .sum();
+    let steps = window - prompt - WARM;
+    let mut rows: Vec<Row> = all
+        .into_iter()
+        .map(
+            |Lane {
+                 mut row,
+                 held,
+                 spent,
+                 ..
+             }| {
+                row.tokens_per_second = Some(steps as f64 / spent.as_secs_f64());
+                held.fill(&mut row);
+                row.model = Some(file_name(&dir));
+                row
+            },
+        )
+        .collect();
+    // The lanes ran in turn: what they took in all and held at most is the run's.
+    if let Some(first) = rows.first_mut() {
+        watch.stop(first);
+    }
+    let (dense, full) = (rows[0].tokens_per_second, rows[0].kv_bytes);
+    for row in &mut rows {
+        row.tokens_per_second_dense = dense;
+        row.kv_bytes_full = full;
+        if let (Some(full), Some(held)) = (full, row.kv_bytes) {
+            let read = |cache: u64| weights as f64 + cache as f64;
+            let bound = (100.0 * read(full) / read(held)).round() / 100.0;
+            row.extra.insert("speed_bound".into(), json!(bound));
+        }
+    }
+    let section = section(rows)
+        .fact("context", prompt)
+        .fact("generated before the clock runs", WARM)
+        .fact("generated", steps)
+        .fact("weights read per step (bytes)", weights)
+        .fact("keys and values", format!("{:?}", decoder.dtype()));
+    Ok(vec![section])
+}
+
+/// Reads the context, in chunks: a policy may evict after each.
+fn fill(model: &Model<'_>, mut cache: CacheSet, context: &[u32]) -> Result<CacheSet> {
+    for chunk in context.chunks(CHUNK) {
+        model.forward(&[chunk], &mut cache)?;
+    }
+    Ok(cache)
+}
+
+/// 21 million parameters whose cache at 8k tokens is as large as they are: a step of one sequence reads as much of either.
+fn random_model(dir: &Path, positions: usize, seed: u64) -> Result<PathBuf> {
+    let fields = json!({
+        "model_type": "llama", "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8,
+        "num_attention_heads": 8, "num_key_value_heads": 2, "vocab_size": 2048, "max_position_embeddings": positions,
+        "tie_word_embeddings": true, "rope_theta": 10000.0, "rms_norm_eps": 1e-5,
+    });
+    let config = tensor_io::Config::new(fields.as_object().cloned().unwrap_or_default());
+    let options = WriteOptions::default();
+    synthetic::write(&config, DType::F32, dir, &options, synthetic::random(seed))?;
+    Ok(dir.to_owned())
+}
+
+fn section(rows: Vec<Row>) -> Section {
+    Section {
+        title: "KV cache: speed of generation".into(),
+        prose: "One sequence; every cache is filled with the same context and decodes it on in turn with the others, step by step. Budgets are of the \
+                context, bytes what caches held after their steps at most, tokens per second of generation alone. The bound is what the bytes of weights and cache that a step \
+                reads would allow: at batch 1 the weights are read however small the cache."
+            .into(),
+        columns: vec![
+            Column::Method,
+            Column::Budget,
+            Column::TokensPerSecond,
+            Column::Speedup,
+            Column::Extra("speed_bound".into()),
+            Column::KvBytes,
+            Column::KvOverFull,
+            Column::StateBytes,
+            Column::Extra("tokens_held".into()),
+        ],
+        rows,
+        ..Section::default()
+    }
+}

@@ -1,0 +1,9 @@
+//! The suites: a typed description of what to measure, calls of the crates, and rows.
+
+mod hidden;
+pub mod kv;
+pub mod lattice;
+pub mod lowrank;
+pub mod perplexity;
+pub mod structured;
+pub mod tasks;

@@ -1,0 +1,174 @@
+//! Perplexity of a checkpoint on a text.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use candle_core::DType;
+use causal_lm::{Decoder, Perplexity, TextTokenizer, Windows};
+use eval_report::{Column, DENSE, Row, Section, Stopwatch};
+use tensor_io::Checkpoint;
+
+use super::hidden;
+use crate::bar::Bar;
+use crate::hub;
+use crate::settings::Settings;
+
+/// Window in positions where none was asked for and the model reaches that far.
+const WINDOW: usize = 512;
+
+/// What to measure.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// Checkpoint folder.
+    pub model: PathBuf,
+    /// Text to evaluate on.
+    pub text: PathBuf,
+    /// Whether windows begin with BOS where the tokenizer has it.
+    pub bos: bool,
+}
+
+/// How texts are cut into windows for one model.
+pub(crate) struct Protocol {
+    tokenizer: TextTokenizer,
+    window: usize,
+    bos: Option<u32>,
+}
+
+impl Protocol {
+    pub(crate) fn new(common: &Settings, config: &Config, decoder: &Decoder<'_>) -> Result<Self> {
+        let tokenizer = TextTokenizer::open(&config.model)?;
+        let reach = decoder.config().max_positions;
+        let window = common.window.unwrap_or(WINDOW.min(reach));
+        anyhow::ensure!(
+            window <= reach,
+            "--window {window}: {} was made for {reach} positions",
+            config.model.display()
+        );
+        let bos = tokenizer.bos().filter(|_| config.bos);
+        Ok(Self {
+            tokenizer,
+            window,
+            bos,
+        })
+    }
+
+    pub(crate) fn windows(&self, text: &Path) -> Result<Windows> {
+        let tokens = self.tokenizer.encode_file(text)?;
+        Windows::cut(&tokens, self.window, self.bos).with_context(|| text.display().to_string())
+    }
+
+    /// The windows to evaluate on: the first `--samples` of the text.
+    pub(crate) fn evaluation(&self, common: &Settings, text: &Path) -> Result<Windows> {
+        let windows = self.windows(text)?;
+        Ok(match common.samples {
+            Some(samples) => windows.first(samples),
+            None => windows,
+        })
+    }
+
+    /// `section` with the facts that make a perplexity comparable.
+    pub(crate) fn facts(&self, section: Section, text: &Path, windows: &Windows) -> Section {
+        section
+            .fact("evaluation text", file_name(text))
+            .fact("window", self.window)
+            .fact("BOS", self.bos.is_some())
+            .fact("windows", windows.count())
+            .fact("targets", windows.targets())
+    }
+}
+
+/// Refuses to calibrate on the text that is evaluated on.
+pub(crate) fn ensure_unseen(calib: &Path, text: &Path) -> Result<()> {
+    // A file that is not there is reported by whoever reads it.
+    let real = |path: &Path| path.canonicalize().ok();
+    anyhow::ensure!(
+        real(calib).is_none() || real(calib) != real(text),
+        "--calib and --text are both {}: a model calibrated on its evaluation text looks better than it is",
+        calib.display()
+    );
+    Ok(())
+}
+
+/// Last part of a path, which is what a report can tell without telling of the machine; the name on the hub of a model
+/// that was fetched from there.
+pub(crate) fn file_name(path: &Path) -> String {
+    if let Some(name) = hub::name_in_cache(path) {
+        return name;
+    }
+    path.file_name()
+        .unwrap_or(path.as_os_str())
+        .to_string_lossy()
+        .into_owned()
+}
+
+/// A decoder with the computation type of the device: f32 on CPUs, bf16 on GPUs.
+pub(crate) fn open<'a>(common: &Settings, checkpoint: &'a Checkpoint) -> Result<Decoder<'a>> {
+    let device = common.device.open()?;
+    let dtype = if device.is_cpu() {
+        DType::F32
+    } else {
+        DType::BF16
+    };
+    Decoder::new(checkpoint, dtype, &device).with_context(|| checkpoint.dir().display().to_string())
+}
+
+/// Measures `decoder` and fills the row's quality, size, speed and memory.
+pub(crate) fn measure(
+    decoder: &Decoder<'_>,
+    windows: &Windows,
+    row: &mut Row,
+    progress: &Bar,
+) -> Result<()> {
+    let watch = Stopwatch::start();
+    let perplexity = Perplexity::measure(decoder, windows, progress)?;
+    watch.stop(row);
+    row.perplexity = Some(perplexity.perplexity());
+    row.nll = Some(perplexity.nll());
+    row.tokens_per_second = Some(perplexity.tokens_per_second());
+    row.params = Some(decoder.checkpoint().parameters());
+    row.bytes = Some(decoder.checkpoint().total_bytes());
+    Ok(())
+}
+
+/// Measure the perplexity of one checkpoint, and its hidden states where asked for.
+///
+/// # Errors
+/// A model or text that cannot be read or run.
+pub fn run(common: &Settings, config: &Config, hidden_metrics: bool) -> Result<Vec<Section>> {
+    let checkpoint = Checkpoint::open(&config.model)?;
+    let decoder = open(common, &checkpoint)?;
+    let protocol = Protocol::new(common, config, &decoder)?;
+    let windows = protocol.evaluation(common, &config.text)?;
+    let progress = common.bar("perplexity", 0);
+    let mut row = Row {
+        model: Some(file_name(&config.model)),
+        ..Row::new("perplexity", DENSE)
+    };
+    measure(&decoder, &windows, &mut row, &progress)?;
+    if hidden_metrics {
+        hidden::hidden_metrics(&decoder, &windows, &mut row)?;
+    }
+    progress.finish();
+    let section = Section {
+        title: "Perplexity".into(),
+        prose: "The exponential of the mean cross-entropy over all positions but the first of consecutive, \
+                non-overlapping windows."
+            .into(),
+        columns: vec![
+            Column::Model,
+            Column::Perplexity,
+            Column::Nll,
+            Column::Params,
+            Column::Bytes,
+            Column::TokensPerSecond,
+            Column::Seconds,
+            Column::PeakRss,
+            Column::Extra("mnn".into()),
+            Column::Extra("nuclear".into()),
+            Column::Extra("entropy".into()),
+        ],
+        rows: vec![row],
+        ..Section::default()
+    };
+    Ok(vec![protocol.facts(section, &config.text, &windows)])
+}

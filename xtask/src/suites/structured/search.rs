@@ -1,0 +1,155 @@
+//! Plans that need more than statistics: searched widths, and curves measured on whole models.
+
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use anyhow::Result;
+use causal_lm::{Decoder, Windows};
+use prune_structured::rate_distortion::{self, Measure};
+use prune_structured::tyr::{self, Data, Found, Options, Run, Start};
+use prune_structured::{Allocation, Calibration, Plan, Ranking, Recipe};
+
+use crate::bar::Bar;
+
+/// How searches and measured curves are run.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// Sizes of the search; its seed is the first of several.
+    pub options: Options,
+    /// Windows that whole models are compared on.
+    pub samples: usize,
+    /// The method whose widths a search starts from; the same share of every sublayer without one, as in the paper.
+    pub start: Option<Recipe>,
+    /// Folder that keeps the state of searches.
+    pub resume: Option<PathBuf>,
+    /// Whether rd-dp adds up measured divergences of the whole model.
+    pub measured: bool,
+}
+
+impl Config {
+    /// The defaults, with this seed.
+    pub fn new(seed: u64) -> Self {
+        let mut options = Options::default();
+        options.seed = seed;
+        Self {
+            options,
+            samples: 256,
+            start: None,
+            resume: None,
+            measured: false,
+        }
+    }
+
+    /// The method that a search by this recipe starts from, for the same units and compensation.
+    fn start_of(&self, recipe: &Recipe) -> Option<Recipe> {
+        let mut start = self.start.clone()?;
+        start.shape = recipe.shape.clone();
+        start.compensation = recipe.compensation;
+        Some(start)
+    }
+
+    /// The method that measured curves are for: the recipe itself or the one that its search starts from.
+    pub(super) fn measures_for(&self, recipe: &Recipe) -> Option<Recipe> {
+        let allocates = match recipe.allocation {
+            Allocation::Searched(_) => self.start_of(recipe)?,
+            _ => recipe.clone(),
+        };
+        let by_curves = matches!(allocates.allocation, Allocation::RdDp(_));
+        (by_curves && self.measured).then_some(allocates)
+    }
+}
+
+/// What plans are made from.
+pub(super) struct Maker<'a> {
+    pub(super) decoder: &'a Decoder<'a>,
+    pub(super) config: &'a Config,
+    /// Windows that `calibration` was collected on.
+    pub(super) windows: &'a Windows,
+    /// Windows that whole models are compared on.
+    pub(super) search: &'a Windows,
+    pub(super) calibration: &'a Calibration,
+}
+
+impl Maker<'_> {
+    /// A plan without a search.
+    pub(super) fn plan(
+        &self,
+        recipe: &Recipe,
+        curves: Option<&Curves>,
+        ratio: f64,
+        bar: &Bar,
+    ) -> Result<Plan> {
+        Ok(match curves {
+            Some(curves) => Plan::allocate(self.decoder, &curves.rankings, recipe, ratio)?,
+            None => {
+                let bar = bar.nested("planning", 0);
+                Plan::make(self.decoder, self.calibration, recipe, ratio, &bar)?
+            }
+        })
+    }
+
+    /// Searches with one seed, in `dir`, from widths that `curves` give where they start it.
+    pub(super) fn search(
+        &self,
+        recipe: &Recipe,
+        curves: Option<&Curves>,
+        (ratio, seed): (f64, u64),
+        dir: &Path,
+        bar: &Bar,
+    ) -> Result<Found> {
+        let mut options = self.config.options.clone();
+        options.seed = seed;
+        let data = Data {
+            calibration: self.windows,
+            search: self.search,
+        };
+        let plan;
+        let start = match self.config.start_of(recipe) {
+            None => Start::Uniform(ratio),
+            Some(first) => {
+                plan = self.plan(&first, curves, ratio, bar)?;
+                Start::Plan(&plan)
+            }
+        };
+        let bar = bar.nested(format!("search, seed {seed}"), 0);
+        let run = Run {
+            options: &options,
+            dir,
+        };
+        Ok(tyr::search(self.decoder, &data, recipe, start, run, &bar)?)
+    }
+
+    /// Curves of the whole model's divergence, measured in `dir`, for any ratio.
+    pub(super) fn curves(&self, recipe: &Recipe, dir: &Path, bar: &Bar) -> Result<Curves> {
+        let start = Instant::now();
+        let bar = bar.nested("measuring curves", 0);
+        let (score, shape) = (recipe.score, &recipe.shape);
+        let mut rankings = score.rank(self.decoder, self.calibration, shape, &bar)?;
+        let mut options = Measure::default();
+        options.top_k = self.config.options.top_k;
+        let data = rate_distortion::Data {
+            windows: self.search,
+            dir,
+            options,
+        };
+        rate_distortion::measure(
+            self.decoder,
+            self.calibration,
+            recipe,
+            &mut rankings,
+            data,
+            &bar,
+        )?;
+        bar.finish();
+        Ok(Curves {
+            rankings,
+            seconds: start.elapsed().as_secs_f64(),
+        })
+    }
+}
+
+/// Measured curves of every sublayer, and the time they took.
+pub(super) struct Curves {
+    pub(super) rankings: Vec<Ranking>,
+    pub(super) seconds: f64,
+}

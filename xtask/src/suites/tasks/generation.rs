@@ -1,0 +1,152 @@
+//! Worked solutions, generated greedily and judged by the number they end in.
+
+use std::time::Instant;
+
+use anyhow::{Result, ensure};
+use causal_lm::{CacheSet, GenerateOptions, Model, Sampling, generate};
+use kv_lazy::Snapshot;
+use serde_json::{Value, json};
+use tensor_io::Config;
+
+use super::exact_match::{flexible, strict, until_stop};
+use super::examples::Examples;
+use super::layout::{Answer, Data};
+use super::{Answers, Subject};
+use crate::bar::Bar;
+
+/// Tokens generated between two looks for a text that ends the answer.
+const STRIDE: usize = 8;
+
+/// Answers the first `count` questions of `data`: judged by the number after `####`, and by the last number.
+pub(crate) fn answer(
+    subject: &Subject<'_>,
+    data: &Data,
+    examples: &Examples<'_>,
+    count: usize,
+    max_new_tokens: usize,
+    progress: &Bar,
+) -> Result<Answers> {
+    let positions = subject.positions;
+    ensure!(
+        max_new_tokens < positions,
+        "--max-new-tokens {max_new_tokens} leaves no room for a question in {positions} positions"
+    );
+    let model = Model::load(subject.decoder)?;
+    let mut writer = Writer {
+        subject,
+        cache: model.full_cache(1)?,
+        model: &model,
+        end: end_tokens(subject)?,
+        shared: None,
+    };
+    let mut answers = Answers::default();
+    let mut generated = 0;
+    let start = Instant::now();
+    for (i, item) in data.items.iter().take(count).enumerate() {
+        let Answer::Worked(solution) = &item.answer else {
+            continue;
+        };
+        let before = examples.before(i);
+        let mut prompt = subject.encode(&(before.clone() + &item.prompt))?;
+        let surplus = prompt.len().saturating_sub(positions - max_new_tokens);
+        answers.truncated += usize::from(surplus > 0);
+        prompt.drain(..surplus);
+        let shared = common_prefix(&subject.encode(&before)?, &prompt);
+        let (text, tokens) = writer.write(&prompt, shared, max_new_tokens)?;
+        generated += tokens;
+        answers.first.push(strict(&text, solution));
+        answers.second.push(flexible(&text, solution));
+        answers.samples.push(json!({"item": i, "generated": text}));
+        progress.set(i as u64 + 1, count as u64);
+    }
+    answers.tokens_per_second = generated as f64 / start.elapsed().as_secs_f64();
+    Ok(answers)
+}
+
+/// Continues prompts, keeping the cache of the examples that they share.
+struct Writer<'a> {
+    subject: &'a Subject<'a>,
+    model: &'a Model<'a>,
+    cache: CacheSet,
+    end: Vec<u32>,
+    shared: Option<(Vec<u32>, Snapshot)>,
+}
+
+impl Writer<'_> {
+    /// The text that follows `prompt`, whose first `shared` tokens the next prompt may have too, and the number of tokens
+    /// generated.
+    fn write(&mut self, prompt: &[u32], shared: usize, max: usize) -> Result<(String, usize)> {
+        self.begin(&prompt[..shared])?;
+        let mut options = GenerateOptions {
+            max_new_tokens: 0,
+            sampling: Sampling::Greedy,
+            stop: self.end.clone(),
+        };
+        let mut next = prompt[shared..].to_vec();
+        let mut tokens: Vec<u32> = Vec::new();
+        loop {
+            options.max_new_tokens = STRIDE.min(max - tokens.len());
+            let (model, cache) = (self.model, &mut self.cache);
+            let generated = generate(model, cache, &next, &options, &mut |_| ())?.tokens;
+            tokens.extend(&generated);
+            let text = self.subject.tokenizer.decode(&tokens)?;
+            let (answer, stopped) = until_stop(&text);
+            let ended = generated.len() < options.max_new_tokens || tokens.len() == max;
+            match generated.last() {
+                Some(&last) if !stopped && !ended => next = vec![last],
+                _ => return Ok((answer.to_owned(), tokens.len())),
+            }
+        }
+    }
+
+    /// Brings the cache to where it holds `prefix` alone.
+    fn begin(&mut self, prefix: &[u32]) -> Result<()> {
+        match &self.shared {
+            Some((held, snapshot)) if held == prefix => self.cache.restore(snapshot)?,
+            _ => {
+                self.cache.reset();
+                self.shared = None;
+                if !prefix.is_empty() {
+                    self.model.forward(&[prefix], &mut self.cache)?;
+                    self.shared = Some((prefix.to_vec(), self.cache.snapshot()));
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// How many tokens `prompt` has in common with `examples`, leaving it at least one of its own.
+fn common_prefix(examples: &[u32], prompt: &[u32]) -> usize {
+    let same = examples.iter().zip(prompt).take_while(|(a, b)| a == b);
+    same.count().min(prompt.len().saturating_sub(1))
+}
+
+/// The tokens that end a text: `eos_token_id` of generation_config.json or else of config.json, one or several.
+fn end_tokens(subject: &Subject<'_>) -> Result<Vec<u32>> {
+    let checkpoint = subject.decoder.checkpoint();
+    let generation = checkpoint.dir().join("generation_config.json");
+    let ids = match generation.exists() {
+        true => Config::read(generation)?.get("eos_token_id").cloned(),
+        false => None,
+    };
+    let ids = ids.or_else(|| checkpoint.config().get("eos_token_id").cloned());
+    let id = |value: &Value| value.as_u64().and_then(|id| u32::try_from(id).ok());
+    Ok(match ids {
+        Some(Value::Array(several)) => several.iter().filter_map(id).collect(),
+        Some(one) => id(&one).into_iter().collect(),
+        None => Vec::new(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_prompt_keeps_a_token_of_its_own() {
+        assert_eq!(common_prefix(&[1, 2, 3], &[1, 2, 4, 5]), 2);
+        assert_eq!(common_prefix(&[1, 2, 3], &[1, 2, 3]), 2);
+        assert_eq!(common_prefix(&[], &[1]), 0);
+    }
+}
