@@ -98,9 +98,11 @@ pub(super) fn run(common: &Settings, inputs: &Inputs) -> Result<Section> {
     let collect = Collect::new(Compensation::LEAST_SQUARES.needs(), scratch.path());
     let statistics = Calibration::run(&decoder, &calibration, &collect, &NoProgress)?;
     bar.inc(1);
+    let dense_model = Model::load(&decoder)?;
     let suite = Chain {
         common,
         decoder: &decoder,
+        dense: &dense_model,
         statistics: &statistics,
         calibration: &calibration,
         evaluation: &evaluation,
@@ -123,7 +125,8 @@ pub(super) fn run(common: &Settings, inputs: &Inputs) -> Result<Section> {
         row.bytes_dense = dense.bytes;
         row.params_dense = dense.params;
         row.kv_bytes_full = dense.kv_bytes;
-        row.tokens_per_second_dense = dense.tokens_per_second;
+        let speed = row.tokens_per_second_dense.or(dense.tokens_per_second);
+        row.tokens_per_second_dense = speed;
     }
     let window = evaluation.window_len();
     Ok(protocol
@@ -139,6 +142,8 @@ pub(super) fn run(common: &Settings, inputs: &Inputs) -> Result<Section> {
 struct Chain<'a> {
     common: &'a Settings,
     decoder: &'a Decoder<'a>,
+    /// The dense model, to compare speeds with.
+    dense: &'a Model<'a>,
     statistics: &'a Calibration,
     calibration: &'a Windows,
     evaluation: &'a Windows,
@@ -284,7 +289,8 @@ impl Chain<'_> {
         };
         let steps = self.evaluation.count().div_ceil(batch) as u64;
         let nested = self.bar.nested("decoding", steps);
-        let row = decoding.measure(row, cache.as_ref(), &nested)?;
+        let dense = (row.method != DENSE).then_some(self.dense);
+        let row = decoding.measure(row, cache.as_ref(), dense, &nested)?;
         nested.finish();
         self.bar.inc(1);
         Ok(row)

@@ -1,10 +1,12 @@
 //! Pruning of recurrent networks by order, beside the controls that tell whether order matters.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use eval_report::{
-    Axis, Column, DENSE, Figure, Plot, Reference, Row, Section, Series, mean_over_seeds,
+    Axis, Column, DENSE, Figure, Plot, ROUNDS, Reference, Rounds, Row, Section, Series,
+    mean_over_seeds,
 };
 use prune_lattice::data::{Dataset, Examples};
 use prune_lattice::experiment::{
@@ -26,8 +28,8 @@ const PICTURE_DEGREE: f64 = 1.0;
 const PICTURE_CLASSES: usize = 200;
 /// Characters of a text that a checkpoint is fine-tuned on.
 const FINETUNE_CHARACTERS: usize = 60_000;
-/// Seconds for each network of the speed comparison.
-const SPEED_SECONDS: f64 = 0.3;
+/// Seconds for each network in each round of the speed comparison.
+const SPEED_SECONDS: f64 = 0.1;
 
 /// What to train, prune and measure.
 #[derive(Debug, Clone)]
@@ -360,20 +362,29 @@ fn speed_section(rnn: &Rnn, name: &str) -> Result<Section> {
     for batch in [1, 32] {
         for sparsity in [0.5, 0.75, 0.9] {
             let config = PruneConfig::new(Method::Strength, sparsity);
-            let speed = measure_speed(rnn, &config, batch, SPEED_SECONDS)?;
-            for (method, rate, params) in [
-                ("masked, on its block", speed.compact, speed.params.1),
-                ("neurons removed", speed.removed, speed.params.2),
+            let second = Duration::from_secs(1);
+            let (mut dense, mut compact) = (Rounds::default(), Rounds::default());
+            let mut removed = Rounds::default();
+            let mut counts = (0, 0, 0);
+            for _ in 0..ROUNDS {
+                let speed = measure_speed(rnn, &config, batch, SPEED_SECONDS)?;
+                dense.add(speed.dense, second);
+                compact.add(speed.compact, second);
+                removed.add(speed.removed, second);
+                counts = speed.params;
+            }
+            for (method, times, params) in [
+                ("masked, on its block", compact, counts.1),
+                ("neurons removed", removed, counts.2),
             ] {
                 let mut row = Row {
                     model: Some(name.into()),
                     sparsity: Some(sparsity),
                     params: Some(params as u64),
-                    params_dense: Some(speed.params.0 as u64),
-                    tokens_per_second: Some(rate),
-                    tokens_per_second_dense: Some(speed.dense),
+                    params_dense: Some(counts.0 as u64),
                     ..Row::new("lattice", method)
                 };
+                times.fill_beside(&dense, &mut row);
                 row.extra.insert("batch".into(), json!(batch));
                 rows.push(row);
             }

@@ -4,11 +4,13 @@
 //! cache still holds. Windows run side by side, because products of matrices are faster than those of vectors, and policies
 //! see each window alone.
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use causal_lm::{Decoder, Model, Windows, cross_entropy};
-use eval_report::{Axis, Column, Reference, Row, Section, Stopwatch, format, mean_over_seeds};
+use eval_report::{
+    Axis, Column, Reference, Rounds, Row, Section, Stopwatch, format, mean_over_seeds,
+};
 use kv_lazy::CacheConfig;
 use tensor_io::Checkpoint;
 
@@ -87,7 +89,7 @@ fn one(common: &Settings, config: &Config, text: &Text, among: bool) -> Result<(
     let runs: usize = evicting.iter().map(|c| config.runs(c)).sum();
     let steps = (1 + runs * config.budgets.len()) * windows.count().div_ceil(batch);
     let bar = common.bar(FULL, steps as u64);
-    let mut rows = vec![cells.measure(reference(Row::new(SUITE, FULL)), None, &bar)?];
+    let mut rows = vec![cells.measure(reference(Row::new(SUITE, FULL)), None, None, &bar)?];
     for choice in evicting {
         for &budget in &config.budgets {
             bar.set_label(format!("{} at {}", choice.name, policy::said(budget)));
@@ -96,7 +98,7 @@ fn one(common: &Settings, config: &Config, text: &Text, among: bool) -> Result<(
                     let tokens = policy::tokens(budget, window);
                     let cache = choice.cache(tokens, common.seed + draw);
                     let row = config.row(choice, budget, window, prompt);
-                    cells.measure(row, Some(&cache), &bar)
+                    cells.measure(row, Some(&cache), Some(&model), &bar)
                 })
                 .collect::<Result<Vec<Row>>>()
                 .with_context(|| choice.flags(budget))?;
@@ -145,16 +147,18 @@ pub(crate) struct Decoding<'a> {
 }
 
 impl Decoding<'_> {
-    /// One run over all windows, a step of `bar` for each batch: quality, bytes and speed of `row`.
+    /// One run over all windows, a step of `bar` for each batch: quality, bytes and speed of `row`. Where a model is
+    /// given to compare with, its full cache decodes the first batch of windows in alternation, step by step.
     pub(crate) fn measure(
         &self,
         mut row: Row,
         eviction: Option<&CacheConfig>,
+        dense: Option<&Model<'_>>,
         bar: &Bar,
     ) -> Result<Row> {
         let watch = Stopwatch::start();
-        let (mut nll, mut held, mut decoding) = (0.0, Held::default(), Duration::ZERO);
-        let mut steps = 0;
+        let (mut nll, mut held) = (0.0, Held::default());
+        let (mut times, mut dense_times) = (Rounds::default(), Rounds::default());
         for (group, windows) in self.windows.groups(self.batch).enumerate() {
             let first = group * self.batch;
             let windows: Vec<&[u32]> = windows.iter().collect();
@@ -166,6 +170,14 @@ impl Decoding<'_> {
                     .collect()
             };
             let mut logits = self.model.forward(&part(0..self.prompt), &mut cache)?;
+            let mut beside = match dense.filter(|_| group == 0) {
+                Some(dense) => {
+                    let mut cache = dense.full_cache(windows.len())?;
+                    dense.forward(&part(0..self.prompt), &mut cache)?;
+                    Some((dense, cache))
+                }
+                None => None,
+            };
             held.look(&cache);
             let length = self.windows.window_len();
             for position in self.prompt..length {
@@ -179,12 +191,20 @@ impl Decoding<'_> {
                     nll += loss;
                 }
                 if position + 1 < length {
+                    let tokens = part(position..position + 1);
+                    let count = windows.len() as f64;
+                    let timed = match &mut beside {
+                        Some((dense, cache)) => {
+                            dense_times.time(count, || dense.forward(&tokens, cache))?;
+                            true
+                        }
+                        None => dense.is_none(),
+                    };
                     let started = Instant::now();
-                    logits = self
-                        .model
-                        .forward(&part(position..position + 1), &mut cache)?;
-                    decoding += started.elapsed();
-                    steps += windows.len();
+                    logits = self.model.forward(&tokens, &mut cache)?;
+                    if timed {
+                        times.add(count, started.elapsed());
+                    }
                     held.look(&cache);
                 }
             }
@@ -194,7 +214,10 @@ impl Decoding<'_> {
         let nll = nll / targets as f64;
         row.nll = Some(nll);
         row.perplexity = Some(nll.exp());
-        row.tokens_per_second = (steps > 0).then(|| steps as f64 / decoding.as_secs_f64());
+        match dense {
+            Some(_) => times.fill_beside(&dense_times, &mut row),
+            None => times.fill(&mut row),
+        }
         held.fill(&mut row);
         watch.stop(&mut row);
         Ok(row)
@@ -210,7 +233,8 @@ fn compare_with_full(rows: &mut [Row], model: &str) {
         row.model = Some(model.into());
         row.perplexity_dense = full.perplexity;
         row.kv_bytes_full = full.kv_bytes;
-        row.tokens_per_second_dense = full.tokens_per_second;
+        let speed = row.tokens_per_second_dense.or(full.tokens_per_second);
+        row.tokens_per_second_dense = speed;
     }
 }
 
@@ -224,7 +248,7 @@ fn section(rows: Vec<Row>, window: usize) -> Section {
         "Windows are prefilled in part and decoded to their end one token at a time, teacher-forced, under eviction; only decoded tokens \
          count, for the full cache as for the others. A budget is what a layer holds per sequence and KV head right after an eviction; \
          bytes are the most that storage held at any time, within steps too, per sequence, all layers. Speed is that of all windows of a batch together \
-         and without prefill. {}",
+         and without prefill, in alternation with the full cache. {}",
         verdict(&rows, &PERPLEXITY)
     );
     let axis = Axis::log("perplexity of decoded tokens");

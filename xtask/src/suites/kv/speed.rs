@@ -5,12 +5,12 @@
 //! weights and cache, and stands beside what it wins.
 
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use candle_core::DType;
 use causal_lm::{CacheSet, Model, synthetic};
-use eval_report::{Column, Row, Section, Stopwatch};
+use eval_report::{Column, ROUNDS, Rounds, Row, Section, Stopwatch};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde_json::json;
@@ -52,7 +52,7 @@ struct Lane {
     row: Row,
     cache: CacheSet,
     held: Held,
-    spent: Duration,
+    times: Rounds,
 }
 
 /// Fill and decode with the full cache and with every policy at every budget.
@@ -75,8 +75,8 @@ pub(crate) fn run(common: &Settings, config: &Config, speed: &Speed) -> Result<V
         .prompt
         .unwrap_or(window.saturating_sub(WARM + TIMED).max(1));
     ensure!(
-        prompt + WARM < window,
-        "--prompt {prompt}: the window of {window} has no room for {WARM} tokens before the clock runs and one after"
+        prompt + WARM + ROUNDS <= window,
+        "--prompt {prompt}: the window of {window} has no room for {WARM} tokens before the clock runs and {ROUNDS} after"
     );
     let model = Model::load(&decoder)?;
     policy::check(&model, &config.policies, &config.budgets, prompt)?;
@@ -97,7 +97,7 @@ pub(crate) fn run(common: &Settings, config: &Config, speed: &Speed) -> Result<V
             row,
             cache: fill(&model, cache, &tokens[..prompt])?,
             held: Held::default(),
-            spent: Duration::ZERO,
+            times: Rounds::default(),
         };
         all.push(lane);
         bar.inc(1);
@@ -119,7 +119,7 @@ pub(crate) fn run(common: &Settings, config: &Config, speed: &Speed) -> Result<V
             let started = Instant::now();
             model.forward(&[token], &mut lane.cache)?;
             if step >= WARM {
-                lane.spent += started.elapsed();
+                lane.times.add(1.0, started.elapsed());
                 lane.held.look_between(&lane.cache);
             }
         }
@@ -133,29 +133,22 @@ pub(crate) fn run(common: &Settings, config: &Config, speed: &Speed) -> Result<V
         .map(|info| info.shape.iter().product::<usize>() * decoder.dtype().size_in_bytes())
         .sum();
     let steps = window - prompt - WARM;
+    let full_times = all[0].times.clone();
     let mut rows: Vec<Row> = all
         .into_iter()
-        .map(
-            |Lane {
-                 mut row,
-                 held,
-                 spent,
-                 ..
-             }| {
-                row.tokens_per_second = Some(steps as f64 / spent.as_secs_f64());
-                held.fill(&mut row);
-                row.model = Some(file_name(&dir));
-                row
-            },
-        )
+        .map(|mut lane| {
+            lane.times.fill_beside(&full_times, &mut lane.row);
+            lane.held.fill(&mut lane.row);
+            lane.row.model = Some(file_name(&dir));
+            lane.row
+        })
         .collect();
     // The lanes ran in turn: what they took in all and held at most is the run's.
     if let Some(first) = rows.first_mut() {
         watch.stop(first);
     }
-    let (dense, full) = (rows[0].tokens_per_second, rows[0].kv_bytes);
+    let full = rows[0].kv_bytes;
     for row in &mut rows {
-        row.tokens_per_second_dense = dense;
         row.kv_bytes_full = full;
         if let (Some(full), Some(held)) = (full, row.kv_bytes) {
             let read = |cache: u64| weights as f64 + cache as f64;

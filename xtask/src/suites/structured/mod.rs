@@ -4,11 +4,10 @@ pub mod search;
 mod table;
 
 use std::path::{Path, PathBuf};
-use std::time::Instant;
 
 use anyhow::{Context, Result};
 use causal_lm::{BATCH_TOKENS, Decoder, Hidden, NoTap, Windows};
-use eval_report::{DENSE, Row, Section, Stopwatch, format, mean_over_seeds};
+use eval_report::{DENSE, ROUNDS, Rounds, Row, Section, Stopwatch, format, mean_over_seeds};
 use prune_structured::gguf::{self, Precision};
 use prune_structured::output::Refits;
 use prune_structured::score::Random;
@@ -134,7 +133,7 @@ pub fn run(common: &Settings, config: &Config) -> Result<Vec<Section>> {
         let bar = common.bar(DENSE, 0);
         let mut row = Row::new("structured", DENSE);
         perplexity::measure(&decoder, &evaluation, &mut row, &bar)?;
-        row.tokens_per_second = Some(speed(&decoder, &evaluation)?);
+        time_blocks(&[&decoder], &evaluation)?[0].fill(&mut row);
         rows.push(row);
         bar.finish();
     }
@@ -401,7 +400,8 @@ impl Cells<'_> {
         let steps = bar.nested("perplexity", 0);
         perplexity::measure(&pruned, self.evaluation, &mut row, &steps)?;
         steps.finish();
-        row.tokens_per_second = Some(speed(&pruned, self.evaluation)?);
+        let times = time_blocks(&[self.decoder, &pruned], self.evaluation)?;
+        times[1].fill_beside(&times[0], &mut row);
         self.export(&pruned, &folder, (&mut row, bar))?;
         anyhow::ensure!(
             (Some(written.parameters), Some(written.bytes)) == (row.params, row.bytes),
@@ -479,25 +479,27 @@ fn cell_name(recipe: &Recipe, seed: Option<u64>, ratio: f64) -> String {
     }
 }
 
-/// Tokens per second of a model's blocks on one batch, each block at the best of three runs, so that a busy machine
-/// does not decide which model is faster.
-fn speed(decoder: &Decoder<'_>, windows: &Windows) -> Result<f64> {
-    const RUNS: usize = 3;
+/// Times the blocks of models on one batch, in alternation block by block.
+fn time_blocks(decoders: &[&Decoder<'_>], windows: &Windows) -> Result<Vec<Rounds>> {
     let batch = windows.first((BATCH_TOKENS / windows.window_len()).max(1));
-    let mut hidden = Hidden::embed(decoder, &batch)?;
-    let mut seconds = 0.0;
-    for layer in 0..decoder.config().layers() {
-        let block = decoder.block(layer)?;
-        decoder.release(layer);
-        let input = hidden.clone();
-        let mut best = f64::INFINITY;
-        for _ in 0..RUNS {
-            hidden = input.clone();
-            let start = Instant::now();
-            hidden.advance(&block, &mut NoTap)?;
-            best = best.min(start.elapsed().as_secs_f64());
+    let layers = decoders[0].config().layers();
+    let tokens = (batch.count() * batch.window_len()) as f64 / layers as f64;
+    let mut times = vec![Rounds::default(); decoders.len()];
+    let embed = |decoder: &&Decoder<'_>| Hidden::embed(decoder, &batch);
+    let mut hidden = decoders.iter().map(embed).collect::<Result<Vec<_>, _>>()?;
+    for layer in 0..layers {
+        let mut blocks = Vec::with_capacity(decoders.len());
+        for decoder in decoders {
+            blocks.push(decoder.block(layer)?);
+            decoder.release(layer);
         }
-        seconds += best;
+        let inputs = hidden.clone();
+        for _ in 0..ROUNDS {
+            hidden = inputs.clone();
+            for ((hidden, block), time) in hidden.iter_mut().zip(&blocks).zip(&mut times) {
+                time.time(tokens, || hidden.advance(block, &mut NoTap))?;
+            }
+        }
     }
-    Ok((batch.count() * batch.window_len()) as f64 / seconds)
+    Ok(times)
 }
