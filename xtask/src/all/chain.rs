@@ -326,11 +326,11 @@ fn section(rows: Vec<Row>) -> Section {
     Section {
         title: "Chain: prune, quantise, repair, evict".into(),
         prose: format!(
-            "Each row adds a link to the one above it: {} % of the blocks' parameters are pruned with a least-squares refit, the linears that are \
-             left go to 4 bits, a correction of rank {RANK} repairs them, and the cache is held at {} % of the window. The controls go as far at \
-             every link without looking: random units, rounding, plain SVD, random eviction. All rows decode the same text token by token, and only \
-             decoded tokens count. Weights are counted as they would lie on disk, packed; they are computed with as floats, so 4 bits save \
-             bytes here and no time. Speed is that of all windows of a batch together.",
+            "Each row adds a step to the one above it: {} % of the blocks' parameters are pruned with a least-squares refit, the remaining \
+             linears are quantised to 4 bits, a correction of rank {RANK} repairs them, and the cache is limited to {} % of the window. The \
+             baselines spend the same budgets: random units, rounding, plain SVD, random eviction. All rows decode the same text token by \
+             token; only decoded tokens count. Sizes are those of packed weights on disk; the computation is in floats, so 4 bits save bytes \
+             here and no time. Speed is that of all windows of a batch together, in alternation with the dense model.",
             100.0 * RATIO,
             100.0 * BUDGET
         ),

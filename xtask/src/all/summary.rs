@@ -30,7 +30,8 @@ pub(super) fn section(parts: &[Part], model: &str, entropy: Option<f64>) -> Sect
     };
     let mut prose = String::from(
         "For each crate its main method and a baseline at the same budget. Which rows appear here is fixed before \
-         measuring; the report has all rows, protocols and plots.",
+         measuring; the report has all rows, protocols and plots. Speeds are medians, measured in alternation with the \
+         dense model.",
     );
     if let Some(entropy) = entropy {
         prose += &format!(

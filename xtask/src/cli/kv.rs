@@ -18,47 +18,48 @@ use crate::suites::perplexity;
 
 #[derive(Args)]
 pub(super) struct KvArgs {
-    /// What policies are put to
+    /// What to measure
     #[arg(long, value_enum, default_value_t = KvTask::Perplexity)]
     task: KvTask,
-    /// Checkpoint folder in Hugging Face layout, or hf:OWNER/NAME; under --task perplexity several, separated by commas, each in windows that it can
-    /// reach
+    /// Checkpoint folder in Hugging Face layout, or hf:OWNER/NAME; for --task perplexity several, separated by commas,
+    /// each with a window that it supports
     #[arg(long, value_delimiter = ',', value_name = "DIR[,DIR..]")]
     model: Vec<PathBuf>,
     /// Text to decode
     #[arg(long, value_name = "FILE")]
     text: Option<PathBuf>,
-    /// Begin windows with text, not with the tokenizer's BOS token
+    /// Do not begin windows with the tokenizer's BOS token
     #[arg(long)]
     no_bos: bool,
-    /// Policies, separated by commas; the full cache is always measured [default: all, and lagged variants of baselines]
+    /// Policies, separated by commas; the full cache is always measured; lagged-P evicts every W steps [default: all]
     #[arg(long, value_delimiter = ',', value_name = "P[,P..]", value_parser = PossibleValuesParser::new(Choice::known().iter().map(String::as_str)))]
     policy: Vec<String>,
-    /// Budgets per layer, sequence and KV head, separated by commas: tokens, or with a decimal point a share of the window
+    /// Budgets per layer, sequence and KV head, separated by commas: number of tokens, or with a decimal point a fraction
+    /// of the window
     #[arg(long, value_delimiter = ',', value_name = "B[,B..]", default_value = "0.25,0.5", value_parser = budget)]
     budget: Vec<Budget>,
-    /// Tokens of a window that are prefilled [default: a quarter]
+    /// Tokens of each window to prefill [default: a quarter]
     #[arg(long, value_name = "N")]
     prompt: Option<NonZeroUsize>,
     /// What happens to the prompt
     #[arg(long, value_enum, default_value_t = PromptRule::Own)]
     prompt_rule: PromptRule,
-    /// Weight from which LazyEviction, RaaS and the statistics of recurrence take a token as active
+    /// Attention weight at which a token counts as active, for LazyEviction, RaaS and recurrence statistics
     #[arg(long, value_name = "X", default_value_t = ALPHA, value_parser = alpha)]
     alpha: f32,
     /// Traces, separated by commas: planted, drift, heavy-hitters, or a file; without --model all three generators
     #[arg(long, value_delimiter = ',', value_name = "T[,T..]")]
     trace: Vec<String>,
-    /// Folder for what the task makes: recorded traces, or the model that was trained to recall
+    /// Save recorded traces or the model trained to recall to this folder
     #[arg(long, value_name = "DIR")]
     save: Option<PathBuf>,
-    /// Steps of training to recall
+    /// Training steps of the recall model
     #[arg(long, value_name = "N", default_value = "200")]
     train_steps: NonZeroUsize,
-    /// Runs of whatever draws, from --seed on
+    /// Seeds of random policies and generated traces, counted from --seed
     #[arg(long, value_name = "N", default_value = "3")]
     seeds: NonZeroUsize,
-    /// Windows that run side by side [default: as memory allows, at most 32]
+    /// Windows per batch [default: as memory allows, at most 32]
     #[arg(long, value_name = "N")]
     batch: Option<NonZeroUsize>,
 }
@@ -67,11 +68,11 @@ pub(super) struct KvArgs {
 enum KvTask {
     /// Decode-time perplexity of a text
     Perplexity,
-    /// Attention kept on traces recorded from a model, read from files or generated
+    /// Attention mass retained on traces that are recorded, read from files or generated
     Trace,
-    /// Answers of a small model that is trained to recall, or that an earlier run saved
+    /// Accuracy of a small model trained to recall, or saved by an earlier run
     Recall,
-    /// Tokens per second of generation after a long context, of --model or of random weights
+    /// Generation speed after a long context, of --model or of random weights
     Speed,
 }
 

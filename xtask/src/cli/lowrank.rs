@@ -18,13 +18,13 @@ use crate::suites::lowrank::{self, Output};
 pub(super) struct LowrankArgs {
     #[command(flatten)]
     text: TextArgs,
-    /// Text to calibrate on, another one than --text
+    /// Text to calibrate on; must differ from --text
     #[arg(long, value_name = "FILE")]
     calib: PathBuf,
-    /// Windows to calibrate on, drawn from the text with --seed
+    /// Windows to calibrate on, sampled with --seed
     #[arg(long, value_name = "N", default_value = "128")]
     calib_samples: NonZeroUsize,
-    /// Other windows of the same text, on which the loss is measured
+    /// Other windows of the same text, to measure the output error on
     #[arg(long, value_name = "N", default_value = "32")]
     held_out_samples: NonZeroUsize,
     /// Compressors, separated by commas, such as wanda-2:4, gptq-int3-g128 or wanda-2:4+rtn-int4
@@ -45,13 +45,13 @@ pub(super) struct LowrankArgs {
         value_parser = method
     )]
     method: Vec<MethodArg>,
-    /// Ranks, separated by commas; a linear with a smaller side gets that
+    /// Ranks, separated by commas; limited by the smaller side of each linear
     #[arg(long, required = true, value_delimiter = ',', value_name = "R[,R..]")]
     rank: Vec<NonZeroUsize>,
-    /// Write what --save-as names to this folder; of several results, each to a folder COMPRESS-METHOD-RANK in it
+    /// Write the outputs of --save-as to this folder; several results go to subfolders COMPRESS-METHOD-RANK
     #[arg(long, value_name = "DIR")]
     save: Option<PathBuf>,
-    /// What to write, separated by commas
+    /// Outputs to write, separated by commas
     #[arg(
         long,
         value_enum,
@@ -60,13 +60,13 @@ pub(super) struct LowrankArgs {
         default_values_t = Output::DEFAULT
     )]
     save_as: Vec<Output>,
-    /// Replace what is at --save
+    /// Replace existing output at --save
     #[arg(long)]
     overwrite: bool,
-    /// Largest shard in bytes
+    /// Maximum shard size in bytes
     #[arg(long, value_name = "N", default_value = "5000000000")]
     max_shard_bytes: u64,
-    /// Keep the state of each block here, and go on from what is there
+    /// Save the state of each block in this folder and resume from it
     #[arg(long, value_name = "DIR")]
     resume: Option<PathBuf>,
     /// Also measure nuclear norm and entropy of the hidden states
@@ -80,29 +80,29 @@ pub(super) struct LowrankArgs {
 #[derive(Args)]
 #[command(next_help_heading = "Changes to the repair")]
 struct RepairArgs {
-    /// Activations to calibrate on: behind the repaired blocks, or of the dense model
+    /// Activations to calibrate on: after the repaired blocks, or of the dense model
     #[arg(long, value_enum, default_value = "repaired")]
     inputs: InputsArg,
-    /// Within a block, feed each linear what the repaired ones before it make
+    /// Within a block, calibrate each linear on the outputs of the repaired linears before it
     #[arg(long)]
     sequential: bool,
-    /// Compress each block behind the repaired ones, not the whole model before the repair
+    /// Compress each block after the previous blocks were repaired, instead of the whole model first
     #[arg(long)]
     one_pass: bool,
-    /// Spread the bytes of a rank over the linears by what they gain, in a second pass: relative to each linear's
-    /// outputs, or in all
+    /// Allocate ranks to linears by their gain, in a second pass within the same bytes: gain relative to each linear's
+    /// output, or absolute
     #[arg(long, value_enum, value_name = "SPREAD")]
     allocate: Option<SpreadArg>,
-    /// Share of the calibration tokens to use, drawn by their norms
+    /// Fraction of the calibration tokens to use, sampled by their norms
     #[arg(long, value_name = "S", value_parser = share)]
     token_share: Option<f64>,
-    /// How the factors are stored; int: A in 4 bits, B refitted in 8, groups of 64
+    /// Storage of the factors; int: A in 4 bits, B refitted in 8 bits, groups of 64
     #[arg(long, value_enum, default_value = "f16")]
     factors: FactorsArg,
-    /// Merge each result into its weights and compress those by this again, and measure what is lost
+    /// Merge each result into its weights, compress them again with this compressor and measure the loss
     #[arg(long, value_name = "C", value_parser = compressor)]
     requantise: Option<Compressor>,
-    /// Leave out the controls that spend the bytes of the factors on the weights
+    /// Skip the baselines that spend the bytes of the factors on the weights
     #[arg(long)]
     no_controls: bool,
 }

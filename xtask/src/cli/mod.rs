@@ -66,14 +66,14 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Evaluate models before and after compression; without a suite, all of them on the embedded model, on 16 windows
-    /// unless --samples says otherwise
+    /// Evaluate models before and after compression; without a suite, run all suites on the bundled model (16 windows by
+    /// default)
     Eval(Box<EvalArgs>),
     /// Compare two reports, row by row
     Report(ReportArgs),
-    /// Write a checkpoint with random weights for a config.json, to measure memory and speed on
+    /// Write a checkpoint with random weights for a config.json, to measure memory and speed
     RandomModel(random_model::RandomModelArgs),
-    /// Train the embedded default model from nothing, on text that the project generates
+    /// Train the bundled model from scratch on generated text
     TrainDefault(train_default::TrainDefaultArgs),
 }
 
@@ -95,7 +95,7 @@ struct ReportArgs {
     /// The report.json of another run
     #[arg(value_name = "AFTER")]
     after: PathBuf,
-    /// Print the comparison as JSON on stdout and nothing else there
+    /// Print only the comparison as JSON on stdout
     #[arg(long)]
     json: bool,
 }
@@ -108,9 +108,9 @@ enum SuiteArgs {
     Structured(Box<structured::StructuredArgs>),
     /// Low-rank repair of compressed models: output error, quality and size by compressor, method and rank
     Lowrank(Box<lowrank::LowrankArgs>),
-    /// Pruning of recurrent networks by order, with the controls that tell whether order matters
+    /// Pruning of recurrent networks by order, with baselines
     Lattice(Box<lattice::LatticeArgs>),
-    /// KV-cache eviction: perplexity, attention on traces, or recall, by policy and budget
+    /// KV-cache eviction: perplexity, attention on traces, recall or speed, by policy and budget
     Kv(Box<kv::KvArgs>),
     /// Zero-shot and few-shot tasks: multiple choice by log-likelihood, and generation with exact match
     Tasks(Box<tasks::TasksArgs>),
@@ -119,25 +119,25 @@ enum SuiteArgs {
 #[derive(Args)]
 #[command(next_help_heading = "Common options")]
 struct CommonArgs {
-    /// Tokens in a window
+    /// Window in tokens
     #[arg(long, global = true, value_name = "N", value_parser = window)]
     window: Option<usize>,
-    /// Evaluate the first N windows or questions only
+    /// Evaluate only the first N windows or questions
     #[arg(long, global = true, value_name = "N")]
     samples: Option<NonZeroUsize>,
     /// Seed of everything random
     #[arg(long, global = true, value_name = "N", default_value_t = 0)]
     seed: u64,
-    /// Threads to compute with [default: all cores]
+    /// Number of threads [default: all cores]
     #[arg(long, global = true, value_name = "N")]
     threads: Option<NonZeroUsize>,
-    /// Where to compute
+    /// Device to compute on
     #[arg(long, global = true, value_enum, default_value_t = Device::Cpu)]
     device: Device,
     /// Folder for report.json, report.md and report.html
     #[arg(long, global = true, value_name = "DIR")]
     out: Option<PathBuf>,
-    /// Print the report as JSON on stdout and nothing else there
+    /// Print only the report as JSON on stdout
     #[arg(long, global = true)]
     json: bool,
 }
@@ -151,7 +151,7 @@ struct TextArgs {
     /// Text to evaluate on
     #[arg(long, value_name = "FILE")]
     text: PathBuf,
-    /// Begin windows with text, not with the tokenizer's BOS token
+    /// Do not begin windows with the tokenizer's BOS token
     #[arg(long)]
     no_bos: bool,
 }
@@ -207,7 +207,7 @@ fn window(text: &str) -> Result<usize, String> {
 fn ratio(text: &str) -> Result<f64, String> {
     match text.parse() {
         Ok(share) if (0.0..1.0).contains(&share) => Ok(share),
-        _ => Err("expected a share, at least 0 and below 1".into()),
+        _ => Err("expected a fraction, at least 0 and below 1".into()),
     }
 }
 

@@ -22,10 +22,10 @@ pub(super) struct RandomModelArgs {
     /// Seed of the weights
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
-    /// Replace what is at --out
+    /// Replace existing output at --out
     #[arg(long)]
     overwrite: bool,
-    /// Largest shard in bytes
+    /// Maximum shard size in bytes
     #[arg(long, value_name = "N", default_value = "5000000000")]
     max_shard_bytes: u64,
 }

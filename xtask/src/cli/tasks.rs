@@ -26,19 +26,19 @@ pub(super) struct TasksArgs {
         value_name = "FILE[,FILE..]"
     )]
     data: Vec<PathBuf>,
-    /// Begin with text, not with the tokenizer's BOS token
+    /// Do not begin with the tokenizer's BOS token
     #[arg(long)]
     no_bos: bool,
-    /// Questions with their answers that stand before each question
+    /// Number of example questions with answers before each question
     #[arg(long, value_name = "K", default_value_t = 0)]
     shots: usize,
-    /// Take these from this file, the first K [default: the first K others of the same file]
+    /// File to take the K examples from [default: the same file, without the question itself]
     #[arg(long, value_name = "FILE", requires = "shots")]
     shots_from: Option<PathBuf>,
-    /// Tokens generated at most for an answer
+    /// Maximum number of tokens generated per answer
     #[arg(long, value_name = "N", default_value = "256")]
     max_new_tokens: NonZeroUsize,
-    /// Write what was scored or generated for each question to MODEL-TASK.jsonl in this folder
+    /// Write scores or generated text per question to MODEL-TASK.jsonl in this folder
     #[arg(long, value_name = "DIR")]
     log_samples: Option<PathBuf>,
 }

@@ -13,7 +13,7 @@ pub(super) struct TrainDefaultArgs {
     /// Folder to write [default: the bundled model]
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
-    /// Replace what is at --out
+    /// Replace existing output at --out
     #[arg(long)]
     overwrite: bool,
     /// Steps of 4,096 tokens
@@ -22,7 +22,7 @@ pub(super) struct TrainDefaultArgs {
     /// Seed of weights and text
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
-    /// Where to compute
+    /// Device to compute on
     #[arg(long, value_enum, default_value_t = Device::Cpu)]
     device: Device,
 }

@@ -22,26 +22,27 @@ use crate::suites::structured;
 pub(super) struct StructuredArgs {
     #[command(flatten)]
     text: TextArgs,
-    /// Text to calibrate on, another one than --text
+    /// Text to calibrate on; must differ from --text
     #[arg(long, value_name = "FILE")]
     calib: PathBuf,
-    /// Windows to calibrate on, drawn from the text with --seed
+    /// Windows to calibrate on, sampled with --seed
     #[arg(long, value_name = "N", default_value = "128")]
     calib_samples: NonZeroUsize,
     /// Methods, separated by commas
     #[arg(long, required = true, value_delimiter = ',', value_name = "M[,M..]", value_parser = PossibleValuesParser::new(Recipe::NAMES))]
     method: Vec<String>,
-    /// Shares of the prunable parameters to remove, separated by commas
+    /// Fractions of the prunable parameters to remove, separated by commas
     #[arg(long, required = true, value_delimiter = ',', value_name = "R[,R..]", value_parser = ratio)]
     ratio: Vec<f64>,
-    /// Write the compressed checkpoint to this folder; of several, each to a folder METHOD-RATIO in it, with -seedN where it draws
+    /// Write the pruned checkpoint to this folder; several go to subfolders METHOD-RATIO, or METHOD-RATIO-seedN for random
+    /// methods and searches
     #[arg(long, value_name = "DIR")]
     save: Option<PathBuf>,
-    /// Replace what is at --save
+    /// Replace existing output at --save
     #[arg(long)]
     overwrite: bool,
-    /// Export each saved checkpoint too, to its folder, several separated by commas: as model-PRECISION.gguf for
-    /// llama.cpp, as a folder nemotron-nas for vLLM
+    /// Also export each saved checkpoint into its folder, formats separated by commas: model-PRECISION.gguf for
+    /// llama.cpp, or a folder nemotron-nas for vLLM
     #[arg(
         long,
         value_enum,
@@ -51,19 +52,19 @@ pub(super) struct StructuredArgs {
         conflicts_with = "masked"
     )]
     export: Vec<ExportArg>,
-    /// Write each plan, which units stay, as METHOD-RATIO.json or METHOD-RATIO-seedN.json to this folder
+    /// Write each plan (the units that are kept) to this folder as METHOD-RATIO.json or METHOD-RATIO-seedN.json
     #[arg(long, value_name = "DIR")]
     save_plans: Option<PathBuf>,
-    /// Largest shard in bytes
+    /// Maximum shard size in bytes
     #[arg(long, value_name = "N", default_value = "5000000000")]
     max_shard_bytes: u64,
-    /// Keep the dense shapes and write zeros for what is removed
+    /// Keep the dense shapes and write zeros for removed weights
     #[arg(long)]
     masked: bool,
-    /// Make the plans and show them, after searching for those of tyr; write and evaluate nothing
+    /// Only make and show the plans, including the search of tyr; write and evaluate nothing
     #[arg(long)]
     dry_run: bool,
-    /// Runs of whatever draws or searches, from --seed on
+    /// Seeds of random methods and searches, counted from --seed
     #[arg(long, value_name = "N", default_value = "3")]
     seeds: NonZeroU32,
     #[command(flatten)]
@@ -95,8 +96,8 @@ struct RecipeArgs {
     /// Maximum fraction removed from any sublayer [structprune, structprune-softmax; default: 1]
     #[arg(long, value_name = "R")]
     max_ratio: Option<f64>,
-    /// Temperature of the softmax over energies: small takes all from the weakest sublayers [structprune-softmax;
-    /// default: 1]
+    /// Temperature of the softmax over energies; small values prune mostly the sublayers of least energy
+    /// [structprune-softmax; default: 1]
     #[arg(long, value_name = "T")]
     temperature: Option<f64>,
     /// Rounds of the alternating refinement [default: 1]
@@ -108,16 +109,16 @@ struct RecipeArgs {
     /// Unit of attention [default: KV groups where there are at least 4, else query heads]
     #[arg(long, value_enum)]
     attention_unit: Option<AttentionUnitArg>,
-    /// KV groups, or query heads of each group, that every layer keeps [default: 1; flap-compat: 0]
+    /// Minimum KV groups per layer, or query heads per group [default: 1; flap-compat: 0]
     #[arg(long, value_name = "N")]
     min_attention: Option<usize>,
-    /// Neurons that every layer keeps [default: 1; flap-compat: 0]
+    /// Minimum neurons per layer [default: 1; flap-compat: 0]
     #[arg(long, value_name = "N")]
     min_neurons: Option<usize>,
-    /// Keep the number of neurons a multiple of this
+    /// Round the number of neurons to a multiple of N
     #[arg(long, value_name = "N")]
     align: Option<usize>,
-    /// The same widths in every layer, so that stock runtimes open the result
+    /// Use the same widths in every layer, so that stock runtimes load the result
     #[arg(long)]
     uniform: bool,
 }

@@ -15,43 +15,43 @@ use crate::suites::structured::search::Config;
 #[derive(Args)]
 #[command(next_help_heading = "Search of tyr, curves of rd-dp")]
 pub(super) struct SearchArgs {
-    /// Sizes to start from; the flags below change them
+    /// Preset of the search sizes; the flags below override it
     #[arg(long, value_enum, default_value = "small")]
     search_size: Size,
-    /// Supernets, each around the best of the one before
+    /// Supernets, each built around the best candidate of the previous one
     #[arg(long, value_name = "N")]
     iterations: Option<usize>,
-    /// Generations in each supernet
+    /// Generations per supernet
     #[arg(long, value_name = "N")]
     generations: Option<usize>,
-    /// Candidates of a generation
+    /// Candidates per generation
     #[arg(long, value_name = "N")]
     offspring: Option<usize>,
-    /// Tokens and survivors of each stage of selection, such as 2048:8,8192:3,32768:1
+    /// Tokens and survivors of each selection stage, such as 2048:8,8192:3,32768:1
     #[arg(long, value_delimiter = ',', value_name = "T:S[,T:S..]", value_parser = stage)]
     stages: Vec<Stage>,
-    /// Logits of the dense model that candidates are compared on
+    /// Number of largest dense logits that candidates are compared on
     #[arg(long, value_name = "N")]
     top_k: Option<usize>,
-    /// Windows of the calibration text that candidates, or measured curves, are compared on
+    /// Windows of the calibration text to compare candidates, or measure curves, on
     #[arg(long, value_name = "N", default_value = "256")]
     search_samples: NonZeroUsize,
-    /// What each block of a supernet is calibrated on [default: mixture]
+    /// Activations to calibrate each block of a supernet on [default: mixture]
     #[arg(long, value_enum)]
     accumulation: Option<AccumulationArg>,
-    /// Prune the widths found once more, each block on what the pruned blocks before it put out
+    /// Prune once more at the widths found, calibrating each block on the outputs of the pruned blocks before it
     #[arg(long)]
     settle: bool,
-    /// Units between two scorings [default: the paper's, finer in narrow layers]
+    /// Units removed between two scorings [default: the paper's, fewer in narrow layers]
     #[arg(long, value_enum)]
     elimination: Option<RoundsArg>,
-    /// Widths that the search starts from
+    /// Widths to start the search from
     #[arg(long, value_enum, default_value = "uniform")]
     search_start: StartArg,
-    /// Keep the state of searches in this folder, and go on with those that are there
+    /// Save the state of searches in this folder and resume from it
     #[arg(long, value_name = "DIR")]
     resume: Option<PathBuf>,
-    /// Distortion that rd-dp adds up, also where a search starts from it
+    /// Distortion that rd-dp minimises, also as the start of a search
     #[arg(long, value_enum, default_value = "hidden")]
     distortion: DistortionArg,
     /// Replace rd-dp's curves by their convex hulls
@@ -63,37 +63,37 @@ pub(super) struct SearchArgs {
 enum DistortionArg {
     /// Squared error of each sublayer's output
     Output,
-    /// Its share of the sublayer's output
+    /// Squared error relative to the sublayer's output
     Relative,
-    /// Its share of the hidden states that leave the block
+    /// Squared error relative to the hidden states after the block
     Hidden,
-    /// Divergence of the whole model's predictions when one sublayer is pruned, measured
+    /// Measured divergence of the model's predictions when one sublayer is pruned
     Kl,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
 enum StartArg {
-    /// The same share of every sublayer, as in the paper
+    /// The same fraction of every sublayer, as in the paper
     Uniform,
-    /// What rate-distortion allocation finds
+    /// The widths of rd-dp
     RdDp,
-    /// FLAP's
+    /// The widths of flap
     Flap,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
 enum Size {
-    /// Minutes on a model of a few million parameters
+    /// Minutes for a model of a few million parameters
     Small,
-    /// The paper's, for models of billions
+    /// The paper's sizes, for models of billions of parameters
     Paper,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
 enum AccumulationArg {
-    /// All levels, each by the share it keeps
+    /// All levels, weighted by the fraction they keep
     Mixture,
-    /// The level in the middle
+    /// The middle level
     Centre,
     /// The dense block, as the published implementation
     Dense,

@@ -245,9 +245,9 @@ fn section(rows: Vec<Row>, window: usize) -> Section {
         y,
     });
     let prose = format!(
-        "Windows are prefilled in part and decoded to their end one token at a time, teacher-forced, under eviction; only decoded tokens \
-         count, for the full cache as for the others. A budget is what a layer holds per sequence and KV head right after an eviction; \
-         bytes are the most that storage held at any time, within steps too, per sequence, all layers. Speed is that of all windows of a batch together \
+        "The first part of each window is prefilled, the rest is decoded one token at a time, teacher-forced, under eviction; only decoded \
+         tokens count, also for the full cache. A budget is the number of tokens per layer, sequence and KV head right after an eviction; \
+         bytes are the peak of the storage per sequence over all layers, also within steps. Speed is that of all windows of a batch together \
          and without prefill, in alternation with the full cache. {}",
         verdict(&rows, &PERPLEXITY)
     );

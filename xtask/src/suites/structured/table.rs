@@ -66,13 +66,12 @@ pub(super) fn section(config: &Config, rows: Vec<Row>) -> Section {
         }),
     };
     let prose = if config.dry_run {
-        "Plans only: nothing was written or measured. A ratio counts the parameters of the blocks' linears."
+        "Plans only: nothing is written or measured. A ratio counts the parameters of the blocks' linears."
     } else {
-        "Each row is a smaller checkpoint, written, opened again and measured on text that calibration never saw. \
-         A ratio counts the parameters of the blocks' linears; embeddings, head and norms stay. Controls remove the \
-         same share of every layer; the column says how each row makes up for what it lost; random and tyr \
-         are means over seeds with their range. Time and \
-         memory are those of planning and writing; speed is that of the blocks on a batch of windows, in alternation with \
+        "Each row is a pruned checkpoint, written, loaded again and evaluated on text not used for calibration. \
+         A ratio counts the parameters of the blocks' linears; embeddings, head and norms are not pruned. Baselines \
+         remove the same fraction of every layer; random and tyr are means over seeds. Time and memory are those of \
+         planning and writing; speed is that of the blocks on a batch of windows, in alternation with \
          the dense model's."
     };
     Section {
