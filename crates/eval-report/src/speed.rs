@@ -36,6 +36,11 @@ impl Rounds {
         self.calls += 1;
     }
 
+    /// Time of all rounds.
+    pub fn spent(&self) -> Duration {
+        self.spent.iter().sum()
+    }
+
     /// Tokens per second of each round; empty before all rounds have been timed.
     pub fn rates(&self) -> Vec<f64> {
         if self.calls < ROUNDS {

@@ -220,6 +220,8 @@ impl Decoding<'_> {
         }
         held.fill(&mut row);
         watch.stop(&mut row);
+        // A row's time is its own: the other model's turns are subtracted.
+        row.seconds -= dense_times.spent().as_secs_f64();
         Ok(row)
     }
 }
