@@ -256,6 +256,11 @@ impl Compressor {
         let Some(prune) = self.prune else {
             return Ok(());
         };
+        if let Some(quantise) = self.quantise
+            && quantise.grid.symmetry == Symmetry::Offset
+        {
+            return refuse("an offset grid does not keep zeros; take `sym`".to_string());
+        }
         match prune.pattern {
             Pattern::Unstructured { percent, .. } => {
                 if !(0.0..100.0).contains(&percent) {

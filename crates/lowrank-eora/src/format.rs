@@ -7,6 +7,7 @@
 
 mod bits;
 mod compressed_tensors;
+pub mod gguf;
 pub mod gptq;
 mod sparse;
 mod stored;

@@ -15,7 +15,7 @@ mod adapter;
 mod checkpoint;
 mod probe;
 
-pub use crate::format::gptq;
+pub use crate::format::{gguf, gptq};
 pub use adapter::{Adapter, AdapterFactors, AdapterOptions, AdapterRanks};
 pub use checkpoint::{CheckpointOptions, Layout, Weights, write_checkpoint};
 pub use probe::{Deviation, Probe, ProbeLayer};

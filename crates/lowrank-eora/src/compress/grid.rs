@@ -1,7 +1,8 @@
 //! The values that a quantised weight can take: w ≈ scale · (code − zero), code in 0 ..= 2^bits − 1.
 //!
 //! Scale and zero are fitted to the range of a group of weights of one output, which always contains 0, so that a
-//! pruned weight stays exactly 0 (the quantiser of GPTQ, arXiv 2210.17323, section 2).
+//! pruned weight stays exactly 0 (the quantiser of GPTQ, arXiv 2210.17323, section 2). Two grids are those of GGUF
+//! blocks: [`Symmetry::Signed`] and [`Symmetry::Offset`].
 
 use half::f16;
 
@@ -66,6 +67,12 @@ pub enum Symmetry {
     /// As the reference code of GPTQ does it: symmetric, but a group without negative weights keeps the range 0 ..= max
     /// while its zero point lies in the middle, which clips everything above about half the maximum. For comparison only.
     SymmetricClipped,
+    /// In the middle, with a scale that may be negative: the weight of the largest magnitude has code 0, so that all
+    /// codes are used. The grid of GGUF's `Q4_0`.
+    Signed,
+    /// None: w ≈ scale · code + offset with a float offset, from the smallest to the largest weight. The grid of GGUF's
+    /// `Q4_1`. 0 need not be among its values, so that pruned weights do not stay 0.
+    Offset,
 }
 
 /// How the range of a group is found.
@@ -103,11 +110,13 @@ pub struct Grid {
     pub scales: ScaleDtype,
 }
 
-/// Scale and zero of one group.
+/// Scale, zero and offset of one group.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) struct Step {
     pub(crate) scale: f64,
     pub(crate) zero: u8,
+    /// 0 unless the grid is [`Symmetry::Offset`].
+    pub(crate) offset: f64,
     max: u8,
 }
 
@@ -115,13 +124,13 @@ impl Step {
     /// The nearest code, halves to even.
     #[inline]
     pub(crate) fn code(self, weight: f64) -> u8 {
-        let code = (weight / self.scale).round_ties_even() + f64::from(self.zero);
+        let code = ((weight - self.offset) / self.scale).round_ties_even() + f64::from(self.zero);
         code.clamp(0.0, f64::from(self.max)) as u8
     }
 
     #[inline]
     pub(crate) fn value(self, code: u8) -> f64 {
-        self.scale * (f64::from(code) - f64::from(self.zero))
+        self.scale * (f64::from(code) - f64::from(self.zero)) + self.offset
     }
 }
 
@@ -141,13 +150,34 @@ impl Grid {
         }
     }
 
+    /// Offsets as a [`Quantised`](super::Quantised) holds them.
+    pub(crate) fn stored_offsets(&self, offsets: Vec<f64>) -> Vec<f64> {
+        match self.symmetry {
+            Symmetry::Offset => offsets,
+            _ => Vec::new(),
+        }
+    }
+
     /// Scale and zero for a group of weights.
     pub(crate) fn fit(&self, weights: &[f64]) -> Step {
+        let first = match self.symmetry {
+            Symmetry::Offset => weights.first().copied().unwrap_or(0.0),
+            _ => 0.0,
+        };
         let (mut lo, mut hi) = weights
             .iter()
-            .fold((0.0f64, 0.0f64), |(lo, hi), &w| (lo.min(w), hi.max(w)));
+            .fold((first, first), |(lo, hi), &w| (lo.min(w), hi.max(w)));
         match self.symmetry {
-            Symmetry::Asymmetric => {}
+            Symmetry::Asymmetric | Symmetry::Offset => {}
+            Symmetry::Signed => {
+                // The end that code 0 stands for, of the first of equal magnitudes.
+                let largest = hi.max(-lo);
+                let end = weights.iter().find(|w| w.abs() == largest);
+                (lo, hi) = match end {
+                    Some(&end) if end > 0.0 => (largest, -largest),
+                    _ => (-largest, largest),
+                };
+            }
             Symmetry::Symmetric => {
                 hi = hi.max(-lo);
                 lo = -hi;
@@ -159,7 +189,7 @@ impl Grid {
                 }
             }
         }
-        if lo == 0.0 && hi == 0.0 {
+        if lo == 0.0 && hi == 0.0 && self.symmetry != Symmetry::Offset {
             (lo, hi) = (-1.0, 1.0);
         }
         let full = self.step(lo, hi);
@@ -184,20 +214,37 @@ impl Grid {
 
     fn step(&self, lo: f64, hi: f64) -> Step {
         let max = self.bits.max_code();
+        let full = match self.symmetry {
+            // From code 0 at one end to the middle, which is 0.
+            Symmetry::Signed => -lo / f64::from(self.bits.middle()),
+            _ => (hi - lo) / f64::from(max),
+        };
         // Subnormal ranges must not end in a scale of 0.
-        let mut scale = ((hi - lo) / f64::from(max)).max(f64::MIN_POSITIVE);
+        let mut size = full.abs().max(f64::MIN_POSITIVE);
         let zero = match self.symmetry {
-            Symmetry::Asymmetric => {
-                (-lo / scale).round_ties_even().clamp(0.0, f64::from(max)) as u8
+            Symmetry::Asymmetric => (-lo / size).round_ties_even().clamp(0.0, f64::from(max)) as u8,
+            Symmetry::Symmetric | Symmetry::SymmetricClipped | Symmetry::Signed => {
+                self.bits.middle()
             }
-            Symmetry::Symmetric | Symmetry::SymmetricClipped => self.bits.middle(),
+            Symmetry::Offset => 0,
+        };
+        let mut offset = if self.symmetry == Symmetry::Offset {
+            lo
+        } else {
+            0.0
         };
         if self.scales == ScaleDtype::F16 {
             let smallest = f16::from_bits(1).to_f64();
             let largest = f16::MAX.to_f64();
-            scale = f16::from_f64(scale.clamp(smallest, largest)).to_f64();
+            size = f16::from_f64(size.clamp(smallest, largest)).to_f64();
+            offset = f16::from_f64(offset.clamp(-largest, largest)).to_f64();
         }
-        Step { scale, zero, max }
+        Step {
+            scale: size.copysign(full),
+            zero,
+            offset,
+            max,
+        }
     }
 }
 
@@ -214,7 +261,45 @@ mod tests {
     }
 
     fn step(scale: f64, zero: u8, max: u8) -> Step {
-        Step { scale, zero, max }
+        Step {
+            scale,
+            zero,
+            offset: 0.0,
+            max,
+        }
+    }
+
+    #[test]
+    fn a_signed_grid_gives_the_largest_weight_code_0_and_an_offset_grid_starts_at_the_smallest() {
+        let signed = grid(4, Symmetry::Signed);
+        let down = signed.fit(&[-1.0, 2.0, -2.0]);
+        assert_eq!(down, step(-2.0 / 8.0, 8, 15));
+        assert_eq!(
+            (down.code(2.0), down.value(0), down.code(-2.0)),
+            (0, 2.0, 15)
+        );
+        let up = signed.fit(&[1.0, -2.0, 2.0]);
+        assert_eq!(up, step(2.0 / 8.0, 8, 15));
+        assert_eq!((up.code(-2.0), up.value(up.code(0.0))), (0, 0.0));
+        let offset = grid(4, Symmetry::Offset);
+        let found = offset.fit(&[1.0, 4.0, 2.5]);
+        assert_eq!(
+            (found.scale, found.zero, found.offset),
+            (3.0 / 15.0, 0, 1.0)
+        );
+        assert_eq!((found.value(found.code(1.0)), found.code(4.0)), (1.0, 15));
+        // Scale and offset are both rounded before codes are chosen.
+        let stored = Grid {
+            scales: ScaleDtype::F16,
+            ..offset
+        };
+        let found = stored.fit(&[0.1, 0.7, 0.33333]);
+        for stored in [found.scale, found.offset] {
+            assert_eq!(f16::from_f64(stored).to_f64(), stored);
+        }
+        let constant = stored.fit(&[0.25, 0.25]);
+        assert_eq!(constant.value(constant.code(0.25)), 0.25);
+        assert_eq!(stored.fit(&[0.0, 0.0]).value(0), 0.0);
     }
 
     #[test]

@@ -14,7 +14,7 @@ pub(crate) const GRAMMAR: &str = "\
 expected `none`, PRUNING, QUANTISATION or PRUNING+QUANTISATION; \
 PRUNING is magnitude, wanda or sparsegpt with -PERCENT or -N:M (N of M stay), for instance sparsegpt-2:4; \
 QUANTISATION is rtn or gptq with -int2, -int3, -int4 or -int8, for instance gptq-int4-g128-sym-act; suffixes of both \
-are -gN (columns per group; without: per output), -sym, -symclip, -mse and -exact (scales not rounded to f16), \
+are -gN (columns per group; without: per output), -sym, -symclip, -signed, -offset, -mse and -exact (scales not rounded to f16), \
 of gptq -act, -static and -stale, of magnitude and sparsegpt with a percentage -ties, \
 of sparsegpt and gptq -dampX and -blockN";
 
@@ -120,6 +120,8 @@ impl Compressor {
             match suffix {
                 "sym" => grid.symmetry = Symmetry::Symmetric,
                 "symclip" => grid.symmetry = Symmetry::SymmetricClipped,
+                "signed" => grid.symmetry = Symmetry::Signed,
+                "offset" => grid.symmetry = Symmetry::Offset,
                 "mse" => grid.range = Range::Mse,
                 "exact" => grid.scales = ScaleDtype::Exact,
                 "act" if gptq => order = ColumnOrder::Activation,
@@ -196,6 +198,8 @@ impl Display for Compressor {
                 Symmetry::Asymmetric => "",
                 Symmetry::Symmetric => "-sym",
                 Symmetry::SymmetricClipped => "-symclip",
+                Symmetry::Signed => "-signed",
+                Symmetry::Offset => "-offset",
             })?;
             if grid.range == Range::Mse {
                 f.write_str("-mse")?;
@@ -262,6 +266,8 @@ mod tests {
             "rtn-int2-g16-symclip-mse-exact",
             "gptq-int8-g32-sym-mse-exact-act-static-damp0.05-block32",
             "gptq-int3-g64-act-stale",
+            "gptq-int4-g32-offset",
+            "rtn-int4-g32-signed",
             "sparsegpt-50-damp0.1+rtn-int4-g32",
             "sparsegpt-2:4+gptq-int4-damp0.1",
             "wanda-2:4+gptq-int4-act",
@@ -291,6 +297,7 @@ mod tests {
             ("rtn-int5", "`int5` is not int2"),
             ("rtn-int4-act", "`act`"),
             ("rtn-int4-g0", "at least one column"),
+            ("wanda-2:4+rtn-int4-g32-offset", "does not keep zeros"),
             ("gptq-int4-dampx", "`dampx` has no number"),
             ("gptq-int4-damp-1", "`damp` has no number"),
             ("rtn-int4+wanda-50", "pruning comes once, and first"),

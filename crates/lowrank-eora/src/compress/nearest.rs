@@ -14,20 +14,25 @@ pub(crate) fn round(rows: &mut Rows, grid: &Grid) -> Quantised {
     let mut codes = vec![0; m * n];
     let mut scales = vec![0.0; m * groups];
     let mut zeros = vec![0; m * groups];
+    let mut offsets = vec![0.0; m * groups];
     if n > 0 {
-        let steps = (scales.par_chunks_mut(groups), zeros.par_chunks_mut(groups));
+        let steps = (
+            scales.par_chunks_mut(groups),
+            zeros.par_chunks_mut(groups),
+            offsets.par_chunks_mut(groups),
+        );
         (
             rows.data_mut().par_chunks_mut(n),
             codes.par_chunks_mut(n),
-            steps.0,
-            steps.1,
+            steps,
         )
             .into_par_iter()
-            .for_each(|(row, codes, scales, zeros)| {
+            .for_each(|(row, codes, (scales, zeros, offsets))| {
                 let lines = row.chunks_mut(width).zip(codes.chunks_mut(width));
-                for ((weights, codes), (scale, zero)) in lines.zip(scales.iter_mut().zip(zeros)) {
+                for (group, (weights, codes)) in lines.enumerate() {
                     let step = grid.fit(weights);
-                    (*scale, *zero) = (step.scale, step.zero);
+                    (scales[group], zeros[group]) = (step.scale, step.zero);
+                    offsets[group] = step.offset;
                     for (weight, code) in weights.iter_mut().zip(codes) {
                         *code = step.code(*weight);
                         *weight = step.value(*code);
@@ -43,6 +48,7 @@ pub(crate) fn round(rows: &mut Rows, grid: &Grid) -> Quantised {
         codes,
         scales,
         zeros,
+        offsets: grid.stored_offsets(offsets),
         group_index: (0..n).map(|j| (j / width) as u32).collect(),
     }
 }

@@ -5,7 +5,7 @@ use faer::{Mat, MatRef};
 use super::grid::Bits;
 use super::rows::transpose;
 
-/// A quantised weight, `rows × cols` (outputs × inputs): w = scale · (code − zero).
+/// A quantised weight, `rows × cols` (outputs × inputs): w = scale · (code − zero) + offset.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Quantised {
     /// Bits per code.
@@ -22,6 +22,9 @@ pub struct Quantised {
     pub scales: Vec<f64>,
     /// Zero points, row-major `[rows, groups]`, in 0 ..= 2^bits − 1.
     pub zeros: Vec<u8>,
+    /// Offsets, row-major `[rows, groups]`; empty where all are 0, which is every grid but
+    /// [`Symmetry::Offset`](super::Symmetry::Offset).
+    pub offsets: Vec<f64>,
     /// The group of each input, `[cols]`.
     pub group_index: Vec<u32>,
 }
@@ -39,14 +42,15 @@ impl Quantised {
         transpose(&mut columns, self.rows, |column, row| {
             let group = row * groups + self.group_index[column] as usize;
             let code = f64::from(self.codes[row * self.cols + column]);
-            self.scales[group] * (code - f64::from(self.zeros[group]))
+            let offset = self.offsets.get(group).copied().unwrap_or(0.0);
+            self.scales[group] * (code - f64::from(self.zeros[group])) + offset
         });
         MatRef::from_column_major_slice(&columns, self.rows, self.cols).to_owned()
     }
 
     /// Whether every zero point lies in the middle, so that none need be stored.
     pub fn is_symmetric(&self) -> bool {
-        self.zeros.iter().all(|&zero| zero == self.bits.middle())
+        self.offsets.is_empty() && self.zeros.iter().all(|&zero| zero == self.bits.middle())
     }
 
     /// Whether groups are runs of neighbouring inputs, so that no index need be stored.

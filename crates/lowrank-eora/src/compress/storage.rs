@@ -19,7 +19,7 @@ pub struct Storage {
     pub mask: usize,
     /// Scales.
     pub scales: usize,
-    /// Zero points.
+    /// Zero points, or offsets.
     pub zeros: usize,
     /// The group of each input: 4 bytes each.
     pub group_index: usize,
@@ -55,9 +55,10 @@ impl Storage {
             values: ((weights - pruned) * bits).div_ceil(8),
             mask: if pruned > 0 { weights.div_ceil(8) } else { 0 },
             scales: weight.scales.len() * SCALE,
-            zeros: match weight.is_symmetric() {
-                true => 0,
-                false => (weight.zeros.len() * bits).div_ceil(8),
+            zeros: match (weight.is_symmetric(), weight.offsets.is_empty()) {
+                (true, _) => 0,
+                (false, true) => (weight.zeros.len() * bits).div_ceil(8),
+                (false, false) => weight.offsets.len() * SCALE,
             },
             group_index: match weight.is_ordered() {
                 true => 0,
@@ -104,7 +105,8 @@ impl Storage {
             scales: groups * SCALE,
             zeros: match grid.symmetry {
                 Symmetry::Asymmetric => (groups * grid.bits.get()).div_ceil(8),
-                Symmetry::Symmetric | Symmetry::SymmetricClipped => 0,
+                Symmetry::Symmetric | Symmetry::SymmetricClipped | Symmetry::Signed => 0,
+                Symmetry::Offset => groups * SCALE,
             },
             group_index: match quantise.takes_groups_apart() {
                 true => 4 * n,
@@ -179,6 +181,8 @@ mod tests {
             "gptq-int4-g32-act",
             "gptq-int4-g32-act-static",
             "rtn-int4-g16-sym",
+            "rtn-int4-g32-offset",
+            "gptq-int4-g32-signed",
             "wanda-2:4",
             "magnitude-37.3",
             "magnitude-1",

@@ -202,6 +202,7 @@ impl Task<'_> {
             codes,
             scales: steps().map(|step| step.scale).collect(),
             zeros: steps().map(|step| step.zero).collect(),
+            offsets: grid.stored_offsets(steps().map(|step| step.offset).collect()),
             group_index,
         }
     }

@@ -188,6 +188,7 @@ pub(super) fn read(
         codes,
         scales,
         zeros,
+        offsets: Vec::new(),
         group_index: group_index
             .unwrap_or_else(|| (0..n).map(|j| (j / group_width) as u32).collect()),
     })

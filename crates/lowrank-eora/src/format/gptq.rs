@@ -103,6 +103,11 @@ pub fn tensors(
         reason: reason.to_string(),
     };
     let half = |&scale: &f64| f16::from_f64(scale);
+    if !quantised.offsets.is_empty() {
+        return Err(refuse(
+            "its groups have float offsets, which GPTQ does not store; quantise without `-offset`, or store it as GGUF",
+        ));
+    }
     if quantised
         .scales
         .iter()
@@ -314,6 +319,7 @@ pub(super) fn read(
         cols: n,
         group_width,
         codes,
+        offsets: Vec::new(),
         scales: (0..m * groups)
             .map(|at| by_group[(at % groups, at / groups)])
             .collect(),

@@ -86,7 +86,7 @@ impl StoredWeight {
                 let (rows, cols, groups) = (weight.rows, weight.cols, weight.groups());
                 let cpu = &Device::Cpu;
                 let grid = [weight.bits.get(), weight.group_width, *pruned].map(|v| v as i64);
-                vec![
+                let mut tensors = vec![
                     named(
                         "codes",
                         Tensor::from_slice(&weight.codes, (rows, cols), cpu)?,
@@ -104,7 +104,12 @@ impl StoredWeight {
                         Tensor::from_slice(&weight.group_index, cols, cpu)?,
                     ),
                     named("grid", Tensor::from_slice(&grid, 3, cpu)?),
-                ]
+                ];
+                if !weight.offsets.is_empty() {
+                    let offsets = Tensor::from_slice(&weight.offsets, (rows, groups), cpu)?;
+                    tensors.push(named("offsets", offsets));
+                }
+                tensors
             }
         })
     }
@@ -138,11 +143,16 @@ impl StoredWeight {
             codes: codes.flatten_all()?.to_vec1()?,
             scales: tensor("scales")?.flatten_all()?.to_vec1()?,
             zeros: tensor("zeros")?.flatten_all()?.to_vec1()?,
+            offsets: match file.contains(&format!("{prefix}.offsets")) {
+                true => tensor("offsets")?.flatten_all()?.to_vec1()?,
+                false => Vec::new(),
+            },
             group_index: tensor("group_index")?.to_vec1()?,
         };
         let groups = weight.groups();
         let fits = weight.scales.len() == rows * groups
             && weight.zeros.len() == rows * groups
+            && (weight.offsets.is_empty() || weight.offsets.len() == rows * groups)
             && weight.group_index.len() == cols
             && weight
                 .group_index
