@@ -10,9 +10,11 @@
 //!
 //! Work is shared out by rows in strips of fixed size, so results do not depend on the number of threads.
 
+mod blocks;
 mod factor;
 mod finer;
 mod grid;
+mod mix;
 mod name;
 mod nearest;
 mod prune;
@@ -25,13 +27,16 @@ mod tensor;
 mod tests;
 
 use faer::{Mat, MatRef};
+use packed::{BlockType, QuantRows};
 use serde::{Deserialize, Serialize};
 
 use crate::matrix::expect_shape;
 use crate::{Error, Result};
 
-pub use finer::Shapes;
+pub use blocks::{BlockQuantise, BlockRounding};
+pub use finer::{LinearShape, Shapes};
 pub use grid::{Bits, Grid, Group, Range, ScaleDtype, Symmetry};
+pub use mix::{BlockTypes, Mix, Place, fitting};
 pub(crate) use name::GRAMMAR;
 pub use prune::{Cut, Mask, Pattern, Prune, Score};
 pub use quantised::Quantised;
@@ -40,7 +45,10 @@ pub use sweep::{ColumnOrder, GroupFit, Sweep, SweepReport};
 
 use factor::Factor;
 pub(crate) use rows::Rows;
-use sweep::{Pruning, Task};
+use sweep::{Pruning, Target, Task};
+
+/// A row that is whole blocks of every type.
+const K_ROW: usize = 256;
 
 /// How a weight is compressed. Parsed from and shown as its name; serialised as that name too.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -49,8 +57,10 @@ use sweep::{Pruning, Task};
 pub struct Compressor {
     /// What is set to zero.
     pub prune: Option<Prune>,
-    /// How what remains is quantised.
+    /// How what remains is quantised in groups, for GPTQ and compressed-tensors files.
     pub quantise: Option<Quantise>,
+    /// How what remains is quantised in blocks, for GGUF files; excludes the other.
+    pub blocks: Option<BlockQuantise>,
     /// Parameters of the sweep over columns that SparseGPT and GPTQ make; unused by the others.
     pub sweep: Sweep,
 }
@@ -104,12 +114,14 @@ pub enum Needs {
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct Compressed {
-    /// W_c, `m × n`. Where it is quantised, exactly scale · (code − zero) of [`Compressed::quantised`].
+    /// W_c, `m × n`. Where it is quantised, exactly what [`Compressed::quantised`] or [`Compressed::blocks`] holds.
     pub weight: Mat<f64>,
     /// Which weights were pruned; None if nothing was.
     pub mask: Option<Mask>,
-    /// The stored form of a quantised weight.
+    /// The stored form of a weight that was quantised in groups.
     pub quantised: Option<Quantised>,
+    /// The stored form of a weight that was quantised in blocks.
+    pub blocks: Option<QuantRows<'static>>,
     /// What the last sweep of SparseGPT or GPTQ met.
     pub sweep: Option<SweepReport>,
 }
@@ -128,7 +140,7 @@ impl Quantise {
 
 impl Compressor {
     /// Names in common use; more can be formed by the grammar that a failing parse states.
-    pub const COMMON: [&'static str; 14] = [
+    pub const COMMON: [&'static str; 19] = [
         "magnitude-50",
         "magnitude-2:4",
         "wanda-50",
@@ -143,20 +155,41 @@ impl Compressor {
         "gptq-int4-g128",
         "wanda-2:4+rtn-int4",
         "sparsegpt-2:4+gptq-int4",
+        "q4_0",
+        "q4_k",
+        "q3_k-imatrix",
+        "q4_k_m-imatrix",
+        "gptq-q4_k_m",
     ];
 
     /// What [`Compressor::compress`] must be told of the inputs.
     pub fn needs(&self) -> Needs {
+        let weighted = |blocks: BlockQuantise| blocks.rounding.importance();
         if self.sweeps() {
             Needs::Gram
-        } else if self.prune.is_some_and(|prune| prune.score == Score::Wanda) {
+        } else if self.prune.is_some_and(|prune| prune.score == Score::Wanda)
+            || self.blocks.is_some_and(weighted)
+        {
             Needs::Diagonal
         } else {
             Needs::Nothing
         }
     }
 
-    /// Compresses W, `m × n`. Inputs may say more than is needed.
+    /// The compressor of one linear of a model: a mix of block types becomes the type of this linear.
+    pub fn at(&self, place: Place) -> Self {
+        let mut resolved = *self;
+        if let Some(blocks) = &mut resolved.blocks
+            && let BlockTypes::Mix(_) = blocks.types
+        {
+            // Whether the type fits the rows is seen when they are compressed.
+            blocks.types = BlockTypes::One(blocks.types.of(place, K_ROW));
+        }
+        resolved
+    }
+
+    /// Compresses W, `m × n`. Inputs may say more than is needed. A mix of block types has to be resolved first
+    /// ([`Compressor::at`]).
     ///
     /// # Errors
     /// [`Error::NeedsInputs`]; [`Error::Shape`] and [`Error::NotFinite`] for W and inputs; [`Error::NotGram`] for a Gram
@@ -215,7 +248,7 @@ impl Compressor {
                         factor,
                         sweep: self.sweep,
                         pruning,
-                        rounding: Some((grid, fit)),
+                        rounding: Some(Target::Groups(grid, fit)),
                     };
                     let mut none = Mask::none(rows.rows(), columns);
                     let outcome = task.run(&mut rows, mask.as_mut().unwrap_or(&mut none));
@@ -226,12 +259,79 @@ impl Compressor {
             }
         }
 
+        let mut blocks = None;
+        if let Some(block) = self.blocks {
+            let BlockTypes::One(ty) = block.types else {
+                return Err(Error::Compressor {
+                    compressor: self.to_string(),
+                    reason: "a mix chooses by linear: say which one it is, by `at`".to_string(),
+                });
+            };
+            let importance = match block.rounding.importance() {
+                true => Some(blocks::importance(&self.diagonal(inputs, columns)?)),
+                false => None,
+            };
+            let rounded = self.to_blocks(
+                (ty, block.rounding),
+                importance,
+                &factor,
+                (&mut rows, &mut mask),
+            )?;
+            report = rounded.1.or(report);
+            blocks = Some(rounded.0);
+        }
+
         Ok(Compressed {
             weight: rows.to_mat(),
             mask,
             quantised,
+            blocks,
             sweep: report,
         })
+    }
+
+    /// Rounds what pruning left to blocks.
+    fn to_blocks(
+        &self,
+        (ty, rounding): (BlockType, BlockRounding),
+        importance: Option<Vec<f32>>,
+        factor: &Option<Factor>,
+        (rows, mask): (&mut Rows, &mut Option<Mask>),
+    ) -> Result<(QuantRows<'static>, Option<SweepReport>)> {
+        // The scales that a sweep uses are those of the weights as they are, but for dead inputs, which lose theirs.
+        if let Some(factor) = factor {
+            let cols = rows.cols();
+            for &dead in &factor.dead {
+                rows.data_mut()
+                    .iter_mut()
+                    .skip(dead)
+                    .step_by(cols.max(1))
+                    .for_each(|w| *w = 0.0);
+            }
+        }
+        let nearest = blocks::nearest(rows, ty, importance.as_deref())?;
+        let (rounded, report) = match (rounding, factor) {
+            (BlockRounding::Gptq { .. }, Some(factor)) if nearest.block_type().is_quantised() => {
+                let pruning = match self.prune {
+                    Some(prune) if self.is_joint() => Pruning::Pattern(prune.pattern),
+                    _ => Pruning::Given,
+                };
+                let task = Task {
+                    factor,
+                    sweep: self.sweep,
+                    pruning,
+                    rounding: Some(Target::Blocks(&nearest)),
+                };
+                let mut none = Mask::none(rows.rows(), rows.cols());
+                let outcome = task.run(rows, mask.as_mut().unwrap_or(&mut none));
+                (outcome.blocks.unwrap_or(nearest), Some(outcome.report))
+            }
+            _ => (nearest, None),
+        };
+        for (target, value) in rows.data_mut().iter_mut().zip(rounded.dequantise()) {
+            *target = f64::from(value);
+        }
+        Ok((rounded, report))
     }
 
     /// Checks the parameters against each other and against the number of columns.
@@ -253,6 +353,9 @@ impl Compressor {
         {
             return refuse("a group needs at least one column".to_string());
         }
+        if self.quantise.is_some() && self.blocks.is_some() {
+            return refuse("it quantises in groups and in blocks; take one of them".to_string());
+        }
         let Some(prune) = self.prune else {
             return Ok(());
         };
@@ -260,6 +363,14 @@ impl Compressor {
             && quantise.grid.symmetry == Symmetry::Offset
         {
             return refuse("an offset grid does not keep zeros; take `sym`".to_string());
+        }
+        if let Some(block) = self.blocks
+            && !matches!(block.types, BlockTypes::One(ty) if blocks::keeps_zeros(ty))
+        {
+            return refuse(format!(
+                "{} does not keep zeros; take q4_0, q5_0, q8_0, q3_k or q6_k",
+                block.types
+            ));
         }
         match prune.pattern {
             Pattern::Unstructured { percent, .. } => {
@@ -305,6 +416,11 @@ impl Compressor {
         Ok(())
     }
 
+    /// Whether it quantises, in groups or in blocks.
+    pub fn quantises(&self) -> bool {
+        self.quantise.is_some() || self.blocks.is_some()
+    }
+
     fn sweeps(&self) -> bool {
         self.prune
             .is_some_and(|prune| prune.score == Score::SparseGpt)
@@ -314,6 +430,9 @@ impl Compressor {
     fn is_gptq(&self) -> bool {
         self.quantise
             .is_some_and(|quantise| matches!(quantise.rounding, Rounding::Gptq { .. }))
+            || self
+                .blocks
+                .is_some_and(|blocks| matches!(blocks.rounding, BlockRounding::Gptq { .. }))
     }
 
     /// Whether one sweep both prunes and quantises.
@@ -325,6 +444,9 @@ impl Compressor {
     }
 
     fn order(&self) -> ColumnOrder {
+        if let Some(BlockRounding::Gptq { order, .. }) = self.blocks.map(|b| b.rounding) {
+            return order;
+        }
         match self.quantise.map(|quantise| quantise.rounding) {
             Some(Rounding::Gptq { order, .. }) => order,
             _ => ColumnOrder::Natural,

@@ -18,6 +18,9 @@ pub enum Error {
     /// The call was cancelled by its [`Progress`](tensor_io::Progress). What was saved before is kept.
     #[error(transparent)]
     Cancelled(#[from] tensor_io::Cancelled),
+    /// Rounding to, or reading, blocks of a GGUF file failed.
+    #[error(transparent)]
+    Blocks(#[from] packed::Error),
     /// A compressor's name that cannot be read.
     #[error("compressor `{name}`: {reason}; {expected}", expected = crate::compress::GRAMMAR)]
     CompressorName {

@@ -44,6 +44,7 @@ pub use source::{Given, Linear, Source};
 pub use state::{Repaired, RepairedLayer};
 pub use stored::StoredWeight;
 
+use crate::compress::Place;
 use crate::stats::Accumulation;
 use crate::{Error, Result};
 use block::BlockRepair;
@@ -188,4 +189,18 @@ fn summary(block: usize, layers: &[RepairedLayer], resumed: bool) -> String {
         total.loss_before(),
         total.loss()
     )
+}
+
+/// Where a linear is in a model, for compressors that choose by it.
+pub fn place(decoder: &Decoder<'_>, layer: LayerId) -> Place {
+    let widths = &decoder.config().widths;
+    let heads_per_kv = widths
+        .get(layer.block)
+        .map_or(1, |widths| widths.heads / widths.kv_heads.max(1));
+    Place {
+        linear: layer.linear,
+        block: layer.block,
+        blocks: widths.len(),
+        heads_per_kv,
+    }
 }

@@ -22,6 +22,7 @@ mod spec;
 mod writer;
 
 pub use atomic::{PendingFile, PendingFolder};
+pub use candle_core;
 pub use checkpoint::{Checkpoint, TensorInfo};
 pub use checksum::write_checked_file;
 pub use config::{CONFIG_FILE, Config};

@@ -2,13 +2,25 @@
 
 use super::grid::{Bits, Group};
 use super::prune::{Cut, Pattern, Prune};
-use super::{Compressor, Quantise, Storage};
+use super::{BlockQuantise, BlockTypes, Compressor, Mix, Place, Quantise, Storage};
+use packed::BlockType;
+
+/// A linear of a model, as far as its size is concerned.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LinearShape {
+    /// m.
+    pub outputs: usize,
+    /// n.
+    pub inputs: usize,
+    /// Which linear it is.
+    pub place: Place,
+}
 
 /// The linears of a model, as far as their sizes are concerned.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Shapes {
-    /// Outputs and inputs of each.
-    pub linears: Vec<(usize, usize)>,
+    /// All of them.
+    pub linears: Vec<LinearShape>,
     /// Bytes of a stored float.
     pub float_bytes: usize,
 }
@@ -22,15 +34,18 @@ const NEAR: u64 = 50;
 impl Compressor {
     /// Bytes that all linears will take, by [`Storage::predicted`]; `None` where it does not fit a shape.
     pub fn predicted_bytes(&self, shapes: &Shapes) -> Option<u64> {
-        let linear = |&shape: &(usize, usize)| {
-            Some(Storage::predicted(self, shape, shapes.float_bytes)?.bytes() as u64)
+        let linear = |linear: &LinearShape| {
+            let shape = (linear.outputs, linear.inputs);
+            let storage = Storage::predicted(&self.at(linear.place), shape, shapes.float_bytes)?;
+            Some(storage.bytes() as u64)
         };
         shapes.linears.iter().map(linear).sum()
     }
 
     /// A compressor of the same kind that spends about `target` bytes, more than this one: more bits or smaller groups
-    /// where it quantises, fewer pruned weights, without a pattern, where it prunes. Of those within 2 % of the target
-    /// the one that prunes least, else the nearest. With its bytes; `None` where nothing is finer.
+    /// where it quantises in groups, larger block types where in blocks, fewer pruned weights, without a pattern, where
+    /// it prunes. Of those within 2 % of the target the one that prunes least, else the nearest. With its bytes; `None`
+    /// where nothing is finer.
     pub fn finer(&self, target: u64, shapes: &Shapes) -> Option<(Self, u64)> {
         let own = self.predicted_bytes(shapes)?;
         let quantisers: Vec<Option<Quantise>> = match self.quantise {
@@ -48,13 +63,22 @@ impl Compressor {
             })
         });
         let mut found: Vec<(Self, u64)> = Vec::new();
+        let types = self.blocks.map_or(vec![None], block_types);
+        let stored = quantisers
+            .into_iter()
+            .flat_map(|quantise| types.iter().map(move |&blocks| (quantise, blocks)));
+        let stored: Vec<_> = stored.collect();
         for prune in std::iter::once(None).chain(fewer.map(Some)) {
-            for &quantise in &quantisers {
+            for &(quantise, blocks) in &stored {
                 let candidate = Self {
                     prune,
                     quantise,
+                    blocks,
                     ..*self
                 };
+                if candidate.validate(None).is_err() {
+                    continue;
+                }
                 let bytes = candidate.predicted_bytes(shapes);
                 if let Some(bytes) = bytes.filter(|bytes| *bytes > own) {
                     found.push((candidate, bytes));
@@ -65,6 +89,17 @@ impl Compressor {
         let nearest = || found.iter().min_by_key(|(_, bytes)| bytes.abs_diff(target));
         found.iter().find(near).or_else(nearest).copied()
     }
+}
+
+/// All block types and mixes, rounded the same way.
+fn block_types(blocks: BlockQuantise) -> Vec<Option<BlockQuantise>> {
+    let types = BlockType::ALL.into_iter().filter(|ty| ty.is_quantised());
+    let mixes = Mix::ALL.into_iter().map(BlockTypes::Mix);
+    types
+        .map(BlockTypes::One)
+        .chain(mixes)
+        .map(|types| Some(BlockQuantise { types, ..blocks }))
+        .collect()
 }
 
 /// Quantisers with at least as many bits and groups at most as wide.
@@ -104,7 +139,18 @@ mod tests {
     #[test]
     fn a_finer_compressor_spends_more_and_comes_near_the_target() {
         let shapes = Shapes {
-            linears: vec![(32, 64), (64, 64), (64, 96)],
+            linears: [(32, 256), (64, 512), (64, 256)]
+                .map(|(outputs, inputs)| LinearShape {
+                    outputs,
+                    inputs,
+                    place: Place {
+                        linear: causal_lm::LinearName::Q,
+                        block: 1,
+                        blocks: 8,
+                        heads_per_kv: 1,
+                    },
+                })
+                .into(),
             float_bytes: 4,
         };
         for (name, more) in [
@@ -112,6 +158,9 @@ mod tests {
             ("rtn-int3", 1.2),
             ("gptq-int4", 2.0),
             ("wanda-2:4+rtn-int4", 1.3),
+            ("q2_k", 1.7),
+            ("gptq-q4_k_m", 1.22),
+            ("wanda-2:4+q3_k", 1.3),
         ] {
             let own = named(name).predicted_bytes(&shapes).expect("fits");
             let target = (own as f64 * more) as u64;

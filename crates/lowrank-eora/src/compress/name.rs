@@ -6,23 +6,27 @@ use std::str::FromStr;
 use super::grid::{Bits, Grid, Group, Range, ScaleDtype, Symmetry};
 use super::prune::{Cut, Pattern, Prune, Score};
 use super::sweep::{ColumnOrder, GroupFit, Sweep};
-use super::{Compressor, Quantise, Rounding};
+use super::{BlockQuantise, BlockRounding, BlockTypes, Compressor, Quantise, Rounding};
 use crate::Error;
 
 /// What names there are, for errors.
 pub(crate) const GRAMMAR: &str = "\
-expected `none`, PRUNING, QUANTISATION or PRUNING+QUANTISATION; \
+expected `none`, PRUNING, QUANTISATION, BLOCKS, PRUNING+QUANTISATION or PRUNING+BLOCKS; \
 PRUNING is magnitude, wanda or sparsegpt with -PERCENT or -N:M (N of M stay), for instance sparsegpt-2:4; \
 QUANTISATION is rtn or gptq with -int2, -int3, -int4 or -int8, for instance gptq-int4-g128-sym-act; suffixes of both \
 are -gN (columns per group; without: per output), -sym, -symclip, -signed, -offset, -mse and -exact (scales not rounded to f16), \
 of gptq -act, -static and -stale, of magnitude and sparsegpt with a percentage -ties, \
-of sparsegpt and gptq -dampX and -blockN";
+of sparsegpt and gptq -dampX and -blockN; \
+BLOCKS are GGUF block types (q4_0, q4_1, q5_0, q5_1, q8_0, q2_k to q6_k, iq4_nl) or mixes of them (q4_k_m, q3_k_l, ...), \
+rounded as llama.cpp does (with -imatrix: weighted by the inputs) or, with gptq- before them, by GPTQ (suffixes -act, \
+-plain for scales fitted without weighting, -dampX, -blockN), for instance q4_k_m-imatrix or gptq-q4_k_m";
 
 impl Compressor {
     /// Leaves the weight as it is.
     pub const NONE: Self = Self {
         prune: None,
         quantise: None,
+        blocks: None,
         sweep: Sweep {
             damping: Sweep::DAMPING,
             block: Sweep::BLOCK,
@@ -48,7 +52,7 @@ impl FromStr for Compressor {
             let given: Vec<&str> = words.collect();
             match method {
                 "magnitude" | "wanda" | "sparsegpt" => {
-                    if compressor.prune.is_some() || compressor.quantise.is_some() {
+                    if compressor.prune.is_some() || compressor.quantises() {
                         return Err(refuse("pruning comes once, and first".to_string()));
                     }
                     let score = match method {
@@ -59,10 +63,23 @@ impl FromStr for Compressor {
                     compressor.pruning(score, &given)
                 }
                 "rtn" | "gptq" => {
-                    if compressor.quantise.is_some() {
+                    if compressor.quantises() {
                         return Err(refuse("quantisation comes once".to_string()));
                     }
-                    compressor.quantisation(method == "gptq", &given)
+                    match given.split_first() {
+                        Some((types, suffixes))
+                            if method == "gptq" && !types.starts_with("int") =>
+                        {
+                            compressor.in_blocks(types, true, suffixes)
+                        }
+                        _ => compressor.quantisation(method == "gptq", &given),
+                    }
+                }
+                types if types.parse::<BlockTypes>().is_ok() => {
+                    if compressor.quantises() {
+                        return Err(refuse("quantisation comes once".to_string()));
+                    }
+                    compressor.in_blocks(types, false, &given)
                 }
                 _ => Err(format!("no method is called `{method}`")),
             }
@@ -142,6 +159,26 @@ impl Compressor {
         Ok(())
     }
 
+    fn in_blocks(&mut self, types: &str, gptq: bool, suffixes: &[&str]) -> Result<(), String> {
+        let types: BlockTypes = types.parse()?;
+        let (mut importance, mut order) = (gptq, ColumnOrder::Natural);
+        for &suffix in suffixes {
+            match suffix {
+                "imatrix" if !gptq => importance = true,
+                "plain" if gptq => importance = false,
+                "act" if gptq => order = ColumnOrder::Activation,
+                _ if gptq && self.sweep(suffix)? => {}
+                _ => return Err(format!("suffix `{suffix}` does not go with it")),
+            }
+        }
+        let rounding = match gptq {
+            true => BlockRounding::Gptq { importance, order },
+            false => BlockRounding::Nearest { importance },
+        };
+        self.blocks = Some(BlockQuantise { types, rounding });
+        Ok(())
+    }
+
     /// Takes a suffix that concerns the sweep; false if it does not.
     fn sweep(&mut self, suffix: &str) -> Result<bool, String> {
         let bad = || format!("`{suffix}` has no number that can be read");
@@ -174,9 +211,9 @@ impl Display for Compressor {
                 }
             }
         }
-        match (self.prune, self.quantise) {
-            (None, None) => return f.write_str("none"),
-            (Some(_), Some(_)) => {
+        match (self.prune, self.quantises()) {
+            (None, false) => return f.write_str("none"),
+            (Some(_), true) => {
                 // One sweep at most: where there are two they share its parameters, shown once.
                 if self.sweeps() && !self.is_gptq() {
                     self.sweep.fmt(f)?;
@@ -218,7 +255,20 @@ impl Display for Compressor {
                 })?;
             }
         }
-        if self.is_gptq() || (self.sweeps() && self.quantise.is_none()) {
+        if let Some(BlockQuantise { types, rounding }) = self.blocks {
+            match rounding {
+                BlockRounding::Nearest { importance } => {
+                    write!(f, "{types}{}", if importance { "-imatrix" } else { "" })?;
+                }
+                BlockRounding::Gptq { importance, order } => {
+                    write!(f, "gptq-{types}{}", if importance { "" } else { "-plain" })?;
+                    if order == ColumnOrder::Activation {
+                        f.write_str("-act")?;
+                    }
+                }
+            }
+        }
+        if self.is_gptq() || (self.sweeps() && !self.quantises()) {
             self.sweep.fmt(f)?;
         }
         Ok(())
@@ -267,6 +317,11 @@ mod tests {
             "gptq-int8-g32-sym-mse-exact-act-static-damp0.05-block32",
             "gptq-int3-g64-act-stale",
             "gptq-int4-g32-offset",
+            "q8_0",
+            "q2_k-imatrix",
+            "gptq-q3_k_m-plain-act-damp0.1",
+            "sparsegpt-2:4+gptq-q4_0",
+            "wanda-2:4+q6_k-imatrix",
             "rtn-int4-g32-signed",
             "sparsegpt-50-damp0.1+rtn-int4-g32",
             "sparsegpt-2:4+gptq-int4-damp0.1",
@@ -297,6 +352,11 @@ mod tests {
             ("rtn-int5", "`int5` is not int2"),
             ("rtn-int4-act", "`act`"),
             ("rtn-int4-g0", "at least one column"),
+            ("q4_k-act", "`act`"),
+            ("gptq-q4_k-imatrix", "`imatrix`"),
+            ("gptq-f16", "`f16`"),
+            ("wanda-2:4+q4_k", "does not keep zeros"),
+            ("rtn-int4+q4_k", "quantisation comes once"),
             ("wanda-2:4+rtn-int4-g32-offset", "does not keep zeros"),
             ("gptq-int4-dampx", "`dampx` has no number"),
             ("gptq-int4-damp-1", "`damp` has no number"),

@@ -2,7 +2,8 @@
 
 use super::grid::Symmetry;
 use super::prune::{Pattern, Prune, Score, share};
-use super::{Compressed, Compressor, Mask, Quantised};
+use super::{BlockTypes, Compressed, Compressor, Mask, Quantised, fitting};
+use packed::QuantRows;
 
 /// Bytes of the parts of a compressed weight, as files of the usual formats hold them: codes without gaps, f16 scales.
 ///
@@ -68,8 +69,20 @@ impl Storage {
         }
     }
 
+    /// Of a weight in GGUF blocks, scales included.
+    pub fn blocks(weight: &QuantRows<'_>) -> Self {
+        Self {
+            values: weight.bytes().len(),
+            mask: 0,
+            scales: 0,
+            zeros: 0,
+            group_index: 0,
+            weights: weight.rows() * weight.cols(),
+        }
+    }
+
     /// What `compressor` will make of an `m × n` weight of floats of `width` bytes, without compressing it; `None`
-    /// where it does not fit the shape.
+    /// where it does not fit the shape, and for a mix of block types that was not resolved.
     ///
     /// Ties, sweeps and zero points that all lie in the middle by chance are not foreseen.
     pub fn predicted(
@@ -90,6 +103,16 @@ impl Storage {
                 (Pattern::Unstructured { percent, .. }, _) => weights - share(weights, percent),
             },
         };
+        if let Some(blocks) = compressor.blocks {
+            let BlockTypes::One(ty) = blocks.types else {
+                return None;
+            };
+            return Some(Self {
+                mask: 0,
+                values: m * fitting(ty, n).row_bytes(n).ok()?,
+                ..Self::floats(weights, weights, width)
+            });
+        }
         let Some(quantise) = compressor.quantise else {
             return Some(Self::floats(weights, kept, width));
         };
@@ -131,9 +154,10 @@ impl Compressed {
     /// How many bytes this weight takes; those that are not quantised as floats of `width` bytes.
     pub fn storage(&self, width: usize) -> Storage {
         let pruned = self.mask.as_ref().map_or(0, Mask::count);
-        match &self.quantised {
-            Some(quantised) => Storage::quantised(quantised, pruned),
-            None => {
+        match (&self.quantised, &self.blocks) {
+            (Some(quantised), _) => Storage::quantised(quantised, pruned),
+            (None, Some(blocks)) => Storage::blocks(blocks),
+            (None, None) => {
                 let weights = self.weight.nrows() * self.weight.ncols();
                 Storage::floats(weights, weights - pruned, width)
             }
@@ -182,6 +206,8 @@ mod tests {
             "gptq-int4-g32-act-static",
             "rtn-int4-g16-sym",
             "rtn-int4-g32-offset",
+            "q4_k",
+            "gptq-q8_0",
             "gptq-int4-g32-signed",
             "wanda-2:4",
             "magnitude-37.3",

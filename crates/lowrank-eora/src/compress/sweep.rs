@@ -7,6 +7,7 @@
 
 use faer::linalg::matmul::matmul;
 use faer::{Accum, MatMut, MatRef, Par};
+use packed::{QuantRows, RowGrid};
 use rayon::prelude::*;
 use std::ops::Range;
 
@@ -95,12 +96,22 @@ pub(crate) struct Task<'a> {
     pub(crate) factor: &'a Factor,
     pub(crate) sweep: Sweep,
     pub(crate) pruning: Pruning,
-    pub(crate) rounding: Option<(Grid, GroupFit)>,
+    pub(crate) rounding: Option<Target<'a>>,
+}
+
+/// What a sweep rounds to.
+#[derive(Clone, Copy)]
+pub(crate) enum Target<'a> {
+    /// Codes in groups, whose scales are fitted in the sweep.
+    Groups(Grid, GroupFit),
+    /// Codes in blocks with the scales of these.
+    Blocks(&'a QuantRows<'static>),
 }
 
 pub(crate) struct Outcome {
     pub(crate) report: SweepReport,
     pub(crate) quantised: Option<Quantised>,
+    pub(crate) blocks: Option<QuantRows<'static>>,
 }
 
 /// Some outputs in mid-sweep, their columns in the order of the sweep.
@@ -111,6 +122,8 @@ struct Strip {
     codes: Vec<u8>,
     /// `[rows, groups]`, once they are fitted.
     steps: Vec<Option<Step>>,
+    /// One for each row, where blocks are the target.
+    grids: Vec<RowGrid>,
     loss: f64,
 }
 
@@ -129,7 +142,8 @@ impl Task<'_> {
             mask.pruned().par_chunks(STRIP * n.max(1)),
         )
             .into_par_iter()
-            .map(|(weights, pruned)| self.strip(weights, pruned))
+            .enumerate()
+            .map(|(index, (weights, pruned))| self.strip(index * STRIP, weights, pruned))
             .collect();
 
         let mut start = 0;
@@ -170,9 +184,14 @@ impl Task<'_> {
             });
         Outcome {
             report: report(strips.iter().map(|strip| strip.loss).sum()),
-            quantised: self
-                .rounding
-                .map(|(grid, fit)| self.quantised(&grid, fit, &strips)),
+            quantised: match self.rounding {
+                Some(Target::Groups(grid, fit)) => Some(self.quantised(&grid, fit, &strips)),
+                _ => None,
+            },
+            blocks: match self.rounding {
+                Some(Target::Blocks(blocks)) => Some(self.packed(blocks, &strips)),
+                _ => None,
+            },
         }
     }
 
@@ -207,6 +226,27 @@ impl Task<'_> {
         }
     }
 
+    /// The codes of the sweep in the blocks whose scales it used.
+    fn packed(&self, blocks: &QuantRows<'static>, strips: &[Strip]) -> QuantRows<'static> {
+        let order = &self.factor.order;
+        let (n, row_bytes) = (order.len(), blocks.row_bytes());
+        let mut bytes = vec![0; blocks.bytes().len()];
+        bytes
+            .par_chunks_mut((STRIP * row_bytes).max(1))
+            .zip(strips)
+            .for_each(|(bytes, strip)| {
+                let mut codes = vec![0; n];
+                let rows = strip.codes.chunks(n).zip(&strip.grids);
+                for (bytes, (ordered, grid)) in bytes.chunks_mut(row_bytes).zip(rows) {
+                    scatter(ordered, order, &mut codes);
+                    let row = grid.pack(&codes).expect("codes that the grid gave");
+                    bytes.copy_from_slice(&row);
+                }
+            });
+        QuantRows::new(blocks.block_type(), blocks.rows(), n, bytes)
+            .expect("as many bytes as the blocks had")
+    }
+
     /// The group of the column that comes i-th in the sweep.
     fn group_of(&self, fit: GroupFit, width: usize, i: usize) -> usize {
         match fit {
@@ -216,7 +256,7 @@ impl Task<'_> {
     }
 
     /// Brings some outputs into the order of the sweep.
-    fn strip(&self, weights: &[f64], pruned: &[bool]) -> Strip {
+    fn strip(&self, first: usize, weights: &[f64], pruned: &[bool]) -> Strip {
         let order = &self.factor.order;
         let n = order.len();
         let rows = weights.len() / n.max(1);
@@ -232,9 +272,18 @@ impl Task<'_> {
             pruned: gather(pruned, order),
             codes: Vec::new(),
             steps: Vec::new(),
+            grids: Vec::new(),
             loss: 0.0,
         };
-        if let Some((grid, fit)) = self.rounding {
+        if let Some(Target::Blocks(blocks)) = self.rounding {
+            strip.codes = vec![0; rows * n];
+            let grid = |row| {
+                RowGrid::from_bytes(blocks.block_type(), blocks.row(row))
+                    .expect("finite scales, as rounding to the nearest found them")
+            };
+            strip.grids = (first..first + rows).map(grid).collect();
+        }
+        if let Some(Target::Groups(grid, fit)) = self.rounding {
             strip.codes = vec![0; rows * n];
             strip.steps = vec![None; rows * grid.group.count(n)];
             if fit == GroupFit::Static {
@@ -255,7 +304,7 @@ impl Task<'_> {
     fn block_end(&self, start: usize) -> usize {
         let n = self.factor.order.len();
         let end = (start + self.sweep.block).min(n);
-        let Some((grid, GroupFit::Updated)) = self.rounding else {
+        let Some(Target::Groups(grid, GroupFit::Updated)) = self.rounding else {
             return end;
         };
         let width = grid.group.width(n);
@@ -296,6 +345,7 @@ impl Task<'_> {
                     .get_mut(row * n..(row + 1) * n)
                     .unwrap_or_default(),
                 steps: &mut strip.steps[row * groups..][..groups],
+                grid: strip.grids.get(row),
             };
             let errors = &mut errors[row * block.len()..][..block.len()];
             self.line(line, block.clone(), errors);
@@ -319,7 +369,7 @@ impl Task<'_> {
     fn line(&self, line: Line<'_>, block: Range<usize>, errors: &mut [f64]) {
         let n = line.weights.len();
         let mut fitted = Vec::new();
-        if let Some((grid, GroupFit::Stale)) = &self.rounding {
+        if let Some(Target::Groups(grid, GroupFit::Stale)) = &self.rounding {
             let width = grid.group.width(n);
             for group in block.start.div_ceil(width)..block.end.div_ceil(width) {
                 line.steps[group] =
@@ -327,7 +377,7 @@ impl Task<'_> {
             }
         }
         for (i, error) in block.clone().zip(errors) {
-            if let Some((grid, GroupFit::Updated)) = &self.rounding {
+            if let Some(Target::Groups(grid, GroupFit::Updated)) = &self.rounding {
                 let width = grid.group.width(n);
                 if i.is_multiple_of(width) {
                     let group = i / width;
@@ -345,7 +395,12 @@ impl Task<'_> {
             let (before, after) = line.weights[..block.end].split_at_mut(i + 1);
             let weight = &mut before[i];
             let mut value = if line.pruned[i] { 0.0 } else { *weight };
-            if let Some((grid, fit)) = &self.rounding {
+            if let Some(grid) = line.grid {
+                let column = self.factor.order[i];
+                line.codes[i] = grid.code(column, value as f32);
+                value = f64::from(grid.value(column, line.codes[i]));
+            }
+            if let Some(Target::Groups(grid, fit)) = &self.rounding {
                 let group = self.group_of(*fit, grid.group.width(n), i);
                 let step = line.steps[group].expect("a group is fitted before its first column");
                 line.codes[i] = step.code(value);
@@ -383,6 +438,7 @@ struct Line<'a> {
     pruned: &'a mut [bool],
     codes: &'a mut [u8],
     steps: &'a mut [Option<Step>],
+    grid: Option<&'a RowGrid>,
 }
 
 /// Rows with their columns brought into an order.

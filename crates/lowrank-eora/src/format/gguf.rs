@@ -260,7 +260,7 @@ mod tests {
             ("rtn-int4-g32-sym-exact", 64, "f16"),
             ("rtn-int8-g32", 64, "8 bits and zero points"),
             ("rtn-int8-g32-offset", 64, "offset"),
-            ("rtn-int2-g32", 64, "f16 does not hold"),
+            ("rtn-int3-g32", 64, "f16 does not hold"),
         ] {
             let error = placed(name, cols).expect_err(name).to_string();
             assert!(error.contains(reason), "{name}: {error}");

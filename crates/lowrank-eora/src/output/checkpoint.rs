@@ -237,6 +237,10 @@ fn quantised(layer: &RepairedLayer, weights: Weights) -> Result<&Quantised> {
     };
     match stored {
         StoredWeight::Quantised { weight, .. } => Ok(weight),
+        StoredWeight::Blocks(_) => Err(not_storable(
+            layer.report.layer,
+            "it is in GGUF blocks; write it as GGUF",
+        )),
         StoredWeight::Dense(_) => Err(not_storable(layer.report.layer, "it is not quantised")),
     }
 }

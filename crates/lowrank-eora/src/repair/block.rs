@@ -6,7 +6,7 @@ use super::sites::{SITES, linear_mut, site_index, site_of};
 use super::state::RepairedLayer;
 use super::stream::{Stream, View};
 use super::{LayerId, LayerReport, Repair, Requantised, Source, WithinBlock};
-use crate::compress::Needs;
+use crate::compress::{Needs, Place};
 use crate::matrix::{from_tensor, to_tensor};
 use crate::stats::{Accumulation, Collect, EnergyCollector, InputCollector, OutputCollector};
 use crate::{Error, Result};
@@ -109,6 +109,11 @@ impl BlockRepair<'_> {
         let weight = from_tensor(&tensor, "weight")?;
         checkpoint.release([name.as_str()]);
         Ok((weight, dtype.unwrap_or(DType::F32)))
+    }
+
+    /// Where a linear is in the model.
+    pub(super) fn place(&self, id: LayerId) -> Place {
+        super::place(self.decoder, id)
     }
 
     /// What compressing and requantising ask of the inputs.

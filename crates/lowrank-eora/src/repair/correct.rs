@@ -28,6 +28,7 @@ impl BlockRepair<'_> {
             layer: id,
             weight: weight.as_ref(),
             dtype,
+            place: self.place(id),
             inputs,
         })?;
         if stored.shape() != weight.shape() {
@@ -131,6 +132,7 @@ impl BlockRepair<'_> {
         let name = layer.report.layer.weight();
         let dtype = self.decoder.checkpoint().info(&name)?.candle_dtype();
         let merged = layer.merged()?;
+        let compressor = compressor.at(self.place(layer.report.layer));
         let again = compressor.compress(merged.as_ref(), Some(inputs.into()))?;
         let stored = StoredWeight::of(again, dtype.unwrap_or(DType::F32))?;
         layer.report.requantised = Some(Requantised {

@@ -1,7 +1,7 @@
 //! Where compressed weights come from.
 
 use super::{LayerId, StoredWeight};
-use crate::compress::{Compressor, Inputs, Needs};
+use crate::compress::{Compressor, Inputs, Needs, Place};
 use crate::format::QuantisedCheckpoint;
 use crate::matrix::to_tensor;
 use crate::stats::InputStats;
@@ -21,6 +21,8 @@ pub struct Linear<'a> {
     pub weight: MatRef<'a, f64>,
     /// Dtype in which the dense checkpoint stores it.
     pub dtype: DType,
+    /// Where it is in the model.
+    pub place: Place,
     /// Its inputs on the calibration windows: what [`Source::needs`] asked for, and perhaps more.
     pub inputs: &'a InputStats,
 }
@@ -78,7 +80,8 @@ impl Source for Compressor {
     }
 
     fn compressed(&self, linear: &Linear<'_>) -> Result<StoredWeight> {
-        let compressed = self.compress(linear.weight, Some(linear.inputs.into()))?;
+        let compressor = self.at(linear.place);
+        let compressed = compressor.compress(linear.weight, Some(linear.inputs.into()))?;
         StoredWeight::of(compressed, linear.dtype)
     }
 }

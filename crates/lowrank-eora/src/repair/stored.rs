@@ -4,7 +4,8 @@ use crate::compress::{Bits, Compressed, Mask, Quantised, Storage};
 use crate::matrix::from_tensor;
 use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor};
-use faer::Mat;
+use faer::{Mat, MatRef};
+use packed::{BlockType, QuantRows};
 use tensor_io::Checkpoint;
 
 /// W_c as it is stored: what a reader of the file computes with.
@@ -20,6 +21,8 @@ pub enum StoredWeight {
         /// Weights that were pruned before.
         pruned: usize,
     },
+    /// Blocks of a GGUF file.
+    Blocks(QuantRows<'static>),
 }
 
 impl StoredWeight {
@@ -29,10 +32,13 @@ impl StoredWeight {
     /// What candle reports.
     pub fn of(compressed: Compressed, dtype: DType) -> Result<Self> {
         let pruned = compressed.mask.as_ref().map_or(0, Mask::count);
-        Ok(match compressed.quantised {
-            Some(weight) => Self::Quantised { weight, pruned },
-            None => Self::Dense(compressed.to_tensor(dtype, &Device::Cpu)?),
-        })
+        if let Some(weight) = compressed.quantised {
+            return Ok(Self::Quantised { weight, pruned });
+        }
+        if let Some(blocks) = compressed.blocks {
+            return Ok(Self::Blocks(blocks));
+        }
+        Ok(Self::Dense(compressed.to_tensor(dtype, &Device::Cpu)?))
     }
 
     /// Outputs and inputs.
@@ -40,6 +46,7 @@ impl StoredWeight {
         match self {
             Self::Dense(tensor) => (tensor.dims()[0], tensor.dims()[1]),
             Self::Quantised { weight, .. } => (weight.rows, weight.cols),
+            Self::Blocks(weight) => (weight.rows(), weight.cols()),
         }
     }
 
@@ -51,6 +58,13 @@ impl StoredWeight {
         match self {
             Self::Dense(tensor) => from_tensor(tensor, "compressed weight"),
             Self::Quantised { weight, .. } => Ok(weight.dequantise()),
+            Self::Blocks(weight) => {
+                weight.check()?;
+                let (rows, cols) = (weight.rows(), weight.cols());
+                let values = weight.dequantise();
+                let values = MatRef::from_row_major_slice(&values, rows, cols);
+                Ok(Mat::from_fn(rows, cols, |i, j| f64::from(values[(i, j)])))
+            }
         }
     }
 
@@ -66,6 +80,7 @@ impl StoredWeight {
                 Storage::floats(tensor.elem_count(), kept, tensor.dtype().size_in_bytes())
             }
             Self::Quantised { weight, pruned } => Storage::quantised(weight, *pruned),
+            Self::Blocks(weight) => Storage::blocks(weight),
         })
     }
 
@@ -82,6 +97,17 @@ impl StoredWeight {
         let named = |name: &str, tensor| (format!("{prefix}.{name}"), tensor);
         Ok(match self {
             Self::Dense(tensor) => vec![named("weight", tensor.clone())],
+            Self::Blocks(weight) => {
+                let shape = (weight.rows(), weight.row_bytes());
+                let grid = [i64::from(weight.block_type().id()), weight.cols() as i64];
+                vec![
+                    named(
+                        "blocks",
+                        Tensor::from_slice(weight.bytes(), shape, &Device::Cpu)?,
+                    ),
+                    named("grid", Tensor::from_slice(&grid, 2, &Device::Cpu)?),
+                ]
+            }
             Self::Quantised { weight, pruned } => {
                 let (rows, cols, groups) = (weight.rows, weight.cols, weight.groups());
                 let cpu = &Device::Cpu;
@@ -119,6 +145,9 @@ impl StoredWeight {
         let tensor = |name: &str| file.tensor(&format!("{prefix}.{name}"), &Device::Cpu);
         if file.contains(&format!("{prefix}.weight")) {
             return Ok(Self::Dense(tensor("weight")?));
+        }
+        if file.contains(&format!("{prefix}.blocks")) {
+            return Self::read_blocks(file, prefix);
         }
         let codes = tensor("codes")?;
         let (rows, cols) = codes.dims2()?;
@@ -165,5 +194,24 @@ impl StoredWeight {
             weight,
             pruned: usize::try_from(pruned).map_err(|_| malformed())?,
         })
+    }
+
+    fn read_blocks(file: &Checkpoint, prefix: &str) -> Result<Self> {
+        let tensor = |name: &str| file.tensor(&format!("{prefix}.{name}"), &Device::Cpu);
+        let blocks = tensor("blocks")?;
+        let (rows, _) = blocks.dims2()?;
+        let grid = tensor("grid")?.to_vec1::<i64>()?;
+        let ty = |id: &i64| BlockType::from_id(u32::try_from(*id).ok()?);
+        let (Some(ty), Some(cols)) = (
+            grid.first().and_then(ty),
+            grid.get(1).and_then(|&cols| usize::try_from(cols).ok()),
+        ) else {
+            return Err(Error::Malformed {
+                path: file.dir().to_owned(),
+                reason: format!("{prefix}: {grid:?} is no block type with a number of columns"),
+            });
+        };
+        let bytes: Vec<u8> = blocks.flatten_all()?.to_vec1()?;
+        Ok(Self::Blocks(QuantRows::new(ty, rows, cols, bytes)?))
     }
 }

@@ -11,10 +11,10 @@ use anyhow::{Context, Result};
 use candle_core::DType;
 use causal_lm::{Decoder, Windows};
 use eval_report::{DENSE, Row, Section, Stopwatch};
-use lowrank_eora::compress::{Compressor, Shapes};
+use lowrank_eora::compress::{Compressor, LinearShape, Shapes};
 use lowrank_eora::output::{CheckpointOptions, Layout, Weights, write_checkpoint};
 use lowrank_eora::repair::{
-    Bytes, Energy, LayerReport, Method, Ranks, Repair, Repaired, Source, Spread, Texts,
+    Bytes, Energy, LayerReport, Method, Ranks, Repair, Repaired, Source, Spread, Texts, place,
 };
 use serde_json::{Value, json};
 use tensor_io::{Checkpoint, NoProgress, WriteOptions};
@@ -382,7 +382,11 @@ impl Lowrank<'_> {
         let shapes = Shapes {
             linears: compressed
                 .reports()
-                .map(|report| (report.outputs, report.inputs))
+                .map(|report| LinearShape {
+                    outputs: report.outputs,
+                    inputs: report.inputs,
+                    place: place(self.decoder, report.layer),
+                })
                 .collect(),
             float_bytes: first.bytes.dense as usize / (first.outputs * first.inputs),
         };

@@ -1,0 +1,237 @@
+//! LoRA adapters as GGUF files, which llama.cpp applies to a quantised base.
+//!
+//! A linear gets `NAME.weight.lora_a` (A, `r × n`) and `NAME.weight.lora_b` (B, `m × r`), with NAME as in the base.
+//! llama.cpp scales B A by alpha / r where the file has an alpha; it is left out, so that every linear can have its own
+//! rank and B A applies as it is. Where the architecture rotates neighbouring channels, the rows of B of q and k are
+//! reordered as those of the weights.
+
+use super::adapter::{Adapter, AdapterFactors};
+use crate::repair::{LayerId, Repaired};
+use crate::solve::LowRank;
+use crate::{Error, Result};
+use causal_lm::gguf::names::{halves_of_neighbours, in_block, linear, neighbours_of_halves};
+use causal_lm::gguf::{Architecture, GgufTensors};
+use causal_lm::{Decoder, LinearName, ModelType};
+use faer::{Mat, MatRef};
+use packed::BlockType;
+use std::path::Path;
+use tensor_io::gguf::{BlockLayout, Gguf, GgufError, Metadata, TensorSpec, Value, Writer};
+
+const A: &str = ".weight.lora_a";
+const B: &str = ".weight.lora_b";
+const ALPHA: &str = "adapter.lora.alpha";
+
+/// How an adapter is written as GGUF.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct GgufAdapterOptions {
+    /// Architecture of the base, which llama.cpp compares.
+    pub architecture: Architecture,
+    /// Stored type: f16, bf16 or f32.
+    pub dtype: BlockType,
+}
+
+impl GgufAdapterOptions {
+    /// For a GGUF export of this decoder, or the GGUF file that it runs from; f16.
+    pub fn new(decoder: &Decoder<'_>) -> Self {
+        Self {
+            architecture: architecture(decoder),
+            dtype: BlockType::F16,
+        }
+    }
+
+    /// Architecture of the base.
+    pub fn with_architecture(self, architecture: Architecture) -> Self {
+        Self {
+            architecture,
+            ..self
+        }
+    }
+
+    /// Stored type: f16, bf16 or f32.
+    pub fn with_dtype(self, dtype: BlockType) -> Self {
+        Self { dtype, ..self }
+    }
+}
+
+/// What a GGUF file of a decoder declares itself to be.
+fn architecture(decoder: &Decoder<'_>) -> Architecture {
+    let source = decoder.checkpoint().source();
+    if let Some(file) = source.and_then(|source| source.as_any().downcast_ref::<GgufTensors>()) {
+        return file.architecture();
+    }
+    let widths = &decoder.config().widths;
+    let uniform = widths.iter().all(|w| Some(w) == widths.first());
+    match (decoder.config().model_type, uniform) {
+        (ModelType::Qwen3, _) => Architecture::Qwen3,
+        (_, true) => Architecture::Llama,
+        (_, false) => Architecture::Deci,
+    }
+}
+
+fn is_rotated(linear: LinearName, architecture: Architecture) -> bool {
+    matches!(linear, LinearName::Q | LinearName::K) && architecture.rotates_neighbours()
+}
+
+fn base_name(layer: LayerId) -> String {
+    in_block(layer.block, linear(layer.linear))
+}
+
+/// Row-major f32 values, rows in the given order.
+fn values(matrix: MatRef<'_, f64>, order: Option<&[usize]>) -> Vec<f32> {
+    let rows = 0..matrix.nrows();
+    rows.map(|row| order.map_or(row, |order| order[row]))
+        .flat_map(|row| (0..matrix.ncols()).map(move |col| matrix[(row, col)] as f32))
+        .collect()
+}
+
+impl Adapter {
+    /// Writes the factors of a repair as a GGUF file for llama.cpp, for the base that `options` name.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] for another type of values or a repair without factors, values beyond the type's range, and
+    /// what writing reports.
+    pub fn write_gguf(
+        repaired: &Repaired,
+        decoder: &Decoder<'_>,
+        options: &GgufAdapterOptions,
+        dst: impl AsRef<Path>,
+    ) -> Result<()> {
+        let GgufAdapterOptions {
+            architecture,
+            dtype,
+        } = *options;
+        let layout = BlockLayout::named(dtype.name()).filter(|_| !dtype.is_quantised());
+        let Some(layout) = layout else {
+            return Err(Error::Setting {
+                name: "type of an adapter",
+                value: dtype.name().into(),
+                expected: "f16, bf16 or f32",
+            });
+        };
+        let repairs = || repaired.reports().filter(|report| report.rank > 0);
+        if repairs().next().is_none() {
+            return Err(Error::Setting {
+                name: "rank of the adapter",
+                value: "0".into(),
+                expected: "a repair with factors",
+            });
+        }
+        let specs: Vec<TensorSpec> = repairs()
+            .flat_map(|report| {
+                let name = base_name(report.layer);
+                [
+                    TensorSpec::new(format!("{name}{A}"), layout, [report.rank, report.inputs]),
+                    TensorSpec::new(format!("{name}{B}"), layout, [report.outputs, report.rank]),
+                ]
+            })
+            .collect();
+        let metadata = [
+            ("general.type", "adapter"),
+            ("general.architecture", architecture.name()),
+            ("adapter.type", "lora"),
+        ]
+        .map(|(key, value)| (key.to_string(), Value::from(value)));
+        let head_dim = decoder.config().head_dim;
+        let mut writer = Writer::create(dst.as_ref(), &metadata, &specs)?;
+        for block in 0..repaired.blocks() {
+            for layer in repaired.block(block)? {
+                let (id, Some(LowRank { a, b })) = (layer.report.layer, &layer.factors) else {
+                    continue;
+                };
+                let order = is_rotated(id.linear, architecture)
+                    .then(|| halves_of_neighbours(b.nrows(), head_dim));
+                let a_values = values(a.as_ref(), None);
+                let b_values = values(b.as_ref(), order.as_deref());
+                for (suffix, values, cols) in [(A, a_values, a.ncols()), (B, b_values, b.ncols())] {
+                    let stored = packed::quantise(dtype, &values, cols, None)?;
+                    writer.write(&format!("{}{suffix}", base_name(id)), stored.bytes())?;
+                }
+            }
+        }
+        writer.finish()?;
+        Ok(())
+    }
+
+    /// Reads a LoRA in GGUF, ours or another one, for a decoder, as llama.cpp would with a scale of 1.
+    ///
+    /// # Errors
+    /// [`Error::Malformed`] with the file for what is no LoRA of a decoder's linears, and what reading reports.
+    pub fn read_gguf(path: impl AsRef<Path>, decoder: &Decoder<'_>) -> Result<Self> {
+        let path = path.as_ref();
+        let file = Gguf::open(path)?;
+        let refuse = |reason: String| Error::Malformed {
+            path: path.to_owned(),
+            reason,
+        };
+        let metadata = file.metadata();
+        for (key, expected) in [("general.type", "adapter"), ("adapter.type", "lora")] {
+            let found = metadata.required(key, Metadata::get_str)?;
+            if found != expected {
+                return Err(refuse(format!("{key} is {found}, expected {expected}")));
+            }
+        }
+        let name = metadata.required("general.architecture", Metadata::get_str)?;
+        let architecture = Architecture::named(name).ok_or_else(|| {
+            let what = format!("architecture {name} is not supported");
+            tensor_io::Error::from(metadata.error(GgufError::Content(what)))
+        })?;
+        let alpha = metadata.get_f64(ALPHA)?.filter(|alpha| *alpha != 0.0);
+        let head_dim = decoder.config().head_dim;
+        let mut layers = Vec::new();
+        for tensor in file.tensors() {
+            let Some(base) = tensor.name.strip_suffix(A) else {
+                if tensor.name.ends_with(B) {
+                    continue;
+                }
+                return Err(refuse(format!("tensor {} is no factor of a LoRA", tensor.name)));
+            };
+            let layer = layer_of(base)
+                .ok_or_else(|| refuse(format!("{base} is no linear of a decoder")))?;
+            let factor = |suffix: &str| -> Result<Mat<f64>> {
+                let name = format!("{base}{suffix}");
+                let &[rows, cols] = file.info(&name)?.shape.as_slice() else {
+                    return Err(refuse(format!("tensor {name} is no matrix")));
+                };
+                let values = file.floats(&name)?;
+                let values = MatRef::from_row_major_slice(&values, rows, cols);
+                Ok(Mat::from_fn(rows, cols, |i, j| f64::from(values[(i, j)])))
+            };
+            let (a, stored) = (factor(A)?, factor(B)?);
+            let shape = decoder.config().linear_shape(layer.block, layer.linear);
+            if a.nrows() != stored.ncols() || shape != Some([stored.nrows(), a.ncols()]) {
+                return Err(refuse(format!(
+                    "{base}: factors {:?} and {:?} do not fit a linear of {shape:?}",
+                    a.shape(),
+                    stored.shape()
+                )));
+            }
+            let b = match is_rotated(layer.linear, architecture) {
+                false => stored,
+                true => {
+                    let order = neighbours_of_halves(stored.nrows(), head_dim);
+                    Mat::from_fn(stored.nrows(), stored.ncols(), |i, j| stored[(order[i], j)])
+                }
+            };
+            layers.push(AdapterFactors {
+                layer,
+                scale: alpha.map_or(1.0, |alpha| alpha / a.nrows() as f64),
+                factors: LowRank { b, a },
+            });
+        }
+        layers.sort_by_key(|layer| layer.layer);
+        Ok(Self { layers })
+    }
+}
+
+/// The linear of a name such as `blk.3.attn_q`.
+fn layer_of(name: &str) -> Option<LayerId> {
+    let (block, part) = name.strip_prefix("blk.")?.split_once('.')?;
+    let linear = LinearName::ALL
+        .into_iter()
+        .find(|&name| linear(name) == part)?;
+    Some(LayerId {
+        block: block.parse().ok()?,
+        linear,
+    })
+}
