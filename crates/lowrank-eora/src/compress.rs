@@ -271,7 +271,7 @@ impl Compressor {
                 true => Some(blocks::importance(&self.diagonal(inputs, columns)?)),
                 false => None,
             };
-            let rounded = self.to_blocks(
+            let rounded = self.round_to_blocks(
                 (ty, block.rounding),
                 importance,
                 &factor,
@@ -291,7 +291,7 @@ impl Compressor {
     }
 
     /// Rounds what pruning left to blocks.
-    fn to_blocks(
+    fn round_to_blocks(
         &self,
         (ty, rounding): (BlockType, BlockRounding),
         importance: Option<Vec<f32>>,
