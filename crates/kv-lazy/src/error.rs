@@ -126,6 +126,20 @@ pub enum Error {
         /// KV head.
         head: usize,
     },
+    /// Numbers that cannot be quantised.
+    #[error(
+        "the {what} of layer {layer}, sequence {sequence}, KV head {head} cannot be quantised: not finite, or too large for f16"
+    )]
+    Quantise {
+        /// Layer index.
+        layer: usize,
+        /// Sequence in the batch.
+        sequence: usize,
+        /// KV head.
+        head: usize,
+        /// Keys or values.
+        what: &'static str,
+    },
     /// A plan that does not fit the cache it is applied to.
     #[error("eviction plan for {what}: {problem}")]
     Plan {

@@ -5,7 +5,10 @@ mod cache;
 #[cfg(feature = "trace")]
 pub mod calibrate;
 mod error;
+#[cfg(test)]
+mod golden;
 pub mod policy;
+mod quantise;
 pub mod store;
 #[cfg(feature = "trace")]
 pub mod trace;
@@ -23,3 +26,4 @@ pub mod guide {
 pub use cache::{CacheSet, LayerShape, Snapshot, Step};
 pub use error::{Error, Result};
 pub use policy::{Budget, CacheConfig, PolicyConfig, Prompt};
+pub use quantise::{KeyGroups, NumberFormat, StorageConfig};

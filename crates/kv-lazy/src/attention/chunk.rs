@@ -4,7 +4,8 @@ use super::dense::{Mix, Scores};
 use super::element::Element;
 use super::exp::exp_in_place;
 use super::machine::prefetch;
-use super::rows::{Elements, RowView};
+use super::packed::{self, PackedMix, PackedScores};
+use super::rows::{Elements, Part, RowView};
 use pulp::{Arch, Simd, WithSimd};
 
 /// Tokens of a chunk: the unit of parallel work, and part of the definition of the rounding.
@@ -78,14 +79,20 @@ pub(super) struct Slots {
 impl Slots {
     /// For chunks of `rows`, whose longest holds `longest` tokens.
     pub(super) fn new(rows: &[RowView<'_>], lanes: usize, head_dim: usize, longest: usize) -> Self {
-        let interleaved = rows
-            .iter()
-            .any(|row| row.keys.interleaved() || row.values.interleaved());
+        let scratch = |elements: Elements<'_>| match elements {
+            Elements::Packed(_) => packed::scratch(head_dim),
+            _ if elements.interleaved() => head_dim,
+            _ => 0,
+        };
+        let parts = rows.iter().flat_map(|row| &row.parts);
         Self {
             lanes,
             head_dim,
             tokens: longest.min(CHUNK),
-            scratch: if interleaved { head_dim } else { 0 },
+            scratch: parts
+                .map(|part| scratch(part.keys).max(scratch(part.values)))
+                .max()
+                .unwrap_or(0),
         }
     }
 
@@ -136,8 +143,7 @@ pub(super) struct Mask<'a> {
 pub(super) struct Chunk<'a> {
     /// `[lanes, head_dim]`, scaled.
     pub(super) queries: &'a [f32],
-    pub(super) keys: Elements<'a>,
-    pub(super) values: Elements<'a>,
+    pub(super) part: Part<'a>,
     /// What is read after the values.
     pub(super) after: &'a [u8],
     pub(super) mask: Mask<'a>,
@@ -150,30 +156,33 @@ impl Chunk<'_> {
     pub(super) fn run(self) {
         let Self {
             queries,
-            keys,
-            values,
+            part,
             after,
             mask,
             layout,
             slots,
         } = self;
+        let Part { keys, values, len } = part;
         let (scores, out, stats, scratch) = layout.split(slots);
-        let count = keys.tokens(layout.head_dim);
+        let next = values.bytes();
         match keys {
-            Elements::F32(keys) => {
-                dense_scores(queries, keys, values.bytes(), layout, scores, scratch)
+            Elements::F32(keys) => dense_scores(queries, keys, next, layout, scores, scratch),
+            Elements::F16(keys) => dense_scores(queries, keys, next, layout, scores, scratch),
+            Elements::BF16(keys) => dense_scores(queries, keys, next, layout, scores, scratch),
+            Elements::Packed(keys) => PackedScores {
+                queries,
+                keys,
+                next,
+                stride: layout.tokens,
+                scores,
+                scratch,
             }
-            Elements::F16(keys) => {
-                dense_scores(queries, keys, values.bytes(), layout, scores, scratch)
-            }
-            Elements::BF16(keys) => {
-                dense_scores(queries, keys, values.bytes(), layout, scores, scratch)
-            }
+            .run(),
         }
         Arch::new().dispatch(Softmax {
             scores,
             stats,
-            count,
+            count: len,
             mask,
             layout,
         });
@@ -181,6 +190,15 @@ impl Chunk<'_> {
             Elements::F32(values) => dense_mix(scores, values, after, layout, out, scratch),
             Elements::F16(values) => dense_mix(scores, values, after, layout, out, scratch),
             Elements::BF16(values) => dense_mix(scores, values, after, layout, out, scratch),
+            Elements::Packed(values) => PackedMix {
+                weights: scores,
+                stride: layout.tokens,
+                values,
+                next: after,
+                out,
+                scratch,
+            }
+            .run(),
         }
     }
 }

@@ -3,11 +3,11 @@
 //! Each (sequence, KV head) row is cut into chunks of a fixed number of tokens; a chunk computes its scores, a
 //! local softmax and its share of the output for all queries of the group, so that keys and values are read
 //! once, from memory that was asked for one block ahead. Chunks are merged in order, which makes the result independent of the
-//! number of threads. Storage may be f32, f16 or bf16; arithmetic is f32.
+//! number of threads. Storage may be floats or quantised; arithmetic is f32.
 
 use super::Geometry;
 use super::chunk::{CHUNK, Chunk, Mask, Slots};
-use super::rows::RowView;
+use super::rows::{Elements, RowView};
 use super::weights::{Exported, Reduce, WeightKinds};
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
@@ -56,12 +56,12 @@ pub(crate) fn decode(
 ) -> std::result::Result<(), usize> {
     let Geometry { group, head_dim } = query.geometry;
     let lanes = group * query.tokens;
-    let longest = rows.iter().map(|row| row.len(head_dim)).max().unwrap_or(0);
+    let longest = rows.iter().map(RowView::len).max().unwrap_or(0);
     if longest == 0 {
         return Ok(());
     }
     let layout = Slots::new(rows, lanes, head_dim, longest);
-    let chunks = |row: &RowView<'_>| row.len(head_dim).div_ceil(CHUNK);
+    let chunks = |row: &RowView<'_>| row.chunks(CHUNK);
     let total = rows.iter().map(chunks).sum::<usize>() * layout.size();
     if scratch.buffer.len() < total {
         scratch.buffer.resize(total, 0.0);
@@ -105,24 +105,25 @@ pub(crate) fn decode(
     let arch = Arch::new();
     let attend = |index: usize, chunk: usize, slots: &mut [f32]| {
         let row = &rows[index];
-        let n = row.len(head_dim);
-        let from = chunk * CHUNK;
-        let to = (from + CHUNK).min(n);
-        let after = match rows.get(index + 1) {
-            Some(next) if to == n => next.keys,
-            _ => row.keys.slice(to, n, head_dim),
+        let (first, part) = row.chunk(chunk, CHUNK, head_dim);
+        let (row_after, chunk_after) = if chunk + 1 < row.chunks(CHUNK) {
+            (Some(row), chunk + 1)
+        } else {
+            (rows.get(index + 1), 0)
         };
+        let after = row_after.map_or(Elements::NONE, |row| {
+            row.chunk(chunk_after, CHUNK, head_dim).1.keys
+        });
         let chunk = Chunk {
             queries: &queries[index * lanes * head_dim..(index + 1) * lanes * head_dim],
-            keys: row.keys.slice(from, to, head_dim),
-            values: row.values.slice(from, to, head_dim),
+            part,
             after: after.bytes(),
             mask: Mask {
-                ids: row.ids.get(from..to).unwrap_or_default(),
+                ids: row.ids.get(first..first + part.len).unwrap_or_default(),
                 window: query.window,
                 tokens: query.tokens,
-                first: from,
-                visible: n + 1 - query.tokens,
+                first,
+                visible: row.len() + 1 - query.tokens,
             },
             layout,
             slots,
@@ -130,11 +131,10 @@ pub(crate) fn decode(
         chunk.run();
     };
     let finish = |task: Task<'_>| {
-        let n = rows[task.index].len(head_dim);
         let mut heads = task.out.chunks_exact_mut(head_dim).enumerate();
         let good = heads.all(|(lane, out)| merge_lane(layout, task.parts, lane, out));
         for (number, part) in task.parts.chunks_exact(layout.size()).enumerate() {
-            let from = number * CHUNK;
+            let (from, chunk) = rows[task.index].chunk(number, CHUNK, head_dim);
             arch.dispatch(Weights {
                 wanted,
                 layout,
@@ -142,7 +142,7 @@ pub(crate) fn decode(
                 tokens: query.tokens,
                 len: task.weights.len() / wanted.blocks.max(1),
                 from,
-                count: CHUNK.min(n - from),
+                count: chunk.len,
                 weights: &mut *task.weights,
             });
         }
@@ -158,7 +158,7 @@ pub(crate) fn decode(
     };
 
     let threads = rayon::current_num_threads();
-    let work = rows.iter().map(|row| row.len(head_dim)).sum::<usize>() * head_dim * lanes;
+    let work = rows.iter().map(RowView::len).sum::<usize>() * head_dim * lanes;
     let good: Vec<bool> = if threads == 1 || work < PARALLEL_FROM {
         tasks.into_iter().map(whole).collect()
     } else if rows.len().is_multiple_of(threads) || rows.len() >= 4 * threads {

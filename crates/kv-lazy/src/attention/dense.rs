@@ -241,7 +241,7 @@ fn dot<S: Simd, W: Widen<T>, T: Element, const H: usize, const K: usize>(
 
 /// The sum of each vector's lanes.
 #[inline(always)]
-fn lane_sums<S: Simd, const H: usize, const K: usize>(
+pub(super) fn lane_sums<S: Simd, const H: usize, const K: usize>(
     simd: S,
     vectors: &[[S::f32s; K]; H],
 ) -> [[f32; K]; H] {

@@ -10,6 +10,7 @@ pub(crate) mod device;
 mod element;
 mod exp;
 mod machine;
+mod packed;
 pub(crate) mod prefill;
 mod rows;
 mod tensors;
@@ -17,9 +18,7 @@ mod weights;
 
 pub(crate) use element::Element;
 pub use exp::exp;
-#[cfg(feature = "trace")]
-pub(crate) use rows::Elements;
-pub(crate) use rows::RowView;
+pub(crate) use rows::{Elements, Part, RowView};
 pub(crate) use tensors::{expect_shape, read};
 pub(crate) use weights::Exported;
 pub use weights::{Reduce, WeightKind, WeightKinds};
@@ -119,7 +118,7 @@ impl Causal {
                 .collect();
             let rows: Vec<RowView<'_>> = rows
                 .iter()
-                .map(|row| row.prefix(row.len(d) - before, d))
+                .map(|row| row.prefix(row.len() - before, d))
                 .collect();
             let one = decode::DecodeQuery {
                 tokens: 1,
@@ -219,10 +218,9 @@ fn prefill_tensors<T: Element>(q: &Tensor, k: &Tensor, v: &Tensor, step: Causal)
                 let rows: Vec<RowView<'_>> = k
                     .chunks_exact(n * head_dim)
                     .zip(v.chunks_exact(n * head_dim))
-                    .map(|(keys, values)| RowView {
-                        keys: T::elements(keys),
-                        values: T::elements(values),
-                        ids: &ids,
+                    .map(|(keys, values)| {
+                        let (keys, values) = (T::elements(keys), T::elements(values));
+                        RowView::single(keys, values, &ids, head_dim)
                     })
                     .collect();
                 step.attend(q, &rows, None, &mut Default::default(), &mut out)

@@ -8,6 +8,7 @@
 //! disjoint outputs and sum in a fixed order: the result does not depend on the number of threads.
 
 use super::exp::exp;
+use super::rows::Which;
 use super::{Geometry, RowView};
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
@@ -64,7 +65,7 @@ pub(crate) fn prefill(
 
     let mut stripes: Vec<Stripe<'_>> = Vec::new();
     for (row, out) in out.chunks_exact_mut(group * per_head).enumerate() {
-        let offset = rows[row].len(head_dim) - query.tokens;
+        let offset = rows[row].len() - query.tokens;
         let mut blocks: Vec<Block<'_>> = out
             .chunks_exact_mut(per_head)
             .enumerate()
@@ -98,7 +99,7 @@ pub(crate) fn prefill(
     let done: Vec<(usize, bool, Vec<f32>)> = stripes
         .into_par_iter()
         .map_init(Buffers::default, |buffers, Stripe { row, tasks }| {
-            let len = rows[row].len(head_dim);
+            let len = rows[row].len();
             let mut sums = if want_columns {
                 vec![0.0; len]
             } else {
@@ -257,7 +258,7 @@ impl WithSimd for Work<'_, '_> {
                         tile * TILE * width
                     }
             };
-            let keys = row.keys.slice(from, to, d).widened(wide);
+            let keys = row.widened(Which::Keys, from, to, d, wide);
             for (b, block) in blocks.iter().enumerate() {
                 let to = to.min(block.end);
                 if from >= to {
@@ -279,7 +280,7 @@ impl WithSimd for Work<'_, '_> {
                 let into = &mut offsets[(b * tiles + tile) * width..][..width];
                 into.copy_from_slice(pulp::bytemuck::cast_slice(&relative));
             }
-            let values = row.values.slice(from, to, d).widened(wide);
+            let values = row.widened(Which::Values, from, to, d, wide);
             pack(values, d, panels);
             let n = to - from;
             for (b, block) in blocks.iter().enumerate() {

@@ -4,6 +4,7 @@ use super::LayerShape;
 use super::queries::QueryRing;
 use crate::error::{Error, Result};
 use crate::policy::{Clock, Evictor, Needs, Phase, Plan, RecentQueries, Rows, Seen};
+use crate::quantise;
 use crate::store::{Call, Layout, Relocation, Store};
 use candle_core::Tensor;
 use rayon::prelude::*;
@@ -30,6 +31,8 @@ pub(super) struct Layer {
     pub(super) store: Box<dyn Store>,
     pub(super) attended: bool,
     pub(super) index: usize,
+    /// What distinguishes the layer from one with another policy or storage.
+    configuration: String,
     /// Bytes of the storage when they were last looked at.
     pub(super) bytes: usize,
     /// Each for `heads` consecutive rows.
@@ -72,6 +75,7 @@ impl Layer {
         index: usize,
         shape: LayerShape,
         store: Box<dyn Store>,
+        layout: quantise::Layout,
         evictors: Vec<Evictor>,
     ) -> Self {
         let needs = evictors.first().map_or_else(Needs::default, Evictor::needs);
@@ -80,8 +84,10 @@ impl Layer {
             let group = shape.query_heads / shape.kv_heads;
             QueryRing::new(needs.queries, rows, group, shape.head_dim)
         });
+        let policy = evictors.first().map(Evictor::describe);
         Self {
             shape,
+            configuration: format!("{policy:?} {layout:?}"),
             store,
             attended: true,
             index,
@@ -100,6 +106,11 @@ impl Layer {
             return 0;
         }
         self.store.len(0)
+    }
+
+    /// Whether `other` has the same policy, budget and storage.
+    pub(super) fn is_like(&self, other: &Self) -> bool {
+        self.configuration == other.configuration
     }
 
     pub(super) fn needs(&self) -> Needs {
@@ -176,7 +187,15 @@ impl Layer {
     pub(super) fn append(&mut self, k: &Tensor, v: &Tensor, clock: &Clock) -> Result<()> {
         let position = clock.next - clock.tokens;
         let overwrite = self.make_room(clock)?;
-        self.store.append(k, v, position, &overwrite)?;
+        let kv_heads = self.shape.kv_heads;
+        self.store
+            .append(k, v, position, &overwrite)?
+            .map_err(|(row, what)| Error::Quantise {
+                layer: self.index,
+                sequence: row / kv_heads,
+                head: row % kv_heads,
+                what,
+            })?;
         let tokens = clock.tokens as usize;
         for (part, evictor) in self.evictors.iter_mut().enumerate() {
             evictor.append(clock);
@@ -197,7 +216,8 @@ impl Layer {
             return Ok(Vec::new());
         };
         let rule = self.evictors[0].rule(clock.phase);
-        if rule.layout == Layout::SinkRing && clock.tokens == 1 && plans[0].evicted() == 1 {
+        let single = clock.tokens == 1 && plans[0].evicted() == 1;
+        if rule.layout == Layout::SinkRing && single && self.store.overwrites() {
             return Ok(plans.into_iter().flat_map(|plan| plan.evict).collect());
         }
         let room = rule.headroom().saturating_add(clock.tokens as usize);
@@ -282,6 +302,11 @@ impl Layer {
             }
         }
         Ok(())
+    }
+
+    /// Quantises what is due; returns the most bytes that keys and values took meanwhile.
+    pub(super) fn settle(&mut self) -> Result<usize> {
+        self.store.settle()
     }
 
     /// Drops tokens that have left the layer's sliding window for good, in bulk; every row drops the same number.

@@ -8,8 +8,9 @@ mod queries;
 
 use crate::attention::{Geometry, expect_shape};
 use crate::error::{Error, Result};
-use crate::policy::{Budget, CacheConfig, Clock, Evictor, Phase, Policy, PolicyConfig, count};
-use crate::store::{DeviceStore, HostStore, Store};
+use crate::policy::{Budget, CacheConfig, Clock, Evictor, Phase, Policy, count};
+use crate::quantise::{self, StorageConfig};
+use crate::store::{DeviceStore, HostStore, PackedDeviceStore, Store};
 #[cfg(feature = "trace")]
 use crate::trace::Recorder;
 use candle_core::{DType, Device, Tensor};
@@ -51,6 +52,8 @@ pub struct CacheSet {
     batch: usize,
     dtype: DType,
     device: Device,
+    /// What it was built from; none for policies of the caller's own.
+    config: Option<CacheConfig>,
     clock: Clock,
     #[cfg(feature = "trace")]
     recorder: Option<Recorder>,
@@ -79,7 +82,8 @@ impl CacheSet {
         dtype: DType,
         device: &Device,
     ) -> Result<Self> {
-        Self::build(layers, batch, dtype, device, |_| Ok(Vec::new()))
+        let storage = |_| Ok(StorageConfig::default());
+        Self::build(layers, batch, dtype, device, |_| Ok(Vec::new()), storage)
     }
 
     /// Caches that evict as `config` says, stored as `dtype` (f32, f16 or bf16) on `device`.
@@ -94,13 +98,24 @@ impl CacheSet {
         device: &Device,
         config: &CacheConfig,
     ) -> Result<Self> {
-        if matches!(config.decode, PolicyConfig::Full(_)) && config.prefill.is_none() {
-            return Self::full(layers, batch, dtype, device);
-        }
-        Self::with_policies(layers, batch, dtype, device, |layer| {
+        let evictors = |layer: usize| {
+            if config.keeps_all() {
+                return Ok(Vec::new());
+            }
             let budget = config.layer_budget(layer)?;
-            Ok((config.build(budget)?, budget))
-        })
+            let policy = config.build(budget)?;
+            Evictor::for_batch(
+                policy.as_ref(),
+                budget,
+                layer,
+                batch,
+                layers[layer].kv_heads,
+            )
+        };
+        let storage = |layer| config.storage_of(layer).copied();
+        let mut set = Self::build(layers, batch, dtype, device, evictors, storage)?;
+        set.config = Some(config.clone());
+        Ok(set)
     }
 
     /// Caches under a policy of your own: `policy` gives each layer's policy and budget; it is cloned per sequence and KV head.
@@ -114,11 +129,35 @@ impl CacheSet {
         device: &Device,
         policy: impl Fn(usize) -> Result<(Box<dyn Policy>, Budget)>,
     ) -> Result<Self> {
-        Self::build(layers, batch, dtype, device, |layer| {
+        Self::with_policies_and_storage(layers, batch, dtype, device, |layer| {
             let (policy, budget) = policy(layer)?;
-            let kv_heads = layers[layer].kv_heads;
-            Evictor::for_batch(policy.as_ref(), budget, layer, batch, kv_heads)
+            Ok((policy, budget, StorageConfig::default()))
         })
+    }
+
+    /// As [`with_policies`](Self::with_policies), with each layer's storage.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new), and whatever `policy` returns.
+    pub fn with_policies_and_storage(
+        layers: &[LayerShape],
+        batch: usize,
+        dtype: DType,
+        device: &Device,
+        policy: impl Fn(usize) -> Result<(Box<dyn Policy>, Budget, StorageConfig)>,
+    ) -> Result<Self> {
+        let evictors = |layer: usize| {
+            let (policy, budget, _) = policy(layer)?;
+            Evictor::for_batch(
+                policy.as_ref(),
+                budget,
+                layer,
+                batch,
+                layers[layer].kv_heads,
+            )
+        };
+        let storage = |layer| policy(layer).map(|(_, _, storage)| storage);
+        Self::build(layers, batch, dtype, device, evictors, storage)
     }
 
     /// Caches for attention computed elsewhere, by [`extend`](Self::extend), which sees neither attention weights nor queries.
@@ -175,18 +214,37 @@ impl CacheSet {
         dtype: DType,
         device: &Device,
         evictors: impl Fn(usize) -> Result<Vec<Evictor>>,
+        storage: impl Fn(usize) -> Result<StorageConfig>,
     ) -> Result<Self> {
         let layers = layers
             .iter()
             .enumerate()
             .map(|(index, &shape)| {
-                let store = new_store(index, shape, batch, dtype, device)?;
-                let evictors = if shape.kv_heads > 0 {
-                    evictors(index)?
+                let (evictors, storage) = if shape.kv_heads > 0 {
+                    (evictors(index)?, storage(index)?)
                 } else {
-                    Vec::new()
+                    (Vec::new(), StorageConfig::default())
                 };
-                Ok(Layer::new(index, shape, store, evictors))
+                let recent = evictors.first().map_or(0, Evictor::recent);
+                let layout = storage.layout(shape.head_dim, dtype, recent)?;
+                if layout.shares_scales()
+                    && (!evictors.is_empty() || shape.sliding_window.is_some())
+                {
+                    return Err(Error::Setting {
+                        name: "key-groups",
+                        value: format!("per-channel in layer {index}"),
+                        expected: "per-token wherever tokens are evicted or leave a sliding window",
+                    });
+                }
+                if layout.shares_scales() && !device.is_cpu() {
+                    return Err(Error::Setting {
+                        name: "key-groups",
+                        value: "per-channel".into(),
+                        expected: "per-token on devices other than the CPU",
+                    });
+                }
+                let store = new_store(index, shape, batch, layout, dtype, device)?;
+                Ok(Layer::new(index, shape, store, layout, evictors))
             })
             .collect::<Result<_>>()?;
         let device = device.clone();
@@ -195,6 +253,7 @@ impl CacheSet {
             batch,
             dtype,
             device,
+            config: None,
             clock: START,
             #[cfg(feature = "trace")]
             recorder: None,
@@ -311,7 +370,7 @@ impl CacheSet {
         let at = &mut self.layers[layer];
         let out = at.attend(q, scale, &clock)?;
         at.evict(&clock)?;
-        self.finish(layer);
+        self.finish(layer)?;
         Ok(out)
     }
 
@@ -336,7 +395,7 @@ impl CacheSet {
         let at = &mut self.layers[layer];
         let tensors = at.store.tensors(batch)?;
         at.evict(&clock)?;
-        self.finish(layer);
+        self.finish(layer)?;
         Ok(tensors)
     }
 
@@ -350,9 +409,16 @@ impl CacheSet {
     }
 
     /// The layer has done its step.
-    fn finish(&mut self, layer: usize) {
+    fn finish(&mut self, layer: usize) -> Result<()> {
         self.account(layer);
+        let at = &mut self.layers[layer];
+        let most = at.settle()?;
+        if most > 0 {
+            self.peak = self.peak.max(self.held - at.bytes + most);
+            self.account(layer);
+        }
         self.layers[layer].attended = true;
+        Ok(())
     }
 
     /// Takes the layer's bytes as they are now into the sum over all.
@@ -502,6 +568,7 @@ impl CacheSet {
             batch: self.batch,
             dtype: self.dtype,
             device: self.device.clone(),
+            config: self.config.clone(),
             clock: self.clock,
             #[cfg(feature = "trace")]
             recorder: None,
@@ -513,7 +580,7 @@ impl CacheSet {
     /// Returns to `snapshot`. A recorder cannot go back and is dropped.
     ///
     /// # Errors
-    /// A snapshot of a set with other layers, batch, dtype or device.
+    /// A snapshot of a set with other layers, batch, dtype, device, policy, budget or storage.
     pub fn restore(&mut self, snapshot: &Snapshot) -> Result<()> {
         let other = &snapshot.0;
         let problem = if self.shapes() != other.shapes() {
@@ -524,6 +591,10 @@ impl CacheSet {
             "another dtype"
         } else if !self.device.same_device(&other.device) {
             "another device"
+        } else if self.config != other.config
+            || (self.layers.iter().zip(&other.layers)).any(|(a, b)| !a.is_like(b))
+        {
+            "another policy, budget or storage"
         } else {
             *self = other.clone();
             return Ok(());
@@ -536,6 +607,7 @@ fn new_store(
     layer: usize,
     shape: LayerShape,
     batch: usize,
+    layout: quantise::Layout,
     dtype: DType,
     device: &Device,
 ) -> Result<Box<dyn Store>> {
@@ -573,13 +645,11 @@ fn new_store(
         group: query_heads.checked_div(kv_heads).unwrap_or(1),
         head_dim,
     };
-    Ok(match (dtype, device) {
-        (DType::F32, Device::Cpu) => Box::new(HostStore::<f32>::new(rows, geometry)),
-        (DType::F16, Device::Cpu) => Box::new(HostStore::<half::f16>::new(rows, geometry)),
-        (DType::BF16, Device::Cpu) => Box::new(HostStore::<half::bf16>::new(rows, geometry)),
-        (DType::F32 | DType::F16 | DType::BF16, device) => {
-            Box::new(DeviceStore::new(rows, geometry, dtype, device))
-        }
-        (got, _) => return Err(Error::DType { got }),
+    Ok(match device {
+        Device::Cpu => Box::new(HostStore::new(rows, geometry, layout, dtype)),
+        device if layout.residual.is_some() => Box::new(PackedDeviceStore::new(
+            rows, geometry, layout, dtype, device,
+        )),
+        device => Box::new(DeviceStore::new(rows, geometry, layout, device)),
     })
 }

@@ -7,6 +7,7 @@ use super::{
     raas, random, scissorhands, snapkv, streaming, tova,
 };
 use crate::error::{Error, Result};
+use crate::quantise::StorageConfig;
 use serde::{Deserialize, Serialize};
 use std::str::FromStr;
 
@@ -110,6 +111,12 @@ pub struct CacheConfig {
     /// Budgets per layer in place of `budget`; empty for none.
     #[serde(default)]
     pub layer_budgets: Vec<Budget>,
+    /// What keys and values are stored as.
+    #[serde(default)]
+    pub storage: StorageConfig,
+    /// Storage per layer in place of `storage`; empty for none.
+    #[serde(default)]
+    pub layer_storage: Vec<StorageConfig>,
     /// Another policy for the prompt.
     #[serde(default)]
     pub prefill: Option<PolicyConfig>,
@@ -137,6 +144,8 @@ impl CacheConfig {
             decode: policy,
             budget,
             layer_budgets: Vec::new(),
+            storage: StorageConfig::default(),
+            layer_storage: Vec::new(),
             prefill: None,
             sinks: 0,
             recent: 0,
@@ -162,6 +171,26 @@ impl CacheConfig {
                 value: format!("{} budgets", self.layer_budgets.len()),
                 expected: "one for each layer",
             })
+    }
+
+    /// The storage of one layer.
+    ///
+    /// # Errors
+    /// Storage per layer that does not reach this layer.
+    pub fn storage_of(&self, layer: usize) -> Result<&StorageConfig> {
+        if self.layer_storage.is_empty() {
+            return Ok(&self.storage);
+        }
+        self.layer_storage.get(layer).ok_or_else(|| Error::Setting {
+            name: "layer-storage",
+            value: format!("storage of {} layers", self.layer_storage.len()),
+            expected: "one for each layer",
+        })
+    }
+
+    /// Whether every token is kept.
+    pub fn keeps_all(&self) -> bool {
+        matches!(self.decode, PolicyConfig::Full(_)) && self.prefill.is_none()
     }
 
     /// The policy of a layer with `budget`, combined as configured.

@@ -127,6 +127,19 @@ impl Evictor {
         self.policy.needs()
     }
 
+    /// The newest tokens that the policy protects or whose queries it observes.
+    pub(crate) fn recent(&self) -> usize {
+        let rules = [Phase::Prefill, Phase::Decode].map(|phase| self.policy.rule(phase).recent);
+        rules[0].max(rules[1]).max(self.policy.needs().queries)
+    }
+
+    /// What distinguishes it from an evictor with other rules, needs or budget.
+    pub(crate) fn describe(&self) -> String {
+        let rules = [Phase::Prefill, Phase::Decode].map(|phase| self.policy.rule(phase));
+        let (name, needs) = (self.policy.name(), self.policy.needs());
+        format!("{name} {rules:?} {needs:?} {:?}", self.budget)
+    }
+
     /// The rule that holds in a phase.
     pub fn rule(&self, phase: Phase) -> Rule {
         self.policy.rule(phase)

@@ -4,10 +4,11 @@
 //! nothing is sorted on the device. Appending concatenates, so a step copies the layer's cache once. Every change is computed before it is
 //! stored, so that a failed operation leaves the cache as it was.
 
-use super::{Attended, Call, Layout, Relocation, Store};
+use super::{Appended, Attended, Call, Layout, Relocation, Store};
 use crate::attention::device::{self, DeviceQuery, Mask};
 use crate::attention::{Exported, Geometry, WIDEST};
 use crate::error::Result;
+use crate::quantise;
 use candle_core::{DType, Device, Tensor};
 
 /// One layer's tensors.
@@ -17,18 +18,24 @@ pub(crate) struct DeviceStore {
     ids: Vec<Vec<u32>>,
     exported: Exported,
     geometry: Geometry,
-    dtype: DType,
+    /// Types of keys and values.
+    dtypes: (DType, DType),
     device: Device,
 }
 
 impl DeviceStore {
-    pub(crate) fn new(rows: usize, geometry: Geometry, dtype: DType, device: &Device) -> Self {
+    pub(crate) fn new(
+        rows: usize,
+        geometry: Geometry,
+        layout: quantise::Layout,
+        device: &Device,
+    ) -> Self {
         Self {
             kv: None,
             ids: vec![Vec::new(); rows],
             exported: Exported::default(),
             geometry,
-            dtype,
+            dtypes: (layout.keys.dtype(), layout.values.dtype()),
             device: device.clone(),
         }
     }
@@ -61,16 +68,22 @@ impl DeviceStore {
 }
 
 /// Where the tokens of a row of `len` come from that moved so.
-fn sources(moves: &Relocation, len: usize) -> Vec<u32> {
+pub(super) fn sources(moves: &Relocation, len: usize) -> Vec<u32> {
     let mut slots: Vec<u32> = (0..len as u32).collect();
     moves.apply(&mut slots, 1);
     slots
 }
 
 impl Store for DeviceStore {
-    fn append(&mut self, k: &Tensor, v: &Tensor, first: u32, overwrite: &[Vec<u32>]) -> Result<()> {
+    fn append(
+        &mut self,
+        k: &Tensor,
+        v: &Tensor,
+        first: u32,
+        overwrite: &[Vec<u32>],
+    ) -> Result<Appended> {
         let tokens = k.dim(2)?;
-        let (k, v) = (k.to_dtype(self.dtype)?, v.to_dtype(self.dtype)?);
+        let (k, v) = (k.to_dtype(self.dtypes.0)?, v.to_dtype(self.dtypes.1)?);
         let (mut k, mut v) = match &self.kv {
             None => (k.contiguous()?, v.contiguous()?),
             Some((keys, values)) => (
@@ -95,7 +108,15 @@ impl Store for DeviceStore {
             }
         }
         (self.kv, self.ids) = (Some((k, v)), ids);
-        Ok(())
+        Ok(Ok(()))
+    }
+
+    fn overwrites(&self) -> bool {
+        true
+    }
+
+    fn settle(&mut self) -> Result<usize> {
+        Ok(0)
     }
 
     fn attend(&mut self, q: &Tensor, call: &Call) -> Result<Attended> {
@@ -165,8 +186,8 @@ impl Store for DeviceStore {
             None => {
                 let heads = self.ids.len().checked_div(batch).unwrap_or(0);
                 let shape = (batch, heads, 0, self.geometry.head_dim);
-                let empty = Tensor::zeros(shape, self.dtype, &self.device)?;
-                Ok((empty.clone(), empty))
+                let empty = |dtype| Tensor::zeros(shape, dtype, &self.device);
+                Ok((empty(self.dtypes.0)?, empty(self.dtypes.1)?))
             }
         }
     }
@@ -185,7 +206,8 @@ impl Store for DeviceStore {
 
     fn bytes(&self) -> usize {
         self.kv.as_ref().map_or(0, |(k, v)| {
-            (k.elem_count() + v.elem_count()) * self.dtype.size_in_bytes()
+            k.elem_count() * self.dtypes.0.size_in_bytes()
+                + v.elem_count() * self.dtypes.1.size_in_bytes()
         })
     }
 
@@ -208,6 +230,7 @@ mod tests {
     use super::super::HostStore;
     use super::*;
     use crate::attention::{Reduce, WeightKinds};
+    use crate::quantise::StorageConfig;
     use rand::{Rng, SeedableRng};
     use rand_chacha::ChaCha8Rng;
 
@@ -219,8 +242,9 @@ mod tests {
             group: 2,
             head_dim: 16,
         };
-        let mut host = HostStore::<f32>::new(4, geometry);
-        let mut device = DeviceStore::new(4, geometry, DType::F32, &Device::Cpu);
+        let layout = StorageConfig::default().layout(16, DType::F32, 0).unwrap();
+        let mut host = HostStore::new(4, geometry, layout, DType::F32);
+        let mut device = DeviceStore::new(4, geometry, layout, &Device::Cpu);
         let mut position = 0u32;
         for (i, tokens) in [9, 1, 1, 4, 1, 1, 3, 1, 1].into_iter().enumerate() {
             let mut random = |heads: usize| {
@@ -254,7 +278,10 @@ mod tests {
                     let mut pair: [Box<dyn Store>; 2] =
                         [Box::new(host.clone()), Box::new(device.clone())];
                     let [a, b] = [0, 1].map(|s| {
-                        pair[s].append(&k, &v, position, &overwrite).unwrap();
+                        pair[s]
+                            .append(&k, &v, position, &overwrite)
+                            .unwrap()
+                            .unwrap();
                         let out = pair[s].attend(&q, &call).unwrap().unwrap();
                         let exported = pair[s].exported();
                         let mut all = Vec::new();
@@ -271,8 +298,11 @@ mod tests {
                     assert!(a.1.iter().zip(&b.1).all(|(x, y)| (x - y).abs() < 1e-5));
                 }
             }
-            host.append(&k, &v, position, &overwrite).unwrap();
-            device.append(&k, &v, position, &overwrite).unwrap();
+            host.append(&k, &v, position, &overwrite).unwrap().unwrap();
+            device
+                .append(&k, &v, position, &overwrite)
+                .unwrap()
+                .unwrap();
             position += tokens as u32;
             if i % 3 == 1 {
                 let len = host.len(0);
@@ -310,8 +340,12 @@ mod tests {
         let tensor = |tokens: usize, d: usize| {
             Tensor::randn(0f32, 1.0, (1, 2, tokens, d), &Device::Cpu).unwrap()
         };
-        let mut store = DeviceStore::new(2, geometry, DType::F32, &Device::Cpu);
-        store.append(&tensor(5, 8), &tensor(5, 8), 0, &[]).unwrap();
+        let layout = StorageConfig::default().layout(8, DType::F32, 0).unwrap();
+        let mut store = DeviceStore::new(2, geometry, layout, &Device::Cpu);
+        store
+            .append(&tensor(5, 8), &tensor(5, 8), 0, &[])
+            .unwrap()
+            .unwrap();
         let before = (store.keys(1, 0).unwrap(), store.values(1, 0).unwrap());
         assert!(store.append(&tensor(1, 8), &tensor(1, 7), 5, &[]).is_err());
         assert_eq!(store.len(1), 5);
@@ -324,9 +358,12 @@ mod tests {
         let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
             store.append(&one, &one, 5, &slots)
         }));
-        assert!(!matches!(result, Ok(Ok(()))));
+        assert!(!matches!(result, Ok(Ok(Ok(())))));
         assert_eq!((store.len(1), store.keys(1, 0).unwrap()), (5, before.0));
-        store.append(&tensor(1, 8), &tensor(1, 8), 5, &[]).unwrap();
+        store
+            .append(&tensor(1, 8), &tensor(1, 8), 5, &[])
+            .unwrap()
+            .unwrap();
         assert_eq!((store.len(0), store.bytes()), (6, 2 * 2 * 6 * 8 * 4));
     }
 }

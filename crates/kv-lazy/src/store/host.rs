@@ -1,112 +1,342 @@
 //! Storage on the CPU: each row owns its vectors, so that rows grow, shrink and compact in place and in parallel.
+//!
+//! A quantised row has three segments: the first positions in f16, quantised tokens, and the newest tokens in f16 and in order. Tokens move
+//! only within their segment; those that are no longer among the newest are quantised together and keep their slots.
 
-use super::{Attended, Call, Layout, Relocation, Store};
+use super::data::{Data, fits, read_as};
+use super::relocation::Run;
+use super::{Appended, Attended, Call, Layout, Relocation, Store};
 use crate::attention::decode::DecodeScratch;
-use crate::attention::{Causal, Element, Exported, Geometry, RowView, WIDEST, read};
+use crate::attention::{Causal, Elements, Exported, Geometry, Part, RowView, WIDEST, read};
 use crate::error::Result;
-use candle_core::{Device, Tensor};
+use crate::quantise::{self, BLOCK};
+use candle_core::{DType, Device, Tensor};
 use rayon::prelude::*;
 
 /// Tokens a row grows by at least when it is full.
 const GROWTH: usize = 32;
 
-#[derive(Debug, Clone, Default)]
-struct Row<T> {
-    keys: Vec<T>,
-    values: Vec<T>,
+/// Tokens stored alike.
+#[derive(Debug, Clone)]
+struct Segment {
+    keys: Data,
+    values: Data,
+    len: usize,
+}
+
+impl Segment {
+    fn new(layout: quantise::Layout, packed: bool) -> Self {
+        Self {
+            keys: Data::new(layout.keys, packed),
+            values: Data::new(layout.values, packed),
+            len: 0,
+        }
+    }
+
+    fn extend(&mut self, keys: Elements<'_>, values: Elements<'_>, tokens: usize, d: usize) {
+        if tokens == 0 {
+            return;
+        }
+        if self.keys.capacity(d).min(self.values.capacity(d)) < self.len + tokens {
+            let more = tokens.max((self.len / 4).max(GROWTH));
+            self.keys.reserve(more, d);
+            self.values.reserve(more, d);
+        }
+        self.keys.extend(keys);
+        self.values.extend(values);
+        self.len += tokens;
+    }
+
+    fn apply(&mut self, moves: &Relocation, d: usize) {
+        self.keys.apply(moves, d);
+        self.values.apply(moves, d);
+        self.len = moves.len;
+    }
+
+    /// Gives back room for more than `room` tokens.
+    fn shrink(&mut self, room: usize, d: usize) {
+        let wanted = self.len.saturating_add(room);
+        if self.keys.capacity(d).max(self.values.capacity(d)) > wanted {
+            self.keys.shrink_to(wanted, d);
+            self.values.shrink_to(wanted, d);
+        }
+    }
+
+    fn view(&self) -> Part<'_> {
+        Part {
+            keys: self.keys.view(),
+            values: self.values.view(),
+            len: self.len,
+        }
+    }
+
+    fn bytes(&self) -> usize {
+        self.keys.bytes() + self.values.bytes()
+    }
+}
+
+/// The segments of a row, in the order of slots.
+const SINKS: usize = 0;
+const BODY: usize = 1;
+const RECENT: usize = 2;
+
+#[derive(Debug, Clone)]
+struct Row {
+    segments: [Segment; 3],
     ids: Vec<u32>,
 }
 
-impl<T: Element> Row<T> {
-    fn append(&mut self, keys: &[T], values: &[T], first: u32, overwrite: &[u32], d: usize) {
-        let tokens = keys.len() / d;
-        let replaced = overwrite.len().min(tokens);
-        for (t, &slot) in overwrite[..replaced].iter().enumerate() {
-            let slot = slot as usize;
-            self.keys[slot * d..(slot + 1) * d].copy_from_slice(&keys[t * d..(t + 1) * d]);
-            self.values[slot * d..(slot + 1) * d].copy_from_slice(&values[t * d..(t + 1) * d]);
-            self.ids[slot] = first + t as u32;
+impl Row {
+    fn new(layout: quantise::Layout) -> Self {
+        Self {
+            segments: [false, true, false].map(|packed| Segment::new(layout, packed)),
+            ids: Vec::new(),
         }
-        let (keys, values) = (&keys[replaced * d..], &values[replaced * d..]);
-        if self.keys.capacity() < self.keys.len() + keys.len() {
-            let more = keys.len().max((self.ids.len() / 4).max(GROWTH) * d);
-            self.keys.reserve_exact(more);
-            self.values.reserve_exact(more);
-            self.ids.reserve_exact(more / d);
-        }
-        self.keys.extend_from_slice(keys);
-        self.values.extend_from_slice(values);
-        self.ids
-            .extend(first + replaced as u32..first + tokens as u32);
     }
 
-    fn relocate(&mut self, moves: &Relocation, room: usize, d: usize) {
-        moves.apply(&mut self.keys, d);
-        moves.apply(&mut self.values, d);
-        moves.apply(&mut self.ids, 1);
-        let wanted = moves.len.saturating_add(room);
-        // The first eviction after a prompt frees it; later ones find the storage already of the right size.
-        if self.ids.capacity() > wanted || self.keys.capacity() / d > wanted {
-            self.keys.shrink_to(wanted * d);
-            self.values.shrink_to(wanted * d);
-            self.ids.shrink_to(wanted);
+    fn view(&self) -> RowView<'_> {
+        let [sinks, body, recent] = &self.segments;
+        RowView {
+            parts: [sinks.view(), body.view(), recent.view()],
+            ids: &self.ids,
         }
+    }
+
+    fn bytes(&self) -> usize {
+        self.segments.iter().map(Segment::bytes).sum()
+    }
+
+    /// Appends tokens at positions from `first` on; those before `sinks` are kept apart.
+    fn append(
+        &mut self,
+        keys: Elements<'_>,
+        values: Elements<'_>,
+        first: u32,
+        sinks: usize,
+        d: usize,
+    ) {
+        let tokens = keys.tokens(d);
+        let early = sinks.saturating_sub(first as usize).min(tokens);
+        let parts = [(SINKS, 0, early), (RECENT, early, tokens)];
+        for (segment, from, to) in parts {
+            let (keys, values) = (keys.slice(from, to, d), values.slice(from, to, d));
+            self.segments[segment].extend(keys, values, to - from, d);
+        }
+        if self.ids.capacity() < self.ids.len() + tokens {
+            self.ids
+                .reserve_exact(tokens.max((self.ids.len() / 4).max(GROWTH)));
+        }
+        self.ids.extend(first..first + tokens as u32);
+    }
+
+    /// Replaces the token of a slot, which is stored as a float, by another.
+    fn overwrite(
+        &mut self,
+        slot: usize,
+        keys: Elements<'_>,
+        values: Elements<'_>,
+        id: u32,
+        d: usize,
+    ) {
+        let recent = &mut self.segments[RECENT];
+        recent.keys.overwrite(slot, keys, d);
+        recent.values.overwrite(slot, values, d);
+        self.ids[slot] = id;
+    }
+
+    /// How tokens move when those in the ascending slots `evict` leave: for the row, and for each segment. Rows that are not `quantised` have one.
+    fn moves(
+        &self,
+        evict: &[u32],
+        layout: Layout,
+        quantised: bool,
+    ) -> (Relocation, [Relocation; 3]) {
+        let mut whole = Relocation::default();
+        let mut first = 0;
+        let mut rest = evict;
+        let parts = [SINKS, BODY, RECENT].map(|segment| {
+            let len = self.segments[segment].len;
+            let (here, after) =
+                rest.split_at(rest.partition_point(|&s| (s as usize) < first + len));
+            rest = after;
+            let local: Vec<u32> = here.iter().map(|&slot| slot - first as u32).collect();
+            // The newest tokens of a quantised row stay in order.
+            let layout = match segment {
+                SINKS | RECENT if quantised => Layout::Compact,
+                _ => layout,
+            };
+            let moves = Relocation::of(&local, len, layout);
+            // Tokens that do not move in their segment do so where others before it left.
+            let shift = first - whole.len;
+            whole.runs.extend(moves.runs.iter().map(|run| Run {
+                from: first + run.from,
+                to: first + run.to,
+                count: run.count,
+            }));
+            if shift > 0 && moves.len > 0 {
+                whole.runs.push(Run {
+                    from: first,
+                    to: whole.len,
+                    count: moves.len,
+                });
+            }
+            whole.len += moves.len;
+            first += len;
+            moves
+        });
+        (whole, parts)
+    }
+
+    fn relocate(&mut self, whole: &Relocation, parts: &[Relocation; 3], room: usize, d: usize) {
+        let evicted = whole.len < self.ids.len();
+        for (segment, moves) in self.segments.iter_mut().zip(parts) {
+            if moves.len < segment.len {
+                segment.apply(moves, d);
+            }
+        }
+        whole.apply(&mut self.ids, 1);
+        // The first eviction after a prompt frees it; later ones find the storage already of the right size.
+        if evicted {
+            for segment in &mut self.segments {
+                segment.shrink(room, d);
+            }
+            let wanted = whole.len.saturating_add(room);
+            if self.ids.capacity() > wanted {
+                self.ids.shrink_to(wanted);
+            }
+        }
+    }
+
+    /// Quantises the tokens beyond the newest `residual` in whole blocks; returns the bytes that were added before others were freed.
+    fn settle(&mut self, residual: usize, d: usize) -> usize {
+        let [_, body, recent] = &mut self.segments;
+        let blocks = recent.len.saturating_sub(residual) / BLOCK;
+        if blocks == 0 {
+            return 0;
+        }
+        let tokens = blocks * BLOCK;
+        let before = body.bytes();
+        let keys = recent.keys.view().slice(0, tokens, d);
+        let values = recent.values.view().slice(0, tokens, d);
+        body.extend(keys, values, tokens, d);
+        let added = body.bytes().saturating_sub(before);
+        recent.keys.drop_first(tokens, d);
+        recent.values.drop_first(tokens, d);
+        recent.len -= tokens;
+        recent.shrink((residual + 2 * BLOCK).saturating_sub(recent.len), d);
+        added
     }
 }
 
 /// One layer's rows, `[batch · kv_heads]`.
 #[derive(Debug, Clone)]
-pub(crate) struct HostStore<T> {
-    rows: Vec<Row<T>>,
+pub(crate) struct HostStore {
+    rows: Vec<Row>,
     geometry: Geometry,
+    layout: quantise::Layout,
+    /// Type of the tensors that are handed out.
+    dtype: DType,
     scratch: DecodeScratch,
     exported: Exported,
 }
 
-impl<T: Element> HostStore<T> {
-    pub(crate) fn new(rows: usize, geometry: Geometry) -> Self {
+impl HostStore {
+    pub(crate) fn new(
+        rows: usize,
+        geometry: Geometry,
+        layout: quantise::Layout,
+        dtype: DType,
+    ) -> Self {
         Self {
-            rows: vec![Row::default(); rows],
+            rows: vec![Row::new(layout); rows],
             geometry,
+            layout,
+            dtype,
             scratch: DecodeScratch::default(),
             exported: Exported::default(),
         }
     }
 
-    fn widened(&self, from: usize, source: &[T]) -> Vec<f32> {
-        T::widened(&source[from * self.geometry.head_dim..]).into_owned()
+    fn side(&self, row: usize, from: usize, keys: bool) -> Vec<f32> {
+        let d = self.geometry.head_dim;
+        let mut wide = Vec::new();
+        let mut first = 0;
+        for segment in &self.rows[row].segments {
+            let start = from.clamp(first, first + segment.len) - first;
+            let data = if keys { &segment.keys } else { &segment.values };
+            data.view()
+                .slice(start, segment.len, d)
+                .widen_into(&mut wide);
+            first += segment.len;
+        }
+        wide
+    }
+
+    fn tensor(&self, batch: usize, keys: bool) -> Result<Tensor> {
+        let heads = self.rows.len().checked_div(batch).unwrap_or(0);
+        let len = self.rows.first().map_or(0, |row| row.ids.len());
+        let shape = (batch, heads, len, self.geometry.head_dim);
+        let all: Vec<f32> = (0..self.rows.len())
+            .flat_map(|row| self.side(row, 0, keys))
+            .collect();
+        Ok(Tensor::from_vec(all, shape, &Device::Cpu)?.to_dtype(self.dtype)?)
     }
 }
 
-impl<T: Element> Store for HostStore<T> {
-    fn append(&mut self, k: &Tensor, v: &Tensor, first: u32, overwrite: &[Vec<u32>]) -> Result<()> {
+/// A row's tokens of a step `[rows, tokens, d]`.
+fn row_of(all: Elements<'_>, row: usize, tokens: usize, d: usize) -> Elements<'_> {
+    all.slice(row * tokens, (row + 1) * tokens, d)
+}
+
+impl Store for HostStore {
+    fn append(
+        &mut self,
+        k: &Tensor,
+        v: &Tensor,
+        first: u32,
+        overwrite: &[Vec<u32>],
+    ) -> Result<Appended> {
         let d = self.geometry.head_dim;
-        let width = k.dim(2)? * d;
-        if width == 0 {
-            return Ok(());
+        let tokens = k.dim(2)?;
+        if tokens == 0 {
+            return Ok(Ok(()));
         }
-        let rows = &mut self.rows;
-        read::<T, _>(k, |k| {
-            read::<T, _>(v, |v| {
-                for (r, row) in rows.iter_mut().enumerate() {
-                    let slots = overwrite.get(r).map_or(&[][..], Vec::as_slice);
-                    let new = r * width..(r + 1) * width;
-                    row.append(&k[new.clone()], &v[new], first, slots, d);
+        let (layout, rows) = (self.layout, &mut self.rows);
+        read_as(layout.keys, k, |k| {
+            read_as(layout.values, v, |v| {
+                for (side, tensor, what) in [(layout.keys, k, "keys"), (layout.values, v, "values")]
+                {
+                    if let Some(row) =
+                        (0..rows.len()).find(|&r| !fits(side, row_of(tensor, r, tokens, d)))
+                    {
+                        return Err((row, what));
+                    }
                 }
+                for (r, row) in rows.iter_mut().enumerate() {
+                    let (keys, values) = (row_of(k, r, tokens, d), row_of(v, r, tokens, d));
+                    let slots = overwrite.get(r).map_or(&[][..], Vec::as_slice);
+                    let replaced = slots.len().min(tokens);
+                    for (t, &slot) in slots[..replaced].iter().enumerate() {
+                        let (key, value) = (keys.slice(t, t + 1, d), values.slice(t, t + 1, d));
+                        row.overwrite(slot as usize, key, value, first + t as u32, d);
+                    }
+                    let (keys, values) = (
+                        keys.slice(replaced, tokens, d),
+                        values.slice(replaced, tokens, d),
+                    );
+                    row.append(keys, values, first + replaced as u32, layout.sinks, d);
+                }
+                Ok(())
             })
         })?
     }
 
+    fn overwrites(&self) -> bool {
+        self.layout.residual.is_none()
+    }
+
     fn attend(&mut self, q: &Tensor, call: &Call) -> Result<Attended> {
-        let views: Vec<RowView<'_>> = self
-            .rows
-            .iter()
-            .map(|row| RowView {
-                keys: T::elements(&row.keys),
-                values: T::elements(&row.values),
-                ids: &row.ids,
-            })
-            .collect();
+        let views: Vec<RowView<'_>> = self.rows.iter().map(Row::view).collect();
         let step = Causal {
             geometry: self.geometry,
             tokens: q.dim(2)?,
@@ -141,22 +371,44 @@ impl<T: Element> Store for HostStore<T> {
         room: usize,
     ) -> Result<Vec<Relocation>> {
         let d = self.geometry.head_dim;
-        let moves: Vec<Relocation> = self
+        let quantised = self.layout.residual.is_some();
+        // What is quantised in blocks comes and goes in blocks.
+        let room = room.saturating_add(if quantised { 2 * BLOCK } else { 0 });
+        let (moves, parts): (Vec<Relocation>, Vec<[Relocation; 3]>) = self
             .rows
             .iter()
             .zip(evict)
-            .map(|(row, evict)| Relocation::of(evict, row.ids.len(), layout))
-            .collect();
+            .map(|(row, evict)| row.moves(evict, layout, quantised))
+            .unzip();
         let moved = |moves: &Relocation| moves.runs.iter().map(|run| run.count).sum::<usize>();
         // A single token that moves is not worth another thread.
         if moves.iter().map(moved).sum::<usize>() > 64 {
-            let pairs = self.rows.par_iter_mut().zip(&moves);
-            pairs.for_each(|(row, moves)| row.relocate(moves, room, d));
+            let rows = self.rows.par_iter_mut().zip(&moves).zip(&parts);
+            rows.for_each(|((row, moves), parts)| row.relocate(moves, parts, room, d));
         } else {
-            let pairs = self.rows.iter_mut().zip(&moves);
-            pairs.for_each(|(row, moves)| row.relocate(moves, room, d));
+            let rows = self.rows.iter_mut().zip(&moves).zip(&parts);
+            rows.for_each(|((row, moves), parts)| row.relocate(moves, parts, room, d));
         }
         Ok(moves)
+    }
+
+    fn settle(&mut self) -> Result<usize> {
+        let Some(residual) = self.layout.residual else {
+            return Ok(0);
+        };
+        let d = self.geometry.head_dim;
+        let ready = |row: &Row| row.segments[RECENT].len >= residual.saturating_add(BLOCK);
+        if !self.rows.iter().any(ready) {
+            return Ok(0);
+        }
+        let before = self.bytes();
+        // All rows at once: what each adds before it frees.
+        let added: usize = self
+            .rows
+            .par_iter_mut()
+            .map(|row| row.settle(residual, d))
+            .sum();
+        Ok(before + added)
     }
 
     fn rows(&self) -> usize {
@@ -164,17 +416,7 @@ impl<T: Element> Store for HostStore<T> {
     }
 
     fn tensors(&self, batch: usize) -> Result<(Tensor, Tensor)> {
-        let shape = [
-            batch,
-            self.rows.len().checked_div(batch).unwrap_or(0),
-            self.rows.first().map_or(0, |row| row.ids.len()),
-            self.geometry.head_dim,
-        ];
-        let gather = |part: fn(&Row<T>) -> &[T]| {
-            let all: Vec<T> = self.rows.iter().flat_map(part).copied().collect();
-            Tensor::from_vec(all, shape.to_vec(), &Device::Cpu)
-        };
-        Ok((gather(|row| &row.keys)?, gather(|row| &row.values)?))
+        Ok((self.tensor(batch, true)?, self.tensor(batch, false)?))
     }
 
     fn ids(&self, row: usize) -> &[u32] {
@@ -182,20 +424,15 @@ impl<T: Element> Store for HostStore<T> {
     }
 
     fn keys(&self, row: usize, from: usize) -> Result<Vec<f32>> {
-        Ok(self.widened(from, &self.rows[row].keys))
+        Ok(self.side(row, from, true))
     }
 
     fn values(&self, row: usize, from: usize) -> Result<Vec<f32>> {
-        Ok(self.widened(from, &self.rows[row].values))
+        Ok(self.side(row, from, false))
     }
 
     fn bytes(&self) -> usize {
-        let elements: usize = self
-            .rows
-            .iter()
-            .map(|row| row.keys.capacity() + row.values.capacity())
-            .sum();
-        elements * std::mem::size_of::<T>()
+        self.rows.iter().map(Row::bytes).sum()
     }
 
     fn id_bytes(&self) -> usize {
@@ -203,7 +440,7 @@ impl<T: Element> Store for HostStore<T> {
     }
 
     fn clear(&mut self) {
-        self.rows.fill(Row::default());
+        self.rows.fill(Row::new(self.layout));
         self.scratch = DecodeScratch::default();
         self.exported.clear();
     }

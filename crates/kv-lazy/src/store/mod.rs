@@ -3,12 +3,15 @@
 //! Keys are stored after RoPE with their original position in `ids`; the *logical* length counts positions and
 //! drives RoPE, the *physical* length counts slots and drives masks. Memory is freed when tokens are evicted.
 
+mod data;
 mod device;
 mod host;
+mod packed_device;
 mod relocation;
 
 pub(crate) use device::DeviceStore;
 pub(crate) use host::HostStore;
+pub(crate) use packed_device::PackedDeviceStore;
 pub use relocation::{Relocation, Run};
 
 use crate::attention::{Exported, WeightKinds};
@@ -43,6 +46,9 @@ pub(crate) struct Call {
     pub(crate) queries: usize,
 }
 
+/// Nothing, or the row whose keys or values cannot be quantised.
+pub(crate) type Appended = std::result::Result<(), (usize, &'static str)>;
+
 /// Output `[B, Hq, T, d]`, or the row whose softmax was not finite.
 pub(crate) type Attended = std::result::Result<Tensor, usize>;
 
@@ -50,7 +56,15 @@ pub(crate) type Attended = std::result::Result<Tensor, usize>;
 pub(crate) trait Store: Send + Sync + std::fmt::Debug {
     /// Appends `k` and `v` `[B, Hkv, T, d]` at logical positions `first..first + T`. A row in `overwrite` names slots that
     /// the new tokens replace, one for one, instead of growing the row. On an error nothing has changed.
-    fn append(&mut self, k: &Tensor, v: &Tensor, first: u32, overwrite: &[Vec<u32>]) -> Result<()>;
+    fn append(
+        &mut self,
+        k: &Tensor,
+        v: &Tensor,
+        first: u32,
+        overwrite: &[Vec<u32>],
+    ) -> Result<Appended>;
+    /// Whether appended tokens can replace others in their slots.
+    fn overwrites(&self) -> bool;
     /// Attends `q` `[B, Hq, T, d]`, whose keys were appended last.
     fn attend(&mut self, q: &Tensor, call: &Call) -> Result<Attended>;
     /// The weights that the last call handed out.
@@ -59,6 +73,9 @@ pub(crate) trait Store: Send + Sync + std::fmt::Debug {
     /// the others moved. On an error nothing has changed.
     fn evict(&mut self, evict: &[Vec<u32>], layout: Layout, room: usize)
     -> Result<Vec<Relocation>>;
+    /// Quantises what is no longer among the newest tokens; at the end of a step. Returns the most bytes that keys and values occupied meanwhile, 0 where
+    /// nothing was to be done. On an error nothing has changed.
+    fn settle(&mut self) -> Result<usize>;
     /// Rows: sequences times KV heads.
     fn rows(&self) -> usize;
     /// Tokens of a row.

@@ -129,11 +129,12 @@ impl LayerTrace {
             .iter()
             .map(|x| x * scale as f32)
             .collect();
-        let row = RowView {
-            keys: Elements::F32(&self.keys(head)[..(t + 1) * d]),
-            values: Elements::F32(&self.values(head)[..(t + 1) * d]),
-            ids: &[],
-        };
+        let row = RowView::single(
+            Elements::F32(&self.keys(head)[..(t + 1) * d]),
+            Elements::F32(&self.values(head)[..(t + 1) * d]),
+            &[],
+            d,
+        );
         let query = DecodeQuery {
             geometry: Geometry {
                 group: 1,

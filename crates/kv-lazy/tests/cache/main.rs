@@ -3,4 +3,5 @@
 mod common;
 mod eviction;
 mod full_cache;
+mod quantised;
 mod state;

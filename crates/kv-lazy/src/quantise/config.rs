@@ -1,0 +1,328 @@
+//! Storage as data: what a command line or a file says.
+
+use super::hadamard;
+use super::packed::Format;
+use crate::error::{Error, Result};
+use candle_core::DType;
+use serde::{Deserialize, Serialize};
+use std::str::FromStr;
+
+/// Tokens that are quantised together.
+pub(crate) const BLOCK: usize = 32;
+
+/// Groups of a token at most.
+pub(crate) const MOST_GROUPS: usize = 16;
+
+/// What numbers are stored as.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
+pub enum NumberFormat {
+    /// 32 bits.
+    F32,
+    /// 16 bits.
+    F16,
+    /// 16 bits with the range of f32.
+    Bf16,
+    /// 8-bit integers, symmetric, a scale per group.
+    Int8,
+    /// 4-bit integers, asymmetric, a scale and a low per group.
+    Int4,
+}
+
+/// Which keys share a scale.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
+pub enum KeyGroups {
+    /// Elements of one token: tokens can be evicted and moved.
+    #[default]
+    PerToken,
+    /// One channel of 32 tokens, as in KIVI (arXiv 2402.02750): for caches that keep every token.
+    PerChannel,
+}
+
+/// How keys and values are stored. Presets by name: `f32`, `f16`, `bf16`, `int8`, `k8v4`, `int4`, `int4-per-channel`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", default, deny_unknown_fields)]
+#[non_exhaustive]
+pub struct StorageConfig {
+    /// Format of the keys; unset: the cache's dtype.
+    pub keys: Option<NumberFormat>,
+    /// Format of the values; unset: the cache's dtype.
+    pub values: Option<NumberFormat>,
+    /// Elements of a token that share a scale: a multiple of 8 that divides `head_dim`. Unset: the largest one up to 64.
+    pub group: Option<usize>,
+    /// Whether keys are rotated by a Hadamard matrix before they are quantised; unset: at 4 bits.
+    pub rotate_keys: Option<bool>,
+    /// Whether values are; unset: at 4 bits.
+    pub rotate_values: Option<bool>,
+    /// Which keys share a scale.
+    pub key_groups: KeyGroups,
+    /// First tokens kept in f16 where the format is an integer; 4.
+    pub sinks: usize,
+    /// Newest tokens kept in f16 where the format is an integer; 32. At least as many as the policy protects or as it observes queries; up to 31 more until
+    /// the next 32 are quantised together.
+    pub residual: usize,
+}
+
+impl Default for StorageConfig {
+    fn default() -> Self {
+        Self {
+            keys: None,
+            values: None,
+            group: None,
+            rotate_keys: None,
+            rotate_values: None,
+            key_groups: KeyGroups::PerToken,
+            sinks: 4,
+            residual: 32,
+        }
+    }
+}
+
+impl StorageConfig {
+    /// Names of the presets.
+    pub const PRESETS: [&'static str; 7] = [
+        "f32",
+        "f16",
+        "bf16",
+        "int8",
+        "k8v4",
+        "int4",
+        "int4-per-channel",
+    ];
+
+    /// Keys and values in these formats, all else by default.
+    pub fn new(keys: NumberFormat, values: NumberFormat) -> Self {
+        Self {
+            keys: Some(keys),
+            values: Some(values),
+            ..Self::default()
+        }
+    }
+
+    /// 8-bit keys and values.
+    pub fn int8() -> Self {
+        Self::new(NumberFormat::Int8, NumberFormat::Int8)
+    }
+
+    /// 8-bit keys, 4-bit values.
+    pub fn k8v4() -> Self {
+        Self::new(NumberFormat::Int8, NumberFormat::Int4)
+    }
+
+    /// 4-bit keys and values.
+    pub fn int4() -> Self {
+        Self::new(NumberFormat::Int4, NumberFormat::Int4)
+    }
+
+    /// Whether keys or values are quantised.
+    pub fn is_quantised(&self) -> bool {
+        let integer = |format| matches!(format, Some(NumberFormat::Int8 | NumberFormat::Int4));
+        integer(self.keys) || integer(self.values)
+    }
+
+    /// The storage of heads of `head_dim` in a cache of `dtype`; `residual` is what the policy wants to find in f16.
+    pub(crate) fn layout(&self, head_dim: usize, dtype: DType, residual: usize) -> Result<Layout> {
+        let quantised = self.is_quantised();
+        let mut keys = self.side(self.keys, self.rotate_keys, head_dim, dtype)?;
+        let values = self.side(self.values, self.rotate_values, head_dim, dtype)?;
+        if self.key_groups == KeyGroups::PerChannel {
+            let Side::Packed(format) = &mut keys else {
+                return Err(Error::Setting {
+                    name: "key-groups",
+                    value: "per-channel".into(),
+                    expected: "int8 or int4 keys",
+                });
+            };
+            if self.rotate_keys == Some(true) {
+                return Err(Error::Setting {
+                    name: "rotate-keys",
+                    value: "true".into(),
+                    expected: "no rotation where groups run along channels",
+                });
+            }
+            format.rotation = 1;
+            format.channel = BLOCK;
+            // One scale serves both signs worse than a low does.
+            format.symmetric = false;
+        }
+        if u32::try_from(self.sinks).is_err() || u32::try_from(self.residual).is_err() {
+            return Err(Error::Setting {
+                name: "sinks and residual",
+                value: format!("{} and {}", self.sinks, self.residual),
+                expected: "at most 4294967295",
+            });
+        }
+        Ok(Layout {
+            keys,
+            values,
+            sinks: if quantised { self.sinks } else { 0 },
+            residual: quantised.then_some(self.residual.max(residual)),
+        })
+    }
+
+    fn side(
+        &self,
+        format: Option<NumberFormat>,
+        rotate: Option<bool>,
+        head_dim: usize,
+        dtype: DType,
+    ) -> Result<Side> {
+        let bits = match format {
+            None => return Side::exact(dtype),
+            Some(NumberFormat::F32) => return Side::exact(DType::F32),
+            Some(NumberFormat::F16) => return Side::exact(DType::F16),
+            Some(NumberFormat::Bf16) => return Side::exact(DType::BF16),
+            Some(NumberFormat::Int8) => 8,
+            Some(NumberFormat::Int4) => 4,
+        };
+        let group = match self.group {
+            Some(group) => group,
+            None => {
+                let divides = |group: &usize| head_dim.is_multiple_of(*group);
+                (8..=64).rev().step_by(8).find(divides).unwrap_or(0)
+            }
+        };
+        let fits = group > 0 && group.is_multiple_of(8) && head_dim.is_multiple_of(group);
+        if !fits || head_dim / group > MOST_GROUPS {
+            return Err(Error::Setting {
+                name: "group",
+                value: format!("{group} for heads of {head_dim}"),
+                expected: "a multiple of 8 that divides the head into at most 16 groups, which integers need",
+            });
+        }
+        let block = hadamard::block(head_dim);
+        let rotation = if rotate.unwrap_or(bits == 4) {
+            block
+        } else {
+            1
+        };
+        Ok(Side::Packed(Format {
+            head_dim,
+            bits,
+            symmetric: bits == 8,
+            group,
+            rotation,
+            channel: 0,
+        }))
+    }
+}
+
+impl FromStr for StorageConfig {
+    type Err = Error;
+
+    /// A preset by its name.
+    fn from_str(name: &str) -> Result<Self> {
+        let plain = |format| Self::new(format, format);
+        Ok(match name {
+            "f32" => plain(NumberFormat::F32),
+            "f16" => plain(NumberFormat::F16),
+            "bf16" => plain(NumberFormat::Bf16),
+            "int8" => Self::int8(),
+            "k8v4" => Self::k8v4(),
+            "int4" => Self::int4(),
+            "int4-per-channel" => Self {
+                key_groups: KeyGroups::PerChannel,
+                ..Self::int4()
+            },
+            _ => {
+                return Err(Error::Setting {
+                    name: "storage",
+                    value: name.into(),
+                    expected: "f32, f16, bf16, int8, k8v4, int4 or int4-per-channel",
+                });
+            }
+        })
+    }
+}
+
+/// What one side is stored as.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) enum Side {
+    /// As floats of this type.
+    Exact(DType),
+    /// As integers, but f16 for the first and newest tokens.
+    Packed(Format),
+}
+
+impl Side {
+    fn exact(dtype: DType) -> Result<Self> {
+        match dtype {
+            DType::F32 | DType::F16 | DType::BF16 => Ok(Self::Exact(dtype)),
+            got => Err(Error::DType { got }),
+        }
+    }
+
+    /// The type of tokens that are not quantised.
+    pub(crate) fn dtype(self) -> DType {
+        match self {
+            Self::Exact(dtype) => dtype,
+            Self::Packed(_) => DType::F16,
+        }
+    }
+}
+
+/// How a layer's rows are stored.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct Layout {
+    pub(crate) keys: Side,
+    pub(crate) values: Side,
+    /// First positions that are never quantised.
+    pub(crate) sinks: usize,
+    /// Newest tokens that are not quantised yet; none where nothing ever is.
+    pub(crate) residual: Option<usize>,
+}
+
+impl Layout {
+    /// Whether tokens share scales, so that they can be neither evicted nor moved.
+    pub(crate) fn shares_scales(&self) -> bool {
+        matches!(self.keys, Side::Packed(format) if format.channel > 0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn presets_parse_and_groups_follow_the_head() {
+        for name in StorageConfig::PRESETS {
+            let config: StorageConfig = name.parse().unwrap();
+            let json = serde_json::to_string(&config).unwrap();
+            assert_eq!(
+                serde_json::from_str::<StorageConfig>(&json).unwrap(),
+                config
+            );
+            assert!(config.layout(64, DType::F16, 0).is_ok(), "{name}");
+        }
+        for (head_dim, group) in [(64, 64), (128, 64), (96, 48), (80, 40), (40, 40), (8, 8)] {
+            let layout = StorageConfig::int4()
+                .layout(head_dim, DType::F32, 7)
+                .unwrap();
+            let Side::Packed(format) = layout.keys else {
+                panic!("int4 is packed");
+            };
+            assert_eq!(format.group, group, "{head_dim}");
+            assert_eq!(layout.residual, Some(32));
+        }
+        assert_eq!(
+            StorageConfig::int8()
+                .layout(64, DType::F32, 128)
+                .unwrap()
+                .residual,
+            Some(128)
+        );
+        let refused =
+            |config: StorageConfig, head_dim| config.layout(head_dim, DType::F32, 0).is_err();
+        assert!(refused(StorageConfig::int8(), 21) && refused(StorageConfig::int4(), 36));
+        let mut odd = StorageConfig::int4();
+        odd.group = Some(24);
+        assert!(refused(odd, 64));
+        let mut rotated: StorageConfig = "int4-per-channel".parse().unwrap();
+        rotated.rotate_keys = Some(true);
+        assert!(refused(rotated, 64));
+        assert!("int3".parse::<StorageConfig>().is_err());
+    }
+}

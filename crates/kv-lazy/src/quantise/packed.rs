@@ -1,0 +1,514 @@
+//! Rows of quantised tokens: codes in 32-bit words, scales and lows in f16.
+//!
+//! *Symmetric*: s = f16(max|x| / m) with m = 2^(b−1) − 1, c = x / s rounded to even and clamped to ±m, stored as c + 2^(b−1). *Asymmetric*: lo =
+//! f16(min x), s = f16((max x − lo) / (2^b − 1)), c = (x − lo) / s. A group is a run of elements of one token, or one channel of
+//! some consecutive tokens. Each token is quantised once.
+
+use super::hadamard;
+use crate::store::Relocation;
+use half::f16;
+use half::slice::HalfFloatSliceExt;
+
+/// How one side of a cache, its keys or its values, is packed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Format {
+    /// Elements of a head; a multiple of 8.
+    pub(crate) head_dim: usize,
+    /// Bits of a code: 4 or 8.
+    pub(crate) bits: usize,
+    pub(crate) symmetric: bool,
+    /// Elements of a token that share a scale; a multiple of 8 that divides `head_dim`.
+    pub(crate) group: usize,
+    /// Block of the rotation before quantising; 1 for none.
+    pub(crate) rotation: usize,
+    /// Tokens of a group where groups run along channels; 0 where they run along tokens.
+    pub(crate) channel: usize,
+}
+
+impl Format {
+    /// Codes of a word.
+    pub(crate) fn per_word(self) -> usize {
+        32 / self.bits
+    }
+
+    /// Words of a token.
+    pub(crate) fn words(self) -> usize {
+        self.head_dim / self.per_word()
+    }
+
+    /// Groups of a token.
+    pub(crate) fn groups(self) -> usize {
+        self.head_dim / self.group
+    }
+
+    /// Scales of `tokens` tokens.
+    fn scales(self, tokens: usize) -> usize {
+        if self.channel > 0 {
+            tokens.div_ceil(self.channel).saturating_mul(self.head_dim)
+        } else {
+            tokens.saturating_mul(self.groups())
+        }
+    }
+
+    /// Largest code.
+    fn top(self) -> f64 {
+        ((1u32 << self.bits) - 1).into()
+    }
+
+    /// Factor and offset of the codes of a group: x̂ = factor · code + offset.
+    pub(crate) fn line(self, scale: f32, low: f32) -> (f32, f32) {
+        let offset = if self.symmetric {
+            -scale * (1u32 << (self.bits - 1)) as f32
+        } else {
+            low
+        };
+        (scale, offset)
+    }
+}
+
+/// Quantised tokens.
+#[derive(Debug, Clone)]
+pub(crate) struct Packed {
+    format: Format,
+    words: Vec<u32>,
+    scales: Vec<f16>,
+    /// Empty where the format is symmetric.
+    lows: Vec<f16>,
+    len: usize,
+}
+
+/// Scale, low and codes of one group; false where scale or low are beyond f16.
+fn quantise(
+    format: Format,
+    x: impl Iterator<Item = f64> + Clone,
+    mut put: impl FnMut(usize, u32),
+) -> (f16, f16, bool) {
+    let top = format.top();
+    let (low, scale) = if format.symmetric {
+        let most = x.clone().fold(0.0, |most: f64, x| most.max(x.abs()));
+        (f16::ZERO, f16::from_f64(most / ((top - 1.0) / 2.0)))
+    } else {
+        let (least, most) = x
+            .clone()
+            .fold((f64::INFINITY, f64::NEG_INFINITY), |(a, b), x| {
+                (a.min(x), b.max(x))
+            });
+        let low = f16::from_f64(least);
+        (low, f16::from_f64((most - low.to_f64()) / top))
+    };
+    let (s, lo) = (scale.to_f64(), low.to_f64());
+    for (i, x) in x.enumerate() {
+        let code = if s == 0.0 {
+            if format.symmetric {
+                (top + 1.0) / 2.0
+            } else {
+                0.0
+            }
+        } else if format.symmetric {
+            let m = (top - 1.0) / 2.0;
+            (x / s).round_ties_even().clamp(-m, m) + (top + 1.0) / 2.0
+        } else {
+            ((x - lo) / s).round_ties_even().clamp(0.0, top)
+        };
+        put(i, code as u32);
+    }
+    (scale, low, s.is_finite() && lo.is_finite())
+}
+
+impl Packed {
+    pub(crate) fn new(format: Format) -> Self {
+        Self {
+            format,
+            words: Vec::new(),
+            scales: Vec::new(),
+            lows: Vec::new(),
+            len: 0,
+        }
+    }
+
+    /// Quantises and appends tokens `[n, d]`; along channels, whole groups of them. False where a scale is beyond f16.
+    pub(crate) fn push(&mut self, rows: &[f32]) -> bool {
+        let Format {
+            head_dim: d,
+            group,
+            rotation,
+            ..
+        } = self.format;
+        let tokens = rows.len() / d;
+        let mut wide: Vec<f64> = rows.iter().map(|&x| x.into()).collect();
+        for row in wide.chunks_exact_mut(d) {
+            hadamard::rotate_f64(row, rotation);
+        }
+        let first = self.words.len();
+        self.words.resize(first + tokens * self.format.words(), 0);
+        let (bits, per_word, format) = (self.format.bits, self.format.per_word(), self.format);
+        let words = &mut self.words[first..];
+        let mut put = |element: usize, code: u32| {
+            words[element / per_word] |= code << (bits * (element % per_word));
+        };
+        let mut good = true;
+        let mut keep = |(scale, low, fits): (f16, f16, bool)| {
+            self.scales.push(scale);
+            if !format.symmetric {
+                self.lows.push(low);
+            }
+            good &= fits;
+        };
+        if format.channel > 0 {
+            for (block, rows) in wide.chunks(format.channel * d).enumerate() {
+                for c in 0..d {
+                    let channel = rows.iter().skip(c).step_by(d).copied();
+                    keep(quantise(format, channel, |t, code| {
+                        put((block * format.channel + t) * d + c, code);
+                    }));
+                }
+            }
+        } else {
+            for (g, x) in wide.chunks_exact(group).enumerate() {
+                keep(quantise(format, x.iter().copied(), |i, code| {
+                    put(g * group + i, code);
+                }));
+            }
+        }
+        self.len += tokens;
+        good
+    }
+
+    /// Moves tokens; not for groups along channels, which share scales.
+    pub(crate) fn apply(&mut self, moves: &Relocation) {
+        debug_assert_eq!(self.format.channel, 0);
+        moves.apply(&mut self.words, self.format.words());
+        moves.apply(&mut self.scales, self.format.groups());
+        if !self.format.symmetric {
+            moves.apply(&mut self.lows, self.format.groups());
+        }
+        self.len = moves.len;
+    }
+
+    /// Makes room for `tokens` more.
+    pub(crate) fn reserve(&mut self, tokens: usize) {
+        let scales = self.format.scales(tokens);
+        self.words.reserve_exact(tokens * self.format.words());
+        self.scales.reserve_exact(scales);
+        if !self.format.symmetric {
+            self.lows.reserve_exact(scales);
+        }
+    }
+
+    /// Tokens that there is room for.
+    pub(crate) fn capacity(&self) -> usize {
+        self.words.capacity() / self.format.words()
+    }
+
+    /// Gives back room beyond `tokens`.
+    pub(crate) fn shrink_to(&mut self, tokens: usize) {
+        let scales = self.format.scales(tokens);
+        self.words
+            .shrink_to(tokens.saturating_mul(self.format.words()));
+        self.scales.shrink_to(scales);
+        self.lows.shrink_to(scales);
+    }
+
+    /// Bytes occupied, filled or not.
+    pub(crate) fn bytes(&self) -> usize {
+        self.words.capacity() * 4 + (self.scales.capacity() + self.lows.capacity()) * 2
+    }
+
+    pub(crate) fn view(&self) -> PackedView<'_> {
+        PackedView {
+            format: self.format,
+            words: &self.words,
+            scales: &self.scales,
+            lows: &self.lows,
+            skip: 0,
+        }
+    }
+}
+
+/// Consecutive quantised tokens.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct PackedView<'a> {
+    pub(crate) format: Format,
+    pub(crate) words: &'a [u32],
+    pub(crate) scales: &'a [f16],
+    /// Empty where the format is symmetric.
+    pub(crate) lows: &'a [f16],
+    /// Along channels: tokens of the first group that stand before the first one here.
+    pub(crate) skip: usize,
+}
+
+impl<'a> PackedView<'a> {
+    pub(crate) fn tokens(self) -> usize {
+        self.words.len() / self.format.words()
+    }
+
+    pub(crate) fn slice(self, from: usize, to: usize) -> Self {
+        let words = self.format.words();
+        let channel = self.format.channel;
+        let (first, last, skip) = if channel > 0 {
+            let (from, to) = (self.skip + from, self.skip + to);
+            let d = self.format.head_dim;
+            let last = to.div_ceil(channel).max(from / channel);
+            (from / channel * d, last * d, from % channel)
+        } else {
+            (from * self.format.groups(), to * self.format.groups(), 0)
+        };
+        Self {
+            format: self.format,
+            words: &self.words[from * words..to * words],
+            scales: &self.scales[first..last],
+            lows: if self.format.symmetric {
+                self.lows
+            } else {
+                &self.lows[first..last]
+            },
+            skip,
+        }
+    }
+
+    /// The code of an element of a token.
+    #[inline]
+    fn code(self, token: usize, element: usize) -> u32 {
+        let (bits, per_word) = (self.format.bits, self.format.per_word());
+        let word = self.words[token * self.format.words() + element / per_word];
+        word >> (bits * (element % per_word)) & ((1 << bits) - 1)
+    }
+
+    /// Appends all tokens as f32, rotated back.
+    pub(crate) fn widen_into(self, out: &mut Vec<f32>) {
+        let Format {
+            head_dim: d,
+            rotation,
+            channel,
+            group,
+            ..
+        } = self.format;
+        let scales = self.scales.to_f32_vec();
+        let lows = self.lows.to_f32_vec();
+        let first = out.len();
+        for token in 0..self.tokens() {
+            for element in 0..d {
+                let at = match (self.skip + token).checked_div(channel) {
+                    Some(group) => group * d + element,
+                    None => token * self.format.groups() + element / group,
+                };
+                let low = lows.get(at).copied().unwrap_or(0.0);
+                let (factor, offset) = self.format.line(scales[at], low);
+                out.push(factor * self.code(token, element) as f32 + offset);
+            }
+        }
+        for row in out[first..].chunks_exact_mut(d) {
+            hadamard::rotate(row, rotation);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::golden::{self, D, TOKENS, close};
+
+    fn format(bits: usize, group: usize, rotate: bool) -> Format {
+        Format {
+            head_dim: D,
+            bits,
+            symmetric: bits == 8,
+            group,
+            rotation: if rotate { hadamard::block(D) } else { 1 },
+            channel: 0,
+        }
+    }
+
+    fn packed(format: Format, rows: &[f32]) -> Packed {
+        let mut packed = Packed::new(format);
+        assert!(packed.push(rows));
+        packed
+    }
+
+    fn codes(packed: &Packed) -> Vec<i64> {
+        let zero = if packed.format.symmetric { 128 } else { 0 };
+        let code = |i| i64::from(packed.view().code(0, i)) - zero;
+        (0..D).map(code).collect()
+    }
+
+    fn floats(x: &[f16]) -> Vec<f32> {
+        x.to_f32_vec()
+    }
+
+    #[test]
+    fn codes_scales_and_lows_equal_golden_values() {
+        close(
+            &golden::keys(0)[..2],
+            &[0.538_453_937, -0.609_505_355],
+            1e-7,
+        );
+        close(
+            &golden::all_values()[7 * D..7 * D + 2],
+            &[-3.206_646_68, 1.766_010_64],
+            1e-7,
+        );
+
+        let int8 = packed(format(8, 32, false), &golden::keys(0));
+        #[rustfmt::skip]
+        assert_eq!(codes(&int8), [
+            16, -18, -25, -26, 9, -127, -11, 23, 1, 28, -5, -10, -23, -10, -3, 2, -24, -15, -16, -10, 2, 5, -13, 5, 7, 17,
+            10, 3, 14, 13, -25, 23, -58, -47, 56, 41, -30, 127, 42, -3, -6, -32, -54, -52, 0, 59, -9, -60, 61, 11, 65, -1,
+            -45, -8, 26, 46, -16, -62, 5, -27, 35, -27, -7, 64,
+        ]);
+        close(&floats(&int8.scales), &[0.034_576_416, 0.015_296_936], 1e-7);
+
+        let int4 = packed(format(4, 32, false), &golden::keys(0));
+        #[rustfmt::skip]
+        assert_eq!(codes(&int4), [
+            14, 11, 10, 10, 13, 0, 11, 15, 12, 15, 12, 11, 10, 11, 12, 13, 10, 11, 11, 11, 13, 13, 11, 13, 13, 14, 13, 13,
+            14, 14, 10, 15, 0, 1, 9, 8, 3, 15, 8, 5, 4, 2, 1, 1, 5, 10, 4, 0, 10, 6, 10, 5, 1, 4, 7, 9, 4, 0, 5, 3, 8, 3, 4,
+            10,
+        ]);
+        close(&floats(&int4.scales), &[0.356_933_594, 0.192_749_023], 1e-7);
+        close(&floats(&int4.lows), &[-4.390_625, -0.948_730_469], 1e-7);
+        let bytes: Vec<u8> = int4.words.iter().flat_map(|w| w.to_le_bytes()).collect();
+        assert_eq!(bytes[..8], [190, 170, 13, 251, 252, 188, 186, 220]);
+
+        let rotated = packed(format(4, 64, true), &golden::keys(0));
+        #[rustfmt::skip]
+        assert_eq!(codes(&rotated), [
+            5, 8, 6, 9, 6, 10, 9, 5, 6, 9, 3, 8, 8, 7, 8, 7, 4, 9, 7, 6, 8, 5, 9, 9, 8, 9, 4, 12, 7, 7, 7, 4, 4, 7, 8, 12, 10,
+            4, 12, 2, 0, 11, 8, 13, 4, 5, 9, 5, 6, 12, 4, 12, 11, 6, 15, 3, 6, 11, 9, 11, 11, 7, 11, 5,
+        ]);
+        close(&floats(&rotated.scales), &[0.280_517_578], 1e-7);
+        close(&floats(&rotated.lows), &[-2.050_781_25], 1e-7);
+        let mut restored = Vec::new();
+        rotated.view().widen_into(&mut restored);
+        #[rustfmt::skip]
+        close(&restored[..8], &[
+            0.529_998_779, -0.596_099_854, -0.736_358_643, -1.016_876_22, 0.385_711_67, -4.383_087_16, -0.455_841_064,
+            0.806_488_037,
+        ], 1e-6);
+    }
+
+    /// Errors of logits, rows of weights, outputs, keys and values.
+    fn errors(keys: Format, values: Format) -> Vec<f32> {
+        let (k, v, q) = (golden::all_keys(), golden::all_values(), golden::queries());
+        let widened = |format, rows: &[f32]| {
+            let mut wide = Vec::new();
+            packed(format, rows).view().widen_into(&mut wide);
+            wide
+        };
+        let (k2, v2) = (widened(keys, &k), widened(values, &v));
+        let relative = |a: &[f32], b: &[f32]| {
+            let square = |x: f64| x * x;
+            let gap: f64 = a.iter().zip(b).map(|(a, b)| square(f64::from(a - b))).sum();
+            let size: f64 = a.iter().map(|&a| square(a.into())).sum();
+            (gap / size).sqrt()
+        };
+        let (mut most, mut squares, mut divergence) = (0.0f64, 0.0, 0.0);
+        let (mut gaps, mut sizes) = (0.0, 0.0);
+        for q in q.chunks(D) {
+            let logits = |k: &[f32]| -> Vec<f64> {
+                let product = |(k, q): (&f32, &f32)| f64::from(*k) * f64::from(*q);
+                k.chunks(D)
+                    .map(|k| k.iter().zip(q).map(product).sum::<f64>() / 8.0)
+                    .collect()
+            };
+            let weights = |logits: &[f64]| -> Vec<f64> {
+                let max = logits.iter().copied().fold(f64::MIN, f64::max);
+                let sum: f64 = logits.iter().map(|x| (x - max).exp()).sum();
+                logits.iter().map(|x| (x - max).exp() / sum).collect()
+            };
+            let (a, b) = (logits(&k), logits(&k2));
+            for (a, b) in a.iter().zip(&b) {
+                most = most.max((a - b).abs());
+                squares += (a - b) * (a - b);
+            }
+            let (p, p2) = (weights(&a), weights(&b));
+            divergence += p
+                .iter()
+                .zip(&p2)
+                .map(|(p, q)| p * (p / q).ln())
+                .sum::<f64>();
+            for c in 0..D {
+                let mix = |p: &[f64], v: &[f32]| -> f64 {
+                    p.iter()
+                        .enumerate()
+                        .map(|(j, p)| p * f64::from(v[j * D + c]))
+                        .sum()
+                };
+                let (o, o2) = (mix(&p, &v), mix(&p2, &v2));
+                gaps += (o - o2) * (o - o2);
+                sizes += o * o;
+            }
+        }
+        [
+            most,
+            (squares / (16 * TOKENS) as f64).sqrt(),
+            divergence / 16.0,
+            (gaps / sizes).sqrt(),
+            relative(&k, &k2),
+            relative(&v, &v2),
+        ]
+        .map(|x| x as f32)
+        .to_vec()
+    }
+
+    #[test]
+    fn errors_of_attention_equal_golden_values() {
+        let channels = Format {
+            symmetric: false,
+            channel: 16,
+            ..format(4, 64, false)
+        };
+        #[rustfmt::skip]
+        let cases = [
+            (format(8, 32, false), format(8, 32, false), [0.048_763_020_1, 0.010_769_794_7, 5.949_249_01e-5, 0.011_522_852_5, 0.009_888_650_65, 0.003_627_724]),
+            (format(8, 64, false), format(8, 64, false), [0.051_286_129, 0.013_582_56, 1.092_137_18e-4, 0.015_185_935_6, 0.012_482_887_7, 0.003_897_487_21]),
+            (format(4, 32, false), format(4, 32, false), [0.352_846_367, 0.101_555_389, 0.005_146_115_13, 0.107_932_597, 0.099_749_987, 0.061_784_565_1]),
+            (format(4, 64, false), format(4, 64, false), [0.669_508_519, 0.154_089_193, 0.012_147_721_2, 0.157_479_637, 0.144_550_964, 0.063_474_932_5]),
+            (format(4, 64, true), format(4, 64, true), [0.459_915_627, 0.088_666_263_8, 0.004_504_383_44, 0.122_454_998, 0.082_545_886_2, 0.086_570_504_9]),
+            (channels, format(4, 32, false), [0.185_019_005, 0.060_026_114_5, 0.001_622_313_43, 0.073_160_527_5, 0.051_180_520_9, 0.061_784_565_1]),
+            (format(8, 64, true), format(4, 64, true), [0.019_994_461_4, 0.005_905_092_14, 1.591_190_53e-5, 0.081_380_572_8, 0.005_494_905_76, 0.086_570_504_9]),
+        ];
+        for (keys, values, want) in cases {
+            close(&errors(keys, values), &want, 2e-5);
+        }
+    }
+
+    #[test]
+    fn degenerate_groups_are_restored_as_well_as_f16_allows_and_overflow_is_noticed() {
+        for format in [format(8, 32, false), format(4, 32, false)] {
+            for value in [0.0f32, 1.5, -3.0, 1e-9] {
+                let mut wide = Vec::new();
+                packed(format, &[value; D]).view().widen_into(&mut wide);
+                assert!(
+                    wide.iter()
+                        .all(|x| (x - value).abs() <= 4e-3 * value.abs() + 1e-7),
+                    "{value}"
+                );
+            }
+            assert!(!Packed::new(format).push(&[f32::INFINITY; D]));
+        }
+        assert!(!Packed::new(format(4, 64, true)).push(&[-60_000.0; D]));
+    }
+
+    #[test]
+    fn slices_of_groups_along_channels_widen_to_the_same_numbers() {
+        let channels = Format {
+            symmetric: false,
+            channel: 16,
+            ..format(4, 64, false)
+        };
+        let packed = packed(channels, &golden::all_keys());
+        let mut whole = Vec::new();
+        packed.view().widen_into(&mut whole);
+        for (from, to) in [(0, 48), (5, 11), (15, 33), (16, 32), (47, 48), (20, 20)] {
+            let mut part = Vec::new();
+            let view = packed.view().slice(from, to);
+            view.widen_into(&mut part);
+            assert_eq!(part, whole[from * D..to * D]);
+            if to - from > 3 {
+                let mut inner = Vec::new();
+                view.slice(2, 4).widen_into(&mut inner);
+                assert_eq!(inner, whole[(from + 2) * D..(from + 4) * D]);
+            }
+        }
+    }
+}
