@@ -150,7 +150,11 @@ fn compare(
     all: &[Qkv],
 ) {
     let d = shape.head_dim;
-    let group = (8..=64).rev().step_by(8).find(|g| d.is_multiple_of(*g)).unwrap();
+    let group = (8..=64)
+        .rev()
+        .step_by(8)
+        .find(|g| d.is_multiple_of(*g))
+        .unwrap();
     let batch = all[0].0.dim(0).unwrap();
     let mut cache = build(shape, config, batch);
     let rows = batch * 2;
