@@ -59,7 +59,7 @@ pub enum Error {
     },
     /// Weights stored in a form that cannot be read.
     #[error(
-        "{}: weights are stored as {found}; what can be read is dense floats, GPTQ (checkpoint_format gptq or gptq_v2, 2, 3, 4 or 8 bits) and compressed-tensors (pack-quantized, sparse-24-bitmask or sparse-bitmask)",
+        "{}: weights are stored as {found}; what can be read is dense floats, GGUF, GPTQ (checkpoint_format gptq or gptq_v2, 2, 3, 4 or 8 bits) and compressed-tensors (pack-quantized, sparse-24-bitmask or sparse-bitmask)",
         path.display()
     )]
     UnsupportedFormat {

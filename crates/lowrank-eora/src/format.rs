@@ -17,7 +17,9 @@ mod tests;
 use std::fmt::{self, Display, Formatter};
 
 use candle_core::{DType, Device, Tensor};
+use causal_lm::gguf::GgufTensors;
 use faer::Mat;
+use packed::{BlockType, QuantRows};
 use tensor_io::{Checkpoint, Config};
 
 use crate::compress::{Quantised, Rows};
@@ -47,6 +49,8 @@ pub enum Format {
         /// Whether zero points are all zero, and not stored.
         symmetric: bool,
     },
+    /// As blocks of a GGUF file.
+    Gguf,
     /// As the values that are not zero and a bit for every weight: compressed-tensors' `sparse-bitmask` and
     /// `sparse-24-bitmask`.
     SparseBitmask,
@@ -57,6 +61,7 @@ impl Display for Format {
         let (name, bits, group_size) = match self {
             Self::Dense => return f.write_str("dense"),
             Self::SparseBitmask => return f.write_str("compressed-tensors sparse bitmask"),
+            Self::Gguf => return f.write_str("GGUF"),
             Self::Gptq {
                 version,
                 bits,
@@ -87,6 +92,10 @@ impl<'a> QuantisedCheckpoint<'a> {
     /// # Errors
     /// [`Error::UnsupportedFormat`]; [`Error::Checkpoint`] for a field of another kind than expected.
     pub fn open(checkpoint: &'a Checkpoint) -> Result<Self> {
+        if gguf_tensors(checkpoint).is_some() {
+            let format = Format::Gguf;
+            return Ok(Self { checkpoint, format });
+        }
         let config = checkpoint.config();
         let section = match config.opt_section("quantization_config")? {
             Some(section) => Some(section),
@@ -123,12 +132,14 @@ impl<'a> QuantisedCheckpoint<'a> {
     pub fn modules(&self) -> Vec<&'a str> {
         let suffix = match self.format {
             Format::Dense => return Vec::new(),
+            Format::Gguf => ".weight",
             Format::Gptq { .. } => ".qweight",
             Format::PackQuantized { .. } => ".weight_packed",
             Format::SparseBitmask => ".bitmask",
         };
         let names = self.checkpoint.names();
         names
+            .filter(|name| self.format != Format::Gguf || self.blocks_of(name).is_some())
             .filter_map(|name| name.strip_suffix(suffix))
             .map(|module| module.strip_suffix(".weight").unwrap_or(module))
             .collect()
@@ -157,6 +168,26 @@ impl<'a> QuantisedCheckpoint<'a> {
             }
             _ => Ok(None),
         }
+    }
+
+    /// The blocks of a module's weight, rows in the order of Hugging Face; None if it is not in blocks.
+    ///
+    /// # Errors
+    /// Blocks whose scales are not finite.
+    pub fn blocks(&self, module: &str) -> Result<Option<QuantRows<'static>>> {
+        let name = format!("{module}.weight");
+        let Some(tensors) =
+            gguf_tensors(self.checkpoint).filter(|_| self.blocks_of(&name).is_some())
+        else {
+            return Ok(None);
+        };
+        Ok(tensors.packed(&name)?.map(QuantRows::into_owned))
+    }
+
+    /// The block type of a tensor, where it has one.
+    pub(crate) fn blocks_of(&self, name: &str) -> Option<BlockType> {
+        let ty = gguf_tensors(self.checkpoint)?.block_type(name)?;
+        ty.is_quantised().then_some(ty)
     }
 
     /// A module's weight, `m × n`, as a reader computing without rounding gets it.
@@ -190,6 +221,11 @@ impl<'a> QuantisedCheckpoint<'a> {
     fn has(&self, module: &str, tensor: &str) -> bool {
         self.checkpoint.contains(&format!("{module}.{tensor}"))
     }
+}
+
+/// The GGUF file behind a checkpoint, if it is one.
+pub(crate) fn gguf_tensors(checkpoint: &Checkpoint) -> Option<&GgufTensors> {
+    checkpoint.source()?.as_any().downcast_ref()
 }
 
 /// Why a configuration does not lead to a format.

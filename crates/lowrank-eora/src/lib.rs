@@ -16,3 +16,4 @@ mod testing;
 pub use candle_core;
 pub use error::{Error, Result};
 pub use faer;
+pub use packed;

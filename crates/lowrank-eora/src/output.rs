@@ -3,7 +3,7 @@
 //! Everything is made from a finished [`Repaired`](crate::repair::Repaired), block by block:
 //!
 //! - [`Adapter`]: a LoRA adapter folder for PEFT, vLLM and whatever else reads those, to be loaded
-//!   on top of the compressed model;
+//!   on top of the compressed model; or a LoRA in a GGUF file for llama.cpp;
 //! - [`write_checkpoint`]: the compressed model itself, dense or packed as GPTQ, or W_c + B A merged
 //!   into dense weights, or merged by requantisation;
 //! - [`Probe`]: inputs and expected outputs of each linear, with which a runtime shows that it
@@ -13,9 +13,11 @@
 
 mod adapter;
 mod checkpoint;
+mod lora_gguf;
 mod probe;
 
 pub use crate::format::{gguf, gptq};
 pub use adapter::{Adapter, AdapterFactors, AdapterOptions, AdapterRanks};
 pub use checkpoint::{CheckpointOptions, Layout, Weights, write_checkpoint};
+pub use lora_gguf::GgufAdapterOptions;
 pub use probe::{Deviation, Probe, ProbeLayer};

@@ -184,10 +184,15 @@ impl Adapter {
                 if tensor.name.ends_with(B) {
                     continue;
                 }
-                return Err(refuse(format!("tensor {} is no factor of a LoRA", tensor.name)));
+                return Err(refuse(format!(
+                    "tensor {} is no factor of a LoRA",
+                    tensor.name
+                )));
             };
+            let layers_of_model = decoder.config().layers();
             let layer = layer_of(base)
-                .ok_or_else(|| refuse(format!("{base} is no linear of a decoder")))?;
+                .filter(|layer| layer.block < layers_of_model)
+                .ok_or_else(|| refuse(format!("{base} is no linear of this decoder")))?;
             let factor = |suffix: &str| -> Result<Mat<f64>> {
                 let name = format!("{base}{suffix}");
                 let &[rows, cols] = file.info(&name)?.shape.as_slice() else {

@@ -2,12 +2,13 @@
 
 use super::{LayerId, StoredWeight};
 use crate::compress::{Compressor, Inputs, Needs, Place};
-use crate::format::QuantisedCheckpoint;
+use crate::format::{QuantisedCheckpoint, gguf_tensors};
 use crate::matrix::to_tensor;
 use crate::stats::InputStats;
 use crate::{Error, Result};
 use candle_core::{DType, Device};
 use causal_lm::Decoder;
+use causal_lm::gguf::Architecture;
 use faer::MatRef;
 use tensor_io::Checkpoint;
 
@@ -96,8 +97,10 @@ impl<'a> From<&'a InputStats> for Inputs<'a> {
     }
 }
 
-/// A checkpoint of the same model that anybody compressed: dense with zeros or rounded values, GPTQ,
-/// or compressed-tensors.
+/// A checkpoint of the same model that another tool compressed: dense with zeros or rounded values, GPTQ,
+/// compressed-tensors, or a GGUF file opened by [`causal_lm::gguf::open`].
+///
+/// Embeddings and head of a GGUF file are quantised as well; a repair of linears does not touch what that loses.
 #[derive(Debug)]
 pub struct Given<'a> {
     checkpoint: &'a Checkpoint,
@@ -115,6 +118,11 @@ impl<'a> Given<'a> {
     pub fn open(checkpoint: &'a Checkpoint) -> Result<Self> {
         let reader = QuantisedCheckpoint::open(checkpoint)?;
         Ok(Self { checkpoint, reader })
+    }
+
+    /// What a GGUF file says it is: the architecture that an adapter for it has to name.
+    pub fn architecture(&self) -> Option<Architecture> {
+        Some(gguf_tensors(self.checkpoint)?.architecture())
     }
 }
 
@@ -147,6 +155,10 @@ impl Source for Given<'_> {
                     reason: format!("its shape is {:?}, not {:?}", found.shape, expected.shape),
                 });
             }
+            // What was quantised beside the linears differs, and is not repaired.
+            if self.reader.blocks_of(name).is_some() {
+                continue;
+            }
             let values = |checkpoint: &Checkpoint| -> Result<Vec<f32>> {
                 let tensor = checkpoint.tensor_as(name, DType::F32, &Device::Cpu)?;
                 checkpoint.release([name]);
@@ -170,6 +182,9 @@ impl Source for Given<'_> {
         let module = linear.layer.to_string();
         if let Some(weight) = self.reader.quantised(&module)? {
             return Ok(StoredWeight::Quantised { weight, pruned: 0 });
+        }
+        if let Some(blocks) = self.reader.blocks(&module)? {
+            return Ok(StoredWeight::Blocks(blocks));
         }
         let name = linear.layer.weight();
         if self.checkpoint.contains(&name) {

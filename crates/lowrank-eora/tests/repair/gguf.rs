@@ -1,0 +1,168 @@
+//! GGUF files as the compressed model, and adapters for them.
+
+use crate::common::{Tiny, assert_close, compressor, decoder, eora, from_tensor, run, to_tensor};
+use candle_core::{DType, Device};
+use causal_lm::gguf::Architecture;
+use causal_lm::{LinearName, Model, Windows};
+use lowrank_eora::output::{Adapter, GgufAdapterOptions};
+use lowrank_eora::packed::BlockType;
+use lowrank_eora::repair::{Given, LayerId, StoredWeight, Texts};
+use std::path::Path;
+use tensor_io::gguf::{Gguf, Metadata};
+use tensor_io::{Checkpoint, CheckpointWriter, NoProgress, TensorSpec, WriteOptions};
+
+#[test]
+fn an_adapter_in_gguf_comes_back_with_every_rank_and_row_where_it_was() {
+    let tiny = Tiny::new();
+    let decoder = tiny.decoder();
+    let repaired = run(&eora(3), &decoder, &compressor("q4_0"), &tiny.path("run"));
+    for architecture in [Architecture::Llama, Architecture::Qwen2] {
+        let path = tiny.path(architecture.name());
+        let options = GgufAdapterOptions::new(&decoder)
+            .with_architecture(architecture)
+            .with_dtype(BlockType::F32);
+        Adapter::write_gguf(&repaired, &decoder, &options, &path).unwrap();
+        let file = Gguf::open(&path).unwrap();
+        let name = file
+            .metadata()
+            .required("general.architecture", Metadata::get_str);
+        assert_eq!(name.unwrap(), architecture.name());
+        assert!(!file.metadata().contains("adapter.lora.alpha"));
+        assert_eq!(
+            file.info("blk.1.ffn_down.weight.lora_a").unwrap().shape,
+            [3, 64]
+        );
+        let adapter = Adapter::read_gguf(&path, &decoder).unwrap();
+        assert_eq!(adapter.layers.len(), 14);
+        for block in 0..2 {
+            for layer in repaired.block(block).unwrap() {
+                let found = adapter.get(layer.report.layer).unwrap().product();
+                let expected = layer.factors.unwrap().product();
+                assert_close(found.as_ref(), expected.as_ref(), 1e-6);
+            }
+        }
+        // Only where neighbours rotate together are rows of q and k in another order.
+        let stored = file.floats("blk.0.attn_q.weight.lora_b").unwrap();
+        let b = repaired.block(0).unwrap()[0].factors.clone().unwrap().b;
+        assert_eq!(stored[..3], [0, 1, 2].map(|j| b[(0, j)] as f32));
+        let second = if architecture == Architecture::Llama {
+            2
+        } else {
+            1
+        };
+        assert_eq!(stored[3..6], [0, 1, 2].map(|j| b[(second, j)] as f32));
+    }
+    let other = Tiny::new();
+    let error = Adapter::read_gguf(other.path("dense/config.json"), &decoder);
+    assert!(error.is_err());
+}
+
+fn golden(name: &str) -> std::path::PathBuf {
+    Path::new(shared_data::path!("golden")).join(name)
+}
+
+fn logits(checkpoint: &Checkpoint, tokens: &[u32]) -> Vec<f32> {
+    let decoder = decoder(checkpoint);
+    let model = Model::load(&decoder).unwrap();
+    let logits = model
+        .forward_all(&[tokens], &mut model.full_cache(1).unwrap())
+        .unwrap();
+    logits.flatten_all().unwrap().to_vec1().unwrap()
+}
+
+/// The model with an adapter merged into its weights, as a folder.
+fn merged(base: &Checkpoint, adapter: &Adapter, dir: &Path) -> Checkpoint {
+    let spec = |name| TensorSpec::new(name, DType::F32, base.info(name).unwrap().shape.clone());
+    let (specs, options) = (base.names().map(spec).collect(), WriteOptions::default());
+    let mut writer = CheckpointWriter::create(dir, base.config(), specs, &options).unwrap();
+    for name in base.names() {
+        let mut tensor = base.tensor_as(name, DType::F32, &Device::Cpu).unwrap();
+        let layer = name.strip_suffix(".weight").and_then(LayerId::parse);
+        if let Some(factors) = layer.and_then(|layer| adapter.get(layer)) {
+            tensor = (tensor + to_tensor(factors.product().as_ref())).unwrap();
+        }
+        writer.write_tensor(name, &tensor).unwrap();
+    }
+    writer.finish().unwrap();
+    Checkpoint::open(dir).unwrap()
+}
+
+#[shared_data::needed("golden")]
+#[test]
+fn an_adapter_of_llama_cpp_merged_into_its_base_gives_the_logits_of_transformers() {
+    let text = std::fs::read_to_string(golden("gguf-models.json")).unwrap();
+    let values: serde_json::Value = serde_json::from_str(&text).unwrap();
+    let numbers = |value: &serde_json::Value| -> Vec<f64> {
+        let rows = value.as_array().unwrap().iter();
+        rows.flat_map(|row| row.as_array().unwrap().iter().map(|v| v.as_f64().unwrap()))
+            .collect()
+    };
+    let tokens = values["tokens"].as_array().unwrap().iter();
+    let tokens: Vec<u32> = tokens.map(|t| t.as_u64().unwrap() as u32).collect();
+    let expected = numbers(&values["lora"]["tiny-llama-gqa-lora.gguf"]["logits"]);
+    let base = causal_lm::gguf::open(golden("tiny-llama-gqa-f32.gguf")).unwrap();
+    let adapter = Adapter::read_gguf(golden("tiny-llama-gqa-lora.gguf"), &decoder(&base)).unwrap();
+    let ranks: Vec<usize> = adapter.layers.iter().map(|l| l.factors.rank()).collect();
+    assert!(ranks.contains(&1) && ranks.contains(&4), "{ranks:?}");
+    let dir = tempfile::tempdir().unwrap();
+    let found = logits(
+        &merged(&base, &adapter, &dir.path().join("merged")),
+        &tokens,
+    );
+    assert_eq!(found.len(), expected.len());
+    for (found, expected) in found.iter().zip(expected) {
+        assert!(
+            (f64::from(*found) - expected).abs() < 1e-4,
+            "{found} {expected}"
+        );
+    }
+}
+
+#[shared_data::needed("golden")]
+#[test]
+fn a_given_gguf_is_repaired_with_exactly_the_weights_that_it_holds() {
+    let original = causal_lm::gguf::open(golden("tiny-llama-gqa-f32.gguf")).unwrap();
+    let dense = decoder(&original);
+    let quantised = causal_lm::gguf::open(golden("tiny-llama-gqa-q4_0.gguf")).unwrap();
+    let given = Given::open(&quantised).unwrap();
+    assert_eq!(given.architecture(), Some(Architecture::Llama));
+    let windows = Windows::cut(
+        &(0..320).map(|i| i * i % 40).collect::<Vec<u32>>(),
+        16,
+        None,
+    );
+    let windows = windows.unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let repaired = eora(4)
+        .run(
+            &dense,
+            &given,
+            Texts::new(&windows),
+            dir.path(),
+            &NoProgress,
+        )
+        .unwrap();
+    for block in 0..repaired.blocks() {
+        for layer in repaired.block(block).unwrap() {
+            match &layer.weight {
+                StoredWeight::Blocks(blocks) => {
+                    assert_eq!(blocks.block_type(), BlockType::Q4_0);
+                    let bytes = blocks.bytes().len() as u64;
+                    assert_eq!(layer.report.bytes.compressed, bytes);
+                }
+                // Its rows of 48 are no whole blocks: the file has them in f16.
+                other => {
+                    assert_eq!(layer.report.layer.linear, LinearName::Down);
+                    assert!(matches!(other, StoredWeight::Dense(t) if t.dtype() == DType::F16));
+                }
+            }
+            let name = layer.report.layer.weight();
+            let expected = quantised
+                .tensor_as(&name, DType::F64, &Device::Cpu)
+                .unwrap();
+            assert_eq!(layer.weight.matrix().unwrap(), from_tensor(&expected));
+            let energy = layer.report.calibration;
+            assert!(energy.after < energy.before, "{name}");
+        }
+    }
+}
