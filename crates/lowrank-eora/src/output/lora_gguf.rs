@@ -174,7 +174,7 @@ impl Adapter {
         let name = metadata.required("general.architecture", Metadata::get_str)?;
         let architecture = Architecture::named(name).ok_or_else(|| {
             let what = format!("architecture {name} is not supported");
-            tensor_io::Error::from(metadata.error(GgufError::Content(what)))
+            metadata.error(GgufError::Content(what))
         })?;
         let alpha = metadata.get_f64(ALPHA)?.filter(|alpha| *alpha != 0.0);
         let head_dim = decoder.config().head_dim;
