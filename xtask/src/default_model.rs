@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, ensure};
+use causal_lm::TextTokenizer;
 use eval_report::format;
 use toy_lm::bundled;
 
@@ -32,6 +33,23 @@ pub fn folder() -> PathBuf {
         Some(below) => below,
         None => folder,
     }
+}
+
+/// The entropy of the evaluation text in nats per token, over the tokens that `windows` windows of `window` positions score
+/// (all that the text has, where `None`).
+///
+/// # Errors
+/// A model that is not there.
+pub fn entropy(window: usize, windows: Option<usize>) -> Result<f64> {
+    let folder = folder();
+    let tokenizer = TextTokenizer::open(&folder)?;
+    let mut tokens = tokenizer.encode_file(folder.join(bundled::EVALUATION))?;
+    // BOS takes a position of each window.
+    let text = window - 1;
+    let all = tokens.len() / text;
+    tokens.truncate(text * windows.map_or(all, |windows| windows.min(all)));
+    let bytes = tokenizer.decode(&tokens)?.len();
+    Ok(bundled::evaluation().nats_of_prefix(bytes) / tokens.len() as f64)
 }
 
 /// Train the bundled model and write its checkpoint.

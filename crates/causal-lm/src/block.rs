@@ -105,6 +105,20 @@ pub struct RopeTables {
     pub(crate) sin: Tensor,
 }
 
+impl RopeTables {
+    /// The rows of `positions`, which count from the first position of these tables.
+    ///
+    /// # Errors
+    /// When the device refuses, or a position is not in the tables.
+    pub fn at(&self, positions: &[u32]) -> Result<Self> {
+        let positions = Tensor::new(positions, self.cos.device())?;
+        Ok(Self {
+            cos: self.cos.index_select(&positions, 0)?,
+            sin: self.sin.index_select(&positions, 0)?,
+        })
+    }
+}
+
 impl Block {
     /// Runs the block on `x`, `[batch, tokens, hidden]`; the result has the same shape.
     ///

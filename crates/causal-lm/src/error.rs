@@ -80,16 +80,6 @@ pub enum Error {
     /// The windows asked for cannot be cut from the text.
     #[error("{0}")]
     Windows(String),
-    /// A continuation that cannot be scored.
-    #[error("item {item}, continuation {continuation}: {reason}")]
-    Continuation {
-        /// Index of the item.
-        item: usize,
-        /// Index of the continuation within it.
-        continuation: usize,
-        /// What is wrong with it.
-        reason: String,
-    },
     /// A text or tokenizer file could not be read or used.
     #[error("{path}: {reason}", path = path.display())]
     Text {

@@ -51,8 +51,11 @@ pub fn cross_entropy(logits: &Tensor, targets: &[u32]) -> Result<Vec<f64>> {
     })
 }
 
-/// Index of the first element that is not finite, if any.
-pub(crate) fn first_non_finite(x: &Tensor) -> Result<Option<usize>> {
+/// Index of the first element that is not finite, in row-major order.
+///
+/// # Errors
+/// When the device refuses to hand the tensor over.
+pub fn first_non_finite(x: &Tensor) -> Result<Option<usize>> {
     let finite = |chunk: &[f32]| {
         Arch::new().dispatch(|| chunk.iter().fold(0.0f32, |a, &b| a + b * 0.0) == 0.0)
     };

@@ -5,15 +5,16 @@ use std::path::Path;
 use tensor_io::gguf::Gguf;
 use tokenizers::Tokenizer;
 
-/// The tokenizer of a checkpoint and the BOS token it names.
+/// The tokenizer of a checkpoint, and the BOS and EOS tokens that it names.
 #[derive(Clone, Debug)]
 pub struct TextTokenizer {
     tokenizer: Tokenizer,
     bos: Option<u32>,
+    eos: Option<u32>,
 }
 
 impl TextTokenizer {
-    /// Reads `tokenizer.json`, and the BOS token from `tokenizer_config.json` or, in its absence,
+    /// Reads `tokenizer.json`, and the BOS and EOS tokens from `tokenizer_config.json` or, in its absence,
     /// `special_tokens_map.json`; of a GGUF file, rebuilds the tokenizer from its metadata.
     ///
     /// # Errors
@@ -31,9 +32,14 @@ impl TextTokenizer {
         tokenizer
             .with_truncation(None)
             .map_err(|e| error(&path, e))?;
-        let bos = match bos_text(dir)? {
+        let names = special_tokens(dir)?;
+        let text = |field: &str| {
+            let value = &names[field];
+            value.as_str().or_else(|| value["content"].as_str())
+        };
+        let bos = match text("bos_token") {
             None => None,
-            Some(text) => Some(tokenizer.token_to_id(&text).ok_or_else(|| {
+            Some(text) => Some(tokenizer.token_to_id(text).ok_or_else(|| {
                 error(
                     &path,
                     format!(
@@ -42,7 +48,12 @@ impl TextTokenizer {
                 )
             })?),
         };
-        Ok(Self { tokenizer, bos })
+        let eos = text("eos_token").and_then(|text| tokenizer.token_to_id(text));
+        Ok(Self {
+            tokenizer,
+            bos,
+            eos,
+        })
     }
 
     fn of_gguf(file: &Gguf) -> Result<Self> {
@@ -50,6 +61,7 @@ impl TextTokenizer {
             Some(rebuilt) => Ok(Self {
                 tokenizer: rebuilt.tokenizer,
                 bos: rebuilt.bos,
+                eos: rebuilt.eos,
             }),
             None => Err(error(file.path(), "the file holds no tokenizer")),
         }
@@ -60,30 +72,45 @@ impl TextTokenizer {
         self.bos
     }
 
+    /// The EOS token, where the tokenizer names one of its vocabulary.
+    pub fn eos(&self) -> Option<u32> {
+        self.eos
+    }
+
     /// Tokenises a text as one piece, without special tokens.
     ///
     /// # Errors
     /// [`Error::Windows`] when the tokenizer refuses the text.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
-        let encoding = self.tokenizer.encode_fast(text, false);
-        Ok(encoding
-            .map_err(|e| Error::Windows(format!("the tokenizer refuses the text: {e}")))?
-            .get_ids()
-            .to_vec())
+        let encoding = self.tokenizer.encode_fast(text, false).map_err(refused)?;
+        Ok(encoding.get_ids().to_vec())
     }
 
-    /// Reads and tokenises a file of UTF-8 text. CRLF and CR count as one line feed, as in every
-    /// tool that opens texts in text mode: perplexities would differ by a tenth otherwise.
+    /// Tokenises a text as one piece with the special tokens that the tokenizer itself adds, such as a BOS token in front.
+    ///
+    /// # Errors
+    /// [`Error::Windows`] when the tokenizer refuses the text.
+    pub fn encode_with_special_tokens(&self, text: &str) -> Result<Vec<u32>> {
+        let encoding = self.tokenizer.encode_fast(text, true).map_err(refused)?;
+        Ok(encoding.get_ids().to_vec())
+    }
+
+    /// [`encode`](Self::encode), and for each token the byte of the text where it ends.
+    ///
+    /// # Errors
+    /// [`Error::Windows`] when the tokenizer refuses the text.
+    pub fn encode_with_ends(&self, text: &str) -> Result<(Vec<u32>, Vec<usize>)> {
+        let encoding = self.tokenizer.encode(text, false).map_err(refused)?;
+        let ends = encoding.get_offsets().iter().map(|&(_, end)| end);
+        Ok((encoding.get_ids().to_vec(), ends.collect()))
+    }
+
+    /// Tokenises the text of a file, as [`read_text`] reads it.
     ///
     /// # Errors
     /// [`Error::Text`] when it cannot be read, is not UTF-8 or is empty.
     pub fn encode_file(&self, path: impl AsRef<Path>) -> Result<Vec<u32>> {
-        let path = path.as_ref();
-        let text = std::fs::read_to_string(path).map_err(|e| error(path, e))?;
-        if text.is_empty() {
-            return Err(error(path, "the file is empty"));
-        }
-        self.encode(&text.replace("\r\n", "\n").replace('\r', "\n"))
+        self.encode(&read_text(path)?)
     }
 
     /// Text of a sequence of tokens, special tokens left out.
@@ -97,6 +124,24 @@ impl TextTokenizer {
     }
 }
 
+/// Reads a file of UTF-8 text. CRLF and CR become one line feed, as in every tool that opens texts in text mode:
+/// perplexities would differ by a tenth otherwise.
+///
+/// # Errors
+/// [`Error::Text`] when it cannot be read, is not UTF-8 or is empty.
+pub fn read_text(path: impl AsRef<Path>) -> Result<String> {
+    let path = path.as_ref();
+    let text = std::fs::read_to_string(path).map_err(|e| error(path, e))?;
+    if text.is_empty() {
+        return Err(error(path, "the file is empty"));
+    }
+    Ok(text.replace("\r\n", "\n").replace('\r', "\n"))
+}
+
+fn refused(source: tokenizers::Error) -> Error {
+    Error::Windows(format!("the tokenizer refuses the text: {source}"))
+}
+
 fn error(path: &Path, reason: impl ToString) -> Error {
     Error::Text {
         path: path.into(),
@@ -104,21 +149,14 @@ fn error(path: &Path, reason: impl ToString) -> Error {
     }
 }
 
-/// The BOS token's text: a string, or an object with `content`.
-fn bos_text(dir: &Path) -> Result<Option<String>> {
+/// The file that names the special tokens, each a string or an object with `content`.
+fn special_tokens(dir: &Path) -> Result<serde_json::Value> {
     for file in ["tokenizer_config.json", "special_tokens_map.json"] {
         let path = dir.join(file);
-        if !path.exists() {
-            continue;
+        if path.exists() {
+            let bytes = std::fs::read(&path).map_err(|e| error(&path, e))?;
+            return serde_json::from_slice(&bytes).map_err(|e| error(&path, e));
         }
-        let bytes = std::fs::read(&path).map_err(|e| error(&path, e))?;
-        let json: serde_json::Value =
-            serde_json::from_slice(&bytes).map_err(|e| error(&path, e))?;
-        let bos = &json["bos_token"];
-        return Ok(bos
-            .as_str()
-            .or_else(|| bos["content"].as_str())
-            .map(str::to_string));
     }
-    Ok(None)
+    Ok(serde_json::Value::Null)
 }

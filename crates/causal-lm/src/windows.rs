@@ -42,6 +42,20 @@ impl Windows {
         Ok(Self { tokens, len })
     }
 
+    /// Windows of `len` tokens that are already cut, one after the other in `tokens`.
+    ///
+    /// # Errors
+    /// [`Error::Windows`] when there is none, or `len` does not divide the number of tokens.
+    pub fn of_length(tokens: Vec<u32>, len: usize) -> Result<Self> {
+        if len == 0 || tokens.is_empty() || !tokens.len().is_multiple_of(len) {
+            return Err(Error::Windows(format!(
+                "{} tokens are not whole windows of {len}",
+                tokens.len()
+            )));
+        }
+        Ok(Self { tokens, len })
+    }
+
     /// Positions in a window.
     pub fn window_len(&self) -> usize {
         self.len

@@ -2,7 +2,7 @@
 
 use candle_core::{DType, Device, Tensor};
 use causal_lm::{
-    Decoder, Error, Hidden, Model, NoProgress, NoTap, Perplexity, TextTokenizer, Windows, synthetic,
+    Decoder, Error, Hidden, Model, NoProgress, NoTap, TextTokenizer, Windows, run_blocks, synthetic,
 };
 use serde_json::{Value, json};
 use std::path::PathBuf;
@@ -163,7 +163,7 @@ fn activations_that_overflow_are_found_with_layer_window_and_position() {
     let checkpoint = Checkpoint::open(model).unwrap();
     let decoder = Decoder::new(&checkpoint, DType::F32, &Device::Cpu).unwrap();
     let windows = Windows::cut(&[1, 2, 3, 4, 5, 6, 7, 8], 4, None).unwrap();
-    match Perplexity::measure(&decoder, &windows, &NoProgress).unwrap_err() {
+    match run_blocks(&decoder, &windows, &mut NoTap, &NoProgress).unwrap_err() {
         Error::NonFinite { stage, window, .. } => {
             assert_eq!(stage, "layer 1");
             assert!(window < 2);

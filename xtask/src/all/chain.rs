@@ -89,9 +89,9 @@ pub(super) fn run(common: &Settings, inputs: &Inputs) -> Result<Section> {
     let checkpoint = Checkpoint::open(&inputs.text.model)?;
     let decoder = perplexity::open(common, &checkpoint)?;
     let protocol = Protocol::new(common, &inputs.text, &decoder)?;
-    let evaluation = protocol.evaluation(common, &inputs.text.text)?;
+    let evaluation = protocol.decoding(common, &inputs.text.text)?;
     let calibration = protocol
-        .windows(&inputs.calib)?
+        .calibration(&inputs.calib)?
         .sample(CALIBRATION, common.seed);
     let scratch = Scratch::new()?;
     let bar = common.bar("chain", 1 + STEPS * (1 + DRAWS));
@@ -130,7 +130,12 @@ pub(super) fn run(common: &Settings, inputs: &Inputs) -> Result<Section> {
     }
     let window = evaluation.window_len();
     Ok(protocol
-        .facts(section(rows), &inputs.text.text, &evaluation)
+        .facts(
+            section(rows),
+            &inputs.text.text,
+            evaluation.count(),
+            evaluation.targets(),
+        )
         .fact("prefilled", prompt(window))
         .fact("calibration text", file_name(&inputs.calib))
         .fact("calibration windows", calibration.count())

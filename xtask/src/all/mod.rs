@@ -10,9 +10,9 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
-use causal_lm::TextTokenizer;
 use eval_report::{Section, command_line, format};
-use toy_lm::bundled::{self, CALIBRATION, EVALUATION};
+use lm_eval::ProtocolKind;
+use toy_lm::bundled::{CALIBRATION, EVALUATION};
 
 pub use self::inputs::Inputs;
 use self::summary::Part;
@@ -50,16 +50,16 @@ pub(crate) fn report_folder() -> PathBuf {
 /// # Errors
 /// A model or text that cannot be read or run.
 pub(crate) fn run(settings: &Settings, config: &Config) -> Result<Vec<Section>> {
-    let (inputs, entropy) = match &config.inputs {
-        Some(inputs) => (inputs.clone(), None),
-        None => {
-            let (inputs, entropy) = bundled_inputs()?;
-            (inputs, Some(entropy))
-        }
-    };
     let settings = &Settings {
         samples: settings.samples.or(Some(WINDOWS)),
         ..settings.clone()
+    };
+    let (inputs, entropy) = match &config.inputs {
+        Some(inputs) => (inputs.clone(), None),
+        None => {
+            let (inputs, entropy) = bundled_inputs(settings)?;
+            (inputs, Some(entropy))
+        }
     };
     let mut parts = Vec::new();
     let mut times = Vec::new();
@@ -101,9 +101,9 @@ fn done(settings: &Settings, name: &str, started: Instant) -> (String, String) {
     (name.to_owned(), time)
 }
 
-/// The bundled model with texts that it was not trained on, and the cross-entropy of the generator itself on the text to
-/// evaluate on, in nats per token.
-fn bundled_inputs() -> Result<(Inputs, f64)> {
+/// The bundled model with texts that it was not trained on, and the entropy of the tokens that are evaluated, in nats per
+/// token.
+fn bundled_inputs(settings: &Settings) -> Result<(Inputs, f64)> {
     let model = default_model::folder();
     ensure!(
         model.is_dir(),
@@ -111,13 +111,13 @@ fn bundled_inputs() -> Result<(Inputs, f64)> {
         model.display()
     );
     let (text, calib) = (model.join(EVALUATION), model.join(CALIBRATION));
-    let tokens = TextTokenizer::open(&model)?.encode_file(&text)?.len();
-    let entropy = bundled::evaluation().nats() / tokens as f64;
+    let window = settings.window.unwrap_or(perplexity::WINDOW);
+    let entropy = default_model::entropy(window, settings.samples)?;
     let inputs = Inputs {
         text: perplexity::Config {
             model,
             text,
-            bos: true,
+            protocol: ProtocolKind::Windows,
         },
         calib,
     };

@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use eval_report::{Budget, Row};
+use lm_eval::ProtocolKind;
 
 use super::inputs::Inputs;
 use crate::settings::Settings;
@@ -79,8 +80,10 @@ impl Flags {
         let mut flags = Self::default()
             .with("--model", path(&inputs.text.model))
             .with("--text", path(&inputs.text.text));
-        if !inputs.text.bos {
-            flags.0.push("--no-bos".into());
+        match inputs.text.protocol {
+            ProtocolKind::Windows => {}
+            ProtocolKind::WindowsWithoutBos => flags.0.push("--no-bos".into()),
+            kind => flags = flags.with("--protocol", kind),
         }
         if let Some(window) = settings.window {
             flags = flags.with("--window", window);

@@ -4,6 +4,9 @@ use std::path::PathBuf;
 
 use clap::Args;
 
+use lm_eval::ProtocolKind;
+
+use super::{DECODED, protocol, with_bos};
 use crate::all::{Config, Inputs};
 use crate::suites::perplexity;
 
@@ -19,8 +22,11 @@ pub(super) struct AllArgs {
     /// Without a suite: text to calibrate on; must differ from --text
     #[arg(long, value_name = "FILE", requires = "model")]
     calib: Option<PathBuf>,
+    /// Without a suite: how texts become windows and targets, as for a suite
+    #[arg(long, requires = "model", value_name = "NAME", default_value = "windows", value_parser = protocol(DECODED))]
+    protocol: ProtocolKind,
     /// Without a suite: do not begin windows with the tokenizer's BOS token
-    #[arg(long, requires = "model")]
+    #[arg(long, requires = "model", conflicts_with = "protocol")]
     no_bos: bool,
 }
 
@@ -39,7 +45,7 @@ impl From<AllArgs> for Config {
                 text: perplexity::Config {
                     model,
                     text,
-                    bos: !args.no_bos,
+                    protocol: with_bos(args.protocol, !args.no_bos),
                 },
                 calib,
             }),
@@ -59,12 +65,16 @@ mod tests {
 
     #[test]
     fn the_command_line_of_every_preset_asks_for_the_preset() {
-        for (bos, window) in [(true, None), (false, Some(64))] {
+        for (protocol, window) in [
+            (ProtocolKind::Windows, None),
+            (ProtocolKind::WindowsWithoutBos, Some(64)),
+            (ProtocolKind::Gptq, None),
+        ] {
             let inputs = Inputs {
                 text: perplexity::Config {
                     model: "a model".into(),
                     text: "text".into(),
-                    bos,
+                    protocol,
                 },
                 calib: "calib".into(),
             };

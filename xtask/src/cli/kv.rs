@@ -8,6 +8,8 @@ use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, ValueEnum};
 use eval_report::Budget;
 
+use lm_eval::ProtocolKind;
+
 use crate::suites::kv::perplexity::Text;
 use crate::suites::kv::policy::{ALPHA, Choice, PromptRule};
 use crate::suites::kv::recall::Recall;
@@ -28,8 +30,11 @@ pub(super) struct KvArgs {
     /// Text to decode
     #[arg(long, value_name = "FILE")]
     text: Option<PathBuf>,
+    /// How the text becomes windows: each with BOS in front; or gptq, cut from the text with the tokenizer's own special tokens
+    #[arg(long, value_name = "NAME", default_value = "windows", value_parser = super::protocol(super::DECODED))]
+    protocol: ProtocolKind,
     /// Do not begin windows with the tokenizer's BOS token
-    #[arg(long)]
+    #[arg(long, conflicts_with = "protocol")]
     no_bos: bool,
     /// Policies, separated by commas; the full cache is always measured; lagged-P evicts every W steps [default: all]
     #[arg(long, value_delimiter = ',', value_name = "P[,P..]", value_parser = PossibleValuesParser::new(Choice::known().iter().map(String::as_str)))]
@@ -166,7 +171,7 @@ impl KvArgs {
                 let of = |model: &PathBuf| perplexity::Config {
                     model: model.clone(),
                     text: text.clone(),
-                    bos: !self.no_bos,
+                    protocol: super::with_bos(self.protocol, !self.no_bos),
                 };
                 self.model.iter().map(of).collect()
             }

@@ -13,8 +13,11 @@ use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
+use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, Parser, Subcommand};
+
+use lm_eval::ProtocolKind;
 
 use crate::eval::{self, Run, Scope};
 use crate::settings::{Device, Settings};
@@ -151,8 +154,20 @@ struct TextArgs {
     /// Text to evaluate on
     #[arg(long, value_name = "FILE")]
     text: PathBuf,
+    #[command(flatten)]
+    protocol: ProtocolArgs,
+}
+
+/// How a text becomes windows and targets.
+#[derive(Args)]
+struct ProtocolArgs {
+    /// How the text becomes windows and targets: consecutive windows that each begin with BOS; gptq, windows of the text with
+    /// the tokenizer's own special tokens as in published tables; or rolling, every token once, with perplexity per word and
+    /// byte (lm-evaluation-harness)
+    #[arg(long, value_name = "NAME", default_value = "windows", value_parser = protocol(&["windows", "gptq", "rolling"]))]
+    protocol: ProtocolKind,
     /// Do not begin windows with the tokenizer's BOS token
-    #[arg(long)]
+    #[arg(long, conflicts_with = "protocol")]
     no_bos: bool,
 }
 
@@ -172,18 +187,39 @@ impl From<ReportArgs> for report::Config {
     }
 }
 
+impl From<ProtocolArgs> for ProtocolKind {
+    fn from(args: ProtocolArgs) -> Self {
+        with_bos(args.protocol, !args.no_bos)
+    }
+}
+
+/// The protocol by the flags `--protocol` and `--no-bos`.
+fn with_bos(kind: ProtocolKind, bos: bool) -> ProtocolKind {
+    match kind {
+        ProtocolKind::Windows if !bos => ProtocolKind::WindowsWithoutBos,
+        kind => kind,
+    }
+}
+
+fn protocol(names: &'static [&'static str]) -> impl TypedValueParser<Value = ProtocolKind> {
+    PossibleValuesParser::new(names).try_map(|name| name.parse::<ProtocolKind>())
+}
+
+/// Protocols whose windows are decoded token by token.
+const DECODED: &[&str] = &["windows", "gptq"];
+
 impl From<TextArgs> for perplexity::Config {
     fn from(
         TextArgs {
             model,
             text,
-            no_bos,
+            protocol,
         }: TextArgs,
     ) -> Self {
         perplexity::Config {
             model,
             text,
-            bos: !no_bos,
+            protocol: protocol.into(),
         }
     }
 }

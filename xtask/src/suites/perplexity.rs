@@ -4,8 +4,9 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use candle_core::DType;
-use causal_lm::{Decoder, Perplexity, TextTokenizer, Windows};
+use causal_lm::{Decoder, TextTokenizer, Windows, read_text};
 use eval_report::{Column, DENSE, Row, Section, Stopwatch};
+use lm_eval::{Perplexity, ProtocolKind, ScoredWindows};
 use tensor_io::Checkpoint;
 
 use super::hidden;
@@ -14,7 +15,7 @@ use crate::hub;
 use crate::settings::Settings;
 
 /// Window in positions where none was asked for and the model reaches that far.
-const WINDOW: usize = 512;
+pub(crate) const WINDOW: usize = 512;
 
 /// What to measure.
 #[derive(Debug, Clone)]
@@ -23,15 +24,14 @@ pub struct Config {
     pub model: PathBuf,
     /// Text to evaluate on.
     pub text: PathBuf,
-    /// Whether windows begin with BOS where the tokenizer has it.
-    pub bos: bool,
+    /// How the text becomes windows and targets.
+    pub protocol: ProtocolKind,
 }
 
 /// How texts are cut into windows for one model.
 pub(crate) struct Protocol {
     tokenizer: TextTokenizer,
-    window: usize,
-    bos: Option<u32>,
+    protocol: lm_eval::Protocol,
 }
 
 impl Protocol {
@@ -39,27 +39,43 @@ impl Protocol {
         let tokenizer = TextTokenizer::open(&config.model)?;
         let reach = decoder.config().max_positions;
         let window = common.window.unwrap_or(WINDOW.min(reach));
-        anyhow::ensure!(
-            window <= reach,
-            "--window {window}: {} was made for {reach} positions",
-            config.model.display()
-        );
-        let bos = tokenizer.bos().filter(|_| config.bos);
+        let protocol =
+            lm_eval::Protocol::new(config.protocol, window, reach).with_context(|| {
+                format!(
+                    "--window {window}: {} was made for {reach} positions",
+                    config.model.display()
+                )
+            })?;
         Ok(Self {
             tokenizer,
-            window,
-            bos,
+            protocol,
         })
     }
 
-    pub(crate) fn windows(&self, text: &Path) -> Result<Windows> {
-        let tokens = self.tokenizer.encode_file(text)?;
-        Windows::cut(&tokens, self.window, self.bos).with_context(|| text.display().to_string())
+    /// The windows to calibrate on: all of the text.
+    pub(crate) fn calibration(&self, text: &Path) -> Result<Windows> {
+        let windows = self.protocol.windows(&self.tokenizer, &read_text(text)?);
+        windows.with_context(|| text.display().to_string())
     }
 
     /// The windows to evaluate on: the first `--samples` of the text.
-    pub(crate) fn evaluation(&self, common: &Settings, text: &Path) -> Result<Windows> {
-        let windows = self.windows(text)?;
+    pub(crate) fn evaluation(&self, common: &Settings, text: &Path) -> Result<ScoredWindows> {
+        let (protocol, tokenizer, contents) = (&self.protocol, &self.tokenizer, read_text(text)?);
+        let windows = match common.samples {
+            Some(samples) => protocol.first(tokenizer, &contents, samples),
+            None => protocol.evaluation(tokenizer, &contents),
+        };
+        windows.with_context(|| text.display().to_string())
+    }
+
+    /// The windows to decode token by token: those of [`Protocol::evaluation`], of which every token can be a target.
+    pub(crate) fn decoding(&self, common: &Settings, text: &Path) -> Result<Windows> {
+        anyhow::ensure!(
+            self.protocol.kind != ProtocolKind::Rolling,
+            "--protocol rolling scores every token of a text once, decoding only those after each window's prompt; \
+             use windows or gptq"
+        );
+        let windows = self.calibration(text)?;
         Ok(match common.samples {
             Some(samples) => windows.first(samples),
             None => windows,
@@ -67,13 +83,24 @@ impl Protocol {
     }
 
     /// `section` with the facts that make a perplexity comparable.
-    pub(crate) fn facts(&self, section: Section, text: &Path, windows: &Windows) -> Section {
+    pub(crate) fn facts(
+        &self,
+        section: Section,
+        text: &Path,
+        windows: usize,
+        targets: usize,
+    ) -> Section {
+        let kind = match self.protocol.kind {
+            ProtocolKind::WindowsWithoutBos => ProtocolKind::Windows,
+            kind => kind,
+        };
         section
             .fact("evaluation text", file_name(text))
-            .fact("window", self.window)
-            .fact("BOS", self.bos.is_some())
-            .fact("windows", windows.count())
-            .fact("targets", windows.targets())
+            .fact("protocol", kind.name())
+            .fact("window", self.protocol.window)
+            .fact("BOS", self.protocol.bos(&self.tokenizer))
+            .fact("windows", windows)
+            .fact("targets", targets)
     }
 }
 
@@ -115,7 +142,7 @@ pub(crate) fn open<'a>(common: &Settings, checkpoint: &'a Checkpoint) -> Result<
 /// Measures `decoder` and fills the row's quality, size, speed and memory.
 pub(crate) fn measure(
     decoder: &Decoder<'_>,
-    windows: &Windows,
+    windows: &ScoredWindows,
     row: &mut Row,
     progress: &Bar,
 ) -> Result<()> {
@@ -124,6 +151,15 @@ pub(crate) fn measure(
     watch.stop(row);
     row.perplexity = Some(perplexity.perplexity());
     row.nll = Some(perplexity.nll());
+    for (name, value) in [
+        ("word_perplexity", perplexity.word_perplexity()),
+        ("byte_perplexity", perplexity.byte_perplexity()),
+        ("bits_per_byte", perplexity.bits_per_byte()),
+    ] {
+        if let Some(value) = value {
+            row.extra.insert(name.into(), value.into());
+        }
+    }
     row.tokens_per_second = Some(perplexity.tokens_per_second());
     row.params = Some(decoder.checkpoint().parameters());
     row.bytes = Some(decoder.checkpoint().total_bytes());
@@ -146,18 +182,23 @@ pub fn run(common: &Settings, config: &Config, hidden_metrics: bool) -> Result<V
     };
     measure(&decoder, &windows, &mut row, &progress)?;
     if hidden_metrics {
-        hidden::hidden_metrics(&decoder, &windows, &mut row)?;
+        hidden::hidden_metrics(&decoder, windows.inputs(), &mut row)?;
     }
     progress.finish();
     let section = Section {
         title: "Perplexity".into(),
-        prose: "The exponential of the mean cross-entropy over all positions but the first of consecutive, \
-                non-overlapping windows."
+        prose: "Perplexity is the exponential of the mean cross-entropy over all targets. The protocol windows takes \
+                consecutive windows, each with BOS where the tokenizer has one, and scores all but the first token; gptq \
+                cuts them from the text with the tokenizer's own special tokens; rolling scores every token once and also \
+                gives the perplexity per word and byte and the bits per byte (lm-evaluation-harness)."
             .into(),
         columns: vec![
             Column::Model,
             Column::Perplexity,
             Column::Nll,
+            Column::Extra("word_perplexity".into()),
+            Column::Extra("byte_perplexity".into()),
+            Column::Extra("bits_per_byte".into()),
             Column::Params,
             Column::Bytes,
             Column::TokensPerSecond,
@@ -170,5 +211,10 @@ pub fn run(common: &Settings, config: &Config, hidden_metrics: bool) -> Result<V
         rows: vec![row],
         ..Section::default()
     };
-    Ok(vec![protocol.facts(section, &config.text, &windows)])
+    Ok(vec![protocol.facts(
+        section,
+        &config.text,
+        windows.count(),
+        windows.targets(),
+    )])
 }

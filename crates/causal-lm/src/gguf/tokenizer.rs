@@ -42,7 +42,7 @@ pub(crate) mod kind {
 pub(crate) struct Rebuilt {
     pub(crate) tokenizer: Tokenizer,
     pub(crate) bos: Option<u32>,
-    eos: Option<u32>,
+    pub(crate) eos: Option<u32>,
 }
 
 /// Rebuilds the tokenizer of `file`; `None` if the file says that it has none.

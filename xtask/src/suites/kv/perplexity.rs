@@ -68,7 +68,7 @@ fn one(common: &Settings, config: &Config, text: &Text, among: bool) -> Result<(
     }
     let common = &common;
     let protocol = Protocol::new(common, &text.text, &decoder)?;
-    let windows = protocol.evaluation(common, &text.text.text)?;
+    let windows = protocol.decoding(common, &text.text.text)?;
     let window = windows.window_len();
     let prompt = text.prompt.unwrap_or(prompt(window));
     ensure!(
@@ -113,7 +113,7 @@ fn one(common: &Settings, config: &Config, text: &Text, among: bool) -> Result<(
         section.title = format!("{}, {name}", section.title);
     }
     let section = protocol
-        .facts(section, &text.text.text, &windows)
+        .facts(section, &text.text.text, windows.count(), windows.targets())
         .fact("prefilled", prompt)
         .fact("decoded", window - prompt)
         .fact("targets", windows.count() * (window - prompt))

@@ -112,7 +112,7 @@ fn record(common: &Settings, text: &perplexity::Config, prompt: Option<usize>) -
     let checkpoint = Checkpoint::open(&text.model)?;
     let decoder = perplexity::open(common, &checkpoint)?;
     let protocol = Protocol::new(common, text, &decoder)?;
-    let windows = protocol.windows(&text.text)?;
+    let windows = protocol.calibration(&text.text)?;
     let windows = windows.first(common.samples.unwrap_or(RECORDED));
     let prompt = prompt.unwrap_or((windows.window_len() / 4).max(1));
     ensure!(

@@ -11,6 +11,7 @@ use anyhow::{Context, Result};
 use candle_core::DType;
 use causal_lm::{Decoder, Windows};
 use eval_report::{DENSE, Row, Section, Stopwatch};
+use lm_eval::ScoredWindows;
 use lowrank_eora::compress::{Compressor, LinearShape, Shapes};
 use lowrank_eora::output::{CheckpointOptions, Layout, Weights, write_checkpoint};
 use lowrank_eora::repair::{
@@ -105,7 +106,7 @@ pub fn run(common: &Settings, config: &Config) -> Result<Vec<Section>> {
     let decoder = open(common, &checkpoint)?;
     let protocol = Protocol::new(common, &config.perplexity, &decoder)?;
     let evaluation = protocol.evaluation(common, &config.perplexity.text)?;
-    let windows = protocol.windows(&config.calib)?;
+    let windows = protocol.calibration(&config.calib)?;
     let wanted = (config.calib_samples, config.held_out_samples);
     let (calibration, held_out) = data::split(&windows, wanted, common.seed)
         .with_context(|| config.calib.display().to_string())?;
@@ -134,7 +135,8 @@ pub fn run(common: &Settings, config: &Config) -> Result<Vec<Section>> {
         .facts(
             table::section(config, rows),
             &config.perplexity.text,
-            &evaluation,
+            evaluation.count(),
+            evaluation.targets(),
         )
         .fact("calibration text", file_name(&config.calib))
         .fact("calibration windows", calibration.count())
@@ -162,7 +164,7 @@ struct Lowrank<'a> {
     common: &'a Settings,
     config: &'a Config,
     decoder: &'a Decoder<'a>,
-    evaluation: &'a Windows,
+    evaluation: &'a ScoredWindows,
     calibration: &'a Windows,
     held_out: &'a Windows,
     state: &'a Path,
@@ -176,7 +178,7 @@ impl Lowrank<'_> {
         perplexity::measure(self.decoder, self.evaluation, &mut row, &bar)?;
         row.tokens_per_second = None;
         if self.config.hidden_metrics {
-            hidden_metrics(self.decoder, self.evaluation, &mut row)?;
+            hidden_metrics(self.decoder, self.evaluation.inputs(), &mut row)?;
         }
         bar.finish();
         Ok(row)
@@ -362,7 +364,7 @@ impl Lowrank<'_> {
             );
         }
         if self.config.hidden_metrics {
-            hidden_metrics(&decoder, self.evaluation, row)?;
+            hidden_metrics(&decoder, self.evaluation.inputs(), row)?;
         }
         std::fs::remove_dir_all(&folder).with_context(|| folder.display().to_string())
     }

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use causal_lm::{BATCH_TOKENS, Decoder, Hidden, NoTap, Windows};
 use eval_report::{DENSE, ROUNDS, Rounds, Row, Section, Stopwatch, format, mean_over_seeds};
+use lm_eval::ScoredWindows;
 use prune_structured::gguf::{self, Precision};
 use prune_structured::output::Refits;
 use prune_structured::score::Random;
@@ -105,7 +106,7 @@ pub fn run(common: &Settings, config: &Config) -> Result<Vec<Section>> {
     }
     let protocol = Protocol::new(common, &config.perplexity, &decoder)?;
     let evaluation = protocol.evaluation(common, &config.perplexity.text)?;
-    let text = protocol.windows(&config.calib)?;
+    let text = protocol.calibration(&config.calib)?;
     let calibration = text.sample(config.calib_samples, common.seed);
     let compared = text.sample(config.search.samples, common.seed);
 
@@ -133,7 +134,7 @@ pub fn run(common: &Settings, config: &Config) -> Result<Vec<Section>> {
         let bar = common.bar(DENSE, 0);
         let mut row = Row::new("structured", DENSE);
         perplexity::measure(&decoder, &evaluation, &mut row, &bar)?;
-        time_blocks(&[&decoder], &evaluation)?[0].fill(&mut row);
+        time_blocks(&[&decoder], evaluation.inputs())?[0].fill(&mut row);
         rows.push(row);
         bar.finish();
     }
@@ -162,7 +163,12 @@ pub fn run(common: &Settings, config: &Config) -> Result<Vec<Section>> {
     compare_with_dense(&mut rows, &decoder, &file_name(&config.perplexity.model));
     Ok(vec![
         protocol
-            .facts(section(config, rows), &config.perplexity.text, &evaluation)
+            .facts(
+                section(config, rows),
+                &config.perplexity.text,
+                evaluation.count(),
+                evaluation.targets(),
+            )
             .fact("calibration text", file_name(&config.calib))
             .fact("calibration windows", calibration.count())
             .fact("calibration time", format::seconds(calibrating.seconds))
@@ -181,7 +187,7 @@ struct Cells<'a> {
     config: &'a Config,
     decoder: &'a Decoder<'a>,
     calibration: &'a Windows,
-    evaluation: &'a Windows,
+    evaluation: &'a ScoredWindows,
     compared: &'a Windows,
     scratch: &'a Path,
 }
@@ -400,7 +406,7 @@ impl Cells<'_> {
         let steps = bar.nested("perplexity", 0);
         perplexity::measure(&pruned, self.evaluation, &mut row, &steps)?;
         steps.finish();
-        let times = time_blocks(&[self.decoder, &pruned], self.evaluation)?;
+        let times = time_blocks(&[self.decoder, &pruned], self.evaluation.inputs())?;
         times[1].fill_beside(&times[0], &mut row);
         self.export(&pruned, &folder, (&mut row, bar))?;
         anyhow::ensure!(

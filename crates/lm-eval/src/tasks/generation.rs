@@ -1,81 +1,84 @@
-//! Worked solutions, generated greedily and judged by the number they end in.
+//! Worked solutions, generated greedily and judged by the number at their end.
 
 use std::time::Instant;
 
-use anyhow::{Result, ensure};
-use causal_lm::{CacheSet, GenerateOptions, Model, Sampling, generate};
-use kv_lazy::Snapshot;
-use serde_json::{Value, json};
-use tensor_io::Config;
+use causal_lm::{CacheSet, GenerateOptions, Model, Sampling, Snapshot, generate};
+use serde_json::Value;
+use tensor_io::{Config, Progress};
 
 use super::exact_match::{flexible, strict, until_stop};
-use super::examples::Examples;
-use super::layout::{Answer, Data};
-use super::{Answers, Subject};
-use crate::bar::Bar;
+use super::layout::{Answer, Task};
+use super::{Answers, Evaluator, Examples, Sample};
+use crate::{Error, Result};
 
-/// Tokens generated between two looks for a text that ends the answer.
+/// Tokens generated between two searches for a text that ends the answer.
 const STRIDE: usize = 8;
 
-/// Answers the first `count` questions of `data`: judged by the number after `####`, and by the last number.
-pub(crate) fn answer(
-    subject: &Subject<'_>,
-    data: &Data,
+/// Answers the first `count` questions of `task`: judged by the number after `####`, and by the last number.
+pub(super) fn answer(
+    evaluator: &Evaluator<'_>,
+    task: &Task,
     examples: &Examples<'_>,
     count: usize,
     max_new_tokens: usize,
-    progress: &Bar,
+    progress: &dyn Progress,
 ) -> Result<Answers> {
-    let positions = subject.positions;
-    ensure!(
-        max_new_tokens < positions,
-        "--max-new-tokens {max_new_tokens} leaves no room for a question in {positions} positions"
-    );
-    let model = Model::load(subject.decoder)?;
-    let mut writer = Writer {
-        subject,
+    let positions = evaluator.positions;
+    if max_new_tokens >= positions {
+        return Err(Error::NoRoom {
+            max_new_tokens,
+            positions,
+        });
+    }
+    progress.begin("generation", count as u64);
+    let model = Model::load(evaluator.decoder)?;
+    let mut generator = Generator {
+        evaluator,
         cache: model.full_cache(1)?,
         model: &model,
-        end: end_tokens(subject)?,
+        end: end_tokens(evaluator)?,
         shared: None,
     };
     let mut answers = Answers::default();
     let mut generated = 0;
     let start = Instant::now();
-    for (i, item) in data.items.iter().take(count).enumerate() {
+    for (i, item) in task.items.iter().take(count).enumerate() {
         let Answer::Worked(solution) = &item.answer else {
             continue;
         };
         let before = examples.before(i);
-        let mut prompt = subject.encode(&(before.clone() + &item.prompt))?;
+        let mut prompt = evaluator.encode(&(before.clone() + &item.prompt))?;
         let surplus = prompt.len().saturating_sub(positions - max_new_tokens);
         answers.truncated += usize::from(surplus > 0);
         prompt.drain(..surplus);
-        let shared = common_prefix(&subject.encode(&before)?, &prompt);
-        let (text, tokens) = writer.write(&prompt, shared, max_new_tokens)?;
+        let shared = common_prefix(&evaluator.encode(&before)?, &prompt);
+        let (text, tokens) = generator.answer(&prompt, shared, max_new_tokens)?;
         generated += tokens;
-        answers.first.push(strict(&text, solution));
-        answers.second.push(flexible(&text, solution));
-        answers.samples.push(json!({"item": i, "generated": text}));
-        progress.set(i as u64 + 1, count as u64);
+        answers.correct.push(strict(&text, solution));
+        answers.correct_by_second.push(flexible(&text, solution));
+        answers.samples.push(Sample::Generated {
+            item: i,
+            generated: text,
+        });
+        progress.advance(1)?;
     }
     answers.tokens_per_second = generated as f64 / start.elapsed().as_secs_f64();
     Ok(answers)
 }
 
-/// Continues prompts, keeping the cache of the examples that they share.
-struct Writer<'a> {
-    subject: &'a Subject<'a>,
+/// Continues prompts, and keeps the cache of the examples that they share.
+struct Generator<'a> {
+    evaluator: &'a Evaluator<'a>,
     model: &'a Model<'a>,
     cache: CacheSet,
     end: Vec<u32>,
     shared: Option<(Vec<u32>, Snapshot)>,
 }
 
-impl Writer<'_> {
+impl Generator<'_> {
     /// The text that follows `prompt`, whose first `shared` tokens the next prompt may have too, and the number of tokens
     /// generated.
-    fn write(&mut self, prompt: &[u32], shared: usize, max: usize) -> Result<(String, usize)> {
+    fn answer(&mut self, prompt: &[u32], shared: usize, max: usize) -> Result<(String, usize)> {
         self.begin(&prompt[..shared])?;
         let mut options = GenerateOptions {
             max_new_tokens: 0,
@@ -89,7 +92,7 @@ impl Writer<'_> {
             let (model, cache) = (self.model, &mut self.cache);
             let generated = generate(model, cache, &next, &options, &mut |_| ())?.tokens;
             tokens.extend(&generated);
-            let text = self.subject.tokenizer.decode(&tokens)?;
+            let text = self.evaluator.tokenizer.decode(&tokens)?;
             let (answer, stopped) = until_stop(&text);
             let ended = generated.len() < options.max_new_tokens || tokens.len() == max;
             match generated.last() {
@@ -99,10 +102,13 @@ impl Writer<'_> {
         }
     }
 
-    /// Brings the cache to where it holds `prefix` alone.
+    /// Makes the cache hold `prefix` alone.
     fn begin(&mut self, prefix: &[u32]) -> Result<()> {
         match &self.shared {
-            Some((held, snapshot)) if held == prefix => self.cache.restore(snapshot)?,
+            Some((held, snapshot)) if held == prefix => self
+                .cache
+                .restore(snapshot)
+                .map_err(causal_lm::Error::from)?,
             _ => {
                 self.cache.reset();
                 self.shared = None;
@@ -123,8 +129,8 @@ fn common_prefix(examples: &[u32], prompt: &[u32]) -> usize {
 }
 
 /// The tokens that end a text: `eos_token_id` of generation_config.json or else of config.json, one or several.
-fn end_tokens(subject: &Subject<'_>) -> Result<Vec<u32>> {
-    let checkpoint = subject.decoder.checkpoint();
+fn end_tokens(evaluator: &Evaluator<'_>) -> Result<Vec<u32>> {
+    let checkpoint = evaluator.decoder.checkpoint();
     let generation = checkpoint.dir().join("generation_config.json");
     let ids = match generation.exists() {
         true => Config::read(generation)?.get("eos_token_id").cloned(),

@@ -1,11 +1,9 @@
-//! Log-likelihoods of continuations, beside logits of transformers and beside whole sequences run one by one.
+//! Log-likelihoods of continuations, compared with whole sequences that run one by one.
 
-mod common;
-
-use candle_core::{DType, Device};
-use causal_lm::{Continuations, Decoder, Error, Likelihoods, Model, NoProgress};
-use common::{Golden, for_each};
-use tensor_io::Checkpoint;
+use causal_lm::testing::{TestModel, config, configs};
+use causal_lm::{Decoder, Model};
+use lm_eval::{Continuations, Error, Likelihoods, NoProgress};
+use serde_json::json;
 
 fn scores(decoder: &Decoder<'_>, items: &[Continuations], max: usize) -> Vec<Vec<f64>> {
     Likelihoods::measure(decoder, items, max, &NoProgress)
@@ -13,9 +11,13 @@ fn scores(decoder: &Decoder<'_>, items: &[Continuations], max: usize) -> Vec<Vec
         .log_likelihoods
 }
 
-/// Σ log softmax(logits)[token] over `tokens[from..]`, predicted by the rows before them.
-fn sum(logits: &[Vec<f32>], tokens: &[u32], from: usize) -> f64 {
-    (from..tokens.len())
+/// Σ log softmax(logits)[token] over the continuation, from the logits of the whole sequence.
+fn alone(model: &Model<'_>, context: &[u32], continuation: &[u32]) -> f64 {
+    let tokens = [context, continuation].concat();
+    let mut cache = model.full_cache(1).unwrap();
+    let logits = model.forward_all(&[&tokens], &mut cache).unwrap();
+    let logits: Vec<Vec<f32>> = logits.squeeze(0).unwrap().to_vec2().unwrap();
+    (context.len()..tokens.len())
         .map(|i| {
             let row: Vec<f64> = logits[i - 1].iter().map(|&x| f64::from(x)).collect();
             let log_sum = row.iter().map(|x| x.exp()).sum::<f64>().ln();
@@ -24,49 +26,23 @@ fn sum(logits: &[Vec<f32>], tokens: &[u32], from: usize) -> f64 {
         .sum()
 }
 
-/// The same by running the one sequence through a cache.
-fn alone(model: &Model<'_>, context: &[u32], continuation: &[u32]) -> f64 {
-    let tokens = [context, continuation].concat();
-    let mut cache = model.full_cache(1).unwrap();
-    let logits = model.forward_all(&[&tokens], &mut cache).unwrap();
-    sum(
-        &logits.squeeze(0).unwrap().to_vec2().unwrap(),
-        &tokens,
-        context.len(),
-    )
+/// Calls `test` with a model of every kind.
+fn for_each(test: impl Fn(&Decoder<'_>)) {
+    for config in configs() {
+        test(&TestModel::new(&config).decoder());
+    }
 }
 
-#[test]
-fn scores_agree_with_the_logits_of_transformers() {
-    for_each(|name, golden, decoder| {
-        let (tokens, logits) = (golden.tokens(), golden.logits());
-        let end = tokens.len();
-        assert!((sum(&logits, &tokens, 1) / (end - 1) as f64 + golden.mean_nll()).abs() < 1e-5);
-        let cut = |at: usize| Continuations {
-            context: tokens[..at].to_vec(),
-            continuations: vec![
-                tokens[at..end].to_vec(),
-                tokens[at..at + 1].to_vec(),
-                tokens[at..at + 2].to_vec(),
-            ],
-        };
-        let cuts = [1, 3, end - 2];
-        let found = scores(decoder, &cuts.map(cut), 64);
-        for (at, found) in cuts.into_iter().zip(found) {
-            for (found, to) in found.into_iter().zip([end, at + 1, at + 2]) {
-                let expected = sum(&logits, &tokens[..to], at);
-                assert!(
-                    (found - expected).abs() < 1e-4,
-                    "{name}: {found} is not {expected}"
-                );
-            }
-        }
-    });
+fn small() -> TestModel {
+    TestModel::new(&config("llama", json!({})))
 }
+
+/// A sequence of twelve tokens.
+const TOKENS: [u32; 12] = [3, 14, 15, 9, 26, 5, 35, 8, 9, 7, 9, 32];
 
 #[test]
 fn sharing_the_context_and_packing_change_nothing() {
-    for_each(|name, _, decoder| {
+    for_each(|decoder| {
         let model = Model::load(decoder).unwrap();
         let vocab = decoder.config().vocab as u32;
         let token = |i: usize| (i * i * 7 + i * 3 + 1) as u32 % vocab;
@@ -89,7 +65,7 @@ fn sharing_the_context_and_packing_change_nothing() {
                 let expected = alone(&model, &items[i].context, continuation);
                 assert!(
                     (found[i][c] - expected).abs() < 1e-4,
-                    "{name}, {i}, {c}: {} is not {expected}",
+                    "{i}, {c}: {} is not {expected}",
                     found[i][c]
                 );
             }
@@ -99,13 +75,10 @@ fn sharing_the_context_and_packing_change_nothing() {
 
 #[test]
 fn a_context_too_long_is_cut_on_the_left() {
-    let (_, golden) = Golden::all().remove(0);
-    let dir = tempfile::tempdir().unwrap();
-    golden.write(&dir.path().join("model"));
-    let checkpoint = Checkpoint::open(dir.path().join("model")).unwrap();
-    let decoder = Decoder::new(&checkpoint, DType::F32, &Device::Cpu).unwrap();
+    let small = small();
+    let decoder = small.decoder();
     let model = Model::load(&decoder).unwrap();
-    let tokens = golden.tokens();
+    let tokens = TOKENS;
     let item = Continuations {
         context: tokens[..5].to_vec(),
         continuations: vec![tokens[5..7].to_vec(), tokens[5..8].to_vec()],
@@ -124,11 +97,8 @@ fn a_context_too_long_is_cut_on_the_left() {
 
 #[test]
 fn what_cannot_be_scored_is_named() {
-    let (_, golden) = Golden::all().remove(0);
-    let dir = tempfile::tempdir().unwrap();
-    golden.write(&dir.path().join("model"));
-    let checkpoint = Checkpoint::open(dir.path().join("model")).unwrap();
-    let decoder = Decoder::new(&checkpoint, DType::F32, &Device::Cpu).unwrap();
+    let small = small();
+    let decoder = small.decoder();
     let error = |context: &[u32], continuations: &[&[u32]]| {
         let item = Continuations {
             context: context.to_vec(),
@@ -158,23 +128,26 @@ fn what_cannot_be_scored_is_named() {
     for (context, continuation) in [([1], [outside]), ([outside], [1])] {
         assert!(matches!(
             error(&context, &[&continuation]),
-            Error::TokenOutOfRange { token, .. } if token == outside
+            Error::Model(error) if matches!(
+                *error,
+                causal_lm::Error::TokenOutOfRange { token, .. } if token == outside
+            )
         ));
     }
 }
 
 #[test]
 fn scores_of_all_continuations_of_one_token_are_a_distribution() {
-    for_each(|name, golden, decoder| {
+    for_each(|decoder| {
         let item = Continuations {
-            context: golden.tokens(),
+            context: TOKENS.to_vec(),
             continuations: (0..decoder.config().vocab as u32)
                 .map(|t| vec![t])
                 .collect(),
         };
         let scored = Likelihoods::measure(decoder, &[item], 64, &NoProgress).unwrap();
-        assert_eq!(scored.tokens, golden.tokens().len(), "the context alone");
+        assert_eq!(scored.tokens, TOKENS.len(), "the context alone");
         let total: f64 = scored.log_likelihoods[0].iter().map(|x| x.exp()).sum();
-        assert!((total - 1.0).abs() < 1e-5, "{name}: {total}");
+        assert!((total - 1.0).abs() < 1e-5, "{total}");
     });
 }

@@ -1,68 +1,68 @@
 //! Multiple choice by the log-likelihood of each choice.
 
-use anyhow::{Context, Result};
-use causal_lm::{Continuations, Error, Likelihoods};
-use serde_json::json;
+use tensor_io::Progress;
 
-use super::examples::Examples;
-use super::layout::{Answer, Data};
-use super::{Answers, Subject};
-use crate::bar::Bar;
+use super::layout::{Answer, Task};
+use super::{Answers, Evaluator, Examples, Sample};
+use crate::likelihood::{Continuations, Likelihoods};
+use crate::{Error, Result};
 
-/// Answers the first `count` questions of `data`: by log-likelihood, and by log-likelihood per character.
-pub(crate) fn answer(
-    subject: &Subject<'_>,
-    data: &Data,
+/// Answers the first `count` questions of `task`: by log-likelihood, and by log-likelihood per character.
+pub(super) fn answer(
+    evaluator: &Evaluator<'_>,
+    task: &Task,
     examples: &Examples<'_>,
     count: usize,
-    progress: &Bar,
+    progress: &dyn Progress,
 ) -> Result<Answers> {
     let mut questions = Vec::with_capacity(count);
     let mut encoded = Vec::with_capacity(count);
-    for (i, item) in data.items.iter().take(count).enumerate() {
+    for (i, item) in task.items.iter().take(count).enumerate() {
         let Answer::Choice { choices, right } = &item.answer else {
             continue;
         };
         let context = examples.before(i) + &item.prompt;
         let continuations: Vec<String> = choices.iter().map(|text| format!(" {text}")).collect();
         encoded.push(Continuations::encode(
-            &subject.tokenizer,
-            subject.bos,
+            &evaluator.tokenizer,
+            evaluator.bos,
             &context,
             &continuations,
         )?);
         questions.push((choices, *right));
     }
-    let likelihoods = Likelihoods::measure(subject.decoder, &encoded, subject.positions, progress);
-    let likelihoods = match likelihoods {
-        Err(error @ Error::Continuation { .. }) => {
-            Err(error).with_context(|| data.path.display().to_string())
-        }
-        other => Ok(other?),
-    }?;
-    let scores = &likelihoods.log_likelihoods;
+    let likelihoods =
+        Likelihoods::measure(evaluator.decoder, &encoded, evaluator.positions, progress);
+    let likelihoods = likelihoods.map_err(|error| match error {
+        error @ Error::Continuation { .. } => Error::TaskFile {
+            path: task.path.clone(),
+            reason: error.to_string(),
+        },
+        error => error,
+    })?;
     let mut answers = Answers {
         truncated: likelihoods.truncated,
         tokens_per_second: likelihoods.tokens_per_second(),
         ..Answers::default()
     };
-    for (i, ((choices, right), scores)) in questions.iter().zip(scores).enumerate() {
-        let per_character = scores.iter().zip(*choices);
+    let scores = likelihoods.log_likelihoods;
+    for (item, ((choices, right), scores)) in questions.into_iter().zip(scores).enumerate() {
+        let per_character = scores.iter().zip(choices);
         let per_character = per_character.map(|(score, text)| score / text.chars().count() as f64);
-        answers
-            .first
-            .push(first_largest(scores.iter().copied()) == Some(*right));
-        answers
-            .second
-            .push(first_largest(per_character) == Some(*right));
-        answers
-            .samples
-            .push(json!({"item": i, "log_likelihoods": scores, "right": right}));
+        let largest = first_largest(scores.iter().copied());
+        answers.correct.push(largest == Some(right));
+        let largest = first_largest(per_character);
+        answers.correct_by_second.push(largest == Some(right));
+        answers.samples.push(Sample::Choice {
+            item,
+            log_likelihoods: scores,
+            right,
+        });
     }
     Ok(answers)
 }
 
-/// Index of the largest value, the first of several.
+/// Index of the largest value, the first of equals.
 fn first_largest(values: impl Iterator<Item = f64>) -> Option<usize> {
     let larger = |best: Option<(usize, f64)>, (i, value): (usize, f64)| match best {
         Some((_, largest)) if value.total_cmp(&largest).is_le() => best,

@@ -1,27 +1,32 @@
 //! Questions from JSONL files, in the layouts that the tasks are published in.
 //!
-//! What the model is shown, what it chooses from and which choice is right are those of the lm-evaluation-harness; the
-//! module above names the versions. The layout of a file is recognised from the fields of its first line.
+//! Prompts, choices and right answers are those of the lm-evaluation-harness; the module above names the versions. The
+//! layout of a file is recognised by the fields of its first line.
 
 use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
 
-use anyhow::{Context, Result, bail, ensure};
 use regex::Regex;
 use serde_json::{Map, Value};
 
+use crate::{Error, Result};
+
+/// What is wrong with a line.
+type Reason<T> = std::result::Result<T, String>;
+
 /// A question and its answer.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Item {
-    /// What the model is shown.
-    pub(crate) prompt: String,
-    /// What is right.
-    pub(crate) answer: Answer,
+pub struct Item {
+    /// What the model is asked.
+    pub prompt: String,
+    /// The right answer.
+    pub answer: Answer,
 }
 
-/// What is right.
+/// The right answer.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum Answer {
+#[non_exhaustive]
+pub enum Answer {
     /// One of several.
     Choice {
         /// Texts to choose from.
@@ -34,8 +39,8 @@ pub(crate) enum Answer {
 }
 
 impl Item {
-    /// The question with its answer, as an example for others.
-    pub(crate) fn example(&self) -> String {
+    /// The question with its answer, as an example in a few-shot prompt.
+    pub fn example(&self) -> String {
         let answer = match &self.answer {
             Answer::Choice { choices, right } => &choices[*right],
             Answer::Worked(text) => text,
@@ -44,9 +49,10 @@ impl Item {
     }
 }
 
-/// How a file states its questions.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Layout {
+/// The fields of a file's questions.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Layout {
     /// question, choices {text, label}, answerKey; or as first published, question {stem, choices [{text, label}]}.
     Arc,
     /// goal, sol1, sol2, label.
@@ -62,58 +68,75 @@ pub(crate) enum Layout {
 }
 
 /// The questions of a file.
-#[derive(Debug, Clone)]
-pub(crate) struct Data {
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Task {
     /// The file.
-    pub(crate) path: PathBuf,
-    /// How it states its questions.
-    pub(crate) layout: Layout,
-    /// The questions in their order.
-    pub(crate) items: Vec<Item>,
+    pub path: PathBuf,
+    /// Its layout.
+    pub layout: Layout,
+    /// The questions in their order, at least one.
+    pub items: Vec<Item>,
 }
 
-impl Data {
-    /// Reads a file of one JSON object a line; empty lines count for nothing.
+impl Task {
+    /// Reads a file of one JSON object a line; empty lines are skipped.
     ///
     /// # Errors
-    /// A file that cannot be read or holds nothing, and a line that is not a question of the layout of the first, by
-    /// its number.
-    pub(crate) fn read(path: &Path) -> Result<Self> {
-        let named = || path.display().to_string();
-        let text = std::fs::read_to_string(path).with_context(named)?;
+    /// [`Error::TaskFile`] for a file that cannot be read or has no question, and [`Error::TaskLine`] for a line that is not
+    /// a question of the first one's layout.
+    pub fn read(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref();
+        let of_file = |reason: String| Error::TaskFile {
+            path: path.into(),
+            reason,
+        };
+        let text = std::fs::read_to_string(path).map_err(|e| of_file(e.to_string()))?;
         let mut layout = None;
         let mut items = Vec::new();
         for (i, line) in text.lines().enumerate() {
             if line.trim().is_empty() {
                 continue;
             }
-            let item = || -> Result<Item> {
-                let fields: Map<String, Value> =
-                    serde_json::from_str(line).context("expected a JSON object")?;
-                let layout = *layout.get_or_insert(Layout::of(&fields)?);
-                layout
-                    .item(&Fields(&fields))
-                    .with_context(|| format!("taken for {}", layout.name()))
-            };
-            items.push(({ item })().with_context(|| format!("{}:{}", named(), i + 1))?);
+            let item = question_of_line(line, &mut layout).map_err(|reason| Error::TaskLine {
+                path: path.into(),
+                line: i + 1,
+                reason,
+            });
+            items.push(item?);
         }
-        let layout = layout.with_context(|| format!("{}: the file holds no questions", named()))?;
-        Ok(Self {
-            path: path.to_path_buf(),
-            layout,
-            items,
-        })
+        match layout {
+            Some(layout) => Ok(Self {
+                path: path.into(),
+                layout,
+                items,
+            }),
+            None => Err(of_file("the file has no questions".into())),
+        }
     }
 
-    /// Name of the task: that of the file.
-    pub(crate) fn name(&self) -> String {
+    /// Name of the task: that of the file without its extension.
+    pub fn name(&self) -> String {
         let stem = self.path.file_stem().unwrap_or(self.path.as_os_str());
         stem.to_string_lossy().into_owned()
     }
 }
 
+/// Reads a line; `layout` is that of the lines before it.
+fn question_of_line(line: &str, layout: &mut Option<Layout>) -> Reason<Item> {
+    let fields: Map<String, Value> =
+        serde_json::from_str(line).map_err(|e| format!("expected a JSON object: {e}"))?;
+    let layout = match layout {
+        Some(layout) => *layout,
+        None => *layout.insert(Layout::of(&fields)?),
+    };
+    layout
+        .item(&Fields(&fields))
+        .map_err(|reason| format!("taken for {}: {reason}", layout.name()))
+}
+
 impl Layout {
-    /// Each layout with the fields that tell it.
+    /// Each layout with the fields that distinguish it.
     const ALL: [(Layout, &[&str]); 7] = [
         (Layout::Arc, &["question", "choices", "answerKey"]),
         (Layout::Arc, &["question", "answerKey"]),
@@ -124,7 +147,7 @@ impl Layout {
         (Layout::Gsm8k, &["question", "answer"]),
     ];
 
-    fn of(fields: &Map<String, Value>) -> Result<Self> {
+    fn of(fields: &Map<String, Value>) -> Reason<Self> {
         let fits = |names: &[&str]| names.iter().all(|name| fields.contains_key(*name));
         if let Some((layout, _)) = Self::ALL.iter().find(|(_, names)| fits(names)) {
             return Ok(*layout);
@@ -132,15 +155,15 @@ impl Layout {
         let known = Self::ALL
             .iter()
             .map(|(layout, names)| format!("{} ({})", layout.name(), names.join(", ")));
-        bail!(
+        Err(format!(
             "the fields {} are those of no known layout: {}",
             fields.keys().cloned().collect::<Vec<_>>().join(", "),
             known.collect::<Vec<_>>().join("; ")
-        )
+        ))
     }
 
     /// The layout's name.
-    pub(crate) fn name(self) -> &'static str {
+    pub fn name(self) -> &'static str {
         match self {
             Layout::Arc => "ARC",
             Layout::Piqa => "PIQA",
@@ -152,19 +175,11 @@ impl Layout {
     }
 
     /// Whether answers are generated rather than chosen.
-    pub(crate) fn is_generated(self) -> bool {
+    pub fn is_generated(self) -> bool {
         self == Layout::Gsm8k
     }
 
-    /// What is measured beside accuracy.
-    pub(crate) fn second_measure(self) -> &'static str {
-        match self.is_generated() {
-            true => "flexible_extract",
-            false => "acc_norm",
-        }
-    }
-
-    fn item(self, fields: &Fields<'_>) -> Result<Item> {
+    fn item(self, fields: &Fields<'_>) -> Reason<Item> {
         match self {
             Layout::Arc => arc(fields),
             Layout::Piqa => choice(
@@ -193,17 +208,18 @@ impl Layout {
                 choice(
                     question(fields.text("Problem")?),
                     math_qa_options(fields.text("options")?),
-                    right.with_context(|| {
+                    right.ok_or_else(|| {
                         format!("field correct: expected one of a to e, found {correct:?}")
                     })?,
                 )
             }
             Layout::Gsm8k => {
                 let answer = fields.text("answer")?;
-                ensure!(
-                    answer.contains("#### "),
-                    "field answer: expected a solution that ends in #### and a number"
-                );
+                if !answer.contains("#### ") {
+                    return Err(
+                        "field answer: expected a solution that ends in #### and a number".into(),
+                    );
+                }
                 Ok(Item {
                     prompt: question(fields.text("question")?),
                     answer: Answer::Worked(answer.into()),
@@ -218,31 +234,32 @@ fn question(text: &str) -> String {
     format!("Question: {text}\nAnswer:")
 }
 
-fn choice(prompt: String, choices: Vec<String>, right: usize) -> Result<Item> {
-    ensure!(
-        choices.len() > 1 && right < choices.len(),
-        "choice {right} (counted from 0) is right, of {} choices",
-        choices.len()
-    );
+fn choice(prompt: String, choices: Vec<String>, right: usize) -> Reason<Item> {
+    if choices.len() < 2 || right >= choices.len() {
+        return Err(format!(
+            "choice {right} (counted from 0) is right, of {} choices",
+            choices.len()
+        ));
+    }
     let answer = Answer::Choice { choices, right };
     Ok(Item { prompt, answer })
 }
 
-fn arc(fields: &Fields<'_>) -> Result<Item> {
+fn arc(fields: &Fields<'_>) -> Reason<Item> {
     let (asked, texts, labels) = match fields.0.get("question") {
         Some(Value::Object(nested)) => {
             let nested = Fields(nested);
             let choices = nested.list("choices")?;
-            let column = |name: &str| -> Result<Vec<String>> {
+            let column = |name: &str| -> Reason<Vec<String>> {
                 let part = |choice: &Value| choice[name].as_str().map(String::from);
                 let parts: Option<_> = choices.iter().map(part).collect();
-                parts.with_context(|| format!("field choices: expected {name} in each"))
+                parts.ok_or_else(|| format!("field choices: expected {name} in each"))
             };
             (nested.text("stem")?, column("text")?, column("label")?)
         }
         _ => {
             let choices = fields.0.get("choices").and_then(Value::as_object);
-            let choices = Fields(choices.context("field choices: expected text and label")?);
+            let choices = Fields(choices.ok_or("field choices: expected text and label")?);
             (
                 fields.text("question")?,
                 choices.texts("text")?,
@@ -253,11 +270,11 @@ fn arc(fields: &Fields<'_>) -> Result<Item> {
     let key = fields.text("answerKey")?;
     let right = labels.iter().position(|label| label == key);
     let right = right
-        .with_context(|| format!("field answerKey: expected one of {labels:?}, found {key:?}"))?;
+        .ok_or_else(|| format!("field answerKey: expected one of {labels:?}, found {key:?}"))?;
     choice(question(asked), texts, right)
 }
 
-fn hella_swag(fields: &Fields<'_>) -> Result<Item> {
+fn hella_swag(fields: &Fields<'_>) -> Reason<Item> {
     let context = if fields.0.contains_key("ctx_a") {
         let (a, b) = (fields.text("ctx_a")?, fields.text("ctx_b")?);
         format!("{a} {}", capitalized(b))
@@ -301,8 +318,8 @@ fn math_qa_options(options: &str) -> Vec<String> {
     OPTION.find_iter(options).map(text).collect()
 }
 
-/// A regular expression that stands in the source.
-pub(crate) fn pattern(text: &str) -> Regex {
+/// A regular expression of this crate's source.
+pub(super) fn pattern(text: &str) -> Regex {
     Regex::new(text).expect("a pattern in the source is valid")
 }
 
@@ -310,39 +327,39 @@ pub(crate) fn pattern(text: &str) -> Regex {
 struct Fields<'a>(&'a Map<String, Value>);
 
 impl<'a> Fields<'a> {
-    fn get(&self, name: &str, kind: &str) -> Result<&'a Value> {
+    fn get(&self, name: &str, kind: &str) -> Reason<&'a Value> {
         let value = self.0.get(name);
-        value.with_context(|| format!("field {name}: expected {kind}, found none"))
+        value.ok_or_else(|| format!("field {name}: expected {kind}, found none"))
     }
 
-    fn text(&self, name: &str) -> Result<&'a str> {
+    fn text(&self, name: &str) -> Reason<&'a str> {
         let value = self.get(name, "text")?;
         value
             .as_str()
-            .with_context(|| format!("field {name}: expected text, found {value}"))
+            .ok_or_else(|| format!("field {name}: expected text, found {value}"))
     }
 
     /// A number from 0, as a number or as text.
-    fn index(&self, name: &str) -> Result<usize> {
+    fn index(&self, name: &str) -> Reason<usize> {
         let kind = "the number of a choice";
         let value = self.get(name, kind)?;
         let number = match value {
             Value::String(text) => text.parse().ok(),
             _ => value.as_u64().map(|number| number as usize),
         };
-        number.with_context(|| format!("field {name}: expected {kind}, found {value}"))
+        number.ok_or_else(|| format!("field {name}: expected {kind}, found {value}"))
     }
 
-    fn list(&self, name: &str) -> Result<&'a [Value]> {
+    fn list(&self, name: &str) -> Reason<&'a [Value]> {
         let value = self.get(name, "a list")?;
         let list = value.as_array().map(Vec::as_slice);
-        list.with_context(|| format!("field {name}: expected a list, found {value}"))
+        list.ok_or_else(|| format!("field {name}: expected a list, found {value}"))
     }
 
-    fn texts(&self, name: &str) -> Result<Vec<String>> {
+    fn texts(&self, name: &str) -> Reason<Vec<String>> {
         let texts = self.list(name)?.iter();
         let texts: Option<_> = texts.map(|text| text.as_str().map(String::from)).collect();
-        texts.with_context(|| format!("field {name}: expected a list of texts"))
+        texts.ok_or_else(|| format!("field {name}: expected a list of texts"))
     }
 }
 
@@ -438,7 +455,7 @@ mod tests {
         let good = r#"{"goal": "g", "sol1": "a", "sol2": "b", "label": 0}"#;
         let error = |line: &str| {
             std::fs::write(&path, format!("{good}\n\n{line}\n")).unwrap();
-            format!("{:#}", Data::read(&path).unwrap_err())
+            Task::read(&path).unwrap_err().to_string()
         };
         let with = |label: &str| good.replace("\"label\": 0", label);
         for (line, expected) in [
@@ -458,12 +475,15 @@ mod tests {
             );
         }
         std::fs::write(&path, "{\"a\": 1, \"b\": 2}\n").unwrap();
-        let error = format!("{:#}", Data::read(&path).unwrap_err());
+        let error = Task::read(&path).unwrap_err().to_string();
         assert!(error.contains("mine.jsonl:1: the fields a, b"), "{error}");
         assert!(error.contains("PIQA (goal, sol1, sol2)"), "{error}");
         std::fs::write(&path, "\n").unwrap();
         assert!(
-            format!("{:#}", Data::read(&path).unwrap_err()).contains("mine.jsonl: the file holds")
+            Task::read(&path)
+                .unwrap_err()
+                .to_string()
+                .contains("mine.jsonl: the file has no")
         );
     }
 }

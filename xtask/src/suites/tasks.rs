@@ -1,28 +1,14 @@
-//! Zero-shot and few-shot tasks: multiple choice by log-likelihood, and generation with exact match.
-//!
-//! Prompts, choices and measures are those of EleutherAI's lm-evaluation-harness 0.4: arc_easy and arc_challenge 1.0,
-//! piqa 1.0, hellaswag 1.0, boolq 2.0, mathqa 1.0 and gsm8k 3.0. `acc` takes the choice of the largest summed log-likelihood, `acc_norm` that of the largest one per character of
-//! the choice, without the space that joins it to the question; both take the first of equals. Their standard error is
-//! sqrt(p (1 − p) / (n − 1)). The harness leaves out BOS unless it is told `add_bos_token=True`; here BOS stands in front
-//! where the tokenizer has one, as for perplexity.
-
-mod choice;
-mod exact_match;
-mod examples;
-mod generation;
-mod layout;
+//! Zero-shot and few-shot tasks: what `lm_eval::tasks` measures, as rows beside the first model.
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use causal_lm::{Decoder, TextTokenizer};
 use eval_report::{Column, DENSE, Row, Section, Stopwatch};
-use serde_json::{Value, json};
+use lm_eval::tasks::{Answers, Evaluator, Examples, Layout, Share, Task, TaskOptions};
+use serde_json::json;
 use tensor_io::Checkpoint;
 
-use self::examples::Examples;
-pub use self::examples::Shots;
-use self::layout::Data;
 use super::perplexity::{file_name, open};
 use crate::settings::Settings;
 
@@ -43,34 +29,13 @@ pub struct Config {
     pub log_samples: Option<PathBuf>,
 }
 
-/// A model with its tokenizer, ready to be asked.
-pub(crate) struct Subject<'a> {
-    decoder: &'a Decoder<'a>,
-    tokenizer: TextTokenizer,
-    bos: Option<u32>,
-    /// Positions that a sequence may take.
-    positions: usize,
-}
-
-impl Subject<'_> {
-    fn encode(&self, text: &str) -> Result<Vec<u32>> {
-        let tokens = self.tokenizer.encode(text)?;
-        Ok(self.bos.into_iter().chain(tokens).collect())
-    }
-}
-
-/// What a model made of the questions of a file.
-#[derive(Debug, Default)]
-pub(crate) struct Answers {
-    /// Whether each question was answered right, by the task's first measure.
-    first: Vec<bool>,
-    /// The same by its second measure.
-    second: Vec<bool>,
-    /// Prompts that were cut on the left.
-    truncated: usize,
-    tokens_per_second: f64,
-    /// What was scored or generated for each question.
-    samples: Vec<Value>,
+/// Where examples come from and how many there are before each question.
+#[derive(Debug, Clone, Default)]
+pub struct Shots {
+    /// Examples before each question.
+    pub count: usize,
+    /// File they are taken from, its first ones; otherwise the first other questions of the question's own file.
+    pub from: Option<PathBuf>,
 }
 
 /// Asks every model every question.
@@ -78,16 +43,17 @@ pub(crate) struct Answers {
 /// # Errors
 /// A model or file that cannot be read or run, named.
 pub fn run(common: &Settings, config: &Config) -> Result<Vec<Section>> {
-    let data: Vec<Data> = config
-        .data
-        .iter()
-        .map(|path| Data::read(path))
-        .collect::<Result<_>>()?;
-    let from = config.shots.from.as_deref().map(Data::read).transpose()?;
-    let examples: Vec<Examples<'_>> = data
-        .iter()
-        .map(|data| Examples::new(&config.shots, data, from.as_ref()))
-        .collect::<Result<_>>()?;
+    let data = config.data.iter().map(Task::read);
+    let data: Vec<Task> = data.collect::<Result<_, _>>()?;
+    let from = config.shots.from.as_ref().map(Task::read).transpose()?;
+    let count = config.shots.count;
+    let examples = data.iter().map(|task| match &from {
+        Some(from) => Examples::of_file(count, task, from),
+        None => Examples::of_task(count, task),
+    });
+    let examples: Vec<Examples<'_>> = examples
+        .collect::<Result<_, _>>()
+        .with_context(|| format!("--shots {count}"))?;
     if let Some(dir) = &config.log_samples {
         eval_report::prepare(dir).context("--log-samples")?;
     }
@@ -99,21 +65,8 @@ pub fn run(common: &Settings, config: &Config) -> Result<Vec<Section>> {
         let named = || path.display().to_string();
         let checkpoint = Checkpoint::open(path)?;
         let decoder = open(common, &checkpoint)?;
-        let reach = decoder.config().max_positions;
-        let positions = common.window.unwrap_or(reach);
-        ensure!(
-            positions <= reach,
-            "--window {positions}: {} was made for {reach} positions",
-            named()
-        );
-        let tokenizer = TextTokenizer::open(path)?;
-        let subject = Subject {
-            decoder: &decoder,
-            bos: tokenizer.bos().filter(|_| config.bos),
-            tokenizer,
-            positions,
-        };
-        bos |= subject.bos.is_some();
+        let evaluator = evaluator(common, config, path, &decoder)?;
+        bos |= evaluator.bos();
         for (i, (data, examples)) in data.iter().zip(&examples).enumerate() {
             let method = if rows.len() < config.data.len() {
                 DENSE
@@ -123,7 +76,9 @@ pub fn run(common: &Settings, config: &Config) -> Result<Vec<Section>> {
             let mut row = Row::new("tasks", method);
             row.model = Some(name.clone());
             let answers =
-                ask(common, config, &subject, data, examples, &mut row).with_context(named)?;
+                ask(common, config, &evaluator, data, examples, &mut row).with_context(named)?;
+            row.params = Some(checkpoint.parameters());
+            row.bytes = Some(checkpoint.total_bytes());
             if let Some(dir) = &config.log_samples {
                 save(dir, name, data, &answers).context("--log-samples")?;
             }
@@ -170,48 +125,79 @@ fn labels(models: &[PathBuf]) -> Vec<String> {
     names.iter().zip(models).map(label).collect()
 }
 
+fn evaluator<'a>(
+    common: &Settings,
+    config: &Config,
+    path: &Path,
+    decoder: &'a Decoder<'a>,
+) -> Result<Evaluator<'a>> {
+    let evaluator = Evaluator::new(decoder, TextTokenizer::open(path)?);
+    let evaluator = match config.bos {
+        true => evaluator,
+        false => evaluator.without_bos(),
+    };
+    match common.window {
+        None => Ok(evaluator),
+        Some(window) => evaluator
+            .with_positions(window)
+            .with_context(|| format!("--window {window}: {}", path.display())),
+    }
+}
+
 /// Asks one model the questions of one file.
 fn ask(
     common: &Settings,
     config: &Config,
-    subject: &Subject<'_>,
-    data: &Data,
+    evaluator: &Evaluator<'_>,
+    data: &Task,
     examples: &Examples<'_>,
     row: &mut Row,
 ) -> Result<Answers> {
-    let count = common.samples.unwrap_or(usize::MAX).min(data.items.len());
-    let progress = common.bar(data.name(), count as u64);
+    let mut options = TaskOptions::default();
+    options.questions = common.samples;
+    options.max_new_tokens = config.max_new_tokens;
+    let progress = common.bar(data.name(), 0);
     let watch = Stopwatch::start();
-    let answers = if data.layout.is_generated() {
-        let max = config.max_new_tokens;
-        generation::answer(subject, data, examples, count, max, &progress)?
-    } else {
-        choice::answer(subject, data, examples, count, &progress)?
-    };
+    let answers = evaluator.answer(data, examples, &options, &progress);
+    let answers = answers.map_err(|error| {
+        let no_room = matches!(error, lm_eval::Error::NoRoom { .. });
+        let error = anyhow::Error::new(error);
+        match no_room {
+            true => error.context(format!("--max-new-tokens {}", config.max_new_tokens)),
+            false => error,
+        }
+    })?;
     watch.stop(row);
-    let second = data.layout.second_measure();
+    let (accuracy, second) = (answers.accuracy(), answers.second_accuracy());
+    let second_name = second_measure(data.layout);
     let extra = &mut row.extra;
     extra.insert("task".into(), json!(data.name()));
-    extra.insert("items".into(), json!(count));
-    extra.insert(second.into(), json!(share(&answers.second)));
-    for (name, right) in [("accuracy", &answers.first), (second, &answers.second)] {
-        if let Some(error) = standard_error(right) {
+    extra.insert("items".into(), json!(answers.correct.len()));
+    extra.insert(second_name.into(), json!(second.value));
+    for (name, share) in [("accuracy", accuracy), (second_name, second)] {
+        if let Some(error) = share.standard_error {
             extra.insert(format!("{name}_stderr"), json!(error));
         }
     }
-    row.accuracy = Some(share(&answers.first));
+    row.accuracy = Some(accuracy.value);
     row.tokens_per_second = Some(answers.tokens_per_second);
-    row.params = Some(subject.decoder.checkpoint().parameters());
-    row.bytes = Some(subject.decoder.checkpoint().total_bytes());
     if answers.truncated > 0 {
         row.notes.push(format!(
             "{}: {} prompts were cut on the left to fit into {} positions",
             data.name(),
             answers.truncated,
-            subject.positions
+            evaluator.positions()
         ));
     }
     Ok(answers)
+}
+
+/// What is measured beside accuracy.
+fn second_measure(layout: Layout) -> &'static str {
+    match layout.is_generated() {
+        true => "flexible_extract",
+        false => "acc_norm",
+    }
 }
 
 /// Fills in what the same questions gave with the first model.
@@ -220,33 +206,22 @@ fn compare(row: &mut Row, answers: &Answers, dense: &Row, of_dense: &Answers) {
     row.params_dense = dense.params;
     row.bytes_dense = dense.bytes;
     row.tokens_per_second_dense = dense.tokens_per_second;
-    let pairs = answers.first.iter().zip(&of_dense.first);
-    let flips: Vec<bool> = pairs.map(|(now, then)| now != then).collect();
-    row.extra.insert("flips".into(), json!(share(&flips)));
+    let Share { value, .. } = answers.flips(of_dense);
+    row.extra.insert("flips".into(), json!(value));
 }
 
 /// Writes what was scored or generated, a JSON object a line, to `MODEL-TASK.jsonl`.
-fn save(dir: &Path, model: &str, data: &Data, answers: &Answers) -> Result<()> {
+fn save(dir: &Path, model: &str, data: &Task, answers: &Answers) -> Result<()> {
     let model = model
         .trim_start_matches(['.', '/'])
         .replace(['/', '\\'], "-");
     let path = dir.join(format!("{model}-{}.jsonl", data.name()));
-    let lines: String = answers
-        .samples
-        .iter()
-        .map(|line| format!("{line}\n"))
-        .collect();
+    let mut lines = String::new();
+    for sample in &answers.samples {
+        lines += &serde_json::to_string(sample)?;
+        lines.push('\n');
+    }
     Ok(tensor_io::atomic::write(path, lines.as_bytes())?)
-}
-
-fn share(right: &[bool]) -> f64 {
-    right.iter().filter(|right| **right).count() as f64 / right.len() as f64
-}
-
-/// Standard error of a share; none for a single question.
-fn standard_error(right: &[bool]) -> Option<f64> {
-    let (p, n) = (share(right), right.len() as f64);
-    (right.len() > 1).then(|| (p * (1.0 - p) / (n - 1.0)).sqrt())
 }
 
 fn columns(second: &str) -> Vec<Column> {
@@ -294,17 +269,5 @@ fn generation_section(rows: Vec<Row>) -> Section {
         columns: columns("flexible_extract"),
         rows,
         ..Section::default()
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_standard_error_is_that_of_a_mean() {
-        // Values 1, 1, 1, 0: sample variance 1/4, over 4 questions.
-        assert_eq!(standard_error(&[true, true, true, false]), Some(0.25));
-        assert_eq!(standard_error(&[true]), None);
     }
 }

@@ -1,4 +1,4 @@
-//! Whether a generated solution ends in the right number: gsm8k 3.0 of the lm-evaluation-harness.
+//! Whether a generated solution ends in the right number, by the filters of gsm8k 3.0 in the lm-evaluation-harness.
 
 use std::sync::LazyLock;
 
@@ -7,19 +7,19 @@ use regex::Regex;
 use super::layout::pattern;
 
 /// Texts that end a generated answer.
-pub(crate) const STOPS: [&str; 3] = ["Question:", "</s>", "<|im_end|>"];
+pub(super) const STOPS: [&str; 3] = ["Question:", "</s>", "<|im_end|>"];
 
-/// What stands for an answer where none is found; it is never right.
+/// The answer where none is found; it is never right.
 const NONE: &str = "[invalid]";
 
-/// What was generated up to the first text that ends it, and whether there is one.
-pub(crate) fn until_stop(text: &str) -> (&str, bool) {
+/// The text up to the first of [`STOPS`], and whether there is one.
+pub(super) fn until_stop(text: &str) -> (&str, bool) {
     let end = STOPS.iter().filter_map(|stop| text.find(stop)).min();
     (&text[..end.unwrap_or(text.len())], end.is_some())
 }
 
 /// Whether the number after the first `####` is that of `solution`: strict-match.
-pub(crate) fn strict(generated: &str, solution: &str) -> bool {
+pub(super) fn strict(generated: &str, solution: &str) -> bool {
     static MARKED: LazyLock<Regex> = LazyLock::new(|| pattern(r"#### (-?[0-9.,]+)"));
     let found = MARKED.captures(generated);
     let found = found.map_or(NONE, |groups| groups.extract::<1>().1[0]);
@@ -27,13 +27,13 @@ pub(crate) fn strict(generated: &str, solution: &str) -> bool {
 }
 
 /// Whether the last number is that of `solution`: flexible-extract.
-pub(crate) fn flexible(generated: &str, solution: &str) -> bool {
+pub(super) fn flexible(generated: &str, solution: &str) -> bool {
     static NUMBER: LazyLock<Regex> = LazyLock::new(|| pattern(r"-?[$0-9.,]{2,}|-?[0-9]+"));
     let found = NUMBER.find_iter(generated).last();
     normal(found.map_or(NONE, |number| number.as_str())) == normal(solution)
 }
 
-/// An answer without what makes no difference: commas, dollar signs, everything up to `#### `, a full stop at the end.
+/// An answer without parts that are ignored: commas, dollar signs, everything up to `#### `, a full stop at the end.
 fn normal(text: &str) -> String {
     static IGNORED: LazyLock<[Regex; 4]> =
         LazyLock::new(|| [",", r"\$", "(?s).*#### ", r"\.$"].map(pattern));

@@ -1,24 +1,24 @@
 //! Log-likelihoods of continuations: how probable a model finds what follows a context.
 //!
-//! This is what multiple-choice evaluations rest on. A continuation's log-likelihood is the sum of
-//! ln p(token | everything before it) over its tokens. The context of several continuations runs through the model once
-//! ([`Forest`]), items are packed without padding, and one block's weights are in memory at a time.
+//! Multiple-choice evaluations compare these. A continuation's log-likelihood is the sum of ln p(token | everything before
+//! it) over its tokens. The context of several continuations runs through the model once ([`Forest`]), items are packed
+//! without padding, and one block's weights are in memory at a time.
 
-use crate::attention::Mixer;
-use crate::block::RopeTables;
-use crate::decoder::{Decoder, Head};
-use crate::forest::{Forest, Tree};
-use crate::perplexity::{HIDDEN_BYTES, LOGITS};
-use crate::stream::BATCH_TOKENS;
-use crate::tap::NoTap;
-use crate::text::TextTokenizer;
-use crate::{Error, Result, names, ops};
-use candle_core::Tensor;
 use std::collections::BTreeMap;
 use std::time::Instant;
+
+use candle_core::Tensor;
+use causal_lm::block::RopeTables;
+use causal_lm::{
+    BATCH_TOKENS, Decoder, Forest, Head, Mixer, NoTap, TextTokenizer, Tree, cross_entropy,
+    first_non_finite, names,
+};
 use tensor_io::Progress;
 
-/// A context and what may follow it, as tokens.
+use crate::memory::{HIDDEN_BYTES, LOGITS};
+use crate::{Error, Result};
+
+/// A context and its possible continuations, as tokens.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Continuations {
     /// At least one token.
@@ -60,6 +60,7 @@ impl Continuations {
 
 /// How likely a model finds continuations.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct Likelihoods {
     /// ln P(continuation | context) in nats, for each continuation of each item.
     pub log_likelihoods: Vec<Vec<f64>>,
@@ -73,8 +74,8 @@ pub struct Likelihoods {
 
 impl Likelihoods {
     /// Scores every continuation of `items`. A sequence takes at most `max_positions` positions; its last token is only
-    /// predicted and takes none. What is too long loses tokens at the beginning. A step
-    /// of `progress` is one block, or the head, over one group of batches.
+    /// predicted and takes none. A context that is too long loses tokens at its beginning. A step of `progress` is one
+    /// block, or the head, over one group of batches.
     ///
     /// # Errors
     /// [`Error::Continuation`] for an empty context or continuation, and for a continuation that leaves no position
@@ -233,14 +234,6 @@ impl Batch {
         self.forest.trees.push(tree);
     }
 
-    fn rope(&self, tables: &RopeTables) -> Result<RopeTables> {
-        let positions = Tensor::new(&self.positions[..], tables.cos.device())?;
-        Ok(RopeTables {
-            cos: tables.cos.index_select(&positions, 0)?,
-            sin: tables.sin.index_select(&positions, 0)?,
-        })
-    }
-
     /// Cross-entropy of each target.
     fn score(&self, head: &Head, hidden: &Tensor) -> Result<Vec<f64>> {
         let hidden = hidden.squeeze(0)?;
@@ -249,13 +242,13 @@ impl Batch {
             let rows: Vec<u32> = targets.iter().map(|target| target.row).collect();
             let tokens: Vec<u32> = targets.iter().map(|target| target.token).collect();
             let rows = hidden.index_select(&Tensor::new(rows, hidden.device())?, 0)?;
-            nll.extend(ops::cross_entropy(&head.forward(&rows)?, &tokens)?);
+            nll.extend(cross_entropy(&head.forward(&rows)?, &tokens)?);
         }
         Ok(nll)
     }
 
     fn check_finite(&self, hidden: &Tensor, stage: impl Fn() -> String) -> Result<()> {
-        match ops::first_non_finite(hidden)? {
+        match first_non_finite(hidden)? {
             Some(element) => Err(self.non_finite(&stage(), element / hidden.dim(2)?)),
             None => Ok(()),
         }
@@ -264,11 +257,12 @@ impl Batch {
     fn non_finite(&self, stage: &str, row: usize) -> Error {
         let of_row = self.forest.trees.iter().zip(&self.items);
         let of_row = of_row.flat_map(|(tree, item)| std::iter::repeat_n(item, tree.tokens()));
-        Error::NonFinite {
+        let error = causal_lm::Error::NonFinite {
             stage: stage.into(),
             window: of_row.copied().nth(row).unwrap_or_default(),
             position: self.positions.get(row).map_or(0, |&p| p as usize),
-        }
+        };
+        error.into()
     }
 }
 
@@ -278,12 +272,12 @@ fn run(decoder: &Decoder<'_>, batches: &[Batch], progress: &dyn Progress) -> Res
     let tables = decoder.rope(0, longest.map_or(0, |&p| p as usize + 1))?;
     let ropes: Vec<RopeTables> = batches
         .iter()
-        .map(|batch| batch.rope(&tables))
-        .collect::<Result<_>>()?;
+        .map(|batch| tables.at(&batch.positions))
+        .collect::<causal_lm::Result<_>>()?;
     let mut hidden: Vec<Tensor> = batches
         .iter()
         .map(|batch| decoder.embed(&[&batch.tokens]))
-        .collect::<Result<_>>()?;
+        .collect::<causal_lm::Result<_>>()?;
     decoder.checkpoint().release([names::EMBEDDING]);
     for layer in 0..decoder.config().layers() {
         let block = decoder.block(layer)?;

@@ -1,0 +1,129 @@
+//! Small random decoders and tokenizers in temporary folders, for tests of code that runs models.
+//!
+//! Behind the feature `testing`, for dev-dependencies. Everything here panics where something fails.
+
+use std::path::{Path, PathBuf};
+
+use candle_core::{DType, Device, Tensor};
+use serde_json::{Map, Value, json};
+use tensor_io::{Checkpoint, Config, WriteOptions};
+
+use crate::{Decoder, synthetic};
+
+/// A decoder with random weights in a folder that is removed with it.
+#[derive(Debug)]
+pub struct TestModel {
+    folder: tempfile::TempDir,
+    checkpoint: Checkpoint,
+}
+
+impl TestModel {
+    /// A model in f32.
+    pub fn new(config: &Config) -> Self {
+        Self::with(config, DType::F32, |_, tensor| tensor)
+    }
+
+    /// A model stored as `dtype`, with tensors that `change` makes of the random ones by their names.
+    pub fn with(
+        config: &Config,
+        dtype: DType,
+        mut change: impl FnMut(&str, Tensor) -> Tensor,
+    ) -> Self {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let dir = folder.path().join("model");
+        let mut random = synthetic::random(11);
+        let make = |name: &str, shape: &[usize]| Ok(change(name, random(name, shape)?));
+        synthetic::write(config, dtype, &dir, &WriteOptions::default(), make)
+            .expect("a supported config");
+        Self {
+            checkpoint: Checkpoint::open(&dir).expect("the checkpoint just written"),
+            folder,
+        }
+    }
+
+    /// Writes a tokenizer with one token for each of `words`, which white space separates, beside the model. The first word
+    /// is BOS and the last stands for unknown words.
+    pub fn with_words(self, words: &[&str]) -> Self {
+        write_tokenizer(self.dir(), words);
+        self
+    }
+
+    /// The model's folder.
+    pub fn dir(&self) -> &Path {
+        self.checkpoint.dir()
+    }
+
+    /// A path beside the model's folder, for something that is removed with it.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    /// The model's checkpoint.
+    pub fn checkpoint(&self) -> &Checkpoint {
+        &self.checkpoint
+    }
+
+    /// The model, computed in f32 on the CPU.
+    pub fn decoder(&self) -> Decoder<'_> {
+        Decoder::new(&self.checkpoint, DType::F32, &Device::Cpu).expect("a supported checkpoint")
+    }
+}
+
+/// Config of a small decoder of a `model_type`: three layers, four of eight heads with keys and values, 50 tokens, 64
+/// positions; with the fields of `changes` replaced or added.
+pub fn config(model_type: &str, changes: Value) -> Config {
+    let fields = json!({
+        "model_type": model_type, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3,
+        "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 6, "vocab_size": 50,
+        "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "hidden_act": "silu", "rope_theta": 10000.0,
+    });
+    let mut fields = object(fields);
+    fields.extend(object(changes));
+    Config::new(fields)
+}
+
+/// A config of every kind of model that differs in how a block computes.
+pub fn configs() -> Vec<Config> {
+    [
+        ("llama", json!({})),
+        (
+            "llama",
+            json!({"num_key_value_heads": 8, "tie_word_embeddings": true}),
+        ),
+        ("llama", json!({"attention_bias": true, "mlp_bias": true})),
+        ("mistral", json!({"sliding_window": 8})),
+        ("qwen2", json!({"num_key_value_heads": 2})),
+        ("qwen3", json!({})),
+    ]
+    .map(|(model_type, changes)| config(model_type, changes))
+    .into()
+}
+
+/// Writes `tokenizer.json` and `tokenizer_config.json` with one token for each of `words`, which white space separates. The
+/// first word is BOS and the last stands for unknown words.
+pub fn write_tokenizer(dir: impl AsRef<Path>, words: &[&str]) {
+    let ids = words.iter().enumerate();
+    let vocab: Map<String, Value> = ids
+        .map(|(id, word)| (word.to_string(), json!(id)))
+        .collect();
+    let tokenizer = json!({
+        "version": "1.0", "truncation": null, "padding": null, "added_tokens": [], "normalizer": null,
+        "pre_tokenizer": {"type": "WhitespaceSplit"}, "post_processor": null, "decoder": null,
+        "model": {"type": "WordLevel", "vocab": vocab, "unk_token": words[words.len() - 1]},
+    });
+    let config = json!({"bos_token": words[0]});
+    for (name, contents) in [
+        ("tokenizer.json", tokenizer),
+        ("tokenizer_config.json", config),
+    ] {
+        let path = dir.as_ref().join(name);
+        std::fs::write(path, contents.to_string()).expect("a folder that can be written to");
+    }
+}
+
+fn object(value: Value) -> Map<String, Value> {
+    match value {
+        Value::Object(fields) => fields,
+        other => panic!("expected a JSON object, found {other}"),
+    }
+}
