@@ -296,7 +296,7 @@ fn protocols_differ_in_windows_and_targets_and_rolling_scores_every_token() {
     let scene = llama();
     let report = |more: &[&str]| {
         let output = Command::new(env!("CARGO_BIN_EXE_xtask"))
-            .args(["eval", "perplexity", "--json", "--window", "32", "--model"])
+            .args(["eval", "perplexity", "--json", "--model"])
             .arg(scene.path("model"))
             .arg("--text")
             .arg(scene.path("text.txt"))

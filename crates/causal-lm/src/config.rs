@@ -172,7 +172,7 @@ impl ModelConfig {
             qk_norm: model_type == ModelType::Qwen3,
             tied: config.opt_bool("tie_word_embeddings")?.unwrap_or(false),
             max_positions,
-            bos: config.opt_usize("bos_token_id")?.map(|id| id as u32),
+            bos: token_id(config, "bos_token_id")?,
             eos: eos_tokens(config)?,
         })
     }
@@ -378,21 +378,28 @@ fn layer_types(types: &serde_json::Value, layers: usize) -> Result<Vec<bool>> {
         .collect()
 }
 
+fn token_id(config: &Config, field: &'static str) -> Result<Option<u32>> {
+    let id = |id: usize| u32::try_from(id).map_err(|_| not_a_token_id(field, id));
+    config.opt_usize(field)?.map(id).transpose()
+}
+
+fn not_a_token_id(field: &'static str, found: impl std::fmt::Display) -> Error {
+    invalid(
+        field,
+        format!("{found} is not a token id, a number below 2^32"),
+    )
+}
+
 /// `eos_token_id` is a number or a list of numbers.
 fn eos_tokens(config: &Config) -> Result<Vec<u32>> {
     match config.raw().get("eos_token_id") {
         Some(serde_json::Value::Array(ids)) => ids
             .iter()
             .map(|id| {
-                id.as_u64()
-                    .and_then(|id| u32::try_from(id).ok())
-                    .ok_or_else(|| invalid("eos_token_id", format!("{id} is not a token id")))
+                let number = id.as_u64().and_then(|id| u32::try_from(id).ok());
+                number.ok_or_else(|| not_a_token_id("eos_token_id", id))
             })
             .collect(),
-        _ => Ok(config
-            .opt_usize("eos_token_id")?
-            .map(|id| id as u32)
-            .into_iter()
-            .collect()),
+        _ => Ok(token_id(config, "eos_token_id")?.into_iter().collect()),
     }
 }

@@ -6,6 +6,8 @@ use crate::linear::Linear;
 use crate::names::{self, LinearName};
 use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor};
+use std::borrow::Cow;
+use std::fmt;
 use tensor_io::Checkpoint;
 
 /// A decoder checkpoint, checked against its config, with nothing in memory yet.
@@ -15,6 +17,29 @@ pub struct Decoder<'a> {
     config: ModelConfig,
     dtype: DType,
     device: Device,
+}
+
+/// The embedding of a model, in the dtype of the file.
+#[derive(Clone)]
+pub struct Embedding<'a> {
+    checkpoint: &'a Checkpoint,
+    /// The whole matrix, where a row cannot be read alone.
+    resident: Option<Vec<u8>>,
+    vocab: usize,
+    hidden: usize,
+    stored: DType,
+    dtype: DType,
+    device: Device,
+}
+
+impl fmt::Debug for Embedding<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Embedding")
+            .field("vocab", &self.vocab)
+            .field("hidden", &self.hidden)
+            .field("stored", &self.stored)
+            .finish_non_exhaustive()
+    }
 }
 
 /// The last step of a model: final norm and vocabulary projection.
@@ -191,37 +216,40 @@ impl<'a> Decoder<'a> {
             .release(self.checkpoint.names().filter(of_block));
     }
 
-    /// Embeds `[batch, tokens]` ids to `[batch, tokens, hidden]`, reading only the rows it needs.
+    /// The embedding. Its rows are read as they are needed, except for a pickle's, which is read once and kept in memory.
     ///
     /// # Errors
-    /// [`Error::TokenOutOfRange`] for an id without a row.
+    /// What reading the tensor reports.
+    pub fn embedding(&self) -> Result<Embedding<'a>> {
+        let resident = match self.checkpoint.source() {
+            Some(_) => None,
+            None => match self.checkpoint.bytes(names::EMBEDDING)? {
+                Cow::Owned(bytes) => Some(bytes),
+                Cow::Borrowed(_) => None,
+            },
+        };
+        Ok(Embedding {
+            checkpoint: self.checkpoint,
+            resident,
+            vocab: self.config.vocab,
+            hidden: self.config.hidden,
+            // Opening has checked that the embedding is of floats.
+            stored: self
+                .checkpoint
+                .info(names::EMBEDDING)?
+                .candle_dtype()
+                .unwrap_or(DType::F32),
+            dtype: self.dtype,
+            device: self.device.clone(),
+        })
+    }
+
+    /// [`Embedding::rows`] of the model's embedding. Whoever embeds again and again keeps the [`Embedding`].
+    ///
+    /// # Errors
+    /// As there, and what reading the embedding reports.
     pub fn embed(&self, windows: &[&[u32]]) -> Result<Tensor> {
-        let vocab = self.config.vocab;
-        if let Some(&token) = windows
-            .iter()
-            .copied()
-            .flatten()
-            .find(|&&t| t as usize >= vocab)
-        {
-            return Err(Error::TokenOutOfRange { token, vocab });
-        }
-        let shape = (
-            windows.len(),
-            windows.first().map_or(0, |w| w.len()),
-            self.config.hidden,
-        );
-        let tokens = windows.iter().copied().flatten();
-        let rows: Vec<usize> = tokens.map(|&token| token as usize).collect();
-        let rows = self.checkpoint.rows(names::EMBEDDING, &rows)?;
-        // Opening has checked that the embedding is of floats.
-        let stored = self
-            .checkpoint
-            .info(names::EMBEDDING)?
-            .candle_dtype()
-            .unwrap_or(DType::F32);
-        let rows =
-            Tensor::from_raw_buffer(&rows, stored, &[shape.0, shape.1, shape.2], &self.device)?;
-        Ok(rows.to_dtype(self.dtype)?)
+        self.embedding()?.rows(windows)
     }
 
     /// Loads the final norm and the vocabulary projection.
@@ -255,6 +283,36 @@ impl<'a> Decoder<'a> {
             .rope
             .tables(start, tokens, self.dtype, &self.device)?;
         Ok(RopeTables { cos, sin })
+    }
+}
+
+impl Embedding<'_> {
+    /// Embeds `[batch, tokens]` ids to `[batch, tokens, hidden]`.
+    ///
+    /// # Errors
+    /// [`Error::TokenOutOfRange`] for an id without a row.
+    pub fn rows(&self, windows: &[&[u32]]) -> Result<Tensor> {
+        let vocab = self.vocab;
+        let tokens = || windows.iter().copied().flatten().copied();
+        if let Some(token) = tokens().find(|&token| token as usize >= vocab) {
+            return Err(Error::TokenOutOfRange { token, vocab });
+        }
+        let rows = tokens().map(|token| token as usize);
+        let rows: Vec<u8> = match &self.resident {
+            Some(bytes) => {
+                let row_bytes = bytes.len() / vocab;
+                let row = |row: usize| &bytes[row * row_bytes..][..row_bytes];
+                rows.flat_map(row).copied().collect()
+            }
+            None => {
+                let rows: Vec<usize> = rows.collect();
+                self.checkpoint.rows(names::EMBEDDING, &rows)?
+            }
+        };
+        let length = windows.first().map_or(0, |window| window.len());
+        let shape = [windows.len(), length, self.hidden];
+        let rows = Tensor::from_raw_buffer(&rows, self.stored, &shape, &self.device)?;
+        Ok(rows.to_dtype(self.dtype)?)
     }
 }
 

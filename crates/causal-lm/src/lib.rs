@@ -27,7 +27,7 @@ pub use attention::Mixer;
 pub use block::Block;
 pub use candle_core;
 pub use config::{ModelConfig, ModelType, Widths};
-pub use decoder::{Decoder, Head};
+pub use decoder::{Decoder, Embedding, Head};
 pub use error::{Error, Result};
 pub use forest::{Forest, Tree};
 pub use generate::{GenerateOptions, Generated, Sampling, generate};

@@ -2,16 +2,17 @@
 
 use crate::attention::Mixer;
 use crate::block::Block;
-use crate::decoder::{Decoder, Head};
+use crate::decoder::{Decoder, Embedding, Head};
 use crate::tap::NoTap;
 use crate::{Error, Result};
 use candle_core::Tensor;
 use kv_lazy::{CacheSet, LayerShape};
 
-/// All blocks and the head of a decoder; embeddings are read from the checkpoint as needed.
+/// The embedding, all blocks and the head of a decoder.
 #[derive(Debug)]
 pub struct Model<'a> {
     decoder: &'a Decoder<'a>,
+    embedding: Embedding<'a>,
     blocks: Vec<Block>,
     head: Head,
 }
@@ -32,6 +33,7 @@ impl<'a> Model<'a> {
             .collect::<Result<_>>()?;
         Ok(Self {
             decoder,
+            embedding: decoder.embedding()?,
             blocks,
             head: decoder.head()?,
         })
@@ -99,7 +101,7 @@ impl<'a> Model<'a> {
                 "every sequence of a step needs equally many tokens, at least one".into(),
             ));
         }
-        let mut x = self.decoder.embed(tokens)?;
+        let mut x = self.embedding.rows(tokens)?;
         let step = cache.begin(count)?;
         let rope = self.decoder.rope(step.position, count)?;
         for block in &self.blocks {

@@ -35,9 +35,10 @@ impl Hidden {
     pub fn embed(decoder: &Decoder<'_>, windows: &Windows) -> Result<Self> {
         let windows_per_batch = (BATCH_TOKENS / windows.window_len()).max(1);
         let all: Vec<&[u32]> = windows.iter().collect();
+        let embedding = decoder.embedding()?;
         let batches = all
             .chunks(windows_per_batch)
-            .map(|batch| decoder.embed(batch))
+            .map(|batch| embedding.rows(batch))
             .collect::<Result<_>>()?;
         decoder.checkpoint().release([names::EMBEDDING]);
         let hidden = Self {

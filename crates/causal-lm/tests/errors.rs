@@ -85,6 +85,10 @@ fn configs_that_cannot_be_a_model_are_refused() {
         json!({"rope_scaling": {"rope_type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_factor": 1,
             "original_max_position_embeddings": 16}}),
         json!({"eos_token_id": ["end"]}),
+        // One above what a token id can be: not token 0.
+        json!({"eos_token_id": 1u64 << 32}),
+        json!({"eos_token_id": [2, 1u64 << 32]}),
+        json!({"bos_token_id": 1u64 << 32}),
         json!({"per_layer_widths": {"num_attention_heads": [4], "num_key_value_heads": [2], "intermediate_size": [24]}}),
     ] {
         let error = opening(changes.clone());

@@ -274,9 +274,10 @@ fn run(decoder: &Decoder<'_>, batches: &[Batch], progress: &dyn Progress) -> Res
         .iter()
         .map(|batch| tables.at(&batch.positions))
         .collect::<causal_lm::Result<_>>()?;
+    let embedding = decoder.embedding()?;
     let mut hidden: Vec<Tensor> = batches
         .iter()
-        .map(|batch| decoder.embed(&[&batch.tokens]))
+        .map(|batch| embedding.rows(&[&batch.tokens]))
         .collect::<causal_lm::Result<_>>()?;
     decoder.checkpoint().release([names::EMBEDDING]);
     for layer in 0..decoder.config().layers() {
