@@ -1,5 +1,6 @@
-//! Continues a prompt, with a cache that evicts where a policy and a budget in tokens are given:
-//! `cargo run --release -p causal-lm --example generate -- xtask/model "One summer morning, Anna" lazy 64`.
+//! Continues a prompt, with a cache that evicts where a policy and a budget in tokens are given.
+//!
+//!     cargo run --release --example generate -- MODEL "One summer morning, Anna" lazy 64
 
 use candle_core::{DType, Device};
 use causal_lm::{CacheSet, Decoder, GenerateOptions, Model, Sampling, TextTokenizer, generate};

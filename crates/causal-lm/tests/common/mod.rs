@@ -1,7 +1,7 @@
 //! Tiny decoders whose weights come from a formula, and the logits that transformers gives them.
 
 use candle_core::{DType, Device, Tensor};
-use causal_lm::{Decoder, synthetic};
+use causal_lm::{Decoder, NoProgress, NoTap, Windows, cross_entropy, run_blocks, synthetic};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 use tensor_io::{Checkpoint, Config, WriteOptions};
@@ -82,6 +82,21 @@ pub(crate) fn for_each(test: impl Fn(&str, &Golden, &Decoder<'_>)) {
         let decoder = Decoder::new(&checkpoint, DType::F32, &Device::Cpu).unwrap();
         test(&name, &golden, &decoder);
     }
+}
+
+/// Mean cross-entropy of all tokens of the windows but the first of each.
+pub(crate) fn mean_nll(decoder: &Decoder<'_>, windows: &Windows) -> f64 {
+    let hidden = run_blocks(decoder, windows, &mut NoTap, &NoProgress).unwrap();
+    let head = decoder.head().unwrap();
+    let rows = hidden.batches().iter().flat_map(|batch| {
+        let count = batch.dim(0).unwrap();
+        (0..count).map(|i| batch.get(i).unwrap())
+    });
+    let losses = rows.zip(windows.iter()).flat_map(|(rows, window)| {
+        let rows = rows.narrow(0, 0, window.len() - 1).unwrap();
+        cross_entropy(&head.forward(&rows).unwrap(), &window[1..]).unwrap()
+    });
+    losses.sum::<f64>() / windows.targets() as f64
 }
 
 fn floats(list: &Value) -> Vec<f32> {
