@@ -24,6 +24,7 @@ pub mod guide {
 }
 
 pub use cache::{CacheSet, LayerShape, Snapshot, Step};
+pub use candle_core;
 pub use error::{Error, Result};
 pub use policy::{Budget, CacheConfig, PolicyConfig, Prompt};
 pub use quantise::{KeyGroups, NumberFormat, StorageConfig};

@@ -16,4 +16,5 @@ pub use likelihood::{Continuations, Likelihoods};
 pub use perplexity::Perplexity;
 pub use protocol::{Protocol, ProtocolKind};
 pub use scored::{ScoredWindows, TextSize};
+pub use tensor_io;
 pub use tensor_io::{Cancelled, NoProgress, Progress};
