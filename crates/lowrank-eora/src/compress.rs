@@ -128,7 +128,7 @@ pub struct Compressed {
 
 impl Quantise {
     /// Whether groups are no runs of neighbouring inputs.
-    fn takes_groups_apart(&self) -> bool {
+    pub(crate) fn takes_groups_apart(&self) -> bool {
         let Rounding::Gptq { order, fit } = self.rounding else {
             return false;
         };

@@ -6,7 +6,7 @@
 //! with exact zeros: runtimes have dropped the sparse formats, which are only read here.
 
 mod bits;
-mod compressed_tensors;
+pub mod compressed_tensors;
 pub mod gguf;
 pub mod gptq;
 mod sparse;

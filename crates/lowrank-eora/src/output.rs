@@ -16,7 +16,7 @@ mod checkpoint;
 mod lora_gguf;
 mod probe;
 
-pub use crate::format::{gguf, gptq};
+pub use crate::format::{compressed_tensors, gguf, gptq};
 pub use adapter::{Adapter, AdapterFactors, AdapterOptions, AdapterRanks};
 pub use checkpoint::{CheckpointOptions, Layout, Weights, write_checkpoint};
 pub use lora_gguf::GgufAdapterOptions;

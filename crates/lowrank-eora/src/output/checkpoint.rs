@@ -1,7 +1,7 @@
 //! Whole checkpoints: compressed, merged, or merged by requantisation; dense or packed.
 
 use crate::compress::{Compressor, Quantised};
-use crate::format::gptq;
+use crate::format::{compressed_tensors, gptq};
 use crate::matrix::to_tensor;
 use crate::repair::{LayerId, Repaired, RepairedLayer, StoredWeight};
 use crate::{Error, Result};
@@ -37,6 +37,18 @@ pub enum Layout {
         /// Convention for zero points.
         version: gptq::Version,
     },
+    /// Packed as compressed-tensors' `pack-quantized`, which llm-compressor and vLLM use.
+    CompressedTensors,
+}
+
+impl Layout {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Dense { .. } => "floats",
+            Self::Gptq { .. } => "gptq",
+            Self::CompressedTensors => "compressed-tensors",
+        }
+    }
 }
 
 /// How a checkpoint is written.
@@ -99,7 +111,7 @@ pub fn write_checkpoint(
     };
     let compressor = match layout {
         Layout::Dense { .. } => None,
-        Layout::Gptq { .. } => Some(packer(repaired, weights)?),
+        Layout::Gptq { .. } | Layout::CompressedTensors => Some(packer(repaired, weights, layout)?),
     };
 
     let mut config = checkpoint.config().clone();
@@ -107,7 +119,7 @@ pub fn write_checkpoint(
     for name in checkpoint.names() {
         let info = checkpoint.info(name)?;
         match (layer_of(name), layout, &compressor) {
-            (Some(layer), Layout::Gptq { .. }, Some(compressor)) => {
+            (Some(layer), Layout::Gptq { .. } | Layout::CompressedTensors, Some(compressor)) => {
                 let &[m, n] = info.shape.as_slice() else {
                     continue;
                 };
@@ -115,12 +127,11 @@ pub fn write_checkpoint(
                     continue;
                 };
                 let module = layer.to_string();
-                specs.extend(gptq::specs(
-                    &module,
-                    (m, n),
-                    quantise.grid.bits,
-                    quantise.grid.group,
-                )?);
+                let grid = quantise.grid;
+                specs.extend(match layout {
+                    Layout::Gptq { .. } => gptq::specs(&module, (m, n), grid.bits, grid.group)?,
+                    _ => compressed_tensors::specs(&module, (m, n), &quantise)?,
+                });
             }
             (_, Layout::Dense { dtype: Some(dtype) }, _) => {
                 specs.push(TensorSpec::new(name, dtype, info.shape.clone()));
@@ -145,6 +156,11 @@ pub fn write_checkpoint(
         }
         (Layout::Gptq { version }, Some(compressor)) => {
             if let Some(section) = gptq::quantization_config(compressor, version) {
+                config.set("quantization_config", section);
+            }
+        }
+        (Layout::CompressedTensors, Some(compressor)) => {
+            if let Some(section) = compressed_tensors::quantization_config(compressor) {
                 config.set("quantization_config", section);
             }
         }
@@ -173,14 +189,25 @@ pub fn write_checkpoint(
                     let matrix = match weights {
                         Weights::Compressed => layer.weight.matrix()?,
                         Weights::Merged => layer.merged()?,
-                        Weights::Requantised => requantised(&layer)?.matrix()?,
+                        Weights::Requantised => requantised(&layer, layout)?.matrix()?,
                     };
                     let tensor = to_tensor(matrix.as_ref(), DType::F64, &Device::Cpu)?;
                     writer.write_tensor(&id.weight(), &tensor)?;
                 }
                 Layout::Gptq { version } => {
-                    let packed = quantised(&layer, weights)?;
+                    let packed = quantised(&layer, weights, layout)?;
                     for (spec, bytes) in gptq::tensors(&id.to_string(), packed, version)? {
+                        writer.write_bytes(&spec.name, &bytes)?;
+                    }
+                }
+                Layout::CompressedTensors => {
+                    let packed = quantised(&layer, weights, layout)?;
+                    let Some(quantise) = compressor.and_then(|compressor| compressor.quantise)
+                    else {
+                        continue;
+                    };
+                    let module = id.to_string();
+                    for (spec, bytes) in compressed_tensors::tensors(&module, packed, &quantise)? {
                         writer.write_bytes(&spec.name, &bytes)?;
                     }
                 }
@@ -191,16 +218,16 @@ pub fn write_checkpoint(
     Ok(writer.finish()?)
 }
 
-fn not_storable(module: impl ToString, reason: &str) -> Error {
+fn not_storable(layout: Layout, module: impl ToString, reason: &str) -> Error {
     Error::NotStorable {
         module: module.to_string(),
-        format: "gptq",
+        format: layout.name(),
         reason: reason.into(),
     }
 }
 
 /// The compressor that quantised the weights.
-fn packer(repaired: &Repaired, weights: Weights) -> Result<Compressor> {
+fn packer(repaired: &Repaired, weights: Weights, layout: Layout) -> Result<Compressor> {
     let compressor = match weights {
         Weights::Compressed => repaired.compressor(),
         Weights::Requantised => repaired.requantiser(),
@@ -209,38 +236,46 @@ fn packer(repaired: &Repaired, weights: Weights) -> Result<Compressor> {
     match (compressor, weights) {
         (Some(compressor), _) if compressor.quantise.is_some() => Ok(compressor),
         (Some(compressor), _) => Err(not_storable(
+            layout,
             "the model",
-            &format!("{compressor} does not quantise; write it dense"),
+            &format!("{compressor} does not quantise in groups; write it dense, or as GGUF"),
         )),
         (None, Weights::Merged) => Err(not_storable(
+            layout,
             "the model",
             "W_c + B A has no codes; requantise it, or write it dense",
         )),
         (None, _) => Err(not_storable(
+            layout,
             "the model",
             "the compressed weights were given, and are stored already",
         )),
     }
 }
 
-fn requantised(layer: &RepairedLayer) -> Result<&StoredWeight> {
+fn requantised(layer: &RepairedLayer, layout: Layout) -> Result<&StoredWeight> {
     layer
         .requantised
         .as_ref()
-        .ok_or_else(|| not_storable(layer.report.layer, "not requantised"))
+        .ok_or_else(|| not_storable(layout, layer.report.layer, "not requantised"))
 }
 
-fn quantised(layer: &RepairedLayer, weights: Weights) -> Result<&Quantised> {
+fn quantised(layer: &RepairedLayer, weights: Weights, layout: Layout) -> Result<&Quantised> {
     let stored = match weights {
-        Weights::Requantised => requantised(layer)?,
+        Weights::Requantised => requantised(layer, layout)?,
         Weights::Compressed | Weights::Merged => &layer.weight,
     };
     match stored {
         StoredWeight::Quantised { weight, .. } => Ok(weight),
         StoredWeight::Blocks(_) => Err(not_storable(
+            layout,
             layer.report.layer,
             "it is in GGUF blocks; write it as GGUF",
         )),
-        StoredWeight::Dense(_) => Err(not_storable(layer.report.layer, "it is not quantised")),
+        StoredWeight::Dense(_) => Err(not_storable(
+            layout,
+            layer.report.layer,
+            "it is not quantised",
+        )),
     }
 }

@@ -171,9 +171,15 @@ fn a_model_compressed_before_is_repaired_like_the_weights_themselves() {
                 version: gptq::Version::V1,
             },
         ),
+        ("rtn-int4-g32-sym", Layout::CompressedTensors),
+        ("gptq-int4-g16", Layout::CompressedTensors),
+        ("gptq-int3-g16-sym-act", Layout::CompressedTensors),
+        ("gptq-int4-g16-act-static", Layout::CompressedTensors),
+        ("rtn-int8", Layout::CompressedTensors),
+        ("rtn-int2-g32-signed", Layout::CompressedTensors),
     ] {
         let none = eora(0).with_method(None);
-        let path = |what: &str| tiny.path(&format!("{what}-{name}"));
+        let path = |what: &str| tiny.path(&format!("{what}-{name}-{layout:?}"));
         let compressed = run(&none, &decoder, &compressor(name), &path("run"));
         assert!(compressed.reports().all(|report| report.rank == 0));
         let options = CheckpointOptions::new(Weights::Compressed, layout);
