@@ -236,7 +236,7 @@ impl Ranks {
     /// all in as many bytes. Measure both.
     ///
     /// # Errors
-    /// [`Error::MissingStatistic`] for a report without spectrum, and as [`solve::allocate`].
+    /// [`Error::MissingStatistic`] for a report without spectrum, and limits that no allocation can meet.
     pub fn allocate<'a>(
         reports: impl IntoIterator<Item = &'a LayerReport>,
         budget: u64,

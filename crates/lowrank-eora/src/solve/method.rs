@@ -30,7 +30,7 @@ pub enum Method {
     /// H = X Xᵀ: EoRA (arXiv 2410.21271), QERA-exact, SVD-LLM on the residual.
     Eora,
     /// The best correction of W X ≈ (W_c + B A) X̂, with X̂ what the compressed model feeds the
-    /// layer and X what the dense model does; see [`drift_residual`].
+    /// layer and X what the dense model does.
     EoraDrift {
         /// Damping relative to the mean diagonal of X̂ X̂ᵀ.
         damping: f64,
