@@ -4,6 +4,7 @@ use crate::Result;
 use crate::forest::Forest;
 use candle_core::Tensor;
 use kv_lazy::CacheSet;
+use kv_lazy::attention::Scores;
 
 /// How a block's attention reaches keys and values.
 #[derive(Debug)]
@@ -22,16 +23,14 @@ impl Mixer<'_> {
     pub(crate) fn attend(
         &mut self,
         layer: usize,
-        q: &Tensor,
-        k: &Tensor,
-        v: &Tensor,
+        [q, k, v]: [&Tensor; 3],
+        scores: Scores,
         sliding_window: Option<usize>,
     ) -> Result<Tensor> {
-        let scale = 1.0 / (q.dim(3)? as f64).sqrt();
         Ok(match self {
-            Self::Windows => kv_lazy::attention::prefill(q, k, v, scale, 0, sliding_window)?,
-            Self::Forest(forest) => forest.attend(q, k, v, scale, sliding_window)?,
-            Self::Cache(cache) => cache.attend(layer, q, k, v, scale)?,
+            Self::Windows => kv_lazy::attention::prefill(q, k, v, scores, 0, sliding_window)?,
+            Self::Forest(forest) => forest.attend(q, k, v, scores, sliding_window)?,
+            Self::Cache(cache) => cache.attend(layer, q, k, v, scores)?,
         })
     }
 }

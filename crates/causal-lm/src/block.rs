@@ -1,81 +1,172 @@
-//! One decoder block: norms, grouped-query attention and a gated MLP.
+//! One decoder block: norms, grouped-query attention and an MLP.
 //!
-//! A block is plain data. Its widths are those of its tensors, so that a pruned block, one without
-//! attention or one without an MLP runs through the same code, and a compressor may replace any
-//! tensor between loading and running.
+//! A block is plain data. Its widths are those of its tensors, so that a pruned block, one without attention or one
+//! without an MLP runs through the same code, and a compressor may replace any tensor between loading and running. What
+//! architectures differ in is data too: where norms are, what multiplies what, which activation.
 
 use crate::attention::Mixer;
+use crate::config::{Activation, NormKind};
 use crate::linear::Linear;
-use crate::ops::silu_mul;
+use crate::names::LinearName;
+use crate::ops;
+use crate::rope::Pairs;
 use crate::tap::{Site, Tap};
 use crate::{Error, Result};
 use candle_core::Tensor;
+use kv_lazy::attention::Scores;
 
-/// `x / rms(x) * weight` over the last dimension.
+/// A norm over the last dimension.
 #[derive(Clone, Debug)]
-pub struct RmsNorm {
-    /// `[width]`.
+pub struct Norm {
+    /// What it computes.
+    pub kind: NormKind,
+    /// `[width]`: what the normalised values are multiplied by, whatever the checkpoint stores.
     pub weight: Tensor,
-    /// Added to the mean square.
+    /// `[width]`, of layer norms.
+    pub bias: Option<Tensor>,
+    /// Added to the mean square or variance.
     pub eps: f64,
 }
 
-impl RmsNorm {
+impl Norm {
     /// Any shape whose last dimension is the weight's width.
     ///
     /// # Errors
     /// When the widths differ.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        Ok(candle_nn::ops::rms_norm(
-            &x.contiguous()?,
-            &self.weight,
-            self.eps as f32,
-        )?)
+        let x = x.contiguous()?;
+        let eps = self.eps as f32;
+        Ok(match self.kind {
+            NormKind::Rms => candle_nn::ops::rms_norm(&x, &self.weight, eps)?,
+            NormKind::Layer => {
+                let bias = match &self.bias {
+                    Some(bias) => bias.clone(),
+                    None => self.weight.zeros_like()?,
+                };
+                candle_nn::ops::layer_norm(&x, &self.weight, &bias, eps)?
+            }
+        })
+    }
+
+    /// Width of what it normalises.
+    pub fn width(&self) -> usize {
+        self.weight.elem_count()
     }
 }
 
 /// Grouped-query self-attention. Query head `h` reads key/value head `h / (heads / kv_heads)`.
 #[derive(Clone, Debug)]
 pub struct Attention {
-    /// `[heads * head_dim, hidden]`.
+    /// `[heads * head_dim, hidden]`; where gated, each head's rows are followed by as many of its gate.
     pub q: Linear,
     /// `[kv_heads * head_dim, hidden]`.
     pub k: Linear,
-    /// `[kv_heads * head_dim, hidden]`.
-    pub v: Linear,
+    /// `[kv_heads * head_dim, hidden]`; `None` where values are the keys before norm and rotation.
+    pub v: Option<Linear>,
     /// `[hidden, heads * head_dim]`.
     pub o: Linear,
-    /// Norm of each query head (Qwen3).
-    pub q_norm: Option<RmsNorm>,
-    /// Norm of each key head (Qwen3).
-    pub k_norm: Option<RmsNorm>,
+    /// Norm of queries: of each head where it is one head wide, else of all heads together.
+    pub q_norm: Option<Norm>,
+    /// Norm of keys, alike.
+    pub k_norm: Option<Norm>,
+    /// Norm of each value head.
+    pub v_norm: Option<Norm>,
     /// Width of a head.
     pub head_dim: usize,
     /// Positions a query sees, itself included; `None` for all before it.
     pub sliding_window: Option<usize>,
+    /// Which rotation of [`RopeTables`] encodes positions; `None` for none.
+    pub rotation: Option<usize>,
+    /// Factor on q·k, and the cap on it.
+    pub scores: Scores,
+    /// Whether q also projects a gate: heads' outputs are multiplied by its sigmoid.
+    pub gated: bool,
 }
 
 impl Attention {
     /// Query heads.
     pub fn heads(&self) -> usize {
-        self.q.weight.dims()[0] / self.head_dim
+        self.o.inputs() / self.head_dim
     }
 
     /// Key/value heads.
     pub fn kv_heads(&self) -> usize {
-        self.k.weight.dims()[0] / self.head_dim
+        self.k.outputs() / self.head_dim
     }
 }
 
-/// `down(silu(gate(x)) * up(x))`.
+/// `down(act(gate(x)) * up(x))`, or `down(act(up(x)))` without a gate.
 #[derive(Clone, Debug)]
 pub struct Mlp {
     /// `[neurons, hidden]`.
-    pub gate: Linear,
+    pub gate: Option<Linear>,
     /// `[neurons, hidden]`.
     pub up: Linear,
     /// `[hidden, neurons]`.
     pub down: Linear,
+    /// The activation.
+    pub activation: Activation,
+}
+
+impl Mlp {
+    /// The input of down_proj.
+    ///
+    /// # Errors
+    /// When `x` has another width than the weights.
+    pub fn neurons(&self, x: &Tensor) -> Result<Tensor> {
+        let up = self.up.forward(x)?;
+        match &self.gate {
+            Some(gate) => ops::activate(self.activation, &gate.forward(x)?, Some(&up)),
+            None => ops::activate(self.activation, &up, None),
+        }
+    }
+}
+
+/// Attention or MLP with the norms around it: adds `scale · after(body(before(x)))` to the residual stream.
+#[derive(Clone, Debug)]
+pub struct Half<T> {
+    /// Norm of its input.
+    pub before: Option<Norm>,
+    /// What it computes, unless the block has no such half.
+    pub body: Option<T>,
+    /// What a half without a body puts out for every token, `[hidden]`: the bias of an output projection whose weight is
+    /// gone.
+    pub constant: Option<Tensor>,
+    /// Norm of its output.
+    pub after: Option<Norm>,
+    /// Factor on what it adds.
+    pub scale: f64,
+}
+
+impl<T> Half<T> {
+    fn input(&self, x: &Tensor) -> Result<Tensor> {
+        match &self.before {
+            Some(norm) => norm.forward(x),
+            None => Ok(x.clone()),
+        }
+    }
+
+    fn normed(&self, y: Tensor) -> Result<Tensor> {
+        let y = match &self.after {
+            Some(norm) => norm.forward(&y)?,
+            None => y,
+        };
+        match self.scale == 1.0 {
+            true => Ok(y),
+            false => Ok((y * self.scale)?),
+        }
+    }
+
+    /// `x` with what the half adds when it has no body.
+    fn without_body(&self, x: Tensor) -> Result<Tensor> {
+        match &self.constant {
+            Some(constant) => {
+                let constant = self.normed(constant.unsqueeze(0)?)?;
+                Ok(x.broadcast_add(&constant)?)
+            }
+            None => Ok(x),
+        }
+    }
 }
 
 /// A decoder block with its weights.
@@ -83,39 +174,105 @@ pub struct Mlp {
 pub struct Block {
     /// Index in the model.
     pub layer: usize,
-    /// Norm before attention.
-    pub input_norm: RmsNorm,
-    /// Attention, unless the block has none.
-    pub attention: Option<Attention>,
-    /// What a block without attention adds to every token, `[hidden]`: the bias of an o_proj whose
-    /// weight is gone.
-    pub attention_constant: Option<Tensor>,
-    /// Norm before the MLP.
-    pub post_norm: RmsNorm,
-    /// MLP, unless the block has none.
-    pub mlp: Option<Mlp>,
-    /// What a block without an MLP adds to every token, `[hidden]`.
-    pub mlp_constant: Option<Tensor>,
+    /// Attention.
+    pub attention: Half<Attention>,
+    /// MLP.
+    pub mlp: Half<Mlp>,
+    /// Whether both halves read the block's input.
+    pub parallel: bool,
+    /// Factor on the block's output.
+    pub scalar: Option<f64>,
 }
 
-/// cos and sin of the positions of a step, each `[tokens, head_dim / 2]`.
+/// cos and sin of the positions of a step, for every rotation of a model.
 #[derive(Clone, Debug)]
 pub struct RopeTables {
+    pub(crate) tables: Vec<RopeTable>,
+    /// Factor on the query of each position, `[tokens, 1]`.
+    pub(crate) query_scale: Option<Tensor>,
+}
+
+/// One rotation: cos and sin, each `[tokens, rotated channels / 2]`.
+#[derive(Clone, Debug)]
+pub(crate) struct RopeTable {
     pub(crate) cos: Tensor,
     pub(crate) sin: Tensor,
+    pub(crate) pairs: Pairs,
 }
 
 impl RopeTables {
-    /// The rows of `positions`, which count from the first position of these tables.
+    /// The rows of `positions`, counted from the first position of these tables, in their order.
     ///
     /// # Errors
-    /// When the device refuses, or a position is not in the tables.
+    /// When a position is beyond the tables.
     pub fn at(&self, positions: &[u32]) -> Result<Self> {
-        let positions = Tensor::new(positions, self.cos.device())?;
+        let select = |x: &Tensor| -> Result<Tensor> {
+            Ok(x.index_select(&Tensor::new(positions, x.device())?, 0)?)
+        };
+        let table = |table: &RopeTable| -> Result<RopeTable> {
+            Ok(RopeTable {
+                cos: select(&table.cos)?,
+                sin: select(&table.sin)?,
+                pairs: table.pairs,
+            })
+        };
         Ok(Self {
-            cos: self.cos.index_select(&positions, 0)?,
-            sin: self.sin.index_select(&positions, 0)?,
+            tables: self.tables.iter().map(table).collect::<Result<_>>()?,
+            query_scale: self.query_scale.as_ref().map(select).transpose()?,
         })
+    }
+
+    /// The rows of all `parts`, one after the other.
+    ///
+    /// # Errors
+    /// When they are of different models, or there is none.
+    pub fn cat(parts: &[Self]) -> Result<Self> {
+        let first = parts
+            .first()
+            .ok_or_else(|| Error::Windows("no positions to rotate".into()))?;
+        let cat = |part: &dyn Fn(&Self) -> Tensor| -> Result<Tensor> {
+            Ok(Tensor::cat(&parts.iter().map(part).collect::<Vec<_>>(), 0)?)
+        };
+        let table = |(i, table): (usize, &RopeTable)| -> Result<RopeTable> {
+            Ok(RopeTable {
+                cos: cat(&|part| part.tables[i].cos.clone())?,
+                sin: cat(&|part| part.tables[i].sin.clone())?,
+                pairs: table.pairs,
+            })
+        };
+        let tables = first.tables.iter().enumerate().map(table);
+        let query_scale = match first.query_scale {
+            Some(_) => {
+                let scales: Vec<Tensor> = parts
+                    .iter()
+                    .filter_map(|part| part.query_scale.clone())
+                    .collect();
+                Some(Tensor::cat(&scales, 0)?)
+            }
+            None => None,
+        };
+        Ok(Self {
+            tables: tables.collect::<Result<_>>()?,
+            query_scale,
+        })
+    }
+}
+
+impl RopeTable {
+    /// Rotates the first channels of heads `[batch, heads, tokens, head_dim]`.
+    fn rotate(&self, x: &Tensor) -> Result<Tensor> {
+        let turned = 2 * self.cos.dim(1)?;
+        let head_dim = x.dim(3)?;
+        let rotate = |x: &Tensor| match self.pairs {
+            Pairs::Halves => candle_nn::rotary_emb::rope(x, &self.cos, &self.sin),
+            Pairs::Neighbours => candle_nn::rotary_emb::rope_i(x, &self.cos, &self.sin),
+        };
+        if turned == head_dim {
+            return Ok(rotate(x)?);
+        }
+        let first = rotate(&x.narrow(3, 0, turned)?.contiguous()?)?;
+        let rest = x.narrow(3, turned, head_dim - turned)?;
+        Ok(Tensor::cat(&[&first, &rest], 3)?)
     }
 }
 
@@ -139,31 +296,65 @@ impl Block {
                 })
         };
         let (batch, tokens, hidden) = x.dims3()?;
-        let mut x = x.reshape((batch * tokens, hidden))?;
-        if let Some(attention) = &self.attention {
-            let input = self.input_norm.forward(&x)?;
-            observe(Site::Qkv, &input)?;
-            let heads = attention.mix(&input, (batch, tokens), self.layer, rope, mixer)?;
-            observe(Site::O, &heads)?;
-            x = (x + attention.o.forward(&heads)?)?;
-        } else if let Some(constant) = &self.attention_constant {
-            x = x.broadcast_add(constant)?;
+        let x = x.reshape((batch * tokens, hidden))?;
+        let after_attention = match &self.attention.body {
+            Some(attention) => {
+                let input = self.attention.input(&x)?;
+                observe(Site::Qkv, &input)?;
+                let heads = attention.mix(&input, (batch, tokens), self.layer, rope, mixer)?;
+                observe(Site::O, &heads)?;
+                (&x + self.attention.normed(attention.o.forward(&heads)?)?)?
+            }
+            None => self.attention.without_body(x.clone())?,
+        };
+        let mut y = match &self.mlp.body {
+            Some(mlp) => {
+                let read = if self.parallel { &x } else { &after_attention };
+                let input = self.mlp.input(read)?;
+                observe(Site::GateUp, &input)?;
+                let neurons = mlp.neurons(&input)?;
+                observe(Site::Down, &neurons)?;
+                (&after_attention + self.mlp.normed(mlp.down.forward(&neurons)?)?)?
+            }
+            None => self.mlp.without_body(after_attention)?,
+        };
+        if let Some(scalar) = self.scalar {
+            y = (y * scalar)?;
         }
-        if let Some(mlp) = &self.mlp {
-            let input = self.post_norm.forward(&x)?;
-            observe(Site::GateUp, &input)?;
-            let neurons = silu_mul(&mlp.gate.forward(&input)?, &mlp.up.forward(&input)?)?;
-            observe(Site::Down, &neurons)?;
-            x = (x + mlp.down.forward(&neurons)?)?;
-        } else if let Some(constant) = &self.mlp_constant {
-            x = x.broadcast_add(constant)?;
+        Ok(y.reshape((batch, tokens, hidden))?)
+    }
+
+    /// A linear of the block; `None` where it has none.
+    pub fn linear(&self, name: LinearName) -> Option<&Linear> {
+        let (attention, mlp) = (self.attention.body.as_ref(), self.mlp.body.as_ref());
+        match name {
+            LinearName::Q => attention.map(|a| &a.q),
+            LinearName::K => attention.map(|a| &a.k),
+            LinearName::V => attention.and_then(|a| a.v.as_ref()),
+            LinearName::O => attention.map(|a| &a.o),
+            LinearName::Gate => mlp.and_then(|m| m.gate.as_ref()),
+            LinearName::Up => mlp.map(|m| &m.up),
+            LinearName::Down => mlp.map(|m| &m.down),
         }
-        Ok(x.reshape((batch, tokens, hidden))?)
+    }
+
+    /// A linear of the block, to be changed.
+    pub fn linear_mut(&mut self, name: LinearName) -> Option<&mut Linear> {
+        let (attention, mlp) = (self.attention.body.as_mut(), self.mlp.body.as_mut());
+        match name {
+            LinearName::Q => attention.map(|a| &mut a.q),
+            LinearName::K => attention.map(|a| &mut a.k),
+            LinearName::V => attention.and_then(|a| a.v.as_mut()),
+            LinearName::O => attention.map(|a| &mut a.o),
+            LinearName::Gate => mlp.and_then(|m| m.gate.as_mut()),
+            LinearName::Up => mlp.map(|m| &mut m.up),
+            LinearName::Down => mlp.map(|m| &mut m.down),
+        }
     }
 }
 
 impl Attention {
-    /// From the normed input `[batch * tokens, hidden]` to the input of o_proj.
+    /// From the input `[batch * tokens, hidden]` of q, k and v to the input of o_proj.
     fn mix(
         &self,
         x: &Tensor,
@@ -172,22 +363,55 @@ impl Attention {
         rope: &RopeTables,
         mixer: &mut Mixer<'_>,
     ) -> Result<Tensor> {
+        let d = self.head_dim;
+        let (mut q, mut gate) = (self.q.forward(x)?, None);
+        if self.gated {
+            let both = q.reshape((batch * tokens, self.heads(), 2, d))?;
+            gate = Some(both.narrow(2, 1, 1)?.contiguous()?);
+            q = both
+                .narrow(2, 0, 1)?
+                .reshape((batch * tokens, self.heads() * d))?;
+        }
+        let k = self.k.forward(x)?;
+        let v = match &self.v {
+            Some(v) => v.forward(x)?,
+            None => k.clone(),
+        };
         // [batch * tokens, n * d] -> [batch, n, tokens, d]
-        let split = |x: Tensor, norm: Option<&RmsNorm>| -> Result<Tensor> {
-            let x = x.reshape((batch, tokens, (), self.head_dim))?;
-            let x = match norm {
+        let split = |x: Tensor, norm: Option<&Norm>| -> Result<Tensor> {
+            let whole = norm.filter(|norm| norm.width() != d);
+            let x = match whole {
+                Some(norm) => norm.forward(&x)?,
+                None => x,
+            };
+            let x = x.reshape((batch, tokens, (), d))?;
+            let x = match norm.filter(|_| whole.is_none()) {
                 Some(norm) => norm.forward(&x)?,
                 None => x,
             };
             Ok(x.transpose(1, 2)?.contiguous()?)
         };
-        let rotate = |x: Tensor| candle_nn::rotary_emb::rope(&x, &rope.cos, &rope.sin);
-        let q = rotate(split(self.q.forward(x)?, self.q_norm.as_ref())?)?;
-        let k = rotate(split(self.k.forward(x)?, self.k_norm.as_ref())?)?;
-        let v = split(self.v.forward(x)?, None)?;
-        let heads = mixer.attend(layer, &q, &k, &v, self.sliding_window)?;
-        Ok(heads
+        let rotation = self.rotation.map(|rotation| &rope.tables[rotation]);
+        let rotate = |x: Tensor| match rotation {
+            Some(table) => table.rotate(&x),
+            None => Ok(x),
+        };
+        let mut q = rotate(split(q, self.q_norm.as_ref())?)?;
+        if let Some(scale) = &rope.query_scale {
+            q = q.broadcast_mul(scale)?;
+        }
+        let k = rotate(split(k, self.k_norm.as_ref())?)?;
+        let v = split(v, self.v_norm.as_ref())?;
+        let heads = mixer.attend(layer, [&q, &k, &v], self.scores, self.sliding_window)?;
+        let heads = heads
             .transpose(1, 2)?
-            .reshape((batch * tokens, self.heads() * self.head_dim))?)
+            .reshape((batch * tokens, self.heads() * d))?;
+        match gate {
+            Some(gate) => {
+                let gate = gate.reshape((batch * tokens, self.heads() * d))?;
+                Ok((heads * candle_nn::ops::sigmoid(&gate)?)?)
+            }
+            None => Ok(heads),
+        }
     }
 }

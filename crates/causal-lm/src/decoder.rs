@@ -1,12 +1,16 @@
 //! A checkpoint seen as a decoder whose parts are loaded one at a time.
 
-use crate::block::{Attention, Block, Mlp, RmsNorm, RopeTables};
-use crate::config::ModelConfig;
+use crate::block::{Attention, Block, Half, Mlp, Norm, RopeTable, RopeTables};
+use crate::config::{LAYER_SCALAR, ModelConfig, NormConfig, NormKind, QkNorm};
 use crate::linear::Linear;
-use crate::names::{self, LinearName};
+use crate::names::{LinearName, Module, Run};
+use crate::ops::softcap;
+use crate::rope::Rope;
 use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor};
+use kv_lazy::attention::Scores;
 use std::borrow::Cow;
+use std::collections::BTreeMap;
 use std::fmt;
 use tensor_io::Checkpoint;
 
@@ -23,10 +27,12 @@ pub struct Decoder<'a> {
 #[derive(Clone)]
 pub struct Embedding<'a> {
     checkpoint: &'a Checkpoint,
+    name: String,
     /// The whole matrix, where a row cannot be read alone.
     resident: Option<Vec<u8>>,
     vocab: usize,
     hidden: usize,
+    scale: f64,
     stored: DType,
     dtype: DType,
     device: Device,
@@ -45,8 +51,10 @@ impl fmt::Debug for Embedding<'_> {
 /// The last step of a model: final norm and vocabulary projection.
 #[derive(Clone, Debug)]
 pub struct Head {
-    norm: RmsNorm,
+    norm: Norm,
     vocab: Linear,
+    scale: f64,
+    softcap: Option<f64>,
 }
 
 impl<'a> Decoder<'a> {
@@ -58,7 +66,9 @@ impl<'a> Decoder<'a> {
     /// [`Error::Shape`], [`Error::UnexpectedTensor`] or a missing tensor where checkpoint and
     /// config disagree, and everything that [`ModelConfig::new`] reports.
     pub fn new(checkpoint: &'a Checkpoint, dtype: DType, device: &Device) -> Result<Self> {
-        let config = ModelConfig::new(checkpoint.config())?;
+        let mut config = ModelConfig::new(checkpoint.config())?;
+        config.names = config.names.located(|name| checkpoint.contains(name));
+        config.tied = config.tied && is_copy(checkpoint, &config)?;
         let decoder = Self {
             checkpoint,
             config,
@@ -90,21 +100,18 @@ impl<'a> Decoder<'a> {
     }
 
     fn check(&self) -> Result<()> {
+        let names = self.config.names;
         let mut expected = self.config.tensors();
         // A bias that the config does not announce is read where the file has one, also of an
         // output projection without inputs: that is how bias-compensated models of architectures
         // without a slot are stored.
         for layer in 0..self.config.layers() {
-            for name in LinearName::ALL
-                .into_iter()
-                .filter(|&name| !self.config.has_bias(name))
-            {
-                let shape = self.config.linear_shape(layer, name);
-                let rows = shape
-                    .map(|[rows, _]| rows)
-                    .or(name.is_output().then_some(self.config.hidden));
-                if let Some(rows) = rows.filter(|_| self.checkpoint.contains(&name.bias(layer))) {
-                    expected.push((name.bias(layer), vec![rows]));
+            let modules = names.table().modules.iter();
+            for module in modules.filter(|module| !self.config.has_bias(module.parts[0])) {
+                let bias = names.bias(layer, module);
+                let rows = self.config.bias_rows(layer, module);
+                if let Some(rows) = rows.filter(|_| self.checkpoint.contains(&bias)) {
+                    expected.push((bias, vec![rows]));
                 }
             }
         }
@@ -120,16 +127,25 @@ impl<'a> Decoder<'a> {
         }
         let known: std::collections::HashSet<&str> =
             expected.iter().map(|(name, _)| name.as_str()).collect();
-        // Older exports carry the frequencies, and tied ones a copy of the embedding.
-        let surplus = |name: &str| name.ends_with("rotary_emb.inv_freq") || name == names::HEAD;
+        // Older exports have the frequencies and masks, and tied ones a copy of the embedding.
+        let surplus = |name: &str| {
+            let buffers = [
+                "rotary_emb.inv_freq",
+                "attention.bias",
+                "attention.masked_bias",
+            ];
+            buffers.iter().any(|buffer| name.ends_with(buffer)) || name == names.head()
+        };
+        // Beside the decoder of a folder for several modalities is whatever the others need.
+        let foreign = |name: &str| self.config.nested && !name.starts_with(names.prefix());
         match self
             .checkpoint
             .names()
-            .find(|name| !known.contains(name) && !surplus(name))
+            .find(|name| !known.contains(name) && !surplus(name) && !foreign(name))
         {
             Some(tensor) => Err(Error::UnexpectedTensor {
                 tensor: tensor.into(),
-                model_type: self.config.model_type.name(),
+                model_type: self.config.model_type,
             }),
             None => Ok(()),
         }
@@ -139,26 +155,124 @@ impl<'a> Decoder<'a> {
         Ok(self.checkpoint.tensor_as(name, self.dtype, &self.device)?)
     }
 
-    fn norm(&self, name: &str) -> Result<RmsNorm> {
-        Ok(RmsNorm {
-            weight: self.load(name)?,
-            eps: self.config.rms_eps,
+    /// A norm by the path of its module.
+    fn norm(&self, name: impl Fn(&str) -> String) -> Result<Norm> {
+        let NormConfig { kind, eps, offset } = self.config.norm;
+        let weight = self.load(&name("weight"))?;
+        Ok(Norm {
+            kind,
+            weight: match offset == 0.0 {
+                true => weight,
+                false => (weight + offset)?,
+            },
+            bias: match kind {
+                NormKind::Layer => Some(self.load(&name("bias"))?),
+                NormKind::Rms => None,
+            },
+            eps,
         })
     }
 
-    fn linear(&self, layer: usize, name: LinearName) -> Result<Linear> {
-        Ok(Linear {
-            weight: self.load(&name.weight(layer))?,
-            bias: self.bias(layer, name)?,
-        })
+    /// A norm of block `layer` by the path of its module, if there is one.
+    ///
+    /// # Errors
+    /// What reading the tensors reports.
+    pub fn block_norm(&self, layer: usize, path: Option<&str>) -> Result<Option<Norm>> {
+        let names = self.config.names;
+        path.map(|path| self.norm(|kind| names.block(layer, &format!("{path}.{kind}"))))
+            .transpose()
     }
 
-    fn bias(&self, layer: usize, name: LinearName) -> Result<Option<Tensor>> {
-        let bias = name.bias(layer);
+    /// The linears of a block's module, each with its rows of the stored tensors.
+    fn module(&self, layer: usize, module: &Module) -> Result<Vec<(LinearName, Linear)>> {
+        let names = self.config.names;
+        let weight = self.load(&names.weight(layer, module))?;
+        let bias = self.module_bias(layer, module)?;
+        self.split(layer, module, &weight, bias.as_ref())
+    }
+
+    /// The linears of a stored module.
+    fn split(
+        &self,
+        layer: usize,
+        module: &Module,
+        weight: &Tensor,
+        bias: Option<&Tensor>,
+    ) -> Result<Vec<(LinearName, Linear)>> {
+        if let &[part] = module.parts {
+            let (weight, bias) = (weight.clone(), bias.cloned());
+            return Ok(vec![(part, Linear { weight, bias })]);
+        }
+        let runs = self.config.runs(layer, module);
+        let of_part = |&part: &LinearName| {
+            let runs: Vec<&Run> = runs.iter().filter(|run| run.part == part).collect();
+            if runs.is_empty() {
+                return None;
+            }
+            let rows = |x: &Tensor| -> Result<Tensor> {
+                let pieces = runs.iter().map(|run| x.narrow(0, run.at, run.rows.len()));
+                let pieces = pieces.collect::<candle_core::Result<Vec<_>>>()?;
+                // A single run is a view of the stored tensor.
+                Ok(match &pieces[..] {
+                    [all] => all.clone(),
+                    _ => Tensor::cat(&pieces, 0)?,
+                })
+            };
+            let linear = || -> Result<Linear> {
+                Ok(Linear {
+                    weight: rows(weight)?,
+                    bias: bias.map(rows).transpose()?,
+                })
+            };
+            Some(linear().map(|linear| (part, linear)))
+        };
+        module.parts.iter().filter_map(of_part).collect()
+    }
+
+    /// Puts another weight of a stored module, `[out, in]`, in place of its linears in a loaded block.
+    ///
+    /// # Errors
+    /// When the shape is not that of the module.
+    pub fn replace(&self, block: &mut Block, module: &Module, weight: &Tensor) -> Result<()> {
+        let linears = self.split(block.layer, module, weight, None)?;
+        for (name, linear) in linears {
+            if let Some(old) = block.linear_mut(name) {
+                old.weight = linear.weight;
+            }
+        }
+        Ok(())
+    }
+
+    fn module_bias(&self, layer: usize, module: &Module) -> Result<Option<Tensor>> {
+        let bias = self.config.names.bias(layer, module);
         self.checkpoint
             .contains(&bias)
             .then(|| self.load(&bias))
             .transpose()
+    }
+
+    /// A linear's weight, `[out, in]`; `None` where the block has no such linear.
+    ///
+    /// # Errors
+    /// What reading the tensor reports, among it values that are not finite.
+    pub fn weight(&self, layer: usize, name: LinearName) -> Result<Option<Tensor>> {
+        let Some(module) = self.config.names.module_of(name) else {
+            return Ok(None);
+        };
+        if self.config.linear_shape(layer, name).is_none() {
+            return Ok(None);
+        }
+        let parts = self.module(layer, module)?;
+        let linear = parts.into_iter().find(|(part, _)| *part == name);
+        Ok(linear.map(|(_, linear)| linear.weight))
+    }
+
+    /// Whether the checkpoint has a bias for a linear.
+    pub fn has_bias(&self, layer: usize, name: LinearName) -> bool {
+        let names = self.config.names;
+        names
+            .module_of(name)
+            .is_some_and(|module| self.checkpoint.contains(&names.bias(layer, module)))
     }
 
     /// Loads block `layer`; [`Decoder::release`] lets go of the file's pages afterwards.
@@ -166,54 +280,110 @@ impl<'a> Decoder<'a> {
     /// # Errors
     /// What reading the tensors reports, among it values that are not finite.
     pub fn block(&self, layer: usize) -> Result<Block> {
-        let widths = self.config.widths[layer];
-        let head_norm = |name: &str| -> Result<Option<RmsNorm>> {
-            self.config
-                .qk_norm
-                .then(|| self.norm(&names::block(layer, name)))
-                .transpose()
-        };
+        let (config, names) = (&self.config, self.config.names);
+        let table = names.table();
+        let widths = config.widths[layer];
+        let mut linears = BTreeMap::new();
+        for module in table.modules {
+            if config.module_shape(layer, module).is_some() {
+                linears.extend(self.module(layer, module)?);
+            }
+        }
+        let attention_config = &config.attention[layer];
         let attention = match widths.heads {
             0 => None,
-            _ => Some(Attention {
-                q: self.linear(layer, LinearName::Q)?,
-                k: self.linear(layer, LinearName::K)?,
-                v: self.linear(layer, LinearName::V)?,
-                o: self.linear(layer, LinearName::O)?,
-                q_norm: head_norm(names::Q_NORM)?,
-                k_norm: head_norm(names::K_NORM)?,
-                head_dim: self.config.head_dim,
-                sliding_window: self.config.sliding_window[layer],
-            }),
+            _ => {
+                let head_norm = |path: &'static str| {
+                    let path = (config.qk_norm != QkNorm::None).then_some(path);
+                    self.block_norm(layer, path)
+                };
+                Some(Attention {
+                    q: taken(&mut linears, LinearName::Q)?,
+                    k: taken(&mut linears, LinearName::K)?,
+                    v: linears.remove(&LinearName::V),
+                    o: taken(&mut linears, LinearName::O)?,
+                    q_norm: head_norm(table.q_norm)?,
+                    k_norm: head_norm(table.k_norm)?,
+                    v_norm: match config.v_norm {
+                        true => Some(self.unweighted(attention_config.head_dim)?),
+                        false => None,
+                    },
+                    head_dim: attention_config.head_dim,
+                    sliding_window: attention_config.sliding_window,
+                    rotation: attention_config.rotation,
+                    scores: Scores {
+                        scale: attention_config.scale,
+                        softcap: attention_config.softcap,
+                    },
+                    gated: attention_config.gated,
+                })
+            }
         };
         let mlp = match widths.neurons {
             0 => None,
             _ => Some(Mlp {
-                gate: self.linear(layer, LinearName::Gate)?,
-                up: self.linear(layer, LinearName::Up)?,
-                down: self.linear(layer, LinearName::Down)?,
+                gate: linears.remove(&LinearName::Gate),
+                up: taken(&mut linears, LinearName::Up)?,
+                down: taken(&mut linears, LinearName::Down)?,
+                activation: config.activation,
             }),
         };
-        let constant = |name, absent: bool| match absent {
-            true => self.bias(layer, name),
-            false => Ok(None),
+        let constant = |name, absent: bool| match names.module_of(name).filter(|_| absent) {
+            Some(module) => self.module_bias(layer, module),
+            None => Ok(None),
         };
         Ok(Block {
             layer,
-            attention_constant: constant(LinearName::O, attention.is_none())?,
-            mlp_constant: constant(LinearName::Down, mlp.is_none())?,
-            input_norm: self.norm(&names::block(layer, names::INPUT_NORM))?,
-            attention,
-            post_norm: self.norm(&names::block(layer, names::POST_NORM))?,
-            mlp,
+            attention: Half {
+                before: self.block_norm(layer, table.attention_before)?,
+                constant: constant(LinearName::O, attention.is_none())?,
+                body: attention,
+                after: self.block_norm(layer, table.attention_after)?,
+                scale: config.residual_scale,
+            },
+            mlp: Half {
+                before: self.block_norm(layer, table.mlp_before)?,
+                constant: constant(LinearName::Down, mlp.is_none())?,
+                body: mlp,
+                after: self.block_norm(layer, table.mlp_after)?,
+                scale: config.residual_scale,
+            },
+            parallel: config.parallel,
+            scalar: match config.layer_scalar {
+                true => Some(self.number(&names.block(layer, LAYER_SCALAR))?),
+                false => None,
+            },
         })
+    }
+
+    /// An RMS norm whose weights are 1.
+    fn unweighted(&self, width: usize) -> Result<Norm> {
+        Ok(Norm {
+            kind: NormKind::Rms,
+            weight: Tensor::ones(width, self.dtype, &self.device)?,
+            bias: None,
+            eps: self.config.norm.eps,
+        })
+    }
+
+    /// A tensor of one number.
+    fn number(&self, name: &str) -> Result<f64> {
+        let tensor = self.checkpoint.tensor_as(name, DType::F64, &Device::Cpu)?;
+        Ok(tensor.flatten_all()?.to_vec1::<f64>()?[0])
     }
 
     /// Lets go of the mapped pages of block `layer`.
     pub fn release(&self, layer: usize) {
-        let of_block = |name: &&str| names::parse_block(name).is_some_and(|(l, _)| l == layer);
+        let names = self.config.names;
+        let of_block = |name: &&str| names.parse_block(name).is_some_and(|(l, _)| l == layer);
         self.checkpoint
             .release(self.checkpoint.names().filter(of_block));
+    }
+
+    /// Lets go of the mapped pages of the embedding.
+    pub fn release_embedding(&self) {
+        self.checkpoint
+            .release([self.config.names.embedding().as_str()]);
     }
 
     /// The embedding. Its rows are read as they are needed, except for a pickle's, which is read once and kept in memory.
@@ -221,9 +391,10 @@ impl<'a> Decoder<'a> {
     /// # Errors
     /// What reading the tensor reports.
     pub fn embedding(&self) -> Result<Embedding<'a>> {
+        let name = self.config.names.embedding();
         let resident = match self.checkpoint.source() {
             Some(_) => None,
-            None => match self.checkpoint.bytes(names::EMBEDDING)? {
+            None => match self.checkpoint.bytes(&name)? {
                 Cow::Owned(bytes) => Some(bytes),
                 Cow::Borrowed(_) => None,
             },
@@ -236,9 +407,11 @@ impl<'a> Decoder<'a> {
             // Opening has checked that the embedding is of floats.
             stored: self
                 .checkpoint
-                .info(names::EMBEDDING)?
+                .info(&name)?
                 .candle_dtype()
                 .unwrap_or(DType::F32),
+            scale: self.config.embedding_scale,
+            name,
             dtype: self.dtype,
             device: self.device.clone(),
         })
@@ -252,38 +425,89 @@ impl<'a> Decoder<'a> {
         self.embedding()?.rows(windows)
     }
 
+    /// Loads the norm before the head.
+    ///
+    /// # Errors
+    /// What reading the tensors reports.
+    pub fn final_norm(&self) -> Result<Norm> {
+        self.norm(|kind| self.config.names.final_norm(kind))
+    }
+
     /// Loads the final norm and the vocabulary projection.
     ///
     /// # Errors
     /// What reading the tensors reports.
     pub fn head(&self) -> Result<Head> {
-        let weight = if self.config.tied {
-            names::EMBEDDING
-        } else {
-            names::HEAD
+        let names = self.config.names;
+        let weight = match self.config.tied {
+            true => names.embedding(),
+            false => names.head().to_string(),
         };
         let head = Head {
-            norm: self.norm(names::FINAL_NORM)?,
+            norm: self.final_norm()?,
             vocab: Linear {
-                weight: self.load(weight)?,
+                weight: self.load(&weight)?,
                 bias: None,
             },
+            scale: self.config.logit_scale,
+            softcap: self.config.logit_softcap,
         };
-        self.checkpoint.release([weight]);
+        self.checkpoint.release([weight.as_str()]);
         Ok(head)
     }
 
-    /// Rotations for positions `start .. start + tokens`.
+    /// Rotations for positions `start .. start + tokens` of a sequence that ends there.
     ///
     /// # Errors
     /// When the device refuses the tensors.
     pub fn rope(&self, start: usize, tokens: usize) -> Result<RopeTables> {
-        let (cos, sin) = self
-            .config
-            .rope
-            .tables(start, tokens, self.dtype, &self.device)?;
-        Ok(RopeTables { cos, sin })
+        self.rope_within(start, tokens, start + tokens)
     }
+
+    /// Rotations for positions `start .. start + tokens` of a sequence of `total` tokens.
+    ///
+    /// # Errors
+    /// When the device refuses the tensors.
+    pub fn rope_within(&self, start: usize, tokens: usize, total: usize) -> Result<RopeTables> {
+        let table = |rope: &Rope| -> Result<RopeTable> {
+            let (cos, sin) = rope.tables((start, tokens, total), self.dtype, &self.device)?;
+            Ok(RopeTable {
+                cos,
+                sin,
+                pairs: rope.pairs,
+            })
+        };
+        let ropes = self.config.ropes.iter();
+        let query_scale = self.config.query_scale.map(|scale| -> Result<Tensor> {
+            let factors = (start..start + tokens).map(|t| scale.at(t) as f32);
+            let factors = Tensor::from_iter(factors, &self.device)?.to_dtype(self.dtype)?;
+            Ok(factors.reshape((tokens, 1))?)
+        });
+        Ok(RopeTables {
+            tables: ropes.map(table).collect::<Result<_>>()?,
+            query_scale: query_scale.transpose()?,
+        })
+    }
+}
+
+/// Whether a tied model's head, where the checkpoint has one, is the embedding. Another one is used instead.
+fn is_copy(checkpoint: &Checkpoint, config: &ModelConfig) -> Result<bool> {
+    let (head, embedding) = (config.names.head(), config.names.embedding());
+    if !checkpoint.contains(head) || !checkpoint.contains(&embedding) {
+        return Ok(true);
+    }
+    let (a, b) = (checkpoint.info(head)?, checkpoint.info(&embedding)?);
+    let same_form = a.shape == b.shape && a.dtype == b.dtype;
+    Ok(same_form && checkpoint.bytes(head)? == checkpoint.bytes(&embedding)?)
+}
+
+/// A linear that the block must have.
+fn taken(linears: &mut BTreeMap<LinearName, Linear>, name: LinearName) -> Result<Linear> {
+    // Opening has checked every shape, and a half without its linears has no widths.
+    linears.remove(&name).ok_or(Error::InvalidConfig {
+        field: "intermediate_size",
+        reason: format!("the block has no {name}"),
+    })
 }
 
 impl Embedding<'_> {
@@ -306,13 +530,18 @@ impl Embedding<'_> {
             }
             None => {
                 let rows: Vec<usize> = rows.collect();
-                self.checkpoint.rows(names::EMBEDDING, &rows)?
+                self.checkpoint.rows(&self.name, &rows)?
             }
         };
         let length = windows.first().map_or(0, |window| window.len());
         let shape = [windows.len(), length, self.hidden];
         let rows = Tensor::from_raw_buffer(&rows, self.stored, &shape, &self.device)?;
-        Ok(rows.to_dtype(self.dtype)?)
+        let rows = rows.to_dtype(self.dtype)?;
+        Ok(match self.scale {
+            1.0 => rows,
+            // The reference keeps the factor in f32.
+            scale => (rows * f64::from(scale as f32))?,
+        })
     }
 }
 
@@ -327,6 +556,14 @@ impl Head {
     /// # Errors
     /// When the device refuses.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        self.vocab.forward(&self.norm.forward(x)?)
+        let logits = self.vocab.forward(&self.norm.forward(x)?)?;
+        let logits = match self.scale {
+            1.0 => logits,
+            scale => (logits * scale)?,
+        };
+        match self.softcap {
+            Some(cap) => softcap(&logits, cap),
+            None => Ok(logits),
+        }
     }
 }

@@ -16,7 +16,7 @@ pub enum Error {
     #[error("tensor operation failed")]
     Candle(#[from] candle_core::Error),
     /// `model_type` is not one of the supported architectures.
-    #[error("model_type {found:?} is not supported (supported: llama, mistral, qwen2, qwen3)")]
+    #[error("model_type {found:?} is not supported (supported: {})", crate::config::model_types().collect::<Vec<_>>().join(", "))]
     UnsupportedModel {
         /// The `model_type` in the config.
         found: String,

@@ -7,6 +7,7 @@
 
 use crate::Result;
 use candle_core::Tensor;
+use kv_lazy::attention::Scores;
 use rayon::prelude::*;
 
 /// Lengths of a trunk and of the branches that continue it, in tokens.
@@ -51,7 +52,7 @@ impl Forest {
         q: &Tensor,
         k: &Tensor,
         v: &Tensor,
-        scale: f64,
+        scores: Scores,
         sliding_window: Option<usize>,
     ) -> Result<Tensor> {
         let starts = self.trees.iter().scan(0, |next, tree| {
@@ -67,14 +68,14 @@ impl Forest {
                 cut(k, start, tree.trunk)?,
                 cut(v, start, tree.trunk)?,
             );
-            let trunk = prefill(&q_trunk, &k_trunk, &v_trunk, scale, 0, sliding_window)?;
+            let trunk = prefill(&q_trunk, &k_trunk, &v_trunk, scores, 0, sliding_window)?;
             let mut parts = vec![trunk];
             let mut at = start + tree.trunk;
             for &len in &tree.branches {
                 let q = cut(q, at, len)?;
                 let k = Tensor::cat(&[&k_trunk, &cut(k, at, len)?], 2)?;
                 let v = Tensor::cat(&[&v_trunk, &cut(v, at, len)?], 2)?;
-                parts.push(prefill(&q, &k, &v, scale, tree.trunk, sliding_window)?);
+                parts.push(prefill(&q, &k, &v, scores, tree.trunk, sliding_window)?);
                 at += len;
             }
             Ok(parts)

@@ -13,6 +13,16 @@ pub struct Linear {
 }
 
 impl Linear {
+    /// Width of what it reads.
+    pub fn inputs(&self) -> usize {
+        self.weight.dims()[1]
+    }
+
+    /// Width of what it writes.
+    pub fn outputs(&self) -> usize {
+        self.weight.dims()[0]
+    }
+
     /// `[rows, in]` to `[rows, out]`.
     ///
     /// # Errors

@@ -15,6 +15,7 @@ pub struct Model<'a> {
     embedding: Embedding<'a>,
     blocks: Vec<Block>,
     head: Head,
+    longest: usize,
 }
 
 impl<'a> Model<'a> {
@@ -36,6 +37,7 @@ impl<'a> Model<'a> {
             embedding: decoder.embedding()?,
             blocks,
             head: decoder.head()?,
+            longest: 0,
         })
     }
 
@@ -44,18 +46,28 @@ impl<'a> Model<'a> {
         self.decoder
     }
 
+    /// The same for sequences of up to `positions` tokens in all. Some architectures rotate by other frequencies when a
+    /// sequence is longer than their first training context, and cannot change their mind on the way: keys that were
+    /// rotated before would be wrong. Without this the choice is made step by step, by the tokens so far.
+    pub fn for_positions(self, positions: usize) -> Self {
+        Self {
+            longest: positions,
+            ..self
+        }
+    }
+
     /// What a cache has to hold for each layer, for [`CacheSet::full`] and its like.
     pub fn cache_shapes(&self) -> Vec<LayerShape> {
         let config = self.decoder.config();
         config
             .widths
             .iter()
-            .zip(&config.sliding_window)
-            .map(|(widths, &sliding_window)| LayerShape {
+            .zip(&config.attention)
+            .map(|(widths, attention)| LayerShape {
                 query_heads: widths.heads,
                 kv_heads: widths.kv_heads,
-                head_dim: config.head_dim,
-                sliding_window,
+                head_dim: attention.head_dim,
+                sliding_window: attention.sliding_window,
             })
             .collect()
     }
@@ -103,7 +115,8 @@ impl<'a> Model<'a> {
         }
         let mut x = self.embedding.rows(tokens)?;
         let step = cache.begin(count)?;
-        let rope = self.decoder.rope(step.position, count)?;
+        let total = self.longest.max(step.position + count);
+        let rope = self.decoder.rope_within(step.position, count, total)?;
         for block in &self.blocks {
             x = block.forward(&x, &rope, &mut Mixer::Cache(cache), &mut NoTap)?;
         }

@@ -1,18 +1,17 @@
-//! Names of the tensors in a decoder checkpoint, in one place.
+//! Where a decoder is stored: names of its tensors, and which rows of a stored tensor are which linear.
+//!
+//! A block's linears are parts of stored modules. Most modules are one linear; some architectures stack several in one
+//! tensor (`qkv_proj`, `gate_up_proj`) or interleave them head by head (`query_key_value`). Everything that reads or
+//! writes tensors goes through the tables here; no other file knows a name.
 
 use std::fmt;
-
-/// Embedding, `[vocab, hidden]`.
-pub const EMBEDDING: &str = "model.embed_tokens.weight";
-/// Norm before the head, `[hidden]`.
-pub const FINAL_NORM: &str = "model.norm.weight";
-/// Output head, `[vocab, hidden]`; absent or unused when tied to the embedding.
-pub const HEAD: &str = "lm_head.weight";
+use std::ops::Range;
 
 /// The linears of a decoder block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[non_exhaustive]
 pub enum LinearName {
-    /// Query projection, `[heads * head_dim, hidden]`.
+    /// Query projection, `[heads * head_dim, hidden]`; with twice the rows where it also projects a gate.
     Q,
     /// Key projection, `[kv_heads * head_dim, hidden]`.
     K,
@@ -40,62 +39,455 @@ impl LinearName {
         Self::Down,
     ];
 
-    /// The module's path within its block.
-    pub fn path(self) -> &'static str {
-        match self {
-            Self::Q => "self_attn.q_proj",
-            Self::K => "self_attn.k_proj",
-            Self::V => "self_attn.v_proj",
-            Self::O => "self_attn.o_proj",
-            Self::Gate => "mlp.gate_proj",
-            Self::Up => "mlp.up_proj",
-            Self::Down => "mlp.down_proj",
-        }
-    }
-
     /// Whether it writes to the residual stream: o_proj and down_proj.
     pub fn is_output(self) -> bool {
         matches!(self, Self::O | Self::Down)
     }
 
-    /// Name of the weight in block `layer`.
-    pub fn weight(self, layer: usize) -> String {
-        block(layer, &format!("{}.weight", self.path()))
-    }
-
-    /// Name of the bias in block `layer`.
-    pub fn bias(self, layer: usize) -> String {
-        block(layer, &format!("{}.bias", self.path()))
+    /// Whether it belongs to attention, not to the MLP.
+    pub fn is_attention(self) -> bool {
+        matches!(self, Self::Q | Self::K | Self::V | Self::O)
     }
 }
 
 impl fmt::Display for LinearName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(
-            self.path()
-                .rsplit('.')
-                .next()
-                .expect("rsplit yields at least one part"),
+        f.write_str(match self {
+            Self::Q => "q_proj",
+            Self::K => "k_proj",
+            Self::V => "v_proj",
+            Self::O => "o_proj",
+            Self::Gate => "gate_proj",
+            Self::Up => "up_proj",
+            Self::Down => "down_proj",
+        })
+    }
+}
+
+/// How the rows of a module's parts lie in its tensor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Rows {
+    /// One part below the other.
+    Stacked,
+    /// The rows of one head of each part in turn, head by head.
+    PerHead,
+}
+
+/// A stored weight, and bias where it has one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Module {
+    /// Path within the block, without `.weight`.
+    pub path: &'static str,
+    /// The linears in it.
+    pub parts: &'static [LinearName],
+    /// How their rows lie in it.
+    pub rows: Rows,
+}
+
+impl Module {
+    const fn one(path: &'static str, part: &'static [LinearName; 1]) -> Self {
+        Self {
+            path,
+            parts: part,
+            rows: Rows::Stacked,
+        }
+    }
+
+    const fn stacked(path: &'static str, parts: &'static [LinearName]) -> Self {
+        Self {
+            path,
+            parts,
+            rows: Rows::Stacked,
+        }
+    }
+
+    /// Whether it writes to the residual stream.
+    pub fn is_output(&self) -> bool {
+        self.parts[0].is_output()
+    }
+
+    /// Whether it belongs to attention.
+    pub fn is_attention(&self) -> bool {
+        self.parts[0].is_attention()
+    }
+}
+
+impl fmt::Display for Module {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.path.rsplit('.').next().unwrap_or(self.path))
+    }
+}
+
+/// Rows of one part that follow each other in a stored module.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Run {
+    /// The linear that they belong to.
+    pub part: LinearName,
+    /// Which of its rows they are.
+    pub rows: Range<usize>,
+    /// The first of them in the stored module.
+    pub at: usize,
+}
+
+/// Names of one architecture.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Table {
+    /// Where the decoder is in a checkpoint of its own.
+    pub prefix: &'static str,
+    /// Embedding.
+    pub embedding: &'static str,
+    /// Norm before the head.
+    pub final_norm: &'static str,
+    /// Output head, the names that it may have.
+    pub heads: &'static [&'static str],
+    /// Linears of a block, attention first.
+    pub modules: &'static [Module],
+    /// Norm before attention.
+    pub attention_before: Option<&'static str>,
+    /// Norm after attention, before its output is added.
+    pub attention_after: Option<&'static str>,
+    /// Norm before the MLP.
+    pub mlp_before: Option<&'static str>,
+    /// Norm after the MLP.
+    pub mlp_after: Option<&'static str>,
+    /// Norm of queries.
+    pub q_norm: &'static str,
+    /// Norm of keys.
+    pub k_norm: &'static str,
+}
+
+const Q: Module = Module::one("self_attn.q_proj", &[LinearName::Q]);
+const K: Module = Module::one("self_attn.k_proj", &[LinearName::K]);
+const V: Module = Module::one("self_attn.v_proj", &[LinearName::V]);
+const O: Module = Module::one("self_attn.o_proj", &[LinearName::O]);
+const GATE: Module = Module::one("mlp.gate_proj", &[LinearName::Gate]);
+const UP: Module = Module::one("mlp.up_proj", &[LinearName::Up]);
+const DOWN: Module = Module::one("mlp.down_proj", &[LinearName::Down]);
+const QKV: Module = Module::stacked(
+    "self_attn.qkv_proj",
+    &[LinearName::Q, LinearName::K, LinearName::V],
+);
+const GATE_UP: Module = Module::stacked("mlp.gate_up_proj", &[LinearName::Gate, LinearName::Up]);
+
+/// Llama's names, which most architectures have.
+pub(crate) const LLAMA: Table = Table {
+    prefix: "model.",
+    embedding: "embed_tokens.weight",
+    final_norm: "norm",
+    heads: &["lm_head.weight"],
+    modules: &[Q, K, V, O, GATE, UP, DOWN],
+    attention_before: Some("input_layernorm"),
+    attention_after: None,
+    mlp_before: Some("post_attention_layernorm"),
+    mlp_after: None,
+    q_norm: "self_attn.q_norm",
+    k_norm: "self_attn.k_norm",
+};
+
+/// Gemma: norms before and after both halves.
+pub(crate) const GEMMA: Table = Table {
+    attention_after: Some("post_attention_layernorm"),
+    mlp_before: Some("pre_feedforward_layernorm"),
+    mlp_after: Some("post_feedforward_layernorm"),
+    ..LLAMA
+};
+
+/// OLMo 2: norms after both halves.
+pub(crate) const OLMO2: Table = Table {
+    attention_before: None,
+    attention_after: Some("post_attention_layernorm"),
+    mlp_before: None,
+    mlp_after: Some("post_feedforward_layernorm"),
+    ..LLAMA
+};
+
+/// Phi-3: stacked projections.
+pub(crate) const PHI3: Table = Table {
+    modules: &[QKV, O, GATE_UP, DOWN],
+    ..LLAMA
+};
+
+/// GLM-4: norms before and after both halves, gate and up stacked.
+pub(crate) const GLM4: Table = Table {
+    modules: &[Q, K, V, O, GATE_UP, DOWN],
+    attention_after: Some("post_self_attn_layernorm"),
+    mlp_after: Some("post_mlp_layernorm"),
+    ..LLAMA
+};
+
+/// Granite 4 without experts.
+pub(crate) const GRANITE_HYBRID: Table = Table {
+    modules: &[
+        Q,
+        K,
+        V,
+        O,
+        Module::stacked(
+            "shared_mlp.input_linear",
+            &[LinearName::Gate, LinearName::Up],
+        ),
+        Module::one("shared_mlp.output_linear", &[LinearName::Down]),
+    ],
+    ..LLAMA
+};
+
+/// GPT-NeoX and Pythia.
+pub(crate) const GPT_NEOX: Table = Table {
+    prefix: "gpt_neox.",
+    embedding: "embed_in.weight",
+    final_norm: "final_layer_norm",
+    heads: &["embed_out.weight", "lm_head.weight"],
+    modules: &[
+        Module {
+            path: "attention.query_key_value",
+            parts: &[LinearName::Q, LinearName::K, LinearName::V],
+            rows: Rows::PerHead,
+        },
+        Module::one("attention.dense", &[LinearName::O]),
+        Module::one("mlp.dense_h_to_4h", &[LinearName::Up]),
+        Module::one("mlp.dense_4h_to_h", &[LinearName::Down]),
+    ],
+    ..LLAMA
+};
+
+/// Where the text decoder is in the folder of a model of several modalities.
+const PREFIXES: [&str; 2] = ["language_model.model.", "model.language_model."];
+/// The head of such a folder.
+const INNER_HEAD: &str = "language_model.lm_head.weight";
+
+/// Names of the tensors of one model.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Names {
+    table: &'static Table,
+    prefix: &'static str,
+    head: &'static str,
+}
+
+impl Names {
+    pub(crate) fn new(table: &'static Table) -> Self {
+        Self {
+            table,
+            prefix: table.prefix,
+            head: table.heads[0],
+        }
+    }
+
+    /// The names under which a checkpoint really has the model.
+    pub(crate) fn located(self, contains: impl Fn(&str) -> bool) -> Self {
+        let prefix = std::iter::once(self.table.prefix)
+            .chain(PREFIXES)
+            .find(|prefix| contains(&format!("{prefix}{}", self.table.embedding)))
+            .unwrap_or(self.prefix);
+        let heads = self.table.heads.iter().copied().chain([INNER_HEAD]);
+        let head = heads.into_iter().find(|head| contains(head));
+        Self {
+            prefix,
+            head: head.unwrap_or(self.head),
+            ..self
+        }
+    }
+
+    /// The same in the folder of a model of several modalities.
+    pub(crate) fn nested(self) -> Self {
+        Self {
+            prefix: PREFIXES[0],
+            ..self
+        }
+    }
+
+    /// The name that a tensor of the decoder has in a checkpoint of its own; `None` for tensors of other parts.
+    pub fn alone(&self, name: &str) -> Option<String> {
+        if name == self.head {
+            return Some(self.table.heads[0].into());
+        }
+        let inside = name.strip_prefix(self.prefix)?;
+        Some(format!("{}{inside}", self.table.prefix))
+    }
+
+    /// Names within blocks.
+    pub fn table(&self) -> &'static Table {
+        self.table
+    }
+
+    /// Embedding, `[vocab, hidden]`.
+    pub fn embedding(&self) -> String {
+        format!("{}{}", self.prefix, self.table.embedding)
+    }
+
+    /// Weight or bias of the norm before the head, `[hidden]`.
+    pub(crate) fn final_norm(&self, kind: &str) -> String {
+        format!("{}{}.{kind}", self.prefix, self.table.final_norm)
+    }
+
+    /// Weight of the norm before the head, `[hidden]`.
+    pub fn final_norm_weight(&self) -> String {
+        self.final_norm("weight")
+    }
+
+    /// Output head, `[vocab, hidden]`; absent or unused when tied to the embedding.
+    pub fn head(&self) -> &'static str {
+        self.head
+    }
+
+    /// What the names of the decoder's tensors begin with, the head's excepted.
+    pub fn prefix(&self) -> &'static str {
+        self.prefix
+    }
+
+    /// Name of a tensor of block `layer`.
+    pub fn block(&self, layer: usize, path: &str) -> String {
+        format!("{}layers.{layer}.{path}", self.prefix)
+    }
+
+    /// Block and path of a tensor name, if it belongs to a block.
+    pub fn parse_block<'n>(&self, name: &'n str) -> Option<(usize, &'n str)> {
+        let inside = name.strip_prefix(self.prefix)?.strip_prefix("layers.")?;
+        let (layer, path) = inside.split_once('.')?;
+        Some((layer.parse().ok()?, path))
+    }
+
+    /// The stored module of a linear; `None` where the architecture has no such linear.
+    pub fn module_of(&self, linear: LinearName) -> Option<&'static Module> {
+        let modules = self.table.modules.iter();
+        modules.into_iter().find(|m| m.parts.contains(&linear))
+    }
+
+    /// Name of a module's weight in block `layer`.
+    pub fn weight(&self, layer: usize, module: &Module) -> String {
+        self.block(layer, &format!("{}.weight", module.path))
+    }
+
+    /// Name of a module's bias in block `layer`.
+    pub fn bias(&self, layer: usize, module: &Module) -> String {
+        self.block(layer, &format!("{}.bias", module.path))
+    }
+
+    /// A module of block `block`.
+    pub fn id(&self, block: usize, module: &'static Module) -> ModuleId {
+        ModuleId {
+            block,
+            module,
+            prefix: self.prefix,
+        }
+    }
+
+    /// The module that a tensor belongs to, its block, and whether it is the weight.
+    pub fn parse_module(&self, name: &str) -> Option<(usize, &'static Module, bool)> {
+        let (layer, path) = self.parse_block(name)?;
+        let (path, kind) = path.rsplit_once('.')?;
+        let module = self.table.modules.iter().find(|m| m.path == path)?;
+        matches!(kind, "weight" | "bias").then_some((layer, module, kind == "weight"))
+    }
+}
+
+/// A stored module of a block, shown as its path: `model.layers.3.mlp.down_proj`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct ModuleId {
+    block: usize,
+    module: &'static Module,
+    prefix: &'static str,
+}
+
+/// All tables, to find a module by its path alone.
+const TABLES: [&Table; 7] = [
+    &LLAMA,
+    &GEMMA,
+    &OLMO2,
+    &PHI3,
+    &GLM4,
+    &GRANITE_HYBRID,
+    &GPT_NEOX,
+];
+
+impl ModuleId {
+    /// The module with this path, in whatever architecture has one.
+    pub fn parse(path: &str) -> Option<Self> {
+        let prefixes = TABLES.iter().map(|table| table.prefix).chain(PREFIXES);
+        let mut parsed = prefixes.filter_map(|prefix| {
+            let inside = path.strip_prefix(prefix)?.strip_prefix("layers.")?;
+            let (block, path) = inside.split_once('.')?;
+            let block = block.parse().ok()?;
+            let modules = TABLES.iter().flat_map(|table| table.modules);
+            let module = modules.into_iter().find(|module| module.path == path)?;
+            Some(Self {
+                block,
+                module,
+                prefix,
+            })
+        });
+        parsed.next()
+    }
+
+    /// Its block.
+    pub fn block(self) -> usize {
+        self.block
+    }
+
+    /// Where it is stored in the block.
+    pub fn module(self) -> &'static Module {
+        self.module
+    }
+}
+
+impl fmt::Display for ModuleId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "{}layers.{}.{}",
+            self.prefix, self.block, self.module.path
         )
     }
 }
 
-/// Name of a tensor of block `layer`.
-pub fn block(layer: usize, path: &str) -> String {
-    format!("model.layers.{layer}.{path}")
+impl Ord for ModuleId {
+    /// By block, then in the order of the data.
+    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
+        let key = |id: &Self| (id.block, id.module.parts, id.module.path, id.prefix);
+        key(self).cmp(&key(other))
+    }
 }
 
-/// Norm before attention.
-pub(crate) const INPUT_NORM: &str = "input_layernorm.weight";
-/// Norm before the MLP.
-pub(crate) const POST_NORM: &str = "post_attention_layernorm.weight";
-/// Norm of each query head (Qwen3).
-pub(crate) const Q_NORM: &str = "self_attn.q_norm.weight";
-/// Norm of each key head (Qwen3).
-pub(crate) const K_NORM: &str = "self_attn.k_norm.weight";
+impl PartialOrd for ModuleId {
+    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
+        Some(self.cmp(other))
+    }
+}
 
-/// Block and path of a tensor name, if it belongs to a block.
-pub fn parse_block(name: &str) -> Option<(usize, &str)> {
-    let (layer, path) = name.strip_prefix("model.layers.")?.split_once('.')?;
-    Some((layer.parse().ok()?, path))
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_those_under_which_the_checkpoint_has_the_embedding_and_the_head() {
+        let names = Names::new(&LLAMA);
+        let inner = names.located(|name| name == "model.language_model.embed_tokens.weight");
+        assert_eq!(inner.block(3, "x"), "model.language_model.layers.3.x");
+        assert_eq!(inner.head(), "lm_head.weight");
+        let outer = names.located(|name| {
+            name == "language_model.model.embed_tokens.weight" || name == INNER_HEAD
+        });
+        assert_eq!(outer.head(), INNER_HEAD);
+        let pythia = Names::new(&GPT_NEOX).located(|name| name == "lm_head.weight");
+        assert_eq!(pythia.head(), "lm_head.weight");
+        assert_eq!(pythia.embedding(), "gpt_neox.embed_in.weight");
+    }
+
+    #[test]
+    fn a_module_is_found_by_its_name_and_by_its_parts() {
+        let names = Names::new(&PHI3);
+        let (layer, module, weight) = names
+            .parse_module("model.layers.12.self_attn.qkv_proj.weight")
+            .unwrap();
+        assert_eq!(
+            (layer, module.path, weight),
+            (12, "self_attn.qkv_proj", true)
+        );
+        assert_eq!(names.module_of(LinearName::V), Some(module));
+        assert_eq!(Names::new(&GPT_NEOX).module_of(LinearName::Gate), None);
+        assert_eq!(
+            names.parse_module("model.layers.1.input_layernorm.weight"),
+            None
+        );
+        assert_eq!(names.parse_module("model.norm.weight"), None);
+    }
 }

@@ -3,29 +3,84 @@
 //! candle runs these single-threaded and one operation at a time; beside its GEMM they would take
 //! a third of a block. Every element is computed alone, so results do not depend on threads.
 
+use crate::config::Activation;
 use crate::{Error, Result};
+use candle_core::cpu::erf::erf_f32;
 use candle_core::{CpuStorage, DType, Device, Storage, Tensor};
-use kv_lazy::attention::exp;
+use kv_lazy::attention::{exp, softcap_in_place};
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
 /// Elements handed to a thread at once: large enough to hide the hand-over, small enough for L2.
 const CHUNK: usize = 16 * 1024;
 
-/// `silu(gate) * up`, the activation of the MLP; both of one shape.
-pub(crate) fn silu_mul(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
-    if !matches!(gate.device(), Device::Cpu) || gate.dtype() != DType::F32 {
-        return Ok((gate.silu()? * up)?);
+/// `act(x) * factor`, the activation of an MLP, or `act(x)` alone; both of one shape.
+pub(crate) fn activate(
+    activation: Activation,
+    x: &Tensor,
+    factor: Option<&Tensor>,
+) -> Result<Tensor> {
+    if !matches!(x.device(), Device::Cpu) || x.dtype() != DType::F32 {
+        let y = match activation {
+            Activation::Silu => x.silu()?,
+            Activation::GeluTanh => x.gelu()?,
+            Activation::GeluErf => x.gelu_erf()?,
+        };
+        return Ok(match factor {
+            Some(factor) => (y * factor)?,
+            None => y,
+        });
     }
-    let mut out = vec![0f32; gate.elem_count()];
-    with_f32(gate, |gate| {
-        with_f32(up, |up| {
-            out.par_chunks_mut(CHUNK)
-                .zip(gate.par_chunks(CHUNK).zip(up.par_chunks(CHUNK)))
-                .for_each(|(out, (gate, up))| Arch::new().dispatch(SiluMul { gate, up, out }));
-        })
+    let mut out = vec![0f32; x.elem_count()];
+    with_f32(x, |x| {
+        let compute = |out: &mut [f32], x: &[f32]| match activation {
+            Activation::Silu => Arch::new().dispatch(Gate {
+                x,
+                out,
+                gelu: false,
+            }),
+            Activation::GeluTanh => Arch::new().dispatch(Gate { x, out, gelu: true }),
+            Activation::GeluErf => {
+                for (out, &x) in out.iter_mut().zip(x) {
+                    *out = 0.5 * x * (1.0 + erf_f32(x * std::f32::consts::FRAC_1_SQRT_2));
+                }
+            }
+        };
+        let chunks = out.par_chunks_mut(CHUNK).zip(x.par_chunks(CHUNK));
+        match factor {
+            None => {
+                chunks.for_each(|(out, x)| compute(out, x));
+                Ok(())
+            }
+            Some(factor) => with_f32(factor, |factor| {
+                chunks
+                    .zip(factor.par_chunks(CHUNK))
+                    .for_each(|((out, x), factor)| {
+                        compute(out, x);
+                        out.iter_mut().zip(factor).for_each(|(y, u)| *y *= u);
+                    });
+            }),
+        }
     })??;
-    Ok(Tensor::from_vec(out, gate.shape(), gate.device())?)
+    Ok(Tensor::from_vec(out, x.shape(), x.device())?)
+}
+
+/// `x` squeezed into ± `cap`: `cap · tanh(x / cap)`.
+pub(crate) fn softcap(x: &Tensor, cap: f64) -> Result<Tensor> {
+    if !matches!(x.device(), Device::Cpu) || x.dtype() != DType::F32 {
+        return Ok(((x / cap)?.tanh()? * cap)?);
+    }
+    let cap = cap as f32;
+    let mut out = vec![0f32; x.elem_count()];
+    with_f32(x, |x| {
+        out.par_chunks_mut(CHUNK)
+            .zip(x.par_chunks(CHUNK))
+            .for_each(|(out, x)| {
+                out.copy_from_slice(x);
+                Arch::new().dispatch(Cap { out, cap });
+            });
+    })?;
+    Ok(Tensor::from_vec(out, x.shape(), x.device())?)
 }
 
 /// Cross-entropy `ln Σ exp(logits) - logits[target]` of each row, in nats; `logits` is `[rows, vocab]`, with a target
@@ -87,28 +142,60 @@ pub(crate) fn with_f32<R>(x: &Tensor, f: impl FnOnce(&[f32]) -> R) -> Result<R> 
     }
 }
 
-struct SiluMul<'a> {
-    gate: &'a [f32],
-    up: &'a [f32],
+/// `x σ(z)` with z = x, or for GELU in its tanh form z = 2 √(2/π) (x + 0.044715 x³).
+struct Gate<'a> {
+    x: &'a [f32],
     out: &'a mut [f32],
+    gelu: bool,
 }
 
-impl WithSimd for SiluMul<'_> {
+/// 2 √(2/π).
+const GELU: f32 = 1.595_769_1;
+/// Weight of the cube in it.
+const CUBE: f32 = 0.044_715;
+
+impl WithSimd for Gate<'_> {
     type Output = ();
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        let (gates, gate_tail) = S::as_simd_f32s(self.gate);
-        let (ups, up_tail) = S::as_simd_f32s(self.up);
+        let (xs, x_tail) = S::as_simd_f32s(self.x);
         let (outs, out_tail) = S::as_mut_simd_f32s(self.out);
         let (one, most) = (simd.splat_f32s(1.0), simd.splat_f32s(EXP_MOST));
-        for ((out, &g), &u) in outs.iter_mut().zip(gates).zip(ups) {
-            let e = exp(simd, simd.min_f32s(simd.neg_f32s(g), most));
-            *out = simd.mul_f32s(simd.div_f32s(g, simd.add_f32s(one, e)), u);
+        let (gelu, cube) = (simd.splat_f32s(GELU), simd.splat_f32s(CUBE));
+        for (out, &x) in outs.iter_mut().zip(xs) {
+            let z = if self.gelu {
+                let inner = simd.mul_add_f32s(simd.mul_f32s(cube, simd.mul_f32s(x, x)), x, x);
+                simd.mul_f32s(gelu, inner)
+            } else {
+                x
+            };
+            let e = exp(simd, simd.min_f32s(simd.neg_f32s(z), most));
+            *out = simd.div_f32s(x, simd.add_f32s(one, e));
         }
-        for ((out, &g), &u) in out_tail.iter_mut().zip(gate_tail).zip(up_tail) {
-            *out = g / (1.0 + (-g).min(EXP_MOST).exp()) * u;
+        for (out, &x) in out_tail.iter_mut().zip(x_tail) {
+            let z = if self.gelu {
+                GELU * (x + CUBE * x * x * x)
+            } else {
+                x
+            };
+            *out = x / (1.0 + (-z).min(EXP_MOST).exp());
         }
+    }
+}
+
+/// Squeezes values into ± a cap.
+struct Cap<'a> {
+    out: &'a mut [f32],
+    cap: f32,
+}
+
+impl WithSimd for Cap<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        softcap_in_place(simd, self.out, self.cap);
     }
 }
 
@@ -148,24 +235,80 @@ impl WithSimd for SumExp<'_> {
 mod tests {
     use super::*;
 
+    /// Values of both signs and every size, the same in every run.
+    fn values(count: usize, spread: f32) -> Tensor {
+        let value = |i: usize| ((i * 7919 % 10_007) as f32 / 5003.5 - 1.0) * spread;
+        Tensor::from_iter((0..count).map(value), &Device::Cpu).unwrap()
+    }
+
+    fn gap(a: &Tensor, b: &Tensor) -> f32 {
+        let gap = (a - b).unwrap().abs().unwrap();
+        gap.max_all().unwrap().to_scalar().unwrap()
+    }
+
     #[test]
-    fn silu_mul_is_exact_to_a_few_units_in_the_last_place() {
+    fn activations_are_exact_to_a_few_units_in_the_last_place() {
         // An odd number of values, so that some fill no vector.
-        let gates: Vec<f32> = (0..40_001).map(|i| (i - 20_000) as f32 * 0.005).collect();
-        let ups: Vec<f32> = (0..gates.len()).map(|i| (i as f32 * 0.37).sin()).collect();
+        let xs: Vec<f32> = (0..40_001).map(|i| (i - 20_000) as f32 * 0.005).collect();
+        let factors: Vec<f32> = (0..xs.len()).map(|i| (i as f32 * 0.37).sin()).collect();
         let tensor = |values: &[f32]| Tensor::new(values, &Device::Cpu).unwrap();
-        let found = silu_mul(&tensor(&gates), &tensor(&ups)).unwrap();
-        let found: Vec<f32> = found.to_vec1().unwrap();
-        for ((&gate, &up), found) in gates.iter().zip(&ups).zip(found) {
-            let (gate, up, found) = (f64::from(gate), f64::from(up), f64::from(found));
-            let exact = gate / (1.0 + (-gate).exp()) * up;
-            // Below -88 the exponential is held at the largest argument that f32 can take.
-            let slack = if gate < -88.0 { 1e-35 } else { 0.0 };
-            assert!(
-                (found - exact).abs() <= 6e-7 * exact.abs() + slack,
-                "{gate} {up}: {found}, exactly {exact}"
-            );
+        let silu = |x: f64| x / (1.0 + (-x).exp());
+        let gelu_tanh = |x: f64| {
+            let inner = (2.0 / std::f64::consts::PI).sqrt() * (x + 0.044_715 * x * x * x);
+            0.5 * x * (1.0 + inner.tanh())
+        };
+        let exact: [(Activation, &dyn Fn(f64) -> f64); 2] = [
+            (Activation::Silu, &silu),
+            (Activation::GeluTanh, &gelu_tanh),
+        ];
+        for (activation, exact) in exact {
+            let found = activate(activation, &tensor(&xs), Some(&tensor(&factors))).unwrap();
+            let found: Vec<f32> = found.to_vec1().unwrap();
+            for ((&x, &factor), found) in xs.iter().zip(&factors).zip(found) {
+                let (x, factor, found) = (f64::from(x), f64::from(factor), f64::from(found));
+                let exact = exact(x) * factor;
+                // A relative error of the exponent counts as often as the exponent is large; below -88 it is held at
+                // the largest argument that f32 can take.
+                let exponent = if activation == Activation::Silu {
+                    1.0
+                } else {
+                    1.0 + x.abs().powi(3)
+                };
+                let slack = if activation == Activation::Silu && x >= -88.0 {
+                    0.0
+                } else {
+                    1e-35
+                };
+                assert!(
+                    (found - exact).abs() <= 6e-7 * exponent * exact.abs() + slack,
+                    "{activation:?} {x} {factor}: {found}, exactly {exact}"
+                );
+            }
         }
+    }
+
+    #[test]
+    fn activations_are_those_of_candle_with_and_without_a_factor() {
+        let count = 2 * CHUNK + 37;
+        let (x, factor) = (values(count, 12.0), values(count, 2.0).neg().unwrap());
+        for (activation, reference) in [
+            (Activation::Silu, x.silu().unwrap()),
+            (Activation::GeluTanh, x.gelu().unwrap()),
+            (Activation::GeluErf, x.gelu_erf().unwrap()),
+        ] {
+            let alone = activate(activation, &x, None).unwrap();
+            assert!(gap(&alone, &reference) < 5e-6, "{activation:?}");
+            let both = activate(activation, &x, Some(&factor)).unwrap();
+            let expected = (reference * &factor).unwrap();
+            assert!(gap(&both, &expected) < 1e-5, "{activation:?}");
+        }
+    }
+
+    #[test]
+    fn a_cap_is_a_scaled_tanh() {
+        let x = values(CHUNK + 37, 200.0);
+        let expected = ((&x / 30.0).unwrap().tanh().unwrap() * 30.0).unwrap();
+        assert!(gap(&softcap(&x, 30.0).unwrap(), &expected) < 1e-5);
     }
 
     #[test]

@@ -1,92 +1,139 @@
 //! Rotary position embeddings: inverse frequencies of every supported scaling rule.
 //!
-//! Checkpoints state them in two forms. The older one has `rope_theta` at the top and the scaling
-//! rule, if any, in `rope_scaling`; the newer one has both in `rope_parameters`.
-//! Channels `i` and `i + head_dim/2` form a pair, rotated by `position * inv_freq[i]`.
+//! Checkpoints state them in three forms. The oldest has `rope_theta` at the top and the scaling rule, if any, in
+//! `rope_scaling`; the newer one has both in `rope_parameters`; where layers of different kinds rotate differently that
+//! object holds one object for each kind. Channels `i` and `i + turned/2` form a pair, or `2i` and `2i + 1`, rotated by
+//! `position * inv_freq[i]`; channels beyond `turned` are not rotated.
 
 use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor};
+use serde_json::Value;
 use std::f64::consts::PI;
 use tensor_io::Config;
 
-/// Rotary embedding of one model.
-#[derive(Clone, Debug)]
-pub struct Rope {
-    /// `head_dim / 2` angles per position.
+/// Which channels are rotated together.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Pairs {
+    /// `i` and `i + turned/2`.
+    #[default]
+    Halves,
+    /// `2i` and `2i + 1`.
+    Neighbours,
+}
+
+/// Frequencies for sequences longer than the model's first training context (longrope).
+#[derive(Clone, Debug, PartialEq)]
+pub struct Long {
+    /// Longest sequence of the short frequencies.
+    pub original: usize,
+    /// Frequencies of all positions of a longer one.
     pub inv_freq: Vec<f64>,
-    /// Factor on cos and sin (1 except for YaRN).
+}
+
+/// Rotary embedding of the layers of one kind.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Rope {
+    /// One angle per position for each pair of rotated channels.
+    pub inv_freq: Vec<f64>,
+    /// Factor on cos and sin (1 except for YaRN and longrope).
     pub attention_factor: f64,
+    /// Which channels are rotated together.
+    pub pairs: Pairs,
+    /// Other frequencies for long sequences.
+    pub long: Option<Long>,
+}
+
+/// Queries grow with their position: `1 + beta · ln(1 + ⌊t / original⌋)`, Llama 4's temperature.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct QueryScale {
+    /// β.
+    pub beta: f64,
+    /// Positions of the first training context.
+    pub original: usize,
+}
+
+impl QueryScale {
+    /// The factor of the query at position `t`.
+    pub fn at(self, t: usize) -> f64 {
+        1.0 + self.beta * (1.0 + (t / self.original) as f64).ln()
+    }
+}
+
+/// What a family's rotation is where the config leaves it open.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Defaults {
+    pub(crate) theta: f64,
+    /// Share of the channels that are rotated; `None` where the architecture rotates all of them.
+    pub(crate) partial: Option<f64>,
+    pub(crate) pairs: Pairs,
+    pub(crate) head_dim: usize,
+    pub(crate) max_positions: usize,
 }
 
 impl Rope {
-    /// Reads either config form.
-    ///
-    /// # Errors
-    /// [`Error::UnsupportedOption`] for a rule other than default, linear, llama3 and yarn, or for
-    /// a partial rotation; [`Error::InvalidConfig`] for missing or impossible parameters.
-    pub fn from_config(config: &Config, head_dim: usize, max_positions: usize) -> Result<Self> {
-        let theta = config.opt_f64("rope_theta")?;
+    /// Reads the rotation of a model whose layers all rotate alike.
+    pub(crate) fn read(config: &Config, defaults: Defaults) -> Result<Self> {
         let parameters = match config.opt_section("rope_parameters")? {
             Some(section) => Some(section),
             None => config.opt_section("rope_scaling")?,
         };
-        let parameters = Parameters(parameters);
-        let theta = parameters
-            .number("rope_theta")?
-            .or(theta)
-            .unwrap_or(10_000.0);
-        if !(theta.is_finite() && theta > 1.0) {
+        if let Some(section) = &parameters
+            && let Some((kind, _)) = section.raw().iter().find(|(_, value)| value.is_object())
+        {
             return Err(invalid(format!(
-                "rope_theta must be larger than 1, found {theta}"
+                "an object for {kind} layers, but all layers of this architecture rotate alike"
             )));
         }
-        if let Some(part) = parameters
-            .number("partial_rotary_factor")?
-            .or(config.opt_f64("partial_rotary_factor")?)
-            && part != 1.0
-        {
-            return Err(Error::UnsupportedOption {
-                field: "partial_rotary_factor",
-                value: part.to_string(),
-                supported: "1",
-            });
-        }
-        let half = head_dim / 2;
-        let base: Vec<f64> = (0..half)
-            .map(|i| theta.powf(-(2.0 * i as f64) / head_dim as f64))
-            .collect();
-        let mut attention_factor = 1.0;
-        let inv_freq = match parameters.rule()? {
-            "default" => base,
-            "linear" => {
-                let factor = parameters.required("factor")?;
-                base.into_iter().map(|f| f / factor).collect()
-            }
-            "llama3" => llama3(&base, &parameters)?,
-            "yarn" => {
-                let (inv_freq, factor) = yarn(&base, theta, head_dim, max_positions, &parameters)?;
-                attention_factor = factor;
-                inv_freq
-            }
-            "longrope" if parameters.number("attention_factor")?.is_some() => {
-                attention_factor = parameters.required("attention_factor")?;
-                divided(&base, &parameters)?
-            }
-            other => {
-                return Err(Error::UnsupportedOption {
-                    field: "rope_type",
-                    value: other.into(),
-                    supported: "default, linear, llama3, yarn, and longrope with equal factors and an attention_factor",
-                });
-            }
-        };
-        Ok(Self {
-            inv_freq,
-            attention_factor,
-        })
+        Parameters::new(config, parameters).rope(defaults)
     }
 
-    /// cos and sin for positions `start .. start + len`, each `[len, head_dim / 2]`.
+    /// Reads the rotation of the layers of one kind; `None` when they are not rotated. `old` reads it from a config of
+    /// the oldest form.
+    pub(crate) fn read_kind(
+        config: &Config,
+        kind: &str,
+        defaults: Defaults,
+        old: impl FnOnce() -> Result<Self>,
+    ) -> Result<Option<Self>> {
+        let Some(section) = config.opt_section("rope_parameters")? else {
+            return old().map(Some);
+        };
+        match section.raw().get(kind) {
+            Some(Value::Null) => Ok(None),
+            Some(_) => {
+                // The object of a kind stands for itself: fields at the top of the config are another kind's.
+                let of_kind = section.opt_section(kind)?;
+                let alone = Config::default();
+                Parameters::new(&alone, of_kind).rope(defaults).map(Some)
+            }
+            None if section.raw().values().any(Value::is_object) => {
+                Err(invalid(format!("no object for {kind} layers")))
+            }
+            None => Parameters::new(config, Some(section))
+                .rope(defaults)
+                .map(Some),
+        }
+    }
+
+    /// Rotation without any scaling.
+    pub(crate) fn plain(defaults: Defaults) -> Result<Self> {
+        Parameters::new(&Config::default(), None).rope(defaults)
+    }
+
+    /// Frequencies of the whole head for the first `partial` of its pairs, the others standing still.
+    pub(crate) fn proportional(defaults: Defaults, partial: f64) -> Result<Self> {
+        let mut rope = Self::plain(defaults)?;
+        let rotated = (partial * defaults.head_dim as f64 / 2.0) as usize;
+        rope.inv_freq[rotated..].fill(0.0);
+        Ok(rope)
+    }
+
+    /// Rotated channels of a head.
+    pub fn turned(&self) -> usize {
+        2 * self.inv_freq.len()
+    }
+
+    /// cos and sin for positions `start .. start + len` of a sequence of `total`, each `[len, turned / 2]`.
     ///
     /// Angles are computed in f64: at position 100,000 an f32 product is off by 0.004.
     ///
@@ -94,16 +141,19 @@ impl Rope {
     /// When the device refuses the tensors.
     pub fn tables(
         &self,
-        start: usize,
-        len: usize,
+        (start, len, total): (usize, usize, usize),
         dtype: DType,
         device: &Device,
     ) -> Result<(Tensor, Tensor)> {
-        let half = self.inv_freq.len();
+        let frequencies = match &self.long {
+            Some(long) if total > long.original => &long.inv_freq,
+            _ => &self.inv_freq,
+        };
+        let half = frequencies.len();
         let mut cos = Vec::with_capacity(len * half);
         let mut sin = Vec::with_capacity(len * half);
         for position in start..start + len {
-            for freq in &self.inv_freq {
+            for freq in frequencies {
                 let (s, c) = (position as f64 * freq).sin_cos();
                 cos.push((c * self.attention_factor) as f32);
                 sin.push((s * self.attention_factor) as f32);
@@ -123,19 +173,21 @@ fn invalid(reason: String) -> Error {
     }
 }
 
-/// The object with the scaling rule, or nothing.
-struct Parameters(Option<Config>);
+/// The scaling rule and its numbers, wherever they are in a config.
+struct Parameters<'a> {
+    top: &'a Config,
+    section: Option<Config>,
+}
 
-impl Parameters {
+impl<'a> Parameters<'a> {
+    fn new(top: &'a Config, section: Option<Config>) -> Self {
+        Self { top, section }
+    }
+
     fn rule(&self) -> Result<&str> {
-        let Some(section) = &self.0 else {
+        let Some(section) = &self.section else {
             return Ok("default");
         };
-        if section.raw().values().any(|value| value.is_object()) {
-            return Err(invalid(
-                "one object for each layer type is not supported".into(),
-            ));
-        }
         let rule = match section.opt_str("rope_type")? {
             Some(rule) => Some(rule),
             None => section.opt_str("type")?,
@@ -144,32 +196,27 @@ impl Parameters {
     }
 
     fn number(&self, key: &str) -> Result<Option<f64>> {
-        match &self.0 {
+        match &self.section {
             Some(section) => Ok(section.opt_f64(key)?),
             None => Ok(None),
         }
     }
 
-    /// `count` positive numbers.
-    fn numbers(&self, key: &str, count: usize) -> Result<Vec<f64>> {
-        let list = self
-            .0
-            .as_ref()
-            .and_then(|section| section.get(key)?.as_array());
-        let numbers: Option<Vec<f64>> =
-            list.and_then(|list| list.iter().map(|x| x.as_f64()).collect());
-        match numbers {
-            Some(numbers) if numbers.len() == count && numbers.iter().all(|&x| x > 0.0) => {
-                Ok(numbers)
-            }
-            _ => Err(invalid(format!(
-                "{key} must be a list of {count} positive numbers"
-            ))),
-        }
+    fn numbers(&self, key: &str) -> Result<Option<Vec<f64>>> {
+        let section = self.section.as_ref();
+        let Some(value) = section.and_then(|section| section.raw().get(key)) else {
+            return Ok(None);
+        };
+        let list = value.as_array().and_then(|list| {
+            let numbers = list.iter().map(Value::as_f64);
+            numbers.collect::<Option<Vec<f64>>>()
+        });
+        list.map(Some)
+            .ok_or_else(|| invalid(format!("{key} must be a list of numbers")))
     }
 
     fn flag(&self, key: &str) -> Result<Option<bool>> {
-        match &self.0 {
+        match &self.section {
             Some(section) => Ok(section.opt_bool(key)?),
             None => Ok(None),
         }
@@ -182,28 +229,103 @@ impl Parameters {
             None => Err(invalid(format!("{key} is missing"))),
         }
     }
-}
 
-/// LongRoPE with the same factors for short and long texts: each frequency is divided by its own.
-fn divided(base: &[f64], parameters: &Parameters) -> Result<Vec<f64>> {
-    let factors = |key: &str| parameters.numbers(key, base.len());
-    let short = factors("short_factor")?;
-    if short != factors("long_factor")? {
-        return Err(Error::UnsupportedOption {
-            field: "rope_parameters",
-            value: "long_factor other than short_factor".into(),
-            supported: "equal factors",
-        });
+    /// A number of the object or, in the oldest form, of the top.
+    fn anywhere(&self, keys: &[&str]) -> Result<Option<f64>> {
+        for key in keys {
+            if let Some(value) = self.number(key)?.or(self.top.opt_f64(key)?) {
+                return Ok(Some(value));
+            }
+        }
+        Ok(None)
     }
-    Ok(base
-        .iter()
-        .zip(short)
-        .map(|(frequency, factor)| frequency / factor)
-        .collect())
+
+    fn rope(&self, defaults: Defaults) -> Result<Rope> {
+        let Defaults {
+            head_dim,
+            max_positions,
+            ..
+        } = defaults;
+        let theta = self.anywhere(&["rope_theta", "rotary_emb_base"])?;
+        let theta = theta.unwrap_or(defaults.theta);
+        if !(theta.is_finite() && theta > 1.0) {
+            return Err(invalid(format!(
+                "rope_theta must be larger than 1, found {theta}"
+            )));
+        }
+        let partial = self.anywhere(&["partial_rotary_factor", "rotary_pct"])?;
+        let rule = self.rule()?;
+        let partial = match (partial, defaults.partial) {
+            (Some(part), None) if part != 1.0 && rule != "proportional" => {
+                return Err(Error::UnsupportedOption {
+                    field: "partial_rotary_factor",
+                    value: part.to_string(),
+                    supported: "1",
+                });
+            }
+            (given, default) => given.or(default).unwrap_or(1.0),
+        };
+        if !(partial > 0.0 && partial <= 1.0) {
+            return Err(invalid(format!(
+                "partial_rotary_factor must be above 0 and at most 1, found {partial}"
+            )));
+        }
+        let turned = (head_dim as f64 * partial) as usize;
+        let base = |turned: usize| -> Vec<f64> {
+            (0..turned / 2)
+                .map(|i| theta.powf(-(2.0 * i as f64) / turned as f64))
+                .collect()
+        };
+        let mut rope = Rope {
+            inv_freq: vec![],
+            attention_factor: 1.0,
+            pairs: defaults.pairs,
+            long: None,
+        };
+        rope.inv_freq = match rule {
+            "default" => base(turned),
+            "linear" => {
+                let factor = self.required("factor")?;
+                base(turned).into_iter().map(|f| f / factor).collect()
+            }
+            "llama3" => llama3(&base(turned), self)?,
+            "yarn" => {
+                let (inv_freq, factor) = yarn(&base(turned), theta, turned, max_positions, self)?;
+                rope.attention_factor = factor;
+                inv_freq
+            }
+            // "su" is what early revisions call it.
+            "longrope" | "su" => {
+                let (short, long, factor) = longrope(&base(turned), max_positions, self)?;
+                (rope.long, rope.attention_factor) = (Some(long), factor);
+                short
+            }
+            "proportional" => {
+                // Frequencies of the whole head, of which the first are used; the other pairs stand still.
+                let rotated = (partial * head_dim as f64 / 2.0) as usize;
+                let mut inv_freq = base(head_dim);
+                inv_freq[rotated..].fill(0.0);
+                inv_freq
+            }
+            other => {
+                return Err(Error::UnsupportedOption {
+                    field: "rope_type",
+                    value: other.into(),
+                    supported: "default, linear, llama3, yarn, longrope, proportional",
+                });
+            }
+        };
+        if rope.inv_freq.is_empty() || !rope.turned().is_multiple_of(2) {
+            return Err(invalid(format!(
+                "{partial} of {head_dim} channels leaves no pair to rotate"
+            )));
+        }
+        Ok(rope)
+    }
 }
 
 /// Llama 3.1: long waves are slowed by `factor`, short ones left, a linear blend between.
-fn llama3(base: &[f64], parameters: &Parameters) -> Result<Vec<f64>> {
+fn llama3(base: &[f64], parameters: &Parameters<'_>) -> Result<Vec<f64>> {
     let factor = parameters.required("factor")?;
     let low = parameters.required("low_freq_factor")?;
     let high = parameters.required("high_freq_factor")?;
@@ -221,6 +343,60 @@ fn llama3(base: &[f64], parameters: &Parameters) -> Result<Vec<f64>> {
     Ok(base.iter().map(|&freq| scale(freq)).collect())
 }
 
+/// Longrope (arXiv 2402.13753): every frequency has a divisor of its own, another one for long sequences, and attention
+/// is sharpened by a factor on cos and sin.
+fn longrope(
+    base: &[f64],
+    max_positions: usize,
+    parameters: &Parameters<'_>,
+) -> Result<(Vec<f64>, Long, f64)> {
+    const ORIGINAL: &str = "original_max_position_embeddings";
+    // The field at the top wins over the one in the object.
+    let original = match parameters.top.opt_usize(ORIGINAL)? {
+        Some(original) => original,
+        None => parameters
+            .number(ORIGINAL)?
+            .map_or(max_positions, |original| original as usize),
+    };
+    if original == 0 {
+        return Err(invalid(format!("{ORIGINAL} must be positive")));
+    }
+    let divided = |key: &str| -> Result<Vec<f64>> {
+        let factors = parameters
+            .numbers(key)?
+            .ok_or_else(|| invalid(format!("{key} is missing")))?;
+        if factors.len() != base.len() || factors.iter().any(|&factor| factor <= 0.0) {
+            return Err(invalid(format!(
+                "{key} must hold {} positive numbers, one for each pair of channels",
+                base.len()
+            )));
+        }
+        Ok(base
+            .iter()
+            .zip(factors)
+            .map(|(freq, factor)| freq / factor)
+            .collect())
+    };
+    let attention_factor = match parameters.number("attention_factor")? {
+        Some(given) => given,
+        None => {
+            let longer = match parameters.number("factor")? {
+                Some(factor) => factor,
+                None => max_positions as f64 / original as f64,
+            };
+            match longer > 1.0 {
+                true => (1.0 + longer.ln() / (original as f64).ln()).sqrt(),
+                false => 1.0,
+            }
+        }
+    };
+    let long = Long {
+        original,
+        inv_freq: divided("long_factor")?,
+    };
+    Ok((divided("short_factor")?, long, attention_factor))
+}
+
 /// YaRN (arXiv 2309.00071): interpolates pairs that turn seldom within the original context,
 /// extrapolates those that turn often, and sharpens attention by a factor on cos and sin.
 fn yarn(
@@ -228,7 +404,7 @@ fn yarn(
     theta: f64,
     head_dim: usize,
     max_positions: usize,
-    parameters: &Parameters,
+    parameters: &Parameters<'_>,
 ) -> Result<(Vec<f64>, f64)> {
     let context = parameters
         .number("original_max_position_embeddings")?

@@ -6,7 +6,6 @@
 use crate::attention::Mixer;
 use crate::block::{Block, RopeTables};
 use crate::decoder::Decoder;
-use crate::names;
 use crate::ops;
 use crate::tap::Tap;
 use crate::windows::Windows;
@@ -40,7 +39,7 @@ impl Hidden {
             .chunks(windows_per_batch)
             .map(|batch| embedding.rows(batch))
             .collect::<Result<_>>()?;
-        decoder.checkpoint().release([names::EMBEDDING]);
+        decoder.release_embedding();
         let hidden = Self {
             batches,
             rope: decoder.rope(0, windows.window_len())?,

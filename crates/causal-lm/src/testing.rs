@@ -84,6 +84,11 @@ pub fn config(model_type: &str, changes: Value) -> Config {
 
 /// A config of every kind of model that differs in how a block computes.
 pub fn configs() -> Vec<Config> {
+    // Rotated by other frequencies from the ninth token on.
+    let phi3 = json!({
+        "original_max_position_embeddings": 8,
+        "rope_scaling": {"type": "longrope", "short_factor": [1.0, 1.5, 2.0], "long_factor": [1.5, 3.0, 6.0]},
+    });
     [
         ("llama", json!({})),
         (
@@ -94,6 +99,18 @@ pub fn configs() -> Vec<Config> {
         ("mistral", json!({"sliding_window": 8})),
         ("qwen2", json!({"num_key_value_heads": 2})),
         ("qwen3", json!({})),
+        (
+            "gemma2",
+            json!({"sliding_window": 8, "query_pre_attn_scalar": 16, "hidden_act": "gelu_pytorch_tanh"}),
+        ),
+        ("phi3", phi3),
+        ("olmo2", json!({})),
+        ("gpt_neox", json!({"hidden_act": "gelu", "head_dim": 3, "rotary_pct": 0.75})),
+        ("glm4", json!({})),
+        (
+            "granite",
+            json!({"embedding_multiplier": 12.0, "residual_multiplier": 0.22, "attention_multiplier": 0.2, "logits_scaling": 8.0}),
+        ),
     ]
     .map(|(model_type, changes)| config(model_type, changes))
     .into()

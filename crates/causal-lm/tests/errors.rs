@@ -53,14 +53,18 @@ fn unsupported_types_and_options_are_named() {
         matches!(opening(json!({"model_type": "gpt2"})), Error::UnsupportedModel { found } if found == "gpt2")
     );
     for (changes, field) in [
-        (json!({"hidden_act": "gelu"}), "hidden_act"),
+        (json!({"hidden_act": "relu"}), "hidden_act"),
         (
             json!({"rope_scaling": {"type": "dynamic", "factor": 2.0}}),
             "rope_type",
         ),
         (
-            json!({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}),
-            "rope_type",
+            json!({"use_bidirectional_attention": true}),
+            "use_bidirectional_attention",
+        ),
+        (
+            json!({"quantization_config": {"quant_method": "fp8"}}),
+            "quantization_config.quant_method",
         ),
         (
             json!({"partial_rotary_factor": 0.5}),
@@ -84,6 +88,8 @@ fn configs_that_cannot_be_a_model_are_refused() {
         json!({"rope_scaling": {"rope_type": "linear"}}),
         json!({"rope_scaling": {"rope_type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_factor": 1,
             "original_max_position_embeddings": 16}}),
+        json!({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}),
+        json!({"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}}),
         json!({"eos_token_id": ["end"]}),
         // One above what a token id can be: not token 0.
         json!({"eos_token_id": 1u64 << 32}),

@@ -5,13 +5,19 @@ mod common;
 use causal_lm::{Hidden, Model, NoProgress, NoTap, Windows, run_blocks};
 use common::{for_each, mean_nll};
 
-const TOLERANCE: f32 = 2e-5;
+/// Rounding of f32; Gemma's scaled embeddings and unit offsets make its logits ten times as large.
+fn tolerance(name: &str) -> f32 {
+    match name.starts_with("gemma") {
+        true => 1e-4,
+        false => 2e-5,
+    }
+}
 
 fn check(name: &str, found: &[f32], golden: &[f32]) {
     assert_eq!(found.len(), golden.len());
     for (i, (found, golden)) in found.iter().zip(golden).enumerate() {
         assert!(
-            (found - golden).abs() < TOLERANCE,
+            (found - golden).abs() < tolerance(name),
             "{name}[{i}]: {found} is not {golden}"
         );
     }
@@ -35,7 +41,9 @@ fn logits_of_a_prefill_agree_with_transformers() {
 #[test]
 fn logits_of_token_by_token_decoding_agree_with_transformers() {
     for_each(|name, golden, decoder| {
+        // Known in advance: some models rotate by other frequencies in long sequences.
         let model = Model::load(decoder).unwrap();
+        let model = model.for_positions(golden.tokens().len());
         let mut cache = model.full_cache(1).unwrap();
         for (token, row) in golden.tokens().into_iter().zip(golden.logits()) {
             let logits = model.forward(&[&[token]], &mut cache).unwrap();

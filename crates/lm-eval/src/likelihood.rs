@@ -11,7 +11,7 @@ use candle_core::Tensor;
 use causal_lm::block::RopeTables;
 use causal_lm::{
     BATCH_TOKENS, Decoder, Forest, Head, Mixer, NoTap, TextTokenizer, Tree, cross_entropy,
-    first_non_finite, names,
+    first_non_finite,
 };
 use tensor_io::Progress;
 
@@ -87,20 +87,23 @@ impl Likelihoods {
         progress: &dyn Progress,
     ) -> Result<Self> {
         let start = Instant::now();
-        let mut batches = vec![Batch::default()];
+        let mut batches: Vec<Batch> = Vec::new();
         let mut truncated = 0;
         for (index, item) in items.iter().enumerate() {
-            for group in Group::of(index, item, max_positions)? {
+            for group in Group::of(index, item, max_positions, decoder.config().short_context())? {
                 if group.context.len() < item.context.len() {
                     truncated += group.members.len();
                 }
-                let last = batches.last().map_or(0, |batch| batch.tokens.len());
-                if last > 0 && last + group.tree().tokens() > BATCH_TOKENS {
-                    batches.push(Batch::default());
+                let fits =
+                    |batch: &&mut Batch| batch.tokens.len() + group.tree().tokens() <= BATCH_TOKENS;
+                match batches.last_mut().filter(fits) {
+                    Some(batch) => batch.push(group),
+                    None => {
+                        let mut batch = Batch::default();
+                        batch.push(group);
+                        batches.push(batch);
+                    }
                 }
-                // There is one from the beginning.
-                let batch = batches.last_mut().expect("batches are never empty");
-                batch.push(group);
             }
         }
         let mut log_likelihoods: Vec<Vec<f64>> = items
@@ -140,7 +143,7 @@ impl Likelihoods {
     }
 }
 
-/// The continuations of one item that keep equally much of its context, and so can share it.
+/// The continuations of one item that keep equally much of its context and are rotated alike, and so can share it.
 struct Group<'a> {
     item: usize,
     context: &'a [u32],
@@ -149,8 +152,13 @@ struct Group<'a> {
 }
 
 impl<'a> Group<'a> {
-    fn of(item: usize, of: &'a Continuations, max_positions: usize) -> Result<Vec<Self>> {
-        let mut by_start: BTreeMap<usize, Vec<(usize, &[u32])>> = BTreeMap::new();
+    fn of(
+        item: usize,
+        of: &'a Continuations,
+        max_positions: usize,
+        short: Option<usize>,
+    ) -> Result<Vec<Self>> {
+        let mut by_start: BTreeMap<(usize, bool), Vec<(usize, &[u32])>> = BTreeMap::new();
         for (continuation, tokens) in of.continuations.iter().enumerate() {
             let refuse = |reason: String| Error::Continuation {
                 item,
@@ -169,12 +177,15 @@ impl<'a> Group<'a> {
                 )));
             }
             let start = (of.context.len() + tokens.len()).saturating_sub(max_positions + 1);
+            // Sequences that are rotated by other frequencies cannot share a context either.
+            let positions = of.context.len() - start + tokens.len() - 1;
+            let long = short.is_some_and(|short| positions > short);
             by_start
-                .entry(start)
+                .entry((start, long))
                 .or_default()
                 .push((continuation, tokens));
         }
-        let group = |(start, members)| Self {
+        let group = |((start, _), members)| Self {
             item,
             context: &of.context[start..],
             members,
@@ -234,6 +245,17 @@ impl Batch {
         self.forest.trees.push(tree);
     }
 
+    /// Rotations of all tokens: of each tree by the length of its longest sequence.
+    fn rope(&self, decoder: &Decoder<'_>) -> Result<RopeTables> {
+        let of_tree = |tree: &Tree| -> Result<RopeTables> {
+            let longest = tree.trunk + tree.branches.iter().max().copied().unwrap_or(0);
+            let positions: Vec<u32> = tree.positions().map(|p| p as u32).collect();
+            Ok(decoder.rope(0, longest)?.at(&positions)?)
+        };
+        let trees = self.forest.trees.iter().map(of_tree);
+        Ok(RopeTables::cat(&trees.collect::<Result<Vec<_>>>()?)?)
+    }
+
     /// Cross-entropy of each target.
     fn score(&self, head: &Head, hidden: &Tensor) -> Result<Vec<f64>> {
         let hidden = hidden.squeeze(0)?;
@@ -268,18 +290,16 @@ impl Batch {
 
 /// Runs all blocks over `batches`, loading one at a time; each result is `[1, tokens, hidden]`.
 fn run(decoder: &Decoder<'_>, batches: &[Batch], progress: &dyn Progress) -> Result<Vec<Tensor>> {
-    let longest = batches.iter().flat_map(|batch| &batch.positions).max();
-    let tables = decoder.rope(0, longest.map_or(0, |&p| p as usize + 1))?;
     let ropes: Vec<RopeTables> = batches
         .iter()
-        .map(|batch| tables.at(&batch.positions))
-        .collect::<causal_lm::Result<_>>()?;
+        .map(|batch| batch.rope(decoder))
+        .collect::<Result<_>>()?;
     let embedding = decoder.embedding()?;
     let mut hidden: Vec<Tensor> = batches
         .iter()
         .map(|batch| embedding.rows(&[&batch.tokens]))
         .collect::<causal_lm::Result<_>>()?;
-    decoder.checkpoint().release([names::EMBEDDING]);
+    decoder.release_embedding();
     for layer in 0..decoder.config().layers() {
         let block = decoder.block(layer)?;
         decoder.release(layer);
@@ -307,7 +327,7 @@ mod tests {
     fn a_batch_holds_the_context_once_and_predicts_every_token_of_each_continuation() {
         let mut batch = Batch::default();
         for item in [item(), item()] {
-            for group in Group::of(0, &item, 10).unwrap() {
+            for group in Group::of(0, &item, 10, None).unwrap() {
                 batch.push(group);
             }
         }
@@ -323,7 +343,7 @@ mod tests {
     fn a_sequence_too_long_loses_the_beginning_of_its_context() {
         let item = item();
         let contexts = |max| -> Vec<(&[u32], usize)> {
-            Group::of(0, &item, max)
+            Group::of(0, &item, max, None)
                 .unwrap()
                 .iter()
                 .map(|group| (group.context, group.members.len()))
@@ -332,7 +352,7 @@ mod tests {
         assert_eq!(contexts(5), [(&[1, 2, 3][..], 3)]);
         assert_eq!(contexts(4), [(&[1, 2, 3][..], 2), (&[2, 3], 1)]);
         assert_eq!(contexts(3), [(&[1, 2, 3][..], 1), (&[2, 3], 1), (&[3], 1)]);
-        let error = Group::of(7, &item, 2).err().unwrap();
+        let error = Group::of(7, &item, 2, None).err().unwrap();
         assert!(matches!(
             error,
             Error::Continuation {

@@ -11,11 +11,14 @@ fn scores(decoder: &Decoder<'_>, items: &[Continuations], max: usize) -> Vec<Vec
         .log_likelihoods
 }
 
-/// Σ log softmax(logits)[token] over the continuation, from the logits of the whole sequence.
+/// Σ log softmax(logits)[token] over the continuation, from the logits of the whole sequence but its last token, which
+/// nothing follows.
 fn alone(model: &Model<'_>, context: &[u32], continuation: &[u32]) -> f64 {
     let tokens = [context, continuation].concat();
     let mut cache = model.full_cache(1).unwrap();
-    let logits = model.forward_all(&[&tokens], &mut cache).unwrap();
+    let logits = model
+        .forward_all(&[&tokens[..tokens.len() - 1]], &mut cache)
+        .unwrap();
     let logits: Vec<Vec<f32>> = logits.squeeze(0).unwrap().to_vec2().unwrap();
     (context.len()..tokens.len())
         .map(|i| {

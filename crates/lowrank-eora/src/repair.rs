@@ -195,11 +195,11 @@ fn summary(block: usize, layers: &[RepairedLayer], resumed: bool) -> String {
 pub fn place(decoder: &Decoder<'_>, layer: LayerId) -> Place {
     let widths = &decoder.config().widths;
     let heads_per_kv = widths
-        .get(layer.block)
+        .get(layer.block())
         .map_or(1, |widths| widths.heads / widths.kv_heads.max(1));
     Place {
-        linear: layer.linear,
-        block: layer.block,
+        linear: layer.module().parts[0],
+        block: layer.block(),
         blocks: widths.len(),
         heads_per_kv,
     }

@@ -1,10 +1,11 @@
 //! One pass of calibration windows through the dense model, shared by every method.
 
 use crate::stats::{
-    ColumnStats, Fluctuation, GramCollector, GramStore, LayerStats, Moments, Needs, Part,
+    ColumnStats, Fluctuation, GramCollector, GramStore, LayerStats, Moments, Needs, Part, gains,
 };
 use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor};
+use causal_lm::block::Norm;
 use causal_lm::{Block, Decoder, Hidden, Linear, Progress, Site, Tap, TapResult, Windows};
 use std::path::PathBuf;
 
@@ -104,16 +105,23 @@ pub(crate) struct Collector {
 
 struct PartCollector {
     stats: ColumnStats,
+    /// The projection, where a norm follows, and the sum of its squared outputs.
+    output: Option<(Linear, f64)>,
     gram: Option<GramCollector>,
 }
 
 impl Collector {
     pub(crate) fn new(block: &Block, window_len: usize, collect: &Collect) -> Result<Self> {
-        let part = |linear: &Linear| PartCollector::new(linear, collect);
+        let (attention, mlp) = (&block.attention, &block.mlp);
+        let part = |linear: Option<&Linear>, after: &Option<Norm>| {
+            linear
+                .map(|linear| PartCollector::new(linear, after.as_ref(), collect))
+                .transpose()
+        };
         Ok(Self {
             window_len,
-            attention: block.attention.as_ref().map(|a| part(&a.o)).transpose()?,
-            mlp: block.mlp.as_ref().map(|m| part(&m.down)).transpose()?,
+            attention: part(attention.body.as_ref().map(|a| &a.o), &attention.after)?,
+            mlp: part(mlp.body.as_ref().map(|m| &m.down), &mlp.after)?,
         })
     }
 
@@ -125,9 +133,18 @@ impl Collector {
         outputs: &[Tensor],
     ) -> Result<LayerStats> {
         let finish = |collector: Option<PartCollector>, part| -> Result<Option<ColumnStats>> {
-            let Some(PartCollector { stats, gram }) = collector else {
+            let Some(PartCollector {
+                mut stats,
+                output,
+                gram,
+            }) = collector
+            else {
                 return Ok(None);
             };
+            if let Some((_, sum)) = output {
+                let values = stats.moments.count * stats.outputs as u64;
+                stats.output_square = Some(sum / values.max(1) as f64);
+            }
             if let (Some(store), Some(gram)) = (store, gram) {
                 store.save(layer, part, &gram.finish()?)?;
             }
@@ -161,15 +178,20 @@ impl Tap for Collector {
 }
 
 impl PartCollector {
-    fn new(linear: &Linear, collect: &Collect) -> Result<Self> {
+    fn new(linear: &Linear, after: Option<&Norm>, collect: &Collect) -> Result<Self> {
         let weight = linear.weight.to_dtype(DType::F32)?;
         let (outputs, width) = weight.dims2()?;
+        let gains = after.map(gains).transpose()?;
+        let mut plain_square = vec![0f64; width];
         let mut weight_square = vec![0f64; width];
         let mut weight_abs = vec![0f64; width];
-        for row in weight.to_device(&Device::Cpu)?.to_vec2::<f32>()? {
-            for ((square, abs), w) in weight_square.iter_mut().zip(&mut weight_abs).zip(row) {
-                *square += f64::from(w) * f64::from(w);
-                *abs += f64::from(w.abs());
+        let rows = weight.to_device(&Device::Cpu)?.to_vec2::<f32>()?;
+        for (output, row) in rows.into_iter().enumerate() {
+            let gain = gains.as_ref().map_or(1.0, |gains| gains[output]);
+            for (column, w) in row.into_iter().map(f64::from).enumerate() {
+                plain_square[column] += w * w;
+                weight_square[column] += (gain * w).powi(2);
+                weight_abs[column] += (gain * w).abs();
             }
         }
         let stats = ColumnStats {
@@ -178,16 +200,26 @@ impl PartCollector {
             fluctuation: collect.fluctuation.then(|| Fluctuation::new(width)),
             weight_square,
             weight_abs,
+            plain_square: collect.fluctuation.then_some(plain_square),
+            output_square: None,
             outputs,
         };
+        let output = gains.map(|_| (linear.clone(), 0.0));
         let gram = match collect.gram {
             Some(_) => Some(GramCollector::new(width, weight.device())?),
             None => None,
         };
-        Ok(Self { stats, gram })
+        Ok(Self {
+            stats,
+            output,
+            gram,
+        })
     }
 
     fn update(&mut self, x: &Tensor, window_len: usize) -> Result<()> {
+        if let Some((linear, sum)) = &mut self.output {
+            *sum += square(&linear.forward(x)?)?;
+        }
         let x = x.to_dtype(DType::F32)?;
         if let Some(gram) = &mut self.gram {
             gram.update(&x)?;

@@ -2,10 +2,9 @@
 
 use crate::Result;
 use crate::output::Form;
-use crate::output::layout::{linear_of, outputs};
+use crate::output::layout::outputs;
 use crate::plan::Plan;
 use causal_lm::Decoder;
-use causal_lm::names::EMBEDDING;
 use serde::{Deserialize, Serialize};
 
 /// What the linears of one block cost.
@@ -43,21 +42,21 @@ impl Cost {
             after: vec![BlockCost::default(); plan.layers.len()],
             ..Self::default()
         };
-        let checkpoint = decoder.checkpoint();
+        let (checkpoint, names) = (decoder.checkpoint(), decoder.config().names);
         for name in checkpoint.names() {
             let info = checkpoint.info(name)?;
-            let entry = match linear_of(name) {
+            let entry = match names.parse_module(name) {
                 Some((layer, ..)) => &mut cost.before[layer],
                 None => &mut cost.rest,
             };
             entry.add(info.elements(), info.bytes, info.shape.len());
-            if name == EMBEDDING && !decoder.config().tied {
+            if name == names.embedding() && !decoder.config().tied {
                 // Rows are looked up, not multiplied.
                 entry.flops_per_token -= 2 * info.elements() as u64;
             }
         }
         for output in outputs(decoder, plan, Form::Sliced)? {
-            let Some((layer, ..)) = linear_of(&output.spec.name) else {
+            let Some((layer, ..)) = names.parse_module(&output.from) else {
                 continue;
             };
             let elements = output.spec.shape.iter().product();

@@ -43,6 +43,24 @@ pub enum Error {
         /// The layer's width.
         width: usize,
     },
+    /// Heads that cannot be removed one by one.
+    #[error(
+        "{model_type} normalises the queries and keys of all heads together, so that removing some would change the others; prune its MLPs alone"
+    )]
+    Attention {
+        /// The architecture.
+        model_type: &'static str,
+    },
+    /// A method that is not implemented for this architecture.
+    #[error("{method} cannot prune {model_type}: {reason}")]
+    Unsupported {
+        /// The method.
+        method: &'static str,
+        /// The architecture.
+        model_type: &'static str,
+        /// What is in the way.
+        reason: &'static str,
+    },
     /// An option out of range.
     #[error("{option} is {value}, but {expected}")]
     Option {

@@ -9,6 +9,7 @@ use crate::ranking::Ranking;
 use crate::recipe::Recipe;
 use crate::stats::Part;
 use crate::{Calibration, Error, Result};
+use causal_lm::config::QkNorm;
 use causal_lm::{Decoder, Progress, Widths};
 use serde::{Deserialize, Serialize};
 use std::path::Path;
@@ -25,6 +26,15 @@ pub struct LayerPlan {
 }
 
 impl LayerPlan {
+    /// Everything that a block of these widths has.
+    pub fn whole(widths: Widths) -> Self {
+        Self {
+            heads: (0..widths.heads).collect(),
+            kv_heads: (0..widths.kv_heads).collect(),
+            neurons: (0..widths.neurons).collect(),
+        }
+    }
+
     /// The widths that result.
     pub fn widths(&self) -> Widths {
         Widths {
@@ -116,14 +126,7 @@ impl Plan {
             keep = equalise(decoder, rankings, &keep, budget)?;
         }
         let dense = &decoder.config().widths;
-        let mut layers: Vec<LayerPlan> = dense
-            .iter()
-            .map(|_| LayerPlan {
-                heads: vec![],
-                kv_heads: vec![],
-                neurons: vec![],
-            })
-            .collect();
+        let mut layers: Vec<LayerPlan> = dense.iter().map(|&w| LayerPlan::whole(w)).collect();
         for (ranking, steps) in rankings.iter().zip(keep) {
             let layer = ranking.layer;
             layers[layer].keep(dense[layer], ranking, ranking.kept(steps));
@@ -178,6 +181,11 @@ impl Plan {
                         "layer {layer}: {what} must be ascending ids below {width}"
                     ));
                 }
+            }
+            if decoder.config().qk_norm == QkNorm::Projection && plan.heads.len() != dense.heads {
+                return Err(Error::Attention {
+                    model_type: decoder.config().model_type,
+                });
             }
             // Every kept key/value head must keep the same number of the query heads that read it.
             let group = dense.heads.checked_div(dense.kv_heads).unwrap_or(1);

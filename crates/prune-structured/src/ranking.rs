@@ -6,6 +6,7 @@
 
 use crate::stats::{Part, standardise};
 use crate::{Error, Result};
+use causal_lm::config::QkNorm;
 use causal_lm::{Decoder, LinearName};
 use serde::{Deserialize, Serialize};
 
@@ -184,7 +185,7 @@ impl Ranking {
             Ok(vec![
                 0.0;
                 match part {
-                    Part::Attention => widths.heads * decoder.config().head_dim,
+                    Part::Attention => widths.heads * decoder.config().head_dim(layer),
                     Part::Mlp => widths.neurons,
                 }
             ])
@@ -205,15 +206,17 @@ impl Ranking {
                 standardise(&mut columns);
                 Ok((columns, sum))
             };
+            let config = decoder.config();
+            let hidden = config.hidden as u64;
             let rows = |name| rows_cost(decoder, layer, name);
-            if widths.heads > 0 {
+            if widths.heads > 0 && prunes_attention(decoder, shape)? {
                 let (scores, sum) = columns(Part::Attention)?;
-                let scores = means(&scores, decoder.config().head_dim);
+                let d = config.head_dim(layer);
+                let scores = means(&scores, d);
                 // Per head: rows of q and columns of o, or rows of k and of v.
-                let query = (rows(LinearName::Q) + decoder.config().hidden as u64)
-                    * decoder.config().head_dim as u64;
+                let query = rows(LinearName::Q) / widths.heads as u64 + hidden * d as u64;
                 let key_value =
-                    (rows(LinearName::K) + rows(LinearName::V)) * decoder.config().head_dim as u64;
+                    (rows(LinearName::K) + rows(LinearName::V)) / widths.kv_heads as u64;
                 let unit = shape
                     .attention_unit
                     .unwrap_or_else(|| AttentionUnit::suggested(widths.heads, widths.kv_heads));
@@ -246,8 +249,8 @@ impl Ranking {
                         width,
                     });
                 }
-                let cost =
-                    rows(LinearName::Gate) + rows(LinearName::Up) + decoder.config().hidden as u64;
+                let neurons = widths.neurons as u64;
+                let cost = (rows(LinearName::Gate) + rows(LinearName::Up)) / neurons + hidden;
                 let (scores, sum) = columns(Part::Mlp)?;
                 let ranking = Self::units(layer, Part::Mlp, &scores, cost, align);
                 let ranking = ranking.protect("min_neurons", shape.min_neurons, align)?;
@@ -319,9 +322,24 @@ impl Ranking {
     }
 }
 
-/// Parameters of one output row of a linear: its weights, and its bias where it has one.
+/// Parameters of all rows of a linear: its weights, and its bias where it has one.
 fn rows_cost(decoder: &Decoder<'_>, layer: usize, name: LinearName) -> u64 {
-    decoder.config().hidden as u64 + u64::from(decoder.checkpoint().contains(&name.bias(layer)))
+    let Some([rows, inputs]) = decoder.config().linear_shape(layer, name) else {
+        return 0;
+    };
+    rows as u64 * (inputs as u64 + u64::from(decoder.has_bias(layer, name)))
+}
+
+/// Whether heads can be removed: not where queries and keys of all heads are normalised together, because removing some
+/// would change the others.
+fn prunes_attention(decoder: &Decoder<'_>, shape: &Shape) -> Result<bool> {
+    match (decoder.config().qk_norm, shape.attention_unit) {
+        (QkNorm::Projection, Some(_)) => Err(Error::Attention {
+            model_type: decoder.config().model_type,
+        }),
+        (QkNorm::Projection, None) => Ok(false),
+        _ => Ok(true),
+    }
 }
 
 /// Means of consecutive runs of `width`.

@@ -179,7 +179,7 @@ fn check_widths(content: &Content, decoder: &causal_lm::Decoder<'_>, uniform: bo
     let Value::String(architecture) = &content.metadata["general.architecture"] else {
         panic!("the architecture is a string");
     };
-    let qwen3 = decoder.config().qk_norm;
+    let qwen3 = decoder.config().qk_norm != causal_lm::config::QkNorm::None;
     let expected = match uniform {
         true if qwen3 => "qwen3",
         true => "llama",
@@ -217,10 +217,10 @@ fn check_values(
     decoder: &causal_lm::Decoder<'_>,
     precision: Precision,
 ) {
-    let d = decoder.config().head_dim;
+    let d = decoder.config().head_dim(0);
     let mut pairs = vec![(
         "token_embd.weight".to_string(),
-        causal_lm::names::EMBEDDING.to_string(),
+        decoder.config().names.embedding(),
         false,
     )];
     for layer in 0..decoder.config().layers() {
@@ -237,7 +237,7 @@ fn check_values(
                 pairs.push((
                     format!("blk.{layer}.{ours}.{kind}"),
                     format!("model.layers.{layer}.{theirs}.{kind}"),
-                    rotated && !decoder.config().qk_norm,
+                    rotated && decoder.config().qk_norm == causal_lm::config::QkNorm::None,
                 ));
             }
         }

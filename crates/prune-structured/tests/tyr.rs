@@ -412,7 +412,7 @@ fn output_error_curves(convex: bool) -> Allocation {
 /// Σ over sublayers of tr(ΔB ᵀ H ΔB) under the plan's compensation.
 fn output_error(model: &Tiny, calibration: &Calibration, plan: &Plan) -> f64 {
     let decoder = model.decoder();
-    let d = decoder.config().head_dim;
+    let d = decoder.config().head_dim(0);
     let mut sum = 0.0;
     for (layer, plan_of) in plan.layers.iter().enumerate() {
         let heads = plan_of.heads.iter().flat_map(|h| h * d..(h + 1) * d);
@@ -426,11 +426,7 @@ fn output_error(model: &Tiny, calibration: &Calibration, plan: &Plan) -> f64 {
                 .unwrap()
                 .load(layer, part)
                 .unwrap();
-            let name = part.output().weight(layer);
-            let weight = model
-                .checkpoint
-                .tensor_as(&name, DType::F32, &Device::Cpu)
-                .unwrap();
+            let weight = decoder.weight(layer, part.output()).unwrap().unwrap();
             let problem = Problem::new(&weight, &gram, 0.01, layer).unwrap();
             let mut order = kept.clone();
             order.extend((0..problem.columns()).filter(|c| !kept.contains(c)));

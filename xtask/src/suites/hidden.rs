@@ -2,8 +2,7 @@
 
 use anyhow::{Context, Result};
 use candle_core::DType;
-use causal_lm::block::RmsNorm;
-use causal_lm::{Decoder, NoProgress, NoTap, Windows, names, run_blocks};
+use causal_lm::{Decoder, NoProgress, NoTap, Windows, run_blocks};
 use eval_report::Row;
 use lowrank_eora::metrics::{SpectralMetrics, mean};
 use serde_json::json;
@@ -15,14 +14,7 @@ pub(crate) fn hidden_metrics(
     windows: &Windows,
     row: &mut Row,
 ) -> Result<()> {
-    let norm = RmsNorm {
-        weight: decoder.checkpoint().tensor_as(
-            names::FINAL_NORM,
-            decoder.dtype(),
-            decoder.device(),
-        )?,
-        eps: decoder.config().rms_eps,
-    };
+    let norm = decoder.final_norm()?;
     let mut all = Vec::with_capacity(windows.count());
     // In groups, so that the states of a long text need not be held at once.
     for group in windows.groups(64) {

@@ -1,7 +1,7 @@
 //! Names in GGUF files, and the order of rows that comes with them.
 
 use crate::LinearName;
-use crate::names::{self, block};
+use crate::names::{LLAMA, Names};
 
 /// Embedding.
 pub const EMBEDDING: &str = "token_embd.weight";
@@ -70,10 +70,10 @@ pub fn in_block(layer: usize, part: &str) -> String {
 
 /// Norms of a block: their names in GGUF files and in Hugging Face.
 pub const NORMS: [(&str, &str); 4] = [
-    ("attn_norm.weight", names::INPUT_NORM),
-    ("ffn_norm.weight", names::POST_NORM),
-    ("attn_q_norm.weight", names::Q_NORM),
-    ("attn_k_norm.weight", names::K_NORM),
+    ("attn_norm.weight", "input_layernorm.weight"),
+    ("ffn_norm.weight", "post_attention_layernorm.weight"),
+    ("attn_q_norm.weight", "self_attn.q_norm.weight"),
+    ("attn_k_norm.weight", "self_attn.k_norm.weight"),
 ];
 
 /// Where a tensor of a GGUF file belongs.
@@ -91,11 +91,11 @@ pub(crate) enum Place {
 
 /// The place of the tensor `name`; `None` if it has none.
 pub(crate) fn place(name: &str) -> Option<Place> {
-    let tensor = |name: &str| Some(Place::Tensor(name.to_string()));
+    let names = Names::new(&LLAMA);
     match name {
-        EMBEDDING => return tensor(names::EMBEDDING),
-        FINAL_NORM => return tensor(names::FINAL_NORM),
-        HEAD => return tensor(names::HEAD),
+        EMBEDDING => return Some(Place::Tensor(names.embedding())),
+        FINAL_NORM => return Some(Place::Tensor(names.final_norm_weight())),
+        HEAD => return Some(Place::Tensor(names.head().into())),
         ROPE_FACTORS => return Some(Place::Rotation),
         _ => {}
     }
@@ -105,15 +105,16 @@ pub(crate) fn place(name: &str) -> Option<Place> {
         return Some(Place::Ignored);
     }
     if let Some((_, path)) = NORMS.iter().find(|(norm, _)| *norm == part) {
-        return Some(Place::Tensor(block(layer, path)));
+        return Some(Place::Tensor(names.block(layer, path)));
     }
     let (module, kind) = part.rsplit_once('.')?;
     let of = LinearName::ALL
         .into_iter()
         .find(|&of| linear(of) == module)?;
+    let stored = names.module_of(of)?;
     let name = match kind {
-        "weight" => of.weight(layer),
-        "bias" => of.bias(layer),
+        "weight" => names.weight(layer, stored),
+        "bias" => names.bias(layer, stored),
         _ => return None,
     };
     Some(match of {

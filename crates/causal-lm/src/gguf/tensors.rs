@@ -12,7 +12,7 @@ use tensor_io::{Config, Dtype, Error, TensorSource, TensorSpec};
 use super::names::{self, Place, neighbours_of_halves};
 use super::{Architecture, content, tokenizer};
 use crate::Result;
-use crate::names::{INPUT_NORM, POST_NORM, block};
+use crate::names::{LLAMA, Names};
 
 /// Values that a thread decodes at once.
 const TASK: usize = 1 << 14;
@@ -110,9 +110,10 @@ pub(super) fn map(
         stored.insert(name, tensor);
     }
     for layer in 0..layers {
-        for norm in [INPUT_NORM, POST_NORM].map(|norm| block(layer, norm)) {
-            if !stored.contains_key(&norm) && has_no_half(config, layer, norm.ends_with(INPUT_NORM))
-            {
+        for (attention, norm) in [(true, LLAMA.attention_before), (false, LLAMA.mlp_before)] {
+            let Some(norm) = norm else { continue };
+            let norm = Names::new(&LLAMA).block(layer, &format!("{norm}.weight"));
+            if !stored.contains_key(&norm) && has_no_half(config, layer, attention) {
                 specs.push(TensorSpec::new(&norm, Dtype::F32, [hidden]));
                 stored.insert(norm, Stored::Ones(hidden));
             }

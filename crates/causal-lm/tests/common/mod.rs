@@ -1,10 +1,10 @@
 //! Tiny decoders whose weights come from a formula, and the logits that transformers gives them.
 
 use candle_core::{DType, Device, Tensor};
-use causal_lm::{Decoder, NoProgress, NoTap, Windows, cross_entropy, run_blocks, synthetic};
+use causal_lm::{Decoder, ModelConfig, NoProgress, NoTap, Windows, cross_entropy, run_blocks};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
-use tensor_io::{Checkpoint, Config, WriteOptions};
+use tensor_io::{Checkpoint, CheckpointWriter, Config, TensorSpec, WriteOptions};
 
 /// A file of `tests/golden`.
 pub(crate) struct Golden(pub(crate) Value);
@@ -56,19 +56,30 @@ impl Golden {
         self.0["mean_nll"].as_f64().unwrap()
     }
 
+    /// Tensors beside the decoder, and their shapes.
+    fn foreign(&self) -> Vec<(String, Vec<usize>)> {
+        let tensors = self.0["foreign"].as_object().into_iter().flatten();
+        let shape = |dims: &Value| serde_json::from_value(dims.clone()).unwrap();
+        tensors
+            .map(|(name, dims)| (name.clone(), shape(dims)))
+            .collect()
+    }
+
     /// Writes the model as a checkpoint folder.
     pub(crate) fn write(&self, dir: &Path) {
-        let make = |name: &str, shape: &[usize]| {
-            Ok(Tensor::from_vec(entries(name, shape), shape, &Device::Cpu)?)
-        };
-        synthetic::write(
-            &self.config(),
-            DType::F32,
-            dir,
-            &WriteOptions::default(),
-            make,
-        )
-        .unwrap();
+        let mut tensors = ModelConfig::new(&self.config()).unwrap().tensors();
+        tensors.extend(self.foreign());
+        let spec =
+            |(name, shape): &(String, Vec<usize>)| TensorSpec::new(name, DType::F32, shape.clone());
+        let specs = tensors.iter().map(spec).collect();
+        let options = WriteOptions::default();
+        let mut writer = CheckpointWriter::create(dir, &self.config(), specs, &options).unwrap();
+        for (name, shape) in &tensors {
+            let values = entries(name, shape);
+            let tensor = Tensor::from_vec(values, shape.as_slice(), &Device::Cpu).unwrap();
+            writer.write_tensor(name, &tensor).unwrap();
+        }
+        writer.finish().unwrap();
     }
 }
 

@@ -202,9 +202,10 @@ fn factors_of_the_rotation_are_those_of_the_rule_that_they_came_from() {
         .unwrap()
         .f64("rope_theta")
         .unwrap();
-    let factors: Vec<f32> = (0..config.head_dim / 2)
-        .map(|i| theta.powf(-(2.0 * i as f64) / config.head_dim as f64) / config.rope.inv_freq[i])
-        .map(|factor| factor as f32)
+    let width = config.head_dim(0);
+    let plain = |i: usize| theta.powf(-(2.0 * i as f64) / width as f64);
+    let factors: Vec<f32> = (0..width / 2)
+        .map(|i| (plain(i) / config.ropes[0].inv_freq[i]) as f32)
         .collect();
     let mut file = File::of(&golden, Architecture::Llama, BlockType::F32);
     let made = crate::made::Made {

@@ -4,9 +4,9 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use causal_lm::LinearName;
+use causal_lm::config::QkNorm;
 use causal_lm::gguf::Architecture;
 use causal_lm::gguf::names::{self, halves_of_neighbours};
-use causal_lm::names::{EMBEDDING, FINAL_NORM, HEAD, block};
 use packed::{BlockType, QuantRows, quantise};
 use tensor_io::gguf::{BlockLayout, TensorSpec, Value, Writer};
 
@@ -41,7 +41,7 @@ impl Widths {
         let config = causal_lm::ModelConfig::new(&golden.config()).unwrap();
         Self {
             hidden: config.hidden,
-            head_dim: config.head_dim,
+            head_dim: config.head_dim(0),
             heads: config.widths.iter().map(|w| w.heads).collect(),
             kv_heads: config.widths.iter().map(|w| w.kv_heads).collect(),
             neurons: config.widths.iter().map(|w| w.neurons).collect(),
@@ -94,23 +94,18 @@ impl File {
             ("attention.value_length", (widths.head_dim as u32).into()),
             (
                 "attention.layer_norm_rms_epsilon",
-                (config.rms_eps as f32).into(),
+                (config.norm.eps as f32).into(),
             ),
             ("rope.freq_base", (theta as f32).into()),
         ] {
             file.set(key, value);
         }
-        let (hidden, vocab) = (widths.hidden, config.vocab);
-        file.put(names::EMBEDDING, EMBEDDING, &[vocab, hidden], ty, None);
-        file.put(
-            names::FINAL_NORM,
-            FINAL_NORM,
-            &[hidden],
-            BlockType::F32,
-            None,
-        );
+        let (hidden, vocab, hf) = (widths.hidden, config.vocab, config.names);
+        let (embedding, norm) = (hf.embedding(), hf.final_norm_weight());
+        file.put(names::EMBEDDING, &embedding, &[vocab, hidden], ty, None);
+        file.put(names::FINAL_NORM, &norm, &[hidden], BlockType::F32, None);
         if !config.tied {
-            file.put(names::HEAD, HEAD, &[vocab, hidden], ty, None);
+            file.put(names::HEAD, hf.head(), &[vocab, hidden], ty, None);
         }
         for layer in 0..widths.heads.len() {
             let d = widths.head_dim;
@@ -119,12 +114,18 @@ impl File {
                 let absent = match at {
                     0 => heads == 0,
                     1 => widths.neurons[layer] == 0,
-                    _ => !config.qk_norm,
+                    _ => config.qk_norm == QkNorm::None,
                 };
                 let width = if at < 2 { hidden } else { d };
                 if !absent {
                     let name = names::in_block(layer, ours);
-                    file.put(&name, &block(layer, theirs), &[width], BlockType::F32, None);
+                    file.put(
+                        &name,
+                        &hf.block(layer, theirs),
+                        &[width],
+                        BlockType::F32,
+                        None,
+                    );
                 }
             }
             for of in LinearName::ALL {
@@ -134,19 +135,27 @@ impl File {
                     LinearName::O => [hidden, heads * d],
                     LinearName::Gate | LinearName::Up => [widths.neurons[layer], hidden],
                     LinearName::Down => [hidden, widths.neurons[layer]],
+                    _ => continue,
                 };
                 if rows * cols == 0 {
                     continue;
                 }
+                let stored = hf.module_of(of).unwrap();
                 let rotated = matches!(of, LinearName::Q | LinearName::K);
                 let head = (rotated && architecture.rotates_neighbours()).then_some(d);
                 let name =
                     |kind: &str| names::in_block(layer, &format!("{}.{kind}", names::linear(of)));
-                file.put(&name("weight"), &of.weight(layer), &[rows, cols], ty, head);
+                file.put(
+                    &name("weight"),
+                    &hf.weight(layer, stored),
+                    &[rows, cols],
+                    ty,
+                    head,
+                );
                 if config.has_bias(of) {
                     file.put(
                         &name("bias"),
-                        &of.bias(layer),
+                        &hf.bias(layer, stored),
                         &[rows],
                         BlockType::F32,
                         head,

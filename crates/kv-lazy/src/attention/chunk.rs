@@ -6,6 +6,7 @@ use super::exp::exp_in_place;
 use super::machine::prefetch;
 use super::packed::{self, PackedMix, PackedScores};
 use super::rows::{Elements, Part, RowView};
+use super::scores::softcap_in_place;
 use pulp::{Arch, Simd, WithSimd};
 
 /// Tokens of a chunk: the unit of parallel work, and part of the definition of the rounding.
@@ -146,6 +147,8 @@ pub(super) struct Chunk<'a> {
     pub(super) part: Part<'a>,
     /// What is read after the values.
     pub(super) after: &'a [u8],
+    /// Cap on scores.
+    pub(super) cap: Option<f32>,
     pub(super) mask: Mask<'a>,
     pub(super) layout: Slots,
     pub(super) slots: &'a mut [f32],
@@ -158,6 +161,7 @@ impl Chunk<'_> {
             queries,
             part,
             after,
+            cap,
             mask,
             layout,
             slots,
@@ -183,6 +187,7 @@ impl Chunk<'_> {
             scores,
             stats,
             count: len,
+            cap,
             mask,
             layout,
         });
@@ -246,6 +251,7 @@ struct Softmax<'a> {
     scores: &'a mut [f32],
     stats: &'a mut [f32],
     count: usize,
+    cap: Option<f32>,
     mask: Mask<'a>,
     layout: Slots,
 }
@@ -259,6 +265,9 @@ impl WithSimd for Softmax<'_> {
         for lane in 0..lanes {
             let scores = &mut self.scores[lane * tokens..][..self.count];
             let query = lane % self.mask.tokens;
+            if let Some(cap) = self.cap {
+                softcap_in_place(simd, scores, cap);
+            }
             if let Some((position, window)) = self.mask.window {
                 let position = position as usize + query;
                 for (score, &id) in scores.iter_mut().zip(self.mask.ids) {

@@ -22,6 +22,8 @@ pub(crate) struct DecodeQuery {
     pub(crate) geometry: Geometry,
     /// New tokens per row; each sees the row's tokens up to its own.
     pub(crate) tokens: usize,
+    /// Cap on q·k.
+    pub(crate) cap: Option<f32>,
     /// Logical position of the first new token and the layer's sliding window, where it has one.
     pub(crate) window: Option<(u32, usize)>,
 }
@@ -118,6 +120,7 @@ pub(crate) fn decode(
             queries: &queries[index * lanes * head_dim..(index + 1) * lanes * head_dim],
             part,
             after: after.bytes(),
+            cap: query.cap,
             mask: Mask {
                 ids: row.ids.get(first..first + part.len).unwrap_or_default(),
                 window: query.window,

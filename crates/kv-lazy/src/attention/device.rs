@@ -3,7 +3,7 @@
 //! Grouped queries multiply as `[B, Hkv, group·T, d] × [B, Hkv, d, n]`, so keys and values are never expanded. The softmax is
 //! f32. Weights that a policy asks for cross to the host: one `[B, Hkv, n]` copy per layer and step.
 
-use super::{Exported, Geometry, Reduce, WeightKind};
+use super::{Exported, Geometry, Reduce, Scores, WeightKind};
 use crate::error::{Error, Result};
 use candle_core::{DType, Tensor};
 
@@ -18,10 +18,10 @@ pub(crate) struct Mask {
     pub(crate) window: Option<(u32, usize)>,
 }
 
-/// A step's queries: their scale and heads, and what they see.
+/// A step's queries: what is done to their scores, their heads, and what they see.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct DeviceQuery {
-    pub(crate) scale: f64,
+    pub(crate) scores: Scores,
     pub(crate) geometry: Geometry,
     pub(crate) mask: Mask,
 }
@@ -37,7 +37,7 @@ pub(crate) fn attend(
     exported: Option<&mut Exported>,
 ) -> Result<Tensor> {
     let DeviceQuery {
-        scale,
+        scores: Scores { scale, softcap },
         geometry,
         mask,
     } = *query;
@@ -53,6 +53,9 @@ pub(crate) fn attend(
     ))?;
     let keys = k.to_dtype(DType::F32)?.transpose(2, 3)?;
     let mut scores = grouped.matmul(&keys)?;
+    if let Some(cap) = softcap {
+        scores = ((scores / cap)?.tanh()? * cap)?;
+    }
     if let Some(bias) = bias(mask, ids, batch * kv_heads, n, q)? {
         let rows = bias.dim(0)?;
         let shape = if rows == 1 {

@@ -13,12 +13,14 @@ mod machine;
 mod packed;
 pub(crate) mod prefill;
 mod rows;
+mod scores;
 mod tensors;
 mod weights;
 
 pub(crate) use element::Element;
 pub use exp::exp;
 pub(crate) use rows::{Elements, Part, RowView};
+pub use scores::{Scores, softcap_in_place};
 pub(crate) use tensors::{expect_shape, read};
 pub(crate) use weights::Exported;
 pub use weights::{Reduce, WeightKind, WeightKinds};
@@ -47,8 +49,8 @@ pub(crate) struct Causal {
     pub(crate) geometry: Geometry,
     /// New tokens per row, whose keys are the row's last.
     pub(crate) tokens: usize,
-    /// Factor on q·k.
-    pub(crate) scale: f32,
+    /// From q·k to the softmax.
+    pub(crate) scores: Scores,
     /// Logical position of the first new token and the sliding window.
     pub(crate) window: Option<(u32, usize)>,
 }
@@ -68,9 +70,10 @@ impl Causal {
         let Self {
             geometry,
             tokens,
-            scale,
+            scores,
             window,
         } = self;
+        let scale = scores.scale as f32;
         if tokens == 0 {
             return Ok(());
         }
@@ -78,6 +81,7 @@ impl Causal {
         let few = decode::DecodeQuery {
             geometry,
             tokens,
+            cap: scores.cap(),
             window,
         };
         if tokens * geometry.group <= FEW {
@@ -93,6 +97,7 @@ impl Causal {
             geometry,
             tokens,
             scale,
+            cap: scores.cap(),
             window,
         };
         let columns = match &mut exported {
@@ -139,7 +144,7 @@ impl Causal {
 /// Causal grouped-query attention of T new tokens over n = `offset` + T keys.
 ///
 /// `q` `[B, Hq, T, d]`, `k` and `v` `[B, Hkv, n, d]` with Hq a multiple of Hkv; new token t sees keys 0..=`offset` + t, and with
-/// a `sliding_window` w only the last w of these. `scale` multiplies q·k, usually 1/√d. Returns `[B, Hq, T, d]` in the
+/// a `sliding_window` w only the last w of these. `scores` is the factor on q·k, usually 1/√d, and the cap where there is one. Returns `[B, Hq, T, d]` in the
 /// dtype of `q`; arithmetic is f32. On the CPU nothing of size T × n is ever held for more than a few queries at a
 /// time, and the result does not depend on the number of threads.
 ///
@@ -149,10 +154,11 @@ pub fn prefill(
     q: &Tensor,
     k: &Tensor,
     v: &Tensor,
-    scale: f64,
+    scores: impl Into<Scores>,
     offset: usize,
     sliding_window: Option<usize>,
 ) -> Result<Tensor> {
+    let scores = scores.into();
     let (batch, query_heads, tokens, head_dim) = q.dims4().map_err(|_| Error::Shape {
         what: "q",
         got: q.dims().to_vec(),
@@ -183,7 +189,7 @@ pub fn prefill(
     let window = sliding_window.map(|w| (offset as u32, w.min(WIDEST)));
     if !q.device().is_cpu() {
         let query = device::DeviceQuery {
-            scale,
+            scores,
             geometry,
             mask: device::Mask {
                 tokens,
@@ -196,7 +202,7 @@ pub fn prefill(
     let step = Causal {
         geometry,
         tokens,
-        scale: scale as f32,
+        scores,
         window,
     };
     match k.dtype() {

@@ -9,6 +9,7 @@
 
 use super::exp::exp;
 use super::rows::Which;
+use super::scores::softcap_in_place;
 use super::{Geometry, RowView};
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
@@ -35,6 +36,8 @@ pub(crate) struct PrefillQuery {
     pub(crate) tokens: usize,
     /// Factor on q·k.
     pub(crate) scale: f32,
+    /// Cap on the product.
+    pub(crate) cap: Option<f32>,
     /// Logical position of the first new token and the sliding window, where there is one.
     pub(crate) window: Option<(u32, usize)>,
 }
@@ -267,6 +270,9 @@ impl WithSimd for Work<'_, '_> {
                 let scores = &mut scores[place(b)..][..(to - from) * width];
                 let queries = &queries[b * d * width..(b + 1) * d * width];
                 score_tiles::<S>(simd, queries, &keys[..(to - from) * d], d, scores);
+                if let Some(cap) = query.cap {
+                    softcap_in_place(simd, scores, cap);
+                }
                 hide(
                     query,
                     row,

@@ -2,6 +2,7 @@
 
 use super::LayerShape;
 use super::queries::QueryRing;
+use crate::attention::Scores;
 use crate::error::{Error, Result};
 use crate::policy::{Clock, Evictor, Needs, Phase, Plan, RecentQueries, Rows, Seen};
 use crate::quantise;
@@ -127,14 +128,14 @@ impl Layer {
     }
 
     /// Attends what was appended; the policy sees the weights.
-    pub(super) fn attend(&mut self, q: &Tensor, scale: f64, clock: &Clock) -> Result<Tensor> {
+    pub(super) fn attend(&mut self, q: &Tensor, scores: Scores, clock: &Clock) -> Result<Tensor> {
         let position = clock.next - clock.tokens;
         if let Some(queries) = &mut self.queries {
-            queries.push(q, scale as f32, position)?;
+            queries.push(q, scores, position)?;
         }
         let weights = self.needs.of(clock.phase);
         let call = Call {
-            scale,
+            scores,
             position,
             sliding_window: self.shape.sliding_window,
             weights,

@@ -6,7 +6,7 @@
 mod layer;
 mod queries;
 
-use crate::attention::{Geometry, expect_shape};
+use crate::attention::{Geometry, Scores, expect_shape};
 use crate::error::{Error, Result};
 use crate::policy::{Budget, CacheConfig, Clock, Evictor, Phase, Policy, count};
 use crate::quantise::{self, StorageConfig};
@@ -348,7 +348,7 @@ impl CacheSet {
 
     /// Appends the step's `k` and `v` `[B, Hkv, T, d]` (keys after RoPE) to the layer's cache and attends `q` `[B, Hq, T, d]` over
     /// what is cached: causal among the new tokens, within the sliding window where the layer has one. Returns `[B, Hq, T, d]` in the
-    /// dtype of `q`. The policy evicts after the attention.
+    /// dtype of `q`. `scores` is the factor on q·k, and the cap where the model has one. The policy evicts after the attention.
     ///
     /// # Errors
     /// Shapes or devices that do not fit, a layer attended twice or outside a step, non-finite weights.
@@ -358,17 +358,18 @@ impl CacheSet {
         q: &Tensor,
         k: &Tensor,
         v: &Tensor,
-        scale: f64,
+        scores: impl Into<Scores>,
     ) -> Result<Tensor> {
+        let scores = scores.into();
         self.check(layer, [("q", q), ("k", k), ("v", v)])?;
         #[cfg(feature = "trace")]
         if let Some(recorder) = &mut self.recorder {
-            recorder.push(layer, q, k, v, scale)?;
+            recorder.push(layer, q, k, v, scores)?;
         }
         let clock = self.clock;
         self.append(layer, k, v)?;
         let at = &mut self.layers[layer];
-        let out = at.attend(q, scale, &clock)?;
+        let out = at.attend(q, scores, &clock)?;
         at.evict(&clock)?;
         self.finish(layer)?;
         Ok(out)

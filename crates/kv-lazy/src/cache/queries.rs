@@ -1,6 +1,6 @@
 //! The last few queries of a layer, for policies that recompute attention at eviction.
 
-use crate::attention::read;
+use crate::attention::{Scores, read};
 use crate::error::Result;
 use crate::policy::RecentQueries;
 use candle_core::Tensor;
@@ -15,6 +15,7 @@ pub(super) struct QueryRing {
     rows: Vec<Vec<f32>>,
     positions: Vec<u32>,
     next: usize,
+    softcap: Option<f32>,
 }
 
 impl QueryRing {
@@ -26,12 +27,15 @@ impl QueryRing {
             rows: vec![Vec::new(); rows],
             positions: Vec::new(),
             next: 0,
+            softcap: None,
         }
     }
 
     /// Notes the last queries of `q` `[B, Hq, T, d]`, whose first is at `position`.
-    pub(super) fn push(&mut self, q: &Tensor, scale: f32, position: u32) -> Result<()> {
+    pub(super) fn push(&mut self, q: &Tensor, scores: Scores, position: u32) -> Result<()> {
         let tokens = q.dim(2)?;
+        let scale = scores.scale as f32;
+        self.softcap = scores.cap();
         let taken = tokens.min(self.capacity);
         let q = q
             .narrow(2, tokens - taken, taken)?
@@ -62,6 +66,7 @@ impl QueryRing {
         RecentQueries {
             queries: &self.rows[row],
             positions: &self.positions,
+            softcap: self.softcap,
         }
     }
 

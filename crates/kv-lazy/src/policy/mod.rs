@@ -232,6 +232,8 @@ pub struct RecentQueries<'a> {
     pub queries: &'a [f32],
     /// Logical position of each.
     pub positions: &'a [u32],
+    /// Cap on their products with keys, for models that cap attention logits.
+    pub softcap: Option<f32>,
 }
 
 /// How much a token should stay: `value` decides, then `tie`, then the newer position.

@@ -21,7 +21,12 @@ pub(super) struct WindowLogits {
 impl WindowLogits {
     /// q·k for every recent query of `head` and every key.
     pub(super) fn of(rows: &dyn Rows, head: usize) -> Result<Self> {
-        let RecentQueries { queries, positions } = rows.queries(head);
+        let RecentQueries {
+            queries,
+            positions,
+            softcap,
+        } = rows.queries(head);
+        let capped = |x: f32| softcap.map_or(x, |cap| cap * (x / cap).tanh());
         let d = rows.head_dim();
         let keys = rows.keys(head, 0)?;
         let ids = rows.ids(head);
@@ -33,7 +38,7 @@ impl WindowLogits {
             let position = positions[i / group];
             logits.extend(keys.chunks_exact(d).zip(ids).map(|(key, &id)| {
                 if id <= position {
-                    dot(query, key)
+                    capped(dot(query, key))
                 } else {
                     f32::NEG_INFINITY
                 }

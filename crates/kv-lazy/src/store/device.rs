@@ -125,7 +125,7 @@ impl Store for DeviceStore {
         };
         let (tokens, len) = (q.dim(2)?, self.len(0));
         let query = DeviceQuery {
-            scale: call.scale,
+            scores: call.scores,
             geometry: self.geometry,
             mask: Mask {
                 tokens,
@@ -269,7 +269,10 @@ mod tests {
             ] {
                 for sliding_window in [None, Some(5)] {
                     let call = Call {
-                        scale: 0.8,
+                        scores: crate::attention::Scores {
+                            scale: 0.8,
+                            softcap: sliding_window.map(|_| 2.0),
+                        },
                         position,
                         sliding_window,
                         weights,

@@ -340,7 +340,7 @@ impl Store for HostStore {
         let step = Causal {
             geometry: self.geometry,
             tokens: q.dim(2)?,
-            scale: call.scale as f32,
+            scores: call.scores,
             window: call.sliding_window.map(|w| (call.position, w.min(WIDEST))),
         };
         let exported = if call.weights.is_empty() {

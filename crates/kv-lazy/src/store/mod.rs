@@ -14,7 +14,7 @@ pub(crate) use host::HostStore;
 pub(crate) use packed_device::PackedDeviceStore;
 pub use relocation::{Relocation, Run};
 
-use crate::attention::{Exported, WeightKinds};
+use crate::attention::{Exported, Scores, WeightKinds};
 use crate::error::Result;
 use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
@@ -34,8 +34,8 @@ pub enum Layout {
 /// One layer's attention call.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Call {
-    /// Factor on q·k.
-    pub(crate) scale: f64,
+    /// From q·k to the softmax.
+    pub(crate) scores: Scores,
     /// Logical position of the first new token.
     pub(crate) position: u32,
     /// Sliding window of the layer.

@@ -363,7 +363,7 @@ impl Store for PackedDeviceStore {
         let (batch, tokens, len) = (q.dim(0)?, q.dim(2)?, self.len(0));
         let [k, v] = self.widened(sides, batch)?;
         let query = DeviceQuery {
-            scale: call.scale,
+            scores: call.scores,
             geometry: self.geometry,
             mask: Mask {
                 tokens,
@@ -539,7 +539,7 @@ mod tests {
                 };
                 let (q, k, v) = (random(4), random(2), random(2));
                 let call = Call {
-                    scale: 0.4,
+                    scores: 0.4.into(),
                     position,
                     sliding_window: None,
                     weights: WeightKinds::last(Reduce::Sum),

@@ -141,6 +141,7 @@ impl LayerTrace {
                 head_dim: d,
             },
             tokens: 1,
+            cap: None,
             window: None,
         };
         let (mut out, mut exported) = (vec![0.0; d], Exported::default());

@@ -1,7 +1,7 @@
 //! Recording of a run through a [`CacheSet`](crate::CacheSet).
 
 use super::{LayerTrace, Trace, TraceMeta};
-use crate::attention::read;
+use crate::attention::{Scores, read};
 use crate::error::{Error, Result};
 use candle_core::{Device, Tensor};
 use half::f16;
@@ -39,8 +39,14 @@ impl Recorder {
         q: &Tensor,
         k: &Tensor,
         v: &Tensor,
-        scale: f64,
+        Scores { scale, softcap }: Scores,
     ) -> Result<()> {
+        if softcap.is_some() {
+            return Err(Error::Step {
+                layer,
+                what: "recorded from a model that caps attention logits, which a trace has no field for",
+            });
+        }
         if self.layers.len() <= layer {
             self.layers.resize(layer + 1, None);
         }

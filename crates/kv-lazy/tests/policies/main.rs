@@ -53,6 +53,7 @@ impl Rows for Held {
     }
     fn queries(&self, _: usize) -> RecentQueries<'_> {
         RecentQueries {
+            softcap: None,
             queries: &self.queries,
             positions: &self.positions,
         }

@@ -44,7 +44,7 @@ pub enum Mix {
 /// Where a linear is in its model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Place {
-    /// Which linear of its block.
+    /// Which linear of its block; the first of those that are stored as one.
     pub linear: LinearName,
     /// Its block.
     pub block: usize,

@@ -297,7 +297,7 @@ impl AdapterFactors {
 
 /// Last part of a module's path, which is what PEFT looks for.
 fn leaf(layer: &LayerId) -> &'static str {
-    layer.linear.path().rsplit('.').next().unwrap_or_default()
+    layer.module().path.rsplit('.').next().unwrap_or_default()
 }
 
 /// The number that a pattern of the configuration gives a module: that of the first key which the

@@ -11,7 +11,7 @@ use crate::solve::LowRank;
 use crate::{Error, Result};
 use causal_lm::gguf::names::{halves_of_neighbours, in_block, linear, neighbours_of_halves};
 use causal_lm::gguf::{Architecture, GgufTensors};
-use causal_lm::{Decoder, LinearName, ModelType};
+use causal_lm::{Decoder, LinearName, ModelConfig};
 use faer::{Mat, MatRef};
 use packed::BlockType;
 use std::path::Path;
@@ -63,7 +63,7 @@ fn architecture(decoder: &Decoder<'_>) -> Architecture {
     let widths = &decoder.config().widths;
     let uniform = widths.iter().all(|w| Some(w) == widths.first());
     match (decoder.config().model_type, uniform) {
-        (ModelType::Qwen3, _) => Architecture::Qwen3,
+        ("qwen3", _) => Architecture::Qwen3,
         (_, true) => Architecture::Llama,
         (_, false) => Architecture::Deci,
     }
@@ -73,8 +73,13 @@ fn is_rotated(linear: LinearName, architecture: Architecture) -> bool {
     matches!(linear, LinearName::Q | LinearName::K) && architecture.rotates_neighbours()
 }
 
+/// The linear of a layer: in the architectures here every linear is stored alone.
+fn linear_of(layer: LayerId) -> LinearName {
+    layer.module().parts[0]
+}
+
 fn base_name(layer: LayerId) -> String {
-    in_block(layer.block, linear(layer.linear))
+    in_block(layer.block(), linear(linear_of(layer)))
 }
 
 /// Row-major f32 values, rows in the given order.
@@ -109,6 +114,14 @@ impl Adapter {
                 expected: "f16, bf16 or f32",
             });
         };
+        let model_type = decoder.config().model_type;
+        if !matches!(model_type, "llama" | "mistral" | "qwen2" | "qwen3") {
+            return Err(Error::Setting {
+                name: "model of a GGUF adapter",
+                value: model_type.into(),
+                expected: "llama, mistral, qwen2 or qwen3",
+            });
+        }
         let repairs = || repaired.reports().filter(|report| report.rank > 0);
         if repairs().next().is_none() {
             return Err(Error::Setting {
@@ -132,15 +145,15 @@ impl Adapter {
             ("adapter.type", "lora"),
         ]
         .map(|(key, value)| (key.to_string(), Value::from(value)));
-        let head_dim = decoder.config().head_dim;
+        let config = decoder.config();
         let mut writer = Writer::create(dst.as_ref(), &metadata, &specs)?;
         for block in 0..repaired.blocks() {
             for layer in repaired.block(block)? {
                 let (id, Some(LowRank { a, b })) = (layer.report.layer, &layer.factors) else {
                     continue;
                 };
-                let order = is_rotated(id.linear, architecture)
-                    .then(|| halves_of_neighbours(b.nrows(), head_dim));
+                let order = is_rotated(linear_of(id), architecture)
+                    .then(|| halves_of_neighbours(b.nrows(), config.head_dim(id.block())));
                 let a_values = values(a.as_ref(), None);
                 let b_values = values(b.as_ref(), order.as_deref());
                 for (suffix, values, cols) in [(A, a_values, a.ncols()), (B, b_values, b.ncols())] {
@@ -177,7 +190,7 @@ impl Adapter {
             metadata.error(GgufError::Content(what))
         })?;
         let alpha = metadata.get_f64(ALPHA)?.filter(|alpha| *alpha != 0.0);
-        let head_dim = decoder.config().head_dim;
+        let config = decoder.config();
         let mut layers = Vec::new();
         for tensor in file.tensors() {
             let Some(base) = tensor.name.strip_suffix(A) else {
@@ -189,9 +202,8 @@ impl Adapter {
                     tensor.name
                 )));
             };
-            let layers_of_model = decoder.config().layers();
-            let layer = layer_of(base)
-                .filter(|layer| layer.block < layers_of_model)
+            let layer = layer_of(config, base)
+                .filter(|layer| layer.block() < config.layers())
                 .ok_or_else(|| refuse(format!("{base} is no linear of this decoder")))?;
             let factor = |suffix: &str| -> Result<Mat<f64>> {
                 let name = format!("{base}{suffix}");
@@ -203,7 +215,7 @@ impl Adapter {
                 Ok(Mat::from_fn(rows, cols, |i, j| f64::from(values[(i, j)])))
             };
             let (a, stored) = (factor(A)?, factor(B)?);
-            let shape = decoder.config().linear_shape(layer.block, layer.linear);
+            let shape = config.linear_shape(layer.block(), linear_of(layer));
             if a.nrows() != stored.ncols() || shape != Some([stored.nrows(), a.ncols()]) {
                 return Err(refuse(format!(
                     "{base}: factors {:?} and {:?} do not fit a linear of {shape:?}",
@@ -211,10 +223,11 @@ impl Adapter {
                     stored.shape()
                 )));
             }
-            let b = match is_rotated(layer.linear, architecture) {
+            let b = match is_rotated(linear_of(layer), architecture) {
                 false => stored,
                 true => {
-                    let order = neighbours_of_halves(stored.nrows(), head_dim);
+                    let order =
+                        neighbours_of_halves(stored.nrows(), config.head_dim(layer.block()));
                     Mat::from_fn(stored.nrows(), stored.ncols(), |i, j| stored[(order[i], j)])
                 }
             };
@@ -230,13 +243,12 @@ impl Adapter {
 }
 
 /// The linear of a name such as `blk.3.attn_q`.
-fn layer_of(name: &str) -> Option<LayerId> {
+fn layer_of(config: &ModelConfig, name: &str) -> Option<LayerId> {
     let (block, part) = name.strip_prefix("blk.")?.split_once('.')?;
     let linear = LinearName::ALL
         .into_iter()
         .find(|&name| linear(name) == part)?;
-    Some(LayerId {
-        block: block.parse().ok()?,
-        linear,
-    })
+    let module = config.names.module_of(linear)?;
+    let alone = module.parts.len() == 1;
+    alone.then_some(LayerId::new(config, block.parse().ok()?, module))
 }

@@ -2,7 +2,7 @@
 
 use super::inputs::{Collectors, Sites, Statistics, energies};
 use super::measure::{Measured, errors};
-use super::sites::{SITES, linear_mut, site_index, site_of};
+use super::sites::{SITES, modules_at, site_index, site_of};
 use super::state::RepairedLayer;
 use super::stream::{Stream, View};
 use super::{LayerId, LayerReport, Repair, Requantised, Source, WithinBlock};
@@ -92,12 +92,10 @@ impl BlockRepair<'_> {
     }
 
     fn replace(&self, block: &mut Block, layer: &RepairedLayer) -> Result<()> {
-        if let Some(linear) = linear_mut(block, layer.report.layer.linear) {
-            let merged = layer.merged()?;
-            linear.weight =
-                to_tensor(merged.as_ref(), self.decoder.dtype(), self.decoder.device())?;
-        }
-        Ok(())
+        let merged = layer.merged()?;
+        let weight = to_tensor(merged.as_ref(), self.decoder.dtype(), self.decoder.device())?;
+        let module = layer.report.layer.module();
+        Ok(self.decoder.replace(block, module, &weight)?)
     }
 
     /// W.
@@ -114,6 +112,15 @@ impl BlockRepair<'_> {
     /// Where a linear is in the model.
     pub(super) fn place(&self, id: LayerId) -> Place {
         super::place(self.decoder, id)
+    }
+
+    /// The stored linears of a block that read an input.
+    fn layers(&self, block: &Block, site: Site) -> Vec<LayerId> {
+        let (config, layer) = (self.decoder.config(), block.layer);
+        modules_at(config, site)
+            .filter(|module| config.module_shape(layer, module).is_some())
+            .map(|module| LayerId::new(config, layer, module))
+            .collect()
     }
 
     /// What compressing and requantising ask of the inputs.
@@ -143,16 +150,12 @@ impl BlockRepair<'_> {
 
         let mut early = early.into_iter();
         let mut layers = Vec::new();
-        for (index, (site, linears)) in SITES.into_iter().enumerate() {
+        for (index, site) in SITES.into_iter().enumerate() {
             let Some(statistics) = &statistics[index] else {
                 continue;
             };
-            for &linear in linears {
+            for id in self.layers(view.dense, site) {
                 self.progress.advance(0)?;
-                let id = LayerId {
-                    block: view.dense.layer,
-                    linear,
-                };
                 let mut layer = match sites.streamed.contains(&site) {
                     false => self.whole(id, statistics),
                     true => match early.next() {
@@ -188,12 +191,7 @@ impl BlockRepair<'_> {
         let mut all = Vec::new();
         for (site, sums) in known {
             let inputs = sums.finish();
-            let (_, linears) = SITES[site_index(site)];
-            for &linear in linears {
-                let id = LayerId {
-                    block: view.dense.layer,
-                    linear,
-                };
+            for id in self.layers(view.dense, site) {
                 let compress = || -> Result<Early> {
                     let (layer, weight, compressed) = self.compressed(id, &inputs)?;
                     let d = &weight - &compressed;
@@ -260,7 +258,7 @@ impl BlockRepair<'_> {
             let (weight, _) = self.weight(layer.report.layer)?;
             errors(weight, layer.weight.matrix()?, layer)
         };
-        let site = |layer: &RepairedLayer| site_of(layer.report.layer.linear);
+        let site = |layer: &RepairedLayer| site_of(layer.report.layer.module());
         let mut streamed = Vec::new();
         for layer in (layers.iter()).filter(|layer| sites.streamed.contains(&site(layer))) {
             let errors = errors_of(layer)?;

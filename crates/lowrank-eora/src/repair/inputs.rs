@@ -4,14 +4,14 @@
 //! (down_proj), H can be spared: with D known before the tokens, G = Σ (D x)(D x)ᵀ finds the best
 //! correction, and losses are summed up from the tokens in a further pass.
 
-use super::sites::{SITES, linear_mut, site_index};
+use super::sites::{SITES, linears_at, site_index};
 use super::stream::{Held, How, Sums, TeacherGram, View};
 use crate::solve::Weighting;
 use crate::stats::{
     Accumulation, Collect, EnergyCollector, Gram, GramCollector, InputCollector, InputStats,
 };
 use crate::{Error, Result};
-use causal_lm::{Block, Site};
+use causal_lm::{Block, Linear, Site};
 
 /// Whether an input of `inputs` channels is so wide for linears with so many `outputs` together that
 /// it takes less without H: three errors E of `outputs × inputs` in f32, for the losses, instead of
@@ -33,18 +33,13 @@ impl Sites {
     /// Of `sites` those that the block has, streamed where they are wide and `may_stream`.
     pub(super) fn of(block: &Block, sites: &[Site], may_stream: bool) -> Self {
         let mut all = Self::default();
-        let mut block = block.clone();
         for &site in sites {
-            let (_, linears) = SITES[site_index(site)];
-            let shapes = linears.iter().filter_map(|&linear| {
-                let weight = &linear_mut(&mut block, linear)?.weight;
-                weight.dims2().ok()
-            });
-            let shapes: Vec<(usize, usize)> = shapes.collect();
-            let Some(&(_, inputs)) = shapes.first() else {
+            let linears = linears_at(site).iter();
+            let linears: Vec<&Linear> = linears.filter_map(|&name| block.linear(name)).collect();
+            let Some(inputs) = linears.first().map(|linear| linear.inputs()) else {
                 continue;
             };
-            let outputs = shapes.iter().map(|(outputs, _)| outputs).sum();
+            let outputs = linears.iter().map(|linear| linear.outputs()).sum();
             match may_stream && is_wide(outputs, inputs) {
                 true => all.streamed.push(site),
                 false => all.whole.push(site),

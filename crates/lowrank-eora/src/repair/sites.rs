@@ -1,36 +1,48 @@
-//! The linears of a decoder, and which of them share an input.
+//! The linears of a decoder as its checkpoint stores them, and which of them share an input.
+//!
+//! The unit of compression and repair is the stored module, because that is what adapters, packed formats and runtimes
+//! name: where an architecture stacks q, k and v in one tensor, it is repaired as one matrix.
 
-use causal_lm::{Block, Linear, LinearName, Site, names};
+use causal_lm::names::{Module, ModuleId};
+use causal_lm::{Block, LinearName, ModelConfig, Site};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 
-/// A linear of a decoder; shown and serialised as its module path, `model.layers.3.mlp.down_proj`.
+/// A stored linear of a decoder; shown and serialised as its module path, `model.layers.3.mlp.down_proj`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(into = "String", try_from = "String")]
-pub struct LayerId {
-    /// Block.
-    pub block: usize,
-    /// Linear of the block.
-    pub linear: LinearName,
-}
+pub struct LayerId(ModuleId);
 
 impl LayerId {
+    /// A module of block `block`.
+    pub fn new(config: &ModelConfig, block: usize, module: &'static Module) -> Self {
+        Self(config.names.id(block, module))
+    }
+
     /// The linear with this module path.
     pub fn parse(module: &str) -> Option<Self> {
-        let (block, path) = names::parse_block(module)?;
-        let linear = LinearName::ALL.into_iter().find(|l| l.path() == path)?;
-        Some(Self { block, linear })
+        ModuleId::parse(module).map(Self)
+    }
+
+    /// Its block.
+    pub fn block(self) -> usize {
+        self.0.block()
+    }
+
+    /// Where it is stored.
+    pub fn module(self) -> &'static Module {
+        self.0.module()
     }
 
     /// Name of its weight in a checkpoint.
     pub fn weight(self) -> String {
-        self.linear.weight(self.block)
+        format!("{self}.weight")
     }
 }
 
 impl fmt::Display for LayerId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&names::block(self.block, self.linear.path()))
+        self.0.fmt(f)
     }
 }
 
@@ -48,21 +60,35 @@ impl TryFrom<String> for LayerId {
     }
 }
 
-/// The distinct inputs of a block with the linears that read them, in the order of the data.
-pub(super) const SITES: [(Site, &[LinearName]); 4] = [
-    (Site::Qkv, &[LinearName::Q, LinearName::K, LinearName::V]),
-    (Site::O, &[LinearName::O]),
-    (Site::GateUp, &[LinearName::Gate, LinearName::Up]),
-    (Site::Down, &[LinearName::Down]),
-];
+/// The distinct inputs of a block, in the order of the data.
+pub(super) const SITES: [Site; 4] = [Site::Qkv, Site::O, Site::GateUp, Site::Down];
 
-/// The input that a linear reads.
-pub(super) fn site_of(linear: LinearName) -> Site {
-    match linear {
-        LinearName::Q | LinearName::K | LinearName::V => Site::Qkv,
-        LinearName::O => Site::O,
-        LinearName::Gate | LinearName::Up => Site::GateUp,
-        LinearName::Down => Site::Down,
+/// The stored modules that read an input.
+pub(super) fn modules_at(
+    config: &ModelConfig,
+    site: Site,
+) -> impl Iterator<Item = &'static Module> {
+    let modules = config.names.table().modules.iter();
+    modules.filter(move |module| site_of(module) == site)
+}
+
+/// The linears that read an input, however they are stored.
+pub(super) fn linears_at(site: Site) -> &'static [LinearName] {
+    match site {
+        Site::Qkv => &[LinearName::Q, LinearName::K, LinearName::V],
+        Site::O => &[LinearName::O],
+        Site::GateUp => &[LinearName::Gate, LinearName::Up],
+        Site::Down => &[LinearName::Down],
+    }
+}
+
+/// The input that a module reads.
+pub(super) fn site_of(module: &Module) -> Site {
+    match (module.is_attention(), module.is_output()) {
+        (true, false) => Site::Qkv,
+        (true, true) => Site::O,
+        (false, false) => Site::GateUp,
+        (false, true) => Site::Down,
     }
 }
 
@@ -76,30 +102,16 @@ pub(super) fn site_index(site: Site) -> usize {
     }
 }
 
-/// A linear of a loaded block, unless the block lacks that half.
-pub(super) fn linear_mut(block: &mut Block, name: LinearName) -> Option<&mut Linear> {
-    let (attention, mlp) = (block.attention.as_mut(), block.mlp.as_mut());
-    match name {
-        LinearName::Q => attention.map(|a| &mut a.q),
-        LinearName::K => attention.map(|a| &mut a.k),
-        LinearName::V => attention.map(|a| &mut a.v),
-        LinearName::O => attention.map(|a| &mut a.o),
-        LinearName::Gate => mlp.map(|m| &mut m.gate),
-        LinearName::Up => mlp.map(|m| &mut m.up),
-        LinearName::Down => mlp.map(|m| &mut m.down),
-    }
-}
-
 /// Width of the input at a site, unless the block lacks that half.
 pub(super) fn width(block: &Block, site: Site) -> Option<usize> {
-    let (attention, mlp) = (block.attention.as_ref(), block.mlp.as_ref());
+    let (attention, mlp) = (block.attention.body.as_ref(), block.mlp.body.as_ref());
     let linear = match site {
         Site::Qkv => attention.map(|a| &a.q),
         Site::O => attention.map(|a| &a.o),
-        Site::GateUp => mlp.map(|m| &m.gate),
+        Site::GateUp => mlp.map(|m| &m.up),
         Site::Down => mlp.map(|m| &m.down),
     };
-    linear.map(|linear| linear.weight.dims()[1])
+    linear.map(|linear| linear.inputs())
 }
 
 #[cfg(test)]
@@ -108,14 +120,18 @@ mod tests {
 
     #[test]
     fn a_layer_is_its_module_path() {
-        for (site, linears) in SITES {
-            assert_eq!(SITES[site_index(site)].0, site);
-            for &linear in linears {
-                assert_eq!(site_of(linear), site);
-                let id = LayerId { block: 11, linear };
-                assert_eq!(LayerId::parse(&id.to_string()), Some(id));
-                assert_eq!(id.weight(), format!("{id}.weight"));
-            }
+        for (path, site) in [
+            ("model.layers.11.self_attn.k_proj", Site::Qkv),
+            ("model.layers.11.self_attn.qkv_proj", Site::Qkv),
+            ("gpt_neox.layers.11.attention.dense", Site::O),
+            ("model.layers.11.shared_mlp.input_linear", Site::GateUp),
+            ("language_model.model.layers.11.mlp.down_proj", Site::Down),
+        ] {
+            let id = LayerId::parse(path).unwrap();
+            assert_eq!((id.block(), site_of(id.module())), (11, site));
+            assert_eq!(SITES[site_index(site)], site);
+            assert_eq!(id.to_string(), path);
+            assert_eq!(id.weight(), format!("{path}.weight"));
         }
         assert_eq!(LayerId::parse("model.layers.0.input_layernorm"), None);
         assert_eq!(LayerId::parse("lm_head"), None);

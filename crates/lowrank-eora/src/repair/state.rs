@@ -328,7 +328,7 @@ impl super::Source for Repaired {
     }
 
     fn compressed(&self, linear: &super::Linear<'_>) -> Result<StoredWeight> {
-        let (file, _) = self.file(linear.layer.block)?;
+        let (file, _) = self.file(linear.layer.block())?;
         StoredWeight::read(&file, &linear.layer.to_string())
     }
 }

@@ -1,7 +1,7 @@
 //! Windows on their way through a model, block by block, and passes that show sums what linears are fed.
 
 use super::options::Sampling;
-use super::sites::{SITES, site_index};
+use super::sites::{SITES, linears_at, site_index};
 use crate::solve::RefitCollector;
 use crate::stats::{
     Accumulation, EnergyCollector, GramCollector, InputCollector, OutputCollector, Rows, Sampler,
@@ -267,9 +267,8 @@ impl Tap for Recorder {
 }
 
 fn at(site: Site, source: Error) -> Error {
-    let (_, linears) = SITES[site_index(site)];
     Error::Layer {
-        layer: format!("input of {}", linears[0].path()),
+        layer: format!("input of {}", linears_at(site)[0]),
         source: Box::new(source),
     }
 }

@@ -1,17 +1,27 @@
 //! Small decoders in folders, windows of text for them, and what is repeated of repairs.
 
 use candle_core::{DType, Device, Tensor};
-use causal_lm::{Decoder, TextTokenizer, Windows, synthetic};
+use causal_lm::{Decoder, LinearName, TextTokenizer, Windows, synthetic};
 use faer::{Mat, MatMut, MatRef};
 use lowrank_eora::compress::Compressor;
 use lowrank_eora::repair::{
-    Energy, FactorStorage, LayerReport, Ranks, Repair, Repaired, Seconds, Source, Texts,
+    Energy, FactorStorage, LayerId, LayerReport, Ranks, Repair, Repaired, Seconds, Source, Texts,
 };
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde_json::json;
 use std::path::{Path, PathBuf};
 use tensor_io::{Checkpoint, Config, NoProgress, WriteOptions};
+
+/// A linear of a Llama, which stores every linear alone.
+pub(crate) fn id(block: usize, linear: LinearName) -> LayerId {
+    let half = if linear.is_attention() {
+        "self_attn"
+    } else {
+        "mlp"
+    };
+    LayerId::parse(&format!("model.layers.{block}.{half}.{linear}")).unwrap()
+}
 
 /// A model in a folder that is removed with it.
 pub(crate) struct Tiny {

@@ -1,8 +1,8 @@
 //! The repair of a model block by block.
 
 use crate::common::{
-    Tiny, assert_close, compressor, decoder, eora, from_tensor, held_out, run, timeless, to_tensor,
-    trained, windows,
+    Tiny, assert_close, compressor, decoder, eora, from_tensor, held_out, id, run, timeless,
+    to_tensor, trained, windows,
 };
 use candle_core::{DType, Device, Tensor};
 use causal_lm::block::RopeTables;
@@ -28,7 +28,7 @@ fn site_of(linear: LinearName) -> Site {
         LinearName::Q | LinearName::K | LinearName::V => Site::Qkv,
         LinearName::O => Site::O,
         LinearName::Gate | LinearName::Up => Site::GateUp,
-        LinearName::Down => Site::Down,
+        _ => Site::Down,
     }
 }
 
@@ -57,20 +57,13 @@ impl Inputs4 {
     }
 }
 
+/// A linear that is stored alone.
+fn linear_of(id: LayerId) -> LinearName {
+    id.module().parts[0]
+}
+
 fn weight_of(block: &mut Block, linear: LinearName) -> &mut Tensor {
-    let (attention, mlp) = (
-        block.attention.as_mut().unwrap(),
-        block.mlp.as_mut().unwrap(),
-    );
-    match linear {
-        LinearName::Q => &mut attention.q.weight,
-        LinearName::K => &mut attention.k.weight,
-        LinearName::V => &mut attention.v.weight,
-        LinearName::O => &mut attention.o.weight,
-        LinearName::Gate => &mut mlp.gate.weight,
-        LinearName::Up => &mut mlp.up.weight,
-        LinearName::Down => &mut mlp.down.weight,
-    }
+    &mut block.linear_mut(linear).unwrap().weight
 }
 
 /// EoRA by its definition: T = Q √Λ, [D T]_r T⁻¹.
@@ -126,13 +119,7 @@ fn naive(
             let w_c = from_tensor(&compressed);
             let ba = by_definition(&(&w - &w_c), &x, rank);
             *weight = to_tensor((&w_c + &ba).as_ref());
-            all.insert(
-                LayerId {
-                    block: layer,
-                    linear,
-                },
-                (w_c, ba),
-            );
+            all.insert(id(layer, linear), (w_c, ba));
         }
         student.advance(&block, &mut NoTap).unwrap();
         teacher.advance(&dense, &mut NoTap).unwrap();
@@ -185,8 +172,9 @@ fn reported_losses_are_those_of_the_stored_factors_on_the_tokens_themselves() {
     let mut dense = decoder.block(0).unwrap();
     let seen = Inputs4::of(&dense, states.batches(), &rope);
     for layer in repaired.block(0).unwrap() {
-        let x = seen.matrix(layer.report.layer.linear);
-        let w = from_tensor(weight_of(&mut dense, layer.report.layer.linear));
+        let linear = linear_of(layer.report.layer);
+        let x = seen.matrix(linear);
+        let w = from_tensor(weight_of(&mut dense, linear));
         let square = |e: &Mat<f64>| (e * &x).squared_norm_l2();
         let found = layer.report.held_out.unwrap();
         let expected = Energy {
@@ -435,7 +423,7 @@ fn activations_that_overflow_are_an_error_that_names_the_layer() {
         cause = inner.source();
     }
     assert!(
-        text.contains("layer 1") && text.contains("mlp.down_proj"),
+        text.contains("layer 1") && text.contains("input of down_proj"),
         "{text}"
     );
 }

@@ -152,7 +152,7 @@ fn a_given_gguf_is_repaired_with_exactly_the_weights_that_it_holds() {
                 }
                 // Its rows of 48 are no whole blocks: the file has them in f16.
                 other => {
-                    assert_eq!(layer.report.layer.linear, LinearName::Down);
+                    assert_eq!(layer.report.layer.module().parts, [LinearName::Down]);
                     assert!(matches!(other, StoredWeight::Dense(t) if t.dtype() == DType::F16));
                 }
             }

@@ -28,7 +28,7 @@ fn drift_aware_factors_come_closest_to_what_the_dense_model_computes() {
     let of = |repaired: &Repaired, block| -> Vec<Energy> {
         let reports = repaired
             .reports()
-            .filter(|report| report.layer.block == block);
+            .filter(|report| report.layer.block() == block);
         reports.filter_map(|report| report.held_out_drift).collect()
     };
     let (eora, aware) = (

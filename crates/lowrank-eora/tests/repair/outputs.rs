@@ -1,6 +1,6 @@
 //! What a repair is written as, and what reads it.
 
-use crate::common::{Tiny, assert_close, compressor, eora, from_tensor, run, to_tensor};
+use crate::common::{Tiny, assert_close, compressor, eora, from_tensor, id, run, to_tensor};
 use candle_core::{DType, Device, Tensor};
 use causal_lm::LinearName;
 use lowrank_eora::Error;
@@ -19,7 +19,7 @@ fn an_adapter_on_the_compressed_weight_is_the_merged_weight() {
         .iter()
         .enumerate()
         .skip(1)
-        .flat_map(|(i, &linear)| (0..2).map(move |block| (LayerId { block, linear }, i + block)));
+        .flat_map(|(i, &linear)| (0..2).map(move |block| (id(block, linear), i + block)));
     let repair = eora(0).with_ranks(Ranks::Table(ranks.collect()));
     let repaired = run(
         &repair,
@@ -67,7 +67,9 @@ fn an_adapter_on_the_compressed_weight_is_the_merged_weight() {
                         }
                         found += factors.product();
                     }
-                    (None, factors) => assert!(factors.is_none() && id.linear == LinearName::Q),
+                    (None, factors) => {
+                        assert!(factors.is_none() && id.module().parts == [LinearName::Q])
+                    }
                 }
                 assert_close(found.as_ref(), expected.as_ref(), eps);
             }
@@ -122,7 +124,7 @@ fn a_probe_passes_on_the_repaired_model_and_tells_a_wrong_scale_by_its_size() {
     assert_eq!(probe.layers().len(), 14);
     let with = |scale: f64| {
         let runtime = |id: LayerId, x: &Tensor| {
-            let layers = repaired.block(id.block).unwrap();
+            let layers = repaired.block(id.block()).unwrap();
             let layer = layers
                 .into_iter()
                 .find(|layer| layer.report.layer == id)

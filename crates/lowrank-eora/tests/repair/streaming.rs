@@ -33,7 +33,7 @@ impl Source for WithGram {
 fn down(repaired: &Repaired) -> Vec<&LayerReport> {
     let reports = repaired.reports();
     reports
-        .filter(|report| report.layer.linear == LinearName::Down)
+        .filter(|report| report.layer.module().parts == [LinearName::Down])
         .collect()
 }
 

@@ -8,7 +8,8 @@ use super::Budget;
 use crate::ranking::Ranking;
 use crate::stats::Part;
 use crate::{Error, Result};
-use causal_lm::{Decoder, ModelType};
+use causal_lm::Decoder;
+use causal_lm::config::StockHeads;
 
 /// Steps that each ranking keeps with equal widths everywhere, as near to `keep` as the budget
 /// allows.
@@ -27,17 +28,20 @@ pub(crate) fn equalise(
         return Err(Error::NotUniform { layer });
     }
     let first = |part| rankings.iter().find(|r| r.part == part);
-    let (Some(attention), Some(mlp)) = (first(Part::Attention), first(Part::Mlp)) else {
+    let Some(mlp) = first(Part::Mlp) else {
         return Err(Error::NotUniform { layer: 0 });
     };
     let layers = dense.len() as f64;
-    // The config class of stock Llama refuses head counts that do not divide the hidden size.
+    // Where heads cannot be removed, all of them are kept.
+    let Some(attention) = first(Part::Attention) else {
+        let steps = mlp.nearest(budget.parameters / layers).max(1);
+        return Ok(vec![steps; rankings.len()]);
+    };
     let heads = |steps: usize| match attention.order().len() == dense[0].kv_heads {
         true => steps * dense[0].heads / dense[0].kv_heads,
         false => steps * dense[0].kv_heads,
     };
-    let llama = decoder.config().model_type == ModelType::Llama;
-    let opens = |&steps: &usize| !llama || decoder.config().hidden.is_multiple_of(heads(steps));
+    let opens = |&steps: &usize| accepts_heads(decoder, heads(steps));
     let mean = rankings
         .iter()
         .zip(keep)
@@ -80,4 +84,14 @@ pub(crate) fn equalise(
         Part::Mlp => mlp_steps,
     };
     Ok(rankings.iter().map(steps).collect())
+}
+
+/// Whether the config class of stock transformers accepts this number of heads in every layer.
+pub(crate) fn accepts_heads(decoder: &Decoder<'_>, heads: usize) -> bool {
+    let config = decoder.config();
+    match config.stock.heads {
+        StockHeads::Any => true,
+        StockHeads::Divisors => config.hidden.is_multiple_of(heads),
+        StockHeads::Fixed => config.widths.iter().all(|w| w.heads == heads),
+    }
 }

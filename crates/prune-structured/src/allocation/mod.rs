@@ -28,7 +28,7 @@ use causal_lm::{Decoder, Progress};
 pub use al_am::AlAm;
 pub use al_mm::AlMm;
 pub use closed_form::ClosedForm;
-pub(crate) use equal_widths::equalise;
+pub(crate) use equal_widths::{accepts_heads, equalise};
 pub use flap_compat::FlapCompatCut;
 pub use knapsack::{Point, convexify, knapsack};
 pub use rd_dp::{Distortion, RdDp};

@@ -84,6 +84,12 @@ impl Allocate for RdDp {
                 Distortion::Relative => errors[0],
                 Distortion::Hidden => calibration.layers[ranking.layer].hidden_square,
             };
+            // Behind a norm an error counts relative to the output's mean square; relative errors do already.
+            let part = calibration.part(ranking.layer, ranking.part)?;
+            let scale = match (part.output_square, self.distortion) {
+                (Some(square), Distortion::Output | Distortion::Hidden) => scale * square,
+                _ => scale,
+            };
             // Where the output is zero, nothing can be lost.
             if scale > 0.0 {
                 errors.iter_mut().for_each(|error| *error /= scale);

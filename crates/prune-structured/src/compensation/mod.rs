@@ -126,9 +126,10 @@ impl Compensation {
 
     /// Bias where the architecture can store one for both o_proj and down_proj, else least squares.
     pub fn suggested(decoder: &Decoder<'_>) -> Self {
-        match decoder.config().model_type {
-            causal_lm::ModelType::Llama => Self::Bias(Bias),
-            _ => Self::LEAST_SQUARES,
+        let slot = |name| decoder.config().has_bias_slot(name);
+        match slot(LinearName::O) && slot(LinearName::Down) {
+            true => Self::Bias(Bias),
+            false => Self::LEAST_SQUARES,
         }
     }
 

@@ -19,4 +19,4 @@ pub(crate) use fitness::Fitness;
 pub use fitness::Sharing;
 pub(crate) use levels::{Kept, LevelStore};
 pub(crate) use teacher::{Teacher, hash_of};
-pub(crate) use variant::Half;
+pub(crate) use variant::{Half, narrowed_attention};

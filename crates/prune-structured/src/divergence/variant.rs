@@ -6,16 +6,16 @@ use crate::plan::LayerPlan;
 use crate::ranking::Ranking;
 use crate::stats::Part;
 use candle_core::Tensor;
-use causal_lm::block::{Attention, Mlp};
+use causal_lm::block::{self, Attention, Mlp};
 use causal_lm::{Block, Linear, Widths};
 
 /// One half of a block at a width.
 #[derive(Clone, Debug)]
 pub(crate) enum Half {
-    /// Attention, or what a block without it adds.
-    Attention(Option<Attention>, Option<Tensor>),
-    /// The MLP, or what a block without it adds.
-    Mlp(Option<Mlp>, Option<Tensor>),
+    /// Attention.
+    Attention(block::Half<Attention>),
+    /// The MLP.
+    Mlp(block::Half<Mlp>),
 }
 
 impl Half {
@@ -27,71 +27,92 @@ impl Half {
             neurons: vec![],
         };
         let weight = match kept {
-            Kept::Dense => return Ok(Self::of(block, ranking.part)),
-            Kept::Gone => None,
+            Kept::Dense => None,
+            Kept::Gone => Some(None),
             Kept::Some { units, weight } => {
                 plan.keep(dense, ranking, units);
-                Some(weight)
+                Some(Some(weight))
             }
         };
-        let output = |linear: &Linear, weight: Tensor| -> Result<Linear> {
-            Ok(Linear {
-                weight: weight
-                    .to_dtype(linear.weight.dtype())?
-                    .to_device(linear.weight.device())?,
-                bias: linear.bias.clone(),
-            })
-        };
-        Ok(match (ranking.part, &block.attention, &block.mlp) {
-            (Part::Attention, Some(attention), _) => match weight {
-                None => Self::Attention(None, attention.o.bias.clone()),
-                Some(weight) => {
-                    let d = attention.head_dim;
-                    let new = Attention {
-                        q: rows(&attention.q, &plan.heads, d)?,
-                        k: rows(&attention.k, &plan.kv_heads, d)?,
-                        v: rows(&attention.v, &plan.kv_heads, d)?,
-                        o: output(&attention.o, weight)?,
-                        ..attention.clone()
-                    };
-                    Self::Attention(Some(new), None)
-                }
-            },
-            (Part::Mlp, _, Some(mlp)) => match weight {
-                None => Self::Mlp(None, mlp.down.bias.clone()),
-                Some(weight) => {
-                    let new = Mlp {
-                        gate: rows(&mlp.gate, &plan.neurons, 1)?,
-                        up: rows(&mlp.up, &plan.neurons, 1)?,
-                        down: output(&mlp.down, weight)?,
-                    };
-                    Self::Mlp(Some(new), None)
-                }
-            },
-            // A ranking is made for halves that exist.
-            (part, ..) => Self::of(block, part),
-        })
-    }
-
-    /// A half as it is.
-    fn of(block: &Block, part: Part) -> Self {
-        match part {
+        Ok(match ranking.part {
             Part::Attention => {
-                Self::Attention(block.attention.clone(), block.attention_constant.clone())
+                let mut half = block.attention.clone();
+                if let (Some(weight), Some(dense)) = (weight, half.body.take()) {
+                    match weight {
+                        Some(weight) => {
+                            half.body = Some(narrowed_attention(&dense, &plan, weight)?)
+                        }
+                        None => half.constant = dense.o.bias,
+                    }
+                } else {
+                    half.body = block.attention.body.clone();
+                }
+                Self::Attention(half)
             }
-            Part::Mlp => Self::Mlp(block.mlp.clone(), block.mlp_constant.clone()),
-        }
+            Part::Mlp => {
+                let mut half = block.mlp.clone();
+                if let (Some(weight), Some(dense)) = (weight, half.body.take()) {
+                    match weight {
+                        Some(weight) => half.body = Some(narrowed_mlp(&dense, &plan, weight)?),
+                        None => half.constant = dense.down.bias,
+                    }
+                } else {
+                    half.body = block.mlp.body.clone();
+                }
+                Self::Mlp(half)
+            }
+        })
     }
 
     /// Puts it into a block.
     pub(crate) fn place(&self, block: &mut Block) {
         match self.clone() {
-            Self::Attention(attention, constant) => {
-                (block.attention, block.attention_constant) = (attention, constant);
-            }
-            Self::Mlp(mlp, constant) => (block.mlp, block.mlp_constant) = (mlp, constant),
+            Self::Attention(half) => block.attention = half,
+            Self::Mlp(half) => block.mlp = half,
         }
     }
+}
+
+/// The heads that a plan keeps, with a weight of o_proj for their columns.
+pub(crate) fn narrowed_attention(
+    dense: &Attention,
+    plan: &LayerPlan,
+    weight: Tensor,
+) -> Result<Attention> {
+    let d = dense.head_dim;
+    // A gate has as many rows as its query.
+    let per_query = dense.q.outputs() / dense.heads();
+    Ok(Attention {
+        q: rows(&dense.q, &plan.heads, per_query)?,
+        k: rows(&dense.k, &plan.kv_heads, d)?,
+        v: dense
+            .v
+            .as_ref()
+            .map(|v| rows(v, &plan.kv_heads, d))
+            .transpose()?,
+        o: output(&dense.o, weight)?,
+        ..dense.clone()
+    })
+}
+
+fn narrowed_mlp(dense: &Mlp, plan: &LayerPlan, weight: Tensor) -> Result<Mlp> {
+    let neurons = |linear: &Linear| rows(linear, &plan.neurons, 1);
+    Ok(Mlp {
+        gate: dense.gate.as_ref().map(neurons).transpose()?,
+        up: neurons(&dense.up)?,
+        down: output(&dense.down, weight)?,
+        activation: dense.activation,
+    })
+}
+
+/// A projection with another weight, in its dtype and on its device.
+fn output(linear: &Linear, weight: Tensor) -> Result<Linear> {
+    Ok(Linear {
+        weight: weight
+            .to_dtype(linear.weight.dtype())?
+            .to_device(linear.weight.device())?,
+        bias: linear.bias.clone(),
+    })
 }
 
 /// The rows of `units` units of `width` rows each.

@@ -21,6 +21,7 @@ pub struct Nested {
     /// Lᵀ B, `[columns, outputs]`.
     half: Mat<f64>,
     dead: BTreeMap<usize, Vec<f32>>,
+    gains: Option<Vec<f64>>,
 }
 
 impl Nested {
@@ -41,6 +42,7 @@ impl Nested {
             factor,
             half,
             dead: problem.dead.clone(),
+            gains: problem.gains.clone(),
         })
     }
 
@@ -72,7 +74,10 @@ impl Nested {
             .flat_map(|o| places.iter().map(move |&i| (o, i)))
             .map(|(o, i)| match self.dead.get(&self.order[i]) {
                 Some(dense) => dense[o],
-                None => solved[(i, o)] as f32,
+                None => match &self.gains {
+                    Some(gains) => (solved[(i, o)] / gains[o]) as f32,
+                    None => solved[(i, o)] as f32,
+                },
             })
             .collect();
         let columns = places.into_iter().map(|i| self.order[i]).collect();

@@ -17,9 +17,14 @@ pub struct Problem {
     pub(crate) gram: Mat<f64>,
     /// Columns whose input was always zero, with their weights, on which the loss does not depend.
     pub(crate) dead: BTreeMap<usize, Vec<f32>>,
+    /// What each output of `weight` was multiplied by.
+    pub(crate) gains: Option<Vec<f64>>,
     /// The block, for errors.
     pub(crate) layer: usize,
 }
+
+/// Least gain of an output, relative to the largest: outputs that a norm removes are refitted like the others.
+const LEAST_GAIN: f64 = 1e-9;
 
 impl Problem {
     /// From the weight of o_proj or down_proj of block `layer`, `[outputs, columns]`, and
@@ -55,8 +60,39 @@ impl Problem {
                 f64::from(gram[j * columns + i]) + if i == j { damping } else { 0.0 }
             }),
             dead,
+            gains: None,
             layer,
         })
+    }
+
+    /// The same with the error of each output counting as often as the square of its gain: for projections behind which
+    /// a norm multiplies outputs by its weights. Refits are those without gains, because rows of the weight are
+    /// independent.
+    ///
+    /// # Errors
+    /// When there are not as many gains as outputs.
+    pub fn with_gains(mut self, gains: Option<Vec<f64>>) -> Result<Self> {
+        let Some(gains) = gains else {
+            return Ok(self);
+        };
+        let outputs = self.weight.nrows();
+        if gains.len() != outputs {
+            return Err(Error::PlanMismatch(format!(
+                "layer {}: {} gains for {outputs} outputs",
+                self.layer,
+                gains.len()
+            )));
+        }
+        let largest = gains.iter().fold(0f64, |most, gain| most.max(gain.abs()));
+        let least = (LEAST_GAIN * largest).max(f64::MIN_POSITIVE);
+        let gains: Vec<f64> = gains.iter().map(|gain| gain.abs().max(least)).collect();
+        for column in 0..self.columns() {
+            for (output, gain) in gains.iter().enumerate() {
+                self.weight[(output, column)] *= gain;
+            }
+        }
+        self.gains = Some(gains);
+        Ok(self)
     }
 
     /// Columns of the weight.

@@ -3,9 +3,8 @@
 use super::{Nested, Problem, Rounds, Units, error_curve, sweep};
 use crate::compensation::{Compensation, DEFAULT_RIDGE};
 use crate::ranking::{Ranking, Shape};
-use crate::stats::standardise;
+use crate::stats::{output_gains, output_weight, standardise};
 use crate::{Calibration, Result};
-use candle_core::{DType, Device};
 use causal_lm::{Decoder, Progress};
 
 /// Ranks the units of every sublayer by the order in which a sweep eliminates them.
@@ -60,11 +59,9 @@ fn problem(
     ridge: f64,
 ) -> Result<Problem> {
     let Ranking { layer, part, .. } = *ranking;
-    let name = part.output().weight(layer);
-    let weight = decoder
-        .checkpoint()
-        .tensor_as(&name, DType::F32, &Device::Cpu)?;
-    Problem::new(&weight, &calibration.gram(layer, part)?, ridge, layer)
+    let weight = output_weight(decoder, layer, part)?;
+    let problem = Problem::new(&weight, &calibration.gram(layer, part)?, ridge, layer)?;
+    problem.with_gains(output_gains(decoder, layer, part)?)
 }
 
 /// Scores of the steps from the errors of keeping the first k columns.

@@ -151,6 +151,7 @@ struct State<'a> {
     energy: f64,
     error: f64,
     dead: BTreeMap<usize, Vec<f32>>,
+    gains: Option<Vec<f64>>,
 }
 
 impl<'a> State<'a> {
@@ -161,6 +162,7 @@ impl<'a> State<'a> {
             weight,
             gram,
             dead,
+            gains,
             layer,
         } = problem;
         let factor = Cholesky::new(gram).map_err(|_| singular)?;
@@ -175,6 +177,7 @@ impl<'a> State<'a> {
             energy,
             error: 0.0,
             dead,
+            gains,
         })
     }
 
@@ -318,7 +321,10 @@ impl<'a> State<'a> {
         let outputs = self.weight.nrows();
         let value = |o: usize, (place, dead): (usize, Option<&Vec<f32>>)| match dead {
             Some(dense) => dense[o],
-            None => self.weight[(o, place)] as f32,
+            None => match &self.gains {
+                Some(gains) => (self.weight[(o, place)] / gains[o]) as f32,
+                None => self.weight[(o, place)] as f32,
+            },
         };
         let weight: Vec<f32> = (0..outputs)
             .into_par_iter()
@@ -442,6 +448,33 @@ mod tests {
                 assert!((ours - golden).abs() < 2e-5, "{ours} is not {golden}");
             }
         }
+    }
+
+    #[test]
+    fn gains_weight_errors_and_leave_refits_alone() {
+        let sweep_with = |gains: Option<Vec<f64>>| {
+            let problem = problem(0.01).with_gains(gains).unwrap();
+            sweep(problem, &Units::single(6, 1), ONE, &[2, 3, 4, 5, 6]).unwrap()
+        };
+        let plain = sweep_with(None);
+        let doubled = sweep_with(Some(vec![-2.0; 3]));
+        assert_eq!(doubled.order, plain.order);
+        for (a, b) in doubled.levels.iter().zip(&plain.levels) {
+            assert_eq!(a.units, b.units);
+            assert!((a.error - 4.0 * b.error).abs() < 1e-9 * plain.energy);
+            assert!(gap(&a.weight, &b.weight) < 1e-5);
+        }
+        // An output that a norm removes has no say: the order is that of the others alone.
+        let (x, weight) = golden();
+        let others = Problem::new(&weight.narrow(0, 1, 2).unwrap(), &gram(&x), 0.01, 0).unwrap();
+        let others = sweep(others, &Units::single(6, 1), ONE, &[2, 3, 4, 5, 6]).unwrap();
+        let removed = sweep_with(Some(vec![0.0, 1.0, 1.0]));
+        assert_eq!(removed.order, others.order);
+        assert_ne!(removed.order, plain.order);
+        let of_removed =
+            |sweep: &Sweep| sweep.levels.iter().find(|l| l.steps == 3).unwrap().clone();
+        let rows = of_removed(&removed).weight.narrow(0, 1, 2).unwrap();
+        assert!(gap(&rows, &of_removed(&others).weight) < 1e-5);
     }
 
     #[test]

@@ -1,7 +1,9 @@
 //! In which shapes a plan is written, and who can load them.
 
+use crate::allocation::accepts_heads;
 use crate::plan::Plan;
-use causal_lm::{Decoder, LinearName, ModelType, Widths};
+use causal_lm::names::Module;
+use causal_lm::{Decoder, LinearName, Widths};
 
 /// In which shapes a plan is written.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -29,17 +31,24 @@ pub enum Loading {
 impl Loading {
     /// How `plan` has to be stored.
     ///
-    /// Stock needs equal widths in all layers, a slot for every bias, and, because the Llama
-    /// config of transformers insists on it, a hidden size that is a multiple of the head count.
+    /// Stock needs equal widths in all layers, a slot for every bias, and a number of heads that the config class of
+    /// transformers accepts.
     pub fn of(decoder: &Decoder<'_>, plan: &Plan, form: Form) -> Self {
+        let config = decoder.config();
         let biases = NewBiases::of(decoder, plan);
-        let llama = decoder.config().model_type == ModelType::Llama;
-        let bias_without_slot = !llama && (biases.attention || biases.mlp);
-        let refused = || {
-            let heads = plan.layers[0].heads.len();
-            llama && !decoder.config().hidden.is_multiple_of(heads)
+        let bias_without_slot = biases.attention && !config.has_bias_slot(LinearName::O)
+            || biases.mlp && !config.has_bias_slot(LinearName::Down);
+        let widths = plan.widths();
+        let attention_fits = || {
+            let heads = |w: &Widths| (w.heads, w.kv_heads);
+            let dense = config.widths.iter().map(heads);
+            let untouched = widths.iter().map(heads).eq(dense);
+            let equal = widths.iter().all(|w| heads(w) == heads(&widths[0]));
+            untouched || equal && widths[0].heads > 0 && accepts_heads(decoder, widths[0].heads)
         };
-        let shapes_fit = form == Form::Masked || plan.is_uniform() && !refused();
+        let neurons = widths[0].neurons;
+        let mlp_fits = neurons > 0 && widths.iter().all(|w| w.neurons == neurons);
+        let shapes_fit = form == Form::Masked || mlp_fits && attention_fits();
         if shapes_fit && !bias_without_slot {
             Self::Stock
         } else {
@@ -75,15 +84,13 @@ impl NewBiases {
         }
     }
 
-    /// Whether this linear gets one. Stock Llama modules have biases on all linears of a half or on
-    /// none, so there the others get zeros; elsewhere only the output projection has one.
-    pub(super) fn covers(self, loading: Loading, name: LinearName) -> bool {
-        let whole_half = loading == Loading::Stock;
-        match name {
-            LinearName::O => self.attention,
-            LinearName::Down => self.mlp,
-            LinearName::Q | LinearName::K | LinearName::V => self.attention && whole_half,
-            LinearName::Gate | LinearName::Up => self.mlp && whole_half,
-        }
+    /// Whether this module gets one. Stock modules have biases on all linears of a half or on none, so there the others
+    /// get zeros; elsewhere only the output projection has one.
+    pub(super) fn covers(self, loading: Loading, module: &Module) -> bool {
+        let half = match module.is_attention() {
+            true => self.attention,
+            false => self.mlp,
+        };
+        half && (module.is_output() || loading == Loading::Stock)
     }
 }

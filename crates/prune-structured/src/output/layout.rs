@@ -3,7 +3,7 @@
 use super::form::{Form, Loading, NewBiases};
 use crate::plan::Plan;
 use crate::stats::Part;
-use causal_lm::names::parse_block;
+use causal_lm::names::Module;
 use causal_lm::{Decoder, LinearName};
 use tensor_io::TensorSpec;
 
@@ -11,18 +11,20 @@ use tensor_io::TensorSpec;
 #[derive(Clone, Debug)]
 pub(crate) struct Output {
     pub(crate) spec: TensorSpec,
+    /// Name in the source.
+    pub(crate) from: String,
     pub(crate) source: Source,
 }
 
 /// Where an output tensor comes from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Source {
-    /// The tensor of the same name, unchanged.
+    /// A tensor of the source, unchanged.
     Copy,
-    /// The weight of a linear, sliced or masked, and compensated where it is an output projection.
-    Weight(usize, LinearName),
-    /// The bias of a linear, sliced, masked or compensated, or made anew.
-    Bias(usize, LinearName),
+    /// The weight of a module, sliced or masked, and compensated where it is an output projection.
+    Weight(usize, &'static Module),
+    /// The bias of a module, sliced, masked or compensated, or made anew.
+    Bias(usize, &'static Module),
 }
 
 /// All tensors of the output, those of the source in their order, each weight followed by its bias.
@@ -33,93 +35,108 @@ pub(crate) fn outputs(
 ) -> tensor_io::Result<Vec<Output>> {
     let new_biases = NewBiases::of(decoder, plan);
     let loading = Loading::of(decoder, plan, form);
+    let (config, names) = (decoder.config(), decoder.config().names);
+    // Widths for each layer go into a folder of the decoder's own, whose names have its own prefix.
+    let moved = config.nested && loading == Loading::PerLayer && !plan.is_identity(decoder);
+    let renamed = |name: &str| match moved {
+        false => Some(name.to_string()),
+        true => names.alone(name),
+    };
     let mut outputs = Vec::new();
     for name in decoder.checkpoint().names() {
         let info = decoder.checkpoint().info(name)?;
-        let spec = |name: &str, shape: Vec<usize>| TensorSpec::new(name, info.dtype, shape);
-        let Some((layer, linear, is_weight)) = linear_of(name) else {
-            // A head norm of a block whose attention went has nothing left to normalise.
-            let orphan = parse_block(name).is_some_and(|(layer, path)| {
-                path.starts_with("self_attn.")
+        let Some(new_name) = renamed(name) else {
+            continue;
+        };
+        let mut add = |source, from: &str, name: String, shape: Vec<usize>| {
+            outputs.push(Output {
+                spec: TensorSpec::new(name, info.dtype, shape),
+                from: from.into(),
+                source,
+            });
+        };
+        let Some((layer, module, is_weight)) = names.parse_module(name) else {
+            // A head norm of a block whose attention is removed has nothing left to normalise.
+            let orphan = names.parse_block(name).is_some_and(|(layer, path)| {
+                let table = names.table();
+                let norm = |module| {
+                    path.strip_prefix(module)
+                        .is_some_and(|p| p.starts_with('.'))
+                };
+                (norm(table.q_norm) || norm(table.k_norm))
                     && form == Form::Sliced
                     && plan.layers[layer].heads.is_empty()
             });
             if !orphan {
-                outputs.push(Output {
-                    spec: spec(name, info.shape.clone()),
-                    source: Source::Copy,
-                });
+                add(Source::Copy, name, new_name, info.shape.clone());
             }
             continue;
         };
+        let dense = config.module_shape(layer, module);
+        let sliced = sliced_shape(decoder, plan, layer, module);
         let shape = match form {
-            Form::Masked => decoder.config().linear_shape(layer, linear),
-            Form::Sliced => sliced_shape(decoder, plan, layer, linear),
+            Form::Masked => dense,
+            Form::Sliced => sliced,
         };
-        let dense = decoder.config().linear_shape(layer, linear);
-        let untouched = sliced_shape(decoder, plan, layer, linear) == dense;
-        let source = |source| if untouched { Source::Copy } else { source };
-        // The bias of an output projection stays when all its columns go.
+        let source = |source| {
+            if sliced == dense {
+                Source::Copy
+            } else {
+                source
+            }
+        };
+        // The bias of an output projection stays when all its columns are removed.
         let rows = match shape {
             Some([out, _]) => out,
-            None if linear.is_output() => decoder.config().hidden,
+            None if module.is_output() => config.hidden,
             None => continue,
         };
         if !is_weight {
-            let source = source(Source::Bias(layer, linear));
-            outputs.push(Output {
-                spec: spec(name, vec![rows]),
-                source,
-            });
+            add(
+                source(Source::Bias(layer, module)),
+                name,
+                new_name,
+                vec![rows],
+            );
             continue;
         }
         if let Some(shape) = shape {
-            let source = source(Source::Weight(layer, linear));
-            outputs.push(Output {
-                spec: spec(name, shape.to_vec()),
-                source,
-            });
+            add(
+                source(Source::Weight(layer, module)),
+                name,
+                new_name,
+                shape.to_vec(),
+            );
         }
-        let bias = linear.bias(layer);
-        if new_biases.covers(loading, linear) && !decoder.checkpoint().contains(&bias) {
-            let source = Source::Bias(layer, linear);
-            outputs.push(Output {
-                spec: spec(&bias, vec![rows]),
-                source,
-            });
+        let bias = names.bias(layer, module);
+        if new_biases.covers(loading, module)
+            && !decoder.checkpoint().contains(&bias)
+            && let Some(new_name) = renamed(&bias)
+        {
+            add(Source::Bias(layer, module), &bias, new_name, vec![rows]);
         }
     }
     Ok(outputs)
 }
 
-/// The linear that a tensor belongs to, and whether it is its weight.
-pub(crate) fn linear_of(name: &str) -> Option<(usize, LinearName, bool)> {
-    let (layer, path) = parse_block(name)?;
-    let (module, kind) = path.rsplit_once('.')?;
-    let linear = LinearName::ALL
-        .into_iter()
-        .find(|linear| linear.path() == module)?;
-    Some((layer, linear, kind == "weight"))
-}
-
-/// Which half of a block a linear belongs to.
-pub(crate) fn part_of(name: LinearName) -> Part {
-    match name {
-        LinearName::Q | LinearName::K | LinearName::V | LinearName::O => Part::Attention,
-        LinearName::Gate | LinearName::Up | LinearName::Down => Part::Mlp,
+/// Which half of a block a module belongs to.
+pub(crate) fn part_of(module: &Module) -> Part {
+    match module.is_attention() {
+        true => Part::Attention,
+        false => Part::Mlp,
     }
 }
 
-/// `[out, in]` of a linear after slicing, `None` when it goes altogether.
+/// `[out, in]` of a module after slicing, `None` when it is removed altogether.
 pub(crate) fn sliced_shape(
     decoder: &Decoder<'_>,
     plan: &Plan,
     layer: usize,
-    name: LinearName,
+    module: &Module,
 ) -> Option<[usize; 2]> {
-    let [out, input] = decoder.config().linear_shape(layer, name)?;
-    let kept = kept_features(decoder, plan, layer, name).len();
-    let shape = if name.is_output() {
+    let [out, input] = decoder.config().module_shape(layer, module)?;
+    let kept = kept_features(decoder, plan, layer, module).len();
+    let shape = if module.is_output() {
         [out, kept]
     } else {
         [kept, input]
@@ -127,24 +144,37 @@ pub(crate) fn sliced_shape(
     (kept > 0).then_some(shape)
 }
 
-/// Rows, or for output projections columns, of a linear that a plan keeps.
+/// Stored rows, or for output projections columns, of a module that a plan keeps.
 pub(crate) fn kept_features(
+    decoder: &Decoder<'_>,
+    plan: &Plan,
+    layer: usize,
+    module: &Module,
+) -> Vec<usize> {
+    let config = decoder.config();
+    match module.is_output() {
+        true => kept_of(decoder, plan, layer, module.parts[0]),
+        false => config.stored_rows(layer, module, |part| kept_of(decoder, plan, layer, part)),
+    }
+}
+
+/// Rows, or for output projections columns, of a linear that a plan keeps.
+pub(crate) fn kept_of(
     decoder: &Decoder<'_>,
     plan: &Plan,
     layer: usize,
     name: LinearName,
 ) -> Vec<usize> {
-    let d = decoder.config().head_dim;
-    let of_heads = |heads: &[usize]| {
-        heads
-            .iter()
-            .flat_map(|head| head * d..(head + 1) * d)
-            .collect()
+    let attention = &decoder.config().attention[layer];
+    let of_heads = |heads: &[usize], d: usize| {
+        let rows = heads.iter().flat_map(|head| head * d..(head + 1) * d);
+        rows.collect()
     };
-    let plan = &plan.layers[layer];
+    let (plan, d) = (&plan.layers[layer], attention.head_dim);
     match name {
-        LinearName::Q | LinearName::O => of_heads(&plan.heads),
-        LinearName::K | LinearName::V => of_heads(&plan.kv_heads),
-        LinearName::Gate | LinearName::Up | LinearName::Down => plan.neurons.clone(),
+        LinearName::Q if attention.gated => of_heads(&plan.heads, 2 * d),
+        LinearName::Q | LinearName::O => of_heads(&plan.heads, d),
+        LinearName::K | LinearName::V => of_heads(&plan.kv_heads, d),
+        _ => plan.neurons.clone(),
     }
 }

@@ -8,8 +8,8 @@
 
 use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor};
-use causal_lm::config::WIDTHS_KEY;
-use causal_lm::{Decoder, LinearName, ModelType, Progress};
+use causal_lm::config::{QkNorm, WIDTHS_KEY};
+use causal_lm::{Decoder, LinearName, Progress};
 use serde_json::{Value, json};
 use std::path::Path;
 use tensor_io::{CheckpointWriter, Config, TensorSpec, WriteOptions, Written};
@@ -56,16 +56,11 @@ pub fn export(
     Ok(writer.finish()?)
 }
 
-/// The halves whose linears have biases: the format has them on all linears of a half or on none,
-/// but for q, k and v, which may have them alone.
+/// Whether any layer has a bias for one of these linears. The format has biases on all linears of a half or on none, but
+/// for q, k and v, which may have them alone.
 fn has_bias(decoder: &Decoder<'_>, names: &[LinearName]) -> bool {
-    let layers = 0..decoder.config().layers();
-    let in_layer = |layer| {
-        names
-            .iter()
-            .any(|name| decoder.checkpoint().contains(&name.bias(layer)))
-    };
-    layers.into_iter().any(in_layer)
+    let in_layer = |layer| names.iter().any(|&name| decoder.has_bias(layer, name));
+    (0..decoder.config().layers()).any(in_layer)
 }
 
 const QKV: [LinearName; 3] = [LinearName::Q, LinearName::K, LinearName::V];
@@ -83,15 +78,24 @@ fn missing_biases(decoder: &Decoder<'_>) -> Result<Vec<TensorSpec>> {
     if has_bias(decoder, &MLP) {
         needed.extend(MLP);
     }
+    let names = decoder.config().names;
     let mut specs = Vec::new();
     for layer in 0..decoder.config().layers() {
         for &name in &needed {
+            let Some(module) = names.module_of(name) else {
+                continue;
+            };
             let shape = decoder.config().linear_shape(layer, name);
             if let Some([rows, _]) = shape
-                && !decoder.checkpoint().contains(&name.bias(layer))
+                && !decoder.has_bias(layer, name)
             {
-                let dtype = decoder.checkpoint().info(&name.weight(layer))?.dtype;
-                specs.push(TensorSpec::new(name.bias(layer), dtype, vec![rows]));
+                let weight = names.weight(layer, module);
+                let dtype = decoder.checkpoint().info(&weight)?.dtype;
+                specs.push(TensorSpec::new(
+                    names.bias(layer, module),
+                    dtype,
+                    vec![rows],
+                ));
             }
         }
     }
@@ -107,11 +111,20 @@ fn config(decoder: &Decoder<'_>) -> Result<Config> {
             reason: reason.into(),
         })
     };
-    if model.model_type == ModelType::Qwen3 {
-        return unsupported("Qwen3", "its blocks have no norms of q and k");
+    if model.qk_norm != QkNorm::None {
+        return unsupported(
+            model.model_type,
+            "the format's blocks have no norms of q and k",
+        );
     }
-    if model.sliding_window.iter().any(Option::is_some) {
-        return unsupported("a sliding window", "its attention sees everything before");
+    if model.attention.iter().any(|a| a.sliding_window.is_some()) {
+        return unsupported(
+            "a sliding window",
+            "the format's attention sees everything before",
+        );
+    }
+    if !model.is_plain_llama() {
+        return unsupported(model.model_type, "the format's blocks are Llama's");
     }
     let first = model.widths[0];
     for (layer, widths) in model.widths.iter().enumerate() {
@@ -162,7 +175,7 @@ fn config(decoder: &Decoder<'_>) -> Result<Config> {
     );
     config.set("num_attention_heads", first.heads);
     config.set("num_key_value_heads", first.kv_heads);
-    config.set("head_dim", model.head_dim);
+    config.set("head_dim", model.head_dim(0));
     config.set("attention_bias", has_bias(decoder, &[LinearName::O]));
     if has_bias(decoder, &QKV) {
         config.set("qkv_bias", true);

@@ -11,7 +11,8 @@ use crate::compensation::{Change, Compensation, complement};
 use crate::plan::Plan;
 use crate::{Calibration, Error, Result};
 use candle_core::{DType, Device, Tensor};
-use causal_lm::{Decoder, LinearName, Progress};
+use causal_lm::names::Module;
+use causal_lm::{Decoder, Progress};
 use std::path::Path;
 use tensor_io::{CheckpointWriter, WriteOptions, Written};
 
@@ -96,50 +97,51 @@ struct Sources<'a> {
     plan: &'a Plan,
     settings: &'a Settings<'a>,
     /// The last output projection's change, which its weight and its bias both need.
-    change: Option<((usize, LinearName), Change)>,
+    change: Option<((usize, &'static Module), Change)>,
 }
 
 impl Sources<'_> {
     fn write(&mut self, output: &Output, writer: &mut CheckpointWriter) -> Result<()> {
         let checkpoint = self.decoder.checkpoint();
-        let name = &output.spec.name;
+        let (name, from) = (&output.spec.name, &output.from);
         match output.source {
-            Source::Copy => writer.copy_tensor(name, checkpoint)?,
-            Source::Weight(layer, linear) => {
-                let weight = match self.refitted(layer, linear)? {
+            Source::Copy if name == from => writer.copy_tensor(name, checkpoint)?,
+            Source::Copy => writer.write_bytes(name, &checkpoint.bytes(from)?)?,
+            Source::Weight(layer, module) => {
+                let weight = match self.refitted(layer, module)? {
                     Some(weight) => Some(weight),
-                    None if linear.is_output() => self.change(layer, linear)?.into_weight(),
+                    None if module.is_output() => self.change(layer, module)?.into_weight(),
                     None => None,
                 };
                 match weight {
                     Some(weight) => {
-                        writer.write_tensor(name, &self.shaped(weight, layer, linear)?)?;
+                        writer.write_tensor(name, &self.shaped(weight, layer, module)?)?;
                     }
                     None => {
-                        let bytes = self.cut(layer, linear, linear.is_output(), name)?;
+                        let bytes = self.cut(layer, module, module.is_output(), from)?;
                         writer.write_bytes(name, &bytes)?;
                     }
                 }
-                checkpoint.release([name.as_str()]);
+                checkpoint.release([from.as_str()]);
             }
-            Source::Bias(layer, linear) if linear.is_output() => {
+            Source::Bias(layer, module) if module.is_output() => {
                 let outputs = output.spec.shape[0];
-                let mut bias = if checkpoint.contains(name) {
+                let mut bias = if checkpoint.contains(from) {
                     checkpoint
-                        .tensor_as(name, DType::F64, &Device::Cpu)?
+                        .tensor_as(from, DType::F64, &Device::Cpu)?
                         .to_vec1::<f64>()?
                 } else {
                     vec![0.0; outputs]
                 };
-                if let Change::Bias(change) = self.change(layer, linear)? {
+                if let Change::Bias(change) = self.change(layer, module)? {
                     for (bias, change) in bias.iter_mut().zip(change) {
                         *bias += change;
                     }
                 }
                 writer.write_tensor(name, &Tensor::new(bias, &Device::Cpu)?)?;
             }
-            Source::Bias(layer, linear) if checkpoint.contains(name) => {
-                writer.write_bytes(name, &self.cut(layer, linear, false, name)?)?;
+            Source::Bias(layer, module) if checkpoint.contains(from) => {
+                writer.write_bytes(name, &self.cut(layer, module, false, from)?)?;
             }
             Source::Bias(..) => {
                 writer.write_tensor(
@@ -152,7 +154,7 @@ impl Sources<'_> {
     }
 
     /// The weight that a refinement of the plan left, if the plan asks for one.
-    fn refitted(&self, layer: usize, linear: LinearName) -> Result<Option<Tensor>> {
+    fn refitted(&self, layer: usize, module: &'static Module) -> Result<Option<Tensor>> {
         if !matches!(self.plan.compensation, Compensation::Alternating(_)) {
             return Ok(None);
         }
@@ -161,34 +163,47 @@ impl Sources<'_> {
             what: "the refinement's weights",
             need: "refine the plan first",
         })?;
-        refits.load(layer, linear)
+        let parts = module.parts.iter().map(|&part| refits.load(layer, part));
+        let parts: Option<Vec<Tensor>> = parts.collect::<Result<_>>()?;
+        // A refinement leaves all parts of a module or none.
+        parts.map(|parts| Ok(Tensor::cat(&parts, 0)?)).transpose()
     }
 
-    fn change(&mut self, layer: usize, linear: LinearName) -> Result<Change> {
+    fn change(&mut self, layer: usize, module: &'static Module) -> Result<Change> {
         if let Some((key, change)) = &self.change
-            && *key == (layer, linear)
+            && *key == (layer, module)
         {
             return Ok(change.clone());
         }
         let checkpoint = self.decoder.checkpoint();
-        let weight = checkpoint.tensor_as(&linear.weight(layer), DType::F32, &Device::Cpu)?;
-        let kept = kept_features(self.decoder, self.plan, layer, linear);
+        let weight = checkpoint.tensor_as(
+            &self.decoder.config().names.weight(layer, module),
+            DType::F32,
+            &Device::Cpu,
+        )?;
+        let kept = kept_features(self.decoder, self.plan, layer, module);
         let change = self.plan.compensation.change(
             self.settings.calibration,
-            (layer, part_of(linear)),
+            (layer, part_of(module)),
             &weight,
             &kept,
         )?;
-        self.change = Some(((layer, linear), change.clone()));
+        self.change = Some(((layer, module), change.clone()));
         Ok(change)
     }
 
     /// Stored bytes of a weight or bias without, or with zeros for, what the plan removes.
-    fn cut(&self, layer: usize, linear: LinearName, columns: bool, name: &str) -> Result<Vec<u8>> {
+    fn cut(
+        &self,
+        layer: usize,
+        module: &'static Module,
+        columns: bool,
+        name: &str,
+    ) -> Result<Vec<u8>> {
         let checkpoint = self.decoder.checkpoint();
         let info = checkpoint.info(name)?;
         let bytes = checkpoint.bytes(name)?;
-        let kept = kept_features(self.decoder, self.plan, layer, linear);
+        let kept = kept_features(self.decoder, self.plan, layer, module);
         let row_bytes = info.bytes / info.shape[0];
         let width = info.shape.get(1).copied().unwrap_or(1);
         let element = row_bytes / width;
@@ -210,17 +225,17 @@ impl Sources<'_> {
 
     /// A refitted weight in the form asked for: as it is, or spread over the dense columns, those of
     /// an output projection, or rows.
-    fn shaped(&self, weight: Tensor, layer: usize, linear: LinearName) -> Result<Tensor> {
+    fn shaped(&self, weight: Tensor, layer: usize, module: &'static Module) -> Result<Tensor> {
         if self.settings.form == Form::Sliced {
             return Ok(weight);
         }
-        let kept = kept_features(self.decoder, self.plan, layer, linear);
+        let kept = kept_features(self.decoder, self.plan, layer, module);
         let (outputs, width) = self
             .decoder
             .checkpoint()
-            .info(&linear.weight(layer))
+            .info(&self.decoder.config().names.weight(layer, module))
             .map(|i| (i.shape[0], i.shape[1]))?;
-        if !linear.is_output() {
+        if !module.is_output() {
             let rows = weight.to_vec2::<f32>()?;
             let mut dense = vec![0f32; outputs * width];
             for (&row, values) in kept.iter().zip(rows) {

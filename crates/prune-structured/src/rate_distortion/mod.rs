@@ -8,8 +8,9 @@ use crate::compensation::{complement, refit};
 use crate::divergence::{Fitness, LevelStore, Sharing, Teacher};
 use crate::obs::{Level, Units};
 use crate::ranking::Ranking;
+use crate::stats::output_weight;
 use crate::{Calibration, Compensation, Error, Recipe, Result};
-use candle_core::{DType, Device, Tensor};
+use candle_core::{Device, Tensor};
 use causal_lm::{Decoder, Progress, Windows};
 use std::path::Path;
 
@@ -150,10 +151,7 @@ fn store_widths(
     store: &LevelStore,
 ) -> Result<()> {
     let Ranking { layer, part, .. } = *ranking;
-    let name = part.output().weight(layer);
-    let weight = decoder
-        .checkpoint()
-        .tensor_as(&name, DType::F32, &Device::Cpu)?;
+    let weight = output_weight(decoder, layer, part)?;
     let columns = weight.dim(1)?;
     let units = Units::of(ranking, columns);
     let gram = match compensation.refits() {

@@ -17,7 +17,8 @@ impl Scoring for FlapCompat {
             what: "the fluctuation of the published implementation",
             need: "ask for it when calibrating",
         })?;
-        let mut scores = weighted(fluctuation.value.iter().copied(), &stats.weight_square);
+        let weights = stats.plain_square.as_ref().unwrap_or(&stats.weight_square);
+        let mut scores = weighted(fluctuation.value.iter().copied(), weights);
         if part == Part::Attention {
             scores.iter_mut().for_each(|score| *score *= *score);
         }

@@ -13,4 +13,8 @@ impl Scoring for Magnitude {
     fn columns(&self, _layer: usize, _part: Part, stats: &ColumnStats) -> Result<Vec<f64>> {
         Ok(stats.weight_square.iter().map(|w| w.sqrt()).collect())
     }
+
+    fn degree(&self) -> i32 {
+        1
+    }
 }

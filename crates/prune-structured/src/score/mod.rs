@@ -59,6 +59,12 @@ pub(crate) trait Scoring {
         Needs::default()
     }
 
+    /// The power with which it grows with the sublayer's output: scores of sublayers whose output is normalised are
+    /// divided by that power of the output's root mean square before sublayers are compared.
+    fn degree(&self) -> i32 {
+        0
+    }
+
     /// Ranks the units of every sublayer; by the mean of their columns' scores unless the score ranks whole units.
     fn rank(
         &self,
@@ -68,7 +74,13 @@ pub(crate) trait Scoring {
         _progress: &dyn Progress,
     ) -> Result<Vec<Ranking>> {
         Ranking::by_columns(decoder, shape, |layer, part| {
-            self.columns(layer, part, calibration.part(layer, part)?)
+            let stats = calibration.part(layer, part)?;
+            let mut scores = self.columns(layer, part, stats)?;
+            if let Some(square) = stats.output_square.filter(|&square| square > 0.0) {
+                let scale = square.sqrt().powi(self.degree());
+                scores.iter_mut().for_each(|score| *score /= scale);
+            }
+            Ok(scores)
         })
     }
 }
@@ -130,6 +142,8 @@ mod tests {
             fluctuation: Some(Fluctuation::new(4)),
             weight_square: column(|w| w * w),
             weight_abs: column(f64::abs),
+            plain_square: None,
+            output_square: None,
             outputs: 3,
         };
         for sample in samples() {

@@ -14,4 +14,8 @@ impl Scoring for WandaSp {
         let norms = stats.moments.square_sum().map(f64::sqrt);
         Ok(weighted(norms, &stats.weight_abs))
     }
+
+    fn degree(&self) -> i32 {
+        1
+    }
 }

@@ -16,4 +16,8 @@ impl Scoring for Wifn {
         let norms = norms.map(|sum| (sum / samples).sqrt() / outputs);
         Ok(weighted(norms, &stats.weight_abs))
     }
+
+    fn degree(&self) -> i32 {
+        1
+    }
 }

@@ -13,4 +13,8 @@ impl Scoring for Wifv {
     fn columns(&self, _layer: usize, _part: Part, stats: &ColumnStats) -> Result<Vec<f64>> {
         Ok(weighted(stats.moments.variance(), &stats.weight_square))
     }
+
+    fn degree(&self) -> i32 {
+        2
+    }
 }

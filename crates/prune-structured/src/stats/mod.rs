@@ -9,7 +9,10 @@ mod gram;
 mod moments;
 mod standardise;
 
-use causal_lm::LinearName;
+use crate::{Error, Result};
+use candle_core::{DType, Device, Tensor};
+use causal_lm::block::Norm;
+use causal_lm::{Decoder, LinearName};
 pub use fluctuation::Fluctuation;
 pub(crate) use gram::GramCollector;
 pub use gram::GramStore;
@@ -48,6 +51,47 @@ impl Part {
     }
 }
 
+/// The output projection of one half of a block, as the checkpoint stores it, `[outputs, columns]` f32.
+///
+/// # Errors
+/// When the block has no such half, and what reading the tensor reports.
+pub(crate) fn output_weight(decoder: &Decoder<'_>, layer: usize, part: Part) -> Result<Tensor> {
+    let names = decoder.config().names;
+    let module = names.module_of(part.output()).ok_or(Error::Missing {
+        layer,
+        what: "an output projection",
+        need: "the architecture has none",
+    })?;
+    let name = names.weight(layer, module);
+    Ok(decoder
+        .checkpoint()
+        .tensor_as(&name, DType::F32, &Device::Cpu)?)
+}
+
+/// Weights of the norm after one half of a block, one for each output; `None` where there is no such norm.
+///
+/// # Errors
+/// What reading the tensor reports.
+pub(crate) fn output_gains(
+    decoder: &Decoder<'_>,
+    layer: usize,
+    part: Part,
+) -> Result<Option<Vec<f64>>> {
+    let table = decoder.config().names.table();
+    let path = match part {
+        Part::Attention => table.attention_after,
+        Part::Mlp => table.mlp_after,
+    };
+    let norm = decoder.block_norm(layer, path)?;
+    norm.map(|norm| gains(&norm)).transpose()
+}
+
+/// The weights of a norm.
+pub(crate) fn gains(norm: &Norm) -> Result<Vec<f64>> {
+    let weight = norm.weight.to_dtype(DType::F64)?.to_device(&Device::Cpu)?;
+    Ok(weight.to_vec1()?)
+}
+
 /// Statistics that a method reads beside moments and weight norms.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Needs {
@@ -77,10 +121,17 @@ pub struct ColumnStats {
     pub samples: u64,
     /// The fluctuation of FLAP's published implementation, when asked for.
     pub fluctuation: Option<Fluctuation>,
-    /// Σ over outputs of W², of each column.
+    /// Σ over outputs of (γ W)², of each column; γ is the weight of the norm after the sublayer, 1 where there is none.
     pub weight_square: Vec<f64>,
-    /// Σ over outputs of |W|, of each column.
+    /// Σ over outputs of |γ W|, of each column.
     pub weight_abs: Vec<f64>,
+    /// Σ over outputs of W², of each column, when the fluctuation is collected: the published implementation knows no
+    /// norm after a sublayer.
+    #[serde(default)]
+    pub plain_square: Option<Vec<f64>>,
+    /// Mean of the squared outputs before a norm after the sublayer; `None` without such a norm.
+    #[serde(default)]
+    pub output_square: Option<f64>,
     /// Rows of the weight.
     pub outputs: usize,
 }

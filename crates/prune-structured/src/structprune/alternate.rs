@@ -6,11 +6,12 @@
 //! block of variables after another, as in SparseLLM (arXiv 2402.17946). There it serves sparse
 //! matrices; here gate, up and down share one set of neurons.
 
-use crate::Result;
 use crate::compensation::solve;
+use crate::{Error, Result};
 use candle_core::{D, DType, Device, Tensor};
 use causal_lm::Linear;
 use causal_lm::block::Mlp;
+use causal_lm::config::Activation;
 
 /// The published scheme's weight α = β = γ of the three penalties, in its step size of s.
 const PENALTY: f64 = 5.0;
@@ -21,6 +22,38 @@ const STEPS: usize = 2;
 /// Gate and up are refitted only with this many tokens for each of their columns; with fewer the
 /// refit would learn the calibration text.
 const TOKENS_PER_COLUMN: usize = 4;
+
+/// The three projections of an MLP with a gate and SiLU.
+#[derive(Clone)]
+struct Gated {
+    gate: Linear,
+    up: Linear,
+    down: Linear,
+}
+
+impl Gated {
+    fn of(mlp: &Mlp) -> Result<Self> {
+        match (&mlp.gate, mlp.activation) {
+            (Some(gate), Activation::Silu) => Ok(Self {
+                gate: gate.clone(),
+                up: mlp.up.clone(),
+                down: mlp.down.clone(),
+            }),
+            _ => Err(Error::PlanMismatch(
+                "the alternating refinement needs MLPs with a gate and SiLU".into(),
+            )),
+        }
+    }
+
+    fn into_mlp(self) -> Mlp {
+        Mlp {
+            gate: Some(self.gate),
+            up: self.up,
+            down: self.down,
+            activation: Activation::Silu,
+        }
+    }
+}
 
 /// A batch of rows.
 struct Rows {
@@ -44,13 +77,12 @@ pub(super) fn alternate(
     mlp: &Mlp,
     inputs: Vec<Tensor>,
     keep: usize,
-    rounds: usize,
-    ridge: f64,
+    (rounds, ridge): (usize, f64),
     layer: usize,
 ) -> Result<(Vec<usize>, Mlp)> {
     let dense = mlp.down.weight.dims()[1];
     let tokens: usize = inputs.iter().map(|x| x.dims()[0]).sum();
-    let mut mlp = mlp.clone();
+    let mut mlp = Gated::of(mlp)?;
     let mut rows = inputs
         .into_iter()
         .map(|x| {
@@ -104,12 +136,12 @@ pub(super) fn alternate(
         ridge,
         layer,
     )?;
-    Ok((ids, mlp))
+    Ok((ids, mlp.into_mlp()))
 }
 
 impl Rows {
     /// One pass over p, z and s; `toward_p` is `(W_dᵀ W_d + 1)⁻¹`.
-    fn move_activations(&mut self, mlp: &Mlp, toward_p: &Tensor) -> Result<()> {
+    fn move_activations(&mut self, mlp: &Gated, toward_p: &Tensor) -> Result<()> {
         let (gate, up) = (mlp.gate.forward(&self.x)?, mlp.up.forward(&self.x)?);
         let act = self.s.silu()?;
         let y = match &mlp.down.bias {
@@ -157,7 +189,7 @@ fn to_vec(x: &Tensor) -> Result<Vec<f32>> {
 }
 
 /// Rows of gate and up and columns of down.
-fn narrowed(mlp: &Mlp, index: &Tensor) -> Result<Mlp> {
+fn narrowed(mlp: &Gated, index: &Tensor) -> Result<Gated> {
     let rows = |linear: &Linear| -> Result<Linear> {
         Ok(Linear {
             weight: linear.weight.index_select(index, 0)?,
@@ -168,7 +200,7 @@ fn narrowed(mlp: &Mlp, index: &Tensor) -> Result<Mlp> {
                 .transpose()?,
         })
     };
-    Ok(Mlp {
+    Ok(Gated {
         gate: rows(&mlp.gate)?,
         up: rows(&mlp.up)?,
         down: Linear {

@@ -10,13 +10,15 @@
 
 use super::alternate::alternate;
 use crate::compensation::{Alternating, Compensation, complement, refit};
+use crate::divergence::narrowed_attention;
 use crate::output::Refits;
-use crate::output::layout::kept_features;
+use crate::output::layout::kept_of;
 use crate::plan::Plan;
 use crate::stats::GramCollector;
 use crate::{Error, Result};
 use candle_core::{DType, Tensor};
-use causal_lm::block::{Attention, Mlp};
+use causal_lm::block::Mlp;
+use causal_lm::config::Activation;
 use causal_lm::{
     Block, Decoder, Hidden, Linear, LinearName, NoTap, Progress, Site, Tap, TapResult, Windows,
 };
@@ -28,7 +30,8 @@ use std::path::Path;
 /// which must exist and outlive them. A step of `progress` is a block.
 ///
 /// # Errors
-/// [`Error::PlanMismatch`] for a plan of another model or another compensation,
+/// [`Error::PlanMismatch`] for a plan of another model or another compensation, [`Error::Unsupported`] for MLPs that the
+/// scheme does not cover,
 /// [`Error::Singular`] for a refit without a solution, [`Error::Cancelled`], and what reading and running the model
 /// report.
 pub fn refine(
@@ -39,6 +42,7 @@ pub fn refine(
     progress: &dyn Progress,
 ) -> Result<(Plan, Refits)> {
     plan.check(decoder)?;
+    check(decoder)?;
     let Compensation::Alternating(Alternating { rounds, ridge }) = plan.compensation else {
         return Err(Error::PlanMismatch(
             "its compensation is not the alternating refinement".into(),
@@ -53,17 +57,21 @@ pub fn refine(
         decoder.release(layer);
         let mut weights: Vec<(String, Tensor)> = Vec::new();
 
-        let (mut attention, mlp) = halves(&block);
-        let kept = kept_features(decoder, &plan, layer, LinearName::O);
-        if let Some(dense) = &block.attention
-            && kept.len() < dense.o.weight.dims()[1]
+        let (mut attention, mut mlp) = halves(&block);
+        if let Some(dense) = &block.attention.body
+            && plan.layers[layer].heads.len() < dense.heads()
         {
-            let mut gram = GramTap::default();
-            hidden.clone().advance(&attention, &mut gram)?;
-            (attention.attention, attention.attention_constant) = match gram.gram {
+            let half = &mut attention.attention;
+            let kept = kept_of(decoder, &plan, layer, LinearName::O);
+            let mut tap = GramTap::default();
+            hidden.clone().advance(&mlpless(&block), &mut tap)?;
+            (half.body, half.constant) = match tap.gram {
                 Some(gram) if !kept.is_empty() => {
                     let gram = gram.finish()?;
-                    let narrow = narrowed(decoder, &plan, layer, dense, &gram, ridge)?;
+                    let weight = dense.o.weight.to_dtype(DType::F32)?;
+                    let removed = complement(&kept, weight.dims()[1]);
+                    let o = refit(&weight, &gram, &kept, &removed, ridge, layer)?;
+                    let narrow = narrowed_attention(dense, &plan.layers[layer], o)?;
                     weights.push((LinearName::O.to_string(), f32_of(&narrow.o)?));
                     (Some(narrow), None)
                 }
@@ -72,29 +80,31 @@ pub fn refine(
         }
         hidden.advance(&attention, &mut NoTap)?;
 
-        let mut mlp = mlp;
         let keep = plan.layers[layer].neurons.len();
-        if let Some(dense) = &block.mlp
-            && keep < dense.down.weight.dims()[1]
+        if let Some(dense) = &block.mlp.body
+            && keep < dense.down.inputs()
         {
-            (mlp.mlp, mlp.mlp_constant) = if keep == 0 {
-                (None, dense.down.bias.clone())
-            } else {
-                let mut inputs = InputTap::default();
-                hidden.clone().advance(&mlp, &mut inputs)?;
-                let dense = in_f32(dense)?;
-                let (ids, narrow) =
-                    alternate(&dense, inputs.inputs, keep, rounds.max(1), ridge, layer)?;
-                plan.layers[layer].neurons = ids;
-                for (name, linear) in [
-                    (LinearName::Gate, &narrow.gate),
-                    (LinearName::Up, &narrow.up),
-                    (LinearName::Down, &narrow.down),
-                ] {
-                    weights.push((name.to_string(), f32_of(linear)?));
+            let narrow = match keep {
+                0 => (None, dense.down.bias.clone()),
+                _ => {
+                    let mut inputs = InputTap::default();
+                    hidden.clone().advance(&mlp, &mut inputs)?;
+                    let dense = in_dtype(dense, DType::F32)?;
+                    let (ids, narrow) =
+                        alternate(&dense, inputs.inputs, keep, (rounds.max(1), ridge), layer)?;
+                    plan.layers[layer].neurons = ids;
+                    let gate = narrow.gate.iter().map(|gate| (LinearName::Gate, gate));
+                    let others = [
+                        (LinearName::Up, &narrow.up),
+                        (LinearName::Down, &narrow.down),
+                    ];
+                    for (name, linear) in gate.chain(others) {
+                        weights.push((name.to_string(), linear.weight.clone()));
+                    }
+                    (Some(in_dtype(&narrow, decoder.dtype())?), None)
                 }
-                (Some(in_dtype(&narrow, decoder.dtype())?), None)
             };
+            (mlp.mlp.body, mlp.mlp.constant) = narrow;
         }
         hidden.advance(&mlp, &mut NoTap)?;
         refits.save(layer, &weights)?;
@@ -103,66 +113,40 @@ pub fn refine(
     Ok((plan, refits))
 }
 
-/// A block as two: one with its attention alone, one with its MLP alone.
-fn halves(block: &Block) -> (Block, Block) {
-    let attention = Block {
-        mlp: None,
-        mlp_constant: None,
-        ..block.clone()
+/// Whether the scheme covers a model: it moves the activations of gated SiLU MLPs that read pruned attention.
+fn check(decoder: &Decoder<'_>) -> Result<()> {
+    let config = decoder.config();
+    let reason = match config {
+        _ if config.activation != Activation::Silu || !config.gated_mlp => {
+            "it is derived for MLPs with a gate and SiLU"
+        }
+        _ if config.parallel => "attention and MLP read the same input",
+        _ if config.layer_scalar => "a factor multiplies the output of each block",
+        _ => return Ok(()),
     };
-    let mlp = Block {
-        attention: None,
-        attention_constant: None,
-        ..block.clone()
-    };
-    (attention, mlp)
+    Err(Error::Unsupported {
+        method: "alternating refinement",
+        model_type: config.model_type,
+        reason,
+    })
 }
 
-/// The heads that the plan keeps, o_proj refitted on them.
-fn narrowed(
-    decoder: &Decoder<'_>,
-    plan: &Plan,
-    layer: usize,
-    dense: &Attention,
-    gram: &Tensor,
-    ridge: f64,
-) -> Result<Attention> {
-    let rows = |linear: &Linear, name| -> Result<Linear> {
-        let ids = kept_features(decoder, plan, layer, name);
-        let ids = Tensor::from_iter(ids.iter().map(|&id| id as u32), linear.weight.device())?;
-        Ok(Linear {
-            weight: linear.weight.index_select(&ids, 0)?,
-            bias: linear
-                .bias
-                .as_ref()
-                .map(|bias| bias.index_select(&ids, 0))
-                .transpose()?,
-        })
-    };
-    let kept = kept_features(decoder, plan, layer, LinearName::O);
-    let weight = dense.o.weight.to_dtype(DType::F32)?;
-    let removed = complement(&kept, weight.dims()[1]);
-    let o = refit(&weight, gram, &kept, &removed, ridge, layer)?;
-    Ok(Attention {
-        q: rows(&dense.q, LinearName::Q)?,
-        k: rows(&dense.k, LinearName::K)?,
-        v: rows(&dense.v, LinearName::V)?,
-        o: Linear {
-            weight: o
-                .to_device(dense.o.weight.device())?
-                .to_dtype(dense.o.weight.dtype())?,
-            bias: dense.o.bias.clone(),
-        },
-        ..dense.clone()
-    })
+/// A block as two: one with its attention alone, one with its MLP alone.
+fn halves(block: &Block) -> (Block, Block) {
+    let mut mlp = block.clone();
+    (mlp.attention.body, mlp.attention.constant) = (None, None);
+    (mlpless(block), mlp)
+}
+
+/// A block with its attention alone.
+fn mlpless(block: &Block) -> Block {
+    let mut attention = block.clone();
+    (attention.mlp.body, attention.mlp.constant) = (None, None);
+    attention
 }
 
 fn f32_of(linear: &Linear) -> Result<Tensor> {
     Ok(linear.weight.to_dtype(DType::F32)?)
-}
-
-fn in_f32(mlp: &Mlp) -> Result<Mlp> {
-    in_dtype(mlp, DType::F32)
 }
 
 fn in_dtype(mlp: &Mlp, dtype: DType) -> Result<Mlp> {
@@ -177,9 +161,10 @@ fn in_dtype(mlp: &Mlp, dtype: DType) -> Result<Mlp> {
         })
     };
     Ok(Mlp {
-        gate: linear(&mlp.gate)?,
+        gate: mlp.gate.as_ref().map(linear).transpose()?,
         up: linear(&mlp.up)?,
         down: linear(&mlp.down)?,
+        activation: mlp.activation,
     })
 }
 

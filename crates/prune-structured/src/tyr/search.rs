@@ -250,14 +250,7 @@ fn plan_layers(
     store: &LevelStore,
 ) -> Result<Vec<LayerPlan>> {
     let dense = &decoder.config().widths;
-    let mut layers = vec![
-        LayerPlan {
-            heads: vec![],
-            kv_heads: vec![],
-            neurons: vec![],
-        };
-        dense.len()
-    ];
+    let mut layers: Vec<LayerPlan> = dense.iter().map(|&w| LayerPlan::whole(w)).collect();
     for (sublayer, &steps) in space.iter().zip(steps) {
         let ranking = &sublayer.ranking;
         let units = match store.load(ranking, steps)? {

@@ -10,7 +10,7 @@ use super::space::Sublayer;
 use crate::calibrate::Collector;
 use crate::divergence::{Activations, Half, LevelStore};
 use crate::obs::{Problem, Rounds, Units, sweep};
-use crate::stats::Part;
+use crate::stats::{Part, gains};
 use crate::{Collect, Error, Result};
 use candle_core::Tensor;
 use causal_lm::{Block, Decoder, Progress, Windows};
@@ -91,14 +91,21 @@ fn prune(
     store: &LevelStore,
 ) -> Result<()> {
     let ranking = &sublayer.ranking;
-    let linear = match ranking.part {
-        Part::Attention => block.attention.as_ref().map(|attention| &attention.o),
-        Part::Mlp => block.mlp.as_ref().map(|mlp| &mlp.down),
+    let (linear, after) = match ranking.part {
+        Part::Attention => {
+            let half = &block.attention;
+            (half.body.as_ref().map(|a| &a.o), &half.after)
+        }
+        Part::Mlp => {
+            let half = &block.mlp;
+            (half.body.as_ref().map(|m| &m.down), &half.after)
+        }
     };
     // The space has sublayers that exist.
     let Some(linear) = linear else { return Ok(()) };
     let gram = store.gram().load(ranking.layer, ranking.part)?;
     let problem = Problem::new(&linear.weight, &gram, ridge, ranking.layer)?;
+    let problem = problem.with_gains(after.as_ref().map(gains).transpose()?)?;
     drop(gram);
     let columns = problem.columns();
     let units = Units::of(ranking, columns);

@@ -4,8 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use candle_core::{D, DType, Device, Tensor, Var};
-use causal_lm::names::EMBEDDING;
-use causal_lm::{ModelConfig, ModelType};
+use causal_lm::ModelConfig;
 use tensor_io::{CheckpointWriter, Config, TensorSpec, WriteOptions};
 
 use super::attention::Attention;
@@ -158,6 +157,10 @@ impl TrainableDecoder {
         }
     }
 
+    fn embedding(&self) -> Result<&Tensor> {
+        self.tensor(&self.config.names.embedding())
+    }
+
     /// Mean cross-entropy of the batch's targets, in nats; a scalar to differentiate.
     ///
     /// # Errors
@@ -172,7 +175,7 @@ impl TrainableDecoder {
         }
         let positions = Tensor::new(&batch.positions[..], &self.device)?;
         let hidden = self.hidden(&batch.sequences)?.index_select(&positions, 0)?;
-        let logits = hidden.matmul(&self.tensor(EMBEDDING)?.t()?)?;
+        let logits = hidden.matmul(&self.embedding()?.t()?)?;
         if self.device.is_cpu() {
             let targets = batch.targets.clone();
             return Ok(logits.apply_op1(CrossEntropy { targets })?.mean_all()?);
@@ -204,7 +207,7 @@ impl TrainableDecoder {
             return Err(self.outside(*token));
         }
         let tokens = Tensor::new(tokens, &self.device)?;
-        let mut x = self.tensor(EMBEDDING)?.index_select(&tokens, 0)?;
+        let mut x = self.embedding()?.index_select(&tokens, 0)?;
         for layer in 0..self.config.layers() {
             let name = |part: &str| format!("model.layers.{layer}.{part}");
             let input = self.norm(&x, &name("input_layernorm.weight"))?;
@@ -234,7 +237,7 @@ impl TrainableDecoder {
     }
 
     fn norm(&self, x: &Tensor, name: &str) -> Result<Tensor> {
-        let (weight, eps) = (self.tensor(name)?, self.config.rms_eps);
+        let (weight, eps) = (self.tensor(name)?, self.config.norm.eps);
         if self.device.is_cpu() {
             return Ok(x.apply_op2(weight, RmsNorm { eps: eps as f32 })?);
         }
@@ -249,19 +252,18 @@ impl TrainableDecoder {
         k: &Tensor,
         v: &Tensor,
     ) -> Result<Tensor> {
-        let (cos, sin) = self
-            .config
-            .rope
-            .tables(0, length, DType::F32, &self.device)?;
+        let (cos, sin) =
+            self.config.ropes[0].tables((0, length, length), DType::F32, &self.device)?;
+        let dim = self.config.head_dim(layer);
         let widths = &self.config.widths[layer];
         if !self.device.is_cpu() {
-            return composed_attention(length, self.config.head_dim, [q, k, v], [&cos, &sin]);
+            return composed_attention(length, dim, [q, k, v], [&cos, &sin]);
         }
         let attention = Attention {
             length,
             heads: widths.heads,
             kv_heads: widths.kv_heads,
-            dim: self.config.head_dim,
+            dim,
             cos: cos.flatten_all()?.to_vec1()?,
             sin: sin.flatten_all()?.to_vec1()?,
         };
@@ -271,14 +273,12 @@ impl TrainableDecoder {
 
 /// Refuses what the forward pass below does not compute.
 fn check(config: &ModelConfig) -> Result<()> {
-    let known = matches!(config.model_type, ModelType::Llama | ModelType::Qwen2);
     let unsupported = [
-        (!known, "an architecture other than Llama and Qwen2"),
-        (!config.tied, "an output head that is not the embedding"),
         (
-            config.sliding_window.iter().any(Option::is_some),
-            "sliding windows",
+            !config.is_plain_llama(),
+            "an architecture other than Llama and Qwen2, or options that change what they compute",
         ),
+        (!config.tied, "an output head that is not the embedding"),
         (
             config.widths.iter().any(|w| w.heads == 0 || w.neurons == 0),
             "layers without attention or without MLP",

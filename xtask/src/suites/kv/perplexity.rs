@@ -131,8 +131,11 @@ pub(crate) fn prompt(window: usize) -> usize {
 /// Windows side by side that memory allows.
 pub(crate) fn batch(decoder: &Decoder<'_>, window: usize) -> usize {
     let config = decoder.config();
-    let heads: usize = config.widths.iter().map(|widths| widths.kv_heads).sum();
-    let bytes = 2 * heads * config.head_dim * window * decoder.dtype().size_in_bytes();
+    let widths = config.widths.iter().enumerate();
+    let channels: usize = widths
+        .map(|(layer, widths)| widths.kv_heads * config.head_dim(layer))
+        .sum();
+    let bytes = 2 * channels * window * decoder.dtype().size_in_bytes();
     (BATCH_BYTES / bytes.max(1)).clamp(1, BATCH)
 }
 

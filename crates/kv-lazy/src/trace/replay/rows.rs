@@ -84,6 +84,7 @@ impl Rows for TraceRows<'_> {
     }
     fn queries(&self, head: usize) -> RecentQueries<'_> {
         RecentQueries {
+            softcap: None,
             queries: &self.queries[head],
             positions: &self.positions,
         }

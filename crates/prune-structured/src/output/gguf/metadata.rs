@@ -3,6 +3,7 @@
 use super::{Architecture, Precision, tokenizer, unsupported};
 use crate::Result;
 use candle_core::quantized::gguf_file::Value;
+use causal_lm::config::QkNorm;
 use causal_lm::{Decoder, Widths};
 
 /// Keys and values, in the order in which they are written.
@@ -37,9 +38,10 @@ pub(super) fn metadata(
             Architecture::Llama | Architecture::Qwen3 => number(all.next().unwrap_or(0)),
         }
     };
-    let window = config.sliding_window.iter().flatten().min();
-    let context = window.map_or(config.max_positions, |w| config.max_positions.min(*w));
-    let eps = config.rms_eps as f32;
+    let windows = config.attention.iter().filter_map(|a| a.sliding_window);
+    let window = windows.min();
+    let context = window.map_or(config.max_positions, |w| config.max_positions.min(w));
+    let eps = config.norm.eps as f32;
     for (key, value) in [
         ("vocab_size", number(config.vocab)),
         ("context_length", number(context)),
@@ -48,10 +50,10 @@ pub(super) fn metadata(
         ("feed_forward_length", widths(|w| w.neurons)),
         ("attention.head_count", widths(|w| w.heads)),
         ("attention.head_count_kv", widths(|w| w.kv_heads)),
-        ("attention.key_length", number(config.head_dim)),
-        ("attention.value_length", number(config.head_dim)),
+        ("attention.key_length", number(config.head_dim(0))),
+        ("attention.value_length", number(config.head_dim(0))),
         ("attention.layer_norm_rms_epsilon", Value::F32(eps)),
-        ("rope.dimension_count", number(config.head_dim)),
+        ("rope.dimension_count", number(config.head_dim(0))),
         ("rope.freq_base", Value::F32(rope_base(decoder)? as f32)),
     ] {
         values.push((format!("{}.{key}", architecture.name()), value));
@@ -74,7 +76,7 @@ fn rope_base(decoder: &Decoder<'_>) -> Result<f64> {
 /// to such factors.
 pub(super) fn rope_factors(decoder: &Decoder<'_>) -> Result<Option<Vec<f32>>> {
     let config = decoder.config();
-    if config.rope.attention_factor != 1.0 {
+    if config.ropes[0].attention_factor != 1.0 {
         return Err(unsupported(
             "a YaRN rotation",
             "this export states scalings as factors of the frequencies, and YaRN scales attention too",
@@ -82,10 +84,9 @@ pub(super) fn rope_factors(decoder: &Decoder<'_>) -> Result<Option<Vec<f32>>> {
     }
     let base = rope_base(decoder)?;
     let factor = |(i, frequency): (usize, &f64)| {
-        base.powf(-(2.0 * i as f64) / config.head_dim as f64) / frequency
+        base.powf(-(2.0 * i as f64) / config.head_dim(0) as f64) / frequency
     };
-    let factors: Vec<f64> = config
-        .rope
+    let factors: Vec<f64> = config.ropes[0]
         .inv_freq
         .iter()
         .enumerate()
@@ -94,7 +95,7 @@ pub(super) fn rope_factors(decoder: &Decoder<'_>) -> Result<Option<Vec<f32>>> {
     if factors.iter().all(|factor| (factor - 1.0).abs() < 1e-9) {
         return Ok(None);
     }
-    if config.qk_norm {
+    if config.qk_norm != QkNorm::None {
         return Err(unsupported(
             "a scaled rotation",
             "llama.cpp's qwen3 reads no factors of the frequencies",

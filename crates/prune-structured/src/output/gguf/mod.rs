@@ -20,6 +20,7 @@ mod tokenizer;
 
 use crate::{Error, Result};
 use candle_core::quantized::{GgmlDType, QTensor, gguf_file};
+use causal_lm::config::QkNorm;
 use causal_lm::{Decoder, Progress};
 use std::io::{BufWriter, Write};
 use std::path::Path;
@@ -130,6 +131,9 @@ pub fn export(
     Ok(Exported { parameters, bytes })
 }
 
+/// Architectures that this export knows.
+const EXPORTED: [&str; 4] = ["llama", "mistral", "qwen2", "qwen3"];
+
 /// What a file declares itself to be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Architecture {
@@ -141,12 +145,18 @@ enum Architecture {
 impl Architecture {
     fn of(decoder: &Decoder<'_>) -> Result<Self> {
         let config = decoder.config();
+        if !EXPORTED.contains(&config.model_type) {
+            return Err(unsupported(
+                config.model_type,
+                format!("this export knows {}", EXPORTED.join(", ")),
+            ));
+        }
         let whole = |w: &causal_lm::Widths| w.heads > 0 && w.neurons > 0;
         let uniform = config
             .widths
             .iter()
             .all(|w| whole(w) && *w == config.widths[0]);
-        match (config.qk_norm, uniform) {
+        match (config.qk_norm != QkNorm::None, uniform) {
             (false, true) => Ok(Self::Llama),
             (false, false) => Ok(Self::Deci),
             (true, true) => Ok(Self::Qwen3),

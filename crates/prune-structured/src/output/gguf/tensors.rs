@@ -3,7 +3,6 @@
 use super::{Architecture, unsupported};
 use crate::Result;
 use candle_core::{DType, Device, Tensor};
-use causal_lm::names::{EMBEDDING, FINAL_NORM, HEAD, block};
 use causal_lm::{Decoder, LinearName};
 
 /// A tensor of the file.
@@ -32,12 +31,12 @@ enum Source {
 /// attention.
 pub(super) fn tensors(decoder: &Decoder<'_>, architecture: Architecture) -> Result<Vec<Output>> {
     let config = decoder.config();
-    let checkpoint = decoder.checkpoint();
+    let (checkpoint, names) = (decoder.checkpoint(), config.names);
     let copy = |name: String, source: String| Output {
         name,
         source: Source::Copy(source),
     };
-    let mut outputs = vec![copy("token_embd.weight".into(), EMBEDDING.into())];
+    let mut outputs = vec![copy("token_embd.weight".into(), names.embedding())];
     if let Some(factors) = super::metadata::rope_factors(decoder)? {
         outputs.push(Output {
             name: "rope_freqs.weight".into(),
@@ -52,25 +51,29 @@ pub(super) fn tensors(decoder: &Decoder<'_>, architecture: Architecture) -> Resu
             ("attn_q_norm.weight", "self_attn.q_norm.weight"),
             ("attn_k_norm.weight", "self_attn.k_norm.weight"),
         ] {
-            let source = block(layer, path);
+            let source = names.block(layer, path);
             if checkpoint.contains(&source) {
                 outputs.push(copy(inside(part), source));
             }
         }
         for linear in LinearName::ALL {
+            let Some(module) = names.module_of(linear) else {
+                continue;
+            };
             let part = part(linear);
             let rotated = matches!(linear, LinearName::Q | LinearName::K)
                 && architecture.rotates_neighbours();
+            let stored = names.weight(layer, module);
             let weight = match config.linear_shape(layer, linear) {
                 None => Source::Zeros(stand_in(decoder, linear).to_vec()),
-                Some(_) if rotated => Source::Interleaved(linear.weight(layer)),
-                Some(_) => Source::Copy(linear.weight(layer)),
+                Some(_) if rotated => Source::Interleaved(stored),
+                Some(_) => Source::Copy(stored),
             };
             outputs.push(Output {
                 name: inside(&format!("{part}.weight")),
                 source: weight,
             });
-            let bias = linear.bias(layer);
+            let bias = names.bias(layer, module);
             if !checkpoint.contains(&bias) {
                 continue;
             }
@@ -90,9 +93,9 @@ pub(super) fn tensors(decoder: &Decoder<'_>, architecture: Architecture) -> Resu
             });
         }
     }
-    outputs.push(copy("output_norm.weight".into(), FINAL_NORM.into()));
+    outputs.push(copy("output_norm.weight".into(), names.final_norm_weight()));
     if !config.tied {
-        outputs.push(copy("output.weight".into(), HEAD.into()));
+        outputs.push(copy("output.weight".into(), names.head().into()));
     }
     Ok(outputs)
 }
@@ -105,18 +108,18 @@ fn part(linear: LinearName) -> &'static str {
         LinearName::O => "attn_output",
         LinearName::Gate => "ffn_gate",
         LinearName::Up => "ffn_up",
-        LinearName::Down => "ffn_down",
+        _ => "ffn_down",
     }
 }
 
 /// Shape of a linear of the one unit that stands for a half that is gone.
 fn stand_in(decoder: &Decoder<'_>, linear: LinearName) -> [usize; 2] {
-    let (hidden, head_dim) = (decoder.config().hidden, decoder.config().head_dim);
+    let (hidden, head_dim) = (decoder.config().hidden, decoder.config().head_dim(0));
     match linear {
         LinearName::Q | LinearName::K | LinearName::V => [head_dim, hidden],
         LinearName::O => [hidden, head_dim],
         LinearName::Gate | LinearName::Up => [1, hidden],
-        LinearName::Down => [hidden, 1],
+        _ => [hidden, 1],
     }
 }
 
@@ -132,7 +135,7 @@ impl Output {
         };
         Ok(match &self.source {
             Source::Copy(name) => read(name)?,
-            Source::Interleaved(name) => interleave(&read(name)?, decoder.config().head_dim)?,
+            Source::Interleaved(name) => interleave(&read(name)?, decoder.config().head_dim(0))?,
             Source::Zeros(shape) => Tensor::zeros(shape.as_slice(), DType::F32, &Device::Cpu)?,
             Source::RopeFactors(factors) => Tensor::new(factors.as_slice(), &Device::Cpu)?,
         })

@@ -100,8 +100,8 @@ fn tokens(samples: &[Sample]) -> Vec<Vec<u32>> {
 
 /// The model before training.
 fn initial(config: ModelConfig, rng: &mut ChaCha8Rng) -> Result<TrainableDecoder> {
-    let dim = config.head_dim;
-    let (cos, sin) = config.rope.tables(0, 2, DType::F32, &Device::Cpu)?;
+    let dim = config.head_dim(0);
+    let (cos, sin) = config.ropes[0].tables((0, 2, 2), DType::F32, &Device::Cpu)?;
     let decoder = TrainableDecoder::new(config, &Device::Cpu, |name, shape| {
         let inputs = shape.last().copied().unwrap_or(1) as f32;
         let (centre, spread) = match name {

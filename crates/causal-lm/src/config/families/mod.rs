@@ -1,0 +1,110 @@
+//! One file for each architecture, or for a few that share most switches.
+
+mod gemma;
+mod gemma4;
+mod glm4;
+mod gpt_neox;
+mod granite;
+mod llama;
+mod ministral3;
+mod mistral;
+mod olmo2;
+mod phi3;
+mod qwen;
+mod smollm3;
+
+use super::fields::Fields;
+use super::{Activation, ModelConfig, Stock, StockHeads};
+use crate::Result;
+use crate::names::{LLAMA, Table};
+
+/// All supported architectures.
+pub(super) const FAMILIES: &[Family] = &[
+    llama::LLAMA,
+    mistral::MISTRAL,
+    qwen::QWEN2,
+    qwen::QWEN3,
+    gemma::GEMMA2,
+    gemma::GEMMA3,
+    gemma4::GEMMA4,
+    gemma4::UNIFIED,
+    phi3::PHI3,
+    olmo2::OLMO2,
+    olmo2::OLMO3,
+    smollm3::SMOLLM3,
+    granite::GRANITE,
+    granite::HYBRID,
+    gpt_neox::GPT_NEOX,
+    ministral3::MINISTRAL3,
+    glm4::GLM4,
+];
+
+/// One architecture.
+pub(crate) struct Family {
+    pub(super) model_type: &'static str,
+    pub(super) names: &'static Table,
+    pub(super) stock: Stock,
+    pub(super) defaults: Defaults,
+    /// Sets what differs from Llama.
+    pub(super) read: fn(&Fields, &mut ModelConfig) -> Result<()>,
+}
+
+/// What files may leave out because it is the class's own default.
+pub(super) struct Defaults {
+    /// Field and value of the norms' epsilon.
+    pub(super) eps: (&'static str, f64),
+    pub(super) heads: Option<usize>,
+    /// `None`: as many as query heads.
+    pub(super) kv_heads: Option<usize>,
+    /// `None`: the hidden size divided by the heads.
+    pub(super) head_dim: Option<usize>,
+    pub(super) vocab: Option<usize>,
+    /// Field and value of the activation.
+    pub(super) activation: (&'static str, Activation),
+    pub(super) tied: bool,
+    /// The same of the folder of several modalities that the decoder may be part of.
+    pub(super) nested_tied: bool,
+}
+
+/// Llama's defaults.
+const DEFAULTS: Defaults = Defaults {
+    eps: ("rms_norm_eps", 1e-6),
+    heads: None,
+    kv_heads: None,
+    head_dim: None,
+    vocab: None,
+    activation: ("hidden_act", Activation::Silu),
+    tied: false,
+    nested_tied: false,
+};
+
+/// A class without switches for biases that takes any number of heads.
+const fn stock(class: &'static str) -> Stock {
+    Stock {
+        class,
+        neurons: "intermediate_size",
+        attention_bias: None,
+        mlp_bias: None,
+        heads: StockHeads::Any,
+    }
+}
+
+/// A family with Llama's names and defaults.
+const fn like_llama(
+    model_type: &'static str,
+    stock: Stock,
+    read: fn(&Fields, &mut ModelConfig) -> Result<()>,
+) -> Family {
+    Family {
+        model_type,
+        names: &LLAMA,
+        stock,
+        defaults: DEFAULTS,
+        read,
+    }
+}
+
+/// The field that gives biases to attention.
+const ATTENTION_BIAS: Option<&str> = Some("attention_bias");
+/// The field that gives biases to the MLP.
+const MLP_BIAS: Option<&str> = Some("mlp_bias");

@@ -1,0 +1,334 @@
+//! Reading fields that most architectures have.
+
+use super::families::Family;
+use super::{
+    Activation, AttentionConfig, Biases, ModelConfig, NormConfig, NormKind, QkNorm, WIDTHS_KEY,
+    Widths, invalid,
+};
+use crate::names::Names;
+use crate::rope::{self, Pairs, Rope};
+use crate::{Error, Result};
+use serde_json::Value;
+use tensor_io::Config;
+
+/// Architectures of several modalities whose text part is a decoder.
+const NESTED: [&str; 5] = ["gemma3", "mistral3", "qwen3_5", "gemma4", "gemma4_unified"];
+
+/// A config: the whole, and the part that is about the decoder.
+pub(crate) struct Fields {
+    pub(crate) root: Config,
+    pub(crate) text: Config,
+    pub(crate) nested: bool,
+}
+
+/// Kinds of attention in `layer_types`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kind {
+    Full,
+    Sliding,
+}
+
+impl Kind {
+    /// Its name in `rope_parameters`.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Full => "full_attention",
+            Self::Sliding => "sliding_attention",
+        }
+    }
+}
+
+impl Fields {
+    pub(crate) fn new(config: &Config) -> Result<Self> {
+        let nested =
+            NESTED.contains(&config.str("model_type")?) && config.get("text_config").is_some();
+        Ok(Self {
+            root: config.clone(),
+            text: match nested {
+                true => config.section("text_config")?,
+                false => config.clone(),
+            },
+            nested,
+        })
+    }
+
+    /// Options of any architecture that change the function and are not implemented.
+    pub(crate) fn refuse_unsupported(&self) -> Result<()> {
+        let refuse = |field, value: String, supported| {
+            Err(Error::UnsupportedOption {
+                field,
+                value,
+                supported,
+            })
+        };
+        if let Some(value) = self.text.get("use_bidirectional_attention")
+            && !matches!(value, Value::Bool(false))
+        {
+            return refuse(
+                "use_bidirectional_attention",
+                value.to_string(),
+                "decoders, whose attention is causal",
+            );
+        }
+        for config in [&self.root, &self.text] {
+            let Some(quantised) = config.opt_section("quantization_config")? else {
+                continue;
+            };
+            let method = quantised.opt_str("quant_method")?.unwrap_or_default();
+            if matches!(method, "fp8" | "mxfp4") {
+                return refuse(
+                    "quantization_config.quant_method",
+                    method.into(),
+                    "floats of 16 or 32 bits; use the BF16 weights",
+                );
+            }
+        }
+        Ok(())
+    }
+
+    /// A positive count that must be there.
+    pub(crate) fn positive(&self, field: &'static str) -> Result<usize> {
+        nonzero(field, self.text.usize(field)?)
+    }
+
+    /// A positive count, or the architecture's own.
+    pub(crate) fn positive_or(&self, field: &'static str, default: Option<usize>) -> Result<usize> {
+        match (self.text.opt_usize(field)?, default) {
+            (Some(value), _) => nonzero(field, value),
+            (None, Some(default)) => Ok(default),
+            (None, None) => self.positive(field),
+        }
+    }
+
+    pub(crate) fn number_or(&self, field: &str, default: f64) -> Result<f64> {
+        Ok(self.text.opt_f64(field)?.unwrap_or(default))
+    }
+
+    pub(crate) fn flag_or(&self, field: &str, default: bool) -> Result<bool> {
+        Ok(self.text.opt_bool(field)?.unwrap_or(default))
+    }
+
+    /// A decoder like Llama with the family's defaults, of which its own function changes what is different.
+    pub(crate) fn base(&self, family: &Family) -> Result<ModelConfig> {
+        let defaults = &family.defaults;
+        let hidden = self.positive("hidden_size")?;
+        let layers = self.positive("num_hidden_layers")?;
+        let head_dim = match (self.text.opt_usize("head_dim")?, defaults.head_dim) {
+            (Some(head_dim), _) | (None, Some(head_dim)) => head_dim,
+            (None, None) => hidden / self.positive_or("num_attention_heads", defaults.heads)?,
+        };
+        let max_positions = self.positive("max_position_embeddings")?;
+        let attention = AttentionConfig {
+            head_dim,
+            sliding_window: None,
+            rotation: Some(0),
+            scale: 1.0 / (head_dim as f64).sqrt(),
+            softcap: None,
+            value_is_key: false,
+            gated: false,
+        };
+        let names = Names::new(family.names);
+        let nested_tie = self
+            .root
+            .opt_bool("tie_word_embeddings")?
+            .unwrap_or(defaults.nested_tied);
+        Ok(ModelConfig {
+            model_type: family.model_type,
+            nested: self.nested,
+            stock: family.stock,
+            names: if self.nested { names.nested() } else { names },
+            hidden,
+            vocab: self.positive_or("vocab_size", defaults.vocab)?,
+            widths: self.widths(layers, family)?,
+            attention: vec![attention; layers],
+            norm: NormConfig {
+                kind: NormKind::Rms,
+                eps: self.number_or(defaults.eps.0, defaults.eps.1)?,
+                offset: 0.0,
+            },
+            qk_norm: QkNorm::None,
+            v_norm: false,
+            ropes: vec![],
+            query_scale: None,
+            activation: self.activation(defaults.activation.0, defaults.activation.1)?,
+            gated_mlp: true,
+            parallel: false,
+            residual_scale: 1.0,
+            layer_scalar: false,
+            embedding_scale: 1.0,
+            logit_scale: 1.0,
+            logit_softcap: None,
+            biases: Biases::default(),
+            tied: match self.nested {
+                true => nested_tie,
+                false => self.flag_or("tie_word_embeddings", defaults.tied)?,
+            },
+            max_positions,
+            bos: self.token("bos_token_id")?,
+            eos: self.eos_tokens()?,
+        })
+    }
+
+    /// What the rotation of a family is where the config leaves it open.
+    pub(crate) fn rope_defaults(&self, model: &ModelConfig, theta: f64) -> rope::Defaults {
+        rope::Defaults {
+            theta,
+            partial: None,
+            pairs: Pairs::Halves,
+            head_dim: model.attention[0].head_dim,
+            max_positions: model.max_positions,
+        }
+    }
+
+    /// One rotation for all layers.
+    pub(crate) fn rope(&self, model: &ModelConfig, theta: f64) -> Result<Vec<Rope>> {
+        Ok(vec![Rope::read(
+            &self.text,
+            self.rope_defaults(model, theta),
+        )?])
+    }
+
+    /// A rotation for full and one for sliding layers; those without one are not rotated.
+    pub(crate) fn rotate(
+        &self,
+        model: &mut ModelConfig,
+        kinds: &[Kind],
+        [full, sliding]: [Option<Rope>; 2],
+    ) {
+        let mut place = |rope: Option<Rope>| {
+            rope.map(|rope| {
+                model.ropes.push(rope);
+                model.ropes.len() - 1
+            })
+        };
+        let (full, sliding) = (place(full), place(sliding));
+        for (attention, kind) in model.attention.iter_mut().zip(kinds) {
+            attention.rotation = match kind {
+                Kind::Full => full,
+                Kind::Sliding => sliding,
+            };
+        }
+    }
+
+    fn activation(&self, field: &'static str, default: Activation) -> Result<Activation> {
+        match self.text.opt_str(field)? {
+            None => Ok(default),
+            Some("silu" | "swish") => Ok(Activation::Silu),
+            Some("gelu_pytorch_tanh" | "gelu_new") => Ok(Activation::GeluTanh),
+            Some("gelu") => Ok(Activation::GeluErf),
+            Some(other) => Err(Error::UnsupportedOption {
+                field,
+                value: other.into(),
+                supported: "silu, gelu, gelu_pytorch_tanh, gelu_new",
+            }),
+        }
+    }
+
+    fn widths(&self, layers: usize, family: &Family) -> Result<Vec<Widths>> {
+        let Some(lists) = self.text.opt_section(WIDTHS_KEY)? else {
+            let heads = self.positive_or("num_attention_heads", family.defaults.heads)?;
+            let kv_heads = self.text.opt_usize("num_key_value_heads")?;
+            let uniform = Widths {
+                heads,
+                kv_heads: kv_heads.or(family.defaults.kv_heads).unwrap_or(heads),
+                neurons: self.positive(family.stock.neurons)?,
+            };
+            return Ok(vec![uniform; layers]);
+        };
+        let list = |field: &str| -> Result<Vec<usize>> {
+            let values = lists.usizes(field)?;
+            if values.len() != layers {
+                return Err(invalid(
+                    WIDTHS_KEY,
+                    format!("{field} has {} entries for {layers} layers", values.len()),
+                ));
+            }
+            Ok(values)
+        };
+        let heads = list("num_attention_heads")?;
+        let kv_heads = list("num_key_value_heads")?;
+        let neurons = list("intermediate_size")?;
+        Ok((0..layers)
+            .map(|l| Widths {
+                heads: heads[l],
+                kv_heads: kv_heads[l],
+                neurons: neurons[l],
+            })
+            .collect())
+    }
+
+    /// The window of sliding layers; an absent field is the architecture's own, null is none.
+    pub(crate) fn window(&self, absent: Option<usize>) -> Result<Option<usize>> {
+        match self.text.raw().get("sliding_window") {
+            None => Ok(absent),
+            Some(_) => Ok(self.text.opt_usize("sliding_window")?),
+        }
+    }
+
+    /// The kind of each layer: `layer_types` where the config has it, else by a rule.
+    pub(crate) fn kinds(&self, layers: usize, rule: impl Fn(usize) -> Kind) -> Result<Vec<Kind>> {
+        let Some(types) = self.text.get("layer_types") else {
+            return Ok((0..layers).map(rule).collect());
+        };
+        let list = types
+            .as_array()
+            .filter(|list| list.len() == layers)
+            .ok_or_else(|| {
+                invalid(
+                    "layer_types",
+                    format!("must be a list of {layers} entries, one for each layer"),
+                )
+            })?;
+        list.iter()
+            .map(|kind| match kind.as_str() {
+                Some("full_attention" | "attention") => Ok(Kind::Full),
+                Some("sliding_attention") => Ok(Kind::Sliding),
+                _ => Err(Error::UnsupportedOption {
+                    field: "layer_types",
+                    value: kind.to_string(),
+                    supported: "full_attention, sliding_attention",
+                }),
+            })
+            .collect()
+    }
+
+    /// A token id of the text part, or of the whole.
+    fn token(&self, field: &'static str) -> Result<Option<u32>> {
+        let id = match self.text.opt_usize(field)? {
+            Some(id) => Some(id),
+            None => self.root.opt_usize(field)?,
+        };
+        id.map(|id| u32::try_from(id).map_err(|_| not_a_token_id(field, id)))
+            .transpose()
+    }
+
+    /// `eos_token_id` is a number or a list of numbers.
+    fn eos_tokens(&self) -> Result<Vec<u32>> {
+        const FIELD: &str = "eos_token_id";
+        let value = self.text.get(FIELD).or(self.root.get(FIELD));
+        match value {
+            Some(Value::Array(ids)) => ids
+                .iter()
+                .map(|id| {
+                    let number = id.as_u64().and_then(|id| u32::try_from(id).ok());
+                    number.ok_or_else(|| not_a_token_id(FIELD, id))
+                })
+                .collect(),
+            _ => Ok(self.token(FIELD)?.into_iter().collect()),
+        }
+    }
+}
+
+fn not_a_token_id(field: &'static str, found: impl std::fmt::Display) -> Error {
+    invalid(
+        field,
+        format!("{found} is not a token id, a number below 2^32"),
+    )
+}
+
+fn nonzero(field: &'static str, value: usize) -> Result<usize> {
+    match value {
+        0 => Err(invalid(field, "0, but at least 1 is needed")),
+        value => Ok(value),
+    }
+}

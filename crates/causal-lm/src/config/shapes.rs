@@ -1,0 +1,178 @@
+//! Shapes of linears and tensors, and which stored rows are which linear.
+
+use super::{ModelConfig, NormKind, QkNorm, Widths};
+use crate::names::{LinearName, Module, Rows, Run};
+
+impl ModelConfig {
+    /// Shape of a block's linear, `[out, in]`; `None` where the block has no such linear.
+    pub fn linear_shape(&self, layer: usize, name: LinearName) -> Option<[usize; 2]> {
+        let (hidden, attention) = (self.hidden, &self.attention[layer]);
+        let head_dim = attention.head_dim;
+        let Widths {
+            heads,
+            kv_heads,
+            neurons,
+        } = self.widths[layer];
+        let q_rows = match attention.gated {
+            true => 2 * head_dim,
+            false => head_dim,
+        };
+        let shape = match name {
+            LinearName::Q => [heads * q_rows, hidden],
+            LinearName::V if attention.value_is_key => return None,
+            LinearName::K | LinearName::V => [kv_heads * head_dim, hidden],
+            LinearName::O => [hidden, heads * head_dim],
+            LinearName::Gate if !self.gated_mlp => return None,
+            LinearName::Gate | LinearName::Up => [neurons, hidden],
+            LinearName::Down => [hidden, neurons],
+        };
+        (shape[0] > 0 && shape[1] > 0).then_some(shape)
+    }
+
+    /// Whether the architecture gives this linear a bias.
+    pub fn has_bias(&self, name: LinearName) -> bool {
+        match name {
+            LinearName::Q | LinearName::K | LinearName::V => self.biases.qkv,
+            LinearName::O => self.biases.o,
+            LinearName::Gate | LinearName::Up | LinearName::Down => self.biases.mlp,
+        }
+    }
+
+    /// Whether stock classes have, or can be told to have, a bias there.
+    pub fn has_bias_slot(&self, name: LinearName) -> bool {
+        let slot = match name.is_attention() {
+            true => self.stock.attention_bias,
+            false => self.stock.mlp_bias,
+        };
+        self.has_bias(name) || slot.is_some()
+    }
+
+    /// Shape of a stored module, `[out, in]`; `None` where the block has none of its parts.
+    pub fn module_shape(&self, layer: usize, module: &Module) -> Option<[usize; 2]> {
+        let shapes = module.parts.iter();
+        let shapes = shapes.filter_map(|&part| self.linear_shape(layer, part));
+        shapes.reduce(|[out, input], [more, _]| [out + more, input])
+    }
+
+    /// Which rows of which linear a stored module holds, in their stored order.
+    pub fn runs(&self, layer: usize, module: &Module) -> Vec<Run> {
+        let mut at = 0;
+        let mut run = |part, start: usize, len: usize| {
+            let run = Run {
+                part,
+                rows: start..start + len,
+                at,
+            };
+            at += len;
+            run
+        };
+        let parts: Vec<(LinearName, usize)> = module
+            .parts
+            .iter()
+            .filter_map(|&part| Some((part, self.linear_shape(layer, part)?[0])))
+            .collect();
+        match module.rows {
+            Rows::Stacked => parts
+                .iter()
+                .map(|&(part, rows)| run(part, 0, rows))
+                .collect(),
+            Rows::PerHead => {
+                let d = self.head_dim(layer);
+                let heads = self.widths[layer].heads;
+                (0..heads)
+                    .flat_map(|head| parts.iter().map(move |&(part, _)| (part, head * d)))
+                    .map(|(part, start)| run(part, start, d))
+                    .collect()
+            }
+        }
+    }
+
+    /// Stored rows that remain of a module when `kept` gives the ascending rows that remain of each part.
+    pub fn stored_rows(
+        &self,
+        layer: usize,
+        module: &Module,
+        kept: impl Fn(LinearName) -> Vec<usize>,
+    ) -> Vec<usize> {
+        let of_part: Vec<(LinearName, Vec<usize>)> = module
+            .parts
+            .iter()
+            .map(|&part| (part, kept(part)))
+            .collect();
+        let mut rows = Vec::new();
+        for run in self.runs(layer, module) {
+            let kept = of_part.iter().find(|(part, _)| *part == run.part);
+            let kept = kept.map_or(&[][..], |(_, rows)| rows);
+            let first = kept.partition_point(|&row| row < run.rows.start);
+            let inside = kept[first..].iter().take_while(|&&row| row < run.rows.end);
+            rows.extend(inside.map(|row| run.at + row - run.rows.start));
+        }
+        rows
+    }
+
+    /// Name and shape of every tensor of the decoder, in the order of the data.
+    pub fn tensors(&self) -> Vec<(String, Vec<usize>)> {
+        let (hidden, vocab, names) = (self.hidden, self.vocab, &self.names);
+        let table = names.table();
+        let mut tensors = vec![(names.embedding(), vec![vocab, hidden])];
+        let layer_norm = self.norm.kind == NormKind::Layer;
+        let norm_kinds: &[&str] = if layer_norm {
+            &["weight", "bias"]
+        } else {
+            &["weight"]
+        };
+        for layer in 0..self.layers() {
+            let widths = self.widths[layer];
+            let mut norm = |path: Option<&str>, width: usize| {
+                for kind in path.iter().flat_map(|_| norm_kinds) {
+                    let path = format!("{}.{kind}", path.unwrap_or_default());
+                    tensors.push((names.block(layer, &path), vec![width]));
+                }
+            };
+            norm(table.attention_before, hidden);
+            let d = self.head_dim(layer);
+            let qk = match self.qk_norm {
+                QkNorm::None => None,
+                QkNorm::Heads => Some([d, d]),
+                QkNorm::Projection => Some([widths.heads * d, widths.kv_heads * d]),
+            };
+            if let Some([q, k]) = qk.filter(|_| widths.heads > 0) {
+                norm(Some(table.q_norm), q);
+                norm(Some(table.k_norm), k);
+            }
+            norm(table.attention_after, hidden);
+            norm(table.mlp_before, hidden);
+            norm(table.mlp_after, hidden);
+            for module in table.modules {
+                let shape = self.module_shape(layer, module);
+                if let Some(shape) = shape {
+                    tensors.push((names.weight(layer, module), shape.to_vec()));
+                }
+                if let Some(rows) = self.bias_rows(layer, module)
+                    && self.has_bias(module.parts[0])
+                {
+                    tensors.push((names.bias(layer, module), vec![rows]));
+                }
+            }
+            if self.layer_scalar {
+                tensors.push((names.block(layer, LAYER_SCALAR), vec![1]));
+            }
+        }
+        for kind in norm_kinds {
+            tensors.push((names.final_norm(kind), vec![hidden]));
+        }
+        if !self.tied {
+            tensors.push((names.head().into(), vec![vocab, hidden]));
+        }
+        tensors
+    }
+
+    /// Length of a module's bias, where it may have one: that of an output projection stays when all its inputs are gone.
+    pub fn bias_rows(&self, layer: usize, module: &Module) -> Option<usize> {
+        let rows = self.module_shape(layer, module).map(|[rows, _]| rows);
+        rows.or(module.is_output().then_some(self.hidden))
+    }
+}
+
+/// The number that multiplies the output of a block.
+pub(crate) const LAYER_SCALAR: &str = "layer_scalar";
