@@ -7,6 +7,7 @@
 use crate::attention::Mixer;
 use crate::config::{Activation, NormKind};
 use crate::linear::Linear;
+use crate::mixture::Moe;
 use crate::names::LinearName;
 use crate::ops;
 use crate::rope::Pairs;
@@ -81,6 +82,8 @@ pub struct Attention {
     pub scores: Scores,
     /// Whether q also projects a gate: heads' outputs are multiplied by its sigmoid.
     pub gated: bool,
+    /// Queries, keys and values are clamped to ± this before rotation.
+    pub clip: Option<f64>,
 }
 
 impl Attention {
@@ -176,12 +179,22 @@ pub struct Block {
     pub layer: usize,
     /// Attention.
     pub attention: Half<Attention>,
-    /// MLP.
+    /// MLP; without a body where the block has experts in its place.
     pub mlp: Half<Mlp>,
+    /// Experts, between the norms of `mlp`.
+    pub experts: Option<Moe>,
     /// Whether both halves read the block's input.
     pub parallel: bool,
     /// Factor on the block's output.
     pub scalar: Option<f64>,
+}
+
+/// A batch between attention and the experts.
+pub(crate) struct BetweenHalves {
+    /// What the experts read, `[batch * tokens, hidden]`.
+    pub(crate) input: Tensor,
+    residual: Tensor,
+    shape: (usize, usize, usize),
 }
 
 /// cos and sin of the positions of a step, for every rotation of a model.
@@ -288,45 +301,96 @@ impl Block {
         mixer: &mut Mixer<'_>,
         tap: &mut dyn Tap,
     ) -> Result<Tensor> {
-        let mut observe = |site, input: &Tensor| {
-            tap.observe(self.layer, site, input)
-                .map_err(|source| Error::Tap {
-                    layer: self.layer,
-                    source,
-                })
-        };
+        if let Some(experts) = &self.experts {
+            let half = self.first_half(x, rope, mixer, tap)?;
+            let mut expert = |id| experts.expert(id);
+            let inputs = std::slice::from_ref(&half.input);
+            let outputs = experts.run(self.layer, inputs, &mut expert, tap)?;
+            // As many as inputs.
+            let output = outputs.into_iter().next().unwrap_or(half.input.zeros_like()?);
+            return self.second_half(half, output);
+        }
         let (batch, tokens, hidden) = x.dims3()?;
         let x = x.reshape((batch * tokens, hidden))?;
-        let after_attention = match &self.attention.body {
-            Some(attention) => {
-                let input = self.attention.input(&x)?;
-                observe(Site::Qkv, &input)?;
-                let heads = attention.mix(&input, (batch, tokens), self.layer, rope, mixer)?;
-                observe(Site::O, &heads)?;
-                (&x + self.attention.normed(attention.o.forward(&heads)?)?)?
-            }
-            None => self.attention.without_body(x.clone())?,
-        };
-        let mut y = match &self.mlp.body {
+        let after_attention = self.after_attention(&x, (batch, tokens), rope, mixer, tap)?;
+        let y = match &self.mlp.body {
             Some(mlp) => {
                 let read = if self.parallel { &x } else { &after_attention };
                 let input = self.mlp.input(read)?;
-                observe(Site::GateUp, &input)?;
+                self.observe(tap, Site::GateUp, &input)?;
                 let neurons = mlp.neurons(&input)?;
-                observe(Site::Down, &neurons)?;
+                self.observe(tap, Site::Down, &neurons)?;
                 (&after_attention + self.mlp.normed(mlp.down.forward(&neurons)?)?)?
             }
             None => self.mlp.without_body(after_attention)?,
         };
-        if let Some(scalar) = self.scalar {
-            y = (y * scalar)?;
-        }
-        Ok(y.reshape((batch, tokens, hidden))?)
+        self.scaled(y)?.reshape((batch, tokens, hidden)).map_err(Error::from)
+    }
+
+    fn observe(&self, tap: &mut dyn Tap, site: Site, input: &Tensor) -> Result<()> {
+        tap.observe(self.layer, site, input)
+            .map_err(|source| Error::Tap {
+                layer: self.layer,
+                source,
+            })
+    }
+
+    /// `x`, `[batch * tokens, hidden]`, with what attention adds.
+    fn after_attention(
+        &self,
+        x: &Tensor,
+        (batch, tokens): (usize, usize),
+        rope: &RopeTables,
+        mixer: &mut Mixer<'_>,
+        tap: &mut dyn Tap,
+    ) -> Result<Tensor> {
+        let Some(attention) = &self.attention.body else {
+            return self.attention.without_body(x.clone());
+        };
+        let input = self.attention.input(x)?;
+        self.observe(tap, Site::Qkv, &input)?;
+        let heads = attention.mix(&input, (batch, tokens), self.layer, rope, mixer)?;
+        self.observe(tap, Site::O, &heads)?;
+        Ok((x + self.attention.normed(attention.o.forward(&heads)?)?)?)
+    }
+
+    fn scaled(&self, y: Tensor) -> Result<Tensor> {
+        Ok(match self.scalar {
+            Some(scalar) => (y * scalar)?,
+            None => y,
+        })
+    }
+
+    /// Runs `x`, `[batch, tokens, hidden]`, up to what the experts read.
+    pub(crate) fn first_half(
+        &self,
+        x: &Tensor,
+        rope: &RopeTables,
+        mixer: &mut Mixer<'_>,
+        tap: &mut dyn Tap,
+    ) -> Result<BetweenHalves> {
+        let (batch, tokens, hidden) = x.dims3()?;
+        let x = x.reshape((batch * tokens, hidden))?;
+        let residual = self.after_attention(&x, (batch, tokens), rope, mixer, tap)?;
+        let read = if self.parallel { &x } else { &residual };
+        Ok(BetweenHalves {
+            input: self.mlp.input(read)?,
+            residual,
+            shape: (batch, tokens, hidden),
+        })
+    }
+
+    /// The block's output, from what its experts put out.
+    pub(crate) fn second_half(&self, half: BetweenHalves, output: Tensor) -> Result<Tensor> {
+        let y = (half.residual + self.mlp.normed(output)?)?;
+        Ok(self.scaled(y)?.reshape(half.shape)?)
     }
 
     /// A linear of the block; `None` where it has none.
     pub fn linear(&self, name: LinearName) -> Option<&Linear> {
         let (attention, mlp) = (self.attention.body.as_ref(), self.mlp.body.as_ref());
+        let shared = self.experts.as_ref().and_then(|e| e.shared.as_ref());
+        let shared = shared.map(|shared| &shared.mlp);
         match name {
             LinearName::Q => attention.map(|a| &a.q),
             LinearName::K => attention.map(|a| &a.k),
@@ -335,12 +399,17 @@ impl Block {
             LinearName::Gate => mlp.and_then(|m| m.gate.as_ref()),
             LinearName::Up => mlp.map(|m| &m.up),
             LinearName::Down => mlp.map(|m| &m.down),
+            LinearName::SharedGate => shared.and_then(|m| m.gate.as_ref()),
+            LinearName::SharedUp => shared.map(|m| &m.up),
+            LinearName::SharedDown => shared.map(|m| &m.down),
         }
     }
 
     /// A linear of the block, to be changed.
     pub fn linear_mut(&mut self, name: LinearName) -> Option<&mut Linear> {
         let (attention, mlp) = (self.attention.body.as_mut(), self.mlp.body.as_mut());
+        let shared = self.experts.as_mut().and_then(|e| e.shared.as_mut());
+        let shared = shared.map(|shared| &mut shared.mlp);
         match name {
             LinearName::Q => attention.map(|a| &mut a.q),
             LinearName::K => attention.map(|a| &mut a.k),
@@ -349,6 +418,9 @@ impl Block {
             LinearName::Gate => mlp.and_then(|m| m.gate.as_mut()),
             LinearName::Up => mlp.map(|m| &mut m.up),
             LinearName::Down => mlp.map(|m| &mut m.down),
+            LinearName::SharedGate => shared.and_then(|m| m.gate.as_mut()),
+            LinearName::SharedUp => shared.map(|m| &mut m.up),
+            LinearName::SharedDown => shared.map(|m| &mut m.down),
         }
     }
 }
@@ -382,6 +454,10 @@ impl Attention {
             let whole = norm.filter(|norm| norm.width() != d);
             let x = match whole {
                 Some(norm) => norm.forward(&x)?,
+                None => x,
+            };
+            let x = match self.clip {
+                Some(clip) => x.clamp(-clip, clip)?,
                 None => x,
             };
             let x = x.reshape((batch, tokens, (), d))?;

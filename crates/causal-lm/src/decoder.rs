@@ -3,7 +3,8 @@
 use crate::block::{Attention, Block, Half, Mlp, Norm, RopeTable, RopeTables};
 use crate::config::{LAYER_SCALAR, ModelConfig, NormConfig, NormKind, QkNorm};
 use crate::linear::Linear;
-use crate::names::{LinearName, Module, Run};
+use crate::mixture::{Moe, RoutingRule, SharedExpert};
+use crate::names::{ExpertLayout, LinearName, Module, Run};
 use crate::ops::softcap;
 use crate::rope::Rope;
 use crate::{Error, Result};
@@ -67,7 +68,9 @@ impl<'a> Decoder<'a> {
     /// config disagree, and everything that [`ModelConfig::new`] reports.
     pub fn new(checkpoint: &'a Checkpoint, dtype: DType, device: &Device) -> Result<Self> {
         let mut config = ModelConfig::new(checkpoint.config())?;
-        config.names = config.names.located(|name| checkpoint.contains(name));
+        config.names = config
+            .names
+            .located(config.layers(), |name| checkpoint.contains(name));
         config.tied = config.tied && is_copy(checkpoint, &config)?;
         let decoder = Self {
             checkpoint,
@@ -280,6 +283,65 @@ impl<'a> Decoder<'a> {
     /// # Errors
     /// What reading the tensors reports, among it values that are not finite.
     pub fn block(&self, layer: usize) -> Result<Block> {
+        let mut block = self.frame(layer)?;
+        if let Some(moe) = &mut block.experts {
+            let experts = 0..moe.router.outputs();
+            moe.experts = experts.map(|e| self.expert(layer, e)).collect::<Result<_>>()?;
+        }
+        Ok(block)
+    }
+
+    /// Loads an expert of block `layer`.
+    ///
+    /// # Errors
+    /// [`Error::Routing`] for one that is not there, and what reading the tensors reports.
+    pub fn expert(&self, layer: usize, expert: usize) -> Result<Mlp> {
+        let linear = |name| self.expert_linear(layer, expert, name);
+        Ok(Mlp {
+            gate: Some(linear(LinearName::Gate)?),
+            up: linear(LinearName::Up)?,
+            down: linear(LinearName::Down)?,
+            activation: self.config.activation,
+        })
+    }
+
+    fn expert_linear(&self, layer: usize, expert: usize, name: LinearName) -> Result<Linear> {
+        let part = self.config.expert_part(layer, expert, name).ok_or_else(|| {
+            let mixture = self.config.mixtures.get(layer).copied().flatten();
+            Error::Routing {
+                chosen: expert + 1,
+                experts: mixture.map_or(0, |mixture| mixture.experts),
+            }
+        })?;
+        let weight = match self.config.names.layout() {
+            ExpertLayout::Alone => self.load(&part.tensor)?,
+            ExpertLayout::Fused => {
+                let range = part.rows.start..part.rows.end;
+                let checkpoint = self.checkpoint;
+                checkpoint.rows_as(&part.tensor, range, self.dtype, &self.device)?
+            }
+        };
+        Ok(Linear { weight, bias: None })
+    }
+
+    /// Lets go of the mapped pages of an expert that has tensors of its own.
+    pub fn release_expert(&self, layer: usize, expert: usize) {
+        if self.config.names.layout() == ExpertLayout::Fused {
+            return;
+        }
+        for name in [LinearName::Gate, LinearName::Up, LinearName::Down] {
+            if let Some(part) = self.config.expert_part(layer, expert, name) {
+                self.checkpoint.release([part.tensor.as_str()]);
+            }
+        }
+    }
+
+    /// Loads block `layer` without its experts, which [`Decoder::expert`] loads one at a time. A block of a dense model is
+    /// loaded whole.
+    ///
+    /// # Errors
+    /// What reading the tensors reports, among it values that are not finite.
+    pub fn frame(&self, layer: usize) -> Result<Block> {
         let (config, names) = (&self.config, self.config.names);
         let table = names.table();
         let widths = config.widths[layer];
@@ -316,6 +378,7 @@ impl<'a> Decoder<'a> {
                         softcap: attention_config.softcap,
                     },
                     gated: attention_config.gated,
+                    clip: attention_config.clip,
                 })
             }
         };
@@ -326,6 +389,29 @@ impl<'a> Decoder<'a> {
                 up: taken(&mut linears, LinearName::Up)?,
                 down: taken(&mut linears, LinearName::Down)?,
                 activation: config.activation,
+            }),
+        };
+        let experts = match config.mixtures[layer] {
+            None => None,
+            Some(mixture) => Some(Moe {
+                router: self.unbiased(names.router(layer))?,
+                rule: RoutingRule {
+                    chosen: mixture.chosen,
+                    normalise: mixture.normalise,
+                },
+                experts: vec![],
+                shared: match mixture.shared {
+                    0 => None,
+                    _ => Some(SharedExpert {
+                        mlp: Mlp {
+                            gate: linears.remove(&LinearName::SharedGate),
+                            up: taken(&mut linears, LinearName::SharedUp)?,
+                            down: taken(&mut linears, LinearName::SharedDown)?,
+                            activation: config.activation,
+                        },
+                        gate: self.unbiased(names.shared_gate(layer))?,
+                    }),
+                },
             }),
         };
         let constant = |name, absent: bool| match names.module_of(name).filter(|_| absent) {
@@ -343,16 +429,29 @@ impl<'a> Decoder<'a> {
             },
             mlp: Half {
                 before: self.block_norm(layer, table.mlp_before)?,
-                constant: constant(LinearName::Down, mlp.is_none())?,
+                constant: constant(LinearName::Down, mlp.is_none() && experts.is_none())?,
                 body: mlp,
                 after: self.block_norm(layer, table.mlp_after)?,
                 scale: config.residual_scale,
             },
+            experts,
             parallel: config.parallel,
             scalar: match config.layer_scalar {
                 true => Some(self.number(&names.block(layer, LAYER_SCALAR))?),
                 false => None,
             },
+        })
+    }
+
+    /// A linear whose weight has this name, which architectures with experts have.
+    fn unbiased(&self, name: Option<String>) -> Result<Linear> {
+        let name = name.ok_or(Error::Routing {
+            chosen: 1,
+            experts: 0,
+        })?;
+        Ok(Linear {
+            weight: self.load(&name)?,
+            bias: None,
         })
     }
 

@@ -77,6 +77,14 @@ pub enum Error {
         /// Number of embedding rows.
         vocab: usize,
     },
+    /// A token needs more experts than there are, or than were loaded.
+    #[error("{chosen} experts are needed, but there are {experts}")]
+    Routing {
+        /// Experts that are needed.
+        chosen: usize,
+        /// Experts that are there.
+        experts: usize,
+    },
     /// The windows asked for cannot be cut from the text.
     #[error("{0}")]
     Windows(String),

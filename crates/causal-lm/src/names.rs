@@ -25,10 +25,16 @@ pub enum LinearName {
     Up,
     /// Down projection of the MLP, `[hidden, neurons]`.
     Down,
+    /// Gate of the expert that every token passes through.
+    SharedGate,
+    /// Up projection of that expert.
+    SharedUp,
+    /// Down projection of that expert.
+    SharedDown,
 }
 
 impl LinearName {
-    /// All of them, in the order of the data.
+    /// Those of attention and of an MLP that is no expert, in the order of the data.
     pub const ALL: [Self; 7] = [
         Self::Q,
         Self::K,
@@ -41,12 +47,17 @@ impl LinearName {
 
     /// Whether it writes to the residual stream: o_proj and down_proj.
     pub fn is_output(self) -> bool {
-        matches!(self, Self::O | Self::Down)
+        matches!(self, Self::O | Self::Down | Self::SharedDown)
     }
 
     /// Whether it belongs to attention, not to the MLP.
     pub fn is_attention(self) -> bool {
         matches!(self, Self::Q | Self::K | Self::V | Self::O)
+    }
+
+    /// Whether it belongs to the expert that every token passes through.
+    pub fn is_shared(self) -> bool {
+        matches!(self, Self::SharedGate | Self::SharedUp | Self::SharedDown)
     }
 }
 
@@ -60,6 +71,9 @@ impl fmt::Display for LinearName {
             Self::Gate => "gate_proj",
             Self::Up => "up_proj",
             Self::Down => "down_proj",
+            Self::SharedGate => "shared gate_proj",
+            Self::SharedUp => "shared up_proj",
+            Self::SharedDown => "shared down_proj",
         })
     }
 }
@@ -154,6 +168,61 @@ pub struct Table {
     pub q_norm: &'static str,
     /// Norm of keys.
     pub k_norm: &'static str,
+    /// Experts of a mixture.
+    pub experts: Option<ExpertNames>,
+}
+
+/// Names of the experts of a block.
+#[derive(Debug, PartialEq, Eq)]
+pub struct ExpertNames {
+    /// Where each expert has tensors of its own.
+    pub alone: Option<AloneNames>,
+    /// Where one tensor holds all experts.
+    pub fused: FusedNames,
+    /// Gate of the expert that every token passes through.
+    pub shared_gate: &'static str,
+}
+
+/// Names of experts with tensors of their own.
+#[derive(Debug, PartialEq, Eq)]
+pub struct AloneNames {
+    /// Router.
+    pub router: &'static str,
+    /// What stands before an expert's number.
+    pub before: &'static str,
+    /// What stands behind it for gate, up and down.
+    pub linears: [&'static str; 3],
+}
+
+/// Names of tensors that hold all experts.
+#[derive(Debug, PartialEq, Eq)]
+pub struct FusedNames {
+    /// Router.
+    pub router: &'static str,
+    /// Gate above up, `[experts, 2 * width, hidden]`.
+    pub gate_up: &'static str,
+    /// Down, `[experts, hidden, width]`.
+    pub down: &'static str,
+}
+
+/// How a checkpoint stores experts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ExpertLayout {
+    /// Each expert has tensors of its own.
+    Alone,
+    /// One tensor holds all experts of a block.
+    Fused,
+}
+
+/// Where a checkpoint has a linear of an expert.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ExpertPart {
+    /// Name of the tensor.
+    pub tensor: String,
+    /// Its rows, when all dimensions of the tensor but the last are taken as rows.
+    pub rows: Range<usize>,
+    /// Length of a row.
+    pub columns: usize,
 }
 
 const Q: Module = Module::one("self_attn.q_proj", &[LinearName::Q]);
@@ -182,6 +251,72 @@ pub(crate) const LLAMA: Table = Table {
     mlp_after: None,
     q_norm: "self_attn.q_norm",
     k_norm: "self_attn.k_norm",
+    experts: None,
+};
+
+const QWEN_EXPERTS: ExpertNames = ExpertNames {
+    alone: Some(AloneNames {
+        router: "mlp.gate",
+        before: "mlp.experts.",
+        linears: ["gate_proj", "up_proj", "down_proj"],
+    }),
+    fused: FusedNames {
+        router: "mlp.gate",
+        gate_up: "mlp.experts.gate_up_proj",
+        down: "mlp.experts.down_proj",
+    },
+    shared_gate: "mlp.shared_expert_gate",
+};
+
+/// OLMoE and Qwen3's mixtures.
+pub(crate) const OLMOE: Table = Table {
+    experts: Some(QWEN_EXPERTS),
+    ..LLAMA
+};
+
+/// Qwen2's mixtures, with an expert for every token.
+pub(crate) const QWEN2_MOE: Table = Table {
+    modules: &[
+        Q,
+        K,
+        V,
+        O,
+        GATE,
+        UP,
+        DOWN,
+        Module::one("mlp.shared_expert.gate_proj", &[LinearName::SharedGate]),
+        Module::one("mlp.shared_expert.up_proj", &[LinearName::SharedUp]),
+        Module::one("mlp.shared_expert.down_proj", &[LinearName::SharedDown]),
+    ],
+    experts: Some(QWEN_EXPERTS),
+    ..LLAMA
+};
+
+/// Mixtral.
+pub(crate) const MIXTRAL: Table = Table {
+    experts: Some(ExpertNames {
+        alone: Some(AloneNames {
+            router: "block_sparse_moe.gate",
+            before: "block_sparse_moe.experts.",
+            linears: ["w1", "w3", "w2"],
+        }),
+        ..QWEN_EXPERTS
+    }),
+    ..LLAMA
+};
+
+/// Granite's mixtures.
+pub(crate) const GRANITE_MOE: Table = Table {
+    experts: Some(ExpertNames {
+        alone: None,
+        fused: FusedNames {
+            router: "block_sparse_moe.router.layer",
+            gate_up: "block_sparse_moe.input_linear.weight",
+            down: "block_sparse_moe.output_linear.weight",
+        },
+        ..QWEN_EXPERTS
+    }),
+    ..LLAMA
 };
 
 /// Gemma: norms before and after both halves.
@@ -261,6 +396,7 @@ pub struct Names {
     table: &'static Table,
     prefix: &'static str,
     head: &'static str,
+    layout: ExpertLayout,
 }
 
 impl Names {
@@ -269,20 +405,65 @@ impl Names {
             table,
             prefix: table.prefix,
             head: table.heads[0],
+            layout: match &table.experts {
+                Some(ExpertNames { alone: None, .. }) => ExpertLayout::Fused,
+                _ => ExpertLayout::Alone,
+            },
         }
     }
 
-    /// The names under which a checkpoint really has the model.
-    pub(crate) fn located(self, contains: impl Fn(&str) -> bool) -> Self {
+    /// The same in a checkpoint that stores experts in another way; `None` where the architecture does not have it.
+    pub fn with_layout(self, layout: ExpertLayout) -> Option<Self> {
+        let names = self.table.experts.as_ref()?;
+        let exists = layout == ExpertLayout::Fused || names.alone.is_some();
+        exists.then_some(Self { layout, ..self })
+    }
+
+    /// How experts are stored.
+    pub fn layout(&self) -> ExpertLayout {
+        self.layout
+    }
+
+    /// Name of the router of block `layer`, `[experts, hidden]`; `None` for architectures without experts.
+    pub fn router(&self, layer: usize) -> Option<String> {
+        let names = self.table.experts.as_ref()?;
+        let router = match (self.layout, &names.alone) {
+            (ExpertLayout::Alone, Some(alone)) => alone.router,
+            _ => names.fused.router,
+        };
+        Some(self.block(layer, &format!("{router}.weight")))
+    }
+
+    /// Name of the gate of the expert that every token of block `layer` passes through, `[1, hidden]`.
+    pub fn shared_gate(&self, layer: usize) -> Option<String> {
+        let names = self.table.experts.as_ref()?;
+        Some(self.block(layer, &format!("{}.weight", names.shared_gate)))
+    }
+
+    /// The names under which a checkpoint really has a model of so many layers.
+    pub(crate) fn located(self, layers: usize, contains: impl Fn(&str) -> bool) -> Self {
         let prefix = std::iter::once(self.table.prefix)
             .chain(PREFIXES)
             .find(|prefix| contains(&format!("{prefix}{}", self.table.embedding)))
             .unwrap_or(self.prefix);
+        let layout = match &self.table.experts {
+            Some(names) if names.alone.is_some() => {
+                let fused = format!(".{}", names.fused.gate_up);
+                let found = (0..layers)
+                    .any(|layer| contains(&format!("{prefix}layers.{layer}{fused}")));
+                match found {
+                    true => ExpertLayout::Fused,
+                    false => ExpertLayout::Alone,
+                }
+            }
+            _ => self.layout,
+        };
         let heads = self.table.heads.iter().copied().chain([INNER_HEAD]);
         let head = heads.into_iter().find(|head| contains(head));
         Self {
             prefix,
             head: head.unwrap_or(self.head),
+            layout,
             ..self
         }
     }
@@ -389,7 +570,7 @@ pub struct ModuleId {
 }
 
 /// All tables, to find a module by its path alone.
-const TABLES: [&Table; 7] = [
+const TABLES: [&Table; 8] = [
     &LLAMA,
     &GEMMA,
     &OLMO2,
@@ -397,6 +578,7 @@ const TABLES: [&Table; 7] = [
     &GLM4,
     &GRANITE_HYBRID,
     &GPT_NEOX,
+    &QWEN2_MOE,
 ];
 
 impl ModuleId {
@@ -460,16 +642,32 @@ mod tests {
     #[test]
     fn names_are_those_under_which_the_checkpoint_has_the_embedding_and_the_head() {
         let names = Names::new(&LLAMA);
-        let inner = names.located(|name| name == "model.language_model.embed_tokens.weight");
+        let inner = names.located(4, |name| name == "model.language_model.embed_tokens.weight");
         assert_eq!(inner.block(3, "x"), "model.language_model.layers.3.x");
         assert_eq!(inner.head(), "lm_head.weight");
-        let outer = names.located(|name| {
+        let outer = names.located(4, |name| {
             name == "language_model.model.embed_tokens.weight" || name == INNER_HEAD
         });
         assert_eq!(outer.head(), INNER_HEAD);
-        let pythia = Names::new(&GPT_NEOX).located(|name| name == "lm_head.weight");
+        let pythia = Names::new(&GPT_NEOX).located(4, |name| name == "lm_head.weight");
         assert_eq!(pythia.head(), "lm_head.weight");
         assert_eq!(pythia.embedding(), "gpt_neox.embed_in.weight");
+    }
+
+    #[test]
+    fn the_layout_of_experts_is_the_one_whose_names_the_checkpoint_has() {
+        let names = Names::new(&MIXTRAL);
+        let alone = names.located(2, |_| false);
+        assert_eq!(alone.layout(), ExpertLayout::Alone);
+        let router = "model.layers.1.block_sparse_moe.gate.weight";
+        assert_eq!(alone.router(1).as_deref(), Some(router));
+        let fused = names.located(2, |name| name == "model.layers.1.mlp.experts.gate_up_proj");
+        assert_eq!(fused.router(0).as_deref(), Some("model.layers.0.mlp.gate.weight"));
+        assert_eq!(alone.with_layout(ExpertLayout::Fused), Some(fused));
+        let granite = Names::new(&GRANITE_MOE);
+        assert_eq!(granite.layout(), ExpertLayout::Fused);
+        assert_eq!(granite.with_layout(ExpertLayout::Alone), None);
+        assert_eq!(Names::new(&LLAMA).router(0), None);
     }
 
     #[test]

@@ -255,7 +255,7 @@ mod tests {
         let silu = |x: f64| x / (1.0 + (-x).exp());
         let gelu_tanh = |x: f64| {
             let inner = (2.0 / std::f64::consts::PI).sqrt() * (x + 0.044_715 * x * x * x);
-            0.5 * x * (1.0 + inner.tanh())
+            x / (1.0 + (-2.0 * inner).exp())
         };
         let exact: [(Activation, &dyn Fn(f64) -> f64); 2] = [
             (Activation::Silu, &silu),

@@ -4,7 +4,7 @@
 //! memory. Peak memory is that, whatever the depth of the model.
 
 use crate::attention::Mixer;
-use crate::block::{Block, RopeTables};
+use crate::block::{BetweenHalves, Block, Mlp, RopeTables};
 use crate::decoder::Decoder;
 use crate::ops;
 use crate::tap::Tap;
@@ -55,9 +55,73 @@ impl Hidden {
     /// [`Error::NonFinite`] with the place where the block's output is NaN or infinite, and
     /// [`Error::Tap`] when the tap refuses an input.
     pub fn advance(&mut self, block: &Block, tap: &mut dyn Tap) -> Result<()> {
+        match &block.experts {
+            Some(experts) => self.advance_experts(block, &mut |id| experts.expert(id), tap),
+            None => self.pass(block, tap),
+        }
+    }
+
+    /// Sends every window through block `layer`, with at most one expert in memory.
+    ///
+    /// # Errors
+    /// As [`Hidden::advance`], and what loading the block reports.
+    pub fn advance_stored(
+        &mut self,
+        decoder: &Decoder<'_>,
+        layer: usize,
+        tap: &mut dyn Tap,
+    ) -> Result<()> {
+        let block = decoder.frame(layer)?;
+        let moved = match &block.experts {
+            None => {
+                decoder.release(layer);
+                self.pass(&block, tap)
+            }
+            Some(_) => {
+                let mut expert = |id: usize| {
+                    let expert = decoder.expert(layer, id)?;
+                    decoder.release_expert(layer, id);
+                    Ok(expert)
+                };
+                self.advance_experts(&block, &mut expert, tap)
+            }
+        };
+        decoder.release(layer);
+        moved
+    }
+
+    /// A block without experts.
+    fn pass(&mut self, block: &Block, tap: &mut dyn Tap) -> Result<()> {
         for batch in &mut self.batches {
             *batch = block.forward(batch, &self.rope, &mut Mixer::Windows, tap)?;
         }
+        self.check_finite(|| format!("layer {}", block.layer))
+    }
+
+    /// Sends every window through a block whose experts come from `expert`, which is asked for each that is needed once and
+    /// in ascending order. A block without experts runs as it is.
+    ///
+    /// # Errors
+    /// As [`Hidden::advance`], and what `expert` reports.
+    pub fn advance_experts(
+        &mut self,
+        block: &Block,
+        expert: &mut dyn FnMut(usize) -> Result<Mlp>,
+        tap: &mut dyn Tap,
+    ) -> Result<()> {
+        let Some(experts) = &block.experts else {
+            return self.pass(block, tap);
+        };
+        let halves = self.batches.iter();
+        let halves = halves.map(|x| block.first_half(x, &self.rope, &mut Mixer::Windows, tap));
+        let halves: Vec<BetweenHalves> = halves.collect::<Result<_>>()?;
+        let inputs: Vec<Tensor> = halves.iter().map(|half| half.input.clone()).collect();
+        let outputs = experts.run(block.layer, &inputs, expert, tap)?;
+        drop(inputs);
+        let done = halves.into_iter().zip(outputs);
+        self.batches = done
+            .map(|(half, output)| block.second_half(half, output))
+            .collect::<Result<_>>()?;
         self.check_finite(|| format!("layer {}", block.layer))
     }
 
@@ -96,9 +160,7 @@ pub fn run_blocks(
 ) -> Result<Hidden> {
     let mut hidden = Hidden::embed(decoder, windows)?;
     for layer in 0..decoder.config().layers() {
-        let block = decoder.block(layer)?;
-        decoder.release(layer);
-        hidden.advance(&block, tap)?;
+        hidden.advance_stored(decoder, layer, tap)?;
         progress.advance(1)?;
     }
     Ok(hidden)

@@ -3,6 +3,7 @@
 //! A block hands the input of each of its linears to a [`Tap`] while it runs. Linears that read
 //! the same tensor (q/k/v, and gate/up) share one call.
 
+use crate::mixture::Routing;
 use candle_core::Tensor;
 
 /// Which input is being handed over.
@@ -30,6 +31,49 @@ pub trait Tap {
     /// # Errors
     /// Whatever the collector cannot accept; the run stops and reports it with the layer.
     fn observe(&mut self, layer: usize, site: Site, x: &Tensor) -> TapResult;
+
+    /// Is called once for each block with experts, before they run, with all tokens that run together.
+    ///
+    /// # Errors
+    /// As above.
+    fn routed(&mut self, _layer: usize, _routed: &Routed<'_>) -> TapResult {
+        Ok(())
+    }
+
+    /// Is called once for each expert that some of these tokens chose, in ascending order, and then for each batch with
+    /// the expert that every token passes through.
+    ///
+    /// # Errors
+    /// As above.
+    fn expert(&mut self, _layer: usize, _pass: &ExpertPass) -> TapResult {
+        Ok(())
+    }
+}
+
+/// What the experts of a block read, and where it goes.
+#[derive(Clone, Copy, Debug)]
+pub struct Routed<'a> {
+    /// Input of router and experts, `[tokens, hidden]` for each batch.
+    pub inputs: &'a [Tensor],
+    /// The experts of the tokens of each batch.
+    pub routings: &'a [Routing],
+}
+
+/// Tokens on their way through an expert.
+#[derive(Clone, Debug)]
+pub struct ExpertPass {
+    /// Which expert; `None` for the one that every token passes through.
+    pub expert: Option<usize>,
+    /// The tokens, counted over all batches, ascending.
+    pub tokens: Vec<u32>,
+    /// What multiplies the output of each.
+    pub gates: Vec<f32>,
+    /// Input of gate and up, `[tokens, hidden]`.
+    pub input: Tensor,
+    /// Input of down, `[tokens, neurons]`.
+    pub neurons: Tensor,
+    /// The output, before gates, `[tokens, hidden]`.
+    pub output: Tensor,
 }
 
 /// Looks at nothing.

@@ -105,12 +105,21 @@ pub fn configs() -> Vec<Config> {
         ),
         ("phi3", phi3),
         ("olmo2", json!({})),
-        ("gpt_neox", json!({"hidden_act": "gelu", "head_dim": 3, "rotary_pct": 0.75})),
+        (
+            "gpt_neox",
+            json!({"hidden_act": "gelu", "num_attention_heads": 4, "rotary_pct": 0.75}),
+        ),
         ("glm4", json!({})),
         (
             "granite",
             json!({"embedding_multiplier": 12.0, "residual_multiplier": 0.22, "attention_multiplier": 0.2, "logits_scaling": 8.0}),
         ),
+        (
+            "qwen2_moe",
+            json!({"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+                "shared_expert_intermediate_size": 24, "mlp_only_layers": [1]}),
+        ),
+        ("mixtral", json!({"num_local_experts": 4})),
     ]
     .map(|(model_type, changes)| config(model_type, changes))
     .into()

@@ -339,6 +339,41 @@ impl Checkpoint {
         }
     }
 
+    /// Rows of a tensor of floats converted to `dtype`, as `[rows, columns]`. All dimensions but the last count as rows, so
+    /// that one matrix of several is a range.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::tensor_as`], [`Error::UnknownRow`], and [`Error::UnsupportedDtype`] for a tensor without floats.
+    pub fn rows_as(
+        &self,
+        name: &str,
+        rows: Range<usize>,
+        dtype: DType,
+        device: &Device,
+    ) -> Result<Tensor> {
+        let info = self.info(name)?;
+        if !dtype::is_float(info.dtype) {
+            return Err(self.unsupported(name, info, "a float"));
+        }
+        let columns = info.shape.last().copied().unwrap_or(1);
+        let count = info.elements().checked_div(columns).unwrap_or(0);
+        if rows.end > count || rows.start > rows.end {
+            return Err(Error::UnknownRow {
+                file: self.shard_paths[info.shard].clone(),
+                tensor: name.to_string(),
+                row: rows.end.saturating_sub(1),
+                rows: count,
+            });
+        }
+        match dtype {
+            DType::F32 => self.decode_rows::<f32>(name, info, rows, columns, device),
+            DType::F16 => self.decode_rows::<f16>(name, info, rows, columns, device),
+            DType::BF16 => self.decode_rows::<bf16>(name, info, rows, columns, device),
+            DType::F64 => self.decode_rows::<f64>(name, info, rows, columns, device),
+            other => Err(self.unsupported(name, info, other.as_str())),
+        }
+    }
+
     /// Lets go of the memory behind these tensors: their bytes no longer count toward the resident memory of the
     /// process and are read from the file again when they are next asked for. Unknown names are passed over.
     pub fn release<'a>(&self, names: impl IntoIterator<Item = &'a str>) {
@@ -370,6 +405,24 @@ impl Checkpoint {
         let elements = dtype::decode::<T>(info.dtype, &bytes)
             .map_err(|bad| self.bad_value(name, info, T::DTYPE, bad))?;
         Tensor::from_vec(elements, info.shape.as_slice(), device).map_err(Error::tensor(name))
+    }
+
+    fn decode_rows<T: Float>(
+        &self,
+        name: &str,
+        info: &TensorInfo,
+        rows: Range<usize>,
+        columns: usize,
+        device: &Device,
+    ) -> Result<Tensor> {
+        let bytes = self.bytes(name)?;
+        let row_bytes = columns * info.bytes / info.elements().max(1);
+        let part = &bytes[rows.start * row_bytes..rows.end * row_bytes];
+        let elements = dtype::decode::<T>(info.dtype, part).map_err(|bad| {
+            let element = rows.start * columns + bad.element;
+            self.bad_value(name, info, T::DTYPE, BadValue { element, ..bad })
+        })?;
+        Tensor::from_vec(elements, (rows.len(), columns), device).map_err(Error::tensor(name))
     }
 
     fn unsupported(&self, name: &str, info: &TensorInfo, wanted: &'static str) -> Error {

@@ -126,6 +126,7 @@ impl Fields {
             softcap: None,
             value_is_key: false,
             gated: false,
+            clip: None,
         };
         let names = Names::new(family.names);
         let nested_tie = self
@@ -140,6 +141,7 @@ impl Fields {
             hidden,
             vocab: self.positive_or("vocab_size", defaults.vocab)?,
             widths: self.widths(layers, family)?,
+            mixtures: vec![None; layers],
             attention: vec![attention; layers],
             norm: NormConfig {
                 kind: NormKind::Rms,

@@ -51,6 +51,21 @@ pub struct Widths {
     pub neurons: usize,
 }
 
+/// Experts of one block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Mixture {
+    /// Experts among which the router chooses.
+    pub experts: usize,
+    /// Neurons of each.
+    pub width: usize,
+    /// Experts that are chosen for a token.
+    pub chosen: usize,
+    /// Whether the gates of a token are divided by their sum.
+    pub normalise: bool,
+    /// Neurons of the expert that every token passes through; 0 where there is none.
+    pub shared: usize,
+}
+
 /// Attention of one block, apart from its widths.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct AttentionConfig {
@@ -68,6 +83,8 @@ pub struct AttentionConfig {
     pub value_is_key: bool,
     /// Whether q_proj also projects a gate for the heads' outputs.
     pub gated: bool,
+    /// Queries, keys and values are clamped to ± this before rotation.
+    pub clip: Option<f64>,
 }
 
 /// What norms compute.
@@ -154,8 +171,10 @@ pub struct ModelConfig {
     pub hidden: usize,
     /// Rows of the embedding.
     pub vocab: usize,
-    /// Widths of every block.
+    /// Widths of every block. A block with experts has no MLP beside them.
     pub widths: Vec<Widths>,
+    /// Experts of every block that has some.
+    pub mixtures: Vec<Option<Mixture>>,
     /// Attention of every block.
     pub attention: Vec<AttentionConfig>,
     /// Every norm but those of heads without a weight.
@@ -249,11 +268,13 @@ impl ModelConfig {
                     softcap: None,
                     value_is_key: false,
                     gated: false,
+                    clip: None,
                 }
         };
         let factors = [self.residual_scale, self.embedding_scale, self.logit_scale];
         *self.names.table() == crate::names::LLAMA
             && !self.nested
+            && self.mixtures.iter().all(Option::is_none)
             && self.attention.iter().all(plain)
             && self.ropes.len() == 1
             && self.ropes[0].turned() == self.head_dim(0)
@@ -281,6 +302,18 @@ impl ModelConfig {
                 ));
             }
         }
+        for (layer, mixture) in self.mixtures.iter().enumerate() {
+            let Some(mixture) = mixture else { continue };
+            if mixture.chosen == 0 || mixture.chosen > mixture.experts {
+                return Err(invalid(
+                    "num_experts_per_tok",
+                    format!(
+                        "{} of the {} experts of layer {layer}",
+                        mixture.chosen, mixture.experts
+                    ),
+                ));
+            }
+        }
         for attention in &self.attention {
             let head_dim = attention.head_dim;
             if head_dim == 0 || !head_dim.is_multiple_of(2) {
@@ -303,6 +336,7 @@ impl ModelConfig {
             }
         }
         for (field, cap) in [
+            ("clip_qkv", self.attention.first().and_then(|a| a.clip)),
             (
                 "attn_logit_softcapping",
                 self.attention.first().and_then(|a| a.softcap),

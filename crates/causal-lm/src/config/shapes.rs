@@ -1,7 +1,7 @@
 //! Shapes of linears and tensors, and which stored rows are which linear.
 
 use super::{ModelConfig, NormKind, QkNorm, Widths};
-use crate::names::{LinearName, Module, Rows, Run};
+use crate::names::{ExpertLayout, ExpertPart, LinearName, Module, Rows, Run};
 
 impl ModelConfig {
     /// Shape of a block's linear, `[out, in]`; `None` where the block has no such linear.
@@ -25,6 +25,8 @@ impl ModelConfig {
             LinearName::Gate if !self.gated_mlp => return None,
             LinearName::Gate | LinearName::Up => [neurons, hidden],
             LinearName::Down => [hidden, neurons],
+            LinearName::SharedGate | LinearName::SharedUp => [self.shared(layer), hidden],
+            LinearName::SharedDown => [hidden, self.shared(layer)],
         };
         (shape[0] > 0 && shape[1] > 0).then_some(shape)
     }
@@ -35,7 +37,82 @@ impl ModelConfig {
             LinearName::Q | LinearName::K | LinearName::V => self.biases.qkv,
             LinearName::O => self.biases.o,
             LinearName::Gate | LinearName::Up | LinearName::Down => self.biases.mlp,
+            LinearName::SharedGate | LinearName::SharedUp | LinearName::SharedDown => false,
         }
+    }
+
+    /// Neurons of the expert that every token of a block passes through.
+    fn shared(&self, layer: usize) -> usize {
+        self.mixtures[layer].map_or(0, |mixture| mixture.shared)
+    }
+
+    /// Where gate, up or down of an expert are stored; `None` for other linears and blocks, and experts that are not there.
+    pub fn expert_part(&self, layer: usize, expert: usize, name: LinearName) -> Option<ExpertPart> {
+        let mixture = (*self.mixtures.get(layer)?)?;
+        if expert >= mixture.experts {
+            return None;
+        }
+        let (hidden, width) = (self.hidden, mixture.width);
+        let names = self.names.table().experts.as_ref()?;
+        // Place among the names, rows, columns, and for a fused tensor its name, rows of each expert and rows before ours.
+        let (at, rows, columns, fused) = match name {
+            LinearName::Gate => (0, width, hidden, (names.fused.gate_up, 2 * width, 0)),
+            LinearName::Up => (1, width, hidden, (names.fused.gate_up, 2 * width, width)),
+            LinearName::Down => (2, hidden, width, (names.fused.down, hidden, 0)),
+            _ => return None,
+        };
+        let part = match (self.names.layout(), &names.alone) {
+            (ExpertLayout::Alone, Some(alone)) => ExpertPart {
+                tensor: self.names.block(
+                    layer,
+                    &format!("{}{expert}.{}.weight", alone.before, alone.linears[at]),
+                ),
+                rows: 0..rows,
+                columns,
+            },
+            _ => {
+                let (path, of_expert, before) = fused;
+                let first = expert * of_expert + before;
+                ExpertPart {
+                    tensor: self.names.block(layer, path),
+                    rows: first..first + rows,
+                    columns,
+                }
+            }
+        };
+        Some(part)
+    }
+
+    /// Name and shape of the tensors of a block's experts, router included.
+    fn expert_tensors(&self, layer: usize) -> Vec<(String, Vec<usize>)> {
+        let (Some(mixture), Some(names)) =
+            (self.mixtures[layer], self.names.table().experts.as_ref())
+        else {
+            return vec![];
+        };
+        let (hidden, width, experts) = (self.hidden, mixture.width, mixture.experts);
+        let router = self.names.router(layer).map(|name| (name, vec![experts, hidden]));
+        let gate = self.names.shared_gate(layer).filter(|_| mixture.shared > 0);
+        let mut tensors: Vec<(String, Vec<usize>)> = router.into_iter().collect();
+        tensors.extend(gate.map(|name| (name, vec![1, hidden])));
+        match self.names.layout() {
+            ExpertLayout::Alone => {
+                for expert in 0..experts {
+                    for name in [LinearName::Gate, LinearName::Up, LinearName::Down] {
+                        let part = self.expert_part(layer, expert, name);
+                        tensors.extend(
+                            part.map(|part| (part.tensor, vec![part.rows.len(), part.columns])),
+                        );
+                    }
+                }
+            }
+            ExpertLayout::Fused => {
+                let name = |path| self.names.block(layer, path);
+                tensors.push((name(names.fused.gate_up), vec![experts, 2 * width, hidden]));
+                tensors.push((name(names.fused.down), vec![experts, hidden, width]));
+            }
+        }
+        tensors
     }
 
     /// Whether stock classes have, or can be told to have, a bias there.
@@ -154,6 +231,7 @@ impl ModelConfig {
                     tensors.push((names.bias(layer, module), vec![rows]));
                 }
             }
+            tensors.extend(self.expert_tensors(layer));
             if self.layer_scalar {
                 tensors.push((names.block(layer, LAYER_SCALAR), vec![1]));
             }

@@ -60,6 +60,9 @@ pub fn linear(name: LinearName) -> &'static str {
         LinearName::Gate => "ffn_gate",
         LinearName::Up => "ffn_up",
         LinearName::Down => "ffn_down",
+        LinearName::SharedGate => "ffn_gate_shexp",
+        LinearName::SharedUp => "ffn_up_shexp",
+        LinearName::SharedDown => "ffn_down_shexp",
     }
 }
 

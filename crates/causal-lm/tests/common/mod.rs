@@ -1,6 +1,7 @@
 //! Tiny decoders whose weights come from a formula, and the logits that transformers gives them.
 
 use candle_core::{DType, Device, Tensor};
+use causal_lm::names::ExpertLayout;
 use causal_lm::{Decoder, ModelConfig, NoProgress, NoTap, Windows, cross_entropy, run_blocks};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
@@ -67,7 +68,11 @@ impl Golden {
 
     /// Writes the model as a checkpoint folder.
     pub(crate) fn write(&self, dir: &Path) {
-        let mut tensors = ModelConfig::new(&self.config()).unwrap().tensors();
+        let mut config = ModelConfig::new(&self.config()).unwrap();
+        if self.0["layout"] == "fused" {
+            config.names = config.names.with_layout(ExpertLayout::Fused).unwrap();
+        }
+        let mut tensors = config.tensors();
         tensors.extend(self.foreign());
         let spec =
             |(name, shape): &(String, Vec<usize>)| TensorSpec::new(name, DType::F32, shape.clone());

@@ -35,7 +35,7 @@ pub(super) const HYBRID: Family = Family {
     read: read_hybrid,
 };
 
-fn factors(fields: &Fields, model: &mut ModelConfig) -> Result<()> {
+pub(super) fn factors(fields: &Fields, model: &mut ModelConfig) -> Result<()> {
     let factor = |field| fields.number_or(field, 1.0);
     model.embedding_scale = factor("embedding_multiplier")?;
     model.residual_scale = factor("residual_multiplier")?;

@@ -8,6 +8,7 @@ mod granite;
 mod llama;
 mod ministral3;
 mod mistral;
+mod mixture;
 mod olmo2;
 mod phi3;
 mod qwen;
@@ -37,6 +38,11 @@ pub(super) const FAMILIES: &[Family] = &[
     gpt_neox::GPT_NEOX,
     ministral3::MINISTRAL3,
     glm4::GLM4,
+    mixture::MIXTRAL,
+    mixture::QWEN2_MOE,
+    mixture::QWEN3_MOE,
+    mixture::OLMOE,
+    mixture::GRANITE,
 ];
 
 /// One architecture.
