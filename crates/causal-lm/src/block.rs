@@ -307,7 +307,10 @@ impl Block {
             let inputs = std::slice::from_ref(&half.input);
             let outputs = experts.run(self.layer, inputs, &mut expert, tap)?;
             // As many as inputs.
-            let output = outputs.into_iter().next().unwrap_or(half.input.zeros_like()?);
+            let output = outputs
+                .into_iter()
+                .next()
+                .unwrap_or(half.input.zeros_like()?);
             return self.second_half(half, output);
         }
         let (batch, tokens, hidden) = x.dims3()?;
@@ -324,7 +327,9 @@ impl Block {
             }
             None => self.mlp.without_body(after_attention)?,
         };
-        self.scaled(y)?.reshape((batch, tokens, hidden)).map_err(Error::from)
+        self.scaled(y)?
+            .reshape((batch, tokens, hidden))
+            .map_err(Error::from)
     }
 
     fn observe(&self, tap: &mut dyn Tap, site: Site, input: &Tensor) -> Result<()> {

@@ -286,7 +286,9 @@ impl<'a> Decoder<'a> {
         let mut block = self.frame(layer)?;
         if let Some(moe) = &mut block.experts {
             let experts = 0..moe.router.outputs();
-            moe.experts = experts.map(|e| self.expert(layer, e)).collect::<Result<_>>()?;
+            moe.experts = experts
+                .map(|e| self.expert(layer, e))
+                .collect::<Result<_>>()?;
         }
         Ok(block)
     }
@@ -306,13 +308,16 @@ impl<'a> Decoder<'a> {
     }
 
     fn expert_linear(&self, layer: usize, expert: usize, name: LinearName) -> Result<Linear> {
-        let part = self.config.expert_part(layer, expert, name).ok_or_else(|| {
-            let mixture = self.config.mixtures.get(layer).copied().flatten();
-            Error::Routing {
-                chosen: expert + 1,
-                experts: mixture.map_or(0, |mixture| mixture.experts),
-            }
-        })?;
+        let part = self
+            .config
+            .expert_part(layer, expert, name)
+            .ok_or_else(|| {
+                let mixture = self.config.mixtures.get(layer).copied().flatten();
+                Error::Routing {
+                    chosen: expert + 1,
+                    experts: mixture.map_or(0, |mixture| mixture.experts),
+                }
+            })?;
         let weight = match self.config.names.layout() {
             ExpertLayout::Alone => self.load(&part.tensor)?,
             ExpertLayout::Fused => {

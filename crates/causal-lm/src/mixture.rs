@@ -263,10 +263,12 @@ enum Sum {
 
 impl Sum {
     fn new(x: &Tensor) -> Result<Self> {
-        Ok(match matches!(x.device(), Device::Cpu) && x.dtype() == DType::F32 {
-            true => Self::Cpu(vec![0.0; x.elem_count()]),
-            false => Self::Other(x.zeros_like()?),
-        })
+        Ok(
+            match matches!(x.device(), Device::Cpu) && x.dtype() == DType::F32 {
+                true => Self::Cpu(vec![0.0; x.elem_count()]),
+                false => Self::Other(x.zeros_like()?),
+            },
+        )
     }
 
     fn add(&mut self, tokens: &[u32], rows: &Tensor) -> Result<()> {
@@ -306,7 +308,9 @@ mod tests {
             4 => -4.0,
             _ => ((5 * t + 3 * e + (t * e) % 4) % 11 - 5) as f32 / 2.0,
         };
-        (0..6).flat_map(|t| (0..5).map(move |e| logit(t, e))).collect()
+        (0..6)
+            .flat_map(|t| (0..5).map(move |e| logit(t, e)))
+            .collect()
     }
 
     fn rule(normalise: bool) -> RoutingRule {
@@ -328,7 +332,7 @@ mod tests {
     fn gates_are_shares_of_the_chosen_or_of_all() {
         for (normalise, rows) in [
             (true, [[0.8175745, 0.1824255], [0.9525741, 0.0474259]]),
-            (false, [[0.7772998, 0.1734390], [0.9152506, 0.0455677]]),
+            (false, [[0.7772998, 0.173_439], [0.9152506, 0.0455677]]),
         ] {
             let routing = rule(normalise).route(logits(), 5).unwrap();
             for (token, expected) in [0, 3].into_iter().zip(rows) {

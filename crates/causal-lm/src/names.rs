@@ -449,8 +449,8 @@ impl Names {
         let layout = match &self.table.experts {
             Some(names) if names.alone.is_some() => {
                 let fused = format!(".{}", names.fused.gate_up);
-                let found = (0..layers)
-                    .any(|layer| contains(&format!("{prefix}layers.{layer}{fused}")));
+                let found =
+                    (0..layers).any(|layer| contains(&format!("{prefix}layers.{layer}{fused}")));
                 match found {
                     true => ExpertLayout::Fused,
                     false => ExpertLayout::Alone,
@@ -662,7 +662,10 @@ mod tests {
         let router = "model.layers.1.block_sparse_moe.gate.weight";
         assert_eq!(alone.router(1).as_deref(), Some(router));
         let fused = names.located(2, |name| name == "model.layers.1.mlp.experts.gate_up_proj");
-        assert_eq!(fused.router(0).as_deref(), Some("model.layers.0.mlp.gate.weight"));
+        assert_eq!(
+            fused.router(0).as_deref(),
+            Some("model.layers.0.mlp.gate.weight")
+        );
         assert_eq!(alone.with_layout(ExpertLayout::Fused), Some(fused));
         let granite = Names::new(&GRANITE_MOE);
         assert_eq!(granite.layout(), ExpertLayout::Fused);

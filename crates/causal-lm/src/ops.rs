@@ -150,7 +150,7 @@ struct Gate<'a> {
 }
 
 /// 2 √(2/π).
-const GELU: f32 = 1.595_769_1;
+const GELU: f32 = 1.595_769;
 /// Weight of the cube in it.
 const CUBE: f32 = 0.044_715;
 

@@ -143,12 +143,14 @@ impl Likelihoods {
     }
 }
 
+/// Index and tokens of a continuation.
+type Member<'a> = (usize, &'a [u32]);
+
 /// The continuations of one item that keep equally much of its context and are rotated alike, and so can share it.
 struct Group<'a> {
     item: usize,
     context: &'a [u32],
-    /// Index and tokens of each continuation.
-    members: Vec<(usize, &'a [u32])>,
+    members: Vec<Member<'a>>,
 }
 
 impl<'a> Group<'a> {
@@ -158,7 +160,7 @@ impl<'a> Group<'a> {
         max_positions: usize,
         short: Option<usize>,
     ) -> Result<Vec<Self>> {
-        let mut by_start: BTreeMap<(usize, bool), Vec<(usize, &[u32])>> = BTreeMap::new();
+        let mut by_start: BTreeMap<(usize, bool), Vec<Member<'a>>> = BTreeMap::new();
         for (continuation, tokens) in of.continuations.iter().enumerate() {
             let refuse = |reason: String| Error::Continuation {
                 item,

@@ -91,7 +91,10 @@ impl ModelConfig {
             return vec![];
         };
         let (hidden, width, experts) = (self.hidden, mixture.width, mixture.experts);
-        let router = self.names.router(layer).map(|name| (name, vec![experts, hidden]));
+        let router = self
+            .names
+            .router(layer)
+            .map(|name| (name, vec![experts, hidden]));
         let gate = self.names.shared_gate(layer).filter(|_| mixture.shared > 0);
         let mut tensors: Vec<(String, Vec<usize>)> = router.into_iter().collect();
         tensors.extend(gate.map(|name| (name, vec![1, hidden])));
