@@ -59,8 +59,8 @@
 //! };
 //!
 //! # fn main() -> prune_lattice::Result<()> {
-//! let shape = RnnConfig { cell: Cell::Lstm, input: InputKind::OneHot { vocab: 65 }, hidden: vec![48], outputs: 65 };
 //! let shape = RnnConfig::new(Cell::Lstm, InputKind::OneHot { vocab: 65 }, [48], 65);
+//! let mut rnn = Rnn::new(shape, 0)?; // or Rnn::load(file, &CheckpointNames::default())?
 //! let config = PruneConfig::new(Method::LatticeContext, 0.75);
 //!
 //! let (masks, report) = prune(&rnn, &config)?;
