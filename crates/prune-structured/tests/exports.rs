@@ -5,7 +5,8 @@ mod common;
 use candle_core::quantized::gguf_file::{Content, Value};
 use candle_core::{DType, Device, Tensor};
 use causal_lm::config::WIDTHS_KEY;
-use common::{KINDS, Tiny, decoder, gap, logits, overwrite, windows};
+use causal_lm::testing::TestModel;
+use common::{KINDS, decoder, gap, logits, overwrite, tiny, windows};
 use prune_structured::compensation::{Alternating, NoCompensation};
 use prune_structured::gguf::{self, Precision};
 use prune_structured::output::Refits;
@@ -18,7 +19,7 @@ use serde_json::{Value as Json, json};
 use std::path::{Path, PathBuf};
 use tensor_io::{Checkpoint, WriteOptions};
 
-fn calibrate(model: &Tiny) -> Calibration {
+fn calibrate(model: &TestModel) -> Calibration {
     let collect = Collect::default();
     Calibration::run(&model.decoder(), &windows(12), &collect, &NoProgress).unwrap()
 }
@@ -30,12 +31,18 @@ fn recipe(name: &str, uniform: bool) -> Recipe {
     recipe
 }
 
-fn save(model: &Tiny, plan: &Plan, calibration: &Calibration, form: Form, name: &str) -> PathBuf {
+fn save(
+    model: &TestModel,
+    plan: &Plan,
+    calibration: &Calibration,
+    form: Form,
+    name: &str,
+) -> PathBuf {
     save_refined(model, plan, (calibration, None), form, name)
 }
 
 fn save_refined(
-    model: &Tiny,
+    model: &TestModel,
     plan: &Plan,
     (calibration, refits): (&Calibration, Option<&Refits>),
     form: Form,
@@ -51,7 +58,7 @@ fn save_refined(
 }
 
 fn make(
-    model: &Tiny,
+    model: &TestModel,
     calibration: &Calibration,
     recipe: &Recipe,
     ratio: f64,
@@ -60,7 +67,7 @@ fn make(
 }
 
 /// A pruned model in a folder with a byte-level tokenizer of as many tokens as it has rows.
-fn pruned(model: &Tiny, recipe: &Recipe, ratio: f64) -> PathBuf {
+fn pruned(model: &TestModel, recipe: &Recipe, ratio: f64) -> PathBuf {
     let calibration = calibrate(model);
     let mut plan = make(model, &calibration, recipe, ratio).unwrap();
     if !recipe.shape.uniform {
@@ -102,7 +109,7 @@ fn rows(tensor: &Tensor) -> Vec<f32> {
 #[test]
 fn equal_widths_come_within_one_step_of_every_layer_under_any_allocation() {
     for kind in KINDS {
-        let model = Tiny::new(kind, DType::F32);
+        let model = tiny(kind, DType::F32);
         let calibration = calibrate(&model);
         for name in ["flap", "wanda-sp", "structprune", "structprune-softmax"] {
             for align in [1, 4] {
@@ -134,7 +141,7 @@ fn equal_widths_come_within_one_step_of_every_layer_under_any_allocation() {
 
 #[test]
 fn equal_widths_that_miss_the_ratio_are_an_error() {
-    let model = Tiny::new("llama", DType::F32);
+    let model = tiny("llama", DType::F32);
     let calibration = calibrate(&model);
     let mut recipe = recipe("flap", true);
     recipe.shape.min_attention = 4;
@@ -149,7 +156,7 @@ fn equal_widths_that_miss_the_ratio_are_an_error() {
 #[test]
 fn a_gguf_holds_the_models_values_and_widths() {
     for kind in KINDS {
-        let model = Tiny::new(kind, DType::F32);
+        let model = tiny(kind, DType::F32);
         for (uniform, method) in [(true, "wanda-sp"), (false, "structprune")] {
             let folder = pruned(&model, &recipe(method, uniform), 0.3);
             let checkpoint = Checkpoint::open(&folder).unwrap();
@@ -283,7 +290,7 @@ fn check_values(
 
 #[test]
 fn byte_level_pre_tokenizers_go_by_llama_cpps_names() {
-    let model = Tiny::new("llama", DType::F32);
+    let model = tiny("llama", DType::F32);
     let folder = pruned(&model, &recipe("wanda-sp", true), 0.3);
     let sequence = |first: Json, use_regex| json!({"type": "Sequence", "pretokenizers": [first, byte_level(use_regex)]});
     let split = |regex: &str| {
@@ -322,7 +329,7 @@ fn byte_level_pre_tokenizers_go_by_llama_cpps_names() {
 
 #[test]
 fn a_tokenizer_that_llama_cpp_has_no_name_for_is_refused_and_leaves_nothing() {
-    let model = Tiny::new("llama", DType::F32);
+    let model = tiny("llama", DType::F32);
     let folder = pruned(&model, &recipe("wanda-sp", true), 0.3);
     tokenizer(&folder, &json!({"type": "Whitespace"}));
     let checkpoint = Checkpoint::open(&folder).unwrap();
@@ -346,7 +353,7 @@ fn a_tokenizer_that_llama_cpp_has_no_name_for_is_refused_and_leaves_nothing() {
 #[test]
 fn block_configs_give_the_widths_and_the_model_runs_with_them() {
     for kind in ["llama", "llama-mha-tied", "llama-biases", "qwen2"] {
-        let model = Tiny::new(kind, DType::F32);
+        let model = tiny(kind, DType::F32);
         let calibration = calibrate(&model);
         let mut recipe = recipe("structprune", false);
         let dense = model.decoder().config().widths[0];
@@ -387,7 +394,7 @@ fn block_configs_give_the_widths_and_the_model_runs_with_them() {
 
 #[test]
 fn block_configs_refuse_attention_of_different_widths() {
-    let model = Tiny::new("llama", DType::F32);
+    let model = tiny("llama", DType::F32);
     let calibration = calibrate(&model);
     let mut plan = make(&model, &calibration, &recipe("flap", true), 0.3).unwrap();
     plan.layers[1].heads = (0..2).collect();
@@ -408,7 +415,7 @@ fn block_configs_refuse_attention_of_different_widths() {
 #[test]
 fn a_refined_model_is_the_same_masked_and_sliced_and_keeps_its_widths() {
     for kind in KINDS {
-        let model = Tiny::new(kind, DType::F32);
+        let model = tiny(kind, DType::F32);
         let calibration = calibrate(&model);
         for rounds in [1, 3] {
             let mut recipe = recipe("structprune", false);

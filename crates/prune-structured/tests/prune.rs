@@ -3,7 +3,8 @@
 mod common;
 
 use candle_core::{DType, Tensor};
-use common::{KINDS, Tiny, decoder, gap, logits, overwrite, windows};
+use causal_lm::testing::TestModel;
+use common::{KINDS, decoder, gap, logits, overwrite, tiny, tiny_with, windows};
 use prune_structured::allocation::UlUm;
 use prune_structured::compensation::{Bias, NoCompensation};
 use prune_structured::score::Ifv;
@@ -18,7 +19,7 @@ const LEAST_SQUARES: Compensation = Compensation::LEAST_SQUARES;
 const NONE: Compensation = Compensation::None(NoCompensation);
 const BIAS: Compensation = Compensation::Bias(Bias);
 
-fn calibrate(model: &Tiny) -> Calibration {
+fn calibrate(model: &TestModel) -> Calibration {
     let dir = model.path("gram");
     std::fs::create_dir_all(&dir).unwrap();
     let everything = Needs {
@@ -34,7 +35,7 @@ fn recipe(name: &str) -> Recipe {
 }
 
 fn save(
-    model: &Tiny,
+    model: &TestModel,
     plan: &Plan,
     calibration: &Calibration,
     form: Form,
@@ -49,7 +50,7 @@ fn save(
 #[allow(clippy::result_large_err)]
 /// A plan by a method that takes no time.
 fn make(
-    model: &Tiny,
+    model: &TestModel,
     calibration: &Calibration,
     recipe: &Recipe,
     ratio: f64,
@@ -61,7 +62,7 @@ fn make(
 fn ratio_0_copies_every_byte_and_leaves_the_config_alone() {
     for kind in KINDS {
         for dtype in [DType::F32, DType::BF16] {
-            let model = Tiny::new(kind, dtype);
+            let model = tiny(kind, dtype);
             let calibration = calibrate(&model);
             for name in Recipe::NAMES {
                 let plan = make(&model, &calibration, &recipe(name), 0.0).unwrap();
@@ -70,14 +71,14 @@ fn ratio_0_copies_every_byte_and_leaves_the_config_alone() {
                         .unwrap();
                 assert_eq!(
                     copy.config().raw(),
-                    model.checkpoint.config().raw(),
+                    model.checkpoint().config().raw(),
                     "{kind} {name}"
                 );
-                assert!(copy.names().eq(model.checkpoint.names()));
+                assert!(copy.names().eq(model.checkpoint().names()));
                 for tensor in copy.names() {
                     assert_eq!(
                         copy.bytes(tensor).unwrap(),
-                        model.checkpoint.bytes(tensor).unwrap(),
+                        model.checkpoint().bytes(tensor).unwrap(),
                         "{tensor}"
                     );
                 }
@@ -89,7 +90,7 @@ fn ratio_0_copies_every_byte_and_leaves_the_config_alone() {
 #[test]
 fn masked_and_sliced_models_give_the_same_logits() {
     for kind in KINDS {
-        let model = Tiny::new(kind, DType::F32);
+        let model = tiny(kind, DType::F32);
         let calibration = calibrate(&model);
         for unit in [AttentionUnit::KvGroup, AttentionUnit::QueryHead] {
             for compensation in [NONE, BIAS, LEAST_SQUARES] {
@@ -115,7 +116,7 @@ fn masked_and_sliced_models_give_the_same_logits() {
 #[test]
 fn the_removed_share_is_within_one_unit_of_the_ratio_and_the_shards_hold_what_the_plan_counts() {
     for kind in KINDS {
-        let model = Tiny::new(kind, DType::F32);
+        let model = tiny(kind, DType::F32);
         let calibration = calibrate(&model);
         for name in ["flap", "wanda-sp", "magnitude", "random"] {
             for ratio in [0.1, 0.2, 0.3, 0.5] {
@@ -163,8 +164,8 @@ fn the_removed_share_is_within_one_unit_of_the_ratio_and_the_shards_hold_what_th
 }
 
 /// A Llama with biases whose neuron 7 of every layer is the same whatever the input.
-fn with_constant_neuron() -> Tiny {
-    Tiny::with("llama-biases", DType::F32, |name, tensor| {
+fn with_constant_neuron() -> TestModel {
+    tiny_with("llama-biases", DType::F32, |name, tensor| {
         let constant = name.contains("gate_proj.weight") || name.contains("up_proj.weight");
         if !constant {
             return tensor;
@@ -198,14 +199,14 @@ fn a_constant_feature_scores_0_and_its_bias_replaces_it_exactly() {
         ],
     };
     let pruned = save(&model, &plan, &calibration, Form::Sliced, "pruned");
-    assert!(gap(&logits(&pruned), &logits(model.checkpoint.dir())) < 1e-4);
+    assert!(gap(&logits(&pruned), &logits(model.checkpoint().dir())) < 1e-4);
 }
 
 #[test]
 fn permuting_neurons_permutes_what_is_kept() {
     let shift = |j: usize| (j + 13) % 40;
-    let model = Tiny::new("llama", DType::F32);
-    let permuted = Tiny::with("llama", DType::F32, |name, tensor| {
+    let model = tiny("llama", DType::F32);
+    let permuted = tiny_with("llama", DType::F32, |name, tensor| {
         let ids = Tensor::from_iter(
             (0..40u32).map(|j| shift(j as usize) as u32),
             tensor.device(),
@@ -219,7 +220,7 @@ fn permuting_neurons_permutes_what_is_kept() {
             _ => tensor,
         }
     });
-    let kept = |model: &Tiny| {
+    let kept = |model: &TestModel| {
         make(model, &calibrate(model), &recipe("flap"), 0.3)
             .unwrap()
             .layers
@@ -234,7 +235,7 @@ fn permuting_neurons_permutes_what_is_kept() {
 
 #[test]
 fn scaling_an_output_projection_leaves_the_global_cut_alone() {
-    let model = Tiny::new("llama", DType::F32);
+    let model = tiny("llama", DType::F32);
     let mut calibration = calibrate(&model);
     let plan = |calibration: &Calibration| make(&model, calibration, &recipe("flap"), 0.4).unwrap();
     let before = plan(&calibration);
@@ -251,7 +252,7 @@ fn scaling_an_output_projection_leaves_the_global_cut_alone() {
 /// distance of the first layer's output on the calibration tokens.
 #[test]
 fn least_squares_never_loses_to_no_compensation_on_its_own_tokens() {
-    let model = Tiny::new("mistral", DType::F32);
+    let model = tiny("mistral", DType::F32);
     let calibration = calibrate(&model);
     let outputs = |checkpoint: &Checkpoint| -> Vec<f32> {
         let decoder = decoder(checkpoint);
@@ -265,7 +266,7 @@ fn least_squares_never_loses_to_no_compensation_on_its_own_tokens() {
             .flat_map(|b| b.flatten_all().unwrap().to_vec1::<f32>().unwrap())
             .collect()
     };
-    let dense = outputs(&model.checkpoint);
+    let dense = outputs(model.checkpoint());
     let mut last = 0.0;
     for ratio in [0.1, 0.3, 0.5] {
         let error = |compensation| -> f64 {
@@ -293,7 +294,7 @@ fn least_squares_never_loses_to_no_compensation_on_its_own_tokens() {
 
 #[test]
 fn minimum_widths_and_alignment_hold_in_every_layer() {
-    let model = Tiny::new("llama", DType::F32);
+    let model = tiny("llama", DType::F32);
     let calibration = calibrate(&model);
     let mut recipe = recipe("flap");
     (
@@ -327,7 +328,7 @@ fn minimum_widths_and_alignment_hold_in_every_layer() {
 #[test]
 fn sublayers_may_go_altogether_and_the_model_still_runs() {
     for kind in KINDS {
-        let model = Tiny::new(kind, DType::F32);
+        let model = tiny(kind, DType::F32);
         let calibration = calibrate(&model);
         let dense = model.decoder().config().widths[0];
         let all = |n: usize| (0..n).collect::<Vec<_>>();
@@ -370,13 +371,13 @@ fn sublayers_may_go_altogether_and_the_model_still_runs() {
 
 #[test]
 fn a_plan_survives_its_file_and_is_refused_by_another_model() {
-    let model = Tiny::new("llama", DType::F32);
+    let model = tiny("llama", DType::F32);
     let calibration = calibrate(&model);
     let plan = make(&model, &calibration, &recipe("flap"), 0.3).unwrap();
     let file = model.path("plan.json");
     plan.save(&file).unwrap();
     assert_eq!(Plan::load(&file).unwrap(), plan);
-    let other = Tiny::new("qwen2", DType::F32);
+    let other = tiny("qwen2", DType::F32);
     assert!(matches!(
         plan.check(&other.decoder()),
         Err(Error::PlanMismatch(_))
@@ -387,7 +388,7 @@ fn a_plan_survives_its_file_and_is_refused_by_another_model() {
 
 #[test]
 fn bad_ratios_and_missing_statistics_are_refused() {
-    let model = Tiny::new("qwen3", DType::F32);
+    let model = tiny("qwen3", DType::F32);
     let collect = Collect::default();
     let calibration =
         Calibration::run(&model.decoder(), &windows(2), &collect, &NoProgress).unwrap();

@@ -4,7 +4,8 @@ mod common;
 
 use candle_core::{DType, Device, Tensor};
 use causal_lm::Windows;
-use common::{KINDS, Tiny, gap, logits, overwrite, windows};
+use causal_lm::testing::TestModel;
+use common::{KINDS, gap, logits, overwrite, tiny, tiny_with, windows};
 use prune_structured::allocation::UlUm;
 use prune_structured::compensation::NoCompensation;
 use prune_structured::obs::{Problem, Rounds, Units, sweep};
@@ -81,7 +82,7 @@ fn texts() -> Texts {
 
 /// Searches in `dir`.
 fn searched(
-    model: &Tiny,
+    model: &TestModel,
     options: &Options,
     ratio: f64,
     dir: &Path,
@@ -96,7 +97,7 @@ fn searched(
     search(&model.decoder(), &data, &tyr(), start, run, progress).map_err(Box::new)
 }
 
-fn written(model: &Tiny, found: &Found, form: Form, name: &str) -> PathBuf {
+fn written(model: &TestModel, found: &Found, form: Form, name: &str) -> PathBuf {
     let dst = model.path(name);
     let settings = Settings::new(&found.calibration)
         .form(form)
@@ -108,7 +109,7 @@ fn written(model: &Tiny, found: &Found, form: Form, name: &str) -> PathBuf {
 #[test]
 fn a_search_gives_a_smaller_model_of_every_kind_that_opens_and_computes_what_its_mask_does() {
     for kind in KINDS {
-        let model = Tiny::new(kind, DType::F32);
+        let model = tiny(kind, DType::F32);
         let found = searched(&model, &small(), 0.3, &model.path("search"), &NoProgress).unwrap();
         let cost = Cost::of(&model.decoder(), &found.plan).unwrap();
         let linears = |blocks: &[prune_structured::BlockCost]| {
@@ -126,7 +127,7 @@ fn a_search_gives_a_smaller_model_of_every_kind_that_opens_and_computes_what_its
 
 #[test]
 fn ratio_0_keeps_everything() {
-    let model = Tiny::new("llama", DType::F32);
+    let model = tiny("llama", DType::F32);
     let found = searched(&model, &small(), 0.0, &model.path("search"), &NoProgress).unwrap();
     assert!(found.plan.is_identity(&model.decoder()));
     // The dense model is its own teacher.
@@ -155,7 +156,7 @@ fn files(dir: &Path) -> Vec<(PathBuf, Vec<u8>)> {
 
 #[test]
 fn a_search_interrupted_after_any_step_goes_on_to_the_same_result_and_the_same_files() {
-    let model = Tiny::new("llama", DType::F32);
+    let model = tiny("llama", DType::F32);
     let options = small();
     let whole_dir = model.path("whole");
     let whole = searched(&model, &options, 0.3, &whole_dir, &NoProgress).unwrap();
@@ -202,7 +203,7 @@ fn a_search_interrupted_after_any_step_goes_on_to_the_same_result_and_the_same_f
 
 #[test]
 fn the_result_depends_on_the_seed_but_not_on_threads_memory_or_sharing() {
-    let model = Tiny::new("qwen3", DType::F32);
+    let model = tiny("qwen3", DType::F32);
     let run = |name: &str, options: Options, threads| {
         let pool = rayon::ThreadPoolBuilder::new()
             .num_threads(threads)
@@ -223,7 +224,7 @@ fn the_result_depends_on_the_seed_but_not_on_threads_memory_or_sharing() {
 
 #[test]
 fn a_folder_of_another_search_is_refused_and_so_are_sizes_that_make_none() {
-    let model = Tiny::new("llama", DType::F32);
+    let model = tiny("llama", DType::F32);
     let dir = model.path("search");
     let stopping = Counter {
         stop: 5,
@@ -256,7 +257,7 @@ fn a_folder_of_another_search_is_refused_and_so_are_sizes_that_make_none() {
 
 #[test]
 fn a_plan_is_a_start_whose_widths_a_search_without_generations_returns() {
-    let model = Tiny::new("llama", DType::F32);
+    let model = tiny("llama", DType::F32);
     let texts = texts();
     let calibration = calibrate(&model, &texts.calibration, "gram");
     let decoder = model.decoder();
@@ -277,7 +278,7 @@ fn a_plan_is_a_start_whose_widths_a_search_without_generations_returns() {
     assert_eq!(found.kl, None);
 }
 
-fn calibrate(model: &Tiny, windows: &Windows, name: &str) -> Calibration {
+fn calibrate(model: &TestModel, windows: &Windows, name: &str) -> Calibration {
     let dir = model.path(name);
     std::fs::create_dir_all(&dir).unwrap();
     let gram = Needs {
@@ -295,7 +296,7 @@ fn calibrate(model: &Tiny, windows: &Windows, name: &str) -> Calibration {
 
 #[test]
 fn the_first_block_is_refitted_on_dense_inputs_and_later_ones_on_inputs_with_accumulated_error() {
-    let model = Tiny::new("mistral", DType::F32);
+    let model = tiny("mistral", DType::F32);
     let texts = texts();
     let dense = calibrate(&model, &texts.calibration, "gram");
     let of = |accumulation, name: &str| {
@@ -324,7 +325,7 @@ fn the_first_block_is_refitted_on_dense_inputs_and_later_ones_on_inputs_with_acc
 
 #[test]
 fn what_is_written_is_what_the_sweep_left() {
-    let model = Tiny::new("qwen2", DType::F32);
+    let model = tiny("qwen2", DType::F32);
     let found = searched(&model, &small(), 0.3, &model.path("search"), &NoProgress).unwrap();
     let sliced = Checkpoint::open(written(&model, &found, Form::Sliced, "sliced")).unwrap();
     for (layer, plan) in found.plan.layers.iter().enumerate() {
@@ -341,7 +342,7 @@ fn what_is_written_is_what_the_sweep_left() {
                 .tensor_as(&name, DType::F32, &Device::Cpu)
                 .unwrap()
         };
-        let problem = Problem::new(&read(&model.checkpoint), &gram, 0.01, layer).unwrap();
+        let problem = Problem::new(&read(model.checkpoint()), &gram, 0.01, layer).unwrap();
         let units = Units::single(40, 1);
         let rounds = Rounds::suggested(40);
         let swept = sweep(problem, &units, rounds, &[plan.neurons.len()]).unwrap();
@@ -362,7 +363,7 @@ fn what_is_written_is_what_the_sweep_left() {
 #[test]
 fn rd_dp_never_exceeds_its_budget_and_no_other_allocation_has_less_error() {
     for kind in KINDS {
-        let model = Tiny::new(kind, DType::F32);
+        let model = tiny(kind, DType::F32);
         let calibration = calibrate(&model, &windows(12), "gram");
         let decoder = model.decoder();
         for score in ["obs", "wifv", "wanda-sp"] {
@@ -410,7 +411,7 @@ fn output_error_curves(convex: bool) -> Allocation {
 }
 
 /// Σ over sublayers of tr(ΔB ᵀ H ΔB) under the plan's compensation.
-fn output_error(model: &Tiny, calibration: &Calibration, plan: &Plan) -> f64 {
+fn output_error(model: &TestModel, calibration: &Calibration, plan: &Plan) -> f64 {
     let decoder = model.decoder();
     let d = decoder.config().head_dim(0);
     let mut sum = 0.0;
@@ -442,7 +443,7 @@ fn output_error(model: &Tiny, calibration: &Calibration, plan: &Plan) -> f64 {
 #[test]
 fn the_obs_score_goes_with_every_allocation_and_unit() {
     for kind in KINDS {
-        let model = Tiny::new(kind, DType::F32);
+        let model = tiny(kind, DType::F32);
         let calibration = calibrate(&model, &windows(12), "gram");
         for unit in [AttentionUnit::KvGroup, AttentionUnit::QueryHead] {
             for allocation in [
@@ -466,7 +467,7 @@ fn the_obs_score_goes_with_every_allocation_and_unit() {
 
 #[test]
 fn measured_curves_fall_to_the_dense_model_and_are_what_the_pruned_model_diverges_by() {
-    let model = Tiny::new("llama", DType::F32);
+    let model = tiny("llama", DType::F32);
     let texts = texts();
     let calibration = calibrate(&model, &texts.calibration, "gram");
     let decoder = model.decoder();
@@ -522,7 +523,7 @@ fn measured_curves_fall_to_the_dense_model_and_are_what_the_pruned_model_diverge
     .unwrap();
     let measured = rankings[0].errors.as_ref().unwrap()[1];
     let written = divergence(
-        &model.checkpoint,
+        model.checkpoint(),
         &Checkpoint::open(&dst).unwrap(),
         &texts.search,
     );
@@ -568,7 +569,7 @@ fn divergence(teacher: &Checkpoint, student: &Checkpoint, windows: &Windows) -> 
 
 #[test]
 fn a_settled_plan_has_the_widths_found_and_is_refitted_on_its_own_inputs() {
-    let model = Tiny::new("llama", DType::F32);
+    let model = tiny("llama", DType::F32);
     let settled = small_with(|o| o.settle = true);
     let whole = searched(&model, &settled, 0.3, &model.path("settled"), &NoProgress).unwrap();
     let plain = searched(&model, &small(), 0.3, &model.path("plain"), &NoProgress).unwrap();
@@ -594,7 +595,7 @@ fn a_settled_plan_has_the_widths_found_and_is_refitted_on_its_own_inputs() {
 }
 
 /// The curve of every sublayer, measured in `dir`.
-fn measured(model: &Tiny, windows: &Windows, top_k: usize, dir: &Path) -> Vec<Vec<f64>> {
+fn measured(model: &TestModel, windows: &Windows, top_k: usize, dir: &Path) -> Vec<Vec<f64>> {
     let calibration = calibrate(model, windows, "gram");
     let decoder = model.decoder();
     let recipe = Recipe::named("rd-dp", 0).unwrap();
@@ -624,9 +625,9 @@ fn measured(model: &Tiny, windows: &Windows, top_k: usize, dir: &Path) -> Vec<Ve
 
 #[test]
 fn predictions_of_another_model_text_or_k_in_the_folder_are_not_used() {
-    let model = Tiny::new("llama", DType::F32);
+    let model = tiny("llama", DType::F32);
     // Another model whose tensors are the same but for one entry far behind the first bytes.
-    let other = Tiny::with("llama", DType::F32, |name, tensor| {
+    let other = tiny_with("llama", DType::F32, |name, tensor| {
         if name != "model.layers.2.mlp.down_proj.weight" {
             return tensor;
         }
@@ -654,7 +655,7 @@ fn predictions_of_another_model_text_or_k_in_the_folder_are_not_used() {
 
 #[test]
 fn calibration_writing_refinement_and_export_can_be_cancelled() {
-    let model = Tiny::new("llama", DType::F32);
+    let model = tiny("llama", DType::F32);
     let decoder = model.decoder();
     let stopping = || Counter {
         stop: 2,

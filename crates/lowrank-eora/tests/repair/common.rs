@@ -1,7 +1,8 @@
 //! Small decoders in folders, windows of text for them, and what is repeated of repairs.
 
 use candle_core::{DType, Device, Tensor};
-use causal_lm::{Decoder, LinearName, TextTokenizer, Windows, synthetic};
+use causal_lm::testing::TestModel;
+use causal_lm::{Decoder, LinearName, TextTokenizer, Windows};
 use faer::{Mat, MatMut, MatRef};
 use lowrank_eora::compress::Compressor;
 use lowrank_eora::repair::{
@@ -10,8 +11,8 @@ use lowrank_eora::repair::{
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde_json::json;
-use std::path::{Path, PathBuf};
-use tensor_io::{Checkpoint, Config, NoProgress, WriteOptions};
+use std::path::Path;
+use tensor_io::{Checkpoint, Config, NoProgress};
 
 /// A linear of a Llama, which stores every linear alone.
 pub(crate) fn id(block: usize, linear: LinearName) -> LayerId {
@@ -21,12 +22,6 @@ pub(crate) fn id(block: usize, linear: LinearName) -> LayerId {
         "mlp"
     };
     LayerId::parse(&format!("model.layers.{block}.{half}.{linear}")).unwrap()
-}
-
-/// A model in a folder that is removed with it.
-pub(crate) struct Tiny {
-    folder: tempfile::TempDir,
-    pub(crate) checkpoint: Checkpoint,
 }
 
 /// Two blocks, grouped-query attention; widths are multiples of 4.
@@ -39,46 +34,24 @@ fn config(hidden: usize, intermediate: usize) -> Config {
     Config::new(fields.as_object().unwrap().clone())
 }
 
-impl Tiny {
-    pub(crate) fn new() -> Self {
-        Self::with(|_, tensor| tensor)
-    }
+/// A small model in f32.
+pub(crate) fn tiny() -> TestModel {
+    tiny_with(|_, tensor| tensor)
+}
 
-    /// With tensors changed before they are written.
-    pub(crate) fn with(change: impl Fn(&str, Tensor) -> Tensor) -> Self {
-        Self::of(&config(32, 64), change)
-    }
+/// The same with tensors changed before they are written.
+pub(crate) fn tiny_with(change: impl Fn(&str, Tensor) -> Tensor) -> TestModel {
+    TestModel::with(&config(32, 64), DType::F32, change)
+}
 
-    /// Wide enough for the work on one linear to be divided among threads.
-    pub(crate) fn wide() -> Self {
-        Self::wide_with(|_, tensor| tensor)
-    }
+/// A model wide enough for the work on one linear to be divided among threads.
+pub(crate) fn wide() -> TestModel {
+    wide_with(|_, tensor| tensor)
+}
 
-    /// The same with tensors changed before they are written.
-    pub(crate) fn wide_with(change: impl Fn(&str, Tensor) -> Tensor) -> Self {
-        Self::of(&config(160, 400), change)
-    }
-
-    fn of(config: &Config, change: impl Fn(&str, Tensor) -> Tensor) -> Self {
-        let folder = tempfile::tempdir().unwrap();
-        let dir = folder.path().join("dense");
-        let mut random = synthetic::random(11);
-        let make = |name: &str, shape: &[usize]| Ok(change(name, random(name, shape)?));
-        synthetic::write(config, DType::F32, &dir, &WriteOptions::default(), make).unwrap();
-        Self {
-            checkpoint: Checkpoint::open(&dir).unwrap(),
-            folder,
-        }
-    }
-
-    pub(crate) fn decoder(&self) -> Decoder<'_> {
-        decoder(&self.checkpoint)
-    }
-
-    /// A path for an output, removed with the model.
-    pub(crate) fn path(&self, name: &str) -> PathBuf {
-        self.folder.path().join(name)
-    }
+/// The same with tensors changed before they are written.
+pub(crate) fn wide_with(change: impl Fn(&str, Tensor) -> Tensor) -> TestModel {
+    TestModel::with(&config(160, 400), DType::F32, change)
 }
 
 pub(crate) fn decoder(checkpoint: &Checkpoint) -> Decoder<'_> {

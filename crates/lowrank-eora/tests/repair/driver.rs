@@ -1,11 +1,12 @@
 //! The repair of a model block by block.
 
 use crate::common::{
-    Tiny, assert_close, compressor, decoder, eora, from_tensor, held_out, id, run, timeless,
-    to_tensor, trained, windows,
+    assert_close, compressor, decoder, eora, from_tensor, held_out, id, run, timeless, tiny,
+    tiny_with, to_tensor, trained, wide, wide_with, windows,
 };
 use candle_core::{DType, Device, Tensor};
 use causal_lm::block::RopeTables;
+use causal_lm::testing::TestModel;
 use causal_lm::{Block, Decoder, Hidden, LinearName, Mixer, NoTap, Site, Tap, TapResult, Windows};
 use faer::{Mat, Side};
 use lowrank_eora::Error;
@@ -129,7 +130,7 @@ fn naive(
 
 #[test]
 fn the_streaming_repair_equals_a_naive_two_pass_implementation() {
-    let tiny = Tiny::new();
+    let tiny = tiny();
     let decoder = tiny.decoder();
     let windows = windows(12, 1);
     let variants = [
@@ -157,7 +158,7 @@ fn the_streaming_repair_equals_a_naive_two_pass_implementation() {
 
 #[test]
 fn reported_losses_are_those_of_the_stored_factors_on_the_tokens_themselves() {
-    let tiny = Tiny::new();
+    let tiny = tiny();
     let decoder = tiny.decoder();
     let repair = eora(4).with_factors(FactorStorage::F16);
     let repaired = run(
@@ -195,7 +196,7 @@ fn reported_losses_are_those_of_the_stored_factors_on_the_tokens_themselves() {
 
 #[test]
 fn a_run_that_was_killed_goes_on_to_the_same_result() {
-    let tiny = Tiny::new();
+    let tiny = tiny();
     let decoder = tiny.decoder();
     let source = compressor("gptq-int4");
     let (whole, killed) = (tiny.path("whole"), tiny.path("killed"));
@@ -250,7 +251,7 @@ impl Progress for Messages {
 
 #[test]
 fn a_cancelled_run_keeps_the_blocks_that_are_finished() {
-    let tiny = Tiny::new();
+    let tiny = tiny();
     let decoder = tiny.decoder();
     let (calibration, folder) = (windows(12, 1), tiny.path("run"));
     // Seven linears and the block itself, and then two linears of the next block.
@@ -267,7 +268,7 @@ fn a_cancelled_run_keeps_the_blocks_that_are_finished() {
 
 #[test]
 fn a_flipped_bit_in_the_state_of_a_block_is_an_error() {
-    let tiny = Tiny::new();
+    let tiny = tiny();
     let decoder = tiny.decoder();
     let folder = tiny.path("run");
     run(&eora(2), &decoder, &compressor("rtn-int4"), &folder);
@@ -297,12 +298,12 @@ fn a_flipped_bit_in_the_state_of_a_block_is_an_error() {
 #[test]
 fn a_model_that_was_edited_deep_inside_a_tensor_is_another_run() {
     let name = "model.layers.1.mlp.down_proj.weight";
-    let tiny = Tiny::wide();
+    let tiny = wide();
     let decoder = tiny.decoder();
     let folder = tiny.path("run");
     run(&eora(2), &decoder, &compressor("rtn-int4"), &folder);
     // The last weight of a tensor of 256,000 bytes.
-    let edited = Tiny::wide_with(|tensor_name, tensor| {
+    let edited = wide_with(|tensor_name, tensor| {
         if tensor_name != name {
             return tensor;
         }
@@ -331,12 +332,12 @@ fn a_model_that_was_edited_deep_inside_a_tensor_is_another_run() {
         let given = Given::open(checkpoint).unwrap();
         given.describe().unwrap()
     };
-    assert_ne!(describe(&tiny.checkpoint), describe(&edited.checkpoint));
+    assert_ne!(describe(tiny.checkpoint()), describe(edited.checkpoint()));
 }
 
 #[test]
 fn a_folder_with_another_run_is_refused_and_says_what_differs() {
-    let tiny = Tiny::new();
+    let tiny = tiny();
     let decoder = tiny.decoder();
     let folder = tiny.path("run");
     run(&eora(2), &decoder, &compressor("rtn-int4"), &folder);
@@ -356,23 +357,30 @@ fn a_folder_with_another_run_is_refused_and_says_what_differs() {
 
 #[test]
 fn what_does_not_fit_the_dense_model_is_an_error_that_names_it() {
-    let tiny = Tiny::new();
+    let tiny = tiny();
     let decoder = tiny.decoder();
     let up = "model.layers.1.mlp.up_proj.weight";
-    let error = |other: &Tiny, drop: Option<&str>| -> String {
+    let error = |other: &TestModel, drop: Option<&str>| -> String {
         let dir = other.path("given");
-        let names = other.checkpoint.names().filter(|name| Some(*name) != drop);
+        let names = other
+            .checkpoint()
+            .names()
+            .filter(|name| Some(*name) != drop);
         let specs = names.map(|name| {
-            let info = other.checkpoint.info(name).unwrap();
+            let info = other.checkpoint().info(name).unwrap();
             tensor_io::TensorSpec::new(name, info.dtype, info.shape.clone())
         });
         let (specs, options) = (specs.collect(), WriteOptions::default());
-        let config = other.checkpoint.config();
+        let config = other.checkpoint().config();
         let mut writer =
             tensor_io::CheckpointWriter::create(&dir, config, specs, &options).unwrap();
-        for name in other.checkpoint.names().filter(|name| Some(*name) != drop) {
+        for name in other
+            .checkpoint()
+            .names()
+            .filter(|name| Some(*name) != drop)
+        {
             writer
-                .write_bytes(name, &other.checkpoint.bytes(name).unwrap())
+                .write_bytes(name, &other.checkpoint().bytes(name).unwrap())
                 .unwrap();
         }
         writer.finish().unwrap();
@@ -387,7 +395,7 @@ fn what_does_not_fit_the_dense_model_is_an_error_that_names_it() {
         error.to_string()
     };
     let same = |_: &str, tensor: Tensor| tensor;
-    let missing = error(&Tiny::with(same), Some(up));
+    let missing = error(&tiny_with(same), Some(up));
     assert!(
         missing.starts_with("model.layers.1.mlp.up_proj: "),
         "{missing}"
@@ -397,7 +405,7 @@ fn what_does_not_fit_the_dense_model_is_an_error_that_names_it() {
         n if n == norm => (tensor * 1.5).unwrap(),
         _ => tensor,
     };
-    let other = error(&Tiny::with(scaled), None);
+    let other = error(&tiny_with(scaled), None);
     assert!(other.contains(norm), "{other}");
 }
 
@@ -409,7 +417,7 @@ fn activations_that_overflow_are_an_error_that_names_the_layer() {
         }
         _ => tensor,
     };
-    let tiny = Tiny::with(huge);
+    let tiny = tiny_with(huge);
     let decoder = tiny.decoder();
     let windows = windows(4, 1);
     let (source, texts) = (compressor("rtn-int8"), Texts::new(&windows));

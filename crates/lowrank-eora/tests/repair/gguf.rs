@@ -1,6 +1,6 @@
 //! GGUF files as the compressed model, and adapters for them.
 
-use crate::common::{Tiny, assert_close, compressor, decoder, eora, from_tensor, run, to_tensor};
+use crate::common::{assert_close, compressor, decoder, eora, from_tensor, run, tiny, to_tensor};
 use candle_core::{DType, Device};
 use causal_lm::gguf::Architecture;
 use causal_lm::{LinearName, Model, Windows};
@@ -13,7 +13,7 @@ use tensor_io::{Checkpoint, CheckpointWriter, NoProgress, TensorSpec, WriteOptio
 
 #[test]
 fn an_adapter_in_gguf_comes_back_with_every_rank_and_row_where_it_was() {
-    let tiny = Tiny::new();
+    let tiny = tiny();
     let decoder = tiny.decoder();
     let repaired = run(&eora(3), &decoder, &compressor("q4_0"), &tiny.path("run"));
     for architecture in [Architecture::Llama, Architecture::Qwen2] {
@@ -52,7 +52,7 @@ fn an_adapter_in_gguf_comes_back_with_every_rank_and_row_where_it_was() {
         };
         assert_eq!(stored[3..6], [0, 1, 2].map(|j| b[(second, j)] as f32));
     }
-    let other = Tiny::new();
+    let other = crate::common::tiny();
     let error = Adapter::read_gguf(other.path("dense/config.json"), &decoder);
     assert!(error.is_err());
 }

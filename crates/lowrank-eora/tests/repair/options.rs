@@ -1,6 +1,6 @@
 //! Methods, ranks, tokens and factors other than the usual ones.
 
-use crate::common::{Tiny, compressor, eora, held_out, run, windows};
+use crate::common::{compressor, eora, held_out, run, tiny, windows};
 use causal_lm::Windows;
 use lowrank_eora::Error;
 use lowrank_eora::repair::layer::Importance;
@@ -11,7 +11,7 @@ use tensor_io::NoProgress;
 
 #[test]
 fn drift_aware_factors_come_closest_to_what_the_dense_model_computes() {
-    let tiny = Tiny::new();
+    let tiny = tiny();
     let decoder = tiny.decoder();
     let none = eora(0).with_method(None);
     let compressed = run(&none, &decoder, &compressor("rtn-int2"), &tiny.path("none"));
@@ -66,7 +66,7 @@ fn drift_aware_factors_come_closest_to_what_the_dense_model_computes() {
 
 #[test]
 fn ranks_under_a_budget_spend_it_where_it_gains_most() {
-    let tiny = Tiny::new();
+    let tiny = tiny();
     let decoder = tiny.decoder();
     let source = compressor("rtn-int3");
     let constant = run(&eora(4), &decoder, &source, &tiny.path("constant"));
@@ -90,7 +90,7 @@ fn ranks_under_a_budget_spend_it_where_it_gains_most() {
 
 #[test]
 fn window_weights_act_as_repetition_and_sampled_tokens_still_repair() {
-    let tiny = Tiny::new();
+    let tiny = tiny();
     let decoder = tiny.decoder();
     let once = windows(8, 1);
     let text: Vec<u32> = once
@@ -140,7 +140,7 @@ fn window_weights_act_as_repetition_and_sampled_tokens_still_repair() {
 
 #[test]
 fn factors_in_few_bits_lose_little_and_count_their_bytes() {
-    let tiny = Tiny::new();
+    let tiny = tiny();
     let decoder = tiny.decoder();
     let source = compressor("rtn-int3");
     let full = run(&eora(8), &decoder, &source, &tiny.path("full"));

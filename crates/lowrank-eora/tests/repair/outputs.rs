@@ -1,6 +1,6 @@
 //! What a repair is written as, and what reads it.
 
-use crate::common::{Tiny, assert_close, compressor, eora, from_tensor, id, run, to_tensor};
+use crate::common::{assert_close, compressor, eora, from_tensor, id, run, tiny, to_tensor};
 use candle_core::{DType, Device, Tensor};
 use causal_lm::LinearName;
 use lowrank_eora::Error;
@@ -13,7 +13,7 @@ use tensor_io::{Checkpoint, NoProgress};
 
 #[test]
 fn an_adapter_on_the_compressed_weight_is_the_merged_weight() {
-    let tiny = Tiny::new();
+    let tiny = tiny();
     let decoder = tiny.decoder();
     let ranks = LinearName::ALL
         .iter()
@@ -31,7 +31,7 @@ fn an_adapter_on_the_compressed_weight_is_the_merged_weight() {
     let options = CheckpointOptions::new(Weights::Merged, Layout::Dense { dtype: None });
     write_checkpoint(&decoder, &repaired, &merged, &options, &NoProgress).unwrap();
     let merged = Checkpoint::open(&merged).unwrap();
-    assert_eq!(merged.total_bytes(), tiny.checkpoint.total_bytes());
+    assert_eq!(merged.total_bytes(), tiny.checkpoint().total_bytes());
 
     let mut sizes = Vec::new();
     for (ranks, rslora, dtype, eps) in [
@@ -80,7 +80,7 @@ fn an_adapter_on_the_compressed_weight_is_the_merged_weight() {
 
 #[test]
 fn the_adapter_configuration_is_what_peft_and_vllm_read() {
-    let tiny = Tiny::new();
+    let tiny = tiny();
     let repaired = run(
         &eora(5),
         &tiny.decoder(),
@@ -110,7 +110,7 @@ fn the_adapter_configuration_is_what_peft_and_vllm_read() {
 
 #[test]
 fn a_probe_passes_on_the_repaired_model_and_tells_a_wrong_scale_by_its_size() {
-    let tiny = Tiny::new();
+    let tiny = tiny();
     let decoder = tiny.decoder();
     let repaired = run(
         &eora(4),
@@ -157,7 +157,7 @@ fn a_probe_passes_on_the_repaired_model_and_tells_a_wrong_scale_by_its_size() {
 
 #[test]
 fn a_model_compressed_before_is_repaired_like_the_weights_themselves() {
-    let tiny = Tiny::new();
+    let tiny = tiny();
     let decoder = tiny.decoder();
     for (name, layout) in [
         ("wanda-2:4", Layout::Dense { dtype: None }),
@@ -204,7 +204,7 @@ fn a_model_compressed_before_is_repaired_like_the_weights_themselves() {
 
 #[test]
 fn merging_by_requantisation_reports_its_loss_and_is_stored_with_exactly_that() {
-    let tiny = Tiny::new();
+    let tiny = tiny();
     let decoder = tiny.decoder();
     let repair = eora(4).with_requantise(Some(compressor("gptq-int4-g32")));
     let source = compressor("gptq-int4-g32");

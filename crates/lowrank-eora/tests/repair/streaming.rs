@@ -1,6 +1,6 @@
 //! Wide inputs, whose H is spared where nothing needs it.
 
-use crate::common::{Tiny, assert_close, compressor, eora, run};
+use crate::common::{assert_close, compressor, eora, run, tiny};
 use causal_lm::{Decoder, LinearName};
 use lowrank_eora::Result;
 use lowrank_eora::compress::{Compressor, Needs};
@@ -50,7 +50,7 @@ fn assert_same(found: Energy, expected: Energy) {
 
 #[test]
 fn a_wide_input_gives_the_same_factors_and_losses_with_and_without_its_h_in_fewer_bytes() {
-    let tiny = Tiny::new();
+    let tiny = tiny();
     let decoder = tiny.decoder();
     let int = FactorStorage::Quantised {
         a: compressor("rtn-int4-g16-sym"),
@@ -106,7 +106,7 @@ fn a_wide_input_gives_the_same_factors_and_losses_with_and_without_its_h_in_fewe
 
 #[test]
 fn held_out_losses_are_the_same_with_and_without_h() {
-    let tiny = Tiny::new();
+    let tiny = tiny();
     let decoder = tiny.decoder();
     let source = compressor("gptq-int3");
     let streamed = run(&eora(3), &decoder, &source, &tiny.path("streamed"));

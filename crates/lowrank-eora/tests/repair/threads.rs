@@ -1,6 +1,6 @@
 //! Results that do not depend on the number of threads.
 
-use crate::common::{Tiny, compressor, eora, run, timeless};
+use crate::common::{compressor, eora, run, timeless, wide};
 use candle_core::DType;
 use lowrank_eora::output::{Adapter, AdapterOptions};
 use lowrank_eora::repair::LayerReport;
@@ -9,7 +9,7 @@ use rayon::ThreadPoolBuilder;
 
 #[test]
 fn written_factors_and_reports_are_the_same_bytes_for_one_two_and_three_threads() {
-    let tiny = Tiny::wide();
+    let tiny = wide();
     let decoder = tiny.decoder();
     let drift = Method::EoraDrift { damping: 0.01 };
     let factor = Route::Factor(Whitening::Eigen);
