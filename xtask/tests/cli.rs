@@ -122,10 +122,10 @@ fn a_name_that_is_no_models_says_what_is_expected() {
 
 #[cfg(not(feature = "hub"))]
 #[test]
-fn a_build_that_cannot_fetch_models_says_how_to_build_one_that_can() {
+fn a_build_that_cannot_fetch_models_says_so() {
     let error = hub_error("hf:owner/name");
     assert!(
-        error.contains("--model hf:owner/name: ") && error.contains("--features hub"),
+        error.contains("--model hf:owner/name: ") && error.contains("without the feature `hub`"),
         "{error}"
     );
 }

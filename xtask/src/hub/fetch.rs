@@ -23,7 +23,7 @@ const INDEX: &str = "model.safetensors.index.json";
 const RETRIES: usize = 3;
 
 /// The folder of `name`, complete.
-pub(super) fn model(name: &Name, common: &Settings) -> Result<PathBuf> {
+pub(super) fn model(name: &Name, settings: &Settings) -> Result<PathBuf> {
     let set = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
     let dir = set("HF_HUB_CACHE").map_or_else(|| Cache::from_env().path().clone(), PathBuf::from);
     let cache = Cache::new(dir.clone());
@@ -52,7 +52,7 @@ pub(super) fn model(name: &Name, common: &Settings) -> Result<PathBuf> {
         if folder.join(file).exists() {
             return Ok(());
         }
-        let download = Download::new(common);
+        let download = Download::new(settings);
         api.repo(repo(&info.sha))
             .download_with_progress(file, download)
             .map_err(explained)
@@ -166,16 +166,16 @@ fn one_line(error: &ApiError) -> String {
 
 /// Shows how far the download of a file has come, in MiB.
 struct Download<'a> {
-    common: &'a Common,
+    settings: &'a Settings,
     bar: Option<Bar>,
     done: usize,
     size: usize,
 }
 
 impl<'a> Download<'a> {
-    fn new(common: &'a Common) -> Self {
+    fn new(settings: &'a Settings) -> Self {
         Self {
-            common,
+            settings,
             bar: None,
             done: 0,
             size: 0,
@@ -187,7 +187,7 @@ impl hf_hub::api::Progress for Download<'_> {
     fn init(&mut self, size: usize, file: &str) {
         (self.done, self.size) = (0, size);
         let label = format!("{file} (MiB)");
-        self.bar = Some(self.common.bar(label, (size >> 20) as u64));
+        self.bar = Some(self.settings.bar(label, (size >> 20) as u64));
     }
 
     fn update(&mut self, bytes: usize) {

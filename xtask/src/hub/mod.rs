@@ -28,7 +28,7 @@ struct Name {
 ///
 /// # Errors
 /// A name that is none, a build without the feature `hub`, and what fetching reports.
-pub(crate) fn open_model(model: &Path, common: &Settings) -> Result<PathBuf> {
+pub(crate) fn open_model(model: &Path, settings: &Settings) -> Result<PathBuf> {
     let text = model.to_string_lossy();
     let Some(name) = text.strip_prefix(SCHEME) else {
         return Ok(model.to_path_buf());
@@ -36,18 +36,18 @@ pub(crate) fn open_model(model: &Path, common: &Settings) -> Result<PathBuf> {
     let name = Name::parse(name).with_context(|| {
         format!("--model {text}: expected a folder, or hf:OWNER/NAME or hf:OWNER/NAME@REVISION")
     })?;
-    fetch(&name, common).with_context(|| format!("--model {text}"))
+    fetch(&name, settings).with_context(|| format!("--model {text}"))
 }
 
 #[cfg(feature = "hub")]
-fn fetch(name: &Name, common: &Settings) -> Result<PathBuf> {
-    fetch::model(name, common)
+fn fetch(name: &Name, settings: &Settings) -> Result<PathBuf> {
+    fetch::model(name, settings)
 }
 
 #[cfg(not(feature = "hub"))]
 fn fetch(_: &Name, _: &Settings) -> Result<PathBuf> {
     anyhow::bail!(
-        "this build cannot fetch models; `cargo run --release -p xtask --features hub -- eval ...` can"
+        "this build cannot fetch models; it was made without the feature `hub`, which is on by default"
     )
 }
 
