@@ -47,12 +47,6 @@ pub(crate) fn run(mut run: Run) -> Result<()> {
     if let Some(dir) = &run.out {
         eval_report::prepare(dir).context("--out")?;
     }
-    if let Some(threads) = settings.threads {
-        rayon::ThreadPoolBuilder::new()
-            .num_threads(threads)
-            .build_global()
-            .context("--threads")?;
-    }
     let models = match &mut run.scope {
         Scope::All(config) => config.models(),
         Scope::One(suite) => suite.models(),

@@ -12,8 +12,6 @@ pub struct Settings {
     pub samples: Option<usize>,
     /// Seed of everything random.
     pub seed: u64,
-    /// Threads of the pool; all cores by default.
-    pub threads: Option<usize>,
     /// Where tensors are.
     pub device: Device,
     /// Whether to show no progress.

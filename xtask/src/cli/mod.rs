@@ -25,19 +25,51 @@ use crate::suite::Suite;
 use crate::suites::perplexity;
 use crate::{default_model, random_model as random, report};
 
-/// Run the command line: 0 when done, 1 with one line on stderr when the run failed, 2 on wrong usage.
-pub fn main() -> ExitCode {
-    let done = match Cli::parse().command {
-        Command::Eval(args) => eval::run(args.run()),
-        Command::Report(args) => report::run(&args.into()),
-        Command::RandomModel(args) => random::run(&args.into()),
-        Command::TrainDefault(args) => default_model::run(&args.into()),
-    };
-    match done {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {}", one_line(&error));
-            ExitCode::FAILURE
+/// The environment variable that says how many threads compute.
+pub const THREADS: &str = "RAYON_NUM_THREADS";
+
+/// Parses the command line; wrong usage ends the program with 2.
+pub fn parse() -> Cli {
+    Cli::parse()
+}
+
+impl Cli {
+    /// The number of threads to compute with: `--threads`, or what [`THREADS`] says, or one for each core; not more than cores.
+    pub fn threads(&self) -> usize {
+        let cores = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
+        let wanted = match &self.command {
+            Command::Eval(args) => args.common.threads,
+            _ => None,
+        };
+        let from_environment = || std::env::var(THREADS).ok()?.parse().ok();
+        match wanted.map(NonZeroUsize::get) {
+            Some(threads) if threads > cores => {
+                eprintln!(
+                    "--threads {threads}: {cores} threads, one for each core, compute as fast"
+                );
+                cores
+            }
+            Some(threads) => threads,
+            None => from_environment()
+                .filter(|&threads| threads > 0)
+                .unwrap_or(cores),
+        }
+    }
+
+    /// Runs the command: 0 when done, 1 with one line on stderr when it failed.
+    pub fn run(self) -> ExitCode {
+        let done = match self.command {
+            Command::Eval(args) => eval::run(args.run()),
+            Command::Report(args) => report::run(&args.into()),
+            Command::RandomModel(args) => random::run(&args.into()),
+            Command::TrainDefault(args) => default_model::run(&args.into()),
+        };
+        match done {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => {
+                eprintln!("error: {}", one_line(&error));
+                ExitCode::FAILURE
+            }
         }
     }
 }
@@ -62,7 +94,7 @@ fn one_line(error: &anyhow::Error) -> String {
 /// Post-training compression, measured.
 #[derive(Parser)]
 #[command(name = "cargo xtask", bin_name = "cargo xtask", version)]
-struct Cli {
+pub struct Cli {
     #[command(subcommand)]
     command: Command,
 }
@@ -263,7 +295,7 @@ impl EvalArgs {
             window,
             samples,
             seed,
-            threads,
+            threads: _,
             device,
             out,
             json,
@@ -278,7 +310,6 @@ impl EvalArgs {
                 window,
                 samples: samples.map(NonZeroUsize::get),
                 seed,
-                threads: threads.map(NonZeroUsize::get),
                 device,
                 quiet: json,
             },
