@@ -33,7 +33,9 @@ pub(crate) fn all(inputs: &Inputs, settings: &Settings) -> Result<Vec<Preset>> {
 }
 
 fn structured(inputs: &Inputs, settings: &Settings) -> Result<Preset> {
-    let methods = ["flap", "wanda-sp", "magnitude", "random"];
+    // Enough to place the widths of the bundled model, in seconds.
+    const MEASURED: usize = 8;
+    let methods = ["rd-dp", "flap", "wanda-sp", "magnitude", "random"];
     let ratios = vec![0.125, 0.25, 0.5];
     let recipes = methods
         .iter()
@@ -58,15 +60,21 @@ fn structured(inputs: &Inputs, settings: &Settings) -> Result<Preset> {
             .with_all("--method", methods)
             .with_all("--ratio", &ratios)
             .with("--compensate", "least-squares")
+            .with("--search-samples", MEASURED)
             .finish(settings),
         suite: Suite::Structured(structured::Config {
             calib_samples: CALIBRATION,
             recipes,
             ratios,
+            search: structured::search::Config {
+                samples: Some(MEASURED),
+                ..structured::search::Config::new(settings.seed)
+            },
             ..structured::Config::new(inputs.text.clone(), inputs.calib.clone(), settings.seed)
         }),
         shown: vec![
             Shown::new("original model", DENSE),
+            shown("rd-dp"),
             shown("flap"),
             shown("magnitude"),
             shown("random"),
@@ -77,21 +85,22 @@ fn structured(inputs: &Inputs, settings: &Settings) -> Result<Preset> {
 fn lowrank(inputs: &Inputs, settings: &Settings) -> Result<Preset> {
     const RANK: usize = 8;
     const HELD_OUT: usize = 8;
-    let compressors = ["wanda-2:4", "gptq-int3"]
+    // Quantisation first: it keeps more for its bytes than sparsity.
+    let compressors = ["gptq-int3", "wanda-2:4"]
         .iter()
         .map(|name| Ok(name.parse()?))
         .collect::<Result<Vec<Compressor>>>()?;
-    let methods = vec![None, Some(Method::Svd), Some(Method::Eora)];
+    let methods = vec![Some(Method::Eora), Some(Method::Svd), None];
     let name = |method: &Option<Method>| method.map_or(lowrank::NONE, Method::name);
-    let first = compressors.first().map(ToString::to_string);
-    let shown = |method: &Option<Method>| Shown {
-        label: match (&first, method) {
-            (Some(first), None) => format!("{first}, not repaired"),
-            (Some(first), Some(method)) => format!("{first}, {method} of rank {RANK}"),
-            (None, _) => String::new(),
-        },
-        compress: first.clone(),
-        ..Shown::new("", name(method))
+    let shown = |(compressor, method): (&Compressor, &Option<Method>)| Shown {
+        compress: Some(compressor.to_string()),
+        ..Shown::new(
+            match method {
+                None => format!("{compressor}, not repaired"),
+                Some(method) => format!("{compressor}, {method} of rank {RANK}"),
+            },
+            name(method),
+        )
     };
     Ok(Preset {
         crate_name: "lowrank-eora",
@@ -104,7 +113,11 @@ fn lowrank(inputs: &Inputs, settings: &Settings) -> Result<Preset> {
             .with_all("--method", methods.iter().map(name))
             .with("--rank", RANK)
             .finish(settings),
-        shown: methods.iter().map(shown).collect(),
+        shown: compressors
+            .iter()
+            .flat_map(|compressor| methods.iter().map(move |method| (compressor, method)))
+            .map(shown)
+            .collect(),
         suite: Suite::Lowrank(Box::new(lowrank::Config {
             calib_samples: CALIBRATION,
             held_out_samples: HELD_OUT,

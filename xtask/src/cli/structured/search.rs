@@ -33,9 +33,9 @@ pub(super) struct SearchArgs {
     /// Number of largest dense logits that candidates are compared on
     #[arg(long, value_name = "N")]
     top_k: Option<usize>,
-    /// Windows of the calibration text to compare candidates, or measure curves, on
-    #[arg(long, value_name = "N", default_value = "256")]
-    search_samples: NonZeroUsize,
+    /// Windows of the calibration text to compare candidates, or measure curves, on [default: 256, or 16 without a search]
+    #[arg(long, value_name = "N")]
+    search_samples: Option<NonZeroUsize>,
     /// Activations to calibrate each block of a supernet on [default: mixture]
     #[arg(long, value_enum)]
     accumulation: Option<AccumulationArg>,
@@ -52,7 +52,7 @@ pub(super) struct SearchArgs {
     #[arg(long, value_name = "DIR")]
     resume: Option<PathBuf>,
     /// Distortion that rd-dp minimises, also as the start of a search
-    #[arg(long, value_enum, default_value = "hidden")]
+    #[arg(long, value_enum, default_value = "kl")]
     distortion: DistortionArg,
     /// Replace rd-dp's curves by their convex hulls
     #[arg(long)]
@@ -169,7 +169,7 @@ impl SearchArgs {
         }
         Config {
             options,
-            samples: self.search_samples.get(),
+            samples: self.search_samples.map(NonZeroUsize::get),
             start,
             resume: self.resume,
             measured: self.distortion == DistortionArg::Kl,

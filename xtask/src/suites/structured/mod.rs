@@ -108,7 +108,7 @@ pub fn run(common: &Settings, config: &Config) -> Result<Vec<Section>> {
     let evaluation = protocol.evaluation(common, &config.perplexity.text)?;
     let text = protocol.calibration(&config.calib)?;
     let calibration = text.sample(config.calib_samples, common.seed);
-    let compared = text.sample(config.search.samples, common.seed);
+    let compared = text.sample(config.search.compared(&config.recipes), common.seed);
 
     // Dense models of any size are pruned, so scratch space is on disk, not in memory.
     let scratch = Scratch::new()?;

@@ -11,13 +11,19 @@ use prune_structured::{Allocation, Calibration, Plan, Ranking, Recipe};
 
 use crate::bar::Bar;
 
+/// Windows that the candidates of a search are compared on.
+pub const SEARCHED: usize = 256;
+/// Windows that curves are measured on. A divergence has far less noise than a loss: eight windows place the widths of the
+/// bundled model as well as 256 do.
+pub const MEASURED: usize = 16;
+
 /// How searches and measured curves are run.
 #[derive(Debug, Clone)]
 pub struct Config {
     /// Sizes of the search; its seed is the first of several.
     pub options: Options,
-    /// Windows that whole models are compared on.
-    pub samples: usize,
+    /// Windows that whole models are compared on; by default [`SEARCHED`], or [`MEASURED`] where only curves need them.
+    pub samples: Option<usize>,
     /// The method whose widths a search starts from; the same share of every sublayer without one, as in the paper.
     pub start: Option<Recipe>,
     /// Folder that keeps the state of searches.
@@ -33,11 +39,22 @@ impl Config {
         options.seed = seed;
         Self {
             options,
-            samples: 256,
+            samples: None,
             start: None,
             resume: None,
-            measured: false,
+            measured: true,
         }
+    }
+
+    /// How many windows whole models are compared on for these methods.
+    pub(super) fn compared(&self, recipes: &[Recipe]) -> usize {
+        let searches = |recipe: &Recipe| matches!(recipe.allocation, Allocation::Searched(_));
+        let by_default = if recipes.iter().any(searches) {
+            SEARCHED
+        } else {
+            MEASURED
+        };
+        self.samples.unwrap_or(by_default)
     }
 
     /// The method that a search by this recipe starts from, for the same units and compensation.
