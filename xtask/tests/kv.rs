@@ -95,12 +95,20 @@ fn every_policy_has_a_row_at_every_budget_and_a_budget_of_the_window_costs_nothi
         "snapkv",
         "r-kv",
         "random",
+        "knorm",
+        "keydiff",
+        "tri-attention",
+        "lagkv",
+        "dropkv",
+        "vase-attnv",
+        "vase-dkv",
         "lazy",
         "lazy-reference",
         "lazy-guarded",
         "lagged-h2o",
         "lagged-raas",
         "lagged-random",
+        "lagged-snapkv",
     ];
     for policy in policies {
         let own: Vec<&Value> = rows.iter().filter(|row| row["method"] == policy).collect();
@@ -129,6 +137,76 @@ fn every_policy_has_a_row_at_every_budget_and_a_budget_of_the_window_costs_nothi
     );
     let h2o = rows.iter().find(|row| row["method"] == "h2o").unwrap();
     assert!(number(h2o, "kv_bytes") < 0.6 * number(h2o, "kv_bytes_full"));
+}
+
+#[test]
+fn every_policy_runs_in_every_storage_and_the_first_full_cache_is_the_reference() {
+    let scene = model();
+    let run = |more: &[&str]| {
+        let flags = ["--policy", "knorm,snapkv", "--budget", "40"];
+        rows(&on_scene(&scene, &[&flags, more].concat()))
+    };
+    let all = run(&["--kv-dtype", "f16,int8,k8v4,int4"]);
+    let methods: Vec<&str> = all.iter().map(|row| row["method"].as_str().unwrap()).collect();
+    let of = |method: &str| {
+        let at = methods.iter().position(|name| *name == method);
+        &all[at.unwrap_or_else(|| panic!("{method} of {methods:?}"))]
+    };
+    assert_eq!(methods[0], "full");
+    assert_eq!(methods.len(), 4 + 4 * 2);
+    for storage in ["int8", "k8v4", "int4"] {
+        assert!(of(&format!("full+{storage}"))["budget"].is_null());
+        let packed = of(&format!("knorm+{storage}"));
+        assert!(number(packed, "kv_bytes") <= number(of("full"), "kv_bytes"));
+        assert_eq!(packed["kv_bytes_full"], of("full")["kv_bytes"]);
+        assert_eq!(packed["evicts"], "while decoding");
+    }
+    assert_eq!(of("snapkv")["evicts"], "after the prompt");
+    let exact = run(&["--kv-dtype", "f32"]);
+    let gap = number(&exact[0], "nll") - number(&all[0], "nll");
+    assert!(gap.abs() < 1e-3 && number(&exact[0], "kv_bytes") > number(&all[0], "kv_bytes"));
+    let trace = kv(&["--task", "trace", "--kv-dtype", "int8"]);
+    assert!(String::from_utf8_lossy(&trace.stderr).contains("--kv-dtype"));
+}
+
+#[test]
+fn budgets_of_bytes_give_each_policy_the_tokens_that_fit() {
+    let scene = model();
+    let flags = ["--policy", "knorm,h2o", "--budget", "0.5", "--budget-of", "bytes", "--kv-dtype", "f16,int4"];
+    let rows = rows(&on_scene(&scene, &flags));
+    let held = |method: &str| {
+        let row = rows.iter().find(|row| row["method"] == method).unwrap();
+        number(row, "tokens_held")
+    };
+    // State takes room. In so short a window nothing has been quantised yet.
+    assert!(held("h2o") < held("knorm"), "{} {}", held("h2o"), held("knorm"));
+    assert_eq!(held("knorm"), held("knorm+int4"));
+}
+
+#[test]
+fn questions_about_long_contexts_have_rows_for_policies_and_storage() {
+    let dir = concat!(env!("CARGO_MANIFEST_DIR"), "/model");
+    let flags = [
+        "--task", "long-context", "--model", dir, "--questions", "copy,gather", "--context", "400", "--samples", "2",
+        "--seeds", "1", "--policy", "keydiff,random", "--budget", "0.5", "--kv-dtype", "f16,int8", "--budget-of", "bytes",
+    ];
+    for feed in ["whole", "steps"] {
+        let all = rows(&kv(&[&flags[..], &["--feed", feed]].concat()));
+        let of = |method: &str| -> Vec<&Value> { all.iter().filter(|row| row["method"] == method).collect() };
+        for method in ["first token", "full", "full+int8", "keydiff", "keydiff+int8", "random", "random+int8"] {
+            assert!(of(method).len() >= 2, "{method} {feed}");
+        }
+        let detailed = |method: &str| of(method).into_iter().find(|row| row["nll"].is_number()).unwrap();
+        let (full, int8, half) = (detailed("full"), detailed("full+int8"), detailed("keydiff"));
+        assert!((number(full, "recovery") - 1.0).abs() < 1e-9, "{full}");
+        assert!((number(full, "nll") - number(int8, "nll")).abs() < 0.05, "{full} {int8}");
+        assert!(number(int8, "bytes_over_full") < 0.75);
+        assert!(number(half, "bytes_over_full") < 0.65, "{half}");
+        assert!(number(half, "recovery_low") <= number(half, "recovery"));
+        assert!(half["over_random_low"].is_number());
+    }
+    let elsewhere = kv(&["--task", "trace", "--context", "400"]);
+    assert!(String::from_utf8_lossy(&elsewhere.stderr).contains("--context"));
 }
 
 #[test]

@@ -1,5 +1,9 @@
 //! Inputs of the golden values: numbers by a formula, so that no file is needed.
 
+use crate::error::Result;
+use crate::policy::{RecentQueries, Rows};
+use crate::rotary::Rotary;
+
 /// e in [−1, 1) for each element of a tensor called `name`: a linear congruential generator seeded by the FNV-1a hash of the name.
 pub(crate) fn uniform(name: &str, len: usize) -> Vec<f32> {
     let mut x = name.bytes().fold(0xcbf2_9ce4_8422_2325u64, |hash, byte| {
@@ -31,6 +35,16 @@ pub(crate) fn all_keys() -> Vec<f32> {
     keys
 }
 
+/// All keys, rotated to their positions by the plain rotation of base 10,000.
+pub(crate) fn rotated_keys() -> Vec<f32> {
+    let rotary = Rotary::plain(10_000.0, D);
+    let mut keys = all_keys();
+    for (position, key) in keys.chunks_exact_mut(D).enumerate() {
+        rotary.rotate(key, position as i64);
+    }
+    keys
+}
+
 /// One key.
 pub(crate) fn keys(token: usize) -> Vec<f32> {
     all_keys()[token * D..(token + 1) * D].to_vec()
@@ -48,6 +62,50 @@ pub(crate) fn queries() -> Vec<f32> {
     let mut queries = uniform("kv2.q", 2 * 8 * D);
     queries.iter_mut().for_each(|x| *x *= 2.0);
     queries
+}
+
+/// Keys, values and queries as they are cached in one KV head of two query heads; queries are scaled by 1/8.
+pub(crate) struct Observed {
+    ids: Vec<u32>,
+    queries: Vec<f32>,
+    positions: Vec<u32>,
+}
+
+impl Observed {
+    pub(crate) fn new() -> Self {
+        let queries = queries();
+        let of = |t: usize, head: usize| &queries[(head * 8 + t) * D..][..D];
+        Self {
+            ids: (0..TOKENS as u32).collect(),
+            queries: (0..8)
+                .flat_map(|t| [of(t, 0), of(t, 1)].concat())
+                .map(|x| x / 8.0)
+                .collect(),
+            positions: (TOKENS as u32 - 8..TOKENS as u32).collect(),
+        }
+    }
+}
+
+impl Rows for Observed {
+    fn head_dim(&self) -> usize {
+        D
+    }
+    fn ids(&self, _: usize) -> &[u32] {
+        &self.ids
+    }
+    fn keys(&self, _: usize, from: usize) -> Result<Vec<f32>> {
+        Ok(all_keys()[from * D..].to_vec())
+    }
+    fn values(&self, _: usize, from: usize) -> Result<Vec<f32>> {
+        Ok(all_values()[from * D..].to_vec())
+    }
+    fn queries(&self, _: usize) -> RecentQueries<'_> {
+        RecentQueries {
+            queries: &self.queries,
+            positions: &self.positions,
+            softcap: None,
+        }
+    }
 }
 
 /// Numbers agree to `bar`, relative to their size or to 1e-3 of the largest.

@@ -9,6 +9,7 @@ mod error;
 mod golden;
 pub mod policy;
 mod quantise;
+mod rotary;
 pub mod store;
 #[cfg(feature = "trace")]
 pub mod trace;
@@ -23,8 +24,11 @@ pub mod guide {
     }
 }
 
-pub use cache::{CacheSet, LayerShape, Snapshot, Step};
+pub use cache::{
+    CacheSet, LayerCache, LayerShape, LayerSnapshot, Snapshot, Step, bottom_right_mask,
+};
 pub use candle_core;
 pub use error::{Error, Result};
-pub use policy::{Budget, CacheConfig, PolicyConfig, Prompt};
+pub use policy::{Budget, CacheConfig, PolicyConfig, Positions, Prompt};
 pub use quantise::{KeyGroups, NumberFormat, StorageConfig};
+pub use rotary::{Pairs, Rotary};

@@ -40,6 +40,9 @@ pub enum Error {
         /// What is wrong with it.
         reason: String,
     },
+    /// A long context that cannot be made, or whose answers cannot be scored.
+    #[error("{0}")]
+    LongContext(String),
     /// A file of questions that cannot be read, or that holds none.
     #[error("{}: {reason}", path.display())]
     TaskFile {

@@ -3,6 +3,7 @@
 
 mod error;
 mod likelihood;
+pub mod long_context;
 mod memory;
 mod perplexity;
 mod protocol;

@@ -9,7 +9,9 @@ use clap::{Args, CommandFactory, ValueEnum};
 use eval_report::Budget;
 
 use lm_eval::ProtocolKind;
+use lm_eval::long_context::Questions;
 
+use crate::suites::kv::long_context::{Feed, LongContext};
 use crate::suites::kv::perplexity::Text;
 use crate::suites::kv::policy::{ALPHA, Choice, PromptRule};
 use crate::suites::kv::recall::Recall;
@@ -43,6 +45,31 @@ pub(super) struct KvArgs {
     /// of the window
     #[arg(long, value_delimiter = ',', value_name = "B[,B..]", default_value = "0.25,0.5", value_parser = budget)]
     budget: Vec<Budget>,
+    /// Budgets are of the full cache's tokens, or of its bytes: then each policy gets as many tokens as fit, with its state, positions and storage counted
+    #[arg(long, value_enum, default_value_t = BudgetOf::Tokens)]
+    budget_of: BudgetOf,
+    /// What keys and values are stored as, separated by commas: f32, f16, bf16, int8, k8v4 (8-bit keys, 4-bit values), int4; every policy runs with each, and the
+    /// full cache in the first is the reference [default: as the model computes]
+    #[arg(long, value_delimiter = ',', value_name = "T[,T..]", value_parser = PossibleValuesParser::new(stored()))]
+    kv_dtype: Vec<String>,
+    /// First tokens that every policy keeps [default: what the policy keeps by itself; 4 for --task long-context]
+    #[arg(long, value_name = "N")]
+    sinks: Option<usize>,
+    /// Newest tokens that every policy keeps [default: what the policy keeps by itself; 32 for --task long-context]
+    #[arg(long, value_name = "N")]
+    recent: Option<usize>,
+    /// Questions of --task long-context, separated by commas [default: all]
+    #[arg(long, value_delimiter = ',', value_name = "Q[,Q..]", value_parser = PossibleValuesParser::new(Questions::ALL.map(Questions::name)))]
+    questions: Vec<String>,
+    /// Tokens of the contexts of --task long-context, separated by commas [default: 1024]
+    #[arg(long, value_delimiter = ',', value_name = "N[,N..]")]
+    context: Vec<NonZeroUsize>,
+    /// How --task long-context reads contexts
+    #[arg(long, value_enum, default_value_t = Feed::Whole)]
+    feed: Feed,
+    /// Text from which --task long-context takes statistics of queries, for tri-attention [default: the sequence itself]
+    #[arg(long, value_name = "FILE")]
+    calib: Option<PathBuf>,
     /// Tokens of each window to prefill [default: a quarter]
     #[arg(long, value_name = "N")]
     prompt: Option<NonZeroUsize>,
@@ -77,6 +104,8 @@ enum KvTask {
     Trace,
     /// Accuracy of a small model trained to recall, or saved by an earlier run
     Recall,
+    /// Answers of a chat model to questions about long contexts: exact and in nats, by context length
+    LongContext,
     /// Generation speed after a long context, of --model or of random weights
     Speed,
 }
@@ -84,7 +113,7 @@ enum KvTask {
 impl KvArgs {
     pub(super) fn config(self) -> Config {
         let makes = match self.task {
-            KvTask::Perplexity | KvTask::Speed => false,
+            KvTask::Perplexity | KvTask::Speed | KvTask::LongContext => false,
             KvTask::Trace => !self.model.is_empty(),
             KvTask::Recall => self.model.is_empty(),
         };
@@ -102,18 +131,39 @@ impl KvArgs {
         if self.batch.is_some() && self.task != KvTask::Perplexity {
             wrong("--batch belongs to --task perplexity");
         }
-        let prompt_rule = self.prompt_rule;
+        let long_context = self.task == KvTask::LongContext;
+        if !long_context
+            && (!self.questions.is_empty()
+                || !self.context.is_empty()
+                || self.feed != Feed::Whole
+                || self.calib.is_some())
+        {
+            wrong("--questions, --context, --feed and --calib belong to --task long-context");
+        }
+        if self.task == KvTask::Trace
+            && (!self.kv_dtype.is_empty() || self.budget_of == BudgetOf::Bytes)
+        {
+            wrong(
+                "--kv-dtype and --budget-of bytes need a model that runs: traces are replayed as they were recorded",
+            );
+        }
+        // Contexts are read as a prompt and must be evictable.
+        let prompt_rule = match self.prompt_rule {
+            PromptRule::Own if long_context => PromptRule::Evict,
+            rule => rule,
+        };
         let choice = |name: &str| {
             // clap has admitted no other name.
             Choice::named(name, prompt_rule, self.alpha).expect("the parser knows the same names")
         };
-        let policies = match &self.policy[..] {
+        let policies: Vec<Choice> = match &self.policy[..] {
             [] if self.task == KvTask::Speed => Speed::POLICIES.into_iter().map(choice).collect(),
-            [] => Choice::names(self.task != KvTask::Perplexity)
+            [] => Choice::names(matches!(self.task, KvTask::Trace | KvTask::Recall))
                 .map(choice)
                 .collect(),
             named => named.iter().map(String::as_str).map(choice).collect(),
         };
+        let (full, policies) = self.stored(policies);
         let prompt = self.prompt.map(NonZeroUsize::get);
         let task = match self.task {
             KvTask::Perplexity => {
@@ -143,6 +193,31 @@ impl KvArgs {
                     save: self.save,
                 })
             }
+            KvTask::LongContext => {
+                let [model] = &self.model[..] else {
+                    wrong("--task long-context needs --model DIR")
+                };
+                let questions = match &self.questions[..] {
+                    [] => Questions::ALL.to_vec(),
+                    // clap has admitted no other name.
+                    named => named
+                        .iter()
+                        .filter_map(|name| Questions::named(name))
+                        .collect(),
+                };
+                let lengths: Vec<usize> = self.context.iter().map(|n| n.get()).collect();
+                Task::LongContext(LongContext {
+                    model: model.clone(),
+                    questions,
+                    lengths: if lengths.is_empty() {
+                        vec![1024]
+                    } else {
+                        lengths
+                    },
+                    feed: self.feed,
+                    calibration: self.calib,
+                })
+            }
             KvTask::Speed => Task::Speed(Speed {
                 model: self.model.into_iter().next(),
                 prompt,
@@ -156,12 +231,42 @@ impl KvArgs {
         };
         Config {
             policies,
+            full,
+            by_bytes: self.budget_of == BudgetOf::Bytes,
             alpha: self.alpha,
             budgets: self.budget,
             seeds: self.seeds.get(),
             prompt_rule,
             task,
         }
+    }
+
+    /// The reference, and every policy in every storage, with the full cache in each but the first.
+    fn stored(&self, policies: Vec<Choice>) -> (Choice, Vec<Choice>) {
+        let (sinks, recent) = match self.task {
+            KvTask::LongContext => (4, 32),
+            _ => (0, 0),
+        };
+        let (sinks, recent) = (self.sinks.unwrap_or(sinks), self.recent.unwrap_or(recent));
+        let policies: Vec<Choice> = policies
+            .into_iter()
+            .map(|choice| choice.protecting(sinks, recent))
+            .collect();
+        if self.kv_dtype.is_empty() {
+            return (Choice::full(), policies);
+        }
+        let stored = |choice: &Choice, index: usize| {
+            let choice = choice.clone().stored_as(&self.kv_dtype[index], index == 0);
+            choice.expect("the parser knows the same names")
+        };
+        let full = |index| stored(&Choice::full(), index);
+        let all = (0..self.kv_dtype.len()).flat_map(|index| {
+            let own = (index > 0).then(|| full(index));
+            let evicting = policies.iter().filter(|choice| !choice.is_full());
+            own.into_iter()
+                .chain(evicting.map(move |choice| stored(choice, index)))
+        });
+        (full(0), all.collect())
     }
 
     /// Models and their text, where both are given.
@@ -179,6 +284,23 @@ impl KvArgs {
             _ => wrong("--model DIR and --text FILE go together"),
         }
     }
+}
+
+/// What budgets are shares of.
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum BudgetOf {
+    /// Tokens of the full cache
+    Tokens,
+    /// Bytes of the full cache
+    Bytes,
+}
+
+/// Storage that evicts with every policy.
+fn stored() -> impl Iterator<Item = &'static str> {
+    let per_token = |name: &&str| !name.ends_with("per-channel");
+    kv_lazy::StorageConfig::PRESETS
+        .into_iter()
+        .filter(per_token)
 }
 
 /// Ends the process as clap does on flags that do not go together.

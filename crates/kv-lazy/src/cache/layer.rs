@@ -2,13 +2,16 @@
 
 use super::LayerShape;
 use super::queries::QueryRing;
+use super::sinks::MovingSinks;
 use crate::attention::Scores;
 use crate::error::{Error, Result};
 use crate::policy::{Clock, Evictor, Needs, Phase, Plan, RecentQueries, Rows, Seen};
-use crate::quantise;
+use crate::quantise::{self, StorageConfig};
+use crate::rotary::Rotary;
 use crate::store::{Call, Layout, Relocation, Store};
 use candle_core::Tensor;
 use rayon::prelude::*;
+use std::sync::Arc;
 
 /// Tokens that left a sliding window are dropped once they are this many.
 const DEAD: usize = 64;
@@ -42,12 +45,15 @@ pub(super) struct Layer {
     fresh: Vec<Evictor>,
     needs: Needs,
     queries: Option<QueryRing>,
+    rotary: Option<Arc<Rotary>>,
+    sinks: Option<MovingSinks>,
 }
 
 /// A sequence's rows of a layer, as policies see them.
 struct SequenceRows<'a> {
     layer: &'a dyn Store,
     queries: Option<&'a QueryRing>,
+    rotary: Option<&'a Rotary>,
     first: usize,
     head_dim: usize,
 }
@@ -68,6 +74,9 @@ impl Rows for SequenceRows<'_> {
     fn queries(&self, head: usize) -> RecentQueries<'_> {
         self.queries
             .map_or_else(RecentQueries::default, |q| q.row(self.first + head))
+    }
+    fn rotary(&self) -> Option<&Rotary> {
+        self.rotary
     }
 }
 
@@ -98,15 +107,72 @@ impl Layer {
             evictors,
             needs,
             queries,
+            rotary: None,
+            sinks: None,
         }
+    }
+
+    /// Lets the policy's sinks move up to the newest tokens.
+    pub(super) fn move_sinks(&mut self, storage: &StorageConfig) -> Result<()> {
+        if self.shape.kv_heads == 0 {
+            return Ok(());
+        }
+        if self.rotary.is_none() {
+            return Err(Error::NeedUnavailable {
+                policy: format!("of layer {}", self.index),
+                need: "the model's rotation (`rotary`), for consecutive positions",
+                path: "this configuration",
+            });
+        }
+        let count = self
+            .evictors
+            .first()
+            .map_or(0, |e| e.rule(Phase::Decode).sinks);
+        if storage.is_quantised() && storage.sinks < count {
+            return Err(Error::Setting {
+                name: "sinks",
+                value: format!("{} of the storage", storage.sinks),
+                expected: "at least the policy's, which are not quantised where they move",
+            });
+        }
+        let sinks = MovingSinks::new(count, self.store.rows(), self.shape.head_dim);
+        self.configuration += " consecutive";
+        self.sinks = Some(sinks);
+        Ok(())
+    }
+
+    /// Tells the layer how the model rotates its keys.
+    pub(super) fn set_rotary(&mut self, rotary: Option<&Rotary>) -> Result<()> {
+        match rotary {
+            Some(rotary) => rotary.check(self.shape.head_dim)?,
+            None if self.needs.rotary => {
+                return Err(Error::NeedUnavailable {
+                    policy: format!("of layer {}", self.index),
+                    need: "the model's rotation (`rotary`)",
+                    path: "this configuration",
+                });
+            }
+            None => {}
+        }
+        self.rotary = rotary.cloned().map(Arc::new);
+        Ok(())
     }
 
     /// Tokens held per sequence and head.
     pub(super) fn physical_len(&self) -> usize {
+        if self.shares() {
+            let lens = (0..self.store.rows()).map(|row| self.store.len(row));
+            return lens.max().unwrap_or(0);
+        }
         if self.store.rows() == 0 {
             return 0;
         }
         self.store.len(0)
+    }
+
+    /// Whether heads may hold different numbers of tokens.
+    fn shares(&self) -> bool {
+        self.evictors.first().is_some_and(Evictor::shares)
     }
 
     /// Whether `other` has the same policy, budget and storage.
@@ -160,6 +226,43 @@ impl Layer {
         Ok(out)
     }
 
+    /// Shows the policy what it needs of the attention of what was appended, whose output is not wanted.
+    pub(super) fn feed(&mut self, q: &Tensor, scores: Scores, clock: &Clock) -> Result<()> {
+        let weights = self.needs.of(clock.phase);
+        let tokens = clock.tokens as usize;
+        let last_alone = !weights.columns() && (clock.phase == Phase::Prefill || tokens > SHOWN);
+        if weights.is_empty() || !last_alone {
+            if !weights.is_empty() {
+                return self.attend(q, scores, clock).map(|_| ());
+            }
+            if let Some(queries) = &mut self.queries {
+                queries.push(q, scores, clock.next - clock.tokens)?;
+            }
+            return Ok(());
+        }
+        if let Some(queries) = &mut self.queries {
+            queries.push(q, scores, clock.next - clock.tokens)?;
+        }
+        let call = Call {
+            scores,
+            position: clock.next - 1,
+            sliding_window: self.shape.sliding_window,
+            weights,
+            queries: 1,
+        };
+        let last = q.narrow(2, tokens - 1, 1)?.contiguous()?;
+        let kv_heads = self.shape.kv_heads;
+        self.store
+            .attend(&last, &call)?
+            .map_err(|row| Error::NonFinite {
+                layer: self.index,
+                sequence: row / kv_heads,
+                head: row % kv_heads,
+            })?;
+        self.observe(clock);
+        Ok(())
+    }
+
     /// Shows the policies the weights of the attention just computed.
     fn observe(&mut self, clock: &Clock) {
         let (heads, exported) = (self.heads, self.store.exported());
@@ -207,6 +310,29 @@ impl Layer {
                 }
             }
         }
+        if self.needs.new_values {
+            self.joined()?;
+        }
+        if let (Some(sinks), Some(rotary)) = (&mut self.sinks, &self.rotary) {
+            sinks.append(k, position, rotary)?;
+            sinks.place(self.store.as_mut(), rotary)?;
+        }
+        Ok(())
+    }
+
+    /// Shows the policies the tokens that were just stored.
+    fn joined(&mut self) -> Result<()> {
+        let (store, heads, head_dim) = (self.store.as_ref(), self.heads, self.shape.head_dim);
+        for (part, evictor) in self.evictors.iter_mut().enumerate() {
+            let rows = SequenceRows {
+                layer: store,
+                queries: None,
+                rotary: None,
+                first: part * heads,
+                head_dim,
+            };
+            evictor.joined(&rows)?;
+        }
         Ok(())
     }
 
@@ -247,16 +373,23 @@ impl Layer {
         plan: impl Fn(&mut Evictor, &dyn Rows) -> Result<Option<Plan>> + Sync,
     ) -> Result<Option<Vec<Plan>>> {
         let (store, queries) = (self.store.as_ref(), self.queries.as_ref());
+        let rotary = self.rotary.as_deref();
         let (heads, head_dim, len) = (self.heads, self.shape.head_dim, self.physical_len());
+        let shares = self.shares();
         let plan_of = |(part, evictor): (usize, &mut Evictor)| {
             let rows = SequenceRows {
                 layer: store,
                 queries,
+                rotary,
                 first: part * heads,
                 head_dim,
             };
             let plan = plan(evictor, &rows)?;
-            plan.as_ref().map_or(Ok(()), |plan| plan.check(len))?;
+            match &plan {
+                Some(plan) if shares => plan.check_each(&rows)?,
+                Some(plan) => plan.check(len)?,
+                None => {}
+            }
             Ok(plan)
         };
         let evictors = &mut self.evictors;
@@ -273,6 +406,14 @@ impl Layer {
                 .map(plan_of)
                 .collect::<Result<_>>()?
         };
+        if shares {
+            let any = plans.iter().any(Option::is_some);
+            let none = || Plan {
+                evict: vec![Vec::new(); heads],
+            };
+            let all = plans.into_iter().map(|plan| plan.unwrap_or_else(none));
+            return Ok(any.then(|| all.collect()));
+        }
         let plans: Vec<Plan> = plans.into_iter().flatten().collect();
         match plans.first().map(Plan::evicted) {
             None => Ok(None),
@@ -344,6 +485,7 @@ impl Layer {
             .map(Evictor::state_bytes)
             .sum::<usize>()
             + self.queries.as_ref().map_or(0, QueryRing::bytes)
+            + self.sinks.as_ref().map_or(0, MovingSinks::bytes)
     }
 
     pub(super) fn reset(&mut self) {
@@ -351,6 +493,9 @@ impl Layer {
         self.evictors.clone_from(&self.fresh);
         if let Some(queries) = &mut self.queries {
             queries.clear();
+        }
+        if let Some(sinks) = &mut self.sinks {
+            sinks.clear();
         }
         self.attended = true;
         self.bytes = 0;

@@ -3,12 +3,19 @@
 //! A step is `begin(tokens)`, then `attend` once for each layer that has KV heads. The set appends the new keys and
 //! values, attends, gives the policy the weights it needs and lets it evict.
 
+mod cost;
+mod handle;
 mod layer;
 mod queries;
+mod sinks;
+
+pub use handle::{LayerCache, LayerSnapshot, bottom_right_mask};
 
 use crate::attention::{Geometry, Scores, expect_shape};
 use crate::error::{Error, Result};
-use crate::policy::{Budget, CacheConfig, Clock, Evictor, Phase, Policy, count};
+use crate::policy::{
+    Budget, CacheConfig, Clock, Evictor, Phase, Policy, PolicyConfig, Positions, Prompt, count,
+};
 use crate::quantise::{self, StorageConfig};
 use crate::store::{DeviceStore, HostStore, PackedDeviceStore, Store};
 #[cfg(feature = "trace")]
@@ -83,7 +90,8 @@ impl CacheSet {
         device: &Device,
     ) -> Result<Self> {
         let storage = |_| Ok(StorageConfig::default());
-        Self::build(layers, batch, dtype, device, |_| Ok(Vec::new()), storage)
+        let place = Whole::of(layers, batch, dtype, device);
+        Self::build(&place, |_, _| Ok(Vec::new()), storage)
     }
 
     /// Caches that evict as `config` says, stored as `dtype` (f32, f16 or bf16) on `device`.
@@ -98,22 +106,69 @@ impl CacheSet {
         device: &Device,
         config: &CacheConfig,
     ) -> Result<Self> {
-        let evictors = |layer: usize| {
+        Self::of(&Whole::of(layers, batch, dtype, device), config)
+    }
+
+    /// The cache of one layer alone, of that index.
+    pub(crate) fn of_layer(
+        layer: usize,
+        shape: LayerShape,
+        (batch, dtype, device): (usize, DType, &Device),
+        config: &CacheConfig,
+        external: bool,
+    ) -> Result<Self> {
+        let layers = [shape];
+        let whole = Whole {
+            first: layer,
+            external,
+            ..Whole::of(&layers, batch, dtype, device)
+        };
+        Self::of(&whole, config)
+    }
+
+    fn of(whole: &Whole<'_>, config: &CacheConfig) -> Result<Self> {
+        let evictors = |layer: usize, shape: &LayerShape| {
             if config.keeps_all() {
                 return Ok(Vec::new());
             }
             let budget = config.layer_budget(layer)?;
             let policy = config.build(budget)?;
-            Evictor::for_batch(
-                policy.as_ref(),
-                budget,
-                layer,
-                batch,
-                layers[layer].kv_heads,
-            )
+            let shared = config.shared_budget;
+            Evictor::for_batch(policy.as_ref(), budget, layer, whole.batch, shape, shared)
         };
         let storage = |layer| config.storage_of(layer).copied();
-        let mut set = Self::build(layers, batch, dtype, device, evictors, storage)?;
+        let mut set = Self::build(whole, evictors, storage)?;
+        let elsewhere = whole.external || !whole.device.is_cpu();
+        if elsewhere && config.shared_budget.is_some() {
+            return Err(Error::Setting {
+                name: "shared-budget",
+                value: "tensors".into(),
+                expected: "a cache on the CPU that computes the attention itself: rows of different lengths are no tensor",
+            });
+        }
+        if config.positions == Positions::Consecutive {
+            let streaming = matches!(config.decode, PolicyConfig::Streaming(_));
+            let prefill = config.prefill.as_ref();
+            let streaming = streaming
+                && prefill.is_none_or(|p| matches!(p, PolicyConfig::Streaming(_)))
+                && config
+                    .prompt
+                    .is_none_or(|prompt| prompt == Prompt::Evictable)
+                && config.guard_values == 0;
+            if !streaming || elsewhere {
+                return Err(Error::Setting {
+                    name: "positions",
+                    value: "consecutive".into(),
+                    expected: "the policy `streaming` without values or a prompt kept, in a cache on the CPU that computes the attention itself",
+                });
+            }
+        }
+        for layer in &mut set.layers {
+            layer.set_rotary(config.rotary_of(layer.index))?;
+            if config.positions == Positions::Consecutive {
+                layer.move_sinks(config.storage_of(layer.index)?)?;
+            }
+        }
         set.config = Some(config.clone());
         Ok(set)
     }
@@ -146,18 +201,12 @@ impl CacheSet {
         device: &Device,
         policy: impl Fn(usize) -> Result<(Box<dyn Policy>, Budget, StorageConfig)>,
     ) -> Result<Self> {
-        let evictors = |layer: usize| {
+        let evictors = |layer: usize, shape: &LayerShape| {
             let (policy, budget, _) = policy(layer)?;
-            Evictor::for_batch(
-                policy.as_ref(),
-                budget,
-                layer,
-                batch,
-                layers[layer].kv_heads,
-            )
+            Evictor::for_batch(policy.as_ref(), budget, layer, batch, shape, None)
         };
         let storage = |layer| policy(layer).map(|(_, _, storage)| storage);
-        Self::build(layers, batch, dtype, device, evictors, storage)
+        Self::build(&Whole::of(layers, batch, dtype, device), evictors, storage)
     }
 
     /// Caches for attention computed elsewhere, by [`extend`](Self::extend), which sees neither attention weights nor queries.
@@ -171,14 +220,13 @@ impl CacheSet {
         device: &Device,
         config: &CacheConfig,
     ) -> Result<Self> {
-        let set = Self::new(layers, batch, dtype, device, config)?;
+        let whole = Whole {
+            external: true,
+            ..Whole::of(layers, batch, dtype, device)
+        };
+        let set = Self::of(&whole, config)?;
         for layer in &set.layers {
-            let needs = layer.needs();
-            let need = if !needs.prefill.union(needs.decode).is_empty() {
-                "attention weights"
-            } else if needs.queries > 0 {
-                "queries"
-            } else {
+            let Some(need) = layer.needs().attention() else {
                 continue;
             };
             let policy = config.decode.to_string();
@@ -209,19 +257,23 @@ impl CacheSet {
     }
 
     fn build(
-        layers: &[LayerShape],
-        batch: usize,
-        dtype: DType,
-        device: &Device,
-        evictors: impl Fn(usize) -> Result<Vec<Evictor>>,
+        whole: &Whole<'_>,
+        evictors: impl Fn(usize, &LayerShape) -> Result<Vec<Evictor>>,
         storage: impl Fn(usize) -> Result<StorageConfig>,
     ) -> Result<Self> {
-        let layers = layers
+        let Whole {
+            batch,
+            dtype,
+            device,
+            ..
+        } = *whole;
+        let layers = whole
+            .layers
             .iter()
-            .enumerate()
-            .map(|(index, &shape)| {
+            .zip(whole.first..)
+            .map(|(&shape, index)| {
                 let (evictors, storage) = if shape.kv_heads > 0 {
-                    (evictors(index)?, storage(index)?)
+                    (evictors(index, &shape)?, storage(index)?)
                 } else {
                     (Vec::new(), StorageConfig::default())
                 };
@@ -243,7 +295,7 @@ impl CacheSet {
                         expected: "per-token on devices other than the CPU",
                     });
                 }
-                let store = new_store(index, shape, batch, layout, dtype, device)?;
+                let store = new_store(index, shape, layout, whole)?;
                 Ok(Layer::new(index, shape, store, layout, evictors))
             })
             .collect::<Result<_>>()?;
@@ -375,6 +427,28 @@ impl CacheSet {
         Ok(out)
     }
 
+    /// As [`attend`](Self::attend) for a step whose output is not wanted, as when a prompt's queries, keys and values are known: attention is
+    /// computed only where the policy needs its weights.
+    ///
+    /// # Errors
+    /// As [`attend`](Self::attend).
+    pub fn feed(
+        &mut self,
+        layer: usize,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        scores: impl Into<Scores>,
+    ) -> Result<()> {
+        self.check(layer, [("q", q), ("k", k), ("v", v)])?;
+        let clock = self.clock;
+        self.append(layer, k, v)?;
+        let at = &mut self.layers[layer];
+        at.feed(q, scores.into(), &clock)?;
+        at.evict(&clock)?;
+        self.finish(layer)
+    }
+
     /// Appends the step's `k` and `v` `[B, Hkv, T, d]` and returns all keys and values `[B, Hkv, n, d]` that the step's queries
     /// are to attend, for attention computed elsewhere. The new tokens are the last T of n; a causal mask's offset is n − T. The policy
     /// evicts afterwards.
@@ -384,11 +458,10 @@ impl CacheSet {
     pub fn extend(&mut self, layer: usize, k: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
         self.check(layer, [("k", k), ("v", v)])?;
         let (clock, batch) = (self.clock, self.batch);
-        let needs = self.layers[layer].needs();
-        if !needs.prefill.union(needs.decode).is_empty() || needs.queries > 0 {
+        if let Some(need) = self.layers[layer].needs().attention() {
             return Err(Error::NeedUnavailable {
                 policy: format!("of layer {layer}"),
-                need: "attention weights",
+                need,
                 path: "attention computed elsewhere",
             });
         }
@@ -508,7 +581,7 @@ impl CacheSet {
         self.clock.prompt as usize
     }
 
-    /// Tokens that `layer` holds per sequence and head.
+    /// Tokens that `layer` holds per sequence and head; the most of any where heads share their budgets.
     pub fn physical_len(&self, layer: usize) -> usize {
         self.layers.get(layer).map_or(0, Layer::physical_len)
     }
@@ -604,14 +677,44 @@ impl CacheSet {
     }
 }
 
+/// What a set is built for.
+struct Whole<'a> {
+    layers: &'a [LayerShape],
+    /// Index of the first of the layers.
+    first: usize,
+    batch: usize,
+    dtype: DType,
+    device: &'a Device,
+    /// Attention is computed elsewhere, over tensors.
+    external: bool,
+}
+
+impl<'a> Whole<'a> {
+    fn of(layers: &'a [LayerShape], batch: usize, dtype: DType, device: &'a Device) -> Self {
+        Self {
+            layers,
+            first: 0,
+            batch,
+            dtype,
+            device,
+            external: false,
+        }
+    }
+}
+
 fn new_store(
     layer: usize,
     shape: LayerShape,
-    batch: usize,
     layout: quantise::Layout,
-    dtype: DType,
-    device: &Device,
+    whole: &Whole<'_>,
 ) -> Result<Box<dyn Store>> {
+    let Whole {
+        batch,
+        dtype,
+        device,
+        external,
+        ..
+    } = *whole;
     let LayerShape {
         query_heads,
         kv_heads,
@@ -647,6 +750,10 @@ fn new_store(
         head_dim,
     };
     Ok(match device {
+        // What is handed out as tensors is best kept as tensors.
+        device if external && layout.residual.is_none() => {
+            Box::new(DeviceStore::new(rows, geometry, layout, device))
+        }
         Device::Cpu => Box::new(HostStore::new(rows, geometry, layout, dtype)),
         device if layout.residual.is_some() => Box::new(PackedDeviceStore::new(
             rows, geometry, layout, dtype, device,

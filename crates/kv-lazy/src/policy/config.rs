@@ -2,12 +2,15 @@
 
 #[cfg(feature = "trace")]
 use super::oracle;
+use super::tri_attention::QueryStatistics;
 use super::{
-    Budget, EvictEvery, PerPhase, Policy, Prompt, Protect, ValueNormGuard, full, h2o, lazy, r_kv,
-    raas, random, scissorhands, snapkv, streaming, tova,
+    Budget, EvictEvery, Outlier, PerPhase, Policy, Prompt, Protect, Threshold, Trigger, Tunable,
+    ValueGuard, dropkv, full, h2o, keydiff, knorm, lagkv, lazy, r_kv, raas, random, scissorhands,
+    snapkv, streaming, tova, tri_attention, vase,
 };
 use crate::error::{Error, Result};
 use crate::quantise::StorageConfig;
+use crate::rotary::Rotary;
 use serde::{Deserialize, Serialize};
 use std::str::FromStr;
 
@@ -52,6 +55,12 @@ macro_rules! policies {
                 }
             }
 
+            fn tunable(&mut self) -> &mut dyn Tunable {
+                match self {
+                    $($(#[cfg($cfg)])? Self::$variant(settings) => settings,)+
+                }
+            }
+
             /// The policy, with unset settings derived from `budget`.
             ///
             /// # Errors
@@ -74,11 +83,60 @@ policies! {
     Raas = "raas", raas::Settings, raas::build, "evicts the least recently attended token, keeps the prompt";
     Snapkv = "snapkv", snapkv::Settings, snapkv::build, "cuts the prompt to what its last queries attend to";
     RKv = "r-kv", r_kv::Settings, r_kv::build, "evicts unimportant or redundant keys";
+    KeyNorm = "knorm", knorm::Settings, knorm::build, "evicts the largest keys; a baseline";
+    KeyDiff = "keydiff", keydiff::Settings, keydiff::build, "evicts keys close to the mean direction of all keys";
+    TriAttention = "tri-attention", tri_attention::Settings, tri_attention::build, "evicts keys that typical queries will attend to least";
+    LagKv = "lagkv", lagkv::Settings, lagkv::build, "evicts tokens whose channels spread little against the chunk before";
+    DropKv = "dropkv", dropkv::Settings, dropkv::build, "evicts tokens without which the last queries' outputs would move least";
+    VaseAttention = "vase-attnv", vase::Settings, vase::build_attention, "keeps values of large range, draws the rest by attention";
+    VaseProducts = "vase-dkv", vase::Settings, vase::build_products, "keeps large products of randomly projected keys and values";
     Random = "random", random::Settings, random::build, "evicts at random, keeps the prompt; a baseline";
     Lazy = "lazy", lazy::Settings, lazy::build_paper, "LazyEviction as in the paper";
     LazyReference = "lazy-reference", lazy::Settings, lazy::build_reference, "LazyEviction as in the authors' code";
     LazyGuarded = "lazy-guarded", lazy::Settings, lazy::build_guarded, "LazyEviction with a fixed importance, sinks and the prompt kept";
     #[cfg(feature = "trace")] Oracle = "oracle", oracle::Settings, oracle::build, "keeps what will be attended most; in replay only";
+}
+
+/// When a policy evicts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Evicts {
+    /// Never.
+    Nothing,
+    /// Once, when the prompt has been read: a prefill compressor. What is generated afterwards is all kept.
+    AfterPrompt,
+    /// While decoding, and after the prompt.
+    WhileDecoding,
+}
+
+impl PolicyConfig {
+    /// When the policy evicts; the oracle while decoding.
+    pub fn evicts(&self) -> Evicts {
+        let Ok(policy) = self.build(Budget::Tokens(64)) else {
+            return Evicts::WhileDecoding;
+        };
+        let rule = policy.rule(super::Phase::Decode);
+        match rule.decode {
+            Trigger::Never if !rule.after_prefill => Evicts::Nothing,
+            Trigger::Never => Evicts::AfterPrompt,
+            _ => Evicts::WhileDecoding,
+        }
+    }
+
+    /// The seed, of a policy that draws.
+    pub fn seed_mut(&mut self) -> Option<&mut u64> {
+        self.tunable().seed()
+    }
+
+    /// The weight from which a token counts as active, of a policy that has one.
+    pub fn threshold_mut(&mut self) -> Option<&mut Threshold> {
+        self.tunable().threshold()
+    }
+
+    /// Statistics of the model's queries, of a policy that uses them.
+    pub fn calibration_mut(&mut self) -> Option<&mut Option<QueryStatistics>> {
+        self.tunable().calibration()
+    }
 }
 
 impl std::fmt::Display for PolicyConfig {
@@ -97,6 +155,19 @@ pub(crate) fn quarter(budget: Budget, most: usize) -> usize {
         Budget::Tokens(tokens) => (tokens / 4).clamp(1, most),
         Budget::Ratio(_) => RATIO_WINDOW.min(most),
     }
+}
+
+/// Which positions cached tokens have for new queries.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
+pub enum Positions {
+    /// Their own: distances are those of the text.
+    #[default]
+    Keep,
+    /// Consecutive ones, as in StreamingLLM: the sinks move up to the oldest of the newest tokens, so that no distance exceeds what the cache holds. For `streaming`
+    /// alone, where it equals the ranks of the cached tokens exactly: the newest tokens are consecutive already. Needs `rotary`; on the CPU.
+    Consecutive,
 }
 
 /// Everything a cache is built from.
@@ -132,9 +203,25 @@ pub struct CacheConfig {
     /// Evict every so many steps, whatever the policy does by itself; that many newest tokens are then protected.
     #[serde(default, alias = "lag")]
     pub evict_every: Option<usize>,
-    /// Tokens of largest value norm kept per head.
+    /// Tokens per head kept because their values stand out.
     #[serde(default)]
     pub guard_values: usize,
+    /// What makes a value stand out.
+    #[serde(default)]
+    pub guard_by: Outlier,
+    /// Heads of a layer share their budgets (AdaKV, arXiv 2407.11550): the best tokens of all heads stay, and each head keeps at least this share of its own budget; 0.2
+    /// is usual. For policies whose scores are comparable between heads, on the CPU.
+    #[serde(default)]
+    pub shared_budget: Option<f64>,
+    /// Which positions the cached tokens have for new queries.
+    #[serde(default)]
+    pub positions: Positions,
+    /// How the model rotates keys, for policies that need to know.
+    #[serde(default)]
+    pub rotary: Option<Rotary>,
+    /// Rotation per layer in place of `rotary`; empty for none.
+    #[serde(default)]
+    pub layer_rotary: Vec<Option<Rotary>>,
 }
 
 impl CacheConfig {
@@ -152,6 +239,11 @@ impl CacheConfig {
             prompt: None,
             evict_every: None,
             guard_values: 0,
+            guard_by: Outlier::Norm,
+            shared_budget: None,
+            positions: Positions::Keep,
+            rotary: None,
+            layer_rotary: Vec::new(),
         }
     }
 
@@ -188,6 +280,14 @@ impl CacheConfig {
         })
     }
 
+    /// The rotation of one layer; none beyond the layers that were named.
+    pub fn rotary_of(&self, layer: usize) -> Option<&Rotary> {
+        if self.layer_rotary.is_empty() {
+            return self.rotary.as_ref();
+        }
+        self.layer_rotary.get(layer).and_then(Option::as_ref)
+    }
+
     /// Whether every token is kept.
     pub fn keeps_all(&self) -> bool {
         matches!(self.decode, PolicyConfig::Full(_)) && self.prefill.is_none()
@@ -214,7 +314,7 @@ impl CacheConfig {
             policy = Box::new(EvictEvery::new(policy, window));
         }
         if self.guard_values > 0 {
-            policy = Box::new(ValueNormGuard::new(policy, self.guard_values));
+            policy = Box::new(ValueGuard::new(policy, self.guard_by, self.guard_values));
         }
         if self.sinks > 0 || self.recent > 0 || self.prompt.is_some() {
             policy = Box::new(Protect::new(policy, self.sinks, self.recent, self.prompt));

@@ -1,4 +1,4 @@
-//! Any policy, evicting every W steps and with the newest W tokens protected: the window of LazyEviction alone.
+//! Any policy, also one that evicts after the prompt alone, evicting every W steps and with the newest W tokens protected: the window of LazyEviction alone.
 
 use super::{Phase, Policy, Rule, Trigger};
 use crate::store::Layout;
@@ -25,7 +25,8 @@ impl<P: Policy + Clone + 'static> Policy for EvictEvery<P> {
         let rule = self.inner.rule(phase);
         Rule {
             decode: match rule.decode {
-                Trigger::Never => Trigger::Never,
+                // What cuts the prompt once does so again every `window` steps; what keeps everything keeps everything.
+                Trigger::Never if !rule.after_prefill => Trigger::Never,
                 _ => Trigger::Every(self.window),
             },
             recent: rule.recent.max(self.window),

@@ -6,11 +6,12 @@
 use super::{
     Budget, Clock, Needs, Phase, Place, Policy, Prompt, Rows, Rule, Score, Seen, Trigger, count,
 };
+use crate::LayerShape;
 use crate::error::{Error, Result};
 use crate::store::Relocation;
 use std::ops::Range;
 
-/// The slots whose tokens leave, ascending, for each KV head of one sequence; the same number for all.
+/// The slots whose tokens leave, ascending, for each KV head of one sequence; the same number for all, except where heads share their budgets.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Plan {
     /// `[heads][evicted]`.
@@ -21,6 +22,17 @@ impl Plan {
     /// Tokens that leave each head.
     pub fn evicted(&self) -> usize {
         self.evict.first().map_or(0, Vec::len)
+    }
+
+    /// Checks that the plan fits the rows of heads that may differ in length.
+    pub(crate) fn check_each(&self, rows: &dyn Rows) -> Result<()> {
+        for (head, evict) in self.evict.iter().enumerate() {
+            let alone = Self {
+                evict: vec![evict.clone()],
+            };
+            alone.check(rows.len(head))?;
+        }
+        Ok(())
     }
 
     /// Checks that the plan fits heads of `len` tokens.
@@ -54,6 +66,8 @@ pub struct Evictor {
     policy: Box<dyn Policy>,
     budget: Budget,
     place: Place,
+    /// Where the heads of a layer share their budgets: the share of its own that each keeps at least.
+    floor: Option<f64>,
     scores: Vec<Score>,
 }
 
@@ -85,8 +99,38 @@ impl Evictor {
             policy,
             budget,
             place,
+            floor: None,
             scores: Vec::new(),
         })
+    }
+
+    /// The same for heads that share their budgets: the best tokens of all heads stay, and each head keeps at least a share `floor` of its own budget.
+    ///
+    /// # Errors
+    /// A policy whose scores cannot be compared between heads or that evicts ahead; a share outside [0, 1].
+    pub fn sharing(mut self, floor: f64) -> Result<Self> {
+        let ahead = [Phase::Prefill, Phase::Decode].map(|phase| self.policy.rule(phase).ahead);
+        if !self.policy.comparable() || ahead.contains(&true) {
+            return Err(Error::Setting {
+                name: "shared-budget",
+                value: format!("policy {}", self.policy.name()),
+                expected: "a policy whose scores are comparable between heads: snapkv, dropkv, or h2o with `normalise: mean`",
+            });
+        }
+        if !(0.0..=1.0).contains(&floor) {
+            return Err(Error::Setting {
+                name: "shared-budget",
+                value: floor.to_string(),
+                expected: "a share in [0, 1]",
+            });
+        }
+        self.floor = Some(floor);
+        Ok(self)
+    }
+
+    /// Whether its heads may hold different numbers of tokens.
+    pub(crate) fn shares(&self) -> bool {
+        self.floor.is_some()
     }
 
     /// One evictor per sequence and KV head of a layer, in this order; per sequence where the policy needs all heads together.
@@ -95,9 +139,12 @@ impl Evictor {
         budget: Budget,
         layer: usize,
         batch: usize,
-        kv_heads: usize,
+        shape: &LayerShape,
+        shared: Option<f64>,
     ) -> Result<Vec<Self>> {
-        let heads = if policy.needs().all_heads {
+        policy.admits(layer, shape)?;
+        let kv_heads = shape.kv_heads;
+        let heads = if policy.needs().all_heads || shared.is_some() {
             kv_heads
         } else {
             1
@@ -110,8 +157,13 @@ impl Evictor {
                     sequence: row / kv_heads,
                     first_head: row % kv_heads,
                     heads,
+                    kv_heads,
                 };
-                Self::new(policy.boxed_clone(), budget, place)
+                let evictor = Self::new(policy.boxed_clone(), budget, place)?;
+                match shared {
+                    Some(floor) => evictor.sharing(floor),
+                    None => Ok(evictor),
+                }
             })
             .collect()
     }
@@ -137,7 +189,10 @@ impl Evictor {
     pub(crate) fn describe(&self) -> String {
         let rules = [Phase::Prefill, Phase::Decode].map(|phase| self.policy.rule(phase));
         let (name, needs) = (self.policy.name(), self.policy.needs());
-        format!("{name} {rules:?} {needs:?} {:?}", self.budget)
+        format!(
+            "{name} {rules:?} {needs:?} {:?} {:?}",
+            self.budget, self.floor
+        )
     }
 
     /// The rule that holds in a phase.
@@ -148,6 +203,14 @@ impl Evictor {
     /// `clock.tokens` tokens joined.
     pub fn append(&mut self, clock: &Clock) {
         self.policy.append(clock);
+    }
+
+    /// The tokens that joined are stored.
+    ///
+    /// # Errors
+    /// Values that could not be read.
+    pub fn joined(&mut self, rows: &dyn Rows) -> Result<()> {
+        self.policy.joined(rows)
     }
 
     /// Shows one head's weights to the policy.
@@ -242,12 +305,15 @@ impl Evictor {
             let prompt = most(&|ids| ids.iter().filter(|&&id| id < clock.prompt).count());
             budget = budget.saturating_add(prompt);
         }
-        if len.saturating_add(coming) <= budget {
-            return Ok(None);
-        }
         // What is never evicted is a prefix and a suffix of the positions.
         let prompt = if prompt_stays { clock.prompt } else { 0 };
         let free = prompt.max(count(rule.sinks))..clock.next.saturating_sub(count(rule.recent));
+        if let Some(floor) = self.floor {
+            return self.choose_jointly((budget, rule.release, floor), &free, rows, clock);
+        }
+        if len.saturating_add(coming) <= budget {
+            return Ok(None);
+        }
         let held = most(&|ids| ids.iter().filter(|&id| !free.contains(id)).count());
         let limit = budget
             .saturating_sub(coming)
@@ -265,6 +331,34 @@ impl Evictor {
             evict.push(lowest(&self.scores, rows.ids(head), &free, leaving));
         }
         Ok(Some(Plan { evict }))
+    }
+
+    /// Chooses survivors among all heads, which together hold their `budget`s less what is released; each keeps at least a share of its own.
+    fn choose_jointly(
+        &mut self,
+        (budget, release, floor): (usize, f64, f64),
+        free: &Range<u32>,
+        rows: &dyn Rows,
+        clock: &Clock,
+    ) -> Result<Option<Plan>> {
+        let heads = self.place.heads;
+        let held: usize = (0..heads).map(|head| rows.len(head)).sum();
+        if held <= heads.saturating_mul(budget) {
+            return Ok(None);
+        }
+        let mut scores = Vec::with_capacity(heads);
+        for head in 0..heads {
+            let mut own = vec![Score::default(); rows.len(head)];
+            self.policy.score(head, rows, clock, &mut own)?;
+            scores.push(own);
+        }
+        let ids: Vec<&[u32]> = (0..heads).map(|head| rows.ids(head)).collect();
+        let released = (release * budget as f64) as usize;
+        let limit = heads * (budget - released.min(budget));
+        let least = (floor * budget as f64) as usize;
+        let evict = jointly(&scores, &ids, free, limit, least);
+        let any = evict.iter().any(|slots| !slots.is_empty());
+        Ok(any.then_some(Plan { evict }))
     }
 
     /// The policy's state of one head follows its tokens.
@@ -308,15 +402,62 @@ fn check(rule: &Rule) -> Result<()> {
     Ok(())
 }
 
+/// How two tokens of a head or of different heads compare: by score, then by position.
+fn claim(score: Score, id: u32) -> impl Fn(&(Score, u32)) -> std::cmp::Ordering {
+    move |(other, other_id)| {
+        score
+            .value
+            .total_cmp(&other.value)
+            .then(score.tie.cmp(&other.tie))
+            .then(id.cmp(other_id))
+    }
+}
+
+/// The slots of each head that leave when the heads together keep `limit` tokens, each of them at least `least` and one more than what is protected.
+fn jointly(
+    scores: &[Vec<Score>],
+    ids: &[&[u32]],
+    free: &Range<u32>,
+    limit: usize,
+    least: usize,
+) -> Vec<Vec<u32>> {
+    let mut kept = 0;
+    let mut pool: Vec<(usize, u32)> = Vec::new();
+    for (head, ids) in ids.iter().enumerate() {
+        let key = |slot: u32| (scores[head][slot as usize], ids[slot as usize]);
+        let mut own: Vec<u32> = (0..ids.len() as u32)
+            .filter(|&slot| free.contains(&ids[slot as usize]))
+            .collect();
+        let held = ids.len() - own.len();
+        let sure = least.saturating_sub(held).max(1).min(own.len());
+        own.sort_unstable_by(|&a, &b| {
+            let (score, id) = key(b);
+            claim(score, id)(&key(a))
+        });
+        kept += held + sure;
+        pool.extend(own[sure..].iter().map(|&slot| (head, slot)));
+    }
+    let key =
+        |&(head, slot): &(usize, u32)| (scores[head][slot as usize], ids[head][slot as usize]);
+    // Between heads the first wins a tie.
+    pool.sort_by(|a, b| {
+        let (score, id) = key(b);
+        claim(score, id)(&key(a)).then(a.0.cmp(&b.0))
+    });
+    let mut evict = vec![Vec::new(); ids.len()];
+    for &(head, slot) in pool.iter().skip(limit.saturating_sub(kept)) {
+        evict[head].push(slot);
+    }
+    evict.iter_mut().for_each(|slots| slots.sort_unstable());
+    evict
+}
+
 /// The slots of the `count` lowest scores among positions in `free`, ascending.
 fn lowest(scores: &[Score], ids: &[u32], free: &Range<u32>, count: usize) -> Vec<u32> {
-    let claim = |slot: u32| (scores[slot as usize], ids[slot as usize]);
+    let key = |slot: u32| (scores[slot as usize], ids[slot as usize]);
     let order = |&a: &u32, &b: &u32| {
-        let ((x, x_id), (y, y_id)) = (claim(a), claim(b));
-        x.value
-            .total_cmp(&y.value)
-            .then(x.tie.cmp(&y.tie))
-            .then(x_id.cmp(&y_id))
+        let (score, id) = key(a);
+        claim(score, id)(&key(b))
     };
     let candidates = (0..ids.len() as u32).filter(|&slot| free.contains(&ids[slot as usize]));
     if count == 1 {
@@ -329,4 +470,34 @@ fn lowest(scores: &[Score], ids: &[u32], free: &Range<u32>, count: usize) -> Vec
     candidates.truncate(count);
     candidates.sort_unstable();
     candidates
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::golden;
+
+    #[test]
+    fn heads_share_budgets_as_in_golden_values() {
+        let numbers = golden::uniform("kv2.ada", 3 * 20);
+        let scores: Vec<Vec<Score>> = numbers
+            .chunks_exact(20)
+            .zip([3.0, 1.0, 0.4])
+            .map(|(row, factor)| row.iter().map(|x| Score::new(x.abs() * factor)).collect())
+            .collect();
+        let ids: Vec<u32> = (0..20).collect();
+        let ids = [&ids[..]; 3];
+        let kept = |floor: f64| {
+            let least = (floor * 8.0) as usize;
+            let evict = jointly(&scores, &ids, &(0..20), 24, least);
+            evict
+                .iter()
+                .map(|slots| 20 - slots.len())
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(kept(0.2), [17, 6, 1]);
+        assert_eq!(kept(1.0), [8, 8, 8]);
+        // Each head keeps one token at least: without that it would be 18, 6 and 0.
+        assert_eq!(kept(0.0), [17, 6, 1]);
+    }
 }

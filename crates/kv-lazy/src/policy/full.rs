@@ -1,6 +1,6 @@
 //! Full: nothing is ever evicted; the reference for all others.
 
-use super::{Budget, Phase, Policy, Rule, Trigger};
+use super::{Budget, Phase, Policy, Rule, Trigger, Tunable};
 use crate::error::Result;
 use crate::store::Layout;
 use serde::{Deserialize, Serialize};
@@ -10,6 +10,8 @@ use serde::{Deserialize, Serialize};
 #[serde(default, deny_unknown_fields)]
 #[non_exhaustive]
 pub struct Settings {}
+
+impl Tunable for Settings {}
 
 pub(super) fn build(_: &Settings, _: Budget) -> Result<Box<dyn Policy>> {
     Ok(Box::new(Full))

@@ -4,7 +4,7 @@
 //! (harmonic numbers). The mean divides by the number of queries that could see the token.
 
 use super::config::RATIO_WINDOW;
-use super::{Budget, Clock, Needs, Phase, Place, Policy, Prompt, Rows, Rule, Score, Seen};
+use super::{Budget, Clock, Needs, Phase, Place, Policy, Prompt, Rows, Rule, Score, Seen, Tunable};
 use crate::attention::WeightKinds;
 use crate::error::Result;
 use crate::store::Relocation;
@@ -31,6 +31,8 @@ pub struct Settings {
     /// Sum or mean of the attention received.
     pub normalise: Normalise,
 }
+
+impl Tunable for Settings {}
 
 pub(super) fn build(settings: &Settings, budget: Budget) -> Result<Box<dyn Policy>> {
     let half = match budget {
@@ -68,6 +70,9 @@ impl Policy for H2o {
     }
     fn needs(&self) -> Needs {
         Needs::weights(WeightKinds::COLUMNS)
+    }
+    fn comparable(&self) -> bool {
+        self.normalise == Normalise::Mean
     }
     fn rule(&self, _: Phase) -> Rule {
         Rule {

@@ -2,7 +2,7 @@
 //!
 //! A [`Policy`] keeps some state per token and gives every cached token a [`Score`]; its [`Rule`] says when to
 //! evict and what is never evicted. The [`Evictor`] turns both into a [`Plan`], the one place where tokens are chosen. Combinators
-//! change the rule ([`EvictEvery`], [`Protect`]), the score ([`ValueNormGuard`]) or the policy by phase ([`PerPhase`]).
+//! change the rule ([`EvictEvery`], [`Protect`]), the score ([`ValueGuard`]) or the policy by phase ([`PerPhase`]).
 //!
 //! A policy object serves one layer of one sequence: a single KV head, or all of them where it [needs](Needs::all_heads) that. Weights arrive reduced over the query heads that share a
 //! KV head.
@@ -11,10 +11,15 @@
 
 mod activation;
 mod config;
+mod draw;
+pub mod dropkv;
 mod every;
 mod evictor;
 pub mod full;
 pub mod h2o;
+pub mod keydiff;
+pub mod knorm;
+pub mod lagkv;
 pub mod lazy;
 #[cfg(feature = "trace")]
 pub mod oracle;
@@ -28,22 +33,26 @@ pub mod scissorhands;
 pub mod snapkv;
 pub mod streaming;
 pub mod tova;
-mod value_norm;
+pub mod tri_attention;
+mod value_guard;
+pub mod vase;
 mod window;
 
 pub use activation::Threshold;
 #[cfg(feature = "trace")]
 pub(crate) use config::quarter;
-pub use config::{CacheConfig, NAMES, PolicyConfig};
+pub use config::{CacheConfig, Evicts, NAMES, PolicyConfig, Positions};
 pub use every::EvictEvery;
 pub use evictor::{Evictor, Plan};
 pub use phase::PerPhase;
 pub use protect::Protect;
 pub use rule::{Budget, Prompt, Rule, Trigger};
-pub use value_norm::ValueNormGuard;
+pub use value_guard::{Outlier, ValueGuard};
 
+use crate::LayerShape;
 use crate::attention::{WeightKind, WeightKinds};
 use crate::error::Result;
+use crate::rotary::Rotary;
 use crate::store::Relocation;
 
 /// Whether a step belongs to the prompt or to generation.
@@ -94,6 +103,8 @@ pub struct Place {
     pub first_head: usize,
     /// KV heads served.
     pub heads: usize,
+    /// KV heads of the layer.
+    pub kv_heads: usize,
 }
 
 /// What a policy must be given; a cache that cannot give it refuses to be built.
@@ -110,6 +121,10 @@ pub struct Needs {
     pub keys: bool,
     /// Values at eviction.
     pub values: bool,
+    /// The values of new tokens when they join, before they are quantised.
+    pub new_values: bool,
+    /// The model's rotation of keys.
+    pub rotary: bool,
     /// All KV heads of a layer together, because one decision serves them all; otherwise each head is served by a policy object of its own, in parallel.
     pub all_heads: bool,
 }
@@ -122,6 +137,8 @@ impl Needs {
         queries: 0,
         keys: false,
         values: false,
+        new_values: false,
+        rotary: false,
         all_heads: false,
     };
 
@@ -162,6 +179,22 @@ impl Needs {
         }
     }
 
+    /// The same with the values of new tokens.
+    pub const fn with_new_values(self) -> Self {
+        Self {
+            new_values: true,
+            ..self
+        }
+    }
+
+    /// The same with the model's rotation.
+    pub const fn with_rotary(self) -> Self {
+        Self {
+            rotary: true,
+            ..self
+        }
+    }
+
     /// The same for all heads together.
     pub const fn for_all_heads(self) -> Self {
         Self {
@@ -178,6 +211,41 @@ impl Needs {
         }
     }
 
+    /// Whether attention must hand out weights or queries: what a cache cannot give to a policy where attention is computed elsewhere.
+    pub fn attention(&self) -> Option<&'static str> {
+        if !self.prefill.union(self.decode).is_empty() {
+            Some("attention weights")
+        } else if self.queries > 0 {
+            Some("queries")
+        } else {
+            None
+        }
+    }
+
+    /// What is needed, in words.
+    pub fn describe(&self) -> String {
+        let weights = match (self.prefill.is_empty(), self.decode.is_empty()) {
+            (true, true) => None,
+            (false, false) => Some("the weights of every step".to_owned()),
+            (false, true) => Some("the prompt's weights".into()),
+            (true, false) => Some("the weights of decode steps".into()),
+        };
+        let queries = (self.queries > 0).then(|| format!("the last {} queries", self.queries));
+        let flag = |wanted: bool, what: &str| wanted.then(|| what.to_owned());
+        let all = [
+            weights,
+            queries,
+            flag(self.keys, "keys"),
+            flag(self.values || self.new_values, "values"),
+            flag(self.rotary, "the model's rotation"),
+        ];
+        let all: Vec<String> = all.into_iter().flatten().collect();
+        if all.is_empty() {
+            return "nothing".into();
+        }
+        all.join(", ")
+    }
+
     /// Everything that either wants.
     pub fn union(self, other: Self) -> Self {
         Self {
@@ -186,6 +254,8 @@ impl Needs {
             queries: self.queries.max(other.queries),
             keys: self.keys || other.keys,
             values: self.values || other.values,
+            new_values: self.new_values || other.new_values,
+            rotary: self.rotary || other.rotary,
             all_heads: self.all_heads || other.all_heads,
         }
     }
@@ -223,6 +293,10 @@ pub trait Rows {
     fn values(&self, head: usize, from: usize) -> Result<Vec<f32>>;
     /// The last queries of a head.
     fn queries(&self, head: usize) -> RecentQueries<'_>;
+    /// The model's rotation of keys in this layer, where the cache was told.
+    fn rotary(&self) -> Option<&Rotary> {
+        None
+    }
 }
 
 /// The last queries that a KV head's group asked, already scaled, in no particular order.
@@ -252,6 +326,22 @@ impl Score {
     }
 }
 
+/// Settings that policies have in common, for callers that set them without naming policies.
+trait Tunable {
+    /// The seed, of a policy that draws.
+    fn seed(&mut self) -> Option<&mut u64> {
+        None
+    }
+    /// The weight from which a token counts as active.
+    fn threshold(&mut self) -> Option<&mut Threshold> {
+        None
+    }
+    /// Statistics of the model's queries.
+    fn calibration(&mut self) -> Option<&mut Option<tri_attention::QueryStatistics>> {
+        None
+    }
+}
+
 /// A policy for one layer of one sequence.
 ///
 /// A combinator gives the policy it wraps as [`inner`](Self::inner) and implements what it changes: everything else is the inner
@@ -276,6 +366,18 @@ pub trait Policy: std::fmt::Debug + Send + Sync {
         self.inner()
             .map_or_else(Needs::default, |inner| inner.needs())
     }
+    /// Whether the policy can serve a layer; asked once, when the cache is built.
+    ///
+    /// # Errors
+    /// Settings that do not fit the layer.
+    fn admits(&self, layer: usize, shape: &LayerShape) -> Result<()> {
+        self.inner()
+            .map_or(Ok(()), |inner| inner.admits(layer, shape))
+    }
+    /// Whether the scores of different KV heads are in the same unit, so that heads can compete for slots.
+    fn comparable(&self) -> bool {
+        self.inner().is_some_and(|inner| inner.comparable())
+    }
     /// Called once, before the first token.
     fn start(&mut self, place: Place) {
         if let Some(inner) = self.inner_mut() {
@@ -286,6 +388,16 @@ pub trait Policy: std::fmt::Debug + Send + Sync {
     fn append(&mut self, clock: &Clock) {
         if let Some(inner) = self.inner_mut() {
             inner.append(clock);
+        }
+    }
+    /// The tokens of the last [`append`](Self::append) are stored, at the end of each head; called where the policy needs new values.
+    ///
+    /// # Errors
+    /// Values that could not be read.
+    fn joined(&mut self, rows: &dyn Rows) -> Result<()> {
+        match self.inner_mut() {
+            Some(inner) => inner.joined(rows),
+            None => Ok(()),
         }
     }
     /// What the policy asked for, head after head: once per step for column sums, once per query for single queries, whose `clock` stands where that

@@ -1,6 +1,6 @@
 //! Oracle: keeps what will be attended most. For replay only, where future attention is known.
 
-use super::{Budget, Clock, Phase, Policy, Rows, Rule, Score};
+use super::{Budget, Clock, Phase, Policy, Rows, Rule, Score, Tunable};
 use crate::error::{Error, Result};
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
@@ -15,6 +15,8 @@ pub struct Settings {
     /// Steps looked ahead; unset: the best of one, two, four and eight windows.
     pub horizon: Option<usize>,
 }
+
+impl Tunable for Settings {}
 
 /// Refuses: only a replay knows the future.
 pub(super) fn build(_: &Settings, _: Budget) -> Result<Box<dyn Policy>> {

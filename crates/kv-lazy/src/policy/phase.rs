@@ -3,6 +3,7 @@
 //! Each is shown, in either phase, the weights that it declared for that phase, so that the second knows the prompt's tokens when its turn comes.
 
 use super::{Clock, Needs, Phase, Place, Policy, Rows, Rule, Score, Seen};
+use crate::LayerShape;
 use crate::error::Result;
 use crate::store::Relocation;
 
@@ -26,6 +27,17 @@ impl<A: Policy + Clone + 'static, B: Policy + Clone + 'static> Policy for PerPha
     }
     fn needs(&self) -> Needs {
         self.prefill.needs().union(self.decode.needs())
+    }
+    fn admits(&self, layer: usize, shape: &LayerShape) -> Result<()> {
+        self.prefill.admits(layer, shape)?;
+        self.decode.admits(layer, shape)
+    }
+    fn comparable(&self) -> bool {
+        self.prefill.comparable() && self.decode.comparable()
+    }
+    fn joined(&mut self, rows: &dyn Rows) -> Result<()> {
+        self.prefill.joined(rows)?;
+        self.decode.joined(rows)
     }
     fn rule(&self, phase: Phase) -> Rule {
         match phase {

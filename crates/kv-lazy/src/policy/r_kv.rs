@@ -8,7 +8,7 @@
 use super::config::quarter;
 use super::snapkv::{Pooling, check_window};
 use super::window::{WindowLogits, dot, softmax};
-use super::{Budget, Clock, Needs, Phase, Policy, Rows, Rule, Score, count};
+use super::{Budget, Clock, Needs, Phase, Policy, Rows, Rule, Score, Tunable, count};
 use crate::error::{Error, Result};
 use crate::store::Layout;
 use serde::{Deserialize, Serialize};
@@ -38,6 +38,8 @@ impl Default for Settings {
         }
     }
 }
+
+impl Tunable for Settings {}
 
 pub(super) fn build(settings: &Settings, budget: Budget) -> Result<Box<dyn Policy>> {
     let every = settings.every.unwrap_or_else(|| quarter(budget, 128));

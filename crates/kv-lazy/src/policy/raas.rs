@@ -4,7 +4,7 @@
 //! timestamp is evicted. The paper's page variant is not implemented.
 
 use super::{
-    Budget, Clock, Needs, Phase, Place, Policy, Prompt, Rows, Rule, Score, Seen, Threshold,
+    Budget, Clock, Needs, Phase, Place, Policy, Prompt, Rows, Rule, Score, Seen, Threshold, Tunable,
 };
 use crate::attention::{Reduce, WeightKinds};
 use crate::error::Result;
@@ -25,6 +25,12 @@ impl Default for Settings {
         Self {
             threshold: Threshold::Absolute(1e-4),
         }
+    }
+}
+
+impl Tunable for Settings {
+    fn threshold(&mut self) -> Option<&mut Threshold> {
+        Some(&mut self.threshold)
     }
 }
 

@@ -3,10 +3,9 @@
 //! Uniform per head; the draw is a function of (seed, layer, sequence, head, step, token), so that a run can be repeated, a
 //! snapshot needs no generator state and slots do not matter.
 
-use super::{Budget, Clock, Phase, Place, Policy, Prompt, Rows, Rule, Score};
+use super::draw::Draw;
+use super::{Budget, Clock, Phase, Place, Policy, Prompt, Rows, Rule, Score, Tunable};
 use crate::error::Result;
-use rand::{RngCore, SeedableRng};
-use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
 /// Settings of [`Random`].
@@ -26,6 +25,12 @@ impl Default for Settings {
             seed: 0,
             protect_prompt: true,
         }
+    }
+}
+
+impl Tunable for Settings {
+    fn seed(&mut self) -> Option<&mut u64> {
+        Some(&mut self.seed)
     }
 }
 
@@ -57,13 +62,6 @@ impl Random {
     }
 }
 
-/// The finaliser of SplitMix64 (Steele et al., 2014): a bijection without visible structure.
-fn mix(x: u64) -> u64 {
-    let x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    let x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    x ^ (x >> 31)
-}
-
 impl Policy for Random {
     fn name(&self) -> &'static str {
         "random"
@@ -91,19 +89,9 @@ impl Policy for Random {
         clock: &Clock,
         scores: &mut [Score],
     ) -> Result<()> {
-        let mut seed = [0; 32];
-        let parts = [
-            self.seed,
-            (self.place.layer as u64) << 32 | self.place.sequence as u64,
-            (self.place.first_head + head) as u64,
-            u64::from(clock.next),
-        ];
-        for (bytes, part) in seed.chunks_exact_mut(8).zip(parts) {
-            bytes.copy_from_slice(&part.to_le_bytes());
-        }
-        let event = ChaCha8Rng::from_seed(seed).next_u64();
+        let draw = Draw::new(self.seed, self.place, head, clock);
         for (score, &id) in scores.iter_mut().zip(rows.ids(head)) {
-            score.tie = (mix(event ^ u64::from(id)) >> 32) as u32;
+            score.tie = draw.bits(id);
         }
         Ok(())
     }

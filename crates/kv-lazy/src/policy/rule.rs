@@ -112,6 +112,16 @@ impl Rule {
         }
     }
 
+    /// Evicts at every `every`-th step and protects the first `sinks` and the newest `recent` tokens.
+    pub const fn periodic(sinks: usize, recent: usize, every: usize) -> Self {
+        Self {
+            decode: Trigger::Every(every),
+            sinks,
+            recent,
+            ..Self::STEPWISE
+        }
+    }
+
     /// Tokens that may join between two evictions.
     pub(crate) fn headroom(&self) -> usize {
         match self.decode {

@@ -4,7 +4,7 @@
 //! exceeded, drop many of the most often unimportant at once, but none of the newest tokens.
 
 use super::config::quarter;
-use super::{Budget, Clock, Needs, Phase, Place, Policy, Rows, Rule, Score, Seen};
+use super::{Budget, Clock, Needs, Phase, Place, Policy, Rows, Rule, Score, Seen, Tunable};
 use crate::attention::{Reduce, WeightKinds};
 use crate::error::{Error, Result};
 use crate::store::{Layout, Relocation};
@@ -35,6 +35,8 @@ impl Default for Settings {
         }
     }
 }
+
+impl Tunable for Settings {}
 
 pub(super) fn build(settings: &Settings, budget: Budget) -> Result<Box<dyn Policy>> {
     let recent = settings.recent.unwrap_or_else(|| quarter(budget, 10));

@@ -6,7 +6,7 @@
 
 use super::config::quarter;
 use super::window::{WindowLogits, softmax};
-use super::{Budget, Clock, Needs, Phase, Policy, Rows, Rule, Score, Trigger, count};
+use super::{Budget, Clock, Needs, Phase, Policy, Rows, Rule, Score, Trigger, Tunable, count};
 use crate::error::{Error, Result};
 use crate::store::Layout;
 use serde::{Deserialize, Serialize};
@@ -63,6 +63,8 @@ impl Default for Settings {
         }
     }
 }
+
+impl Tunable for Settings {}
 
 pub(super) fn build(settings: &Settings, budget: Budget) -> Result<Box<dyn Policy>> {
     let window = settings.window.unwrap_or_else(|| quarter(budget, 32));
@@ -124,6 +126,9 @@ impl Policy for SnapKv {
     }
     fn needs(&self) -> Needs {
         Needs::keys().with_queries(self.window)
+    }
+    fn comparable(&self) -> bool {
+        true
     }
     fn rule(&self, _: Phase) -> Rule {
         Rule {

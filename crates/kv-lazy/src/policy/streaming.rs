@@ -5,7 +5,7 @@
 //! positions; the authors' code re-rotates to positions inside the cache instead, which matters once the text is
 //! longer than the model's context.
 
-use super::{Budget, Clock, Phase, Policy, Rows, Rule, Score};
+use super::{Budget, Clock, Phase, Policy, Rows, Rule, Score, Tunable};
 use crate::error::Result;
 use crate::store::Layout;
 use serde::{Deserialize, Serialize};
@@ -24,6 +24,8 @@ impl Default for Settings {
         Self { sinks: 4 }
     }
 }
+
+impl Tunable for Settings {}
 
 pub(super) fn build(settings: &Settings, _: Budget) -> Result<Box<dyn Policy>> {
     Ok(Box::new(Streaming {

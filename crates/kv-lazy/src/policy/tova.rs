@@ -3,7 +3,7 @@
 //! The weights are averaged over all query heads of the layer, so that all heads keep the same tokens; nothing is
 //! protected, not even the newest token.
 
-use super::{Budget, Clock, Needs, Phase, Place, Policy, Rows, Rule, Score, Seen};
+use super::{Budget, Clock, Needs, Phase, Place, Policy, Rows, Rule, Score, Seen, Tunable};
 use crate::attention::{Reduce, WeightKinds};
 use crate::error::Result;
 use crate::store::Relocation;
@@ -14,6 +14,8 @@ use serde::{Deserialize, Serialize};
 #[serde(default, deny_unknown_fields)]
 #[non_exhaustive]
 pub struct Settings {}
+
+impl Tunable for Settings {}
 
 pub(super) fn build(_: &Settings, _: Budget) -> Result<Box<dyn Policy>> {
     Ok(Box::<Tova>::default())

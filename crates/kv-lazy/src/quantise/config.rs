@@ -276,6 +276,22 @@ pub(crate) struct Layout {
 }
 
 impl Layout {
+    /// Bytes of keys and values of one KV head that holds `tokens` tokens, without room for more.
+    pub(crate) fn bytes(&self, head_dim: usize, tokens: usize) -> usize {
+        let packed = self.residual.map_or(0, |residual| {
+            let settled = tokens.saturating_sub(self.sinks.saturating_add(residual));
+            settled / BLOCK * BLOCK
+        });
+        let exact = tokens - packed;
+        let side = |side: Side| match side {
+            Side::Exact(dtype) => tokens * head_dim * dtype.size_in_bytes(),
+            Side::Packed(format) => {
+                exact * head_dim * side.dtype().size_in_bytes() + format.bytes(packed)
+            }
+        };
+        side(self.keys) + side(self.values)
+    }
+
     /// Whether tokens share scales, so that they can be neither evicted nor moved.
     pub(crate) fn shares_scales(&self) -> bool {
         matches!(self.keys, Side::Packed(format) if format.channel > 0)
@@ -285,6 +301,22 @@ impl Layout {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn bytes_of_a_layer_equal_golden_values() {
+        // 4096 tokens in 3 KV heads of 64 elements.
+        let of = |name: &str, sinks, residual| {
+            let mut config: StorageConfig = name.parse().unwrap();
+            (config.sinks, config.residual) = (sinks, residual);
+            3 * config.layout(64, DType::F32, 0).unwrap().bytes(64, 4096)
+        };
+        assert_eq!(of("f16", 0, 0), 3_145_728);
+        assert_eq!(of("int8", 0, 0), 1_622_016);
+        assert_eq!(of("int4", 0, 0), 884_736);
+        // Whole blocks of 32 are packed: 4000 of the 4028 that the formula packs.
+        assert_eq!(of("int4", 4, 64), 922_272 + 3 * 28 * (256 - 72));
+        assert_eq!(of("k8v4", 4, 64), 1_284_792 + 3 * 28 * (256 - 102));
+    }
 
     #[test]
     fn presets_parse_and_groups_follow_the_head() {

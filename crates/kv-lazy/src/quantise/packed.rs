@@ -50,6 +50,12 @@ impl Format {
         }
     }
 
+    /// Bytes of `tokens` tokens.
+    pub(crate) fn bytes(self, tokens: usize) -> usize {
+        let per_scale = if self.symmetric { 2 } else { 4 };
+        tokens * self.words() * 4 + self.scales(tokens) * per_scale
+    }
+
     /// Largest code.
     fn top(self) -> f64 {
         ((1u32 << self.bits) - 1).into()

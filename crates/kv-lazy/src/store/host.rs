@@ -8,9 +8,10 @@ use super::relocation::Run;
 use super::{Appended, Attended, Call, Layout, Relocation, Store};
 use crate::attention::decode::DecodeScratch;
 use crate::attention::{Causal, Elements, Exported, Geometry, Part, RowView, WIDEST, read};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::quantise::{self, BLOCK};
 use candle_core::{DType, Device, Tensor};
+use half::{bf16, f16};
 use rayon::prelude::*;
 
 /// Tokens a row grows by at least when it is full.
@@ -275,6 +276,15 @@ impl HostStore {
     fn tensor(&self, batch: usize, keys: bool) -> Result<Tensor> {
         let heads = self.rows.len().checked_div(batch).unwrap_or(0);
         let len = self.rows.first().map_or(0, |row| row.ids.len());
+        if let Some(row) = self.rows.iter().find(|row| row.ids.len() != len) {
+            return Err(Error::Shape {
+                what: "keys or values as tensors",
+                got: vec![row.ids.len()],
+                expected: format!(
+                    "{len} tokens in every head: heads that share budgets are no tensor"
+                ),
+            });
+        }
         let shape = (batch, heads, len, self.geometry.head_dim);
         let all: Vec<f32> = (0..self.rows.len())
             .flat_map(|row| self.side(row, 0, keys))
@@ -333,6 +343,30 @@ impl Store for HostStore {
 
     fn overwrites(&self) -> bool {
         self.layout.residual.is_none()
+    }
+
+    fn replace_key(&mut self, row: usize, slot: usize, key: &[f32]) -> Result<()> {
+        let d = self.geometry.head_dim;
+        let mut first = 0;
+        for segment in &mut self.rows[row].segments {
+            if slot < first + segment.len {
+                let at = slot - first;
+                match self.layout.keys.dtype() {
+                    DType::F32 => segment.keys.overwrite(at, Elements::F32(key), d),
+                    DType::BF16 => {
+                        let key: Vec<bf16> = key.iter().map(|&x| bf16::from_f32(x)).collect();
+                        segment.keys.overwrite(at, Elements::BF16(&key), d);
+                    }
+                    _ => {
+                        let key: Vec<f16> = key.iter().map(|&x| f16::from_f32(x)).collect();
+                        segment.keys.overwrite(at, Elements::F16(&key), d);
+                    }
+                }
+                return Ok(());
+            }
+            first += segment.len;
+        }
+        Ok(())
     }
 
     fn attend(&mut self, q: &Tensor, call: &Call) -> Result<Attended> {

@@ -15,7 +15,7 @@ pub(crate) use packed_device::PackedDeviceStore;
 pub use relocation::{Relocation, Run};
 
 use crate::attention::{Exported, Scores, WeightKinds};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 
@@ -67,6 +67,18 @@ pub(crate) trait Store: Send + Sync + std::fmt::Debug {
     fn overwrites(&self) -> bool;
     /// Attends `q` `[B, Hq, T, d]`, whose keys were appended last.
     fn attend(&mut self, q: &Tensor, call: &Call) -> Result<Attended>;
+    /// Replaces the key in a slot that is not quantised.
+    ///
+    /// # Errors
+    /// Storage that cannot be written in place.
+    fn replace_key(&mut self, row: usize, slot: usize, key: &[f32]) -> Result<()> {
+        let _ = (row, slot, key);
+        Err(Error::NeedUnavailable {
+            policy: "with moving sinks".into(),
+            need: "keys that can be replaced",
+            path: "storage on this device",
+        })
+    }
     /// The weights that the last call handed out.
     fn exported(&self) -> &Exported;
     /// Evicts the tokens in these ascending slots of each row; afterwards the storage has room for at most `room` more tokens than remain. Returns how

@@ -3,8 +3,8 @@
 use candle_core::{Device, Tensor};
 use kv_lazy::policy::h2o::{self, Normalise};
 use kv_lazy::policy::snapkv::{self, Pooling};
-use kv_lazy::policy::{NAMES, Threshold, lazy};
-use kv_lazy::{Budget, CacheConfig, CacheSet, LayerShape, PolicyConfig, Prompt};
+use kv_lazy::policy::{NAMES, Outlier, Threshold, lazy};
+use kv_lazy::{Budget, CacheConfig, CacheSet, LayerShape, PolicyConfig, Prompt, Rotary};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -124,7 +124,9 @@ pub(crate) fn run(cache: &mut CacheSet, steps: &[Qkv]) -> Vec<Vec<f32>> {
 
 /// A policy by its name within `budget` tokens.
 pub(crate) fn named(name: &str, budget: usize) -> CacheConfig {
-    CacheConfig::new(name.parse().unwrap(), Budget::Tokens(budget))
+    let mut config = CacheConfig::new(name.parse().unwrap(), Budget::Tokens(budget));
+    config.rotary = Some(Rotary::plain(10_000.0, 8));
+    config
 }
 
 /// `config` with something changed.
@@ -171,6 +173,10 @@ pub(crate) fn all_configurations(budget: usize) -> Vec<CacheConfig> {
         with(named("lazy"), |c| c.prefill = "tova".parse().ok()),
         with(named("random"), |c| c.guard_values = 3),
         with(named("streaming"), |c| c.guard_values = 2),
+        with(named("keydiff"), |c| {
+            (c.guard_values, c.guard_by) = (3, Outlier::Range);
+        }),
+        with(named("lagkv"), |c| c.prefill = "vase-attnv".parse().ok()),
         with(named("lazy"), |c| c.budget = Budget::Ratio(0.5)),
         CacheConfig::new(PolicyConfig::H2o(mean), Budget::Ratio(0.4)),
         CacheConfig::new(PolicyConfig::Snapkv(every), Budget::Tokens(budget)),

@@ -3,5 +3,7 @@
 mod common;
 mod eviction;
 mod full_cache;
+mod handle;
+mod positions;
 mod quantised;
 mod state;

@@ -560,6 +560,7 @@ fn weights_that_are_not_finite_are_an_error_with_their_place() {
                 sequence: 1,
                 first_head: 0,
                 heads: 2,
+                kv_heads: 2,
             },
         )
         .unwrap();

@@ -1,7 +1,9 @@
-//! KV-cache eviction: what policies cost at equal budgets, in perplexity, in attention on recorded traces, and in recall; and what they
-//! save in time.
+//! KV-cache eviction and quantisation: what policies and storage cost at equal budgets or bytes, in perplexity, in attention on recorded traces, in recall and in
+//! questions about long contexts; and what they save in time.
 
+mod bootstrap;
 mod held;
+pub mod long_context;
 pub mod perplexity;
 pub mod policy;
 pub mod recall;
@@ -14,6 +16,8 @@ mod verdict;
 use std::path::PathBuf;
 
 use anyhow::{Result, bail};
+use causal_lm::Model;
+use serde_json::json;
 
 use crate::settings::Settings;
 use eval_report::{Budget, Row, Section};
@@ -24,8 +28,12 @@ use rows::SUITE;
 /// What to measure.
 #[derive(Debug, Clone)]
 pub struct Config {
-    /// Policies, in the order of the table.
+    /// Policies, each with its storage, in the order of the table; the full cache in other storage than the first's is one of them.
     pub policies: Vec<Choice>,
+    /// The full cache that all are compared with.
+    pub full: Choice,
+    /// Budgets are of the full cache's bytes, not of its tokens.
+    pub by_bytes: bool,
     /// Budgets, in the order of the table.
     pub budgets: Vec<Budget>,
     /// Runs of whatever draws.
@@ -47,6 +55,8 @@ pub enum Task {
     Trace(trace::Traces),
     /// The answers of a model trained to recall.
     Recall(recall::Recall),
+    /// The answers of a chat model to questions about a long context.
+    LongContext(long_context::LongContext),
     /// The speed of generation after a long context.
     Speed(speed::Speed),
 }
@@ -56,6 +66,8 @@ impl Config {
     pub fn on_text(text: super::perplexity::Config) -> Self {
         Self {
             policies: Vec::new(),
+            full: Choice::full(),
+            by_bytes: false,
             budgets: Vec::new(),
             seeds: 3,
             prompt_rule: PromptRule::Own,
@@ -74,25 +86,63 @@ impl Config {
             Task::Perplexity(texts) => texts.iter_mut().map(|t| &mut t.text.model).collect(),
             Task::Trace(traces) => traces.recorded.iter_mut().map(|t| &mut t.model).collect(),
             Task::Recall(recall) => recall.model.iter_mut().collect(),
+            Task::LongContext(task) => vec![&mut task.model],
             Task::Speed(speed) => speed.model.iter_mut().collect(),
         }
     }
 
     /// Runs of a policy on data that are given: several only where the policy itself draws.
     fn runs(&self, choice: &Choice) -> usize {
-        if choice.is_random() { self.seeds } else { 1 }
+        if choice.draws() { self.seeds } else { 1 }
+    }
+
+    /// Every cell but the full cache's own: what evicts at each budget, what keeps all in another storage once.
+    fn cells(&self) -> Vec<(&Choice, Option<Budget>)> {
+        let own = |choice: &&Choice| choice.name != FULL;
+        let budgets = |choice| -> Vec<(&Choice, Option<Budget>)> {
+            if Choice::is_full(choice) {
+                return vec![(choice, None)];
+            }
+            self.budgets.iter().map(|&b| (choice, Some(b))).collect()
+        };
+        self.policies.iter().filter(own).flat_map(budgets).collect()
+    }
+
+    /// What the full cache stores keys and values as, where the model computes in `dtype`.
+    fn stored(&self, dtype: candle_core::DType) -> String {
+        self.full.stored(dtype)
+    }
+
+    /// Tokens of a cell in windows of `window`.
+    fn tokens(
+        &self,
+        choice: &Choice,
+        budget: Option<Budget>,
+        window: usize,
+        model: &Model<'_>,
+    ) -> Result<usize> {
+        let Some(budget) = budget else {
+            return Ok(window);
+        };
+        let tokens = policy::tokens(budget, window);
+        if self.by_bytes {
+            choice.tokens_in_bytes_of(&self.full, tokens, window, model)
+        } else {
+            Ok(tokens)
+        }
     }
 
     /// The empty row of a cell in windows of `window` tokens, of which `prompt` are prefilled.
-    fn row(&self, choice: &Choice, budget: Budget, window: usize, prompt: usize) -> Row {
+    fn row(&self, choice: &Choice, budget: Option<Budget>, window: usize, prompt: usize) -> Row {
         let mut row = Row {
-            budget: Some(budget),
+            budget,
             ..Row::new(SUITE, &choice.name)
         };
         if choice.is_random() {
             row = row.control();
         }
-        let tokens = policy::tokens(budget, window);
+        row.extra.insert("evicts".into(), json!(choice.evicts()));
+        let tokens = budget.map_or(window, |budget| policy::tokens(budget, window));
         if choice.keeps_prompt() && tokens <= prompt && tokens < window {
             row.notes.push(format!(
                 "keeps the prompt of {prompt} tokens, which leaves its budget of {tokens} no room for any other"
@@ -108,7 +158,7 @@ impl Config {
 /// A policy that cannot run within a budget, a model, text or trace that cannot be read or run.
 pub fn run(common: &Settings, config: &Config) -> Result<Vec<Section>> {
     let oracle = config.policies.iter().any(Choice::is_oracle);
-    if oracle && matches!(config.task, Task::Perplexity(_) | Task::Speed(_)) {
+    if oracle && !matches!(config.task, Task::Trace(_) | Task::Recall(_)) {
         bail!(
             "--policy oracle needs the attention of the future: it runs under --task trace and --task recall alone"
         );
@@ -117,6 +167,7 @@ pub fn run(common: &Settings, config: &Config) -> Result<Vec<Section>> {
         Task::Perplexity(texts) => perplexity::run(common, config, texts),
         Task::Trace(traces) => trace::run(common, config, traces),
         Task::Recall(recall) => recall::run(common, config, recall),
+        Task::LongContext(task) => long_context::run(common, config, task),
         Task::Speed(speed) => speed::run(common, config, speed),
     }
 }

@@ -15,7 +15,7 @@ use kv_lazy::CacheConfig;
 use tensor_io::Checkpoint;
 
 use super::held::Held;
-use super::policy::{self, Choice};
+use super::policy;
 use super::rows::{FULL, SUITE, over_budget, over_bytes, reference};
 use super::verdict::{Metric, verdict};
 use super::{Config, several};
@@ -85,25 +85,24 @@ fn one(common: &Settings, config: &Config, text: &Text, among: bool) -> Result<(
         batch,
     };
 
-    let evicting: Vec<&Choice> = config.policies.iter().filter(|c| !c.is_full()).collect();
-    let runs: usize = evicting.iter().map(|c| config.runs(c)).sum();
-    let steps = (1 + runs * config.budgets.len()) * windows.count().div_ceil(batch);
+    let runs: usize = config.cells().iter().map(|(c, _)| config.runs(c)).sum();
+    let steps = (1 + runs) * windows.count().div_ceil(batch);
     let bar = common.bar(FULL, steps as u64);
-    let mut rows = vec![cells.measure(reference(Row::new(SUITE, FULL)), None, None, &bar)?];
-    for choice in evicting {
-        for &budget in &config.budgets {
-            bar.set_label(format!("{} at {}", choice.name, policy::said(budget)));
-            let draws = (0..config.runs(choice) as u64)
-                .map(|draw| {
-                    let tokens = policy::tokens(budget, window);
-                    let cache = choice.cache(tokens, common.seed + draw);
-                    let row = config.row(choice, budget, window, prompt);
-                    cells.measure(row, Some(&cache), Some(&model), &bar)
-                })
-                .collect::<Result<Vec<Row>>>()
-                .with_context(|| choice.flags(budget))?;
-            rows.push(mean_over_seeds(&draws)?);
-        }
+    let full = config.full.cache(window, common.seed);
+    let row = reference(Row::new(SUITE, FULL));
+    let mut rows = vec![cells.measure(row, Some(&full), None, &bar)?];
+    for (choice, budget) in config.cells() {
+        bar.set_label(choice.flags(budget));
+        let tokens = config.tokens(choice, budget, window, &model)?;
+        let draws = (0..config.runs(choice) as u64)
+            .map(|draw| {
+                let cache = choice.cache(tokens, common.seed + draw);
+                let row = config.row(choice, budget, window, prompt);
+                cells.measure(row, Some(&cache), Some(&model), &bar)
+            })
+            .collect::<Result<Vec<Row>>>()
+            .with_context(|| choice.flags(budget))?;
+        rows.push(mean_over_seeds(&draws)?);
     }
     bar.finish();
     let name = file_name(&text.text.model);
@@ -118,7 +117,7 @@ fn one(common: &Settings, config: &Config, text: &Text, among: bool) -> Result<(
         .fact("decoded", window - prompt)
         .fact("targets", windows.count() * (window - prompt))
         .fact("batch", batch)
-        .fact("keys and values", format!("{:?}", decoder.dtype()))
+        .fact("keys and values", config.stored(decoder.dtype()))
         .fact("prompt", config.prompt_rule.said());
     Ok((section, window))
 }

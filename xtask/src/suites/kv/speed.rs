@@ -18,7 +18,7 @@ use tensor_io::{Checkpoint, WriteOptions};
 
 use super::Config;
 use super::held::Held;
-use super::policy::{self, Choice};
+use super::policy;
 use super::rows::{FULL, SUITE, reference};
 use crate::scratch::Scratch;
 use crate::settings::Settings;
@@ -86,8 +86,7 @@ pub(crate) fn run(common: &Settings, config: &Config, speed: &Speed) -> Result<V
     let tokens: Vec<u32> = (0..window)
         .map(|_| rng.random_range(0..vocabulary))
         .collect();
-    let evicting: Vec<&Choice> = config.policies.iter().filter(|c| !c.is_full()).collect();
-    let lanes = 1 + evicting.len() * config.budgets.len();
+    let lanes = 1 + config.cells().len();
     let bar = common.bar("context", (lanes + (window - prompt)) as u64);
     let watch = Stopwatch::start();
 
@@ -103,15 +102,15 @@ pub(crate) fn run(common: &Settings, config: &Config, speed: &Speed) -> Result<V
         bar.inc(1);
         Ok(())
     };
-    let full = policy::caches(&model, None, 0, 1)?;
+    let full = config.full.cache(window, common.seed);
+    let full = policy::caches(&model, Some(&full), 0, 1)?;
     lane(reference(Row::new(SUITE, FULL)), full)?;
-    for choice in evicting {
-        for &budget in &config.budgets {
-            let cache = choice.cache(policy::tokens(budget, prompt), common.seed);
-            let cache =
-                policy::caches(&model, Some(&cache), 0, 1).with_context(|| choice.flags(budget))?;
-            lane(config.row(choice, budget, prompt, prompt), cache)?;
-        }
+    for (choice, budget) in config.cells() {
+        let tokens = config.tokens(choice, budget, prompt, &model)?;
+        let cache = choice.cache(tokens, common.seed);
+        let cache =
+            policy::caches(&model, Some(&cache), 0, 1).with_context(|| choice.flags(budget))?;
+        lane(config.row(choice, budget, prompt, prompt), cache)?;
     }
     bar.set_label("generation");
     for (step, token) in tokens[prompt..].chunks(1).enumerate() {
@@ -161,7 +160,7 @@ pub(crate) fn run(common: &Settings, config: &Config, speed: &Speed) -> Result<V
         .fact("generated before the clock runs", WARM)
         .fact("generated", steps)
         .fact("weights read per step (bytes)", weights)
-        .fact("keys and values", format!("{:?}", decoder.dtype()));
+        .fact("keys and values", config.stored(decoder.dtype()));
     Ok(vec![section])
 }
 

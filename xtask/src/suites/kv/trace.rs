@@ -16,7 +16,7 @@ use kv_lazy::trace::mri::{self, MriHistogram};
 use kv_lazy::trace::replay::{LayerReport, ReplayOptions, replay_all};
 use kv_lazy::trace::synth::{Drifting, HeavyHitters, Planted, Sizes};
 use kv_lazy::trace::{LayerTrace, Recorder, Trace, TraceMeta, file};
-use kv_lazy::{CacheSet, LayerShape};
+use kv_lazy::{CacheSet, LayerShape, Rotary};
 use serde_json::json;
 use tensor_io::{Checkpoint, NoProgress};
 
@@ -86,6 +86,8 @@ pub struct Traces {
 struct Kind {
     name: String,
     traces: Vec<Trace>,
+    /// How the model rotated keys, layer by layer; empty where no model did.
+    rotary: Vec<Option<Rotary>>,
 }
 
 /// Replay every policy at every budget on every kind of traces, one section a kind.
@@ -132,7 +134,12 @@ fn record(common: &Settings, text: &perplexity::Config, prompt: Option<usize>) -
         Ok(recorder.into_trace(meta, window.to_vec())?)
     };
     let traces = windows.iter().map(one).collect::<Result<_>>()?;
-    Ok(Kind { name, traces })
+    let rotary = policy::rotary(decoder.config());
+    Ok(Kind {
+        name,
+        traces,
+        rotary,
+    })
 }
 
 fn save(traces: &[Trace], dir: &Path) -> Result<()> {
@@ -200,8 +207,19 @@ fn generate(
                 path.display(),
                 trace.tokens.len()
             );
+            let plain = |theta| {
+                let layers = trace.layers.keys().max().map_or(0, |last| last + 1);
+                let of = |layer| Some(Rotary::plain(theta, trace.layers.get(&layer)?.head_dim));
+                (0..layers).map(of).collect()
+            };
+            // A file knows the base; of scaled frequencies it has only the model's own description.
+            let theta = trace
+                .meta
+                .rope_theta
+                .filter(|_| trace.meta.rope_scaling.is_none());
             return Ok(Kind {
                 name: file_name(path),
+                rotary: theta.map(plain).unwrap_or_default(),
                 traces: vec![trace],
             });
         }
@@ -209,6 +227,7 @@ fn generate(
     Ok(Kind {
         name: name.into(),
         traces,
+        rotary: Vec::new(),
     })
 }
 
@@ -248,13 +267,21 @@ fn replay(common: &Settings, config: &Config, kind: &Kind) -> Result<Section> {
 
     // The oracle first: the others are measured against it.
     let mut choices: Vec<&Choice> = config.policies.iter().filter(|c| !c.is_full()).collect();
+    let rotated = |choice: &&Choice| !choice.needs_rotary() || !kind.rotary.is_empty();
+    let skipped: Vec<&str> = choices
+        .iter()
+        .filter(|choice| !rotated(choice))
+        .map(|choice| choice.name.as_str())
+        .collect();
+    choices.retain(rotated);
     choices.sort_by_key(|choice| !choice.is_oracle());
     let cells = 1 + choices.len() * config.budgets.len();
     let bar = common.bar(kind.name.clone(), (cells * kind.traces.len()) as u64);
     let replayed = |choice: &Choice, budget: Budget, row: &Row| -> Result<Vec<Replayed>> {
         let one = |(index, trace): (usize, &Trace)| -> Result<Replayed> {
             let tokens = policy::tokens(budget, trace.tokens.len());
-            let cache = choice.cache(tokens, common.seed + index as u64);
+            let mut cache = choice.cache(tokens, common.seed + index as u64);
+            cache.layer_rotary = kind.rotary.clone();
             let options = ReplayOptions {
                 gap: policy::lag(tokens),
                 threshold: config.threshold(),
@@ -273,7 +300,7 @@ fn replay(common: &Settings, config: &Config, kind: &Kind) -> Result<Section> {
             .enumerate()
             .map(one)
             .collect::<Result<Vec<_>>>()
-            .with_context(|| choice.flags(budget))
+            .with_context(|| choice.flags(Some(budget)))
     };
     let mean = |runs: &[Replayed]| {
         let rows: Vec<Row> = runs.iter().map(|run| run.row.clone()).collect();
@@ -289,7 +316,7 @@ fn replay(common: &Settings, config: &Config, kind: &Kind) -> Result<Section> {
     for choice in choices {
         for &budget in &config.budgets {
             bar.set_label(format!("{} at {}", choice.name, policy::said(budget)));
-            let row = config.row(choice, budget, window, prompt);
+            let row = config.row(choice, Some(budget), window, prompt);
             let mut runs = replayed(choice, budget, &row)?;
             if choice.is_oracle() {
                 rows.push(mean(&runs)?);
@@ -329,7 +356,13 @@ fn replay(common: &Settings, config: &Config, kind: &Kind) -> Result<Section> {
             recurrence.recurring_share(),
         )
         .fact("80th percentile of MRI", recurrence.percentile(0.8));
-    Ok(section)
+    if skipped.is_empty() {
+        return Ok(section);
+    }
+    Ok(section.fact(
+        "not run, because keys are not rotated here",
+        skipped.join(", "),
+    ))
 }
 
 /// Fills a row with the means over heads and layers; `attention` is each layer's seconds per step and token of decode attention.

@@ -18,7 +18,8 @@ pub use importance::{Combine, Importance};
 
 use super::config::quarter;
 use super::{
-    Budget, Clock, Needs, Phase, Place, Policy, Prompt, Rows, Rule, Score, Seen, Threshold, Trigger,
+    Budget, Clock, Needs, Phase, Place, Policy, Prompt, Rows, Rule, Score, Seen, Threshold,
+    Trigger, Tunable,
 };
 use crate::attention::{Reduce, WeightKinds};
 use crate::error::{Error, Result};
@@ -65,6 +66,12 @@ impl Default for Settings {
             combine: None,
             h2_min_mri: None,
         }
+    }
+}
+
+impl Tunable for Settings {
+    fn threshold(&mut self) -> Option<&mut Threshold> {
+        Some(&mut self.threshold)
     }
 }
 

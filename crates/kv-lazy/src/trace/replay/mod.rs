@@ -12,12 +12,14 @@ pub use future::FutureAttention;
 pub use metrics::{AgeHistogram, HeadReport, LayerReport, Summary};
 
 use super::{LayerTrace, Trace};
+use crate::LayerShape;
 use crate::attention::{Reduce, WeightKind};
 use crate::error::{Error, Result};
 use crate::policy::oracle::Oracle;
 use crate::policy::{
     CacheConfig, Clock, Evictor, Needs, Phase, Place, Plan, PolicyConfig, Seen, Threshold, quarter,
 };
+use crate::rotary::Rotary;
 use crate::store::Relocation;
 use metrics::Observer;
 use rayon::prelude::*;
@@ -114,7 +116,8 @@ fn replay_layer(
     }
     let run = |config: &CacheConfig| {
         let evictor = build(config, data, trace.meta.scale, layer)?;
-        Run::new(data, trace, evictor, layer, *options).finish(progress)
+        let rotary = config.rotary_of(layer);
+        Run::new(data, trace, (evictor, rotary), layer, *options).finish(progress)
     };
     let oracle = match &config.decode {
         PolicyConfig::Oracle(oracle) if oracle.horizon.is_none() => oracle,
@@ -151,6 +154,7 @@ fn build(
     let place = Place {
         layer,
         heads: data.kv_heads,
+        kv_heads: data.kv_heads,
         ..Place::default()
     };
     let policy = match &config.decode {
@@ -162,6 +166,24 @@ fn build(
         }
         _ => config.build(budget)?,
     };
+    let shape = LayerShape {
+        query_heads: data.query_heads,
+        kv_heads: data.kv_heads,
+        head_dim: data.head_dim,
+        sliding_window: None,
+    };
+    policy.admits(layer, &shape)?;
+    match config.rotary_of(layer) {
+        Some(rotary) => rotary.check(data.head_dim)?,
+        None if policy.needs().rotary => {
+            return Err(Error::NeedUnavailable {
+                policy: policy.name().into(),
+                need: "the model's rotation (`rotary`)",
+                path: "this configuration",
+            });
+        }
+        None => {}
+    }
     Evictor::new(policy, budget, place)
 }
 
@@ -183,7 +205,7 @@ impl<'a> Run<'a> {
     fn new(
         data: &'a LayerTrace,
         trace: &Trace,
-        evictor: Evictor,
+        (evictor, rotary): (Evictor, Option<&'a Rotary>),
         layer: usize,
         options: ReplayOptions,
     ) -> Self {
@@ -195,7 +217,7 @@ impl<'a> Run<'a> {
             layer,
             evictor,
             needs,
-            rows: TraceRows::new(data, trace.meta.scale, needs.queries),
+            rows: TraceRows::new(data, trace.meta.scale, needs.queries, rotary),
             observer: Observer::new(data, trace.meta.prompt_len, options),
             policy_time: Duration::ZERO,
             peak_state: 0,
@@ -229,6 +251,7 @@ impl<'a> Run<'a> {
         };
         self.rows.append(0, self.prompt);
         self.evictor.append(&clock);
+        self.joined()?;
         let wanted = self.needs.prefill;
         for kind in wanted.iter() {
             let (first, reduce) = match kind {
@@ -268,6 +291,7 @@ impl<'a> Run<'a> {
         }
         self.rows.append(t, 1);
         self.evictor.append(&clock);
+        self.joined()?;
         self.policy_time += started.elapsed();
 
         let (data, scale) = (self.data, self.scale);
@@ -305,6 +329,13 @@ impl<'a> Run<'a> {
             }
         }
         self.evict(&clock)
+    }
+
+    fn joined(&mut self) -> Result<()> {
+        if self.needs.new_values {
+            self.evictor.joined(&self.rows)?;
+        }
+        Ok(())
     }
 
     fn evict(&mut self, clock: &Clock) -> Result<()> {

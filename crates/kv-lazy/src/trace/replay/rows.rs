@@ -2,6 +2,7 @@
 
 use crate::error::Result;
 use crate::policy::{RecentQueries, Rows};
+use crate::rotary::Rotary;
 use crate::store::Relocation;
 use crate::trace::LayerTrace;
 
@@ -14,11 +15,17 @@ pub(super) struct TraceRows<'a> {
     /// Per KV head `[positions, group, d]`.
     queries: Vec<Vec<f32>>,
     positions: Vec<u32>,
+    rotary: Option<&'a Rotary>,
 }
 
 impl<'a> TraceRows<'a> {
     /// `window` last queries are kept.
-    pub(super) fn new(data: &'a LayerTrace, scale: f64, window: usize) -> Self {
+    pub(super) fn new(
+        data: &'a LayerTrace,
+        scale: f64,
+        window: usize,
+        rotary: Option<&'a Rotary>,
+    ) -> Self {
         Self {
             data,
             scale: scale as f32,
@@ -26,6 +33,7 @@ impl<'a> TraceRows<'a> {
             ids: vec![Vec::new(); data.kv_heads],
             queries: vec![Vec::new(); data.kv_heads],
             positions: Vec::new(),
+            rotary,
         }
     }
 
@@ -88,5 +96,8 @@ impl Rows for TraceRows<'_> {
             queries: &self.queries[head],
             positions: &self.positions,
         }
+    }
+    fn rotary(&self) -> Option<&Rotary> {
+        self.rotary
     }
 }

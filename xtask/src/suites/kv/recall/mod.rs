@@ -3,7 +3,6 @@
 //! Sequences are decoded one token at a time after a short prompt, through the same caches as any model's. What a policy loses shows as
 //! wrong answers.
 
-mod bootstrap;
 mod language;
 mod oracle;
 mod train;
@@ -22,6 +21,7 @@ use serde_json::json;
 use tensor_io::{Checkpoint, WriteOptions};
 
 use super::Config;
+use super::bootstrap;
 use super::held::Held;
 use super::policy::{self, Choice};
 use super::rows::{FULL, SUITE, over_budget, over_bytes, reference};
@@ -178,25 +178,23 @@ impl<'a> Cells<'a> {
     fn run(&self, model: &str) -> Result<(Vec<Row>, Vec<Scores<'a>>)> {
         let config = self.config;
         let length = self.samples[0].tokens.len();
-        let evicting: Vec<&Choice> = config.policies.iter().filter(|c| !c.is_full()).collect();
-        let runs: usize = evicting.iter().map(|c| config.runs(c)).sum();
-        let bar = self
-            .common
-            .bar(self.kind.name(), (1 + runs * config.budgets.len()) as u64);
+        let runs: usize = config.cells().iter().map(|(c, _)| config.runs(c)).sum();
+        let bar = self.common.bar(self.kind.name(), (1 + runs) as u64);
         let full = reference(Row::new(SUITE, FULL));
-        let mut rows = vec![self.row(full, &[None], &bar)?.0];
+        let cache = config.full.cache(length, self.common.seed);
+        let mut rows = vec![self.row(full, &[cache], &bar)?.0];
         let mut all = Vec::new();
-        for choice in evicting {
-            for &budget in &config.budgets {
-                bar.set_label(format!("{} {}", self.kind.name(), choice.name));
-                let tokens = policy::tokens(budget, length);
-                let draw = |draw| Some(choice.cache(tokens, self.common.seed + draw));
-                let draws: Vec<_> = (0..config.runs(choice) as u64).map(draw).collect();
-                let row = config.row(choice, budget, length, self.prompt);
-                let (row, scores) = self
-                    .row(row, &draws, &bar)
-                    .with_context(|| choice.flags(budget))?;
-                rows.push(row);
+        for (choice, budget) in config.cells() {
+            bar.set_label(format!("{} {}", self.kind.name(), choice.name));
+            let tokens = config.tokens(choice, budget, length, self.model)?;
+            let draw = |draw| choice.cache(tokens, self.common.seed + draw);
+            let draws: Vec<_> = (0..config.runs(choice) as u64).map(draw).collect();
+            let row = config.row(choice, budget, length, self.prompt);
+            let (row, scores) = self
+                .row(row, &draws, &bar)
+                .with_context(|| choice.flags(budget))?;
+            rows.push(row);
+            if let Some(budget) = budget {
                 all.push(Scores {
                     choice,
                     budget,
@@ -216,17 +214,12 @@ impl<'a> Cells<'a> {
     }
 
     /// A row over runs that differ in their draws, and the sequences' mean scores.
-    fn row(
-        &self,
-        mut row: Row,
-        draws: &[Option<CacheConfig>],
-        bar: &Bar,
-    ) -> Result<(Row, Vec<f64>)> {
+    fn row(&self, mut row: Row, draws: &[CacheConfig], bar: &Bar) -> Result<(Row, Vec<f64>)> {
         let watch = Stopwatch::start();
         let mut held = Held::default();
         let mut scores = vec![0.0; self.samples.len()];
         for draw in draws {
-            let run = self.answer(draw.as_ref(), &mut held)?;
+            let run = self.answer(draw, &mut held)?;
             let share = 1.0 / draws.len() as f64;
             scores
                 .iter_mut()
@@ -247,12 +240,10 @@ impl<'a> Cells<'a> {
     }
 
     /// The score of each sequence: the share of its questions that were answered right, of a chain whether all were.
-    fn answer(&self, eviction: Option<&CacheConfig>, held: &mut Held) -> Result<Vec<f64>> {
-        let mut cache = match eviction {
-            Some(config) if matches!(config.decode, PolicyConfig::Oracle(_)) => {
-                oracle::caches(self.model, config, &self.foreseen)?
-            }
-            _ => policy::caches(self.model, eviction, 0, self.samples.len())?,
+    fn answer(&self, config: &CacheConfig, held: &mut Held) -> Result<Vec<f64>> {
+        let mut cache = match &config.decode {
+            PolicyConfig::Oracle(_) => oracle::caches(self.model, config, &self.foreseen)?,
+            _ => policy::caches(self.model, Some(config), 0, self.samples.len())?,
         };
         let mut tokens: Vec<Vec<u32>> = self.samples.iter().map(|s| s.tokens.clone()).collect();
         let mut right = vec![0usize; self.samples.len()];

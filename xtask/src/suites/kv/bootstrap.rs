@@ -7,7 +7,7 @@ use rand_chacha::ChaCha8Rng;
 const RESAMPLES: usize = 1000;
 
 /// The 95 % percentile interval of a statistic of `count` sequences; `statistic` is given the indices of a resample.
-pub(super) fn interval(count: usize, seed: u64, statistic: impl Fn(&[usize]) -> f64) -> (f64, f64) {
+pub(crate) fn interval(count: usize, seed: u64, statistic: impl Fn(&[usize]) -> f64) -> (f64, f64) {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     let mut drawn = vec![0; count];
     let mut values: Vec<f64> = (0..RESAMPLES)
@@ -22,12 +22,12 @@ pub(super) fn interval(count: usize, seed: u64, statistic: impl Fn(&[usize]) -> 
 }
 
 /// The mean of `scores` at `indices`.
-pub(super) fn mean(scores: &[f64], indices: &[usize]) -> f64 {
+pub(crate) fn mean(scores: &[f64], indices: &[usize]) -> f64 {
     indices.iter().map(|&i| scores[i]).sum::<f64>() / indices.len().max(1) as f64
 }
 
 /// Height of a curve's mean, by trapezoids, over the range of its ascending x.
-pub(super) fn area(x: &[f64], y: &[f64]) -> f64 {
+pub(crate) fn area(x: &[f64], y: &[f64]) -> f64 {
     let pieces = x.windows(2).zip(y.windows(2));
     let area: f64 = pieces
         .map(|(x, y)| (x[1] - x[0]) * (y[0] + y[1]) / 2.0)

@@ -1,0 +1,128 @@
+//! KeyDiff (Park et al., arXiv 2504.15364): keys that point where most keys point are evicted.
+//!
+//! The score of a token is −cos(k, a), with a the mean of the unit keys of all resident tokens, as they are cached. Needs nothing but keys,
+//! keeps no state: the mean is computed anew at each eviction, for 2·n·d multiply-adds per KV head. The authors protect nothing; here the first 4 and the newest 32 tokens stay
+//! by default.
+
+use super::config::quarter;
+use super::knorm::squared;
+use super::{Budget, Clock, Needs, Phase, Policy, Rows, Rule, Score, Tunable};
+use crate::error::Result;
+use serde::{Deserialize, Serialize};
+
+/// Settings of [`KeyDiff`].
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", default, deny_unknown_fields)]
+#[non_exhaustive]
+pub struct Settings {
+    /// First tokens kept; 4.
+    pub sinks: usize,
+    /// Newest tokens kept; unset: 32, a quarter of the budget where that is less.
+    pub recent: Option<usize>,
+    /// Steps between evictions; unset: 64, a quarter of the budget where that is less.
+    pub every: Option<usize>,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            sinks: 4,
+            recent: None,
+            every: None,
+        }
+    }
+}
+
+impl Tunable for Settings {}
+
+pub(super) fn build(settings: &Settings, budget: Budget) -> Result<Box<dyn Policy>> {
+    Ok(Box::new(KeyDiff {
+        sinks: settings.sinks,
+        recent: settings.recent.unwrap_or_else(|| quarter(budget, 32)),
+        every: settings.every.unwrap_or_else(|| quarter(budget, 64)),
+    }))
+}
+
+/// Keeps the keys that differ most from the mean direction.
+#[derive(Debug, Clone, Copy)]
+pub struct KeyDiff {
+    /// First tokens kept.
+    pub sinks: usize,
+    /// Newest tokens kept.
+    pub recent: usize,
+    /// Steps between evictions.
+    pub every: usize,
+}
+
+/// −cos(k, a) of each key of `d` elements.
+fn scores(keys: &[f32], d: usize) -> Vec<f32> {
+    let mut anchor = vec![0.0f64; d];
+    let norms: Vec<f64> = keys
+        .chunks_exact(d)
+        .map(|key| squared(key).sqrt())
+        .collect();
+    for (key, norm) in keys.chunks_exact(d).zip(&norms) {
+        let inverse = 1.0 / norm.max(f64::MIN_POSITIVE);
+        for (sum, &x) in anchor.iter_mut().zip(key) {
+            *sum += f64::from(x) * inverse;
+        }
+    }
+    // The mean's length is no part of the cosine.
+    let length = anchor.iter().map(|x| x * x).sum::<f64>().sqrt();
+    let cosine = |(key, norm): (&[f32], &f64)| {
+        let product: f64 = key
+            .iter()
+            .zip(&anchor)
+            .map(|(&x, a)| f64::from(x) * a)
+            .sum();
+        -(product / (norm * length).max(f64::MIN_POSITIVE)) as f32
+    };
+    keys.chunks_exact(d).zip(&norms).map(cosine).collect()
+}
+
+impl Policy for KeyDiff {
+    fn name(&self) -> &'static str {
+        "keydiff"
+    }
+    fn needs(&self) -> Needs {
+        Needs::keys()
+    }
+    fn rule(&self, _: Phase) -> Rule {
+        Rule::periodic(self.sinks, self.recent, self.every)
+    }
+    fn score(&mut self, head: usize, rows: &dyn Rows, _: &Clock, out: &mut [Score]) -> Result<()> {
+        let keys = rows.keys(head, 0)?;
+        for (score, value) in out.iter_mut().zip(scores(&keys, rows.head_dim())) {
+            score.value = value;
+        }
+        Ok(())
+    }
+    fn boxed_clone(&self) -> Box<dyn Policy> {
+        Box::new(*self)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::golden;
+
+    #[test]
+    fn scores_equal_golden_values() {
+        let got = scores(&golden::rotated_keys(), golden::D);
+        let want = [
+            -0.484_622_265,
+            -0.585_515_442,
+            0.285_003_155,
+            -0.261_312_882,
+            -0.243_823_488,
+            0.414_628_04,
+        ];
+        golden::close(&got[..6], &want, 1e-6);
+    }
+
+    #[test]
+    fn zero_keys_have_finite_scores() {
+        assert!(scores(&[0.0; 32], 8).iter().all(|x| x.is_finite()));
+    }
+}

@@ -1,0 +1,105 @@
+//! Key norms (Devoto et al., arXiv 2406.11430): tokens with a large key norm are evicted; a baseline.
+//!
+//! Needs nothing but keys, keeps no state.
+
+use super::config::quarter;
+use super::{Budget, Clock, Needs, Phase, Policy, Rows, Rule, Score, Tunable};
+use crate::error::Result;
+use serde::{Deserialize, Serialize};
+
+/// Settings of [`KeyNorm`].
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", default, deny_unknown_fields)]
+#[non_exhaustive]
+pub struct Settings {
+    /// First tokens kept; 4.
+    pub sinks: usize,
+    /// Newest tokens kept; unset: 32, a quarter of the budget where that is less.
+    pub recent: Option<usize>,
+    /// Steps between evictions; unset: 64, a quarter of the budget where that is less.
+    pub every: Option<usize>,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            sinks: 4,
+            recent: None,
+            every: None,
+        }
+    }
+}
+
+impl Tunable for Settings {}
+
+pub(super) fn build(settings: &Settings, budget: Budget) -> Result<Box<dyn Policy>> {
+    Ok(Box::new(KeyNorm {
+        sinks: settings.sinks,
+        recent: settings.recent.unwrap_or_else(|| quarter(budget, 32)),
+        every: settings.every.unwrap_or_else(|| quarter(budget, 64)),
+    }))
+}
+
+/// Keeps the tokens with the smallest key norms.
+#[derive(Debug, Clone, Copy)]
+pub struct KeyNorm {
+    /// First tokens kept.
+    pub sinks: usize,
+    /// Newest tokens kept.
+    pub recent: usize,
+    /// Steps between evictions.
+    pub every: usize,
+}
+
+/// −‖k‖ of each key of `d` elements.
+fn scores(keys: &[f32], d: usize) -> impl Iterator<Item = f32> {
+    keys.chunks_exact(d)
+        .map(|key| -(squared(key).sqrt() as f32))
+}
+
+/// ‖x‖².
+pub(super) fn squared(row: &[f32]) -> f64 {
+    row.iter().map(|&x| f64::from(x) * f64::from(x)).sum()
+}
+
+impl Policy for KeyNorm {
+    fn name(&self) -> &'static str {
+        "knorm"
+    }
+    fn needs(&self) -> Needs {
+        Needs::keys()
+    }
+    fn rule(&self, _: Phase) -> Rule {
+        Rule::periodic(self.sinks, self.recent, self.every)
+    }
+    fn score(&mut self, head: usize, rows: &dyn Rows, _: &Clock, out: &mut [Score]) -> Result<()> {
+        let keys = rows.keys(head, 0)?;
+        for (score, value) in out.iter_mut().zip(scores(&keys, rows.head_dim())) {
+            score.value = value;
+        }
+        Ok(())
+    }
+    fn boxed_clone(&self) -> Box<dyn Policy> {
+        Box::new(*self)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::golden;
+
+    #[test]
+    fn scores_equal_golden_values() {
+        let got: Vec<f32> = scores(&golden::rotated_keys(), golden::D).take(6).collect();
+        let want = [
+            -6.628_005_61,
+            -7.125_723_94,
+            -8.876_971_92,
+            -7.730_290_01,
+            -10.338_901_3,
+            -7.574_859_36,
+        ];
+        golden::close(&got, &want, 1e-6);
+    }
+}

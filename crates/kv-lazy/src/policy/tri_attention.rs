@@ -1,0 +1,421 @@
+//! TriAttention: how much a head's *typical* query will attend to a key, over the next positions.
+//!
+//! Before rotation, the queries of a head cluster around a fixed vector. With c(x) the pairs of x as complex numbers, m = E c(q), a = E |c(q)| and ω the model's
+//! frequencies, a key k at position p scores, at length t and mean over the offsets δ = 1, 2, 4 … 65536,
+//! Σ |m||k| cos(ω(t + δ − p) + arg(m·k̄)) + Σ (a − |m|)·|k|. The first sum is Re Σ u·c̄(k) of the key as it is cached, with u = m · mean e^{iω(t+δ)}: one vector per query head
+//! and eviction, one product a key. Scores are standardised per query head over the tokens that may leave; the maximum over the group decides.
+//!
+//! m and a come from a calibration text ([`QueryStatistics`]) or from the sequence's own last queries. Keys and the model's rotation suffice with
+//! the former. Elements that the model does not rotate enter by their product with the mean query.
+
+use super::config::quarter;
+use super::{Budget, Clock, Needs, Phase, Place, Policy, Rows, Rule, Score, Tunable, count};
+use crate::LayerShape;
+use crate::error::{Error, Result};
+use crate::rotary::Rotary;
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+/// Means of a query head before rotation.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+pub struct HeadStatistics {
+    /// Mean of each element.
+    pub mean: Vec<f32>,
+    /// Mean absolute value of each rotated pair.
+    pub magnitude: Vec<f32>,
+}
+
+/// Statistics of all layers' queries; the module `calibrate` takes them from traces.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+pub struct QueryStatistics {
+    /// Query heads of each layer.
+    pub layers: BTreeMap<usize, Vec<HeadStatistics>>,
+}
+
+/// Settings of [`TriAttention`].
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", default, deny_unknown_fields)]
+#[non_exhaustive]
+pub struct Settings {
+    /// First tokens kept; 4.
+    pub sinks: usize,
+    /// Newest tokens kept; unset: 64, a quarter of the budget where that is less.
+    pub recent: Option<usize>,
+    /// Steps between evictions; unset: 128, a quarter of the budget where that is less.
+    pub every: Option<usize>,
+    /// Last queries that join the statistics at each eviction where there is no calibration; unset: 64, a quarter of the budget where that is less.
+    pub queries: Option<usize>,
+    /// Statistics of the model's queries; unset: those of the sequence itself.
+    pub calibration: Option<QueryStatistics>,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            sinks: 4,
+            recent: None,
+            every: None,
+            queries: None,
+            calibration: None,
+        }
+    }
+}
+
+impl Tunable for Settings {
+    fn calibration(&mut self) -> Option<&mut Option<QueryStatistics>> {
+        Some(&mut self.calibration)
+    }
+}
+
+pub(super) fn build(settings: &Settings, budget: Budget) -> Result<Box<dyn Policy>> {
+    let queries = settings.queries.unwrap_or_else(|| quarter(budget, 64));
+    if queries == 0 {
+        return Err(Error::ZeroWindow { name: "queries" });
+    }
+    Ok(Box::new(TriAttention {
+        sinks: settings.sinks,
+        recent: settings.recent.unwrap_or_else(|| quarter(budget, 64)),
+        every: settings.every.unwrap_or_else(|| quarter(budget, 128)),
+        queries,
+        calibration: settings.calibration.clone().map(Arc::new),
+        own: Vec::new(),
+        place: Place::default(),
+    }))
+}
+
+/// Keeps the keys that typical queries will attend to.
+#[derive(Debug, Clone)]
+pub struct TriAttention {
+    sinks: usize,
+    recent: usize,
+    every: usize,
+    queries: usize,
+    calibration: Option<Arc<QueryStatistics>>,
+    /// Per KV head, where there is no calibration.
+    own: Vec<Own>,
+    place: Place,
+}
+
+/// Sums over a sequence's own queries.
+#[derive(Debug, Clone, Default)]
+struct Own {
+    /// Per query head of the group: elements, then magnitudes of pairs.
+    sums: Vec<Vec<f64>>,
+    queries: usize,
+    /// The position after the last query counted.
+    next: u32,
+}
+
+impl Own {
+    /// Counts the queries of `head` that are new.
+    fn observe(&mut self, rows: &dyn Rows, head: usize, rotary: &Rotary) {
+        let recent = rows.queries(head);
+        let d = rows.head_dim();
+        let group = (recent.queries.len() / d)
+            .checked_div(recent.positions.len())
+            .unwrap_or(0);
+        self.sums
+            .resize(group, vec![0.0; d + rotary.frequencies.len()]);
+        let mut unrotated = vec![0.0; d];
+        let mut last = self.next;
+        for (heads, &position) in recent
+            .queries
+            .chunks_exact((group * d).max(1))
+            .zip(recent.positions)
+        {
+            if position < self.next {
+                continue;
+            }
+            last = last.max(position + 1);
+            self.queries += 1;
+            for (sums, query) in self.sums.iter_mut().zip(heads.chunks_exact(d)) {
+                unrotated.copy_from_slice(query);
+                rotary.rotate(&mut unrotated, -i64::from(position));
+                add(sums, &unrotated, rotary);
+            }
+        }
+        self.next = last;
+    }
+
+    fn statistics(&self, d: usize) -> Vec<HeadStatistics> {
+        self.sums
+            .iter()
+            .map(|sums| mean(sums, self.queries, d))
+            .collect()
+    }
+}
+
+/// Adds an unrotated query to sums of elements and of pairs' magnitudes.
+pub(crate) fn add(sums: &mut [f64], query: &[f32], rotary: &Rotary) {
+    let (elements, magnitudes) = sums.split_at_mut(query.len());
+    for (sum, &x) in elements.iter_mut().zip(query) {
+        *sum += f64::from(x);
+    }
+    for (f, sum) in magnitudes.iter_mut().enumerate() {
+        let (i, j) = rotary.pair(f);
+        *sum += f64::from(query[i]).hypot(f64::from(query[j]));
+    }
+}
+
+/// Means of such sums over `count` queries.
+pub(crate) fn mean(sums: &[f64], count: usize, d: usize) -> HeadStatistics {
+    let mean = |sums: &[f64]| {
+        sums.iter()
+            .map(|x| (x / count.max(1) as f64) as f32)
+            .collect()
+    };
+    HeadStatistics {
+        mean: mean(&sums[..d]),
+        magnitude: mean(&sums[d..]),
+    }
+}
+
+/// Offsets of future queries: powers of two.
+const OFFSETS: u32 = 17;
+
+/// Scores of keys `[n, d]`, as cached, for one query head at length `t`.
+fn scores(keys: &[f32], head: &HeadStatistics, rotary: &Rotary, t: u32) -> Vec<f64> {
+    let d = head.mean.len();
+    // One weight per element for the product, one per pair for the magnitude.
+    let mut product = vec![0.0f64; d];
+    let mut magnitude = vec![0.0f64; rotary.frequencies.len()];
+    for (f, &frequency) in rotary.frequencies.iter().enumerate() {
+        let (i, j) = rotary.pair(f);
+        let (re, im) = (f64::from(head.mean[i]), f64::from(head.mean[j]));
+        let (mut cos, mut sin) = (0.0, 0.0);
+        for offset in 0..OFFSETS {
+            let angle = frequency * (f64::from(t) + f64::from(1u32 << offset));
+            cos += angle.cos() / f64::from(OFFSETS);
+            sin += angle.sin() / f64::from(OFFSETS);
+        }
+        (product[i], product[j]) = (re * cos - im * sin, re * sin + im * cos);
+        magnitude[f] = f64::from(head.magnitude[f]) - re.hypot(im);
+    }
+    for i in rotary.rotated()..d {
+        product[i] = f64::from(head.mean[i]);
+    }
+    keys.chunks_exact(d)
+        .map(|key| {
+            let near: f64 = key
+                .iter()
+                .zip(&product)
+                .map(|(&k, u)| f64::from(k) * u)
+                .sum();
+            let rest: f64 = magnitude
+                .iter()
+                .enumerate()
+                .map(|(f, weight)| {
+                    let (i, j) = rotary.pair(f);
+                    weight * f64::from(key[i]).hypot(f64::from(key[j]))
+                })
+                .sum();
+            near + rest
+        })
+        .collect()
+}
+
+/// Standardises by the mean and deviation of the slots in `free`.
+fn standardise(scores: &mut [f64], free: &[bool]) {
+    let own = || {
+        scores
+            .iter()
+            .zip(free)
+            .filter(|(_, free)| **free)
+            .map(|(x, _)| *x)
+    };
+    let count = own().count().max(1) as f64;
+    let mean = own().sum::<f64>() / count;
+    let deviation = (own().map(|x| (x - mean).powi(2)).sum::<f64>() / count).sqrt();
+    let factor = if deviation > 0.0 {
+        1.0 / deviation
+    } else {
+        0.0
+    };
+    scores.iter_mut().for_each(|x| *x = (*x - mean) * factor);
+}
+
+impl TriAttention {
+    /// The statistics of the queries that read a KV head.
+    fn statistics(&mut self, rows: &dyn Rows, head: usize, rotary: &Rotary) -> Vec<HeadStatistics> {
+        let Some(calibration) = &self.calibration else {
+            let own = &mut self.own[head];
+            own.observe(rows, head, rotary);
+            return own.statistics(rows.head_dim());
+        };
+        let heads = calibration
+            .layers
+            .get(&self.place.layer)
+            .map_or(&[][..], Vec::as_slice);
+        let group = heads.len() / self.place.kv_heads.max(1);
+        let first = (self.place.first_head + head) * group;
+        heads.get(first..first + group).unwrap_or_default().to_vec()
+    }
+}
+
+impl Policy for TriAttention {
+    fn name(&self) -> &'static str {
+        "tri-attention"
+    }
+    fn needs(&self) -> Needs {
+        let needs = Needs::keys().with_rotary();
+        match self.calibration {
+            Some(_) => needs,
+            None => needs.with_queries(self.queries),
+        }
+    }
+    fn rule(&self, _: Phase) -> Rule {
+        Rule::periodic(self.sinks, self.recent, self.every)
+    }
+    fn admits(&self, layer: usize, shape: &LayerShape) -> Result<()> {
+        let Some(calibration) = &self.calibration else {
+            return Ok(());
+        };
+        let heads = calibration
+            .layers
+            .get(&layer)
+            .map_or(&[][..], Vec::as_slice);
+        let fits = |head: &HeadStatistics| {
+            head.mean.len() == shape.head_dim && 2 * head.magnitude.len() <= shape.head_dim
+        };
+        if heads.len() == shape.query_heads && heads.iter().all(fits) {
+            return Ok(());
+        }
+        Err(Error::Setting {
+            name: "calibration",
+            value: format!(
+                "statistics of {} query heads for layer {layer}",
+                heads.len()
+            ),
+            expected: "statistics of each of the layer's query heads",
+        })
+    }
+    fn start(&mut self, place: Place) {
+        self.place = place;
+        self.own = vec![Own::default(); place.heads];
+    }
+    fn score(
+        &mut self,
+        head: usize,
+        rows: &dyn Rows,
+        clock: &Clock,
+        out: &mut [Score],
+    ) -> Result<()> {
+        let Some(rotary) = rows.rotary() else {
+            return Err(Error::NeedUnavailable {
+                policy: self.name().into(),
+                need: "the model's rotation",
+                path: "this cache",
+            });
+        };
+        let statistics = self.statistics(rows, head, rotary);
+        let fits = |head: &HeadStatistics| head.magnitude.len() == rotary.frequencies.len();
+        if !statistics.iter().all(fits) {
+            return Err(Error::Setting {
+                name: "calibration",
+                value: "another number of rotated pairs".into(),
+                expected: "statistics under the cache's own rotation",
+            });
+        }
+        let free = count(self.sinks)..clock.next.saturating_sub(count(self.recent));
+        let free: Vec<bool> = rows.ids(head).iter().map(|id| free.contains(id)).collect();
+        let keys = rows.keys(head, 0)?;
+        for score in out.iter_mut() {
+            score.value = f32::NEG_INFINITY;
+        }
+        for statistics in &statistics {
+            let mut own = scores(&keys, statistics, rotary, clock.next);
+            standardise(&mut own, &free);
+            for (score, x) in out.iter_mut().zip(own) {
+                score.value = score.value.max(x as f32);
+            }
+        }
+        Ok(())
+    }
+    fn state_bytes(&self) -> usize {
+        let own = self.own.iter().flat_map(|own| &own.sums);
+        own.map(|sums| sums.len() * 8).sum()
+    }
+    fn boxed_clone(&self) -> Box<dyn Policy> {
+        Box::new(self.clone())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::golden::{self, D, TOKENS};
+
+    /// Statistics of the golden calibration queries of one head.
+    fn statistics(head: usize, rotary: &Rotary) -> HeadStatistics {
+        let queries = golden::uniform("kv2.cal", 2 * 40 * D);
+        let mut sums = vec![0.0; D + D / 2];
+        for query in queries[head * 40 * D..(head + 1) * 40 * D].chunks_exact(D) {
+            let query: Vec<f32> = query.iter().map(|x| x + 0.5).collect();
+            add(&mut sums, &query, rotary);
+        }
+        mean(&sums, 40, D)
+    }
+
+    #[test]
+    fn scores_of_rotated_keys_equal_golden_values_of_unrotated_ones() {
+        let rotary = Rotary::plain(10_000.0, D);
+        let keys = golden::rotated_keys();
+        let heads = [0, 1].map(|head| statistics(head, &rotary));
+        let length = |f: usize| {
+            let HeadStatistics { mean, magnitude } = &heads[0];
+            mean[f].hypot(mean[f + D / 2]) / magnitude[f]
+        };
+        let want = [0.770_526_993, 0.694_876_58, 0.761_870_83, 0.744_863_633];
+        golden::close(&[0, 1, 2, 3].map(length), &want, 1e-6);
+        let mut all = heads.map(|head| scores(&keys, &head, &rotary, TOKENS as u32));
+        let raw: Vec<f32> = all[0][..6].iter().map(|&x| x as f32).collect();
+        let want = [
+            9.238_042_9,
+            6.418_547_48,
+            10.414_764_4,
+            7.719_735_69,
+            7.939_729_76,
+            7.550_615_72,
+        ];
+        golden::close(&raw, &want, 1e-5);
+        for own in &mut all {
+            standardise(own, &[true; TOKENS]);
+        }
+        let z: Vec<f32> = (0..TOKENS)
+            .map(|i| all[0][i].max(all[1][i]) as f32)
+            .collect();
+        let want = [
+            1.142_438_15,
+            -0.425_515_373,
+            1.928_456_87,
+            0.128_249_279,
+            0.619_140_559,
+            0.015_281_628_7,
+        ];
+        golden::close(&z[..6], &want, 1e-4);
+        let mut order: Vec<usize> = (0..TOKENS).collect();
+        order.sort_by(|&a, &b| z[a].total_cmp(&z[b]));
+        order.truncate(5);
+        order.sort_unstable();
+        assert_eq!(order, [17, 20, 32, 40, 41]);
+    }
+
+    #[test]
+    fn a_sequence_s_own_queries_give_the_statistics_that_a_calibration_of_them_would() {
+        let rotary = Rotary::plain(10_000.0, D);
+        let rows = golden::Observed::new();
+        let mut own = Own::default();
+        own.observe(&rows, 0, &rotary);
+        let again = own.queries;
+        own.observe(&rows, 0, &rotary);
+        assert_eq!((own.queries, again), (8, 8), "each query is counted once");
+        let mut sums = vec![0.0; D + D / 2];
+        for (t, query) in golden::queries()[..8 * D].chunks_exact(D).enumerate() {
+            let mut query: Vec<f32> = query.iter().map(|x| x / 8.0).collect();
+            rotary.rotate(&mut query, -(40 + t as i64));
+            add(&mut sums, &query, &rotary);
+        }
+        assert_eq!(own.statistics(D)[0], mean(&sums, 8, D));
+    }
+}

@@ -1,0 +1,222 @@
+//! The cache of one layer, as an attention block uses it.
+
+use crate::common::{named, steps, with};
+use candle_core::{DType, Device, Tensor};
+use kv_lazy::{Budget, CacheConfig, CacheSet, Error, LayerCache, LayerShape, bottom_right_mask};
+
+const SHAPE: LayerShape = LayerShape {
+    query_heads: 4,
+    kv_heads: 2,
+    head_dim: 16,
+    sliding_window: None,
+};
+
+fn tokens() -> Vec<usize> {
+    [vec![30], vec![1; 40]].concat()
+}
+
+fn bits(x: &Tensor) -> Vec<f32> {
+    x.flatten_all().unwrap().to_vec1().unwrap()
+}
+
+#[test]
+fn attend_on_single_layers_equals_a_set_of_all_layers() {
+    for name in ["random", "keydiff", "lazy", "snapkv", "full", "vase-dkv"] {
+        let config = named(name, 24);
+        let mut set = CacheSet::new(&[SHAPE; 2], 2, DType::F32, &Device::Cpu, &config).unwrap();
+        let mut alone = [0, 1].map(|layer| LayerCache::new(&config, layer).unwrap());
+        for (q, k, v) in steps(5, 2, SHAPE, &tokens()) {
+            set.begin(q.dim(2).unwrap()).unwrap();
+            for (layer, cache) in alone.iter_mut().enumerate() {
+                let want = set.attend(layer, &q, &k, &v, 0.25).unwrap();
+                let got = cache.attend(&q, &k, &v, 0.25).unwrap();
+                assert_eq!(bits(&got), bits(&want), "{name} {layer}");
+                for sequence in 0..2 {
+                    assert_eq!(
+                        cache.positions(sequence, 1),
+                        set.positions(layer, sequence, 1)
+                    );
+                }
+            }
+        }
+        assert_eq!(alone[0].current_seq_len(), 70);
+        assert_eq!(alone[0].len(), set.physical_len(0));
+    }
+}
+
+#[test]
+fn append_returns_what_the_policy_holds_and_leaves_earlier_tensors_alone() {
+    for (name, storage) in [
+        ("full", "f32"),
+        ("streaming", "f32"),
+        ("keydiff", "f16"),
+        ("lagkv", "f32"),
+        ("random", "int8"),
+    ] {
+        let config = with(named(name, 24), |c| c.storage = storage.parse().unwrap());
+        let mut cache = LayerCache::new(&config, 0).unwrap().for_append().unwrap();
+        let mut set = CacheSet::new(
+            &[LayerShape {
+                query_heads: 2,
+                ..SHAPE
+            }],
+            2,
+            DType::F32,
+            &Device::Cpu,
+            &config,
+        )
+        .unwrap();
+        let mut earlier: Option<(Tensor, Vec<f32>)> = None;
+        for (_, k, v) in steps(6, 2, SHAPE, &tokens()) {
+            let t = k.dim(2).unwrap();
+            let (keys, values) = cache.append(&k, &v).unwrap();
+            set.begin(t).unwrap();
+            let (want_keys, want_values) = set.extend(0, &k, &v).unwrap();
+            let f32 = |x: &Tensor| x.to_dtype(DType::F32).unwrap();
+            assert_eq!(
+                bits(&f32(&keys)),
+                bits(&f32(&want_keys)),
+                "{name} {storage}"
+            );
+            assert_eq!(
+                bits(&f32(&values)),
+                bits(&f32(&want_values)),
+                "{name} {storage}"
+            );
+            if storage == "f32" {
+                let new = keys.narrow(2, keys.dim(2).unwrap() - t, t).unwrap();
+                assert!(
+                    name == "streaming" || bits(&new) == bits(&k),
+                    "{name}: the new tokens are the last"
+                );
+            }
+            if let Some((tensor, numbers)) = &earlier {
+                assert_eq!(
+                    &bits(&f32(tensor)),
+                    numbers,
+                    "{name}: an earlier step's tensors have changed"
+                );
+            }
+            earlier = Some((keys.clone(), bits(&f32(&keys))));
+        }
+        assert!(
+            cache.len() == 70 || cache.len() <= 24 + 6,
+            "{name} {}",
+            cache.len()
+        );
+    }
+}
+
+#[test]
+fn appending_one_token_does_not_copy_what_is_held() {
+    let config = CacheConfig::new("full".parse().unwrap(), Budget::Tokens(1));
+    let mut cache = LayerCache::new(&config, 0).unwrap();
+    let kv = |t| Tensor::randn(0f32, 1.0, (1, 2, t, 16), &Device::Cpu).unwrap();
+    cache.append(&kv(100), &kv(100)).unwrap();
+    let (first, _) = cache.append(&kv(1), &kv(1)).unwrap();
+    let (second, _) = cache.append(&kv(1), &kv(1)).unwrap();
+    let address = |x: &Tensor| {
+        let (storage, _) = x.storage_and_layout();
+        match &*storage {
+            candle_core::Storage::Cpu(storage) => storage.as_slice::<f32>().unwrap().as_ptr(),
+            _ => unreachable!("on the CPU"),
+        }
+    };
+    assert_eq!(address(&first), address(&second), "views of one storage");
+    assert_eq!(second.dims(), [1, 2, 102, 16]);
+    assert!(cache.bytes() < 2 * 2 * 16 * 4 * 102 * 5 / 4 + 1024);
+}
+
+#[test]
+fn what_append_cannot_give_is_refused_when_the_cache_is_built() {
+    for name in [
+        "h2o",
+        "tova",
+        "snapkv",
+        "r-kv",
+        "dropkv",
+        "vase-attnv",
+        "tri-attention",
+    ] {
+        let built = LayerCache::new(&named(name, 24), 0).unwrap().for_append();
+        assert!(
+            matches!(built, Err(Error::NeedUnavailable { .. })),
+            "{name}"
+        );
+    }
+    for name in [
+        "full",
+        "streaming",
+        "random",
+        "knorm",
+        "keydiff",
+        "lagkv",
+        "vase-dkv",
+    ] {
+        assert!(
+            LayerCache::new(&named(name, 24), 0)
+                .unwrap()
+                .for_append()
+                .is_ok(),
+            "{name}"
+        );
+    }
+    let mut unrotated = named("tri-attention", 24);
+    unrotated.rotary = None;
+    assert!(matches!(
+        LayerCache::new(&unrotated, 0),
+        Err(Error::NeedUnavailable { .. })
+    ));
+}
+
+#[test]
+fn several_tokens_after_an_eviction_need_masks_that_are_aligned_to_the_last_key() {
+    let kv = |t| Tensor::randn(0f32, 1.0, (1, 2, t, 16), &Device::Cpu).unwrap();
+    let new = || LayerCache::new(&named("keydiff", 12), 0).unwrap();
+    let mut cache = new();
+    cache.append(&kv(30), &kv(30)).unwrap();
+    assert!(cache.append(&kv(3), &kv(3)).is_err());
+    cache.append(&kv(1), &kv(1)).unwrap();
+    let mut cache = new().with_bottom_right_masks();
+    cache.append(&kv(30), &kv(30)).unwrap();
+    let (k, _) = cache.append(&kv(3), &kv(3)).unwrap();
+    let mask = bottom_right_mask(3, k.dim(2).unwrap(), &Device::Cpu).unwrap();
+    let rows: Vec<Vec<u8>> = mask.to_vec2().unwrap();
+    let hidden: Vec<usize> = rows
+        .iter()
+        .map(|row| row.iter().filter(|&&x| x == 1).count())
+        .collect();
+    assert_eq!(hidden, [2, 1, 0]);
+}
+
+#[test]
+fn a_snapshot_returns_and_reset_forgets() {
+    let config = named("keydiff", 24);
+    let mut cache = LayerCache::new(&config, 0).unwrap();
+    let all = steps(7, 1, SHAPE, &tokens());
+    for (q, k, v) in &all[..20] {
+        cache.attend(q, k, v, 0.25).unwrap();
+    }
+    let held = cache.snapshot();
+    let rest = |cache: &mut LayerCache| -> Vec<Vec<f32>> {
+        let out = all[20..]
+            .iter()
+            .map(|(q, k, v)| bits(&cache.attend(q, k, v, 0.25).unwrap()));
+        out.collect()
+    };
+    let want = rest(&mut cache);
+    cache.restore(&held).unwrap();
+    assert_eq!(rest(&mut cache), want);
+    cache.reset();
+    assert!(cache.is_empty() && cache.bytes() == 0);
+    cache.restore(&held).unwrap();
+    assert_eq!(rest(&mut cache), want);
+    let mut other = LayerCache::new(&named("keydiff", 20), 0).unwrap();
+    assert!(matches!(other.restore(&held), Err(Error::Snapshot { .. })));
+    let (q, k, v) = &all[0];
+    assert!(other.append(k, v).is_ok());
+    assert!(
+        other.attend(q, k, v, 0.25).is_err(),
+        "append and attend do not mix"
+    );
+}
