@@ -147,7 +147,10 @@ fn every_policy_runs_in_every_storage_and_the_first_full_cache_is_the_reference(
         rows(&on_scene(&scene, &[&flags, more].concat()))
     };
     let all = run(&["--kv-dtype", "f16,int8,k8v4,int4"]);
-    let methods: Vec<&str> = all.iter().map(|row| row["method"].as_str().unwrap()).collect();
+    let methods: Vec<&str> = all
+        .iter()
+        .map(|row| row["method"].as_str().unwrap())
+        .collect();
     let of = |method: &str| {
         let at = methods.iter().position(|name| *name == method);
         &all[at.unwrap_or_else(|| panic!("{method} of {methods:?}"))]
@@ -172,14 +175,28 @@ fn every_policy_runs_in_every_storage_and_the_first_full_cache_is_the_reference(
 #[test]
 fn budgets_of_bytes_give_each_policy_the_tokens_that_fit() {
     let scene = model();
-    let flags = ["--policy", "knorm,h2o", "--budget", "0.5", "--budget-of", "bytes", "--kv-dtype", "f16,int4"];
+    let flags = [
+        "--policy",
+        "knorm,h2o",
+        "--budget",
+        "0.5",
+        "--budget-of",
+        "bytes",
+        "--kv-dtype",
+        "f16,int4",
+    ];
     let rows = rows(&on_scene(&scene, &flags));
     let held = |method: &str| {
         let row = rows.iter().find(|row| row["method"] == method).unwrap();
         number(row, "tokens_held")
     };
     // State takes room. In so short a window nothing has been quantised yet.
-    assert!(held("h2o") < held("knorm"), "{} {}", held("h2o"), held("knorm"));
+    assert!(
+        held("h2o") < held("knorm"),
+        "{} {}",
+        held("h2o"),
+        held("knorm")
+    );
     assert_eq!(held("knorm"), held("knorm+int4"));
 }
 
@@ -187,19 +204,55 @@ fn budgets_of_bytes_give_each_policy_the_tokens_that_fit() {
 fn questions_about_long_contexts_have_rows_for_policies_and_storage() {
     let dir = concat!(env!("CARGO_MANIFEST_DIR"), "/model");
     let flags = [
-        "--task", "long-context", "--model", dir, "--questions", "copy,gather", "--context", "400", "--samples", "2",
-        "--seeds", "1", "--policy", "keydiff,random", "--budget", "0.5", "--kv-dtype", "f16,int8", "--budget-of", "bytes",
+        "--task",
+        "long-context",
+        "--model",
+        dir,
+        "--questions",
+        "copy,gather",
+        "--context",
+        "400",
+        "--samples",
+        "2",
+        "--seeds",
+        "1",
+        "--policy",
+        "keydiff,random",
+        "--budget",
+        "0.5",
+        "--kv-dtype",
+        "f16,int8",
+        "--budget-of",
+        "bytes",
     ];
     for feed in ["whole", "steps"] {
         let all = rows(&kv(&[&flags[..], &["--feed", feed]].concat()));
-        let of = |method: &str| -> Vec<&Value> { all.iter().filter(|row| row["method"] == method).collect() };
-        for method in ["first token", "full", "full+int8", "keydiff", "keydiff+int8", "random", "random+int8"] {
+        let of = |method: &str| -> Vec<&Value> {
+            all.iter().filter(|row| row["method"] == method).collect()
+        };
+        for method in [
+            "first token",
+            "full",
+            "full+int8",
+            "keydiff",
+            "keydiff+int8",
+            "random",
+            "random+int8",
+        ] {
             assert!(of(method).len() >= 2, "{method} {feed}");
         }
-        let detailed = |method: &str| of(method).into_iter().find(|row| row["nll"].is_number()).unwrap();
+        let detailed = |method: &str| {
+            of(method)
+                .into_iter()
+                .find(|row| row["nll"].is_number())
+                .unwrap()
+        };
         let (full, int8, half) = (detailed("full"), detailed("full+int8"), detailed("keydiff"));
         assert!((number(full, "recovery") - 1.0).abs() < 1e-9, "{full}");
-        assert!((number(full, "nll") - number(int8, "nll")).abs() < 0.05, "{full} {int8}");
+        assert!(
+            (number(full, "nll") - number(int8, "nll")).abs() < 0.05,
+            "{full} {int8}"
+        );
         assert!(number(int8, "bytes_over_full") < 0.75);
         assert!(number(half, "bytes_over_full") < 0.65, "{half}");
         assert!(number(half, "recovery_low") <= number(half, "recovery"));

@@ -224,6 +224,16 @@ pub struct CacheConfig {
     pub layer_rotary: Vec<Option<Rotary>>,
 }
 
+impl Default for CacheConfig {
+    /// What the [guide](crate::guide) recommends where nothing is known of the task: every token in 8 bits.
+    fn default() -> Self {
+        Self {
+            storage: StorageConfig::int8(),
+            ..Self::new(PolicyConfig::Full(full::Settings {}), Budget::Ratio(1.0))
+        }
+    }
+}
+
 impl CacheConfig {
     /// `policy` within `budget`, all else by default; the fields can be set afterwards.
     pub fn new(policy: PolicyConfig, budget: Budget) -> Self {
@@ -348,6 +358,42 @@ mod tests {
         assert!(
             error.contains("lru") && error.contains("lazy-guarded"),
             "{error}"
+        );
+    }
+
+    #[test]
+    fn by_default_every_token_is_kept_in_8_bits() {
+        let config = CacheConfig::default();
+        assert!(config.keeps_all() && config.storage == StorageConfig::int8());
+    }
+
+    #[test]
+    fn policies_say_when_they_evict_and_what_can_be_set() {
+        let evicts = |name: &str| name.parse::<PolicyConfig>().unwrap().evicts();
+        assert_eq!(evicts("full"), Evicts::Nothing);
+        assert_eq!(evicts("snapkv"), Evicts::AfterPrompt);
+        for &name in NAMES
+            .iter()
+            .filter(|name| !matches!(**name, "full" | "snapkv"))
+        {
+            assert_eq!(evicts(name), Evicts::WhileDecoding, "{name}");
+        }
+        for name in ["random", "vase-attnv", "vase-dkv"] {
+            let mut policy: PolicyConfig = name.parse().unwrap();
+            *policy.seed_mut().unwrap() = 7;
+            assert!(
+                serde_json::to_string(&policy)
+                    .unwrap()
+                    .contains("\"seed\":7"),
+                "{name}"
+            );
+        }
+        let mut lazy: PolicyConfig = "lazy".parse().unwrap();
+        assert!(lazy.threshold_mut().is_some() && lazy.seed_mut().is_none());
+        let keys = "keydiff".parse::<PolicyConfig>().unwrap();
+        assert_eq!(
+            keys.build(Budget::Tokens(64)).unwrap().needs().describe(),
+            "keys"
         );
     }
 

@@ -4,7 +4,7 @@ use crate::common::{
     all_configurations, all_policies, distance, flat, lazy, naive, named, run, steps, with,
 };
 use candle_core::{DType, Device, Tensor};
-use kv_lazy::policy::{r_kv, scissorhands};
+use kv_lazy::policy::{Phase, Trigger, r_kv, scissorhands};
 use kv_lazy::{Budget, CacheConfig, CacheSet, Error, LayerShape, PolicyConfig, Prompt};
 use proptest::prelude::*;
 
@@ -304,7 +304,15 @@ fn impossible_settings_are_refused_with_their_numbers() {
 
 #[test]
 fn attention_computed_elsewhere_sees_the_same_tokens() {
-    for name in ["full", "streaming", "random"] {
+    for name in [
+        "full",
+        "streaming",
+        "random",
+        "knorm",
+        "keydiff",
+        "lagkv",
+        "vase-dkv",
+    ] {
         let config = CacheConfig::new(name.parse().unwrap(), Budget::Tokens(24));
         let mut inside = build(&config, 2);
         let mut outside =
@@ -361,14 +369,17 @@ fn steps_of_several_tokens_keep_every_policy_within_its_budget() {
     let budget = 16;
     for config in all_policies(budget) {
         let name = config.decode.name();
-        if matches!(name, "full" | "snapkv") {
-            continue; // They keep what is generated.
+        if name == "full" {
+            continue; // It keeps what is generated, as snapkv does that is not told to repeat itself.
         }
         let config = with(config, |c| c.prompt = Some(Prompt::Evictable));
         for config in [config.clone(), with(config, |c| c.evict_every = Some(6))] {
-            let window = match (config.evict_every, name) {
-                (Some(window), _) => window,
-                (None, "lazy" | "lazy-reference" | "lazy-guarded" | "r-kv") => budget / 4,
+            if name == "snapkv" && config.evict_every.is_none() {
+                continue;
+            }
+            let policy = config.build(config.budget).unwrap();
+            let window = match policy.rule(Phase::Decode).decode {
+                Trigger::Every(window) => window,
                 _ => 1,
             };
             let mut cache = build(&config, 1);

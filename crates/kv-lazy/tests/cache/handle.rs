@@ -100,7 +100,7 @@ fn append_returns_what_the_policy_holds_and_leaves_earlier_tensors_alone() {
             earlier = Some((keys.clone(), bits(&f32(&keys))));
         }
         assert!(
-            cache.len() == 70 || cache.len() <= 24 + 6,
+            cache.len() == 70 || cache.len() <= 32,
             "{name} {}",
             cache.len()
         );
@@ -124,7 +124,7 @@ fn appending_one_token_does_not_copy_what_is_held() {
     };
     assert_eq!(address(&first), address(&second), "views of one storage");
     assert_eq!(second.dims(), [1, 2, 102, 16]);
-    assert!(cache.bytes() < 2 * 2 * 16 * 4 * 102 * 5 / 4 + 1024);
+    assert!(cache.bytes() <= 2 * 2 * 16 * 4 * (100 + 32));
 }
 
 #[test]

@@ -3,7 +3,9 @@
 use crate::common::{Qkv, distance, flat, naive, named, run, steps, with};
 use candle_core::{DType, Device, Tensor};
 use kv_lazy::policy::h2o::{self, Normalise};
-use kv_lazy::{Budget, CacheConfig, CacheSet, Error, LayerShape, Pairs, PolicyConfig, Positions, Rotary};
+use kv_lazy::{
+    Budget, CacheConfig, CacheSet, Error, LayerShape, Pairs, PolicyConfig, Positions, Rotary,
+};
 
 const SHAPE: LayerShape = LayerShape {
     query_heads: 4,
@@ -80,7 +82,9 @@ fn consecutive_positions_are_the_ranks_of_the_cached_tokens() {
 fn consecutive_positions_are_refused_where_they_would_not_be_exact() {
     let rotary = Rotary::plain(10_000.0, 16);
     let of = |name: &str| {
-        with(consecutive(&rotary, "f32"), |c| c.decode = name.parse().unwrap())
+        with(consecutive(&rotary, "f32"), |c| {
+            c.decode = name.parse().unwrap()
+        })
     };
     for config in [
         of("h2o"),
@@ -93,10 +97,16 @@ fn consecutive_positions_are_refused_where_they_would_not_be_exact() {
         }),
         with(of("streaming"), |c| c.rotary = Some(Rotary::plain(1e4, 64))),
     ] {
-        assert!(matches!(build(&config, 1), Err(Error::Setting { .. })), "{config:?}");
+        assert!(
+            matches!(build(&config, 1), Err(Error::Setting { .. })),
+            "{config:?}"
+        );
     }
     let unrotated = with(of("streaming"), |c| c.rotary = None);
-    assert!(matches!(build(&unrotated, 1), Err(Error::NeedUnavailable { .. })));
+    assert!(matches!(
+        build(&unrotated, 1),
+        Err(Error::NeedUnavailable { .. })
+    ));
     let external = CacheSet::external(&[SHAPE], 1, DType::F32, &Device::Cpu, &of("streaming"));
     assert!(external.is_err());
 }
@@ -133,23 +143,45 @@ fn uneven(seed: u64, tokens: &[usize]) -> Vec<Qkv> {
 #[test]
 fn heads_that_share_budgets_hold_what_they_need_and_no_more_in_all() {
     let tokens = [vec![60], vec![1; 40], vec![5], vec![1; 30]].concat();
-    for (name, storage) in [("snapkv", "f32"), ("dropkv", "f32"), ("h2o", "f32"), ("snapkv", "int8"), ("h2o", "int4")] {
+    for (name, storage) in [
+        ("snapkv", "f32"),
+        ("dropkv", "f32"),
+        ("h2o", "f32"),
+        ("snapkv", "int8"),
+        ("h2o", "int4"),
+    ] {
         let config = shared(name, 24, storage);
         let mut cache = build(&config, 2).unwrap();
         let mut held: Vec<(Tensor, Tensor)> = Vec::new();
         let mut differ = false;
         for (q, k, v) in uneven(3, &tokens) {
             let step = cache.begin(q.dim(2).unwrap()).unwrap();
-            let before: Vec<Vec<u32>> = (0..4).map(|row| cache.positions(0, row / 2, row % 2).to_vec()).collect();
+            let before: Vec<Vec<u32>> = (0..4)
+                .map(|row| cache.positions(0, row / 2, row % 2).to_vec())
+                .collect();
             let got = cache.attend(0, &q, &k, &v, 0.5).unwrap();
             held.push((k.clone(), v.clone()));
             let keys = Tensor::cat(&held.iter().map(|kv| &kv.0).collect::<Vec<_>>(), 2).unwrap();
             let values = Tensor::cat(&held.iter().map(|kv| &kv.1).collect::<Vec<_>>(), 2).unwrap();
             for row in 0..4 {
-                let part = |x: &Tensor, from, count| x.narrow(0, row / 2, 1).unwrap().narrow(1, from, count).unwrap();
+                let part = |x: &Tensor, from, count| {
+                    x.narrow(0, row / 2, 1)
+                        .unwrap()
+                        .narrow(1, from, count)
+                        .unwrap()
+                };
                 let h = row % 2;
-                let seen = |i: usize, j: usize| j <= step.position + i && (j >= step.position || before[row].contains(&(j as u32)));
-                let want = naive(&part(&q, 2 * h, 2), &part(&keys, h, 1), &part(&values, h, 1), 0.5, seen);
+                let seen = |i: usize, j: usize| {
+                    j <= step.position + i
+                        && (j >= step.position || before[row].contains(&(j as u32)))
+                };
+                let want = naive(
+                    &part(&q, 2 * h, 2),
+                    &part(&keys, h, 1),
+                    &part(&values, h, 1),
+                    0.5,
+                    seen,
+                );
                 let off = distance(&flat(&part(&got, 2 * h, 2)), &want);
                 let bar = if storage == "f32" { 1e-5 } else { 0.3 };
                 assert!(off < bar, "{name} {storage} {step:?} row {row}: {off}");
@@ -159,11 +191,16 @@ fn heads_that_share_budgets_hold_what_they_need_and_no_more_in_all() {
             for pair in lens.chunks(2) {
                 // Up to four steps, or one of five tokens, between evictions.
                 assert!(pair[0] + pair[1] <= 2 * (24 + 8), "{name} {pair:?}");
-                assert!(pair.iter().all(|&n| step.position < 60 || n >= 4), "{name} {pair:?}");
+                assert!(
+                    pair.iter().all(|&n| step.position < 60 || n >= 4),
+                    "{name} {pair:?}"
+                );
             }
         }
         assert!(differ, "{name}: both heads always held as many");
-        assert!(cache.bytes() > 0 && cache.physical_len(0) == *lens(&cache, 2).iter().max().unwrap());
+        assert!(
+            cache.bytes() > 0 && cache.physical_len(0) == *lens(&cache, 2).iter().max().unwrap()
+        );
     }
 }
 
@@ -196,15 +233,41 @@ fn shared_budgets_free_bytes_and_do_not_depend_on_batches_or_snapshots() {
 
 #[test]
 fn policies_whose_scores_cannot_be_compared_do_not_share() {
-    for name in ["random", "keydiff", "knorm", "raas", "lazy", "streaming", "h2o", "tri-attention"] {
+    for name in [
+        "random",
+        "keydiff",
+        "knorm",
+        "raas",
+        "lazy",
+        "streaming",
+        "h2o",
+        "tri-attention",
+    ] {
         let config = with(named(name, 24), |c| c.shared_budget = Some(0.2));
         let got = build(&config, 1);
-        assert!(matches!(got, Err(Error::Setting { name: "shared-budget", .. })), "{name}");
+        assert!(
+            matches!(
+                got,
+                Err(Error::Setting {
+                    name: "shared-budget",
+                    ..
+                })
+            ),
+            "{name}"
+        );
     }
     let wide = with(shared("snapkv", 24, "f32"), |c| c.shared_budget = Some(1.5));
     assert!(build(&wide, 1).is_err());
-    let external = CacheSet::external(&[SHAPE], 1, DType::F32, &Device::Cpu, &shared("snapkv", 24, "f32"));
+    let external = CacheSet::external(
+        &[SHAPE],
+        1,
+        DType::F32,
+        &Device::Cpu,
+        &shared("snapkv", 24, "f32"),
+    );
     assert!(external.is_err());
-    let ratio = with(shared("snapkv", 24, "f32"), |c| c.budget = Budget::Ratio(0.5));
+    let ratio = with(shared("snapkv", 24, "f32"), |c| {
+        c.budget = Budget::Ratio(0.5)
+    });
     assert!(build(&ratio, 1).is_ok());
 }

@@ -7,7 +7,7 @@ use kv_lazy::policy::{NAMES, Threshold, lazy, oracle, streaming};
 use kv_lazy::trace::replay::{LayerReport, ReplayOptions, Summary, replay, replay_all};
 use kv_lazy::trace::synth::{Drifting, HeavyHitters, Planted, Sizes};
 use kv_lazy::trace::{LayerTrace, Recorder, Trace, TraceMeta, file, mri};
-use kv_lazy::{Budget, CacheConfig, CacheSet, Error, LayerShape, PolicyConfig};
+use kv_lazy::{Budget, CacheConfig, CacheSet, Error, LayerShape, PolicyConfig, Rotary};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -100,7 +100,8 @@ fn replay_loses_exactly_what_a_live_cache_loses() {
         let mut full = CacheSet::full(&shapes, 1, DType::F32, &Device::Cpu).unwrap();
         let reference = live(&trace, &mut full);
         for &name in NAMES.iter().filter(|name| **name != "oracle") {
-            let config = CacheConfig::new(name.parse().unwrap(), Budget::Tokens(96));
+            let mut config = CacheConfig::new(name.parse().unwrap(), Budget::Tokens(96));
+            config.rotary = Some(Rotary::plain(10_000.0, 4));
             let mut cache = CacheSet::new(&shapes, 1, DType::F32, &Device::Cpu, &config).unwrap();
             let outputs = live(&trace, &mut cache);
             let report = run(&trace, &config);
@@ -149,6 +150,7 @@ fn the_oracle_retains_at_least_what_every_policy_does_and_the_ideal_set_more() {
                 policy => {
                     let mut config = CacheConfig::new(policy, Budget::Tokens(96));
                     config.evict_every = Some(16);
+                    config.rotary = Some(Rotary::plain(10_000.0, 4));
                     config
                 }
             };
