@@ -192,8 +192,9 @@ fn scores(keys: &[f32], head: &HeadStatistics, rotary: &Rotary, t: u32) -> Vec<f
         (product[i], product[j]) = (re * cos - im * sin, re * sin + im * cos);
         magnitude[f] = f64::from(head.magnitude[f]) - re.hypot(im);
     }
-    for i in rotary.rotated()..d {
-        product[i] = f64::from(head.mean[i]);
+    let rest = rotary.rotated();
+    for (product, &mean) in product[rest..].iter_mut().zip(&head.mean[rest..]) {
+        *product = f64::from(mean);
     }
     keys.chunks_exact(d)
         .map(|key| {

@@ -163,7 +163,7 @@ fn heads_that_share_budgets_hold_what_they_need_and_no_more_in_all() {
             held.push((k.clone(), v.clone()));
             let keys = Tensor::cat(&held.iter().map(|kv| &kv.0).collect::<Vec<_>>(), 2).unwrap();
             let values = Tensor::cat(&held.iter().map(|kv| &kv.1).collect::<Vec<_>>(), 2).unwrap();
-            for row in 0..4 {
+            for (row, before) in before.iter().enumerate() {
                 let part = |x: &Tensor, from, count| {
                     x.narrow(0, row / 2, 1)
                         .unwrap()
@@ -172,8 +172,7 @@ fn heads_that_share_budgets_hold_what_they_need_and_no_more_in_all() {
                 };
                 let h = row % 2;
                 let seen = |i: usize, j: usize| {
-                    j <= step.position + i
-                        && (j >= step.position || before[row].contains(&(j as u32)))
+                    j <= step.position + i && (j >= step.position || before.contains(&(j as u32)))
                 };
                 let want = naive(
                     &part(&q, 2 * h, 2),
