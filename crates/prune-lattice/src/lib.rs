@@ -94,6 +94,7 @@ pub mod prune;
 #[cfg(feature = "train")]
 pub mod repair;
 pub mod rnn;
+pub mod rnnoise;
 mod seed;
 #[cfg(feature = "experiment")]
 pub mod tasks;

@@ -1,0 +1,319 @@
+//! Weight files of RNNoise: named arrays, and matrices as lists of blocks of 8 outputs by 4 inputs.
+//!
+//! The library loads such a file at run time and skips blocks that are not listed, so that a pruned matrix makes the original
+//! program faster. A record is `DNNw`, version, type, size and padded size (32 bits each, little endian), a name of 44 bytes,
+//! and the data, padded to 64 bytes.
+
+use crate::{
+    error::{Error, Result},
+    order::bits::BitMatrix,
+};
+use std::path::{Path, PathBuf};
+
+const MAGIC: &[u8; 4] = b"DNNw";
+const HEAD: usize = 64;
+const NAME: usize = 44;
+/// Outputs and inputs of a block.
+const OUTPUTS: usize = 8;
+const INPUTS: usize = 4;
+
+/// One array of a weight file.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Array {
+    /// Its name, 43 bytes at most.
+    pub name: String,
+    /// Type of its elements: 0 f32, 1 i32, 3 int8.
+    pub kind: i32,
+    /// Its bytes, little endian, without padding.
+    pub data: Vec<u8>,
+}
+
+/// The arrays of a weight file, in order.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct WeightFile {
+    /// The arrays.
+    pub arrays: Vec<Array>,
+}
+
+impl WeightFile {
+    /// Reads a file from its bytes; `file` is named in errors.
+    ///
+    /// # Errors
+    /// A record is cut off, has another mark or version, sizes that do not fit, or a name that is no text.
+    pub fn from_bytes(bytes: &[u8], file: &Path) -> Result<Self> {
+        let wrong = |at: usize, reason: String| Error::Data {
+            file: PathBuf::from(file),
+            reason: format!("record at byte {at}: {reason}"),
+        };
+        let mut arrays = Vec::new();
+        let mut at = 0;
+        while at < bytes.len() {
+            let Some(head) = bytes.get(at..at + HEAD) else {
+                return Err(wrong(
+                    at,
+                    format!("{} bytes are no head of {HEAD}", bytes.len() - at),
+                ));
+            };
+            let word =
+                |k: usize| i32::from_le_bytes([head[k], head[k + 1], head[k + 2], head[k + 3]]);
+            if &head[..4] != MAGIC || word(4) != 0 {
+                return Err(wrong(
+                    at,
+                    "it does not begin with DNNw and version 0".into(),
+                ));
+            }
+            let sizes = usize::try_from(word(12))
+                .ok()
+                .zip(usize::try_from(word(16)).ok());
+            let Some((size, room)) =
+                sizes.filter(|(size, room)| *room == size.next_multiple_of(64))
+            else {
+                return Err(wrong(
+                    at,
+                    format!("size {} padded to {}", word(12), word(16)),
+                ));
+            };
+            let name = head[HEAD - NAME..]
+                .split(|&b| b == 0)
+                .next()
+                .unwrap_or_default();
+            let name =
+                std::str::from_utf8(name).map_err(|_| wrong(at, "its name is no text".into()))?;
+            let start = at + HEAD;
+            let Some(data) = bytes.get(start..start + room) else {
+                let found = bytes.len() - start;
+                return Err(wrong(at, format!("`{name}` has {found} of {room} bytes")));
+            };
+            arrays.push(Array {
+                name: name.to_owned(),
+                kind: word(8),
+                data: data[..size].to_vec(),
+            });
+            at = start + room;
+        }
+        Ok(Self { arrays })
+    }
+
+    /// The bytes of the file: what was read and not changed is the same byte for byte.
+    ///
+    /// # Errors
+    /// A name that is too long, or an array of 2 GiB or more.
+    pub fn to_bytes(&self) -> Result<Vec<u8>> {
+        let mut out = Vec::new();
+        for array in &self.arrays {
+            let room = array.data.len().next_multiple_of(64);
+            let sizes = i32::try_from(array.data.len())
+                .ok()
+                .zip(i32::try_from(room).ok());
+            let Some((size, padded)) = sizes.filter(|_| array.name.len() < NAME) else {
+                return Err(Error::Setting {
+                    setting: "weight file",
+                    reason: format!("`{}` has a name or data that are too long", array.name),
+                });
+            };
+            out.extend_from_slice(MAGIC);
+            for word in [0, array.kind, size, padded] {
+                out.extend_from_slice(&word.to_le_bytes());
+            }
+            let start = out.len();
+            out.extend_from_slice(array.name.as_bytes());
+            out.resize(start + NAME, 0);
+            let start = out.len();
+            out.extend_from_slice(&array.data);
+            out.resize(start + room, 0);
+        }
+        Ok(out)
+    }
+
+    /// The array of that name.
+    ///
+    /// # Errors
+    /// [`Error::MissingTensor`].
+    pub fn get(&self, name: &str) -> Result<&Array> {
+        self.arrays
+            .iter()
+            .find(|a| a.name == name)
+            .ok_or_else(|| Error::MissingTensor { name: name.into() })
+    }
+
+    /// Replaces an array, or appends it.
+    pub fn set(&mut self, array: Array) {
+        match self.arrays.iter_mut().find(|a| a.name == array.name) {
+            Some(old) => *old = array,
+            None => self.arrays.push(array),
+        }
+    }
+
+    /// The matrix `[outputs, inputs]` of the list of f32 blocks `{name}_idx` and `{name}_float`.
+    ///
+    /// # Errors
+    /// An array is missing or does not fit the sizes.
+    pub fn matrix(&self, name: &str, outputs: usize, inputs: usize) -> Result<Vec<f32>> {
+        let index = words(&self.get(&format!("{name}_idx"))?.data, i32::from_le_bytes);
+        let blocks = words(
+            &self.get(&format!("{name}_float"))?.data,
+            f32::from_le_bytes,
+        );
+        let wrong = |reason: String| Error::Shape {
+            tensor: name.into(),
+            expected: format!(
+                "blocks of {OUTPUTS} x {INPUTS} of a [{outputs}, {inputs}] matrix; {reason}"
+            ),
+            found: vec![index.len(), blocks.len()],
+        };
+        let mut matrix = vec![0.0; outputs * inputs];
+        let (mut at, mut block) = (0, 0);
+        for group in 0..outputs / OUTPUTS {
+            let count = index
+                .get(at)
+                .and_then(|&n| usize::try_from(n).ok())
+                .ok_or_else(|| wrong(format!("group {group} has no count")))?;
+            let columns = index
+                .get(at + 1..(at + 1).saturating_add(count))
+                .ok_or_else(|| wrong(format!("group {group} is cut off")))?;
+            for &column in columns {
+                let column = usize::try_from(column)
+                    .ok()
+                    .filter(|c| c + INPUTS <= inputs);
+                let values = blocks.get(block * 32..(block + 1) * 32);
+                let (Some(column), Some(values)) = (column, values) else {
+                    return Err(wrong(format!("block {block} lies outside")));
+                };
+                for (k, &v) in values.iter().enumerate() {
+                    let row = group * OUTPUTS + k % OUTPUTS;
+                    matrix[row * inputs + column + k / OUTPUTS] = v;
+                }
+                block += 1;
+            }
+            at += 1 + count;
+        }
+        match at == index.len() && block * 32 == blocks.len() && outputs.is_multiple_of(OUTPUTS) {
+            true => Ok(matrix),
+            false => Err(wrong("entries are left over".into())),
+        }
+    }
+
+    /// Stores a matrix `[outputs, inputs]` as the list of its blocks in which `keep` has an entry; the int8 form of the array
+    /// is removed, so that the library takes the floats.
+    ///
+    /// # Errors
+    /// Sizes that are no multiples of the block, or a mask of another shape.
+    pub fn set_matrix(&mut self, name: &str, matrix: &[f32], keep: &BitMatrix) -> Result<()> {
+        let (outputs, inputs) = (keep.rows(), keep.cols());
+        if matrix.len() != outputs * inputs
+            || !outputs.is_multiple_of(OUTPUTS)
+            || !inputs.is_multiple_of(INPUTS)
+        {
+            return Err(Error::Shape {
+                tensor: name.into(),
+                expected: format!("[{outputs}, {inputs}], multiples of {OUTPUTS} and {INPUTS}"),
+                found: vec![matrix.len()],
+            });
+        }
+        let (mut index, mut blocks) = (Vec::new(), Vec::new());
+        for group in 0..outputs / OUTPUTS {
+            let cell =
+                |k: usize, column: usize| (group * OUTPUTS + k % OUTPUTS, column + k / OUTPUTS);
+            let kept: Vec<usize> = (0..inputs)
+                .step_by(INPUTS)
+                .filter(|&c| {
+                    (0..OUTPUTS * INPUTS)
+                        .map(|k| cell(k, c))
+                        .any(|(i, j)| keep.get(i, j))
+                })
+                .collect();
+            index.push(kept.len() as i32);
+            for c in kept {
+                index.push(c as i32);
+                let values = (0..OUTPUTS * INPUTS).map(|k| cell(k, c));
+                blocks.extend(values.map(|(i, j)| matrix[i * inputs + j]));
+            }
+        }
+        self.arrays.retain(|a| a.name != format!("{name}_int8"));
+        self.set(Array {
+            name: format!("{name}_idx"),
+            kind: 1,
+            data: index.iter().flat_map(|v| v.to_le_bytes()).collect(),
+        });
+        self.set(Array {
+            name: format!("{name}_float"),
+            kind: 0,
+            data: blocks.iter().flat_map(|v| v.to_le_bytes()).collect(),
+        });
+        Ok(())
+    }
+}
+
+fn words<T>(data: &[u8], read: impl Fn([u8; 4]) -> T) -> Vec<T> {
+    data.chunks_exact(4)
+        .map(|w| read([w[0], w[1], w[2], w[3]]))
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn file() -> (WeightFile, Vec<f32>, BitMatrix) {
+        let matrix: Vec<f32> = (0..16 * 12).map(|k| k as f32 + 1.0).collect();
+        // Blocks (0, 1), (0, 2) and (1, 0).
+        let keep = BitMatrix::from_fn(16, 12, |i, j| matches!((i / 8, j / 4), (0, 1 | 2) | (1, 0)));
+        let mut file = WeightFile::default();
+        file.set(Array {
+            name: "gru1_bias".into(),
+            kind: 0,
+            data: vec![7; 20],
+        });
+        file.set_matrix("gru1", &matrix, &keep).unwrap();
+        (file, matrix, keep)
+    }
+
+    #[test]
+    fn a_file_is_written_as_it_was_read_byte_for_byte_and_blocks_stand_in_their_places() {
+        let (file, matrix, keep) = file();
+        let bytes = file.to_bytes().unwrap();
+        assert!(bytes.len().is_multiple_of(64));
+        let again = WeightFile::from_bytes(&bytes, Path::new("w.bin")).unwrap();
+        assert_eq!(again, file);
+        assert_eq!(again.to_bytes().unwrap(), bytes);
+        let read = again.matrix("gru1", 16, 12).unwrap();
+        for (e, v) in read.iter().enumerate() {
+            let expected = if keep.get(e / 12, e % 12) {
+                matrix[e]
+            } else {
+                0.0
+            };
+            assert_eq!(*v, expected);
+        }
+        let index = words(&again.get("gru1_idx").unwrap().data, i32::from_le_bytes);
+        assert_eq!(index, [2, 4, 8, 1, 0]);
+    }
+
+    #[test]
+    fn files_that_are_cut_off_or_damaged_are_one_clear_error_each() {
+        let bytes = file().0.to_bytes().unwrap();
+        let first = |bytes: &[u8]| WeightFile::from_bytes(bytes, Path::new("w.bin"));
+        for cut in [1, 63, 64, 100, bytes.len() - 1] {
+            let text = first(&bytes[..cut]).unwrap_err().to_string();
+            assert!(text.starts_with("w.bin: record at byte"), "{text}");
+        }
+        for (at, value) in [(0, b'X'), (4, 1), (12, 255), (15, 128), (16, 1), (20, 0xff)] {
+            let mut damaged = bytes.clone();
+            damaged[at] = value;
+            assert!(first(&damaged).is_err(), "{at}");
+        }
+        let (mut file, ..) = file();
+        assert!(file.matrix("gru1", 24, 12).is_err());
+        assert!(file.matrix("gru1", 16, 8).is_err());
+        assert!(matches!(
+            file.matrix("gru2", 16, 12),
+            Err(Error::MissingTensor { .. })
+        ));
+        assert!(
+            file.set_matrix("gru1", &[0.0; 9], &BitMatrix::ones(3, 3))
+                .is_err()
+        );
+        file.arrays[0].name = "n".repeat(44);
+        assert!(file.to_bytes().is_err());
+    }
+}
