@@ -1,10 +1,11 @@
 //! Runs an experiment and prints means over seeds, with the verdict: does order matter?
 //!
-//! `cargo run --release -p prune-lattice --example suite -- [TASK,.. [CELL,.. [EPOCHS]]]`, default suite without arguments.
+//! `cargo run --release -p prune-lattice --example suite -- [TASK,.. [CELL,.. [EPOCHS [METHOD,.. [SEED,.. [WIRING [ROWS.json]]]]]]]`,
+//! the default suite without arguments; `-` leaves an argument at its default.
 
 use prune_lattice::{
-    NoProgress,
-    experiment::{ExperimentConfig, Row, Stage, run, verdict},
+    Cancelled, Progress,
+    experiment::{ExperimentConfig, Repair, Row, Stage, run, verdict},
 };
 use std::{collections::BTreeMap, time::Instant};
 
@@ -12,21 +13,47 @@ fn list<T: std::str::FromStr>(text: &str) -> Result<Vec<T>, T::Err> {
     text.split(',').map(str::parse).collect()
 }
 
+/// Messages on stderr.
+struct Messages(Instant);
+
+impl Progress for Messages {
+    fn advance(&self, _: u64) -> Result<(), Cancelled> {
+        Ok(())
+    }
+
+    fn message(&self, text: &str) {
+        eprintln!("{:7.1} s  {text}", self.0.elapsed().as_secs_f64());
+    }
+}
+
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut config = ExperimentConfig::default();
-    let mut args = std::env::args().skip(1);
-    if let Some(tasks) = args.next() {
-        config.tasks = list(&tasks)?;
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let given = |k: usize| args.get(k).map(String::as_str).filter(|a| *a != "-");
+    if let Some(tasks) = given(0) {
+        config.tasks = list(tasks)?;
     }
-    if let Some(cells) = args.next() {
-        config.cells = list(&cells)?;
+    if let Some(cells) = given(1) {
+        config.cells = list(cells)?;
     }
-    if let Some(epochs) = args.next() {
+    if let Some(epochs) = given(2) {
         config.finetune_epochs = epochs.parse()?;
     }
+    if let Some(methods) = given(3) {
+        config.methods = list(methods)?;
+    }
+    if let Some(seeds) = given(4) {
+        config.seeds = list(seeds)?;
+    }
+    if let Some(wiring) = given(5) {
+        config.wiring = wiring.parse()?;
+    }
     let start = Instant::now();
-    let rows = run(&config, &NoProgress)?;
+    let rows = run(&config, &Messages(start))?;
     let seconds = start.elapsed().as_secs_f64();
+    if let Some(file) = given(6) {
+        std::fs::write(file, serde_json::to_string(&rows)?)?;
+    }
     let mut cells: BTreeMap<_, Vec<&Row>> = BTreeMap::new();
     for row in &rows {
         let key = (
@@ -34,12 +61,13 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             row.cell.name(),
             row.method,
             (row.sparsity * 1000.0) as u32,
+            row.repair,
             row.stage,
         );
         cells.entry(key).or_default().push(row);
     }
-    let mut last = String::new();
-    for ((task, cell, method, _, stage), rows) in cells {
+    let mut last = (String::new(), "");
+    for ((task, cell, method, _, repair, stage), rows) in cells {
         let value = |r: &Row| r.bits.or(r.accuracy.map(|a| 100.0 * a)).or(r.loss);
         let values: Vec<f64> = rows.iter().filter_map(|r| value(r)).collect();
         let dense: Vec<f64> = rows
@@ -51,17 +79,18 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             })
             .collect();
         let mean = |v: &[f64]| v.iter().sum::<f64>() / v.len() as f64;
-        if last != task {
+        if last != (task.clone(), cell) {
             println!("\n{task} ({cell}), dense {dense:.2?}");
-            last = task;
+            last = (task, cell);
         }
         if stage == Stage::OneShot {
-            let kept = rows
-                .iter()
-                .filter_map(|r| Some(r.reached?.recurrent))
-                .sum::<f64>()
-                / rows.len() as f64;
-            print!("\n  {method:<22} {:>5.1} % of W_hh: ", 100.0 * kept);
+            let reached = rows.iter().filter_map(|r| Some(r.reached?.recurrent));
+            let removed = reached.sum::<f64>() / rows.len() as f64;
+            let name = match repair {
+                Repair::None => method.to_string(),
+                repair => format!("{method} + {repair}"),
+            };
+            print!("\n  {name:<32} {:>5.1} % of W_hh: ", 100.0 * removed);
         }
         match values.as_slice() {
             [] => print!("  {}", rows[0].error.as_deref().unwrap_or("-")),

@@ -25,6 +25,15 @@ named! {
 }
 
 impl Cell {
+    /// Names of its gates in PyTorch's order.
+    pub fn gate_names(self) -> &'static [&'static str] {
+        match self {
+            Cell::Tanh | Cell::Relu => &["h"],
+            Cell::Gru => &["r", "z", "n"],
+            Cell::Lstm => &["i", "f", "g", "o"],
+        }
+    }
+
     /// Number of gate blocks in the weight matrices: 1, 1, 3, 4.
     pub fn gates(self) -> usize {
         match self {

@@ -60,6 +60,23 @@ pub enum Error {
         /// Its name.
         name: String,
     },
+    /// A mask that should consist of whole blocks keeps a part of one.
+    #[error(
+        "{tensor}: the {}x{} block at row {}, column {} keeps {kept} of {of} entries; whole blocks are expected",
+        block.0, block.1, at.0, at.1
+    )]
+    PartialBlock {
+        /// Name of the matrix.
+        tensor: String,
+        /// Rows and columns of a block.
+        block: (usize, usize),
+        /// First row and column of the block.
+        at: (usize, usize),
+        /// Entries kept.
+        kept: usize,
+        /// Entries of the block that lie inside the matrix.
+        of: usize,
+    },
     /// A setting that cannot be carried out.
     #[error("{setting}: {reason}")]
     Setting {

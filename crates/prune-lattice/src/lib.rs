@@ -75,9 +75,12 @@
 pub mod calibration;
 pub mod cell;
 pub mod centrality;
+pub mod connectivity;
 #[cfg(feature = "train")]
 pub mod data;
 mod error;
+#[cfg(feature = "train")]
+pub mod exact;
 #[cfg(feature = "experiment")]
 pub mod experiment;
 pub mod graph;
@@ -98,6 +101,7 @@ pub mod rnnoise;
 mod seed;
 #[cfg(feature = "experiment")]
 pub mod tasks;
+pub mod wiring;
 
 pub use candle_core;
 pub use cell::{Cell, GateLayout};

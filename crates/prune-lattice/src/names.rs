@@ -18,6 +18,12 @@ macro_rules! named {
             /// All of them.
             pub const ALL: &'static [$type] = &[$($type::$variant),+];
 
+            /// All names, separated by commas.
+            pub fn names() -> String {
+                let names: Vec<&str> = Self::ALL.iter().map(|v| v.name()).collect();
+                names.join(", ")
+            }
+
             /// Its name, as on command lines, in reports and in JSON.
             pub fn name(self) -> &'static str {
                 match self {
@@ -36,11 +42,10 @@ macro_rules! named {
             type Err = crate::error::Error;
             fn from_str(name: &str) -> crate::error::Result<Self> {
                 $type::ALL.iter().copied().find(|v| v.name() == name).ok_or_else(|| {
-                    let names: Vec<&str> = $type::ALL.iter().map(|v| v.name()).collect();
                     crate::error::Error::UnknownName {
                         kind: $kind,
                         name: name.into(),
-                        expected: names.join(", "),
+                        expected: Self::names(),
                     }
                 })
             }

@@ -1,5 +1,7 @@
 //! One place for randomness: a stream of ChaCha8 per (seed, purpose), so that no draw depends on the order of the work.
 
+#[cfg(feature = "train")]
+use rand::Rng;
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 
@@ -17,4 +19,11 @@ pub(crate) fn numbered(seed: u64, purpose: &str, number: u64) -> ChaCha8Rng {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     rng.set_stream(stream ^ number.wrapping_mul(0x9e37_79b9_7f4a_7c15));
     rng
+}
+
+/// A standard normal number (Box and Muller 1958).
+#[cfg(feature = "train")]
+pub(crate) fn normal(rng: &mut impl Rng) -> f32 {
+    let radius = (-2.0 * (1.0 - rng.random::<f32>()).ln()).sqrt();
+    radius * (2.0 * std::f32::consts::PI * rng.random::<f32>()).cos()
 }

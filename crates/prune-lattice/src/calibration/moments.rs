@@ -59,6 +59,22 @@ impl Moments {
             .collect()
     }
 
+    /// Eigenvalues of the covariance, descending: how many directions the vectors span, and how much each of them varies.
+    ///
+    /// # Errors
+    /// Moments that are not those of any vectors (not finite).
+    #[cfg(feature = "train")]
+    pub fn spectrum(&self) -> crate::error::Result<Vec<f64>> {
+        use linalg::faer::MatRef;
+        let covariance = self.covariance();
+        let matrix = MatRef::from_row_major_slice(&covariance, self.dim, self.dim);
+        let found = linalg::eigen(matrix).map_err(|e| crate::error::Error::LeastSquares {
+            what: "covariance of states".into(),
+            reason: e.to_string(),
+        })?;
+        Ok(found.values.into_iter().map(|v| v.max(0.0)).collect())
+    }
+
     /// Correlation matrix, `dim * dim`; zero off the diagonal for components that do not vary.
     pub fn correlations(&self) -> Vec<f64> {
         let (c, std) = (self.covariance(), self.deviations());
@@ -188,6 +204,11 @@ mod tests {
             .map(|i| rows.iter().map(|r| f64::from(r[i])).sum::<f64>() / count as f64)
             .collect();
         let (covariance, correlations) = (whole.covariance(), whole.correlations());
+        // The sum of the eigenvalues is the sum of the variances.
+        let spectrum = whole.spectrum().unwrap();
+        let variances: f64 = (0..dim).map(|i| covariance[i * dim + i]).sum();
+        assert!((spectrum.iter().sum::<f64>() - variances).abs() < 1e-9);
+        assert!(spectrum.is_sorted_by(|a, b| a >= b));
         for i in 0..dim {
             assert!((whole.mean()[i] - mean[i]).abs() < 1e-12);
             for j in 0..dim {

@@ -86,8 +86,9 @@ impl Augmentation {
         let (sin, cos) = angle.sin_cos();
         let a = [[cos * s1, -sin * s2 + shear], [sin * s1, cos * s2]];
         let grid: Option<[[f32; GRID * GRID]; 2]> = (self.kind == Augment::Elastic).then(|| {
-            [0, 1]
-                .map(|axis| std::array::from_fn(|_| normal(&mut rng) * DISPLACEMENT * pixel[axis]))
+            [0, 1].map(|axis| {
+                std::array::from_fn(|_| seed::normal(&mut rng) * DISPLACEMENT * pixel[axis])
+            })
         });
         let mut plain;
         let rows = match &self.order {
@@ -145,12 +146,6 @@ impl Augmentation {
         let lower = (1.0 - fx) * value(top + 1.0, left) + fx * value(top + 1.0, left + 1.0);
         (1.0 - fy) * upper + fy * lower
     }
-}
-
-/// A standard normal number (Box and Muller 1958).
-fn normal(rng: &mut impl Rng) -> f32 {
-    let radius = (-2.0 * (1.0 - rng.random::<f32>()).ln()).sqrt();
-    radius * (2.0 * std::f32::consts::PI * rng.random::<f32>()).cos()
 }
 
 /// Weights of the four points around `t` in [0, 1) of Catmull and Rom's cubic.

@@ -50,6 +50,10 @@ pub struct Sequences {
     starts: Vec<usize>,
     targets: Targets,
     augmentation: Option<Augmentation>,
+    /// Steps without input that follow each sequence.
+    tail: usize,
+    /// The symbol that stands for no input.
+    blank: u32,
 }
 
 impl Sequences {
@@ -92,6 +96,8 @@ impl Sequences {
             starts,
             targets,
             augmentation: None,
+            tail: 0,
+            blank: 0,
         })
     }
 
@@ -105,7 +111,7 @@ impl Sequences {
         self.len() == 0
     }
 
-    /// Steps of sequence `k`.
+    /// Steps of sequence `k`, those without input aside.
     pub fn length(&self, k: usize) -> usize {
         self.starts[k + 1] - self.starts[k]
     }
@@ -130,7 +136,15 @@ impl Sequences {
 
     /// Steps of the longest sequence.
     pub(crate) fn longest(&self) -> usize {
-        (0..self.len()).map(|k| self.length(k)).max().unwrap_or(0)
+        let lengths = (0..self.len()).map(|k| self.length(k) + self.tail);
+        lengths.max().unwrap_or(0)
+    }
+
+    /// The same with `steps` more steps after each sequence, which read zeros, or the symbol `blank`. What is asked for after
+    /// a step is asked for that much later.
+    fn with_tail(mut self, steps: usize, blank: u32) -> Self {
+        (self.tail, self.blank) = (steps, blank);
+        self
     }
 
     /// The same with augmentation in training.
@@ -156,26 +170,28 @@ impl Sequences {
     /// Lays the chosen sequences side by side, time-major, padded at the end; with a `draw`, images are augmented.
     pub(crate) fn batch(&self, chosen: &[usize], draw: Option<Draw>, into: &mut Batch) {
         let batch = chosen.len();
-        let steps = chosen.iter().map(|&k| self.length(k)).max().unwrap_or(0);
+        let longest = chosen.iter().map(|&k| self.length(k)).max().unwrap_or(0);
+        let steps = longest + self.tail;
         (into.steps, into.size) = (steps, batch);
         into.rows.clear();
         into.targets.clear();
         for (b, &k) in chosen.iter().enumerate() {
             match &self.targets {
                 Targets::Classes(_) | Targets::Values(_) => {
-                    into.rows.push((self.length(k) - 1) * batch + b);
+                    into.rows.push((self.length(k) - 1 + self.tail) * batch + b);
                     into.targets.push(k);
                 }
                 Targets::Binary { counted, .. } => {
                     for t in (0..self.length(k)).filter(|t| counted[self.starts[k] + t]) {
-                        into.rows.push(t * batch + b);
+                        into.rows.push((t + self.tail) * batch + b);
                         into.targets.push(self.starts[k] + t);
                     }
                 }
             }
         }
         into.lengths.clear();
-        into.lengths.extend(chosen.iter().map(|&k| self.length(k)));
+        let lengths = chosen.iter().map(|&k| self.length(k) + self.tail);
+        into.lengths.extend(lengths);
         match (&self.inputs, &mut into.inputs) {
             (Inputs::Symbols(from), Inputs::Symbols(to)) => {
                 to.clear();
@@ -183,6 +199,9 @@ impl Sequences {
                 for (b, &k) in chosen.iter().enumerate() {
                     for (t, &s) in from[self.starts[k]..self.starts[k + 1]].iter().enumerate() {
                         to[t * batch + b] = s;
+                    }
+                    for t in self.length(k)..self.length(k) + self.tail {
+                        to[t * batch + b] = self.blank;
                     }
                 }
             }
@@ -297,4 +316,37 @@ pub struct Dataset {
     pub input: crate::rnn::InputKind,
     /// Width of its read-out.
     pub outputs: usize,
+}
+
+impl Dataset {
+    /// The same with `steps` steps without input after each sequence, for a
+    /// [`Wiring`](crate::wiring::Wiring) whose outputs come later. Symbols get one more for no input.
+    ///
+    /// # Errors
+    /// Texts have no end to wait for, and embedded symbols no zero.
+    pub fn with_extra_steps(mut self, steps: usize) -> Result<Self> {
+        use crate::rnn::InputKind;
+        if steps == 0 {
+            return Ok(self);
+        }
+        let refused = |what: &str| Error::Setting {
+            setting: "wiring",
+            reason: format!("{what} cannot be followed by steps without input"),
+        };
+        let blank = match &mut self.input {
+            InputKind::Dense { .. } => 0,
+            InputKind::OneHot { vocab } => {
+                *vocab += 1;
+                *vocab as u32 - 1
+            }
+            InputKind::Embedding { .. } => return Err(refused("embedded symbols")),
+        };
+        for split in [&mut self.train, &mut self.valid, &mut self.test] {
+            let Examples::Sequences(s) = split else {
+                return Err(refused("texts"));
+            };
+            *s = s.clone().with_tail(steps, blank);
+        }
+        Ok(self)
+    }
 }

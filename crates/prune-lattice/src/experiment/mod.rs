@@ -6,10 +6,14 @@
 
 mod run;
 mod speed;
+mod structures;
 mod verdict;
 
 pub use run::{Trained, run, run_model, train_dense};
-pub use speed::{SpeedRow, measure_speed};
+pub use speed::{BlockSpeed, SpeedRow, measure_blocks, measure_speed};
+pub use structures::{
+    Property, Structure, StructureConfig, StructureRow, correlations, run_structures,
+};
 pub use verdict::{Comparison, Outcome, compare, verdict};
 
 use crate::{
@@ -19,6 +23,7 @@ use crate::{
     prune::{Compete, LatticeConfig, Method, PruneConfig, Scope, Sparsity},
     rnn::TrainConfig,
     tasks::{Sizes, Task},
+    wiring::WiringKind,
 };
 use serde::{Deserialize, Serialize};
 
@@ -51,7 +56,10 @@ pub struct ExperimentConfig {
     pub compete: Compete,
     /// How neurons are scored by order.
     pub lattice: LatticeConfig,
-    /// Hidden sizes.
+    /// Which connections the networks have before pruning.
+    #[serde(default)]
+    pub wiring: WiringKind,
+    /// Hidden sizes, where the wiring does not give them.
     pub hidden: Option<Vec<usize>>,
     /// Sizes of the splits.
     pub sizes: Option<Sizes>,
@@ -100,6 +108,7 @@ impl Default for ExperimentConfig {
             rule: base.rule,
             compete: base.compete,
             lattice: base.lattice,
+            wiring: WiringKind::Full,
             hidden: None,
             sizes: None,
             training: None,
@@ -108,9 +117,14 @@ impl Default for ExperimentConfig {
 }
 
 impl ExperimentConfig {
-    /// The methods with the controls, each once, in the order of [`Method::ALL`].
+    /// The methods with the controls, each once, in the order of [`Method::ALL`]. Blocks and random graphs choose among all
+    /// connections and are left out where a wiring does not have them.
     pub fn all_methods(&self) -> Vec<Method> {
-        let wanted = |m: &Method| self.methods.contains(m) || CONTROLS.contains(m);
+        let wired = self.wiring != WiringKind::Full;
+        let whole =
+            |m: &Method| m.block().is_some() || matches!(m, Method::Ws | Method::Ba | Method::Er);
+        let wanted =
+            |m: &Method| (self.methods.contains(m) || CONTROLS.contains(m)) && !(wired && whole(m));
         Method::ALL.iter().copied().filter(wanted).collect()
     }
 
@@ -152,6 +166,23 @@ pub struct OrderSummary {
     pub largest_class: (usize, usize),
     /// Smallest and largest number of irreducible neurons.
     pub irreducible: (usize, usize),
+}
+
+/// What a pruned network keeps of the connectivity of the dense one.
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
+pub struct Connectivity {
+    /// Similarity of the correlations between states on test examples, over all neurons that both networks have.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub functional: Option<f64>,
+    /// The same over the neurons that the method keeps.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub functional_kept: Option<f64>,
+    /// Share of the ordered pairs still reachable, at a mean out-degree of 1; absent for networks with removed neurons.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reach: Option<f64>,
+    /// At a mean out-degree of 2.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reach_2: Option<f64>,
 }
 
 /// One measurement. A field that was not measured is absent.
@@ -214,6 +245,9 @@ pub struct Row {
     pub dead: Option<usize>,
     /// Spectral radius of the influence matrices after pruning, layer by layer.
     pub spectral_radius: Vec<f64>,
+    /// What is kept of the connectivity; for rows right after pruning.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub connectivity: Option<Connectivity>,
     /// The order, for lattice methods.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub order: Option<OrderSummary>,

@@ -1,17 +1,23 @@
 //! The driver.
 
-use super::{ExperimentConfig, OrderSummary, Repair, Row, Stage};
+use super::{Connectivity, ExperimentConfig, OrderSummary, Repair, Row, Stage};
 use crate::{
-    calibration::{Calibration, RecordConfig, record},
+    calibration::{Calibration, Moments, RecordConfig, record},
     cell::Cell,
+    connectivity::{SameNeurons, functional_similarity, reach_kept},
     data::{Dataset, Examples},
     error::{Error, Result},
+    influence::Influence,
     mask::MaskSet,
     order::CutReport,
-    prune::{Method, PruneContext, PruneReport, prune, prune_in, rank_neurons_in},
+    prune::{
+        Method, PruneConfig, PruneContext, PruneReport, influence_of, layers_of, prune_in,
+        rank_neurons_in,
+    },
     repair::{MergeConfig, RefitConfig, merge, refit},
     rnn::{Evaluation, Rnn, RnnConfig, TrainConfig, evaluate, train},
     tasks::Task,
+    wiring::{Wiring, WiringKind},
 };
 use rayon::prelude::*;
 use std::time::Instant;
@@ -36,18 +42,17 @@ pub fn run(config: &ExperimentConfig, progress: &dyn Progress) -> Result<Vec<Row
     let rows: Vec<Vec<Row>> = networks
         .into_par_iter()
         .map(|(task, cell, seed)| {
-            let Trained {
-                rnn,
-                data,
-                training,
-            } = train_dense(config, task, cell, seed, progress)?;
-            let name = task.to_string();
+            let trained = train_dense(config, task, cell, seed, progress)?;
+            let name = match &config.wiring {
+                WiringKind::Full => task.to_string(),
+                wiring => format!("{task}, {wiring}"),
+            };
             let session = Session {
                 config,
-                training: &training,
+                training: &trained.training,
                 progress,
             };
-            let dense = Dense::new(&name, &rnn, &data, progress)?;
+            let dense = Dense::new(&name, &trained.rnn, &trained.data, &trained.wired, progress)?;
             let mut rows = dense.prune_all(&session, seed)?;
             rows.push(dense.without_recurrence(&session, seed)?);
             Ok(rows)
@@ -65,6 +70,8 @@ pub struct Trained {
     pub data: Dataset,
     /// How it was trained.
     pub training: TrainConfig,
+    /// The masks of its wiring; empty where it has all connections.
+    pub wired: MaskSet,
 }
 
 /// Trains the dense network of one task, cell and seed.
@@ -78,7 +85,10 @@ pub fn train_dense(
     seed: u64,
     progress: &dyn Progress,
 ) -> Result<Trained> {
-    let data = task.generate(config.sizes.unwrap_or(task.default_sizes()), seed)?;
+    let wiring = config.wiring.build()?;
+    let data = task
+        .generate(config.sizes.unwrap_or(task.default_sizes()), seed)?
+        .with_extra_steps(wiring.as_ref().map_or(0, Wiring::extra_steps))?;
     let training = TrainConfig {
         seed,
         ..config
@@ -86,19 +96,37 @@ pub fn train_dense(
             .clone()
             .unwrap_or(task.default_training(cell))
     };
-    let hidden = config.hidden.clone().unwrap_or(task.default_hidden(cell));
+    let hidden = match &wiring {
+        Some(wiring) => vec![wiring.len()],
+        None => config.hidden.clone().unwrap_or(task.default_hidden(cell)),
+    };
     let shape = RnnConfig::new(cell, data.input, hidden, data.outputs);
-    let mut rnn = Rnn::new(shape, seed)?;
+    let mut rnn = fresh(shape, task, seed)?;
+    let wired = match &wiring {
+        Some(wiring) => wiring.masks(&rnn)?,
+        None => MaskSet::default(),
+    };
     let inner = Inner {
         outer: progress,
         name: format!("training {task} {cell}, seed {seed}"),
     };
-    train(&mut rnn, &data, &training, &MaskSet::default(), &inner)?;
+    train(&mut rnn, &data, &training, &wired, &inner)?;
     Ok(Trained {
         rnn,
         data,
         training,
+        wired,
     })
+}
+
+/// A network with the initial weights that suit a task.
+pub(super) fn fresh(shape: RnnConfig, task: &Task, seed: u64) -> Result<Rnn> {
+    let orthogonal = task.orthogonal_recurrence(shape.cell);
+    let mut rnn = Rnn::new(shape, seed)?;
+    if orthogonal {
+        rnn.orthogonal_recurrence(seed);
+    }
+    Ok(rnn)
 }
 
 /// Prunes a trained network by every method at every sparsity, with `training` as the base of the fine-tuning. The seeds of
@@ -120,7 +148,8 @@ pub fn run_model(
         training,
         progress,
     };
-    let dense = Dense::new(name, rnn, data, progress)?;
+    let wired = MaskSet::default();
+    let dense = Dense::new(name, rnn, data, &wired, progress)?;
     let rows: Vec<Vec<Row>> = config
         .seeds
         .iter()
@@ -162,8 +191,40 @@ struct Dense<'a> {
     name: &'a str,
     rnn: &'a Rnn,
     data: &'a Dataset,
+    /// The entries that exist.
+    wired: &'a MaskSet,
     test: Evaluation,
     calibration: Calibration,
+    /// States on test examples, for comparisons of connectivity.
+    states: Vec<Moments>,
+    influence: Influence,
+}
+
+/// Test examples on which connectivity is compared.
+fn connectivity_recording() -> RecordConfig {
+    RecordConfig::default().with(|c| {
+        c.sequences = Some(200);
+        c.symbols = Some(2_000);
+    })
+}
+
+/// Moments of the states of all layers on test examples.
+fn states_of(rnn: &Rnn, data: &Dataset, progress: &dyn Progress) -> Result<Vec<Moments>> {
+    let recorded = record(rnn, &data.test, &connectivity_recording(), progress)?;
+    Ok(recorded.layers.into_iter().map(|l| l.after).collect())
+}
+
+fn influence(rnn: &Rnn, config: &PruneConfig) -> Result<Influence> {
+    influence_of(&layers_of(rnn), rnn.config().cell, &config.lattice)
+}
+
+/// A network that was pruned, and perhaps repaired or trained, and tested.
+struct Done<'a> {
+    rnn: &'a Rnn,
+    stage: Stage,
+    epochs: usize,
+    test: Evaluation,
+    seconds: f64,
 }
 
 /// What all pruned networks of a run share.
@@ -187,6 +248,7 @@ impl<'a> Dense<'a> {
         name: &'a str,
         rnn: &'a Rnn,
         data: &'a Dataset,
+        wired: &'a MaskSet,
         progress: &dyn Progress,
     ) -> Result<Self> {
         let inner = Inner {
@@ -197,8 +259,63 @@ impl<'a> Dense<'a> {
             name,
             rnn,
             data,
+            wired,
             test: evaluate(rnn, &data.test)?,
             calibration: record(rnn, &data.train, &RecordConfig::default(), &inner)?,
+            states: states_of(rnn, data, &inner)?,
+            influence: influence(rnn, &PruneConfig::new(Method::Dense, 0.0))?,
+        })
+    }
+
+    fn context(&self) -> PruneContext<'_> {
+        let context = PruneContext::default().calibrated(&self.calibration);
+        match self.wired.is_empty() {
+            true => context,
+            false => context.within(self.wired),
+        }
+    }
+
+    /// What a pruned network keeps; `keep` are the neurons that the method keeps, `removed` whether the others are gone.
+    fn connectivity(
+        &self,
+        rnn: &Rnn,
+        keep: Option<&[Vec<bool>]>,
+        removed: bool,
+        progress: &dyn Progress,
+    ) -> Result<Connectivity> {
+        let after = states_of(rnn, self.data, progress)?;
+        let similarity = |of: &dyn Fn(usize) -> Vec<(usize, usize)>| {
+            let layers = self.states.iter().zip(&after).enumerate();
+            let layers: Vec<SameNeurons<'_>> = layers
+                .map(|(l, (before, after))| SameNeurons {
+                    before,
+                    after,
+                    neurons: of(l),
+                })
+                .collect();
+            functional_similarity(&layers)
+        };
+        let kept = |keep: &[Vec<bool>], l: usize| -> Vec<(usize, usize)> {
+            let numbers = (0..keep[l].len()).filter(|&x| keep[l][x]);
+            match removed {
+                true => numbers.enumerate().map(|(k, x)| (x, k)).collect(),
+                false => numbers.map(|x| (x, x)).collect(),
+            }
+        };
+        let functional_kept = keep.and_then(|keep| similarity(&|l| kept(keep, l)));
+        if removed {
+            return Ok(Connectivity {
+                functional: functional_kept,
+                functional_kept,
+                ..Connectivity::default()
+            });
+        }
+        let pruned = influence(rnn, &PruneConfig::new(Method::Dense, 0.0))?;
+        Ok(Connectivity {
+            functional: similarity(&|l| (0..self.states[l].dim()).map(|x| (x, x)).collect()),
+            functional_kept,
+            reach: Some(reach_kept(&self.influence, &pruned, 1.0)?),
+            reach_2: Some(reach_kept(&self.influence, &pruned, 2.0)?),
         })
     }
 
@@ -225,7 +342,7 @@ impl<'a> Dense<'a> {
             config, training, ..
         } = session;
         let start = Instant::now();
-        let context = PruneContext::default().calibrated(&self.calibration);
+        let context = self.context();
         let prune_config = config.prune_config(method, sparsity, seed);
         let (masks, report) = match prune_in(self.rnn, &context, &prune_config) {
             Ok(done) => done,
@@ -234,6 +351,11 @@ impl<'a> Dense<'a> {
             }
             Err(e) => return Err(e),
         };
+        let ranked = method.ranks_neurons();
+        let keep = ranked
+            .then(|| rank_neurons_in(self.rnn, &context, &prune_config))
+            .transpose()?;
+        let inner = session.inner(format!("{method} on {}", self.name));
         let mut rows = Vec::new();
         for &repair in &config.repairs {
             let start = if rows.is_empty() {
@@ -253,20 +375,32 @@ impl<'a> Dense<'a> {
                     refit(&mut rnn, &masks, &self.calibration, &RefitConfig::default())?;
                     &masks
                 }
-                Repair::Merge if !method.ranks_neurons() => continue,
-                Repair::Merge => {
-                    let keep = rank_neurons_in(self.rnn, &context, &prune_config)?;
-                    rnn = merge(self.rnn, &keep, &self.calibration, &MergeConfig::default())?;
-                    &none
-                }
+                Repair::Merge => match &keep {
+                    None => continue,
+                    Some(keep) => {
+                        rnn = merge(self.rnn, keep, &self.calibration, &MergeConfig::default())?;
+                        &none
+                    }
+                },
             };
-            let row = |stage, epochs, test: Evaluation, start, rnn: &Rnn| Row {
+            let row = |done: Done<'_>| Row {
                 repair,
-                params: Some(rnn.params().count() - masks.pruned()),
-                ..self.row(&report, masks, stage, epochs, test, start)
+                params: Some(done.rnn.params().count() - masks.pruned()),
+                ..self.row(&report, masks, &done)
             };
             let test = evaluate(&rnn, &self.data.test)?;
-            rows.push(row(Stage::OneShot, 0, test, start, &rnn));
+            let seconds = start.elapsed().as_secs_f64();
+            let removed = repair == Repair::Merge;
+            rows.push(Row {
+                connectivity: Some(self.connectivity(&rnn, keep.as_deref(), removed, &inner)?),
+                ..row(Done {
+                    rnn: &rnn,
+                    stage: Stage::OneShot,
+                    epochs: 0,
+                    test,
+                    seconds,
+                })
+            });
             if config.finetune_epochs > 0 {
                 let start = Instant::now();
                 let tuning = (*training).clone().with(|c| {
@@ -279,7 +413,13 @@ impl<'a> Dense<'a> {
                 let inner = session.inner(format!("fine-tuning {} after {method}", self.name));
                 train(&mut rnn, self.data, &tuning, masks, &inner)?;
                 let test = evaluate(&rnn, &self.data.test)?;
-                rows.push(row(Stage::FineTuned, tuning.epochs, test, start, &rnn));
+                rows.push(row(Done {
+                    rnn: &rnn,
+                    stage: Stage::FineTuned,
+                    epochs: tuning.epochs,
+                    test,
+                    seconds: start.elapsed().as_secs_f64(),
+                }));
             }
         }
         Ok(rows)
@@ -289,32 +429,30 @@ impl<'a> Dense<'a> {
     fn without_recurrence(&self, session: &Session<'_>, seed: u64) -> Result<Row> {
         let start = Instant::now();
         let mut rnn = Rnn::new(self.rnn.config().clone(), seed)?;
-        let (masks, report) = prune(
-            &rnn,
-            &session.config.prune_config(Method::ZeroWhh, 0.0, seed),
-        )?;
+        let config = session.config.prune_config(Method::ZeroWhh, 0.0, seed);
+        let (masks, report) = prune_in(&rnn, &self.context(), &config)?;
         let inner = session.inner(format!("training {} without W_hh", self.name));
         train(&mut rnn, self.data, session.training, &masks, &inner)?;
         let test = evaluate(&rnn, &self.data.test)?;
-        Ok(self.row(&report, &masks, Stage::FromScratch, 0, test, start))
+        let done = Done {
+            rnn: &rnn,
+            stage: Stage::FromScratch,
+            epochs: 0,
+            test,
+            seconds: start.elapsed().as_secs_f64(),
+        };
+        Ok(self.row(&report, &masks, &done))
     }
 
     fn bits(&self, evaluation: &Evaluation) -> Option<f64> {
         matches!(self.data.test, Examples::Text(_)).then(|| evaluation.bits())
     }
 
-    fn row(
-        &self,
-        report: &PruneReport,
-        masks: &MaskSet,
-        stage: Stage,
-        finetune_epochs: usize,
-        test: Evaluation,
-        start: Instant,
-    ) -> Row {
+    fn row(&self, report: &PruneReport, masks: &MaskSet, done: &Done<'_>) -> Row {
+        let test = done.test;
         Row {
             reached: Some(report.sparsity),
-            finetune_epochs,
+            finetune_epochs: done.epochs,
             loss: Some(test.loss),
             bits: self.bits(&test),
             accuracy: test.accuracy,
@@ -323,12 +461,12 @@ impl<'a> Dense<'a> {
             dead: Some(report.layers.iter().map(|l| l.dead).sum()),
             spectral_radius: report.layers.iter().map(|l| l.spectral_radius).collect(),
             order: summary(&report.cuts),
-            seconds: start.elapsed().as_secs_f64(),
+            seconds: done.seconds,
             ..self.empty(
                 report.config.method,
                 report.config.sparsity,
                 report.config.seed,
-                stage,
+                done.stage,
             )
         }
     }
@@ -360,6 +498,7 @@ impl<'a> Dense<'a> {
             params_dense: self.rnn.params().count(),
             dead: None,
             spectral_radius: Vec::new(),
+            connectivity: None,
             order: None,
             seconds: 0.0,
             error: None,

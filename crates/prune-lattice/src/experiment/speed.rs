@@ -2,10 +2,10 @@
 //! neurons are removed. A mask alone makes nothing faster.
 
 use crate::{
-    error::Result,
+    error::{Error, Result},
     mask::{MaskSet, hard_remove},
     prune::{PruneConfig, prune, rank_neurons},
-    rnn::{CompactRnn, Input, Rnn, State, Tape},
+    rnn::{BlockRnn, BlockWork, CompactRnn, Input, Rnn, State, Tape},
 };
 use serde::{Deserialize, Serialize};
 use std::time::Instant;
@@ -96,5 +96,59 @@ pub fn measure_speed(
         removed: measure(&whole(&removed)?)?,
         products: (dense_products, block),
         params: (count, count - masks.pruned(), removed.params().count()),
+    })
+}
+
+/// Steps per second of one sequence by the block kernels, one thread.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct BlockSpeed {
+    /// Sparsity of `W_hh` asked for.
+    pub sparsity: f64,
+    /// All weights, in f32.
+    pub dense: f64,
+    /// The blocks that are kept, in f32.
+    pub floats: f64,
+    /// The same with weights and states of 8 bits.
+    pub integers: f64,
+    /// Bytes of the matrices that a step of each reads.
+    pub bytes: [usize; 3],
+}
+
+/// Measures single steps of a method that keeps whole blocks, about `seconds` for each of the three networks.
+///
+/// # Errors
+/// A method without blocks, or blocks without a kernel; a sparsity outside `[0, 1)`.
+pub fn measure_blocks(rnn: &Rnn, config: &PruneConfig, seconds: f64) -> Result<BlockSpeed> {
+    let block = config.method.block().ok_or_else(|| Error::Setting {
+        setting: "method",
+        reason: format!("{} does not keep whole blocks", config.method),
+    })?;
+    let (masks, _) = prune(rnn, config)?;
+    let floats = BlockRnn::new(rnn, &masks, block)?;
+    let networks = [
+        BlockRnn::new(rnn, &MaskSet::default(), block)?,
+        floats.clone(),
+        floats.quantised(),
+    ];
+    let vectors = vec![0.5; rnn.config().input.width()];
+    let input = match rnn.config().input.vocab() {
+        Some(_) => Input::Symbols(&[0]),
+        None => Input::Vectors(&vectors),
+    };
+    const STEPS: usize = 64;
+    let mut rates = [0.0; 3];
+    for (rate_of, network) in rates.iter_mut().zip(&networks) {
+        let (mut state, mut work) = (State::zeros(rnn, 1), BlockWork::new());
+        *rate_of = rate(STEPS, 1, seconds, || {
+            (0..STEPS).try_for_each(|_| network.step(input, &mut state, &mut work))
+        })?;
+    }
+    let [dense, floats, integers] = rates;
+    Ok(BlockSpeed {
+        sparsity: config.sparsity,
+        dense,
+        floats,
+        integers,
+        bytes: networks.each_ref().map(BlockRnn::bytes),
     })
 }

@@ -5,10 +5,12 @@
 
 mod blocks;
 mod neurons;
+mod picture;
 mod select;
 
 pub use blocks::Block;
 pub use neurons::{hard_remove, neuron_masks};
+pub use picture::mask_svg;
 pub use select::{MaskRule, Rank, keep_top, tile};
 
 use crate::{

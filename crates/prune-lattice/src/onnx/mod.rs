@@ -11,7 +11,7 @@ mod proto;
 use crate::{
     cell::{Cell, GateLayout},
     error::{Error, Result, check_finite},
-    rnn::Rnn,
+    rnn::{CheckpointNames, ReadOut, Rnn},
 };
 use candle_core::{Device, Tensor};
 use fold::{Element, Found, Scopes, Value};
@@ -136,6 +136,67 @@ impl OnnxFile {
                     })
             }
         }
+    }
+
+    /// A constant of the outermost graph, by name: its shape and values.
+    ///
+    /// # Errors
+    /// There is no float constant of that name.
+    pub fn constant(&self, name: &str) -> Result<(Vec<usize>, Vec<f32>)> {
+        let wrong = |reason: String| Error::Data {
+            file: self.file.clone(),
+            reason,
+        };
+        let model = Model::decode(self.bytes.clone()).map_err(|e| wrong(e.to_string()))?;
+        let graph = model.graph.unwrap_or_default();
+        match Scopes::new(vec![&graph], &self.bytes).value(name) {
+            Ok(Value::Floats(dims, values)) => Ok((dims, values.iter().map(|v| v.0).collect())),
+            Ok(Value::Ints(..)) => Err(wrong(format!("`{name}` holds integers"))),
+            Err(reason) => Err(wrong(reason)),
+        }
+    }
+
+    /// A node as a network of one layer that reads vectors. `read_out` names the read-out's constants: `{read_out}.weight`
+    /// `[outputs, H]`, perhaps with further axes of 1, and `{read_out}.bias` `[outputs]`. Without one the states are read out
+    /// as they are.
+    ///
+    /// # Errors
+    /// A constant is missing or does not fit, or a weight is NaN or infinite.
+    pub fn network(
+        &self,
+        node: &RecurrentNode,
+        read_out: Option<&str>,
+        activation: ReadOut,
+    ) -> Result<Rnn> {
+        let mut tensors = node.tensors("rnn")?;
+        let h = node.hidden;
+        let (outputs, weight, bias) = match read_out {
+            None => {
+                let one = |e: usize| f32::from(u8::from(e / h == e % h));
+                (h, (0..h * h).map(one).collect(), vec![0.0; h])
+            }
+            Some(name) => {
+                let (dims, weight) = self.constant(&format!("{name}.weight"))?;
+                let (_, bias) = self.constant(&format!("{name}.bias"))?;
+                if weight.is_empty() || weight.len() != bias.len() * h {
+                    return Err(Error::Shape {
+                        tensor: format!("{name}.weight"),
+                        expected: format!("[{}, {h}]", bias.len()),
+                        found: dims,
+                    });
+                }
+                (bias.len(), weight, bias)
+            }
+        };
+        let tensor = |v: Vec<f32>, shape: &[usize]| Tensor::from_vec(v, shape, &Device::Cpu);
+        tensors.insert("out.weight".into(), tensor(weight, &[outputs, h])?);
+        tensors.insert("out.bias".into(), tensor(bias, &[outputs])?);
+        let names = CheckpointNames::default().with(|n| {
+            n.cell = Some(node.cell);
+            n.dense_input = true;
+            n.read_out = activation;
+        });
+        Rnn::from_tensors(&tensors, &names)
     }
 
     /// The file with the weights of a node replaced by those of a layer of `rnn`, which must have its shape.

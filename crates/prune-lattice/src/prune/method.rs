@@ -3,10 +3,12 @@
 use crate::{mask::Block, names::named};
 
 named! {
-    /// A way of choosing what is kept. The lattice methods and every baseline go through the same call.
+    /// A way of choosing what is kept, the recommended ones first, then those of order theory, then baselines.
     pub enum Method as "method" {
         /// Nothing is pruned.
         Dense = "dense",
+        /// Largest weights.
+        Magnitude = "magnitude",
         /// Neurons whose states, in linear combinations, say most of what all states say to their readers: a greedy basis.
         /// Needs a calibration.
         Span = "span",
@@ -15,6 +17,14 @@ named! {
         /// Neurons by pivoted Cholesky factorisation of the covariance of the states: a greedy basis that does not know who
         /// reads. Needs a calibration.
         PivotedCholesky = "pivoted-cholesky",
+        /// Blocks of 8 targets x 4 sources with the largest sums of squares, per gate.
+        Block8x4 = "block-8x4",
+        /// Blocks of 8 targets x 1 source.
+        Block8x1 = "block-8x1",
+        /// Blocks of 4 targets x 1 source.
+        Block4x1 = "block-4x1",
+        /// Blocks of 16 targets x 1 source.
+        Block16x1 = "block-16x1",
         /// Irreducible rows of the one-step context, persistence over cuts, plus centrality. The default lattice.
         LatticeContext = "lattice-context",
         /// Meet-irreducible classes of the reachability order.
@@ -27,16 +37,6 @@ named! {
         Strength = "strength",
         /// Baseline: random neurons under the same mask rule.
         RandomNeurons = "random-neurons",
-        /// Largest weights.
-        Magnitude = "magnitude",
-        /// Blocks of 8 targets x 4 sources with the largest sums of squares, per gate.
-        Block8x4 = "block-8x4",
-        /// Blocks of 8 targets x 1 source.
-        Block8x1 = "block-8x1",
-        /// Blocks of 4 targets x 1 source.
-        Block4x1 = "block-4x1",
-        /// Blocks of 16 targets x 1 source.
-        Block16x1 = "block-16x1",
         /// Random weights.
         Random = "random",
         /// Largest influences (all gates of a connection together), no order.

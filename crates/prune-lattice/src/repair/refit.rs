@@ -131,16 +131,25 @@ pub fn refit_matrix(
     let dense = Mat::from_fn(rows, cols, |i, j| f64::from(w[i * cols + j]));
     // Row i: C w_i.
     let targets = linalg::product(dense.as_ref(), c.as_ref().submatrix(0, 0, cols, cols + 1));
-    let solved: Vec<Mat<f64>> = groups(keep)
+    let problem = Problem {
+        name,
+        dense: &dense,
+        targets: &targets,
+        c: c.as_ref(),
+        lambda,
+        constant: config.constant,
+    };
+    let groups = groups(keep);
+    let solved: Vec<Mat<f64>> = groups
         .par_iter()
-        .map(|group| solve_group(group, &dense, &targets, c.as_ref(), lambda, config, name))
+        .map(|group| problem.solve(group))
         .collect::<Result<_>>()?;
     let mut out = Refit {
         weights: vec![0.0; w.len()],
         constant: vec![0.0; rows],
         errors: (0.0, 0.0),
     };
-    for (group, solution) in groups(keep).iter().zip(solved) {
+    for (group, solution) in groups.iter().zip(solved) {
         for (k, &row) in group.rows.iter().enumerate() {
             for (s, &j) in group.support.iter().enumerate() {
                 out.weights[row * cols + j] = solution[(s, k)] as f32;
@@ -154,36 +163,44 @@ pub fn refit_matrix(
     Ok(out)
 }
 
-fn solve_group(
-    group: &Group,
-    dense: &Mat<f64>,
-    targets: &Mat<f64>,
-    c: MatRef<'_, f64>,
+/// What all groups of rows of a matrix share.
+struct Problem<'a> {
+    name: &'a str,
+    /// The old weights.
+    dense: &'a Mat<f64>,
+    /// Row i: C w_i.
+    targets: &'a Mat<f64>,
+    c: MatRef<'a, f64>,
     lambda: f64,
-    config: &RefitConfig,
-    name: &str,
-) -> Result<Mat<f64>> {
-    let mut at = group.support.clone();
-    if config.constant {
-        at.push(dense.ncols());
+    constant: bool,
+}
+
+impl Problem<'_> {
+    /// The new weights of a group, `[support and constant, rows]`.
+    fn solve(&self, group: &Group) -> Result<Mat<f64>> {
+        let Self { dense, lambda, .. } = self;
+        let mut at = group.support.clone();
+        if self.constant {
+            at.push(dense.ncols());
+        }
+        if at.is_empty() {
+            return Ok(Mat::zeros(0, group.rows.len()));
+        }
+        let a = Mat::from_fn(at.len(), at.len(), |i, j| {
+            self.c[(at[i], at[j])] + if i == j { *lambda } else { 0.0 }
+        });
+        let b = Mat::from_fn(at.len(), group.rows.len(), |i, k| {
+            let row = group.rows[k];
+            // The constant starts from 0.
+            let old = if at[i] < dense.ncols() {
+                dense[(row, at[i])]
+            } else {
+                0.0
+            };
+            self.targets[(row, at[i])] + lambda * old
+        });
+        solve(a, b, self.name)
     }
-    if at.is_empty() {
-        return Ok(Mat::zeros(0, group.rows.len()));
-    }
-    let a = Mat::from_fn(at.len(), at.len(), |i, j| {
-        c[(at[i], at[j])] + if i == j { lambda } else { 0.0 }
-    });
-    let b = Mat::from_fn(at.len(), group.rows.len(), |i, k| {
-        let row = group.rows[k];
-        // The constant starts from 0.
-        let old = if at[i] < dense.ncols() {
-            dense[(row, at[i])]
-        } else {
-            0.0
-        };
-        targets[(row, at[i])] + lambda * old
-    });
-    solve(a, b, name)
 }
 
 /// Relative squared errors under the mask alone and with the solution.

@@ -9,6 +9,8 @@ mod activation;
 #[cfg(feature = "train")]
 mod adam;
 #[cfg(feature = "train")]
+mod block_sparse;
+#[cfg(feature = "train")]
 mod compact;
 #[cfg(all(test, feature = "train"))]
 mod gradient_tests;
@@ -31,6 +33,7 @@ mod train;
 pub use model::{CheckpointNames, InputKind, ReadOut, Rnn, RnnConfig, Role};
 #[cfg(feature = "train")]
 pub use {
+    block_sparse::{BlockInput, BlockMatrix, BlockRnn, BlockSource, BlockWork},
     compact::CompactRnn,
     gradual::Gradual,
     loss::Evaluation,

@@ -264,6 +264,24 @@ impl Rnn {
         })
     }
 
+    /// Makes every gate of every `W_hh` a random orthogonal matrix (of a Gaussian one by its QR factorisation), which keeps the
+    /// states of tanh and ReLU networks from vanishing or growing at the start.
+    #[cfg(feature = "train")]
+    pub fn orthogonal_recurrence(&mut self, seed: u64) {
+        use linalg::{Qr, faer::Mat};
+        let mut rng = seed::rng(seed, "orthogonal");
+        for l in 0..self.config.hidden.len() {
+            let n = self.config.hidden[l];
+            let slot = self.config.layer_slot(l) + 1;
+            for gate in self.params.slot_mut(slot).chunks_exact_mut(n * n) {
+                let gaussian = Mat::from_fn(n, n, |_, _| f64::from(seed::normal(&mut rng)));
+                let q = Qr::new(gaussian).q();
+                let value = |e: usize| q[(e / n, e % n)] as f32;
+                gate.iter_mut().enumerate().for_each(|(e, w)| *w = value(e));
+            }
+        }
+    }
+
     pub(crate) fn from_params(config: RnnConfig, params: ParamSet) -> Result<Self> {
         config.check()?;
         let shapes: Vec<_> = config

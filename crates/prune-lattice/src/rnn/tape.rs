@@ -372,7 +372,7 @@ impl Tape {
     }
 }
 
-fn check_input(rnn: &Rnn, input: Input<'_>, positions: usize) -> Result<()> {
+pub(super) fn check_input(rnn: &Rnn, input: Input<'_>, positions: usize) -> Result<()> {
     let kind = rnn.config().input;
     let wrong = |expected: String, found: usize| Error::Shape {
         tensor: "input".into(),
@@ -448,7 +448,14 @@ impl LayerTape {
         } else {
             &mut [][..]
         };
-        activate(cell, h, gates, before, after, aux, c);
+        StepBuffers {
+            gates,
+            before,
+            after,
+            aux,
+            cells: c,
+        }
+        .activate(cell, h);
     }
 
     /// `d_state` comes in as the gradient of this step's state and leaves as that of the one before.
@@ -550,58 +557,72 @@ impl LayerTape {
     }
 }
 
-/// The pointwise part of a step: pre-activations in `gates` become activations, `after` the new state. For an LSTM `c` holds
-/// the cell state before and after and `aux` receives its tanh; for a GRU `aux` holds the recurrent part of the candidate.
-pub(super) fn activate(
-    cell: Cell,
-    h: usize,
-    gates: &mut [f32],
-    before: &[f32],
-    after: &mut [f32],
-    aux: &mut [f32],
-    c: &mut [f32],
-) {
-    let rows = gates.chunks_exact_mut(cell.gates() * h);
-    match cell {
-        Cell::Tanh => tanh_into(after, gates),
-        Cell::Relu => after
-            .iter_mut()
-            .zip(gates)
-            .for_each(|(a, g)| *a = g.max(0.0)),
-        Cell::Lstm => {
-            let (c_before, c_after) = c.split_at_mut(before.len());
-            let cells = c_before.chunks_exact(h).zip(c_after.chunks_exact_mut(h));
-            let states = after.chunks_exact_mut(h).zip(aux.chunks_exact_mut(h));
-            for ((g, (cb, ca)), (a, tc)) in rows.zip(cells).zip(states) {
-                let (ifg, o) = g.split_at_mut(3 * h);
-                let (i_f, g) = ifg.split_at_mut(2 * h);
-                sigmoid(i_f);
-                tanh(g);
-                sigmoid(o);
-                let (i, f) = i_f.split_at(h);
-                let (g, cb, ca) = (&g[..h], &cb[..h], &mut ca[..h]);
-                for k in 0..h {
-                    ca[k] = f[k] * cb[k] + i[k] * g[k];
+/// What the pointwise part of a step reads and writes.
+pub(super) struct StepBuffers<'a> {
+    /// Pre-activations, which become activations.
+    pub(super) gates: &'a mut [f32],
+    /// States before the step.
+    pub(super) before: &'a [f32],
+    /// States after it.
+    pub(super) after: &'a mut [f32],
+    /// For a GRU the recurrent part of the candidate; for an LSTM it receives the tanh of the cell states.
+    pub(super) aux: &'a mut [f32],
+    /// Cell states before and after the step (LSTM).
+    pub(super) cells: &'a mut [f32],
+}
+
+impl StepBuffers<'_> {
+    /// The pointwise part of a step of a layer of `h` neurons.
+    pub(super) fn activate(self, cell: Cell, h: usize) {
+        let Self {
+            gates,
+            before,
+            after,
+            aux,
+            cells: c,
+        } = self;
+        let rows = gates.chunks_exact_mut(cell.gates() * h);
+        match cell {
+            Cell::Tanh => tanh_into(after, gates),
+            Cell::Relu => after
+                .iter_mut()
+                .zip(gates)
+                .for_each(|(a, g)| *a = g.max(0.0)),
+            Cell::Lstm => {
+                let (c_before, c_after) = c.split_at_mut(before.len());
+                let cells = c_before.chunks_exact(h).zip(c_after.chunks_exact_mut(h));
+                let states = after.chunks_exact_mut(h).zip(aux.chunks_exact_mut(h));
+                for ((g, (cb, ca)), (a, tc)) in rows.zip(cells).zip(states) {
+                    let (ifg, o) = g.split_at_mut(3 * h);
+                    let (i_f, g) = ifg.split_at_mut(2 * h);
+                    sigmoid(i_f);
+                    tanh(g);
+                    sigmoid(o);
+                    let (i, f) = i_f.split_at(h);
+                    let (g, cb, ca) = (&g[..h], &cb[..h], &mut ca[..h]);
+                    for k in 0..h {
+                        ca[k] = f[k] * cb[k] + i[k] * g[k];
+                    }
+                    tanh_into(tc, ca);
+                    a.iter_mut()
+                        .zip(o.iter())
+                        .zip(tc.iter())
+                        .for_each(|((a, o), t)| *a = o * t);
                 }
-                tanh_into(tc, ca);
-                a.iter_mut()
-                    .zip(o.iter())
-                    .zip(tc.iter())
-                    .for_each(|((a, o), t)| *a = o * t);
             }
-        }
-        Cell::Gru => {
-            let states = before
-                .chunks_exact(h)
-                .zip(after.chunks_exact_mut(h))
-                .zip(aux.chunks_exact(h));
-            for (g, ((b, a), u)) in rows.zip(states) {
-                let (rz, n) = g.split_at_mut(2 * h);
-                sigmoid(rz);
-                let (r, z) = rz.split_at(h);
-                for k in 0..h {
-                    n[k] = tanh_of(n[k] + r[k] * u[k]);
-                    a[k] = (1.0 - z[k]) * n[k] + z[k] * b[k];
+            Cell::Gru => {
+                let states = before
+                    .chunks_exact(h)
+                    .zip(after.chunks_exact_mut(h))
+                    .zip(aux.chunks_exact(h));
+                for (g, ((b, a), u)) in rows.zip(states) {
+                    let (rz, n) = g.split_at_mut(2 * h);
+                    sigmoid(rz);
+                    let (r, z) = rz.split_at(h);
+                    for k in 0..h {
+                        n[k] = tanh_of(n[k] + r[k] * u[k]);
+                        a[k] = (1.0 - z[k]) * n[k] + z[k] * b[k];
+                    }
                 }
             }
         }

@@ -67,9 +67,10 @@ pub struct Sizes {
     pub test: usize,
 }
 
-const NAMES: &str = "reber, embedded-reber, row-digits, mod2, mod3, tomita1 to tomita7, adding, char-grammar, text:FILE, mnist:FOLDER, mnist-permuted:FOLDER, vad:FOLDER";
-
 impl Task {
+    /// The names that parse.
+    pub const NAMES: &'static str = "reber, embedded-reber, row-digits, mod2, mod3, tomita1 to tomita7, adding, char-grammar, text:FILE, mnist:FOLDER, mnist-permuted:FOLDER, vad:FOLDER";
+
     /// Examples of every split, drawn from separate streams of the seed. Strings of the same generator may occur in more
     /// than one split.
     ///
@@ -110,6 +111,11 @@ impl Task {
             Task::Mnist(_) | Task::MnistPermuted(_) | Task::Vad(_) => 128,
             _ => wide,
         }]
+    }
+
+    /// Whether networks of ungated cells need an orthogonal `W_hh` to begin with: they do on long sequences.
+    pub fn orthogonal_recurrence(&self, cell: Cell) -> bool {
+        cell.gates() == 1 && matches!(self, Task::Mnist(_) | Task::MnistPermuted(_))
     }
 
     /// How the default suite trains.
@@ -204,7 +210,7 @@ impl FromStr for Task {
         let unknown = || Error::UnknownName {
             kind: "task",
             name: name.into(),
-            expected: NAMES.into(),
+            expected: Task::NAMES.into(),
         };
         if let Some((kind, path)) = name.split_once(':') {
             return match kind {

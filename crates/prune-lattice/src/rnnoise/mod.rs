@@ -3,9 +3,16 @@
 //! The library loads such a file at run time and skips blocks that are not listed, so that a pruned matrix makes the original
 //! program faster. A record is `DNNw`, version, type, size and padded size (32 bits each, little endian), a name of 44 bytes,
 //! and the data, padded to 64 bytes.
+//!
+//! [`WeightFile::network`] takes the three GRUs out as an [`Rnn`](crate::rnn::Rnn), [`WeightFile::set_network`] puts a pruned
+//! one back.
+
+mod network;
+
+pub use network::{BANDS, FEATURES, HIDDEN, Stored};
 
 use crate::{
-    error::{Error, Result},
+    error::{Error, Result, check_finite},
     order::bits::BitMatrix,
 };
 use std::path::{Path, PathBuf};
@@ -199,49 +206,85 @@ impl WeightFile {
     /// # Errors
     /// Sizes that are no multiples of the block, or a mask of another shape.
     pub fn set_matrix(&mut self, name: &str, matrix: &[f32], keep: &BitMatrix) -> Result<()> {
-        let (outputs, inputs) = (keep.rows(), keep.cols());
-        if matrix.len() != outputs * inputs
-            || !outputs.is_multiple_of(OUTPUTS)
-            || !inputs.is_multiple_of(INPUTS)
-        {
-            return Err(Error::Shape {
-                tensor: name.into(),
-                expected: format!("[{outputs}, {inputs}], multiples of {OUTPUTS} and {INPUTS}"),
-                found: vec![matrix.len()],
-            });
-        }
-        let (mut index, mut blocks) = (Vec::new(), Vec::new());
-        for group in 0..outputs / OUTPUTS {
-            let cell =
-                |k: usize, column: usize| (group * OUTPUTS + k % OUTPUTS, column + k / OUTPUTS);
-            let kept: Vec<usize> = (0..inputs)
-                .step_by(INPUTS)
-                .filter(|&c| {
-                    (0..OUTPUTS * INPUTS)
-                        .map(|k| cell(k, c))
-                        .any(|(i, j)| keep.get(i, j))
-                })
-                .collect();
-            index.push(kept.len() as i32);
-            for c in kept {
-                index.push(c as i32);
-                let values = (0..OUTPUTS * INPUTS).map(|k| cell(k, c));
-                blocks.extend(values.map(|(i, j)| matrix[i * inputs + j]));
-            }
-        }
+        let (index, blocks) = blocks(name, keep, matrix, |k| (k % OUTPUTS, k / OUTPUTS))?;
         self.arrays.retain(|a| a.name != format!("{name}_int8"));
+        self.set_index(name, &index);
+        self.set_floats(&format!("{name}_float"), &blocks);
+        Ok(())
+    }
+
+    fn set_index(&mut self, name: &str, index: &[i32]) {
         self.set(Array {
             name: format!("{name}_idx"),
             kind: 1,
             data: index.iter().flat_map(|v| v.to_le_bytes()).collect(),
         });
-        self.set(Array {
-            name: format!("{name}_float"),
-            kind: 0,
-            data: blocks.iter().flat_map(|v| v.to_le_bytes()).collect(),
-        });
-        Ok(())
     }
+
+    fn set_floats(&mut self, name: &str, values: &[f32]) {
+        self.set(Array {
+            name: name.into(),
+            kind: 0,
+            data: values.iter().flat_map(|v| v.to_le_bytes()).collect(),
+        });
+    }
+
+    /// The numbers of a float array of known size.
+    fn floats(&self, name: &str, count: usize) -> Result<Vec<f32>> {
+        let values = words(&self.get(name)?.data, f32::from_le_bytes);
+        if values.len() != count {
+            return Err(Error::Shape {
+                tensor: name.into(),
+                expected: format!("[{count}]"),
+                found: vec![values.len()],
+            });
+        }
+        check_finite(name, &values)?;
+        Ok(values)
+    }
+}
+
+/// The list of the blocks in which `keep` has an entry, and their values in the order `within(0), within(1), ..` of (output,
+/// input) inside a block.
+fn blocks<T: Copy>(
+    name: &str,
+    keep: &BitMatrix,
+    matrix: &[T],
+    within: impl Fn(usize) -> (usize, usize),
+) -> Result<(Vec<i32>, Vec<T>)> {
+    let (outputs, inputs) = (keep.rows(), keep.cols());
+    if matrix.len() != outputs * inputs
+        || !outputs.is_multiple_of(OUTPUTS)
+        || !inputs.is_multiple_of(INPUTS)
+    {
+        return Err(Error::Shape {
+            tensor: name.into(),
+            expected: format!("[{outputs}, {inputs}], multiples of {OUTPUTS} and {INPUTS}"),
+            found: vec![matrix.len()],
+        });
+    }
+    let (mut index, mut values) = (Vec::new(), Vec::new());
+    for group in 0..outputs / OUTPUTS {
+        let entry = |k: usize, column: usize| {
+            let (i, j) = within(k);
+            (group * OUTPUTS + i, column + j)
+        };
+        let entries = |column: usize| (0..OUTPUTS * INPUTS).map(move |k| (k, column));
+        let kept = |column: &usize| {
+            let mut entries = entries(*column).map(|(k, c)| entry(k, c));
+            entries.any(|(i, j)| keep.get(i, j))
+        };
+        let columns: Vec<usize> = (0..inputs).step_by(INPUTS).filter(kept).collect();
+        index.push(columns.len() as i32);
+        for c in columns {
+            index.push(c as i32);
+            values.extend(entries(c).map(|(k, c)| {
+                let (i, j) = entry(k, c);
+                matrix[i * inputs + j]
+            }));
+        }
+    }
+    Ok((index, values))
 }
 
 fn words<T>(data: &[u8], read: impl Fn([u8; 4]) -> T) -> Vec<T> {
