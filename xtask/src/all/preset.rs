@@ -45,6 +45,8 @@ pub(super) struct Shown {
     pub(super) sparsity: Option<f64>,
     pub(super) rank: Option<u64>,
     pub(super) budget: Option<Budget>,
+    /// What was done after pruning, in the suite `lattice`.
+    pub(super) repair: Option<&'static str>,
 }
 
 impl Shown {
@@ -67,6 +69,10 @@ impl Shown {
             && fits(&self.sparsity, &row.sparsity)
             && fits(&self.rank, &row.rank)
             && fits(&self.budget, &row.budget)
+            && self.repair.is_none_or(|repair| {
+                let found = row.extra.get("repair");
+                found.is_some_and(|found| found == repair)
+            })
     }
 }
 

@@ -4,7 +4,7 @@ use anyhow::{Context, Result};
 use eval_report::{Budget, DENSE, format};
 use lowrank_eora::compress::Compressor;
 use lowrank_eora::repair::Method;
-use prune_lattice::experiment::ExperimentConfig;
+use prune_lattice::experiment::{ExperimentConfig, Repair};
 use prune_lattice::prune::Method as LatticeMethod;
 use prune_lattice::tasks::Task;
 use prune_structured::{Compensation, Recipe};
@@ -177,9 +177,16 @@ fn lattice(_: &Inputs, settings: &Settings) -> Preset {
     ];
     let sparsities = vec![0.5, 0.75, 0.9];
     let at = 0.75;
-    let shown = |label: &str, method: LatticeMethod| Shown {
-        sparsity: Some(at),
-        ..Shown::new(format!("{label}, {} pruned", percent(at)), method.name())
+    let shown = |method: LatticeMethod, repair: Repair| {
+        let name = match repair {
+            Repair::None => method.to_string(),
+            repair => format!("{method} + {repair}"),
+        };
+        Shown {
+            sparsity: Some(at),
+            repair: Some(repair.name()),
+            ..Shown::new(format!("{name}, {} pruned", percent(at)), method.name())
+        }
     };
     Preset {
         crate_name: "prune-lattice",
@@ -201,8 +208,11 @@ fn lattice(_: &Inputs, settings: &Settings) -> Preset {
         )),
         shown: vec![
             Shown::new("dense LSTM", DENSE),
-            shown("lattice", LatticeMethod::LatticeContext),
-            shown("random", LatticeMethod::Random),
+            // What is recommended, what the paper proposes, what both must beat.
+            shown(LatticeMethod::Span, Repair::Merge),
+            shown(LatticeMethod::Magnitude, Repair::Refit),
+            shown(LatticeMethod::LatticeContext, Repair::None),
+            shown(LatticeMethod::Random, Repair::Refit),
         ],
     }
 }

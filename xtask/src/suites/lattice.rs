@@ -1,21 +1,26 @@
-//! Pruning of recurrent networks by order, beside the controls that tell whether order matters.
+//! Pruning of recurrent networks: which method, which repair, and what it costs.
 
 use std::path::PathBuf;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use eval_report::{
-    Axis, Column, DENSE, Figure, Plot, ROUNDS, Reference, Rounds, Row, Section, Series,
+    Axis, Column, DENSE, Figure, Plot, Point, ROUNDS, Reference, Rounds, Row, Section, Series,
     mean_over_seeds,
 };
+use prune_lattice::NoProgress;
+use prune_lattice::calibration::{RecordConfig, record};
 use prune_lattice::data::{Dataset, Examples};
 use prune_lattice::experiment::{
-    self, ExperimentConfig, OrderSummary, Repair, Stage, Trained, measure_speed, verdict,
+    self, ExperimentConfig, OrderSummary, Repair, Stage, StructureConfig, Trained, measure_blocks,
+    measure_speed, verdict,
 };
 use prune_lattice::hasse::Diagram;
+use prune_lattice::mask::{MaskSet, mask_svg};
+use prune_lattice::onnx::OnnxFile;
 use prune_lattice::order::{Cut, Poset, thresholds};
-use prune_lattice::prune::{Method, PruneConfig, Sparsity, influence_of, layers_of};
-use prune_lattice::rnn::{CheckpointNames, Rnn, TrainConfig};
+use prune_lattice::prune::{Method, PruneConfig, Sparsity, influence_of, layers_of, prune};
+use prune_lattice::rnn::{CheckpointNames, ReadOut, Rnn, TrainConfig};
 use prune_lattice::tasks::Vocabulary;
 use serde_json::json;
 
@@ -30,14 +35,32 @@ const PICTURE_CLASSES: usize = 200;
 const FINETUNE_CHARACTERS: usize = 60_000;
 /// Seconds for each network in each round of the speed comparison.
 const SPEED_SECONDS: f64 = 0.1;
+/// The same for block kernels, of which there are more.
+const BLOCK_SECONDS: f64 = 0.02;
+/// Sparsities at which speed is measured.
+const SPEED_SPARSITIES: [f64; 3] = [0.5, 0.75, 0.9];
+/// The method and sparsity of the picture of blocks.
+const PICTURE_BLOCKS: (Method, f64) = (Method::Block8x4, 0.75);
+/// What the first table shows, in this order: what is recommended, what the paper proposes, what both must beat.
+const SHOWN: [(Method, Repair); 7] = [
+    (Method::Magnitude, Repair::Refit),
+    (Method::Span, Repair::Merge),
+    (Method::LatticeContext, Repair::None),
+    (Method::LatticeContext, Repair::Merge),
+    (Method::Magnitude, Repair::None),
+    (Method::Random, Repair::Refit),
+    (Method::ZeroWhh, Repair::None),
+];
 
 /// What to train, prune and measure.
 #[derive(Debug, Clone)]
 pub struct Config {
     /// Tasks, cells, methods, sparsities and seeds.
     pub experiment: ExperimentConfig,
-    /// A trained character network in place of the tasks.
+    /// A trained network from a file.
     pub checkpoint: Option<CheckpointConfig>,
+    /// Random graphs of each kind whose networks are trained from fresh weights.
+    pub structures: Option<usize>,
 }
 
 impl Config {
@@ -51,15 +74,29 @@ impl Config {
                 config.seeds = (seed..seed.saturating_add(count)).collect();
             }),
             checkpoint: None,
+            structures: None,
         }
     }
 }
 
-/// A trained network and the text that it is tested on.
+/// A trained network. Without a text it is judged on the experiment's only task.
 #[derive(Debug, Clone)]
 pub struct CheckpointConfig {
-    /// safetensors file.
+    /// safetensors or ONNX file.
     pub weights: PathBuf,
+    /// Node of an ONNX file; `None`: the only one.
+    pub node: Option<String>,
+    /// Prefix of the read-out's weight and bias.
+    pub read_out: Option<String>,
+    /// What is applied to the states before the read-out.
+    pub activation: ReadOut,
+    /// The text of a character network.
+    pub characters: Option<Characters>,
+}
+
+/// The text that a character network is tested on.
+#[derive(Debug, Clone)]
+pub struct Characters {
     /// JSON with the id of each character.
     pub vocab: PathBuf,
     /// Text: 90 % for fine-tuning, 5 % validation, 5 % test.
@@ -74,12 +111,13 @@ pub fn run(common: &Settings, config: &Config) -> Result<Vec<Section>> {
     let bar = common.bar("pruning", 1);
     let (rows, first, name) = match &config.checkpoint {
         Some(checkpoint) => {
-            let trained = open(checkpoint)?;
+            let trained = open(checkpoint, &config.experiment)?;
             let name = file_name(&checkpoint.weights);
             let Trained {
                 rnn,
                 data,
                 training,
+                ..
             } = &trained;
             let rows = experiment::run_model(&name, rnn, data, &config.experiment, training, &bar)?;
             (rows, trained, name)
@@ -97,8 +135,12 @@ pub fn run(common: &Settings, config: &Config) -> Result<Vec<Section>> {
             (rows, trained, task.to_string())
         }
     };
+    let structures = config
+        .structures
+        .map(|n| structures(&config.experiment, n, &bar));
+    let structures = structures.transpose()?;
     bar.finish();
-    let mut sections = vec![overview(&rows, config)];
+    let mut sections = Vec::new();
     let mut groups: Vec<(String, String)> = Vec::new();
     for row in &rows {
         let group = (row.task.clone(), row.cell.to_string());
@@ -113,13 +155,49 @@ pub fn run(common: &Settings, config: &Config) -> Result<Vec<Section>> {
             .collect();
         sections.push(task_section(&task, &cell, &of_group)?);
     }
+    sections.insert(0, overview(&rows, &sections, config));
+    sections.extend(structures);
     sections.push(speed_section(&first.rnn, &name)?);
+    sections.push(block_speed_section(&first.rnn, &name)?);
+    sections.push(spectrum(&first, &name)?);
     sections.extend(picture(&first.rnn, &name)?);
     Ok(sections)
 }
 
-fn open(config: &CheckpointConfig) -> Result<Trained> {
-    let rnn = Rnn::load(&config.weights, &CheckpointNames::default())?;
+fn network(config: &CheckpointConfig) -> Result<Rnn> {
+    let file = &config.weights;
+    if file.extension().is_some_and(|e| e == "onnx") {
+        let onnx = OnnxFile::open(file)?;
+        let node = onnx.node(config.node.as_deref())?;
+        return Ok(onnx.network(node, config.read_out.as_deref(), config.activation)?);
+    }
+    if config.node.is_some() {
+        bail!("--node: {} is not an ONNX file", file.display());
+    }
+    let names = CheckpointNames::default().with(|names| {
+        names.dense_input = config.characters.is_none();
+        names.read_out = config.activation;
+        if let Some(read_out) = &config.read_out {
+            names.output = read_out.clone();
+        }
+    });
+    Ok(Rnn::load(file, &names)?)
+}
+
+fn open(config: &CheckpointConfig, experiment: &ExperimentConfig) -> Result<Trained> {
+    let rnn = network(config)?;
+    let Some(config) = &config.characters else {
+        let [task] = experiment.tasks.as_slice() else {
+            bail!("--weights: a network from a file is judged on one --task");
+        };
+        let seed = experiment.seeds.first().copied().unwrap_or_default();
+        return Ok(Trained {
+            data: task.generate(task.default_sizes(), seed)?,
+            training: task.default_training(rnn.config().cell),
+            wired: MaskSet::default(),
+            rnn,
+        });
+    };
     let text =
         std::fs::read_to_string(&config.text).with_context(|| config.text.display().to_string())?;
     let symbols = Vocabulary::load(&config.vocab)?
@@ -142,19 +220,68 @@ fn open(config: &CheckpointConfig) -> Result<Trained> {
         rnn,
         data,
         training,
+        wired: MaskSet::default(),
     })
 }
 
-/// What was run and what the rows say in words.
-fn overview(rows: &[experiment::Row], config: &Config) -> Section {
+/// The rows that answer the first questions, and what all rows say in words.
+fn overview(rows: &[experiment::Row], sections: &[Section], config: &Config) -> Section {
     let experiment = &config.experiment;
-    let prose = "One network for each task, cell and seed; every method prunes that same network, and each result is \
-        tested at once and again after fine-tuning under its mask. Refitting solves the weights under a mask again, merging \
-        folds removed neurons into the kept ones; both are least squares on states of the training split, without training. \
-        Test data decide nothing. A mask makes nothing faster: see the table of speeds.";
+    let prose = "Every method prunes the same trained network of each task, cell and seed. Accuracy is measured on test data \
+        right after pruning and again after fine-tuning under the mask; test data decide nothing. Refit solves the weights \
+        under a mask again by least squares on states of the training split. Merge removes neurons and folds a linear \
+        prediction of their states into the weights that read them. Neither needs training. This table shows the recommended \
+        methods first (magnitude with refit for masks, span with merge for smaller networks), then the method of \
+        arXiv 2502.16525 (lattice-context), then baselines; the tables of the tasks have all rows. A scattered mask does not \
+        make a network faster: see the tables of speeds.";
+    let is = |row: &Row, key: &str, value: &str| row.extra.get(key).is_some_and(|v| v == value);
+    let mut lines: Vec<Row> = Vec::new();
+    for section in sections {
+        let one_shot = |row: &&Row| is(row, "stage", "one-shot");
+        lines.extend(
+            section
+                .rows
+                .iter()
+                .filter(|row| row.method == DENSE && one_shot(row) && is(row, "repair", "none"))
+                .cloned(),
+        );
+        for (method, repair) in SHOWN {
+            let same = |row: &&Row| row.method == method.name() && is(row, "repair", repair.name());
+            for row in section.rows.iter().filter(same).filter(one_shot) {
+                let tuned = section.rows.iter().filter(same).find(|other| {
+                    is(other, "stage", "fine-tuned") && other.sparsity == row.sparsity
+                });
+                let mut line = row.clone();
+                if repair != Repair::None {
+                    line.method = format!("{method} + {repair}");
+                }
+                if let Some(tuned) = tuned {
+                    let value = match Quality::of_rows(&section.rows) {
+                        Quality::Accuracy => tuned.accuracy.map(|a| format!("{:.2} %", 100.0 * a)),
+                        quality => quality.of(tuned).map(|v| format!("{v:.4}")),
+                    };
+                    if let Some(value) = value {
+                        line.extra.insert("after fine-tuning".into(), json!(value));
+                    }
+                }
+                lines.push(line);
+            }
+        }
+    }
+    let mut qualities: Vec<Column> = Vec::new();
+    for section in sections {
+        let column = Quality::of_rows(&section.rows).column();
+        if !qualities.contains(&column) {
+            qualities.push(column);
+        }
+    }
+    let head = [Column::Model, Column::Method, Column::Sparsity];
+    let tail = [Column::Extra("after fine-tuning".into())];
     Section {
-        title: "Pruning by order".into(),
+        title: "Pruning of recurrent networks".into(),
         prose: prose.into(),
+        columns: head.into_iter().chain(qualities).chain(tail).collect(),
+        rows: lines,
         remarks: verdict(rows),
         ..Section::default()
     }
@@ -168,6 +295,8 @@ fn overview(rows: &[experiment::Row], config: &Config) -> Section {
 enum Quality {
     /// Share of right answers.
     Accuracy,
+    /// Area under the ROC curve.
+    Auc,
     /// Bits per character of a text.
     Bits,
     /// Squared error.
@@ -175,9 +304,21 @@ enum Quality {
 }
 
 impl Quality {
+    /// What rows of one task have.
+    fn of_rows(rows: &[Row]) -> Self {
+        let has = |key: &str| rows.iter().any(|row| row.extra.contains_key(key));
+        match () {
+            () if has("bits") => Quality::Bits,
+            () if has("AUC") => Quality::Auc,
+            () if rows.iter().any(|row| row.accuracy.is_some()) => Quality::Accuracy,
+            () => Quality::Loss,
+        }
+    }
+
     fn of(self, row: &Row) -> Option<f64> {
         match self {
             Quality::Accuracy => row.accuracy,
+            Quality::Auc => row.extra.get("AUC")?.as_f64(),
             Quality::Bits => row.extra.get("bits")?.as_f64(),
             Quality::Loss => row.nll,
         }
@@ -186,6 +327,7 @@ impl Quality {
     fn column(self) -> Column {
         match self {
             Quality::Accuracy => Column::Accuracy,
+            Quality::Auc => Column::Extra("AUC".into()),
             Quality::Bits => Column::Extra("bits".into()),
             Quality::Loss => Column::Nll,
         }
@@ -211,13 +353,7 @@ fn task_section(task: &str, cell: &str, rows: &[&experiment::Row]) -> Result<Sec
         .into_iter()
         .map(of_cell)
         .collect::<Result<Vec<Row>>>()?;
-    let quality = if rows.iter().any(|row| row.extra.contains_key("bits")) {
-        Quality::Bits
-    } else if rows.iter().any(|row| row.accuracy.is_some()) {
-        Quality::Accuracy
-    } else {
-        Quality::Loss
-    };
+    let quality = Quality::of_rows(&rows);
     let dense = rows
         .iter()
         .find(|row| row.method == DENSE)
@@ -244,6 +380,7 @@ fn task_section(task: &str, cell: &str, rows: &[&experiment::Row]) -> Result<Sec
             .collect();
         let (y, field) = match quality {
             Quality::Accuracy => (Axis::linear("accuracy"), "accuracy"),
+            Quality::Auc => (Axis::linear("area under the ROC curve"), "AUC"),
             Quality::Bits => (Axis::linear("bits per character"), "bits"),
             Quality::Loss => (Axis::log("loss"), "nll"),
         };
@@ -255,23 +392,35 @@ fn task_section(task: &str, cell: &str, rows: &[&experiment::Row]) -> Result<Sec
             reference: dense.clone(),
         }
     };
+    let mut columns = vec![
+        Column::Method,
+        Column::Sparsity,
+        Column::Extra("repair".into()),
+        Column::Extra("stage".into()),
+        quality.column(),
+    ];
+    if matches!(quality, Quality::Auc) {
+        columns.push(Column::Accuracy);
+    }
+    let extra = |name: &str| Column::Extra(name.into());
+    columns.extend([
+        Column::FinetuneEpochs,
+        extra("of W_hh"),
+        extra("of W_hh and W_ih"),
+        extra("of all"),
+        extra("FC r"),
+        extra("FC r of kept"),
+        extra("reach kept"),
+        extra("order"),
+        Column::Seconds,
+    ]);
+    let prose = "FC r is Pearson's r between the correlations of states before and after pruning, over all pairs of neurons and \
+        over pairs of kept neurons. Reach kept is the share of the ordered pairs of neurons (at a mean out-degree of 1) that \
+        can still be reached.";
     Ok(Section {
         title: format!("{task}, {cell}"),
-        prose: String::new(),
-        columns: vec![
-            Column::Method,
-            Column::Sparsity,
-            Column::Extra("repair".into()),
-            Column::Extra("stage".into()),
-            quality.column(),
-            Column::Extra("AUC".into()),
-            Column::FinetuneEpochs,
-            Column::Extra("of W_hh".into()),
-            Column::Extra("of W_hh and W_ih".into()),
-            Column::Extra("of all".into()),
-            Column::Extra("order".into()),
-            Column::Seconds,
-        ],
+        prose: prose.into(),
+        columns,
         plots: vec![
             plot("one-shot", "right after pruning"),
             plot("fine-tuned", "after fine-tuning"),
@@ -346,13 +495,31 @@ fn seed_row(row: &experiment::Row, task: &str, cell: &str) -> Row {
     if let Some(auc) = row.auc {
         out.extra.insert("AUC".into(), json!(auc));
     }
+    if let Some(kept) = row.connectivity {
+        for (name, value) in [
+            ("FC r", kept.functional),
+            ("FC r of kept", kept.functional_kept),
+            ("reach kept", kept.reach),
+        ] {
+            if let Some(value) = value {
+                out.extra.insert(name.into(), json!(value));
+            }
+        }
+    }
     if let Some(bits) = row.bits {
         out.extra.insert("bits".into(), json!(bits));
     }
-    if row.method == Method::Dense || row.method.is_lattice() {
-        out
-    } else {
-        out.control()
+    match row.method {
+        Method::Strength
+        | Method::RandomNeurons
+        | Method::Reducible
+        | Method::Random
+        | Method::Threshold
+        | Method::ZeroWhh
+        | Method::Ws
+        | Method::Ba
+        | Method::Er => out.control(),
+        _ => out,
     }
 }
 
@@ -360,7 +527,7 @@ fn seed_row(row: &experiment::Row, task: &str, cell: &str) -> Row {
 fn speed_section(rnn: &Rnn, name: &str) -> Result<Section> {
     let mut rows = Vec::new();
     for batch in [1, 32] {
-        for sparsity in [0.5, 0.75, 0.9] {
+        for sparsity in SPEED_SPARSITIES {
             let config = PruneConfig::new(Method::Strength, sparsity);
             let second = Duration::from_secs(1);
             let (mut dense, mut compact) = (Rounds::default(), Rounds::default());
@@ -391,7 +558,7 @@ fn speed_section(rnn: &Rnn, name: &str) -> Result<Section> {
         }
     }
     Ok(Section {
-        title: "Speed".into(),
+        title: "Speed of smaller networks".into(),
         prose: format!(
             "Steps per second of {name} on one thread, all sequences of a batch together, read-out included. Neurons are \
              ranked by strength; the speed depends on how many stay, not on which."
@@ -405,6 +572,178 @@ fn speed_section(rnn: &Rnn, name: &str) -> Result<Section> {
             Column::Speedup,
         ],
         rows,
+        ..Section::default()
+    })
+}
+
+/// Steps per second of the block kernels.
+fn block_speed_section(rnn: &Rnn, name: &str) -> Result<Section> {
+    let mut rows = Vec::new();
+    let second = Duration::from_secs(1);
+    for method in [Method::Block8x4, Method::Block8x1] {
+        for sparsity in SPEED_SPARSITIES {
+            let mut times = [Rounds::default(), Rounds::default(), Rounds::default()];
+            let mut bytes = [0; 3];
+            for _ in 0..ROUNDS {
+                let config = PruneConfig::new(method, sparsity);
+                let speed = measure_blocks(rnn, &config, BLOCK_SECONDS)?;
+                let rates = [speed.dense, speed.floats, speed.integers];
+                for (times, rate) in times.iter_mut().zip(rates) {
+                    times.add(rate, second);
+                }
+                bytes = speed.bytes;
+            }
+            let [dense, floats, integers] = times;
+            let dense_bytes = bytes[0];
+            for (kind, times, bytes) in [("f32", floats, bytes[1]), ("int8", integers, bytes[2])] {
+                let mut row = Row {
+                    model: Some(name.into()),
+                    sparsity: Some(sparsity),
+                    ..Row::new("lattice", format!("{method} {kind}"))
+                };
+                times.fill_beside(&dense, &mut row);
+                let rate = |steps: Option<f64>, bytes: usize| {
+                    steps.map(|s| format!("{:.1} GB/s", s * bytes as f64 / 1e9))
+                };
+                let both = rate(row.tokens_per_second, bytes)
+                    .zip(rate(row.tokens_per_second_dense, dense_bytes));
+                if let Some((own, dense)) = both {
+                    row.extra.insert("read".into(), json!(own));
+                    row.extra.insert("dense reads".into(), json!(dense));
+                }
+                rows.push(row);
+            }
+        }
+    }
+    Ok(Section {
+        title: "Speed of blocks".into(),
+        prose: format!(
+            "Steps per second of one sequence of {name} on one thread, W_hh kept in whole blocks, beside the dense network by the \
+             same kernels in f32. GB/s are those of the matrices that a step reads."
+        ),
+        columns: vec![
+            Column::Method,
+            Column::Sparsity,
+            Column::TokensPerSecond,
+            Column::Speedup,
+            Column::Extra("read".into()),
+            Column::Extra("dense reads".into()),
+        ],
+        rows,
+        ..Section::default()
+    })
+}
+
+/// How many directions the states of the top layer span, and the blocks that a mask keeps.
+fn spectrum(trained: &Trained, name: &str) -> Result<Section> {
+    let Trained { rnn, data, .. } = trained;
+    let calibration = record(rnn, &data.train, &RecordConfig::default(), &NoProgress)?;
+    let series = calibration
+        .layers
+        .iter()
+        .enumerate()
+        .map(|(l, layer)| {
+            let values = layer.after.spectrum()?;
+            let total: f64 = values.iter().sum::<f64>().max(f64::MIN_POSITIVE);
+            let mut left = total;
+            let points = values.iter().enumerate().map(|(k, v)| {
+                left -= v;
+                Point {
+                    x: (k + 1) as f64,
+                    y: (left / total).max(1e-9),
+                    band: None,
+                }
+            });
+            Ok(Series {
+                name: format!("layer {l}"),
+                points: points.collect(),
+                control: false,
+            })
+        })
+        .collect::<Result<Vec<Series>>>()?;
+    let plot = Plot {
+        title: format!("{name}, variance of the states outside the first directions"),
+        x: Axis::linear("directions"),
+        y: Axis::log("share of the variance"),
+        series,
+        reference: None,
+    };
+    let (method, sparsity) = PICTURE_BLOCKS;
+    let (masks, _) = prune(rnn, &PruneConfig::new(method, sparsity))?;
+    let gates = rnn.config().cell.gate_names();
+    let figures = masks.iter().filter_map(|(matrix, mask)| {
+        let svg = mask_svg(mask.keep(), gates, method.block()?)?;
+        let caption = format!(
+            "Blocks of {matrix} that {method} keeps at a sparsity of {sparsity}, gate by gate. Rows are targets, columns are \
+             sources."
+        );
+        Some(Figure { caption, svg })
+    });
+    Ok(Section {
+        title: "States and blocks".into(),
+        prose: "The fewer directions the states span, the fewer neurons are needed: span chooses neurons that span them, merge \
+            predicts the others."
+            .into(),
+        plots: vec![plot],
+        figures: figures.collect(),
+        ..Section::default()
+    })
+}
+
+/// Networks on random graphs, trained from fresh weights.
+fn structures(
+    experiment: &ExperimentConfig,
+    graphs: usize,
+    progress: &dyn prune_lattice::Progress,
+) -> Result<Section> {
+    let (task, cell) = experiment
+        .tasks
+        .first()
+        .zip(experiment.cells.first())
+        .context("--task and --cell name nothing to run")?;
+    let config = StructureConfig::new(task.clone(), *cell).with(|c| {
+        c.graphs = graphs;
+        c.seed = experiment.seeds.first().copied().unwrap_or_default();
+    });
+    let found = experiment::run_structures(&config, progress)?;
+    let rows = found.iter().map(|network| {
+        let mut row = Row {
+            model: Some(format!("{task} {cell}")),
+            accuracy: network.accuracy,
+            nll: Some(network.loss),
+            ..Row::new("lattice", network.structure.name())
+        };
+        row.extra.insert("graph".into(), json!(network.graph));
+        row.extra.insert("neurons".into(), json!(network.neurons));
+        row.extra
+            .insert("connections".into(), json!(network.connections));
+        row
+    });
+    let remarks = experiment::correlations(&found)
+        .into_iter()
+        .filter_map(|p| {
+            let r = p.r?;
+            Some(format!(
+                "{}: r = {r:.2} with accuracy over {} networks",
+                p.name, p.networks
+            ))
+        });
+    Ok(Section {
+        title: format!("Random structures, {task}, {cell}"),
+        prose: "Networks whose recurrent connections are random graphs, trained from fresh weights (after arXiv 2407.20601): \
+            er has as many edges as the ba graph of the same number, stack is a stack of equal layers with about as many \
+            connections."
+            .into(),
+        columns: vec![
+            Column::Method,
+            Column::Extra("graph".into()),
+            Column::Extra("neurons".into()),
+            Column::Extra("connections".into()),
+            Column::Accuracy,
+            Column::Nll,
+        ],
+        rows: rows.collect(),
+        remarks: remarks.collect(),
         ..Section::default()
     })
 }

@@ -354,7 +354,10 @@ fn positions(dims: &[usize], offset: impl Fn(usize, usize) -> usize) -> Vec<usiz
     at
 }
 
-fn slice(x: &Value, list: &mut dyn FnMut(&str, usize) -> Found<Option<Vec<i64>>>) -> Found<Value> {
+/// Reads a list of integers: an attribute by name, or an input by number.
+type Lists<'a> = dyn FnMut(&str, usize) -> Found<Option<Vec<i64>>> + 'a;
+
+fn slice(x: &Value, list: &mut Lists<'_>) -> Found<Value> {
     let dims = x.dims().to_vec();
     let starts = list("starts", 1)?.ok_or("no starts")?;
     let ends = list("ends", 2)?.ok_or("no ends")?;

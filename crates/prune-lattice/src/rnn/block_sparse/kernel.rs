@@ -1,5 +1,10 @@
 //! The products of panels with a vector. Several independent sums hide the latency of the additions.
 
+#![expect(
+    clippy::needless_range_loop,
+    reason = "register tiles are indexed alike; iterators of one of them hide that"
+)]
+
 use super::{
     input::{BlockInput, QUADS, pair},
     machine::{Kernel, Machine},
