@@ -281,9 +281,15 @@ fn what_the_cells_do_not_compute_is_refused_by_name() {
     refused(Vec::new(), "without a graph");
     let external = [tensor("w", &[1, 8, 3], &[]), int(14, 1)].concat();
     let one = node("LSTM", &["x", "w", "r"], "y", &[]);
-    refused(model(std::slice::from_ref(&one), &[external]), "external data");
     refused(
-        model(std::slice::from_ref(&one), &[tensor("w", &[1, 8, 3], &ramp(5, 0.0))]),
+        model(std::slice::from_ref(&one), &[external]),
+        "external data",
+    );
+    refused(
+        model(
+            std::slice::from_ref(&one),
+            &[tensor("w", &[1, 8, 3], &ramp(5, 0.0))],
+        ),
         "has 5 elements",
     );
     refused(
