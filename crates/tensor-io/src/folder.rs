@@ -131,6 +131,29 @@ pub(crate) fn files_to_carry(dir: &Path) -> Result<Vec<PathBuf>> {
     Ok(files)
 }
 
+/// Whether a file is part of a checkpoint, so that it goes when the checkpoint is replaced. Python code only by the names
+/// that loaders have.
+pub(crate) fn is_of_checkpoint(name: &str) -> bool {
+    const NAMES: [&str; 3] = ["config.json", "quantize_config.json", "quant_config.json"];
+    const CODE: [&str; 4] = [
+        "configuration_",
+        "modeling_",
+        "processing_",
+        "tokenization_",
+    ];
+    let weights = ["model", "pytorch_model"]
+        .iter()
+        .any(|stem| name.starts_with(stem))
+        && [".safetensors", ".bin", ".index.json"]
+            .iter()
+            .any(|suffix| name.ends_with(suffix));
+    let code = name.ends_with(".py");
+    NAMES.contains(&name)
+        || weights
+        || code && CODE.iter().any(|prefix| name.starts_with(prefix))
+        || !code && is_carried(name)
+}
+
 /// Tokenizers, chat templates, generation and preprocessing settings, and the Python code that a configuration's
 /// `auto_map` points to.
 fn is_carried(name: &str) -> bool {

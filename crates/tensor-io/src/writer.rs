@@ -14,7 +14,7 @@ use crate::atomic::{Overwrite, PendingFolder};
 use crate::checkpoint::Checkpoint;
 use crate::config::{CONFIG_FILE, Config};
 use crate::error::{Error, Result};
-use crate::folder::{INDEX_FILE, SINGLE_FILE, shard_file_name};
+use crate::folder::{INDEX_FILE, SINGLE_FILE, is_of_checkpoint, shard_file_name};
 use crate::header::element_count;
 use crate::index::Index;
 use crate::shard_writer::ShardWriter;
@@ -81,7 +81,10 @@ impl CheckpointWriter {
     ) -> Result<Self> {
         let plan = plan_shards(&tensors, options.max_shard_bytes)?;
         let overwrite = match options.overwrite {
-            true => Overwrite::IfHolds(CONFIG_FILE),
+            true => Overwrite::IfHolds {
+                marker: CONFIG_FILE,
+                owns: is_of_checkpoint,
+            },
             false => Overwrite::Never,
         };
         let folder = PendingFolder::create(dst, overwrite)?;

@@ -280,8 +280,26 @@ fn an_existing_destination_is_kept_unless_overwriting() {
         overwrite: true,
         ..Default::default()
     };
+    for name in [
+        "train.py",
+        "tokenizer.json",
+        "model-00001-of-00002.safetensors",
+    ] {
+        fs::write(dst.join(name), "old").unwrap();
+    }
+    fs::create_dir(dst.join("plots")).unwrap();
     copy(&source, &dst, &options);
-    assert_eq!(listing(&dst), ["config.json", "model.safetensors"]);
+    // The old checkpoint's files are gone, the user's are not.
+    assert_eq!(
+        listing(&dst),
+        [
+            "config.json",
+            "model.safetensors",
+            "plots",
+            "stale.txt",
+            "train.py"
+        ]
+    );
     assert_eq!(
         Checkpoint::open(&dst)
             .unwrap()

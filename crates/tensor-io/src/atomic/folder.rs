@@ -16,13 +16,18 @@ use crate::error::{Error, Result};
 use crate::index::is_plain_file_name;
 
 /// Whether a folder at the destination may be replaced.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, Default)]
 pub enum Overwrite {
     /// No.
     #[default]
     Never,
-    /// One that holds a file of this name, which shows what kind of folder it is, or nothing at all.
-    IfHolds(&'static str),
+    /// One that shows by a file what kind of folder it is, or one that is empty.
+    IfHolds {
+        /// Name of that file.
+        marker: &'static str,
+        /// Whether a file of this name is part of such a folder. All else that is there stays.
+        owns: fn(&str) -> bool,
+    },
 }
 
 /// A folder that is being written. Dropped without [`PendingFolder::persist`], it leaves the destination as it was.
@@ -32,7 +37,11 @@ pub enum Overwrite {
 ///
 /// # let dir = tempfile::tempdir()?;
 /// # let destination = dir.path().join("adapter");
-/// let folder = PendingFolder::create(&destination, Overwrite::IfHolds("adapter.json"))?;
+/// let overwrite = Overwrite::IfHolds {
+///     marker: "adapter.json",
+///     owns: |name| name.starts_with("adapter"),
+/// };
+/// let folder = PendingFolder::create(&destination, overwrite)?;
 /// folder.write("adapter.json", b"{}")?;
 /// std::fs::write(folder.path().join("notes.txt"), "written by other means")?;
 /// assert!(!destination.exists());
@@ -123,16 +132,36 @@ impl PendingFolder {
         }
         sync_folder(parent).map_err(Error::io("sync", parent))?;
         if aside {
-            // The new folder is in place; a remainder of the old one is the next writer's to remove.
-            drop(remove(&self.old));
+            // The new folder is in place; a remainder of the old one is the next writer's to clear.
+            if self.keep_others().is_ok() {
+                drop(remove(&self.old));
+            }
         }
         Ok(self.destination.clone())
+    }
+
+    /// Moves what is no part of the replaced folder into the new one.
+    fn keep_others(&self) -> Result<()> {
+        let Overwrite::IfHolds { owns, .. } = self.overwrite else {
+            return Ok(());
+        };
+        for entry in fs::read_dir(&self.old).map_err(Error::io("read", &self.old))? {
+            let entry = entry.map_err(Error::io("read", &self.old))?;
+            let target = self.destination.join(entry.file_name());
+            if !entry.file_name().to_str().is_some_and(owns) && !exists(&target) {
+                let path = entry.path();
+                fs::rename(&path, target).map_err(Error::io("move", &path))?;
+            }
+        }
+        Ok(())
     }
 
     /// Puts right what a killed writer left behind.
     fn recover(&self) -> Result<()> {
         if exists(&self.old) && !exists(&self.destination) {
             fs::rename(&self.old, &self.destination).map_err(Error::io("restore", &self.old))?;
+        } else if exists(&self.old) {
+            self.keep_others()?;
         }
         for leftover in [&self.old, &self.partial] {
             remove(leftover).map_err(Error::io("remove", leftover))?;
@@ -147,10 +176,12 @@ impl PendingFolder {
         }
         match self.overwrite {
             Overwrite::Never => Err(Error::Exists { path: path.clone() }),
-            Overwrite::IfHolds(name) if path.join(name).is_file() || is_empty_folder(path) => {
+            Overwrite::IfHolds { marker, .. }
+                if path.join(marker).is_file() || is_empty_folder(path) =>
+            {
                 Ok(())
             }
-            Overwrite::IfHolds(marker) => Err(Error::NotReplaceable {
+            Overwrite::IfHolds { marker, .. } => Err(Error::NotReplaceable {
                 path: path.clone(),
                 marker,
             }),
@@ -328,21 +359,36 @@ mod tests {
             create(Overwrite::Never),
             Err(Error::Exists { .. })
         ));
-        let refused = create(Overwrite::IfHolds("another mark"));
+        let marked = |marker| Overwrite::IfHolds {
+            marker,
+            owns: |name| name != "notes.txt",
+        };
+        let refused = create(marked("another mark"));
         assert!(matches!(refused, Err(Error::NotReplaceable { .. })));
 
-        let folder = create(Overwrite::IfHolds("mark")).unwrap();
+        let folder = create(marked("mark")).unwrap();
         folder.write("mark", b"half").unwrap();
         let outside = folder.write("../mark", b"");
         assert!(matches!(outside, Err(Error::FileName { .. })));
         drop(folder);
         assert_eq!(mark(), "one");
 
-        let folder = create(Overwrite::IfHolds("mark")).unwrap();
+        let folder = create(marked("mark")).unwrap();
         folder.write("mark", b"two").unwrap();
+        fs::write(destination.join("notes.txt"), "of the user").unwrap();
         folder.persist().unwrap();
         assert_eq!(mark(), "two");
         assert!(!destination.join("inner").exists());
+        assert!(destination.join("notes.txt").exists());
+
+        // A process that was killed between the renames left the old folder whole.
+        let old = sibling(&destination, "old");
+        fs::rename(&destination, &old).unwrap();
+        fs::create_dir(&destination).unwrap();
+        fs::write(destination.join("mark"), "three").unwrap();
+        drop(create(marked("mark")).unwrap());
+        assert_eq!(mark(), "three");
+        assert!(destination.join("notes.txt").exists() && !old.exists());
         let left = fs::read_dir(destination.parent().unwrap()).unwrap();
         assert_eq!(left.count(), 1);
     }
