@@ -73,9 +73,11 @@ pub(crate) struct Defaults {
 impl Rope {
     /// Reads the rotation of a model whose layers all rotate alike.
     pub(crate) fn read(config: &Config, defaults: Defaults) -> Result<Self> {
-        let parameters = match config.opt_section("rope_parameters")? {
+        // Where both are there the older field wins, unless it is empty, and the newer one is not read at all.
+        let old = config.opt_section("rope_scaling")?;
+        let parameters = match old.filter(|section| !section.raw().is_empty()) {
             Some(section) => Some(section),
-            None => config.opt_section("rope_scaling")?,
+            None => config.opt_section("rope_parameters")?,
         };
         if let Some(section) = &parameters
             && let Some((kind, _)) = section.raw().iter().find(|(_, value)| value.is_object())
@@ -230,6 +232,19 @@ impl<'a> Parameters<'a> {
         }
     }
 
+    /// Positions that the model was first trained on: the field at the top wins over the one in the object.
+    fn original(&self) -> Result<Option<f64>> {
+        const FIELD: &str = "original_max_position_embeddings";
+        let original = match self.top.opt_f64(FIELD)? {
+            Some(original) => Some(original),
+            None => self.number(FIELD)?,
+        };
+        match original {
+            Some(original) if original < 1.0 => Err(invalid(format!("{FIELD} must be positive"))),
+            original => Ok(original),
+        }
+    }
+
     /// A number of the object or, in the oldest form, of the top.
     fn anywhere(&self, keys: &[&str]) -> Result<Option<f64>> {
         for key in keys {
@@ -329,7 +344,9 @@ fn llama3(base: &[f64], parameters: &Parameters<'_>) -> Result<Vec<f64>> {
     let factor = parameters.required("factor")?;
     let low = parameters.required("low_freq_factor")?;
     let high = parameters.required("high_freq_factor")?;
-    let context = parameters.required("original_max_position_embeddings")?;
+    let context = parameters.original()?;
+    let context = context
+        .ok_or_else(|| invalid("original_max_position_embeddings is missing".to_string()))?;
     if high <= low {
         return Err(invalid(format!(
             "high_freq_factor {high} must exceed low_freq_factor {low}"
@@ -350,17 +367,8 @@ fn longrope(
     max_positions: usize,
     parameters: &Parameters<'_>,
 ) -> Result<(Vec<f64>, Long, f64)> {
-    const ORIGINAL: &str = "original_max_position_embeddings";
-    // The field at the top wins over the one in the object.
-    let original = match parameters.top.opt_usize(ORIGINAL)? {
-        Some(original) => original,
-        None => parameters
-            .number(ORIGINAL)?
-            .map_or(max_positions, |original| original as usize),
-    };
-    if original == 0 {
-        return Err(invalid(format!("{ORIGINAL} must be positive")));
-    }
+    let original = parameters.original()?;
+    let original = original.map_or(max_positions, |original| original as usize);
     let divided = |key: &str| -> Result<Vec<f64>> {
         let factors = parameters
             .numbers(key)?
@@ -406,9 +414,7 @@ fn yarn(
     max_positions: usize,
     parameters: &Parameters<'_>,
 ) -> Result<(Vec<f64>, f64)> {
-    let context = parameters
-        .number("original_max_position_embeddings")?
-        .unwrap_or(max_positions as f64);
+    let context = parameters.original()?.unwrap_or(max_positions as f64);
     let factor = match parameters.number("factor")? {
         Some(_) => parameters.required("factor")?,
         None => max_positions as f64 / context,
@@ -454,4 +460,63 @@ fn yarn(
         })
         .collect();
     Ok((inv_freq, attention_factor))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn read(fields: Value) -> Rope {
+        let config = Config::new(fields.as_object().unwrap().clone());
+        let defaults = Defaults {
+            theta: 1e4,
+            partial: None,
+            pairs: Pairs::Halves,
+            head_dim: 16,
+            max_positions: 128,
+        };
+        Rope::read(&config, defaults).unwrap()
+    }
+
+    #[test]
+    fn of_two_spellings_the_older_wins_unless_it_is_empty() {
+        let yarn =
+            json!({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32});
+        let scaled = read(json!({"rope_scaling": yarn}));
+        let plain = read(json!({}));
+        assert_ne!(scaled.inv_freq, plain.inv_freq);
+        let default = json!({"rope_type": "default", "rope_theta": 500.0});
+        for newer in [default.clone(), json!({})] {
+            let both = read(json!({"rope_parameters": newer, "rope_scaling": yarn}));
+            assert_eq!(both, scaled);
+        }
+        let newer = read(json!({"rope_parameters": default}));
+        let empty = read(json!({"rope_parameters": default, "rope_scaling": {}}));
+        assert_eq!(empty, newer);
+        assert_eq!(
+            read(json!({"rope_parameters": default, "rope_scaling": null})),
+            newer
+        );
+    }
+
+    #[test]
+    fn the_original_length_at_the_top_wins_over_the_one_in_the_object() {
+        let rules = [
+            json!({"rope_type": "yarn", "factor": 4.0}),
+            json!({"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}),
+            json!({"rope_type": "longrope", "short_factor": vec![1.0; 8], "long_factor": vec![2.0; 8]}),
+        ];
+        for rule in rules {
+            let with = |original: usize| {
+                let mut rule = rule.clone();
+                rule["original_max_position_embeddings"] = json!(original);
+                rule
+            };
+            let expected = read(json!({"rope_scaling": with(16)}));
+            let top = json!({"rope_scaling": with(64), "original_max_position_embeddings": 16});
+            assert_eq!(read(top), expected, "{rule}");
+            assert_ne!(read(json!({"rope_scaling": with(64)})), expected, "{rule}");
+        }
+    }
 }

@@ -14,8 +14,9 @@ pub struct TextTokenizer {
 }
 
 impl TextTokenizer {
-    /// Reads `tokenizer.json`, and the BOS and EOS tokens from `tokenizer_config.json` or, in its absence,
-    /// `special_tokens_map.json`; of a GGUF file, rebuilds the tokenizer from its metadata.
+    /// Reads `tokenizer.json`, and the BOS and EOS tokens from `tokenizer_config.json` or, where that does not name one,
+    /// `special_tokens_map.json`. Where neither names BOS it is what the tokenizer itself puts in front of a text. Of a
+    /// GGUF file, rebuilds the tokenizer from its metadata.
     ///
     /// # Errors
     /// [`Error::Text`] with the file that is missing or cannot be used, and for a GGUF file a tokenizer that is not
@@ -34,11 +35,12 @@ impl TextTokenizer {
             .map_err(|e| error(&path, e))?;
         let names = special_tokens(dir)?;
         let text = |field: &str| {
-            let value = &names[field];
+            // A null is an answer: there is none.
+            let value = names.get(field)?;
             value.as_str().or_else(|| value["content"].as_str())
         };
         let bos = match text("bos_token") {
-            None => None,
+            None => put_in_front(&tokenizer)?,
             Some(text) => Some(tokenizer.token_to_id(text).ok_or_else(|| {
                 error(
                     &path,
@@ -125,7 +127,7 @@ impl TextTokenizer {
 }
 
 /// Reads a file of UTF-8 text. CRLF and CR become one line feed, as in every tool that opens texts in text mode:
-/// perplexities would differ by a tenth otherwise.
+/// perplexities would differ by a tenth otherwise. A byte-order mark is dropped.
 ///
 /// # Errors
 /// [`Error::Text`] when it cannot be read, is not UTF-8 or is empty.
@@ -135,6 +137,8 @@ pub fn read_text(path: impl AsRef<Path>) -> Result<String> {
     if text.is_empty() {
         return Err(error(path, "the file is empty"));
     }
+    // The mark that some editors put before UTF-8 is no text.
+    let text = text.strip_prefix('\u{feff}').unwrap_or(&text);
     Ok(text.replace("\r\n", "\n").replace('\r', "\n"))
 }
 
@@ -149,14 +153,33 @@ fn error(path: &Path, reason: impl ToString) -> Error {
     }
 }
 
-/// The file that names the special tokens, each a string or an object with `content`.
+/// The token that the tokenizer itself puts in front of a text.
+fn put_in_front(tokenizer: &Tokenizer) -> Result<Option<u32>> {
+    let ids = |special| -> Result<Vec<u32>> {
+        let encoding = tokenizer.encode_fast("a", special).map_err(refused)?;
+        Ok(encoding.get_ids().to_vec())
+    };
+    let (with, without) = (ids(true)?, ids(false)?);
+    Ok(match with.split_first() {
+        Some((first, rest)) if !without.is_empty() && rest.starts_with(&without) => Some(*first),
+        _ => None,
+    })
+}
+
+/// The fields of the files that name the special tokens, each a string or an object with `content`; where both files have
+/// a field the first wins.
 fn special_tokens(dir: &Path) -> Result<serde_json::Value> {
+    let mut found = serde_json::Map::new();
     for file in ["tokenizer_config.json", "special_tokens_map.json"] {
         let path = dir.join(file);
         if path.exists() {
             let bytes = std::fs::read(&path).map_err(|e| error(&path, e))?;
-            return serde_json::from_slice(&bytes).map_err(|e| error(&path, e));
+            let fields: serde_json::Map<String, serde_json::Value> =
+                serde_json::from_slice(&bytes).map_err(|e| error(&path, e))?;
+            for (field, value) in fields {
+                found.entry(field).or_insert(value);
+            }
         }
     }
-    Ok(serde_json::Value::Null)
+    Ok(found.into())
 }

@@ -78,7 +78,7 @@ impl Windows {
 
     /// The first `count` windows, or all when there are fewer.
     pub fn first(&self, count: usize) -> Self {
-        let end = self.tokens.len().min(count * self.len);
+        let end = self.tokens.len().min(count.saturating_mul(self.len));
         Self {
             tokens: self.tokens[..end].to_vec(),
             len: self.len,
@@ -109,7 +109,7 @@ impl Windows {
     pub fn groups(&self, count: usize) -> impl Iterator<Item = Self> {
         let len = self.len;
         self.tokens
-            .chunks(count.max(1) * len)
+            .chunks(count.max(1).saturating_mul(len))
             .map(move |tokens| Self {
                 tokens: tokens.to_vec(),
                 len,
@@ -120,6 +120,16 @@ impl Windows {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_number_of_windows_beyond_all_integers_of_tokens_is_all_of_them() {
+        let text: Vec<u32> = (0..40).collect();
+        let windows = Windows::cut(&text, 32, None).unwrap();
+        for count in [1 << 59, (1 << 59) + 1, 1 << 63, usize::MAX] {
+            assert_eq!(windows.first(count), windows, "{count}");
+            assert_eq!(windows.groups(count).count(), 1, "{count}");
+        }
+    }
 
     #[test]
     fn a_window_is_bos_and_text_or_text_alone_and_the_rest_is_dropped() {

@@ -272,6 +272,64 @@ fn tokenizer_and_text_files_are_named_when_they_cannot_be_used() {
         tokenizer.encode_file(&text),
         Err(Error::Text { .. })
     ));
-    std::fs::write(&text, "a\r\nb").unwrap();
+    std::fs::write(&text, "\u{feff}a\r\nb").unwrap();
     assert_eq!(tokenizer.encode_file(&text).unwrap(), [0, 1]);
+    assert_eq!(causal_lm::read_text(&text).unwrap(), "a\nb");
+}
+
+#[test]
+fn bos_is_what_the_first_file_names_or_what_the_tokenizer_puts_in_front() {
+    let (_dir, model) = folder(json!({}), |_, tensor| tensor);
+    let special = |token: &str| json!({"SpecialToken": {"id": token, "type_id": 0}});
+    let text = json!({"Sequence": {"id": "A", "type_id": 0}});
+    let write = |single: Value| {
+        let ids = |token: &str, id: u32| json!({"id": token, "ids": [id], "tokens": [token]});
+        let tokenizer = json!({
+            "version": "1.0", "truncation": null, "padding": null, "added_tokens": [], "normalizer": null,
+            "pre_tokenizer": {"type": "WhitespaceSplit"}, "decoder": null,
+            "post_processor": {
+                "type": "TemplateProcessing", "single": single, "pair": [text, text],
+                "special_tokens": {"<s>": ids("<s>", 1), "</s>": ids("</s>", 2)},
+            },
+            "model": {"type": "WordLevel", "vocab": {"a": 0, "<s>": 1, "</s>": 2}, "unk_token": "a"},
+        });
+        std::fs::write(model.join("tokenizer.json"), tokenizer.to_string()).unwrap();
+    };
+    let bos = || TextTokenizer::open(&model).unwrap().bos();
+    write(json!([special("<s>"), text, special("</s>")]));
+    assert_eq!(bos(), Some(1), "the template alone");
+    write(json!([text, special("</s>")]));
+    assert_eq!(bos(), None, "a template that only ends texts");
+    let name = |file: &str, names: Value| {
+        std::fs::write(model.join(file), names.to_string()).unwrap();
+    };
+    name("special_tokens_map.json", json!({"bos_token": "<s>"}));
+    assert_eq!(bos(), Some(1), "the map alone");
+    name("tokenizer_config.json", json!({"model_max_length": 32}));
+    assert_eq!(bos(), Some(1), "a config that does not say");
+    name("tokenizer_config.json", json!({"bos_token": null}));
+    assert_eq!(bos(), None, "a config that says there is none");
+    name(
+        "tokenizer_config.json",
+        json!({"bos_token": {"content": "a"}}),
+    );
+    assert_eq!(bos(), Some(0), "the config first");
+}
+
+#[test]
+fn sizes_that_no_model_has_are_refused_before_anything_is_allocated() {
+    for (field, value) in [
+        ("num_hidden_layers", 1_000_000_000u64),
+        ("num_hidden_layers", 1 << 63),
+        ("head_dim", 1 << 30),
+        ("head_dim", 1 << 62),
+        ("num_attention_heads", 1 << 61),
+        ("num_key_value_heads", 1 << 61),
+        ("hidden_size", 1 << 40),
+        ("intermediate_size", 1 << 63),
+        ("vocab_size", u64::MAX),
+    ] {
+        let error = opening(json!({field: value})).to_string();
+        assert!(error.contains(field), "{field} {value}: {error}");
+    }
 }

@@ -21,6 +21,11 @@ pub(crate) struct Fields {
     pub(crate) nested: bool,
 }
 
+/// Largest width, vocabulary or number of heads: the product of two fits an index, and published models stay far below.
+const LARGEST: usize = 1 << 24;
+/// Most layers.
+const MOST_LAYERS: usize = 1 << 16;
+
 /// Kinds of attention in `layer_types`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Kind {
@@ -112,12 +117,25 @@ impl Fields {
     pub(crate) fn base(&self, family: &Family) -> Result<ModelConfig> {
         let defaults = &family.defaults;
         let hidden = self.positive("hidden_size")?;
-        let layers = self.positive("num_hidden_layers")?;
+        let layers = at_most(
+            "num_hidden_layers",
+            self.positive("num_hidden_layers")?,
+            MOST_LAYERS,
+        )?;
         let head_dim = match (self.text.opt_usize("head_dim")?, defaults.head_dim) {
             (Some(head_dim), _) | (None, Some(head_dim)) => head_dim,
             (None, None) => hidden / self.positive_or("num_attention_heads", defaults.heads)?,
         };
-        let max_positions = self.positive("max_position_embeddings")?;
+        at_most("head_dim", head_dim, LARGEST)?;
+        let max_positions = match self.text.usize("max_position_embeddings")? {
+            0 => {
+                return Err(invalid(
+                    "max_position_embeddings",
+                    "0, but at least 1 is needed",
+                ));
+            }
+            positions => positions,
+        };
         let attention = AttentionConfig {
             head_dim,
             sliding_window: None,
@@ -230,6 +248,9 @@ impl Fields {
         let Some(lists) = self.text.opt_section(WIDTHS_KEY)? else {
             let heads = self.positive_or("num_attention_heads", family.defaults.heads)?;
             let kv_heads = self.text.opt_usize("num_key_value_heads")?;
+            let kv_heads = kv_heads
+                .map(|heads| at_most("num_key_value_heads", heads, LARGEST))
+                .transpose()?;
             let uniform = Widths {
                 heads,
                 kv_heads: kv_heads.or(family.defaults.kv_heads).unwrap_or(heads),
@@ -244,6 +265,9 @@ impl Fields {
                     WIDTHS_KEY,
                     format!("{field} has {} entries for {layers} layers", values.len()),
                 ));
+            }
+            for &value in &values {
+                at_most(WIDTHS_KEY, value, LARGEST)?;
             }
             Ok(values)
         };
@@ -331,6 +355,17 @@ fn not_a_token_id(field: &'static str, found: impl std::fmt::Display) -> Error {
 fn nonzero(field: &'static str, value: usize) -> Result<usize> {
     match value {
         0 => Err(invalid(field, "0, but at least 1 is needed")),
-        value => Ok(value),
+        value => at_most(field, value, LARGEST),
+    }
+}
+
+/// Refuses a size that no model has, before anything is allocated for it or multiplied with it.
+fn at_most(field: &'static str, value: usize, largest: usize) -> Result<usize> {
+    match value <= largest {
+        true => Ok(value),
+        false => Err(invalid(
+            field,
+            format!("{value}, but at most {largest} is possible"),
+        )),
     }
 }
