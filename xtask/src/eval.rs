@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::process::Command;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use eval_report::{Machine, Report};
 
 use crate::settings::Settings;
@@ -67,6 +67,9 @@ pub(crate) fn run(mut run: Run) -> Result<()> {
         Scope::All(config) => all::run(settings, config)?,
         Scope::One(suite) => suite.run(settings)?,
     };
+    let failures: Vec<String> = (sections.iter())
+        .flat_map(|section| section.failures.clone())
+        .collect();
     for section in sections {
         report.push(section)?;
     }
@@ -81,7 +84,14 @@ pub(crate) fn run(mut run: Run) -> Result<()> {
     if let (Some(dir), false) = (&run.out, run.json) {
         eprintln!("report: {}", dir.join("report.html").display());
     }
-    Ok(())
+    match failures.split_first() {
+        None => Ok(()),
+        Some((first, [])) => bail!("{first}; the report has the rest"),
+        Some((first, others)) => bail!(
+            "{first}; {} more failed; the report has the rest",
+            others.len()
+        ),
+    }
 }
 
 /// Version of this program, and the commit of the sources where they are in a git checkout.

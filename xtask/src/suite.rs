@@ -54,7 +54,7 @@ impl Suite {
         match self {
             Suite::Perplexity { config, .. } => vec![&mut config.model],
             Suite::Structured(config) => vec![&mut config.perplexity.model],
-            Suite::Lowrank(config) => vec![&mut config.perplexity.model],
+            Suite::Lowrank(config) => config.models(),
             Suite::Lattice(_) => Vec::new(),
             Suite::Kv(config) => config.models(),
             Suite::Tasks(config) => config.models.iter_mut().collect(),

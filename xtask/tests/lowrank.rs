@@ -184,23 +184,43 @@ fn saved_results_open_and_a_resumed_run_says_the_same() {
         "--no-controls",
         "--requantise",
         "gptq-int4-g16",
-        "--save-as",
-        "adapter,compressed,gptq-v2,merged,requantised,probe",
         "--resume",
         state.to_str().unwrap(),
     ];
-    let saving = [&args[..], &["--save", save.to_str().unwrap()]].concat();
+    let saving = [
+        &args[..],
+        &[
+            "--save-as",
+            "adapter,compressed,gptq-v2,compressed-tensors,imatrix,merged,requantised,probe",
+            "--save",
+            save.to_str().unwrap(),
+        ],
+    ]
+    .concat();
     let first = rows(&lowrank(&scene, &saving));
-    for folder in ["compressed", "gptq-v2", "merged", "requantised"] {
+    for folder in [
+        "compressed",
+        "gptq-v2",
+        "compressed-tensors",
+        "merged",
+        "requantised",
+    ] {
         let checkpoint = Checkpoint::open(save.join(folder)).unwrap();
         let packed = checkpoint.config().get("quantization_config").is_some();
         assert_eq!(
             packed,
-            folder.contains("gptq") || folder == "requantised",
+            ["gptq-v2", "compressed-tensors", "requantised"].contains(&folder),
             "{folder}"
         );
     }
-    assert!(save.join("adapter/adapter_config.json").is_file());
+    let adapter = std::fs::read(save.join("adapter/adapter_config.json")).unwrap();
+    let adapter: Value = serde_json::from_slice(&adapter).unwrap();
+    // An absolute path, which holds wherever the adapter is loaded from.
+    let base = Path::new(adapter["base_model_name_or_path"].as_str().unwrap());
+    assert!(base.is_absolute() && base.ends_with("save/gptq-v2"));
+    Checkpoint::open(base).unwrap();
+    let imatrix = tensor_io::imatrix::Imatrix::read(save.join("imatrix.gguf")).unwrap();
+    assert!(imatrix.entries.contains_key("blk.0.ffn_down.weight"));
     lowrank_eora::output::Probe::open(save.join("probe.safetensors")).unwrap();
     assert!(number(&first[1], "loss_requantised") > number(&first[1], "loss"));
 
@@ -278,7 +298,307 @@ fn wrong_names_and_texts_are_one_clear_line() {
     assert!(packed.contains("--save-as gptq"), "{packed}");
     let odd = ["--compress", "wanda-2:5", "--method", "eora", "--rank", "2"];
     let odd = error(&lowrank(&scene, &odd));
-    assert!(odd.contains("model.layers.0.mlp.down_proj"), "{odd}");
+    assert!(odd.contains("model.layers.0.self_attn.q_proj"), "{odd}");
+}
+
+/// A scene whose MLP is 172 wide, which is no multiple of 8 codes of 4 bits in a word.
+fn odd_width() -> Scene {
+    Scene::new(json!({
+        "model_type": "llama", "hidden_size": 32, "intermediate_size": 172, "num_hidden_layers": 1,
+        "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 8, "max_position_embeddings": 16,
+    }))
+}
+
+#[test]
+fn what_cannot_be_written_or_run_is_refused_before_a_text_is_read() {
+    let scene = odd_width();
+    let save = scene.path("save");
+    let save = save.to_str().unwrap();
+    let wide = [
+        "--compress",
+        "gptq-int4-g128-sym",
+        "--method",
+        "eora",
+        "--rank",
+        "2",
+    ];
+    let cases: [(&[&str], &[&str]); 12] = [
+        (
+            &["--save-as", "gptq,adapter"],
+            &["--save-as gptq", "mlp.gate_proj", "172 outputs"],
+        ),
+        (
+            &["--save-as", "adapter"],
+            &["--save-as adapter", "not saved", "compressed"],
+        ),
+        (
+            &["--save-as", "lora-gguf"],
+            &["--save-as lora-gguf", "add gguf"],
+        ),
+        (
+            &["--save-as", "gguf"],
+            &["--save-as gguf", "down_proj", "blocks of 32"],
+        ),
+        (
+            &["--save-as", "requantised"],
+            &["--save-as requantised", "--requantise"],
+        ),
+        (
+            &["--method", "none", "--save-as", "adapter"],
+            &["--save-as adapter", "none"],
+        ),
+        (
+            &["--compress", "rtn-int4", "--save-as", "gptq"],
+            &["--save-as gptq", "gptq-v2"],
+        ),
+        (
+            &["--compress", "wanda-2:4", "--save-as", "gptq"],
+            &["wanda-2:4", "groups"],
+        ),
+        (
+            &["--compress", "wanda-2:5"],
+            &["--compress wanda-2:5", "q_proj"],
+        ),
+        (&["--rank", "1000000"], &["--rank 1000000", "is 32"]),
+        (&["--rank", "2,4,2"], &["--rank", "2 is given twice"]),
+        (
+            &["--method", "eora,svd,eora"],
+            &["--method", "eora is given twice"],
+        ),
+    ];
+    for (change, expected) in cases {
+        let replaced = |flag: &str| change.contains(&flag);
+        let kept = wide.chunks(2).filter(|pair| !replaced(pair[0])).flatten();
+        let saved = match change.contains(&"--save-as") {
+            true => vec!["--save", save],
+            false => Vec::new(),
+        };
+        let flags: Vec<&str> = kept
+            .copied()
+            .chain(saved)
+            .chain(change.iter().copied())
+            .collect();
+        // Nothing is there to calibrate on: the refusal comes first.
+        let more = [&["--calib", "/nowhere/calib.txt"], &flags[..]].concat();
+        let refused = error(&eval(&scene, "lowrank", &more));
+        for words in expected {
+            assert!(refused.contains(words), "{change:?}: {refused}");
+        }
+        assert!(!refused.contains("calib.txt"), "{refused}");
+    }
+    // A flag without what it changes is wrong usage.
+    for lost in [&["--save-as", "compressed"][..], &["--overwrite"]] {
+        let usage = lowrank(&scene, &[&wide[..], lost].concat());
+        assert_eq!(usage.status.code(), Some(2));
+        assert!(String::from_utf8_lossy(&usage.stderr).contains("--save"));
+    }
+    let both = lowrank(&scene, &[&wide[..], &["--compressed", "x"]].concat());
+    assert_eq!(both.status.code(), Some(2));
+}
+
+#[test]
+fn without_factors_the_default_outputs_are_those_of_the_compressed_model() {
+    let scene = llama();
+    let save = scene.path("save");
+    let flags = ["--compress", "rtn-int4", "--method", "none", "--rank", "2"];
+    let row = &rows(&lowrank(
+        &scene,
+        &[&flags[..], &["--save", save.to_str().unwrap()]].concat(),
+    ))[1];
+    let saved: Vec<&String> = row["bytes_saved"].as_object().unwrap().keys().collect();
+    assert_eq!(saved, ["compressed", "probe"]);
+    assert!(save.join("compressed").is_dir() && !save.join("adapter").exists());
+}
+
+#[test]
+fn reported_sizes_are_those_of_the_files() {
+    let scene = llama();
+    for (name, change) in [
+        ("one-rank", &["--rank", "12"][..]),
+        ("allocated", &["--rank", "12", "--allocate", "absolute"]),
+        // More than o_proj and k_proj have.
+        ("wide-rank", &["--rank", "32"]),
+    ] {
+        let save = scene.path(name);
+        let flags = [
+            "--compress",
+            "rtn-int4-g16-sym",
+            "--method",
+            "eora",
+            "--no-controls",
+            "--save-as",
+            "gptq,adapter",
+            "--save",
+            save.to_str().unwrap(),
+        ];
+        let row = &rows(&lowrank(&scene, &[&flags[..], change].concat()))[1];
+        let bytes = |path: &str| {
+            Checkpoint::open_file(save.join(path))
+                .unwrap()
+                .total_bytes()
+        };
+        let model = bytes("gptq/model.safetensors");
+        let factors = bytes("adapter/adapter_model.safetensors");
+        assert_eq!(row["bytes"], model + factors, "{name}");
+        assert_eq!(row["bytes_factors"], factors, "{name}");
+        assert_eq!(row["bytes_saved"]["gptq"], model);
+        assert_eq!(row["bytes_saved"]["adapter"], factors);
+    }
+}
+
+#[test]
+fn a_cell_that_fails_leaves_the_report_of_the_others() {
+    let scene = llama();
+    let state = scene.path("state");
+    let flags = [
+        "--compress",
+        "rtn-int4",
+        "--method",
+        "none,svd,eora",
+        "--rank",
+        "3",
+        "--no-controls",
+        "--resume",
+        state.to_str().unwrap(),
+    ];
+    let whole = rows(&lowrank(&scene, &flags));
+    let block = state.join("rtn-int4-svd-3/block-00001.safetensors");
+    let mut bytes = std::fs::read(&block).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    std::fs::write(&block, bytes).unwrap();
+    let output = lowrank(&scene, &flags);
+    let line = error(&output);
+    assert!(
+        line.contains("rtn-int4: svd at rank 3") && line.contains("block-00001"),
+        "{line}"
+    );
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let found = report["rows"].as_array().unwrap();
+    let methods: Vec<&Value> = found.iter().map(|row| &row["method"]).collect();
+    assert_eq!(methods, ["dense", "none", "eora"]);
+    assert_eq!(found[2]["perplexity"], whole[3]["perplexity"]);
+    let failures = report["sections"][0]["failures"].as_array().unwrap();
+    assert_eq!(failures.len(), 1);
+}
+
+#[test]
+fn a_gptq_folder_of_another_tool_is_repaired_with_its_own_size() {
+    let scene = llama();
+    let (made, save) = (scene.path("made"), scene.path("save"));
+    let compress = [
+        "--compress",
+        "rtn-int4-g16-sym",
+        "--method",
+        "none",
+        "--rank",
+        "2",
+    ];
+    let to = ["--save-as", "gptq-v2", "--save", made.to_str().unwrap()];
+    let own = rows(&lowrank(&scene, &[&compress[..], &to].concat()));
+    let folder = made.join("gptq-v2");
+    let given = [
+        "--compressed",
+        folder.to_str().unwrap(),
+        "--method",
+        "none,eora",
+        "--rank",
+        "4",
+        "--save",
+        save.to_str().unwrap(),
+    ];
+    let found = rows(&lowrank(&scene, &given));
+    let (none, eora) = (&found[1], &found[2]);
+    assert_eq!(none["compress"], "gptq-v2");
+    for field in ["loss", "perplexity"] {
+        assert_eq!(none[field], own[1][field], "{field}");
+    }
+    let bytes = Checkpoint::open(&folder).unwrap().total_bytes();
+    assert_eq!(none["bytes"], bytes);
+    assert_eq!(
+        number(eora, "bytes"),
+        bytes as f64 + number(eora, "bytes_factors")
+    );
+    assert!(number(eora, "loss") < number(none, "loss"));
+    // The adapter names the folder that it was fitted to.
+    let adapter = save.join("gptq-v2-eora-4/adapter/adapter_config.json");
+    let adapter: Value = serde_json::from_slice(&std::fs::read(adapter).unwrap()).unwrap();
+    assert_eq!(adapter["base_model_name_or_path"], folder.to_str().unwrap());
+    // More bits instead of factors.
+    let control = found.iter().find(|row| row["role"] == "control").unwrap();
+    assert!(
+        control["compress"].as_str().unwrap().starts_with("rtn-int"),
+        "{control}"
+    );
+    let other = error(&lowrank(&odd_width(), &given[..6]));
+    assert!(other.contains("--compressed"), "{other}");
+}
+
+#[shared_data::needed("models/stories260K", "data/text")]
+#[test]
+fn a_gguf_file_is_repaired_beside_its_original_and_gets_a_lora_of_its_own_kind() {
+    let folder = tempfile::tempdir().unwrap();
+    let shared = Path::new(shared_data::path!(""));
+    let run = |more: &[&str]| {
+        let output = Command::new(env!("CARGO_BIN_EXE_xtask"))
+            .args([
+                "eval",
+                "lowrank",
+                "--json",
+                "--window",
+                "256",
+                "--samples",
+                "8",
+            ])
+            .args([
+                "--calib-samples",
+                "24",
+                "--held-out-samples",
+                "8",
+                "--no-controls",
+            ])
+            .arg("--model")
+            .arg(shared.join("models/stories260K"))
+            .arg("--text")
+            .arg(shared.join("data/text/tinystories_valid_30KB.txt"))
+            .arg("--calib")
+            .arg(shared.join("data/text/tinystories_train_1MiB.txt"))
+            .args(more)
+            .output()
+            .unwrap();
+        rows(&output)
+    };
+    let (made, save) = (folder.path().join("made"), folder.path().join("save"));
+    // Four bits, and f16 for down_proj, whose rows are no whole blocks.
+    let compress = ["--compress", "q4_0", "--method", "none", "--rank", "8"];
+    let to = ["--save-as", "gguf", "--save", made.to_str().unwrap()];
+    let own = run(&[&compress[..], &to].concat());
+    let file = made.join("model.gguf");
+    let given = [
+        "--compressed",
+        file.to_str().unwrap(),
+        "--method",
+        "none,eora",
+        "--rank",
+        "8",
+        "--save",
+        save.to_str().unwrap(),
+    ];
+    let found = run(&given);
+    let (none, eora) = (&found[1], &found[2]);
+    let gguf = tensor_io::gguf::Gguf::open(&file).unwrap();
+    assert_eq!(none["bytes"], gguf.total_bytes());
+    // Embeddings and norms are those of the original, so that the rows are those of the compressor.
+    assert!((number(none, "perplexity") / number(&own[1], "perplexity") - 1.0).abs() < 1e-4);
+    assert!(number(eora, "loss") < 0.9 * number(none, "loss"));
+    assert!(number(eora, "perplexity") < number(none, "perplexity"));
+    let lora = save.join("model.gguf-eora-8/lora.gguf");
+    let lora = tensor_io::gguf::Gguf::open(lora).unwrap();
+    assert_eq!(eora["bytes_factors"], lora.total_bytes());
+    let architecture = lora.metadata().get_str("general.architecture").unwrap();
+    assert_eq!(
+        architecture,
+        gguf.metadata().get_str("general.architecture").unwrap()
+    );
 }
 
 #[shared_data::needed("models/stories260K", "data/text")]
@@ -329,4 +649,11 @@ fn on_a_trained_model_eora_has_the_least_held_out_error() {
         assert!(loss[2] <= loss[1] && loss[1] < loss[0], "{loss:?}");
         assert!(number(&cells[2], "perplexity") < number(&cells[0], "perplexity"));
     }
+}
+
+#[test]
+fn a_count_of_nothing_is_wrong_usage_that_says_what_is_expected() {
+    let usage = eval(&llama(), "perplexity", &["--samples", "0"]);
+    assert_eq!(usage.status.code(), Some(2));
+    assert!(String::from_utf8_lossy(&usage.stderr).contains("at least 1"));
 }

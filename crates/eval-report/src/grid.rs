@@ -38,7 +38,11 @@ impl Grid {
                 .iter()
                 .map(move |note| format!("{}: {note}", row_name(row)))
         });
-        let mut notes: Vec<String> = section.remarks.iter().cloned().chain(of_rows).collect();
+        let failures = section.failures.iter();
+        let mut notes: Vec<String> = failures
+            .map(|failure| format!("Failed: {failure}"))
+            .collect();
+        notes.extend(section.remarks.iter().cloned().chain(of_rows));
         notes.extend(notation(&columns, rows));
         Grid {
             heads: columns

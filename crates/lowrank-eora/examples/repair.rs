@@ -94,8 +94,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         let options = CheckpointOptions::new(weights, layout);
         write_checkpoint(&decoder, &repaired, out.join(name), &options, &NoProgress)?;
     }
-    let options =
-        AdapterOptions::default().with_base_model(out.join("compressed").display().to_string());
+    let base = std::path::absolute(out.join("compressed"))?;
+    let options = AdapterOptions::new(base.display().to_string());
     Adapter::write(&repaired, &options, out.join("adapter"))?;
     Probe::write(&repaired, 4, 0, out.join("probe.safetensors"))?;
 

@@ -47,6 +47,9 @@ use factor::Factor;
 pub(crate) use rows::Rows;
 use sweep::{Pruning, Target, Task};
 
+/// Largest width of a group or block of columns: wider than any linear, and far from overflow.
+const WIDEST: usize = 1 << 20;
+
 /// A row that is whole blocks of every type.
 const K_ROW: usize = 256;
 
@@ -334,6 +337,14 @@ impl Compressor {
         Ok((rounded, report))
     }
 
+    /// Whether weights with rows of `columns` can be compressed.
+    ///
+    /// # Errors
+    /// [`Error::Compressor`] with what does not fit.
+    pub fn check_columns(&self, columns: usize) -> Result<()> {
+        self.validate(Some(columns))
+    }
+
     /// Checks the parameters against each other and against the number of columns.
     fn validate(&self, columns: Option<usize>) -> Result<()> {
         let refuse = |reason: String| {
@@ -345,13 +356,14 @@ impl Compressor {
         if !(self.sweep.damping >= 0.0 && self.sweep.damping.is_finite()) {
             return refuse(format!("damping {} is not ≥ 0", self.sweep.damping));
         }
-        if self.sweep.block == 0 {
-            return refuse("a block needs at least one column".to_string());
+        if !(1..=WIDEST).contains(&self.sweep.block) {
+            return refuse(format!("a block has 1 to {WIDEST} columns"));
         }
         if let Some(quantise) = self.quantise
-            && quantise.grid.group == Group::Columns(0)
+            && let Group::Columns(width) = quantise.grid.group
+            && !(1..=WIDEST).contains(&width)
         {
-            return refuse("a group needs at least one column".to_string());
+            return refuse(format!("a group has 1 to {WIDEST} columns"));
         }
         if self.quantise.is_some() && self.blocks.is_some() {
             return refuse("it quantises in groups and in blocks; take one of them".to_string());

@@ -4,8 +4,10 @@
 //!
 //! - [`Adapter`]: a LoRA adapter folder for PEFT, vLLM and whatever else reads those, to be loaded
 //!   on top of the compressed model; or a LoRA in a GGUF file for llama.cpp;
-//! - [`write_checkpoint`]: the compressed model itself, dense or packed as GPTQ, or W_c + B A merged
-//!   into dense weights, or merged by requantisation;
+//! - [`write_checkpoint`]: the compressed model itself, dense or packed as GPTQ or compressed-tensors, or W_c + B A
+//!   merged into dense weights, or merged by requantisation;
+//! - [`write_gguf`]: the compressed model as a GGUF file for llama.cpp;
+//! - [`imatrix`]: mean squares of the inputs of every linear, for llama.cpp's quantiser;
 //! - [`Probe`]: inputs and expected outputs of each linear, with which a runtime shows that it
 //!   applies the factors, and with the right scale.
 //!
@@ -13,11 +15,15 @@
 
 mod adapter;
 mod checkpoint;
+mod gguf_model;
+mod imatrix;
 mod lora_gguf;
 mod probe;
 
 pub use crate::format::{compressed_tensors, gguf, gptq};
 pub use adapter::{Adapter, AdapterFactors, AdapterOptions, AdapterRanks};
-pub use checkpoint::{CheckpointOptions, Layout, Weights, write_checkpoint};
+pub use checkpoint::{CheckpointOptions, Layout, Weights, check_layout, write_checkpoint};
+pub use gguf_model::{GgufModelOptions, check_gguf, write_gguf};
+pub use imatrix::imatrix;
 pub use lora_gguf::GgufAdapterOptions;
 pub use probe::{Deviation, Probe, ProbeLayer};

@@ -38,9 +38,9 @@ mod stream;
 pub use crate::format::{Format, QuantisedCheckpoint};
 pub use crate::solve::{DRIFT_DAMPING, Method};
 pub use options::{FactorStorage, InputSource, Ranks, Repair, Sampling, Spread, WithinBlock};
-pub use report::{Bytes, Energy, LayerReport, Requantised, Seconds};
-pub use sites::LayerId;
-pub use source::{Given, Linear, Source};
+pub use report::{Bytes, Damping, Energy, LayerReport, Requantised, Seconds};
+pub use sites::{LayerId, linears};
+pub use source::{CompressedLinear, Given, Linear, Source};
 pub use state::{Repaired, RepairedLayer};
 pub use stored::StoredWeight;
 

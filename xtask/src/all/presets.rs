@@ -91,7 +91,7 @@ fn lowrank(inputs: &Inputs, settings: &Settings) -> Result<Preset> {
         .map(|name| Ok(name.parse()?))
         .collect::<Result<Vec<Compressor>>>()?;
     let methods = vec![Some(Method::Eora), Some(Method::Svd), None];
-    let name = |method: &Option<Method>| method.map_or(lowrank::NONE, Method::name);
+    let name = |method: &Option<Method>| lowrank::method_name(*method);
     let shown = |(compressor, method): (&Compressor, &Option<Method>)| Shown {
         compress: Some(compressor.to_string()),
         ..Shown::new(

@@ -11,7 +11,7 @@ use lowrank_eora::repair::{
 };
 use tensor_io::WriteOptions;
 
-use super::TextArgs;
+use super::{TextArgs, positive};
 use crate::suites::lowrank::{self, Output};
 
 #[derive(Args)]
@@ -22,46 +22,64 @@ pub(super) struct LowrankArgs {
     #[arg(long, value_name = "FILE")]
     calib: PathBuf,
     /// Windows to calibrate on, sampled with --seed
-    #[arg(long, value_name = "N", default_value = "128")]
+    #[arg(long, value_name = "N", default_value = "128", value_parser = positive)]
     calib_samples: NonZeroUsize,
     /// Other windows of the same text, to measure the output error on
-    #[arg(long, value_name = "N", default_value = "32")]
+    #[arg(long, value_name = "N", default_value = "32", value_parser = positive)]
     held_out_samples: NonZeroUsize,
-    /// Compressors, separated by commas, such as wanda-2:4, gptq-int3-g128 or wanda-2:4+rtn-int4
     #[arg(
         long,
-        required = true,
+        required_unless_present = "compressed",
         value_delimiter = ',',
         value_name = "C[,C..]",
-        value_parser = compressor
+        value_parser = compressor,
+        help = format!(
+            "Compressors, separated by commas: {}; more by a grammar, which a wrong name prints",
+            Compressor::COMMON.join(", ")
+        )
     )]
     compress: Vec<Compressor>,
-    /// Methods, separated by commas: none, svd, act-scale, act-scale-sqrt, diag, lqer, eora, eora-drift
+    /// Repair this model instead, which another tool compressed from --model: a GGUF file, or a folder with GPTQ,
+    /// compressed-tensors or pruned weights
+    #[arg(long, value_name = "DIR_OR_GGUF", conflicts_with = "compress")]
+    compressed: Option<PathBuf>,
     #[arg(
         long,
         required = true,
         value_delimiter = ',',
         value_name = "M[,M..]",
-        value_parser = method
+        value_parser = method,
+        help = format!(
+            "Methods, separated by commas: {}, or {} to measure the compressed model as it is",
+            Method::NAMES.join(", "),
+            lowrank::NONE
+        )
     )]
     method: Vec<MethodArg>,
     /// Ranks, separated by commas; limited by the smaller side of each linear
-    #[arg(long, required = true, value_delimiter = ',', value_name = "R[,R..]")]
+    #[arg(
+        long,
+        required = true,
+        value_delimiter = ',',
+        value_name = "R[,R..]",
+        value_parser = positive
+    )]
     rank: Vec<NonZeroUsize>,
     /// Write the outputs of --save-as to this folder; several results go to subfolders COMPRESS-METHOD-RANK
     #[arg(long, value_name = "DIR")]
     save: Option<PathBuf>,
-    /// Outputs to write, separated by commas
+    /// Outputs to write, separated by commas [default: adapter,compressed,probe; for --compressed the adapter of its format
+    /// and probe]
     #[arg(
         long,
         value_enum,
         value_delimiter = ',',
         value_name = "O[,O..]",
-        default_values_t = Output::DEFAULT
+        requires = "save"
     )]
-    save_as: Vec<Output>,
+    save_as: Option<Vec<Output>>,
     /// Replace existing output at --save
-    #[arg(long)]
+    #[arg(long, requires = "save")]
     overwrite: bool,
     /// Maximum shard size in bytes
     #[arg(long, value_name = "N", default_value = "5000000000")]
@@ -164,6 +182,7 @@ impl LowrankArgs {
             calib_samples: self.calib_samples.get(),
             held_out_samples: self.held_out_samples.get(),
             compressors: self.compress,
+            compressed: self.compressed,
             ranks: self.rank.into_iter().map(NonZeroUsize::get).collect(),
             repair: Repair::default()
                 .with_inputs(match change.inputs {

@@ -158,13 +158,13 @@ struct CommonArgs {
     #[arg(long, global = true, value_name = "N", value_parser = window)]
     window: Option<usize>,
     /// Evaluate only the first N windows or questions
-    #[arg(long, global = true, value_name = "N")]
+    #[arg(long, global = true, value_name = "N", value_parser = positive)]
     samples: Option<NonZeroUsize>,
     /// Seed of everything random
     #[arg(long, global = true, value_name = "N", default_value_t = 0)]
     seed: u64,
     /// Number of threads [default: all cores]
-    #[arg(long, global = true, value_name = "N")]
+    #[arg(long, global = true, value_name = "N", value_parser = positive)]
     threads: Option<NonZeroUsize>,
     /// Device to compute on
     #[arg(long, global = true, value_enum, default_value_t = Device::Cpu)]
@@ -263,6 +263,11 @@ struct PerplexityArgs {
     /// Also measure nuclear norm and entropy of the hidden states
     #[arg(long)]
     hidden_metrics: bool,
+}
+
+fn positive(text: &str) -> Result<NonZeroUsize, String> {
+    let number = text.parse().ok().and_then(NonZeroUsize::new);
+    number.ok_or_else(|| "expected a whole number, at least 1".into())
 }
 
 fn window(text: &str) -> Result<usize, String> {

@@ -351,7 +351,12 @@ mod tests {
             ("magnitude-50-damp0.1", "`damp0.1`"),
             ("rtn-int5", "`int5` is not int2"),
             ("rtn-int4-act", "`act`"),
-            ("rtn-int4-g0", "at least one column"),
+            ("rtn-int4-g0", "1 to 1048576 columns"),
+            ("rtn-int4-g18446744073709551615", "1 to 1048576 columns"),
+            (
+                "gptq-int4-block18446744073709551615",
+                "1 to 1048576 columns",
+            ),
             ("q4_k-act", "`act`"),
             ("gptq-q4_k-imatrix", "`imatrix`"),
             ("gptq-f16", "`f16`"),

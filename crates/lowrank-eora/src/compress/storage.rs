@@ -1,14 +1,17 @@
 //! How many bytes a compressed weight takes.
 
-use super::grid::Symmetry;
+use super::grid::{Group, Symmetry};
 use super::prune::{Pattern, Prune, Score, share};
 use super::{BlockTypes, Compressed, Compressor, Mask, Quantised, fitting};
-use packed::QuantRows;
+use packed::{BlockType, QuantRows};
 
-/// Bytes of the parts of a compressed weight, as files of the usual formats hold them: codes without gaps, f16 scales.
+/// Bytes of the parts of a compressed weight, as a file holds them.
 ///
-/// Zero points count unless the grid is symmetric, an index of groups where groups are not runs of neighbouring inputs.
-/// Of a pruned weight only what stays counts, and a mask of one bit for each weight. That is what a format for sparse
+/// Weights in groups count as in a GPTQ file: whole 32-bit words of codes and of zero points, f16 scales, and the group
+/// of each input, whether the grid needs them or not. Weights on an offset grid, which GPTQ does not store, count as the
+/// GGUF blocks that hold them, weights in blocks as those blocks.
+///
+/// Of a pruned weight only the kept values count, and a mask of one bit for each weight. That is what a format for sparse
 /// weights needs (`sparse-bitmask`; for 2:4 the indices of the hardware format take as much); a file with the zeros in
 /// it, which is what runtimes load today, takes as much as the dense weight.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -30,6 +33,9 @@ pub struct Storage {
 
 /// Bytes of an f16 scale.
 const SCALE: usize = 2;
+/// Bytes and bits of a word of codes.
+const WORD: usize = 4;
+const WORD_BITS: usize = 32;
 
 impl Storage {
     /// Of floats of `width` bytes, `kept` of which are not zero: with a mask where that takes less.
@@ -51,22 +57,14 @@ impl Storage {
 
     /// Of a quantised weight of which `pruned` weights were pruned before.
     pub fn quantised(weight: &Quantised, pruned: usize) -> Self {
-        let (weights, bits) = (weight.rows * weight.cols, weight.bits.get());
-        Self {
-            values: ((weights - pruned) * bits).div_ceil(8),
-            mask: if pruned > 0 { weights.div_ceil(8) } else { 0 },
-            scales: weight.scales.len() * SCALE,
-            zeros: match (weight.is_symmetric(), weight.offsets.is_empty()) {
-                (true, _) => 0,
-                (false, true) => (weight.zeros.len() * bits).div_ceil(8),
-                (false, false) => weight.offsets.len() * SCALE,
-            },
-            group_index: match weight.is_ordered() {
-                true => 0,
-                false => 4 * weight.cols,
-            },
-            weights,
-        }
+        let shape = Groups {
+            rows: weight.rows,
+            cols: weight.cols,
+            bits: weight.bits.get(),
+            group_width: weight.group_width,
+            offset: !weight.offsets.is_empty(),
+        };
+        shape.storage(weight.rows * weight.cols - pruned)
     }
 
     /// Of a weight in GGUF blocks, scales included.
@@ -84,7 +82,7 @@ impl Storage {
     /// What `compressor` will make of an `m × n` weight of floats of `width` bytes, without compressing it; `None`
     /// where it does not fit the shape, and for a mix of block types that was not resolved.
     ///
-    /// Ties, sweeps and zero points that all lie in the middle by chance are not foreseen.
+    /// Ties and what a sweep prunes beyond its pattern are not foreseen.
     pub fn predicted(
         compressor: &Compressor,
         (m, n): (usize, usize),
@@ -117,26 +115,17 @@ impl Storage {
             return Some(Self::floats(weights, kept, width));
         };
         let grid = quantise.grid;
-        let groups = m * grid.group.count(n);
-        Some(Self {
-            values: (kept * grid.bits.get()).div_ceil(8),
-            mask: if kept < weights {
-                weights.div_ceil(8)
-            } else {
-                0
+        let shape = Groups {
+            rows: m,
+            cols: n,
+            bits: grid.bits.get(),
+            group_width: match grid.group {
+                Group::Channel => n,
+                Group::Columns(width) => width,
             },
-            scales: groups * SCALE,
-            zeros: match grid.symmetry {
-                Symmetry::Asymmetric => (groups * grid.bits.get()).div_ceil(8),
-                Symmetry::Symmetric | Symmetry::SymmetricClipped | Symmetry::Signed => 0,
-                Symmetry::Offset => groups * SCALE,
-            },
-            group_index: match quantise.takes_groups_apart() {
-                true => 4 * n,
-                false => 0,
-            },
-            weights,
-        })
+            offset: grid.symmetry == Symmetry::Offset,
+        };
+        Some(shape.storage(kept))
     }
 
     /// All bytes.
@@ -147,6 +136,53 @@ impl Storage {
     /// Bits per weight, everything counted.
     pub fn bits_per_weight(&self) -> f64 {
         8.0 * self.bytes() as f64 / self.weights.max(1) as f64
+    }
+}
+
+/// What the size of a weight in groups depends on.
+struct Groups {
+    rows: usize,
+    cols: usize,
+    bits: usize,
+    group_width: usize,
+    offset: bool,
+}
+
+impl Groups {
+    /// With `kept` weights that are not pruned.
+    fn storage(&self, kept: usize) -> Storage {
+        let (rows, cols, bits) = (self.rows, self.cols, self.bits);
+        let weights = rows * cols;
+        let words = |codes: usize| (codes * bits).div_ceil(WORD_BITS) * WORD;
+        let groups = cols.div_ceil(self.group_width.max(1));
+        let blocks = BlockType::Q4_1;
+        let whole = |width: usize| width.is_multiple_of(blocks.block_len());
+        let in_blocks = whole(cols) && (self.group_width >= cols || whole(self.group_width));
+        if self.offset && in_blocks {
+            return Storage {
+                values: weights / blocks.block_len() * blocks.block_bytes(),
+                mask: 0,
+                scales: 0,
+                zeros: 0,
+                group_index: 0,
+                weights,
+            };
+        }
+        let (values, mask) = match kept < weights {
+            true => ((kept * bits).div_ceil(8), weights.div_ceil(8)),
+            false => (rows * words(cols), 0),
+        };
+        Storage {
+            values,
+            mask,
+            scales: rows * groups * SCALE,
+            zeros: match self.offset {
+                true => rows * groups * SCALE,
+                false => groups * words(rows),
+            },
+            group_index: WORD * cols,
+            weights,
+        }
     }
 }
 
@@ -183,17 +219,41 @@ mod tests {
     }
 
     #[test]
-    fn bits_per_weight_are_codes_masks_scales_and_zeros() {
+    fn bits_per_weight_are_codes_masks_scales_zeros_and_the_index_of_groups() {
         let bits = |name| storage(name, (64, 256)).bits_per_weight();
         assert_eq!(bits("none"), 16.0);
         assert_eq!(bits("wanda-2:4"), 8.0 + 1.0);
         assert_eq!(bits("wanda-75"), 4.0 + 1.0);
-        assert_eq!(bits("rtn-int4-g128"), 4.0 + (16.0 + 4.0) / 128.0);
-        assert_eq!(bits("rtn-int4-g128-sym"), 4.0 + 16.0 / 128.0);
-        assert_eq!(bits("rtn-int3"), 3.0 + (16.0 + 3.0) / 256.0);
-        assert_eq!(bits("wanda-2:4+rtn-int4-sym"), 2.0 + 1.0 + 16.0 / 256.0);
         let index = 8.0 * 4.0 / 64.0;
-        assert_eq!(bits("gptq-int4-g128-sym-act"), 4.0 + 16.0 / 128.0 + index);
+        for name in [
+            "rtn-int4-g128",
+            "rtn-int4-g128-sym",
+            "gptq-int4-g128-sym-act",
+        ] {
+            assert_eq!(bits(name), 4.0 + (16.0 + 4.0) / 128.0 + index, "{name}");
+        }
+        assert_eq!(bits("rtn-int3"), 3.0 + (16.0 + 3.0) / 256.0 + index);
+        let pruned = bits("wanda-2:4+rtn-int4-sym");
+        assert_eq!(pruned, 2.0 + 1.0 + (16.0 + 4.0) / 256.0 + index);
+        // In GGUF's blocks of 32, with a scale and an offset each.
+        assert_eq!(bits("rtn-int4-g64-offset"), 4.0 + 32.0 / 32.0);
+    }
+
+    #[test]
+    fn a_quantised_weight_takes_the_bytes_of_its_gptq_tensors() {
+        use crate::format::gptq::{Version, tensors};
+        for name in ["rtn-int4-g16-sym", "rtn-int3-g32", "gptq-int8-g32-sym-act"] {
+            let (m, n) = (64, 96);
+            let weight = Mat::from_fn(m, n, |i, j| ((i * 37 + j * 101) % 193) as f64 - 66.5);
+            let h = Mat::from_fn(n, n, |i, j| if i == j { 1.0 + i as f64 } else { 0.25 });
+            let compressor: Compressor = name.parse().expect("a name");
+            let inputs = Some(Inputs::Gram(h.as_ref()));
+            let compressed = compressor.compress(weight.as_ref(), inputs).expect("valid");
+            let quantised = compressed.quantised.as_ref().expect("it quantises");
+            let written = tensors("up_proj", quantised, Version::V2).expect("storable");
+            let bytes: usize = written.iter().map(|(_, bytes)| bytes.len()).sum();
+            assert_eq!(compressed.storage(2).bytes(), bytes, "{name}");
+        }
     }
 
     #[test]

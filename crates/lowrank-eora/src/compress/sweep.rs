@@ -9,6 +9,7 @@ use faer::linalg::matmul::matmul;
 use faer::{Accum, MatMut, MatRef, Par};
 use packed::{QuantRows, RowGrid};
 use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
 use std::ops::Range;
 
 use super::factor::Factor;
@@ -69,7 +70,7 @@ pub enum GroupFit {
 }
 
 /// What a sweep met.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct SweepReport {
     /// ‖(W − W_c) X‖² under the damped H, W without the columns of dead inputs.

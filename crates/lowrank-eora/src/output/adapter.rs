@@ -27,9 +27,9 @@ pub enum AdapterRanks {
     /// All with the largest rank, padded with zeros: what every runtime reads.
     #[default]
     Uniform,
-    /// Each with its own, and `rank_pattern` and `alpha_pattern`: smaller, and only right in
-    /// runtimes that read both, as PEFT does and vLLM does not. Where all ranks are the same there
-    /// are no patterns.
+    /// Each with its own, and `rank_pattern` and `alpha_pattern`: exactly the bytes of the factors,
+    /// for runtimes that read both, as PEFT does and vLLM does not. Where all ranks are the same
+    /// there are no patterns.
     Mixed,
 }
 
@@ -43,13 +43,26 @@ pub struct AdapterOptions {
     pub ranks: AdapterRanks,
     /// Declare `use_rslora`, whose scale is `lora_alpha / √r`; B is divided by √r.
     pub rslora: bool,
-    /// `base_model_name_or_path`: the compressed model.
+    /// `base_model_name_or_path`: the compressed model that the factors were fitted to, not the original.
     pub base_model: String,
     /// Replace an adapter that is there.
     pub overwrite: bool,
 }
 
 impl AdapterOptions {
+    /// For the compressed model at this path or of this name; f16, one rank for all, never replacing an adapter.
+    ///
+    /// Runtimes resolve a relative path from wherever they run: give an absolute one.
+    pub fn new(base_model: impl Into<String>) -> Self {
+        Self {
+            dtype: DType::F16,
+            ranks: AdapterRanks::default(),
+            rslora: false,
+            base_model: base_model.into(),
+            overwrite: false,
+        }
+    }
+
     /// Stored dtype: f16, bf16 or f32.
     pub fn with_dtype(self, dtype: DType) -> Self {
         Self { dtype, ..self }
@@ -65,29 +78,9 @@ impl AdapterOptions {
         Self { rslora, ..self }
     }
 
-    /// `base_model_name_or_path`: the compressed model.
-    pub fn with_base_model(self, base_model: impl Into<String>) -> Self {
-        Self {
-            base_model: base_model.into(),
-            ..self
-        }
-    }
-
     /// Replace an adapter that is there.
     pub fn with_overwrite(self, overwrite: bool) -> Self {
         Self { overwrite, ..self }
-    }
-}
-
-impl Default for AdapterOptions {
-    fn default() -> Self {
-        Self {
-            dtype: DType::F16,
-            ranks: AdapterRanks::default(),
-            rslora: false,
-            base_model: String::new(),
-            overwrite: false,
-        }
     }
 }
 
@@ -113,7 +106,7 @@ impl Adapter {
     /// Writes the factors of a repair as an adapter folder.
     ///
     /// # Errors
-    /// [`Error::Setting`] for another dtype or a repair without factors, values beyond the dtype
+    /// [`Error::Setting`] for another dtype, no base model or a repair without factors, values beyond the dtype
     /// with their tensor, and a folder that exists or cannot be written.
     pub fn write(
         repaired: &Repaired,
@@ -127,6 +120,13 @@ impl Adapter {
                 expected: "f16, bf16 or f32",
             });
         }
+        if options.base_model.is_empty() {
+            return Err(Error::Setting {
+                name: "base model of an adapter",
+                value: "empty".into(),
+                expected: "the path or name of the compressed model",
+            });
+        }
         let ranks: BTreeMap<LayerId, usize> = (repaired.reports())
             .map(|report| (report.layer, report.rank))
             .collect();
@@ -138,18 +138,32 @@ impl Adapter {
                 expected: "a repair with factors",
             });
         }
-        // A target without tensors would be initialised by the runtime.
-        let targets: BTreeSet<&str> = (ranks.iter())
+        let leaves: BTreeSet<&str> = (ranks.iter())
             .filter(|(_, rank)| **rank > 0)
             .map(|(layer, _)| leaf(layer))
             .collect();
-        let stored = |rank: usize| match options.ranks {
-            AdapterRanks::Uniform => largest,
-            AdapterRanks::Mixed => rank.max(1),
+        // The rank that a linear is stored with, if it is stored.
+        let stored = |layer: &LayerId| {
+            let rank = ranks.get(layer).copied().unwrap_or(0);
+            match options.ranks {
+                AdapterRanks::Uniform => leaves.contains(leaf(layer)).then_some(largest),
+                AdapterRanks::Mixed => Some(rank).filter(|&rank| rank > 0),
+            }
         };
-        let pattern: Map<String, Value> = (ranks.iter())
-            .filter(|(layer, rank)| targets.contains(leaf(layer)) && stored(**rank) != largest)
-            .map(|(layer, rank)| (layer.to_string(), stored(*rank).into()))
+        // A target without tensors would be initialised by the runtime, so that a name that stands for linears without
+        // factors too is no target.
+        let named = |layer: &&LayerId| leaves.contains(leaf(layer));
+        let targets: BTreeSet<String> =
+            match ranks.keys().filter(named).all(|l| stored(l).is_some()) {
+                true => leaves.iter().map(ToString::to_string).collect(),
+                false => (ranks.keys().filter(|layer| stored(layer).is_some()))
+                    .map(ToString::to_string)
+                    .collect(),
+            };
+        let pattern: Map<String, Value> = (ranks.keys())
+            .filter_map(|layer| Some((layer, stored(layer)?)))
+            .filter(|(_, rank)| *rank != largest)
+            .map(|(layer, rank)| (layer.to_string(), rank.into()))
             .collect();
         let config = json!({
             "peft_type": "LORA",
@@ -176,10 +190,9 @@ impl Adapter {
         for block in 0..repaired.blocks() {
             for layer in repaired.block(block)? {
                 let report = &layer.report;
-                if !targets.contains(leaf(&report.layer)) {
+                let Some(rank) = stored(&report.layer) else {
                     continue;
-                }
-                let rank = stored(report.rank);
+                };
                 let scale = if options.rslora {
                     1.0 / (rank as f64).sqrt()
                 } else {
@@ -205,7 +218,10 @@ impl Adapter {
         }
         let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
         let overwrite = match options.overwrite {
-            true => Overwrite::IfHolds(CONFIG),
+            true => Overwrite::IfHolds {
+                marker: CONFIG,
+                owns: |name| matches!(name, CONFIG | WEIGHTS),
+            },
             false => Overwrite::Never,
         };
         let folder = PendingFolder::create(dst, overwrite)?;

@@ -1,9 +1,9 @@
 //! Whole checkpoints: compressed, merged, or merged by requantisation; dense or packed.
 
-use crate::compress::{Compressor, Quantised};
+use crate::compress::{Compressor, Quantise, Quantised, Symmetry};
 use crate::format::{compressed_tensors, gptq};
 use crate::matrix::to_tensor;
-use crate::repair::{LayerId, Repaired, RepairedLayer, StoredWeight};
+use crate::repair::{LayerId, Repaired, RepairedLayer, StoredWeight, linears};
 use crate::{Error, Result};
 use candle_core::{DType, Device};
 use causal_lm::Decoder;
@@ -109,10 +109,18 @@ pub fn write_checkpoint(
         let layer = name.strip_suffix(".weight").and_then(LayerId::parse);
         layer.filter(|layer| linears.contains(layer))
     };
-    let compressor = match layout {
+    let mut compressor = match layout {
         Layout::Dense { .. } => None,
         Layout::Gptq { .. } | Layout::CompressedTensors => Some(packer(repaired, weights, layout)?),
     };
+    // The file says what was done, not what was asked for.
+    let damping = match weights {
+        Weights::Requantised => repaired.requantised_damping(),
+        Weights::Compressed | Weights::Merged => repaired.damping(),
+    };
+    if let (Some(compressor), Some(damping)) = (&mut compressor, damping) {
+        compressor.sweep.damping = damping.largest;
+    }
 
     let mut config = checkpoint.config().clone();
     let mut specs = Vec::new();
@@ -189,7 +197,7 @@ pub fn write_checkpoint(
                     let matrix = match weights {
                         Weights::Compressed => layer.weight.matrix()?,
                         Weights::Merged => layer.merged()?,
-                        Weights::Requantised => requantised(&layer, layout)?.matrix()?,
+                        Weights::Requantised => requantised(&layer, layout.name())?.matrix()?,
                     };
                     let tensor = to_tensor(matrix.as_ref(), DType::F64, &Device::Cpu)?;
                     writer.write_tensor(&id.weight(), &tensor)?;
@@ -218,6 +226,48 @@ pub fn write_checkpoint(
     Ok(writer.finish()?)
 }
 
+/// Whether all linears of a model can be stored in a layout after this compressor, as far as shapes and grid tell.
+///
+/// # Errors
+/// [`Error::NotStorable`] with the linear and the reason; for GPTQ version 1 also for asymmetric grids, whose zero points
+/// may be 0, which that version does not store.
+pub fn check_layout(decoder: &Decoder<'_>, compressor: &Compressor, layout: Layout) -> Result<()> {
+    if let Layout::Dense { .. } = layout {
+        return Ok(());
+    }
+    let quantise = groups_of(compressor, layout)?;
+    let grid = quantise.grid;
+    let v1 = gptq::Version::V1;
+    if layout == (Layout::Gptq { version: v1 }) && grid.symmetry == Symmetry::Asymmetric {
+        return Err(not_storable(
+            layout,
+            "the model",
+            "asymmetric grids may have zero points of 0, which version 1 does not hold; store gptq-v2, or quantise \
+             with `-sym`",
+        ));
+    }
+    for (id, [m, n]) in linears(decoder) {
+        let module = id.to_string();
+        match layout {
+            Layout::Gptq { .. } => gptq::specs(&module, (m, n), grid.bits, grid.group)?,
+            _ => compressed_tensors::specs(&module, (m, n), &quantise)?,
+        };
+    }
+    Ok(())
+}
+
+/// The quantisation in groups that a packed layout stores.
+fn groups_of(compressor: &Compressor, layout: Layout) -> Result<Quantise> {
+    let reason = match compressor.quantise {
+        Some(quantise) if quantise.grid.symmetry != Symmetry::Offset => return Ok(quantise),
+        Some(_) => format!("{compressor} has float offsets, which only GGUF stores"),
+        None => {
+            format!("{compressor} does not quantise in groups; write it as floats, or as GGUF")
+        }
+    };
+    Err(not_storable(layout, "the model", &reason))
+}
+
 fn not_storable(layout: Layout, module: impl ToString, reason: &str) -> Error {
     Error::NotStorable {
         module: module.to_string(),
@@ -234,12 +284,7 @@ fn packer(repaired: &Repaired, weights: Weights, layout: Layout) -> Result<Compr
         Weights::Merged => None,
     };
     match (compressor, weights) {
-        (Some(compressor), _) if compressor.quantise.is_some() => Ok(compressor),
-        (Some(compressor), _) => Err(not_storable(
-            layout,
-            "the model",
-            &format!("{compressor} does not quantise in groups; write it dense, or as GGUF"),
-        )),
+        (Some(compressor), _) => groups_of(&compressor, layout).map(|_| compressor),
         (None, Weights::Merged) => Err(not_storable(
             layout,
             "the model",
@@ -253,16 +298,22 @@ fn packer(repaired: &Repaired, weights: Weights, layout: Layout) -> Result<Compr
     }
 }
 
-fn requantised(layer: &RepairedLayer, layout: Layout) -> Result<&StoredWeight> {
-    layer
-        .requantised
-        .as_ref()
-        .ok_or_else(|| not_storable(layout, layer.report.layer, "not requantised"))
+/// W_c' of a merge by requantisation.
+pub(super) fn requantised<'a>(
+    layer: &'a RepairedLayer,
+    format: &'static str,
+) -> Result<&'a StoredWeight> {
+    let weight = layer.requantised.as_ref();
+    weight.ok_or_else(|| Error::NotStorable {
+        module: layer.report.layer.to_string(),
+        format,
+        reason: "it was not requantised".into(),
+    })
 }
 
 fn quantised(layer: &RepairedLayer, weights: Weights, layout: Layout) -> Result<&Quantised> {
     let stored = match weights {
-        Weights::Requantised => requantised(layer, layout)?,
+        Weights::Requantised => requantised(layer, layout.name())?,
         Weights::Compressed | Weights::Merged => &layer.weight,
     };
     match stored {

@@ -6,6 +6,7 @@
 //! reordered as those of the weights.
 
 use super::adapter::{Adapter, AdapterFactors};
+use super::gguf_model::{architecture_of, is_rotated};
 use crate::repair::{LayerId, Repaired};
 use crate::solve::LowRank;
 use crate::{Error, Result};
@@ -15,7 +16,7 @@ use causal_lm::{Decoder, LinearName, ModelConfig};
 use faer::{Mat, MatRef};
 use packed::BlockType;
 use std::path::Path;
-use tensor_io::gguf::{BlockLayout, Gguf, GgufError, Metadata, TensorSpec, Value, Writer};
+use tensor_io::gguf::{BlockLayout, Gguf, Metadata, TensorSpec, Value, Writer};
 
 const A: &str = ".weight.lora_a";
 const B: &str = ".weight.lora_b";
@@ -38,6 +39,17 @@ impl GgufAdapterOptions {
             architecture: architecture(decoder),
             dtype: BlockType::F16,
         }
+    }
+
+    /// For this GGUF file of the base; f16.
+    ///
+    /// # Errors
+    /// A file without an architecture, or with one that is not supported.
+    pub fn of_base(base: &Gguf) -> Result<Self> {
+        Ok(Self {
+            architecture: architecture_of(base)?,
+            dtype: BlockType::F16,
+        })
     }
 
     /// Architecture of the base.
@@ -69,10 +81,6 @@ fn architecture(decoder: &Decoder<'_>) -> Architecture {
     }
 }
 
-fn is_rotated(linear: LinearName, architecture: Architecture) -> bool {
-    matches!(linear, LinearName::Q | LinearName::K) && architecture.rotates_neighbours()
-}
-
 /// The linear of a layer: in the architectures here every linear is stored alone.
 fn linear_of(layer: LayerId) -> LinearName {
     layer.module().parts[0]
@@ -91,6 +99,22 @@ fn values(matrix: MatRef<'_, f64>, order: Option<&[usize]>) -> Vec<f32> {
 }
 
 impl Adapter {
+    /// Whether factors of this decoder can be written as GGUF.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] for a type of model that is not mapped.
+    pub fn check_gguf(decoder: &Decoder<'_>) -> Result<()> {
+        let model_type = decoder.config().model_type;
+        if matches!(model_type, "llama" | "mistral" | "qwen2" | "qwen3") {
+            return Ok(());
+        }
+        Err(Error::Setting {
+            name: "model of a GGUF adapter",
+            value: model_type.into(),
+            expected: "llama, mistral, qwen2 or qwen3",
+        })
+    }
+
     /// Writes the factors of a repair as a GGUF file for llama.cpp, for the base that `options` name.
     ///
     /// # Errors
@@ -106,6 +130,7 @@ impl Adapter {
             architecture,
             dtype,
         } = *options;
+        Self::check_gguf(decoder)?;
         let layout = BlockLayout::named(dtype.name()).filter(|_| !dtype.is_quantised());
         let Some(layout) = layout else {
             return Err(Error::Setting {
@@ -114,14 +139,6 @@ impl Adapter {
                 expected: "f16, bf16 or f32",
             });
         };
-        let model_type = decoder.config().model_type;
-        if !matches!(model_type, "llama" | "mistral" | "qwen2" | "qwen3") {
-            return Err(Error::Setting {
-                name: "model of a GGUF adapter",
-                value: model_type.into(),
-                expected: "llama, mistral, qwen2 or qwen3",
-            });
-        }
         let repairs = || repaired.reports().filter(|report| report.rank > 0);
         if repairs().next().is_none() {
             return Err(Error::Setting {
@@ -184,11 +201,7 @@ impl Adapter {
                 return Err(refuse(format!("{key} is {found}, expected {expected}")));
             }
         }
-        let name = metadata.required("general.architecture", Metadata::get_str)?;
-        let architecture = Architecture::named(name).ok_or_else(|| {
-            let what = format!("architecture {name} is not supported");
-            metadata.error(GgufError::Content(what))
-        })?;
+        let architecture = architecture_of(&file)?;
         let alpha = metadata.get_f64(ALPHA)?.filter(|alpha| *alpha != 0.0);
         let config = decoder.config();
         let mut layers = Vec::new();

@@ -165,6 +165,8 @@ impl BlockRepair<'_> {
                 }
                 .map_err(|source| in_layer(id, source))?;
                 layer.report.statistics_bytes = held[index];
+                let sums = &statistics.inputs.diagonal;
+                (layer.mean_square, layer.report.tokens) = (sums.mean_square(), sums.tokens);
                 layers.push(layer);
             }
         }

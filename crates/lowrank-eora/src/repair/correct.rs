@@ -2,7 +2,7 @@
 
 use super::block::BlockRepair;
 use super::inputs::Statistics;
-use super::source::Linear;
+use super::source::{CompressedLinear, Linear};
 use super::state::RepairedLayer;
 use super::stream::View;
 use super::{Bytes, Energy, LayerId, LayerReport, Requantised, Seconds, StoredWeight};
@@ -24,7 +24,10 @@ impl BlockRepair<'_> {
     ) -> Result<(RepairedLayer, Mat<f64>, Mat<f64>)> {
         let start = Instant::now();
         let (weight, dtype) = self.weight(id)?;
-        let stored = self.source.compressed(&Linear {
+        let CompressedLinear {
+            weight: stored,
+            sweep,
+        } = self.source.compressed(&Linear {
             layer: id,
             weight: weight.as_ref(),
             dtype,
@@ -46,10 +49,12 @@ impl BlockRepair<'_> {
                 outputs: weight.nrows(),
                 inputs: weight.ncols(),
                 rank: 0,
+                tokens: 0,
                 calibration: Energy::default(),
                 held_out: None,
                 held_out_drift: None,
                 requantised: None,
+                sweep,
                 spectrum: None,
                 seconds: Seconds {
                     compress: start.elapsed().as_secs_f64(),
@@ -65,6 +70,7 @@ impl BlockRepair<'_> {
             weight: stored,
             factors: None,
             requantised: None,
+            mean_square: Vec::new(),
         };
         Ok((layer, weight, compressed))
     }
@@ -134,11 +140,13 @@ impl BlockRepair<'_> {
         let merged = layer.merged()?;
         let compressor = compressor.at(self.place(layer.report.layer));
         let again = compressor.compress(merged.as_ref(), Some(inputs.into()))?;
+        let sweep = again.sweep;
         let stored = StoredWeight::of(again, dtype.unwrap_or(DType::F32))?;
         layer.report.requantised = Some(Requantised {
             calibration: 0.0,
             held_out: None,
             bytes: stored.bytes()?,
+            sweep,
         });
         layer.requantised = Some(stored);
         Ok(())

@@ -5,7 +5,7 @@ use crate::compress::Compressor;
 use crate::solve::{self, Candidate, LowRank, Method};
 use crate::stats::{Accumulation, Importance};
 use crate::{Error, Result, matrix};
-use candle_core::{DType, Device};
+use candle_core::{DType, Device, Tensor};
 use faer::{Mat, MatRef};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -327,9 +327,20 @@ impl FactorStorage {
             return solve::quantise_factors(factors, (&a, &b), refit);
         }
         let (a, b) = factors.to_tensors(self.dtype(), &Device::Cpu)?;
+        let read = |tensor: &Tensor, what: &'static str| match (
+            matrix::from_tensor(tensor, what),
+            self,
+        ) {
+            (Err(Error::NotFinite { .. }), Self::F16) => Err(Error::Setting {
+                name: "factors",
+                value: "f16".into(),
+                expected: "bf16 or f32: a value of the factors is beyond 65504, the largest of f16",
+            }),
+            (read, _) => read,
+        };
         let rounded = LowRank {
-            b: matrix::from_tensor(&b, "factor B as stored")?,
-            a: matrix::from_tensor(&a, "factor A as stored")?,
+            b: read(&b, "factor B as stored")?,
+            a: read(&a, "factor A as stored")?,
         };
         let entries = a.elem_count() + b.elem_count();
         Ok((rounded, (entries * self.dtype().size_in_bytes()) as u64))

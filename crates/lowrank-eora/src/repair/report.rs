@@ -1,6 +1,7 @@
 //! What a repair did to each linear.
 
 use super::LayerId;
+use crate::compress::SweepReport;
 use crate::solve::Spectrum;
 use serde::{Deserialize, Serialize};
 use std::iter::Sum;
@@ -96,6 +97,31 @@ impl Sum for Bytes {
     }
 }
 
+/// The damping that the sweeps of a model ended with.
+#[derive(Clone, Copy, Debug, PartialEq)]
+#[non_exhaustive]
+pub struct Damping {
+    /// The largest, as a share of the mean diagonal of H.
+    pub largest: f64,
+    /// Linears where it had to grow because H was not positive definite.
+    pub raised: usize,
+}
+
+impl Damping {
+    pub(super) fn of(sweeps: impl Iterator<Item = SweepReport>) -> Option<Self> {
+        sweeps.fold(None, |damping: Option<Self>, sweep| {
+            let Self { largest, raised } = damping.unwrap_or(Self {
+                largest: 0.0,
+                raised: 0,
+            });
+            Some(Self {
+                largest: largest.max(sweep.damping),
+                raised: raised + usize::from(sweep.retries > 0),
+            })
+        })
+    }
+}
+
 /// What merging by requantisation, W_c' = quantise(W_c + B A), leaves of a repair.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[non_exhaustive]
@@ -107,6 +133,9 @@ pub struct Requantised {
     pub held_out: Option<f64>,
     /// Bytes of W_c'.
     pub bytes: u64,
+    /// What the last sweep of SparseGPT or GPTQ met.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sweep: Option<SweepReport>,
 }
 
 /// One linear.
@@ -121,6 +150,8 @@ pub struct LayerReport {
     pub inputs: usize,
     /// Rank of B A; 0 where there is none.
     pub rank: usize,
+    /// Calibration tokens.
+    pub tokens: u64,
     /// On the tokens that the repair was fitted to.
     pub calibration: Energy,
     /// On tokens that calibration never saw.
@@ -133,6 +164,9 @@ pub struct LayerReport {
     /// Merging by requantisation, where asked for.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub requantised: Option<Requantised>,
+    /// What the last sweep of SparseGPT or GPTQ met, where one compressed W: the damping that it ended with among it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sweep: Option<SweepReport>,
     /// What each rank gains in the method's norm, for [`Ranks::allocate`](super::Ranks::allocate).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub spectrum: Option<Spectrum>,

@@ -4,7 +4,7 @@
 //! name: where an architecture stacks q, k and v in one tensor, it is repaired as one matrix.
 
 use causal_lm::names::{Module, ModuleId};
-use causal_lm::{Block, LinearName, ModelConfig, Site};
+use causal_lm::{Block, Decoder, LinearName, ModelConfig, Site};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 
@@ -58,6 +58,21 @@ impl TryFrom<String> for LayerId {
     fn try_from(module: String) -> Result<Self, String> {
         Self::parse(&module).ok_or_else(|| format!("{module:?} is no linear of a decoder block"))
     }
+}
+
+/// The linears that a decoder stores, in the order of the data, with outputs and inputs.
+pub fn linears(decoder: &Decoder<'_>) -> Vec<(LayerId, [usize; 2])> {
+    let config = decoder.config();
+    let in_block = |block| {
+        SITES
+            .into_iter()
+            .flat_map(move |site| modules_at(config, site))
+            .filter_map(move |module| {
+                let shape = config.module_shape(block, module)?;
+                Some((LayerId::new(config, block, module), shape))
+            })
+    };
+    (0..config.layers()).flat_map(in_block).collect()
 }
 
 /// The distinct inputs of a block, in the order of the data.

@@ -1,8 +1,12 @@
 //! Where compressed weights come from.
 
+use super::sites::linears;
 use super::{LayerId, StoredWeight};
-use crate::compress::{Compressor, Inputs, Needs, Place};
-use crate::format::{QuantisedCheckpoint, gguf_tensors};
+use crate::compress::{
+    Bits, BlockQuantise, BlockRounding, BlockTypes, Compressor, Grid, Group, Inputs, Needs, Place,
+    Quantise, Rounding, SweepReport, Symmetry,
+};
+use crate::format::{Format, QuantisedCheckpoint, gguf_tensors};
 use crate::matrix::to_tensor;
 use crate::stats::InputStats;
 use crate::{Error, Result};
@@ -10,6 +14,7 @@ use candle_core::{DType, Device};
 use causal_lm::Decoder;
 use causal_lm::gguf::Architecture;
 use faer::MatRef;
+use packed::BlockType;
 use tensor_io::Checkpoint;
 
 /// A linear that is to be compressed.
@@ -26,6 +31,25 @@ pub struct Linear<'a> {
     pub place: Place,
     /// Its inputs on the calibration windows: what [`Source::needs`] asked for, and perhaps more.
     pub inputs: &'a InputStats,
+}
+
+/// W_c of a linear, and what compressing it met.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct CompressedLinear {
+    /// W_c.
+    pub weight: StoredWeight,
+    /// What the last sweep of SparseGPT or GPTQ met, where there was one.
+    pub sweep: Option<SweepReport>,
+}
+
+impl From<StoredWeight> for CompressedLinear {
+    fn from(weight: StoredWeight) -> Self {
+        Self {
+            weight,
+            sweep: None,
+        }
+    }
 }
 
 /// Gives W_c for each linear of a decoder.
@@ -59,7 +83,7 @@ pub trait Source {
     ///
     /// # Errors
     /// When there is none.
-    fn compressed(&self, linear: &Linear<'_>) -> Result<StoredWeight>;
+    fn compressed(&self, linear: &Linear<'_>) -> Result<CompressedLinear>;
 }
 
 /// Compresses the very weights that are repaired, on the inputs that the repair sees.
@@ -76,14 +100,25 @@ impl Source for Compressor {
         self.needs()
     }
 
-    fn check(&self, _dense: &Decoder<'_>) -> Result<()> {
+    /// Every linear must fit the pattern and the groups.
+    fn check(&self, dense: &Decoder<'_>) -> Result<()> {
+        for (id, [_, inputs]) in linears(dense) {
+            let fits = self.at(super::place(dense, id)).check_columns(inputs);
+            fits.map_err(|source| Error::Layer {
+                layer: id.to_string(),
+                source: Box::new(source),
+            })?;
+        }
         Ok(())
     }
 
-    fn compressed(&self, linear: &Linear<'_>) -> Result<StoredWeight> {
+    fn compressed(&self, linear: &Linear<'_>) -> Result<CompressedLinear> {
         let compressor = self.at(linear.place);
         let compressed = compressor.compress(linear.weight, Some(linear.inputs.into()))?;
-        StoredWeight::of(compressed, linear.dtype)
+        Ok(CompressedLinear {
+            sweep: compressed.sweep,
+            weight: StoredWeight::of(compressed, linear.dtype)?,
+        })
     }
 }
 
@@ -120,9 +155,68 @@ impl<'a> Given<'a> {
         Ok(Self { checkpoint, reader })
     }
 
+    /// How it stores its linears.
+    pub fn format(&self) -> &Format {
+        self.reader.format()
+    }
+
     /// What a GGUF file says it is: the architecture that an adapter for it has to name.
     pub fn architecture(&self) -> Option<Architecture> {
         Some(gguf_tensors(self.checkpoint)?.architecture())
+    }
+
+    /// A compressor that spends bytes in the same way, to compare with at other sizes: rounding to the block type of most
+    /// weights, or in groups of as many bits and inputs. `None` where weights are floats.
+    pub fn alike(&self) -> Option<Compressor> {
+        let in_groups = |bits, group_size: Option<usize>, symmetric| {
+            let mut grid = Grid::new(Bits::new(u8::try_from(bits).ok()?)?);
+            grid.group = group_size.map_or(Group::Channel, Group::Columns);
+            grid.symmetry = match symmetric {
+                true => Symmetry::Symmetric,
+                false => Symmetry::Asymmetric,
+            };
+            Some(Compressor {
+                quantise: Some(Quantise {
+                    grid,
+                    rounding: Rounding::Nearest,
+                }),
+                ..Compressor::NONE
+            })
+        };
+        match *self.reader.format() {
+            // Symmetric or not takes the same bytes there.
+            Format::Gptq {
+                bits, group_size, ..
+            } => in_groups(bits, group_size, false),
+            Format::PackQuantized {
+                bits,
+                group_size,
+                symmetric,
+            } => in_groups(bits, group_size, symmetric),
+            Format::Gguf => {
+                let mut weights: Vec<(BlockType, usize)> = Vec::new();
+                for name in self.checkpoint.names() {
+                    let linear = name.strip_suffix(".weight").and_then(LayerId::parse);
+                    let (Some(_), Some(ty)) = (linear, self.reader.blocks_of(name)) else {
+                        continue;
+                    };
+                    let count = self.checkpoint.info(name).ok()?.shape.iter().product();
+                    match weights.iter_mut().find(|(other, _)| *other == ty) {
+                        Some((_, sum)) => *sum += count,
+                        None => weights.push((ty, count)),
+                    }
+                }
+                let (ty, _) = weights.into_iter().max_by_key(|(_, count)| *count)?;
+                Some(Compressor {
+                    blocks: Some(BlockQuantise {
+                        types: BlockTypes::One(ty),
+                        rounding: BlockRounding::Nearest { importance: false },
+                    }),
+                    ..Compressor::NONE
+                })
+            }
+            _ => None,
+        }
     }
 }
 
@@ -178,7 +272,14 @@ impl Source for Given<'_> {
         Ok(())
     }
 
-    fn compressed(&self, linear: &Linear<'_>) -> Result<StoredWeight> {
+    fn compressed(&self, linear: &Linear<'_>) -> Result<CompressedLinear> {
+        Ok(self.stored(linear)?.into())
+    }
+}
+
+impl Given<'_> {
+    /// W_c of a linear in the form in which the checkpoint holds it.
+    fn stored(&self, linear: &Linear<'_>) -> Result<StoredWeight> {
         let module = linear.layer.to_string();
         if let Some(weight) = self.reader.quantised(&module)? {
             return Ok(StoredWeight::Quantised { weight, pruned: 0 });

@@ -4,7 +4,7 @@
 //! of the linears of block 3 and, in its metadata, their reports and a checksum of everything. Each file appears when
 //! it is complete, so that a run that was killed continues after the last complete block. A damaged file is an error.
 
-use super::{LayerReport, StoredWeight};
+use super::{Damping, LayerReport, StoredWeight};
 use crate::compress::{Compressor, Needs};
 use crate::solve::LowRank;
 use crate::{Error, Result};
@@ -18,7 +18,7 @@ use tensor_io::atomic::{read_json, write_json};
 use tensor_io::{Checkpoint, ContentHash, Hasher};
 
 /// Version of the layout of the folder.
-const VERSION: u64 = 2;
+const VERSION: u64 = 4;
 const FILE: &str = "repair.json";
 const REPORT: &str = "report";
 
@@ -42,6 +42,8 @@ pub struct RepairedLayer {
     pub factors: Option<LowRank>,
     /// W_c' of a merge by requantisation, where one was asked for.
     pub requantised: Option<StoredWeight>,
+    /// Mean of x² of each input over the calibration tokens.
+    pub mean_square: Vec<f64>,
 }
 
 impl RepairedLayer {
@@ -101,6 +103,17 @@ impl Repaired {
     /// What compressed the weights, unless they were given.
     pub fn compressor(&self) -> Option<Compressor> {
         self.facts.get("compressor")?.as_str()?.parse().ok()
+    }
+
+    /// The damping that SparseGPT or GPTQ ended with when W was compressed; `None` where nothing swept.
+    pub fn damping(&self) -> Option<Damping> {
+        Damping::of(self.reports().filter_map(|report| report.sweep))
+    }
+
+    /// The same of the merge by requantisation.
+    pub fn requantised_damping(&self) -> Option<Damping> {
+        let requantised = self.reports().filter_map(|r| r.requantised.as_ref());
+        Damping::of(requantised.filter_map(|requantised| requantised.sweep))
     }
 
     /// What compressed them again after a merge by requantisation.
@@ -223,6 +236,8 @@ pub(super) fn write_block(folder: &Path, block: usize, layers: &[RepairedLayer])
     for layer in layers {
         let name = layer.report.layer.to_string();
         tensors.extend(layer.weight.tensors(&name)?);
+        let mean_square = Tensor::new(layer.mean_square.as_slice(), &Device::Cpu)?;
+        tensors.push((format!("{name}.mean_square"), mean_square));
         if let Some(factors) = &layer.factors {
             // f64 holds what any storage of factors gives.
             let (a, b) = factors.to_tensors(DType::F64, &Device::Cpu)?;
@@ -275,6 +290,9 @@ fn read_layers(file: &Checkpoint, reports: Vec<LayerReport>) -> Result<Vec<Repai
             requantised.map(|_| StoredWeight::read(file, &format!("{name}.requantised")));
         Ok(RepairedLayer {
             weight: StoredWeight::read(file, &name)?,
+            mean_square: file
+                .tensor(&format!("{name}.mean_square"), &Device::Cpu)?
+                .to_vec1()?,
             factors,
             requantised: requantised.transpose()?,
             report,
@@ -327,8 +345,12 @@ impl super::Source for Repaired {
         }
     }
 
-    fn compressed(&self, linear: &super::Linear<'_>) -> Result<StoredWeight> {
-        let (file, _) = self.file(linear.layer.block())?;
-        StoredWeight::read(&file, &linear.layer.to_string())
+    fn compressed(&self, linear: &super::Linear<'_>) -> Result<super::CompressedLinear> {
+        let (file, reports) = self.file(linear.layer.block())?;
+        let report = reports.iter().find(|report| report.layer == linear.layer);
+        Ok(super::CompressedLinear {
+            sweep: report.and_then(|report| report.sweep),
+            weight: StoredWeight::read(&file, &linear.layer.to_string())?,
+        })
     }
 }

@@ -6,7 +6,7 @@
 
 use super::LowRank;
 use crate::Result;
-use crate::compress::Compressor;
+use crate::compress::{Compressed, Compressor};
 use crate::matrix::expect_shape;
 use faer::{Mat, MatRef};
 
@@ -29,7 +29,14 @@ pub(crate) fn quantise_factors(
     let refitted = refit(a.weight.as_ref())?;
     expect_shape("refitted B", refitted.as_ref(), factors.b.shape())?;
     let b = b.compress(refitted.transpose(), None)?;
-    let bytes = a.storage(HALF).bytes() + b.storage(HALF).bytes();
+    // No file format holds factors in integers: what is counted is what any would need.
+    let bytes_of = |factor: &Compressed| {
+        let storage = factor.storage(HALF);
+        let symmetric = (factor.quantised.as_ref()).is_some_and(|codes| codes.is_symmetric());
+        let zeros = if symmetric { 0 } else { storage.zeros };
+        storage.values + storage.mask + storage.scales + zeros
+    };
+    let bytes = bytes_of(&a) + bytes_of(&b);
     let rounded = LowRank {
         b: b.weight.transpose().to_owned(),
         a: a.weight,

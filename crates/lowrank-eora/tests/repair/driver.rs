@@ -11,6 +11,7 @@ use causal_lm::{Block, Decoder, Hidden, LinearName, Mixer, NoTap, Site, Tap, Tap
 use faer::{Mat, Side};
 use lowrank_eora::Error;
 use lowrank_eora::compress::{Compressor, Inputs};
+use lowrank_eora::output::{CheckpointOptions, Layout, Weights, gptq, write_checkpoint};
 use lowrank_eora::repair::{
     Energy, FactorStorage, Given, InputSource, LayerId, Method, Repair, Repaired, Source, Texts,
     WithinBlock,
@@ -192,6 +193,87 @@ fn reported_losses_are_those_of_the_stored_factors_on_the_tokens_themselves() {
         }
         assert!(found.after < found.before);
     }
+}
+
+#[test]
+fn an_importance_matrix_holds_the_mean_squares_of_the_calibration_tokens() {
+    let tiny = tiny();
+    let decoder = tiny.decoder();
+    // One compressor needs H of its inputs, the other does without it where it can.
+    for name in ["gptq-q4_0", "q4_0"] {
+        let repaired = run(&eora(2), &decoder, &compressor(name), &tiny.path(name));
+        let imatrix = lowrank_eora::output::imatrix(&repaired, "a text").unwrap();
+        assert_eq!(imatrix.entries.len(), 14);
+        let rope = decoder.rope(0, 16).unwrap();
+        let states = Hidden::embed(&decoder, &windows(12, 1)).unwrap();
+        let seen = Inputs4::of(&decoder.block(0).unwrap(), states.batches(), &rope);
+        for (gguf, linear) in [("attn_k", LinearName::K), ("ffn_down", LinearName::Down)] {
+            let x = seen.matrix(linear);
+            let entry = &imatrix.entries[&format!("blk.0.{gguf}.weight")];
+            assert_eq!(entry.counts, [12 * 16]);
+            for (j, mean) in entry.means.iter().enumerate() {
+                let expected = x.row(j).squared_norm_l2() / x.ncols() as f64;
+                assert!((mean / expected - 1.0).abs() < 1e-5, "{mean} {expected}");
+            }
+        }
+        let path = tiny.path(&format!("{name}.imatrix"));
+        imatrix.write_gguf(&path).unwrap();
+        let read = tensor_io::imatrix::Imatrix::read(&path).unwrap();
+        assert_eq!(read.entries.len(), 14);
+    }
+}
+
+#[test]
+fn damping_that_had_to_grow_is_reported_and_written_into_the_file() {
+    let tiny = tiny();
+    let decoder = tiny.decoder();
+    let asked = |name: &str, count| {
+        let windows = windows(count, 1);
+        let repaired = eora(2).run(
+            &decoder,
+            &compressor(name),
+            Texts::new(&windows),
+            tiny.path(name),
+            &NoProgress,
+        );
+        repaired.unwrap()
+    };
+    // 16 tokens span no more than 16 of 32 or 64 channels.
+    let few = asked("gptq-int4-g16-sym-damp0", 1);
+    let damping = few.damping().unwrap();
+    assert_eq!(damping.raised, 14);
+    assert!(
+        damping.largest > 0.0 && damping.largest < 1.0,
+        "{damping:?}"
+    );
+    for report in few.reports() {
+        let sweep = report.sweep.unwrap();
+        assert!(sweep.retries > 0 && sweep.damping > 0.0 && sweep.damping <= damping.largest);
+    }
+    let layout = Layout::Gptq {
+        version: gptq::Version::V1,
+    };
+    let dir = tiny.path("file");
+    let options = CheckpointOptions::new(Weights::Compressed, layout);
+    write_checkpoint(&decoder, &few, &dir, &options, &NoProgress).unwrap();
+    let config = Checkpoint::open(&dir).unwrap();
+    let section = config.config().section("quantization_config").unwrap();
+    assert_eq!(section.f64("damp_percent").unwrap(), damping.largest);
+
+    let enough = asked("gptq-int4-g16-sym-damp0.01", 40);
+    let damping = enough.damping().unwrap();
+    assert_eq!((damping.raised, damping.largest), (0, 0.01));
+    // Another repair from the same weights still knows.
+    let windows = windows(40, 1);
+    let again = eora(3).run(
+        &decoder,
+        &few,
+        Texts::new(&windows),
+        tiny.path("again"),
+        &NoProgress,
+    );
+    assert_eq!(again.unwrap().damping(), few.damping());
+    assert_eq!(asked("rtn-int4", 1).damping(), None);
 }
 
 #[test]

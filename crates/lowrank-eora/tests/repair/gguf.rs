@@ -4,9 +4,13 @@ use crate::common::{assert_close, compressor, decoder, eora, from_tensor, run, t
 use candle_core::{DType, Device};
 use causal_lm::gguf::Architecture;
 use causal_lm::{LinearName, Model, Windows};
-use lowrank_eora::output::{Adapter, GgufAdapterOptions};
+use lowrank_eora::Error;
+use lowrank_eora::compress::Compressor;
+use lowrank_eora::output::{
+    Adapter, GgufAdapterOptions, GgufModelOptions, Weights, check_gguf, write_gguf,
+};
 use lowrank_eora::packed::BlockType;
-use lowrank_eora::repair::{Given, LayerId, StoredWeight, Texts};
+use lowrank_eora::repair::{Given, LayerId, Repaired, StoredWeight, Texts};
 use std::path::Path;
 use tensor_io::gguf::{Gguf, Metadata};
 use tensor_io::{Checkpoint, CheckpointWriter, NoProgress, TensorSpec, WriteOptions};
@@ -164,5 +168,108 @@ fn a_given_gguf_is_repaired_with_exactly_the_weights_that_it_holds() {
             let energy = layer.report.calibration;
             assert!(energy.after < energy.before, "{name}");
         }
+    }
+}
+
+fn text_windows() -> Windows {
+    let tokens: Vec<u32> = (0..320).map(|i| i * i % 40).collect();
+    Windows::cut(&tokens, 16, None).unwrap()
+}
+
+/// The linears of a golden file compressed, without factors.
+fn compressed(original: &Checkpoint, compressor: &Compressor, folder: &Path) -> Repaired {
+    let repair = eora(0).with_method(None);
+    let windows = text_windows();
+    let texts = Texts::new(&windows);
+    let decoder = decoder(original);
+    repair
+        .run(&decoder, compressor, texts, folder, &NoProgress)
+        .unwrap()
+}
+
+#[shared_data::needed("golden")]
+#[test]
+fn a_model_written_as_gguf_has_the_bytes_of_llama_cpps_quantiser() {
+    let template = Gguf::open(golden("tiny-llama-gqa-f32.gguf")).unwrap();
+    let original = causal_lm::gguf::open(golden("tiny-llama-gqa-f32.gguf")).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    for (name, file_type) in [("q4_0", 2), ("q4_1", 3), ("q8_0", 7)] {
+        let repaired = compressed(&original, &compressor(name), &dir.path().join(name));
+        let path = dir.path().join(format!("{name}.gguf"));
+        let options = GgufModelOptions::new(Weights::Compressed, &template);
+        let size = write_gguf(&decoder(&original), &repaired, &options, &path, &NoProgress);
+        assert_eq!(size.unwrap(), std::fs::metadata(&path).unwrap().len());
+        let (found, golden) = (
+            Gguf::open(&path).unwrap(),
+            Gguf::open(golden(&format!("tiny-llama-gqa-{name}.gguf"))).unwrap(),
+        );
+        let stored = found.metadata().get_u64("general.file_type").unwrap();
+        assert_eq!(stored, Some(file_type));
+        let mut linears = 0;
+        for info in found.tensors() {
+            let name = &info.name;
+            if name.contains("norm") || !name.starts_with("blk.") {
+                // Copied as it is.
+                assert_eq!(found.bytes(name).unwrap(), template.bytes(name).unwrap());
+                continue;
+            }
+            linears += 1;
+            assert_eq!(info.layout, golden.info(name).unwrap().layout, "{name}");
+            assert_eq!(found.bytes(name).unwrap(), golden.bytes(name).unwrap());
+        }
+        assert_eq!(linears, 7 * repaired.blocks());
+    }
+}
+
+#[shared_data::needed("golden")]
+#[test]
+fn codes_of_gptq_come_back_from_a_gguf_file_unchanged() {
+    let file = golden("tiny-llama-wide-q4_k_m.gguf");
+    let template = Gguf::open(&file).unwrap();
+    let original = causal_lm::gguf::open(&file).unwrap();
+    let dense = decoder(&original);
+    let dir = tempfile::tempdir().unwrap();
+    for name in [
+        "gptq-int4-g32-sym",
+        "gptq-int4-g32-offset",
+        "gptq-q4_k_m",
+        "wanda-2:4",
+    ] {
+        let folder = dir.path().join(name.replace(':', "of"));
+        check_gguf(&dense, &compressor(name)).unwrap();
+        let repaired = compressed(&original, &compressor(name), &folder);
+        let path = folder.with_extension("gguf");
+        let options = GgufModelOptions::new(Weights::Compressed, &template);
+        write_gguf(&dense, &repaired, &options, &path, &NoProgress).unwrap();
+        let written = causal_lm::gguf::open(&path).unwrap();
+        for block in 0..repaired.blocks() {
+            for layer in repaired.block(block).unwrap() {
+                let id = layer.report.layer;
+                let found = written.tensor_as(&id.weight(), DType::F64, &Device::Cpu);
+                assert_eq!(
+                    from_tensor(&found.unwrap()),
+                    layer.weight.matrix().unwrap(),
+                    "{name} {id}"
+                );
+            }
+        }
+    }
+    for name in ["gptq-int4-g32", "gptq-int4-g32-sym-act", "rtn-int8-g32"] {
+        let refused = check_gguf(&dense, &compressor(name));
+        assert!(matches!(refused, Err(Error::NotStorable { .. })), "{name}");
+    }
+}
+
+#[shared_data::needed("golden")]
+#[test]
+fn a_given_file_is_compared_with_rounding_to_the_type_of_most_of_its_weights() {
+    for (file, alike) in [
+        ("tiny-llama-gqa-q4_1.gguf", Some("q4_1")),
+        ("tiny-llama-wide-q4_k_m.gguf", Some("q4_k")),
+        ("tiny-llama-gqa-f32.gguf", None),
+    ] {
+        let checkpoint = causal_lm::gguf::open(golden(file)).unwrap();
+        let found = Given::open(&checkpoint).unwrap().alike();
+        assert_eq!(found, alike.map(compressor), "{file}");
     }
 }

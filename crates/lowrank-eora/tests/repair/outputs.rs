@@ -42,11 +42,10 @@ fn an_adapter_on_the_compressed_weight_is_the_merged_weight() {
         (AdapterRanks::Uniform, false, DType::BF16, 8e-3),
     ] {
         let folder = tiny.path(&format!("{ranks:?}-{rslora}-{dtype:?}"));
-        let options = AdapterOptions::default()
+        let options = AdapterOptions::new("compressed")
             .with_dtype(dtype)
             .with_ranks(ranks)
-            .with_rslora(rslora)
-            .with_base_model("compressed");
+            .with_rslora(rslora);
         Adapter::write(&repaired, &options, &folder).unwrap();
         sizes.push(
             std::fs::metadata(folder.join("adapter_model.safetensors"))
@@ -88,7 +87,9 @@ fn the_adapter_configuration_is_what_peft_and_vllm_read() {
         &tiny.path("run"),
     );
     let folder = tiny.path("adapter");
-    Adapter::write(&repaired, &AdapterOptions::default(), &folder).unwrap();
+    let nameless = Adapter::write(&repaired, &AdapterOptions::new(""), &folder).unwrap_err();
+    assert!(nameless.to_string().contains("base model"), "{nameless}");
+    Adapter::write(&repaired, &AdapterOptions::new("/models/int4"), &folder).unwrap();
     let text = std::fs::read_to_string(folder.join("adapter_config.json")).unwrap();
     let config: serde_json::Value = serde_json::from_str(&text).unwrap();
     assert_eq!(
@@ -98,6 +99,7 @@ fn the_adapter_configuration_is_what_peft_and_vllm_read() {
     assert_eq!(config["rank_pattern"], serde_json::json!({}));
     assert_eq!(config["target_modules"].as_array().unwrap().len(), 7);
     assert_eq!(config["peft_type"], "LORA");
+    assert_eq!(config["base_model_name_or_path"], "/models/int4");
     let file = Checkpoint::open_file(folder.join("adapter_model.safetensors")).unwrap();
     assert_eq!(
         file.metadata().get("format").map(String::as_str),

@@ -5,7 +5,8 @@ use causal_lm::{Decoder, LinearName};
 use lowrank_eora::Result;
 use lowrank_eora::compress::{Compressor, Needs};
 use lowrank_eora::repair::{
-    Energy, FactorStorage, LayerReport, Linear, Method, Repaired, Source, StoredWeight, WithinBlock,
+    CompressedLinear, Energy, FactorStorage, LayerReport, Linear, Method, Repaired, Source,
+    WithinBlock,
 };
 
 /// The same compressor, which says that it needs H.
@@ -24,7 +25,7 @@ impl Source for WithGram {
         self.0.check(dense)
     }
 
-    fn compressed(&self, linear: &Linear<'_>) -> Result<StoredWeight> {
+    fn compressed(&self, linear: &Linear<'_>) -> Result<CompressedLinear> {
         self.0.compressed(linear)
     }
 }

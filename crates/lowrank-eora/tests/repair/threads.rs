@@ -24,7 +24,7 @@ fn written_factors_and_reports_are_the_same_bytes_for_one_two_and_three_threads(
             .with_method(Some(method))
             .with_solver(solver)
             .with_measure_drift(method == drift);
-        let options = AdapterOptions::default().with_dtype(DType::F32);
+        let options = AdapterOptions::new("compressed").with_dtype(DType::F32);
         let written = |threads: usize| {
             let path = |what: &str| tiny.path(&format!("{what}-{name}-{threads}"));
             let pool = ThreadPoolBuilder::new().num_threads(threads).build();

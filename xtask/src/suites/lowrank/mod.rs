@@ -1,5 +1,6 @@
 //! Low-rank repair: output error, quality and size by compressor, method and rank.
 
+mod check;
 mod data;
 mod save;
 mod table;
@@ -15,9 +16,11 @@ use lm_eval::ScoredWindows;
 use lowrank_eora::compress::{Compressor, LinearShape, Shapes};
 use lowrank_eora::output::{CheckpointOptions, Layout, Weights, write_checkpoint};
 use lowrank_eora::repair::{
-    Bytes, Energy, LayerReport, Method, Ranks, Repair, Repaired, Source, Spread, Texts, place,
+    Bytes, Energy, Format, Given, LayerId, LayerReport, Method, Ranks, Repair, Repaired, Source,
+    Spread, Texts, place,
 };
 use serde_json::{Value, json};
+use tensor_io::gguf::Gguf;
 use tensor_io::{Checkpoint, NoProgress, WriteOptions};
 
 use super::hidden::hidden_metrics;
@@ -44,6 +47,8 @@ pub struct Config {
     pub held_out_samples: usize,
     /// Compressors.
     pub compressors: Vec<Compressor>,
+    /// The model as another tool compressed it, a folder or a GGUF file: repaired instead of what the compressors make.
+    pub compressed: Option<PathBuf>,
     /// Methods; `None` leaves the compressed model as it is.
     pub methods: Vec<Option<Method>>,
     /// Ranks.
@@ -58,8 +63,8 @@ pub struct Config {
     pub controls: bool,
     /// Folder for what is written.
     pub save: Option<PathBuf>,
-    /// What is written.
-    pub outputs: Vec<Output>,
+    /// What is written; by default what the methods make.
+    pub outputs: Option<Vec<Output>>,
     /// How checkpoints are written.
     pub write: WriteOptions,
     /// Folder for the state of each block.
@@ -71,6 +76,11 @@ pub struct Config {
 /// Name of the method that leaves the compressed model as it is.
 pub const NONE: &str = "none";
 
+/// What a method is called; `None` leaves the compressed model as it is.
+pub(crate) fn method_name(method: Option<Method>) -> &'static str {
+    method.map_or(NONE, Method::name)
+}
+
 impl Config {
     /// No compressors, methods and ranks, all else by default.
     pub fn new(perplexity: perplexity::Config, calib: PathBuf) -> Self {
@@ -80,6 +90,7 @@ impl Config {
             calib_samples: 128,
             held_out_samples: 32,
             compressors: Vec::new(),
+            compressed: None,
             methods: Vec::new(),
             ranks: Vec::new(),
             allocate: None,
@@ -87,23 +98,42 @@ impl Config {
             one_pass: false,
             controls: true,
             save: None,
-            outputs: Output::DEFAULT.to_vec(),
+            outputs: None,
             write: WriteOptions::default(),
             resume: None,
             hidden_metrics: false,
         }
     }
+
+    /// The models it reads, which may be names on a hub.
+    pub(crate) fn models(&mut self) -> Vec<&mut PathBuf> {
+        std::iter::once(&mut self.perplexity.model)
+            .chain(&mut self.compressed)
+            .collect()
+    }
 }
 
-/// Compress and repair in every combination and measure each.
+/// Compress and repair in every combination and measure each. Where some combinations fail, the section has the rows of
+/// the others and names those that failed.
 ///
 /// # Errors
-/// A model or text that cannot be read or run.
+/// A model or text that cannot be read or run, what is known beforehand to fail, and the failure of the first combination
+/// where all fail.
 pub fn run(common: &Settings, config: &Config) -> Result<Vec<Section>> {
-    perplexity::ensure_unseen(&config.calib, &config.perplexity.text)?;
-    save::check(config)?;
-    let checkpoint = Checkpoint::open(&config.perplexity.model)?;
+    check::settings(config)?;
+    let checkpoint = causal_lm::open(&config.perplexity.model)?;
     let decoder = open(common, &checkpoint)?;
+    let compressed = config.compressed.as_ref();
+    let compressed = compressed.map(causal_lm::open).transpose()?;
+    let given = compressed.as_ref().map(|compressed| {
+        let given = GivenModel::open(common, compressed);
+        given.with_context(|| compressed.dir().display().to_string())
+    });
+    let given = given.transpose()?;
+    check::model(config, &decoder, given.as_ref())?;
+    save::make_folder(config)?;
+    let scratch = Scratch::new()?;
+    let template = save::template(config, &decoder, given.as_ref(), scratch.path())?;
     let protocol = Protocol::new(common, &config.perplexity, &decoder)?;
     let evaluation = protocol.evaluation(common, &config.perplexity.text)?;
     let windows = protocol.calibration(&config.calib)?;
@@ -111,7 +141,6 @@ pub fn run(common: &Settings, config: &Config) -> Result<Vec<Section>> {
     let (calibration, held_out) = data::split(&windows, wanted, common.seed)
         .with_context(|| config.calib.display().to_string())?;
 
-    let scratch = Scratch::new()?;
     let suite = Lowrank {
         common,
         config,
@@ -121,19 +150,30 @@ pub fn run(common: &Settings, config: &Config) -> Result<Vec<Section>> {
         held_out: &held_out,
         state: config.resume.as_deref().unwrap_or(scratch.path()),
         scratch: scratch.path(),
+        template: template.as_ref(),
+    };
+    let starts: Vec<Start<'_>> = match &given {
+        Some(given) => vec![Start::given(config, given)],
+        None => config.compressors.iter().map(Start::compressor).collect(),
     };
     let mut rows = vec![suite.dense()?];
     let repairs = config.methods.iter().flatten().count() * config.ranks.len();
-    let bar = common.bar("repair", (config.compressors.len() * (1 + repairs)) as u64);
-    for compressor in &config.compressors {
-        let named = || compressor.to_string();
-        rows.extend(suite.compressor(compressor, &bar).with_context(named)?);
+    let bar = common.bar("repair", (starts.len() * (1 + repairs)) as u64);
+    let mut failures = Vec::new();
+    for start in &starts {
+        let (made, failed) = suite.start(start, &bar);
+        rows.extend(made);
+        failures.extend(failed);
     }
     bar.finish();
+    if rows.len() == 1 && !failures.is_empty() {
+        return Err(failures.swap_remove(0));
+    }
     compare_with_dense(&mut rows, &decoder, &file_name(&config.perplexity.model));
-    let section = protocol
+    let names: Vec<&str> = starts.iter().map(|start| start.name.as_str()).collect();
+    let mut section = protocol
         .facts(
-            table::section(config, rows),
+            table::section(config, &names, rows),
             &config.perplexity.text,
             evaluation.count(),
             evaluation.targets(),
@@ -146,11 +186,100 @@ pub fn run(common: &Settings, config: &Config) -> Result<Vec<Section>> {
             format!("activations of {}", config.repair.inputs),
         )
         .fact("factors", config.repair.factors.to_string());
+    section.failures = failures.iter().map(|error| format!("{error:#}")).collect();
     let spread = match config.allocate {
         None => "the same for all".to_string(),
         Some(spread) => format!("by {spread}, in the bytes of one rank for all"),
     };
     Ok(vec![section.fact("ranks", spread)])
+}
+
+/// A model that another tool compressed.
+pub(crate) struct GivenModel<'a> {
+    pub(super) source: Given<'a>,
+    pub(super) checkpoint: &'a Checkpoint,
+    /// The decoder of the model itself, where its tensors are readable as they are: what it quantised besides linears
+    /// is then measured too.
+    decoder: Option<Decoder<'a>>,
+    /// Bytes of everything but the linears.
+    rest_bytes: u64,
+}
+
+impl<'a> GivenModel<'a> {
+    fn open(common: &Settings, checkpoint: &'a Checkpoint) -> Result<Self> {
+        let source = Given::open(checkpoint)?;
+        let decoder = match source.format() {
+            Format::Dense | Format::Gguf => Some(open(common, checkpoint)?),
+            _ => None,
+        };
+        let mut rest_bytes = 0;
+        for name in checkpoint.names() {
+            let module = name.rsplit_once('.').map_or(name, |(module, _)| module);
+            if LayerId::parse(module).is_none() {
+                rest_bytes += match checkpoint.source() {
+                    Some(source) => source.stored(name)?.len(),
+                    None => checkpoint.info(name)?.bytes,
+                } as u64;
+            }
+        }
+        Ok(Self {
+            source,
+            checkpoint,
+            decoder,
+            rest_bytes,
+        })
+    }
+
+    pub(super) fn is_gguf(&self) -> bool {
+        matches!(self.source.format(), Format::Gguf)
+    }
+}
+
+/// A compressed model that repairs start from.
+struct Start<'a> {
+    /// The compressor's name, or the file's.
+    name: String,
+    source: &'a dyn Source,
+    /// What spends bytes in the same way, to compare with at other sizes.
+    alike: Option<Compressor>,
+    /// The given model that it is, or is compared with.
+    given: Option<&'a GivenModel<'a>>,
+    /// Whether the linears are the given model's.
+    is_given: bool,
+}
+
+impl<'a> Start<'a> {
+    fn compressor(compressor: &'a Compressor) -> Self {
+        Self {
+            name: compressor.to_string(),
+            source: compressor,
+            alike: Some(*compressor),
+            given: None,
+            is_given: false,
+        }
+    }
+
+    fn given(config: &Config, given: &'a GivenModel<'a>) -> Self {
+        let path = config.compressed.as_deref().unwrap_or(Path::new(""));
+        Self {
+            name: file_name(path),
+            source: &given.source,
+            alike: given.source.alike(),
+            given: Some(given),
+            is_given: true,
+        }
+    }
+
+    /// The same compressor for another source of the same weights.
+    fn with_source<'b>(&'b self, source: &'b dyn Source) -> Start<'b> {
+        Start {
+            name: self.name.clone(),
+            source,
+            alike: self.alike,
+            given: self.given,
+            is_given: self.is_given,
+        }
+    }
 }
 
 /// A decoder that computes in f32 on every device: W_c + B A rounded to bf16 would lose what B A adds.
@@ -169,6 +298,8 @@ struct Lowrank<'a> {
     held_out: &'a Windows,
     state: &'a Path,
     scratch: &'a Path,
+    /// A GGUF file of the uncompressed model, where one is needed.
+    template: Option<&'a Gguf>,
 }
 
 impl Lowrank<'_> {
@@ -184,37 +315,56 @@ impl Lowrank<'_> {
         Ok(row)
     }
 
-    /// All rows of a compressor: as it is, repaired, and the controls.
-    fn compressor(&self, compressor: &Compressor, bar: &Bar) -> Result<Vec<Row>> {
-        let mut rows = Vec::new();
-        bar.set_label(compressor.to_string());
-        let (row, compressed) = self.cell(compressor, compressor, None, bar)?;
+    /// All rows of a compressed model: as it is, repaired, and the controls; and what failed.
+    fn start(&self, start: &Start<'_>, bar: &Bar) -> (Vec<Row>, Vec<anyhow::Error>) {
+        let (mut rows, mut failures) = (Vec::new(), Vec::new());
+        if let Err(error) = self.cells(start, bar, &mut rows, &mut failures) {
+            failures.push(error.context(start.name.clone()));
+        }
+        (rows, failures)
+    }
+
+    fn cells(
+        &self,
+        start: &Start<'_>,
+        bar: &Bar,
+        rows: &mut Vec<Row>,
+        failures: &mut Vec<anyhow::Error>,
+    ) -> Result<()> {
+        let name = &start.name;
+        bar.set_label(name.clone());
+        let (row, compressed) = self.cell(start, None, bar)?;
         bar.inc(1);
         if self.config.methods.contains(&None) {
             rows.push(row);
         }
-        let source: &dyn Source = if self.config.one_pass {
-            compressor
-        } else {
-            &compressed
+        let from_compressed = start.with_source(&compressed);
+        let source = match self.config.one_pass {
+            true => start,
+            false => &from_compressed,
         };
         // Methods side by side at each rank.
         for &rank in &self.config.ranks {
             for &method in self.config.methods.iter().flatten() {
-                bar.set_label(format!("{compressor}, {method}, rank {rank}"));
-                let (row, repaired) = self
-                    .cell(compressor, source, Some((method, rank)), bar)
-                    .with_context(|| format!("{method} at rank {rank}"))?;
-                rows.push(row);
-                self.discard(&repaired)?;
+                bar.set_label(format!("{name}, {method}, rank {rank}"));
+                match self.cell(source, Some((method, rank)), bar) {
+                    Ok((row, repaired)) => {
+                        rows.push(row);
+                        self.discard(&repaired)?;
+                    }
+                    Err(error) => {
+                        let cell = format!("{name}: {method} at rank {rank}");
+                        failures.push(error.context(cell));
+                    }
+                }
                 bar.inc(1);
             }
         }
         if self.config.controls {
-            rows.extend(self.controls(compressor, &compressed, &rows, bar)?);
+            let controls = self.controls(start, &compressed, rows, bar)?;
+            rows.extend(controls);
         }
-        self.discard(&compressed)?;
-        Ok(rows)
+        self.discard(&compressed)
     }
 
     /// Makes room, unless the state is to be kept.
@@ -229,12 +379,11 @@ impl Lowrank<'_> {
     /// One row: a repair, or the compressed model as it is.
     fn cell(
         &self,
-        compressor: &Compressor,
-        source: &dyn Source,
+        start: &Start<'_>,
         repair: Option<(Method, usize)>,
         bar: &Bar,
     ) -> Result<(Row, Repaired)> {
-        let name = cell_name(compressor, repair);
+        let name = cell_name(&start.name, repair);
         let options = self
             .config
             .repair
@@ -244,23 +393,32 @@ impl Lowrank<'_> {
             .with_requantise(self.config.repair.requantise.filter(|_| repair.is_some()));
         let watch = Stopwatch::start();
         let options = match repair {
-            Some((_, rank)) => self.allocated(options, rank, source, &name, bar)?,
+            Some((_, rank)) => self.allocated(options, rank, start.source, &name, bar)?,
             None => options,
         };
-        let repaired = self.repair(&options, source, &name, bar)?;
+        let repaired = self.repair(&options, start.source, &name, bar)?;
         let mut row = Row {
-            compress: Some(compressor.to_string()),
+            compress: Some(start.name.clone()),
             rank: repair.map(|(_, rank)| rank as u64),
-            ..Row::new("lowrank", repair.map_or(NONE, |(method, _)| method.name()))
+            ..Row::new("lowrank", method_name(repair.map(|(method, _)| method)))
         };
         watch.stop(&mut row);
         let made = (row.seconds, row.peak_rss_bytes);
-        self.fill(&mut row, &repaired, bar)?;
+        self.fill(&mut row, start, &repaired, bar)?;
         // Time and memory are those of the repair.
         (row.seconds, row.peak_rss_bytes) = made;
-        if let Some(folder) = save::folder(self.config, compressor, repair) {
-            save::write(self.config, self.decoder, &repaired, &folder)
+        if let Some(folder) = save::folder(self.config, &start.name, repair) {
+            let saved = save::Saving {
+                config: self.config,
+                decoder: self.decoder,
+                given: start.given,
+                template: self.template,
+                repaired: &repaired,
+            };
+            let bytes = saved
+                .write(&folder)
                 .with_context(|| folder.display().to_string())?;
+            row.extra.insert("bytes_saved".into(), bytes.into());
         }
         Ok((row, repaired))
     }
@@ -310,7 +468,7 @@ impl Lowrank<'_> {
     }
 
     /// Loss, size and quality.
-    fn fill(&self, row: &mut Row, repaired: &Repaired, bar: &Bar) -> Result<()> {
+    fn fill(&self, row: &mut Row, start: &Start<'_>, repaired: &Repaired, bar: &Bar) -> Result<()> {
         let held_out: Energy = repaired
             .reports()
             .filter_map(|report| report.held_out)
@@ -330,7 +488,9 @@ impl Lowrank<'_> {
             overwrite: true,
             ..self.config.write.clone()
         });
-        write_checkpoint(self.decoder, repaired, &folder, &options, &NoProgress)?;
+        let given = start.given.and_then(|given| given.decoder.as_ref());
+        let rest = given.unwrap_or(self.decoder);
+        write_checkpoint(rest, repaired, &folder, &options, &NoProgress)?;
         let merged = Checkpoint::open(&folder)?;
         let decoder = open(self.common, &merged)?;
         let nested = bar.nested("perplexity", 0);
@@ -338,7 +498,26 @@ impl Lowrank<'_> {
         nested.finish();
         // The merged copy is only there to be measured: its size and speed are not those of the result.
         (row.params, row.tokens_per_second) = (None, None);
-        row.bytes = Some(all - bytes.dense + bytes.compressed + bytes.factors);
+        let compressed = match start.given {
+            Some(given) if start.is_given => given.checkpoint.total_bytes(),
+            Some(given) => given.rest_bytes + bytes.compressed,
+            None => all - bytes.dense + bytes.compressed,
+        };
+        row.bytes = Some(compressed + bytes.factors);
+        if let Some(damping) = repaired.damping() {
+            row.extra.insert("damping".into(), json!(damping.largest));
+            row.extra
+                .insert("damping_raised".into(), json!(damping.raised));
+            if damping.raised > 0 {
+                row.notes.push(format!(
+                    "{}: damping had to grow in {} of {} linears, up to {} of the mean diagonal: the calibration tokens are too few",
+                    start.name,
+                    damping.raised,
+                    repaired.reports().count(),
+                    damping.largest,
+                ));
+            }
+        }
 
         let mut extra = |name: &str, value: Value| row.extra.insert(name.into(), value);
         extra("loss_calibration", json!(calibration.loss()));
@@ -372,11 +551,14 @@ impl Lowrank<'_> {
     /// What the bytes of each repair buy when they are spent on the weights.
     fn controls(
         &self,
-        compressor: &Compressor,
+        start: &Start<'_>,
         compressed: &Repaired,
         rows: &[Row],
         bar: &Bar,
     ) -> Result<Vec<Row>> {
+        let Some(compressor) = start.alike else {
+            return Ok(Vec::new());
+        };
         let first = compressed
             .reports()
             .next()
@@ -393,14 +575,19 @@ impl Lowrank<'_> {
             float_bytes: first.bytes.dense as usize / (first.outputs * first.inputs),
         };
         let own: Bytes = compressed.reports().map(|report| report.bytes).sum();
-        let all = self.decoder.checkpoint().total_bytes();
+        let rest = match start.given {
+            Some(given) => given.rest_bytes,
+            None => self.decoder.checkpoint().total_bytes() - own.dense,
+        };
         // In the order of ranks; methods of one rank share a control.
         let mut controls: Vec<(Compressor, Vec<String>)> = Vec::new();
         for row in rows {
             let (Some(rank), Some(bytes)) = (row.rank, row.bytes) else {
                 continue;
             };
-            let target = bytes - (all - own.dense);
+            let Some(target) = bytes.checked_sub(rest) else {
+                continue;
+            };
             let Some((control, _)) = compressor.finer(target, &shapes) else {
                 continue;
             };
@@ -414,18 +601,24 @@ impl Lowrank<'_> {
         let mut made = Vec::new();
         for (control, ranks) in controls {
             bar.set_label(format!("control {control}"));
-            let (mut row, repaired) = self.control(&control, bar)?;
+            let (mut row, repaired) = self.control(&control, start, bar)?;
             self.discard(&repaired)?;
             row.extra.insert(
                 "instead_of".into(),
-                json!(format!("{compressor} + rank {}", ranks.join(", "))),
+                json!(format!("{} + rank {}", start.name, ranks.join(", "))),
             );
             made.push(row.control());
         }
         Ok(made)
     }
 
-    fn control(&self, control: &Compressor, bar: &Bar) -> Result<(Row, Repaired)> {
+    /// The linears compressed by `control`, and all else as where `start` is from.
+    fn control(
+        &self,
+        control: &Compressor,
+        start: &Start<'_>,
+        bar: &Bar,
+    ) -> Result<(Row, Repaired)> {
         let unsaved = Config {
             save: None,
             ..self.config.clone()
@@ -434,17 +627,24 @@ impl Lowrank<'_> {
             config: &unsaved,
             ..*self
         }
-        .cell(control, control, None, bar)
+        .cell(
+            &Start {
+                given: start.given,
+                ..Start::compressor(control)
+            },
+            None,
+            bar,
+        )
     }
 }
 
 /// What the files of a cell are called.
-fn cell_name(compressor: &Compressor, repair: Option<(Method, usize)>) -> String {
+fn cell_name(start: &str, repair: Option<(Method, usize)>) -> String {
     // A colon is no part of a file name everywhere.
-    let compressor = compressor.to_string().replace(':', "of");
+    let start = start.replace(':', "of");
     match repair {
-        None => format!("{compressor}-none"),
-        Some((method, rank)) => format!("{compressor}-{method}-{rank}"),
+        None => format!("{start}-{NONE}"),
+        Some((method, rank)) => format!("{start}-{method}-{rank}"),
     }
 }
 

@@ -1,19 +1,26 @@
 //! What `--save` writes of a repaired model.
 
-use std::path::{Path, PathBuf};
+use std::fmt::{self, Display, Formatter};
+use std::path::{Path, PathBuf, absolute};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
+use candle_core::DType;
 use causal_lm::Decoder;
+use causal_lm::gguf::GgufTensors;
 use clap::ValueEnum;
-use lowrank_eora::compress::Compressor;
 use lowrank_eora::output::gptq::Version;
 use lowrank_eora::output::{
-    Adapter, AdapterOptions, CheckpointOptions, Layout, Probe, Weights, write_checkpoint,
+    Adapter, AdapterOptions, AdapterRanks, CheckpointOptions, GgufAdapterOptions, GgufModelOptions,
+    Layout, Probe, Weights, imatrix, write_checkpoint, write_gguf,
 };
 use lowrank_eora::repair::{Method, Repaired};
-use tensor_io::NoProgress;
+use prune_structured::gguf::{self, Precision};
+use serde_json::{Map, Value};
+use tensor_io::gguf::Gguf;
+use tensor_io::{Checkpoint, NoProgress};
 
-use super::{Config, cell_name};
+use super::{Config, GivenModel, cell_name};
+use crate::suites::perplexity::file_name;
 
 /// Inputs of each linear in a probe.
 const PROBE_TOKENS: usize = 4;
@@ -21,14 +28,23 @@ const PROBE_TOKENS: usize = 4;
 /// Something to write.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Output {
-    /// LoRA adapter folder for PEFT and vLLM
+    /// LoRA adapter folder for PEFT and vLLM; names the compressed model as its base, which must be saved too
     Adapter,
     /// Compressed model with weights as floats
     Compressed,
     /// Compressed model packed as GPTQ
     Gptq,
-    /// The same with zero points stored unchanged, which most runtimes call gptq_v2
+    /// The same with zero points stored unchanged (checkpoint_format gptq_v2)
+    #[value(alias = "gptq_v2")]
     GptqV2,
+    /// Compressed model packed as compressed-tensors, for vLLM
+    CompressedTensors,
+    /// Compressed model as a GGUF file, for llama.cpp
+    Gguf,
+    /// Low-rank factors as a GGUF file, for llama.cpp on the GGUF model
+    LoraGguf,
+    /// Mean squares of the inputs of every linear, for quantisers of llama.cpp
+    Imatrix,
     /// Dense model with the factors merged into the weights
     Merged,
     /// The merged model packed as GPTQ again; needs --requantise
@@ -37,130 +53,258 @@ pub enum Output {
     Probe,
 }
 
-impl Output {
-    /// What is written by default.
-    pub const DEFAULT: [Output; 3] = [Output::Adapter, Output::Compressed, Output::Probe];
+impl Display for Output {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        let value = self.to_possible_value();
+        f.write_str(value.as_ref().map_or("", |value| value.get_name()))
+    }
+}
 
-    fn file_name(self) -> &'static str {
+impl Output {
+    fn file_name(self) -> String {
         match self {
-            Self::Adapter => "adapter",
-            Self::Compressed => "compressed",
-            Self::Gptq => "gptq",
-            Self::GptqV2 => "gptq-v2",
-            Self::Merged => "merged",
-            Self::Requantised => "requantised",
-            Self::Probe => "probe.safetensors",
+            Self::LoraGguf => "lora.gguf".into(),
+            Self::Gguf => "model.gguf".into(),
+            Self::Imatrix => "imatrix.gguf".into(),
+            Self::Probe => "probe.safetensors".into(),
+            folder => folder.to_string(),
         }
     }
+
+    /// Whether it consists of factors, or of weights with factors in them.
+    pub(super) fn needs_factors(self) -> bool {
+        matches!(
+            self,
+            Self::Adapter | Self::LoraGguf | Self::Merged | Self::Requantised
+        )
+    }
+
+    /// Whether it needs the codes that a compressor made.
+    pub(super) fn is_of_the_compressor(self) -> bool {
+        matches!(
+            self,
+            Self::Gptq | Self::GptqV2 | Self::CompressedTensors | Self::Gguf
+        )
+    }
+
+    /// Outputs of which one has to be written beside this one.
+    pub(super) fn bases(self) -> &'static [Output] {
+        match self {
+            Self::Adapter => &[
+                Self::Gptq,
+                Self::GptqV2,
+                Self::CompressedTensors,
+                Self::Compressed,
+            ],
+            Self::LoraGguf => &[Self::Gguf],
+            _ => &[],
+        }
+    }
+
+    /// How a folder of this kind stores its linears.
+    pub(super) fn layout(self) -> Option<Layout> {
+        let gptq = |version| Some(Layout::Gptq { version });
+        match self {
+            Self::Gptq => gptq(Version::V1),
+            Self::GptqV2 | Self::Requantised => gptq(Version::V2),
+            Self::CompressedTensors => Some(Layout::CompressedTensors),
+            Self::Compressed | Self::Merged => Some(Layout::Dense { dtype: None }),
+            Self::Adapter | Self::Gguf | Self::LoraGguf | Self::Imatrix | Self::Probe => None,
+        }
+    }
+}
+
+/// What is written: what was asked for, or what makes the methods' results usable.
+pub(super) fn outputs(config: &Config, given: Option<&GivenModel<'_>>) -> Vec<Output> {
+    if let Some(outputs) = &config.outputs {
+        return outputs.clone();
+    }
+    let outputs = match given {
+        None => vec![Output::Adapter, Output::Compressed, Output::Probe],
+        Some(given) if given.is_gguf() => vec![Output::LoraGguf, Output::Probe],
+        Some(_) => vec![Output::Adapter, Output::Probe],
+    };
+    let repairs = config.methods.iter().any(Option::is_some);
+    let made = |output: &Output| repairs || !output.needs_factors();
+    outputs.into_iter().filter(made).collect()
 }
 
 /// Where the results of a cell go: `--save` itself for a single cell, a folder of its own for each of several. `None`
 /// for one that was not asked for.
 pub(super) fn folder(
     config: &Config,
-    compressor: &Compressor,
+    start: &str,
     repair: Option<(Method, usize)>,
 ) -> Option<PathBuf> {
     let save = config.save.as_ref()?;
     if !config.methods.contains(&repair.map(|(method, _)| method)) {
         return None;
     }
-    let single = config.compressors.len() == 1
+    let single = config.compressors.len() <= 1
         && config.methods.len() == 1
         && (config.ranks.len() == 1 || repair.is_none());
     Some(match single {
         true => save.clone(),
-        false => save.join(cell_name(compressor, repair)),
+        false => save.join(cell_name(start, repair)),
     })
 }
 
-/// Sees before anything is computed that the results can be written.
-pub(super) fn check(config: &Config) -> Result<()> {
-    if config.save.is_none() {
-        return Ok(());
-    }
-    let wants = |outputs: &[Output]| config.outputs.iter().any(|output| outputs.contains(output));
-    for compressor in &config.compressors {
-        ensure!(
-            !wants(&[Output::Gptq, Output::GptqV2]) || compressor.quantise.is_some(),
-            "--save-as gptq: {compressor} does not quantise; write it as compressed"
-        );
-        let repairs = config.methods.iter().flat_map(|&method| {
-            let ranks = config.ranks.iter();
+/// Sees that nothing is in the way of the results.
+pub(super) fn check_paths(config: &Config) -> Result<()> {
+    let given = config.compressed.as_deref().map(file_name);
+    let starts = config.compressors.iter().map(ToString::to_string);
+    for start in starts.chain(given) {
+        for &method in &config.methods {
             let cells: Vec<_> = match method {
-                Some(method) => ranks.map(|&rank| Some((method, rank))).collect(),
+                Some(method) => config.ranks.iter().map(|&r| Some((method, r))).collect(),
                 None => vec![None],
             };
-            cells
-        });
-        for folder in repairs.filter_map(|repair| folder(config, compressor, repair)) {
-            for output in &config.outputs {
-                let path = folder.join(output.file_name());
-                ensure!(
-                    config.write.overwrite || !path.exists(),
-                    "{} exists already and --overwrite was not given",
-                    path.display()
-                );
+            for folder in cells
+                .iter()
+                .filter_map(|cell| folder(config, &start, *cell))
+            {
+                for output in Output::value_variants() {
+                    let wanted = config.outputs.as_ref();
+                    let path = folder.join(output.file_name());
+                    ensure!(
+                        config.write.overwrite
+                            || wanted.is_some_and(|wanted| !wanted.contains(output))
+                            || !path.exists(),
+                        "{} exists already and --overwrite was not given",
+                        path.display()
+                    );
+                }
             }
         }
     }
-    let requantise = config.repair.requantise.as_ref();
-    ensure!(
-        !wants(&[Output::Requantised]) || requantise.is_some_and(|c| c.quantise.is_some()),
-        "--save-as requantised needs --requantise with a compressor that quantises"
-    );
     Ok(())
 }
 
-/// Writes what the run asks for into `folder`.
-pub(super) fn write(
+/// Makes the folder of the results, so that one that cannot be made is found before anything is computed.
+pub(super) fn make_folder(config: &Config) -> Result<()> {
+    match &config.save {
+        Some(save) => {
+            std::fs::create_dir_all(save).with_context(|| format!("--save {}", save.display()))
+        }
+        None => Ok(()),
+    }
+}
+
+/// A GGUF file of the uncompressed model, where an output needs one: the model's own, or an export.
+pub(super) fn template(
     config: &Config,
     decoder: &Decoder<'_>,
-    repaired: &Repaired,
-    folder: &Path,
-) -> Result<()> {
-    let dense = Layout::Dense { dtype: None };
-    let gptq = |version| Layout::Gptq { version };
-    let checkpoint = |output: &Output, weights, layout| -> Result<()> {
-        let dst = folder.join(output.file_name());
-        let options = CheckpointOptions::new(weights, layout).with_write(config.write.clone());
-        write_checkpoint(decoder, repaired, dst, &options, &NoProgress)?;
-        Ok(())
+    given: Option<&GivenModel<'_>>,
+    scratch: &Path,
+) -> Result<Option<Gguf>> {
+    if config.save.is_none() || !outputs(config, given).contains(&Output::Gguf) {
+        return Ok(None);
+    }
+    let checkpoint = decoder.checkpoint();
+    let source = checkpoint.source();
+    if let Some(file) = source.and_then(|source| source.as_any().downcast_ref::<GgufTensors>()) {
+        return Ok(Some(Gguf::open(file.file().path())?));
+    }
+    let embedding = checkpoint.info(&decoder.config().names.embedding())?;
+    let precision = match embedding.candle_dtype() {
+        Some(DType::F16) => Precision::F16,
+        Some(DType::BF16) => Precision::Bf16,
+        _ => Precision::F32,
     };
-    let has_factors = repaired.reports().any(|report| report.rank > 0);
-    for output in &config.outputs {
+    let path = scratch.join("uncompressed.gguf");
+    let exported = gguf::export(decoder, precision, &path, &NoProgress);
+    exported.with_context(|| format!("--save-as {}", Output::Gguf))?;
+    Ok(Some(Gguf::open(path)?))
+}
+
+/// What the results of a cell are written from.
+pub(super) struct Saving<'a> {
+    pub(super) config: &'a Config,
+    pub(super) decoder: &'a Decoder<'a>,
+    pub(super) given: Option<&'a GivenModel<'a>>,
+    pub(super) template: Option<&'a Gguf>,
+    pub(super) repaired: &'a Repaired,
+}
+
+impl Saving<'_> {
+    /// Writes what the run asks for into `folder`; bytes of the tensors of each output.
+    pub(super) fn write(&self, folder: &Path) -> Result<Map<String, Value>> {
+        let outputs = outputs(self.config, self.given);
+        let has_factors = self.repaired.reports().any(|report| report.rank > 0);
+        let mut bytes = Map::new();
+        std::fs::create_dir_all(folder)?;
+        for &output in &outputs {
+            if output.needs_factors() && !has_factors {
+                continue;
+            }
+            let written = self.output(output, &outputs, folder)?;
+            bytes.insert(output.to_string(), written.into());
+        }
+        Ok(bytes)
+    }
+
+    fn output(&self, output: Output, outputs: &[Output], folder: &Path) -> Result<u64> {
+        let &Self {
+            config,
+            decoder,
+            given,
+            repaired,
+            ..
+        } = self;
+        let dst = folder.join(output.file_name());
+        let weights = match output {
+            Output::Merged => Weights::Merged,
+            Output::Requantised => Weights::Requantised,
+            _ => Weights::Compressed,
+        };
+        if let Some(layout) = output.layout() {
+            let options = CheckpointOptions::new(weights, layout).with_write(config.write.clone());
+            let rest = given.and_then(|given| given.decoder.as_ref());
+            let rest = rest.unwrap_or(decoder);
+            return Ok(write_checkpoint(rest, repaired, dst, &options, &NoProgress)?.bytes);
+        }
         match output {
-            Output::Adapter if has_factors => {
-                let models = [Output::Gptq, Output::GptqV2, Output::Compressed];
-                let base = models
-                    .into_iter()
-                    .find(|model| config.outputs.contains(model));
-                let base = base.map(|model| folder.join(model.file_name()));
-                let options = AdapterOptions::default()
+            Output::Adapter => {
+                let base = output.bases().iter().find(|base| outputs.contains(base));
+                let base = match (base, given) {
+                    (Some(base), _) => folder.join(base.file_name()),
+                    (None, Some(given)) => given.checkpoint.dir().to_path_buf(),
+                    (None, None) => config.perplexity.model.clone(),
+                };
+                // Ranks as they are: the file has the bytes that the report counts.
+                let options = AdapterOptions::new(absolute(base)?.display().to_string())
                     .with_dtype(config.repair.factors.dtype())
-                    .with_base_model(
-                        base.as_deref()
-                            .unwrap_or(&config.perplexity.model)
-                            .display()
-                            .to_string(),
-                    )
+                    .with_ranks(AdapterRanks::Mixed)
                     .with_overwrite(config.write.overwrite);
-                Adapter::write(repaired, &options, folder.join(output.file_name()))?;
+                Adapter::write(repaired, &options, &dst)?;
+                let file = Checkpoint::open_file(dst.join("adapter_model.safetensors"))?;
+                return Ok(file.total_bytes());
             }
-            Output::Adapter => {}
-            Output::Compressed => checkpoint(output, Weights::Compressed, dense)?,
-            Output::Gptq => checkpoint(output, Weights::Compressed, gptq(Version::V1))?,
-            Output::GptqV2 => checkpoint(output, Weights::Compressed, gptq(Version::V2))?,
-            Output::Merged => checkpoint(output, Weights::Merged, dense)?,
-            Output::Requantised if has_factors => {
-                checkpoint(output, Weights::Requantised, gptq(Version::V2))?;
+            Output::Gguf => {
+                let template = self.template.context("no GGUF of the uncompressed model")?;
+                let options = GgufModelOptions::new(weights, template);
+                write_gguf(decoder, repaired, &options, &dst, &NoProgress)?;
             }
-            Output::Requantised => {}
-            Output::Probe => {
-                std::fs::create_dir_all(folder)?;
-                Probe::write(repaired, PROBE_TOKENS, 0, folder.join(output.file_name()))?;
+            Output::LoraGguf => {
+                let named = given.and_then(|given| given.source.architecture());
+                let mut options = match self.template {
+                    Some(template) => GgufAdapterOptions::of_base(template)?,
+                    None => GgufAdapterOptions::new(decoder),
+                };
+                if let Some(architecture) = named {
+                    options = options.with_architecture(architecture);
+                }
+                Adapter::write_gguf(repaired, decoder, &options, &dst)?;
+            }
+            Output::Imatrix => {
+                let text = file_name(&config.calib);
+                imatrix(repaired, &text)?.write_gguf(&dst)?;
+            }
+            _ => {
+                Probe::write(repaired, PROBE_TOKENS, 0, &dst)?;
+                return Ok(Checkpoint::open_file(&dst)?.total_bytes());
             }
         }
+        Ok(Gguf::open(&dst)?.total_bytes())
     }
-    Ok(())
 }

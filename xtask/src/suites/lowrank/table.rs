@@ -7,7 +7,7 @@ use super::Config;
 use super::verdict::verdict;
 
 /// The table with its explanation and plots.
-pub(super) fn section(config: &Config, rows: Vec<Row>) -> Section {
+pub(super) fn section(config: &Config, starts: &[&str], rows: Vec<Row>) -> Section {
     let mut columns = vec![
         Column::Compress,
         Column::Method,
@@ -32,37 +32,40 @@ pub(super) fn section(config: &Config, rows: Vec<Row>) -> Section {
     Section {
         title: "Low-rank repair".into(),
         prose: format!(
-            "Output error is the relative error of all repaired linears on held-out windows of the calibration text, behind \
-             the repaired blocks; perplexity is of W_c + B A in f32. {} Rows of controls spend the bytes of the factors on \
-             more bits, smaller groups or fewer zeros instead. Sizes count the whole model: quantised weights as a GPTQ file \
-             holds them; pruned ones as the values that stay, in the stored dtype, and a bit for each weight (at 2:4 the \
-             two-bit index of each kept value), where a dense file with zeros takes as much as the uncompressed model; \
-             factors in the dtype they are stored in. Time and memory are those of the repair.",
-            match config.one_pass {
-                true =>
-                    "Each block was compressed behind the repaired ones, so rows differ in W_c.",
-                false =>
+            "Output error is the relative error of all linears on held-out windows of the calibration text, with the inputs of \
+             the repaired model. Perplexity is computed in f32 with the weights W_c + B A. {} Baselines spend the bytes of the \
+             factors on more bits, smaller groups or fewer zeros. Sizes are those of the whole model's tensors in a file: \
+             weights in groups as GPTQ, weights in blocks as GGUF, factors in their own dtype. Pruned weights count as the kept \
+             values and one bit for each weight (for 2:4, two bits for each kept value); a file that stores the zeros is as \
+             large as the uncompressed one. bytes_saved in the JSON has the tensors of each file that --save wrote. Time and \
+             memory are those of the repair.",
+            match (&config.compressed, config.one_pass) {
+                (Some(_), _) =>
+                    "The compressed model was given; what it quantised besides linears is measured too where it is a GGUF file.",
+                (None, true) =>
+                    "Each block was compressed after the blocks before it were repaired, so W_c differs between rows.",
+                (None, false) =>
                     "The model was compressed once; all methods and ranks repair the same W_c.",
             }
         ),
         columns,
         remarks: verdict(&rows).into_iter().collect(),
-        plots: plots(config, &rows),
+        plots: plots(starts, &rows),
         rows,
         ..Section::default()
     }
 }
 
-/// For each compressor perplexity over bytes, and loss by layer at the largest rank.
-fn plots(config: &Config, rows: &[Row]) -> Vec<Plot> {
+/// For each compressed model perplexity over bytes, and loss by layer at the largest rank.
+fn plots(starts: &[&str], rows: &[Row]) -> Vec<Plot> {
     let dense = rows
         .iter()
         .find(|row| row.method == DENSE)
         .and_then(|row| row.perplexity);
     let mut plots = Vec::new();
-    for compressor in config.compressors.iter().map(ToString::to_string) {
+    for &compressor in starts {
         let own: Vec<&Row> = (rows.iter())
-            .filter(|row| row.compress.as_ref() == Some(&compressor) && row.role != Role::Control)
+            .filter(|row| row.compress.as_deref() == Some(compressor) && row.role != Role::Control)
             .collect();
         let controls = rows.iter().filter(|row| {
             let instead = row.extra.get("instead_of").and_then(Value::as_str);

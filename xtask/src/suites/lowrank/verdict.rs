@@ -1,5 +1,9 @@
 //! The rows in one line: in how many cells EoRA loses at most as much as SVD, and SVD less than nothing.
+
 use eval_report::{Role, Row};
+use lowrank_eora::repair::Method;
+
+use super::NONE;
 
 /// Rows at one compressor and rank: left alone, by plain singular value decomposition, by EoRA.
 struct Cell<'a> {
@@ -52,12 +56,12 @@ fn cells(rows: &[Row]) -> Vec<Cell<'_>> {
                 && row.compress.as_deref() == Some(compress)
         })
     };
-    let eora = rows.iter().filter(|row| row.method == "eora");
+    let eora = (rows.iter()).filter(|row| row.method == Method::Eora.name());
     eora.filter_map(|row| {
         let (compress, rank) = (row.compress.as_deref()?, row.rank?);
         let (none, svd) = (
-            find(compress, "none", None)?,
-            find(compress, "svd", row.rank)?,
+            find(compress, NONE, None)?,
+            find(compress, Method::Svd.name(), row.rank)?,
         );
         Some(Cell {
             compress,

@@ -1,0 +1,132 @@
+//! What is known before anything is computed: combinations that cannot be run or written.
+
+use std::fmt::Display;
+
+use anyhow::{Context, Result, ensure};
+use causal_lm::Decoder;
+use lowrank_eora::compress::Compressor;
+use lowrank_eora::output::{Adapter, check_gguf, check_layout};
+use lowrank_eora::repair::Source;
+
+use super::save::{self, Output};
+use super::{Config, GivenModel, method_name};
+use crate::suites::perplexity;
+
+/// What the flags alone tell.
+pub(super) fn settings(config: &Config) -> Result<()> {
+    perplexity::ensure_unseen(&config.calib, &config.perplexity.text)?;
+    once("--compress", config.compressors.iter())?;
+    once(
+        "--method",
+        config.methods.iter().map(|&method| method_name(method)),
+    )?;
+    once("--rank", config.ranks.iter())?;
+    let repairs = config.methods.iter().any(Option::is_some);
+    for output in config.outputs.iter().flatten() {
+        ensure!(
+            repairs || !output.needs_factors(),
+            "--save-as {output}: method {} makes no factors; add a method that does",
+            method_name(None)
+        );
+    }
+    save::check_paths(config)
+}
+
+/// Each value may stand once: a repeated one would be computed and saved twice.
+fn once<T: Display>(flag: &str, values: impl Iterator<Item = T>) -> Result<()> {
+    let mut seen: Vec<String> = Vec::new();
+    for value in values {
+        let value = value.to_string();
+        ensure!(!seen.contains(&value), "{flag}: {value} is given twice");
+        seen.push(value);
+    }
+    Ok(())
+}
+
+/// What the shapes of the models tell.
+pub(super) fn model(
+    config: &Config,
+    decoder: &Decoder<'_>,
+    given: Option<&GivenModel<'_>>,
+) -> Result<()> {
+    if let Some(given) = given {
+        let fits = given.source.check(decoder);
+        fits.with_context(|| format!("--compressed {}", given.checkpoint.dir().display()))?;
+    }
+    for compressor in &config.compressors {
+        let fits = compressor.check(decoder);
+        fits.with_context(|| format!("--compress {compressor}"))?;
+    }
+    let sides = lowrank_eora::repair::linears(decoder)
+        .into_iter()
+        .map(|(_, [outputs, inputs])| outputs.min(inputs));
+    let largest = sides.max().unwrap_or(0);
+    for &rank in &config.ranks {
+        ensure!(
+            rank <= largest,
+            "--rank {rank}: the largest rank of a linear of this model is {largest}"
+        );
+    }
+    if config.save.is_none() {
+        return Ok(());
+    }
+    let outputs = save::outputs(config, given);
+    for &output in &outputs {
+        let named = || format!("--save-as {output}");
+        storable(output, config, decoder, given).with_context(named)?;
+        let bases = output.bases();
+        let saved = bases.iter().any(|base| outputs.contains(base));
+        let is_given = given.is_some_and(|given| output != Output::LoraGguf || given.is_gguf());
+        let names: Vec<String> = bases.iter().map(ToString::to_string).collect();
+        ensure!(
+            bases.is_empty() || saved || is_given,
+            "--save-as {output}: its factors are fitted to the compressed model, which is not saved; add {}",
+            names.join(" or ")
+        );
+    }
+    Ok(())
+}
+
+/// Whether an output can hold what the run makes.
+fn storable(
+    output: Output,
+    config: &Config,
+    decoder: &Decoder<'_>,
+    given: Option<&GivenModel<'_>>,
+) -> Result<()> {
+    let all = |check: &dyn Fn(&Compressor) -> Result<()>| {
+        for compressor in &config.compressors {
+            check(compressor).with_context(|| compressor.to_string())?;
+        }
+        Ok(())
+    };
+    ensure!(
+        given.is_none() || !output.is_of_the_compressor(),
+        "the weights of {} are stored already",
+        given.map_or_else(Default::default, |given| given
+            .checkpoint
+            .dir()
+            .display()
+            .to_string())
+    );
+    match output {
+        Output::Gguf => {
+            Adapter::check_gguf(decoder)?;
+            all(&|compressor| Ok(check_gguf(decoder, compressor)?))
+        }
+        Output::LoraGguf => Ok(Adapter::check_gguf(decoder)?),
+        Output::Requantised => {
+            let compressor = config.repair.requantise;
+            let compressor = compressor.context("needs --requantise with a compressor")?;
+            let Some(layout) = output.layout() else {
+                return Ok(());
+            };
+            let fits = check_layout(decoder, &compressor, layout);
+            fits.with_context(|| format!("--requantise {compressor}"))
+        }
+        _ => match output.layout() {
+            Some(layout) => all(&|compressor| Ok(check_layout(decoder, compressor, layout)?)),
+            None => Ok(()),
+        },
+    }
+}
