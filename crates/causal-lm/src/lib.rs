@@ -1,6 +1,7 @@
 #![doc = include_str!("../README.md")]
 #![forbid(unsafe_code)]
 
+mod adapter;
 mod attention;
 pub mod block;
 pub mod config;
@@ -24,6 +25,7 @@ pub mod testing;
 mod text;
 mod windows;
 
+pub use adapter::{Adapter, Factors, open_adapted};
 pub use attention::Mixer;
 pub use block::Block;
 pub use candle_core;

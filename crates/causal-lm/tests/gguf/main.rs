@@ -4,6 +4,7 @@
 #[allow(dead_code, reason = "other tests use the rest")]
 mod common;
 
+mod adapter;
 mod agree;
 mod golden;
 mod made;
