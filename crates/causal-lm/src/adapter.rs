@@ -124,7 +124,7 @@ impl Adapter {
             let what = format!("architecture {name:?}, but the model is {wanted}");
             return Err(content(&metadata, what));
         };
-        let head_dim = ModelConfig::new(base.config())?.head_dim;
+        let head_dim = ModelConfig::new(base.config())?.head_dim(0);
         let alpha = metadata.get_f64("adapter.lora.alpha")?.unwrap_or(0.0);
         let mut adapter = Self::default();
         for info in file.tensors() {

@@ -109,6 +109,9 @@ pub enum Error {
         /// What is wrong with it.
         reason: String,
     },
+    /// Weights that cannot be rounded to blocks.
+    #[error(transparent)]
+    Packed(#[from] packed::Error),
     /// Statistics that the calibration did not collect.
     #[error("layer {layer}: {what} was not collected in calibration; {need}")]
     Missing {

@@ -1,10 +1,11 @@
 //! The metadata of a GGUF file.
 
-use super::{Architecture, Precision, tokenizer, unsupported};
+use super::{Precision, tokenizer, unsupported};
 use crate::Result;
-use candle_core::quantized::gguf_file::Value;
 use causal_lm::config::QkNorm;
+use causal_lm::gguf::Architecture;
 use causal_lm::{Decoder, Widths};
+use tensor_io::gguf::Value;
 
 /// Keys and values, in the order in which they are written.
 pub(super) fn metadata(
@@ -24,6 +25,7 @@ pub(super) fn metadata(
             "general.name".into(),
             Value::String(name.unwrap_or_default().to_string_lossy().into_owned()),
         ),
+        ("general.type".into(), "model".into()),
         (
             "general.file_type".into(),
             Value::U32(precision.file_type()),
@@ -32,10 +34,10 @@ pub(super) fn metadata(
     ];
     // A gone half is written as one unit of zeros.
     let widths = |width: fn(&Widths) -> usize| -> Value {
-        let mut all = config.widths.iter().map(|w| width(w).max(1));
+        let mut all = config.widths.iter().map(|w| width(w).max(1) as u32);
         match architecture {
-            Architecture::Deci => Value::Array(all.map(number).collect()),
-            Architecture::Llama | Architecture::Qwen3 => number(all.next().unwrap_or(0)),
+            Architecture::Deci => all.collect::<Vec<u32>>().into(),
+            _ => all.next().unwrap_or(0).into(),
         }
     };
     let windows = config.attention.iter().filter_map(|a| a.sliding_window);

@@ -2,7 +2,7 @@
 //!
 //! Any decoder that causal-lm opens can be exported: dense, pruned, or with low-rank factors merged
 //! in. What the file says is in `metadata`, which tensors it holds in `tensors`, the
-//! vocabulary in `tokenizer`; candle writes the container.
+//! vocabulary in `tokenizer`.
 //!
 //! | model | architecture in the file | read by |
 //! |---|---|---|
@@ -19,59 +19,100 @@ mod tensors;
 mod tokenizer;
 
 use crate::{Error, Result};
-use candle_core::quantized::{GgmlDType, QTensor, gguf_file};
 use causal_lm::config::QkNorm;
+use causal_lm::gguf::Architecture;
 use causal_lm::{Decoder, Progress};
-use std::io::{BufWriter, Write};
+use packed::BlockType;
 use std::path::Path;
-use tensor_io::atomic::PendingFile;
+use tensor_io::gguf::{BlockLayout, TensorSpec, Writer};
 
 /// How matrices are stored; vectors (norms and biases) are always f32.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum Precision {
-    /// 32-bit floats.
-    F32,
-    /// 16-bit floats.
-    F16,
-    /// bfloat16.
-    Bf16,
-    /// 8 bits and a scale for each 32 values of a row; f16 for matrices whose rows are no multiple
-    /// of 32 long.
-    Q8_0,
-}
+pub struct Precision(BlockType);
 
 impl Precision {
-    /// All of them.
-    pub const ALL: [Self; 4] = [Self::F32, Self::F16, Self::Bf16, Self::Q8_0];
+    /// 32-bit floats.
+    pub const F32: Self = Self(BlockType::F32);
+    /// 16-bit floats.
+    pub const F16: Self = Self(BlockType::F16);
+    /// bfloat16.
+    #[allow(non_upper_case_globals, reason = "the name that callers know")]
+    pub const Bf16: Self = Self(BlockType::BF16);
+    /// 8 bits and a scale for each 32 values of a row.
+    pub const Q8_0: Self = Self(BlockType::Q8_0);
+
+    /// All of them: floats, and every block type that llama.cpp quantises to.
+    pub const ALL: [Self; 13] = [
+        Self::F32,
+        Self::F16,
+        Self::Bf16,
+        Self::Q8_0,
+        Self(BlockType::Q5_1),
+        Self(BlockType::Q5_0),
+        Self(BlockType::Q4_1),
+        Self(BlockType::Q4_0),
+        Self(BlockType::Q6_K),
+        Self(BlockType::Q5_K),
+        Self(BlockType::Q4_K),
+        Self(BlockType::Q3_K),
+        Self(BlockType::Q2_K),
+    ];
 
     /// The name in file names and flags.
     pub fn name(self) -> &'static str {
-        match self {
-            Self::F32 => "f32",
-            Self::F16 => "f16",
-            Self::Bf16 => "bf16",
-            Self::Q8_0 => "q8_0",
+        match self.0 {
+            BlockType::F32 => "f32",
+            BlockType::F16 => "f16",
+            BlockType::BF16 => "bf16",
+            BlockType::Q5_1 => "q5_1",
+            BlockType::Q5_0 => "q5_0",
+            BlockType::Q4_1 => "q4_1",
+            BlockType::Q4_0 => "q4_0",
+            BlockType::Q6_K => "q6_k",
+            BlockType::Q5_K => "q5_k",
+            BlockType::Q4_K => "q4_k",
+            BlockType::Q3_K => "q3_k",
+            BlockType::Q2_K => "q2_k",
+            _ => "q8_0",
         }
     }
 
-    /// How a matrix with rows of `width` values is stored.
-    fn of_rows(self, width: usize) -> GgmlDType {
-        match self {
-            Self::F32 => GgmlDType::F32,
-            Self::Bf16 => GgmlDType::BF16,
-            Self::Q8_0 if width.is_multiple_of(GgmlDType::Q8_0.block_size()) => GgmlDType::Q8_0,
-            Self::F16 | Self::Q8_0 => GgmlDType::F16,
-        }
+    /// The type that matrices have whose rows are long enough.
+    pub fn block_type(self) -> BlockType {
+        self.0
+    }
+
+    /// The type of a matrix with rows of `width` values: as llama.cpp, a smaller block of at least as many bits where the
+    /// block does not divide the row, and 16-bit floats where none does.
+    pub fn of_rows(self, width: usize) -> BlockType {
+        let smaller = match self.0 {
+            BlockType::Q2_K | BlockType::Q3_K => BlockType::Q4_0,
+            BlockType::Q4_K => BlockType::Q5_0,
+            BlockType::Q5_K => BlockType::Q5_1,
+            BlockType::Q6_K => BlockType::Q8_0,
+            other => other,
+        };
+        let fits = |ty: &BlockType| width.is_multiple_of(ty.block_len());
+        let fitting = [self.0, smaller].into_iter().find(fits);
+        fitting.unwrap_or(BlockType::F16)
     }
 
     /// `general.file_type`.
     fn file_type(self) -> u32 {
-        match self {
-            Self::F32 => 0,
-            Self::F16 => 1,
-            Self::Q8_0 => 7,
-            Self::Bf16 => 32,
+        match self.0 {
+            BlockType::F32 => 0,
+            BlockType::F16 => 1,
+            BlockType::BF16 => 32,
+            BlockType::Q4_0 => 2,
+            BlockType::Q4_1 => 3,
+            BlockType::Q5_0 => 8,
+            BlockType::Q5_1 => 9,
+            BlockType::Q2_K => 10,
+            BlockType::Q3_K => 11,
+            BlockType::Q4_K => 14,
+            BlockType::Q5_K => 16,
+            BlockType::Q6_K => 18,
+            _ => 7,
         }
     }
 }
@@ -88,11 +129,13 @@ pub struct Exported {
 /// Writes `decoder` as the GGUF file `dst`, replacing an older one. The tokenizer comes from the decoder's folder; a
 /// step of `progress` is a tensor.
 ///
-/// candle writes the container from finished tensors, so that memory is as large as the file.
+/// One tensor is in memory at a time. Blocks of a GGUF file that are wanted in the type that they have are copied bit for
+/// bit.
 ///
 /// # Errors
 /// [`Error::Export`] for what the format, or llama.cpp, cannot represent, [`Error::ExportFile`] for a tokenizer that it
-/// does not know, [`Error::Cancelled`], and what writing reports. A failed run leaves `dst` as it was.
+/// does not know and for values beyond the range of the type, [`Error::Cancelled`], and what writing reports. A failed
+/// run leaves `dst` as it was.
 pub fn export(
     decoder: &Decoder<'_>,
     precision: Precision,
@@ -100,84 +143,65 @@ pub fn export(
     progress: &dyn Progress,
 ) -> Result<Exported> {
     let dst = dst.as_ref();
-    let architecture = Architecture::of(decoder)?;
+    let architecture = architecture(decoder)?;
     let metadata = metadata::metadata(decoder, architecture, precision)?;
-    let mut parameters = 0;
-    let mut tensors: Vec<(String, QTensor)> = Vec::new();
     let outputs = tensors::tensors(decoder, architecture)?;
-    progress.begin("GGUF", outputs.len() as u64);
-    for tensor in outputs {
-        let values = tensor.load(decoder)?;
-        let dims = values.dims();
-        let dtype = match dims {
-            [_, width] => precision.of_rows(*width),
-            _ => GgmlDType::F32,
+    let mut parameters = 0;
+    let mut specs = Vec::new();
+    let mut types = Vec::new();
+    for output in &outputs {
+        let shape = output.shape(decoder)?;
+        let ty = match shape[..] {
+            [_, width] => precision.of_rows(width),
+            _ => BlockType::F32,
         };
-        parameters += values.elem_count() as u64;
-        tensors.push((tensor.name, QTensor::quantize(&values, dtype)?));
+        parameters += shape.iter().product::<usize>() as u64;
+        let layout = BlockLayout::named(ty.name()).expect("the container knows every block type");
+        specs.push(TensorSpec::new(&output.name, layout, shape));
+        types.push(ty);
+    }
+    progress.begin("GGUF", outputs.len() as u64);
+    let mut writer = Writer::create(dst, &metadata, &specs)?;
+    for (output, ty) in outputs.iter().zip(types) {
+        let bytes = output.bytes(decoder, ty).map_err(|error| match error {
+            Error::Packed(reason) => Error::ExportFile {
+                path: dst.into(),
+                reason: format!("tensor {}: {reason}", output.name),
+            },
+            other => other,
+        })?;
+        writer.write(&output.name, &bytes)?;
         progress.advance(1)?;
     }
-    let metadata: Vec<_> = metadata.iter().map(|(k, v)| (k.as_str(), v)).collect();
-    let tensors: Vec<_> = tensors.iter().map(|(k, v)| (k.as_str(), v)).collect();
-    let mut file = PendingFile::create(dst)?;
-    let mut buffer = BufWriter::new(file.as_file_mut());
-    gguf_file::write(&mut buffer, &metadata, &tensors)?;
-    buffer.flush().map_err(|reason| Error::ExportFile {
-        path: dst.into(),
-        reason: reason.to_string(),
-    })?;
-    drop(buffer);
-    let bytes = file.persist()?;
+    let bytes = writer.finish()?;
     Ok(Exported { parameters, bytes })
 }
 
-/// Architectures that this export knows.
+/// Model types that this export knows.
 const EXPORTED: [&str; 4] = ["llama", "mistral", "qwen2", "qwen3"];
 
-/// What a file declares itself to be.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Architecture {
-    Llama,
-    Deci,
-    Qwen3,
-}
-
-impl Architecture {
-    fn of(decoder: &Decoder<'_>) -> Result<Self> {
-        let config = decoder.config();
-        if !EXPORTED.contains(&config.model_type) {
-            return Err(unsupported(
-                config.model_type,
-                format!("this export knows {}", EXPORTED.join(", ")),
-            ));
-        }
-        let whole = |w: &causal_lm::Widths| w.heads > 0 && w.neurons > 0;
-        let uniform = config
-            .widths
-            .iter()
-            .all(|w| whole(w) && *w == config.widths[0]);
-        match (config.qk_norm != QkNorm::None, uniform) {
-            (false, true) => Ok(Self::Llama),
-            (false, false) => Ok(Self::Deci),
-            (true, true) => Ok(Self::Qwen3),
-            (true, false) => Err(unsupported(
-                "Qwen3 with different widths in its layers",
-                "the architecture that takes a width for each layer has no norms of q and k; export equal widths",
-            )),
-        }
+/// What the file declares itself to be.
+fn architecture(decoder: &Decoder<'_>) -> Result<Architecture> {
+    let config = decoder.config();
+    if !EXPORTED.contains(&config.model_type) {
+        return Err(unsupported(
+            config.model_type,
+            format!("this export knows {}", EXPORTED.join(", ")),
+        ));
     }
-
-    fn name(self) -> &'static str {
-        match self {
-            Self::Llama => "llama",
-            Self::Deci => "deci",
-            Self::Qwen3 => "qwen3",
-        }
-    }
-
-    /// Whether rotations pair neighbouring channels, not the halves of a head.
-    fn rotates_neighbours(self) -> bool {
-        matches!(self, Self::Llama | Self::Deci)
+    let whole = |w: &causal_lm::Widths| w.heads > 0 && w.neurons > 0;
+    let uniform = config
+        .widths
+        .iter()
+        .all(|w| whole(w) && *w == config.widths[0]);
+    match (config.qk_norm != QkNorm::None, uniform) {
+        (false, true) => Ok(Architecture::Llama),
+        (false, false) => Ok(Architecture::Deci),
+        (true, true) => Ok(Architecture::Qwen3),
+        (true, false) => Err(unsupported(
+            "Qwen3 with different widths in its layers",
+            "the architecture that takes a width for each layer has no norms of q and k; export equal widths",
+        )),
     }
 }
 

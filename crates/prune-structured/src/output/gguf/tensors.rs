@@ -1,9 +1,12 @@
 //! The tensors of a GGUF file: llama.cpp's names, and the order of rows that its rotation expects.
 
-use super::{Architecture, unsupported};
+use super::unsupported;
 use crate::Result;
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Device};
+use causal_lm::gguf::names::{self as stored_names, halves_of_neighbours, in_block};
+use causal_lm::gguf::{Architecture, GgufTensors};
 use causal_lm::{Decoder, LinearName};
+use packed::{BlockType, QuantRows, quantise};
 
 /// A tensor of the file.
 #[derive(Debug)]
@@ -36,21 +39,16 @@ pub(super) fn tensors(decoder: &Decoder<'_>, architecture: Architecture) -> Resu
         name,
         source: Source::Copy(source),
     };
-    let mut outputs = vec![copy("token_embd.weight".into(), names.embedding())];
+    let mut outputs = vec![copy(stored_names::EMBEDDING.into(), names.embedding())];
     if let Some(factors) = super::metadata::rope_factors(decoder)? {
         outputs.push(Output {
-            name: "rope_freqs.weight".into(),
+            name: stored_names::ROPE_FACTORS.into(),
             source: Source::RopeFactors(factors),
         });
     }
     for layer in 0..config.layers() {
-        let inside = |part: &str| format!("blk.{layer}.{part}");
-        for (part, path) in [
-            ("attn_norm.weight", "input_layernorm.weight"),
-            ("ffn_norm.weight", "post_attention_layernorm.weight"),
-            ("attn_q_norm.weight", "self_attn.q_norm.weight"),
-            ("attn_k_norm.weight", "self_attn.k_norm.weight"),
-        ] {
+        let inside = |part: &str| in_block(layer, part);
+        for (part, path) in stored_names::NORMS {
             let source = names.block(layer, path);
             if checkpoint.contains(&source) {
                 outputs.push(copy(inside(part), source));
@@ -60,7 +58,7 @@ pub(super) fn tensors(decoder: &Decoder<'_>, architecture: Architecture) -> Resu
             let Some(module) = names.module_of(linear) else {
                 continue;
             };
-            let part = part(linear);
+            let part = stored_names::linear(linear);
             let rotated = matches!(linear, LinearName::Q | LinearName::K)
                 && architecture.rotates_neighbours();
             let stored = names.weight(layer, module);
@@ -93,23 +91,14 @@ pub(super) fn tensors(decoder: &Decoder<'_>, architecture: Architecture) -> Resu
             });
         }
     }
-    outputs.push(copy("output_norm.weight".into(), names.final_norm_weight()));
+    outputs.push(copy(
+        stored_names::FINAL_NORM.into(),
+        names.final_norm_weight(),
+    ));
     if !config.tied {
-        outputs.push(copy("output.weight".into(), names.head().into()));
+        outputs.push(copy(stored_names::HEAD.into(), names.head().into()));
     }
     Ok(outputs)
-}
-
-fn part(linear: LinearName) -> &'static str {
-    match linear {
-        LinearName::Q => "attn_q",
-        LinearName::K => "attn_k",
-        LinearName::V => "attn_v",
-        LinearName::O => "attn_output",
-        LinearName::Gate => "ffn_gate",
-        LinearName::Up => "ffn_up",
-        _ => "ffn_down",
-    }
 }
 
 /// Shape of a linear of the one unit that stands for a half that is gone.
@@ -124,33 +113,80 @@ fn stand_in(decoder: &Decoder<'_>, linear: LinearName) -> [usize; 2] {
 }
 
 impl Output {
-    /// Its values, f32 on the CPU.
-    pub(super) fn load(&self, decoder: &Decoder<'_>) -> Result<Tensor> {
-        let read = |name: &str| -> Result<Tensor> {
-            let tensor = decoder
-                .checkpoint()
-                .tensor_as(name, DType::F32, &Device::Cpu)?;
-            decoder.checkpoint().release([name]);
-            Ok(tensor)
-        };
+    /// Its shape.
+    pub(super) fn shape(&self, decoder: &Decoder<'_>) -> Result<Vec<usize>> {
         Ok(match &self.source {
-            Source::Copy(name) => read(name)?,
-            Source::Interleaved(name) => interleave(&read(name)?, decoder.config().head_dim(0))?,
-            Source::Zeros(shape) => Tensor::zeros(shape.as_slice(), DType::F32, &Device::Cpu)?,
-            Source::RopeFactors(factors) => Tensor::new(factors.as_slice(), &Device::Cpu)?,
+            Source::Copy(name) | Source::Interleaved(name) => {
+                decoder.checkpoint().info(name)?.shape.clone()
+            }
+            Source::Zeros(shape) => shape.clone(),
+            Source::RopeFactors(factors) => vec![factors.len()],
+        })
+    }
+
+    /// Its bytes in the type `ty`.
+    pub(super) fn bytes(&self, decoder: &Decoder<'_>, ty: BlockType) -> Result<Vec<u8>> {
+        let (name, interleaved) = match &self.source {
+            Source::Copy(name) => (name, false),
+            Source::Interleaved(name) => (name, true),
+            Source::Zeros(shape) => {
+                let width = shape.last().copied().unwrap_or(1);
+                let zeros = vec![0.0; shape.iter().product()];
+                return Ok(quantise(ty, &zeros, width, None)?.into_bytes());
+            }
+            Source::RopeFactors(factors) => {
+                return Ok(quantise(ty, factors, factors.len(), None)?.into_bytes());
+            }
+        };
+        let checkpoint = decoder.checkpoint();
+        let rows = match stored_blocks(decoder, name, ty)? {
+            Some(rows) => rows,
+            None => {
+                let values = checkpoint.tensor_as(name, DType::F32, &Device::Cpu)?;
+                let width = values.dims().last().copied().unwrap_or(1);
+                let values = values.flatten_all()?.to_vec1::<f32>()?;
+                quantise(ty, &values, width, None)?
+            }
+        };
+        checkpoint.release([name.as_str()]);
+        Ok(match interleaved {
+            true => interleave(
+                rows,
+                checkpoint.info(name)?.shape.len(),
+                decoder.config().head_dim(0),
+            )?,
+            false => rows.into_bytes(),
         })
     }
 }
 
-/// Rows `i` and `i + head_dim/2` of each head become rows `2i` and `2i + 1`.
-fn interleave(rows: &Tensor, head_dim: usize) -> Result<Tensor> {
-    let count = rows.dims()[0];
-    let order = (0..count).map(|row| {
-        let (head, within) = (row / head_dim, row % head_dim);
-        (head * head_dim + within / 2 + within % 2 * (head_dim / 2)) as u32
-    });
-    let order = Tensor::from_iter(order, &Device::Cpu)?;
-    Ok(rows.index_select(&order, 0)?)
+/// The blocks of a tensor of a GGUF file, if they are of this type.
+fn stored_blocks<'a>(
+    decoder: &Decoder<'a>,
+    name: &str,
+    ty: BlockType,
+) -> Result<Option<QuantRows<'a>>> {
+    let source = decoder.checkpoint().source();
+    let tensors = source.and_then(|source| source.as_any().downcast_ref::<GgufTensors>());
+    match tensors {
+        Some(tensors) if tensors.block_type(name) == Some(ty) => Ok(tensors.packed(name)?),
+        _ => Ok(None),
+    }
+}
+
+/// Rows `i` and `i + head_dim/2` of each head become rows `2i` and `2i + 1`; of a vector, its values.
+fn interleave(rows: QuantRows<'_>, dims: usize, head_dim: usize) -> Result<Vec<u8>> {
+    let rows = match dims {
+        1 => QuantRows::new(
+            rows.block_type(),
+            rows.rows() * rows.cols(),
+            1,
+            rows.into_bytes(),
+        )?,
+        _ => rows,
+    };
+    let order = halves_of_neighbours(rows.rows(), head_dim);
+    Ok(rows.select(&order)?.into_bytes())
 }
 
 #[cfg(test)]
@@ -159,8 +195,14 @@ mod tests {
 
     #[test]
     fn channels_that_rotate_together_become_neighbours() {
-        let rows = Tensor::from_iter((0..12).map(|i| i as f32), &Device::Cpu).unwrap();
-        let order = interleave(&rows, 6).unwrap().to_vec1::<f32>().unwrap();
-        assert_eq!(order, [0., 3., 1., 4., 2., 5., 6., 9., 7., 10., 8., 11.]);
+        let values: Vec<f32> = (0..12).map(|i| i as f32).collect();
+        for (dims, width) in [(1, 12), (2, 1)] {
+            let rows = quantise(BlockType::F32, &values, width, None).unwrap();
+            let bytes = interleave(rows, dims, 6).unwrap();
+            let order = QuantRows::new(BlockType::F32, 1, 12, bytes)
+                .unwrap()
+                .dequantise();
+            assert_eq!(order, [0., 3., 1., 4., 2., 5., 6., 9., 7., 10., 8., 11.]);
+        }
     }
 }

@@ -11,11 +11,12 @@
 //! otherwise than in training would be silently worse.
 
 use crate::{Error, Result};
-use candle_core::quantized::gguf_file::Value;
+use causal_lm::gguf::GgufTensors;
 use causal_lm::{Decoder, TextTokenizer};
 use serde_json::Value as Json;
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
+use tensor_io::gguf::{Metadata, Value};
 
 /// llama.cpp's kinds of tokens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -43,6 +44,11 @@ struct File<'a> {
 
 /// The `tokenizer.ggml.*` keys.
 pub(super) fn metadata(decoder: &Decoder<'_>) -> Result<Vec<(String, Value)>> {
+    if let Some(source) = decoder.checkpoint().source()
+        && let Some(tensors) = source.as_any().downcast_ref::<GgufTensors>()
+    {
+        return stored(&tensors.file().metadata());
+    }
     let dir = decoder.checkpoint().dir();
     let path = dir.join("tokenizer.json");
     let json = read_json(&path)?;
@@ -77,6 +83,15 @@ pub(super) fn metadata(decoder: &Decoder<'_>) -> Result<Vec<(String, Value)>> {
     Ok(values)
 }
 
+/// The keys of a GGUF file.
+fn stored(metadata: &Metadata<'_>) -> Result<Vec<(String, Value)>> {
+    let mut values = Vec::new();
+    for key in metadata.keys().filter(|key| key.starts_with("tokenizer.")) {
+        values.extend(metadata.get(key)?.map(|value| (key.to_string(), value)));
+    }
+    Ok(values)
+}
+
 fn read_json(path: &Path) -> Result<Json> {
     let error = |reason: String| Error::ExportFile {
         path: path.into(),
@@ -104,27 +119,24 @@ impl File<'_> {
         let merges = self.merges()?;
         let byte_fallback = model["byte_fallback"].as_bool().unwrap_or(false);
         let (tokens, kinds) = self.tokens(byte_fallback)?;
-        let strings =
-            |list: &[String]| Value::Array(list.iter().map(|s| Value::String(s.clone())).collect());
         let mut values: Vec<(&str, Value)> = Vec::new();
         if byte_fallback {
             let add_space = self.prepends_space()?;
             let scores = scores(&tokens, &kinds, &merges);
             values.push(("model", Value::String("llama".into())));
             values.push(("pre", Value::String("default".into())));
-            values.push(("tokens", strings(&tokens)));
-            let scores = scores.into_iter().map(Value::F32).collect();
-            values.push(("scores", Value::Array(scores)));
+            values.push(("tokens", tokens.clone().into()));
+            values.push(("scores", scores.into()));
             values.push(("add_space_prefix", Value::Bool(add_space)));
         } else {
             let merges: Vec<String> = merges.iter().map(|(a, b)| format!("{a} {b}")).collect();
             values.push(("model", Value::String("gpt2".into())));
             values.push(("pre", Value::String(self.pre_tokenizer()?.into())));
-            values.push(("tokens", strings(&tokens)));
-            values.push(("merges", strings(&merges)));
+            values.push(("tokens", tokens.clone().into()));
+            values.push(("merges", merges.into()));
         }
-        let kinds = kinds.iter().map(|&kind| Value::I32(kind as i32));
-        values.push(("token_type", Value::Array(kinds.collect())));
+        let kinds: Vec<i32> = kinds.iter().map(|&kind| kind as i32).collect();
+        values.push(("token_type", kinds.into()));
         let unknown = model["unk_token"].as_str();
         if let Some(id) = unknown.and_then(|unk| tokens.iter().position(|t| t == unk)) {
             values.push(("unknown_token_id", Value::U32(id as u32)));
