@@ -1,4 +1,5 @@
-//! Evaluation runs and reports: `cargo xtask eval`, and `cargo xtask report` to compare two of them.
+//! Evaluation runs and reports: `cargo xtask eval`, `cargo xtask report` to compare two of them, and `cargo xtask generate` to
+//! see what a model writes.
 //!
 //! [`cli`] turns flags into a typed description of the work. A suite in [`suites`] calls the crates and returns
 //! [`eval_report::Section`]s of measured rows, [`all`] runs several suites on one model, and [`eval`] makes the report.
@@ -8,10 +9,13 @@
 
 pub mod all;
 pub mod bar;
+mod chat;
 pub mod cli;
 pub mod default_model;
 pub mod eval;
+pub mod generate;
 mod hub;
+pub mod model;
 pub mod random_model;
 mod report;
 mod scratch;

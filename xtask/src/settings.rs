@@ -1,7 +1,12 @@
 //! What all suites share.
 
+use std::path::{Path, PathBuf};
+
 use anyhow::{Context, Result};
+use causal_lm::Arithmetic;
 use clap::ValueEnum;
+use eval_report::{Row, Section};
+use tensor_io::Checkpoint;
 
 /// Settings of a run, whatever is measured.
 #[derive(Debug, Clone, Default)]
@@ -14,8 +19,56 @@ pub struct Settings {
     pub seed: u64,
     /// Where tensors are.
     pub device: Device,
+    /// How the weights of models under evaluation are run.
+    pub weights: Weights,
     /// Whether to show no progress.
     pub quiet: bool,
+}
+
+/// How the weights of a model under evaluation are run.
+#[derive(Debug, Clone, Default)]
+pub struct Weights {
+    /// The arithmetic of quantised weights.
+    pub arithmetic: Arithmetic,
+    /// A LoRA adapter beside the weights.
+    pub adapter: Option<PathBuf>,
+}
+
+impl Weights {
+    /// Opens a model: a folder of floats, GPTQ or compressed-tensors, or a GGUF file; with the adapter.
+    ///
+    /// # Errors
+    /// What cannot be read or does not go together, by file and tensor.
+    pub(crate) fn open(&self, model: &Path) -> Result<Checkpoint> {
+        Ok(match &self.adapter {
+            None => causal_lm::open(model)?,
+            Some(adapter) => causal_lm::open_adapted(model, adapter).context("--adapter")?,
+        })
+    }
+
+    /// The name of the arithmetic on the command line and in reports.
+    pub(crate) fn arithmetic_name(&self) -> &'static str {
+        match self.arithmetic {
+            Arithmetic::F32 => "f32",
+            Arithmetic::Int8 => "int8",
+        }
+    }
+
+    /// `section` with what its numbers depend on.
+    pub(crate) fn facts(&self, section: Section) -> Section {
+        let section = section.fact("arithmetic", self.arithmetic_name());
+        match &self.adapter {
+            Some(adapter) => section.fact("adapter", adapter.file_name().unwrap_or(adapter.as_os_str()).to_string_lossy()),
+            None => section,
+        }
+    }
+
+    /// Fills in the bytes that the weights take in memory.
+    pub(crate) fn fill(&self, row: &mut Row, bytes: usize) {
+        row.extra.insert("weight_bytes".into(), bytes.into());
+        let arithmetic = self.arithmetic_name();
+        row.extra.insert("arithmetic".into(), arithmetic.into());
+    }
 }
 
 /// Where tensors are.

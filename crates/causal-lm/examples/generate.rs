@@ -3,18 +3,21 @@
 //!     cargo run --release --example generate -- MODEL "One summer morning, Anna" lazy 64
 
 use candle_core::{DType, Device};
-use causal_lm::{CacheSet, Decoder, GenerateOptions, Model, Sampling, TextTokenizer, generate};
+use causal_lm::{
+    Arithmetic, CacheSet, Decoder, Execution, GenerateOptions, Model, Sampling, TextTokenizer, generate,
+};
 use kv_lazy::{Budget, CacheConfig};
 use std::io::Write;
-use tensor_io::Checkpoint;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let [folder, prompt, eviction @ ..] = &arguments[..] else {
         return Err("usage: generate MODEL PROMPT [POLICY BUDGET]".into());
     };
-    let checkpoint = Checkpoint::open(folder)?;
+    let checkpoint = causal_lm::open(folder)?;
     let decoder = Decoder::new(&checkpoint, DType::F32, &Device::Cpu)?;
+    // Quantised and 16-bit weights stay as they are.
+    let decoder = decoder.packed(Execution::new(Arithmetic::Int8));
     let model = Model::load(&decoder)?;
     let tokenizer = TextTokenizer::open(folder)?;
     let mut prompt_tokens: Vec<u32> = tokenizer.bos().into_iter().collect();
@@ -37,21 +40,11 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         },
         stop: decoder.config().eos.clone(),
     };
-    // Text is decoded from the start each time: a token alone may be part of a character.
-    let mut tokens = prompt_tokens.clone();
-    let mut text = tokenizer.decode(&tokens)?;
-    print!("{text}");
+    print!("{prompt}");
+    let mut text = tokenizer.stream();
     let mut print = |token| {
-        tokens.push(token);
-        let longer = tokenizer.decode(&tokens).unwrap_or_default();
-        if let Some(new) = longer
-            .strip_prefix(&text)
-            .filter(|new| !new.ends_with('\u{fffd}'))
-        {
-            print!("{new}");
-            std::io::stdout().flush().ok();
-            text = longer;
-        }
+        print!("{}", text(token).unwrap_or_default());
+        std::io::stdout().flush().ok();
     };
     let generated = generate(&model, &mut cache, &prompt_tokens, &options, &mut print)?;
     println!(

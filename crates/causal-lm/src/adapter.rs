@@ -265,9 +265,9 @@ fn fault(path: &Path, reason: impl Into<String>) -> Error {
 }
 
 /// A model with an adapter added.
-struct Adapted {
-    base: Checkpoint,
-    adapter: Adapter,
+pub(crate) struct Adapted {
+    pub(crate) base: Checkpoint,
+    pub(crate) adapter: Adapter,
 }
 
 impl TensorSource for Adapted {
@@ -340,19 +340,7 @@ impl TensorSource for Adapted {
     }
 
     fn files(&self) -> tensor_io::Result<Vec<(String, Vec<u8>)>> {
-        if let Some(source) = self.base.source() {
-            return source.files();
-        }
-        let read = |path: &std::path::PathBuf| {
-            let name = path
-                .file_name()
-                .unwrap_or_default()
-                .to_string_lossy()
-                .into_owned();
-            let contents = std::fs::read(path).map_err(tensor_io::Error::io("read", path))?;
-            Ok((name, contents))
-        };
-        self.base.files_to_carry().iter().map(read).collect()
+        crate::open::carried_files(&self.base)
     }
 
     fn as_any(&self) -> &dyn Any {

@@ -49,6 +49,12 @@ impl Norm {
         })
     }
 
+    /// Bytes of its weights in memory.
+    pub fn bytes(&self) -> usize {
+        let bytes = |x: &Tensor| x.elem_count() * x.dtype().size_in_bytes();
+        bytes(&self.weight) + self.bias.as_ref().map_or(0, bytes)
+    }
+
     /// Width of what it normalises.
     pub fn width(&self) -> usize {
         self.weight.elem_count()
@@ -117,11 +123,18 @@ impl Mlp {
     /// # Errors
     /// When `x` has another width than the weights.
     pub fn neurons(&self, x: &Tensor) -> Result<Tensor> {
-        let up = self.up.forward(x)?;
         match &self.gate {
-            Some(gate) => ops::activate(self.activation, &gate.forward(x)?, Some(&up)),
-            None => ops::activate(self.activation, &up, None),
+            Some(gate) => {
+                let [gate, up] = Linear::forward_all([gate, &self.up], x)?;
+                ops::activate(self.activation, &gate, Some(&up))
+            }
+            None => ops::activate(self.activation, &self.up.forward(x)?, None),
         }
+    }
+
+    /// Bytes of its weights in memory.
+    pub fn bytes(&self) -> usize {
+        self.gate.as_ref().map_or(0, Linear::bytes) + self.up.bytes() + self.down.bytes()
     }
 }
 
@@ -391,6 +404,25 @@ impl Block {
         Ok(self.scaled(y)?.reshape(half.shape)?)
     }
 
+    /// Bytes of its weights in memory: linears, norms and the experts that are loaded.
+    pub fn bytes(&self) -> usize {
+        let attention = self.attention.body.as_ref().map_or(0, |a| {
+            let linears = [Some(&a.q), Some(&a.k), a.v.as_ref(), Some(&a.o)];
+            let linears: usize = linears.iter().flatten().map(|linear| linear.bytes()).sum();
+            let norms = [&a.q_norm, &a.k_norm, &a.v_norm];
+            linears + norms.into_iter().flatten().map(Norm::bytes).sum::<usize>()
+        });
+        let norms = [
+            &self.attention.before,
+            &self.attention.after,
+            &self.mlp.before,
+            &self.mlp.after,
+        ];
+        let norms: usize = norms.into_iter().flatten().map(Norm::bytes).sum();
+        let mlp = self.mlp.body.as_ref().map_or(0, Mlp::bytes);
+        attention + norms + mlp + self.experts.as_ref().map_or(0, Moe::bytes)
+    }
+
     /// A linear of the block; `None` where it has none.
     pub fn linear(&self, name: LinearName) -> Option<&Linear> {
         let (attention, mlp) = (self.attention.body.as_ref(), self.mlp.body.as_ref());
@@ -441,7 +473,17 @@ impl Attention {
         mixer: &mut Mixer<'_>,
     ) -> Result<Tensor> {
         let d = self.head_dim;
-        let (mut q, mut gate) = (self.q.forward(x)?, None);
+        let (mut q, k, v) = match &self.v {
+            Some(v) => {
+                let [q, k, v] = Linear::forward_all([&self.q, &self.k, v], x)?;
+                (q, k, v)
+            }
+            None => {
+                let [q, k] = Linear::forward_all([&self.q, &self.k], x)?;
+                (q, k.clone(), k)
+            }
+        };
+        let mut gate = None;
         if self.gated {
             let both = q.reshape((batch * tokens, self.heads(), 2, d))?;
             gate = Some(both.narrow(2, 1, 1)?.contiguous()?);
@@ -449,11 +491,6 @@ impl Attention {
                 .narrow(2, 0, 1)?
                 .reshape((batch * tokens, self.heads() * d))?;
         }
-        let k = self.k.forward(x)?;
-        let v = match &self.v {
-            Some(v) => v.forward(x)?,
-            None => k.clone(),
-        };
         // [batch * tokens, n * d] -> [batch, n, tokens, d]
         let split = |x: Tensor, norm: Option<&Norm>| -> Result<Tensor> {
             let whole = norm.filter(|norm| norm.width() != d);

@@ -6,6 +6,7 @@ use crate::linear::Linear;
 use crate::mixture::{Moe, RoutingRule, SharedExpert};
 use crate::names::{ExpertLayout, LinearName, Module, Run};
 use crate::ops::softcap;
+use crate::packing::{self, Execution};
 use crate::rope::Rope;
 use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor};
@@ -13,6 +14,7 @@ use kv_lazy::attention::Scores;
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::fmt;
+use std::ops::Range;
 use tensor_io::Checkpoint;
 
 /// A decoder checkpoint, checked against its config, with nothing in memory yet.
@@ -22,6 +24,7 @@ pub struct Decoder<'a> {
     config: ModelConfig,
     dtype: DType,
     device: Device,
+    execution: Option<Execution>,
 }
 
 /// The embedding of a model, in the dtype of the file.
@@ -77,9 +80,25 @@ impl<'a> Decoder<'a> {
             config,
             dtype,
             device: device.clone(),
+            execution: None,
         };
         decoder.check()?;
         Ok(decoder)
+    }
+
+    /// The same with weights that are multiplied as they are stored: blocks, groups and floats of 16 bits. Others, and all
+    /// weights on other devices than the CPU or in another dtype than f32, are decoded to tensors when they are loaded.
+    pub fn packed(self, execution: Execution) -> Self {
+        let fits = self.device.is_cpu() && self.dtype == DType::F32;
+        Self {
+            execution: fits.then_some(execution),
+            ..self
+        }
+    }
+
+    /// How weights are multiplied that are stored in fewer than 32 bits; `None` when they are decoded to tensors.
+    pub fn execution(&self) -> Option<&Execution> {
+        self.execution.as_ref()
     }
 
     /// The model's dimensions.
@@ -186,8 +205,65 @@ impl<'a> Decoder<'a> {
             .transpose()
     }
 
+    /// A linear of rows of a stored weight, all or those of `runs`, as it is stored; `None` where it is to be a tensor.
+    fn stored(
+        &self,
+        name: &str,
+        runs: Option<&[Range<usize>]>,
+        bias: Option<Tensor>,
+    ) -> Result<Option<Linear>> {
+        let Some(execution) = &self.execution else {
+            return Ok(None);
+        };
+        packing::load(self.checkpoint, name, runs)?
+            .map(|linear| Linear::packed(linear, bias, execution.clone()))
+            .transpose()
+    }
+
+    /// The linears of a block's module as they are stored; `None` where they are to be tensors.
+    fn stored_module(
+        &self,
+        layer: usize,
+        module: &Module,
+    ) -> Result<Option<Vec<(LinearName, Linear)>>> {
+        if self.execution.is_none() {
+            return Ok(None);
+        }
+        let name = self.config.names.weight(layer, module);
+        let bias = self.module_bias(layer, module)?;
+        if let &[part] = module.parts {
+            let linear = self.stored(&name, None, bias)?;
+            return Ok(linear.map(|linear| vec![(part, linear)]));
+        }
+        let all = self.config.runs(layer, module);
+        let mut linears = Vec::new();
+        for &part in module.parts {
+            let runs = all.iter().filter(|run| run.part == part);
+            let runs: Vec<Range<usize>> = runs.map(|run| run.at..run.at + run.rows.len()).collect();
+            if runs.is_empty() {
+                continue;
+            }
+            let bias = match &bias {
+                None => None,
+                Some(bias) => {
+                    let pieces = runs.iter().map(|run| bias.narrow(0, run.start, run.len()));
+                    let pieces = pieces.collect::<candle_core::Result<Vec<_>>>()?;
+                    Some(Tensor::cat(&pieces, 0)?)
+                }
+            };
+            match self.stored(&name, Some(&runs), bias)? {
+                Some(linear) => linears.push((part, linear)),
+                None => return Ok(None),
+            }
+        }
+        Ok(Some(linears))
+    }
+
     /// The linears of a block's module, each with its rows of the stored tensors.
     fn module(&self, layer: usize, module: &Module) -> Result<Vec<(LinearName, Linear)>> {
+        if let Some(linears) = self.stored_module(layer, module)? {
+            return Ok(linears);
+        }
         let names = self.config.names;
         let weight = self.load(&names.weight(layer, module))?;
         let bias = self.module_bias(layer, module)?;
@@ -204,7 +280,7 @@ impl<'a> Decoder<'a> {
     ) -> Result<Vec<(LinearName, Linear)>> {
         if let &[part] = module.parts {
             let (weight, bias) = (weight.clone(), bias.cloned());
-            return Ok(vec![(part, Linear { weight, bias })]);
+            return Ok(vec![(part, Linear::new(weight, bias))]);
         }
         let runs = self.config.runs(layer, module);
         let of_part = |&part: &LinearName| {
@@ -222,10 +298,7 @@ impl<'a> Decoder<'a> {
                 })
             };
             let linear = || -> Result<Linear> {
-                Ok(Linear {
-                    weight: rows(weight)?,
-                    bias: bias.map(rows).transpose()?,
-                })
+                Ok(Linear::new(rows(weight)?, bias.map(rows).transpose()?))
             };
             Some(linear().map(|linear| (part, linear)))
         };
@@ -240,7 +313,7 @@ impl<'a> Decoder<'a> {
         let linears = self.split(block.layer, module, weight, None)?;
         for (name, linear) in linears {
             if let Some(old) = block.linear_mut(name) {
-                old.weight = linear.weight;
+                old.set_weight(linear.weight()?);
             }
         }
         Ok(())
@@ -267,7 +340,7 @@ impl<'a> Decoder<'a> {
         }
         let parts = self.module(layer, module)?;
         let linear = parts.into_iter().find(|(part, _)| *part == name);
-        Ok(linear.map(|(_, linear)| linear.weight))
+        linear.map(|(_, linear)| linear.weight()).transpose()
     }
 
     /// Whether the checkpoint has a bias for a linear.
@@ -318,15 +391,20 @@ impl<'a> Decoder<'a> {
                     experts: mixture.map_or(0, |mixture| mixture.experts),
                 }
             })?;
-        let weight = match self.config.names.layout() {
-            ExpertLayout::Alone => self.load(&part.tensor)?,
-            ExpertLayout::Fused => {
-                let range = part.rows.start..part.rows.end;
+        let range = part.rows.start..part.rows.end;
+        let fused = self.config.names.layout() == ExpertLayout::Fused;
+        let runs = fused.then_some(std::slice::from_ref(&range));
+        if let Some(linear) = self.stored(&part.tensor, runs, None)? {
+            return Ok(linear);
+        }
+        let weight = match fused {
+            false => self.load(&part.tensor)?,
+            true => {
                 let checkpoint = self.checkpoint;
                 checkpoint.rows_as(&part.tensor, range, self.dtype, &self.device)?
             }
         };
-        Ok(Linear { weight, bias: None })
+        Ok(Linear::new(weight, None))
     }
 
     /// Lets go of the mapped pages of an expert that has tensors of its own.
@@ -454,10 +532,7 @@ impl<'a> Decoder<'a> {
             chosen: 1,
             experts: 0,
         })?;
-        Ok(Linear {
-            weight: self.load(&name)?,
-            bias: None,
-        })
+        Ok(Linear::new(self.load(&name)?, None))
     }
 
     /// An RMS norm whose weights are 1.
@@ -547,17 +622,38 @@ impl<'a> Decoder<'a> {
             true => names.embedding(),
             false => names.head().to_string(),
         };
+        let vocab = match self.stored(&weight, None, None)? {
+            Some(vocab) => vocab,
+            None => Linear::new(self.load(&weight)?, None),
+        };
         let head = Head {
             norm: self.final_norm()?,
-            vocab: Linear {
-                weight: self.load(&weight)?,
-                bias: None,
-            },
+            vocab,
             scale: self.config.logit_scale,
             softcap: self.config.logit_softcap,
         };
         self.checkpoint.release([weight.as_str()]);
         Ok(head)
+    }
+
+    /// Bytes that a model of all blocks takes in memory, as [`Model::weight_bytes`](crate::Model::weight_bytes), with one block
+    /// in memory at a time.
+    ///
+    /// # Errors
+    /// What reading the tensors reports.
+    pub fn weight_bytes(&self) -> Result<usize> {
+        let mut bytes = self.head()?.bytes();
+        for layer in 0..self.config.layers() {
+            let frame = self.frame(layer)?;
+            bytes += frame.bytes();
+            let experts = frame.experts.as_ref().map_or(0, |moe| moe.router.outputs());
+            for expert in 0..experts {
+                bytes += self.expert(layer, expert)?.bytes();
+                self.release_expert(layer, expert);
+            }
+            self.release(layer);
+        }
+        Ok(bytes)
     }
 
     /// Rotations for positions `start .. start + tokens` of a sequence that ends there.
@@ -652,7 +748,12 @@ impl Embedding<'_> {
 impl Head {
     /// Entries of the vocabulary.
     pub fn vocab_size(&self) -> usize {
-        self.vocab.weight.dims()[0]
+        self.vocab.outputs()
+    }
+
+    /// Bytes of its weights in memory.
+    pub fn bytes(&self) -> usize {
+        self.vocab.bytes() + self.norm.bytes()
     }
 
     /// `[rows, hidden]` to logits `[rows, vocab]`.

@@ -59,6 +59,25 @@ pub enum Error {
         /// The `model_type` of the config.
         model_type: &'static str,
     },
+    /// The linears of a folder are stored in a form that this crate does not read.
+    #[error(
+        "{path}: weights are stored as {found}; what can be read is dense floats, GGUF, GPTQ (checkpoint_format gptq or gptq_v2, 2, 3, 4 or 8 bits) and compressed-tensors (pack-quantized, sparse-24-bitmask or sparse-bitmask)",
+        path = path.display()
+    )]
+    UnsupportedFormat {
+        /// The folder.
+        path: PathBuf,
+        /// What its configuration says.
+        found: String,
+    },
+    /// A weight cannot be multiplied in the form that it is stored in.
+    #[error("tensor {tensor}: {source}")]
+    Packed {
+        /// The weight.
+        tensor: String,
+        /// Why not, with row and block where they are to blame.
+        source: packed::Error,
+    },
     /// An activation is NaN or infinite.
     #[error("activation is not finite after {stage} (window {window}, position {position})")]
     NonFinite {

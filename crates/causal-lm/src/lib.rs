@@ -4,6 +4,7 @@
 mod adapter;
 mod attention;
 pub mod block;
+pub mod compressed;
 pub mod config;
 mod decoder;
 mod error;
@@ -16,11 +17,12 @@ mod model;
 pub mod names;
 mod open;
 mod ops;
+mod packing;
 mod rope;
 mod stream;
 pub mod synthetic;
 mod tap;
-#[cfg(feature = "testing")]
+#[cfg(any(test, feature = "testing"))]
 pub mod testing;
 mod text;
 mod windows;
@@ -40,6 +42,8 @@ pub use model::Model;
 pub use names::LinearName;
 pub use open::open;
 pub use ops::{cross_entropy, first_non_finite};
+pub use packed::{Kind, Team};
+pub use packing::{Arithmetic, Execution};
 pub use rope::{Pairs, Rope};
 pub use stream::{BATCH_TOKENS, Hidden, run_blocks};
 pub use tap::{ExpertPass, NoTap, Routed, Site, Tap, TapResult};

@@ -1,26 +1,135 @@
 //! Linear layers in the Hugging Face layout.
 
-use crate::Result;
-use candle_core::Tensor;
+use candle_core::{DType, Device, Tensor};
 
-/// `y = x Wᵀ + b`.
+use crate::ops::with_f32;
+use crate::packing::{Execution, packed_error};
+use crate::{Error, Result};
+
+/// `y = x Wᵀ + b`, with W as a tensor or as it is stored.
 #[derive(Clone, Debug)]
 pub struct Linear {
-    /// `[out, in]`.
-    pub weight: Tensor,
+    weight: Weight,
     /// `[out]`.
-    pub bias: Option<Tensor>,
+    bias: Option<Tensor>,
+}
+
+#[derive(Clone, Debug)]
+enum Weight {
+    /// `[out, in]`.
+    Tensor(Tensor),
+    /// Blocks, groups or floats of 16 bits, perhaps with factors of low rank; the bias included.
+    Packed {
+        linear: packed::Linear,
+        execution: Execution,
+    },
 }
 
 impl Linear {
+    /// From a weight `[out, in]` and a bias `[out]`.
+    pub fn new(weight: Tensor, bias: Option<Tensor>) -> Self {
+        Self {
+            weight: Weight::Tensor(weight),
+            bias,
+        }
+    }
+
+    /// From a weight that is multiplied as it is.
+    pub(crate) fn packed(
+        linear: packed::Linear,
+        bias: Option<Tensor>,
+        execution: Execution,
+    ) -> Result<Self> {
+        let linear = match &bias {
+            None => linear,
+            Some(bias) => {
+                let values = bias.to_dtype(DType::F32)?.to_vec1::<f32>()?;
+                linear.with_bias(&values).map_err(packed_error("bias"))?
+            }
+        };
+        Ok(Self {
+            weight: Weight::Packed { linear, execution },
+            bias,
+        })
+    }
+
+    /// W, `[out, in]`. Of a packed weight it is decoded on each call, factors of low rank included.
+    ///
+    /// # Errors
+    /// When there is no memory for it.
+    pub fn weight(&self) -> Result<Tensor> {
+        match &self.weight {
+            Weight::Tensor(weight) => Ok(weight.clone()),
+            Weight::Packed { linear, .. } => {
+                let shape = (linear.rows(), linear.cols());
+                let weight = Tensor::from_vec(linear.weight().dequantise(), shape, &Device::Cpu)?;
+                match linear.low_rank() {
+                    None => Ok(weight),
+                    Some(low_rank) => {
+                        let product = low_rank.product();
+                        let product = Tensor::from_vec(product, shape, &Device::Cpu)?;
+                        Ok((weight + product)?)
+                    }
+                }
+            }
+        }
+    }
+
+    /// Puts another weight `[out, in]` in the place of W, factors of low rank included.
+    pub fn set_weight(&mut self, weight: Tensor) {
+        self.weight = Weight::Tensor(weight);
+    }
+
+    /// The layer of these rows, by their numbers in a vector of u32, as a tensor.
+    ///
+    /// # Errors
+    /// For a row that is not there.
+    pub fn select(&self, rows: &Tensor) -> Result<Self> {
+        let select = |x: &Tensor| -> Result<Tensor> {
+            Ok(x.index_select(&rows.to_device(x.device())?, 0)?)
+        };
+        let bias = self.bias.as_ref().map(select).transpose()?;
+        Ok(Self::new(select(&self.weight()?)?, bias))
+    }
+
+    /// The bias, `[out]`.
+    pub fn bias(&self) -> Option<&Tensor> {
+        self.bias.as_ref()
+    }
+
+    /// What W is multiplied as; `None` for a tensor.
+    pub fn kind(&self) -> Option<packed::Kind> {
+        match &self.weight {
+            Weight::Tensor(_) => None,
+            Weight::Packed { linear, .. } => Some(linear.weight().kind()),
+        }
+    }
+
+    /// Bytes that a product reads: of W, of factors of low rank and of the bias.
+    pub fn bytes(&self) -> usize {
+        match &self.weight {
+            Weight::Packed { linear, .. } => linear.bytes(),
+            Weight::Tensor(weight) => {
+                let bytes = |x: &Tensor| x.elem_count() * x.dtype().size_in_bytes();
+                bytes(weight) + self.bias.as_ref().map_or(0, bytes)
+            }
+        }
+    }
+
     /// Width of what it reads.
     pub fn inputs(&self) -> usize {
-        self.weight.dims()[1]
+        match &self.weight {
+            Weight::Tensor(weight) => weight.dims()[1],
+            Weight::Packed { linear, .. } => linear.cols(),
+        }
     }
 
     /// Width of what it writes.
     pub fn outputs(&self) -> usize {
-        self.weight.dims()[0]
+        match &self.weight {
+            Weight::Tensor(weight) => weight.dims()[0],
+            Weight::Packed { linear, .. } => linear.rows(),
+        }
     }
 
     /// `[rows, in]` to `[rows, out]`.
@@ -28,10 +137,59 @@ impl Linear {
     /// # Errors
     /// When `x` has another width than the weight.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let y = x.matmul(&self.weight.t()?)?;
-        Ok(match &self.bias {
-            Some(bias) => y.broadcast_add(bias)?,
-            None => y,
-        })
+        let [y] = Self::forward_all([self], x)?;
+        Ok(y)
+    }
+
+    /// [`Linear::forward`] of several layers that read the same `x`, such as those of queries, keys and values. Packed ones run
+    /// together.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn forward_all<const N: usize>(layers: [&Self; N], x: &Tensor) -> Result<[Tensor; N]> {
+        let packed = layers.map(|layer| match &layer.weight {
+            Weight::Packed { linear, execution } => Some((linear, execution)),
+            Weight::Tensor(_) => None,
+        });
+        let mut outputs: [Option<Tensor>; N] = [const { None }; N];
+        let together: Vec<(usize, &packed::Linear)> = packed
+            .iter()
+            .enumerate()
+            .filter_map(|(at, packed)| Some((at, packed.as_ref()?.0)))
+            .collect();
+        if let Some((_, execution)) = packed.iter().flatten().next() {
+            let rows = x.dim(0)?;
+            let mut values: Vec<Vec<f32>> = together
+                .iter()
+                .map(|(_, linear)| vec![0.0; rows * linear.rows()])
+                .collect();
+            let linears: Vec<&packed::Linear> = together.iter().map(|(_, l)| *l).collect();
+            let mut parts: Vec<&mut [f32]> = values.iter_mut().map(Vec::as_mut_slice).collect();
+            with_f32(x, |x| {
+                packed::forward(&linears, x, &mut parts, &execution.context())
+            })?
+            .map_err(packed_error("input"))?;
+            for ((at, linear), values) in together.iter().zip(values) {
+                let y = Tensor::from_vec(values, (rows, linear.rows()), &Device::Cpu)?;
+                outputs[*at] = Some(y);
+            }
+        }
+        let mut outputs = outputs.into_iter();
+        let mut done = Vec::with_capacity(N);
+        for layer in layers {
+            done.push(match (outputs.next().flatten(), &layer.weight) {
+                (Some(y), _) => y,
+                (None, Weight::Tensor(weight)) => {
+                    let y = x.matmul(&weight.t()?)?;
+                    match &layer.bias {
+                        Some(bias) => y.broadcast_add(bias)?,
+                        None => y,
+                    }
+                }
+                (None, Weight::Packed { .. }) => unreachable!("packed layers have run"),
+            });
+        }
+        done.try_into()
+            .map_err(|_| Error::Windows("one output for each layer".into()))
     }
 }

@@ -137,6 +137,13 @@ impl SharedExpert {
 }
 
 impl Moe {
+    /// Bytes in memory of the router, the shared expert and the experts that are loaded.
+    pub fn bytes(&self) -> usize {
+        let shared = self.shared.as_ref();
+        let shared = shared.map_or(0, |shared| shared.mlp.bytes() + shared.gate.bytes());
+        self.router.bytes() + shared + self.experts.iter().map(Mlp::bytes).sum::<usize>()
+    }
+
     /// Routes the tokens of `x`, `[tokens, hidden]`.
     ///
     /// # Errors

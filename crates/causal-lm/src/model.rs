@@ -56,6 +56,12 @@ impl<'a> Model<'a> {
         }
     }
 
+    /// Bytes of the weights in memory. Rows of the embedding are read from the file as they are needed and do not count,
+    /// unless the head is the embedding.
+    pub fn weight_bytes(&self) -> usize {
+        self.blocks.iter().map(Block::bytes).sum::<usize>() + self.head.bytes()
+    }
+
     /// What a cache has to hold for each layer, for [`CacheSet::full`] and its like.
     pub fn cache_shapes(&self) -> Vec<LayerShape> {
         let config = self.decoder.config();

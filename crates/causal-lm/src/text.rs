@@ -11,6 +11,7 @@ pub struct TextTokenizer {
     tokenizer: Tokenizer,
     bos: Option<u32>,
     eos: Option<u32>,
+    chat_template: Option<String>,
 }
 
 impl TextTokenizer {
@@ -55,6 +56,7 @@ impl TextTokenizer {
             tokenizer,
             bos,
             eos,
+            chat_template: chat_template(dir, &names)?,
         })
     }
 
@@ -64,6 +66,10 @@ impl TextTokenizer {
                 tokenizer: rebuilt.tokenizer,
                 bos: rebuilt.bos,
                 eos: rebuilt.eos,
+                chat_template: file
+                    .metadata()
+                    .get_str("tokenizer.chat_template")?
+                    .map(String::from),
             }),
             None => Err(error(file.path(), "the file holds no tokenizer")),
         }
@@ -77,6 +83,16 @@ impl TextTokenizer {
     /// The EOS token, where the tokenizer names one of its vocabulary.
     pub fn eos(&self) -> Option<u32> {
         self.eos
+    }
+
+    /// The Jinja template that turns messages into the text that the model was trained on, where it has one.
+    pub fn chat_template(&self) -> Option<&str> {
+        self.chat_template.as_deref()
+    }
+
+    /// How a token is written; `None` for an id that is not in the vocabulary.
+    pub fn token(&self, id: u32) -> Option<String> {
+        self.tokenizer.id_to_token(id)
     }
 
     /// Tokenises a text as one piece, without special tokens.
@@ -123,6 +139,20 @@ impl TextTokenizer {
         self.tokenizer
             .decode(tokens, true)
             .map_err(|e| Error::Windows(format!("the tokenizer cannot decode: {e}")))
+    }
+}
+
+impl TextTokenizer {
+    /// The text of tokens that come one after the other: for each what it completes, special tokens left out. Tokens that
+    /// end within a character complete nothing.
+    pub fn stream(&self) -> impl FnMut(u32) -> Result<String> {
+        let mut stream = self.tokenizer.decode_stream(true);
+        move |token| {
+            let text = stream.step(token);
+            let text = text
+                .map_err(|e| Error::Windows(format!("the tokenizer cannot decode: {e}")))?;
+            Ok(text.unwrap_or_default())
+        }
     }
 }
 
@@ -182,4 +212,24 @@ fn special_tokens(dir: &Path) -> Result<serde_json::Value> {
         }
     }
     Ok(found.into())
+}
+
+/// The template for conversations: a file of its own, or the string in the tokenizer's config, of several the one that is
+/// called default.
+fn chat_template(dir: &Path, config: &serde_json::Value) -> Result<Option<String>> {
+    let path = dir.join("chat_template.jinja");
+    if path.exists() {
+        let text = std::fs::read_to_string(&path).map_err(|e| error(&path, e))?;
+        return Ok(Some(text));
+    }
+    let stored = &config["chat_template"];
+    let named = stored.as_array().and_then(|all| {
+        let mut all = all.iter();
+        all.find(|entry| entry["name"].as_str() == Some("default"))
+    });
+    let text = match named {
+        Some(entry) => entry["template"].as_str(),
+        None => stored.as_str(),
+    };
+    Ok(text.map(String::from))
 }

@@ -57,25 +57,6 @@ pub enum Error {
         /// The value found.
         value: f64,
     },
-    /// Weights stored in a form that cannot be read.
-    #[error(
-        "{}: weights are stored as {found}; what can be read is dense floats, GGUF, GPTQ (checkpoint_format gptq or gptq_v2, 2, 3, 4 or 8 bits) and compressed-tensors (pack-quantized, sparse-24-bitmask or sparse-bitmask)",
-        path.display()
-    )]
-    UnsupportedFormat {
-        /// The checkpoint.
-        path: std::path::PathBuf,
-        /// What it says of itself.
-        found: String,
-    },
-    /// A tensor of a compressed weight does not fit the others.
-    #[error("tensor `{tensor}`: {reason}")]
-    StoredTensor {
-        /// The tensor.
-        tensor: String,
-        /// What does not fit.
-        reason: String,
-    },
     /// A quantised weight that a format cannot hold.
     #[error("`{module}` cannot be stored as {format}: {reason}")]
     NotStorable {

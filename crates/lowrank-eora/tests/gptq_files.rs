@@ -182,7 +182,10 @@ fn other_formats_are_refused_by_name() {
         std::fs::write(other.path().join("config.json"), config).expect("written");
         let checkpoint = Checkpoint::open(other.path()).expect("complete");
         let error = QuantisedCheckpoint::open(&checkpoint).expect_err("refused");
-        assert!(matches!(error, Error::UnsupportedFormat { .. }));
+        assert!(matches!(
+            error,
+            Error::Model(causal_lm::Error::UnsupportedFormat { .. })
+        ));
         assert!(error.to_string().contains(found), "{error}");
     }
 }

@@ -119,6 +119,21 @@ impl LowRank {
         self.a.rows()
     }
 
+    /// The matrix that the factors stand for, `scale · B A`, row-major.
+    pub fn product(&self) -> Vec<f32> {
+        let (rank, cols) = (self.rank(), self.a.cols());
+        let a = self.a.dequantise();
+        let mut product = vec![0.0; self.rows * cols];
+        for (row, values) in product.chunks_exact_mut(cols.max(1)).enumerate() {
+            for k in 0..rank {
+                let b = self.scale * self.b.value(row, k);
+                let a = &a[k * cols..][..cols];
+                values.iter_mut().zip(a).for_each(|(y, a)| *y += b * a);
+            }
+        }
+        product
+    }
+
     /// Bytes that a product reads.
     pub fn bytes(&self) -> usize {
         self.a.bytes() + self.b.bytes()

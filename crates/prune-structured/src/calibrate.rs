@@ -179,7 +179,7 @@ impl Tap for Collector {
 
 impl PartCollector {
     fn new(linear: &Linear, after: Option<&Norm>, collect: &Collect) -> Result<Self> {
-        let weight = linear.weight.to_dtype(DType::F32)?;
+        let weight = linear.weight()?.to_dtype(DType::F32)?;
         let (outputs, width) = weight.dims2()?;
         let gains = after.map(gains).transpose()?;
         let mut plain_square = vec![0f64; width];

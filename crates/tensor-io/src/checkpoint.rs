@@ -19,7 +19,7 @@ use crate::dtype::{self, BadValue, Float};
 use crate::error::{Error, Result};
 use crate::folder;
 use crate::header::Entry;
-use crate::shard::Shard;
+use crate::shard::{Shard, SharedBytes};
 use crate::source::TensorSource;
 use crate::spec::TensorSpec;
 
@@ -268,6 +268,34 @@ impl Checkpoint {
         self.shards[info.shard].bytes(name, info.range())
     }
 
+    /// The bytes of neighbouring rows as stored, all dimensions but the last counted as rows. They stay part of the mapped
+    /// file, which lives as long as they do; of pickles and sources they are a copy.
+    ///
+    /// # Errors
+    /// [`Error::UnknownTensor`], [`Error::UnknownRow`], [`Error::Pickle`], and what a source reports.
+    pub fn shared_rows(&self, name: &str, rows: Range<usize>) -> Result<SharedBytes> {
+        let info = self.info(name)?;
+        let count = self.check_rows(name, info, &rows)?;
+        let row_bytes = info.bytes.checked_div(count).unwrap_or(0);
+        let part = rows.start * row_bytes..rows.end * row_bytes;
+        self.shards[info.shard].shared(name, info.range(), part)
+    }
+
+    /// The number of rows, all dimensions but the last counted as such, if `rows` are among them.
+    fn check_rows(&self, name: &str, info: &TensorInfo, rows: &Range<usize>) -> Result<usize> {
+        let columns = info.shape.last().copied().unwrap_or(1);
+        let count = info.elements().checked_div(columns).unwrap_or(0);
+        if rows.end <= count && rows.start <= rows.end {
+            return Ok(count);
+        }
+        Err(Error::UnknownRow {
+            file: self.shard_paths[info.shard].clone(),
+            tensor: name.to_string(),
+            row: rows.end.saturating_sub(1),
+            rows: count,
+        })
+    }
+
     /// Rows of a matrix as stored, one after the other: of an embedding, those of some tokens.
     ///
     /// # Errors
@@ -355,16 +383,8 @@ impl Checkpoint {
         if !dtype::is_float(info.dtype) {
             return Err(self.unsupported(name, info, "a float"));
         }
+        self.check_rows(name, info, &rows)?;
         let columns = info.shape.last().copied().unwrap_or(1);
-        let count = info.elements().checked_div(columns).unwrap_or(0);
-        if rows.end > count || rows.start > rows.end {
-            return Err(Error::UnknownRow {
-                file: self.shard_paths[info.shard].clone(),
-                tensor: name.to_string(),
-                row: rows.end.saturating_sub(1),
-                rows: count,
-            });
-        }
         match dtype {
             DType::F32 => self.decode_rows::<f32>(name, info, rows, columns, device),
             DType::F16 => self.decode_rows::<f16>(name, info, rows, columns, device),

@@ -32,6 +32,7 @@ pub use header::{Entry, Header, HeaderError, MAX_HEADER_BYTES};
 pub use index::{Index, IndexError};
 pub use progress::{Cancelled, NoProgress, Progress};
 pub use safetensors::Dtype;
+pub use shard::SharedBytes;
 pub use single::{TensorData, write_file};
 pub use source::TensorSource;
 pub use spec::TensorSpec;

@@ -8,6 +8,7 @@ use std::io;
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use candle_core::pickle::PthTensors;
 use safetensors::View;
@@ -24,9 +25,24 @@ pub(crate) struct Shard {
     content: Content,
 }
 
+/// Bytes that are shared with a mapped file, or own memory.
+pub type SharedBytes = Arc<dyn AsRef<[u8]> + Send + Sync>;
+
+/// Part of a mapped file.
+struct MappedPart {
+    file: Arc<MappedFile>,
+    range: Range<usize>,
+}
+
+impl AsRef<[u8]> for MappedPart {
+    fn as_ref(&self) -> &[u8] {
+        &self.file[self.range.clone()]
+    }
+}
+
 enum Content {
     /// A safetensors file and where its data begins.
-    Mapped(MappedFile, usize),
+    Mapped(Arc<MappedFile>, usize),
     Pickle(PthTensors),
     Source(Box<dyn TensorSource>),
 }
@@ -43,7 +59,7 @@ impl Shard {
         let shard = Self {
             path,
             metadata: header.metadata,
-            content: Content::Mapped(map, header.data_start),
+            content: Content::Mapped(Arc::new(map), header.data_start),
         };
         Ok((shard, header.entries))
     }
@@ -112,6 +128,28 @@ impl Shard {
             }),
             Content::Source(source) => source.bytes(name),
         }
+    }
+
+    /// As [`Shard::bytes`], for part of a tensor: `part` counts from its first byte. What is returned keeps a mapped file
+    /// alive.
+    pub(crate) fn shared(
+        &self,
+        name: &str,
+        range: Range<usize>,
+        part: Range<usize>,
+    ) -> Result<SharedBytes> {
+        if let Content::Mapped(map, data_start) = &self.content {
+            let start = data_start + range.start;
+            return Ok(Arc::new(MappedPart {
+                file: Arc::clone(map),
+                range: start + part.start..start + part.end,
+            }));
+        }
+        let bytes = match self.bytes(name, range)? {
+            Cow::Owned(bytes) if part == (0..bytes.len()) => bytes,
+            bytes => bytes[part].to_vec(),
+        };
+        Ok(Arc::new(bytes))
     }
 
     /// Rows of a matrix, one after the other.

@@ -11,6 +11,7 @@ use eval_report::Budget;
 use lm_eval::ProtocolKind;
 use lm_eval::long_context::Questions;
 
+use super::weights::WeightArgs;
 use crate::suites::kv::long_context::{Feed, LongContext};
 use crate::suites::kv::perplexity::Text;
 use crate::suites::kv::policy::{ALPHA, Choice, PromptRule};
@@ -22,10 +23,12 @@ use crate::suites::perplexity;
 
 #[derive(Args)]
 pub(super) struct KvArgs {
+    #[command(flatten)]
+    pub(super) weights: WeightArgs,
     /// What to measure
     #[arg(long, value_enum, default_value_t = KvTask::Perplexity)]
     task: KvTask,
-    /// Checkpoint folder in Hugging Face layout, or hf:OWNER/NAME; for --task perplexity several, separated by commas,
+    /// Checkpoint folder in Hugging Face layout, GGUF file, or hf:OWNER/NAME; for --task perplexity several, separated by commas,
     /// each with a window that it supports
     #[arg(long, value_delimiter = ',', value_name = "DIR[,DIR..]")]
     model: Vec<PathBuf>,

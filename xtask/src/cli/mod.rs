@@ -1,6 +1,7 @@
 //! The command line: flags become a typed description of the work, which is then run. No other module imports this one.
 
 mod all;
+mod generate;
 mod kv;
 mod lattice;
 mod lowrank;
@@ -8,6 +9,7 @@ mod random_model;
 mod structured;
 mod tasks;
 mod train_default;
+mod weights;
 
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
@@ -15,15 +17,16 @@ use std::process::ExitCode;
 
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::error::ErrorKind;
+use causal_lm::Arithmetic;
 use clap::{Args, CommandFactory, Parser, Subcommand};
 
 use lm_eval::ProtocolKind;
 
 use crate::eval::{self, Run, Scope};
-use crate::settings::{Device, Settings};
+use crate::settings::{Device, Settings, Weights};
 use crate::suite::Suite;
 use crate::suites::perplexity;
-use crate::{default_model, random_model as random, report};
+use crate::{default_model, generate as generation, random_model as random, report};
 
 /// The environment variable that says how many threads compute.
 pub const THREADS: &str = "RAYON_NUM_THREADS";
@@ -39,6 +42,7 @@ impl Cli {
         let cores = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
         let wanted = match &self.command {
             Command::Eval(args) => args.common.threads,
+            Command::Generate(args) => args.threads,
             _ => None,
         };
         let from_environment = || std::env::var(THREADS).ok()?.parse().ok();
@@ -61,6 +65,7 @@ impl Cli {
         let done = match self.command {
             Command::Eval(args) => eval::run(args.run()),
             Command::Report(args) => report::run(&args.into()),
+            Command::Generate(args) => generation::run(&(*args).into()),
             Command::RandomModel(args) => random::run(&args.into()),
             Command::TrainDefault(args) => default_model::run(&args.into()),
         };
@@ -106,6 +111,8 @@ enum Command {
     Eval(Box<EvalArgs>),
     /// Compare two reports, row by row
     Report(ReportArgs),
+    /// Generate text with a model, dense or compressed
+    Generate(Box<generate::GenerateArgs>),
     /// Write a checkpoint with random weights for a config.json, to measure memory and speed
     RandomModel(random_model::RandomModelArgs),
     /// Train the bundled model from scratch on generated text
@@ -180,8 +187,8 @@ struct CommonArgs {
 /// Model and text to measure perplexity with.
 #[derive(Args)]
 struct TextArgs {
-    /// Checkpoint folder in Hugging Face layout, or hf:OWNER/NAME
-    #[arg(long, value_name = "DIR")]
+    /// Checkpoint folder in Hugging Face layout (floats, GPTQ or compressed-tensors), GGUF file, or hf:OWNER/NAME
+    #[arg(long, value_name = "PATH")]
     model: PathBuf,
     /// Text to evaluate on
     #[arg(long, value_name = "FILE")]
@@ -260,6 +267,8 @@ impl From<TextArgs> for perplexity::Config {
 struct PerplexityArgs {
     #[command(flatten)]
     text: TextArgs,
+    #[command(flatten)]
+    weights: weights::WeightArgs,
     /// Also measure nuclear norm and entropy of the hidden states
     #[arg(long)]
     hidden_metrics: bool,
@@ -316,6 +325,7 @@ impl EvalArgs {
                 samples: samples.map(NonZeroUsize::get),
                 seed,
                 device,
+                weights: suite.as_ref().map_or_else(Weights::default, SuiteArgs::weights),
                 quiet: json,
             },
             scope: match suite {
@@ -329,6 +339,19 @@ impl EvalArgs {
 }
 
 impl SuiteArgs {
+    /// How the weights of the models are run; quality is measured in f32 arithmetic unless another is asked for.
+    fn weights(&self) -> Weights {
+        let weights = match self {
+            SuiteArgs::Perplexity(args) => &args.weights,
+            SuiteArgs::Kv(args) => &args.weights,
+            SuiteArgs::Tasks(args) => &args.weights,
+            SuiteArgs::Structured(_) | SuiteArgs::Lowrank(_) | SuiteArgs::Lattice(_) => {
+                return Weights::default();
+            }
+        };
+        weights.or(Arithmetic::F32)
+    }
+
     fn suite(self, seed: u64) -> Suite {
         match self {
             SuiteArgs::Perplexity(args) => Suite::Perplexity {

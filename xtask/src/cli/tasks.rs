@@ -5,11 +5,15 @@ use std::path::PathBuf;
 
 use clap::Args;
 
+use super::weights::WeightArgs;
 use crate::suites::tasks::{Config, Shots};
 
 #[derive(Args)]
 pub(super) struct TasksArgs {
-    /// Checkpoint folders in Hugging Face layout or hf:OWNER/NAME, separated by commas; the others are compared with the first
+    #[command(flatten)]
+    pub(super) weights: WeightArgs,
+    /// Checkpoint folders in Hugging Face layout, GGUF files or hf:OWNER/NAME, separated by commas; the others are compared
+    /// with the first; an adapter is added to each
     #[arg(
         long,
         required = true,

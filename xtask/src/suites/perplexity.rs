@@ -3,15 +3,13 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
-use candle_core::DType;
 use causal_lm::{Decoder, TextTokenizer, Windows, read_text};
 use eval_report::{Column, DENSE, Row, Section, Stopwatch};
 use lm_eval::{Perplexity, ProtocolKind, ScoredWindows};
-use tensor_io::Checkpoint;
 
 use super::hidden;
 use crate::bar::Bar;
-use crate::hub;
+use crate::{hub, model};
 use crate::settings::Settings;
 
 /// Window in positions where none was asked for and the model reaches that far.
@@ -20,7 +18,7 @@ pub(crate) const WINDOW: usize = 512;
 /// What to measure.
 #[derive(Debug, Clone)]
 pub struct Config {
-    /// Checkpoint folder.
+    /// Checkpoint folder or GGUF file.
     pub model: PathBuf,
     /// Text to evaluate on.
     pub text: PathBuf,
@@ -128,16 +126,7 @@ pub(crate) fn file_name(path: &Path) -> String {
         .into_owned()
 }
 
-/// A decoder with the computation type of the device: f32 on CPUs, bf16 on GPUs.
-pub(crate) fn open<'a>(common: &Settings, checkpoint: &'a Checkpoint) -> Result<Decoder<'a>> {
-    let device = common.device.open()?;
-    let dtype = if device.is_cpu() {
-        DType::F32
-    } else {
-        DType::BF16
-    };
-    Decoder::new(checkpoint, dtype, &device).with_context(|| checkpoint.dir().display().to_string())
-}
+pub(crate) use crate::model::decoded as open;
 
 /// Measures `decoder` and fills the row's quality, size, speed and memory.
 pub(crate) fn measure(
@@ -171,8 +160,8 @@ pub(crate) fn measure(
 /// # Errors
 /// A model or text that cannot be read or run.
 pub fn run(common: &Settings, config: &Config, hidden_metrics: bool) -> Result<Vec<Section>> {
-    let checkpoint = Checkpoint::open(&config.model)?;
-    let decoder = open(common, &checkpoint)?;
+    let checkpoint = common.weights.open(&config.model)?;
+    let decoder = model::decoder(common, &checkpoint)?;
     let protocol = Protocol::new(common, config, &decoder)?;
     let windows = protocol.evaluation(common, &config.text)?;
     let progress = common.bar("perplexity", 0);
@@ -181,6 +170,7 @@ pub fn run(common: &Settings, config: &Config, hidden_metrics: bool) -> Result<V
         ..Row::new("perplexity", DENSE)
     };
     measure(&decoder, &windows, &mut row, &progress)?;
+    common.weights.fill(&mut row, decoder.weight_bytes()?);
     if hidden_metrics {
         hidden::hidden_metrics(&decoder, windows.inputs(), &mut row)?;
     }
@@ -201,6 +191,8 @@ pub fn run(common: &Settings, config: &Config, hidden_metrics: bool) -> Result<V
             Column::Extra("bits_per_byte".into()),
             Column::Params,
             Column::Bytes,
+            Column::Extra("weight_bytes".into()),
+            Column::Extra("arithmetic".into()),
             Column::TokensPerSecond,
             Column::Seconds,
             Column::PeakRss,

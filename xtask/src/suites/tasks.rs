@@ -7,9 +7,9 @@ use causal_lm::{Decoder, TextTokenizer};
 use eval_report::{Column, DENSE, Row, Section, Stopwatch};
 use lm_eval::tasks::{Answers, Evaluator, Examples, Layout, Share, Task, TaskOptions};
 use serde_json::json;
-use tensor_io::Checkpoint;
 
-use super::perplexity::{file_name, open};
+use super::perplexity::file_name;
+use crate::model;
 use crate::settings::Settings;
 
 /// What to measure.
@@ -63,8 +63,9 @@ pub fn run(common: &Settings, config: &Config) -> Result<Vec<Section>> {
     let mut bos = false;
     for (path, name) in config.models.iter().zip(&names) {
         let named = || path.display().to_string();
-        let checkpoint = Checkpoint::open(path)?;
-        let decoder = open(common, &checkpoint)?;
+        let checkpoint = common.weights.open(path)?;
+        let decoder = model::decoder(common, &checkpoint)?;
+        let weight_bytes = decoder.weight_bytes()?;
         let evaluator = evaluator(common, config, path, &decoder)?;
         bos |= evaluator.bos();
         for (i, (data, examples)) in data.iter().zip(&examples).enumerate() {
@@ -79,6 +80,7 @@ pub fn run(common: &Settings, config: &Config) -> Result<Vec<Section>> {
                 ask(common, config, &evaluator, data, examples, &mut row).with_context(named)?;
             row.params = Some(checkpoint.parameters());
             row.bytes = Some(checkpoint.total_bytes());
+            common.weights.fill(&mut row, weight_bytes);
             if let Some(dir) = &config.log_samples {
                 save(dir, name, data, &answers).context("--log-samples")?;
             }
@@ -91,7 +93,7 @@ pub fn run(common: &Settings, config: &Config) -> Result<Vec<Section>> {
     }
     let names: Vec<String> = config.data.iter().map(|path| file_name(path)).collect();
     let facts = |section: Section| {
-        let section = section
+        let section = common.weights.facts(section)
             .fact("questions", names.join(", "))
             .fact("BOS", bos)
             .fact("shots", config.shots.count);
@@ -237,6 +239,7 @@ fn columns(second: &str) -> Vec<Column> {
         share("flips"),
         Column::Params,
         Column::BytesOverDense,
+        Column::Extra("weight_bytes".into()),
         Column::TokensPerSecond,
         Column::Seconds,
         Column::PeakRss,

@@ -4,14 +4,21 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
-use causal_lm::{Decoder, Model, open_adapted};
+use causal_lm::{Decoder, Execution, Model, open_adapted};
 use tensor_io::Checkpoint;
 
 use crate::golden::floats;
 
+/// With the adapter merged into decoded weights, and beside packed ones.
 fn logits(checkpoint: &Checkpoint, tokens: &[u32]) -> Vec<f32> {
-    let decoder = Decoder::new(checkpoint, DType::F32, &Device::Cpu).unwrap();
-    let model = Model::load(&decoder).unwrap();
+    let decoder = || Decoder::new(checkpoint, DType::F32, &Device::Cpu).unwrap();
+    let merged = run(&decoder(), tokens);
+    near(&run(&decoder().packed(Execution::default()), tokens), &merged);
+    merged
+}
+
+fn run(decoder: &Decoder<'_>, tokens: &[u32]) -> Vec<f32> {
+    let model = Model::load(decoder).unwrap();
     let mut cache = model.full_cache(1).unwrap();
     let logits = model.forward_all(&[tokens], &mut cache).unwrap();
     logits.flatten_all().unwrap().to_vec1().unwrap()

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use candle_core::{DType, Device};
-use causal_lm::{Decoder, Model, TextTokenizer, Windows};
+use causal_lm::{Arithmetic, Decoder, Execution, LinearName, Model, TextTokenizer, Windows};
 use serde_json::Value;
 
 use crate::common::mean_nll;
@@ -29,6 +29,23 @@ fn tokens(list: &Value) -> Vec<u32> {
         .collect()
 }
 
+fn logits(decoder: &Decoder<'_>, tokens: &[u32]) -> Vec<f32> {
+    let model = Model::load(decoder).unwrap();
+    let mut cache = model.full_cache(1).unwrap();
+    let logits = model.forward_all(&[tokens], &mut cache).unwrap();
+    logits.flatten_all().unwrap().to_vec1().unwrap()
+}
+
+fn near(name: &str, found: &[f32], exact: &[f32], bar: f32) {
+    assert_eq!(found.len(), exact.len());
+    for (found, exact) in found.iter().zip(exact) {
+        assert!(
+            (found - exact).abs() < bar,
+            "{name}: {found} is not {exact}"
+        );
+    }
+}
+
 #[shared_data::needed("golden/gguf-models.json")]
 #[test]
 fn every_golden_file_gives_the_logits_of_transformers() {
@@ -39,11 +56,7 @@ fn every_golden_file_gives_the_logits_of_transformers() {
     for (name, expected) in models {
         let checkpoint = causal_lm::open(Path::new(FOLDER).join(name)).unwrap();
         let decoder = Decoder::new(&checkpoint, DType::F32, &Device::Cpu).unwrap();
-        let model = Model::load(&decoder).unwrap();
-        let logits = model
-            .forward_all(&[&text], &mut model.full_cache(1).unwrap())
-            .unwrap();
-        let found: Vec<f32> = logits.flatten_all().unwrap().to_vec1().unwrap();
+        let found = logits(&decoder, &text);
         let rows = expected["logits"].as_array().unwrap();
         let exact: Vec<f32> = rows.iter().flat_map(floats).collect();
         let largest = exact.iter().fold(0f32, |largest, x| largest.max(x.abs()));
@@ -53,12 +66,19 @@ fn every_golden_file_gives_the_logits_of_transformers() {
         } else {
             1e-4
         };
-        assert_eq!(found.len(), exact.len());
-        for (found, exact) in found.iter().zip(&exact) {
-            assert!(
-                (found - exact).abs() < bar,
-                "{name}: {found} is not {exact}"
-            );
+        near(name, &found, &exact, bar);
+        let packed = |arithmetic| {
+            let decoder = Decoder::new(&checkpoint, DType::F32, &Device::Cpu).unwrap();
+            decoder.packed(Execution::new(arithmetic))
+        };
+        near(name, &logits(&packed(Arithmetic::F32), &text), &exact, bar);
+        let rounded = logits(&packed(Arithmetic::Int8), &text);
+        near(name, &rounded, &exact, 1e-2 * largest);
+        let block = packed(Arithmetic::F32).block(0).unwrap();
+        let kind = block.linear(LinearName::Up).unwrap().kind();
+        assert_eq!(kind.is_some(), !name.contains("f32"), "{name}: {kind:?}");
+        if name.contains("q8_0") {
+            assert_ne!(rounded, found);
         }
         let windows = Windows::cut(&text, text.len(), None).unwrap();
         let nll = mean_nll(&decoder, &windows);
@@ -96,7 +116,11 @@ fn a_published_file_gives_the_tokens_and_the_likelihood_of_transformers() {
     assert_eq!(tokenizer.bos(), Some(first[0]));
     let checkpoint = causal_lm::open(&path).unwrap();
     let decoder = Decoder::new(&checkpoint, DType::F32, &Device::Cpu).unwrap();
-    let found = mean_nll(&decoder, &windows);
+    let packed = Decoder::new(&checkpoint, DType::F32, &Device::Cpu).unwrap();
+    let packed = packed.packed(Execution::default());
     let exact = golden["mean_of_4"].as_f64().unwrap();
-    assert!((found - exact).abs() < 2e-4, "{found} is not {exact}");
+    for decoder in [decoder, packed] {
+        let found = mean_nll(&decoder, &windows);
+        assert!((found - exact).abs() < 2e-4, "{found} is not {exact}");
+    }
 }

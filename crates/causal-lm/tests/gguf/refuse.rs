@@ -1,7 +1,7 @@
 //! Files that are well-formed and cannot be run: each an error that names file and key or tensor.
 
 use candle_core::{DType, Device};
-use causal_lm::Decoder;
+use causal_lm::{Decoder, Execution};
 use causal_lm::gguf::Architecture;
 use packed::BlockType;
 use tensor_io::gguf::Value;
@@ -258,4 +258,47 @@ fn a_file_that_is_not_there_or_no_gguf_is_named() {
         "none.gguf",
         "not a GGUF file"
     );
+}
+
+#[test]
+fn a_file_that_is_cut_off_anywhere_or_damaged_in_its_header_is_one_error_or_runs() {
+    let golden = Golden::all();
+    let (_, golden) = golden.iter().find(|(name, _)| name == "llama-gqa").unwrap();
+    let file = File::of(golden, Architecture::Llama, BlockType::Q8_0);
+    let dir = tempfile::tempdir().unwrap();
+    let whole = std::fs::read(file.write(dir.path())).unwrap();
+    let path = dir.path().join("damaged.gguf");
+    let open = |bytes: &[u8]| {
+        std::fs::write(&path, bytes).unwrap();
+        causal_lm::open(&path).and_then(|checkpoint| {
+            let decoder = Decoder::new(&checkpoint, DType::F32, &Device::Cpu)?;
+            decoder.packed(Execution::default()).block(0).map(drop)
+        })
+    };
+    open(&whole).unwrap();
+    let cuts = (0..64).chain((64..whole.len()).step_by(whole.len() / 150));
+    for length in cuts {
+        let error = open(&whole[..length]).unwrap_err().to_string();
+        assert!(
+            error.contains("damaged.gguf") && !error.contains('\n'),
+            "{length}: {error}"
+        );
+    }
+    // A linear congruential generator.
+    let mut state = 1u64;
+    let mut random = |below: usize| {
+        state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        (state >> 33) as usize % below
+    };
+    for _ in 0..1500 {
+        let mut bytes = whole.clone();
+        for _ in 0..1 + random(3) {
+            let at = random(4096.min(bytes.len()));
+            bytes[at] = random(256) as u8;
+        }
+        if let Err(error) = open(&bytes) {
+            let error = error.to_string();
+            assert!(!error.contains('\n'), "{error}");
+        }
+    }
 }

@@ -5,12 +5,12 @@
 //! offset; `weight_g_idx` `[n]` where groups follow the order of activations; `weight_shape` `[2]`. Releases up to late
 //! 2025 packed ⌊32/bits⌋ codes into a word instead of crossing words, which differs for 3 bits; the shape tells them apart.
 
+use causal_lm::compressed::bits;
+use causal_lm::compressed::compressed_tensors::is_ambiguous;
 use half::f16;
 use serde_json::{Value, json};
-use tensor_io::{Checkpoint, Config, Dtype, TensorSpec};
+use tensor_io::{Dtype, TensorSpec};
 
-use super::stored::{self, refuse};
-use super::{Format, Found, bits};
 use crate::compress::{
     Bits, ColumnOrder, Compressor, Group, GroupFit, Quantise, Quantised, Rounding, Symmetry,
 };
@@ -30,8 +30,11 @@ pub fn specs(module: &str, (m, n): (usize, usize), quantise: &Quantise) -> Resul
         reason,
     };
     let words = (n * bits).div_ceil(32);
-    Packing::of("weight_packed", n, bits, words)
-        .map_err(|_| refuse(format!("{n} codes of {bits} bits can be read in two ways")))?;
+    if is_ambiguous(n, bits, words) {
+        return Err(refuse(format!(
+            "{n} codes of {bits} bits can be read in two ways"
+        )));
+    }
     let spec = |name: &str, dtype, shape: Vec<usize>| {
         TensorSpec::new(format!("{module}.{name}"), dtype, shape)
     };
@@ -43,11 +46,11 @@ pub fn specs(module: &str, (m, n): (usize, usize), quantise: &Quantise) -> Resul
     match quantise.grid.symmetry {
         Symmetry::Asymmetric => {
             let words = (m * bits).div_ceil(32);
-            Packing::of("weight_zero_point", m, bits, words).map_err(|_| {
-                refuse(format!(
+            if is_ambiguous(m, bits, words) {
+                return Err(refuse(format!(
                     "{m} zero points of {bits} bits can be read in two ways"
-                ))
-            })?;
+                )));
+            }
             specs.push(spec("weight_zero_point", Dtype::I32, vec![words, groups]));
         }
         Symmetry::Offset => {
@@ -167,223 +170,4 @@ pub fn quantization_config(compressor: &Compressor) -> Option<Value> {
             },
         }},
     }))
-}
-
-/// What is asked of the configuration: one scheme for all linears, integer weights packed.
-pub(super) fn detect(section: &Config) -> std::result::Result<Format, Found> {
-    let unknown = |found: String| Err(Found::Unknown(found));
-    let sparsity = section.opt_section("sparsity_config")?;
-    let sparse = match &sparsity {
-        Some(sparsity) => sparsity.opt_str("format")?.unwrap_or("dense"),
-        None => "dense",
-    };
-    let format = section.opt_str("format")?.unwrap_or("dense");
-    match (sparse, format) {
-        ("dense", "pack-quantized") => {}
-        ("dense", "dense") => return Ok(Format::Dense),
-        ("sparse-24-bitmask" | "sparse-bitmask", "dense") => return Ok(Format::SparseBitmask),
-        ("dense", other) => return unknown(format!("compressed-tensors `{other}`")),
-        (sparse, other) => {
-            return unknown(format!(
-                "compressed-tensors `{other}` with sparsity `{sparse}`"
-            ));
-        }
-    }
-    let groups = section.section("config_groups")?;
-    let mut schemes = Vec::new();
-    for name in groups.raw().keys() {
-        if let Some(weights) = groups.section(name)?.opt_section("weights")? {
-            schemes.push(scheme(&weights)?);
-        }
-    }
-    schemes.dedup();
-    match schemes.as_slice() {
-        [only] => Ok(only.clone()),
-        [] => {
-            unknown("compressed-tensors `pack-quantized` without weights in config_groups".into())
-        }
-        _ => unknown("compressed-tensors `pack-quantized` with several schemes for weights".into()),
-    }
-}
-
-fn scheme(weights: &Config) -> std::result::Result<Format, Found> {
-    let unknown = |found: String| {
-        Err(Found::Unknown(format!(
-            "compressed-tensors `pack-quantized` with {found}"
-        )))
-    };
-    let bits = weights.usize("num_bits")?;
-    let kind = weights.opt_str("type")?.unwrap_or("int");
-    if kind != "int" || u8::try_from(bits).ok().and_then(Bits::new).is_none() {
-        return unknown(format!("{bits}-bit {kind}"));
-    }
-    let strategy = match weights.opt_str("strategy")? {
-        Some(strategy) => strategy,
-        None if weights.get("group_size").is_some() => "group",
-        None => "channel",
-    };
-    let group_size = match strategy {
-        "channel" => None,
-        "group" => match weights.get("group_size").and_then(Value::as_i64) {
-            Some(width) if width > 0 => Some(width as usize),
-            _ => None,
-        },
-        other => return unknown(format!("strategy `{other}`")),
-    };
-    Ok(Format::PackQuantized {
-        bits,
-        group_size,
-        symmetric: weights.opt_bool("symmetric")?.unwrap_or(true),
-    })
-}
-
-/// How codes lie in words.
-#[derive(Clone, Copy, PartialEq)]
-enum Packing {
-    Dense,
-    Aligned,
-}
-
-impl Packing {
-    /// From the number of words that hold `count` codes.
-    fn of(name: &str, count: usize, bits: usize, words: usize) -> Result<Self> {
-        if count > words.saturating_mul(32) {
-            return refuse(name, format!("{words} words do not hold {count} codes"));
-        }
-        let dense = (count * bits).div_ceil(32) == words;
-        let aligned = count.div_ceil(32 / bits) == words;
-        // Where a code never crosses words, or all fit into one, the two are the same.
-        let alike = 32 % bits == 0 || words <= 1;
-        match (dense, aligned) {
-            (true, _) if alike || !aligned => Ok(Self::Dense),
-            (false, true) => Ok(Self::Aligned),
-            (true, _) => refuse(
-                name,
-                format!("{words} words for {count} codes of {bits} bits can be read in two ways"),
-            ),
-            (false, false) => refuse(
-                name,
-                format!("{words} words do not hold {count} codes of {bits} bits"),
-            ),
-        }
-    }
-
-    fn code(self, word: impl Fn(usize) -> u32, bits: usize, i: usize) -> u8 {
-        match self {
-            Self::Dense => bits::dense(word, bits, i),
-            Self::Aligned => bits::aligned(word, bits, i),
-        }
-    }
-}
-
-pub(super) fn read(
-    checkpoint: &Checkpoint,
-    module: &str,
-    bits: usize,
-    group_size: Option<usize>,
-    symmetric: bool,
-) -> Result<Quantised> {
-    let name = |tensor: &str| format!("{module}.{tensor}");
-    let width = Bits::new(bits as u8).expect("detection admits these widths only");
-    let shape = stored::integers(checkpoint, &name("weight_shape"))?;
-    let &[m, n] = shape.as_slice() else {
-        return refuse(
-            &name("weight_shape"),
-            format!("expected two numbers, found {shape:?}"),
-        );
-    };
-    let (m, n) = (m as usize, n as usize);
-    let (packed, [packed_rows, words]) = stored::words(checkpoint, &name("weight_packed"))?;
-    if packed_rows != m {
-        return refuse(
-            &name("weight_packed"),
-            format!("expected {m} rows, found {packed_rows}"),
-        );
-    }
-    let packing = Packing::of(&name("weight_packed"), n, bits, words)?;
-    let mut codes = Vec::with_capacity(m * n);
-    for row in packed.chunks(words.max(1)) {
-        codes.extend((0..n).map(|i| packing.code(|k| row[k], bits, i)));
-    }
-
-    let (scales, shape) = stored::floats(checkpoint, &name("weight_scale"))?;
-    let [scale_rows, groups] = match shape.as_slice() {
-        &[rows] => [rows, 1],
-        other => stored::matrix(&name("weight_scale"), other)?,
-    };
-    if scale_rows != m {
-        return refuse(
-            &name("weight_scale"),
-            format!("expected {m} rows, found {scale_rows}"),
-        );
-    }
-    let zeros = if symmetric {
-        vec![width.middle(); m * groups]
-    } else {
-        zero_points(checkpoint, &name("weight_zero_point"), (m, groups), width)?
-    };
-    let group_width = stored::group_width(&name("weight_scale"), n, groups, group_size)?;
-    let mut group_index = None;
-    if checkpoint.contains(&name("weight_g_idx")) {
-        let index = stored::integers(checkpoint, &name("weight_g_idx"))?;
-        // An index that was never set is filled with −1.
-        if index.iter().any(|&group| group != -1) {
-            group_index = Some(stored::group_index(
-                &name("weight_g_idx"),
-                &index,
-                n,
-                groups,
-            )?);
-        }
-    }
-    Ok(Quantised {
-        bits: width,
-        rows: m,
-        cols: n,
-        group_width,
-        codes,
-        scales,
-        zeros,
-        offsets: Vec::new(),
-        group_index: group_index
-            .unwrap_or_else(|| (0..n).map(|j| (j / group_width) as u32).collect()),
-    })
-}
-
-/// Zero points `[m, groups]`, offset like codes: packed along the outputs, or one int8 each in early files.
-fn zero_points(
-    checkpoint: &Checkpoint,
-    name: &str,
-    (m, groups): (usize, usize),
-    width: Bits,
-) -> Result<Vec<u8>> {
-    if checkpoint.info(name)?.dtype == Dtype::I8 {
-        let values = stored::integers(checkpoint, name)?;
-        if values.len() != m * groups {
-            return refuse(
-                name,
-                format!("expected {} values, found {}", m * groups, values.len()),
-            );
-        }
-        let codes = values.iter().map(|zero| {
-            let code = zero + i64::from(width.middle());
-            u8::try_from(code)
-                .ok()
-                .filter(|code| *code <= width.max_code())
-        });
-        return match codes.collect() {
-            Some(codes) => Ok(codes),
-            None => refuse(name, format!("holds values beyond {} bits", width.get())),
-        };
-    }
-    let (packed, [words, columns]) = stored::words(checkpoint, name)?;
-    if columns != groups {
-        return refuse(name, format!("expected {groups} columns, found {columns}"));
-    }
-    let packing = Packing::of(name, m, width.get(), words)?;
-    let code = |at: usize| {
-        let (row, group) = (at / groups, at % groups);
-        packing.code(|k| packed[k * groups + group], width.get(), row)
-    };
-    Ok((0..m * groups).map(code).collect())
 }

@@ -149,9 +149,10 @@ impl<'a> Given<'a> {
     /// Finds out how the checkpoint stores its linears.
     ///
     /// # Errors
-    /// [`Error::UnsupportedFormat`] and what reading the configuration reports.
+    /// A form that cannot be read ([`causal_lm::Error::UnsupportedFormat`]) and what reading the configuration reports.
     pub fn open(checkpoint: &'a Checkpoint) -> Result<Self> {
         let reader = QuantisedCheckpoint::open(checkpoint)?;
+        let checkpoint = reader.checkpoint();
         Ok(Self { checkpoint, reader })
     }
 

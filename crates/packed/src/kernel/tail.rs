@@ -60,6 +60,19 @@ impl SideTiles {
         self.bytes.len()
     }
 
+    /// A value of B.
+    pub(crate) fn value(&self, row: usize, k: usize) -> f32 {
+        let (tile, lane) = (row / TILE_ROWS, row % TILE_ROWS);
+        let width = self.float.bytes();
+        let at = ((tile * self.rank + k) * TILE_ROWS + lane) * width;
+        let bytes = &self.bytes[at..at + width];
+        match (self.float, bytes) {
+            (Float::F16, &[a, b]) => half::f16::from_le_bytes([a, b]).to_f32(),
+            (Float::BF16, &[a, b]) => half::bf16::from_le_bytes([a, b]).to_f32(),
+            (_, bytes) => f32::from_le_bytes(*bytes.first_chunk().expect("four bytes")),
+        }
+    }
+
     fn tile(&self, tile: usize) -> impl Iterator<Item = &[u8]> {
         let step = TILE_ROWS * self.float.bytes();
         self.bytes[tile * self.rank * step..][..self.rank * step].chunks_exact(step)

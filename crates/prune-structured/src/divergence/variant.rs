@@ -5,7 +5,7 @@ use crate::Result;
 use crate::plan::LayerPlan;
 use crate::ranking::Ranking;
 use crate::stats::Part;
-use candle_core::Tensor;
+use candle_core::{Device, Tensor};
 use causal_lm::block::{self, Attention, Mlp};
 use causal_lm::{Block, Linear, Widths};
 
@@ -42,7 +42,7 @@ impl Half {
                         Some(weight) => {
                             half.body = Some(narrowed_attention(&dense, &plan, weight)?)
                         }
-                        None => half.constant = dense.o.bias,
+                        None => half.constant = dense.o.bias().cloned(),
                     }
                 } else {
                     half.body = block.attention.body.clone();
@@ -54,7 +54,7 @@ impl Half {
                 if let (Some(weight), Some(dense)) = (weight, half.body.take()) {
                     match weight {
                         Some(weight) => half.body = Some(narrowed_mlp(&dense, &plan, weight)?),
-                        None => half.constant = dense.down.bias,
+                        None => half.constant = dense.down.bias().cloned(),
                     }
                 } else {
                     half.body = block.mlp.body.clone();
@@ -107,12 +107,9 @@ fn narrowed_mlp(dense: &Mlp, plan: &LayerPlan, weight: Tensor) -> Result<Mlp> {
 
 /// A projection with another weight, in its dtype and on its device.
 fn output(linear: &Linear, weight: Tensor) -> Result<Linear> {
-    Ok(Linear {
-        weight: weight
-            .to_dtype(linear.weight.dtype())?
-            .to_device(linear.weight.device())?,
-        bias: linear.bias.clone(),
-    })
+    let dense = linear.weight()?;
+    let weight = weight.to_dtype(dense.dtype())?.to_device(dense.device())?;
+    Ok(Linear::new(weight, linear.bias().cloned()))
 }
 
 /// The rows of `units` units of `width` rows each.
@@ -121,13 +118,6 @@ fn rows(linear: &Linear, units: &[usize], width: usize) -> Result<Linear> {
         .iter()
         .flat_map(|unit| unit * width..(unit + 1) * width)
         .map(|row| row as u32);
-    let ids = Tensor::from_iter(ids, linear.weight.device())?;
-    Ok(Linear {
-        weight: linear.weight.index_select(&ids, 0)?,
-        bias: linear
-            .bias
-            .as_ref()
-            .map(|bias| bias.index_select(&ids, 0))
-            .transpose()?,
-    })
+    let ids: Vec<u32> = ids.collect();
+    Ok(linear.select(&Tensor::new(ids, &Device::Cpu)?)?)
 }

@@ -80,7 +80,7 @@ pub(super) fn alternate(
     (rounds, ridge): (usize, f64),
     layer: usize,
 ) -> Result<(Vec<usize>, Mlp)> {
-    let dense = mlp.down.weight.dims()[1];
+    let dense = mlp.down.inputs();
     let tokens: usize = inputs.iter().map(|x| x.dims()[0]).sum();
     let mut mlp = Gated::of(mlp)?;
     let mut rows = inputs
@@ -95,8 +95,9 @@ pub(super) fn alternate(
     let mut ids: Vec<usize> = (0..dense).collect();
     for round in 1..=rounds {
         let width = dense - (dense - keep) * round / rounds;
-        let kept = strongest(&rows, &mlp.down.weight, width)?;
-        let index = Tensor::from_iter(kept.iter().map(|&j| j as u32), mlp.down.weight.device())?;
+        let down = mlp.down.weight()?;
+        let kept = strongest(&rows, &down, width)?;
+        let index = Tensor::from_iter(kept.iter().map(|&j| j as u32), down.device())?;
         ids = kept.iter().map(|&j| ids[j]).collect();
         mlp = narrowed(&mlp, &index)?;
         for rows in &mut rows {
@@ -113,7 +114,7 @@ pub(super) fn alternate(
             ridge,
             layer,
         )?;
-        let toward_p = inverse_normal(&mlp.down.weight, layer)?;
+        let toward_p = inverse_normal(&mlp.down.weight()?, layer)?;
         for rows in &mut rows {
             rows.move_activations(&mlp, &toward_p)?;
         }
@@ -144,11 +145,11 @@ impl Rows {
     fn move_activations(&mut self, mlp: &Gated, toward_p: &Tensor) -> Result<()> {
         let (gate, up) = (mlp.gate.forward(&self.x)?, mlp.up.forward(&self.x)?);
         let act = self.s.silu()?;
-        let y = match &mlp.down.bias {
+        let y = match mlp.down.bias() {
             Some(bias) => self.y.broadcast_sub(bias)?,
             None => self.y.clone(),
         };
-        self.p = (y.matmul(&mlp.down.weight)? + (&act * &self.z)?)?.matmul(toward_p)?;
+        self.p = (y.matmul(&mlp.down.weight()?)? + (&act * &self.z)?)?.matmul(toward_p)?;
         self.z = ((up + (&act * &self.p)?)? / (act.sqr()? + 1.0)?)?;
         for _ in 0..STEPS {
             let sigmoid = (self.s.neg()?.exp()? + 1.0)?.recip()?;
@@ -190,23 +191,11 @@ fn to_vec(x: &Tensor) -> Result<Vec<f32>> {
 
 /// Rows of gate and up and columns of down.
 fn narrowed(mlp: &Gated, index: &Tensor) -> Result<Gated> {
-    let rows = |linear: &Linear| -> Result<Linear> {
-        Ok(Linear {
-            weight: linear.weight.index_select(index, 0)?,
-            bias: linear
-                .bias
-                .as_ref()
-                .map(|bias| bias.index_select(index, 0))
-                .transpose()?,
-        })
-    };
+    let down = mlp.down.weight()?.index_select(index, 1)?;
     Ok(Gated {
-        gate: rows(&mlp.gate)?,
-        up: rows(&mlp.up)?,
-        down: Linear {
-            weight: mlp.down.weight.index_select(index, 1)?,
-            bias: mlp.down.bias.clone(),
-        },
+        gate: mlp.gate.select(index)?,
+        up: mlp.up.select(index)?,
+        down: Linear::new(down, mlp.down.bias().cloned()),
     })
 }
 
@@ -219,7 +208,7 @@ pub(super) fn refit<'a>(
     ridge: f64,
     layer: usize,
 ) -> Result<()> {
-    let weight = &linear.weight;
+    let weight = linear.weight()?;
     let (outputs, width) = weight.dims2()?;
     let mut gram = Tensor::zeros((width, width), DType::F32, weight.device())?;
     let mut cross = Tensor::zeros((width, outputs), DType::F32, weight.device())?;
@@ -232,7 +221,7 @@ pub(super) fn refit<'a>(
     let diagonal = (&gram * Tensor::eye(width, DType::F32, weight.device())?)?;
     let mean = f64::from(diagonal.sum_all()?.to_scalar::<f32>()?) / width as f64;
     let delta = solve(&gram, ridge * mean, &cross, layer)?.to_device(weight.device())?;
-    linear.weight = (weight + delta.t()?)?;
+    linear.set_weight((weight + delta.t()?)?);
     Ok(())
 }
 

@@ -68,14 +68,14 @@ pub fn refine(
             (half.body, half.constant) = match tap.gram {
                 Some(gram) if !kept.is_empty() => {
                     let gram = gram.finish()?;
-                    let weight = dense.o.weight.to_dtype(DType::F32)?;
+                    let weight = dense.o.weight()?.to_dtype(DType::F32)?;
                     let removed = complement(&kept, weight.dims()[1]);
                     let o = refit(&weight, &gram, &kept, &removed, ridge, layer)?;
                     let narrow = narrowed_attention(dense, &plan.layers[layer], o)?;
                     weights.push((LinearName::O.to_string(), f32_of(&narrow.o)?));
                     (Some(narrow), None)
                 }
-                _ => (None, dense.o.bias.clone()),
+                _ => (None, dense.o.bias().cloned()),
             };
         }
         hidden.advance(&attention, &mut NoTap)?;
@@ -85,7 +85,7 @@ pub fn refine(
             && keep < dense.down.inputs()
         {
             let narrow = match keep {
-                0 => (None, dense.down.bias.clone()),
+                0 => (None, dense.down.bias().cloned()),
                 _ => {
                     let mut inputs = InputTap::default();
                     hidden.clone().advance(&mlp, &mut inputs)?;
@@ -99,7 +99,7 @@ pub fn refine(
                         (LinearName::Down, &narrow.down),
                     ];
                     for (name, linear) in gate.chain(others) {
-                        weights.push((name.to_string(), linear.weight.clone()));
+                        weights.push((name.to_string(), linear.weight()?));
                     }
                     (Some(in_dtype(&narrow, decoder.dtype())?), None)
                 }
@@ -146,19 +146,14 @@ fn mlpless(block: &Block) -> Block {
 }
 
 fn f32_of(linear: &Linear) -> Result<Tensor> {
-    Ok(linear.weight.to_dtype(DType::F32)?)
+    Ok(linear.weight()?.to_dtype(DType::F32)?)
 }
 
 fn in_dtype(mlp: &Mlp, dtype: DType) -> Result<Mlp> {
     let linear = |linear: &Linear| -> Result<Linear> {
-        Ok(Linear {
-            weight: linear.weight.to_dtype(dtype)?,
-            bias: linear
-                .bias
-                .as_ref()
-                .map(|bias| bias.to_dtype(dtype))
-                .transpose()?,
-        })
+        let bias = linear.bias().map(|bias| bias.to_dtype(dtype));
+        let weight = linear.weight()?.to_dtype(dtype)?;
+        Ok(Linear::new(weight, bias.transpose()?))
     };
     Ok(Mlp {
         gate: mlp.gate.as_ref().map(linear).transpose()?,

@@ -104,7 +104,7 @@ fn prune(
     // The space has sublayers that exist.
     let Some(linear) = linear else { return Ok(()) };
     let gram = store.gram().load(ranking.layer, ranking.part)?;
-    let problem = Problem::new(&linear.weight, &gram, ridge, ranking.layer)?;
+    let problem = Problem::new(&linear.weight()?, &gram, ridge, ranking.layer)?;
     let problem = problem.with_gains(after.as_ref().map(gains).transpose()?)?;
     drop(gram);
     let columns = problem.columns();

@@ -5,7 +5,7 @@ mod search;
 use std::num::{NonZeroU32, NonZeroUsize};
 use std::path::PathBuf;
 
-use clap::builder::PossibleValuesParser;
+use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use clap::{Args, ValueEnum};
 use prune_structured::compensation::{Alternating, LeastSquares};
 use prune_structured::gguf::Precision;
@@ -45,13 +45,13 @@ pub(super) struct StructuredArgs {
     /// llama.cpp, or a folder nemotron-nas for vLLM
     #[arg(
         long,
-        value_enum,
         value_delimiter = ',',
         value_name = "E[,E..]",
         requires = "save",
-        conflicts_with = "masked"
+        conflicts_with = "masked",
+        value_parser = exports()
     )]
-    export: Vec<ExportArg>,
+    export: Vec<structured::Export>,
     /// Write each plan (the units that are kept) to this folder as METHOD-RATIO.json or METHOD-RATIO-seedN.json
     #[arg(long, value_name = "DIR")]
     save_plans: Option<PathBuf>,
@@ -123,29 +123,38 @@ struct RecipeArgs {
     uniform: bool,
 }
 
-#[derive(Clone, Copy, ValueEnum)]
-enum ExportArg {
-    #[value(name = "gguf:f32")]
-    GgufF32,
-    #[value(name = "gguf:f16", alias = "gguf")]
-    GgufF16,
-    #[value(name = "gguf:bf16")]
-    GgufBf16,
-    #[value(name = "gguf:q8_0")]
-    GgufQ8,
-    NemotronNas,
-}
+/// GGUF files by the precision of their matrices.
+const GGUF: [&str; 13] = [
+    "gguf:f32",
+    "gguf:f16",
+    "gguf:bf16",
+    "gguf:q8_0",
+    "gguf:q5_1",
+    "gguf:q5_0",
+    "gguf:q4_1",
+    "gguf:q4_0",
+    "gguf:q6_k",
+    "gguf:q5_k",
+    "gguf:q4_k",
+    "gguf:q3_k",
+    "gguf:q2_k",
+];
 
-impl From<ExportArg> for structured::Export {
-    fn from(export: ExportArg) -> Self {
-        match export {
-            ExportArg::GgufF32 => Self::Gguf(Precision::F32),
-            ExportArg::GgufF16 => Self::Gguf(Precision::F16),
-            ExportArg::GgufBf16 => Self::Gguf(Precision::Bf16),
-            ExportArg::GgufQ8 => Self::Gguf(Precision::Q8_0),
-            ExportArg::NemotronNas => Self::NemotronNas,
+/// What a checkpoint may be exported as; `gguf` alone has floats of 16 bits.
+fn exports() -> impl TypedValueParser<Value = structured::Export> {
+    let gguf = GGUF.map(|name| match name {
+        "gguf:f16" => PossibleValue::new(name).alias("gguf"),
+        _ => PossibleValue::new(name),
+    });
+    let others = [PossibleValue::new("nemotron-nas")];
+    PossibleValuesParser::new(gguf.into_iter().chain(others)).map(|name| {
+        let at = GGUF.iter().position(|known| *known == name);
+        match (at, name.as_str()) {
+            (Some(at), _) => structured::Export::Gguf(Precision::ALL[at]),
+            (None, "gguf") => structured::Export::Gguf(Precision::F16),
+            (None, _) => structured::Export::NemotronNas,
         }
-    }
+    })
 }
 
 /// Leaves a method its own compensation.
@@ -246,11 +255,23 @@ impl StructuredArgs {
                 overwrite: self.overwrite,
                 max_shard_bytes: self.max_shard_bytes,
             },
-            exports: self.export.into_iter().map(Into::into).collect(),
+            exports: self.export,
             save_plans: self.save_plans,
             dry_run: self.dry_run,
             search: self.search.config(seed),
             seeds: self.seeds.get().into(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_precision_can_be_exported_by_its_name() {
+        for (name, precision) in GGUF.into_iter().zip(Precision::ALL) {
+            assert_eq!(name, format!("gguf:{}", precision.name()));
         }
     }
 }

@@ -12,7 +12,6 @@ use eval_report::{
     Axis, Column, Reference, Rounds, Row, Section, Stopwatch, format, mean_over_seeds,
 };
 use kv_lazy::CacheConfig;
-use tensor_io::Checkpoint;
 
 use super::held::Held;
 use super::policy;
@@ -20,6 +19,7 @@ use super::rows::{FULL, SUITE, over_budget, over_bytes, reference};
 use super::verdict::{Metric, verdict};
 use super::{Config, several};
 use crate::bar::Bar;
+use crate::model;
 use crate::settings::Settings;
 use crate::suites::perplexity::{self, Protocol, file_name};
 
@@ -59,8 +59,8 @@ pub(crate) fn run(common: &Settings, config: &Config, texts: &[Text]) -> Result<
 
 /// One model, and the window it was run in: among several, one that was made for less than the window has its own.
 fn one(common: &Settings, config: &Config, text: &Text, among: bool) -> Result<(Section, usize)> {
-    let checkpoint = Checkpoint::open(&text.text.model)?;
-    let decoder = perplexity::open(common, &checkpoint)?;
+    let checkpoint = common.weights.open(&text.text.model)?;
+    let decoder = model::decoder(common, &checkpoint)?;
     let mut common = common.clone();
     if among {
         let reach = decoder.config().max_positions;
@@ -107,6 +107,9 @@ fn one(common: &Settings, config: &Config, text: &Text, among: bool) -> Result<(
     bar.finish();
     let name = file_name(&text.text.model);
     compare_with_full(&mut rows, &name);
+    for row in &mut rows {
+        common.weights.fill(row, model.weight_bytes());
+    }
     let mut section = section(rows, window);
     if among {
         section.title = format!("{}, {name}", section.title);
@@ -119,7 +122,7 @@ fn one(common: &Settings, config: &Config, text: &Text, among: bool) -> Result<(
         .fact("batch", batch)
         .fact("keys and values", config.stored(decoder.dtype()))
         .fact("prompt", config.prompt_rule.said());
-    Ok((section, window))
+    Ok((common.weights.facts(section), window))
 }
 
 /// Tokens that are prefilled where nothing is said.

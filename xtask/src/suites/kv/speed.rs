@@ -14,7 +14,7 @@ use eval_report::{Column, ROUNDS, Rounds, Row, Section, Stopwatch};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde_json::json;
-use tensor_io::{Checkpoint, WriteOptions};
+use tensor_io::WriteOptions;
 
 use super::Config;
 use super::held::Held;
@@ -22,7 +22,8 @@ use super::policy;
 use super::rows::{FULL, SUITE, reference};
 use crate::scratch::Scratch;
 use crate::settings::Settings;
-use crate::suites::perplexity::{self, file_name};
+use crate::model;
+use crate::suites::perplexity::file_name;
 
 /// Tokens of context where --window does not say.
 const CONTEXT: usize = 8192;
@@ -63,8 +64,8 @@ pub(crate) fn run(common: &Settings, config: &Config, speed: &Speed) -> Result<V
         Some(dir) => dir.clone(),
         None => random_model(&scratch.path().join("random"), window, common.seed)?,
     };
-    let checkpoint = Checkpoint::open(&dir)?;
-    let decoder = perplexity::open(common, &checkpoint)?;
+    let checkpoint = common.weights.open(&dir)?;
+    let decoder = model::decoder(common, &checkpoint)?;
     let reach = decoder.config().max_positions;
     ensure!(
         window <= reach,
@@ -126,11 +127,7 @@ pub(crate) fn run(common: &Settings, config: &Config, speed: &Speed) -> Result<V
     }
     bar.finish();
 
-    let weights: usize = checkpoint
-        .names()
-        .filter_map(|name| checkpoint.info(name).ok())
-        .map(|info| info.shape.iter().product::<usize>() * decoder.dtype().size_in_bytes())
-        .sum();
+    let weights = model.weight_bytes();
     let steps = window - prompt - WARM;
     let full_times = all[0].times.clone();
     let mut rows: Vec<Row> = all
@@ -139,6 +136,7 @@ pub(crate) fn run(common: &Settings, config: &Config, speed: &Speed) -> Result<V
             lane.times.fill_beside(&full_times, &mut lane.row);
             lane.held.fill(&mut lane.row);
             lane.row.model = Some(file_name(&dir));
+            common.weights.fill(&mut lane.row, weights);
             lane.row
         })
         .collect();
@@ -155,7 +153,9 @@ pub(crate) fn run(common: &Settings, config: &Config, speed: &Speed) -> Result<V
             row.extra.insert("speed_bound".into(), json!(bound));
         }
     }
-    let section = section(rows)
+    let section = common
+        .weights
+        .facts(section(rows))
         .fact("context", prompt)
         .fact("generated before the clock runs", WARM)
         .fact("generated", steps)

@@ -18,12 +18,13 @@ use kv_lazy::trace::synth::{Drifting, HeavyHitters, Planted, Sizes};
 use kv_lazy::trace::{LayerTrace, Recorder, Trace, TraceMeta, file};
 use kv_lazy::{CacheSet, LayerShape, Rotary};
 use serde_json::json;
-use tensor_io::{Checkpoint, NoProgress};
+use tensor_io::NoProgress;
 
 use super::Config;
 use super::policy::{self, Choice};
 use super::rows::{FULL, SUITE, over_budget, over_bytes, reference};
 use super::verdict::{Metric, verdict};
+use crate::model;
 use crate::settings::Settings;
 use crate::suites::perplexity::{self, Protocol, file_name};
 
@@ -111,8 +112,8 @@ pub(crate) fn run(common: &Settings, config: &Config, traces: &Traces) -> Result
 
 /// The attention of the model on the windows of a text.
 fn record(common: &Settings, text: &perplexity::Config, prompt: Option<usize>) -> Result<Kind> {
-    let checkpoint = Checkpoint::open(&text.model)?;
-    let decoder = perplexity::open(common, &checkpoint)?;
+    let checkpoint = common.weights.open(&text.model)?;
+    let decoder = model::decoder(common, &checkpoint)?;
     let protocol = Protocol::new(common, text, &decoder)?;
     let windows = protocol.calibration(&text.text)?;
     let windows = windows.first(common.samples.unwrap_or(RECORDED));

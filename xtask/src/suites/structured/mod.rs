@@ -94,7 +94,7 @@ pub enum Export {
 /// A model or text that cannot be read or run.
 pub fn run(common: &Settings, config: &Config) -> Result<Vec<Section>> {
     perplexity::ensure_unseen(&config.calib, &config.perplexity.text)?;
-    let checkpoint = Checkpoint::open(&config.perplexity.model)?;
+    let checkpoint = causal_lm::open(&config.perplexity.model)?;
     let decoder = perplexity::open(common, &checkpoint)?;
     for recipe in &config.recipes {
         if matches!(recipe.allocation, Allocation::Searched(_)) {

@@ -18,7 +18,7 @@ use kv_lazy::{CacheConfig, PolicyConfig};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use serde_json::json;
-use tensor_io::{Checkpoint, WriteOptions};
+use tensor_io::WriteOptions;
 
 use super::Config;
 use super::bootstrap;
@@ -28,8 +28,9 @@ use super::rows::{FULL, SUITE, over_budget, over_bytes, reference};
 use super::verdict::{Metric, verdict};
 use crate::bar::Bar;
 use crate::scratch::Scratch;
+use crate::model;
 use crate::settings::Settings;
-use crate::suites::perplexity::{self, file_name};
+use crate::suites::perplexity::file_name;
 use eval_report::{
     Axis, Budget, Column, Reference, Row, Section, Spread, SpreadOver, Stopwatch, format,
 };
@@ -95,14 +96,14 @@ pub(crate) fn run(common: &Settings, config: &Config, recall: &Recall) -> Result
             dir
         }
     };
-    let checkpoint = Checkpoint::open(&dir)?;
+    let checkpoint = common.weights.open(&dir)?;
     ensure!(
         checkpoint.config().opt_usize(train::MARK)? == Some(KEYS),
         "--model {}: not a model that --task recall has trained and saved (config.json has no {} of {KEYS})",
         dir.display(),
         train::MARK
     );
-    let decoder = perplexity::open(common, &checkpoint)?;
+    let decoder = model::decoder(common, &checkpoint)?;
     ensure!(
         length <= decoder.config().max_positions,
         "--window {length}: the model was made for {} positions",

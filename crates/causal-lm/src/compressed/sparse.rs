@@ -3,12 +3,20 @@
 //! `compressed` holds the values that are not zero in row-major order (`[m, n/2]` for 2:4, else flat), `bitmask` u8
 //! `[m, ⌈n/8⌉]` a bit for every weight, lowest bit first, `shape` the two sizes.
 
-use faer::Mat;
-use tensor_io::{Checkpoint, Dtype};
+use tensor_io::{Checkpoint, Dtype, Result};
 
 use super::stored::{self, refuse};
-use crate::Result;
-use crate::compress::Rows;
+
+/// A weight with zeros, row-major.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Sparse {
+    /// Outputs.
+    pub rows: usize,
+    /// Inputs.
+    pub cols: usize,
+    /// The values, those that are zero included.
+    pub values: Vec<f64>,
+}
 
 /// The prefix of a module's tensors, if it is stored so.
 pub(super) fn prefix(checkpoint: &Checkpoint, module: &str) -> Option<String> {
@@ -17,25 +25,20 @@ pub(super) fn prefix(checkpoint: &Checkpoint, module: &str) -> Option<String> {
         .find(|prefix| checkpoint.contains(&format!("{prefix}.bitmask")))
 }
 
-pub(super) fn read(checkpoint: &Checkpoint, prefix: &str) -> Result<Mat<f64>> {
+pub(super) fn read(checkpoint: &Checkpoint, prefix: &str) -> Result<Sparse> {
     let name = |tensor: &str| format!("{prefix}.{tensor}");
-    let shape = stored::integers(checkpoint, &name("shape"))?;
-    let &[m, n] = shape.as_slice() else {
-        return refuse(
-            &name("shape"),
-            format!("expected two numbers, found {shape:?}"),
-        );
-    };
-    let (m, n) = (m as usize, n as usize);
+    let [m, n] = stored::shape(checkpoint, &name("shape"))?;
     let (values, _) = stored::floats(checkpoint, &name("compressed"))?;
     let info = checkpoint.expect_shape(&name("bitmask"), &[m, n.div_ceil(8)])?;
     if info.dtype != Dtype::U8 {
         return refuse(
+            checkpoint,
             &name("bitmask"),
             format!("expected uint8, found {:?}", info.dtype),
         );
     }
     let bitmask = checkpoint.bytes(&name("bitmask"))?;
+    // The bitmask has as many bits, so that the product fits.
     let mut dense = vec![0.0; m * n];
     let mut values = values.into_iter();
     for (row, bits) in dense
@@ -48,6 +51,7 @@ pub(super) fn read(checkpoint: &Checkpoint, prefix: &str) -> Result<Mat<f64>> {
                     Some(value) => *weight = value,
                     None => {
                         return refuse(
+            checkpoint,
                             &name("compressed"),
                             "holds fewer values than the bitmask has bits",
                         );
@@ -57,8 +61,13 @@ pub(super) fn read(checkpoint: &Checkpoint, prefix: &str) -> Result<Mat<f64>> {
         }
     }
     match values.next() {
-        None => Ok(Rows::new(dense, m, n).to_mat()),
+        None => Ok(Sparse {
+            rows: m,
+            cols: n,
+            values: dense,
+        }),
         Some(_) => refuse(
+            checkpoint,
             &name("compressed"),
             "holds more values than the bitmask has bits",
         ),

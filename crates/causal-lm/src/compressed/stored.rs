@@ -1,39 +1,48 @@
 //! Tensors of a checkpoint as plain vectors, with their shapes.
 
 use candle_core::{DType, Device};
-use tensor_io::{Checkpoint, Dtype};
+use tensor_io::{Checkpoint, Dtype, Error, Result};
 
-use crate::{Error, Result};
-
-pub(crate) fn refuse<T>(tensor: &str, reason: impl Into<String>) -> Result<T> {
-    Err(Error::StoredTensor {
+/// An error about a tensor that does not fit the others.
+pub(super) fn refuse<T>(
+    checkpoint: &Checkpoint,
+    tensor: &str,
+    reason: impl Into<String>,
+) -> Result<T> {
+    Err(Error::Decode {
+        file: checkpoint.dir().to_path_buf(),
         tensor: tensor.to_string(),
         reason: reason.into(),
     })
 }
 
 /// Rows and columns of a shape.
-pub(crate) fn matrix(tensor: &str, shape: &[usize]) -> Result<[usize; 2]> {
+pub(super) fn matrix(checkpoint: &Checkpoint, tensor: &str, shape: &[usize]) -> Result<[usize; 2]> {
     match shape {
         &[rows, cols] => Ok([rows, cols]),
-        _ => refuse(tensor, format!("expected a matrix, found shape {shape:?}")),
+        _ => refuse(checkpoint, tensor, format!("expected a matrix, found shape {shape:?}")),
     }
 }
 
 /// A float tensor of any width.
-pub(crate) fn floats(checkpoint: &Checkpoint, name: &str) -> Result<(Vec<f64>, Vec<usize>)> {
+pub(super) fn floats(checkpoint: &Checkpoint, name: &str) -> Result<(Vec<f64>, Vec<usize>)> {
     let shape = checkpoint.info(name)?.shape.clone();
     let tensor = checkpoint.tensor_as(name, DType::F64, &Device::Cpu)?;
-    Ok((tensor.flatten_all()?.to_vec1()?, shape))
+    let values = tensor.flatten_all().and_then(|tensor| tensor.to_vec1());
+    let values = values.map_err(|source| Error::Tensor {
+        tensor: name.to_string(),
+        source,
+    })?;
+    Ok((values, shape))
 }
 
 /// A matrix of 32-bit words.
-pub(crate) fn words(checkpoint: &Checkpoint, name: &str) -> Result<(Vec<u32>, [usize; 2])> {
+pub(super) fn words(checkpoint: &Checkpoint, name: &str) -> Result<(Vec<u32>, [usize; 2])> {
     let info = checkpoint.info(name)?;
     if !matches!(info.dtype, Dtype::I32 | Dtype::U32) {
-        return refuse(name, format!("expected int32, found {:?}", info.dtype));
+        return refuse(checkpoint, name, format!("expected int32, found {:?}", info.dtype));
     }
-    let shape = matrix(name, &info.shape)?;
+    let shape = matrix(checkpoint, name, &info.shape)?;
     let bytes = checkpoint.bytes(name)?;
     let (words, _) = bytes.as_chunks::<4>();
     Ok((
@@ -43,7 +52,7 @@ pub(crate) fn words(checkpoint: &Checkpoint, name: &str) -> Result<(Vec<u32>, [u
 }
 
 /// Integers of any width, flattened.
-pub(crate) fn integers(checkpoint: &Checkpoint, name: &str) -> Result<Vec<i64>> {
+pub(super) fn integers(checkpoint: &Checkpoint, name: &str) -> Result<Vec<i64>> {
     let info = checkpoint.info(name)?;
     let bytes = checkpoint.bytes(name)?;
     match info.dtype {
@@ -60,6 +69,7 @@ pub(crate) fn integers(checkpoint: &Checkpoint, name: &str) -> Result<Vec<i64>> 
         }
         Dtype::I8 => Ok(bytes.iter().map(|&v| i64::from(v.cast_signed())).collect()),
         other => refuse(
+            checkpoint,
             name,
             format!("expected int8, int32 or int64, found {other:?}"),
         ),
@@ -67,7 +77,8 @@ pub(crate) fn integers(checkpoint: &Checkpoint, name: &str) -> Result<Vec<i64>> 
 }
 
 /// The group of each of `inputs` inputs, checked against the number of groups.
-pub(crate) fn group_index(
+pub(super) fn group_index(
+    checkpoint: &Checkpoint,
     name: &str,
     values: &[i64],
     inputs: usize,
@@ -75,6 +86,7 @@ pub(crate) fn group_index(
 ) -> Result<Vec<u32>> {
     if values.len() != inputs {
         return refuse(
+            checkpoint,
             name,
             format!("expected {inputs} entries, found {}", values.len()),
         );
@@ -83,13 +95,14 @@ pub(crate) fn group_index(
         .iter()
         .find(|&&group| !(0..groups as i64).contains(&group))
     {
-        Some(group) => refuse(name, format!("names group {group}, but there are {groups}")),
+        Some(group) => refuse(checkpoint, name, format!("names group {group}, but there are {groups}")),
         None => Ok(values.iter().map(|&group| group as u32).collect()),
     }
 }
 
 /// Inputs per group, from the number of groups and what the configuration says.
-pub(crate) fn group_width(
+pub(super) fn group_width(
+    checkpoint: &Checkpoint,
     name: &str,
     inputs: usize,
     groups: usize,
@@ -100,8 +113,26 @@ pub(crate) fn group_width(
         _ if groups == 1 => Ok(inputs.max(1)),
         _ if groups > 0 && inputs.is_multiple_of(groups) => Ok(inputs / groups),
         _ => refuse(
+            checkpoint,
             name,
             format!("{groups} groups do not go with {inputs} inputs (group_size {configured:?})"),
+        ),
+    }
+}
+
+/// Two sizes, stored as integers.
+pub(super) fn shape(checkpoint: &Checkpoint, name: &str) -> Result<[usize; 2]> {
+    let sizes = integers(checkpoint, name)?;
+    let size = |size: i64| usize::try_from(size).ok();
+    match sizes[..] {
+        [m, n] => match (size(m), size(n)) {
+            (Some(m), Some(n)) if m.checked_mul(n).is_some() => Ok([m, n]),
+            _ => refuse(checkpoint, name, format!("{m} × {n} is no shape")),
+        },
+        _ => refuse(
+            checkpoint,
+            name,
+            format!("expected two numbers, found {sizes:?}"),
         ),
     }
 }

@@ -1,7 +1,7 @@
 //! Codes of a few bits in 32-bit words, little end first.
 
 /// Writes codes one after the other without gaps, across the borders of words.
-pub(crate) fn pack(codes: impl IntoIterator<Item = u8>, bits: usize, words: &mut [u32]) {
+pub fn pack(codes: impl IntoIterator<Item = u8>, bits: usize, words: &mut [u32]) {
     words.fill(0);
     for (i, code) in codes.into_iter().enumerate() {
         let (word, shift) = (i * bits / 32, i * bits % 32);
@@ -14,7 +14,7 @@ pub(crate) fn pack(codes: impl IntoIterator<Item = u8>, bits: usize, words: &mut
 
 /// The i-th code of words written by [`pack`]; `word` gives the words.
 #[inline]
-pub(crate) fn dense(word: impl Fn(usize) -> u32, bits: usize, i: usize) -> u8 {
+pub(super) fn dense(word: impl Fn(usize) -> u32, bits: usize, i: usize) -> u8 {
     let (at, shift) = (i * bits / 32, i * bits % 32);
     let mut code = word(at) >> shift;
     if shift + bits > 32 {
@@ -25,7 +25,7 @@ pub(crate) fn dense(word: impl Fn(usize) -> u32, bits: usize, i: usize) -> u8 {
 
 /// The i-th code of words that hold ⌊32 / bits⌋ codes each and waste the rest.
 #[inline]
-pub(crate) fn aligned(word: impl Fn(usize) -> u32, bits: usize, i: usize) -> u8 {
+pub(super) fn aligned(word: impl Fn(usize) -> u32, bits: usize, i: usize) -> u8 {
     let per_word = 32 / bits;
     (word(i / per_word) >> (i % per_word * bits) & mask(bits)) as u8
 }

@@ -1,0 +1,191 @@
+//! GPTQ's format, as AutoGPTQ, GPTQModel, vLLM and transformers load it.
+//!
+//! For a linear with n inputs, m outputs and G groups: `qweight` int32 `[n·bits/32, m]`, codes packed along the inputs;
+//! `qzeros` int32 `[G, m·bits/32]`, zero points packed along the outputs; `scales` f16 `[G, m]`; `g_idx` int32 `[n]`.
+//! Packing is dense, little end first, across words (for 3 bits: 32 values in 3 words).
+//!
+//! Version 1 stores zero − 1, modulo 2^bits. A zero point of 0 therefore wraps to 2^bits − 1, which some runtimes read as 2^bits
+//! and others as 0: it is read as 0 here.
+
+use rayon::prelude::*;
+use serde_json::{Map, Value};
+use tensor_io::{Checkpoint, Config, Result};
+
+use super::stored::{self, refuse};
+use super::{Format, Found, StoredGroups, bits, group_bits};
+
+/// AutoGPTQ's own configuration file, for checkpoints whose `config.json` says nothing.
+pub const CONFIG_FILE: &str = "quantize_config.json";
+
+/// The convention for zero points.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Version {
+    /// `gptq`: zero − 1 is stored. Every runtime loads it.
+    V1,
+    /// `gptq_v2`: zero is stored.
+    V2,
+}
+
+impl Version {
+    /// Its name in configurations.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::V1 => "gptq",
+            Self::V2 => "gptq_v2",
+        }
+    }
+
+    /// What is to be added to a stored zero point.
+    pub fn offset(self) -> u8 {
+        match self {
+            Self::V1 => 1,
+            Self::V2 => 0,
+        }
+    }
+}
+
+/// Inputs packed and unpacked together: `bits` whole words.
+const PACK: usize = 32;
+
+/// AutoGPTQ's own file as the section it would be in `config.json`.
+pub(super) fn from_file(mut config: Config) -> Config {
+    if config.get("quant_method").is_none() {
+        config.set("quant_method", "gptq");
+    }
+    config
+}
+
+pub(super) fn detect(section: &Config) -> std::result::Result<Format, Found> {
+    let unknown = |found: String| Err(Found::Unknown(found));
+    let stated = match section.opt_str("checkpoint_format")? {
+        Some(stated) => stated,
+        None => section.opt_str("format")?.unwrap_or("gptq"),
+    };
+    let version = match stated {
+        "gptq" => Version::V1,
+        "gptq_v2" => Version::V2,
+        other => return unknown(format!("GPTQ with checkpoint_format `{other}`")),
+    };
+    if mentions(section.raw(), "planar") {
+        return unknown("GPTQ with planar packing".to_string());
+    }
+    if let Some(dtype) = section.opt_str("pack_dtype")?
+        && dtype != "int32"
+    {
+        return unknown(format!("GPTQ packed in {dtype}"));
+    }
+    let bits = section.usize("bits")?;
+    if group_bits(bits).is_none() {
+        return unknown(format!("GPTQ with {bits} bits"));
+    }
+    let group_size = match section.get("group_size").and_then(Value::as_i64) {
+        Some(width) if width > 0 => Some(width as usize),
+        _ => None,
+    };
+    Ok(Format::Gptq {
+        version,
+        bits,
+        group_size,
+    })
+}
+
+/// Whether a word stands anywhere in a configuration.
+fn mentions(fields: &Map<String, Value>, word: &str) -> bool {
+    fields.iter().any(|(key, value)| {
+        key == word
+            || match value {
+                Value::String(text) => text == word,
+                Value::Object(inner) => mentions(inner, word),
+                _ => false,
+            }
+    })
+}
+
+/// The weight of a module. Bits and groups are taken from the shapes where there is a `g_idx`, since configurations may
+/// set them for some modules apart.
+pub(super) fn read(
+    checkpoint: &Checkpoint,
+    module: &str,
+    version: Version,
+    bits: usize,
+    group_size: Option<usize>,
+) -> Result<StoredGroups> {
+    let name = |tensor: &str| format!("{module}.{tensor}");
+    let (qweight, [word_rows, m]) = stored::words(checkpoint, &name("qweight"))?;
+    let index = match checkpoint.contains(&name("g_idx")) {
+        true => Some(stored::integers(checkpoint, &name("g_idx"))?),
+        false => None,
+    };
+    let (n, b) = match &index {
+        Some(index) if !index.is_empty() => (index.len(), word_rows * 32 / index.len()),
+        _ => (word_rows * 32 / bits, bits),
+    };
+    let whole = n * b == word_rows * 32;
+    let Some(width) = group_bits(b).filter(|_| whole) else {
+        return refuse(
+            checkpoint,
+            &name("qweight"),
+            format!("{word_rows} words for {n} inputs are not 2, 3, 4 or 8 bits each"),
+        );
+    };
+    let (scales, shape) = stored::floats(checkpoint, &name("scales"))?;
+    let [groups, outputs] = stored::matrix(checkpoint, &name("scales"), &shape)?;
+    if outputs != m {
+        return refuse(
+            checkpoint,
+            &name("scales"),
+            format!("expected {m} outputs, found {outputs}"),
+        );
+    }
+    let (qzeros, shape) = stored::words(checkpoint, &name("qzeros"))?;
+    if shape != [groups, (m * b).div_ceil(32)] {
+        return refuse(
+            checkpoint,
+            &name("qzeros"),
+            format!(
+                "expected [{groups}, {}], found {shape:?}",
+                (m * b).div_ceil(32)
+            ),
+        );
+    }
+    let group_width = stored::group_width(checkpoint, &name("scales"), n, groups, group_size)?;
+    let group_index = match index {
+        Some(index) => stored::group_index(checkpoint, &name("g_idx"), &index, n, groups)?,
+        None => (0..n).map(|j| (j / group_width) as u32).collect(),
+    };
+
+    let mut codes = vec![0; m * n];
+    codes
+        .par_chunks_mut(PACK * n.max(1))
+        .enumerate()
+        .for_each(|(strip, codes)| {
+            let rows = codes.len() / n;
+            for block in 0..n.div_ceil(PACK) {
+                for row in 0..rows {
+                    let word = |k: usize| qweight[(block * b + k) * m + strip * PACK + row];
+                    let columns = block * PACK..((block + 1) * PACK).min(n);
+                    for (i, code) in codes[row * n..][columns].iter_mut().enumerate() {
+                        *code = bits::dense(word, b, i);
+                    }
+                }
+            }
+        });
+    let zero_words = shape[1];
+    let zeros = (0..m * groups).map(|at| {
+        let (row, group) = (at / groups, at % groups);
+        let stored = bits::dense(|k| qzeros[group * zero_words + k], b, row);
+        stored.wrapping_add(version.offset()) & width.max_code()
+    });
+    Ok(StoredGroups {
+        bits: width,
+        rows: m,
+        cols: n,
+        group_width,
+        codes,
+        scales: (0..m * groups)
+            .map(|at| scales[at % groups * m + at / groups])
+            .collect(),
+        zeros: zeros.collect(),
+        group_index,
+    })
+}

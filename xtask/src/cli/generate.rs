@@ -1,0 +1,85 @@
+//! The flags of `generate`.
+
+use std::num::NonZeroUsize;
+use std::path::PathBuf;
+
+use causal_lm::{Arithmetic, Sampling};
+use clap::Args;
+use clap::builder::PossibleValuesParser;
+
+use super::weights::WeightArgs;
+use crate::generate;
+use crate::settings::{Device, Settings};
+use crate::suites::kv::policy::{ALPHA, Choice, PromptRule};
+
+#[derive(Args)]
+pub(super) struct GenerateArgs {
+    /// Checkpoint folder (floats, GPTQ or compressed-tensors), GGUF file, or hf:OWNER/NAME
+    #[arg(long, value_name = "PATH")]
+    model: PathBuf,
+    /// Text to continue, or to answer where the model has a chat template
+    #[arg(long, value_name = "TEXT")]
+    prompt: String,
+    /// Continue the prompt as it is, without the chat template
+    #[arg(long)]
+    raw: bool,
+    #[command(flatten)]
+    weights: WeightArgs,
+    /// KV-cache policy
+    #[arg(long, value_name = "P", default_value = "full", value_parser = PossibleValuesParser::new(Choice::known().iter().map(String::as_str)))]
+    policy: String,
+    /// Tokens that the cache keeps per layer and KV head
+    #[arg(long, value_name = "N", default_value = "512")]
+    budget: NonZeroUsize,
+    /// Maximum number of tokens generated
+    #[arg(long, value_name = "N", default_value = "256")]
+    max_new_tokens: NonZeroUsize,
+    /// Temperature of sampling; 0 takes the most likely token
+    #[arg(long, value_name = "X", default_value_t = 0.0)]
+    temperature: f64,
+    /// Sample from the K most likely tokens only
+    #[arg(long, value_name = "K", requires = "temperature")]
+    top_k: Option<usize>,
+    /// Sample from the fewest most likely tokens that reach this probability
+    #[arg(long, value_name = "X", requires = "temperature")]
+    top_p: Option<f64>,
+    /// Seed of sampling and of random policies
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    seed: u64,
+    /// Number of threads [default: all cores]
+    #[arg(long, value_name = "N")]
+    pub(super) threads: Option<NonZeroUsize>,
+    /// Device to compute on
+    #[arg(long, value_enum, default_value_t = Device::Cpu)]
+    device: Device,
+}
+
+impl From<GenerateArgs> for generate::Config {
+    fn from(args: GenerateArgs) -> Self {
+        generate::Config {
+            model: args.model,
+            prompt: args.prompt,
+            raw: args.raw,
+            // clap has admitted no other name.
+            policy: Choice::named(&args.policy, PromptRule::Own, ALPHA)
+                .expect("the parser knows the same names"),
+            budget: args.budget.get(),
+            max_new_tokens: args.max_new_tokens.get(),
+            sampling: match args.temperature == 0.0 {
+                true => Sampling::Greedy,
+                false => Sampling::Random {
+                    temperature: args.temperature,
+                    top_k: args.top_k,
+                    top_p: args.top_p,
+                    seed: args.seed,
+                },
+            },
+            settings: Settings {
+                seed: args.seed,
+                device: args.device,
+                weights: args.weights.or(Arithmetic::Int8),
+                ..Settings::default()
+            },
+        }
+    }
+}

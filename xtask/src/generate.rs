@@ -1,0 +1,128 @@
+//! `cargo xtask generate`: text from a model, as it comes.
+
+use std::io::{IsTerminal, Write};
+use std::path::PathBuf;
+use std::time::Instant;
+
+use anyhow::{Context, Result, ensure};
+use causal_lm::{GenerateOptions, Model, Sampling, TextTokenizer, generate};
+use eval_report::format;
+
+use crate::chat;
+use crate::hub;
+use crate::model;
+use crate::settings::Settings;
+use crate::stdout::print;
+use crate::suites::kv::policy::{self, Choice};
+
+/// What to generate.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// A folder or a GGUF file.
+    pub model: PathBuf,
+    /// What to continue or to answer.
+    pub prompt: String,
+    /// Whether the prompt is continued as it is.
+    pub raw: bool,
+    /// Policy of the cache.
+    pub policy: Choice,
+    /// Tokens that the cache keeps per layer and KV head.
+    pub budget: usize,
+    /// Tokens generated at most.
+    pub max_new_tokens: usize,
+    /// How tokens are chosen.
+    pub sampling: Sampling,
+    /// Device, seed, adapter and arithmetic.
+    pub settings: Settings,
+}
+
+/// Prints the text to stdout while it is generated, then speed and memory to stderr.
+///
+/// # Errors
+/// A model that cannot be read or run, and a prompt without tokens.
+pub fn run(config: &Config) -> Result<()> {
+    let started = Instant::now();
+    let common = &config.settings;
+    ensure!(
+        !config.policy.is_oracle(),
+        "--policy oracle needs the attention of the future"
+    );
+    let path = hub::open_model(&config.model, common)?;
+    let checkpoint = common.weights.open(&path)?;
+    let decoder = model::decoder(common, &checkpoint)?;
+    let tokenizer = TextTokenizer::open(&path)?;
+    let template = tokenizer.chat_template().filter(|_| !config.raw);
+    let prompt = match template {
+        Some(template) => {
+            let text = chat::render(template, &tokenizer, &config.prompt)
+                .context("the model's chat template (--raw leaves it out)")?;
+            tokenizer.encode(&text)?
+        }
+        None => tokenizer.encode_with_special_tokens(&config.prompt)?,
+    };
+    ensure!(!prompt.is_empty(), "--prompt: the text has no tokens");
+    let (room, longest) = (
+        decoder.config().max_positions,
+        prompt.len() + config.max_new_tokens,
+    );
+    let max_new_tokens = config.max_new_tokens.min(room.saturating_sub(prompt.len()));
+    ensure!(
+        max_new_tokens > 0,
+        "--prompt has {} tokens, and the model was made for {room} positions",
+        prompt.len()
+    );
+    let model = Model::load(&decoder)?.for_positions(longest.min(room));
+    let cache = config.policy.cache(config.budget, common.seed);
+    let mut cache = policy::caches(&model, Some(&cache), 0, 1)
+        .with_context(|| format!("--policy {} --budget {}", config.policy.name, config.budget))?;
+    let mut stop = decoder.config().eos.clone();
+    stop.extend(tokenizer.eos());
+    let options = GenerateOptions {
+        max_new_tokens,
+        sampling: config.sampling,
+        stop,
+    };
+
+    let mut text = tokenizer.stream();
+    let (mut first, mut failed) = (None, None);
+    let mut show = |token: u32| {
+        first.get_or_insert_with(|| started.elapsed());
+        let shown = text(token).map_err(anyhow::Error::from);
+        let shown = shown.and_then(|text| {
+            print(&text)?;
+            std::io::stdout().flush().context("stdout")
+        });
+        failed = failed.take().or(shown.err());
+    };
+    let generated = generate(&model, &mut cache, &prompt, &options, &mut show)?;
+    if let Some(error) = failed {
+        return Err(error);
+    }
+    print("\n")?;
+    let mut facts = vec![
+        format!("{} tokens", generated.tokens.len()),
+        format!("prompt of {} tokens", prompt.len()),
+    ];
+    if let Some(first) = first {
+        facts.push(format!("first after {:.2} s", first.as_secs_f64()));
+    }
+    let prefill = prompt.len() as f64 / generated.prefill.as_secs_f64();
+    facts.push(format!("prefill {prefill:.1} tokens/s"));
+    if let Some(decode) = generated.tokens_per_second() {
+        facts.push(format!("decode {decode:.1} tokens/s"));
+    }
+    let bytes = |name: &str, bytes: usize| format!("{name} {}", format::bytes(bytes as u64));
+    facts.push(bytes("weights", model.weight_bytes()));
+    facts.push(bytes("cache", cache.peak_bytes()));
+    facts.push(bytes("cache state", cache.state_bytes()));
+    facts.push(format!(
+        "{} arithmetic",
+        common.weights.arithmetic_name()
+    ));
+    let line = facts.join(", ");
+    match std::io::stderr().is_terminal() {
+        true => eprintln!("\n{line}"),
+        false => eprintln!("{line}"),
+    }
+    Ok(())
+}
