@@ -34,8 +34,8 @@ pub(crate) fn render(template: &str, tokenizer: &TextTokenizer, message: &str) -
 }
 
 /// `raise_exception` of transformers: the template's own refusals.
-fn raise(reason: &str) -> Result<Value, Error> {
-    Err(Error::new(ErrorKind::InvalidOperation, reason.to_string()))
+fn raise(reason: String) -> Result<Value, Error> {
+    Err(Error::new(ErrorKind::InvalidOperation, reason))
 }
 
 /// The methods of Python's strings and dictionaries that templates call.

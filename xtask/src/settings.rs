@@ -58,7 +58,13 @@ impl Weights {
     pub(crate) fn facts(&self, section: Section) -> Section {
         let section = section.fact("arithmetic", self.arithmetic_name());
         match &self.adapter {
-            Some(adapter) => section.fact("adapter", adapter.file_name().unwrap_or(adapter.as_os_str()).to_string_lossy()),
+            Some(adapter) => section.fact(
+                "adapter",
+                adapter
+                    .file_name()
+                    .unwrap_or(adapter.as_os_str())
+                    .to_string_lossy(),
+            ),
             None => section,
         }
     }

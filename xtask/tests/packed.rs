@@ -81,7 +81,10 @@ fn what_is_saved_packed_is_evaluated_and_generates_packed() {
     let int8 = perplexity(&packed, &["--arithmetic", "int8"]);
     near(&int8, &alone);
     assert_ne!(int8["perplexity"], alone["perplexity"]);
-    assert_eq!((&alone["arithmetic"], &int8["arithmetic"]), (&json!("f32"), &json!("int8")));
+    assert_eq!(
+        (&alone["arithmetic"], &int8["arithmetic"]),
+        (&json!("f32"), &json!("int8"))
+    );
     let original = perplexity(&dense, &[]);
     assert!(number(&alone, "weight_bytes") < 0.5 * number(&original, "weight_bytes"));
     assert!(number(&repaired, "weight_bytes") > number(&alone, "weight_bytes"));
@@ -109,32 +112,60 @@ fn what_is_saved_packed_is_evaluated_and_generates_packed() {
     assert_eq!(kv[1]["weight_bytes"], repaired["weight_bytes"]);
 
     let generate = |more: &[&str]| -> (String, String) {
-        let own = ["generate", "--model", str(&packed), "--max-new-tokens", "24"];
+        let own = [
+            "generate",
+            "--model",
+            str(&packed),
+            "--max-new-tokens",
+            "24",
+        ];
         let output = xtask(&[&own[..], more].concat());
         let said = String::from_utf8(output.stderr).unwrap();
         assert!(output.status.success(), "{said}");
         (String::from_utf8(output.stdout).unwrap(), said)
     };
-    let evicting = ["--adapter", str(&adapter), "--policy", "streaming", "--budget", "12"];
+    let evicting = [
+        "--adapter",
+        str(&adapter),
+        "--policy",
+        "streaming",
+        "--budget",
+        "12",
+    ];
     let prompt = ["--prompt", "a b c"];
     let (written, said) = generate(&[&evicting[..], &prompt].concat());
     assert!(!written.trim().is_empty());
-    for part in ["24 tokens", "prompt of 3 tokens", "tokens/s", "weights", "cache", "int8 arithmetic"] {
+    for part in [
+        "24 tokens",
+        "prompt of 3 tokens",
+        "tokens/s",
+        "weights",
+        "cache",
+        "int8 arithmetic",
+    ] {
         assert!(said.contains(part), "{part}: {said}");
     }
     assert_eq!(said.lines().count(), 1, "{said}");
     assert_eq!(generate(&[&evicting[..], &prompt].concat()).0, written);
 
     // A template that says "d" after the message.
-    let template = "{% for m in messages %}{{ bos_token }} {{ m['content'].strip() }}{% endfor %} d";
+    let template =
+        "{% for m in messages %}{{ bos_token }} {{ m['content'].strip() }}{% endfor %} d";
     std::fs::write(packed.join("chat_template.jinja"), template).unwrap();
     let answered = generate(&["--prompt", " a b ", "--arithmetic", "f32"]).0;
     let continued = generate(&["--raw", "--prompt", "<s> a b d", "--arithmetic", "f32"]).0;
     assert_eq!(answered, continued);
-    std::fs::write(packed.join("chat_template.jinja"), "{{ raise_exception('no users') }}").unwrap();
+    std::fs::write(
+        packed.join("chat_template.jinja"),
+        "{{ raise_exception('no users') }}",
+    )
+    .unwrap();
     let refused = xtask(&["generate", "--model", str(&packed), "--prompt", "a"]);
     let refused = error(&refused);
-    assert!(refused.contains("chat template") && refused.contains("no users"), "{refused}");
+    assert!(
+        refused.contains("chat template") && refused.contains("no users"),
+        "{refused}"
+    );
 }
 
 #[test]
@@ -157,9 +188,23 @@ fn what_cannot_be_opened_is_one_clear_line() {
     let model = scene.path("model");
     let missing = scene.path("nothing");
     let adapter = ["--adapter", str(&missing), "--prompt", "a"];
-    let message = error(&xtask(&[&["generate", "--model", str(&model)][..], &adapter].concat()));
-    assert!(message.contains("--adapter") && message.contains("nothing"), "{message}");
+    let message = error(&xtask(
+        &[&["generate", "--model", str(&model)][..], &adapter].concat(),
+    ));
+    assert!(
+        message.contains("--adapter") && message.contains("nothing"),
+        "{message}"
+    );
     let long = ["a"; 40].join(" ");
-    let message = error(&xtask(&["generate", "--model", str(&model), "--prompt", &long]));
-    assert!(message.contains("40 tokens") && message.contains("32 positions"), "{message}");
+    let message = error(&xtask(&[
+        "generate",
+        "--model",
+        str(&model),
+        "--prompt",
+        &long,
+    ]));
+    assert!(
+        message.contains("40 tokens") && message.contains("32 positions"),
+        "{message}"
+    );
 }

@@ -24,7 +24,9 @@ const STREAM: usize = 256 << 20;
 
 fn main() {
     // cargo passes `--bench`.
-    let mut args = std::env::args().skip(1).filter(|arg| !arg.starts_with("--"));
+    let mut args = std::env::args()
+        .skip(1)
+        .filter(|arg| !arg.starts_with("--"));
     let Some(path) = args.next() else {
         println!("generation: no MODEL given, nothing measured");
         return;
@@ -65,9 +67,8 @@ fn main() {
     );
 
     // Memory before anything else is allocated.
-    for step in 0..CONTEXT {
-        let token = tokens[step];
-        black_box(model.forward(&[&[token]], &mut cache).expect("logits"));
+    for token in tokens[..CONTEXT].chunks(1) {
+        black_box(model.forward(&[token], &mut cache).expect("logits"));
     }
     let (file, kept) = (checkpoint.total_bytes(), cache.peak_bytes() as u64);
     if let Some(peak) = peak_rss() {
@@ -119,7 +120,10 @@ fn main() {
 
     let gigabytes = model.weight_bytes() as f64 / 1e9;
     let (stream_median, stream_best) = middle(&mut read);
-    println!("weights {:.2} MB; stream {stream_median:.1} GB/s (best {stream_best:.1})", 1e3 * gigabytes);
+    println!(
+        "weights {:.2} MB; stream {stream_median:.1} GB/s (best {stream_best:.1})",
+        1e3 * gigabytes
+    );
     println!("                 tokens/s, median (best)   weights read, GB/s   of the stream");
     for (batch, rates) in batches.into_iter().zip(&mut decode) {
         let (median, best) = middle(rates);
@@ -167,10 +171,14 @@ impl Beside {
     /// Tokens per second of decoding and of a prompt.
     fn round(&mut self) -> [f64; 2] {
         let stdin = self.child.stdin.as_mut().expect("piped");
-        writeln!(stdin, "round").and_then(|()| stdin.flush()).expect("a running command");
+        writeln!(stdin, "round")
+            .and_then(|()| stdin.flush())
+            .expect("a running command");
         let mut line = String::new();
         self.answers.read_line(&mut line).expect("an answer");
-        let mut numbers = line.split_whitespace().map(|word| word.parse().expect("a number"));
+        let mut numbers = line
+            .split_whitespace()
+            .map(|word| word.parse().expect("a number"));
         [(); 2].map(|()| numbers.next().expect("two numbers"))
     }
 }
@@ -218,12 +226,17 @@ fn mib(bytes: u64) -> f64 {
 /// The most memory that this process had resident, on Linux.
 fn peak_rss() -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    let line = status
+        .lines()
+        .find_map(|line| line.strip_prefix("VmHWM:"))?;
     let kilobytes: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
     Some(kilobytes * 1024)
 }
 
 fn load() -> String {
     let text = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
-    text.split_whitespace().take(3).collect::<Vec<_>>().join(" ")
+    text.split_whitespace()
+        .take(3)
+        .collect::<Vec<_>>()
+        .join(" ")
 }

@@ -4,7 +4,8 @@
 
 use candle_core::{DType, Device};
 use causal_lm::{
-    Arithmetic, CacheSet, Decoder, Execution, GenerateOptions, Model, Sampling, TextTokenizer, generate,
+    Arithmetic, CacheSet, Decoder, Execution, GenerateOptions, Model, Sampling, TextTokenizer,
+    generate,
 };
 use kv_lazy::{Budget, CacheConfig};
 use std::io::Write;

@@ -85,9 +85,8 @@ impl Linear {
     /// # Errors
     /// For a row that is not there.
     pub fn select(&self, rows: &Tensor) -> Result<Self> {
-        let select = |x: &Tensor| -> Result<Tensor> {
-            Ok(x.index_select(&rows.to_device(x.device())?, 0)?)
-        };
+        let select =
+            |x: &Tensor| -> Result<Tensor> { Ok(x.index_select(&rows.to_device(x.device())?, 0)?) };
         let bias = self.bias.as_ref().map(select).transpose()?;
         Ok(Self::new(select(&self.weight()?)?, bias))
     }

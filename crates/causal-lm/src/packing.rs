@@ -6,7 +6,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use packed::{BlockType, Context, LowRank, Matrix, Team};
-use tensor_io::{Checkpoint, Dtype};
+use tensor_io::{Checkpoint, Dtype, SharedBytes};
 
 use crate::adapter::{Adapted, Factors};
 use crate::compressed::CompressedTensors;
@@ -102,11 +102,7 @@ fn rows_of(runs: &[Range<usize>]) -> Vec<usize> {
 }
 
 /// Blocks and 16-bit floats of a GGUF file.
-fn blocks(
-    file: &GgufTensors,
-    name: &str,
-    runs: Option<&[Range<usize>]>,
-) -> Result<Option<Matrix>> {
+fn blocks(file: &GgufTensors, name: &str, runs: Option<&[Range<usize>]>) -> Result<Option<Matrix>> {
     if matches!(file.block_type(name), None | Some(BlockType::F32)) {
         return Ok(None);
     }
@@ -148,10 +144,10 @@ fn halves(
         _ => return Ok(None),
     };
     let cols = info.shape.last().copied().unwrap_or(1);
-    let all = [0..info.elements().checked_div(cols).unwrap_or(0)];
-    let runs = runs.unwrap_or(&all);
+    let all = 0..info.elements().checked_div(cols).unwrap_or(0);
+    let runs = runs.unwrap_or(std::slice::from_ref(&all));
     let rows = runs.iter().map(Range::len).sum();
-    let bytes = match runs {
+    let bytes: SharedBytes = match runs {
         [run] => checkpoint.shared_rows(name, run.clone())?,
         runs => {
             let mut bytes = Vec::with_capacity(rows * cols * ty.block_bytes());
@@ -177,8 +173,16 @@ fn low_rank(factors: &Factors, runs: Option<&[Range<usize>]>) -> packed::Result<
         }
     };
     let matrix = |values: &[f32], cols: usize| {
-        let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
-        Matrix::dense(BlockType::F32, values.len() / cols.max(1), cols, Arc::new(bytes))
+        let bytes: Vec<u8> = values
+            .iter()
+            .flat_map(|value| value.to_le_bytes())
+            .collect();
+        Matrix::dense(
+            BlockType::F32,
+            values.len() / cols.max(1),
+            cols,
+            Arc::new(bytes),
+        )
     };
     // The scale is in B.
     LowRank::new(&matrix(a, a.len() / rank)?, &matrix(&b, *rank)?, 1.0)

@@ -149,8 +149,8 @@ impl TextTokenizer {
         let mut stream = self.tokenizer.decode_stream(true);
         move |token| {
             let text = stream.step(token);
-            let text = text
-                .map_err(|e| Error::Windows(format!("the tokenizer cannot decode: {e}")))?;
+            let text =
+                text.map_err(|e| Error::Windows(format!("the tokenizer cannot decode: {e}")))?;
             Ok(text.unwrap_or_default())
         }
     }

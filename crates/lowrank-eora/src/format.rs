@@ -118,9 +118,7 @@ impl<'a> QuantisedCheckpoint<'a> {
             return Ok(Rows::new(sparse.values, sparse.rows, sparse.cols).to_mat());
         }
         let name = format!("{module}.weight");
-        let tensor = self
-            .checkpoint
-            .tensor_as(&name, DType::F64, &Device::Cpu)?;
+        let tensor = self.checkpoint.tensor_as(&name, DType::F64, &Device::Cpu)?;
         let (rows, cols) = tensor.dims2()?;
         Ok(Rows::new(tensor.flatten_all()?.to_vec1()?, rows, cols).to_mat())
     }

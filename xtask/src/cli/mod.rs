@@ -15,9 +15,9 @@ use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
+use causal_lm::Arithmetic;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::error::ErrorKind;
-use causal_lm::Arithmetic;
 use clap::{Args, CommandFactory, Parser, Subcommand};
 
 use lm_eval::ProtocolKind;
@@ -325,7 +325,9 @@ impl EvalArgs {
                 samples: samples.map(NonZeroUsize::get),
                 seed,
                 device,
-                weights: suite.as_ref().map_or_else(Weights::default, SuiteArgs::weights),
+                weights: suite
+                    .as_ref()
+                    .map_or_else(Weights::default, SuiteArgs::weights),
                 quiet: json,
             },
             scope: match suite {

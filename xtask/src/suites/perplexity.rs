@@ -9,8 +9,8 @@ use lm_eval::{Perplexity, ProtocolKind, ScoredWindows};
 
 use super::hidden;
 use crate::bar::Bar;
-use crate::{hub, model};
 use crate::settings::Settings;
+use crate::{hub, model};
 
 /// Window in positions where none was asked for and the model reaches that far.
 pub(crate) const WINDOW: usize = 512;

@@ -93,7 +93,9 @@ pub fn run(common: &Settings, config: &Config) -> Result<Vec<Section>> {
     }
     let names: Vec<String> = config.data.iter().map(|path| file_name(path)).collect();
     let facts = |section: Section| {
-        let section = common.weights.facts(section)
+        let section = common
+            .weights
+            .facts(section)
             .fact("questions", names.join(", "))
             .fact("BOS", bos)
             .fact("shots", config.shots.count);

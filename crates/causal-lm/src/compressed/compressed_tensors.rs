@@ -173,7 +173,8 @@ pub(super) fn read(
     } else {
         zero_points(checkpoint, &name("weight_zero_point"), (m, groups), width)?
     };
-    let group_width = stored::group_width(checkpoint, &name("weight_scale"), n, groups, group_size)?;
+    let group_width =
+        stored::group_width(checkpoint, &name("weight_scale"), n, groups, group_size)?;
     let mut group_index = None;
     if checkpoint.contains(&name("weight_g_idx")) {
         let index = stored::integers(checkpoint, &name("weight_g_idx"))?;
@@ -225,13 +226,21 @@ fn zero_points(
         });
         return match codes.collect() {
             Some(codes) => Ok(codes),
-            None => refuse(checkpoint, name, format!("holds values beyond {} bits", width.get())),
+            None => refuse(
+                checkpoint,
+                name,
+                format!("holds values beyond {} bits", width.get()),
+            ),
         };
     }
     let bits = width.get() as usize;
     let (packed, [words, columns]) = stored::words(checkpoint, name)?;
     if columns != groups {
-        return refuse(checkpoint, name, format!("expected {groups} columns, found {columns}"));
+        return refuse(
+            checkpoint,
+            name,
+            format!("expected {groups} columns, found {columns}"),
+        );
     }
     let packing = Packing::of(checkpoint, name, m, bits, words)?;
     let code = |at: usize| {

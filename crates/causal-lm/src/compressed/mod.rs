@@ -172,11 +172,14 @@ impl StoredGroups {
     fn row(&self, row: usize) -> impl Iterator<Item = f32> {
         let groups = self.groups();
         let codes = &self.codes[row * self.cols..][..self.cols];
-        codes.iter().zip(&self.group_index).map(move |(&code, &group)| {
-            let group = row * groups + group as usize;
-            let centred = f64::from(code) - f64::from(self.zeros[group]);
-            (self.scales[group] * centred) as f32
-        })
+        codes
+            .iter()
+            .zip(&self.group_index)
+            .map(move |(&code, &group)| {
+                let group = row * groups + group as usize;
+                let centred = f64::from(code) - f64::from(self.zeros[group]);
+                (self.scales[group] * centred) as f32
+            })
     }
 
     /// The same weights to be multiplied as they are; `None` where no kernel serves them: scales that are no f16 values, and

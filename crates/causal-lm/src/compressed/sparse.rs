@@ -51,7 +51,7 @@ pub(super) fn read(checkpoint: &Checkpoint, prefix: &str) -> Result<Sparse> {
                     Some(value) => *weight = value,
                     None => {
                         return refuse(
-            checkpoint,
+                            checkpoint,
                             &name("compressed"),
                             "holds fewer values than the bitmask has bits",
                         );

@@ -20,7 +20,11 @@ pub(super) fn refuse<T>(
 pub(super) fn matrix(checkpoint: &Checkpoint, tensor: &str, shape: &[usize]) -> Result<[usize; 2]> {
     match shape {
         &[rows, cols] => Ok([rows, cols]),
-        _ => refuse(checkpoint, tensor, format!("expected a matrix, found shape {shape:?}")),
+        _ => refuse(
+            checkpoint,
+            tensor,
+            format!("expected a matrix, found shape {shape:?}"),
+        ),
     }
 }
 
@@ -40,7 +44,11 @@ pub(super) fn floats(checkpoint: &Checkpoint, name: &str) -> Result<(Vec<f64>, V
 pub(super) fn words(checkpoint: &Checkpoint, name: &str) -> Result<(Vec<u32>, [usize; 2])> {
     let info = checkpoint.info(name)?;
     if !matches!(info.dtype, Dtype::I32 | Dtype::U32) {
-        return refuse(checkpoint, name, format!("expected int32, found {:?}", info.dtype));
+        return refuse(
+            checkpoint,
+            name,
+            format!("expected int32, found {:?}", info.dtype),
+        );
     }
     let shape = matrix(checkpoint, name, &info.shape)?;
     let bytes = checkpoint.bytes(name)?;
@@ -95,7 +103,11 @@ pub(super) fn group_index(
         .iter()
         .find(|&&group| !(0..groups as i64).contains(&group))
     {
-        Some(group) => refuse(checkpoint, name, format!("names group {group}, but there are {groups}")),
+        Some(group) => refuse(
+            checkpoint,
+            name,
+            format!("names group {group}, but there are {groups}"),
+        ),
         None => Ok(values.iter().map(|&group| group as u32).collect()),
     }
 }

@@ -152,9 +152,7 @@ impl CompressedTensors {
 
     /// Names of the tensors of a compressed module.
     fn parts(&self, module: &str) -> Vec<String> {
-        let within = |part: &&str| {
-            ["", ".weight"].map(|path| format!("{module}{path}.{part}"))
-        };
+        let within = |part: &&str| ["", ".weight"].map(|path| format!("{module}{path}.{part}"));
         let names = PARTS.iter().flat_map(within);
         names.filter(|name| self.folder.contains(name)).collect()
     }

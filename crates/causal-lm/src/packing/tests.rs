@@ -187,9 +187,24 @@ impl Stored {
                 let by_group = (0..groups).flat_map(|g| (0..m).map(move |row| row * groups + g));
                 let words = by_row[0].len();
                 vec![
-                    (name("qweight"), Dtype::I32, vec![words, m], bytes(transposed(&by_row))),
-                    (name("qzeros"), Dtype::I32, vec![groups, (m * b).div_ceil(32)], bytes(qzeros)),
-                    (name("scales"), Dtype::F16, vec![groups, m], by_group.flat_map(half).collect()),
+                    (
+                        name("qweight"),
+                        Dtype::I32,
+                        vec![words, m],
+                        bytes(transposed(&by_row)),
+                    ),
+                    (
+                        name("qzeros"),
+                        Dtype::I32,
+                        vec![groups, (m * b).div_ceil(32)],
+                        bytes(qzeros),
+                    ),
+                    (
+                        name("scales"),
+                        Dtype::F16,
+                        vec![groups, m],
+                        by_group.flat_map(half).collect(),
+                    ),
                     (name("g_idx"), Dtype::I32, vec![n], bytes(index)),
                 ]
             }
@@ -197,7 +212,12 @@ impl Stored {
                 let words = by_row[0].len();
                 let shape = [m as i64, n as i64];
                 let mut tensors = vec![
-                    (name("weight_packed"), Dtype::I32, vec![m, words], bytes(by_row.concat())),
+                    (
+                        name("weight_packed"),
+                        Dtype::I32,
+                        vec![m, words],
+                        bytes(by_row.concat()),
+                    ),
                     (
                         name("weight_scale"),
                         Dtype::F16,
@@ -219,7 +239,12 @@ impl Stored {
                     let columns: Vec<Vec<u32>> = (0..groups).map(of_group).collect();
                     let words = columns[0].len();
                     let stored = bytes(transposed(&columns));
-                    tensors.push((name("weight_zero_point"), Dtype::I32, vec![words, groups], stored));
+                    tensors.push((
+                        name("weight_zero_point"),
+                        Dtype::I32,
+                        vec![words, groups],
+                        stored,
+                    ));
                 }
                 if self.act_order {
                     tensors.push((name("weight_g_idx"), Dtype::I32, vec![n], bytes(index)));
@@ -240,7 +265,9 @@ fn write_compressed(model: &TestModel, stored: Stored, dir: &Path) {
     std::fs::write(dir.join("config.json"), config.to_string()).unwrap();
     let mut tensors = Vec::new();
     for name in checkpoint.names() {
-        let tensor = checkpoint.tensor_as(name, DType::F32, &Device::Cpu).unwrap();
+        let tensor = checkpoint
+            .tensor_as(name, DType::F32, &Device::Cpu)
+            .unwrap();
         match name.strip_suffix("_proj.weight") {
             Some(_) => {
                 let module = name.strip_suffix(".weight").unwrap();
@@ -255,7 +282,14 @@ fn write_compressed(model: &TestModel, stored: Stored, dir: &Path) {
     }
     let data = tensors.iter().map(|(name, dtype, shape, bytes)| {
         let dtype = *dtype;
-        (name, TensorData::Bytes { dtype, shape, bytes })
+        (
+            name,
+            TensorData::Bytes {
+                dtype,
+                shape,
+                bytes,
+            },
+        )
     });
     write_file(dir.join("model.safetensors"), data, &BTreeMap::new()).unwrap();
 }
@@ -399,20 +433,29 @@ fn a_folder_whose_tensors_do_not_fit_is_refused_by_tensor() {
         let mut tensors = Vec::new();
         for name in file.names() {
             let info = file.info(name).unwrap();
-            let (mut shape, mut bytes) = (
-                info.shape.clone(),
-                file.bytes(name).unwrap().into_owned(),
-            );
+            let (mut shape, mut bytes) =
+                (info.shape.clone(), file.bytes(name).unwrap().into_owned());
             if change(name, &mut shape, &mut bytes) {
                 tensors.push((name, info.dtype, shape, bytes));
             }
         }
         let dir = model.path(says);
         std::fs::create_dir(&dir).unwrap();
-        std::fs::copy(model.path("broken").join("config.json"), dir.join("config.json")).unwrap();
+        std::fs::copy(
+            model.path("broken").join("config.json"),
+            dir.join("config.json"),
+        )
+        .unwrap();
         let data = tensors.iter().map(|(name, dtype, shape, bytes)| {
             let dtype = *dtype;
-            (*name, TensorData::Bytes { dtype, shape, bytes })
+            (
+                *name,
+                TensorData::Bytes {
+                    dtype,
+                    shape,
+                    bytes,
+                },
+            )
         });
         write_file(dir.join("model.safetensors"), data, &BTreeMap::new()).unwrap();
         for execution in [None, Some(Execution::default())] {
@@ -441,7 +484,11 @@ fn write_adapter(model: &TestModel) -> std::path::PathBuf {
     for layer in 0..3 {
         for module in ["self_attn.q_proj", "mlp.down_proj"] {
             let name = format!("model.layers.{layer}.{module}");
-            let shape = &model.checkpoint().info(&format!("{name}.weight")).unwrap().shape;
+            let shape = &model
+                .checkpoint()
+                .info(&format!("{name}.weight"))
+                .unwrap()
+                .shape;
             for (part, shape) in [("lora_A", [3, shape[1]]), ("lora_B", [shape[0], 3])] {
                 let name = format!("base_model.model.{name}.{part}.weight");
                 let values = random(&name, &shape).unwrap();
@@ -450,7 +497,12 @@ fn write_adapter(model: &TestModel) -> std::path::PathBuf {
         }
     }
     let data = tensors.iter().map(|(name, tensor)| (name, tensor));
-    write_file(dir.join("adapter_model.safetensors"), data, &BTreeMap::new()).unwrap();
+    write_file(
+        dir.join("adapter_model.safetensors"),
+        data,
+        &BTreeMap::new(),
+    )
+    .unwrap();
     dir
 }
 
@@ -518,8 +570,7 @@ fn policies_evict_on_a_packed_model_as_on_its_decoded_weights() {
             let model = Model::load(decoder).unwrap();
             let config = CacheConfig::new(policy.parse().unwrap(), Budget::Tokens(8));
             let shapes = model.cache_shapes();
-            let mut cache =
-                CacheSet::new(&shapes, 1, DType::F32, &Device::Cpu, &config).unwrap();
+            let mut cache = CacheSet::new(&shapes, 1, DType::F32, &Device::Cpu, &config).unwrap();
             let mut logits = model.forward(&[&TOKENS[..4]], &mut cache).unwrap();
             for step in 0..24 {
                 let token = TOKENS[step % TOKENS.len()];

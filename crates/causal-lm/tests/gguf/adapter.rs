@@ -13,7 +13,10 @@ use crate::golden::floats;
 fn logits(checkpoint: &Checkpoint, tokens: &[u32]) -> Vec<f32> {
     let decoder = || Decoder::new(checkpoint, DType::F32, &Device::Cpu).unwrap();
     let merged = run(&decoder(), tokens);
-    near(&run(&decoder().packed(Execution::default()), tokens), &merged);
+    near(
+        &run(&decoder().packed(Execution::default()), tokens),
+        &merged,
+    );
     merged
 }
 

@@ -1,8 +1,8 @@
 //! Files that are well-formed and cannot be run: each an error that names file and key or tensor.
 
 use candle_core::{DType, Device};
-use causal_lm::{Decoder, Execution};
 use causal_lm::gguf::Architecture;
+use causal_lm::{Decoder, Execution};
 use packed::BlockType;
 use tensor_io::gguf::Value;
 
@@ -287,7 +287,9 @@ fn a_file_that_is_cut_off_anywhere_or_damaged_in_its_header_is_one_error_or_runs
     // A linear congruential generator.
     let mut state = 1u64;
     let mut random = |below: usize| {
-        state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        state = state
+            .wrapping_mul(6364136223846793005)
+            .wrapping_add(1442695040888963407);
         (state >> 33) as usize % below
     };
     for _ in 0..1500 {

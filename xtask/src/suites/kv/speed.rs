@@ -20,9 +20,9 @@ use super::Config;
 use super::held::Held;
 use super::policy;
 use super::rows::{FULL, SUITE, reference};
+use crate::model;
 use crate::scratch::Scratch;
 use crate::settings::Settings;
-use crate::model;
 use crate::suites::perplexity::file_name;
 
 /// Tokens of context where --window does not say.

@@ -27,8 +27,8 @@ use super::policy::{self, Choice};
 use super::rows::{FULL, SUITE, over_budget, over_bytes, reference};
 use super::verdict::{Metric, verdict};
 use crate::bar::Bar;
-use crate::scratch::Scratch;
 use crate::model;
+use crate::scratch::Scratch;
 use crate::settings::Settings;
 use crate::suites::perplexity::file_name;
 use eval_report::{
