@@ -142,12 +142,6 @@ impl Sampler {
                 position: 0,
             });
         }
-        let mut ids: Vec<u32> = (0..logits.len() as u32).collect();
-        let by_logit = |a: &u32, b: &u32| {
-            logits[*b as usize]
-                .total_cmp(&logits[*a as usize])
-                .then(a.cmp(b))
-        };
         let Sampling::Random {
             temperature,
             top_k,
@@ -155,7 +149,19 @@ impl Sampler {
             ..
         } = self.sampling
         else {
-            return Ok(ids.into_iter().min_by(by_logit).unwrap_or(0));
+            let first = (0, f32::NEG_INFINITY);
+            let all = logits.iter().copied().enumerate();
+            let larger = |best: (usize, f32), next: (usize, f32)| match next.1 > best.1 {
+                true => next,
+                false => best,
+            };
+            return Ok(all.fold(first, larger).0 as u32);
+        };
+        let mut ids: Vec<u32> = (0..logits.len() as u32).collect();
+        let by_logit = |a: &u32, b: &u32| {
+            logits[*b as usize]
+                .total_cmp(&logits[*a as usize])
+                .then(a.cmp(b))
         };
         ids.sort_unstable_by(by_logit);
         ids.truncate(top_k.unwrap_or(ids.len()));
