@@ -47,7 +47,7 @@ fn method(
 ) -> Result<Value, Error> {
     if value.kind() == ValueKind::Map {
         return match name {
-            "items" => state.apply_filter("items", &[value.clone()]),
+            "items" => state.apply_filter("items", std::slice::from_ref(value)),
             "keys" => Ok(value.try_iter()?.collect()),
             "get" => {
                 let (key, default): (Value, Option<Value>) = from_args(args)?;

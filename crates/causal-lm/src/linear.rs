@@ -1,5 +1,7 @@
 //! Linear layers in the Hugging Face layout.
 
+use std::sync::Arc;
+
 use candle_core::{DType, Device, Tensor};
 
 use crate::ops::with_f32;
@@ -18,11 +20,15 @@ pub struct Linear {
 enum Weight {
     /// `[out, in]`.
     Tensor(Tensor),
-    /// Blocks, groups or floats of 16 bits, perhaps with factors of low rank; the bias included.
-    Packed {
-        linear: packed::Linear,
-        execution: Execution,
-    },
+    /// Blocks, groups or floats of 16 bits.
+    Packed(Arc<Packed>),
+}
+
+#[derive(Debug)]
+struct Packed {
+    /// Perhaps with factors of low rank; the bias included.
+    linear: packed::Linear,
+    execution: Execution,
 }
 
 impl Linear {
@@ -48,7 +54,7 @@ impl Linear {
             }
         };
         Ok(Self {
-            weight: Weight::Packed { linear, execution },
+            weight: Weight::Packed(Arc::new(Packed { linear, execution })),
             bias,
         })
     }
@@ -60,7 +66,8 @@ impl Linear {
     pub fn weight(&self) -> Result<Tensor> {
         match &self.weight {
             Weight::Tensor(weight) => Ok(weight.clone()),
-            Weight::Packed { linear, .. } => {
+            Weight::Packed(packed) => {
+                let linear = &packed.linear;
                 let shape = (linear.rows(), linear.cols());
                 let weight = Tensor::from_vec(linear.weight().dequantise(), shape, &Device::Cpu)?;
                 match linear.low_rank() {
@@ -100,14 +107,14 @@ impl Linear {
     pub fn kind(&self) -> Option<packed::Kind> {
         match &self.weight {
             Weight::Tensor(_) => None,
-            Weight::Packed { linear, .. } => Some(linear.weight().kind()),
+            Weight::Packed(packed) => Some(packed.linear.weight().kind()),
         }
     }
 
     /// Bytes that a product reads: of W, of factors of low rank and of the bias.
     pub fn bytes(&self) -> usize {
         match &self.weight {
-            Weight::Packed { linear, .. } => linear.bytes(),
+            Weight::Packed(packed) => packed.linear.bytes(),
             Weight::Tensor(weight) => {
                 let bytes = |x: &Tensor| x.elem_count() * x.dtype().size_in_bytes();
                 bytes(weight) + self.bias.as_ref().map_or(0, bytes)
@@ -119,7 +126,7 @@ impl Linear {
     pub fn inputs(&self) -> usize {
         match &self.weight {
             Weight::Tensor(weight) => weight.dims()[1],
-            Weight::Packed { linear, .. } => linear.cols(),
+            Weight::Packed(packed) => packed.linear.cols(),
         }
     }
 
@@ -127,7 +134,7 @@ impl Linear {
     pub fn outputs(&self) -> usize {
         match &self.weight {
             Weight::Tensor(weight) => weight.dims()[0],
-            Weight::Packed { linear, .. } => linear.rows(),
+            Weight::Packed(packed) => packed.linear.rows(),
         }
     }
 
@@ -146,30 +153,31 @@ impl Linear {
     /// # Errors
     /// As there.
     pub fn forward_all<const N: usize>(layers: [&Self; N], x: &Tensor) -> Result<[Tensor; N]> {
-        let packed = layers.map(|layer| match &layer.weight {
-            Weight::Packed { linear, execution } => Some((linear, execution)),
-            Weight::Tensor(_) => None,
-        });
         let mut outputs: [Option<Tensor>; N] = [const { None }; N];
-        let together: Vec<(usize, &packed::Linear)> = packed
+        let together: Vec<(usize, &Packed)> = layers
             .iter()
             .enumerate()
-            .filter_map(|(at, packed)| Some((at, packed.as_ref()?.0)))
+            .filter_map(|(at, layer)| match &layer.weight {
+                Weight::Packed(packed) => Some((at, &**packed)),
+                Weight::Tensor(_) => None,
+            })
             .collect();
-        if let Some((_, execution)) = packed.iter().flatten().next() {
+        if let Some((_, Packed { execution, .. })) = together.first() {
             let rows = x.dim(0)?;
             let mut values: Vec<Vec<f32>> = together
                 .iter()
-                .map(|(_, linear)| vec![0.0; rows * linear.rows()])
+                .map(|(_, packed)| vec![0.0; rows * packed.linear.rows()])
                 .collect();
-            let linears: Vec<&packed::Linear> = together.iter().map(|(_, l)| *l).collect();
+            let linears: Vec<&packed::Linear> =
+                together.iter().map(|(_, packed)| &packed.linear).collect();
             let mut parts: Vec<&mut [f32]> = values.iter_mut().map(Vec::as_mut_slice).collect();
             with_f32(x, |x| {
                 packed::forward(&linears, x, &mut parts, &execution.context())
             })?
             .map_err(packed_error("input"))?;
-            for ((at, linear), values) in together.iter().zip(values) {
-                let y = Tensor::from_vec(values, (rows, linear.rows()), &Device::Cpu)?;
+            for ((at, packed), values) in together.iter().zip(values) {
+                let shape = (rows, packed.linear.rows());
+                let y = Tensor::from_vec(values, shape, &Device::Cpu)?;
                 outputs[*at] = Some(y);
             }
         }
@@ -185,7 +193,7 @@ impl Linear {
                         None => y,
                     }
                 }
-                (None, Weight::Packed { .. }) => unreachable!("packed layers have run"),
+                (None, Weight::Packed(_)) => unreachable!("packed layers have run"),
             });
         }
         done.try_into()

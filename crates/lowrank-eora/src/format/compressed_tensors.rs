@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use tensor_io::{Dtype, TensorSpec};
 
 use crate::compress::{
-    Bits, ColumnOrder, Compressor, Group, GroupFit, Quantise, Quantised, Rounding, Symmetry,
+    ColumnOrder, Compressor, Group, GroupFit, Quantise, Quantised, Rounding, Symmetry,
 };
 use crate::{Error, Result};
 
