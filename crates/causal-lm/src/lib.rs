@@ -22,7 +22,7 @@ mod rope;
 mod stream;
 pub mod synthetic;
 mod tap;
-#[cfg(any(test, feature = "testing"))]
+#[cfg(feature = "testing")]
 pub mod testing;
 mod text;
 mod windows;

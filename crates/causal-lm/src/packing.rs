@@ -187,6 +187,3 @@ fn low_rank(factors: &Factors, runs: Option<&[Range<usize>]>) -> packed::Result<
     // The scale is in B.
     LowRank::new(&matrix(a, a.len() / rank)?, &matrix(&b, *rank)?, 1.0)
 }
-
-#[cfg(test)]
-mod tests;

@@ -276,7 +276,9 @@ fn a_file_that_is_cut_off_anywhere_or_damaged_in_its_header_is_one_error_or_runs
         })
     };
     open(&whole).unwrap();
-    let cuts = (0..64).chain((64..whole.len()).step_by(whole.len() / 150));
+    // The last tensor need not be padded.
+    let data = whole.len() - 32;
+    let cuts = (0..64).chain((64..data).step_by(whole.len() / 150));
     for length in cuts {
         let error = open(&whole[..length]).unwrap_err().to_string();
         assert!(

@@ -11,10 +11,12 @@ use packed::{Kind, Team};
 use serde_json::json;
 use tensor_io::{Checkpoint, Config, Dtype, TensorData, write_file};
 
-use super::{Arithmetic, Execution};
-use crate::compressed::bits;
-use crate::testing::{self, TestModel};
-use crate::{Decoder, LinearName, Model, NoProgress, NoTap, Windows, open_adapted, run_blocks};
+use causal_lm::compressed::bits;
+use causal_lm::testing::{self, TestModel};
+use causal_lm::{
+    Arithmetic, Decoder, Execution, LinearName, Model, NoProgress, NoTap, Windows, open_adapted,
+    run_blocks,
+};
 
 const TOKENS: [u32; 12] = [0, 7, 3, 49, 11, 3, 20, 5, 8, 13, 1, 30];
 
@@ -355,7 +357,7 @@ fn groups_of_gptq_and_compressed_tensors_give_the_logits_of_the_decoded_weights(
     for (at, stored) in STORED.into_iter().enumerate() {
         let dir = model.path(&format!("stored-{at}"));
         write_compressed(&model, stored, &dir);
-        let checkpoint = crate::open(&dir).unwrap();
+        let checkpoint = causal_lm::open(&dir).unwrap();
         assert!(checkpoint.config().get("quantization_config").is_none());
         let decoded = decoder(&checkpoint);
         let packed = decoder(&checkpoint).packed(Execution::default());
@@ -390,7 +392,7 @@ fn codes_that_no_kernel_serves_run_decoded() {
     };
     let dir = model.path("narrow");
     write_compressed(&model, stored, &dir);
-    let checkpoint = crate::open(&dir).unwrap();
+    let checkpoint = causal_lm::open(&dir).unwrap();
     let packed = decoder(&checkpoint).packed(Execution::default());
     assert_eq!(kind(&packed, LinearName::Q), None);
     assert!(gap(&logits(&packed), &logits(&decoder(&checkpoint))) < 1e-5);
@@ -459,7 +461,7 @@ fn a_folder_whose_tensors_do_not_fit_is_refused_by_tensor() {
         });
         write_file(dir.join("model.safetensors"), data, &BTreeMap::new()).unwrap();
         for execution in [None, Some(Execution::default())] {
-            let opened = crate::open(&dir).and_then(|checkpoint| {
+            let opened = causal_lm::open(&dir).and_then(|checkpoint| {
                 let decoder = Decoder::new(&checkpoint, DType::F32, &Device::Cpu)?;
                 let decoder = match execution {
                     Some(execution) => decoder.packed(execution),
@@ -480,7 +482,7 @@ fn write_adapter(model: &TestModel) -> std::path::PathBuf {
     let config = json!({"peft_type": "LORA", "r": 3, "lora_alpha": 6, "bias": "none"});
     std::fs::write(dir.join("adapter_config.json"), config.to_string()).unwrap();
     let mut tensors = Vec::new();
-    let mut random = crate::synthetic::random(5);
+    let mut random = causal_lm::synthetic::random(5);
     for layer in 0..3 {
         for module in ["self_attn.q_proj", "mlp.down_proj"] {
             let name = format!("model.layers.{layer}.{module}");
@@ -518,7 +520,7 @@ fn an_adapter_beside_packed_weights_gives_the_logits_of_the_merged_model() {
         assert!(kind(&packed, LinearName::Q).is_some());
         let merged = logits(&decoder(&checkpoint));
         assert!(gap(&logits(&packed), &merged) < 1e-5, "{}", base.display());
-        let alone = crate::open(base).unwrap();
+        let alone = causal_lm::open(base).unwrap();
         assert!(gap(&merged, &logits(&decoder(&alone))) > 1e-2);
         let weight = |decoder: &Decoder<'_>| -> Vec<f32> {
             let weight = decoder.weight(2, LinearName::Q).unwrap().unwrap();
@@ -553,7 +555,7 @@ fn int8_arithmetic_is_near_that_of_f32() {
     let model = TestModel::with(&wide(), DType::BF16, |_, tensor| tensor);
     let dir = model.path("groups");
     write_compressed(&model, STORED[1], &dir);
-    let checkpoint = crate::open(&dir).unwrap();
+    let checkpoint = causal_lm::open(&dir).unwrap();
     let of = |arithmetic| logits(&decoder(&checkpoint).packed(Execution::new(arithmetic)));
     let gap = gap(&of(Arithmetic::Int8), &of(Arithmetic::F32));
     assert!(gap > 0.0 && gap < 0.03, "{gap}");
@@ -564,7 +566,7 @@ fn policies_evict_on_a_packed_model_as_on_its_decoded_weights() {
     let model = TestModel::with(&wide(), DType::BF16, |_, tensor| tensor);
     let dir = model.path("groups");
     write_compressed(&model, STORED[0], &dir);
-    let checkpoint = crate::open(&dir).unwrap();
+    let checkpoint = causal_lm::open(&dir).unwrap();
     for policy in ["streaming", "lazy"] {
         let of = |decoder: &Decoder<'_>| -> (Vec<f32>, usize) {
             let model = Model::load(decoder).unwrap();
