@@ -186,7 +186,7 @@ fn a_gguf_holds_the_models_values_and_widths() {
 #[test]
 fn a_gguf_that_is_opened_and_exported_again_keeps_its_blocks_and_its_tokenizer() {
     for kind in KINDS {
-        let model = Tiny::new(kind, DType::F32);
+        let model = tiny(kind, DType::F32);
         let folder = pruned(&model, &recipe("wanda-sp", true), 0.3);
         let checkpoint = Checkpoint::open(&folder).unwrap();
         let (first, second) = (folder.join("first.gguf"), folder.join("second.gguf"));
