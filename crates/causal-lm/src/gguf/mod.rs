@@ -74,5 +74,11 @@ fn architecture(file: &Gguf) -> Result<Architecture> {
 
 /// An error about what a well-formed file says.
 pub(crate) fn content(metadata: &Metadata<'_>, what: impl Into<String>) -> crate::Error {
-    Error::into(metadata.error(GgufError::Content(what.into())))
+    // Names in a damaged file may hold line breaks.
+    let escape = |c: char| match c.is_control() {
+        true => c.escape_default().to_string(),
+        false => c.to_string(),
+    };
+    let what = what.into().chars().map(escape).collect();
+    Error::into(metadata.error(GgufError::Content(what)))
 }
