@@ -16,12 +16,12 @@ use kv_lazy::CacheConfig;
 use kv_lazy::policy::tri_attention::QueryStatistics;
 use kv_lazy::trace::{Recorder, Trace, TraceMeta};
 use lm_eval::long_context::{Answer, Example, Questions, example};
-use tensor_io::Checkpoint;
 
 use super::Config;
 use super::policy::{self, Choice};
+use crate::model;
 use crate::settings::Settings;
-use crate::suites::perplexity::{self, file_name};
+use crate::suites::perplexity::file_name;
 use table::{Cell, NOTHING, Outcome, Task};
 
 /// Contexts of each seed where --samples does not say.
@@ -66,8 +66,8 @@ pub struct LongContext {
 
 /// Ask all questions at all lengths, one section each, and a summary for each length.
 pub(crate) fn run(common: &Settings, config: &Config, task: &LongContext) -> Result<Vec<Section>> {
-    let checkpoint = Checkpoint::open(&task.model)?;
-    let decoder = perplexity::open(common, &checkpoint)?;
+    let checkpoint = common.weights.open(&task.model)?;
+    let decoder = model::decoder(common, &checkpoint)?;
     let tokenizer = TextTokenizer::open(&task.model)?;
     let model = Model::load(&decoder)?;
     let reach = decoder.config().max_positions;
