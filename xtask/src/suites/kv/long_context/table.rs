@@ -20,6 +20,9 @@ const ADMITTED_NATS: f64 = 0.5;
 /// The same in exact answers: a share, and how many times those of the first token alone.
 const ADMITTED_EXACT: (f64, f64) = (0.25, 2.0);
 
+/// Share of the full cache's bytes from which a row counts as having evicted nothing.
+const UNEVICTED: f64 = 0.95;
+
 /// The questions of one context.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Outcome {
@@ -386,8 +389,20 @@ fn ranking(rows: &[Row]) -> Vec<String> {
             budgets.push(row.budget);
         }
     }
+    // What has not evicted, as policies that leave a prompt alone, is not compared.
+    let evicted = |row: &&Row| {
+        let share = row.extra.get("bytes_over_full").and_then(|x| x.as_f64());
+        share.is_some_and(|share| share < UNEVICTED)
+    };
     let sentence = |budget: Option<Budget>| {
-        let mut own: Vec<&Row> = rows.iter().filter(|row| row.budget == budget).collect();
+        let at = |row: &&Row| row.budget == budget;
+        let mut own: Vec<&Row> = rows.iter().filter(at).filter(evicted).collect();
+        let whole = rows.iter().filter(at).filter(|row| !evicted(row));
+        let whole: Vec<&str> = whole.map(|row| row.method.as_str()).collect();
+        let whole = match &whole[..] {
+            [] => String::new(),
+            names => format!(" Evicted nothing: {}.", names.join(", ")),
+        };
         own.sort_by(|a, b| {
             recovered(b)
                 .partial_cmp(&recovered(a))
