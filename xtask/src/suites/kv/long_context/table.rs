@@ -419,7 +419,10 @@ fn ranking(rows: &[Row]) -> Vec<String> {
             .first()
             .and_then(|row| Column::Budget.cell(row))
             .unwrap_or_default();
-        format!("Budget {budget}: most is recovered by {}.", best.join(", "))
+        format!(
+            "Budget {budget}: most is recovered by {}.{whole}",
+            best.join(", ")
+        )
     };
     budgets.into_iter().map(sentence).collect()
 }
