@@ -111,6 +111,40 @@ fn asymmetric_zero_points_are_kept() {
 }
 
 #[test]
+fn zero_points_that_contradict_the_label_are_refused() {
+    for (written, labelled) in [(Version::V1, Version::V2), (Version::V2, Version::V1)] {
+        for bits in [2, 3, 4, 8] {
+            let name = format!("rtn-int{bits}-g16-sym");
+            let path = write(&name, written);
+            let other = tempfile::tempdir().expect("a folder");
+            let file = "model.safetensors";
+            std::fs::copy(path.join(file), other.path().join(file)).expect("copied");
+            let config = std::fs::read_to_string(path.join("config.json")).expect("JSON");
+            let relabelled = config.replace(
+                &format!("\"{}\"", written.name()),
+                &format!("\"{}\"", labelled.name()),
+            );
+            // `quant_method` is gptq in both.
+            let relabelled =
+                relabelled.replace("quant_method\": \"gptq_v2", "quant_method\": \"gptq");
+            std::fs::write(other.path().join("config.json"), &relabelled).expect("written");
+            let checkpoint = Checkpoint::open(other.path()).expect("complete");
+            let reader = QuantisedCheckpoint::open(&checkpoint).expect("known");
+            let error = reader.quantised(MODULE).expect_err("refused").to_string();
+            for tell in [written.name(), "checkpoint_format", "qzeros", "sym: true"] {
+                assert!(error.contains(tell), "{tell}: {error}");
+            }
+            // Without the promise of a symmetric grid the label has to be believed.
+            let silent = relabelled.replace("\"sym\": true", "\"sym\": false");
+            std::fs::write(other.path().join("config.json"), silent).expect("written");
+            let checkpoint = Checkpoint::open(other.path()).expect("complete");
+            let reader = QuantisedCheckpoint::open(&checkpoint).expect("known");
+            assert!(reader.quantised(MODULE).is_ok());
+        }
+    }
+}
+
+#[test]
 fn symmetric_zero_points_have_the_words_that_other_tools_write() {
     let (_, compressed) = compress("rtn-int4-sym");
     let quantised = compressed.quantised.expect("it quantises");

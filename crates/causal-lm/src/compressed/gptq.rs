@@ -86,6 +86,7 @@ pub(super) fn detect(section: &Config) -> std::result::Result<Format, Found> {
         version,
         bits,
         group_size,
+        symmetric: section.opt_bool("sym")?.unwrap_or(false),
     })
 }
 
@@ -101,15 +102,24 @@ fn mentions(fields: &Map<String, Value>, word: &str) -> bool {
     })
 }
 
+/// What a configuration says of all modules.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Stated {
+    pub(super) version: Version,
+    pub(super) bits: usize,
+    pub(super) group_size: Option<usize>,
+    pub(super) symmetric: bool,
+}
+
 /// The weight of a module. Bits and groups are taken from the shapes where there is a `g_idx`, since configurations may
 /// set them for some modules apart.
-pub(super) fn read(
-    checkpoint: &Checkpoint,
-    module: &str,
-    version: Version,
-    bits: usize,
-    group_size: Option<usize>,
-) -> Result<StoredGroups> {
+pub(super) fn read(checkpoint: &Checkpoint, module: &str, stated: Stated) -> Result<StoredGroups> {
+    let Stated {
+        version,
+        bits,
+        group_size,
+        symmetric,
+    } = stated;
     let name = |tensor: &str| format!("{module}.{tensor}");
     let (qweight, [word_rows, m]) = stored::words(checkpoint, &name("qweight"))?;
     let index = match checkpoint.contains(&name("g_idx")) {
@@ -176,6 +186,12 @@ pub(super) fn read(
         let stored = bits::dense(|k| qzeros[group * zero_words + k], b, row);
         stored.wrapping_add(version.offset()) & width.max_code()
     });
+    let zeros: Vec<u8> = zeros.collect();
+    if symmetric
+        && let Some(reason) = mislabelled(&zeros, b, version)
+    {
+        return refuse(checkpoint, &name("qzeros"), reason);
+    }
     Ok(StoredGroups {
         bits: width,
         rows: m,
@@ -185,7 +201,31 @@ pub(super) fn read(
         scales: (0..m * groups)
             .map(|at| scales[at % groups * m + at / groups])
             .collect(),
-        zeros: zeros.collect(),
+        zeros,
         group_index,
     })
+}
+
+/// Why zero points of `bits` bits, read by `version`, show that the file was labelled with the other version.
+///
+/// A symmetric grid has its zero in the middle, so that the two versions store two known numbers. Where the label is
+/// wrong, every weight would be read one step off.
+fn mislabelled(zeros: &[u8], bits: usize, version: Version) -> Option<String> {
+    let other = match version {
+        Version::V1 => Version::V2,
+        Version::V2 => Version::V1,
+    };
+    let middle = 1u8 << (bits - 1);
+    // What the middle becomes when it is stored by one version and read by the other.
+    let wrong = middle + version.offset() - other.offset();
+    if zeros.is_empty() || zeros.iter().any(|&zero| zero != wrong) {
+        return None;
+    }
+    Some(format!(
+        "every zero point is stored as {}: with `sym: true` that is how {} stores the middle of {bits} bits, but \
+         checkpoint_format says {}; correct the label",
+        middle - other.offset(),
+        other.name(),
+        version.name()
+    ))
 }

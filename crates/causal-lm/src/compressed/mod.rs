@@ -34,6 +34,8 @@ pub enum Format {
         bits: usize,
         /// Inputs per group, unless a module's tensors say otherwise; None for one group per output.
         group_size: Option<usize>,
+        /// Whether the configuration says that the grid is symmetric, so that every zero point is the middle code.
+        symmetric: bool,
     },
     /// As compressed-tensors' `weight_packed`, `weight_scale`, `weight_zero_point` and `weight_g_idx`.
     PackQuantized {
@@ -61,6 +63,7 @@ impl Display for Format {
                 version,
                 bits,
                 group_size,
+                ..
             } => (version.name(), bits, group_size),
             Self::PackQuantized {
                 bits, group_size, ..

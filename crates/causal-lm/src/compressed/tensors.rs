@@ -174,7 +174,16 @@ impl Format {
                 version,
                 bits,
                 group_size,
-            } if has("qweight") => gptq::read(folder, module, version, bits, group_size).map(Some),
+                symmetric,
+            } if has("qweight") => {
+                let stated = gptq::Stated {
+                    version,
+                    bits,
+                    group_size,
+                    symmetric,
+                };
+                gptq::read(folder, module, stated).map(Some)
+            }
             Self::PackQuantized {
                 bits,
                 group_size,
