@@ -187,9 +187,7 @@ pub(super) fn read(checkpoint: &Checkpoint, module: &str, stated: Stated) -> Res
         stored.wrapping_add(version.offset()) & width.max_code()
     });
     let zeros: Vec<u8> = zeros.collect();
-    if symmetric
-        && let Some(reason) = mislabelled(&zeros, b, version)
-    {
+    if symmetric && let Some(reason) = mislabelled(&zeros, b, version) {
         return refuse(checkpoint, &name("qzeros"), reason);
     }
     Ok(StoredGroups {
