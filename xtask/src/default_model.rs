@@ -13,6 +13,8 @@ use crate::settings::Device;
 /// What to train.
 #[derive(Debug, Clone)]
 pub struct Config {
+    /// Which model.
+    pub architecture: bundled::Architecture,
     /// Folder to write.
     pub out: PathBuf,
     /// Replace what is there.
@@ -64,6 +66,7 @@ pub fn run(config: &Config) -> Result<()> {
         config.out.display()
     );
     let mut options = bundled::Options::new(&config.out);
+    options.architecture = config.architecture;
     options.overwrite = config.overwrite;
     options.steps = config.steps;
     options.seed = config.seed;

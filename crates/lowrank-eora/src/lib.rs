@@ -3,6 +3,7 @@
 
 pub mod compress;
 mod error;
+pub mod experts;
 mod format;
 mod matrix;
 pub mod metrics;

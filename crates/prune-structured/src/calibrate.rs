@@ -54,10 +54,15 @@ impl Calibration {
         let mut layers = Vec::with_capacity(decoder.config().layers());
         progress.begin("calibration", decoder.config().layers() as u64);
         for layer in 0..decoder.config().layers() {
-            let block = decoder.block(layer)?;
-            decoder.release(layer);
+            let block = decoder.frame(layer)?;
+            let mut expert = |expert: usize| {
+                let mlp = decoder.expert(layer, expert)?;
+                decoder.release_expert(layer, expert);
+                Ok(mlp)
+            };
             let mut collector = Collector::new(&block, windows.window_len(), collect)?;
-            hidden.advance(&block, &mut collector)?;
+            hidden.advance_experts(&block, &mut expert, &mut collector)?;
+            decoder.release(layer);
             layers.push(collector.finish(layer, collect.gram.as_ref(), hidden.batches())?);
             progress.advance(1)?;
         }

@@ -51,6 +51,16 @@ pub enum Error {
         /// The architecture.
         model_type: &'static str,
     },
+    /// A layer that keeps fewer experts than each token is sent to.
+    #[error("layer {layer}: {kept} experts stay, but each token goes to {chosen}; keep at least as many")]
+    Experts {
+        /// The layer.
+        layer: usize,
+        /// Experts that stay.
+        kept: usize,
+        /// Experts that are chosen for a token.
+        chosen: usize,
+    },
     /// A method that is not implemented for this architecture.
     #[error("{method} cannot prune {model_type}: {reason}")]
     Unsupported {

@@ -15,6 +15,7 @@ pub mod compensation;
 mod cost;
 mod divergence;
 mod error;
+pub mod experts;
 mod methods;
 pub mod obs;
 pub mod output;

@@ -231,7 +231,7 @@ impl Plan {
     }
 }
 
-fn plan_file(path: &Path, reason: impl ToString) -> Error {
+pub(crate) fn plan_file(path: &Path, reason: impl ToString) -> Error {
     Error::PlanFile {
         path: path.into(),
         reason: reason.to_string(),

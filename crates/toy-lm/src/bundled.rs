@@ -54,10 +54,24 @@ pub fn calibration() -> Corpus {
     Generator::new(Split::Calibration, 0).corpus(TEXT_BYTES)
 }
 
+/// Which model to train.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Architecture {
+    /// The bundled one: a Llama of 3.0 million parameters.
+    #[default]
+    Dense,
+    /// A Mixtral of sixteen experts in each of four layers, two of them for each token: 3.5 million parameters, of which 0.7
+    /// million act on a token.
+    Mixture,
+}
+
 /// What to train.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct Options {
+    /// Which model.
+    pub architecture: Architecture,
     /// Folder to write.
     pub out: PathBuf,
     /// Whether to replace what is there.
@@ -72,6 +86,7 @@ impl Options {
     /// The steps and the seed of the committed model.
     pub fn new(out: impl Into<PathBuf>) -> Self {
         Self {
+            architecture: Architecture::default(),
             out: out.into(),
             overwrite: false,
             steps: 2500,
@@ -85,15 +100,25 @@ impl Options {
     }
 }
 
-/// The architecture: 3.0 million parameters, grouped queries, tied embeddings.
-fn architecture() -> tensor_io::Config {
-    let fields = json!({
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
-        "vocab_size": vocabulary::SIZE, "hidden_size": 256, "intermediate_size": 640, "num_hidden_layers": 4,
-        "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32, "max_position_embeddings": CONTEXT,
-        "rope_theta": 10000.0, "rms_norm_eps": 1e-5, "tie_word_embeddings": true, "attention_bias": false,
-        "mlp_bias": false, "bos_token_id": 0, "eos_token_id": 1, "torch_dtype": "bfloat16",
-    });
+/// Its config: grouped queries, tied embeddings.
+fn config(architecture: Architecture) -> tensor_io::Config {
+    let fields = match architecture {
+        Architecture::Dense => json!({
+            "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+            "vocab_size": vocabulary::SIZE, "hidden_size": 256, "intermediate_size": 640, "num_hidden_layers": 4,
+            "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32, "max_position_embeddings": CONTEXT,
+            "rope_theta": 10000.0, "rms_norm_eps": 1e-5, "tie_word_embeddings": true, "attention_bias": false,
+            "mlp_bias": false, "bos_token_id": 0, "eos_token_id": 1, "torch_dtype": "bfloat16",
+        }),
+        Architecture::Mixture => json!({
+            "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "hidden_act": "silu",
+            "vocab_size": vocabulary::SIZE, "hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 4,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": CONTEXT,
+            "num_local_experts": 16, "num_experts_per_tok": 2, "sliding_window": null,
+            "rope_theta": 10000.0, "rms_norm_eps": 1e-5, "tie_word_embeddings": true,
+            "bos_token_id": 0, "eos_token_id": 1, "torch_dtype": "bfloat16",
+        }),
+    };
     tensor_io::Config::new(fields.as_object().cloned().unwrap_or_default())
 }
 
@@ -115,7 +140,7 @@ pub fn train(options: &Options, device: &Device, progress: &dyn Progress) -> Res
     let bos = bos.ok_or_else(|| Error::Tokenizer("no BOS in the vocabulary".into()))?;
     let mut stream = TokenStream::new(|| text.corpus(PIECE).text, &tokenizer, bos);
 
-    let fields = architecture();
+    let fields = config(options.architecture);
     let model = ModelConfig::new(&fields)?;
     let depth = (2.0 * model.layers() as f32).sqrt();
     let decoder = TrainableDecoder::new(model, device, |name, shape| {
@@ -123,7 +148,7 @@ pub fn train(options: &Options, device: &Device, progress: &dyn Progress) -> Res
         // Outputs into the residual stream are smaller the more of them there are.
         let deviation = match name {
             n if n.ends_with("norm.weight") => return vec![1.0; count],
-            n if n.contains("o_proj") || n.contains("down_proj") => 0.04 / depth,
+            n if ["o_proj", "down_proj", ".w2."].iter().any(|part| n.contains(part)) => 0.04 / depth,
             _ => 0.04,
         };
         let range = deviation * 3f32.sqrt();

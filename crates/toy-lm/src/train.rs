@@ -5,6 +5,7 @@
 
 mod attention;
 mod decoder;
+mod experts;
 mod ops;
 
 use std::collections::VecDeque;

@@ -4,12 +4,16 @@ use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
 use clap::Args;
+use toy_lm::bundled::Architecture;
 
 use crate::default_model;
 use crate::settings::Device;
 
 #[derive(Args)]
 pub(super) struct TrainDefaultArgs {
+    /// Train a mixture of sixteen experts on the same texts instead
+    #[arg(long, requires = "out")]
+    mixture: bool,
     /// Folder to write [default: the bundled model]
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
@@ -30,6 +34,10 @@ pub(super) struct TrainDefaultArgs {
 impl From<TrainDefaultArgs> for default_model::Config {
     fn from(args: TrainDefaultArgs) -> Self {
         default_model::Config {
+            architecture: match args.mixture {
+                true => Architecture::Mixture,
+                false => Architecture::Dense,
+            },
             out: args.out.unwrap_or_else(default_model::folder),
             overwrite: args.overwrite,
             steps: args.steps.get(),

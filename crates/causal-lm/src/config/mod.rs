@@ -142,6 +142,10 @@ pub struct Stock {
     pub mlp_bias: Option<&'static str>,
     /// Which numbers of heads its config class accepts.
     pub heads: StockHeads,
+    /// The config fields of the number of experts: readers of different age know different ones.
+    pub experts: &'static [&'static str],
+    /// The config field of an expert's width.
+    pub expert_width: &'static str,
 }
 
 /// Numbers of heads that a config class of transformers accepts.
@@ -257,6 +261,19 @@ impl ModelConfig {
     /// Whether it computes what Llama does, up to widths, biases and scaled rotation: no norms but those before both
     /// halves, no factors, no caps, no windows, whole heads rotated in every layer.
     pub fn is_plain_llama(&self) -> bool {
+        *self.names.table() == crate::names::LLAMA
+            && self.mixtures.iter().all(Option::is_none)
+            && self.is_plain()
+    }
+
+    /// Whether it is a plain Llama with experts in place of every MLP, which is what Mixtral is without a window.
+    pub fn is_plain_mixtral(&self) -> bool {
+        *self.names.table() == crate::names::MIXTRAL
+            && self.mixtures.iter().all(Option::is_some)
+            && self.is_plain()
+    }
+
+    fn is_plain(&self) -> bool {
         let plain = |attention: &AttentionConfig| {
             let usual = 1.0 / (attention.head_dim as f64).sqrt();
             *attention
@@ -272,9 +289,7 @@ impl ModelConfig {
                 }
         };
         let factors = [self.residual_scale, self.embedding_scale, self.logit_scale];
-        *self.names.table() == crate::names::LLAMA
-            && !self.nested
-            && self.mixtures.iter().all(Option::is_none)
+        !self.nested
             && self.attention.iter().all(plain)
             && self.ropes.len() == 1
             && self.ropes[0].turned() == self.head_dim(0)

@@ -2,6 +2,7 @@
 
 mod common;
 mod driver;
+mod families;
 mod gguf;
 mod options;
 mod outputs;

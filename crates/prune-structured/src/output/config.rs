@@ -2,14 +2,15 @@
 
 use super::form::{Form, Loading, NewBiases};
 use crate::plan::Plan;
-use causal_lm::config::WIDTHS_KEY;
-use causal_lm::{Decoder, Widths};
+use crate::{Error, Result};
+use causal_lm::config::{Mixture, WIDTHS_KEY};
+use causal_lm::{Decoder, LinearName, ModelConfig, Widths};
 use serde_json::{Map, Value, json};
 use tensor_io::Config;
 
 /// File name of the Python loader that goes into folders which stock modules cannot open.
 pub const LOADER_FILE: &str = "modeling_pruned.py";
-/// The loader, with `BASE` standing for the stock class it extends.
+/// The loader, with `BASE` standing for the stock class it extends, and without the modules of the architecture.
 const LOADER: &str = include_str!("modeling_pruned.py");
 
 /// The config of the output, and the files that it needs beside it.
@@ -17,10 +18,10 @@ pub(crate) fn pruned(
     decoder: &Decoder<'_>,
     plan: &Plan,
     form: Form,
-) -> (Config, Vec<(&'static str, String)>) {
+) -> Result<(Config, Vec<(&'static str, String)>)> {
     let whole = decoder.checkpoint().config();
     if plan.is_identity(decoder) {
-        return (whole.clone(), vec![]);
+        return Ok((whole.clone(), vec![]));
     }
     let model = decoder.config();
     let biases = NewBiases::of(decoder, plan);
@@ -50,47 +51,115 @@ pub(crate) fn pruned(
                     config.set("num_key_value_heads", widths[0].kv_heads);
                     config.set("head_dim", model.head_dim(0));
                 }
-                config.set(model.stock.neurons, widths[0].neurons);
+                if let Some(dense) = widths.iter().zip(&model.mixtures).find(|(_, m)| m.is_none()) {
+                    config.set(model.stock.neurons, dense.0.neurons);
+                }
                 config.remove(WIDTHS_KEY);
             }
             match model.nested {
-                false => (config, vec![]),
+                false => Ok((config, vec![])),
                 true => {
                     let mut whole = whole.clone();
                     whole.set("text_config", config.raw().clone());
-                    (whole, vec![])
+                    Ok((whole, vec![]))
                 }
             }
         }
         Loading::PerLayer => {
-            // The scalar fields keep the dense values: they satisfy every reader's own checks, and
-            // a reader that ignores the lists stops at the first shape instead of guessing.
             let mut config = text();
-            if model
-                .attention
-                .iter()
-                .all(|a| a.head_dim == model.head_dim(0))
-            {
-                config.set("head_dim", model.head_dim(0));
-            }
-            config.set(
-                WIDTHS_KEY,
-                json!({
-                    "num_attention_heads": widths.iter().map(|w| w.heads).collect::<Vec<_>>(),
-                    "num_key_value_heads": widths.iter().map(|w| w.kv_heads).collect::<Vec<_>>(),
-                    "intermediate_size": widths.iter().map(|w| w.neurons).collect::<Vec<_>>(),
-                    "o_proj_bias": biases.attention || model.biases.o,
-                    "down_proj_bias": biases.mlp || model.biases.mlp,
-                }),
-            );
-            let module = LOADER_FILE.trim_end_matches(".py");
-            config.set(
-                "auto_map",
-                json!({ "AutoModelForCausalLM": format!("{module}.PrunedForCausalLM") }),
-            );
-            let loader = LOADER.replace("BASE", model.stock.class);
-            (config, vec![(LOADER_FILE, loader)])
+            let lists = PerLayer {
+                widths: &widths,
+                mixtures: &model.mixtures,
+                biases: (
+                    biases.attention || model.biases.o,
+                    biases.mlp || model.biases.mlp,
+                ),
+            };
+            let loader = lists.set(&mut config, model)?;
+            Ok((config, vec![loader]))
         }
+    }
+}
+
+/// Widths by layer, as a config lists them.
+pub(crate) struct PerLayer<'a> {
+    pub(crate) widths: &'a [Widths],
+    pub(crate) mixtures: &'a [Option<Mixture>],
+    /// Whether output projections of attention and of MLPs have biases.
+    pub(crate) biases: (bool, bool),
+}
+
+impl PerLayer<'_> {
+    /// Lists the widths in `config` and gives the loader that reads them.
+    ///
+    /// The scalar fields keep the dense values: they satisfy every reader's own checks, and a reader that ignores the lists
+    /// stops at the first shape instead of guessing.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] for an architecture that the loader cannot build.
+    pub(crate) fn set(
+        &self,
+        config: &mut Config,
+        model: &ModelConfig,
+    ) -> Result<(&'static str, String)> {
+        let first = model.head_dim(0);
+        let ordinary = |a: &causal_lm::config::AttentionConfig| {
+            a.head_dim == first && !a.value_is_key && !a.gated
+        };
+        if !model.attention.iter().all(ordinary) {
+            return Err(Error::Unsupported {
+                method: "the Python loader for widths by layer",
+                model_type: model.model_type,
+                reason: "its attention differs by layer in more than the number of heads; keep widths equal",
+            });
+        }
+        config.set("head_dim", first);
+        let mut lists = Map::new();
+        let mut list = |field: &str, of: &dyn Fn(usize) -> usize| {
+            let values: Vec<usize> = (0..self.widths.len()).map(of).collect();
+            lists.insert(field.into(), json!(values));
+        };
+        list("num_attention_heads", &|l| self.widths[l].heads);
+        list("num_key_value_heads", &|l| self.widths[l].kv_heads);
+        list("intermediate_size", &|l| self.widths[l].neurons);
+        if self.mixtures.iter().any(Option::is_some) {
+            let of = |l: usize, field: fn(Mixture) -> usize| self.mixtures[l].map_or(0, field);
+            list("num_experts", &|l| of(l, |m| m.experts));
+            list("expert_size", &|l| of(l, |m| m.width));
+        }
+        lists.insert("o_proj_bias".into(), json!(self.biases.0));
+        lists.insert("down_proj_bias".into(), json!(self.biases.1));
+        config.set(WIDTHS_KEY, Value::Object(lists));
+        let module = LOADER_FILE.trim_end_matches(".py");
+        config.set(
+            "auto_map",
+            json!({ "AutoModelForCausalLM": format!("{module}.PrunedForCausalLM") }),
+        );
+        let modules = model.names.table().modules.iter();
+        let modules: Map<String, Value> = modules
+            .filter(|module| !module.parts[0].is_shared())
+            .map(|module| {
+                let parts: Vec<&str> = module.parts.iter().map(|&part| part_name(part)).collect();
+                (module.path.to_string(), json!(parts))
+            })
+            .collect();
+        let loader = LOADER
+            .replace("BASE", model.stock.class)
+            .replace("MODULES = {}", &format!("MODULES = {}", Value::Object(modules)));
+        Ok((LOADER_FILE, loader))
+    }
+}
+
+/// What the loader calls a linear.
+fn part_name(linear: LinearName) -> &'static str {
+    match linear {
+        LinearName::Q => "q",
+        LinearName::K => "k",
+        LinearName::V => "v",
+        LinearName::O => "o",
+        LinearName::Gate => "gate",
+        LinearName::Up => "up",
+        _ => "down",
     }
 }
 

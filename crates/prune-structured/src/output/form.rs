@@ -46,8 +46,13 @@ impl Loading {
             let equal = widths.iter().all(|w| heads(w) == heads(&widths[0]));
             untouched || equal && widths[0].heads > 0 && accepts_heads(decoder, widths[0].heads)
         };
-        let neurons = widths[0].neurons;
-        let mlp_fits = neurons > 0 && widths.iter().all(|w| w.neurons == neurons);
+        // Layers with experts have no MLP beside them.
+        let of_mlps = widths.iter().zip(&config.mixtures);
+        let mut neurons = of_mlps.filter(|(_, m)| m.is_none()).map(|(w, _)| w.neurons);
+        let mlp_fits = match neurons.next() {
+            Some(first) => first > 0 && neurons.all(|other| other == first),
+            None => true,
+        };
         let shapes_fit = form == Form::Masked || mlp_fits && attention_fits();
         if shapes_fit && !bias_without_slot {
             Self::Stock
@@ -89,7 +94,7 @@ impl NewBiases {
     pub(super) fn covers(self, loading: Loading, module: &Module) -> bool {
         let half = match module.is_attention() {
             true => self.attention,
-            false => self.mlp,
+            false => self.mlp && !module.parts[0].is_shared(),
         };
         half && (module.is_output() || loading == Loading::Stock)
     }

@@ -175,6 +175,15 @@ pub(crate) fn kept_of(
         LinearName::Q if attention.gated => of_heads(&plan.heads, 2 * d),
         LinearName::Q | LinearName::O => of_heads(&plan.heads, d),
         LinearName::K | LinearName::V => of_heads(&plan.kv_heads, d),
-        _ => plan.neurons.clone(),
+        LinearName::Gate | LinearName::Up | LinearName::Down => plan.neurons.clone(),
+        // The expert that every token passes through is not pruned.
+        other => {
+            let shape = decoder.config().linear_shape(layer, other);
+            let width = shape.map_or(0, |[rows, columns]| match other.is_output() {
+                true => columns,
+                false => rows,
+            });
+            (0..width).collect()
+        }
     }
 }

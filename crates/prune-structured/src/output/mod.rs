@@ -15,10 +15,11 @@ pub mod gguf;
 pub(crate) mod layout;
 pub mod nemotron;
 mod refits;
-mod slice;
+pub(crate) mod slice;
 mod write;
 
 pub use config::LOADER_FILE;
+pub(crate) use config::PerLayer;
 pub use form::{Form, Loading};
 pub use refits::Refits;
 pub use write::{Settings, write};

@@ -70,7 +70,7 @@ pub fn write(
     plan.check(decoder)?;
     let form = settings.form;
     let outputs = outputs(decoder, plan, form)?;
-    let (config, files) = config::pruned(decoder, plan, form);
+    let (config, files) = config::pruned(decoder, plan, form)?;
     let specs = outputs.iter().map(|output| output.spec.clone()).collect();
     let mut writer = CheckpointWriter::create(dst, &config, specs, &settings.files)?;
     writer.carry_from(decoder.checkpoint())?;

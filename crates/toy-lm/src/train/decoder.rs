@@ -8,6 +8,7 @@ use causal_lm::ModelConfig;
 use tensor_io::{CheckpointWriter, Config, TensorSpec, WriteOptions};
 
 use super::attention::Attention;
+use super::experts::{Experts, mixture};
 use super::ops::{CrossEntropy, RmsNorm, SwiGlu};
 use crate::{Error, Result};
 
@@ -77,7 +78,10 @@ impl Batch {
     }
 }
 
-/// A Llama or Qwen2 decoder with tied embeddings whose every tensor is trained.
+/// How strongly a mixture is drawn to equal use of its experts (Switch Transformer, arXiv 2101.03961, eq. 4).
+const BALANCE: f64 = 0.01;
+
+/// A Llama, Qwen2 or Mixtral decoder with tied embeddings whose every tensor is trained.
 pub struct TrainableDecoder {
     config: ModelConfig,
     vars: BTreeMap<String, Var>,
@@ -161,7 +165,9 @@ impl TrainableDecoder {
         self.tensor(&self.config.names.embedding())
     }
 
-    /// Mean cross-entropy of the batch's targets, in nats; a scalar to differentiate.
+    /// Mean cross-entropy of the batch's targets, in nats; a scalar to differentiate. For a mixture a hundredth of its
+    /// balance is added: E Σ f p over experts, the mean of all layers, where f is the share of choices that an expert gets and
+    /// p its mean probability; equal use makes it 1.
     ///
     /// # Errors
     /// [`Error::Batch`] for a token outside of the vocabulary.
@@ -174,16 +180,24 @@ impl TrainableDecoder {
             return Err(self.outside(*token));
         }
         let positions = Tensor::new(&batch.positions[..], &self.device)?;
-        let hidden = self.hidden(&batch.sequences)?.index_select(&positions, 0)?;
+        let (hidden, balances) = self.run(&batch.sequences)?;
+        let hidden = hidden.index_select(&positions, 0)?;
         let logits = hidden.matmul(&self.embedding()?.t()?)?;
-        if self.device.is_cpu() {
-            let targets = batch.targets.clone();
-            return Ok(logits.apply_op1(CrossEntropy { targets })?.mean_all()?);
+        let mut loss = match self.device.is_cpu() {
+            true => {
+                let targets = batch.targets.clone();
+                logits.apply_op1(CrossEntropy { targets })?.mean_all()?
+            }
+            false => {
+                let targets = Tensor::new(&batch.targets[..], &self.device)?;
+                candle_nn::loss::cross_entropy(&logits, &targets)?
+            }
+        };
+        let weight = BALANCE / balances.len().max(1) as f64;
+        for balance in balances {
+            loss = (loss + (balance * weight)?)?;
         }
-        Ok(candle_nn::loss::cross_entropy(
-            &logits,
-            &Tensor::new(&batch.targets[..], &self.device)?,
-        )?)
+        Ok(loss)
     }
 
     fn outside(&self, token: u32) -> Error {
@@ -198,6 +212,11 @@ impl TrainableDecoder {
     /// # Errors
     /// [`Error::Batch`] for sequences of different lengths or a token outside of the vocabulary.
     pub fn hidden(&self, sequences: &[Vec<u32>]) -> Result<Tensor> {
+        Ok(self.run(sequences)?.0)
+    }
+
+    /// [`TrainableDecoder::hidden`], and the balance of each mixture.
+    fn run(&self, sequences: &[Vec<u32>]) -> Result<(Tensor, Vec<Tensor>)> {
         let length = sequences.first().map_or(0, Vec::len);
         if length == 0 || sequences.iter().any(|s| s.len() != length) {
             return Err(Error::Batch("sequences that are not equally long".into()));
@@ -208,6 +227,7 @@ impl TrainableDecoder {
         }
         let tokens = Tensor::new(tokens, &self.device)?;
         let mut x = self.embedding()?.index_select(&tokens, 0)?;
+        let mut balances = Vec::new();
         for layer in 0..self.config.layers() {
             let name = |part: &str| format!("model.layers.{layer}.{part}");
             let input = self.norm(&x, &name("input_layernorm.weight"))?;
@@ -217,15 +237,30 @@ impl TrainableDecoder {
             let mixed = self.attention(layer, length, &q, &k, &v)?;
             x = (x + self.linear(&mixed, &name("self_attn.o_proj"))?)?;
             let input = self.norm(&x, &name("post_attention_layernorm.weight"))?;
-            let gate = self.linear(&input, &name("mlp.gate_proj"))?;
-            let up = self.linear(&input, &name("mlp.up_proj"))?;
-            let product = match self.device.is_cpu() {
-                true => gate.apply_op2(&up, SwiGlu)?,
-                false => (gate.silu()? * up)?,
+            let output = match self.config.mixtures[layer] {
+                None => {
+                    let gate = self.linear(&input, &name("mlp.gate_proj"))?;
+                    let up = self.linear(&input, &name("mlp.up_proj"))?;
+                    self.linear(&swiglu(&gate, &up)?, &name("mlp.down_proj"))?
+                }
+                Some(of) => {
+                    let router = self.tensor(&name("block_sparse_moe.gate.weight"))?;
+                    let expert = |expert: usize, x: &Tensor| {
+                        let linear = |x: &Tensor, part: &str| {
+                            let path = format!("block_sparse_moe.experts.{expert}.{part}");
+                            self.linear(x, &name(&path))
+                        };
+                        let product = swiglu(&linear(x, "w1")?, &linear(x, "w3")?)?;
+                        linear(&product, "w2")
+                    };
+                    let Experts { output, balance } = mixture(&input, router, of.chosen, expert)?;
+                    balances.push(balance);
+                    output
+                }
             };
-            x = (x + self.linear(&product, &name("mlp.down_proj"))?)?;
+            x = (x + output)?;
         }
-        self.norm(&x, "model.norm.weight")
+        Ok((self.norm(&x, "model.norm.weight")?, balances))
     }
 
     fn linear(&self, x: &Tensor, path: &str) -> Result<Tensor> {
@@ -271,16 +306,25 @@ impl TrainableDecoder {
     }
 }
 
-/// Refuses what the forward pass below does not compute.
+fn swiglu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
+    Ok(match gate.device().is_cpu() {
+        true => gate.apply_op2(up, SwiGlu)?,
+        false => (gate.silu()? * up)?,
+    })
+}
+
+/// Refuses what the forward pass above does not compute.
 fn check(config: &ModelConfig) -> Result<()> {
+    let sublayers = config.widths.iter().zip(&config.mixtures);
+    let missing = sublayers.map(|(w, mixture)| w.heads == 0 || w.neurons == 0 && mixture.is_none());
     let unsupported = [
         (
-            !config.is_plain_llama(),
-            "an architecture other than Llama and Qwen2, or options that change what they compute",
+            !config.is_plain_llama() && !config.is_plain_mixtral(),
+            "an architecture other than Llama, Qwen2 and Mixtral, or options that change what they compute",
         ),
         (!config.tied, "an output head that is not the embedding"),
         (
-            config.widths.iter().any(|w| w.heads == 0 || w.neurons == 0),
+            missing.into_iter().any(|missing| missing),
             "layers without attention or without MLP",
         ),
     ];

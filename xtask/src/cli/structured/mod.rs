@@ -7,7 +7,10 @@ use std::path::PathBuf;
 
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use clap::{Args, ValueEnum};
+use lowrank_eora::compress::Compressor;
 use prune_structured::compensation::{Alternating, LeastSquares};
+use prune_structured::experts::ExpertRecipe;
+use prune_structured::experts::compensation::ExpertScale;
 use prune_structured::gguf::Precision;
 use prune_structured::score::Random;
 use prune_structured::{
@@ -16,7 +19,7 @@ use prune_structured::{
 use tensor_io::WriteOptions;
 
 use super::{TextArgs, ratio};
-use crate::suites::structured;
+use crate::suites::structured::{self, experts};
 
 #[derive(Args)]
 pub(super) struct StructuredArgs {
@@ -28,10 +31,11 @@ pub(super) struct StructuredArgs {
     /// Windows to calibrate on, sampled with --seed
     #[arg(long, value_name = "N", default_value = "128")]
     calib_samples: NonZeroUsize,
-    /// Methods, separated by commas
-    #[arg(long, required = true, value_delimiter = ',', value_name = "M[,M..]", value_parser = PossibleValuesParser::new(Recipe::NAMES))]
+    /// Methods, separated by commas. Dense models: those of score and allocation. Mixtures of experts: those that drop, merge
+    /// or narrow experts; topk-* rows are measured once, at every smaller number of experts for a token
+    #[arg(long, required = true, value_delimiter = ',', value_name = "M[,M..]", value_parser = PossibleValuesParser::new(methods()))]
     method: Vec<String>,
-    /// Fractions of the prunable parameters to remove, separated by commas
+    /// Fractions of the prunable parameters to remove, separated by commas; of a mixture those of its experts
     #[arg(long, required = true, value_delimiter = ',', value_name = "R[,R..]", value_parser = ratio)]
     ratio: Vec<f64>,
     /// Write the pruned checkpoint to this folder; several go to subfolders METHOD-RATIO, or METHOD-RATIO-seedN for random
@@ -67,10 +71,29 @@ pub(super) struct StructuredArgs {
     /// Seeds of random methods and searches, counted from --seed
     #[arg(long, value_name = "N", default_value = "3")]
     seeds: NonZeroU32,
+    /// Mixtures: also compress all experts, by compressors of `eval lowrank` separated by commas, each as NAME or NAME+eora-RANK
+    #[arg(long, value_delimiter = ',', value_name = "C[,C..]", value_parser = compressor)]
+    quantise: Vec<(Compressor, usize)>,
     #[command(flatten)]
     change: RecipeArgs,
     #[command(flatten)]
     search: search::SearchArgs,
+}
+
+/// Names of methods for dense models and for mixtures, each once.
+fn methods() -> Vec<&'static str> {
+    let own = ExpertRecipe::names().filter(|name| !Recipe::NAMES.contains(name));
+    Recipe::NAMES.into_iter().chain(own).collect()
+}
+
+/// A compressor of experts, and the rank of its correction.
+fn compressor(text: &str) -> Result<(Compressor, usize), String> {
+    let (name, rank) = match text.rsplit_once("+eora-") {
+        Some((name, rank)) => (name, rank.parse().map_err(|e| format!("rank {rank}: {e}"))?),
+        None => (text, 0),
+    };
+    let compressor: Compressor = name.parse().map_err(|e| format!("{e}"))?;
+    Ok((compressor, rank))
 }
 
 /// Changes to every method of the run.
@@ -84,13 +107,13 @@ struct RecipeArgs {
     #[arg(long, value_parser = PossibleValuesParser::new(names(&names(Allocation::NAMES, "flap-compat"), "searched")))]
     allocation: Option<String>,
     /// What compensates for removed units, several separated by commas; auto: the method's own, which for flap is bias
-    /// where the architecture can store one, else least squares
+    /// where the architecture can store one, else least squares; for dropped experts none
     #[arg(
         long,
         value_delimiter = ',',
         value_name = "C[,C..]",
         default_value = AUTO,
-        value_parser = PossibleValuesParser::new([&[AUTO], Compensation::NAMES].concat())
+        value_parser = PossibleValuesParser::new([&[AUTO], Compensation::NAMES, &[EXPERT_SCALE]].concat())
     )]
     compensate: Vec<String>,
     /// Maximum fraction removed from any sublayer [structprune, structprune-softmax; default: 1]
@@ -159,6 +182,8 @@ fn exports() -> impl TypedValueParser<Value = structured::Export> {
 
 /// Leaves a method its own compensation.
 const AUTO: &str = "auto";
+/// A factor for each expert that stays.
+const EXPERT_SCALE: &str = "expert-scale";
 
 /// All of `names` but one.
 fn names(names: &[&'static str], but: &str) -> Vec<&'static str> {
@@ -176,8 +201,10 @@ impl RecipeArgs {
     fn variants(&self, name: &str, seed: u64) -> Vec<Recipe> {
         let several = self.compensate.len() > 1;
         let variant = |compensate: &String| {
-            // clap has admitted no other name.
-            let mut recipe = Recipe::named(name, seed).expect("the parser knows the same names");
+            let mut recipe = Recipe::named(name, seed)?;
+            if compensate == EXPERT_SCALE {
+                return None;
+            }
             self.change(&mut recipe, seed);
             if compensate != AUTO {
                 recipe.compensation = self.compensation(compensate);
@@ -185,9 +212,31 @@ impl RecipeArgs {
             if several {
                 recipe.name = format!("{name}+{compensate}");
             }
-            recipe
+            Some(recipe)
         };
-        self.compensate.iter().map(variant).collect()
+        self.compensate.iter().filter_map(variant).collect()
+    }
+
+    /// The variants of one method for mixtures: with and without a factor for each expert.
+    fn expert_variants(&self, name: &str, seed: u64) -> Vec<ExpertRecipe> {
+        let variant = |compensate: &String| {
+            let mut recipe = ExpertRecipe::named(name, seed)?;
+            recipe.neurons.align = self.align.unwrap_or(recipe.neurons.align);
+            recipe.neurons.ridge = self.ridge;
+            recipe.neurons.refit = compensate != "none";
+            if let Some(score) = self.score.as_deref().and_then(Score::named) {
+                recipe.neurons.score = score;
+            }
+            match compensate.as_str() {
+                EXPERT_SCALE if recipe.drops() => {
+                    recipe.name = format!("{name}+{EXPERT_SCALE}");
+                    Some(recipe.compensation(ExpertScale::default()))
+                }
+                AUTO | "none" => Some(recipe),
+                _ => None,
+            }
+        };
+        self.compensate.iter().filter_map(variant).collect()
     }
 
     /// The compensation of this name with the flags' parameters.
@@ -239,11 +288,17 @@ impl StructuredArgs {
         let variants = |name: &String| self.change.variants(name, seed);
         let mut recipes: Vec<Recipe> = self.method.iter().flat_map(variants).collect();
         recipes.iter_mut().for_each(|r| self.search.change(r));
+        let variants = |name: &String| self.change.expert_variants(name, seed);
+        let experts = experts::Methods {
+            recipes: self.method.iter().flat_map(variants).collect(),
+            compressors: self.quantise,
+        };
         structured::Config {
             perplexity: self.text.into(),
             calib: self.calib,
             calib_samples: self.calib_samples.get(),
             recipes,
+            experts,
             ratios: self.ratio,
             save: self.save,
             form: if self.masked {

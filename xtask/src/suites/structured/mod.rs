@@ -1,5 +1,6 @@
 //! Structured pruning: quality, size and speed by method and ratio.
 
+pub mod experts;
 pub mod search;
 mod table;
 
@@ -36,8 +37,10 @@ pub struct Config {
     pub calib: PathBuf,
     /// Windows to calibrate on.
     pub calib_samples: usize,
-    /// Methods, each in its own variants.
+    /// Methods for dense models, each in its own variants.
     pub recipes: Vec<Recipe>,
+    /// Methods for mixtures of experts.
+    pub experts: experts::Methods,
     /// Shares of the prunable parameters to remove, each at least 0 and below 1.
     pub ratios: Vec<f64>,
     /// Folder for the compressed checkpoints.
@@ -66,6 +69,7 @@ impl Config {
             calib,
             calib_samples: 128,
             recipes: Vec::new(),
+            experts: experts::Methods::default(),
             ratios: Vec::new(),
             save: None,
             form: Form::Sliced,
@@ -96,7 +100,14 @@ pub fn run(common: &Settings, config: &Config) -> Result<Vec<Section>> {
     perplexity::ensure_unseen(&config.calib, &config.perplexity.text)?;
     let checkpoint = causal_lm::open(&config.perplexity.model)?;
     let decoder = perplexity::open(common, &checkpoint)?;
-    for recipe in &config.recipes {
+    let is_mixture = decoder.config().mixtures.iter().any(Option::is_some);
+    anyhow::ensure!(
+        is_mixture || !config.recipes.is_empty(),
+        "{}: none of the methods asked for prunes a dense model; those that do are {}",
+        config.perplexity.model.display(),
+        Recipe::NAMES.join(", ")
+    );
+    for recipe in config.recipes.iter().filter(|_| !is_mixture) {
         if matches!(recipe.allocation, Allocation::Searched(_)) {
             let options = &config.search.options;
             options
@@ -112,6 +123,19 @@ pub fn run(common: &Settings, config: &Config) -> Result<Vec<Section>> {
 
     // Dense models of any size are pruned, so scratch space is on disk, not in memory.
     let scratch = Scratch::new()?;
+    if is_mixture {
+        let suite = experts::Suite {
+            common,
+            config,
+            decoder: &decoder,
+            protocol: &protocol,
+            calibration: &calibration,
+            compared: &compared,
+            evaluation: &evaluation,
+            scratch: scratch.path(),
+        };
+        return suite.run();
+    }
     let cells = Cells {
         common,
         config,
@@ -408,7 +432,7 @@ impl Cells<'_> {
         steps.finish();
         let times = time_blocks(&[self.decoder, &pruned], self.evaluation.inputs())?;
         times[1].fill_beside(&times[0], &mut row);
-        self.export(&pruned, &folder, (&mut row, bar))?;
+        export(self.config, &pruned, &folder, (&mut row, bar))?;
         anyhow::ensure!(
             (Some(written.parameters), Some(written.bytes)) == (row.params, row.bytes),
             "{}: the shards hold other parameters than the plan counts",
@@ -435,33 +459,6 @@ impl Cells<'_> {
         Ok((plan, Some(refits)))
     }
 
-    /// Writes a saved checkpoint in the other formats, and the size of each to its row.
-    fn export(
-        &self,
-        pruned: &Decoder<'_>,
-        folder: &Path,
-        (row, bar): (&mut Row, &Bar),
-    ) -> Result<()> {
-        for export in &self.config.exports {
-            let bar = bar.nested("export", 0);
-            let (name, bytes) = match export {
-                Export::Gguf(precision) => {
-                    let name = format!("model-{}.gguf", precision.name());
-                    let exported = gguf::export(pruned, *precision, folder.join(&name), &bar)?;
-                    (name, exported.bytes)
-                }
-                Export::NemotronNas => {
-                    let name = "nemotron-nas".to_string();
-                    let dst = folder.join(&name);
-                    let written = nemotron::export(pruned, dst, &self.config.write, &bar)?;
-                    (name, written.bytes)
-                }
-            };
-            row.extra.insert(format!("bytes_{name}"), json!(bytes));
-        }
-        Ok(())
-    }
-
     /// `--save` itself for a single checkpoint, a folder of its own for each of several.
     fn folder(&self, draw: &Draw, ratio: f64) -> PathBuf {
         let cell = cell_name(&draw.recipe, draw.seed, ratio);
@@ -475,6 +472,33 @@ impl Cells<'_> {
             None => self.scratch.join(cell),
         }
     }
+}
+
+/// Writes a saved checkpoint in other formats, and the size of each to its row.
+fn export(
+    Config { exports, write, .. }: &Config,
+    pruned: &Decoder<'_>,
+    folder: &Path,
+    (row, bar): (&mut Row, &Bar),
+) -> Result<()> {
+    for export in exports {
+        let bar = bar.nested("export", 0);
+        let (name, bytes) = match export {
+            Export::Gguf(precision) => {
+                let name = format!("model-{}.gguf", precision.name());
+                let exported = gguf::export(pruned, *precision, folder.join(&name), &bar)?;
+                (name, exported.bytes)
+            }
+            Export::NemotronNas => {
+                let name = "nemotron-nas".to_string();
+                let dst = folder.join(&name);
+                let written = nemotron::export(pruned, dst, write, &bar)?;
+                (name, written.bytes)
+            }
+        };
+        row.extra.insert(format!("bytes_{name}"), json!(bytes));
+    }
+    Ok(())
 }
 
 /// What the files of a cell are called.

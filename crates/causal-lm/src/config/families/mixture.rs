@@ -7,10 +7,16 @@ use crate::config::fields::{Fields, Kind};
 use crate::config::{Biases, Mixture, ModelConfig, QkNorm, WIDTHS_KEY, Widths, invalid};
 use crate::names;
 
+/// The field of the number of experts in Mixtral's configs.
+const LOCAL: &[&str] = &["num_local_experts"];
+
 pub(super) const MIXTRAL: Family = Family {
     model_type: "mixtral",
     names: &names::MIXTRAL,
-    stock: stock("MixtralForCausalLM"),
+    stock: Stock {
+        experts: LOCAL,
+        ..stock("MixtralForCausalLM")
+    },
     defaults: Defaults {
         eps: ("rms_norm_eps", 1e-5),
         ..DEFAULTS
@@ -29,7 +35,9 @@ pub(super) const QWEN2_MOE: Family = Family {
     model_type: "qwen2_moe",
     names: &names::QWEN2_MOE,
     stock: Stock {
-        attention_bias: Some("qkv_bias"),
+        // `qkv_bias` gives the output projection none.
+        experts: &["num_experts"],
+        expert_width: "moe_intermediate_size",
         ..stock("Qwen2MoeForCausalLM")
     },
     defaults: DEFAULTS,
@@ -41,6 +49,9 @@ pub(super) const QWEN3_MOE: Family = Family {
     names: &names::OLMOE,
     stock: Stock {
         attention_bias: ATTENTION_BIAS,
+        // Older readers know the one, transformers from 5 on prefers the other.
+        experts: &["num_experts", "num_local_experts"],
+        expert_width: "moe_intermediate_size",
         ..stock("Qwen3MoeForCausalLM")
     },
     defaults: DEFAULTS,
@@ -52,6 +63,7 @@ pub(super) const OLMOE: Family = Family {
     names: &names::OLMOE,
     stock: Stock {
         attention_bias: ATTENTION_BIAS,
+        experts: &["num_experts"],
         ..stock("OlmoeForCausalLM")
     },
     defaults: Defaults {
@@ -75,6 +87,7 @@ pub(super) const GRANITE: Family = Family {
     names: &names::GRANITE_MOE,
     stock: Stock {
         attention_bias: ATTENTION_BIAS,
+        experts: LOCAL,
         ..stock("GraniteMoeForCausalLM")
     },
     defaults: DEFAULTS,

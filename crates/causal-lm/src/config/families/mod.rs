@@ -92,6 +92,8 @@ const fn stock(class: &'static str) -> Stock {
         attention_bias: None,
         mlp_bias: None,
         heads: StockHeads::Any,
+        experts: &[],
+        expert_width: "intermediate_size",
     }
 }
 

@@ -1,0 +1,454 @@
+//! Compressing and repairing the experts of a mixture, one expert in memory at a time.
+//!
+//! A token counts by the square of its gate, because that is what an expert's error is multiplied by on the way to the
+//! layer's output. Most experts see few tokens, so that H is drawn towards that of a pool,
+//!
+//! ```text
+//! H̃ = (n_e H̄_e + n_0 H̄_pool) / (n_e + n_0),    n_e = (Σ g²)² / Σ g⁴
+//! ```
+//!
+//! with means per unit of weight. The pool of gate and up is every token of the layer; that of down the same expert run on
+//! the tokens that came closest to choosing it, for neurons of different experts have nothing in common. An expert without
+//! tokens has the pool alone. The router, the expert that every token passes through, attention and norms stay as they are,
+//! and each layer reads what the compressed layers before it put out.
+//!
+//! The result is W_c + B A merged, in the dense model's shapes and layout, which every runtime opens.
+
+mod sums;
+mod write;
+
+use crate::compress::{Compressor, Inputs, Needs, Storage};
+use crate::matrix::{from_tensor, to_tensor};
+use crate::solve::{Options, Weighting, solve};
+use crate::{Error, Result};
+use candle_core::{DType, Device, Tensor};
+use causal_lm::block::Mlp;
+use causal_lm::mixture::Routing;
+use causal_lm::{Decoder, Hidden, Linear, LinearName, NoTap, Routed, Site, Tap, TapResult, Windows};
+use serde::Serialize;
+use std::cell::RefCell;
+use std::path::Path;
+use sums::{Sums, mixed};
+use tensor_io::{Progress, WriteOptions, Written};
+use write::Writer;
+
+/// Linears of an expert in the order in which they are stored.
+const LINEARS: [LinearName; 3] = [LinearName::Gate, LinearName::Up, LinearName::Down];
+
+/// How experts are compressed and repaired.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct ExpertRepair {
+    /// How their weights are compressed.
+    pub compressor: Compressor,
+    /// Rank of the correction of each linear by EoRA; 0 for none.
+    pub rank: usize,
+    /// Whether tokens count by the square of their gates.
+    pub gate_weight: bool,
+    /// Tokens of the pool of an expert's down projection.
+    pub pool_tokens: usize,
+    /// Weight of the pool, in tokens; `None` for a quarter of the width of the input.
+    pub prior: Option<f64>,
+    /// Shards and overwriting.
+    pub files: WriteOptions,
+}
+
+impl ExpertRepair {
+    /// Compression without a correction.
+    pub fn new(compressor: Compressor) -> Self {
+        Self {
+            compressor,
+            rank: 0,
+            gate_weight: true,
+            pool_tokens: 1024,
+            prior: None,
+            files: WriteOptions::default(),
+        }
+    }
+
+    /// The same with a correction of this rank.
+    pub fn rank(self, rank: usize) -> Self {
+        Self { rank, ..self }
+    }
+
+    /// The same with another weight of the pool.
+    pub fn prior(self, prior: Option<f64>) -> Self {
+        Self { prior, ..self }
+    }
+
+    /// The same with other files.
+    pub fn files(self, files: WriteOptions) -> Self {
+        Self { files, ..self }
+    }
+}
+
+/// What became of an expert.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct ExpertReport {
+    /// Its layer.
+    pub layer: usize,
+    /// Its number.
+    pub expert: usize,
+    /// Tokens that chose it.
+    pub tokens: usize,
+    /// Tokens of equal gates that say as much.
+    pub effective: f64,
+    /// Share of the pool in the H of its down projection.
+    pub pool: f64,
+    /// Σ‖W X‖² over its three linears, in H̃.
+    pub energy: f64,
+    /// Σ‖(W − W_c) X‖².
+    pub compressed: f64,
+    /// Σ‖(W − W_c − B A) X‖².
+    pub repaired: f64,
+}
+
+/// A mixture whose experts are compressed.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct RepairedExperts {
+    /// The checkpoint.
+    pub written: Written,
+    /// Bytes of the experts in the form that the compressor is for, factors in 16 bits included.
+    pub expert_bytes: u64,
+    /// Bytes of the dense experts as stored.
+    pub expert_bytes_dense: u64,
+    /// Each expert.
+    pub experts: Vec<ExpertReport>,
+    /// Share of the choices of tokens that differ from the dense model's.
+    pub rerouted: f64,
+}
+
+impl RepairedExperts {
+    /// `sqrt(Σ‖(W − W_c − B A) X‖² / Σ‖W X‖²)` over all experts, on the windows that they were fitted to.
+    pub fn loss(&self) -> f64 {
+        let sum = |of: fn(&ExpertReport) -> f64| self.experts.iter().map(of).sum::<f64>();
+        let energy = sum(|expert| expert.energy);
+        match energy > 0.0 {
+            true => (sum(|expert| expert.repaired) / energy).sqrt(),
+            false => 0.0,
+        }
+    }
+}
+
+/// Compresses and repairs all experts of `decoder` on what it makes of `windows`, and writes the model to `dst`; a step of
+/// `progress` is an expert.
+///
+/// # Errors
+/// [`Error::Setting`] for a model without experts, [`Error::Layer`] with the linear where a compressor or rank does not fit
+/// or a weight is not finite, [`Error::Cancelled`], and what running the model and writing report. A failed run leaves
+/// nothing under `dst`.
+pub fn repair_experts(
+    decoder: &Decoder<'_>,
+    windows: &Windows,
+    options: &ExpertRepair,
+    dst: impl AsRef<Path>,
+    progress: &dyn Progress,
+) -> Result<RepairedExperts> {
+    let mixtures = &decoder.config().mixtures;
+    let count: usize = mixtures.iter().flatten().map(|mixture| mixture.experts).sum();
+    if count == 0 {
+        return Err(Error::Setting {
+            name: "model",
+            value: decoder.config().model_type.into(),
+            expected: "a mixture of experts",
+        });
+    }
+    progress.begin("experts", count as u64);
+    let mut run = Run {
+        decoder,
+        options,
+        progress,
+        writer: Writer::create(decoder, dst.as_ref(), &options.files)?,
+        expert_bytes: 0,
+        reports: vec![],
+    };
+    let mut hidden = Hidden::embed(decoder, windows)?;
+    let mut dense = hidden.clone();
+    let (mut choices, mut other) = (0, 0);
+    for layer in 0..mixtures.len() {
+        if mixtures[layer].is_none() {
+            hidden.advance_stored(decoder, layer, &mut NoTap)?;
+            dense.advance_stored(decoder, layer, &mut NoTap)?;
+            continue;
+        }
+        let mut reference = Watch::default();
+        dense.advance_stored(decoder, layer, &mut reference)?;
+        let seen = run.layer(layer, &mut hidden)?;
+        for (a, b) in seen.routings.iter().zip(&reference.0.borrow().routings) {
+            choices += a.ids.len();
+            other += rerouted(a, b);
+        }
+    }
+    let expert_bytes_dense = run.writer.expert_bytes();
+    Ok(RepairedExperts {
+        written: run.writer.finish()?,
+        expert_bytes: run.expert_bytes,
+        expert_bytes_dense,
+        experts: run.reports,
+        rerouted: other as f64 / choices.max(1) as f64,
+    })
+}
+
+/// Choices of tokens that another routing does not make.
+fn rerouted(a: &Routing, b: &Routing) -> usize {
+    let tokens = a.ids.chunks(a.chosen).zip(b.ids.chunks(b.chosen));
+    let of_token = |(a, b): (&[u32], &[u32])| a.iter().filter(|id| !b.contains(id)).count();
+    tokens.map(of_token).sum()
+}
+
+/// What a layer's experts read, and where it goes.
+#[derive(Clone, Debug, Default)]
+struct Seen {
+    inputs: Vec<Tensor>,
+    routings: Vec<Routing>,
+}
+
+/// Keeps what a layer's experts read. Experts are compressed while the layer runs, so that it is shared.
+#[derive(Default)]
+struct Watch(RefCell<Seen>);
+
+impl Tap for &Watch {
+    fn observe(&mut self, _layer: usize, _site: Site, _x: &Tensor) -> TapResult {
+        Ok(())
+    }
+
+    fn routed(&mut self, _layer: usize, routed: &Routed<'_>) -> TapResult {
+        *self.0.borrow_mut() = Seen {
+            inputs: routed.inputs.to_vec(),
+            routings: routed.routings.to_vec(),
+        };
+        Ok(())
+    }
+}
+
+impl Tap for Watch {
+    fn observe(&mut self, _layer: usize, _site: Site, _x: &Tensor) -> TapResult {
+        Ok(())
+    }
+
+    fn routed(&mut self, layer: usize, routed: &Routed<'_>) -> TapResult {
+        (&*self).routed(layer, routed)
+    }
+}
+
+struct Run<'a> {
+    decoder: &'a Decoder<'a>,
+    options: &'a ExpertRepair,
+    progress: &'a dyn Progress,
+    writer: Writer<'a>,
+    expert_bytes: u64,
+    reports: Vec<ExpertReport>,
+}
+
+impl Run<'_> {
+    /// Compresses the experts of a layer and sends the windows through them.
+    fn layer(&mut self, layer: usize, hidden: &mut Hidden) -> Result<Seen> {
+        let decoder = self.decoder;
+        let frame = decoder.frame(layer)?;
+        let watch = Watch::default();
+        let mut pool: Option<Sums> = None;
+        let mut next = 0;
+        let experts = frame.experts.as_ref().map_or(0, |moe| moe.router.outputs());
+        // Experts that no token chose are not asked for: each is made with the next one that is.
+        let mut up_to = |last: usize| -> Result<Option<Mlp>> {
+            let mut made = None;
+            while next <= last {
+                let seen = watch.0.borrow();
+                if pool.is_none() && self.needs_gram() {
+                    pool = Some(Sums::of(&seen.inputs, None)?);
+                }
+                made = Some(self.expert((layer, next), &seen, pool.as_ref())?);
+                next += 1;
+            }
+            Ok(made)
+        };
+        let mut expert = |id: usize| {
+            let made = up_to(id).map_err(|source| causal_lm::Error::Tap {
+                layer,
+                source: Box::new(source),
+            })?;
+            made.ok_or(causal_lm::Error::Routing {
+                chosen: id + 1,
+                experts,
+            })
+        };
+        hidden.advance_experts(&frame, &mut expert, &mut &watch)?;
+        if let Some(last) = experts.checked_sub(1) {
+            up_to(last)?;
+        }
+        decoder.release(layer);
+        self.writer.end_layer()?;
+        Ok(watch.0.into_inner())
+    }
+
+    fn needs_gram(&self) -> bool {
+        self.options.rank > 0 || self.options.compressor.needs() != Needs::Nothing
+    }
+
+    /// Compresses and repairs one expert; gives it as it is stored.
+    fn expert(
+        &mut self,
+        (layer, expert): (usize, usize),
+        seen: &Seen,
+        pool: Option<&Sums>,
+    ) -> Result<Mlp> {
+        let (decoder, options) = (self.decoder, self.options);
+        let dense = decoder.expert(layer, expert)?;
+        decoder.release_expert(layer, expert);
+        let (own, others) = seen.tokens(expert, options.pool_tokens);
+        let roots: Vec<f32> = own
+            .iter()
+            .map(|slot| if options.gate_weight { slot.gate } else { 1.0 })
+            .collect();
+        let mut report = ExpertReport {
+            layer,
+            expert,
+            tokens: own.len(),
+            effective: 0.0,
+            pool: 0.0,
+            energy: 0.0,
+            compressed: 0.0,
+            repaired: 0.0,
+        };
+        let prior = |width: usize| options.prior.unwrap_or(width as f64 / 4.0);
+        let mut grams = [None, None];
+        if let Some(pool) = pool {
+            let x = seen.rows(&own)?;
+            let sums = Sums::of(&x, Some(&roots))?;
+            report.effective = sums.effective;
+            let (gram, _) = mixed(sums, pool, prior(dense.up.inputs()));
+            grams[0] = Some(gram);
+            let neurons = |x: &[Tensor]| x.iter().map(|x| dense.neurons(x)).collect();
+            let neurons: [causal_lm::Result<Vec<Tensor>>; 2] =
+                [neurons(&x), neurons(&seen.rows(&others)?)];
+            let [a, b] = neurons;
+            let (own, others) = (Sums::of(&a?, Some(&roots))?, Sums::of(&b?, None)?);
+            let (gram, share) = mixed(own, &others, prior(dense.down.inputs()));
+            grams[1] = Some(gram);
+            report.pool = share;
+        }
+        let mut mlp = dense.clone();
+        for name in LINEARS {
+            let (linear, gram) = match name {
+                LinearName::Gate => (mlp.gate.as_mut(), &grams[0]),
+                LinearName::Up => (Some(&mut mlp.up), &grams[0]),
+                _ => (Some(&mut mlp.down), &grams[1]),
+            };
+            let Some(linear) = linear else { continue };
+            let gram = gram.as_ref().map(|gram| gram.as_ref());
+            self.linear(linear, gram, &mut report)
+                .map_err(|source| Error::Layer {
+                    layer: format!("layer {layer}, expert {expert}, {name}"),
+                    source: Box::new(source),
+                })?;
+            self.writer.add((layer, expert), name, &linear.weight)?;
+        }
+        self.reports.push(report);
+        self.progress.advance(1)?;
+        Ok(mlp)
+    }
+
+    /// Puts W_c + B A in place of a weight.
+    fn linear(
+        &mut self,
+        linear: &mut Linear,
+        gram: Option<faer::MatRef<'_, f64>>,
+        report: &mut ExpertReport,
+    ) -> Result<()> {
+        let (options, like) = (self.options, linear.weight.clone());
+        let weight = from_tensor(&like, "weight")?;
+        let inputs = gram.map(Inputs::Gram);
+        let compressed = options.compressor.compress(weight.as_ref(), inputs)?;
+        let width = like.dtype().size_in_bytes().min(2);
+        let (rows, columns) = weight.shape();
+        let bytes = compressed.storage(width).bytes() + 2 * options.rank * (rows + columns);
+        self.expert_bytes += bytes as u64;
+        let mut left = &weight - &compressed.weight;
+        let mut merged = compressed.weight;
+        let energy = |of: &faer::Mat<f64>| match gram {
+            Some(gram) => Weighting::Gram(gram).energy(of.as_ref()),
+            None => Weighting::Identity.energy(of.as_ref()),
+        };
+        report.energy += energy(&weight)?;
+        report.compressed += energy(&left)?;
+        if options.rank > 0 {
+            let weighting = gram.map_or(Weighting::Identity, Weighting::Gram);
+            let solution = solve(left.as_ref(), &weighting, options.rank, &Options::default())?;
+            merged += solution.factors.product();
+            left = solution.factors.error(left.as_ref());
+        }
+        report.repaired += energy(&left)?;
+        linear.weight = to_tensor(merged.as_ref(), like.dtype(), like.device())?;
+        Ok(())
+    }
+}
+
+/// A token of a batch with its gate.
+#[derive(Clone, Copy)]
+struct Slot {
+    batch: usize,
+    token: u32,
+    gate: f32,
+}
+
+impl Seen {
+    /// The tokens of an expert, and of the others up to `most` that are likeliest for it.
+    fn tokens(&self, expert: usize, most: usize) -> (Vec<Slot>, Vec<Slot>) {
+        let (mut own, mut others) = (Vec::new(), Vec::new());
+        for (batch, routing) in self.routings.iter().enumerate() {
+            for token in 0..routing.tokens() {
+                let range = token * routing.chosen..(token + 1) * routing.chosen;
+                let ids = &routing.ids[range.clone()];
+                let slot = |gate: f32| Slot {
+                    batch,
+                    token: token as u32,
+                    gate,
+                };
+                match ids.iter().position(|&id| id as usize == expert) {
+                    Some(at) => own.push(slot(routing.gates[range][at])),
+                    None => {
+                        let logits = &routing.logits[token * routing.experts..][..routing.experts];
+                        others.push((probability(logits, expert), slot(1.0)));
+                    }
+                }
+            }
+        }
+        let place = |slot: &Slot| (slot.batch, slot.token);
+        others.sort_by(|a, b| b.0.total_cmp(&a.0).then(place(&a.1).cmp(&place(&b.1))));
+        others.truncate(most);
+        let mut pool: Vec<Slot> = others.into_iter().map(|(_, slot)| slot).collect();
+        pool.sort_unstable_by_key(place);
+        (own, pool)
+    }
+
+    /// What these tokens are, batch by batch.
+    fn rows(&self, slots: &[Slot]) -> Result<Vec<Tensor>> {
+        let batches = slots.chunk_by(|a, b| a.batch == b.batch);
+        let of_batch = |slots: &[Slot]| -> Result<Tensor> {
+            let x = &self.inputs[slots[0].batch];
+            let tokens = slots.iter().map(|slot| slot.token);
+            Ok(x.index_select(&Tensor::from_iter(tokens, x.device())?, 0)?)
+        };
+        batches.map(of_batch).collect()
+    }
+}
+
+/// Softmax over all experts at one of them.
+fn probability(logits: &[f32], expert: usize) -> f64 {
+    let max = f64::from(logits.iter().copied().fold(f32::NEG_INFINITY, f32::max));
+    let weight = |logit: f32| (f64::from(logit) - max).exp();
+    weight(logits[expert]) / logits.iter().map(|&logit| weight(logit)).sum::<f64>()
+}
+
+/// Row-major f32 values on the CPU.
+fn values(tensor: &Tensor) -> Result<Vec<f32>> {
+    let tensor = tensor.to_dtype(DType::F32)?.to_device(&Device::Cpu)?;
+    Ok(tensor.flatten_all()?.to_vec1()?)
+}
+
+/// What storing a compressed linear of an expert takes; `None` where the compressor does not fit the shape.
+pub fn predicted_bytes(compressor: &Compressor, shape: (usize, usize), rank: usize) -> Option<usize> {
+    let storage = Storage::predicted(compressor, shape, 2)?;
+    Some(storage.bytes() + 2 * rank * (shape.0 + shape.1))
+}

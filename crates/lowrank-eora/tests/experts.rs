@@ -1,0 +1,194 @@
+//! Experts of mixtures, compressed and repaired.
+
+use candle_core::{DType, Device, Tensor};
+use causal_lm::{Decoder, Model, ModelConfig, Windows, synthetic};
+use causal_lm::names::ExpertLayout;
+use lowrank_eora::Error;
+use lowrank_eora::compress::Compressor;
+use lowrank_eora::experts::{ExpertRepair, RepairedExperts, repair_experts};
+use serde_json::json;
+use std::path::Path;
+use tensor_io::{Checkpoint, CheckpointWriter, Config, NoProgress, TensorSpec, WriteOptions};
+
+fn config(experts: usize) -> Config {
+    let fields = json!({
+        "model_type": "mixtral", "hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 50,
+        "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
+        "num_local_experts": experts, "num_experts_per_tok": 2,
+    });
+    Config::new(fields.as_object().unwrap().clone())
+}
+
+fn model(dir: &Path, layout: ExpertLayout, experts: usize) -> Checkpoint {
+    let config = config(experts);
+    let mut model = ModelConfig::new(&config).unwrap();
+    model.names = model.names.with_layout(layout).unwrap();
+    let tensors = model.tensors();
+    let specs = tensors.iter().map(|(n, s)| TensorSpec::new(n, DType::F32, s.clone()));
+    let options = WriteOptions::default();
+    let mut writer = CheckpointWriter::create(dir, &config, specs.collect(), &options).unwrap();
+    let mut random = synthetic::random(5);
+    for (name, shape) in &tensors {
+        writer.write_tensor(name, &random(name, shape).unwrap()).unwrap();
+    }
+    writer.finish().unwrap();
+    Checkpoint::open(dir).unwrap()
+}
+
+fn decoder(checkpoint: &Checkpoint) -> Decoder<'_> {
+    Decoder::new(checkpoint, DType::F32, &Device::Cpu).unwrap()
+}
+
+fn windows() -> Windows {
+    let text: Vec<u32> = (0..256u32).map(|i| (i * i + 3 * i) % 50).collect();
+    Windows::cut(&text, 16, None).unwrap()
+}
+
+fn logits(checkpoint: &Checkpoint) -> Vec<f32> {
+    let decoder = decoder(checkpoint);
+    let model = Model::load(&decoder).unwrap();
+    let tokens: Vec<u32> = (0..16).map(|i| i * 7 % 50).collect();
+    let mut cache = model.full_cache(1).unwrap();
+    let logits = model.forward_all(&[&tokens], &mut cache).unwrap();
+    logits.flatten_all().unwrap().to_vec1().unwrap()
+}
+
+fn distance(a: &[f32], b: &[f32]) -> f64 {
+    let squares = a.iter().zip(b).map(|(a, b)| f64::from(a - b).powi(2));
+    squares.sum()
+}
+
+fn repaired(checkpoint: &Checkpoint, dst: &Path, options: &ExpertRepair) -> RepairedExperts {
+    repair_experts(&decoder(checkpoint), &windows(), options, dst, &NoProgress).unwrap()
+}
+
+fn options(compressor: &str, rank: usize) -> ExpertRepair {
+    ExpertRepair::new(compressor.parse().unwrap()).rank(rank)
+}
+
+#[test]
+fn nothing_changes_where_nothing_is_compressed() {
+    for layout in [ExpertLayout::Alone, ExpertLayout::Fused] {
+        let folder = tempfile::tempdir().unwrap();
+        let checkpoint = model(&folder.path().join("dense"), layout, 6);
+        let dst = folder.path().join("same");
+        let found = repaired(&checkpoint, &dst, &options("none", 0));
+        assert_eq!((found.loss(), found.rerouted), (0.0, 0.0));
+        assert_eq!(found.experts.len(), 12);
+        let same = Checkpoint::open(&dst).unwrap();
+        for name in checkpoint.names() {
+            assert_eq!(same.bytes(name).unwrap(), checkpoint.bytes(name).unwrap(), "{name}");
+        }
+    }
+}
+
+#[test]
+fn a_correction_brings_outputs_nearer_and_full_rank_brings_them_back() {
+    let folder = tempfile::tempdir().unwrap();
+    let checkpoint = model(&folder.path().join("dense"), ExpertLayout::Alone, 6);
+    let dense = logits(&checkpoint);
+    for compressor in ["rtn-int3", "gptq-int3", "wanda-2:4", "sparsegpt-50"] {
+        let mut losses = vec![];
+        for rank in [0, 4, 16] {
+            let dst = folder.path().join(format!("{compressor}-{rank}"));
+            let found = repaired(&checkpoint, &dst, &options(compressor, rank));
+            let away = distance(&logits(&Checkpoint::open(&dst).unwrap()), &dense);
+            losses.push((found.loss(), away));
+        }
+        assert!(losses[0].0 > losses[1].0 && losses[1].0 > losses[2].0, "{compressor}: {losses:?}");
+        // Sixteen is the smaller side of every expert's weights.
+        assert!(losses[2].0 < 1e-6 && losses[2].1 < 1e-8, "{compressor}: {losses:?}");
+        assert!(losses[1].1 < losses[0].1, "{compressor}: {losses:?}");
+    }
+}
+
+/// The same model with the experts of a layer in one tensor.
+fn fused(dir: &Path, alone: &Checkpoint) -> Checkpoint {
+    let (source, config) = (decoder(alone), config(6));
+    let mut model = ModelConfig::new(&config).unwrap();
+    model.names = model.names.with_layout(ExpertLayout::Fused).unwrap();
+    let tensors = model.tensors();
+    let specs = tensors.iter().map(|(n, s)| TensorSpec::new(n, DType::F32, s.clone()));
+    let options = WriteOptions::default();
+    let mut writer = CheckpointWriter::create(dir, &config, specs.collect(), &options).unwrap();
+    for (name, shape) in &tensors {
+        let layer = model.names.parse_block(name).map_or(0, |(layer, _)| layer);
+        let experts = (0..6).map(|expert| source.expert(layer, expert).unwrap());
+        let tensor = if name.ends_with("gate_up_proj") {
+            let parts: Vec<Tensor> = experts
+                .flat_map(|mlp| [mlp.gate.unwrap().weight, mlp.up.weight])
+                .collect();
+            Tensor::cat(&parts, 0).unwrap().reshape(shape.as_slice()).unwrap()
+        } else if name.ends_with("experts.down_proj") {
+            let parts: Vec<Tensor> = experts.map(|mlp| mlp.down.weight).collect();
+            Tensor::stack(&parts, 0).unwrap()
+        } else {
+            let name = name.replace(".mlp.gate.", ".block_sparse_moe.gate.");
+            alone.tensor(&name, &Device::Cpu).unwrap()
+        };
+        writer.write_tensor(name, &tensor).unwrap();
+    }
+    writer.finish().unwrap();
+    Checkpoint::open(dir).unwrap()
+}
+
+#[test]
+fn both_layouts_are_compressed_alike() {
+    let folder = tempfile::tempdir().unwrap();
+    let alone = model(&folder.path().join("alone"), ExpertLayout::Alone, 6);
+    let fused = fused(&folder.path().join("fused"), &alone);
+    assert_eq!(logits(&alone), logits(&fused));
+    let repair = options("gptq-int4", 2);
+    let [a, b] = [(&alone, "a"), (&fused, "b")].map(|(checkpoint, name)| {
+        let dst = folder.path().join(name);
+        let found = repaired(checkpoint, &dst, &repair);
+        assert!(found.expert_bytes < found.expert_bytes_dense / 2);
+        (found.experts, logits(&Checkpoint::open(&dst).unwrap()))
+    });
+    assert_eq!(a, b);
+}
+
+#[test]
+fn experts_that_no_token_chose_are_compressed_with_the_pool_alone() {
+    let folder = tempfile::tempdir().unwrap();
+    let checkpoint = model(&folder.path().join("dense"), ExpertLayout::Alone, 40);
+    let text = Windows::cut(&[3, 1, 4, 1, 5, 9], 6, None).unwrap();
+    let dst = folder.path().join("out");
+    let repair = options("gptq-int4", 1);
+    let found = repair_experts(&decoder(&checkpoint), &text, &repair, &dst, &NoProgress).unwrap();
+    assert_eq!(found.experts.len(), 80);
+    let silent: Vec<_> = found.experts.iter().filter(|e| e.tokens == 0).collect();
+    assert!(!silent.is_empty());
+    assert!(silent.iter().all(|e| e.pool == 1.0 && e.effective == 0.0));
+    let used = found.experts.iter().filter(|e| e.tokens > 0);
+    assert!(used.into_iter().all(|e| e.pool < 1.0 && e.effective <= e.tokens as f64 + 1e-9));
+}
+
+#[test]
+fn what_does_not_fit_names_the_expert_and_leaves_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let checkpoint = model(&folder.path().join("dense"), ExpertLayout::Alone, 6);
+    let dst = folder.path().join("never");
+    let repair = options("rtn-int4", 99);
+    let run = repair_experts(&decoder(&checkpoint), &windows(), &repair, &dst, &NoProgress);
+    let mut error: Option<&dyn std::error::Error> = run.as_ref().err().map(|error| error as _);
+    let mut said = String::new();
+    while let Some(inner) = error {
+        said += &format!("{inner}; ");
+        error = inner.source();
+    }
+    assert!(said.contains("layer 0, expert 0, gate_proj"), "{said}");
+    assert!(!dst.exists());
+    let compressor: Compressor = "rtn-int4".parse().unwrap();
+    let llama = config(6).raw().clone();
+    let mut llama = Config::new(llama);
+    llama.set("model_type", "llama");
+    let dir = folder.path().join("llama");
+    let files = WriteOptions::default();
+    synthetic::write(&llama, DType::F32, &dir, &files, synthetic::random(1)).unwrap();
+    let dense = Checkpoint::open(&dir).unwrap();
+    let repair = ExpertRepair::new(compressor);
+    let run = repair_experts(&decoder(&dense), &windows(), &repair, &dst, &NoProgress);
+    assert!(matches!(run, Err(Error::Setting { name: "model", .. })));
+}

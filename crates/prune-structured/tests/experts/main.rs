@@ -1,0 +1,6 @@
+//! Mixtures of experts: dropping, merging and narrowing experts, and the checkpoints that result.
+
+mod common;
+mod errors;
+mod golden;
+mod properties;

@@ -1,0 +1,532 @@
+//! Mixtures: dropping, merging and narrowing experts, and the same bytes spent on bits of their weights.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, ensure};
+use causal_lm::{Decoder, Windows};
+use eval_report::{
+    Axis, Column, DENSE, Plot, Reference, Row, Section, Series, Stopwatch, mean_over_seeds,
+};
+use lm_eval::ScoredWindows;
+use lowrank_eora::compress::Compressor;
+use lowrank_eora::experts::{ExpertRepair, repair_experts};
+use prune_structured::experts::{
+    Aim, ExpertCost, ExpertOptions, ExpertPlan, ExpertRecipe, ExpertSettings, JointData, Keep,
+    LayerStatistics, Outcome, method, plan, router_map, write,
+};
+use prune_structured::{Form, Loading};
+use serde_json::{Value, json};
+use tensor_io::Checkpoint;
+
+use super::{Config, export, time_blocks};
+use crate::bar::Bar;
+use crate::settings::Settings;
+use crate::suites::perplexity::{self, Protocol, file_name};
+
+/// What to do to mixtures.
+#[derive(Debug, Clone, Default)]
+pub struct Methods {
+    /// Methods.
+    pub recipes: Vec<ExpertRecipe>,
+    /// Compressors of experts, each with a rank of its correction; 0 for none.
+    pub compressors: Vec<(Compressor, usize)>,
+}
+
+/// What all rows share.
+pub(super) struct Suite<'a> {
+    pub(super) common: &'a Settings,
+    pub(super) config: &'a Config,
+    pub(super) decoder: &'a Decoder<'a>,
+    pub(super) protocol: &'a Protocol,
+    pub(super) calibration: &'a Windows,
+    pub(super) compared: &'a Windows,
+    pub(super) evaluation: &'a ScoredWindows,
+    pub(super) scratch: &'a Path,
+}
+
+/// How often each expert is chosen, by layer, in a model.
+struct Load {
+    name: String,
+    layers: Vec<(usize, LayerStatistics)>,
+}
+
+/// What was measured beside the rows.
+#[derive(Default)]
+struct Pictures {
+    loads: Vec<Load>,
+    /// Clusters of experts by layer, of the first method that has some.
+    clusters: Vec<(usize, Vec<Vec<usize>>)>,
+    clustered_by: String,
+}
+
+impl Suite<'_> {
+    /// Prune by every method at every ratio and measure each.
+    pub(super) fn run(&self) -> Result<Vec<Section>> {
+        let Methods {
+            recipes,
+            compressors,
+        } = &self.config.experts;
+        ensure!(
+            !recipes.is_empty() || !compressors.is_empty(),
+            "{}: none of the methods asked for prunes a mixture of experts; those that do are {}",
+            self.decoder.checkpoint().dir().display(),
+            ExpertRecipe::names().collect::<Vec<_>>().join(", ")
+        );
+        ensure!(
+            self.config.form == Form::Sliced,
+            "--masked: a zeroed expert still takes the place and the gate of another, so that zeroing is not dropping"
+        );
+        let mut rows = Vec::new();
+        let mut pictures = Pictures::default();
+        if !self.config.dry_run {
+            rows.push(self.dense(&mut pictures)?);
+        }
+        let cells: Vec<(&ExpertRecipe, Aim)> = recipes
+            .iter()
+            .flat_map(|recipe| self.aims(recipe).into_iter().map(move |aim| (recipe, aim)))
+            .collect();
+        let bar = self.common.bar("pruning", (cells.len() + compressors.len()) as u64);
+        for (recipe, aim) in cells {
+            bar.set_label(cell_name(recipe, None, aim));
+            let row = self
+                .measure(recipe, aim, (&mut pictures, &bar))
+                .with_context(|| cell_name(recipe, None, aim))?;
+            rows.push(row);
+            bar.inc(1);
+        }
+        if !self.config.dry_run {
+            for &(compressor, rank) in compressors {
+                bar.set_label(compressor.to_string());
+                let row = self.compressed(compressor, rank, &bar);
+                rows.push(row.with_context(|| compressor.to_string())?);
+                bar.inc(1);
+            }
+        }
+        bar.finish();
+        self.compare_with_dense(&mut rows);
+        let section = section(self.config, rows, self.plots(&pictures)?);
+        Ok(vec![
+            self.protocol
+                .facts(
+                    section,
+                    &self.config.perplexity.text,
+                    self.evaluation.count(),
+                    self.evaluation.targets(),
+                )
+                .fact("calibration text", file_name(&self.config.calib))
+                .fact("calibration windows", self.calibration.count()),
+        ])
+    }
+
+    /// What a recipe is asked for: every ratio, or every smaller number of experts for a token.
+    fn aims(&self, recipe: &ExpertRecipe) -> Vec<Aim> {
+        let mixtures = self.decoder.config().mixtures.iter().flatten();
+        let chosen = mixtures.map(|mixture| mixture.chosen).min().unwrap_or(0);
+        match recipe.is_fewer() {
+            true => (1..chosen).rev().map(Aim::Chosen).collect(),
+            false => self.config.ratios.iter().map(|&ratio| Aim::Ratio(ratio)).collect(),
+        }
+    }
+
+    fn dense(&self, pictures: &mut Pictures) -> Result<Row> {
+        let bar = self.common.bar(DENSE, 0);
+        let mut row = Row::new("structured", DENSE);
+        perplexity::measure(self.decoder, self.evaluation, &mut row, &bar)?;
+        time_blocks(&[self.decoder], self.evaluation.inputs())?[0].fill(&mut row);
+        let whole = ExpertPlan::whole(self.decoder);
+        let cost = ExpertCost::of(self.decoder, &whole)?;
+        row.params = Some(cost.parameters);
+        row.bytes = Some(cost.bytes);
+        row.extra.insert("params_active".into(), json!(cost.active));
+        row.extra.insert("experts".into(), json!(counts(self.decoder, &whole)));
+        pictures.loads.push(self.load(self.decoder, DENSE, &bar)?);
+        bar.finish();
+        Ok(row)
+    }
+
+    /// How often each expert of a model is chosen on the calibration windows.
+    fn load(&self, decoder: &Decoder<'_>, name: &str, bar: &Bar) -> Result<Load> {
+        let options = ExpertOptions::new(method::Frequency, Keep::Without(0.0));
+        let found = plan(decoder, self.calibration, &options, bar)?;
+        let layers = found.layers.into_iter();
+        Ok(Load {
+            name: name.into(),
+            layers: layers.map(|layer| (layer.layer, layer.statistics)).collect(),
+        })
+    }
+
+    fn measure(
+        &self,
+        recipe: &ExpertRecipe,
+        aim: Aim,
+        (pictures, bar): (&mut Pictures, &Bar),
+    ) -> Result<Row> {
+        let first = self.common.seed;
+        let seeds: Vec<Option<u64>> = match recipe.draws() {
+            true => (first..first + self.config.seeds).map(Some).collect(),
+            false => vec![None],
+        };
+        let rows = seeds.into_iter().map(|seed| {
+            let recipe = match seed {
+                Some(seed) => recipe.clone().seed(seed),
+                None => recipe.clone(),
+            };
+            self.measure_one(&recipe, seed, aim, (pictures, bar))
+        });
+        let rows = rows.collect::<Result<Vec<Row>>>()?;
+        Ok(mean_over_seeds(&rows)?)
+    }
+
+    fn measure_one(
+        &self,
+        recipe: &ExpertRecipe,
+        seed: Option<u64>,
+        aim: Aim,
+        (pictures, bar): (&mut Pictures, &Bar),
+    ) -> Result<Row> {
+        let watch = Stopwatch::start();
+        let cell = cell_name(recipe, seed, aim);
+        let dir = self.scratch.join(format!("{cell}-weights"));
+        std::fs::create_dir_all(&dir).with_context(|| dir.display().to_string())?;
+        let data = JointData {
+            calibration: self.calibration,
+            search: self.compared,
+            dir: &dir,
+        };
+        let planning = bar.nested("planning", 0);
+        let (outcome, refits) = recipe.plan(self.decoder, data, aim, &planning)?;
+        planning.finish();
+        let mut row = self.described(recipe, aim, &outcome)?;
+        if pictures.clusters.is_empty() {
+            let layers = outcome.layers.iter().filter(|layer| !layer.clusters.is_empty());
+            let clusters = layers.map(|layer| (layer.layer, layer.clusters.clone()));
+            pictures.clusters = clusters.collect();
+            pictures.clustered_by = cell.clone();
+        }
+        if let Some(folder) = &self.config.save_plans {
+            std::fs::create_dir_all(folder).with_context(|| folder.display().to_string())?;
+            outcome.plan.save(folder.join(format!("{cell}.json")))?;
+        }
+        if self.config.dry_run {
+            watch.stop(&mut row);
+            return Ok(row);
+        }
+        let folder = self.folder(&cell, recipe);
+        let writing = bar.nested("writing", 0);
+        let settings = ExpertSettings::default()
+            .refits(refits.as_ref())
+            .files(self.config.write.clone());
+        write(self.decoder, &outcome.plan, &folder, &settings, &writing)?;
+        writing.finish();
+        watch.stop(&mut row);
+        let pruning = (row.seconds, row.peak_rss_bytes);
+
+        let checkpoint = Checkpoint::open(&folder)?;
+        let pruned = perplexity::open(self.common, &checkpoint)?;
+        ensure!(
+            (Some(checkpoint.parameters()), Some(checkpoint.total_bytes())) == (row.params, row.bytes),
+            "{}: the shards hold other parameters than the plan counts",
+            folder.display()
+        );
+        let steps = bar.nested("perplexity", 0);
+        perplexity::measure(&pruned, self.evaluation, &mut row, &steps)?;
+        steps.finish();
+        let times = time_blocks(&[self.decoder, &pruned], self.evaluation.inputs())?;
+        times[1].fill_beside(&times[0], &mut row);
+        let last = self.config.ratios.last().copied();
+        if seed.is_none() && !recipe.is_fewer() && row.ratio == last {
+            pictures.loads.push(self.load(&pruned, &cell, bar)?);
+        }
+        export(self.config, &pruned, &folder, (&mut row, bar))?;
+        // The row's time and memory are those of making the smaller model; its speed is that of running it.
+        (row.seconds, row.peak_rss_bytes) = pruning;
+        self.forget(&folder)?;
+        std::fs::remove_dir_all(&dir).with_context(|| dir.display().to_string())?;
+        Ok(row)
+    }
+
+    fn forget(&self, folder: &Path) -> Result<()> {
+        if self.config.save.is_none() {
+            std::fs::remove_dir_all(folder).with_context(|| folder.display().to_string())?;
+        }
+        Ok(())
+    }
+
+    /// `--save` itself for a single checkpoint, a folder of its own for each of several.
+    fn folder(&self, cell: &str, recipe: &ExpertRecipe) -> PathBuf {
+        let Methods {
+            recipes,
+            compressors,
+        } = &self.config.experts;
+        let draws = if recipe.draws() { self.config.seeds } else { 1 };
+        let cells: usize = recipes.iter().map(|recipe| self.aims(recipe).len()).sum();
+        let single = cells + compressors.len() == 1 && draws == 1;
+        match &self.config.save {
+            Some(save) if single => save.clone(),
+            Some(save) => save.join(cell),
+            None => self.scratch.join(cell),
+        }
+    }
+
+    /// What a row says of a plan.
+    fn described(&self, recipe: &ExpertRecipe, aim: Aim, outcome: &Outcome) -> Result<Row> {
+        let plan = &outcome.plan;
+        let cost = ExpertCost::of(self.decoder, plan)?;
+        let dense = ExpertCost::of(self.decoder, &ExpertPlan::whole(self.decoder))?;
+        let name = match aim {
+            Aim::Chosen(chosen) => format!("{}, {chosen} for each token", recipe.name),
+            _ => recipe.name.clone(),
+        };
+        let mut row = Row::new("structured", name);
+        row.ratio = match aim {
+            Aim::Ratio(ratio) => Some(ratio),
+            _ => None,
+        };
+        (row.params, row.bytes) = (Some(cost.parameters), Some(cost.bytes));
+        row.layers = layers(self.decoder, outcome);
+        if recipe.is_control() {
+            row = row.control();
+        }
+        let mut extra = |name: &str, value: Value| row.extra.insert(name.into(), value);
+        extra("experts", json!(counts(self.decoder, plan)));
+        extra("params_active", json!(cost.active));
+        let removed = 1.0 - cost.expert_bytes as f64 / dense.expert_bytes as f64;
+        extra("removed", json!(removed));
+        if !outcome.layers.is_empty() {
+            let promoted = outcome.layers.iter().map(|layer| layer.promoted).sum::<f64>();
+            extra("promoted", json!(promoted / outcome.layers.len() as f64));
+            let tokens = outcome.layers.iter().map(|l| l.statistics.tokens_per_expert());
+            let (least, median): (Vec<usize>, Vec<usize>) = tokens.unzip();
+            extra("least_tokens", json!(least.iter().min()));
+            extra("median_tokens", json!(median.iter().min()));
+            let unseen = outcome.layers.iter().map(|l| l.statistics.rarer_than(1));
+            extra("unseen_experts", json!(unseen.sum::<usize>()));
+        }
+        if let Some(divergence) = outcome.divergence {
+            extra("kl", json!(divergence));
+        }
+        extra("compensation", json!(plan.compensation.name().replace('-', " ")));
+        let loading = match plan.loading(self.decoder) {
+            Loading::Stock => "stock",
+            _ => "loader",
+        };
+        extra("loads_in", json!(loading));
+        Ok(row)
+    }
+
+    /// A row of all experts compressed.
+    fn compressed(&self, compressor: Compressor, rank: usize, bar: &Bar) -> Result<Row> {
+        let watch = Stopwatch::start();
+        let name = match rank {
+            0 => compressor.to_string(),
+            rank => format!("{compressor}+eora-{rank}"),
+        };
+        let mut row = Row::new("structured", &name).control();
+        let folder = match &self.config.save {
+            Some(save) => save.join(&name),
+            None => self.scratch.join(&name),
+        };
+        let repair = ExpertRepair::new(compressor)
+            .rank(rank)
+            .files(self.config.write.clone());
+        let steps = bar.nested("experts", 0);
+        let found = repair_experts(self.decoder, self.calibration, &repair, &folder, &steps)?;
+        steps.finish();
+        watch.stop(&mut row);
+        let making = (row.seconds, row.peak_rss_bytes);
+        let dense = ExpertCost::of(self.decoder, &ExpertPlan::whole(self.decoder))?;
+        row.params = Some(dense.parameters);
+        row.bytes = Some(dense.bytes - found.expert_bytes_dense + found.expert_bytes);
+        row.ratio = Some(1.0 - found.expert_bytes as f64 / found.expert_bytes_dense as f64);
+        row.loss = Some(found.loss());
+        let mut extra = |name: &str, value: Value| row.extra.insert(name.into(), value);
+        extra("experts", json!(counts(self.decoder, &ExpertPlan::whole(self.decoder))));
+        extra("params_active", json!(dense.active));
+        extra("rerouted", json!(found.rerouted));
+        extra("unseen_experts", json!(found.experts.iter().filter(|e| e.tokens == 0).count()));
+        extra("compensation", json!(if rank > 0 { "eora" } else { "none" }));
+        let checkpoint = Checkpoint::open(&folder)?;
+        let compressed = perplexity::open(self.common, &checkpoint)?;
+        let steps = bar.nested("perplexity", 0);
+        perplexity::measure(&compressed, self.evaluation, &mut row, &steps)?;
+        steps.finish();
+        // Its weights are dense in the file that was measured.
+        row.tokens_per_second = None;
+        (row.seconds, row.peak_rss_bytes) = making;
+        self.forget(&folder)?;
+        Ok(row)
+    }
+
+    fn compare_with_dense(&self, rows: &mut [Row]) {
+        let dense = rows.iter().find(|row| row.method == DENSE).cloned();
+        for row in rows {
+            row.model = Some(file_name(&self.config.perplexity.model));
+            row.params_dense = Some(self.decoder.checkpoint().parameters());
+            row.bytes_dense = Some(self.decoder.checkpoint().total_bytes());
+            if let Some(dense) = &dense {
+                row.perplexity_dense = dense.perplexity;
+                let speed = row.tokens_per_second_dense.or(dense.tokens_per_second);
+                row.tokens_per_second_dense = speed;
+            }
+        }
+    }
+
+    fn plots(&self, pictures: &Pictures) -> Result<Vec<Plot>> {
+        let mut plots = Vec::new();
+        let spread = |load: &Load| Series {
+            name: load.name.clone(),
+            points: load
+                .layers
+                .iter()
+                .map(|(layer, statistics)| (*layer as f64, statistics.imbalance()).into())
+                .collect(),
+            control: false,
+        };
+        if !pictures.loads.is_empty() {
+            plots.push(Plot {
+                title: "Routing load by layer".into(),
+                x: Axis::linear("layer"),
+                y: Axis::linear("tokens of the most used expert, in equal shares"),
+                series: pictures.loads.iter().map(spread).collect(),
+                reference: Some(Reference {
+                    name: "equal use".into(),
+                    y: 1.0,
+                }),
+            });
+        }
+        for (layer, clusters) in &pictures.clusters {
+            let map = router_map(self.decoder, *layer)?;
+            let series = clusters.iter().enumerate().map(|(number, cluster)| Series {
+                name: format!("cluster {number}: {}", ids(cluster)),
+                points: cluster.iter().map(|&e| (map[e][0], map[e][1]).into()).collect(),
+                control: cluster.len() == 1,
+            });
+            plots.push(Plot {
+                title: format!("Clusters of experts in layer {layer} ({})", pictures.clustered_by),
+                x: Axis::linear("first principal component of router rows"),
+                y: Axis::linear("second"),
+                series: series.collect(),
+                reference: None,
+            });
+        }
+        Ok(plots)
+    }
+}
+
+fn ids(cluster: &[usize]) -> String {
+    let ids: Vec<String> = cluster.iter().map(usize::to_string).collect();
+    ids.join(" ")
+}
+
+/// Experts of a layer and how many of them are chosen: one number where all layers have as many.
+fn counts(decoder: &Decoder<'_>, plan: &ExpertPlan) -> String {
+    let mixtures = plan.mixtures(decoder);
+    let list = |of: fn(&causal_lm::config::Mixture) -> usize| {
+        let (least, most) = mixtures
+            .iter()
+            .flatten()
+            .map(of)
+            .fold((usize::MAX, 0), |(a, b), x| (a.min(x), b.max(x)));
+        match least == most {
+            true => most.to_string(),
+            false => format!("{least} to {most}"),
+        }
+    };
+    format!(
+        "{} of {}, {} chosen",
+        list(|m| m.experts),
+        list(|m| m.width),
+        list(|m| m.chosen)
+    )
+}
+
+/// What a row says of each layer.
+fn layers(decoder: &Decoder<'_>, outcome: &Outcome) -> Vec<Value> {
+    let mixtures = outcome.plan.mixtures(decoder);
+    let layers = outcome.plan.layers.iter().zip(&mixtures).enumerate();
+    let described = |(layer, (plan, mixture)): (usize, (&Option<_>, &Option<_>))| {
+        let plan: &prune_structured::experts::LayerExperts = plan.as_ref()?;
+        let mixture: &causal_lm::config::Mixture = mixture.as_ref()?;
+        let seen = outcome.layers.iter().find(|seen| seen.layer == layer);
+        let tokens = seen.map(|seen| {
+            let experts = seen.statistics.experts.iter();
+            experts.map(|expert| expert.count).collect::<Vec<_>>()
+        });
+        Some(json!({
+            "layer": layer,
+            "experts": mixture.experts,
+            "width": mixture.width,
+            "kept": plan.kept,
+            "tokens": tokens,
+            "scores": seen.map(|seen| &seen.scores),
+            "clusters": seen.map(|seen| &seen.clusters),
+            "promoted": seen.map(|seen| seen.promoted),
+        }))
+    };
+    layers.filter_map(described).collect()
+}
+
+/// What the files of a cell are called.
+fn cell_name(recipe: &ExpertRecipe, seed: Option<u64>, aim: Aim) -> String {
+    let aim = match aim {
+        Aim::Ratio(ratio) => ratio.to_string(),
+        Aim::Chosen(chosen) => format!("top{chosen}"),
+        _ => String::new(),
+    };
+    match seed {
+        Some(seed) => format!("{}-{aim}-seed{seed}", recipe.name),
+        None => format!("{}-{aim}", recipe.name),
+    }
+}
+
+fn section(config: &Config, rows: Vec<Row>, mut plots: Vec<Plot>) -> Section {
+    let dense = rows.iter().find(|row| row.method == DENSE);
+    let reference = dense.and_then(|row| row.perplexity).map(|y| Reference {
+        name: DENSE.into(),
+        y,
+    });
+    let quality = Plot {
+        title: "Perplexity over the share of the experts' bytes removed".into(),
+        x: Axis::linear("share of the experts' bytes removed"),
+        y: Axis::log("perplexity"),
+        series: Series::by_method(&rows, |row| row.ratio, "perplexity", |row| row.perplexity),
+        reference,
+    };
+    plots.insert(0, quality);
+    let prose = if config.dry_run {
+        "Plans only: nothing is written or measured. A ratio counts the weights of routed experts."
+    } else {
+        "Each row is a checkpoint, written, loaded again and evaluated on text not used for calibration. A ratio counts the \
+         bytes of routed experts; routers, shared experts, attention and embeddings are not pruned. Merged rows keep one \
+         router row for each merged expert. topk rows send each token to fewer experts: they cost less work and as many \
+         bytes. Quantised rows are all experts compressed, with the bytes that their format needs; their ratio is that of \
+         bytes. random is a mean over seeds. Promoted is the share of choices that went to experts which are gone. Time and \
+         memory are those of planning and writing; speed is that of the blocks on a batch of windows, in alternation with \
+         the dense model's."
+    };
+    Section {
+        title: "Experts of a mixture".into(),
+        prose: prose.into(),
+        columns: vec![
+            Column::Method,
+            Column::Ratio,
+            Column::Perplexity,
+            Column::PerplexityOverDense,
+            Column::Extra("experts".into()),
+            Column::Extra("params_active".into()),
+            Column::Bytes,
+            Column::BytesOverDense,
+            Column::Speedup,
+            Column::TokensPerSecond,
+            Column::Seconds,
+            Column::PeakRss,
+            Column::Extra("promoted".into()),
+            Column::Extra("compensation".into()),
+            Column::Extra("loads_in".into()),
+        ],
+        plots: if config.dry_run { vec![] } else { plots },
+        print_layers: config.dry_run,
+        rows,
+        ..Section::default()
+    }
+}
