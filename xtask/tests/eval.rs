@@ -18,6 +18,14 @@ fn llama() -> Scene {
     }))
 }
 
+fn mixtral() -> Scene {
+    Scene::new(json!({
+        "model_type": "mixtral", "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 8, "max_position_embeddings": 16,
+        "num_local_experts": 6, "num_experts_per_tok": 2,
+    }))
+}
+
 /// Runs `eval structured` on the scene with more arguments.
 fn structured(scene: &Scene, more: &[&str]) -> Output {
     let (model, text, calib) = (
@@ -79,6 +87,60 @@ fn every_method_and_ratio_has_a_row_that_agrees_with_its_checkpoint() {
         assert_eq!(row["params"].as_u64(), Some(pruned.parameters()));
         assert_eq!(row["bytes"].as_u64(), Some(pruned.total_bytes()));
     }
+}
+
+#[test]
+fn mixtures_are_pruned_by_methods_of_their_own() {
+    let scene = mixtral();
+    let save = scene.path("pruned");
+    let methods = "reap,stun,hc-smoe,neurons,random,joint,topk-scale";
+    let more = [
+        "--method",
+        methods,
+        "--ratio",
+        "0.5",
+        "--align",
+        "8",
+        "--quantise",
+        "rtn-int4,gptq-int4+eora-2",
+        "--save",
+        save.to_str().unwrap(),
+    ];
+    let rows = rows(&structured(&scene, &more));
+    assert_eq!(rows.len(), 1 + 7 + 2);
+    let names: Vec<&str> = rows.iter().map(|row| row["method"].as_str().unwrap()).collect();
+    assert_eq!(names[7], "topk-scale, 1 for each token");
+    for row in &rows {
+        assert!(row["perplexity"].as_f64().unwrap() > 1.0);
+        assert!(row["params_active"].as_u64() < row["params"].as_u64());
+        assert!(row["experts"].is_string(), "{row}");
+    }
+    assert_eq!(rows[1]["experts"], "3 of 32, 2 chosen");
+    assert_eq!(rows[4]["experts"], "6 of 16, 2 chosen");
+    for (row, folder) in [(&rows[1], "reap-0.5"), (&rows[4], "neurons-0.5")] {
+        let pruned = Checkpoint::open(save.join(folder)).unwrap();
+        assert_eq!(row["params"].as_u64(), Some(pruned.parameters()));
+        assert_eq!(row["bytes"].as_u64(), Some(pruned.total_bytes()));
+        assert_eq!(row["removed"], 0.5);
+        assert_eq!(row["loads_in"], "stock");
+    }
+    assert_eq!(rows[5]["spread"]["perplexity"]["runs"], 3);
+    assert!(rows[8]["bytes"].as_u64() < rows[1]["bytes"].as_u64());
+    assert!(rows[9]["loss"].as_f64() < rows[8]["loss"].as_f64());
+}
+
+#[test]
+fn what_a_mixture_cannot_do_is_one_line() {
+    let (mixture, dense) = (mixtral(), llama());
+    let with = |scene: &Scene, more: &[&str]| {
+        error(&structured(scene, &[&["--ratio", "0.5", "--method"], more].concat()))
+    };
+    assert!(with(&mixture, &["flap"]).contains("mixture of experts"));
+    assert!(with(&dense, &["reap"]).contains("dense model"));
+    assert!(with(&mixture, &["reap", "--masked"]).contains("--masked"));
+    assert!(with(&mixture, &["neurons", "--align", "64"]).contains("align"));
+    let scarce = structured(&mixture, &["--method", "reap", "--ratio", "0.9"]);
+    assert!(error(&scarce).contains("each token goes to 2"));
 }
 
 #[test]

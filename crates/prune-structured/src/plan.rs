@@ -111,13 +111,20 @@ impl Plan {
     /// Allocates the budget over given rankings.
     ///
     /// # Errors
-    /// As [`Allocation::keep`](crate::Allocation::keep).
+    /// As [`Allocation::keep`](crate::Allocation::keep), and [`Error::Unsupported`] where nothing can be pruned.
     pub fn allocate(
         decoder: &Decoder<'_>,
         rankings: &[Ranking],
         recipe: &Recipe,
         ratio: f64,
     ) -> Result<Self> {
+        if rankings.is_empty() && ratio > 0.0 {
+            return Err(Error::Unsupported {
+                method: "structured pruning of heads and neurons",
+                model_type: decoder.config().model_type,
+                reason: "no layer has heads or an MLP that could be pruned; prune its experts",
+            });
+        }
         let compensation = recipe.compensation(decoder);
         let added = compensation.added(decoder);
         let mut keep = recipe.allocation.keep(rankings, ratio, added)?;

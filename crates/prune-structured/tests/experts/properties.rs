@@ -12,7 +12,11 @@ use prune_structured::experts::{
     ExpertCost, ExpertMethod, ExpertPlan, ExpertRefits, ExpertSettings, FewerExperts, Joint,
     JointData, JointOptions, Keep, NeuronOptions, fewer, joint, narrow, plan, plan_by_layer,
 };
-use prune_structured::{Loading, NoProgress};
+use prune_structured::compensation::{Bias, NoCompensation};
+use prune_structured::stats::Needs;
+use prune_structured::{
+    Calibration, Collect, Compensation, Error, Form, Loading, NoProgress, Plan, Recipe, Settings,
+};
 use serde_json::json;
 use tensor_io::Checkpoint;
 
@@ -422,5 +426,52 @@ fn a_plan_is_the_same_after_it_was_saved() {
         let path = model.path("plan.json");
         plan.save(&path).unwrap();
         assert_eq!(ExpertPlan::load(&path).unwrap(), plan, "{method}");
+    }
+}
+
+#[test]
+fn attention_of_mixtures_is_pruned_as_that_of_dense_models() {
+    for (kind, layout) in KINDS.into_iter().filter(|(kind, _)| *kind != "olmoe") {
+        let model = Mixture::random(&config(kind, json!({})), layout);
+        let decoder = model.decoder();
+        let grams = model.path("grams");
+        std::fs::create_dir_all(&grams).unwrap();
+        let needs = Needs {
+            fluctuation: false,
+            gram: true,
+        };
+        let collect = Collect::new(needs, grams);
+        let calibration = Calibration::run(&decoder, &windows(), &collect, &NoProgress).unwrap();
+        for compensation in [
+            Compensation::from(NoCompensation),
+            Bias.into(),
+            Compensation::LEAST_SQUARES,
+        ] {
+            let mut recipe = Recipe::named("wanda-sp", 0).unwrap();
+            recipe.compensation = Some(compensation);
+            let plan = Plan::make(&decoder, &calibration, &recipe, 0.4, &NoProgress).unwrap();
+            assert!(plan.widths()[0].heads < 4, "{kind}");
+            let folders = [Form::Sliced, Form::Masked].map(|form| {
+                let dst = model.path(&format!("{form:?}-{}", compensation.name()));
+                let settings = Settings::new(&calibration).form(form);
+                prune_structured::write(&decoder, &plan, &dst, &settings, &NoProgress).unwrap();
+                dst
+            });
+            let [sliced, masked] = folders.map(|folder| logits(&folder));
+            assert!(gap(&sliced, &masked) < 1e-5, "{kind} {}", compensation.name());
+        }
+    }
+}
+
+#[test]
+fn a_mixture_whose_heads_are_normalised_together_has_nothing_but_experts_to_prune() {
+    let model = Mixture::random(&config("olmoe", json!({})), ExpertLayout::Alone);
+    let decoder = model.decoder();
+    let collect = Collect::default();
+    let calibration = Calibration::run(&decoder, &windows(), &collect, &NoProgress).unwrap();
+    for method in ["flap", "wanda-sp", "magnitude", "structprune"] {
+        let recipe = Recipe::named(method, 0).unwrap();
+        let found = Plan::make(&decoder, &calibration, &recipe, 0.4, &NoProgress);
+        assert!(matches!(found, Err(Error::Unsupported { .. })), "{method}: {found:?}");
     }
 }
