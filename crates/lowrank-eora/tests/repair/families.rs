@@ -1,12 +1,13 @@
 //! Repair of every dense architecture that differs from Llama.
 
-use crate::common::{Tiny, compressor, decoder, eora, held_out, run};
+use crate::common::{compressor, decoder, eora, held_out, run};
+use causal_lm::testing::TestModel;
 use lowrank_eora::output::{CheckpointOptions, Layout, Weights, write_checkpoint};
 use serde_json::Value;
 use std::collections::BTreeSet;
 use tensor_io::{Checkpoint, Config, NoProgress};
 
-fn each(test: impl Fn(&str, &Tiny)) {
+fn each(test: impl Fn(&str, &TestModel)) {
     let all: Vec<Value> = serde_json::from_str(include_str!("../golden/families.json")).unwrap();
     for family in &all {
         let mut fields = family["config"].clone();
@@ -16,7 +17,7 @@ fn each(test: impl Fn(&str, &Tiny)) {
             None => fields["vocab_size"] = 50.into(),
         }
         let config = Config::new(fields.as_object().unwrap().clone());
-        test(family["name"].as_str().unwrap(), &Tiny::of(&config, |_, tensor| tensor));
+        test(family["name"].as_str().unwrap(), &TestModel::new(&config));
     }
 }
 
@@ -48,7 +49,7 @@ fn merged_weights_have_the_names_and_shapes_of_the_dense_model() {
             let shape = |name: &str| checkpoint.info(name).unwrap().shape.clone();
             checkpoint.names().map(|name| (name.to_string(), shape(name))).collect()
         };
-        assert_eq!(described(&merged), described(&tiny.checkpoint), "{name}");
+        assert_eq!(described(&merged), described(tiny.checkpoint()), "{name}");
         assert_eq!(decoder(&merged).config().layers(), dense.config().layers(), "{name}");
     });
 }
