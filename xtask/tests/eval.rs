@@ -108,7 +108,10 @@ fn mixtures_are_pruned_by_methods_of_their_own() {
     ];
     let rows = rows(&structured(&scene, &more));
     assert_eq!(rows.len(), 1 + 7 + 2);
-    let names: Vec<&str> = rows.iter().map(|row| row["method"].as_str().unwrap()).collect();
+    let names: Vec<&str> = rows
+        .iter()
+        .map(|row| row["method"].as_str().unwrap())
+        .collect();
     assert_eq!(names[7], "topk-scale, 1 for each token");
     for row in &rows {
         assert!(row["perplexity"].as_f64().unwrap() > 1.0);
@@ -133,7 +136,10 @@ fn mixtures_are_pruned_by_methods_of_their_own() {
 fn what_a_mixture_cannot_do_is_one_line() {
     let (mixture, dense) = (mixtral(), llama());
     let with = |scene: &Scene, more: &[&str]| {
-        error(&structured(scene, &[&["--ratio", "0.5", "--method"], more].concat()))
+        error(&structured(
+            scene,
+            &[&["--ratio", "0.5", "--method"], more].concat(),
+        ))
     };
     assert!(with(&mixture, &["flap"]).contains("mixture of experts"));
     assert!(with(&dense, &["reap"]).contains("dense model"));

@@ -2,8 +2,9 @@
 
 mod common;
 
-use causal_lm::{Hidden, Model, NoProgress, NoTap, Windows, run_blocks};
+use causal_lm::{CacheSet, Hidden, Model, NoProgress, NoTap, Windows, run_blocks};
 use common::{for_each, mean_nll};
+use kv_lazy::{Budget, CacheConfig, PolicyConfig};
 
 /// Rounding of f32; Gemma's scaled embeddings and unit offsets make its logits ten times as large.
 fn tolerance(name: &str) -> f32 {
@@ -93,5 +94,32 @@ fn windows_in_a_batch_do_not_see_each_other() {
                 .unwrap()
         };
         check(name, &last(&twice)[0], &last(&tokens)[0]);
+    });
+}
+
+#[test]
+fn caches_that_evict_stay_within_their_budget_and_are_exact_until_they_are_full() {
+    const TOKENS: usize = 8;
+    for_each(|name, golden, decoder| {
+        let tokens = golden.tokens();
+        let model = Model::load(decoder).unwrap().for_positions(tokens.len());
+        for policy in ["streaming", "h2o", "tova"] {
+            let policy: PolicyConfig = policy.parse().unwrap();
+            let config = CacheConfig::new(policy, Budget::Tokens(TOKENS));
+            let (dtype, device) = (decoder.dtype(), decoder.device());
+            let shapes = model.cache_shapes();
+            let mut cache = CacheSet::new(&shapes, 1, dtype, device, &config).unwrap();
+            for (step, (&token, row)) in tokens.iter().zip(golden.logits()).enumerate() {
+                let logits = model.forward(&[&[token]], &mut cache).unwrap();
+                let logits: Vec<f32> = logits.flatten_all().unwrap().to_vec1().unwrap();
+                assert!(logits.iter().all(|x| x.is_finite()), "{name}");
+                if step < TOKENS {
+                    check(name, &logits, &row);
+                }
+                let layers = 0..shapes.len();
+                let held: Vec<usize> = layers.map(|layer| cache.physical_len(layer)).collect();
+                assert!(held.iter().all(|&held| held <= TOKENS), "{name}: {held:?}");
+            }
+        }
     });
 }

@@ -1,8 +1,8 @@
 //! Experts of mixtures, compressed and repaired.
 
 use candle_core::{DType, Device, Tensor};
-use causal_lm::{Decoder, Model, ModelConfig, Windows, synthetic};
 use causal_lm::names::ExpertLayout;
+use causal_lm::{Decoder, Model, ModelConfig, Windows, synthetic};
 use lowrank_eora::Error;
 use lowrank_eora::compress::Compressor;
 use lowrank_eora::experts::{ExpertRepair, RepairedExperts, repair_experts};
@@ -25,12 +25,16 @@ fn model(dir: &Path, layout: ExpertLayout, experts: usize) -> Checkpoint {
     let mut model = ModelConfig::new(&config).unwrap();
     model.names = model.names.with_layout(layout).unwrap();
     let tensors = model.tensors();
-    let specs = tensors.iter().map(|(n, s)| TensorSpec::new(n, DType::F32, s.clone()));
+    let specs = tensors
+        .iter()
+        .map(|(n, s)| TensorSpec::new(n, DType::F32, s.clone()));
     let options = WriteOptions::default();
     let mut writer = CheckpointWriter::create(dir, &config, specs.collect(), &options).unwrap();
     let mut random = synthetic::random(5);
     for (name, shape) in &tensors {
-        writer.write_tensor(name, &random(name, shape).unwrap()).unwrap();
+        writer
+            .write_tensor(name, &random(name, shape).unwrap())
+            .unwrap();
     }
     writer.finish().unwrap();
     Checkpoint::open(dir).unwrap()
@@ -78,7 +82,11 @@ fn nothing_changes_where_nothing_is_compressed() {
         assert_eq!(found.experts.len(), 12);
         let same = Checkpoint::open(&dst).unwrap();
         for name in checkpoint.names() {
-            assert_eq!(same.bytes(name).unwrap(), checkpoint.bytes(name).unwrap(), "{name}");
+            assert_eq!(
+                same.bytes(name).unwrap(),
+                checkpoint.bytes(name).unwrap(),
+                "{name}"
+            );
         }
     }
 }
@@ -96,9 +104,15 @@ fn a_correction_brings_outputs_nearer_and_full_rank_brings_them_back() {
             let away = distance(&logits(&Checkpoint::open(&dst).unwrap()), &dense);
             losses.push((found.loss(), away));
         }
-        assert!(losses[0].0 > losses[1].0 && losses[1].0 > losses[2].0, "{compressor}: {losses:?}");
+        assert!(
+            losses[0].0 > losses[1].0 && losses[1].0 > losses[2].0,
+            "{compressor}: {losses:?}"
+        );
         // Sixteen is the smaller side of every expert's weights.
-        assert!(losses[2].0 < 1e-6 && losses[2].1 < 1e-8, "{compressor}: {losses:?}");
+        assert!(
+            losses[2].0 < 1e-6 && losses[2].1 < 1e-8,
+            "{compressor}: {losses:?}"
+        );
         assert!(losses[1].1 < losses[0].1, "{compressor}: {losses:?}");
     }
 }
@@ -109,7 +123,9 @@ fn fused(dir: &Path, alone: &Checkpoint) -> Checkpoint {
     let mut model = ModelConfig::new(&config).unwrap();
     model.names = model.names.with_layout(ExpertLayout::Fused).unwrap();
     let tensors = model.tensors();
-    let specs = tensors.iter().map(|(n, s)| TensorSpec::new(n, DType::F32, s.clone()));
+    let specs = tensors
+        .iter()
+        .map(|(n, s)| TensorSpec::new(n, DType::F32, s.clone()));
     let options = WriteOptions::default();
     let mut writer = CheckpointWriter::create(dir, &config, specs.collect(), &options).unwrap();
     for (name, shape) in &tensors {
@@ -119,7 +135,10 @@ fn fused(dir: &Path, alone: &Checkpoint) -> Checkpoint {
             let parts: Vec<Tensor> = experts
                 .flat_map(|mlp| [mlp.gate.unwrap().weight, mlp.up.weight])
                 .collect();
-            Tensor::cat(&parts, 0).unwrap().reshape(shape.as_slice()).unwrap()
+            Tensor::cat(&parts, 0)
+                .unwrap()
+                .reshape(shape.as_slice())
+                .unwrap()
         } else if name.ends_with("experts.down_proj") {
             let parts: Vec<Tensor> = experts.map(|mlp| mlp.down.weight).collect();
             Tensor::stack(&parts, 0).unwrap()
@@ -162,7 +181,10 @@ fn experts_that_no_token_chose_are_compressed_with_the_pool_alone() {
     assert!(!silent.is_empty());
     assert!(silent.iter().all(|e| e.pool == 1.0 && e.effective == 0.0));
     let used = found.experts.iter().filter(|e| e.tokens > 0);
-    assert!(used.into_iter().all(|e| e.pool < 1.0 && e.effective <= e.tokens as f64 + 1e-9));
+    assert!(
+        used.into_iter()
+            .all(|e| e.pool < 1.0 && e.effective <= e.tokens as f64 + 1e-9)
+    );
 }
 
 #[test]
@@ -171,7 +193,13 @@ fn what_does_not_fit_names_the_expert_and_leaves_nothing() {
     let checkpoint = model(&folder.path().join("dense"), ExpertLayout::Alone, 6);
     let dst = folder.path().join("never");
     let repair = options("rtn-int4", 99);
-    let run = repair_experts(&decoder(&checkpoint), &windows(), &repair, &dst, &NoProgress);
+    let run = repair_experts(
+        &decoder(&checkpoint),
+        &windows(),
+        &repair,
+        &dst,
+        &NoProgress,
+    );
     let mut error: Option<&dyn std::error::Error> = run.as_ref().err().map(|error| error as _);
     let mut said = String::new();
     while let Some(inner) = error {

@@ -6,6 +6,7 @@ use crate::output::layout::outputs;
 use crate::plan::Plan;
 use causal_lm::Decoder;
 use serde::{Deserialize, Serialize};
+use std::collections::HashSet;
 
 /// What the linears of one block cost.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -26,8 +27,12 @@ pub struct Cost {
     pub before: Vec<BlockCost>,
     /// Each block of the pruned model.
     pub after: Vec<BlockCost>,
-    /// Embedding, head and norms, which stay.
+    /// Embedding, head, norms and whatever is beside the decoder.
     pub rest: BlockCost,
+    /// What is left out of the rest: norms of heads of a layer without attention, and tensors of other modalities where
+    /// widths differ by layer.
+    #[serde(default)]
+    pub left_out: BlockCost,
 }
 
 impl Cost {
@@ -55,7 +60,15 @@ impl Cost {
                 entry.flops_per_token -= 2 * info.elements() as u64;
             }
         }
-        for output in outputs(decoder, plan, Form::Sliced)? {
+        let outputs = outputs(decoder, plan, Form::Sliced)?;
+        let written: HashSet<&str> = outputs.iter().map(|o| o.from.as_str()).collect();
+        let other = |name: &&str| names.parse_module(name).is_none() && !written.contains(name);
+        for name in checkpoint.names().filter(other) {
+            let info = checkpoint.info(name)?;
+            cost.left_out
+                .add(info.elements(), info.bytes, info.shape.len());
+        }
+        for output in &outputs {
             let Some((layer, ..)) = names.parse_module(&output.from) else {
                 continue;
             };
@@ -73,7 +86,12 @@ impl Cost {
 
     /// The whole pruned model.
     pub fn total_after(&self) -> BlockCost {
-        self.after.iter().chain([&self.rest]).sum()
+        let total: BlockCost = self.after.iter().chain([&self.rest]).sum();
+        BlockCost {
+            parameters: total.parameters - self.left_out.parameters,
+            bytes: total.bytes - self.left_out.bytes,
+            flops_per_token: total.flops_per_token - self.left_out.flops_per_token,
+        }
     }
 }
 

@@ -52,7 +52,9 @@ pub enum Error {
         model_type: &'static str,
     },
     /// A layer that keeps fewer experts than each token is sent to.
-    #[error("layer {layer}: {kept} experts stay, but each token goes to {chosen}; keep at least as many")]
+    #[error(
+        "layer {layer}: {kept} experts stay, but each token goes to {chosen}; keep at least as many"
+    )]
     Experts {
         /// The layer.
         layer: usize,

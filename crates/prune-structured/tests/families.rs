@@ -37,8 +37,9 @@ impl Family {
         let config = Config::new(family["config"].as_object().unwrap().clone());
         let mut tensors = ModelConfig::new(&config).unwrap().tensors();
         let foreign = family["foreign"].as_object().into_iter().flatten();
-        let foreign: Vec<(String, Vec<usize>)> =
-            foreign.map(|(name, dims)| (name.clone(), shape(dims))).collect();
+        let foreign: Vec<(String, Vec<usize>)> = foreign
+            .map(|(name, dims)| (name.clone(), shape(dims)))
+            .collect();
         tensors.extend(foreign.iter().cloned());
         let folder = tempfile::tempdir().unwrap();
         let dir = folder.path().join("dense");
@@ -88,11 +89,15 @@ fn store(
     tensors: &[(String, Vec<usize>)],
     mut make: impl FnMut(&str, &[usize]) -> causal_lm::Result<Tensor>,
 ) {
-    let specs = tensors.iter().map(|(n, s)| TensorSpec::new(n, DType::F32, s.clone()));
+    let specs = tensors
+        .iter()
+        .map(|(n, s)| TensorSpec::new(n, DType::F32, s.clone()));
     let options = WriteOptions::default();
     let mut writer = CheckpointWriter::create(dir, config, specs.collect(), &options).unwrap();
     for (name, shape) in tensors {
-        writer.write_tensor(name, &make(name, shape).unwrap()).unwrap();
+        writer
+            .write_tensor(name, &make(name, shape).unwrap())
+            .unwrap();
     }
     writer.finish().unwrap();
 }
@@ -156,11 +161,21 @@ fn sliced_models_compute_what_masked_ones_do() {
                 };
                 let near = gap(&logits(&sliced), &logits(&masked));
                 assert!(near < 1e-4, "{case}: {near}");
-                assert!(gap(&logits(&sliced), &logits(family.checkpoint.dir())) > 1e-4, "{case}");
+                assert!(
+                    gap(&logits(&sliced), &logits(family.checkpoint.dir())) > 1e-4,
+                    "{case}"
+                );
                 let cost = Cost::of(&decoder, &plan).unwrap();
                 let smaller = Checkpoint::open(&sliced).unwrap();
-                assert_eq!(smaller.parameters(), cost.total_after().parameters, "{case}");
-                assert!(smaller.parameters() < family.checkpoint.parameters(), "{case}");
+                assert_eq!(
+                    smaller.parameters(),
+                    cost.total_after().parameters,
+                    "{case}"
+                );
+                assert!(
+                    smaller.parameters() < family.checkpoint.parameters(),
+                    "{case}"
+                );
             }
         }
     });
@@ -178,9 +193,19 @@ fn tensors_keep_their_names_and_fused_ones_stay_fused() {
             assert_eq!(family.name, "gemma4_text");
             return;
         };
-        assert_eq!(Loading::of(&decoder, &plan, Form::Sliced), Loading::Stock, "{}", family.name);
+        assert_eq!(
+            Loading::of(&decoder, &plan, Form::Sliced),
+            Loading::Stock,
+            "{}",
+            family.name
+        );
         let sliced = family.written(&plan, &calibration, Form::Sliced).unwrap();
-        assert_eq!(names(&sliced), names(family.checkpoint.dir()), "{}", family.name);
+        assert_eq!(
+            names(&sliced),
+            names(family.checkpoint.dir()),
+            "{}",
+            family.name
+        );
         let written = Checkpoint::open(&sliced).unwrap();
         for name in &family.foreign {
             let bytes = family.checkpoint.bytes(name).unwrap();
@@ -198,8 +223,18 @@ fn a_ratio_of_zero_copies_every_byte() {
         let plan = Plan::make(&decoder, &calibration, &recipe, 0.0, &NoProgress).unwrap();
         let dst = family.written(&plan, &calibration, Form::Sliced).unwrap();
         let same = Checkpoint::open(&dst).unwrap();
-        assert_eq!(same.config().raw(), family.checkpoint.config().raw(), "{}", family.name);
-        assert_eq!(names(&dst), names(family.checkpoint.dir()), "{}", family.name);
+        assert_eq!(
+            same.config().raw(),
+            family.checkpoint.config().raw(),
+            "{}",
+            family.name
+        );
+        assert_eq!(
+            names(&dst),
+            names(family.checkpoint.dir()),
+            "{}",
+            family.name
+        );
         for name in family.checkpoint.names() {
             let bytes = family.checkpoint.bytes(name).unwrap();
             assert_eq!(same.bytes(name).unwrap(), bytes, "{name}");
@@ -247,8 +282,15 @@ fn twins(folder: &Path) -> (Checkpoint, Checkpoint) {
             n if n.contains("gate_up_proj") => &["gate_proj", "up_proj"],
             _ => return Ok(load(name)),
         };
-        let stacked = if parts.len() == 3 { "qkv_proj" } else { "gate_up_proj" };
-        let parts: Vec<Tensor> = parts.iter().map(|part| load(&name.replace(stacked, part))).collect();
+        let stacked = if parts.len() == 3 {
+            "qkv_proj"
+        } else {
+            "gate_up_proj"
+        };
+        let parts: Vec<Tensor> = parts
+            .iter()
+            .map(|part| load(&name.replace(stacked, part)))
+            .collect();
         Ok(Tensor::cat(&parts, 0)?)
     };
     synthetic::write(&fused, DType::F32, &dir, &files, make).unwrap();

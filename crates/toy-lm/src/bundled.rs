@@ -148,7 +148,12 @@ pub fn train(options: &Options, device: &Device, progress: &dyn Progress) -> Res
         // Outputs into the residual stream are smaller the more of them there are.
         let deviation = match name {
             n if n.ends_with("norm.weight") => return vec![1.0; count],
-            n if ["o_proj", "down_proj", ".w2."].iter().any(|part| n.contains(part)) => 0.04 / depth,
+            n if ["o_proj", "down_proj", ".w2."]
+                .iter()
+                .any(|part| n.contains(part)) =>
+            {
+                0.04 / depth
+            }
             _ => 0.04,
         };
         let range = deviation * 3f32.sqrt();

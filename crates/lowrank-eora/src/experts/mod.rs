@@ -24,7 +24,9 @@ use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor};
 use causal_lm::block::Mlp;
 use causal_lm::mixture::Routing;
-use causal_lm::{Decoder, Hidden, Linear, LinearName, NoTap, Routed, Site, Tap, TapResult, Windows};
+use causal_lm::{
+    Decoder, Hidden, Linear, LinearName, NoTap, Routed, Site, Tap, TapResult, Windows,
+};
 use serde::Serialize;
 use std::cell::RefCell;
 use std::path::Path;
@@ -146,7 +148,11 @@ pub fn repair_experts(
     progress: &dyn Progress,
 ) -> Result<RepairedExperts> {
     let mixtures = &decoder.config().mixtures;
-    let count: usize = mixtures.iter().flatten().map(|mixture| mixture.experts).sum();
+    let count: usize = mixtures
+        .iter()
+        .flatten()
+        .map(|mixture| mixture.experts)
+        .sum();
     if count == 0 {
         return Err(Error::Setting {
             name: "model",
@@ -448,7 +454,11 @@ fn values(tensor: &Tensor) -> Result<Vec<f32>> {
 }
 
 /// What storing a compressed linear of an expert takes; `None` where the compressor does not fit the shape.
-pub fn predicted_bytes(compressor: &Compressor, shape: (usize, usize), rank: usize) -> Option<usize> {
+pub fn predicted_bytes(
+    compressor: &Compressor,
+    shape: (usize, usize),
+    rank: usize,
+) -> Option<usize> {
     let storage = Storage::predicted(compressor, shape, 2)?;
     Some(storage.bytes() + 2 * rank * (shape.0 + shape.1))
 }

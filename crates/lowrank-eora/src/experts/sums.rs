@@ -50,7 +50,11 @@ impl Sums {
         Ok(Self {
             gram,
             weight,
-            effective: if squares > 0.0 { weight * weight / squares } else { 0.0 },
+            effective: if squares > 0.0 {
+                weight * weight / squares
+            } else {
+                0.0
+            },
         })
     }
 }
@@ -95,14 +99,20 @@ mod tests {
         };
         for (prior, expected) in [
             (2.0, [1.070192, -0.0792162, -0.2506842, -0.0505379]),
-            (0.0, [2.25875, -0.246875, -0.78125, -0.1575].map(|x| x / 2.04)),
+            (
+                0.0,
+                [2.25875, -0.246875, -0.78125, -0.1575].map(|x| x / 2.04),
+            ),
             (1e12, [1.0, 0.0, 0.0, 0.0]),
         ] {
             let (gram, share) = mixed(own(), &pool, prior);
             assert!((share - prior / (prior + 3.790164)).abs() < 1e-6);
             for (column, expected) in expected.into_iter().enumerate() {
                 let found: f64 = gram[(0, column)];
-                assert!((found - expected).abs() < 1e-6, "{prior}: {found} is not {expected}");
+                assert!(
+                    (found - expected).abs() < 1e-6,
+                    "{prior}: {found} is not {expected}"
+                );
             }
         }
         let none = Sums::of(&[], Some(&[])).unwrap();

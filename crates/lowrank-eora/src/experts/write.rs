@@ -19,7 +19,11 @@ pub(super) struct Writer<'a> {
 
 impl<'a> Writer<'a> {
     /// Begins a checkpoint with everything but the experts in it.
-    pub(super) fn create(decoder: &'a Decoder<'a>, dst: &Path, files: &WriteOptions) -> Result<Self> {
+    pub(super) fn create(
+        decoder: &'a Decoder<'a>,
+        dst: &Path,
+        files: &WriteOptions,
+    ) -> Result<Self> {
         let checkpoint = decoder.checkpoint();
         let mut specs = Vec::new();
         for name in checkpoint.names() {
@@ -30,7 +34,10 @@ impl<'a> Writer<'a> {
         let config = checkpoint.config();
         let mut writer = CheckpointWriter::create(dst, config, specs, files)?;
         writer.carry_from(checkpoint)?;
-        for name in checkpoint.names().filter(|name| !of_experts.contains(*name)) {
+        for name in checkpoint
+            .names()
+            .filter(|name| !of_experts.contains(*name))
+        {
             writer.copy_tensor(name, checkpoint)?;
         }
         Ok(Self {

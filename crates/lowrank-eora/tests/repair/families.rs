@@ -40,16 +40,28 @@ fn a_correction_brings_back_a_part_of_what_every_architecture_lost() {
 fn merged_weights_have_the_names_and_shapes_of_the_dense_model() {
     each(|name, tiny| {
         let dense = tiny.decoder();
-        let repaired = run(&eora(2), &dense, &compressor("wanda-2:4"), &tiny.path("run"));
+        let repaired = run(
+            &eora(2),
+            &dense,
+            &compressor("wanda-2:4"),
+            &tiny.path("run"),
+        );
         let merged = tiny.path("merged");
         let options = CheckpointOptions::new(Weights::Merged, Layout::Dense { dtype: None });
         write_checkpoint(&dense, &repaired, &merged, &options, &NoProgress).unwrap();
         let merged = Checkpoint::open(&merged).unwrap();
         let described = |checkpoint: &Checkpoint| -> BTreeSet<(String, Vec<usize>)> {
             let shape = |name: &str| checkpoint.info(name).unwrap().shape.clone();
-            checkpoint.names().map(|name| (name.to_string(), shape(name))).collect()
+            checkpoint
+                .names()
+                .map(|name| (name.to_string(), shape(name)))
+                .collect()
         };
         assert_eq!(described(&merged), described(tiny.checkpoint()), "{name}");
-        assert_eq!(decoder(&merged).config().layers(), dense.config().layers(), "{name}");
+        assert_eq!(
+            decoder(&merged).config().layers(),
+            dense.config().layers(),
+            "{name}"
+        );
     });
 }

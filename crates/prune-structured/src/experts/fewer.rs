@@ -45,7 +45,12 @@ pub fn fewer(
     progress: &dyn Progress,
 ) -> Result<ExpertPlan> {
     let mixtures = &decoder.config().mixtures;
-    let Some(now) = mixtures.iter().flatten().map(|mixture| mixture.chosen).min() else {
+    let Some(now) = mixtures
+        .iter()
+        .flatten()
+        .map(|mixture| mixture.chosen)
+        .min()
+    else {
         return Err(Error::Unsupported {
             method: "fewer experts for each token",
             model_type: decoder.config().model_type,
@@ -89,11 +94,7 @@ pub fn fewer(
     Ok(plan)
 }
 
-fn of_layer(
-    layer: &Layer<'_>,
-    rule: RoutingRule,
-    factors: FewerExperts,
-) -> Result<Vec<Vec<f64>>> {
+fn of_layer(layer: &Layer<'_>, rule: RoutingRule, factors: FewerExperts) -> Result<Vec<Vec<f64>>> {
     let all: Vec<usize> = (0..layer.experts()).collect();
     Ok(match factors {
         FewerExperts::Plain => vec![vec![]; all.len()],

@@ -151,7 +151,15 @@ impl Search<'_> {
 
     fn uniform(&self) -> Result<(Outcome, ExpertRefits)> {
         let Some((first, mixture)) = self.mixtures().next() else {
-            return Ok((plan(self.decoder, self.data.calibration, &self.options.experts, self.progress)?, self.refits(0)?));
+            return Ok((
+                plan(
+                    self.decoder,
+                    self.data.calibration,
+                    &self.options.experts,
+                    self.progress,
+                )?,
+                self.refits(0)?,
+            ));
         };
         if let Some((layer, _)) = self.mixtures().find(|(_, other)| *other != mixture) {
             return Err(Error::NotUniform { layer });
@@ -162,7 +170,10 @@ impl Search<'_> {
         if pairs.is_empty() {
             return Err(self.unreachable(first as u64));
         }
-        self.progress.begin("predictions of the dense model", self.decoder.config().layers() as u64);
+        self.progress.begin(
+            "predictions of the dense model",
+            self.decoder.config().layers() as u64,
+        );
         let reference = Reference::new(self.decoder, self.data.search, self.progress)?;
         let mut best: Option<(f64, Outcome, ExpertRefits)> = None;
         for (at, &pair) in pairs.iter().enumerate() {
@@ -192,7 +203,8 @@ impl Search<'_> {
             .collect();
         let whole = ExpertPlan::whole(self.decoder);
         let budget = self.budget(self.mixtures().map(|(_, mixture)| mixture));
-        self.progress.begin("predictions of the dense model", layers as u64);
+        self.progress
+            .begin("predictions of the dense model", layers as u64);
         let reference = Reference::new(self.decoder, self.data.search, self.progress)?;
         let mut curves = Vec::new();
         let mut options_of = Vec::new();
@@ -202,7 +214,10 @@ impl Search<'_> {
             let mut of_layer: Option<(usize, LayerExperts)> = None;
             for &pair in &pairs {
                 // Pairs come by the number of experts, which are chosen once for each.
-                if of_layer.as_ref().is_none_or(|(experts, _)| *experts != pair.experts) {
+                if of_layer
+                    .as_ref()
+                    .is_none_or(|(experts, _)| *experts != pair.experts)
+                {
                     let mut counts = counts.clone();
                     counts[layer] = pair.experts;
                     let options = &self.options.experts;
@@ -232,7 +247,10 @@ impl Search<'_> {
             let mut order: Vec<usize> = (0..pairs.len()).collect();
             order.sort_by_key(|&at| curve[at].cost);
             curves.push(order.iter().map(|&at| curve[at]).collect::<Vec<_>>());
-            options_of.push((layer, order.into_iter().map(|at| pairs[at]).collect::<Vec<_>>()));
+            options_of.push((
+                layer,
+                order.into_iter().map(|at| pairs[at]).collect::<Vec<_>>(),
+            ));
         }
         let least: u64 = curves.iter().map(|curve: &Vec<Point>| curve[0].cost).sum();
         let choice = knapsack(&curves, budget).ok_or_else(|| self.unreachable(least))?;
@@ -271,7 +289,13 @@ impl Search<'_> {
     ) -> Result<ExpertPlan> {
         let options = (&self.options.neurons, refits);
         let windows = self.data.calibration;
-        narrow(self.decoder, windows, (plan, widths), options, self.progress)
+        narrow(
+            self.decoder,
+            windows,
+            (plan, widths),
+            options,
+            self.progress,
+        )
     }
 }
 
@@ -284,7 +308,9 @@ fn uniform_pairs(mixture: Mixture, align: usize, hidden: usize, budget: u64) -> 
         // The dense width need not be a multiple.
         let widths = widths.chain([mixture.width]);
         let pairs = widths.map(|width| Pair { experts, width });
-        pairs.filter(|pair| pair.cost(hidden) <= budget).max_by_key(|pair| pair.width)
+        pairs
+            .filter(|pair| pair.cost(hidden) <= budget)
+            .max_by_key(|pair| pair.width)
     };
     let mut pairs: Vec<Pair> = counts.filter_map(of_count).collect();
     // Of pairs of one width the one with the most experts contains the others.
@@ -292,7 +318,9 @@ fn uniform_pairs(mixture: Mixture, align: usize, hidden: usize, budget: u64) -> 
     let count = pairs.len();
     match count <= PAIRS {
         true => pairs,
-        false => (0..PAIRS).map(|i| pairs[i * (count - 1) / (PAIRS - 1)]).collect(),
+        false => (0..PAIRS)
+            .map(|i| pairs[i * (count - 1) / (PAIRS - 1)])
+            .collect(),
     }
 }
 
@@ -322,7 +350,9 @@ fn pairs_of_layer(mixture: Mixture, align: usize, hidden: usize) -> Vec<Pair> {
         };
         let mut order: Vec<Pair> = pairs.clone();
         order.sort_by(|a, b| {
-            balance(a).total_cmp(&balance(b)).then(b.cost(hidden).cmp(&a.cost(hidden)))
+            balance(a)
+                .total_cmp(&balance(b))
+                .then(b.cost(hidden).cmp(&a.cost(hidden)))
         });
         order.truncate(12);
         pairs.retain(|pair| order.contains(pair));
@@ -348,13 +378,15 @@ mod tests {
                 let (e, w) = (pair.experts as f64, pair.width as f64);
                 Point {
                     cost: pair.cost(8),
-                    distortion: weight
-                        * (3.0 * (4.0 - e).powi(2) + e * (6.0 - w).powi(2) / 4.0),
+                    distortion: weight * (3.0 * (4.0 - e).powi(2) + e * (6.0 - w).powi(2) / 4.0),
                 }
             };
             pairs.iter().map(point).collect()
         };
-        (vec![pairs.clone(), pairs.clone()], vec![curve(1.0), curve(2.5)])
+        (
+            vec![pairs.clone(), pairs.clone()],
+            vec![curve(1.0), curve(2.5)],
+        )
     }
 
     #[test]
@@ -368,7 +400,11 @@ mod tests {
             (1094, 3.0, 1064, Some([(3, 6), (4, 6)])),
         ] {
             let choice = knapsack(&curves, budget).unwrap();
-            let found: f64 = choice.iter().zip(&curves).map(|(&i, c)| c[i].distortion).sum();
+            let found: f64 = choice
+                .iter()
+                .zip(&curves)
+                .map(|(&i, c)| c[i].distortion)
+                .sum();
             let cost: u64 = choice.iter().zip(&curves).map(|(&i, c)| c[i].cost).sum();
             assert!((found - error).abs() < 1e-9, "{budget}: {found}");
             assert!(cost <= budget, "{budget}: {cost} is not {spent}");
@@ -428,6 +464,10 @@ mod tests {
             width: 128,
         };
         assert!(pairs.contains(&whole));
-        assert!(pairs.iter().all(|pair| pair.width % 32 == 0 && pair.experts >= 8));
+        assert!(
+            pairs
+                .iter()
+                .all(|pair| pair.width % 32 == 0 && pair.experts >= 8)
+        );
     }
 }

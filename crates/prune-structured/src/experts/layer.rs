@@ -80,7 +80,9 @@ impl Batch<'_> {
     pub(crate) fn gates(&self, token: usize) -> impl Iterator<Item = (usize, f64)> {
         let chosen = self.routing.chosen;
         let range = token * chosen..(token + 1) * chosen;
-        let ids = self.routing.ids[range.clone()].iter().map(|&id| id as usize);
+        let ids = self.routing.ids[range.clone()]
+            .iter()
+            .map(|&id| id as usize);
         ids.zip(self.routing.gates[range].iter().map(|&g| f64::from(g)))
     }
 
@@ -155,7 +157,10 @@ impl<'a> Layer<'a> {
         let linears = mlp.gate.iter().chain([&mlp.up, &mlp.down]);
         let mut weights = Vec::new();
         for linear in linears {
-            let weight = linear.weight.to_dtype(DType::F32)?.to_device(&Device::Cpu)?;
+            let weight = linear
+                .weight
+                .to_dtype(DType::F32)?
+                .to_device(&Device::Cpu)?;
             weights.extend(weight.flatten_all()?.to_vec1::<f32>()?);
         }
         Ok(weights)
@@ -237,7 +242,9 @@ impl<'a> Layer<'a> {
                 let width = x.dim(1)?;
                 sum.resize(width, 0.0);
                 for row in run(&mlp, x)?.chunks(width) {
-                    sum.iter_mut().zip(row).for_each(|(sum, &x)| *sum += f64::from(x));
+                    sum.iter_mut()
+                        .zip(row)
+                        .for_each(|(sum, &x)| *sum += f64::from(x));
                 }
             }
             let tokens = self.statistics.tokens.max(1) as f64;
@@ -256,11 +263,20 @@ impl<'a> Layer<'a> {
 fn joined(routings: &[Routing]) -> Routing {
     let shape = routings.first();
     Routing {
-        logits: routings.iter().flat_map(|r| r.logits.iter().copied()).collect(),
+        logits: routings
+            .iter()
+            .flat_map(|r| r.logits.iter().copied())
+            .collect(),
         experts: shape.map_or(0, |routing| routing.experts),
         chosen: shape.map_or(1, |routing| routing.chosen),
-        ids: routings.iter().flat_map(|r| r.ids.iter().copied()).collect(),
-        gates: routings.iter().flat_map(|r| r.gates.iter().copied()).collect(),
+        ids: routings
+            .iter()
+            .flat_map(|r| r.ids.iter().copied())
+            .collect(),
+        gates: routings
+            .iter()
+            .flat_map(|r| r.gates.iter().copied())
+            .collect(),
     }
 }
 

@@ -11,14 +11,22 @@ use faer::Mat;
 /// # Errors
 /// [`Error::Missing`] for a layer without experts, and what reading the router reports.
 pub fn router_map(decoder: &Decoder<'_>, layer: usize) -> Result<Vec<[f64; 2]>> {
-    let has_experts = decoder.config().mixtures.get(layer).copied().flatten().is_some();
+    let has_experts = decoder
+        .config()
+        .mixtures
+        .get(layer)
+        .copied()
+        .flatten()
+        .is_some();
     let router = decoder.config().names.router(layer).filter(|_| has_experts);
     let router = router.ok_or(Error::Missing {
         layer,
         what: "the router",
         need: "name a layer with experts",
     })?;
-    let rows = decoder.checkpoint().tensor_as(&router, DType::F64, &Device::Cpu)?;
+    let rows = decoder
+        .checkpoint()
+        .tensor_as(&router, DType::F64, &Device::Cpu)?;
     principal(&rows.to_vec2()?, layer)
 }
 
@@ -30,13 +38,17 @@ fn principal(rows: &[Vec<f64>], layer: usize) -> Result<Vec<[f64; 2]>> {
     let mean = |i: usize| (0..n).map(|j| square(i, j)).sum::<f64>() / n as f64;
     let means: Vec<f64> = (0..n).map(mean).collect();
     let all = means.iter().sum::<f64>() / n as f64;
-    let products = Mat::from_fn(n, n, |i, j| -0.5 * (square(i, j) - means[i] - means[j] + all));
+    let products = Mat::from_fn(n, n, |i, j| {
+        -0.5 * (square(i, j) - means[i] - means[j] + all)
+    });
     let found = linalg::eigen(products.as_ref()).map_err(|_| Error::Singular { layer })?;
     let coordinate = |i: usize, axis: usize| match found.values.get(axis) {
         Some(&value) if value > 0.0 => value.sqrt() * found.vectors[(i, axis)],
         _ => 0.0,
     };
-    Ok((0..n).map(|i| [coordinate(i, 0), coordinate(i, 1)]).collect())
+    Ok((0..n)
+        .map(|i| [coordinate(i, 0), coordinate(i, 1)])
+        .collect())
 }
 
 #[cfg(test)]
@@ -45,7 +57,12 @@ mod tests {
 
     #[test]
     fn rows_in_a_plane_keep_their_distances() {
-        let rows = [[0.0, 0.0, 1.0], [3.0, 0.0, 1.0], [0.0, 4.0, 1.0], [3.0, 4.0, 1.0]];
+        let rows = [
+            [0.0, 0.0, 1.0],
+            [3.0, 0.0, 1.0],
+            [0.0, 4.0, 1.0],
+            [3.0, 4.0, 1.0],
+        ];
         let rows: Vec<Vec<f64>> = rows.iter().map(|row| row.to_vec()).collect();
         let map = principal(&rows, 0).unwrap();
         let distances = row_distances(&rows);

@@ -110,14 +110,15 @@ struct Neurons {
 impl Neurons {
     fn of(mlp: &Mlp) -> Result<Self> {
         let (count, hidden) = mlp.up.weight.dims2()?;
-        let plain = |weight: &Tensor| -> Result<Vec<f32>> {
-            values(weight)
-        };
+        let plain = |weight: &Tensor| -> Result<Vec<f32>> { values(weight) };
         let gate = match &mlp.gate {
             Some(gate) => plain(&gate.weight)?,
             None => vec![],
         };
-        let (up, down) = (plain(&mlp.up.weight)?, plain(&mlp.down.weight.t()?.contiguous()?)?);
+        let (up, down) = (
+            plain(&mlp.up.weight)?,
+            plain(&mlp.down.weight.t()?.contiguous()?)?,
+        );
         let mut rows = Vec::with_capacity(3 * count * hidden);
         for neuron in 0..count {
             for part in [&gate, &up, &down] {
@@ -138,7 +139,11 @@ impl Neurons {
             let neurons = self.rows.chunks(self.width);
             let rows = neurons.flat_map(|row| &row[at * self.hidden..(at + 1) * self.hidden]);
             let rows: Vec<f32> = rows.copied().collect();
-            Ok(Tensor::from_vec(rows, (self.count, self.hidden), &Device::Cpu)?)
+            Ok(Tensor::from_vec(
+                rows,
+                (self.count, self.hidden),
+                &Device::Cpu,
+            )?)
         };
         let linear = |weight: Tensor, like: &Linear| -> Result<Linear> {
             let weight = weight.to_dtype(like.weight.dtype())?;

@@ -16,9 +16,9 @@
 //! A method is a file of `method` and a line of [`ExpertMethod`]; a compensation a file of `compensation` and a line of
 //! [`ExpertCompensation`].
 
-pub mod compensation;
 mod cluster;
 mod collect;
+pub mod compensation;
 mod divergence;
 mod fewer;
 mod joint;

@@ -5,11 +5,11 @@
 //! Experts see few tokens, so that their statistics are drawn towards those of a pool: the same expert run on the tokens that
 //! came closest to choosing it. All experts of a layer keep as many neurons, which fused tensors and every runtime need.
 
+use super::ExpertRefits;
 use super::collect::Collector;
 use super::plan::{ExpertPlan, LayerExperts, ascending_below};
 use super::routing::{logits as logits_of, softmax};
 use super::select::advance_pruned;
-use super::ExpertRefits;
 use crate::compensation::{complement, refit};
 use crate::score::{Magnitude, Score, WandaSp};
 use crate::stats::{ColumnStats, GramCollector, Moments, Part};
@@ -164,7 +164,11 @@ fn one(
     let own = Sums::of(&seen.neurons(&mlp, &own)?, &roots, options.refit)?;
     let ones = vec![1.0; pool.len()];
     let pool = Sums::of(&seen.neurons(&mlp, &pool)?, &ones, options.refit)?;
-    let down = mlp.down.weight.to_dtype(DType::F32)?.to_device(&Device::Cpu)?;
+    let down = mlp
+        .down
+        .weight
+        .to_dtype(DType::F32)?
+        .to_device(&Device::Cpu)?;
     let prior = |share: f64| options.prior.unwrap_or(share * dense as f64);
     let score: Score = match own.tokens {
         0 => Magnitude.into(),
@@ -278,7 +282,11 @@ impl Sums {
         Ok(Self {
             tokens: roots.len(),
             weight,
-            effective: if squares > 0.0 { weight * weight / squares } else { 0.0 },
+            effective: if squares > 0.0 {
+                weight * weight / squares
+            } else {
+                0.0
+            },
             mean,
             square,
             gram: gram.map(|gram| gram * unit).transpose()?,
@@ -305,7 +313,10 @@ impl Sums {
         let mean = mixed(&self.mean, &pool.mean, width);
         let square = mixed(&self.square, &pool.square, width);
         let count = self.tokens.max(1) as u64;
-        let variance = mean.iter().zip(&square).map(|(mean, square)| square - mean * mean);
+        let variance = mean
+            .iter()
+            .zip(&square)
+            .map(|(mean, square)| square - mean * mean);
         let centred = variance.map(|v| v.max(0.0) * count as f64).collect();
         let mut stats = ColumnStats {
             moments: Moments {
@@ -364,7 +375,10 @@ mod tests {
         assert_eq!(found.len(), expected.len());
         for (found, expected) in found.iter().zip(expected) {
             let gap = (found - expected).abs();
-            assert!(gap < 3e-6 * expected.abs().max(1.0), "{found} is not {expected}");
+            assert!(
+                gap < 3e-6 * expected.abs().max(1.0),
+                "{found} is not {expected}"
+            );
         }
     }
 
@@ -383,7 +397,10 @@ mod tests {
         let expected = [4.508742, 2.421421, 1.647726, 3.851380];
         close(&wanda, &expected.map(|x| x * scale));
         let gram = (own.gram.unwrap() * own.weight).unwrap();
-        let row: Vec<f64> = values(&gram).unwrap()[..4].iter().map(|&x| x.into()).collect();
+        let row: Vec<f64> = values(&gram).unwrap()[..4]
+            .iter()
+            .map(|&x| x.into())
+            .collect();
         close(&row, &[2.25875, -0.246875, -0.78125, -0.1575]);
     }
 
@@ -392,7 +409,11 @@ mod tests {
         let (a, down) = problem();
         let gram = Sums::of(&[a], &GATES, true).unwrap().gram.unwrap();
         let refitted = refit(&down, &gram, &[0, 1, 3], &[2], 0.0, 0).unwrap();
-        let found: Vec<f64> = values(&refitted).unwrap().iter().map(|&x| x.into()).collect();
+        let found: Vec<f64> = values(&refitted)
+            .unwrap()
+            .iter()
+            .map(|&x| x.into())
+            .collect();
         let expected = [
             [-1.682549, -0.5202077, 1.393845],
             [0.5476478, 1.060623, -0.1815351],
@@ -412,11 +433,17 @@ mod tests {
         };
         let row = |prior: f64| -> Vec<f64> {
             let gram = own.shrunk_gram(&pool, prior).unwrap();
-            values(&gram).unwrap()[..4].iter().map(|&x| x.into()).collect()
+            values(&gram).unwrap()[..4]
+                .iter()
+                .map(|&x| x.into())
+                .collect()
         };
         close(&row(2.0), &[1.070192, -0.0792162, -0.2506842, -0.0505379]);
         let unit = own.weight;
-        close(&row(0.0), &[2.25875, -0.246875, -0.78125, -0.1575].map(|x| x / unit));
+        close(
+            &row(0.0),
+            &[2.25875, -0.246875, -0.78125, -0.1575].map(|x| x / unit),
+        );
         close(&row(1e12), &[1.0, 0.0, 0.0, 0.0]);
     }
 
@@ -435,6 +462,9 @@ mod tests {
         assert_eq!(options.width(0, 128, 0.5).unwrap(), 64);
         assert_eq!(options.width(0, 128, 0.01).unwrap(), 32);
         assert_eq!(options.width(0, 100, 1.0).unwrap(), 100);
-        assert!(matches!(options.width(0, 16, 0.5), Err(Error::Width { .. })));
+        assert!(matches!(
+            options.width(0, 16, 0.5),
+            Err(Error::Width { .. })
+        ));
     }
 }

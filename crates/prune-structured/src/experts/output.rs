@@ -72,7 +72,10 @@ impl ExpertCost {
         let (dense, checkpoint) = (decoder.config(), decoder.checkpoint());
         let mut cost = Self::default();
         let of_experts = stored_names(dense);
-        for name in checkpoint.names().filter(|name| !of_experts.contains(*name)) {
+        for name in checkpoint
+            .names()
+            .filter(|name| !of_experts.contains(*name))
+        {
             let info = checkpoint.info(name)?;
             cost.parameters += info.elements() as u64;
             cost.active += info.elements() as u64;
@@ -131,7 +134,10 @@ pub fn write(
     let checkpoint = decoder.checkpoint();
     let of_experts = stored_names(decoder.config());
     let mut specs = Vec::new();
-    for name in checkpoint.names().filter(|name| !of_experts.contains(*name)) {
+    for name in checkpoint
+        .names()
+        .filter(|name| !of_experts.contains(*name))
+    {
         let info = checkpoint.info(name)?;
         specs.push(TensorSpec::new(name, info.dtype, info.shape.clone()));
     }
@@ -146,7 +152,9 @@ pub fn write(
     for (name, text) in files {
         writer.add_file(name, text.as_bytes())?;
     }
-    let by_name = targets.iter().map(|target| (target.spec.name.as_str(), target));
+    let by_name = targets
+        .iter()
+        .map(|target| (target.spec.name.as_str(), target));
     let targets: HashMap<&str, &Target> = by_name.collect();
     let mut source = Source {
         decoder,
@@ -276,7 +284,11 @@ impl Source<'_> {
             Origin::Router(name) => {
                 let info = checkpoint.info(name)?;
                 let row_bytes = info.bytes / info.shape[0];
-                Ok(slice::rows(&checkpoint.bytes(name)?, row_bytes, &experts.kept))
+                Ok(slice::rows(
+                    &checkpoint.bytes(name)?,
+                    row_bytes,
+                    &experts.kept,
+                ))
             }
             Origin::Experts(parts) => {
                 let mut bytes = Vec::new();
@@ -318,7 +330,11 @@ impl Source<'_> {
 
     /// Bytes of an expert's linear as they are.
     fn stored(&self, target: &Target, expert: usize, name: LinearName) -> Result<Vec<u8>> {
-        let Some(part) = self.decoder.config().expert_part(target.layer, expert, name) else {
+        let Some(part) = self
+            .decoder
+            .config()
+            .expert_part(target.layer, expert, name)
+        else {
             return Ok(vec![]);
         };
         let checkpoint = self.decoder.checkpoint();

@@ -184,7 +184,10 @@ impl LayerExperts {
 
     /// Neurons of each expert, where some of the model's are gone.
     pub fn width(&self) -> Option<usize> {
-        self.neurons.first().map(Vec::len).filter(|&width| width > 0)
+        self.neurons
+            .first()
+            .map(Vec::len)
+            .filter(|&width| width > 0)
     }
 
     /// Whether it changes nothing.
@@ -209,7 +212,11 @@ impl LayerExperts {
         let neurons = &self.neurons[at];
         if !neurons.is_empty() {
             mlp = narrowed(&mlp, neurons)?;
-            if let Some(down) = refits.map(|refits| refits.load(layer, at)).transpose()?.flatten() {
+            if let Some(down) = refits
+                .map(|refits| refits.load(layer, at))
+                .transpose()?
+                .flatten()
+            {
                 let like = &mlp.down.weight;
                 mlp.down.weight = down.to_dtype(like.dtype())?.to_device(like.device())?;
             }

@@ -234,7 +234,10 @@ mod tests {
         }
         assert_eq!(ExpertRecipe::named("no-such-method", 0), None);
         let random = ExpertRecipe::named("random", 1).unwrap();
-        assert_eq!(random.clone().seed(2), ExpertRecipe::named("random", 2).unwrap());
+        assert_eq!(
+            random.clone().seed(2),
+            ExpertRecipe::named("random", 2).unwrap()
+        );
         assert!(random.draws() && random.is_control());
     }
 }

@@ -141,7 +141,12 @@ pub fn plan_by_layer(
         outcome.layers.push(found);
         if let Some(before) = before {
             hidden = before;
-            advance_pruned(&mut hidden, (decoder, layer), (&experts, None, None), &mut NoTap)?;
+            advance_pruned(
+                &mut hidden,
+                (decoder, layer),
+                (&experts, None, None),
+                &mut NoTap,
+            )?;
         }
         outcome.plan.layers.push(Some(experts));
         progress.advance(1)?;

@@ -48,7 +48,10 @@ fn statistics(normalise: bool) -> LayerStatistics {
     let mut statistics = LayerStatistics::new(EXPERTS);
     statistics.add_routing(&routing);
     for (expert, (tokens, gates)) in routing.by_expert().into_iter().enumerate() {
-        let rows: Vec<f32> = tokens.iter().flat_map(|&t| output(t as usize, expert)).collect();
+        let rows: Vec<f32> = tokens
+            .iter()
+            .flat_map(|&t| output(t as usize, expert))
+            .collect();
         statistics.experts[expert].add(&gates, &rows, 2);
     }
     statistics
@@ -58,7 +61,10 @@ fn close(found: &[f64], expected: &[f64]) {
     assert_eq!(found.len(), expected.len());
     for (found, expected) in found.iter().zip(expected) {
         let gap = (found - expected).abs();
-        assert!(gap <= 2e-6 * expected.abs().max(0.1), "{found} is not {expected}");
+        assert!(
+            gap <= 2e-6 * expected.abs().max(0.1),
+            "{found} is not {expected}"
+        );
     }
 }
 
@@ -85,17 +91,34 @@ fn statistics_are_those_found_by_hand() {
         close(&each(&|e| e.gates), &gates);
         let probabilities = [1.397135, 2.425215, 0.3212420, 1.844105, 0.01230333];
         close(&each(&|e| e.probabilities), &probabilities);
-        close(&each(&|e| e.norms), &[4.060660, 3.467612, 1.118034, 6.581307, 0.0]);
+        close(
+            &each(&|e| e.norms),
+            &[4.060660, 3.467612, 1.118034, 6.581307, 0.0],
+        );
         let count = |e: &super::ExpertStatistics| e.count.max(1) as f64;
-        close(&each(&|e| e.squares / count(e)), &[1.875, 1.354167, 1.25, 1.75, 0.0]);
+        close(
+            &each(&|e| e.squares / count(e)),
+            &[1.875, 1.354167, 1.25, 1.75, 0.0],
+        );
         close(&each(&|e| e.gated_norms / count(e)), &reap);
         close(&each(&|e| e.variance().sqrt() * e.gates / count(e)), &mone);
         let counts: Vec<usize> = statistics.experts.iter().map(|e| e.count).collect();
         assert_eq!(counts, [3, 3, 1, 5, 0]);
         let together = |a: usize, b: usize| statistics.together[a * EXPERTS + b];
-        assert_eq!([together(0, 1), together(0, 3), together(1, 3), together(2, 3)], [1, 2, 2, 1]);
+        assert_eq!(
+            [
+                together(0, 1),
+                together(0, 3),
+                together(1, 3),
+                together(2, 3)
+            ],
+            [1, 2, 2, 1]
+        );
         assert_eq!(best(&reap, 2), [1, 0]);
-        assert_eq!((statistics.tokens_per_expert(), statistics.rarer_than(2)), ((0, 3), 2));
+        assert_eq!(
+            (statistics.tokens_per_expert(), statistics.rarer_than(2)),
+            ((0, 3), 2)
+        );
     }
 }
 
@@ -103,7 +126,10 @@ fn statistics_are_those_found_by_hand() {
 fn what_dropping_one_expert_does_is_that_found_by_hand() {
     for (normalise, expected) in [
         (true, [0.4462430, 2.114012, 0.0296520, 0.5191646, 0.0]),
-        (false, [0.3975203, 1.739799, 0.0339722, 0.4908602, 2.637552e-6]),
+        (
+            false,
+            [0.3975203, 1.739799, 0.0339722, 0.4908602, 2.637552e-6],
+        ),
     ] {
         let found = with_batch(normalise, drop_changes);
         let means: Vec<f64> = found.iter().map(|sum| sum / 6.0).collect();
@@ -144,12 +170,21 @@ fn factors_of_experts_that_stay_are_those_found_by_hand() {
         ),
     ] {
         let mut moments = Moments::new(3);
-        with_batch(normalise, |batch| moments.add(batch, batch.rule, &[0, 1, 3]));
+        with_batch(normalise, |batch| {
+            moments.add(batch, batch.rule, &[0, 1, 3])
+        });
         let solved = moments.solve(0.01, 0).unwrap();
         close(&[moments.one_factor()], &[one]);
         close(&solved, &factors);
         let error = |factors: &[f64]| moments.error(factors);
-        close(&[error(&[1.0; 3]), error(&[moments.one_factor(); 3]), error(&solved)], &errors);
+        close(
+            &[
+                error(&[1.0; 3]),
+                error(&[moments.one_factor(); 3]),
+                error(&solved),
+            ],
+            &errors,
+        );
     }
 }
 
@@ -174,11 +209,20 @@ fn factors_of_fewer_experts_are_those_found_by_hand() {
             chosen: 1,
             normalise,
         };
-        with_batch(normalise, |batch| moments.add(batch, fewer, &[0, 1, 2, 3, 4]));
+        with_batch(normalise, |batch| {
+            moments.add(batch, fewer, &[0, 1, 2, 3, 4])
+        });
         let solved = moments.solve(0.01, 0).unwrap();
         close(&[moments.one_factor()], &[one]);
         close(&solved, &factors);
         let error = |factors: &[f64]| moments.error(factors);
-        close(&[error(&[1.0; 5]), error(&[moments.one_factor(); 5]), error(&solved)], &errors);
+        close(
+            &[
+                error(&[1.0; 5]),
+                error(&[moments.one_factor(); 5]),
+                error(&solved),
+            ],
+            &errors,
+        );
     }
 }

@@ -51,7 +51,11 @@ pub(crate) fn pruned(
                     config.set("num_key_value_heads", widths[0].kv_heads);
                     config.set("head_dim", model.head_dim(0));
                 }
-                if let Some(dense) = widths.iter().zip(&model.mixtures).find(|(_, m)| m.is_none()) {
+                if let Some(dense) = widths
+                    .iter()
+                    .zip(&model.mixtures)
+                    .find(|(_, m)| m.is_none())
+                {
                     config.set(model.stock.neurons, dense.0.neurons);
                 }
                 config.remove(WIDTHS_KEY);
@@ -143,9 +147,10 @@ impl PerLayer<'_> {
                 (module.path.to_string(), json!(parts))
             })
             .collect();
-        let loader = LOADER
-            .replace("BASE", model.stock.class)
-            .replace("MODULES = {}", &format!("MODULES = {}", Value::Object(modules)));
+        let loader = LOADER.replace("BASE", model.stock.class).replace(
+            "MODULES = {}",
+            &format!("MODULES = {}", Value::Object(modules)),
+        );
         Ok((LOADER_FILE, loader))
     }
 }

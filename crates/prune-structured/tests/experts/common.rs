@@ -84,7 +84,8 @@ pub(crate) fn store(
     tensors: &[(String, Vec<usize>)],
     make: &mut dyn FnMut(&str, &[usize]) -> Tensor,
 ) {
-    let spec = |(name, shape): &(String, Vec<usize>)| TensorSpec::new(name, DType::F32, shape.clone());
+    let spec =
+        |(name, shape): &(String, Vec<usize>)| TensorSpec::new(name, DType::F32, shape.clone());
     let specs = tensors.iter().map(spec).collect();
     let options = WriteOptions::default();
     let mut writer = CheckpointWriter::create(dir, config, specs, &options).unwrap();
@@ -111,9 +112,13 @@ pub(crate) fn config(model_type: &str, changes: Value) -> Config {
     });
     let own = match model_type {
         "mixtral" => json!({"num_local_experts": 6}),
-        "qwen2_moe" => json!({"num_experts": 6, "moe_intermediate_size": 16, "intermediate_size": 40,
-            "shared_expert_intermediate_size": 24, "mlp_only_layers": [1]}),
-        "qwen3_moe" => json!({"num_experts": 6, "moe_intermediate_size": 16, "norm_topk_prob": true}),
+        "qwen2_moe" => {
+            json!({"num_experts": 6, "moe_intermediate_size": 16, "intermediate_size": 40,
+            "shared_expert_intermediate_size": 24, "mlp_only_layers": [1]})
+        }
+        "qwen3_moe" => {
+            json!({"num_experts": 6, "moe_intermediate_size": 16, "norm_topk_prob": true})
+        }
         "granitemoe" => json!({"num_local_experts": 6, "attention_multiplier": 0.3}),
         _ => json!({"num_experts": 6, "num_key_value_heads": 4}),
     };
@@ -147,7 +152,10 @@ pub(crate) fn windows() -> Windows {
 /// Logits of the model in a folder on fixed tokens.
 pub(crate) fn logits(dir: &Path) -> Vec<f32> {
     let checkpoint = Checkpoint::open(dir).unwrap();
-    logits_of(&decoder(&checkpoint), &(0..20).map(|i| i * 7 % 50).collect::<Vec<_>>())
+    logits_of(
+        &decoder(&checkpoint),
+        &(0..20).map(|i| i * 7 % 50).collect::<Vec<_>>(),
+    )
 }
 
 pub(crate) fn logits_of(decoder: &Decoder<'_>, tokens: &[u32]) -> Vec<f32> {
@@ -168,7 +176,11 @@ pub(crate) fn restricted(decoder: &Decoder<'_>, plan: &ExpertPlan) -> Vec<f32> {
             let kept = experts.kept.iter().map(|&expert| expert as u32);
             let kept = Tensor::from_iter(kept, &Device::Cpu).unwrap();
             moe.router.weight = moe.router.weight.index_select(&kept, 0).unwrap();
-            moe.experts = experts.kept.iter().map(|&e| moe.experts[e].clone()).collect();
+            moe.experts = experts
+                .kept
+                .iter()
+                .map(|&e| moe.experts[e].clone())
+                .collect();
         }
         hidden.advance(&block, &mut NoTap).unwrap();
     }
@@ -187,7 +199,12 @@ pub(crate) fn gap(a: &[f32], b: &[f32]) -> f32 {
 /// Names of all tensors and their bytes.
 pub(crate) fn tensors(dir: &Path) -> Vec<(String, Vec<u8>)> {
     let checkpoint = Checkpoint::open(dir).unwrap();
-    let read = |name: &str| (name.to_string(), checkpoint.bytes(name).unwrap().into_owned());
+    let read = |name: &str| {
+        (
+            name.to_string(),
+            checkpoint.bytes(name).unwrap().into_owned(),
+        )
+    };
     let mut all: Vec<_> = checkpoint.names().map(read).collect();
     all.sort();
     all

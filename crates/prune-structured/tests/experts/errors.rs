@@ -56,27 +56,41 @@ fn an_expert_that_is_missing_is_named() {
     let error = said("mixtral", (ALONE, json!({})), |tensors| {
         tensors.retain(|(name, _)| !name.contains("layers.1.block_sparse_moe.experts.3.w2"));
     });
-    assert!(error.contains("model.layers.1.block_sparse_moe.experts.3.w2.weight"), "{error}");
+    assert!(
+        error.contains("model.layers.1.block_sparse_moe.experts.3.w2.weight"),
+        "{error}"
+    );
     // A gap in the numbers.
     let error = said("mixtral", (ALONE, json!({})), |tensors| {
         renamed(tensors, "experts.5.", "experts.9.");
     });
-    assert!(error.contains("model.layers.0.block_sparse_moe.experts.5.w1.weight"), "{error}");
+    assert!(
+        error.contains("model.layers.0.block_sparse_moe.experts.5.w1.weight"),
+        "{error}"
+    );
 }
 
 #[test]
 fn a_router_of_another_width_is_named() {
     let error = said("olmoe", (ALONE, json!({})), |tensors| {
-        let router = tensors.iter_mut().find(|(name, _)| name.ends_with("mlp.gate.weight"));
+        let router = tensors
+            .iter_mut()
+            .find(|(name, _)| name.ends_with("mlp.gate.weight"));
         router.unwrap().1 = vec![6, 20];
     });
-    assert!(error.contains("model.layers.0.mlp.gate.weight") && error.contains("20"), "{error}");
+    assert!(
+        error.contains("model.layers.0.mlp.gate.weight") && error.contains("20"),
+        "{error}"
+    );
 }
 
 #[test]
 fn both_layouts_in_one_checkpoint_are_refused() {
     let error = said("qwen3_moe", (ALONE, json!({})), |tensors| {
-        tensors.push(("model.layers.2.mlp.experts.gate_up_proj".into(), vec![6, 32, 24]));
+        tensors.push((
+            "model.layers.2.mlp.experts.gate_up_proj".into(),
+            vec![6, 32, 24],
+        ));
     });
     assert!(error.contains("model.layers."), "{error}");
     assert!(error.contains("mlp.experts."), "{error}");
@@ -85,18 +99,28 @@ fn both_layouts_in_one_checkpoint_are_refused() {
 #[test]
 fn a_shared_expert_that_the_architecture_does_not_have_is_named() {
     let error = said("qwen3_moe", (ALONE, json!({})), |tensors| {
-        tensors.push(("model.layers.0.mlp.shared_expert.up_proj.weight".into(), vec![16, 24]));
+        tensors.push((
+            "model.layers.0.mlp.shared_expert.up_proj.weight".into(),
+            vec![16, 24],
+        ));
     });
-    assert!(error.contains("model.layers.0.mlp.shared_expert.up_proj.weight"), "{error}");
+    assert!(
+        error.contains("model.layers.0.mlp.shared_expert.up_proj.weight"),
+        "{error}"
+    );
     let error = said("qwen2_moe", (ALONE, json!({})), |tensors| {
         tensors.retain(|(name, _)| !name.contains("layers.2.mlp.shared_expert_gate"));
     });
-    assert!(error.contains("model.layers.2.mlp.shared_expert_gate.weight"), "{error}");
+    assert!(
+        error.contains("model.layers.2.mlp.shared_expert_gate.weight"),
+        "{error}"
+    );
 }
 
 #[test]
 fn more_experts_for_a_token_than_there_are_is_an_error_of_the_config() {
-    let error = ModelConfig::new(&config("mixtral", json!({"num_experts_per_tok": 7}))).unwrap_err();
+    let error =
+        ModelConfig::new(&config("mixtral", json!({"num_experts_per_tok": 7}))).unwrap_err();
     assert!(error.to_string().contains("num_experts_per_tok"), "{error}");
 }
 
@@ -148,7 +172,13 @@ fn fewer_experts_than_a_token_goes_to_are_refused_before_anything_is_written() {
         list.neurons.pop();
     }
     let dst = model.path("never");
-    let error = write(&model.decoder(), &small, &dst, &ExpertSettings::default(), &NoProgress);
+    let error = write(
+        &model.decoder(),
+        &small,
+        &dst,
+        &ExpertSettings::default(),
+        &NoProgress,
+    );
     assert!(matches!(error, Err(Error::Experts { kept: 1, .. })));
     assert!(!dst.exists());
 }
@@ -180,18 +210,48 @@ fn options_that_make_no_sense_are_refused() {
     let model = mixtral();
     let decoder = model.decoder();
     let run = |options: &ExpertOptions| plan(&decoder, &windows(), options, &NoProgress);
-    assert!(matches!(run(&options("reap", Keep::Without(1.0))), Err(Error::Ratio(_))));
-    assert!(matches!(run(&options("reap", Keep::Experts(7))), Err(Error::Option { .. })));
+    assert!(matches!(
+        run(&options("reap", Keep::Without(1.0))),
+        Err(Error::Ratio(_))
+    ));
+    assert!(matches!(
+        run(&options("reap", Keep::Experts(7))),
+        Err(Error::Option { .. })
+    ));
     for chosen in [0, 3] {
-        let found = fewer(&decoder, &windows(), chosen, FewerExperts::Plain, &NoProgress);
-        assert!(matches!(found, Err(Error::Option { option: "chosen", .. })));
+        let found = fewer(
+            &decoder,
+            &windows(),
+            chosen,
+            FewerExperts::Plain,
+            &NoProgress,
+        );
+        assert!(matches!(
+            found,
+            Err(Error::Option {
+                option: "chosen",
+                ..
+            })
+        ));
     }
     let whole = model.plan("reap", Keep::Without(0.0)).unwrap().plan;
     let refits = prune_structured::experts::ExpertRefits::new(model.path(""));
     let widths = [Some(99), None, None];
     let settings = NeuronOptions::default();
-    let found = narrow(&decoder, &windows(), (&whole, &widths), (&settings, &refits), &NoProgress);
-    assert!(matches!(found, Err(Error::Width { option: "width", .. })));
+    let found = narrow(
+        &decoder,
+        &windows(),
+        (&whole, &widths),
+        (&settings, &refits),
+        &NoProgress,
+    );
+    assert!(matches!(
+        found,
+        Err(Error::Width {
+            option: "width",
+            ..
+        })
+    ));
 }
 
 #[test]
@@ -199,7 +259,10 @@ fn too_many_subsets_are_refused() {
     let config = config("mixtral", json!({"num_local_experts": 20}));
     let model = Mixture::random(&config, ALONE);
     let error = model.plan("naee", Keep::Experts(10)).unwrap_err();
-    assert!(matches!(error, Error::Unsupported { method: "naee", .. }), "{error}");
+    assert!(
+        matches!(error, Error::Unsupported { method: "naee", .. }),
+        "{error}"
+    );
 }
 
 #[test]
@@ -215,7 +278,12 @@ fn a_dense_model_has_no_experts_to_drop() {
     synthetic::write(&config, DType::F32, &dir, &files, synthetic::random(7)).unwrap();
     let checkpoint = Checkpoint::open(&dir).unwrap();
     let decoder = super::common::decoder(&checkpoint);
-    let found = plan(&decoder, &windows(), &options("reap", Keep::Experts(2)), &NoProgress);
+    let found = plan(
+        &decoder,
+        &windows(),
+        &options("reap", Keep::Experts(2)),
+        &NoProgress,
+    );
     assert!(matches!(found, Err(Error::Unsupported { .. })));
 }
 

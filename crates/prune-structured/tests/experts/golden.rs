@@ -62,7 +62,10 @@ fn each(test: impl Fn(&Case)) {
             "fused" => ExpertLayout::Fused,
             _ => ExpertLayout::Alone,
         };
-        let tokens: Vec<u32> = ids(&golden["tokens"]).into_iter().map(|t| t as u32).collect();
+        let tokens: Vec<u32> = ids(&golden["tokens"])
+            .into_iter()
+            .map(|t| t as u32)
+            .collect();
         test(&Case {
             name: golden["model"].as_str().unwrap().into(),
             model: Mixture::made(&config, layout, entries),

@@ -7,12 +7,12 @@ use candle_core::{Device, Tensor};
 use causal_lm::config::WIDTHS_KEY;
 use causal_lm::names::ExpertLayout;
 use causal_lm::{Decoder, Windows, synthetic};
+use prune_structured::compensation::{Bias, NoCompensation};
 use prune_structured::experts::compensation::ExpertScale;
 use prune_structured::experts::{
     ExpertCost, ExpertMethod, ExpertPlan, ExpertRefits, ExpertSettings, FewerExperts, Joint,
     JointData, JointOptions, Keep, NeuronOptions, fewer, joint, narrow, plan, plan_by_layer,
 };
-use prune_structured::compensation::{Bias, NoCompensation};
 use prune_structured::stats::Needs;
 use prune_structured::{
     Calibration, Collect, Compensation, Error, Form, Loading, NoProgress, Plan, Recipe, Settings,
@@ -68,20 +68,31 @@ fn layers_may_keep_different_numbers_of_experts() {
         assert!(folder.join(prune_structured::output::LOADER_FILE).exists());
         // A pruned model is pruned again.
         let again = Mixture::again(&checkpoint, "reap", 3);
-        assert!(again.layers.iter().flatten().all(|layer| layer.kept.len() == 3));
+        assert!(
+            again
+                .layers
+                .iter()
+                .flatten()
+                .all(|layer| layer.kept.len() == 3)
+        );
     });
 }
 
 impl Mixture {
     fn again(checkpoint: &Checkpoint, method: &str, keep: usize) -> ExpertPlan {
         let options = options(method, Keep::Experts(keep));
-        plan(&decoder(checkpoint), &windows(), &options, &NoProgress).unwrap().plan
+        plan(&decoder(checkpoint), &windows(), &options, &NoProgress)
+            .unwrap()
+            .plan
     }
 }
 
 #[test]
 fn experts_that_no_token_chose_are_free_where_gates_are_normalised() {
-    let config = config("mixtral", json!({"num_experts_per_tok": 1, "num_local_experts": 12}));
+    let config = config(
+        "mixtral",
+        json!({"num_experts_per_tok": 1, "num_local_experts": 12}),
+    );
     let model = Mixture::random(&config, ExpertLayout::Alone);
     let tokens = [3, 1, 4, 1, 5, 9];
     let text = Windows::cut(&tokens, 6, None).unwrap();
@@ -106,7 +117,12 @@ fn both_layouts_hold_the_same_model() {
         let fused = model.written_with(&found.plan, "fused", &settings);
         assert_eq!(logits(&alone), logits(&fused), "{kind}");
         let checkpoint = Checkpoint::open(&fused).unwrap();
-        assert!(checkpoint.names().any(|name| name.ends_with("gate_up_proj")), "{kind}");
+        assert!(
+            checkpoint
+                .names()
+                .any(|name| name.ends_with("gate_up_proj")),
+            "{kind}"
+        );
         // And back.
         let whole = Mixture::again(&checkpoint, "reap", 4);
         let settings = ExpertSettings::default().layout(Some(ExpertLayout::Alone));
@@ -147,10 +163,24 @@ fn no_score_finds_a_better_subset_than_trying_all() {
         let errors = |method: &str, keep: usize| -> Vec<f64> {
             let options = options(method, Keep::Experts(keep)).measure_errors(true);
             let found = plan(&model.decoder(), &windows(), &options, &NoProgress).unwrap();
-            found.layers.iter().map(|layer| layer.error.unwrap().dropped).collect()
+            found
+                .layers
+                .iter()
+                .map(|layer| layer.error.unwrap().dropped)
+                .collect()
         };
         let best = errors("naee", 4);
-        for method in ["reap", "frequency", "ean", "man", "mone", "aimer", "stun", "random", "drop"] {
+        for method in [
+            "reap",
+            "frequency",
+            "ean",
+            "man",
+            "mone",
+            "aimer",
+            "stun",
+            "random",
+            "drop",
+        ] {
             for (best, found) in best.iter().zip(errors(method, 4)) {
                 assert!(*best <= found * (1.0 + 1e-9) + 1e-12, "{name} {method}");
             }
@@ -209,7 +239,11 @@ fn merging_equal_experts_whose_neurons_are_in_another_order_gives_that_expert() 
     let (merged, dense) = (decoder(&checkpoint), model.decoder());
     for (layer, experts) in found.plan.layers.iter().enumerate() {
         let experts = experts.as_ref().unwrap();
-        let at = experts.members.iter().position(|members| !members.is_empty()).unwrap();
+        let at = experts
+            .members
+            .iter()
+            .position(|members| !members.is_empty())
+            .unwrap();
         let members: Vec<usize> = experts.members[at].iter().map(|m| m.expert).collect();
         assert_eq!(members, [0, 1]);
         let found = merged.expert(layer, at).unwrap();
@@ -231,20 +265,32 @@ fn the_order_of_experts_does_not_matter() {
     let order = [4usize, 2, 0, 5, 1, 3];
     let model = Mixture::random(&config("mixtral", json!({})), ExpertLayout::Fused);
     let from = Tensor::new(order.map(|e| e as u32).to_vec(), &Device::Cpu).unwrap();
-    let other = Mixture::made(&config("mixtral", json!({})), ExpertLayout::Fused, |name, _| {
-        let tensor = model.checkpoint.tensor(name, &Device::Cpu).unwrap();
-        match name.contains(".mlp.") {
-            true => tensor.index_select(&from, 0).unwrap(),
-            false => tensor,
-        }
-    });
-    let near = gap(&logits(model.checkpoint.dir()), &logits(other.checkpoint.dir()));
+    let other = Mixture::made(
+        &config("mixtral", json!({})),
+        ExpertLayout::Fused,
+        |name, _| {
+            let tensor = model.checkpoint.tensor(name, &Device::Cpu).unwrap();
+            match name.contains(".mlp.") {
+                true => tensor.index_select(&from, 0).unwrap(),
+                false => tensor,
+            }
+        },
+    );
+    let near = gap(
+        &logits(model.checkpoint.dir()),
+        &logits(other.checkpoint.dir()),
+    );
     assert!(near < 1e-5, "{near}");
     // Not stun: of two members of a cluster both are as near to their mean, so that the lower number stays.
     for method in ["reap", "drop", "naee", "hc-smoe"] {
         let found = model.plan(method, Keep::Experts(3)).unwrap().plan;
         let permuted = other.plan(method, Keep::Experts(3)).unwrap().plan;
-        for (a, b) in found.layers.iter().flatten().zip(permuted.layers.iter().flatten()) {
+        for (a, b) in found
+            .layers
+            .iter()
+            .flatten()
+            .zip(permuted.layers.iter().flatten())
+        {
             let mut renamed: Vec<usize> = b.kept.iter().map(|&e| order[e]).collect();
             renamed.sort_unstable();
             assert_eq!(a.kept, renamed, "{method}");
@@ -278,7 +324,15 @@ fn narrow_experts_are_wide_ones_whose_other_neurons_are_silent() {
         let folder = model.written(&plan, "narrow");
         let checkpoint = Checkpoint::open(&folder).unwrap();
         let found = decoder(&checkpoint);
-        assert!(found.config().mixtures.iter().flatten().all(|m| m.width == 8), "{name}");
+        assert!(
+            found
+                .config()
+                .mixtures
+                .iter()
+                .flatten()
+                .all(|m| m.width == 8),
+            "{name}"
+        );
         assert_eq!(plan.loading(&model.decoder()), Loading::Stock, "{name}");
         let decoder = model.decoder();
         let silent = silenced(&decoder, &plan);
@@ -303,12 +357,18 @@ fn silenced(decoder: &Decoder<'_>, plan: &ExpertPlan) -> Vec<f32> {
             moe.router.weight = moe.router.weight.index_select(&kept, 0).unwrap();
             let silent = |(&expert, neurons): (&usize, &Vec<usize>)| {
                 let mut mlp = moe.experts[expert].clone();
-                let mask = (0..mlp.down.inputs()).map(|n| f32::from(u8::from(neurons.contains(&n))));
+                let mask =
+                    (0..mlp.down.inputs()).map(|n| f32::from(u8::from(neurons.contains(&n))));
                 let mask = Tensor::from_iter(mask, &Device::Cpu).unwrap();
                 mlp.down.weight = mlp.down.weight.broadcast_mul(&mask).unwrap();
                 mlp
             };
-            moe.experts = experts.kept.iter().zip(&experts.neurons).map(silent).collect();
+            moe.experts = experts
+                .kept
+                .iter()
+                .zip(&experts.neurons)
+                .map(silent)
+                .collect();
         }
         hidden.advance(&block, &mut causal_lm::NoTap).unwrap();
     }
@@ -341,7 +401,10 @@ fn loss_windows(dir: &std::path::Path) -> Vec<f32> {
     let decoder = decoder(&checkpoint);
     let all = windows();
     let text: Vec<&[u32]> = all.iter().collect();
-    text.iter().take(4).flat_map(|window| logits_of(&decoder, window)).collect()
+    text.iter()
+        .take(4)
+        .flat_map(|window| logits_of(&decoder, window))
+        .collect()
 }
 
 #[test]
@@ -349,9 +412,15 @@ fn a_budget_for_experts_and_widths_is_never_exceeded() {
     for kind in ["mixtral", "qwen3_moe"] {
         let model = Mixture::random(&config(kind, json!({})), ExpertLayout::Alone);
         let decoder = model.decoder();
-        let whole = ExpertCost::of(&decoder, &model.plan("reap", Keep::Without(0.0)).unwrap().plan);
+        let whole = ExpertCost::of(
+            &decoder,
+            &model.plan("reap", Keep::Without(0.0)).unwrap().plan,
+        );
         let whole = whole.unwrap();
-        for (shape, loading) in [(Joint::Uniform, Loading::Stock), (Joint::ByLayer, Loading::PerLayer)] {
+        for (shape, loading) in [
+            (Joint::Uniform, Loading::Stock),
+            (Joint::ByLayer, Loading::PerLayer),
+        ] {
             let dir = model.path(&format!("joint-{shape:?}"));
             std::fs::create_dir_all(&dir).unwrap();
             let text = windows();
@@ -367,7 +436,10 @@ fn a_budget_for_experts_and_widths_is_never_exceeded() {
             let options = JointOptions::new(experts, neurons, 0.4).joint(shape);
             let (found, refits) = joint(&decoder, data, &options, &NoProgress).unwrap();
             let cost = ExpertCost::of(&decoder, &found.plan).unwrap();
-            assert!(cost.expert_bytes as f64 <= 0.61 * whole.expert_bytes as f64, "{kind}");
+            assert!(
+                cost.expert_bytes as f64 <= 0.61 * whole.expert_bytes as f64,
+                "{kind}"
+            );
             assert!(found.divergence.unwrap() > 0.0);
             let settings = ExpertSettings::default().refits(Some(&refits));
             let folder = model.written_with(&found.plan, &format!("out-{shape:?}"), &settings);
@@ -397,7 +469,10 @@ fn fewer_experts_for_each_token_change_the_config_and_down_projections_alone() {
             assert_eq!(plan.loading(&decoder), Loading::Stock, "{name}");
             outputs.push(logits(&folder));
         }
-        assert!(outputs.iter().all(|a| a.iter().all(|x| x.is_finite())), "{name}");
+        assert!(
+            outputs.iter().all(|a| a.iter().all(|x| x.is_finite())),
+            "{name}"
+        );
         assert_ne!(outputs[0], outputs[1], "{name}");
     });
 }
@@ -458,7 +533,11 @@ fn attention_of_mixtures_is_pruned_as_that_of_dense_models() {
                 dst
             });
             let [sliced, masked] = folders.map(|folder| logits(&folder));
-            assert!(gap(&sliced, &masked) < 1e-5, "{kind} {}", compensation.name());
+            assert!(
+                gap(&sliced, &masked) < 1e-5,
+                "{kind} {}",
+                compensation.name()
+            );
         }
     }
 }
@@ -472,6 +551,9 @@ fn a_mixture_whose_heads_are_normalised_together_has_nothing_but_experts_to_prun
     for method in ["flap", "wanda-sp", "magnitude", "structprune"] {
         let recipe = Recipe::named(method, 0).unwrap();
         let found = Plan::make(&decoder, &calibration, &recipe, 0.4, &NoProgress);
-        assert!(matches!(found, Err(Error::Unsupported { .. })), "{method}: {found:?}");
+        assert!(
+            matches!(found, Err(Error::Unsupported { .. })),
+            "{method}: {found:?}"
+        );
     }
 }

@@ -92,7 +92,10 @@ mod tests {
     fn with_all_experts_chosen_the_output_is_the_softmax_of_all() {
         let (x, router) = (random(&[5, 4], 1), random(&[3, 4], 2));
         let experts: Vec<Var> = (0..3).map(|e| random(&[4, 4], 5 + e)).collect();
-        let found = run(&x, &router, 3, &experts).output.to_vec2::<f32>().unwrap();
+        let found = run(&x, &router, 3, &experts)
+            .output
+            .to_vec2::<f32>()
+            .unwrap();
         let logits = x.matmul(&router.t().unwrap()).unwrap();
         let gates = candle_nn::ops::softmax(&logits, 1).unwrap();
         let mut expected = x.zeros_like().unwrap();

@@ -85,7 +85,9 @@ impl Suite<'_> {
             .iter()
             .flat_map(|recipe| self.aims(recipe).into_iter().map(move |aim| (recipe, aim)))
             .collect();
-        let bar = self.common.bar("pruning", (cells.len() + compressors.len()) as u64);
+        let bar = self
+            .common
+            .bar("pruning", (cells.len() + compressors.len()) as u64);
         for (recipe, aim) in cells {
             bar.set_label(cell_name(recipe, None, aim));
             let row = self
@@ -124,7 +126,12 @@ impl Suite<'_> {
         let chosen = mixtures.map(|mixture| mixture.chosen).min().unwrap_or(0);
         match recipe.is_fewer() {
             true => (1..chosen).rev().map(Aim::Chosen).collect(),
-            false => self.config.ratios.iter().map(|&ratio| Aim::Ratio(ratio)).collect(),
+            false => self
+                .config
+                .ratios
+                .iter()
+                .map(|&ratio| Aim::Ratio(ratio))
+                .collect(),
         }
     }
 
@@ -138,7 +145,8 @@ impl Suite<'_> {
         row.params = Some(cost.parameters);
         row.bytes = Some(cost.bytes);
         row.extra.insert("params_active".into(), json!(cost.active));
-        row.extra.insert("experts".into(), json!(counts(self.decoder, &whole)));
+        row.extra
+            .insert("experts".into(), json!(counts(self.decoder, &whole)));
         pictures.loads.push(self.load(self.decoder, DENSE, &bar)?);
         bar.finish();
         Ok(row)
@@ -151,7 +159,9 @@ impl Suite<'_> {
         let layers = found.layers.into_iter();
         Ok(Load {
             name: name.into(),
-            layers: layers.map(|layer| (layer.layer, layer.statistics)).collect(),
+            layers: layers
+                .map(|layer| (layer.layer, layer.statistics))
+                .collect(),
         })
     }
 
@@ -198,7 +208,10 @@ impl Suite<'_> {
         planning.finish();
         let mut row = self.described(recipe, aim, &outcome)?;
         if pictures.clusters.is_empty() {
-            let layers = outcome.layers.iter().filter(|layer| !layer.clusters.is_empty());
+            let layers = outcome
+                .layers
+                .iter()
+                .filter(|layer| !layer.clusters.is_empty());
             let clusters = layers.map(|layer| (layer.layer, layer.clusters.clone()));
             pictures.clusters = clusters.collect();
             pictures.clustered_by = cell.clone();
@@ -224,7 +237,10 @@ impl Suite<'_> {
         let checkpoint = Checkpoint::open(&folder)?;
         let pruned = perplexity::open(self.common, &checkpoint)?;
         ensure!(
-            (Some(checkpoint.parameters()), Some(checkpoint.total_bytes())) == (row.params, row.bytes),
+            (
+                Some(checkpoint.parameters()),
+                Some(checkpoint.total_bytes())
+            ) == (row.params, row.bytes),
             "{}: the shards hold other parameters than the plan counts",
             folder.display()
         );
@@ -293,9 +309,16 @@ impl Suite<'_> {
         let removed = 1.0 - cost.expert_bytes as f64 / dense.expert_bytes as f64;
         extra("removed", json!(removed));
         if !outcome.layers.is_empty() {
-            let promoted = outcome.layers.iter().map(|layer| layer.promoted).sum::<f64>();
+            let promoted = outcome
+                .layers
+                .iter()
+                .map(|layer| layer.promoted)
+                .sum::<f64>();
             extra("promoted", json!(promoted / outcome.layers.len() as f64));
-            let tokens = outcome.layers.iter().map(|l| l.statistics.tokens_per_expert());
+            let tokens = outcome
+                .layers
+                .iter()
+                .map(|l| l.statistics.tokens_per_expert());
             let (least, median): (Vec<usize>, Vec<usize>) = tokens.unzip();
             extra("least_tokens", json!(least.iter().min()));
             extra("median_tokens", json!(median.iter().min()));
@@ -305,7 +328,10 @@ impl Suite<'_> {
         if let Some(divergence) = outcome.divergence {
             extra("kl", json!(divergence));
         }
-        extra("compensation", json!(plan.compensation.name().replace('-', " ")));
+        extra(
+            "compensation",
+            json!(plan.compensation.name().replace('-', " ")),
+        );
         let loading = match plan.loading(self.decoder) {
             Loading::Stock => "stock",
             _ => "loader",
@@ -335,23 +361,32 @@ impl Suite<'_> {
         watch.stop(&mut row);
         let making = (row.seconds, row.peak_rss_bytes);
         let dense = ExpertCost::of(self.decoder, &ExpertPlan::whole(self.decoder))?;
-        row.params = Some(dense.parameters);
-        row.bytes = Some(dense.bytes - found.expert_bytes_dense + found.expert_bytes);
         row.ratio = Some(1.0 - found.expert_bytes as f64 / found.expert_bytes_dense as f64);
         row.loss = Some(found.loss());
         let mut extra = |name: &str, value: Value| row.extra.insert(name.into(), value);
-        extra("experts", json!(counts(self.decoder, &ExpertPlan::whole(self.decoder))));
+        extra(
+            "experts",
+            json!(counts(self.decoder, &ExpertPlan::whole(self.decoder))),
+        );
         extra("params_active", json!(dense.active));
         extra("rerouted", json!(found.rerouted));
-        extra("unseen_experts", json!(found.experts.iter().filter(|e| e.tokens == 0).count()));
-        extra("compensation", json!(if rank > 0 { "eora" } else { "none" }));
+        extra(
+            "unseen_experts",
+            json!(found.experts.iter().filter(|e| e.tokens == 0).count()),
+        );
+        extra(
+            "compensation",
+            json!(if rank > 0 { "eora" } else { "none" }),
+        );
         let checkpoint = Checkpoint::open(&folder)?;
         let compressed = perplexity::open(self.common, &checkpoint)?;
         let steps = bar.nested("perplexity", 0);
         perplexity::measure(&compressed, self.evaluation, &mut row, &steps)?;
         steps.finish();
-        // Its weights are dense in the file that was measured.
+        // Weights are dense in the file that was measured.
         row.tokens_per_second = None;
+        row.params = Some(dense.parameters);
+        row.bytes = Some(dense.bytes - found.expert_bytes_dense + found.expert_bytes);
         (row.seconds, row.peak_rss_bytes) = making;
         self.forget(&folder)?;
         Ok(row)
@@ -398,11 +433,17 @@ impl Suite<'_> {
             let map = router_map(self.decoder, *layer)?;
             let series = clusters.iter().enumerate().map(|(number, cluster)| Series {
                 name: format!("cluster {number}: {}", ids(cluster)),
-                points: cluster.iter().map(|&e| (map[e][0], map[e][1]).into()).collect(),
+                points: cluster
+                    .iter()
+                    .map(|&e| (map[e][0], map[e][1]).into())
+                    .collect(),
                 control: cluster.len() == 1,
             });
             plots.push(Plot {
-                title: format!("Clusters of experts in layer {layer} ({})", pictures.clustered_by),
+                title: format!(
+                    "Clusters of experts in layer {layer} ({})",
+                    pictures.clustered_by
+                ),
                 x: Axis::linear("first principal component of router rows"),
                 y: Axis::linear("second"),
                 series: series.collect(),

@@ -8,8 +8,8 @@ use super::method::Choice;
 use crate::Result;
 use crate::methods::methods;
 
-pub(crate) use expert_scale::Moments;
 pub use expert_scale::ExpertScale;
+pub(crate) use expert_scale::Moments;
 pub use none::NoExpertCompensation;
 
 methods! {

@@ -31,7 +31,9 @@ impl Choosing for MSmoe {
             for logits in routing.logits.chunks(experts) {
                 for (a, row) in products.chunks_mut(experts).enumerate() {
                     let x = f64::from(logits[a]);
-                    row.iter_mut().zip(logits).for_each(|(sum, &y)| *sum += x * f64::from(y));
+                    row.iter_mut()
+                        .zip(logits)
+                        .for_each(|(sum, &y)| *sum += x * f64::from(y));
                 }
             }
         }

@@ -11,6 +11,8 @@ pub struct Mone;
 
 impl Choosing for Mone {
     fn scores(&self, layer: &Layer<'_>) -> Result<Vec<f64>> {
-        Ok(each(layer, |expert| expert.variance().sqrt() * mean(expert.gates, expert.count)))
+        Ok(each(layer, |expert| {
+            expert.variance().sqrt() * mean(expert.gates, expert.count)
+        }))
     }
 }

@@ -29,7 +29,10 @@ impl Choosing for Naee {
             |_| all.clone(),
             |batch| {
                 let of_batch = errors_of(batch, &subsets);
-                errors.iter_mut().zip(of_batch).for_each(|(sum, x)| *sum += x);
+                errors
+                    .iter_mut()
+                    .zip(of_batch)
+                    .for_each(|(sum, x)| *sum += x);
                 Ok(())
             },
         )?;
@@ -81,7 +84,9 @@ pub(crate) fn errors_of(batch: Batch<'_>, subsets: &[Vec<usize>]) -> Vec<f64> {
             products
         })
         .collect();
-    let orders: Vec<Vec<usize>> = (0..tokens).map(|token| order(batch.logits(token))).collect();
+    let orders: Vec<Vec<usize>> = (0..tokens)
+        .map(|token| order(batch.logits(token)))
+        .collect();
     let error = |subset: &Vec<usize>| -> f64 {
         let of_token = |token: usize| {
             let among = orders[token].iter().copied();

@@ -1,9 +1,9 @@
 //! STUN: experts whose router rows are alike, and that are chosen together, are taken to behave alike.
 
 use super::{Choice, Choosing, Reap};
+use crate::Result;
 use crate::experts::cluster::{Linkage, clusters};
 use crate::experts::layer::Layer;
-use crate::Result;
 use serde::{Deserialize, Serialize};
 
 /// Clusters of complete linkage, as many as experts are to stay, one expert kept of each.
@@ -57,9 +57,18 @@ impl Stun {
         let together = &layer.statistics.together;
         let experts = layer.experts();
         let together: Vec<Vec<f64>> = (0..experts)
-            .map(|a| (0..experts).map(|b| together[a * experts + b] as f64).collect())
+            .map(|a| {
+                (0..experts)
+                    .map(|b| together[a * experts + b] as f64)
+                    .collect()
+            })
             .collect();
-        Ok(combined(&row_distances(&layer.router()?), &together, self.rows, self.together))
+        Ok(combined(
+            &row_distances(&layer.router()?),
+            &together,
+            self.rows,
+            self.together,
+        ))
     }
 
     /// The expert that stays of each cluster.
