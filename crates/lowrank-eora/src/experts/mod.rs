@@ -172,8 +172,8 @@ pub fn repair_experts(
     let mut hidden = Hidden::embed(decoder, windows)?;
     let mut dense = hidden.clone();
     let (mut choices, mut other) = (0, 0);
-    for layer in 0..mixtures.len() {
-        if mixtures[layer].is_none() {
+    for (layer, mixture) in mixtures.iter().enumerate() {
+        if mixture.is_none() {
             hidden.advance_stored(decoder, layer, &mut NoTap)?;
             dense.advance_stored(decoder, layer, &mut NoTap)?;
             continue;

@@ -16,23 +16,24 @@ pub(crate) fn clusters(distances: &[Vec<f64>], keep: usize, linkage: Linkage) ->
     let mut clusters: Vec<Vec<usize>> = (0..d.len()).map(|e| vec![e]).collect();
     while clusters.len() > keep.max(1) {
         let mut least = (f64::INFINITY, 0, 1);
-        for a in 0..clusters.len() {
-            for b in a + 1..clusters.len() {
-                if d[a][b] < least.0 {
-                    least = (d[a][b], a, b);
+        for (a, row) in d.iter().enumerate() {
+            for (b, &distance) in row.iter().enumerate().skip(a + 1) {
+                if distance < least.0 {
+                    least = (distance, a, b);
                 }
             }
         }
         let (_, a, b) = least;
         let (of_a, of_b) = (clusters[a].len() as f64, clusters[b].len() as f64);
-        for c in 0..clusters.len() {
-            let united = match linkage {
-                Linkage::Complete => d[a][c].max(d[b][c]),
-                Linkage::Average => (of_a * d[a][c] + of_b * d[b][c]) / (of_a + of_b),
-            };
-            d[a][c] = united;
-            d[c][a] = united;
+        let unite = |(to_a, to_b): (&f64, &f64)| match linkage {
+            Linkage::Complete => to_a.max(*to_b),
+            Linkage::Average => (of_a * to_a + of_b * to_b) / (of_a + of_b),
+        };
+        let united: Vec<f64> = d[a].iter().zip(&d[b]).map(unite).collect();
+        for (row, &distance) in d.iter_mut().zip(&united) {
+            row[a] = distance;
         }
+        d[a] = united;
         let members = clusters.remove(b);
         clusters[a].extend(members);
         clusters[a].sort_unstable();

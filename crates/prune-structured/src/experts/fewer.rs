@@ -163,18 +163,17 @@ impl Channels {
 
     /// For each expert its factors.
     fn solve(&self, layer: usize) -> Result<Vec<Vec<f64>>> {
-        let mut factors = vec![vec![1.0; self.width]; self.experts];
-        for channel in 0..self.width {
-            let size = self.experts * self.experts;
+        let (experts, size) = (self.experts, self.experts * self.experts);
+        let of_channel = |channel: usize| {
             let moments = Moments {
                 products: self.products[channel * size..][..size].to_vec(),
-                targets: self.targets[channel * self.experts..][..self.experts].to_vec(),
+                targets: self.targets[channel * experts..][..experts].to_vec(),
                 energy: 0.0,
             };
-            for (expert, factor) in moments.solve(RIDGE, layer)?.into_iter().enumerate() {
-                factors[expert][channel] = factor;
-            }
-        }
-        Ok(factors)
+            moments.solve(RIDGE, layer)
+        };
+        let channels: Vec<Vec<f64>> = (0..self.width).map(of_channel).collect::<Result<_>>()?;
+        let of_expert = |expert: usize| channels.iter().map(|channel| channel[expert]).collect();
+        Ok((0..experts).map(of_expert).collect())
     }
 }
