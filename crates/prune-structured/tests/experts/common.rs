@@ -67,9 +67,9 @@ impl Mixture {
     }
 
     /// What a method with its default parameters finds.
-    pub(crate) fn plan(&self, method: &str, keep: Keep) -> Result<Outcome, Error> {
+    pub(crate) fn plan(&self, method: &str, keep: Keep) -> Result<Outcome, Box<Error>> {
         let options = options(method, keep);
-        plan(&self.decoder(), &windows(), &options, &NoProgress)
+        plan(&self.decoder(), &windows(), &options, &NoProgress).map_err(Box::new)
     }
 }
 
