@@ -133,14 +133,14 @@ fn fused(dir: &Path, alone: &Checkpoint) -> Checkpoint {
         let experts = (0..6).map(|expert| source.expert(layer, expert).unwrap());
         let tensor = if name.ends_with("gate_up_proj") {
             let parts: Vec<Tensor> = experts
-                .flat_map(|mlp| [mlp.gate.unwrap().weight, mlp.up.weight])
+                .flat_map(|mlp| [mlp.gate.unwrap(), mlp.up].map(|linear| linear.weight().unwrap()))
                 .collect();
             Tensor::cat(&parts, 0)
                 .unwrap()
                 .reshape(shape.as_slice())
                 .unwrap()
         } else if name.ends_with("experts.down_proj") {
-            let parts: Vec<Tensor> = experts.map(|mlp| mlp.down.weight).collect();
+            let parts: Vec<Tensor> = experts.map(|mlp| mlp.down.weight().unwrap()).collect();
             Tensor::stack(&parts, 0).unwrap()
         } else {
             let name = name.replace(".mlp.gate.", ".block_sparse_moe.gate.");

@@ -348,7 +348,7 @@ impl Run<'_> {
                     layer: format!("layer {layer}, expert {expert}, {name}"),
                     source: Box::new(source),
                 })?;
-            self.writer.add((layer, expert), name, &linear.weight)?;
+            self.writer.add((layer, expert), name, &linear.weight()?)?;
         }
         self.reports.push(report);
         self.progress.advance(1)?;
@@ -362,7 +362,7 @@ impl Run<'_> {
         gram: Option<faer::MatRef<'_, f64>>,
         report: &mut ExpertReport,
     ) -> Result<()> {
-        let (options, like) = (self.options, linear.weight.clone());
+        let (options, like) = (self.options, linear.weight()?);
         let weight = from_tensor(&like, "weight")?;
         let inputs = gram.map(Inputs::Gram);
         let compressed = options.compressor.compress(weight.as_ref(), inputs)?;
@@ -385,7 +385,7 @@ impl Run<'_> {
             left = solution.factors.error(left.as_ref());
         }
         report.repaired += energy(&left)?;
-        linear.weight = to_tensor(merged.as_ref(), like.dtype(), like.device())?;
+        linear.set_weight(to_tensor(merged.as_ref(), like.dtype(), like.device())?);
         Ok(())
     }
 }

@@ -158,7 +158,7 @@ impl<'a> Layer<'a> {
         let mut weights = Vec::new();
         for linear in linears {
             let weight = linear
-                .weight
+                .weight()?
                 .to_dtype(DType::F32)?
                 .to_device(&Device::Cpu)?;
             weights.extend(weight.flatten_all()?.to_vec1::<f32>()?);

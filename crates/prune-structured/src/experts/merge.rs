@@ -109,15 +109,15 @@ struct Neurons {
 
 impl Neurons {
     fn of(mlp: &Mlp) -> Result<Self> {
-        let (count, hidden) = mlp.up.weight.dims2()?;
+        let (count, hidden) = mlp.up.weight()?.dims2()?;
         let plain = |weight: &Tensor| -> Result<Vec<f32>> { values(weight) };
         let gate = match &mlp.gate {
-            Some(gate) => plain(&gate.weight)?,
+            Some(gate) => plain(&gate.weight()?)?,
             None => vec![],
         };
         let (up, down) = (
-            plain(&mlp.up.weight)?,
-            plain(&mlp.down.weight.t()?.contiguous()?)?,
+            plain(&mlp.up.weight()?)?,
+            plain(&mlp.down.weight()?.t()?.contiguous()?)?,
         );
         let mut rows = Vec::with_capacity(3 * count * hidden);
         for neuron in 0..count {
@@ -146,11 +146,9 @@ impl Neurons {
             )?)
         };
         let linear = |weight: Tensor, like: &Linear| -> Result<Linear> {
-            let weight = weight.to_dtype(like.weight.dtype())?;
-            Ok(Linear {
-                weight: weight.to_device(like.weight.device())?,
-                bias: like.bias.clone(),
-            })
+            let old = like.weight()?;
+            let weight = weight.to_dtype(old.dtype())?.to_device(old.device())?;
+            Ok(Linear::new(weight, like.bias().cloned()))
         };
         let gate = usize::from(like.gate.is_some());
         Ok(Mlp {

@@ -166,7 +166,7 @@ fn one(
     let pool = Sums::of(&seen.neurons(&mlp, &pool)?, &ones, options.refit)?;
     let down = mlp
         .down
-        .weight
+        .weight()?
         .to_dtype(DType::F32)?
         .to_device(&Device::Cpu)?;
     let prior = |share: f64| options.prior.unwrap_or(share * dense as f64);

@@ -321,7 +321,7 @@ impl Source<'_> {
             _ => Some(&mlp.down),
         };
         let bytes = match linear {
-            Some(linear) => encoded(&linear.weight, &target.spec),
+            Some(linear) => encoded(&linear.weight()?, &target.spec),
             None => Ok(vec![]),
         };
         self.made = Some((key, mlp));

@@ -217,8 +217,9 @@ impl LayerExperts {
                 .transpose()?
                 .flatten()
             {
-                let like = &mlp.down.weight;
-                mlp.down.weight = down.to_dtype(like.dtype())?.to_device(like.device())?;
+                let like = mlp.down.weight()?;
+                let down = down.to_dtype(like.dtype())?.to_device(like.device())?;
+                mlp.down.set_weight(down);
             }
         }
         let factors = &self.factors[at];
@@ -244,12 +245,10 @@ impl LayerExperts {
 /// An MLP with some of its neurons.
 pub(crate) fn narrowed(mlp: &Mlp, neurons: &[usize]) -> Result<Mlp> {
     let ids = neurons.iter().map(|&neuron| neuron as u32);
-    let ids = Tensor::from_iter(ids, mlp.up.weight.device())?;
+    let ids = Tensor::from_iter(ids, mlp.up.weight()?.device())?;
     let select = |linear: &Linear, dim: usize| -> Result<Linear> {
-        Ok(Linear {
-            weight: linear.weight.contiguous()?.index_select(&ids, dim)?,
-            bias: linear.bias.clone(),
-        })
+        let weight = linear.weight()?.contiguous()?.index_select(&ids, dim)?;
+        Ok(Linear::new(weight, linear.bias().cloned()))
     };
     Ok(Mlp {
         gate: mlp.gate.as_ref().map(|gate| select(gate, 0)).transpose()?,
@@ -261,19 +260,18 @@ pub(crate) fn narrowed(mlp: &Mlp, neurons: &[usize]) -> Result<Mlp> {
 
 /// Rows of a weight times factors: one for all, or one for each.
 fn scaled(linear: &Linear, factors: &[f64]) -> Result<Linear> {
-    let (rows, columns) = linear.weight.dims2()?;
-    let mut weights = values(&linear.weight)?;
+    let like = linear.weight()?;
+    let (rows, columns) = like.dims2()?;
+    let mut weights = values(&like)?;
     for (row, weights) in weights.chunks_mut(columns).enumerate() {
         let factor = factors.get(row).or(factors.first()).copied().unwrap_or(1.0);
         weights
             .iter_mut()
             .for_each(|w| *w = (f64::from(*w) * factor) as f32);
     }
-    let weight = Tensor::from_vec(weights, (rows, columns), linear.weight.device())?;
-    Ok(Linear {
-        weight: weight.to_dtype(linear.weight.dtype())?,
-        bias: linear.bias.clone(),
-    })
+    let weight = Tensor::from_vec(weights, (rows, columns), like.device())?;
+    let weight = weight.to_dtype(like.dtype())?;
+    Ok(Linear::new(weight, linear.bias().cloned()))
 }
 
 impl Default for ExpertPlan {

@@ -223,8 +223,8 @@ pub(crate) fn advance_pruned(
     let mut block = decoder.frame(layer)?;
     if let Some(moe) = &mut block.experts {
         let kept: Vec<u32> = experts.kept.iter().map(|&e| e as u32).collect();
-        let rows = Tensor::new(kept, moe.router.weight.device())?;
-        moe.router.weight = moe.router.weight.index_select(&rows, 0)?;
+        let rows = Tensor::new(kept, decoder.device())?;
+        moe.router = moe.router.select(&rows)?;
         moe.rule.chosen = chosen.unwrap_or(moe.rule.chosen);
     }
     let mut expert = |at: usize| {

@@ -144,3 +144,9 @@ class PrunedForCausalLM(BASE):
                 mixture(layer, config, experts, widths["expert_size"][index])
             else:
                 mlp(layer, widths["intermediate_size"][index], widths["down_proj_bias"])
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        # Stock classes rename the head of GPT-NeoX when they load it; classes of other files have to say so.
+        kwargs.setdefault("key_mapping", {r"^embed_out\.": "lm_head."})
+        return super().from_pretrained(*args, **kwargs)

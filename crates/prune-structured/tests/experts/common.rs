@@ -175,7 +175,7 @@ pub(crate) fn restricted(decoder: &Decoder<'_>, plan: &ExpertPlan) -> Vec<f32> {
         if let (Some(moe), Some(experts)) = (&mut block.experts, experts) {
             let kept = experts.kept.iter().map(|&expert| expert as u32);
             let kept = Tensor::from_iter(kept, &Device::Cpu).unwrap();
-            moe.router.weight = moe.router.weight.index_select(&kept, 0).unwrap();
+            moe.router = moe.router.select(&kept).unwrap();
             moe.experts = experts
                 .kept
                 .iter()

@@ -150,8 +150,16 @@ fn rows_of_routers_and_weights_of_experts_are_the_source_s_bytes() {
                 let (a, b) = (smaller.expert(layer, at), decoder.expert(layer, expert));
                 let (a, b) = (a.unwrap(), b.unwrap());
                 let values = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
-                assert_eq!(values(&a.up.weight), values(&b.up.weight), "{name}");
-                assert_eq!(values(&a.down.weight), values(&b.down.weight), "{name}");
+                assert_eq!(
+                    values(&a.up.weight().unwrap()),
+                    values(&b.up.weight().unwrap()),
+                    "{name}"
+                );
+                assert_eq!(
+                    values(&a.down.weight().unwrap()),
+                    values(&b.down.weight().unwrap()),
+                    "{name}"
+                );
             }
         }
     });
@@ -249,11 +257,13 @@ fn merging_equal_experts_whose_neurons_are_in_another_order_gives_that_expert() 
         let found = merged.expert(layer, at).unwrap();
         let expected = dense.expert(layer, experts.kept[at]).unwrap();
         let values = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
-        for (found, expected) in [
-            (&found.up.weight, &expected.up.weight),
-            (&found.down.weight, &expected.down.weight),
-        ] {
-            assert!(gap(&values(found), &values(expected)) < 1e-6);
+        for (found, expected) in [(&found.up, &expected.up), (&found.down, &expected.down)] {
+            assert!(
+                gap(
+                    &values(&found.weight().unwrap()),
+                    &values(&expected.weight().unwrap())
+                ) < 1e-6
+            );
         }
     }
     // The free place of a token that chose both goes to another expert: it is not the dense model.
@@ -354,13 +364,14 @@ fn silenced(decoder: &Decoder<'_>, plan: &ExpertPlan) -> Vec<f32> {
         if let (Some(moe), Some(experts)) = (&mut block.experts, experts) {
             let kept = experts.kept.iter().map(|&expert| expert as u32);
             let kept = Tensor::from_iter(kept, &Device::Cpu).unwrap();
-            moe.router.weight = moe.router.weight.index_select(&kept, 0).unwrap();
+            moe.router = moe.router.select(&kept).unwrap();
             let silent = |(&expert, neurons): (&usize, &Vec<usize>)| {
                 let mut mlp = moe.experts[expert].clone();
                 let mask =
                     (0..mlp.down.inputs()).map(|n| f32::from(u8::from(neurons.contains(&n))));
                 let mask = Tensor::from_iter(mask, &Device::Cpu).unwrap();
-                mlp.down.weight = mlp.down.weight.broadcast_mul(&mask).unwrap();
+                let down = mlp.down.weight().unwrap().broadcast_mul(&mask).unwrap();
+                mlp.down.set_weight(down);
                 mlp
             };
             moe.experts = experts
