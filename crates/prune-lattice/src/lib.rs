@@ -2,8 +2,8 @@
 //!
 //! [`calibration`] records what a network's states do on examples; [`prune`] chooses weights, blocks or neurons by many methods
 //! through one call; `repair` (feature `train`) solves the weights under a mask again, or folds removed neurons into the kept
-//! ones. The README begins with that. What follows is about the methods of order theory, and the baselines that tell whether
-//! order matters.
+//! ones; `exact` removes neurons whose removal changes nothing. The README begins with that. What follows is about the methods
+//! of order theory, and the baselines that tell whether order matters.
 //!
 //! # The method
 //! The recurrent weights of a network say which neuron drives which. Above a threshold this is a digraph, the digraph
@@ -33,16 +33,17 @@
 //!
 //! # Does it work?
 //! Keeping all irreducible elements keeps the reachability order. It says nothing about the function the network computes.
-//! Whether it prunes better than simpler rules is an empirical question, so every control goes through the same call
+//! Whether it prunes better than simpler rules is an empirical question, so every baseline goes through the same call
 //! ([`prune::Method`]): magnitude, random weights, plain neuron strength, random neurons, the *reducible* neurons, threshold
 //! only, no recurrent weights at all, and Watts–Strogatz, Barabási–Albert and Erdős–Rényi graphs as masks (after
 //! arXiv 2407.20601, whose graph properties are in [`graph`]). [`experiment::verdict`] says in words what the rows show. On the
 //! default suite order does not beat plain strength; see the README for the numbers and the command that makes them.
 //!
 //! # What is faster
-//! A mask makes nothing faster. [`mask::hard_remove`] gives smaller tensors with the same function as the network whose
-//! neurons are masked everywhere; [`rnn::CompactRnn`] computes only with the block of `W_hh` that a mask leaves.
-//! [`experiment::measure_speed`] measures both beside the dense network.
+//! A scattered mask does not make a network faster. [`mask::hard_remove`] gives smaller tensors with the same function as the
+//! network whose neurons are masked everywhere; [`rnn::CompactRnn`] computes only with the neurons of `W_hh` that a mask keeps;
+//! [`rnn::BlockRnn`] runs masks of 8x4, 8x1 or 4x1 blocks in f32 or int8. [`experiment::measure_speed`] and
+//! [`experiment::measure_blocks`] measure them beside the dense network.
 //!
 //! # Limits
 //! GRUs are those that apply the reset gate after the recurrent product. LSTMs have no peepholes or projections. An LSTM neuron

@@ -200,8 +200,8 @@ impl WeightFile {
         }
     }
 
-    /// Stores a matrix `[outputs, inputs]` as the list of its blocks in which `keep` has an entry; the int8 form of the array
-    /// is removed, so that the library takes the floats.
+    /// Stores a matrix `[outputs, inputs]` as the list of its blocks in which `keep` has an entry; the int8 form of the array,
+    /// which no longer fits, is removed. The library asks for it: [`set_network`](Self::set_network) writes both.
     ///
     /// # Errors
     /// Sizes that are no multiples of the block, or a mask of another shape.

@@ -30,10 +30,10 @@ const POSITION: [usize; GATES] = [1, 0, 2];
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum Stored {
-    /// Floats.
+    /// Floats, which the library takes, beside the weights of 8 bits that it asks for.
     #[default]
     Floats,
-    /// Weights of 8 bits, with the scales that the library's integer products need.
+    /// Weights of 8 bits only: smaller and faster.
     Integers,
 }
 
@@ -125,6 +125,7 @@ impl WeightFile {
                 found: rnn.config().hidden.clone(),
             });
         }
+        let mut changed = Vec::new();
         for l in 0..LAYERS {
             let (new, before) = (rnn.layer(l), old.layer(l));
             for (side, short) in SIDES {
@@ -139,6 +140,7 @@ impl WeightFile {
                 let all = BitMatrix::ones(GATES * HIDDEN, HIDDEN);
                 let keep = mask.map_or(&all, |m| m.keep());
                 self.set_gru_matrix(l, side, w, keep, stored)?;
+                changed.push((l, side));
             }
             if new.bias != before.bias || new.candidate_bias != before.candidate_bias {
                 // The recurrent bias of r and z stays; the input's takes the difference.
@@ -151,16 +153,13 @@ impl WeightFile {
                 recurrent[joined..].copy_from_slice(new.candidate_bias.unwrap_or_default());
                 self.set_floats(&name("input"), &swap_gates(&input));
                 self.set_floats(&name("recurrent"), &swap_gates(&recurrent));
+                changed.extend(SIDES.map(|(side, _)| (l, side)));
             }
         }
-        if stored == Stored::Integers {
-            for l in 0..LAYERS {
-                for (side, _) in SIDES {
-                    self.set_offset(l, side)?;
-                }
-            }
-        }
-        Ok(())
+        // The offsets of integer products follow from codes and biases.
+        changed
+            .into_iter()
+            .try_for_each(|(l, side)| self.set_offset(l, side))
     }
 
     fn set_gru_matrix(
@@ -193,8 +192,9 @@ impl WeightFile {
         if recurrent {
             self.set_floats(&format!("{name}_diag"), &diagonal);
         }
-        if stored == Stored::Floats {
-            return self.set_matrix(&name, &matrix, &stay);
+        match stored {
+            Stored::Floats => self.set_matrix(&name, &matrix, &stay)?,
+            Stored::Integers => self.arrays.retain(|a| a.name != format!("{name}_float")),
         }
         let mut codes = Vec::with_capacity(matrix.len());
         let mut scales = Vec::with_capacity(rows.len());
@@ -206,7 +206,6 @@ impl WeightFile {
         }
         // Inside a block of integers the inputs of an output follow each other.
         let (index, blocks) = blocks(&name, &stay, &codes, |k| (k / INPUTS, k % INPUTS))?;
-        self.arrays.retain(|a| a.name != format!("{name}_float"));
         self.set_index(&name, &index);
         self.set(Array {
             name: format!("{name}_int8"),
@@ -361,4 +360,126 @@ fn whole_blocks(name: &str, keep: &BitMatrix, alone: impl Fn(usize, usize) -> bo
         }
     }
     Ok(())
+}
+
+#[cfg(all(test, feature = "train"))]
+mod tests {
+    use super::*;
+    use crate::{
+        prune::{Method, PruneConfig, Scope, prune},
+        seed,
+    };
+    use rand::Rng;
+
+    /// A file of the library's sizes with random weights.
+    fn file() -> WeightFile {
+        let mut rng = seed::rng(1, "rnnoise");
+        let mut random = |count: usize| -> Vec<f32> {
+            (0..count).map(|_| rng.random_range(-0.3..0.3)).collect()
+        };
+        let mut file = WeightFile::default();
+        let rows = GATES * HIDDEN;
+        for l in 1..=LAYERS {
+            for (side, _) in SIDES {
+                let name = format!("gru{l}_{side}");
+                let mut matrix = random(rows * HIDDEN);
+                if side == "recurrent" {
+                    // The diagonal stands apart.
+                    (0..rows).for_each(|row| matrix[row * HIDDEN + row % HIDDEN] = 0.0);
+                    file.set_floats(&format!("{name}_weights_diag"), &random(rows));
+                }
+                let all = BitMatrix::ones(rows, HIDDEN);
+                file.set_matrix(&format!("{name}_weights"), &matrix, &all)
+                    .unwrap();
+                file.set_floats(&format!("{name}_bias"), &random(rows));
+            }
+        }
+        for (name, outputs) in [("dense_out", BANDS), ("vad_dense", 1)] {
+            let seen = (LAYERS + 1) * HIDDEN;
+            file.set_floats(&format!("{name}_weights_float"), &random(seen * outputs));
+            file.set_floats(&format!("{name}_bias"), &random(outputs));
+        }
+        for (name, i, o) in [("conv1", FEATURES, FIRST), ("conv2", FIRST, HIDDEN)] {
+            file.set_floats(&format!("{name}_weights_float"), &random(FRAMES * i * o));
+            file.set_floats(&format!("{name}_bias"), &random(o));
+        }
+        file
+    }
+
+    #[test]
+    fn a_pruned_network_is_read_back_as_it_was_stored_and_an_unchanged_one_changes_no_byte() {
+        let original = file();
+        let rnn = original.network().unwrap();
+        let mut same = original.clone();
+        same.set_network(&rnn, &MaskSet::default(), Stored::Floats)
+            .unwrap();
+        assert_eq!(same, original);
+
+        let config = PruneConfig::new(Method::Block8x4, 0.6).with(|c| {
+            c.scope = Scope::Both;
+            c.keep_diagonal = true;
+        });
+        let (masks, _) = prune(&rnn, &config).unwrap();
+        let mut pruned = rnn.clone();
+        masks.apply(pruned.params_mut()).unwrap();
+        let mut stored = original.clone();
+        stored.set_network(&pruned, &masks, Stored::Floats).unwrap();
+        assert_eq!(stored.network().unwrap(), pruned);
+        // Fewer blocks; as many codes as floats, because the library asks for both.
+        let name = "gru2_recurrent_weights";
+        let len = |array: &str| stored.get(&format!("{name}_{array}")).unwrap().data.len();
+        assert_eq!(len("float"), 4 * len("int8"));
+        assert!(len("int8") < GATES * HIDDEN * HIDDEN / 2);
+        // The product of shifted integers, as the library computes it, is the product of the floats up to the rounding.
+        let codes = &stored.get(&format!("{name}_int8")).unwrap().data;
+        let scales = stored
+            .floats("gru2_recurrent_scale", GATES * HIDDEN)
+            .unwrap();
+        let offset = stored
+            .floats("gru2_recurrent_subias", GATES * HIDDEN)
+            .unwrap();
+        let bias = stored
+            .floats("gru2_recurrent_bias", GATES * HIDDEN)
+            .unwrap();
+        let floats = stored.matrix(name, GATES * HIDDEN, HIDDEN).unwrap();
+        let index = super::super::words(
+            &stored.get(&format!("{name}_idx")).unwrap().data,
+            i32::from_le_bytes,
+        );
+        let x: Vec<f32> = (0..HIDDEN).map(|j| (j as f32 * 0.7).sin()).collect();
+        let columns = &index[1..1 + index[0] as usize];
+        for o in 0..OUTPUTS {
+            let mut sum = 0i32;
+            for (block, &c) in codes.chunks_exact(OUTPUTS * INPUTS).zip(columns) {
+                for i in 0..INPUTS {
+                    let shifted = 127 + (127.0 * x[c as usize + i]).round() as i32;
+                    sum += i32::from(block[o * INPUTS + i] as i8) * shifted;
+                }
+            }
+            let integers = offset[o] + scales[o] * sum as f32;
+            let row = &floats[o * HIDDEN..(o + 1) * HIDDEN];
+            let exact = bias[o] + row.iter().zip(&x).map(|(w, x)| w * x).sum::<f32>();
+            assert!((integers - exact).abs() < 0.05, "{integers} {exact}");
+        }
+
+        let mut integers = original.clone();
+        integers
+            .set_network(&pruned, &masks, Stored::Integers)
+            .unwrap();
+        assert!(integers.get(&format!("{name}_float")).is_err());
+        assert!(integers.to_bytes().unwrap().len() < stored.to_bytes().unwrap().len());
+        let (scattered, _) = prune(&rnn, &PruneConfig::new(Method::Random, 0.5)).unwrap();
+        assert!(matches!(
+            original
+                .clone()
+                .set_network(&rnn, &scattered, Stored::Floats),
+            Err(Error::PartialBlock { .. })
+        ));
+        assert!(matches!(
+            original.convolutions(&[0.0; 7]),
+            Err(Error::Shape { .. })
+        ));
+        let (gains, voice) = original.run(&rnn, &[0.1; 3 * FEATURES]).unwrap();
+        assert_eq!((gains.len(), voice.len()), (3 * BANDS, 3));
+    }
 }
