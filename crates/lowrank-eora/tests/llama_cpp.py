@@ -41,7 +41,7 @@ for length in PREFIXES:
     answer = server.handle_completions(
         {"prompt": tokens[:length], "n_predict": 1, "n_probs": CANDIDATES, "temperature": 0.0, "cache_prompt": False}
     )
-    candidates = answer["completion_probabilities"][0]["top_logprobs"]
+    candidates = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
     theirs = {entry["id"]: entry["logprob"] for entry in candidates}
     row = ours[length - 1]
     differences += [theirs[token] - row[token] for token in theirs]
