@@ -85,22 +85,22 @@ pub(super) fn shown() -> Vec<Shown> {
 }
 
 /// Run both chains.
-pub(super) fn run(common: &Settings, inputs: &Inputs) -> Result<Section> {
+pub(super) fn run(settings: &Settings, inputs: &Inputs) -> Result<Section> {
     let checkpoint = Checkpoint::open(&inputs.text.model)?;
-    let decoder = perplexity::open(common, &checkpoint)?;
-    let protocol = Protocol::new(common, &inputs.text, &decoder)?;
-    let evaluation = protocol.decoding(common, &inputs.text.text)?;
+    let decoder = perplexity::open(settings, &checkpoint)?;
+    let protocol = Protocol::new(settings, &inputs.text, &decoder)?;
+    let evaluation = protocol.decoding(settings, &inputs.text.text)?;
     let calibration = protocol
         .calibration(&inputs.calib)?
-        .sample(CALIBRATION, common.seed);
+        .sample(CALIBRATION, settings.seed);
     let scratch = Scratch::new()?;
-    let bar = common.bar("chain", 1 + STEPS * (1 + DRAWS));
+    let bar = settings.bar("chain", 1 + STEPS * (1 + DRAWS));
     let collect = Collect::new(Compensation::LEAST_SQUARES.needs(), scratch.path());
     let statistics = Calibration::run(&decoder, &calibration, &collect, &NoProgress)?;
     bar.inc(1);
     let dense_model = Model::load(&decoder)?;
     let suite = Chain {
-        common,
+        settings,
         decoder: &decoder,
         dense: &dense_model,
         statistics: &statistics,
@@ -110,8 +110,8 @@ pub(super) fn run(common: &Settings, inputs: &Inputs) -> Result<Section> {
         bar: &bar,
     };
     let mut rows = vec![suite.dense()?];
-    rows.extend(suite.links(&METHODS, common.seed)?);
-    let draws = (common.seed..common.seed + DRAWS)
+    rows.extend(suite.links(&METHODS, settings.seed)?);
+    let draws = (settings.seed..settings.seed + DRAWS)
         .map(|seed| suite.links(&CONTROLS, seed))
         .collect::<Result<Vec<_>>>()?;
     for link in 0..draws[0].len() {
@@ -145,7 +145,7 @@ pub(super) fn run(common: &Settings, inputs: &Inputs) -> Result<Section> {
 }
 
 struct Chain<'a> {
-    common: &'a Settings,
+    settings: &'a Settings,
     decoder: &'a Decoder<'a>,
     /// The dense model, to compare speeds with.
     dense: &'a Model<'a>,
@@ -181,7 +181,7 @@ impl Chain<'_> {
         let pruned_folder = self.scratch.join(&name);
         self.prune(links, seed, &pruned_folder)?;
         let checkpoint = Checkpoint::open(&pruned_folder)?;
-        let pruned = perplexity::open(self.common, &checkpoint)?;
+        let pruned = perplexity::open(self.settings, &checkpoint)?;
         let mut name = links.prune.to_owned();
         let bytes = checkpoint.total_bytes();
         let mut rows = vec![self.measure(&pruned, row(name.clone(), bytes), None)?];
@@ -261,7 +261,7 @@ impl Chain<'_> {
         });
         write_checkpoint(pruned, repaired, &folder, &options, &NoProgress)?;
         let checkpoint = Checkpoint::open(&folder)?;
-        let decoder = perplexity::open(self.common, &checkpoint)?;
+        let decoder = perplexity::open(self.settings, &checkpoint)?;
         let rows = cells.into_iter().map(|(mut row, evict)| {
             row.bytes = row
                 .bytes

@@ -149,7 +149,7 @@ fn kv(inputs: &Inputs, settings: &Settings) -> Result<Preset> {
         name: "kv",
         flags: Flags::of_text(inputs, settings)
             .with_all("--policy", names)
-            .with_all("--budget", budgets.iter().map(|b| kv::policy::said(*b)))
+            .with_all("--budget", budgets.iter().map(|b| kv::policy::label(*b)))
             .with("--prompt-rule", PromptRule::Evict.name())
             .finish(settings),
         suite: Suite::Kv(kv::Config {

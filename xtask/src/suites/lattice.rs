@@ -107,8 +107,8 @@ pub struct Characters {
 ///
 /// # Errors
 /// Files that cannot be used, settings out of range, a diverging run.
-pub fn run(common: &Settings, config: &Config) -> Result<Vec<Section>> {
-    let bar = common.bar("pruning", 1);
+pub fn run(settings: &Settings, config: &Config) -> Result<Vec<Section>> {
+    let bar = settings.bar("pruning", 1);
     let (rows, first, name) = match &config.checkpoint {
         Some(checkpoint) => {
             let trained = open(checkpoint, &config.experiment)?;

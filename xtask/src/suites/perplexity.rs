@@ -33,10 +33,10 @@ pub(crate) struct Protocol {
 }
 
 impl Protocol {
-    pub(crate) fn new(common: &Settings, config: &Config, decoder: &Decoder<'_>) -> Result<Self> {
+    pub(crate) fn new(settings: &Settings, config: &Config, decoder: &Decoder<'_>) -> Result<Self> {
         let tokenizer = TextTokenizer::open(&config.model)?;
         let reach = decoder.config().max_positions;
-        let window = common.window.unwrap_or(WINDOW.min(reach));
+        let window = settings.window.unwrap_or(WINDOW.min(reach));
         let protocol =
             lm_eval::Protocol::new(config.protocol, window, reach).with_context(|| {
                 format!(
@@ -57,9 +57,9 @@ impl Protocol {
     }
 
     /// The windows to evaluate on: the first `--samples` of the text.
-    pub(crate) fn evaluation(&self, common: &Settings, text: &Path) -> Result<ScoredWindows> {
+    pub(crate) fn evaluation(&self, settings: &Settings, text: &Path) -> Result<ScoredWindows> {
         let (protocol, tokenizer, contents) = (&self.protocol, &self.tokenizer, read_text(text)?);
-        let windows = match common.samples {
+        let windows = match settings.samples {
             Some(samples) => protocol.first(tokenizer, &contents, samples),
             None => protocol.evaluation(tokenizer, &contents),
         };
@@ -67,14 +67,14 @@ impl Protocol {
     }
 
     /// The windows to decode token by token: those of [`Protocol::evaluation`], of which every token can be a target.
-    pub(crate) fn decoding(&self, common: &Settings, text: &Path) -> Result<Windows> {
+    pub(crate) fn decoding(&self, settings: &Settings, text: &Path) -> Result<Windows> {
         anyhow::ensure!(
             self.protocol.kind != ProtocolKind::Rolling,
             "--protocol rolling scores every token of a text once, decoding only those after each window's prompt; \
              use windows or gptq"
         );
         let windows = self.calibration(text)?;
-        Ok(match common.samples {
+        Ok(match settings.samples {
             Some(samples) => windows.first(samples),
             None => windows,
         })
@@ -159,18 +159,18 @@ pub(crate) fn measure(
 ///
 /// # Errors
 /// A model or text that cannot be read or run.
-pub fn run(common: &Settings, config: &Config, hidden_metrics: bool) -> Result<Vec<Section>> {
-    let checkpoint = common.weights.open(&config.model)?;
-    let decoder = model::decoder(common, &checkpoint)?;
-    let protocol = Protocol::new(common, config, &decoder)?;
-    let windows = protocol.evaluation(common, &config.text)?;
-    let progress = common.bar("perplexity", 0);
+pub fn run(settings: &Settings, config: &Config, hidden_metrics: bool) -> Result<Vec<Section>> {
+    let checkpoint = settings.weights.open(&config.model)?;
+    let decoder = model::decoder(settings, &checkpoint)?;
+    let protocol = Protocol::new(settings, config, &decoder)?;
+    let windows = protocol.evaluation(settings, &config.text)?;
+    let progress = settings.bar("perplexity", 0);
     let mut row = Row {
         model: Some(file_name(&config.model)),
         ..Row::new("perplexity", DENSE)
     };
     measure(&decoder, &windows, &mut row, &progress)?;
-    common.weights.fill(&mut row, decoder.weight_bytes()?);
+    settings.weights.fill(&mut row, decoder.weight_bytes()?);
     if hidden_metrics {
         hidden::hidden_metrics(&decoder, windows.inputs(), &mut row)?;
     }

@@ -42,7 +42,7 @@ pub struct Shots {
 ///
 /// # Errors
 /// A model or file that cannot be read or run, named.
-pub fn run(common: &Settings, config: &Config) -> Result<Vec<Section>> {
+pub fn run(settings: &Settings, config: &Config) -> Result<Vec<Section>> {
     let data = config.data.iter().map(Task::read);
     let data: Vec<Task> = data.collect::<Result<_, _>>()?;
     let from = config.shots.from.as_ref().map(Task::read).transpose()?;
@@ -63,10 +63,10 @@ pub fn run(common: &Settings, config: &Config) -> Result<Vec<Section>> {
     let mut bos = false;
     for (path, name) in config.models.iter().zip(&names) {
         let named = || path.display().to_string();
-        let checkpoint = common.weights.open(path)?;
-        let decoder = model::decoder(common, &checkpoint)?;
+        let checkpoint = settings.weights.open(path)?;
+        let decoder = model::decoder(settings, &checkpoint)?;
         let weight_bytes = decoder.weight_bytes()?;
-        let evaluator = evaluator(common, config, path, &decoder)?;
+        let evaluator = evaluator(settings, config, path, &decoder)?;
         bos |= evaluator.bos();
         for (i, (data, examples)) in data.iter().zip(&examples).enumerate() {
             let method = if rows.len() < config.data.len() {
@@ -77,10 +77,10 @@ pub fn run(common: &Settings, config: &Config) -> Result<Vec<Section>> {
             let mut row = Row::new("tasks", method);
             row.model = Some(name.clone());
             let answers =
-                ask(common, config, &evaluator, data, examples, &mut row).with_context(named)?;
+                ask(settings, config, &evaluator, data, examples, &mut row).with_context(named)?;
             row.params = Some(checkpoint.parameters());
             row.bytes = Some(checkpoint.total_bytes());
-            common.weights.fill(&mut row, weight_bytes);
+            settings.weights.fill(&mut row, weight_bytes);
             if let Some(dir) = &config.log_samples {
                 save(dir, name, data, &answers).context("--log-samples")?;
             }
@@ -93,7 +93,7 @@ pub fn run(common: &Settings, config: &Config) -> Result<Vec<Section>> {
     }
     let names: Vec<String> = config.data.iter().map(|path| file_name(path)).collect();
     let facts = |section: Section| {
-        let section = common
+        let section = settings
             .weights
             .facts(section)
             .fact("questions", names.join(", "))
@@ -130,7 +130,7 @@ fn labels(models: &[PathBuf]) -> Vec<String> {
 }
 
 fn evaluator<'a>(
-    common: &Settings,
+    settings: &Settings,
     config: &Config,
     path: &Path,
     decoder: &'a Decoder<'a>,
@@ -140,7 +140,7 @@ fn evaluator<'a>(
         true => evaluator,
         false => evaluator.without_bos(),
     };
-    match common.window {
+    match settings.window {
         None => Ok(evaluator),
         Some(window) => evaluator
             .with_positions(window)
@@ -150,7 +150,7 @@ fn evaluator<'a>(
 
 /// Asks one model the questions of one file.
 fn ask(
-    common: &Settings,
+    settings: &Settings,
     config: &Config,
     evaluator: &Evaluator<'_>,
     data: &Task,
@@ -158,9 +158,9 @@ fn ask(
     row: &mut Row,
 ) -> Result<Answers> {
     let mut options = TaskOptions::default();
-    options.questions = common.samples;
+    options.questions = settings.samples;
     options.max_new_tokens = config.max_new_tokens;
-    let progress = common.bar(data.name(), 0);
+    let progress = settings.bar(data.name(), 0);
     let watch = Stopwatch::start();
     let answers = evaluator.answer(data, examples, &options, &progress);
     let answers = answers.map_err(|error| {

@@ -2,8 +2,8 @@
 //! questions about long contexts; and what they save in time.
 
 mod bootstrap;
-mod held;
 pub mod long_context;
+mod peak;
 pub mod perplexity;
 pub mod policy;
 pub mod recall;
@@ -156,7 +156,7 @@ impl Config {
 ///
 /// # Errors
 /// A policy that cannot run within a budget, a model, text or trace that cannot be read or run.
-pub fn run(common: &Settings, config: &Config) -> Result<Vec<Section>> {
+pub fn run(settings: &Settings, config: &Config) -> Result<Vec<Section>> {
     let oracle = config.policies.iter().any(Choice::is_oracle);
     if oracle && !matches!(config.task, Task::Trace(_) | Task::Recall(_)) {
         bail!(
@@ -164,10 +164,10 @@ pub fn run(common: &Settings, config: &Config) -> Result<Vec<Section>> {
         );
     }
     match &config.task {
-        Task::Perplexity(texts) => perplexity::run(common, config, texts),
-        Task::Trace(traces) => trace::run(common, config, traces),
-        Task::Recall(recall) => recall::run(common, config, recall),
-        Task::LongContext(task) => long_context::run(common, config, task),
-        Task::Speed(speed) => speed::run(common, config, speed),
+        Task::Perplexity(texts) => perplexity::run(settings, config, texts),
+        Task::Trace(traces) => trace::run(settings, config, traces),
+        Task::Recall(recall) => recall::run(settings, config, recall),
+        Task::LongContext(task) => long_context::run(settings, config, task),
+        Task::Speed(speed) => speed::run(settings, config, speed),
     }
 }

@@ -13,7 +13,7 @@ use eval_report::{
 };
 use kv_lazy::CacheConfig;
 
-use super::held::Held;
+use super::peak::PeakCache;
 use super::policy;
 use super::rows::{FULL, SUITE, over_budget, over_bytes, reference};
 use super::verdict::{Metric, verdict};
@@ -47,10 +47,10 @@ pub struct Text {
 }
 
 /// Measure every policy at every budget, and the full cache in the same way, for each of several models.
-pub(crate) fn run(common: &Settings, config: &Config, texts: &[Text]) -> Result<Vec<Section>> {
+pub(crate) fn run(settings: &Settings, config: &Config, texts: &[Text]) -> Result<Vec<Section>> {
     let sections = texts
         .iter()
-        .map(|text| one(common, config, text, texts.len() > 1))
+        .map(|text| one(settings, config, text, texts.len() > 1))
         .collect::<Result<Vec<(Section, usize)>>>()?;
     let overview = (texts.len() > 1).then(|| several::overview(&sections));
     let own = sections.into_iter().map(|(section, _)| section);
@@ -58,17 +58,17 @@ pub(crate) fn run(common: &Settings, config: &Config, texts: &[Text]) -> Result<
 }
 
 /// One model, and the window it was run in: among several, one that was made for less than the window has its own.
-fn one(common: &Settings, config: &Config, text: &Text, among: bool) -> Result<(Section, usize)> {
-    let checkpoint = common.weights.open(&text.text.model)?;
-    let decoder = model::decoder(common, &checkpoint)?;
-    let mut common = common.clone();
+fn one(settings: &Settings, config: &Config, text: &Text, among: bool) -> Result<(Section, usize)> {
+    let checkpoint = settings.weights.open(&text.text.model)?;
+    let decoder = model::decoder(settings, &checkpoint)?;
+    let mut settings = settings.clone();
     if among {
         let reach = decoder.config().max_positions;
-        common.window = common.window.map(|window| window.min(reach));
+        settings.window = settings.window.map(|window| window.min(reach));
     }
-    let common = &common;
-    let protocol = Protocol::new(common, &text.text, &decoder)?;
-    let windows = protocol.decoding(common, &text.text.text)?;
+    let settings = &settings;
+    let protocol = Protocol::new(settings, &text.text, &decoder)?;
+    let windows = protocol.decoding(settings, &text.text.text)?;
     let window = windows.window_len();
     let prompt = text.prompt.unwrap_or(prompt(window));
     ensure!(
@@ -87,8 +87,8 @@ fn one(common: &Settings, config: &Config, text: &Text, among: bool) -> Result<(
 
     let runs: usize = config.cells().iter().map(|(c, _)| config.runs(c)).sum();
     let steps = (1 + runs) * windows.count().div_ceil(batch);
-    let bar = common.bar(FULL, steps as u64);
-    let full = config.full.cache(window, common.seed);
+    let bar = settings.bar(FULL, steps as u64);
+    let full = config.full.cache(window, settings.seed);
     let row = reference(Row::new(SUITE, FULL));
     let mut rows = vec![cells.measure(row, Some(&full), None, &bar)?];
     for (choice, budget) in config.cells() {
@@ -96,7 +96,7 @@ fn one(common: &Settings, config: &Config, text: &Text, among: bool) -> Result<(
         let tokens = config.tokens(choice, budget, window, &model)?;
         let draws = (0..config.runs(choice) as u64)
             .map(|draw| {
-                let cache = choice.cache(tokens, common.seed + draw);
+                let cache = choice.cache(tokens, settings.seed + draw);
                 let row = config.row(choice, budget, window, prompt);
                 cells.measure(row, Some(&cache), Some(&model), &bar)
             })
@@ -108,7 +108,7 @@ fn one(common: &Settings, config: &Config, text: &Text, among: bool) -> Result<(
     let name = file_name(&text.text.model);
     compare_with_full(&mut rows, &name);
     for row in &mut rows {
-        common.weights.fill(row, model.weight_bytes());
+        settings.weights.fill(row, model.weight_bytes());
     }
     let mut section = section(rows, window);
     if among {
@@ -121,11 +121,11 @@ fn one(common: &Settings, config: &Config, text: &Text, among: bool) -> Result<(
         .fact("targets", windows.count() * (window - prompt))
         .fact("batch", batch)
         .fact("keys and values", config.stored(decoder.dtype()))
-        .fact("prompt", config.prompt_rule.said());
-    Ok((common.weights.facts(section), window))
+        .fact("prompt", config.prompt_rule.label());
+    Ok((settings.weights.facts(section), window))
 }
 
-/// Tokens that are prefilled where nothing is said.
+/// Tokens that are prefilled by default.
 pub(crate) fn prompt(window: usize) -> usize {
     (window / 4).max(1)
 }
@@ -162,7 +162,7 @@ impl Decoding<'_> {
         bar: &Bar,
     ) -> Result<Row> {
         let watch = Stopwatch::start();
-        let (mut nll, mut held) = (0.0, Held::default());
+        let (mut nll, mut held) = (0.0, PeakCache::default());
         let (mut times, mut dense_times) = (Rounds::default(), Rounds::default());
         for (group, windows) in self.windows.groups(self.batch).enumerate() {
             let first = group * self.batch;
@@ -183,7 +183,7 @@ impl Decoding<'_> {
                 }
                 None => None,
             };
-            held.look(&cache);
+            held.observe(&cache);
             let length = self.windows.window_len();
             for position in self.prompt..length {
                 let targets: Vec<u32> = windows.iter().map(|window| window[position]).collect();
@@ -210,7 +210,7 @@ impl Decoding<'_> {
                     if timed {
                         times.add(count, started.elapsed());
                     }
-                    held.look(&cache);
+                    held.observe(&cache);
                 }
             }
             bar.inc(1);

@@ -54,7 +54,7 @@ impl PromptRule {
     }
 
     /// The protocol's word for it.
-    pub(crate) fn said(self) -> &'static str {
+    pub(crate) fn label(self) -> &'static str {
         match self {
             PromptRule::Own => "kept by random, raas and lazy-guarded, evictable for the others",
             PromptRule::Keep => "kept by every policy",
@@ -233,7 +233,7 @@ impl Choice {
     /// The flags that an error about this policy at this budget is about.
     pub(crate) fn flags(&self, budget: Option<eval_report::Budget>) -> String {
         match budget {
-            Some(budget) => format!("--policy {} --budget {}", self.name, said(budget)),
+            Some(budget) => format!("--policy {} --budget {}", self.name, label(budget)),
             None => format!("--policy {}", self.name),
         }
     }
@@ -295,13 +295,13 @@ pub(crate) fn rotary(config: &ModelConfig) -> Vec<Option<Rotary>> {
     config.attention.iter().map(of).collect()
 }
 
-/// LazyEviction's window where nothing is said: a quarter of the budget, at most 128.
+/// LazyEviction's window by default: a quarter of the budget, at most 128.
 pub(crate) fn lag(budget: usize) -> usize {
     (budget / 4).clamp(1, 128)
 }
 
 /// A budget as the command line says it.
-pub(crate) fn said(budget: eval_report::Budget) -> String {
+pub(crate) fn label(budget: eval_report::Budget) -> String {
     match budget {
         eval_report::Budget::Tokens(tokens) => tokens.to_string(),
         eval_report::Budget::Share(share) => format!("{share:?}"),

@@ -2,7 +2,7 @@
 //!
 //! All caches are filled with the same context and then decode in turn, step by step, so that whatever else the machine does slows
 //! all alike. Which tokens are fed does not matter for speed: they are drawn. What a smaller cache can win at most follows from the bytes a step reads,
-//! weights and cache, and stands beside what it wins.
+//! weights and cache; it is reported next to the measured speedup.
 
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -17,7 +17,7 @@ use serde_json::json;
 use tensor_io::WriteOptions;
 
 use super::Config;
-use super::held::Held;
+use super::peak::PeakCache;
 use super::policy;
 use super::rows::{FULL, SUITE, reference};
 use crate::model;
@@ -27,7 +27,7 @@ use crate::suites::perplexity::file_name;
 
 /// Tokens of context where --window does not say.
 const CONTEXT: usize = 8192;
-/// Tokens generated before the clock runs: by then policies that judge once a window have judged the context.
+/// Tokens generated before the clock runs: by then policies that evict once a window have seen the context.
 const WARM: usize = 128;
 /// Tokens generated against the clock where --prompt does not say: two of the longest windows.
 const TIMED: usize = 256;
@@ -52,20 +52,20 @@ impl Speed {
 struct Lane {
     row: Row,
     cache: CacheSet,
-    held: Held,
+    held: PeakCache,
     times: Rounds,
 }
 
 /// Fill and decode with the full cache and with every policy at every budget.
-pub(crate) fn run(common: &Settings, config: &Config, speed: &Speed) -> Result<Vec<Section>> {
+pub(crate) fn run(settings: &Settings, config: &Config, speed: &Speed) -> Result<Vec<Section>> {
     let scratch = Scratch::new()?;
-    let window = common.window.unwrap_or(CONTEXT + WARM + TIMED);
+    let window = settings.window.unwrap_or(CONTEXT + WARM + TIMED);
     let dir = match &speed.model {
         Some(dir) => dir.clone(),
-        None => random_model(&scratch.path().join("random"), window, common.seed)?,
+        None => random_model(&scratch.path().join("random"), window, settings.seed)?,
     };
-    let checkpoint = common.weights.open(&dir)?;
-    let decoder = model::decoder(common, &checkpoint)?;
+    let checkpoint = settings.weights.open(&dir)?;
+    let decoder = model::decoder(settings, &checkpoint)?;
     let reach = decoder.config().max_positions;
     ensure!(
         window <= reach,
@@ -82,13 +82,13 @@ pub(crate) fn run(common: &Settings, config: &Config, speed: &Speed) -> Result<V
     let model = Model::load(&decoder)?;
     policy::check(&model, &config.policies, &config.budgets, prompt)?;
 
-    let mut rng = ChaCha8Rng::seed_from_u64(common.seed);
+    let mut rng = ChaCha8Rng::seed_from_u64(settings.seed);
     let vocabulary = decoder.config().vocab as u32;
     let tokens: Vec<u32> = (0..window)
         .map(|_| rng.random_range(0..vocabulary))
         .collect();
     let lanes = 1 + config.cells().len();
-    let bar = common.bar("context", (lanes + (window - prompt)) as u64);
+    let bar = settings.bar("context", (lanes + (window - prompt)) as u64);
     let watch = Stopwatch::start();
 
     let mut all = Vec::with_capacity(lanes);
@@ -96,19 +96,19 @@ pub(crate) fn run(common: &Settings, config: &Config, speed: &Speed) -> Result<V
         let lane = Lane {
             row,
             cache: fill(&model, cache, &tokens[..prompt])?,
-            held: Held::default(),
+            held: PeakCache::default(),
             times: Rounds::default(),
         };
         all.push(lane);
         bar.inc(1);
         Ok(())
     };
-    let full = config.full.cache(window, common.seed);
+    let full = config.full.cache(window, settings.seed);
     let full = policy::caches(&model, Some(&full), 0, 1)?;
     lane(reference(Row::new(SUITE, FULL)), full)?;
     for (choice, budget) in config.cells() {
         let tokens = config.tokens(choice, budget, prompt, &model)?;
-        let cache = choice.cache(tokens, common.seed);
+        let cache = choice.cache(tokens, settings.seed);
         let cache =
             policy::caches(&model, Some(&cache), 0, 1).with_context(|| choice.flags(budget))?;
         lane(config.row(choice, budget, prompt, prompt), cache)?;
@@ -120,7 +120,7 @@ pub(crate) fn run(common: &Settings, config: &Config, speed: &Speed) -> Result<V
             model.forward(&[token], &mut lane.cache)?;
             if step >= WARM {
                 lane.times.add(1.0, started.elapsed());
-                lane.held.look_between(&lane.cache);
+                lane.held.observe_between(&lane.cache);
             }
         }
         bar.inc(1);
@@ -136,7 +136,7 @@ pub(crate) fn run(common: &Settings, config: &Config, speed: &Speed) -> Result<V
             lane.times.fill_beside(&full_times, &mut lane.row);
             lane.held.fill(&mut lane.row);
             lane.row.model = Some(file_name(&dir));
-            common.weights.fill(&mut lane.row, weights);
+            settings.weights.fill(&mut lane.row, weights);
             lane.row
         })
         .collect();
@@ -153,7 +153,7 @@ pub(crate) fn run(common: &Settings, config: &Config, speed: &Speed) -> Result<V
             row.extra.insert("speed_bound".into(), json!(bound));
         }
     }
-    let section = common
+    let section = settings
         .weights
         .facts(section(rows))
         .fact("context", prompt)
@@ -188,7 +188,7 @@ fn random_model(dir: &Path, positions: usize, seed: u64) -> Result<PathBuf> {
 fn section(rows: Vec<Row>) -> Section {
     Section {
         title: "KV cache: speed of generation".into(),
-        prose: "One sequence; every cache is filled with the same context and decodes it on in turn with the others, step by step. Budgets are of the \
+        prose: "One sequence; every cache is filled with the same context and continues it in alternation with the others, step by step. Budgets are of the \
                 context, bytes what caches held after their steps at most, tokens per second of generation alone. The bound is what the bytes of weights and cache that a step \
                 reads would allow: at batch 1 the weights are read however small the cache."
             .into(),

@@ -1,4 +1,4 @@
-//! Policies replayed on traces: what attention they would have lost, beside an oracle that knows the future.
+//! Policies replayed on traces: the attention they would have lost, compared with an oracle that knows the future.
 //!
 //! Traces come from the model's own attention on a text, from files, or from generators with a known truth. Replay is open loop: it
 //! ranks cheaply, and the tasks that run the model decide.
@@ -43,9 +43,9 @@ const MASS: Metric = Metric {
 /// Where traces come from.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Source {
-    /// Recurring tokens with log-normal silences.
+    /// Tokens that recur after log-normal gaps.
     Planted,
-    /// Logits that wander.
+    /// Logits that drift.
     Drift,
     /// A fixed few tokens take most of the attention.
     HeavyHitters,
@@ -92,31 +92,31 @@ struct Kind {
 }
 
 /// Replay every policy at every budget on every kind of traces, one section a kind.
-pub(crate) fn run(common: &Settings, config: &Config, traces: &Traces) -> Result<Vec<Section>> {
+pub(crate) fn run(settings: &Settings, config: &Config, traces: &Traces) -> Result<Vec<Section>> {
     let mut kinds = Vec::new();
     if let Some(text) = &traces.recorded {
-        let kind = record(common, text, traces.prompt)?;
+        let kind = record(settings, text, traces.prompt)?;
         if let Some(dir) = &traces.save {
             save(&kind.traces, dir)?;
         }
         kinds.push(kind);
     }
     for source in &traces.sources {
-        kinds.push(generate(common, config, traces.prompt, source)?);
+        kinds.push(generate(settings, config, traces.prompt, source)?);
     }
     kinds
         .iter()
-        .map(|kind| replay(common, config, kind))
+        .map(|kind| replay(settings, config, kind))
         .collect()
 }
 
 /// The attention of the model on the windows of a text.
-fn record(common: &Settings, text: &perplexity::Config, prompt: Option<usize>) -> Result<Kind> {
-    let checkpoint = common.weights.open(&text.model)?;
-    let decoder = model::decoder(common, &checkpoint)?;
-    let protocol = Protocol::new(common, text, &decoder)?;
+fn record(settings: &Settings, text: &perplexity::Config, prompt: Option<usize>) -> Result<Kind> {
+    let checkpoint = settings.weights.open(&text.model)?;
+    let decoder = model::decoder(settings, &checkpoint)?;
+    let protocol = Protocol::new(settings, text, &decoder)?;
     let windows = protocol.calibration(&text.text)?;
-    let windows = windows.first(common.samples.unwrap_or(RECORDED));
+    let windows = windows.first(settings.samples.unwrap_or(RECORDED));
     let prompt = prompt.unwrap_or((windows.window_len() / 4).max(1));
     ensure!(
         prompt < windows.window_len(),
@@ -153,14 +153,14 @@ fn save(traces: &[Trace], dir: &Path) -> Result<()> {
 
 /// One trace for each seed, or the one of a file.
 fn generate(
-    common: &Settings,
+    settings: &Settings,
     config: &Config,
     prompt: Option<usize>,
     source: &Source,
 ) -> Result<Kind> {
     let mut sizes = Sizes::default();
     if !matches!(source, Source::File(_)) {
-        sizes.tokens = common.window.unwrap_or(sizes.tokens);
+        sizes.tokens = settings.window.unwrap_or(sizes.tokens);
         sizes.prompt = prompt.unwrap_or(sizes.prompt);
         ensure!(
             sizes.tokens >= LEAST,
@@ -174,7 +174,7 @@ fn generate(
             sizes.tokens
         );
     }
-    let seeds = common.seed..common.seed + config.seeds as u64;
+    let seeds = settings.seed..settings.seed + config.seeds as u64;
     let (name, traces) = match source {
         Source::Planted => {
             let generator = Planted {
@@ -238,7 +238,7 @@ struct Replayed {
     layers: Vec<LayerReport>,
 }
 
-fn replay(common: &Settings, config: &Config, kind: &Kind) -> Result<Section> {
+fn replay(settings: &Settings, config: &Config, kind: &Kind) -> Result<Section> {
     let window = kind
         .traces
         .iter()
@@ -277,11 +277,11 @@ fn replay(common: &Settings, config: &Config, kind: &Kind) -> Result<Section> {
     choices.retain(rotated);
     choices.sort_by_key(|choice| !choice.is_oracle());
     let cells = 1 + choices.len() * config.budgets.len();
-    let bar = common.bar(kind.name.clone(), (cells * kind.traces.len()) as u64);
+    let bar = settings.bar(kind.name.clone(), (cells * kind.traces.len()) as u64);
     let replayed = |choice: &Choice, budget: Budget, row: &Row| -> Result<Vec<Replayed>> {
         let one = |(index, trace): (usize, &Trace)| -> Result<Replayed> {
             let tokens = policy::tokens(budget, trace.tokens.len());
-            let mut cache = choice.cache(tokens, common.seed + index as u64);
+            let mut cache = choice.cache(tokens, settings.seed + index as u64);
             cache.layer_rotary = kind.rotary.clone();
             let options = ReplayOptions {
                 gap: policy::lag(tokens),
@@ -316,7 +316,7 @@ fn replay(common: &Settings, config: &Config, kind: &Kind) -> Result<Section> {
     let mut oracles: Vec<(Budget, Vec<Replayed>)> = Vec::new();
     for choice in choices {
         for &budget in &config.budgets {
-            bar.set_label(format!("{} at {}", choice.name, policy::said(budget)));
+            bar.set_label(format!("{} at {}", choice.name, policy::label(budget)));
             let row = config.row(choice, Some(budget), window, prompt);
             let mut runs = replayed(choice, budget, &row)?;
             if choice.is_oracle() {
@@ -349,7 +349,7 @@ fn replay(common: &Settings, config: &Config, kind: &Kind) -> Result<Section> {
         .fact("positions", window)
         .fact("prompt", prompt)
         .fact("layers", kind.traces.iter().map(|t| t.layers.len()).max())
-        .fact("prompt rule", config.prompt_rule.said())
+        .fact("prompt rule", config.prompt_rule.label())
         .fact("α", f64::from(config.alpha))
         .fact("k of recall", ReplayOptions::default().top)
         .fact(
@@ -468,7 +468,7 @@ fn section(kind: &Kind, rows: Vec<Row>, window: usize, recurrence: &MriHistogram
     let prose = format!(
         "Every policy is replayed on {} and sees the weights that its own cache would have given; what is measured is the full cache's \
          attention on the tokens that it still holds, mean over heads, layers and traces with the range over traces. Recall counts the most \
-         attended tokens still held, recurring hits the activations after a silence longer than W, a quarter of the budget, regret the \
+         attended tokens still held, recurring hits the activations after a gap longer than W, a quarter of the budget, regret the \
          attention on evicted tokens per step, the oracle gap what an oracle in the same budget retains beyond. Output error is relative. \
          Policy time is a share of decode attention over as many tokens. Bytes count keys and values as 16-bit numbers. Of the active \
          tokens {:.1} % have an MRI above 1{}. {}",

@@ -119,14 +119,14 @@ impl Config {
 /// # Errors
 /// A model or text that cannot be read or run, what is known beforehand to fail, and the failure of the first combination
 /// where all fail.
-pub fn run(common: &Settings, config: &Config) -> Result<Vec<Section>> {
+pub fn run(settings: &Settings, config: &Config) -> Result<Vec<Section>> {
     check::settings(config)?;
     let checkpoint = causal_lm::open(&config.perplexity.model)?;
-    let decoder = open(common, &checkpoint)?;
+    let decoder = open(settings, &checkpoint)?;
     let compressed = config.compressed.as_ref();
     let compressed = compressed.map(causal_lm::open).transpose()?;
     let given = compressed.as_ref().map(|compressed| {
-        let given = GivenModel::open(common, compressed);
+        let given = GivenModel::open(settings, compressed);
         given.with_context(|| compressed.dir().display().to_string())
     });
     let given = given.transpose()?;
@@ -134,15 +134,15 @@ pub fn run(common: &Settings, config: &Config) -> Result<Vec<Section>> {
     save::make_folder(config)?;
     let scratch = Scratch::new()?;
     let template = save::template(config, &decoder, given.as_ref(), scratch.path())?;
-    let protocol = Protocol::new(common, &config.perplexity, &decoder)?;
-    let evaluation = protocol.evaluation(common, &config.perplexity.text)?;
+    let protocol = Protocol::new(settings, &config.perplexity, &decoder)?;
+    let evaluation = protocol.evaluation(settings, &config.perplexity.text)?;
     let windows = protocol.calibration(&config.calib)?;
     let wanted = (config.calib_samples, config.held_out_samples);
-    let (calibration, held_out) = data::split(&windows, wanted, common.seed)
+    let (calibration, held_out) = data::split(&windows, wanted, settings.seed)
         .with_context(|| config.calib.display().to_string())?;
 
     let suite = Lowrank {
-        common,
+        settings,
         config,
         decoder: &decoder,
         evaluation: &evaluation,
@@ -158,7 +158,7 @@ pub fn run(common: &Settings, config: &Config) -> Result<Vec<Section>> {
     };
     let mut rows = vec![suite.dense()?];
     let repairs = config.methods.iter().flatten().count() * config.ranks.len();
-    let bar = common.bar("repair", (starts.len() * (1 + repairs)) as u64);
+    let bar = settings.bar("repair", (starts.len() * (1 + repairs)) as u64);
     let mut failures = Vec::new();
     for start in &starts {
         let (made, failed) = suite.start(start, &bar);
@@ -206,10 +206,10 @@ pub(crate) struct GivenModel<'a> {
 }
 
 impl<'a> GivenModel<'a> {
-    fn open(common: &Settings, checkpoint: &'a Checkpoint) -> Result<Self> {
+    fn open(settings: &Settings, checkpoint: &'a Checkpoint) -> Result<Self> {
         let source = Given::open(checkpoint)?;
         let decoder = match source.format() {
-            Format::Dense | Format::Gguf => Some(open(common, checkpoint)?),
+            Format::Dense | Format::Gguf => Some(open(settings, checkpoint)?),
             _ => None,
         };
         let mut rest_bytes = 0;
@@ -283,14 +283,14 @@ impl<'a> Start<'a> {
 }
 
 /// A decoder that computes in f32 on every device: W_c + B A rounded to bf16 would lose what B A adds.
-fn open<'a>(common: &Settings, checkpoint: &'a Checkpoint) -> Result<Decoder<'a>> {
-    Decoder::new(checkpoint, DType::F32, &common.device.open()?)
+fn open<'a>(settings: &Settings, checkpoint: &'a Checkpoint) -> Result<Decoder<'a>> {
+    Decoder::new(checkpoint, DType::F32, &settings.device.open()?)
         .with_context(|| checkpoint.dir().display().to_string())
 }
 
 /// What all rows share.
 struct Lowrank<'a> {
-    common: &'a Settings,
+    settings: &'a Settings,
     config: &'a Config,
     decoder: &'a Decoder<'a>,
     evaluation: &'a ScoredWindows,
@@ -304,7 +304,7 @@ struct Lowrank<'a> {
 
 impl Lowrank<'_> {
     fn dense(&self) -> Result<Row> {
-        let bar = self.common.bar(DENSE, 0);
+        let bar = self.settings.bar(DENSE, 0);
         let mut row = Row::new("lowrank", DENSE);
         perplexity::measure(self.decoder, self.evaluation, &mut row, &bar)?;
         row.tokens_per_second = None;
@@ -492,7 +492,7 @@ impl Lowrank<'_> {
         let rest = given.unwrap_or(self.decoder);
         write_checkpoint(rest, repaired, &folder, &options, &NoProgress)?;
         let merged = Checkpoint::open(&folder)?;
-        let decoder = open(self.common, &merged)?;
+        let decoder = open(self.settings, &merged)?;
         let nested = bar.nested("perplexity", 0);
         perplexity::measure(&decoder, self.evaluation, row, &nested)?;
         nested.finish();

@@ -34,7 +34,7 @@ pub struct Methods {
 
 /// What all rows share.
 pub(super) struct Suite<'a> {
-    pub(super) common: &'a Settings,
+    pub(super) settings: &'a Settings,
     pub(super) config: &'a Config,
     pub(super) decoder: &'a Decoder<'a>,
     pub(super) protocol: &'a Protocol,
@@ -86,7 +86,7 @@ impl Suite<'_> {
             .flat_map(|recipe| self.aims(recipe).into_iter().map(move |aim| (recipe, aim)))
             .collect();
         let bar = self
-            .common
+            .settings
             .bar("pruning", (cells.len() + compressors.len()) as u64);
         for (recipe, aim) in cells {
             bar.set_label(cell_name(recipe, None, aim));
@@ -136,7 +136,7 @@ impl Suite<'_> {
     }
 
     fn dense(&self, pictures: &mut Pictures) -> Result<Row> {
-        let bar = self.common.bar(DENSE, 0);
+        let bar = self.settings.bar(DENSE, 0);
         let mut row = Row::new("structured", DENSE);
         perplexity::measure(self.decoder, self.evaluation, &mut row, &bar)?;
         time_blocks(&[self.decoder], self.evaluation.inputs())?[0].fill(&mut row);
@@ -171,7 +171,7 @@ impl Suite<'_> {
         aim: Aim,
         (pictures, bar): (&mut Pictures, &Bar),
     ) -> Result<Row> {
-        let first = self.common.seed;
+        let first = self.settings.seed;
         let seeds: Vec<Option<u64>> = match recipe.draws() {
             true => (first..first + self.config.seeds).map(Some).collect(),
             false => vec![None],
@@ -235,7 +235,7 @@ impl Suite<'_> {
         let pruning = (row.seconds, row.peak_rss_bytes);
 
         let checkpoint = Checkpoint::open(&folder)?;
-        let pruned = perplexity::open(self.common, &checkpoint)?;
+        let pruned = perplexity::open(self.settings, &checkpoint)?;
         ensure!(
             (
                 Some(checkpoint.parameters()),
@@ -379,7 +379,7 @@ impl Suite<'_> {
             json!(if rank > 0 { "eora" } else { "none" }),
         );
         let checkpoint = Checkpoint::open(&folder)?;
-        let compressed = perplexity::open(self.common, &checkpoint)?;
+        let compressed = perplexity::open(self.settings, &checkpoint)?;
         let steps = bar.nested("perplexity", 0);
         perplexity::measure(&compressed, self.evaluation, &mut row, &steps)?;
         steps.finish();

@@ -96,10 +96,10 @@ pub enum Export {
 ///
 /// # Errors
 /// A model or text that cannot be read or run.
-pub fn run(common: &Settings, config: &Config) -> Result<Vec<Section>> {
+pub fn run(settings: &Settings, config: &Config) -> Result<Vec<Section>> {
     perplexity::ensure_unseen(&config.calib, &config.perplexity.text)?;
     let checkpoint = causal_lm::open(&config.perplexity.model)?;
-    let decoder = perplexity::open(common, &checkpoint)?;
+    let decoder = perplexity::open(settings, &checkpoint)?;
     let is_mixture = decoder.config().mixtures.iter().any(Option::is_some);
     anyhow::ensure!(
         is_mixture || !config.recipes.is_empty(),
@@ -115,17 +115,17 @@ pub fn run(common: &Settings, config: &Config) -> Result<Vec<Section>> {
                 .with_context(|| recipe.name.clone())?;
         }
     }
-    let protocol = Protocol::new(common, &config.perplexity, &decoder)?;
-    let evaluation = protocol.evaluation(common, &config.perplexity.text)?;
+    let protocol = Protocol::new(settings, &config.perplexity, &decoder)?;
+    let evaluation = protocol.evaluation(settings, &config.perplexity.text)?;
     let text = protocol.calibration(&config.calib)?;
-    let calibration = text.sample(config.calib_samples, common.seed);
-    let compared = text.sample(config.search.compared(&config.recipes), common.seed);
+    let calibration = text.sample(config.calib_samples, settings.seed);
+    let compared = text.sample(config.search.compared(&config.recipes), settings.seed);
 
     // Dense models of any size are pruned, so scratch space is on disk, not in memory.
     let scratch = Scratch::new()?;
     if is_mixture {
         let suite = experts::Suite {
-            common,
+            settings,
             config,
             decoder: &decoder,
             protocol: &protocol,
@@ -137,7 +137,7 @@ pub fn run(common: &Settings, config: &Config) -> Result<Vec<Section>> {
         return suite.run();
     }
     let cells = Cells {
-        common,
+        settings,
         config,
         decoder: &decoder,
         calibration: &calibration,
@@ -146,7 +146,7 @@ pub fn run(common: &Settings, config: &Config) -> Result<Vec<Section>> {
         scratch: scratch.path(),
     };
     let layers = decoder.config().layers() as u64;
-    let bar = common.bar("calibration", layers);
+    let bar = settings.bar("calibration", layers);
     let watch = Stopwatch::start();
     let calibrated = cells.calibrate(&bar)?;
     let mut calibrating = Row::new("structured", "calibration");
@@ -155,14 +155,14 @@ pub fn run(common: &Settings, config: &Config) -> Result<Vec<Section>> {
 
     let mut rows = Vec::new();
     if !config.dry_run {
-        let bar = common.bar(DENSE, 0);
+        let bar = settings.bar(DENSE, 0);
         let mut row = Row::new("structured", DENSE);
         perplexity::measure(&decoder, &evaluation, &mut row, &bar)?;
         time_blocks(&[&decoder], evaluation.inputs())?[0].fill(&mut row);
         rows.push(row);
         bar.finish();
     }
-    let bar = common.bar(
+    let bar = settings.bar(
         "pruning",
         (config.recipes.len() * config.ratios.len()) as u64,
     );
@@ -207,7 +207,7 @@ pub fn run(common: &Settings, config: &Config) -> Result<Vec<Section>> {
 
 /// What all cells of the table share.
 struct Cells<'a> {
-    common: &'a Settings,
+    settings: &'a Settings,
     config: &'a Config,
     decoder: &'a Decoder<'a>,
     calibration: &'a Windows,
@@ -426,7 +426,7 @@ impl Cells<'_> {
         let pruning = (row.seconds, row.peak_rss_bytes);
 
         let checkpoint = Checkpoint::open(&folder)?;
-        let pruned = perplexity::open(self.common, &checkpoint)?;
+        let pruned = perplexity::open(self.settings, &checkpoint)?;
         let steps = bar.nested("perplexity", 0);
         perplexity::measure(&pruned, self.evaluation, &mut row, &steps)?;
         steps.finish();

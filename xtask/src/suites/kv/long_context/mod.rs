@@ -41,7 +41,7 @@ pub enum Feed {
 }
 
 impl Feed {
-    fn said(self) -> &'static str {
+    fn label(self) -> &'static str {
         match self {
             Feed::Whole => "read as one prompt and evicted once: prefill compression",
             Feed::Steps => "read in decode steps of 16 tokens under eviction: decode-time eviction",
@@ -65,9 +65,13 @@ pub struct LongContext {
 }
 
 /// Ask all questions at all lengths, one section each, and a summary for each length.
-pub(crate) fn run(common: &Settings, config: &Config, task: &LongContext) -> Result<Vec<Section>> {
-    let checkpoint = common.weights.open(&task.model)?;
-    let decoder = model::decoder(common, &checkpoint)?;
+pub(crate) fn run(
+    settings: &Settings,
+    config: &Config,
+    task: &LongContext,
+) -> Result<Vec<Section>> {
+    let checkpoint = settings.weights.open(&task.model)?;
+    let decoder = model::decoder(settings, &checkpoint)?;
     let tokenizer = TextTokenizer::open(&task.model)?;
     let model = Model::load(&decoder)?;
     let reach = decoder.config().max_positions;
@@ -89,12 +93,12 @@ pub(crate) fn run(common: &Settings, config: &Config, task: &LongContext) -> Res
             .collect();
     }
     let run = Run {
-        common,
+        settings,
         config: &config,
         model: &model,
         tokenizer: &tokenizer,
         feed: task.feed,
-        contexts: common.samples.unwrap_or(CONTEXTS),
+        contexts: settings.samples.unwrap_or(CONTEXTS),
     };
     let mut sections = Vec::new();
     for &length in &task.lengths {
@@ -107,12 +111,12 @@ pub(crate) fn run(common: &Settings, config: &Config, task: &LongContext) -> Res
                     "contexts",
                     format!(
                         "{} for each of {} seeds from {}",
-                        run.contexts, config.seeds, common.seed
+                        run.contexts, config.seeds, settings.seed
                     ),
                 )
-                .fact("contexts are", task.feed.said())
+                .fact("contexts are", task.feed.label())
                 .fact("full cache stored as", config.stored(decoder.dtype()))
-                .fact("prompt", config.prompt_rule.said())
+                .fact("prompt", config.prompt_rule.label())
                 .fact("question seen while evicting", "no")
                 .fact(
                     "query statistics",
@@ -122,11 +126,11 @@ pub(crate) fn run(common: &Settings, config: &Config, task: &LongContext) -> Res
                     },
                 )
         };
-        sections.push(facts(table::summary(&tasks, length, common.seed)));
+        sections.push(facts(table::summary(&tasks, length, settings.seed)));
         sections.extend(
             tasks
                 .iter()
-                .map(|task| facts(table::section(task, length, common.seed))),
+                .map(|task| facts(table::section(task, length, settings.seed))),
         );
     }
     Ok(sections)
@@ -165,7 +169,7 @@ struct Filling {
 
 /// What all tasks share.
 struct Run<'a> {
-    common: &'a Settings,
+    settings: &'a Settings,
     config: &'a Config,
     model: &'a Model<'a>,
     tokenizer: &'a TextTokenizer,
@@ -189,9 +193,9 @@ impl Run<'_> {
             tokens.push(fit.with_context(|| choice.flags(budget))?);
         }
         let count = config.seeds * self.contexts;
-        let bar = self.common.bar(kind.name(), (count * cells.len()) as u64);
+        let bar = self.settings.bar(kind.name(), (count * cells.len()) as u64);
         for index in 0..count {
-            let seed = self.common.seed + (index / self.contexts) as u64;
+            let seed = self.settings.seed + (index / self.contexts) as u64;
             let number = (index % self.contexts) as u64;
             let example = example(kind, self.tokenizer, length, seed, number)?;
             let mut nothing = self.model.full_cache(1)?;

@@ -22,7 +22,7 @@ use tensor_io::WriteOptions;
 
 use super::Config;
 use super::bootstrap;
-use super::held::Held;
+use super::peak::PeakCache;
 use super::policy::{self, Choice};
 use super::rows::{FULL, SUITE, over_budget, over_bytes, reference};
 use super::verdict::{Metric, verdict};
@@ -66,8 +66,8 @@ pub struct Recall {
 }
 
 /// Train or open the model and put every policy at every budget to every task, one section a task.
-pub(crate) fn run(common: &Settings, config: &Config, recall: &Recall) -> Result<Vec<Section>> {
-    let length = common.window.unwrap_or(train::LENGTH);
+pub(crate) fn run(settings: &Settings, config: &Config, recall: &Recall) -> Result<Vec<Section>> {
+    let length = settings.window.unwrap_or(train::LENGTH);
     let prompt = recall.prompt.unwrap_or(PROMPT);
     ensure!(
         prompt + LEAST <= length,
@@ -83,27 +83,27 @@ pub(crate) fn run(common: &Settings, config: &Config, recall: &Recall) -> Result
             }
             let dir = recall.save.clone();
             let dir = dir.unwrap_or_else(|| scratch.path().join("model"));
-            let bar = common.bar("training", recall.steps as u64);
+            let bar = settings.bar("training", recall.steps as u64);
             let options = WriteOptions::default();
             trained = Some(train::train(
                 &dir,
                 &options,
                 recall.steps,
-                common.seed,
+                settings.seed,
                 &bar,
             )?);
             bar.finish();
             dir
         }
     };
-    let checkpoint = common.weights.open(&dir)?;
+    let checkpoint = settings.weights.open(&dir)?;
     ensure!(
         checkpoint.config().opt_usize(train::MARK)? == Some(KEYS),
         "--model {}: not a model that --task recall has trained and saved (config.json has no {} of {KEYS})",
         dir.display(),
         train::MARK
     );
-    let decoder = model::decoder(common, &checkpoint)?;
+    let decoder = model::decoder(settings, &checkpoint)?;
     ensure!(
         length <= decoder.config().max_positions,
         "--window {length}: the model was made for {} positions",
@@ -112,11 +112,11 @@ pub(crate) fn run(common: &Settings, config: &Config, recall: &Recall) -> Result
     let model = Model::load(&decoder)?;
     policy::check(&model, &config.policies, &config.budgets, length)?;
 
-    let sequences = common.samples.unwrap_or(SEQUENCES);
+    let sequences = settings.samples.unwrap_or(SEQUENCES);
     let mut curves = Vec::new();
     let mut sections = Vec::new();
     for (index, kind) in Kind::ALL.into_iter().enumerate() {
-        let mut rng = ChaCha8Rng::seed_from_u64(common.seed);
+        let mut rng = ChaCha8Rng::seed_from_u64(settings.seed);
         rng.set_stream(1 + index as u64);
         let samples = (0..sequences).map(|_| kind.sample(length, prompt, &mut rng));
         let samples: Vec<Sample> = samples.collect();
@@ -126,7 +126,7 @@ pub(crate) fn run(common: &Settings, config: &Config, recall: &Recall) -> Result
             Vec::new()
         };
         let cells = Cells {
-            common,
+            settings,
             config,
             model: &model,
             kind,
@@ -140,7 +140,7 @@ pub(crate) fn run(common: &Settings, config: &Config, recall: &Recall) -> Result
             .fact("sequences", sequences)
             .fact("length", length)
             .fact("prefilled", prompt)
-            .fact("prompt", config.prompt_rule.said())
+            .fact("prompt", config.prompt_rule.label())
             .fact("α", f64::from(config.alpha));
         if let Some(trained) = trained {
             section = section
@@ -151,7 +151,7 @@ pub(crate) fn run(common: &Settings, config: &Config, recall: &Recall) -> Result
         sections.push(section);
         curves.push((kind, scores));
     }
-    sections.extend(areas(config, &curves, length, common.seed));
+    sections.extend(areas(config, &curves, length, settings.seed));
     Ok(sections)
 }
 
@@ -164,7 +164,7 @@ struct Scores<'a> {
 
 /// What all cells of a task share.
 struct Cells<'a> {
-    common: &'a Settings,
+    settings: &'a Settings,
     config: &'a Config,
     model: &'a Model<'a>,
     kind: Kind,
@@ -180,15 +180,15 @@ impl<'a> Cells<'a> {
         let config = self.config;
         let length = self.samples[0].tokens.len();
         let runs: usize = config.cells().iter().map(|(c, _)| config.runs(c)).sum();
-        let bar = self.common.bar(self.kind.name(), (1 + runs) as u64);
+        let bar = self.settings.bar(self.kind.name(), (1 + runs) as u64);
         let full = reference(Row::new(SUITE, FULL));
-        let cache = config.full.cache(length, self.common.seed);
+        let cache = config.full.cache(length, self.settings.seed);
         let mut rows = vec![self.row(full, &[cache], &bar)?.0];
         let mut all = Vec::new();
         for (choice, budget) in config.cells() {
             bar.set_label(format!("{} {}", self.kind.name(), choice.name));
             let tokens = config.tokens(choice, budget, length, self.model)?;
-            let draw = |draw| choice.cache(tokens, self.common.seed + draw);
+            let draw = |draw| choice.cache(tokens, self.settings.seed + draw);
             let draws: Vec<_> = (0..config.runs(choice) as u64).map(draw).collect();
             let row = config.row(choice, budget, length, self.prompt);
             let (row, scores) = self
@@ -217,7 +217,7 @@ impl<'a> Cells<'a> {
     /// A row over runs that differ in their draws, and the sequences' mean scores.
     fn row(&self, mut row: Row, draws: &[CacheConfig], bar: &Bar) -> Result<(Row, Vec<f64>)> {
         let watch = Stopwatch::start();
-        let mut held = Held::default();
+        let mut held = PeakCache::default();
         let mut scores = vec![0.0; self.samples.len()];
         for draw in draws {
             let run = self.answer(draw, &mut held)?;
@@ -230,7 +230,7 @@ impl<'a> Cells<'a> {
         }
         let everyone: Vec<usize> = (0..scores.len()).collect();
         row.accuracy = Some(bootstrap::mean(&scores, &everyone));
-        let (low, high) = bootstrap::interval(scores.len(), self.common.seed, |drawn| {
+        let (low, high) = bootstrap::interval(scores.len(), self.settings.seed, |drawn| {
             bootstrap::mean(&scores, drawn)
         });
         row.extra.insert("accuracy_low".into(), json!(low));
@@ -241,7 +241,7 @@ impl<'a> Cells<'a> {
     }
 
     /// The score of each sequence: the share of its questions that were answered right, of a chain whether all were.
-    fn answer(&self, config: &CacheConfig, held: &mut Held) -> Result<Vec<f64>> {
+    fn answer(&self, config: &CacheConfig, held: &mut PeakCache) -> Result<Vec<f64>> {
         let mut cache = match &config.decode {
             PolicyConfig::Oracle(_) => oracle::caches(self.model, config, &self.foreseen)?,
             _ => policy::caches(self.model, Some(config), 0, self.samples.len())?,
@@ -254,7 +254,7 @@ impl<'a> Cells<'a> {
             let end = if start == 0 { self.prompt } else { start + 1 };
             let step: Vec<&[u32]> = tokens.iter().map(|t| &t[start..end]).collect();
             let logits = self.model.forward(&step, &mut cache)?;
-            held.look(&cache);
+            held.observe(&cache);
             start = end;
             let asked = |i: usize| self.samples[i].questions.get(next[i]).copied();
             let asked: Vec<_> = (0..tokens.len()).map(asked).collect();
@@ -315,7 +315,7 @@ fn section(kind: Kind, rows: Vec<Row>, length: usize) -> Section {
     let ranged = with_intervals(&rows);
     let full = rows[0].accuracy.unwrap_or(0.0);
     let learned = if full < LEARNED {
-        " The model has not learned this task: with the full cache it answers too little for policies to be told apart."
+        " The model has not learned this task: with the full cache it answers too little to compare policies."
     } else {
         ""
     };

@@ -4,22 +4,22 @@ use causal_lm::CacheSet;
 use eval_report::Row;
 use serde_json::json;
 
-/// The most that was held.
+/// The largest cache of a run.
 #[derive(Debug, Clone, Copy, Default)]
-pub(crate) struct Held {
+pub(crate) struct PeakCache {
     kv_bytes: usize,
     state_bytes: usize,
     tokens: usize,
 }
 
-impl Held {
-    /// Looks at the caches after a step, and at the most they held since they were new.
-    pub(crate) fn look(&mut self, cache: &CacheSet) {
+impl PeakCache {
+    /// Takes in the state of the caches after a step, and the most they held since they were new.
+    pub(crate) fn observe(&mut self, cache: &CacheSet) {
         self.note(cache, cache.peak_bytes());
     }
 
-    /// Looks at the caches as they are after a step.
-    pub(crate) fn look_between(&mut self, cache: &CacheSet) {
+    /// Takes in the caches as they are after a step.
+    pub(crate) fn observe_between(&mut self, cache: &CacheSet) {
         self.note(cache, cache.bytes());
     }
 
