@@ -53,7 +53,7 @@ fn all_suites_run_on_a_model_of_ones_own_and_the_summary_fits_a_terminal() {
         assert!(of(suite).len() > 4, "{suite}");
     }
     // Every line of the summary was found among the rows.
-    assert_eq!(of("summary").len(), 16);
+    assert_eq!(of("summary").len(), 22);
 
     let chain = of("chain");
     let methods: Vec<&str> = chain

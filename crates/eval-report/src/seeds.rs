@@ -124,10 +124,16 @@ fn number(value: &Value) -> f64 {
     value.as_f64().unwrap_or(f64::NEG_INFINITY)
 }
 
+/// The mean of numbers; equal ones are their own mean to the last bit.
+fn mean(values: &[&Value]) -> f64 {
+    let mut numbers = values.iter().filter_map(|value| value.as_f64());
+    let first = numbers.next().unwrap_or(f64::NAN);
+    first + numbers.map(|number| number - first).sum::<f64>() / values.len() as f64
+}
+
 /// The mean of numbers: a count where all of them are counts, for fields that hold nothing else.
 fn average(values: &[&Value]) -> Value {
-    let sum: f64 = values.iter().filter_map(|value| value.as_f64()).sum();
-    let mean = sum / values.len() as f64;
+    let mean = mean(values);
     if values.iter().all(|value| value.is_u64()) {
         return Value::from(mean.round() as u64);
     }
@@ -142,8 +148,7 @@ fn average_of_form(values: &[&Value]) -> Option<Value> {
     }
     match first {
         Value::Number(_) if others.iter().all(|other| other.is_number()) => {
-            let sum: f64 = values.iter().filter_map(|value| value.as_f64()).sum();
-            Number::from_f64(sum / values.len() as f64).map(Value::Number)
+            Number::from_f64(mean(values)).map(Value::Number)
         }
         Value::Array(items) => {
             let arrays = values.iter().map(|value| value.as_array());
