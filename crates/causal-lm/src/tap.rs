@@ -76,7 +76,7 @@ pub struct ExpertPass {
     pub output: Tensor,
 }
 
-/// Looks at nothing.
+/// A tap that observes nothing.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct NoTap;
 
