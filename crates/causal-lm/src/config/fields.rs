@@ -208,6 +208,34 @@ impl Fields {
         )?])
     }
 
+    /// Every `period`-th layer is full and the others slide in `window`, where the config does not list them; each kind has a
+    /// rotation. In the older form theta and scaling at the top are those of full layers.
+    pub(crate) fn alternate(
+        &self,
+        model: &mut ModelConfig,
+        window: Option<usize>,
+        period: usize,
+        [full, sliding]: [rope::Defaults; 2],
+    ) -> Result<()> {
+        let kinds = self.kinds(model.layers(), |layer| {
+            match (layer + 1).is_multiple_of(period) {
+                true => Kind::Full,
+                false => Kind::Sliding,
+            }
+        })?;
+        let of_full = Rope::read_kind(&self.text, Kind::Full.name(), full, || {
+            Rope::read(&self.text, full)
+        })?;
+        let of_sliding = Rope::read_kind(&self.text, Kind::Sliding.name(), sliding, || {
+            Rope::plain(sliding)
+        })?;
+        self.rotate(model, &kinds, [of_full, of_sliding]);
+        for (attention, kind) in model.attention.iter_mut().zip(kinds) {
+            attention.sliding_window = window.filter(|_| kind == Kind::Sliding);
+        }
+        Ok(())
+    }
+
     /// A rotation for full and one for sliding layers; those without one are not rotated.
     pub(crate) fn rotate(
         &self,

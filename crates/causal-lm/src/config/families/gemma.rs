@@ -6,7 +6,6 @@ use crate::Result;
 use crate::config::fields::{Fields, Kind};
 use crate::config::{Biases, ModelConfig, QkNorm};
 use crate::names;
-use crate::rope::Rope;
 
 const GEMMA_DEFAULTS: Defaults = Defaults {
     heads: Some(8),
@@ -95,25 +94,9 @@ fn read3(fields: &Fields, model: &mut ModelConfig) -> Result<()> {
     let pattern = fields.text.opt_usize("sliding_window_pattern")?;
     let pattern = pattern.or(fields.text.opt_usize("_sliding_window_pattern")?);
     let pattern = pattern.unwrap_or(6).max(1);
-    let rule = |layer: usize| match (layer + 1).is_multiple_of(pattern) {
-        true => Kind::Full,
-        false => Kind::Sliding,
-    };
-    let kinds = fields.kinds(model.layers(), rule)?;
     let (full, sliding) = (
         fields.rope_defaults(model, 1e6),
         fields.rope_defaults(model, fields.number_or("rope_local_base_freq", 1e4)?),
     );
-    // In the older form theta and scaling at the top are those of full layers.
-    let of_full = Rope::read_kind(&fields.text, Kind::Full.name(), full, || {
-        Rope::read(&fields.text, full)
-    })?;
-    let of_sliding = Rope::read_kind(&fields.text, Kind::Sliding.name(), sliding, || {
-        Rope::plain(sliding)
-    })?;
-    fields.rotate(model, &kinds, [of_full, of_sliding]);
-    for (attention, kind) in model.attention.iter_mut().zip(kinds) {
-        attention.sliding_window = window.filter(|_| kind == Kind::Sliding);
-    }
-    Ok(())
+    fields.alternate(model, window, pattern, [full, sliding])
 }

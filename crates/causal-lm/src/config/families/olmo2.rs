@@ -2,10 +2,9 @@
 
 use super::{ATTENTION_BIAS, DEFAULTS, Defaults, Family, Stock, stock};
 use crate::Result;
-use crate::config::fields::{Fields, Kind};
+use crate::config::fields::Fields;
 use crate::config::{Biases, ModelConfig, QkNorm};
 use crate::names;
-use crate::rope::Rope;
 
 const OLMO_DEFAULTS: Defaults = Defaults {
     eps: ("rms_norm_eps", 1e-5),
@@ -53,22 +52,6 @@ fn common(fields: &Fields, model: &mut ModelConfig) -> Result<()> {
 fn read3(fields: &Fields, model: &mut ModelConfig) -> Result<()> {
     common(fields, model)?;
     let window = fields.window(Some(4096))?;
-    let kinds = fields.kinds(model.layers(), |layer| {
-        match (layer + 1).is_multiple_of(4) {
-            true => Kind::Full,
-            false => Kind::Sliding,
-        }
-    })?;
     let defaults = fields.rope_defaults(model, 5e5);
-    let of_full = Rope::read_kind(&fields.text, Kind::Full.name(), defaults, || {
-        Rope::read(&fields.text, defaults)
-    })?;
-    let of_sliding = Rope::read_kind(&fields.text, Kind::Sliding.name(), defaults, || {
-        Rope::plain(defaults)
-    })?;
-    fields.rotate(model, &kinds, [of_full, of_sliding]);
-    for (attention, kind) in model.attention.iter_mut().zip(kinds) {
-        attention.sliding_window = window.filter(|_| kind == Kind::Sliding);
-    }
-    Ok(())
+    fields.alternate(model, window, 4, [defaults, defaults])
 }
