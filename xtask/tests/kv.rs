@@ -160,8 +160,7 @@ fn every_policy_runs_in_every_storage_and_the_first_full_cache_is_the_reference(
     for storage in ["int8", "k8v4", "int4"] {
         assert!(of(&format!("full+{storage}"))["budget"].is_null());
         let packed = of(&format!("knorm+{storage}"));
-        // Nothing is quantised in so short a window; storage may reserve rows for scales.
-        assert_eq!(packed["tokens_held"], of("knorm")["tokens_held"]);
+        assert!(packed["kv_bytes"].as_u64() <= of("full")["kv_bytes"].as_u64());
         assert_eq!(packed["kv_bytes_full"], of("full")["kv_bytes"]);
         assert_eq!(packed["evicts"], "while decoding");
     }
@@ -254,9 +253,8 @@ fn questions_about_long_contexts_have_rows_for_policies_and_storage() {
             (number(full, "nll") - number(int8, "nll")).abs() < 0.05,
             "{full} {int8}"
         );
-        // In so short a context the first and newest tokens, which stay in 16 bits, and spare rows weigh much.
-        assert!(number(int8, "bytes_over_full") < 0.85, "{int8}");
-        assert!(number(half, "bytes_over_full") < 0.7, "{half}");
+        assert!(number(int8, "bytes_over_full") < 0.75, "{int8}");
+        assert!(number(half, "bytes_over_full") < 0.65, "{half}");
         assert!(number(half, "recovery_low") <= number(half, "recovery"));
         assert!(half["over_random_low"].is_number());
     }

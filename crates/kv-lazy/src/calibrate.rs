@@ -10,9 +10,10 @@ use crate::error::{Error, Result};
 use crate::policy::Threshold;
 use crate::policy::tri_attention::{self, HeadStatistics, QueryStatistics};
 use crate::rotary::Rotary;
+use crate::tensor_file::{self, Named, TensorFile};
 use crate::trace::Trace;
 use crate::trace::mri::{self, MriHistogram};
-use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+use safetensors::Dtype;
 use std::collections::BTreeMap;
 use std::path::Path;
 use tensor_io::Progress;
@@ -155,46 +156,29 @@ impl QueryStatistics {
     /// # Errors
     /// Heads of different sizes, failed writing.
     pub fn write(&self, path: &Path) -> Result<()> {
-        let bad = |problem: String| Error::Trace {
-            path: path.display().to_string(),
-            problem,
-        };
-        let mut tensors: Vec<(String, Vec<usize>, Vec<u8>)> = Vec::new();
+        let mut tensors = Vec::new();
         for (index, heads) in &self.layers {
-            let first = heads
-                .first()
-                .map_or((0, 0), |h| (h.mean.len(), h.magnitude.len()));
-            if heads
-                .iter()
-                .any(|h| (h.mean.len(), h.magnitude.len()) != first)
-            {
-                return Err(bad(format!("heads of layer {index} differ in size")));
+            let sizes = |h: &HeadStatistics| (h.mean.len(), h.magnitude.len());
+            let first = heads.first().map_or((0, 0), sizes);
+            if heads.iter().any(|head| sizes(head) != first) {
+                return Err(Error::Trace {
+                    path: path.display().to_string(),
+                    problem: format!("heads of layer {index} differ in size"),
+                });
             }
-            let bytes = |part: &dyn Fn(&HeadStatistics) -> Vec<f32>| {
-                let numbers = heads.iter().flat_map(part);
-                numbers.flat_map(f32::to_le_bytes).collect::<Vec<u8>>()
+            let mut push = |part: &str, width: usize, of: &dyn Fn(&HeadStatistics) -> &[f32]| {
+                let numbers = heads.iter().flat_map(of);
+                tensors.push(Named {
+                    name: format!("l{index}.{part}"),
+                    dtype: Dtype::F32,
+                    shape: vec![heads.len(), width],
+                    bytes: numbers.flat_map(|x| x.to_le_bytes()).collect(),
+                });
             };
-            let mean = bytes(&|head| head.mean.clone());
-            let magnitude = bytes(&|head| head.magnitude.clone());
-            tensors.push((format!("l{index}.mean"), vec![heads.len(), first.0], mean));
-            tensors.push((
-                format!("l{index}.abs"),
-                vec![heads.len(), first.1],
-                magnitude,
-            ));
+            push("mean", first.0, &|head| &head.mean);
+            push("abs", first.1, &|head| &head.magnitude);
         }
-        let views = tensors
-            .iter()
-            .map(|(name, shape, bytes)| {
-                Ok((
-                    name.as_str(),
-                    TensorView::new(Dtype::F32, shape.clone(), bytes)?,
-                ))
-            })
-            .collect::<std::result::Result<Vec<_>, safetensors::SafeTensorError>>()
-            .map_err(|e| bad(e.to_string()))?;
-        let bytes = safetensors::serialize(views, None).map_err(|e| bad(e.to_string()))?;
-        Ok(tensor_io::atomic::write(path, &bytes)?)
+        tensor_file::write(path, &tensors, None)
     }
 
     /// Reads statistics.
@@ -202,51 +186,27 @@ impl QueryStatistics {
     /// # Errors
     /// A file that cannot be read or holds something else.
     pub fn read(path: &Path) -> Result<Self> {
-        let name = path.display().to_string();
-        let bad = |problem: String| Error::Trace {
-            path: name.clone(),
-            problem,
-        };
-        let bytes = std::fs::read(path).map_err(|source| Error::Io {
-            path: name.clone(),
-            source,
-        })?;
-        let file = SafeTensors::deserialize(&bytes).map_err(|e| bad(e.to_string()))?;
-        let rows = |key: &str| -> Result<Vec<Vec<f32>>> {
-            let view = file
-                .tensor(key)
-                .map_err(|_| bad(format!("no tensor `{key}`")))?;
-            let &[heads, width] = view.shape() else {
-                return Err(bad(format!(
-                    "`{key}` has shape {:?}, expected two dimensions",
-                    view.shape()
-                )));
-            };
-            if view.dtype() != Dtype::F32 || heads == 0 || width == 0 {
-                return Err(bad(format!(
-                    "`{key}` is {:?} {:?}, expected F32 and not empty",
-                    view.dtype(),
-                    view.shape()
-                )));
+        let file = TensorFile::read(path)?;
+        let tensors = file.open()?;
+        let rows = |name: String| -> Result<Vec<Vec<f32>>> {
+            let found = tensors.get(&name, Dtype::F32, 2)?;
+            if found.shape.contains(&0) {
+                return Err(file.bad(format!("`{name}` is empty")));
             }
-            let number = |b: &[u8]| f32::from_le_bytes([b[0], b[1], b[2], b[3]]);
-            let row = |row: &[u8]| row.chunks_exact(4).map(number).collect();
-            Ok(view.data().chunks_exact(4 * width).map(row).collect())
+            let numbers = found.map4(f32::from_le_bytes);
+            Ok(numbers
+                .chunks(found.shape[1])
+                .map(<[f32]>::to_vec)
+                .collect())
         };
         let mut layers = BTreeMap::new();
-        for key in file.names() {
-            let Some(index) = key.strip_prefix('l').and_then(|k| k.strip_suffix(".mean")) else {
-                continue;
-            };
-            let index: usize = index
-                .parse()
-                .map_err(|_| bad(format!("`{key}` names no layer by number")))?;
-            let (means, magnitudes) = (rows(key)?, rows(&format!("l{index}.abs"))?);
+        for index in tensors.layers("mean")? {
+            let means = rows(format!("l{index}.mean"))?;
+            let magnitudes = rows(format!("l{index}.abs"))?;
             if means.len() != magnitudes.len() {
-                return Err(bad(format!(
-                    "layer {index}: {} means, {} magnitudes",
-                    means.len(),
-                    magnitudes.len()
+                let (means, magnitudes) = (means.len(), magnitudes.len());
+                return Err(file.bad(format!(
+                    "layer {index}: {means} means, {magnitudes} magnitudes"
                 )));
             }
             let heads = means.into_iter().zip(magnitudes);
@@ -254,7 +214,7 @@ impl QueryStatistics {
             layers.insert(index, heads.collect());
         }
         if layers.is_empty() {
-            return Err(bad("no `l{L}.mean`: not statistics of queries".into()));
+            return Err(file.bad("no `l{L}.mean`: not statistics of queries"));
         }
         Ok(Self { layers })
     }

@@ -12,6 +12,8 @@ mod quantise;
 mod rotary;
 pub mod store;
 #[cfg(feature = "trace")]
+mod tensor_file;
+#[cfg(feature = "trace")]
 pub mod trace;
 
 /// The guide: is eviction worth it, which policy, which budget.

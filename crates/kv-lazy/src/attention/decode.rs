@@ -262,6 +262,8 @@ impl WithSimd for Weights<'_> {
         }
         let group = layout.lanes / tokens;
         let reductions = wanted.kinds.reductions().count();
+        // A lane's exponentials and the factor that makes weights of them.
+        let lane = |at, count| (layout.scores(part, at, count), part[layout.maximum(at)]);
         for query in 0..tokens {
             // The exported query that this one is, counted from the last.
             let Some(exported) = (wanted.last + query + 1).checked_sub(tokens) else {
@@ -271,41 +273,40 @@ impl WithSimd for Weights<'_> {
                 let block = exported * reductions + r;
                 let into = &mut weights[block * len + from..][..count];
                 for g in 0..group {
-                    reduce_lane(simd, layout, part, g * tokens + query, reduce, group, into);
+                    let (scores, factor) = lane(g * tokens + query, count);
+                    let factor = match reduce {
+                        Reduce::Mean => factor * (1.0 / group as f32),
+                        Reduce::Max | Reduce::Sum => factor,
+                    };
+                    reduce_into(simd, scores, factor, reduce == Reduce::Max, into);
                 }
             }
         }
         if wanted.columns && wanted.kinds.columns() {
             let into = &mut weights[wanted.queries * reductions * len + from..][..count];
-            for lane in 0..layout.lanes {
-                reduce_lane(simd, layout, part, lane, Reduce::Sum, group, into);
+            for at in 0..layout.lanes {
+                let (scores, factor) = lane(at, count);
+                reduce_into(simd, scores, factor, false, into);
             }
         }
     }
 }
 
-/// Takes a lane's weights into `weights`.
+/// Adds `factor` times the exponentials to `weights`, or takes the maximum of both.
 #[inline(always)]
-fn reduce_lane<S: Simd>(
+fn reduce_into<S: Simd>(
     simd: S,
-    layout: Slots,
-    part: &[f32],
-    lane: usize,
-    reduce: Reduce,
-    group: usize,
+    exponentials: &[f32],
+    factor: f32,
+    maximum: bool,
     weights: &mut [f32],
 ) {
-    let share = match reduce {
-        Reduce::Mean => 1.0 / group as f32,
-        Reduce::Max | Reduce::Sum => 1.0,
-    };
-    let (from, from_tail) = S::as_simd_f32s(layout.scores(part, lane, weights.len()));
+    let (from, from_tail) = S::as_simd_f32s(exponentials);
     let (weights, weights_tail) = S::as_mut_simd_f32s(weights);
-    let factor = part[layout.maximum(lane)] * share;
     let factors = simd.splat_f32s(factor);
     let pairs = weights.iter_mut().zip(from);
     let tails = weights_tail.iter_mut().zip(from_tail);
-    if reduce == Reduce::Max {
+    if maximum {
         for (w, &e) in pairs {
             *w = simd.max_f32s(*w, simd.mul_f32s(e, factors));
         }

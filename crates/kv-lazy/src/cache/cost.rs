@@ -1,13 +1,15 @@
 //! What a configuration costs in bytes, and which budget fits a number of bytes.
 
 use super::LayerShape;
+use super::build::laid_out;
 use crate::error::Result;
-use crate::policy::{CacheConfig, Clock, Evictor, Phase, count};
+use crate::policy::{CacheConfig, Clock, Evictor, Phase, Positions, count};
 use candle_core::DType;
 
 impl CacheConfig {
-    /// Bytes that `layer` holds for one sequence of `tokens` tokens per KV head: keys, values, positions, the policy's state and its queries, without
-    /// room for more tokens.
+    /// The most bytes that `layer` occupies for one sequence within a budget of `tokens` tokens per KV head, once a prompt has been cut to it and
+    /// tokens join one by one: keys, values, positions, the policy's state and its queries, with room for the tokens that join until the next
+    /// eviction. Under `full`: after a prompt of `tokens` tokens. Policies that do not cut the prompt at once hold more before they do.
     ///
     /// # Errors
     /// As for a cache of this configuration.
@@ -31,14 +33,18 @@ impl CacheConfig {
                 self.shared_budget,
             )?;
         }
-        let recent = evictors.first().map_or(0, Evictor::recent);
-        let storage = self.storage_of(layer)?;
-        let layout = storage.layout(shape.head_dim, dtype, recent)?;
+        let (layout, _) = laid_out(&evictors, self.storage_of(layer)?, shape, dtype)?;
+        let rule = evictors.first().map(|e| e.rule(Phase::Decode));
+        let most = tokens.saturating_add(rule.map_or(0, |rule| rule.headroom()));
+        let room = match evictors.first().map(|e| e.rule(Phase::Prefill)) {
+            Some(rule) if !rule.after_prefill => layout.room_after_more(most),
+            _ => layout.room(most),
+        };
         let prompt = Clock {
-            next: count(tokens),
+            next: count(most),
             step: 0,
-            tokens: count(tokens),
-            prompt: count(tokens),
+            tokens: count(most),
+            prompt: count(most),
             phase: Phase::Prefill,
         };
         let mut state = 0;
@@ -48,8 +54,11 @@ impl CacheConfig {
         }
         let needs = evictors.first().map(Evictor::needs).unwrap_or_default();
         let numbers = if needs.new_values { 4 } else { 0 };
-        let queries = needs.queries.min(tokens) * shape.query_heads * shape.head_dim * 4;
-        let per_head = layout.bytes(shape.head_dim, tokens) + tokens * (4 + numbers);
+        let queries = needs.queries * shape.query_heads * shape.head_dim * 4;
+        let mut per_head = layout.bytes(shape.head_dim, room) + most * (4 + numbers);
+        if self.positions == Positions::Consecutive {
+            per_head += rule.map_or(0, |rule| rule.sinks * shape.head_dim * 4 + 4);
+        }
         Ok(shape.kv_heads * per_head + state + queries)
     }
 
@@ -115,10 +124,11 @@ mod tests {
             );
             tokens
         };
-        assert_eq!(fit("knorm", "f16"), 512);
+        // One token more before each eviction; with knorm 64.
+        assert_eq!((fit("random", "f16"), fit("knorm", "f16")), (511, 448));
         // Four bytes of state a token; the last queries.
-        assert!(fit("h2o", "f16") < 512 && fit("snapkv", "f16") < 512);
-        assert!(fit("knorm", "int8") > 900 && fit("knorm", "int4") == 1024);
+        assert!(fit("h2o", "f16") < 511 && fit("snapkv", "f16") < 480);
+        assert!(fit("knorm", "int8") > 800 && fit("knorm", "int4") == 1024);
         assert!(StorageConfig::int4().is_quantised());
     }
 }

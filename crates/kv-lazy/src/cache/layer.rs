@@ -347,7 +347,7 @@ impl Layer {
         if rule.layout == Layout::SinkRing && single && self.store.overwrites() {
             return Ok(plans.into_iter().flat_map(|plan| plan.evict).collect());
         }
-        let room = rule.headroom().saturating_add(clock.tokens as usize);
+        let room = self.room(&plans[0], clock, clock.tokens as usize);
         self.apply(plans, Layout::Compact, room)?;
         Ok(Vec::new())
     }
@@ -361,7 +361,7 @@ impl Layer {
                 Phase::Prefill => Layout::Compact,
                 Phase::Decode => rule.layout,
             };
-            let room = self.evictors[0].rule(Phase::Decode).headroom();
+            let room = self.room(&plans[0], clock, 0);
             self.apply(plans, layout, room)?;
         }
         self.drop_unreachable(clock)
@@ -428,6 +428,19 @@ impl Layer {
                 problem: "its heads keep different numbers of tokens".into(),
             }),
         }
+    }
+
+    /// Tokens that may join after `plan` until the next eviction, of which `coming` join at once.
+    fn room(&self, plan: &Plan, clock: &Clock, coming: usize) -> usize {
+        let evictor = &self.evictors[0];
+        let headroom = evictor.rule(Phase::Decode).headroom();
+        let room = headroom.saturating_add(coming);
+        if self.shares() {
+            return room;
+        }
+        // Some plans go below the budget, to which the row grows again.
+        let held = self.physical_len().saturating_sub(plan.evicted()) + coming;
+        room.saturating_add(evictor.budget(clock).saturating_sub(held))
     }
 
     fn apply(&mut self, plans: Vec<Plan>, layout: Layout, room: usize) -> Result<()> {

@@ -158,6 +158,8 @@ impl Evictor {
                     first_head: row % kv_heads,
                     heads,
                     kv_heads,
+                    group: shape.query_heads / kv_heads,
+                    head_dim: shape.head_dim,
                 };
                 let evictor = Self::new(policy.boxed_clone(), budget, place)?;
                 match shared {
@@ -183,6 +185,27 @@ impl Evictor {
     pub(crate) fn recent(&self) -> usize {
         let rules = [Phase::Prefill, Phase::Decode].map(|phase| self.policy.rule(phase).recent);
         rules[0].max(rules[1]).max(self.policy.needs().queries)
+    }
+
+    /// The newest tokens that it never evicts.
+    pub(crate) fn protected(&self) -> usize {
+        let rules = [Phase::Prefill, Phase::Decode].map(|phase| self.policy.rule(phase).recent);
+        rules[0].min(rules[1])
+    }
+
+    /// The budget at a clock.
+    pub(crate) fn budget(&self, clock: &Clock) -> usize {
+        self.budget.tokens(clock.next as usize)
+    }
+
+    /// Tokens that a row is to hold at most: the budget and those that join until the next eviction; `usize::MAX` where the budget grows.
+    pub(crate) fn most(&self) -> usize {
+        match self.budget {
+            Budget::Tokens(budget) => {
+                budget.saturating_add(self.policy.rule(Phase::Decode).headroom())
+            }
+            Budget::Ratio(_) => usize::MAX,
+        }
     }
 
     /// What distinguishes it from an evictor with other rules, needs or budget.

@@ -4,55 +4,20 @@
 //! keeps no state: the mean is computed anew at each eviction, for 2·n·d multiply-adds per KV head. The authors protect nothing; here the first 4 and the newest 32 tokens stay
 //! by default.
 
-use super::config::quarter;
+pub use super::periodic::Settings;
+
 use super::knorm::squared;
-use super::{Budget, Clock, Needs, Phase, Policy, Rows, Rule, Score, Tunable};
+use super::periodic::Periodic;
+use super::{Budget, Clock, Needs, Phase, Policy, Rows, Rule, Score};
 use crate::error::Result;
-use serde::{Deserialize, Serialize};
-
-/// Settings of [`KeyDiff`].
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case", default, deny_unknown_fields)]
-#[non_exhaustive]
-pub struct Settings {
-    /// First tokens kept; 4.
-    pub sinks: usize,
-    /// Newest tokens kept; unset: 32, a quarter of the budget where that is less.
-    pub recent: Option<usize>,
-    /// Steps between evictions; unset: 64, a quarter of the budget where that is less.
-    pub every: Option<usize>,
-}
-
-impl Default for Settings {
-    fn default() -> Self {
-        Self {
-            sinks: 4,
-            recent: None,
-            every: None,
-        }
-    }
-}
-
-impl Tunable for Settings {}
 
 pub(super) fn build(settings: &Settings, budget: Budget) -> Result<Box<dyn Policy>> {
-    Ok(Box::new(KeyDiff {
-        sinks: settings.sinks,
-        recent: settings.recent.unwrap_or_else(|| quarter(budget, 32)),
-        every: settings.every.unwrap_or_else(|| quarter(budget, 64)),
-    }))
+    Ok(Box::new(KeyDiff(settings.within(budget))))
 }
 
 /// Keeps the keys that differ most from the mean direction.
 #[derive(Debug, Clone, Copy)]
-pub struct KeyDiff {
-    /// First tokens kept.
-    pub sinks: usize,
-    /// Newest tokens kept.
-    pub recent: usize,
-    /// Steps between evictions.
-    pub every: usize,
-}
+pub struct KeyDiff(pub Periodic);
 
 /// −cos(k, a) of each key of `d` elements.
 fn scores(keys: &[f32], d: usize) -> Vec<f32> {
@@ -88,7 +53,7 @@ impl Policy for KeyDiff {
         Needs::keys()
     }
     fn rule(&self, _: Phase) -> Rule {
-        Rule::periodic(self.sinks, self.recent, self.every)
+        self.0.rule()
     }
     fn score(&mut self, head: usize, rows: &dyn Rows, _: &Clock, out: &mut [Score]) -> Result<()> {
         let keys = rows.keys(head, 0)?;

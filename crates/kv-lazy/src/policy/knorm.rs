@@ -2,54 +2,19 @@
 //!
 //! Needs nothing but keys, keeps no state.
 
-use super::config::quarter;
-use super::{Budget, Clock, Needs, Phase, Policy, Rows, Rule, Score, Tunable};
+pub use super::periodic::Settings;
+
+use super::periodic::Periodic;
+use super::{Budget, Clock, Needs, Phase, Policy, Rows, Rule, Score};
 use crate::error::Result;
-use serde::{Deserialize, Serialize};
-
-/// Settings of [`KeyNorm`].
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case", default, deny_unknown_fields)]
-#[non_exhaustive]
-pub struct Settings {
-    /// First tokens kept; 4.
-    pub sinks: usize,
-    /// Newest tokens kept; unset: 32, a quarter of the budget where that is less.
-    pub recent: Option<usize>,
-    /// Steps between evictions; unset: 64, a quarter of the budget where that is less.
-    pub every: Option<usize>,
-}
-
-impl Default for Settings {
-    fn default() -> Self {
-        Self {
-            sinks: 4,
-            recent: None,
-            every: None,
-        }
-    }
-}
-
-impl Tunable for Settings {}
 
 pub(super) fn build(settings: &Settings, budget: Budget) -> Result<Box<dyn Policy>> {
-    Ok(Box::new(KeyNorm {
-        sinks: settings.sinks,
-        recent: settings.recent.unwrap_or_else(|| quarter(budget, 32)),
-        every: settings.every.unwrap_or_else(|| quarter(budget, 64)),
-    }))
+    Ok(Box::new(KeyNorm(settings.within(budget))))
 }
 
 /// Keeps the tokens with the smallest key norms.
 #[derive(Debug, Clone, Copy)]
-pub struct KeyNorm {
-    /// First tokens kept.
-    pub sinks: usize,
-    /// Newest tokens kept.
-    pub recent: usize,
-    /// Steps between evictions.
-    pub every: usize,
-}
+pub struct KeyNorm(pub Periodic);
 
 /// −‖k‖ of each key of `d` elements.
 fn scores(keys: &[f32], d: usize) -> impl Iterator<Item = f32> {
@@ -70,7 +35,7 @@ impl Policy for KeyNorm {
         Needs::keys()
     }
     fn rule(&self, _: Phase) -> Rule {
-        Rule::periodic(self.sinks, self.recent, self.every)
+        self.0.rule()
     }
     fn score(&mut self, head: usize, rows: &dyn Rows, _: &Clock, out: &mut [Score]) -> Result<()> {
         let keys = rows.keys(head, 0)?;

@@ -23,6 +23,7 @@ pub mod lagkv;
 pub mod lazy;
 #[cfg(feature = "trace")]
 pub mod oracle;
+pub mod periodic;
 mod phase;
 mod protect;
 pub mod r_kv;
@@ -105,6 +106,10 @@ pub struct Place {
     pub heads: usize,
     /// KV heads of the layer.
     pub kv_heads: usize,
+    /// Query heads that read each of them.
+    pub group: usize,
+    /// Elements of a head.
+    pub head_dim: usize,
 }
 
 /// What a policy must be given; a cache that cannot give it refuses to be built.

@@ -122,7 +122,7 @@ impl Rule {
         }
     }
 
-    /// Tokens that may join between two evictions.
+    /// Tokens that may join, one by one, between two evictions.
     pub(crate) fn headroom(&self) -> usize {
         match self.decode {
             Trigger::Every(window) => window,

@@ -9,6 +9,7 @@
 //! the former. Elements that the model does not rotate enter by their product with the mean query.
 
 use super::config::quarter;
+use super::periodic::Periodic;
 use super::{Budget, Clock, Needs, Phase, Place, Policy, Rows, Rule, Score, Tunable, count};
 use crate::LayerShape;
 use crate::error::{Error, Result};
@@ -74,9 +75,11 @@ pub(super) fn build(settings: &Settings, budget: Budget) -> Result<Box<dyn Polic
         return Err(Error::ZeroWindow { name: "queries" });
     }
     Ok(Box::new(TriAttention {
-        sinks: settings.sinks,
-        recent: settings.recent.unwrap_or_else(|| quarter(budget, 64)),
-        every: settings.every.unwrap_or_else(|| quarter(budget, 128)),
+        periods: Periodic {
+            sinks: settings.sinks,
+            recent: settings.recent.unwrap_or_else(|| quarter(budget, 64)),
+            every: settings.every.unwrap_or_else(|| quarter(budget, 128)),
+        },
         queries,
         calibration: settings.calibration.clone().map(Arc::new),
         own: Vec::new(),
@@ -87,9 +90,7 @@ pub(super) fn build(settings: &Settings, budget: Budget) -> Result<Box<dyn Polic
 /// Keeps the keys that typical queries will attend to.
 #[derive(Debug, Clone)]
 pub struct TriAttention {
-    sinks: usize,
-    recent: usize,
-    every: usize,
+    periods: Periodic,
     queries: usize,
     calibration: Option<Arc<QueryStatistics>>,
     /// Per KV head, where there is no calibration.
@@ -266,7 +267,7 @@ impl Policy for TriAttention {
         }
     }
     fn rule(&self, _: Phase) -> Rule {
-        Rule::periodic(self.sinks, self.recent, self.every)
+        self.periods.rule()
     }
     fn admits(&self, layer: usize, shape: &LayerShape) -> Result<()> {
         let Some(calibration) = &self.calibration else {
@@ -318,7 +319,8 @@ impl Policy for TriAttention {
                 expected: "statistics under the cache's own rotation",
             });
         }
-        let free = count(self.sinks)..clock.next.saturating_sub(count(self.recent));
+        let Periodic { sinks, recent, .. } = self.periods;
+        let free = count(sinks)..clock.next.saturating_sub(count(recent));
         let free: Vec<bool> = rows.ids(head).iter().map(|id| free.contains(id)).collect();
         let keys = rows.keys(head, 0)?;
         for score in out.iter_mut() {
@@ -334,8 +336,12 @@ impl Policy for TriAttention {
         Ok(())
     }
     fn state_bytes(&self) -> usize {
-        let own = self.own.iter().flat_map(|own| &own.sums);
-        own.map(|sums| sums.len() * 8).sum()
+        // The sums of one query head: elements, and pairs of them.
+        let sums = self.place.head_dim + self.place.head_dim / 2;
+        match self.calibration {
+            Some(_) => 0,
+            None => self.own.len() * self.place.group * sums * 8,
+        }
     }
     fn boxed_clone(&self) -> Box<dyn Policy> {
         Box::new(self.clone())
@@ -346,6 +352,7 @@ impl Policy for TriAttention {
 mod tests {
     use super::*;
     use crate::golden::{self, D, TOKENS};
+    use crate::rotary::Pairs;
 
     /// Statistics of the golden calibration queries of one head.
     fn statistics(head: usize, rotary: &Rotary) -> HeadStatistics {
@@ -400,6 +407,40 @@ mod tests {
         order.truncate(5);
         order.sort_unstable();
         assert_eq!(order, [17, 20, 32, 40, 41]);
+    }
+
+    #[test]
+    fn for_a_head_whose_queries_are_all_alike_a_score_is_the_mean_of_the_logits_to_come() {
+        for pairs in [Pairs::Halves, Pairs::Neighbours] {
+            // The last 16 elements are not rotated.
+            let rotary = Rotary::new(Rotary::plain(10_000.0, D - 16).frequencies, pairs);
+            let query = golden::keys(3);
+            let mut sums = vec![0.0; D + rotary.frequencies.len()];
+            add(&mut sums, &query, &rotary);
+            add(&mut sums, &query, &rotary);
+            let head = mean(&sums, 2, D);
+            let at = |row: &[f32], position: i64| {
+                let mut row = row.to_vec();
+                rotary.rotate(&mut row, position);
+                row
+            };
+            for position in [0, 7, 90] {
+                let key = at(&golden::keys(5), position);
+                let logits = (0..OFFSETS).map(|offset| {
+                    let query = at(&query, 100 + (1 << offset));
+                    let products = query.iter().zip(&key);
+                    products
+                        .map(|(&q, &k)| f64::from(q) * f64::from(k))
+                        .sum::<f64>()
+                });
+                let want = logits.sum::<f64>() / f64::from(OFFSETS);
+                let got = scores(&key, &head, &rotary, 100)[0];
+                assert!(
+                    (got - want).abs() < 1e-4,
+                    "{pairs:?} {position}: {got} {want}"
+                );
+            }
+        }
     }
 
     #[test]

@@ -155,11 +155,13 @@ impl StorageConfig {
                 expected: "at most 4294967295",
             });
         }
+        let residual = self.residual.max(residual);
         Ok(Layout {
             keys,
             values,
             sinks: if quantised { self.sinks } else { 0 },
-            residual: quantised.then_some(self.residual.max(residual)),
+            residual: quantised.then_some(residual),
+            kept: residual,
         })
     }
 
@@ -273,21 +275,69 @@ pub(crate) struct Layout {
     pub(crate) sinks: usize,
     /// Newest tokens that are not quantised yet; none where nothing ever is.
     pub(crate) residual: Option<usize>,
+    /// Of these, how many no eviction takes.
+    kept: usize,
+}
+
+/// Tokens of a row that there is room for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Room {
+    /// First tokens, as floats.
+    pub(crate) sinks: usize,
+    /// Quantised tokens.
+    pub(crate) packed: usize,
+    /// Newest tokens, as floats; all tokens where nothing is quantised.
+    pub(crate) recent: usize,
 }
 
 impl Layout {
-    /// Bytes of keys and values of one KV head that holds `tokens` tokens, without room for more.
-    pub(crate) fn bytes(&self, head_dim: usize, tokens: usize) -> usize {
-        let packed = self.residual.map_or(0, |residual| {
-            let settled = tokens.saturating_sub(self.sinks.saturating_add(residual));
-            settled / BLOCK * BLOCK
-        });
-        let exact = tokens - packed;
-        let side = |side: Side| match side {
-            Side::Exact(dtype) => tokens * head_dim * dtype.size_in_bytes(),
-            Side::Packed(format) => {
-                exact * head_dim * side.dtype().size_in_bytes() + format.bytes(packed)
-            }
+    /// The same for a policy that never evicts the newest `protected` tokens.
+    pub(crate) fn evicting(self, protected: usize) -> Self {
+        Self {
+            kept: self.kept.min(protected),
+            ..self
+        }
+    }
+
+    /// Room for a row that never holds more than `most` tokens and grows one by one. It is more than `most` where tokens are quantised: either
+    /// side may be at its longest while the other is not.
+    pub(crate) fn room(&self, most: usize) -> Room {
+        let Some(residual) = self.residual else {
+            return Room {
+                sinks: 0,
+                packed: 0,
+                recent: most,
+            };
+        };
+        let rest = most.saturating_sub(self.sinks);
+        let due = residual.saturating_add(BLOCK);
+        Room {
+            sinks: self.sinks.min(most),
+            packed: if rest < due { 0 } else { rest - self.kept },
+            recent: rest.min(due),
+        }
+    }
+
+    /// The same for a row that may have quantised tokens when it is cut down to `most`.
+    pub(crate) fn room_after_more(&self, most: usize) -> Room {
+        let room = self.room(most);
+        let rest = most - room.sinks;
+        Room {
+            packed: self.residual.map_or(0, |_| rest.saturating_sub(self.kept)),
+            ..room
+        }
+    }
+
+    /// Bytes of the keys and values of that many tokens.
+    pub(crate) fn bytes(&self, head_dim: usize, room: Room) -> usize {
+        let exact = room.sinks + room.recent;
+        let side = |side: Side| {
+            let floats = exact * head_dim * side.dtype().size_in_bytes();
+            let format = match side {
+                Side::Exact(dtype) => room.packed * head_dim * dtype.size_in_bytes(),
+                Side::Packed(format) => format.bytes(room.packed),
+            };
+            floats + format
         };
         side(self.keys) + side(self.values)
     }
@@ -308,14 +358,48 @@ mod tests {
         let of = |name: &str, sinks, residual| {
             let mut config: StorageConfig = name.parse().unwrap();
             (config.sinks, config.residual) = (sinks, residual);
-            3 * config.layout(64, DType::F32, 0).unwrap().bytes(64, 4096)
+            let layout = config.layout(64, DType::F32, 0).unwrap();
+            // Whole blocks of 32 are packed.
+            let packed = if config.is_quantised() {
+                (4096 - sinks - residual) / BLOCK * BLOCK
+            } else {
+                0
+            };
+            let room = Room {
+                sinks,
+                packed,
+                recent: 4096 - sinks - packed,
+            };
+            3 * layout.bytes(64, room)
         };
         assert_eq!(of("f16", 0, 0), 3_145_728);
         assert_eq!(of("int8", 0, 0), 1_622_016);
         assert_eq!(of("int4", 0, 0), 884_736);
-        // Whole blocks of 32 are packed: 4000 of the 4028 that the formula packs.
+        // 4000 of the 4028 that the formula packs.
         assert_eq!(of("int4", 4, 64), 922_272 + 3 * 28 * (256 - 72));
         assert_eq!(of("k8v4", 4, 64), 1_284_792 + 3 * 28 * (256 - 102));
+    }
+
+    #[test]
+    fn a_row_has_room_for_its_longest_and_no_more() {
+        let room = |layout: Layout, most| {
+            let room = layout.room(most);
+            [room.sinks, room.packed, room.recent]
+        };
+        let of = |name: &str| {
+            let config: StorageConfig = name.parse().unwrap();
+            config.layout(64, DType::F16, 0).unwrap()
+        };
+        assert_eq!(room(of("f16"), 300), [0, 0, 300]);
+        // 4 first tokens, 32 newest and a block that waits to be quantised.
+        assert_eq!(room(of("int8"), 300), [4, 300 - 4 - 32, 64]);
+        assert_eq!(room(of("int8").evicting(20), 300), [4, 300 - 4 - 20, 64]);
+        // Nothing is ever quantised.
+        assert_eq!(room(of("int8"), 67), [4, 0, 63]);
+        assert_eq!(room(of("int8"), 3), [3, 0, 0]);
+        let after = of("int8").evicting(20).room_after_more(60);
+        assert_eq!([after.sinks, after.packed, after.recent], [4, 36, 56]);
+        assert_eq!(of("f16").room_after_more(60), of("f16").room(60));
     }
 
     #[test]

@@ -295,7 +295,7 @@ mod tests {
             head_dim: 16,
         };
         let layout = StorageConfig::default().layout(16, DType::F32, 0).unwrap();
-        let mut host = HostStore::new(4, geometry, layout, DType::F32);
+        let mut host = HostStore::new(4, geometry, layout, DType::F32, usize::MAX);
         let mut device = DeviceStore::new(4, geometry, layout, &Device::Cpu);
         let mut position = 0u32;
         for (i, tokens) in [9, 1, 1, 4, 1, 1, 3, 1, 1].into_iter().enumerate() {

@@ -34,12 +34,14 @@ impl Segment {
         }
     }
 
-    fn extend(&mut self, keys: Elements<'_>, values: Elements<'_>, tokens: usize, d: usize) {
+    /// Appends tokens to a segment that is to hold `most`.
+    fn extend(&mut self, keys: Elements<'_>, values: Elements<'_>, most: usize, d: usize) {
+        let tokens = keys.tokens(d);
         if tokens == 0 {
             return;
         }
         if self.keys.capacity(d).min(self.values.capacity(d)) < self.len + tokens {
-            let more = tokens.max((self.len / 4).max(GROWTH));
+            let more = growth(self.len, tokens, most);
             self.keys.reserve(more, d);
             self.values.reserve(more, d);
         }
@@ -54,9 +56,9 @@ impl Segment {
         self.len = moves.len;
     }
 
-    /// Gives back room for more than `room` tokens.
-    fn shrink(&mut self, room: usize, d: usize) {
-        let wanted = self.len.saturating_add(room);
+    /// Gives back room for more than `most` tokens.
+    fn shrink(&mut self, most: usize, d: usize) {
+        let wanted = self.len.max(most);
         if self.keys.capacity(d).max(self.values.capacity(d)) > wanted {
             self.keys.shrink_to(wanted, d);
             self.values.shrink_to(wanted, d);
@@ -76,6 +78,15 @@ impl Segment {
     }
 }
 
+/// Tokens for which a vector of `len` that is to hold `most` makes room when `tokens` more do not fit: a quarter of what it holds, up to `most`.
+fn growth(len: usize, tokens: usize, most: usize) -> usize {
+    let more = (len / 4).max(GROWTH);
+    match most.checked_sub(len) {
+        Some(left) if tokens <= left => more.min(left).max(tokens),
+        _ => more.max(tokens),
+    }
+}
+
 /// The segments of a row, in the order of slots.
 const SINKS: usize = 0;
 const BODY: usize = 1;
@@ -85,13 +96,16 @@ const RECENT: usize = 2;
 struct Row {
     segments: [Segment; 3],
     ids: Vec<u32>,
+    /// Tokens that it is to hold at most; more may come, in prompts and steps of several tokens.
+    most: usize,
 }
 
 impl Row {
-    fn new(layout: quantise::Layout) -> Self {
+    fn new(layout: quantise::Layout, most: usize) -> Self {
         Self {
             segments: [false, true, false].map(|packed| Segment::new(layout, packed)),
             ids: Vec::new(),
+            most,
         }
     }
 
@@ -107,25 +121,29 @@ impl Row {
         self.segments.iter().map(Segment::bytes).sum()
     }
 
-    /// Appends tokens at positions from `first` on; those before `sinks` are kept apart.
+    /// Appends tokens at positions from `first` on; the first ones are kept apart where the layout says so.
     fn append(
         &mut self,
         keys: Elements<'_>,
         values: Elements<'_>,
         first: u32,
-        sinks: usize,
+        layout: quantise::Layout,
         d: usize,
     ) {
         let tokens = keys.tokens(d);
-        let early = sinks.saturating_sub(first as usize).min(tokens);
-        let parts = [(SINKS, 0, early), (RECENT, early, tokens)];
-        for (segment, from, to) in parts {
+        let early = layout.sinks.saturating_sub(first as usize).min(tokens);
+        let room = layout.room(self.most);
+        let parts = [
+            (SINKS, 0, early, room.sinks),
+            (RECENT, early, tokens, room.recent),
+        ];
+        for (segment, from, to, most) in parts {
             let (keys, values) = (keys.slice(from, to, d), values.slice(from, to, d));
-            self.segments[segment].extend(keys, values, to - from, d);
+            self.segments[segment].extend(keys, values, most, d);
         }
         if self.ids.capacity() < self.ids.len() + tokens {
-            self.ids
-                .reserve_exact(tokens.max((self.ids.len() / 4).max(GROWTH)));
+            let more = growth(self.ids.len(), tokens, self.most);
+            self.ids.reserve_exact(more);
         }
         self.ids.extend(first..first + tokens as u32);
     }
@@ -188,7 +206,14 @@ impl Row {
         (whole, parts)
     }
 
-    fn relocate(&mut self, whole: &Relocation, parts: &[Relocation; 3], room: usize, d: usize) {
+    /// Moves tokens as some leave, after which up to `room` more may join.
+    fn relocate(
+        &mut self,
+        (whole, parts): (&Relocation, &[Relocation; 3]),
+        room: usize,
+        layout: quantise::Layout,
+        d: usize,
+    ) {
         let evicted = whole.len < self.ids.len();
         for (segment, moves) in self.segments.iter_mut().zip(parts) {
             if moves.len < segment.len {
@@ -198,18 +223,21 @@ impl Row {
         whole.apply(&mut self.ids, 1);
         // The first eviction after a prompt frees it; later ones find the storage already of the right size.
         if evicted {
-            for segment in &mut self.segments {
-                segment.shrink(room, d);
+            self.most = whole.len.saturating_add(room);
+            let room = layout.room(self.most);
+            let most = [room.sinks, room.packed, room.recent];
+            for (segment, most) in self.segments.iter_mut().zip(most) {
+                segment.shrink(most, d);
             }
-            let wanted = whole.len.saturating_add(room);
-            if self.ids.capacity() > wanted {
-                self.ids.shrink_to(wanted);
+            if self.ids.capacity() > self.most {
+                self.ids.shrink_to(self.most);
             }
         }
     }
 
     /// Quantises the tokens beyond the newest `residual` in whole blocks; returns the bytes that were added before others were freed.
-    fn settle(&mut self, residual: usize, d: usize) -> usize {
+    fn settle(&mut self, residual: usize, layout: quantise::Layout, d: usize) -> usize {
+        let room = layout.room(self.most);
         let [_, body, recent] = &mut self.segments;
         let blocks = recent.len.saturating_sub(residual) / BLOCK;
         if blocks == 0 {
@@ -219,12 +247,12 @@ impl Row {
         let before = body.bytes();
         let keys = recent.keys.view().slice(0, tokens, d);
         let values = recent.values.view().slice(0, tokens, d);
-        body.extend(keys, values, tokens, d);
+        body.extend(keys, values, room.packed, d);
         let added = body.bytes().saturating_sub(before);
         recent.keys.drop_first(tokens, d);
         recent.values.drop_first(tokens, d);
         recent.len -= tokens;
-        recent.shrink((residual + 2 * BLOCK).saturating_sub(recent.len), d);
+        recent.shrink(room.recent, d);
         added
     }
 }
@@ -235,6 +263,8 @@ pub(crate) struct HostStore {
     rows: Vec<Row>,
     geometry: Geometry,
     layout: quantise::Layout,
+    /// Tokens that a row is to hold at most.
+    most: usize,
     /// Type of the tensors that are handed out.
     dtype: DType,
     scratch: DecodeScratch,
@@ -242,16 +272,19 @@ pub(crate) struct HostStore {
 }
 
 impl HostStore {
+    /// Rows that are each to hold `most` tokens at most, `usize::MAX` where that is not known.
     pub(crate) fn new(
         rows: usize,
         geometry: Geometry,
         layout: quantise::Layout,
         dtype: DType,
+        most: usize,
     ) -> Self {
         Self {
-            rows: vec![Row::new(layout); rows],
+            rows: vec![Row::new(layout, most); rows],
             geometry,
             layout,
+            most,
             dtype,
             scratch: DecodeScratch::default(),
             exported: Exported::default(),
@@ -334,7 +367,7 @@ impl Store for HostStore {
                         keys.slice(replaced, tokens, d),
                         values.slice(replaced, tokens, d),
                     );
-                    row.append(keys, values, first + replaced as u32, layout.sinks, d);
+                    row.append(keys, values, first + replaced as u32, layout, d);
                 }
                 Ok(())
             })
@@ -406,8 +439,7 @@ impl Store for HostStore {
     ) -> Result<Vec<Relocation>> {
         let d = self.geometry.head_dim;
         let quantised = self.layout.residual.is_some();
-        // What is quantised in blocks comes and goes in blocks.
-        let room = room.saturating_add(if quantised { 2 * BLOCK } else { 0 });
+        let stored = self.layout;
         let (moves, parts): (Vec<Relocation>, Vec<[Relocation; 3]>) = self
             .rows
             .iter()
@@ -418,10 +450,10 @@ impl Store for HostStore {
         // A single token that moves is not worth another thread.
         if moves.iter().map(moved).sum::<usize>() > 64 {
             let rows = self.rows.par_iter_mut().zip(&moves).zip(&parts);
-            rows.for_each(|((row, moves), parts)| row.relocate(moves, parts, room, d));
+            rows.for_each(|((row, moves), parts)| row.relocate((moves, parts), room, stored, d));
         } else {
             let rows = self.rows.iter_mut().zip(&moves).zip(&parts);
-            rows.for_each(|((row, moves), parts)| row.relocate(moves, parts, room, d));
+            rows.for_each(|((row, moves), parts)| row.relocate((moves, parts), room, stored, d));
         }
         Ok(moves)
     }
@@ -430,7 +462,7 @@ impl Store for HostStore {
         let Some(residual) = self.layout.residual else {
             return Ok(0);
         };
-        let d = self.geometry.head_dim;
+        let (layout, d) = (self.layout, self.geometry.head_dim);
         let ready = |row: &Row| row.segments[RECENT].len >= residual.saturating_add(BLOCK);
         if !self.rows.iter().any(ready) {
             return Ok(0);
@@ -440,7 +472,7 @@ impl Store for HostStore {
         let added: usize = self
             .rows
             .par_iter_mut()
-            .map(|row| row.settle(residual, d))
+            .map(|row| row.settle(residual, layout, d))
             .sum();
         Ok(before + added)
     }
@@ -474,7 +506,7 @@ impl Store for HostStore {
     }
 
     fn clear(&mut self) {
-        self.rows.fill(Row::new(self.layout));
+        self.rows.fill(Row::new(self.layout, self.most));
         self.scratch = DecodeScratch::default();
         self.exported.clear();
     }

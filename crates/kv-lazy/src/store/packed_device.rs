@@ -527,7 +527,7 @@ mod tests {
                 head_dim: 32,
             };
             let layout = storage.layout(32, DType::F32, 0).unwrap();
-            let mut host = HostStore::new(4, geometry, layout, DType::F32);
+            let mut host = HostStore::new(4, geometry, layout, DType::F32, usize::MAX);
             let mut device = PackedDeviceStore::new(4, geometry, layout, DType::F32, &Device::Cpu);
             let mut position = 0u32;
             for (i, tokens) in [70, 1, 33, 4, 1, 40, 3, 1].into_iter().enumerate() {

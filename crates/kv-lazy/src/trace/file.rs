@@ -3,9 +3,10 @@
 
 use super::{LayerTrace, Trace, TraceMeta};
 use crate::error::{Error, Result};
+use crate::tensor_file::{self, Named, TensorFile};
 use half::f16;
-use safetensors::tensor::{Dtype, SafeTensors, TensorView};
-use std::collections::{BTreeMap, HashMap};
+use safetensors::Dtype;
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -19,7 +20,7 @@ const KEY: &str = "trace";
 pub fn write(trace: &Trace, path: &Path) -> Result<()> {
     let name = path.display().to_string();
     trace.check(&name)?;
-    let mut tensors: Vec<(String, Dtype, Vec<usize>, Vec<u8>)> = Vec::new();
+    let mut tensors = Vec::new();
     for (index, layer) in &trace.layers {
         for (part, data, heads) in [
             ("q", &layer.q, layer.query_heads),
@@ -38,43 +39,27 @@ pub fn write(trace: &Trace, path: &Path) -> Result<()> {
                 }
                 bytes.extend(half.to_le_bytes());
             }
-            let shape = vec![heads, layer.tokens, layer.head_dim];
-            tensors.push((format!("l{index}.{part}"), Dtype::F16, shape, bytes));
+            tensors.push(Named {
+                name: format!("l{index}.{part}"),
+                dtype: Dtype::F16,
+                shape: vec![heads, layer.tokens, layer.head_dim],
+                bytes,
+            });
         }
     }
-    let words = |ids: &[u32]| {
-        ids.iter()
-            .flat_map(|id| id.to_le_bytes())
-            .collect::<Vec<u8>>()
+    let words = |name: &str, ids: &[u32]| Named {
+        name: name.into(),
+        dtype: Dtype::U32,
+        shape: vec![ids.len()],
+        bytes: ids.iter().flat_map(|id| id.to_le_bytes()).collect(),
     };
-    let shape = vec![trace.tokens.len()];
-    tensors.push((
-        "tokens".into(),
-        Dtype::U32,
-        shape.clone(),
-        words(&trace.tokens),
-    ));
-    if let Some(segments) = &trace.segments {
-        tensors.push(("segments".into(), Dtype::U32, shape, words(segments)));
-    }
-    let bad = |problem: String| Error::Trace {
-        path: name.clone(),
-        problem,
-    };
-    let views = tensors
-        .iter()
-        .map(|(name, dtype, shape, bytes)| {
-            Ok((
-                name.as_str(),
-                TensorView::new(*dtype, shape.clone(), bytes)?,
-            ))
-        })
-        .collect::<std::result::Result<Vec<_>, safetensors::SafeTensorError>>()
-        .map_err(|e| bad(e.to_string()))?;
-    let meta = serde_json::to_string(&trace.meta).map_err(|e| bad(e.to_string()))?;
-    let bytes = safetensors::serialize(views, Some(HashMap::from([(KEY.to_string(), meta)])))
-        .map_err(|e| bad(e.to_string()))?;
-    Ok(tensor_io::atomic::write(path, &bytes)?)
+    tensors.push(words("tokens", &trace.tokens));
+    tensors.extend(trace.segments.as_ref().map(|ids| words("segments", ids)));
+    let meta = serde_json::to_string(&trace.meta).map_err(|e| Error::Trace {
+        path: name,
+        problem: e.to_string(),
+    })?;
+    tensor_file::write(path, &tensors, Some((KEY, meta)))
 }
 
 /// Reads a trace.
@@ -82,88 +67,44 @@ pub fn write(trace: &Trace, path: &Path) -> Result<()> {
 /// # Errors
 /// A file that cannot be read, is not a trace or contradicts itself.
 pub fn read(path: &Path) -> Result<Trace> {
-    let name = path.display().to_string();
-    let bad = |problem: String| Error::Trace {
-        path: name.clone(),
-        problem,
-    };
-    let bytes = std::fs::read(path).map_err(|source| Error::Io {
-        path: name.clone(),
-        source,
-    })?;
-    let (_, header) = SafeTensors::read_metadata(&bytes).map_err(|e| bad(e.to_string()))?;
-    let text = header
-        .metadata()
-        .as_ref()
-        .and_then(|meta| meta.get(KEY))
-        .ok_or_else(|| bad(format!("no metadata `{KEY}`: not a trace")))?;
+    let file = TensorFile::read(path)?;
+    let text = file.metadata(KEY)?;
+    let text = text.ok_or_else(|| file.bad(format!("no metadata `{KEY}`: not a trace")))?;
     let meta: TraceMeta =
-        serde_json::from_str(text).map_err(|e| bad(format!("metadata `{KEY}`: {e}")))?;
-    let file = SafeTensors::deserialize(&bytes).map_err(|e| bad(e.to_string()))?;
-
-    let tensor = |key: &str, dtype: Dtype, rank: usize| -> Result<(Vec<usize>, &[u8])> {
-        let view = file
-            .tensor(key)
-            .map_err(|_| bad(format!("no tensor `{key}`")))?;
-        if view.dtype() != dtype || view.shape().len() != rank {
-            let (got, shape) = (view.dtype(), view.shape());
-            return Err(bad(format!(
-                "`{key}` is {got:?} {shape:?}, expected {dtype:?} of rank {rank}"
-            )));
-        }
-        Ok((view.shape().to_vec(), view.data()))
+        serde_json::from_str(&text).map_err(|e| file.bad(format!("metadata `{KEY}`: {e}")))?;
+    let tensors = file.open()?;
+    let words = |name: &str| -> Result<Vec<u32>> {
+        Ok(tensors.get(name, Dtype::U32, 1)?.map4(u32::from_le_bytes))
     };
-    let words = |bytes: &[u8]| -> Vec<u32> {
-        bytes
-            .chunks_exact(4)
-            .map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]]))
-            .collect()
-    };
-    let halves = |bytes: &[u8]| -> Vec<f32> {
-        bytes
-            .chunks_exact(2)
-            .map(|b| f16::from_le_bytes([b[0], b[1]]).to_f32())
-            .collect()
-    };
-    let tokens = words(tensor("tokens", Dtype::U32, 1)?.1);
-    let mut segments = None;
     let mut layers = BTreeMap::new();
-    for key in file.names() {
-        if key == "segments" {
-            segments = Some(words(tensor(key, Dtype::U32, 1)?.1));
-            continue;
-        }
-        let Some(index) = key.strip_prefix('l').and_then(|k| k.strip_suffix(".q")) else {
-            continue;
-        };
-        let index: usize = index
-            .parse()
-            .map_err(|_| bad(format!("`{key}` names no layer by number")))?;
-        let (q_shape, q) = tensor(key, Dtype::F16, 3)?;
-        let (k_shape, k) = tensor(&format!("l{index}.k"), Dtype::F16, 3)?;
-        let (v_shape, v) = tensor(&format!("l{index}.v"), Dtype::F16, 3)?;
-        if k_shape != v_shape || k_shape[1..] != q_shape[1..] {
-            return Err(bad(format!(
-                "layer {index}: q {q_shape:?}, k {k_shape:?}, v {v_shape:?} do not belong together"
+    for index in tensors.layers("q")? {
+        let of = |part: &str| tensors.get(&format!("l{index}.{part}"), Dtype::F16, 3);
+        let (q, k, v) = (of("q")?, of("k")?, of("v")?);
+        if k.shape != v.shape || k.shape[1..] != q.shape[1..] {
+            let (q, k, v) = (q.shape, k.shape, v.shape);
+            return Err(file.bad(format!(
+                "layer {index}: q {q:?}, k {k:?}, v {v:?} do not belong together"
             )));
         }
+        let halves = |b| f16::from_le_bytes(b).to_f32();
         let layer = LayerTrace {
-            query_heads: q_shape[0],
-            kv_heads: k_shape[0],
-            head_dim: q_shape[2],
-            tokens: q_shape[1],
-            q: halves(q),
-            k: halves(k),
-            v: halves(v),
+            query_heads: q.shape[0],
+            kv_heads: k.shape[0],
+            head_dim: q.shape[2],
+            tokens: q.shape[1],
+            q: q.map2(halves),
+            k: k.map2(halves),
+            v: v.map2(halves),
         };
         layers.insert(index, Arc::new(layer));
     }
+    let has_segments = tensors.has("segments");
     let trace = Trace {
         meta,
-        tokens,
-        segments,
+        tokens: words("tokens")?,
+        segments: has_segments.then(|| words("segments")).transpose()?,
         layers,
     };
-    trace.check(&name)?;
+    trace.check(&path.display().to_string())?;
     Ok(trace)
 }

@@ -561,6 +561,8 @@ fn weights_that_are_not_finite_are_an_error_with_their_place() {
                 first_head: 0,
                 heads: 2,
                 kv_heads: 2,
+                group: 1,
+                head_dim: 8,
             },
         )
         .unwrap();

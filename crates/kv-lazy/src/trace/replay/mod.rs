@@ -155,6 +155,8 @@ fn build(
         layer,
         heads: data.kv_heads,
         kv_heads: data.kv_heads,
+        group: data.query_heads / data.kv_heads.max(1),
+        head_dim: data.head_dim,
         ..Place::default()
     };
     let policy = match &config.decode {

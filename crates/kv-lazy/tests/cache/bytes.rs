@@ -1,0 +1,106 @@
+//! What a configuration says that it costs, and what its cache then occupies.
+
+use crate::common::{Qkv, all_policies, named, steps, with};
+use candle_core::{DType, Device};
+use kv_lazy::{CacheConfig, CacheSet, LayerShape, Prompt};
+
+const SHAPE: LayerShape = LayerShape {
+    query_heads: 6,
+    kv_heads: 2,
+    head_dim: 64,
+    sliding_window: None,
+};
+
+fn build(config: &CacheConfig) -> CacheSet {
+    CacheSet::new(&[SHAPE], 1, DType::F16, &Device::Cpu, config).unwrap()
+}
+
+fn occupied(cache: &CacheSet) -> usize {
+    cache.bytes() + cache.state_bytes() + cache.position_bytes()
+}
+
+fn step(cache: &mut CacheSet, (q, k, v): &Qkv) {
+    cache.begin(q.dim(2).unwrap()).unwrap();
+    cache.attend(0, q, k, v, 0.1).unwrap();
+}
+
+#[test]
+fn a_cache_occupies_at_most_what_its_configuration_costs_and_nearly_as_much() {
+    let budget = 150;
+    let all = steps(21, 1, SHAPE, &[&[400][..], &[1; 150]].concat());
+    for storage in ["f16", "int8", "k8v4", "int4"] {
+        for config in all_policies(budget) {
+            // What is kept of the prompt would exceed the budget; snapkv keeps what comes after it.
+            let config = with(config, |c| {
+                c.prompt = Some(Prompt::Evictable);
+                c.storage = storage.parse().unwrap();
+            });
+            let name = config.decode.name();
+            let cost = |tokens| config.bytes(0, SHAPE, DType::F16, tokens).unwrap();
+            let mut cache = build(&config);
+            let (mut most, mut cut) = (0, false);
+            for (i, qkv) in all.iter().enumerate() {
+                step(&mut cache, qkv);
+                // LazyEviction cuts the prompt at its first window.
+                cut |= cache.physical_len(0) <= budget;
+                if config.keeps_all() && i == 0 {
+                    let held = occupied(&cache);
+                    assert!(held <= cost(400), "{storage} {name} {held}");
+                    assert!(held as f64 > 0.9 * cost(400) as f64, "{storage} {name}");
+                }
+                if cut && (i < 32 || name != "snapkv") {
+                    most = most.max(occupied(&cache));
+                }
+            }
+            if !config.keeps_all() {
+                assert!(
+                    cut && most <= cost(budget),
+                    "{storage} {name}: {most} of {}",
+                    cost(budget)
+                );
+                assert!(
+                    most as f64 > 0.85 * cost(budget) as f64,
+                    "{storage} {name}: {most} of {}",
+                    cost(budget)
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn a_cache_that_never_saw_a_prompt_grows_to_its_budget_and_not_beyond() {
+    let all = steps(22, 1, SHAPE, &[1; 220]);
+    for name in ["random", "keydiff", "streaming", "scissorhands", "lazy"] {
+        for storage in ["f16", "int4"] {
+            let config = with(named(name, 100), |c| {
+                c.prompt = Some(Prompt::Evictable);
+                c.storage = storage.parse().unwrap();
+            });
+            let mut cache = build(&config);
+            let cost = config.bytes(0, SHAPE, DType::F16, 100).unwrap();
+            for qkv in &all {
+                step(&mut cache, qkv);
+                let held = occupied(&cache);
+                assert!(held <= cost, "{storage} {name}: {held} of {cost}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_quantised_cache_reserves_its_first_tokens_exactly_and_one_block_beside_the_newest() {
+    let config = with(named("full", 1), |c| c.storage = "int8".parse().unwrap());
+    let mut cache = build(&config);
+    let all = steps(23, 1, SHAPE, &[&[400][..], &[1; 40]].concat());
+    step(&mut cache, &all[0]);
+    // 4 + 32 + 32 tokens in f16; 11 blocks of codes with a scale a token.
+    let prompt = 2 * (68 * 2 * 64 * 2 + 352 * 2 * (64 + 2));
+    assert_eq!(cache.bytes(), prompt);
+    for qkv in &all[1..] {
+        step(&mut cache, qkv);
+    }
+    // Room for a quarter more codes.
+    let grown = 2 * (68 * 2 * 64 * 2 + (352 + 88) * 2 * (64 + 2));
+    assert_eq!(cache.bytes(), grown);
+}
