@@ -198,13 +198,15 @@ impl Evictor {
         self.budget.tokens(clock.next as usize)
     }
 
-    /// Tokens that a row is to hold at most: the budget and those that join until the next eviction; `usize::MAX` where the budget grows.
+    /// Tokens that a row is to hold at most: the budget and those that join until the next eviction; `usize::MAX` where the budget grows or what is
+    /// generated stays.
     pub(crate) fn most(&self) -> usize {
+        let rule = self.policy.rule(Phase::Decode);
         match self.budget {
-            Budget::Tokens(budget) => {
-                budget.saturating_add(self.policy.rule(Phase::Decode).headroom())
+            Budget::Tokens(budget) if rule.decode != Trigger::Never => {
+                budget.saturating_add(rule.headroom())
             }
-            Budget::Ratio(_) => usize::MAX,
+            _ => usize::MAX,
         }
     }
 
