@@ -91,7 +91,7 @@ pub(crate) struct Tensors<'a> {
 impl Tensors<'_> {
     /// Whether there is a tensor of this name.
     pub(crate) fn has(&self, name: &str) -> bool {
-        self.tensors.names().iter().any(|own| *own == name)
+        self.tensors.names().contains(&name)
     }
 
     /// A tensor of that type and number of dimensions.
