@@ -6,7 +6,7 @@ use anyhow::Result;
 use eval_report::Section;
 
 use crate::settings::Settings;
-use crate::suites::{kv, lattice, lowrank, perplexity, structured, tasks};
+use crate::suites::{frontier, kv, lattice, lowrank, perplexity, structured, tasks};
 
 /// A suite with its own settings.
 #[derive(Debug)]
@@ -22,6 +22,8 @@ pub enum Suite {
     Structured(structured::Config),
     /// Low-rank repair.
     Lowrank(Box<lowrank::Config>),
+    /// One memory budget over all axes.
+    Frontier(Box<frontier::Config>),
     /// Pruning of recurrent networks by order.
     Lattice(lattice::Config),
     /// KV-cache eviction.
@@ -43,6 +45,7 @@ impl Suite {
             } => perplexity::run(settings, config, *hidden_metrics),
             Suite::Structured(config) => structured::run(settings, config),
             Suite::Lowrank(config) => lowrank::run(settings, config),
+            Suite::Frontier(config) => frontier::run(settings, config),
             Suite::Lattice(config) => lattice::run(settings, config),
             Suite::Kv(config) => kv::run(settings, config),
             Suite::Tasks(config) => tasks::run(settings, config),
@@ -55,6 +58,7 @@ impl Suite {
             Suite::Perplexity { config, .. } => vec![&mut config.model],
             Suite::Structured(config) => vec![&mut config.perplexity.model],
             Suite::Lowrank(config) => config.models(),
+            Suite::Frontier(config) => vec![&mut config.perplexity.model],
             Suite::Lattice(_) => Vec::new(),
             Suite::Kv(config) => config.models(),
             Suite::Tasks(config) => config.models.iter_mut().collect(),

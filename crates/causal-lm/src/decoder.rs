@@ -34,6 +34,8 @@ pub struct Embedding<'a> {
     name: String,
     /// The whole matrix, where a row cannot be read alone.
     resident: Option<Vec<u8>>,
+    /// Another matrix in its place, `[vocab, hidden]`.
+    table: Option<Tensor>,
     vocab: usize,
     hidden: usize,
     scale: f64,
@@ -581,6 +583,7 @@ impl<'a> Decoder<'a> {
         Ok(Embedding {
             checkpoint: self.checkpoint,
             resident,
+            table: None,
             vocab: self.config.vocab,
             hidden: self.config.hidden,
             // Opening has checked that the embedding is of floats.
@@ -711,6 +714,25 @@ fn taken(linears: &mut BTreeMap<LinearName, Linear>, name: LinearName) -> Result
 }
 
 impl Embedding<'_> {
+    /// The same with another matrix, `[vocab, hidden]`, for instance one that was rounded.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for a matrix of another shape.
+    pub fn with_table(self, table: Tensor) -> Result<Self> {
+        let expected = vec![self.vocab, self.hidden];
+        if table.dims() != expected {
+            return Err(Error::Shape {
+                tensor: self.name,
+                found: table.dims().to_vec(),
+                expected,
+            });
+        }
+        Ok(Self {
+            table: Some(table.to_device(&self.device)?),
+            ..self
+        })
+    }
+
     /// Embeds `[batch, tokens]` ids to `[batch, tokens, hidden]`.
     ///
     /// # Errors
@@ -721,21 +743,27 @@ impl Embedding<'_> {
         if let Some(token) = tokens().find(|&token| token as usize >= vocab) {
             return Err(Error::TokenOutOfRange { token, vocab });
         }
-        let rows = tokens().map(|token| token as usize);
-        let rows: Vec<u8> = match &self.resident {
-            Some(bytes) => {
-                let row_bytes = bytes.len() / vocab;
-                let row = |row: usize| &bytes[row * row_bytes..][..row_bytes];
-                rows.flat_map(row).copied().collect()
-            }
-            None => {
-                let rows: Vec<usize> = rows.collect();
-                self.checkpoint.rows(&self.name, &rows)?
-            }
-        };
         let length = windows.first().map_or(0, |window| window.len());
         let shape = [windows.len(), length, self.hidden];
-        let rows = Tensor::from_raw_buffer(&rows, self.stored, &shape, &self.device)?;
+        let rows = tokens().map(|token| token as usize);
+        let rows = match (&self.table, &self.resident) {
+            (Some(table), _) => {
+                let ids: Vec<u32> = tokens().collect();
+                let ids = Tensor::new(ids, &self.device)?;
+                table.index_select(&ids, 0)?.reshape(&shape)?
+            }
+            (None, Some(bytes)) => {
+                let row_bytes = bytes.len() / vocab;
+                let row = |row: usize| &bytes[row * row_bytes..][..row_bytes];
+                let rows: Vec<u8> = rows.flat_map(row).copied().collect();
+                Tensor::from_raw_buffer(&rows, self.stored, &shape, &self.device)?
+            }
+            (None, None) => {
+                let rows: Vec<usize> = rows.collect();
+                let rows = self.checkpoint.rows(&self.name, &rows)?;
+                Tensor::from_raw_buffer(&rows, self.stored, &shape, &self.device)?
+            }
+        };
         let rows = rows.to_dtype(self.dtype)?;
         Ok(match self.scale {
             1.0 => rows,
@@ -746,6 +774,23 @@ impl Embedding<'_> {
 }
 
 impl Head {
+    /// The same with another vocabulary projection, `[vocab, hidden]`, for instance one that was rounded.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for a matrix of another shape.
+    pub fn with_vocab(mut self, weight: Tensor) -> Result<Self> {
+        let expected = vec![self.vocab.outputs(), self.vocab.inputs()];
+        if weight.dims() != expected {
+            return Err(Error::Shape {
+                tensor: "the vocabulary projection".into(),
+                found: weight.dims().to_vec(),
+                expected,
+            });
+        }
+        self.vocab.set_weight(weight);
+        Ok(self)
+    }
+
     /// Entries of the vocabulary.
     pub fn vocab_size(&self) -> usize {
         self.vocab.outputs()

@@ -5,7 +5,7 @@
 
 use crate::attention::Mixer;
 use crate::block::{BetweenHalves, Block, Mlp, RopeTables};
-use crate::decoder::Decoder;
+use crate::decoder::{Decoder, Embedding};
 use crate::ops;
 use crate::tap::Tap;
 use crate::windows::Windows;
@@ -32,9 +32,20 @@ impl Hidden {
     /// # Errors
     /// [`Error::TokenOutOfRange`] for a token without an embedding.
     pub fn embed(decoder: &Decoder<'_>, windows: &Windows) -> Result<Self> {
+        Self::embed_with(decoder, &decoder.embedding()?, windows)
+    }
+
+    /// The same with the rows of another embedding.
+    ///
+    /// # Errors
+    /// As [`Hidden::embed`].
+    pub fn embed_with(
+        decoder: &Decoder<'_>,
+        embedding: &Embedding<'_>,
+        windows: &Windows,
+    ) -> Result<Self> {
         let windows_per_batch = (BATCH_TOKENS / windows.window_len()).max(1);
         let all: Vec<&[u32]> = windows.iter().collect();
-        let embedding = decoder.embedding()?;
         let batches = all
             .chunks(windows_per_batch)
             .map(|batch| embedding.rows(batch))

@@ -18,6 +18,7 @@ mod checkpoint;
 mod gguf_model;
 mod imatrix;
 mod lora_gguf;
+mod mixed;
 mod probe;
 
 pub use crate::format::{compressed_tensors, gguf, gptq};

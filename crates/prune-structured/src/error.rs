@@ -163,6 +163,9 @@ pub enum Error {
         /// What is wrong with it.
         reason: String,
     },
+    /// What an implementation of [`Sites`](crate::divergence::Sites) reports.
+    #[error(transparent)]
+    Site(Box<dyn std::error::Error + Send + Sync>),
     /// The call was cancelled by its progress. A search continues from its folder.
     #[error(transparent)]
     Cancelled(#[from] Cancelled),

@@ -13,7 +13,7 @@ pub mod allocation;
 mod calibrate;
 pub mod compensation;
 mod cost;
-mod divergence;
+pub mod divergence;
 mod error;
 pub mod experts;
 mod methods;

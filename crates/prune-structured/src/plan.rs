@@ -45,7 +45,7 @@ impl LayerPlan {
     }
 
     /// Keeps the ascending units `kept` of a ranking over a half of a block of `dense` widths.
-    pub(crate) fn keep(&mut self, dense: Widths, ranking: &Ranking, kept: Vec<usize>) {
+    pub fn keep(&mut self, dense: Widths, ranking: &Ranking, kept: Vec<usize>) {
         match ranking.part {
             Part::Mlp => self.neurons = kept,
             // Whole groups: the units are key/value heads.

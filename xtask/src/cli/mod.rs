@@ -1,6 +1,7 @@
 //! The command line: flags become a typed description of the work, which is then run. No other module imports this one.
 
 mod all;
+mod frontier;
 mod generate;
 mod kv;
 mod lattice;
@@ -150,6 +151,8 @@ enum SuiteArgs {
     Structured(Box<structured::StructuredArgs>),
     /// Low-rank repair of compressed models: output error, quality and size by compressor, method and rank
     Lowrank(Box<lowrank::LowrankArgs>),
+    /// The best model that fits: one memory budget over width, bits and low-rank repair, with baselines at the same bytes
+    Frontier(Box<frontier::FrontierArgs>),
     /// Pruning of recurrent networks by order, with baselines
     Lattice(Box<lattice::LatticeArgs>),
     /// KV-cache eviction: perplexity, attention on traces, recall or speed, by policy and budget
@@ -347,7 +350,10 @@ impl SuiteArgs {
             SuiteArgs::Perplexity(args) => &args.weights,
             SuiteArgs::Kv(args) => &args.weights,
             SuiteArgs::Tasks(args) => &args.weights,
-            SuiteArgs::Structured(_) | SuiteArgs::Lowrank(_) | SuiteArgs::Lattice(_) => {
+            SuiteArgs::Structured(_)
+            | SuiteArgs::Lowrank(_)
+            | SuiteArgs::Frontier(_)
+            | SuiteArgs::Lattice(_) => {
                 return Weights::default();
             }
         };
@@ -362,6 +368,7 @@ impl SuiteArgs {
             },
             SuiteArgs::Structured(args) => Suite::Structured(args.config(seed)),
             SuiteArgs::Lowrank(args) => Suite::Lowrank(Box::new(args.config(seed))),
+            SuiteArgs::Frontier(args) => Suite::Frontier(Box::new(args.config())),
             SuiteArgs::Lattice(args) => Suite::Lattice(args.config(seed)),
             SuiteArgs::Kv(args) => Suite::Kv(args.config()),
             SuiteArgs::Tasks(args) => Suite::Tasks((*args).into()),

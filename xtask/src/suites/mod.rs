@@ -1,5 +1,6 @@
 //! The suites: a typed description of what to measure, calls of the crates, and rows.
 
+pub mod frontier;
 mod hidden;
 pub mod kv;
 pub mod lattice;

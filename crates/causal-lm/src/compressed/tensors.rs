@@ -3,6 +3,7 @@
 use std::any::Any;
 use std::borrow::Cow;
 use std::collections::{BTreeMap, HashSet};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use rayon::prelude::*;
 use tensor_io::{Checkpoint, Dtype, TensorSource, TensorSpec};
@@ -18,6 +19,8 @@ pub struct CompressedTensors {
     format: Format,
     /// Paths of the compressed modules by the name of the dense weight.
     modules: BTreeMap<String, String>,
+    /// The codes of the weight that rows were last asked of: an embedding, of which each token takes one.
+    looked_up: Mutex<Option<(String, Arc<StoredGroups>)>>,
 }
 
 /// Tensors that make up a weight, by the last part of their names.
@@ -73,6 +76,7 @@ pub(super) fn decoded(folder: Checkpoint, format: Format) -> Result<Checkpoint> 
         folder,
         format,
         modules,
+        looked_up: Mutex::new(None),
     };
     Ok(Checkpoint::from_source(
         path,
@@ -150,6 +154,35 @@ impl CompressedTensors {
         }
     }
 
+    /// The codes of a weight, kept for the next call; `None` if it is not stored as codes.
+    fn codes_for_rows(&self, name: &str) -> tensor_io::Result<Option<Arc<StoredGroups>>> {
+        // A thread that panicked left nothing half done here.
+        let mut kept = self
+            .looked_up
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        if let Some((last, groups)) = &*kept
+            && last == name
+        {
+            return Ok(Some(groups.clone()));
+        }
+        let Some(groups) = self.groups(name)?.map(Arc::new) else {
+            return Ok(None);
+        };
+        self.check_scales(name, &groups)?;
+        *kept = Some((name.to_string(), groups.clone()));
+        Ok(Some(groups))
+    }
+
+    /// Refuses a weight with a scale that is NaN or infinite.
+    fn check_scales(&self, name: &str, groups: &StoredGroups) -> tensor_io::Result<()> {
+        let bad = groups.scales.iter().position(|scale| !scale.is_finite());
+        let Some(at) = bad else { return Ok(()) };
+        let (row, group) = (at / groups.groups(), at % groups.groups());
+        let reason = format!("row {row}, group {group}: the scale is not finite");
+        refuse(&self.folder, name, reason)
+    }
+
     /// Names of the tensors of a compressed module.
     fn parts(&self, module: &str) -> Vec<String> {
         let within = |part: &&str| ["", ".weight"].map(|path| format!("{module}{path}.{part}"));
@@ -223,14 +256,7 @@ impl TensorSource for CompressedTensors {
         let Some(groups) = self.format.groups(&self.folder, module)? else {
             return Ok(Cow::Borrowed(&[]));
         };
-        if let Some(at) = groups.scales.iter().position(|scale| !scale.is_finite()) {
-            let (row, group) = (at / groups.groups(), at % groups.groups());
-            return refuse(
-                &self.folder,
-                name,
-                format!("row {row}, group {group}: the scale is not finite"),
-            );
-        }
+        self.check_scales(name, &groups)?;
         let mut bytes = vec![0; groups.rows * groups.cols * size_of::<f32>()];
         bytes
             .par_chunks_mut((groups.cols * size_of::<f32>()).max(1))
@@ -248,6 +274,10 @@ impl TensorSource for CompressedTensors {
         let Some(module) = self.modules.get(name) else {
             return self.folder.rows(name, rows);
         };
+        if let Some(groups) = self.codes_for_rows(name)? {
+            let values = rows.iter().flat_map(|&row| groups.row(row));
+            return Ok(values.flat_map(f32::to_le_bytes).collect());
+        }
         let [_, cols] = shape(&self.folder, module, &self.format)?;
         let (all, row_bytes) = (self.bytes(name)?, cols * size_of::<f32>());
         let mut bytes = Vec::with_capacity(rows.len() * row_bytes);

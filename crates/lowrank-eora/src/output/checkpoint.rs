@@ -1,5 +1,6 @@
 //! Whole checkpoints: compressed, merged, or merged by requantisation; dense or packed.
 
+use super::mixed;
 use crate::compress::{Compressor, Quantise, Quantised, Symmetry};
 use crate::format::{compressed_tensors, gptq};
 use crate::matrix::to_tensor;
@@ -109,6 +110,17 @@ pub fn write_checkpoint(
         let layer = name.strip_suffix(".weight").and_then(LayerId::parse);
         layer.filter(|layer| linears.contains(layer))
     };
+    if let (Layout::Gptq { version }, Weights::Compressed, true) =
+        (layout, weights, repaired.is_assembled())
+    {
+        return mixed::write(
+            decoder,
+            repaired,
+            (dst.as_ref(), version),
+            options,
+            progress,
+        );
+    }
     let mut compressor = match layout {
         Layout::Dense { .. } => None,
         Layout::Gptq { .. } | Layout::CompressedTensors => Some(packer(repaired, weights, layout)?),

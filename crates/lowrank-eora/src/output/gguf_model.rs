@@ -12,7 +12,7 @@ use crate::repair::{LayerId, Repaired, RepairedLayer, StoredWeight, linears};
 use crate::{Error, Result};
 use candle_core::DType;
 use causal_lm::gguf::Architecture;
-use causal_lm::gguf::names::{halves_of_neighbours, in_block, linear};
+use causal_lm::gguf::names::{EMBEDDING, HEAD, halves_of_neighbours, in_block, linear};
 use causal_lm::{Decoder, LinearName};
 use faer::Mat;
 use packed::{BlockType, QuantRows, quantise};
@@ -100,6 +100,19 @@ pub fn write_gguf(
             }
         }
     };
+    let mut others = BTreeMap::new();
+    for (module, weight) in repaired.others() {
+        let blocks = match weight {
+            StoredWeight::Blocks(blocks) => blocks.clone(),
+            StoredWeight::Quantised { weight, .. } => place(module, weight)?,
+            StoredWeight::Dense(_) => continue,
+        };
+        let name = match module == decoder.config().names.head().trim_end_matches(".weight") {
+            true => HEAD,
+            false => EMBEDDING,
+        };
+        others.insert(name.to_string(), blocks);
+    }
     // Types are declared before the data, and some show only when the codes are placed.
     let mut types = BTreeMap::new();
     for block in 0..repaired.blocks() {
@@ -111,7 +124,10 @@ pub fn write_gguf(
     let specs = template.tensors().iter().map(|info| {
         let layout = match layers.get(&info.name) {
             Some(id) => layout(types[id])?,
-            None => info.layout,
+            None => match others.get(&info.name) {
+                Some(blocks) => layout(blocks.block_type())?,
+                None => info.layout,
+            },
         };
         Ok(TensorSpec::new(&info.name, layout, info.shape.clone()))
     });
@@ -122,6 +138,10 @@ pub fn write_gguf(
     progress.begin("write GGUF", repaired.blocks() as u64);
     let mut block: Option<(usize, Vec<RepairedLayer>)> = None;
     for info in template.tensors() {
+        if let Some(blocks) = others.get(&info.name) {
+            writer.write(&info.name, blocks.bytes())?;
+            continue;
+        }
         let Some(id) = layers.get(&info.name) else {
             writer.write(&info.name, template.bytes(&info.name)?)?;
             template.release([info.name.as_str()]);

@@ -4,7 +4,7 @@
 //! of the linears of block 3 and, in its metadata, their reports and a checksum of everything. Each file appears when
 //! it is complete, so that a run that was killed continues after the last complete block. A damaged file is an error.
 
-use super::{Damping, LayerReport, StoredWeight};
+use super::{Bytes, Damping, Energy, LayerId, LayerReport, Seconds, StoredWeight};
 use crate::compress::{Compressor, Needs};
 use crate::solve::LowRank;
 use crate::{Error, Result};
@@ -21,6 +21,10 @@ use tensor_io::{Checkpoint, ContentHash, Hasher};
 const VERSION: u64 = 4;
 const FILE: &str = "repair.json";
 const REPORT: &str = "report";
+/// Matrices beside the linears, of a repair that was assembled.
+const OTHERS: &str = "others.safetensors";
+/// The source of a repair that was assembled.
+const ASSEMBLED: &str = "made linear by linear";
 
 /// A finished repair: where compressed weights, factors and reports are read from.
 #[derive(Debug)]
@@ -28,6 +32,8 @@ pub struct Repaired {
     folder: PathBuf,
     facts: Map<String, Value>,
     reports: Vec<Vec<LayerReport>>,
+    /// Matrices beside the linears, by module.
+    others: Vec<(String, StoredWeight)>,
 }
 
 /// A linear of a finished repair.
@@ -47,6 +53,49 @@ pub struct RepairedLayer {
 }
 
 impl RepairedLayer {
+    /// A linear of `decoder` whose weight and factors were made elsewhere; `mean_square` is the mean of x² of each input.
+    /// Its report has shapes and bytes alone.
+    ///
+    /// # Errors
+    /// What reading the decoder's tensor or counting reports.
+    pub fn made(
+        decoder: &Decoder<'_>,
+        layer: LayerId,
+        weight: StoredWeight,
+        factors: Option<LowRank>,
+        mean_square: Vec<f64>,
+    ) -> Result<Self> {
+        let (outputs, inputs) = weight.shape();
+        let rank = factors.as_ref().map_or(0, LowRank::rank);
+        let bytes = Bytes {
+            dense: decoder.checkpoint().info(&layer.weight())?.bytes as u64,
+            compressed: weight.bytes()?,
+            factors: ((outputs + inputs) * rank * DType::F16.size_in_bytes()) as u64,
+        };
+        Ok(Self {
+            report: LayerReport {
+                layer,
+                outputs,
+                inputs,
+                rank,
+                tokens: 0,
+                calibration: Energy::default(),
+                held_out: None,
+                held_out_drift: None,
+                requantised: None,
+                sweep: None,
+                spectrum: None,
+                seconds: Seconds::default(),
+                bytes,
+                statistics_bytes: 0,
+            },
+            weight,
+            factors,
+            requantised: None,
+            mean_square,
+        })
+    }
+
     /// W_c + B A.
     ///
     /// # Errors
@@ -85,9 +134,63 @@ impl Repaired {
             .collect::<Result<_>>()?;
         Ok(Self {
             folder: folder.to_owned(),
+            others: read_others(folder)?,
             facts,
             reports,
         })
+    }
+
+    /// Puts linears that were made elsewhere into `folder`, as a finished repair that can be written out: the linears of
+    /// each block, all blocks in their order, and matrices beside them by the path of their module
+    /// (`model.embed_tokens`). They may differ in form from one linear to the next.
+    ///
+    /// # Errors
+    /// [`Error::OtherRun`] where the folder holds a repair, and what writing reports.
+    pub fn assemble(
+        folder: impl AsRef<Path>,
+        decoder: &Decoder<'_>,
+        blocks: impl IntoIterator<Item = Result<Vec<RepairedLayer>>>,
+        others: Vec<(String, StoredWeight)>,
+    ) -> Result<Self> {
+        let folder = folder.as_ref();
+        if let Some(found) = read_facts(folder)? {
+            let found = found.get("source").cloned().unwrap_or_default();
+            return Err(other_run(folder, "source", &found, &ASSEMBLED.into()));
+        }
+        fs::create_dir_all(folder).map_err(tensor_io::Error::io("create", folder))?;
+        let mut count = 0;
+        for layers in blocks {
+            write_block(folder, count, &layers?)?;
+            count += 1;
+        }
+        let mut tensors = Vec::new();
+        for (module, weight) in &others {
+            tensors.extend(weight.tensors(module)?);
+        }
+        let modules: Vec<&String> = others.iter().map(|(module, _)| module).collect();
+        let path = folder.join(OTHERS);
+        let modules = serde_json::to_string(&modules).map_err(|e| malformed(&path, &e))?;
+        let metadata = BTreeMap::from([(REPORT.to_owned(), modules)]);
+        let named = tensors.iter().map(|(name, tensor)| (name.as_str(), tensor));
+        tensor_io::write_checked_file(&path, named, &metadata)?;
+        let mut facts = Map::new();
+        facts.insert("version".into(), VERSION.into());
+        facts.insert("blocks".into(), count.into());
+        let model = decoder.checkpoint().content_hash()?.to_string();
+        facts.insert("model".into(), model.into());
+        facts.insert("source".into(), ASSEMBLED.into());
+        write_json(folder.join(FILE), &facts)?;
+        Self::open(folder)
+    }
+
+    /// Whether it was assembled from linears that may differ in form.
+    pub fn is_assembled(&self) -> bool {
+        self.facts.get("source").and_then(Value::as_str) == Some(ASSEMBLED)
+    }
+
+    /// Matrices beside the linears, by the path of their module.
+    pub fn others(&self) -> &[(String, StoredWeight)] {
+        &self.others
     }
 
     /// The folder.
@@ -227,6 +330,22 @@ fn read_facts(folder: &Path) -> Result<Option<Map<String, Value>>> {
 
 fn block_file(folder: &Path, block: usize) -> PathBuf {
     folder.join(format!("block-{block:05}.safetensors"))
+}
+
+/// Matrices beside the linears.
+fn read_others(folder: &Path) -> Result<Vec<(String, StoredWeight)>> {
+    let path = folder.join(OTHERS);
+    if !path.exists() {
+        return Ok(Vec::new());
+    }
+    let file = Checkpoint::open_checked_file(&path)?;
+    let modules = file.metadata().get(REPORT).map_or("", String::as_str);
+    let modules: Vec<String> = serde_json::from_str(modules).map_err(|e| malformed(&path, &e))?;
+    let read = |module: String| {
+        let weight = StoredWeight::read(&file, &module)?;
+        Ok((module, weight))
+    };
+    modules.into_iter().map(read).collect()
 }
 
 /// Writes the linears of a block.

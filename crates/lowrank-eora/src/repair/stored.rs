@@ -93,7 +93,10 @@ impl StoredWeight {
     }
 
     /// Tensors that hold it, by names that begin with `prefix`.
-    pub(super) fn tensors(&self, prefix: &str) -> Result<Vec<(String, Tensor)>> {
+    ///
+    /// # Errors
+    /// What candle reports.
+    pub fn tensors(&self, prefix: &str) -> Result<Vec<(String, Tensor)>> {
         let named = |name: &str, tensor| (format!("{prefix}.{name}"), tensor);
         Ok(match self {
             Self::Dense(tensor) => vec![named("weight", tensor.clone())],
@@ -140,8 +143,11 @@ impl StoredWeight {
         })
     }
 
-    /// Reads what [`Self::tensors`] gave.
-    pub(super) fn read(file: &Checkpoint, prefix: &str) -> Result<Self> {
+    /// Reads what [`StoredWeight::tensors`] gave, from a file that holds it.
+    ///
+    /// # Errors
+    /// Tensors that are missing or do not fit each other.
+    pub fn read(file: &Checkpoint, prefix: &str) -> Result<Self> {
         let tensor = |name: &str| file.tensor(&format!("{prefix}.{name}"), &Device::Cpu);
         if file.contains(&format!("{prefix}.weight")) {
             return Ok(Self::Dense(tensor("weight")?));

@@ -30,58 +30,106 @@ pub struct Point {
 /// the greatest common divisor of costs, has at most 65,536 states; else it leaves at most one
 /// 65,536th of it unspent for every curve.
 pub fn knapsack(curves: &[Vec<Point>], budget: u64) -> Option<Vec<usize>> {
-    let first: u64 = curves.iter().map(|c| c[0].cost).sum();
-    let spare = budget.checked_sub(first)?;
-    let extra = |curve: &[Point], i: usize| curve[i].cost - curve[0].cost;
-    let divisor = curves
-        .iter()
-        .flat_map(|c| (0..c.len()).map(|i| extra(c, i)))
-        .fold(0, gcd)
-        .max(1);
-    let most: u64 = curves.iter().map(|c| extra(c, c.len() - 1)).sum();
-    let spare = spare.min(most);
-    let unit = divisor.max(spare.div_ceil(STATES));
-    let states = (spare / unit) as usize + 1;
+    Knapsack::new(curves, budget)?.at(budget)
+}
 
-    // least[b]: the least distortion of the curves so far for at most b units.
-    let mut least = vec![0.0; states];
-    let mut taken: Vec<Vec<u32>> = Vec::with_capacity(curves.len());
-    for curve in curves {
-        let choices: Vec<(usize, f64)> = (0..curve.len())
-            .map(|i| (extra(curve, i).div_ceil(unit) as usize, curve[i].distortion))
-            .collect();
-        let mut next = vec![f64::INFINITY; states];
-        let mut chosen = vec![0u32; states];
-        next.par_chunks_mut(CHUNK)
-            .zip(chosen.par_chunks_mut(CHUNK))
-            .enumerate()
-            .for_each(|(chunk, (next, chosen))| {
-                let start = chunk * CHUNK;
-                for (i, &(cost, distortion)) in choices.iter().enumerate().rev() {
-                    for b in cost.saturating_sub(start)..next.len() {
-                        let total = least[start + b - cost] + distortion;
-                        if total < next[b] {
-                            (next[b], chosen[b]) = (total, i as u32);
+/// The solutions for all budgets up to a largest one, by one dynamic programme.
+#[derive(Clone, Debug)]
+pub struct Knapsack {
+    /// What each point of each curve costs beyond the cheapest, in units, rounded up.
+    units: Vec<Vec<usize>>,
+    /// The point taken of each curve, for every number of units that this and the curves before may spend.
+    taken: Vec<Vec<u32>>,
+    /// Sum of the cheapest points.
+    smallest: u64,
+    unit: u64,
+    states: usize,
+}
+
+impl Knapsack {
+    /// Solves for every budget up to `largest`; `None` when even the cheapest points cost more. Costs of a curve must
+    /// not fall.
+    pub fn new(curves: &[Vec<Point>], largest: u64) -> Option<Self> {
+        let smallest: u64 = curves.iter().map(|c| c[0].cost).sum();
+        let spare = largest.checked_sub(smallest)?;
+        let extra = |curve: &[Point], i: usize| curve[i].cost - curve[0].cost;
+        let divisor = curves
+            .iter()
+            .flat_map(|c| (0..c.len()).map(|i| extra(c, i)))
+            .fold(0, gcd)
+            .max(1);
+        let most: u64 = curves.iter().map(|c| extra(c, c.len() - 1)).sum();
+        let spare = spare.min(most);
+        let unit = divisor.max(spare.div_ceil(STATES));
+        let states = (spare / unit) as usize + 1;
+
+        // least[b]: the least distortion of the curves so far for at most b units.
+        let mut least = vec![0.0; states];
+        let mut taken: Vec<Vec<u32>> = Vec::with_capacity(curves.len());
+        let mut units = Vec::with_capacity(curves.len());
+        for curve in curves {
+            let costs: Vec<usize> = (0..curve.len())
+                .map(|i| extra(curve, i).div_ceil(unit) as usize)
+                .collect();
+            let mut next = vec![f64::INFINITY; states];
+            let mut chosen = vec![0u32; states];
+            next.par_chunks_mut(CHUNK)
+                .zip(chosen.par_chunks_mut(CHUNK))
+                .enumerate()
+                .for_each(|(chunk, (next, chosen))| {
+                    let start = chunk * CHUNK;
+                    for (i, (&cost, point)) in costs.iter().zip(curve).enumerate().rev() {
+                        for b in cost.saturating_sub(start)..next.len() {
+                            let total = least[start + b - cost] + point.distortion;
+                            if total < next[b] {
+                                (next[b], chosen[b]) = (total, i as u32);
+                            }
                         }
                     }
-                }
-            });
-        least = next;
-        taken.push(chosen);
-    }
-    let mut left = states - 1;
-    let mut choice: Vec<usize> = curves
-        .iter()
-        .zip(taken)
-        .rev()
-        .map(|(curve, taken)| {
-            let i = taken[left] as usize;
-            left -= extra(curve, i).div_ceil(unit) as usize;
-            i
+                });
+            least = next;
+            taken.push(chosen);
+            units.push(costs);
+        }
+        Some(Self {
+            units,
+            taken,
+            smallest,
+            unit,
+            states,
         })
-        .collect();
-    choice.reverse();
-    Some(choice)
+    }
+
+    /// The least budget that any choice fits.
+    pub fn smallest(&self) -> u64 {
+        self.smallest
+    }
+
+    /// By how much a cost may have been rounded up for each curve, at most.
+    pub fn rounding(&self) -> u64 {
+        self.unit - 1
+    }
+
+    /// Index of the point to take from each curve for a budget, at most the largest that was solved for; `None` for one
+    /// below the cheapest points.
+    pub fn at(&self, budget: u64) -> Option<Vec<usize>> {
+        let spare = budget.checked_sub(self.smallest)?;
+        let mut left =
+            (self.states - 1).min(usize::try_from(spare / self.unit).unwrap_or(usize::MAX));
+        let mut choice: Vec<usize> = self
+            .units
+            .iter()
+            .zip(&self.taken)
+            .rev()
+            .map(|(units, taken)| {
+                let i = taken[left] as usize;
+                left -= units[i];
+                i
+            })
+            .collect();
+        choice.reverse();
+        Some(choice)
+    }
 }
 
 /// Replaces every distortion by the lower convex hull of the curve at its cost, which takes out the

@@ -30,7 +30,7 @@ pub use al_mm::AlMm;
 pub use closed_form::ClosedForm;
 pub(crate) use equal_widths::{accepts_heads, equalise};
 pub use flap_compat::FlapCompatCut;
-pub use knapsack::{Point, convexify, knapsack};
+pub use knapsack::{Knapsack, Point, convexify, knapsack};
 pub use rd_dp::{Distortion, RdDp};
 pub use searched::Searched;
 pub use softmax::Softmax;

@@ -61,8 +61,15 @@ impl Compensate for LeastSquares {
     }
 }
 
+/// The kept columns of a weight, `[outputs, columns]`, refitted to the dense output: `[outputs, kept]` f32. `gram` is
+/// `[columns, columns]`, `kept` and `removed` are ascending and share out all columns, `ridge` is relative to the mean
+/// diagonal of the Gram matrix.
+///
 /// W_K + (H[K,K]⁻¹ H[K,R] W_Rᵀ)ᵀ, which is W H[:,K] H[K,K]⁻¹ without the part that cancels; in f64.
-pub(crate) fn refit(
+///
+/// # Errors
+/// [`Error::Singular`] with the layer, and what candle reports.
+pub fn refit(
     weight: &Tensor,
     gram: &Tensor,
     kept: &[usize],

@@ -17,9 +17,10 @@ use causal_lm::{Decoder, LinearName};
 pub use alternating::Alternating;
 pub use bias::Bias;
 pub use least_squares::LeastSquares;
+pub use least_squares::refit;
+pub(crate) use least_squares::solve;
 #[cfg(test)]
 pub(crate) use least_squares::tests;
-pub(crate) use least_squares::{refit, solve};
 pub use none::NoCompensation;
 
 methods! {

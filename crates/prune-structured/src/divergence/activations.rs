@@ -15,8 +15,22 @@ pub(crate) struct Activations {
 
 impl Activations {
     pub(crate) fn embed(decoder: &Decoder<'_>, windows: &Windows) -> Result<Self> {
+        Self::embed_with(decoder, None, windows)
+    }
+
+    /// The same with another embedding, `[vocab, hidden]`.
+    pub(crate) fn embed_with(
+        decoder: &Decoder<'_>,
+        table: Option<Tensor>,
+        windows: &Windows,
+    ) -> Result<Self> {
+        let mut embedding = decoder.embedding()?;
+        if let Some(table) = table {
+            embedding = embedding.with_table(table)?;
+        }
+        let hidden = Hidden::embed_with(decoder, &embedding, windows)?;
         Ok(Self {
-            batches: Hidden::embed(decoder, windows)?.batches().to_vec(),
+            batches: hidden.batches().to_vec(),
             rope: decoder.rope(0, windows.window_len())?,
         })
     }

@@ -7,11 +7,10 @@
 //! levels together.
 
 use super::activations::Activations;
-use super::levels::LevelStore;
-use super::teacher::{Teacher, logits};
+use super::teacher::Teacher;
 use super::variant::Half;
-use crate::ranking::Ranking;
-use crate::{Error, Result};
+use crate::Result;
+use candle_core::Tensor;
 use causal_lm::{Block, Decoder, Head, Progress, Windows};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
@@ -29,18 +28,54 @@ pub enum Sharing {
     Nothing,
 }
 
-/// Measures candidates; a candidate keeps a number of steps of each ranking.
-pub(crate) struct Fitness<'a> {
-    pub(crate) decoder: &'a Decoder<'a>,
+/// Where a site is in a model.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// The embedding, and the head where it is tied to it.
+    Embedding,
+    /// A half of this block.
+    Block(usize),
+    /// The head, where it is a matrix of its own.
+    Head,
+}
+
+/// The places in which candidates differ, and what a choice makes of each.
+///
+/// Sites are numbered in the order of the data: the embedding, the halves of the blocks, the head. A choice is a number
+/// whose meaning the implementation knows.
+pub trait Sites: Sync {
+    /// One for each site.
+    fn places(&self) -> &[Place];
+
+    /// The half of a loaded dense block that `choice` makes of a site in this block.
+    ///
+    /// # Errors
+    /// What making or reading it reports.
+    fn half(&self, block: &Block, site: usize, choice: usize) -> Result<Half>;
+
+    /// The matrix that `choice` makes of the embedding or the head, `[vocab, hidden]`; `None` for the dense one.
+    ///
+    /// # Errors
+    /// What making or reading it reports.
+    fn matrix(&self, _site: usize, _choice: usize) -> Result<Option<Tensor>> {
+        Ok(None)
+    }
+}
+
+/// Measures candidates; a candidate is a choice for each site.
+pub struct Fitness<'a> {
+    /// The dense model.
+    pub decoder: &'a Decoder<'a>,
     /// The windows that the teacher has seen.
-    pub(crate) windows: &'a Windows,
-    pub(crate) teacher: &'a Teacher,
-    /// One for each sublayer, in the order of the layers, attention first.
-    pub(crate) rankings: Vec<&'a Ranking>,
-    pub(crate) store: &'a LevelStore,
+    pub windows: &'a Windows,
+    /// Predictions of the dense model on them.
+    pub teacher: &'a Teacher,
+    /// What candidates choose from.
+    pub sites: &'a dyn Sites,
     /// Bytes of hidden states.
-    pub(crate) memory: usize,
-    pub(crate) sharing: Sharing,
+    pub memory: usize,
+    /// What candidates share.
+    pub sharing: Sharing,
 }
 
 /// Candidates that agree so far, and what they have in common.
@@ -54,23 +89,40 @@ impl Fitness<'_> {
     /// `step` steps of `progress`; with 0 it can be cancelled there and counts nothing.
     ///
     /// # Errors
-    /// [`causal_lm::Error::NonFinite`] for a candidate whose logits are not finite; [`Error::Cancelled`].
-    pub(crate) fn of(
+    /// [`causal_lm::Error::NonFinite`] for a candidate whose logits are not finite;
+    /// [`Error::Cancelled`](crate::Error::Cancelled).
+    pub fn of(
         &self,
         candidates: &[Vec<usize>],
         windows: &[usize],
         progress: &dyn Progress,
         step: u64,
     ) -> Result<Vec<f64>> {
+        let found = self.by_window(candidates, windows, progress, step)?;
+        let mean = |kl: Vec<f64>| kl.iter().sum::<f64>() / windows.len() as f64;
+        Ok(found.into_iter().map(mean).collect())
+    }
+
+    /// The same with the mean over the positions of each window.
+    ///
+    /// # Errors
+    /// As [`Fitness::of`].
+    pub fn by_window(
+        &self,
+        candidates: &[Vec<usize>],
+        windows: &[usize],
+        progress: &dyn Progress,
+        step: u64,
+    ) -> Result<Vec<Vec<f64>>> {
         let batch = pick(self.windows, windows)?;
         let window_bytes = self.windows.window_len()
             * self.decoder.config().hidden
             * self.decoder.dtype().size_in_bytes();
         // A block's input and output are held at once.
-        let together = (self.memory / (2 * windows.len() * window_bytes)).max(1);
+        let together = (self.memory / (2 * windows.len().max(1) * window_bytes)).max(1);
         let mut order: Vec<usize> = (0..candidates.len()).collect();
         order.sort_by_key(|&i| &candidates[i]);
-        let mut fitness = vec![0.0; candidates.len()];
+        let mut fitness = vec![Vec::new(); candidates.len()];
         for group in order.chunks(together) {
             let after_block = || Ok(progress.advance(step * group.len() as u64)?);
             for (i, kl) in self.of_group(candidates, group, (&batch, windows), &after_block)? {
@@ -80,50 +132,83 @@ impl Fitness<'_> {
         Ok(fitness)
     }
 
+    /// The site at a place beside the blocks, if there is one.
+    fn beside(&self, place: Place) -> Option<usize> {
+        self.sites.places().iter().position(|&p| p == place)
+    }
+
+    /// Candidates of `run` by their choice of one site, the only key without such a site.
+    fn split(candidates: &[Vec<usize>], run: &[usize], site: Option<usize>) -> Splits {
+        let mut split = Splits::new();
+        for &candidate in run {
+            let choice = site.map(|site| candidates[candidate][site]);
+            split.entry(choice).or_default().push(candidate);
+        }
+        split
+    }
+
+    /// The embedded windows of a group.
+    fn start(
+        &self,
+        candidates: &[Vec<usize>],
+        group: &[usize],
+        batch: &Windows,
+    ) -> Result<Vec<Run>> {
+        let site = self.beside(Place::Embedding);
+        let mut runs = Vec::new();
+        for (choice, members) in Self::split(candidates, group, site) {
+            let table = match (site, choice) {
+                (Some(site), Some(choice)) => self.sites.matrix(site, choice)?,
+                _ => None,
+            };
+            let hidden = Activations::embed_with(self.decoder, table, batch)?;
+            match self.sharing {
+                Sharing::Prefixes => runs.push(Run {
+                    candidates: members,
+                    hidden,
+                }),
+                Sharing::Nothing => runs.extend(members.into_iter().map(|candidate| Run {
+                    candidates: vec![candidate],
+                    hidden: hidden.clone(),
+                })),
+            }
+        }
+        Ok(runs)
+    }
+
     fn of_group(
         &self,
         candidates: &[Vec<usize>],
         group: &[usize],
         (batch, windows): (&Windows, &[usize]),
         after_block: &dyn Fn() -> Result<()>,
-    ) -> Result<Vec<(usize, f64)>> {
-        let start = Activations::embed(self.decoder, batch)?;
-        let mut runs: Vec<Run> = match self.sharing {
-            Sharing::Prefixes => vec![Run {
-                candidates: group.to_vec(),
-                hidden: start,
-            }],
-            Sharing::Nothing => group
-                .iter()
-                .map(|&candidate| Run {
-                    candidates: vec![candidate],
-                    hidden: start.clone(),
-                })
-                .collect(),
-        };
+    ) -> Result<Vec<(usize, Vec<f64>)>> {
+        let mut runs = self.start(candidates, group, batch)?;
         for layer in 0..self.decoder.config().layers() {
             let block = self.decoder.block(layer)?;
             self.decoder.release(layer);
-            let sublayers: Vec<usize> = (0..self.rankings.len())
-                .filter(|&s| self.rankings[s].layer == layer)
+            let places = self.sites.places().iter().enumerate();
+            let sites: Vec<usize> = places
+                .filter(|&(_, &place)| place == Place::Block(layer))
+                .map(|(site, _)| site)
                 .collect();
             let mut next = Vec::new();
             for run in runs {
                 let mut split: BTreeMap<Vec<usize>, Vec<usize>> = BTreeMap::new();
                 for candidate in run.candidates {
-                    let steps = sublayers.iter().map(|&s| candidates[candidate][s]);
-                    split.entry(steps.collect()).or_default().push(candidate);
+                    let choices = sites.iter().map(|&s| candidates[candidate][s]);
+                    split.entry(choices.collect()).or_default().push(candidate);
                 }
-                next.extend(split.into_iter().map(|(steps, candidates)| {
+                next.extend(split.into_iter().map(|(choices, candidates)| {
                     let hidden = run.hidden.clone();
-                    (steps, Run { candidates, hidden })
+                    (choices, Run { candidates, hidden })
                 }));
             }
-            let blocks = self.variants(&block, &sublayers, next.iter().map(|(steps, _)| steps))?;
+            let blocks = self.variants(&block, &sites, next.iter().map(|(choices, _)| choices))?;
             runs = next
                 .into_par_iter()
-                .map(|(steps, run)| {
-                    let batches = run.hidden.through(&blocks[&steps])?;
+                .map(|(choices, run)| {
+                    let batches = run.hidden.through(&blocks[&choices])?;
                     let hidden = Activations {
                         batches,
                         ..run.hidden
@@ -133,79 +218,100 @@ impl Fitness<'_> {
                 .collect::<Result<_>>()?;
             after_block()?;
         }
-        let head = self.decoder.head()?;
-        let found = self.divergences(&head, &runs, windows)?;
-        Ok(runs
-            .iter()
-            .zip(found)
-            .flat_map(|(run, kl)| run.candidates.iter().map(move |&candidate| (candidate, kl)))
-            .collect())
+        self.finish(candidates, runs, windows)
     }
 
-    /// The block at every combination of steps; halves that occur in several are made once.
+    /// The block at every combination of choices; halves that occur in several are made once.
     fn variants<'s>(
         &self,
         block: &Block,
-        sublayers: &[usize],
+        sites: &[usize],
         wanted: impl Iterator<Item = &'s Vec<usize>>,
     ) -> Result<BTreeMap<Vec<usize>, Block>> {
-        let widths = self.decoder.config().widths[block.layer];
         let mut halves: BTreeMap<(usize, usize), Half> = BTreeMap::new();
         let mut blocks = BTreeMap::new();
-        for steps in wanted {
-            if blocks.contains_key(steps) {
+        for choices in wanted {
+            if blocks.contains_key(choices) {
                 continue;
             }
             let mut variant = block.clone();
-            for (&sublayer, &steps) in sublayers.iter().zip(steps) {
-                let half = match halves.entry((sublayer, steps)) {
+            for (&site, &choice) in sites.iter().zip(choices) {
+                let half = match halves.entry((site, choice)) {
                     Entry::Occupied(made) => made.into_mut(),
-                    Entry::Vacant(place) => {
-                        let ranking = self.rankings[sublayer];
-                        let kept = self.store.load(ranking, steps)?;
-                        place.insert(Half::new(block, widths, ranking, kept)?)
-                    }
+                    Entry::Vacant(place) => place.insert(self.sites.half(block, site, choice)?),
                 };
                 half.place(&mut variant);
             }
-            blocks.insert(steps.clone(), variant);
+            blocks.insert(choices.clone(), variant);
         }
         Ok(blocks)
     }
 
-    fn divergences(&self, head: &Head, runs: &[Run], windows: &[usize]) -> Result<Vec<f64>> {
-        let mut sums = vec![0.0; runs.len()];
+    /// Divergences of candidates whose hidden states have left the last block.
+    fn finish(
+        &self,
+        candidates: &[Vec<usize>],
+        runs: Vec<Run>,
+        windows: &[usize],
+    ) -> Result<Vec<(usize, Vec<f64>)>> {
+        let dense = self.decoder.head()?;
+        // A tied head is the embedding.
+        let site = match self.decoder.config().tied {
+            true => self.beside(Place::Embedding),
+            false => self.beside(Place::Head),
+        };
+        let mut by_head: BTreeMap<Option<usize>, Vec<Run>> = BTreeMap::new();
+        for run in runs {
+            for (choice, candidates) in Self::split(candidates, &run.candidates, site) {
+                let hidden = run.hidden.clone();
+                let runs = by_head.entry(choice).or_default();
+                runs.push(Run { candidates, hidden });
+            }
+        }
+        let mut all = Vec::new();
+        for (choice, runs) in by_head {
+            let matrix = match (site, choice) {
+                (Some(site), Some(choice)) => self.sites.matrix(site, choice)?,
+                _ => None,
+            };
+            let head = match matrix {
+                Some(matrix) => dense.clone().with_vocab(matrix)?,
+                None => dense.clone(),
+            };
+            let found = self.divergences(&head, &runs, windows)?;
+            for (run, kl) in runs.into_iter().zip(found) {
+                all.extend(run.candidates.into_iter().map(|c| (c, kl.clone())));
+            }
+        }
+        Ok(all)
+    }
+
+    /// Means over the positions of each window.
+    fn divergences(&self, head: &Head, runs: &[Run], windows: &[usize]) -> Result<Vec<Vec<f64>>> {
+        let mut found = vec![Vec::with_capacity(windows.len()); runs.len()];
         let mut first = 0;
         for batch in 0..runs.first().map_or(0, |run| run.hidden.batches.len()) {
             let count = runs[0].hidden.batches[batch].dim(0)?;
             let windows = &windows[first..first + count];
             first += count;
             let predictions = self.teacher.predictions(windows)?;
-            let of_run = |run: &Run| -> Result<f64> {
-                let mut rows = Vec::new();
-                logits(head, &run.hidden.batches[batch], &mut |logits| {
-                    rows.extend(predictions.divergences(rows.len(), logits, head.vocab_size()));
-                })?;
-                if let Some(row) = rows.iter().position(|kl| !kl.is_finite()) {
-                    let len = self.windows.window_len() - 1;
-                    return Err(Error::Model(causal_lm::Error::NonFinite {
-                        stage: "the logits of a pruned model".into(),
-                        window: windows[row / len],
-                        position: row % len,
-                    }));
-                }
-                Ok(rows.iter().sum())
+            let of_run = |run: &Run| -> Result<Vec<f64>> {
+                predictions.by_window(head, &run.hidden.batches[batch], windows)
             };
-            let found: Vec<f64> = runs.par_iter().map(of_run).collect::<Result<_>>()?;
-            sums.iter_mut().zip(found).for_each(|(sum, kl)| *sum += kl);
+            let of_batch: Vec<Vec<f64>> = runs.par_iter().map(of_run).collect::<Result<_>>()?;
+            for (all, batch) in found.iter_mut().zip(of_batch) {
+                all.extend(batch);
+            }
         }
-        let positions = (windows.len() * (self.windows.window_len() - 1)) as f64;
-        Ok(sums.into_iter().map(|sum| sum / positions).collect())
+        Ok(found)
     }
 }
 
+/// Candidates by what they choose.
+type Splits = BTreeMap<Option<usize>, Vec<usize>>;
+
 /// The windows at the given places.
-fn pick(windows: &Windows, places: &[usize]) -> Result<Windows> {
+pub(super) fn pick(windows: &Windows, places: &[usize]) -> Result<Windows> {
     let all: Vec<&[u32]> = windows.iter().collect();
     let tokens: Vec<u32> = places.iter().flat_map(|&i| all[i]).copied().collect();
     Ok(Windows::cut(&tokens, windows.window_len(), None)?)

@@ -15,8 +15,10 @@ mod teacher;
 mod variant;
 
 pub(crate) use activations::Activations;
-pub(crate) use fitness::Fitness;
-pub use fitness::Sharing;
-pub(crate) use levels::{Kept, LevelStore};
-pub(crate) use teacher::{Teacher, hash_of};
-pub(crate) use variant::{Half, narrowed_attention};
+pub use fitness::{Fitness, Place, Sharing, Sites};
+pub use levels::Kept;
+pub(crate) use levels::{LevelStore, Sublayers};
+pub use teacher::Teacher;
+pub(crate) use teacher::hash_of;
+pub use variant::Half;
+pub(crate) use variant::narrowed_attention;

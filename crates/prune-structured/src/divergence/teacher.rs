@@ -4,8 +4,9 @@
 //! memory does not grow with the number of windows: `(4 k + 4 k + 8)` bytes for each position, of
 //! which the last of a window is left out.
 
-use crate::Result;
+use super::fitness::pick;
 use crate::stored::{self, Tensors};
+use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor};
 use causal_lm::{BATCH_TOKENS, Decoder, Hidden, NoTap, Progress, Windows, run_blocks};
 use rayon::prelude::*;
@@ -22,7 +23,7 @@ const NAMES: [&str; 3] = ["ids", "probabilities", "negentropy"];
 
 /// Top-k predictions of the dense model.
 #[derive(Clone, Debug)]
-pub(crate) struct Teacher {
+pub struct Teacher {
     dir: PathBuf,
     top_k: usize,
     per_file: usize,
@@ -57,7 +58,7 @@ impl Teacher {
     ///
     /// # Errors
     /// What running the model and writing files report, [`Error::Cancelled`](crate::Error::Cancelled).
-    pub(crate) fn new(
+    pub fn new(
         decoder: &Decoder<'_>,
         windows: &Windows,
         top_k: usize,
@@ -147,6 +148,31 @@ impl Teacher {
         stored::write_tensors(&self.path(file), &tensors)
     }
 
+    /// How far another model's predictions on the given windows are from these: the mean KL divergence in nats over the
+    /// positions of each window. `windows` are those that this teacher has seen; a step of `progress` is a block.
+    ///
+    /// # Errors
+    /// [`causal_lm::Error::NonFinite`] where logits are not finite, what running the model reports,
+    /// [`Error::Cancelled`](crate::Error::Cancelled).
+    pub fn divergence(
+        &self,
+        decoder: &Decoder<'_>,
+        windows: &Windows,
+        places: &[usize],
+        progress: &dyn Progress,
+    ) -> Result<Vec<f64>> {
+        let picked = pick(windows, places)?;
+        let hidden = run_blocks(decoder, &picked, &mut NoTap, progress)?;
+        let head = decoder.head()?;
+        let mut found = Vec::with_capacity(places.len());
+        for batch in hidden.batches() {
+            let places = &places[found.len()..found.len() + batch.dim(0)?];
+            let predictions = self.predictions(places)?;
+            found.extend(predictions.by_window(&head, batch, places)?);
+        }
+        Ok(found)
+    }
+
     /// Predictions of the given windows, in their order.
     pub(crate) fn predictions(&self, windows: &[usize]) -> Result<Predictions> {
         let mut open: Option<(usize, Vec<Tensor>)> = None;
@@ -177,7 +203,31 @@ impl Teacher {
         Ok(found)
     }
 }
+
 impl Predictions {
+    /// Mean KL divergence over the positions of each of `windows`, whose hidden states behind the last block are `batch`.
+    pub(crate) fn by_window(
+        &self,
+        head: &causal_lm::Head,
+        batch: &Tensor,
+        windows: &[usize],
+    ) -> Result<Vec<f64>> {
+        let mut rows = Vec::new();
+        logits(head, batch, &mut |logits| {
+            rows.extend(self.divergences(rows.len(), logits, head.vocab_size()));
+        })?;
+        let len = batch.dim(1)? - 1;
+        if let Some(row) = rows.iter().position(|kl| !kl.is_finite()) {
+            return Err(Error::Model(causal_lm::Error::NonFinite {
+                stage: "the logits of a compressed model".into(),
+                window: windows[row / len],
+                position: row % len,
+            }));
+        }
+        let mean = |rows: &[f64]| rows.iter().sum::<f64>() / len as f64;
+        Ok(rows.chunks_exact(len).map(mean).collect())
+    }
+
     /// KL(teacher ‖ student) of every row in nats, both renormalised over the teacher's tokens.
     /// `logits` are the student's of rows `start ..`, `[rows, vocab]`.
     pub(crate) fn divergences(&self, start: usize, logits: &[f32], vocab: usize) -> Vec<f64> {

@@ -7,11 +7,11 @@ use crate::ranking::Ranking;
 use crate::stats::Part;
 use candle_core::{Device, Tensor};
 use causal_lm::block::{self, Attention, Mlp};
-use causal_lm::{Block, Linear, Widths};
+use causal_lm::{Block, Linear, LinearName, Widths};
 
-/// One half of a block at a width.
+/// One half of a block, dense or at another width.
 #[derive(Clone, Debug)]
-pub(crate) enum Half {
+pub enum Half {
     /// Attention.
     Attention(block::Half<Attention>),
     /// The MLP.
@@ -20,7 +20,10 @@ pub(crate) enum Half {
 
 impl Half {
     /// The half of `block` that `ranking` is about, at the width `kept`.
-    pub(crate) fn new(block: &Block, dense: Widths, ranking: &Ranking, kept: Kept) -> Result<Self> {
+    ///
+    /// # Errors
+    /// What candle reports, also for units that the half does not have.
+    pub fn new(block: &Block, dense: Widths, ranking: &Ranking, kept: Kept) -> Result<Self> {
         let mut plan = LayerPlan {
             heads: vec![],
             kv_heads: vec![],
@@ -64,8 +67,33 @@ impl Half {
         })
     }
 
+    /// One of its linears; `None` where it has no such linear.
+    pub fn linear_mut(&mut self, name: LinearName) -> Option<&mut Linear> {
+        match self {
+            Self::Attention(half) => {
+                let attention = half.body.as_mut()?;
+                match name {
+                    LinearName::Q => Some(&mut attention.q),
+                    LinearName::K => Some(&mut attention.k),
+                    LinearName::V => attention.v.as_mut(),
+                    LinearName::O => Some(&mut attention.o),
+                    _ => None,
+                }
+            }
+            Self::Mlp(half) => {
+                let mlp = half.body.as_mut()?;
+                match name {
+                    LinearName::Gate => mlp.gate.as_mut(),
+                    LinearName::Up => Some(&mut mlp.up),
+                    LinearName::Down => Some(&mut mlp.down),
+                    _ => None,
+                }
+            }
+        }
+    }
+
     /// Puts it into a block.
-    pub(crate) fn place(&self, block: &mut Block) {
+    pub fn place(&self, block: &mut Block) {
         match self.clone() {
             Self::Attention(half) => block.attention = half,
             Self::Mlp(half) => block.mlp = half,

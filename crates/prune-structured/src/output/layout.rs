@@ -145,7 +145,7 @@ pub(crate) fn sliced_shape(
 }
 
 /// Stored rows, or for output projections columns, of a module that a plan keeps.
-pub(crate) fn kept_features(
+pub fn kept_features(
     decoder: &Decoder<'_>,
     plan: &Plan,
     layer: usize,

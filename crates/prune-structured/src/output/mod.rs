@@ -21,5 +21,6 @@ mod write;
 pub use config::LOADER_FILE;
 pub(crate) use config::PerLayer;
 pub use form::{Form, Loading};
+pub use layout::kept_features;
 pub use refits::Refits;
 pub use write::{Settings, write};

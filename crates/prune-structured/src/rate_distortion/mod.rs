@@ -5,7 +5,7 @@
 //! [`measure`] replaces the curves by what pruning one sublayer does to the whole model's output.
 
 use crate::compensation::{complement, refit};
-use crate::divergence::{Fitness, LevelStore, Sharing, Teacher};
+use crate::divergence::{Fitness, LevelStore, Sharing, Sublayers, Teacher};
 use crate::obs::{Level, Units};
 use crate::ranking::Ranking;
 use crate::stats::output_weight;
@@ -14,7 +14,7 @@ use candle_core::{Device, Tensor};
 use causal_lm::{Decoder, Progress, Windows};
 use std::path::Path;
 
-pub use crate::allocation::{Distortion, Point, RdDp, convexify, knapsack};
+pub use crate::allocation::{Distortion, Knapsack, Point, RdDp, convexify, knapsack};
 
 /// How curves are measured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -99,12 +99,13 @@ pub fn measure(
         grids.push(grid);
     }
     let all: Vec<usize> = (0..windows.count()).collect();
+    let widths = &decoder.config().widths;
+    let sites = Sublayers::new(rankings.iter().collect(), &store, widths);
     let fitness = Fitness {
         decoder,
         windows,
         teacher: &teacher,
-        rankings: rankings.iter().collect(),
-        store: &store,
+        sites: &sites,
         memory: options.memory,
         sharing: Sharing::Prefixes,
     };

@@ -6,7 +6,7 @@ use super::space::{Sublayer, spacing, uniform};
 use super::state::{Folder, Identity, State};
 use super::supernet;
 use crate::compensation::LeastSquares;
-use crate::divergence::{Fitness, Kept, LevelStore, Teacher};
+use crate::divergence::{Fitness, Kept, LevelStore, Sublayers, Teacher};
 use crate::plan::{LayerPlan, Plan};
 use crate::ranking::Ranking;
 use crate::recipe::Recipe;
@@ -138,12 +138,13 @@ pub fn search(
             store: &store,
         };
         supernet.build(progress)?;
+        let rankings: Vec<&Ranking> = space.iter().map(|s| &s.ranking).collect();
+        let sites = Sublayers::new(rankings, &store, &decoder.config().widths);
         let fitness = Fitness {
             decoder,
             windows: data.search,
             teacher: &teacher,
-            rankings: space.iter().map(|s| &s.ranking).collect(),
-            store: &store,
+            sites: &sites,
             memory: options.memory,
             sharing: options.sharing,
         };

@@ -1,0 +1,199 @@
+//! What a budget buys when it is spent along one axis: the plans to compare a joint one with.
+
+use crate::driver::Frontier;
+use crate::error::{Error, Result};
+use crate::menu::{Item, Menu};
+use crate::plan::{Plan, Round};
+use crate::site::Site;
+use causal_lm::Progress;
+use serde::{Deserialize, Serialize};
+use std::fmt;
+
+/// Most candidates of a baseline that are measured, the best ones by the sum of their sites.
+const MEASURED: usize = 4;
+/// The share of the blocks at either end that a mix gives more bits.
+const ENDS: usize = 8;
+
+/// A way to spend a budget that treats all sites alike, or divides one axis only.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
+pub enum Baseline {
+    /// Every site in one format.
+    UniformFormat,
+    /// Every half at one share of its units, in one format.
+    UniformWidth,
+    /// One format, and the next better one for the first and the last eighth of the blocks and the embedding.
+    Mix,
+    /// Widths alone, divided by measured curves (rd-dp); weights as the model stores them.
+    Widths,
+    /// Formats alone, divided by measured curves.
+    Bits,
+    /// One format, and ranks divided by measured curves.
+    Ranks,
+}
+
+impl Baseline {
+    /// All of them.
+    pub const ALL: [Self; 6] = [
+        Self::UniformFormat,
+        Self::UniformWidth,
+        Self::Mix,
+        Self::Widths,
+        Self::Bits,
+        Self::Ranks,
+    ];
+
+    /// Its name in tables.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::UniformFormat => "one format",
+            Self::UniformWidth => "one width, one format",
+            Self::Mix => "mix of two formats",
+            Self::Widths => "widths alone",
+            Self::Bits => "bits alone",
+            Self::Ranks => "ranks alone",
+        }
+    }
+}
+
+impl fmt::Display for Baseline {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl Frontier<'_> {
+    /// The best plan of a baseline for a budget, measured; `None` where none fits.
+    ///
+    /// # Errors
+    /// [`Error::Cancelled`], and what making and measuring report.
+    pub fn baseline(
+        &mut self,
+        baseline: Baseline,
+        budget: u64,
+        progress: &dyn Progress,
+    ) -> Result<Option<Plan>> {
+        let formats = self.options.formats()?.len();
+        let mut candidates = match baseline {
+            Baseline::UniformFormat => {
+                let of = |format| self.uniform(|_, menu| (menu.levels - 1, format));
+                (0..formats).filter_map(of).collect()
+            }
+            Baseline::UniformWidth => {
+                let levels = self.menus.iter().filter(|menu| menu.site.half().is_some());
+                let levels = levels.map(|menu| menu.levels).min().unwrap_or(1);
+                let pairs = (0..levels).flat_map(|below| (0..formats).map(move |f| (below, f)));
+                let of = |(below, format): (usize, usize)| {
+                    self.uniform(|_, menu| match menu.site.half() {
+                        Some(_) => (menu.levels - 1 - below, format),
+                        None => (menu.levels - 1, format),
+                    })
+                };
+                pairs.filter_map(of).collect()
+            }
+            Baseline::Mix => {
+                let layers = self.decoder.config().layers();
+                let end = layers.div_ceil(ENDS);
+                let of = |format: usize| {
+                    self.uniform(|_, menu| {
+                        let inner = menu.site.half().is_some_and(|(layer, _)| {
+                            (end..layers.saturating_sub(end)).contains(&layer)
+                        });
+                        let better = format.saturating_sub(1);
+                        (menu.levels - 1, if inner { format } else { better })
+                    })
+                };
+                (0..formats).filter_map(of).collect()
+            }
+            Baseline::Widths => {
+                let stored = |_: Site, item: &Item| item.format == 0 && item.treatment.rank == 0;
+                self.divided(budget, &stored)?.into_iter().collect()
+            }
+            Baseline::Bits => {
+                let tops: Vec<(Site, usize)> = self.tops();
+                let whole = |site: Site, item: &Item| {
+                    item.treatment.rank == 0 && tops.contains(&(site, item.level))
+                };
+                self.divided(budget, &whole)?.into_iter().collect()
+            }
+            Baseline::Ranks => {
+                let tops: Vec<(Site, usize)> = self.tops();
+                let mut candidates = Vec::new();
+                for format in 1..formats {
+                    let ranks = |site: Site, item: &Item| {
+                        item.format == format && tops.contains(&(site, item.level))
+                    };
+                    candidates.extend(self.divided(budget, &ranks)?);
+                }
+                candidates
+            }
+        };
+        candidates.retain(|items: &Vec<usize>| self.bytes(items).is_some_and(|b| b <= budget));
+        let sum = |items: &Vec<usize>| self.sum(items);
+        candidates.sort_by(|a, b| sum(a).total_cmp(&sum(b)));
+        candidates.dedup();
+        candidates.truncate(MEASURED);
+        if candidates.is_empty() {
+            return Ok(None);
+        }
+        let measured = self.measure_plans(&candidates, progress)?;
+        let best =
+            (0..candidates.len()).min_by(|&a, &b| measured[a].mean.total_cmp(&measured[b].mean));
+        Ok(best.map(|best| {
+            let (items, measured) = (&candidates[best], measured[best]);
+            let round = Round {
+                predicted: self.sum(items),
+                measured,
+                kept: true,
+            };
+            self.to_plan(budget, items, round.predicted, measured, vec![round])
+        }))
+    }
+
+    /// The widest place of each site.
+    fn tops(&self) -> Vec<(Site, usize)> {
+        self.menus
+            .iter()
+            .map(|menu| (menu.site, menu.levels - 1))
+            .collect()
+    }
+
+    /// A choice by width and format for each site, in the next better format where one cannot be stored; `None` where
+    /// none can.
+    fn uniform(&self, wanted: impl Fn(usize, &Menu) -> (usize, usize)) -> Option<Vec<usize>> {
+        let of = |(i, menu): (usize, &Menu)| {
+            let (level, format) = wanted(i, menu);
+            (0..=format).rev().find_map(|format| {
+                let found = crate::curves::find(menu, level, format, 0)?;
+                menu.items[found].bytes.map(|_| found)
+            })
+        };
+        self.menus.iter().enumerate().map(of).collect()
+    }
+
+    /// The best choice under a restriction; `None` where none fits.
+    fn divided(
+        &self,
+        budget: u64,
+        allowed: &dyn Fn(Site, &Item) -> bool,
+    ) -> Result<Option<Vec<usize>>> {
+        match self.choose(budget, allowed) {
+            Ok(choice) => Ok(Some(choice.items)),
+            Err(Error::Budget { .. }) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    fn bytes(&self, items: &[usize]) -> Option<u64> {
+        let of = |(menu, &item): (&Menu, &usize)| menu.items[item].bytes;
+        let sum: Option<u64> = self.menus.iter().zip(items).map(of).sum();
+        Some(self.fixed + sum?)
+    }
+
+    /// Sum of the divergences of single sites.
+    fn sum(&self, items: &[usize]) -> f64 {
+        let of = |site: usize| self.distortions[site].of(&self.menus[site], items[site]);
+        (0..items.len()).map(of).sum()
+    }
+}

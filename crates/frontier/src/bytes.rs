@@ -1,0 +1,283 @@
+//! What a plan takes on disk, counted before anything is written.
+//!
+//! The bytes of a plan are those of its files of weights: all tensors, padding of blocks, scales, zero points, indices and
+//! factors, and the headers of the files, where each tensor has an entry. Tensors are counted to the byte; an entry of a
+//! header is counted with the longest offsets that it may have, so that files are never larger than their plan and less
+//! than one in a hundred smaller. `config.json` and tokenizer files are no weights and are left out; a GGUF file is counted
+//! whole, because its header holds the tokenizer.
+
+use crate::error::{Error, Result};
+use crate::make::Maker;
+use crate::site::Site;
+use crate::target::Target;
+use crate::treatment::{Format, Treatment};
+use causal_lm::Decoder;
+use lowrank_eora::compress::{Compressor, Storage};
+use lowrank_eora::output::gptq;
+use packed::BlockType;
+use prune_structured::gguf::{self, Precision};
+use std::path::Path;
+use tensor_io::TensorSpec;
+
+/// Bytes of a file's header that no tensor accounts for: length, metadata and padding of a safetensors file.
+const HEADER: u64 = 96;
+/// Bytes of a LoRA file in GGUF that no tensor accounts for.
+const GGUF_ADAPTER: u64 = 256;
+/// Metadata of a GGUF file that lists widths by block, beyond those of one with a number for all.
+const GGUF_LISTS: u64 = 256;
+/// Longest offset in a header.
+const OFFSET: &str = "999999999999";
+/// Tensors of GGUF files begin at multiples of this.
+const ALIGNMENT: u64 = 32;
+/// Bytes of an entry of a correction.
+const FACTOR: u64 = 2;
+
+/// Counts bytes for one model and target.
+pub(crate) struct Counter<'a> {
+    maker: &'a Maker<'a>,
+    target: Target,
+    /// Bytes of everything that no treatment changes.
+    pub(crate) fixed: u64,
+    /// Bytes of keys and values for each key/value head and channel of a layer; 0 where the cache does not count.
+    cache: u64,
+}
+
+impl<'a> Counter<'a> {
+    /// `scratch` is a folder for a GGUF file of the dense model, which is removed again. `cache` is the number of positions
+    /// times sequences times bytes of an element that caches count with.
+    pub(crate) fn new(
+        maker: &'a Maker<'a>,
+        target: Target,
+        sites: &[Site],
+        cache: u64,
+        scratch: &Path,
+    ) -> Result<Self> {
+        let mut counter = Self {
+            maker,
+            target,
+            fixed: 0,
+            cache,
+        };
+        let dense = |site: &Site| counter.weights(*site, maker.dense(*site));
+        let of_sites = sites.iter().map(dense).sum::<Result<Option<u64>>>()?;
+        let of_sites = of_sites
+            .ok_or_else(|| Error::PlanMismatch("the dense model cannot be stored".to_string()))?;
+        counter.fixed = match target {
+            Target::Gguf => counter.rest_of_gguf(scratch)?.saturating_sub(of_sites),
+            _ => counter.rest_of_folder(sites)?,
+        };
+        Ok(counter)
+    }
+
+    /// Bytes of a treatment; `None` where the target cannot store it.
+    pub(crate) fn of(&self, site: Site, treatment: Treatment) -> Result<Option<u64>> {
+        let weights = self.weights(site, treatment)?;
+        let cache = self.cache_of(site, treatment.width);
+        Ok(weights.map(|weights| weights + cache))
+    }
+
+    /// Bytes of keys and values of the layer of an attention site.
+    pub(crate) fn cache_of(&self, site: Site, width: usize) -> u64 {
+        let Site::Attention(layer) = site else {
+            return 0;
+        };
+        let config = self.maker.decoder.config();
+        let dense = config.widths[layer];
+        // Units are key/value heads, or query heads that leave keys and values alone.
+        let kv_heads = match self.maker.units(site) == dense.kv_heads {
+            true if self.maker.ranking(site).is_some() => width,
+            _ => dense.kv_heads,
+        };
+        2 * (kv_heads * config.head_dim(layer)) as u64 * self.cache
+    }
+
+    /// Parameters of a treatment, factors included.
+    pub(crate) fn parameters(&self, site: Site, treatment: Treatment) -> Result<u64> {
+        if let Some(name) = site.matrix(self.decoder()) {
+            return Ok(self.decoder().checkpoint().info(&name)?.elements() as u64);
+        }
+        let shapes = self.maker.shapes(site, treatment.width)?;
+        let of = |(_, [m, n]): &(_, [usize; 2])| {
+            let rank = treatment.rank.min(*m).min(*n);
+            (m * n + rank * (m + n)) as u64
+        };
+        Ok(shapes.iter().map(of).sum())
+    }
+
+    fn decoder(&self) -> &'a Decoder<'a> {
+        self.maker.decoder
+    }
+
+    fn weights(&self, site: Site, treatment: Treatment) -> Result<Option<u64>> {
+        if let Some(name) = site.matrix(self.decoder()) {
+            let info = self.decoder().checkpoint().info(&name)?;
+            let &[m, n] = info.shape.as_slice() else {
+                return Ok(None);
+            };
+            return self.matrix(&name, [m, n], treatment.format);
+        }
+        let mut sum = 0;
+        for (id, [m, n]) in self.maker.shapes(site, treatment.width)? {
+            let name = id.weight();
+            let Some(bytes) = self.matrix(&name, [m, n], treatment.format)? else {
+                return Ok(None);
+            };
+            sum += bytes + self.bias(site, id, m)?;
+            let rank = treatment.rank.min(m).min(n);
+            if rank > 0 {
+                sum += self.factors(&id.to_string(), [m, n], rank);
+            }
+        }
+        Ok(Some(sum))
+    }
+
+    /// A matrix in a format.
+    fn matrix(&self, name: &str, [m, n]: [usize; 2], format: Format) -> Result<Option<u64>> {
+        let info = self.decoder().checkpoint().info(name)?;
+        let dtype = info.candle_dtype().unwrap_or(candle_core::DType::F32);
+        let module = name.strip_suffix(".weight").unwrap_or(name);
+        match (self.target, format) {
+            (Target::Gguf, Format::Stored) => {
+                let bytes = stored_type(dtype)
+                    .row_bytes(n)
+                    .map_err(lowrank_eora::Error::from)?;
+                Ok(Some(in_gguf(module, (m * bytes) as u64)))
+            }
+            (Target::Gguf, Format::Quantised(compressor)) => {
+                let storage = Storage::predicted(&compressor, (m, n), 0);
+                Ok(storage.map(|storage| in_gguf(module, storage.bytes() as u64)))
+            }
+            (_, Format::Stored) => {
+                let spec = TensorSpec::new(name, dtype, vec![m, n]);
+                Ok(Some(in_folder(&spec)?))
+            }
+            (_, Format::Quantised(compressor)) => in_gptq(module, [m, n], &compressor),
+        }
+    }
+
+    /// The bias of a linear with `rows` outputs, where it has one.
+    fn bias(&self, site: Site, id: lowrank_eora::repair::LayerId, rows: usize) -> Result<u64> {
+        let Some((layer, _)) = site.half() else {
+            return Ok(0);
+        };
+        let name = self.decoder().config().names.bias(layer, id.module());
+        let checkpoint = self.decoder().checkpoint();
+        if !checkpoint.contains(&name) {
+            return Ok(0);
+        }
+        match self.target {
+            Target::Gguf => Ok(in_gguf(&name, 4 * rows as u64)),
+            _ => {
+                let dtype = checkpoint.info(&name)?.dtype;
+                in_folder(&TensorSpec::new(name, dtype, vec![rows]))
+            }
+        }
+    }
+
+    fn factors(&self, module: &str, [m, n]: [usize; 2], rank: usize) -> u64 {
+        let (a, b) = ((rank * n) as u64 * FACTOR, (rank * m) as u64 * FACTOR);
+        match self.target {
+            Target::Gguf => in_gguf(module, a) + in_gguf(module, b),
+            _ => {
+                let entry = |letter: &str, shape: [usize; 2]| {
+                    let name = format!("base_model.model.{module}.lora_{letter}.weight");
+                    entry(&name, "F16", &shape)
+                };
+                a + b + entry("A", [rank, n]) + entry("B", [m, rank])
+            }
+        }
+    }
+
+    /// Bytes of the files of the dense folder without the weights and biases of sites.
+    fn rest_of_folder(&self, sites: &[Site]) -> Result<u64> {
+        let decoder = self.decoder();
+        let names = decoder.config().names;
+        let mut of_sites: Vec<String> = Vec::new();
+        for &site in sites {
+            of_sites.extend(site.matrix(decoder));
+            for (_, id, module) in site.linears(decoder) {
+                of_sites.push(id.weight());
+                of_sites.push(names.bias(id.block(), module));
+            }
+        }
+        // One header for the model, one for the adapter.
+        let mut sum = 2 * HEADER;
+        for name in decoder.checkpoint().names() {
+            if !of_sites.iter().any(|known| known == name) {
+                let info = decoder.checkpoint().info(name)?;
+                sum += in_folder(&TensorSpec::new(name, info.dtype, info.shape.clone()))?;
+            }
+        }
+        Ok(sum)
+    }
+
+    /// Bytes of a GGUF file of the dense model, with what lists of widths and an adapter's header may add.
+    fn rest_of_gguf(&self, scratch: &Path) -> Result<u64> {
+        let path = scratch.join("dense.gguf");
+        let decoder = self.decoder();
+        let exported = gguf::export(decoder, precision(decoder)?, &path, &tensor_io::NoProgress)?;
+        // Names differ in length from those in a folder, by as much in what is subtracted here as in what plans add.
+        let layers = decoder.config().layers() as u64;
+        let slack = GGUF_ADAPTER + GGUF_LISTS + 4 * 3 * layers;
+        std::fs::remove_file(&path).map_err(tensor_io::Error::io("remove", &path))?;
+        Ok(exported.bytes + slack)
+    }
+}
+
+/// The block type that holds floats of a dtype.
+fn stored_type(dtype: candle_core::DType) -> BlockType {
+    match dtype {
+        candle_core::DType::F16 => BlockType::F16,
+        candle_core::DType::BF16 => BlockType::BF16,
+        _ => BlockType::F32,
+    }
+}
+
+/// How a GGUF file holds the matrices that stay as they are.
+pub(crate) fn precision(decoder: &Decoder<'_>) -> Result<Precision> {
+    let info = decoder
+        .checkpoint()
+        .info(&decoder.config().names.embedding())?;
+    Ok(
+        match stored_type(info.candle_dtype().unwrap_or(candle_core::DType::F32)) {
+            BlockType::F16 => Precision::F16,
+            BlockType::BF16 => Precision::Bf16,
+            _ => Precision::F32,
+        },
+    )
+}
+
+/// Bytes of an entry of the header of a safetensors file.
+fn entry(name: &str, dtype: &str, shape: &[usize]) -> u64 {
+    let entry = format!(
+        "\"{name}\":{{\"dtype\":\"{dtype}\",\"shape\":{shape:?},\"data_offsets\":[{OFFSET},{OFFSET}]}},"
+    );
+    entry.len() as u64
+}
+
+/// A tensor and its entry in a safetensors file.
+fn in_folder(spec: &TensorSpec) -> Result<u64> {
+    let dtype = format!("{:?}", spec.dtype);
+    let elements: usize = spec.shape.iter().product();
+    Ok((elements * spec.dtype.bitsize() / 8) as u64 + entry(&spec.name, &dtype, &spec.shape))
+}
+
+/// The tensors of a quantised linear in a GPTQ folder; `None` where rows or columns do not fill whole words.
+fn in_gptq(module: &str, shape: [usize; 2], compressor: &Compressor) -> Result<Option<u64>> {
+    let Some(quantise) = compressor.quantise else {
+        return Ok(None);
+    };
+    let grid = quantise.grid;
+    let shape = (shape[0], shape[1]);
+    match gptq::specs(module, shape, grid.bits, grid.group) {
+        Err(lowrank_eora::Error::NotStorable { .. }) => Ok(None),
+        specs => Ok(Some(specs?.iter().map(in_folder).sum::<Result<u64>>()?)),
+    }
+}
+
+/// A tensor and its entry in a GGUF file.
+fn in_gguf(name: &str, bytes: u64) -> u64 {
+    // Length of the name, number of dimensions, two of them, type and offset.
+    let entry = 8 + name.len() as u64 + 4 + 16 + 4 + 8;
+    bytes.next_multiple_of(ALIGNMENT) + entry
+}

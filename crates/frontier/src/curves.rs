@@ -1,0 +1,353 @@
+//! What each treatment of a site does to the model: measured along the axes, combined in between.
+//!
+//! With all other sites as they are, a site is measured at each width with its weights as stored, and in each format with
+//! each rank at the widest width that the format fits. A combination is predicted by
+//! `d(w, f, r) = d(w) + κ(w) / κ(a) · (d(a, f, r) − d(a))`, with a the width of the axis and κ the share of the site's
+//! output energy that stays. A draw of the combinations is measured to see whether that ranks them rightly; where it does
+//! not, all formats are measured at all widths.
+
+use crate::menu::Menu;
+use crate::site::Site;
+use crate::treatment::Treatment;
+use serde::{Deserialize, Serialize};
+
+/// Spearman's correlation below which combinations are measured instead of predicted.
+pub(crate) const RELIABLE: f64 = 0.9;
+/// What a treatment other than the dense one costs at least, so that the dense one is never replaced.
+const LEAST: f64 = 1e-12;
+
+/// A treatment of a site, with what it takes and what it does.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Point {
+    /// What is done.
+    pub treatment: Treatment,
+    /// Bytes of weights, and of the cache where it counts.
+    pub bytes: u64,
+    /// KL divergence of the model with this site alone treated, in nats per token.
+    pub distortion: f64,
+    /// Whether that was measured, not predicted.
+    pub measured: bool,
+}
+
+/// The treatments of a site that are worth their bytes: more bytes, less distortion.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Curve {
+    /// The site.
+    pub site: Site,
+    /// From few bytes to many.
+    pub points: Vec<Point>,
+}
+
+/// How well combinations are predicted.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Check {
+    /// Combined treatments that were measured for it.
+    pub sampled: usize,
+    /// Spearman's correlation of predicted and measured divergences.
+    pub rho: f64,
+    /// Median of predicted over measured.
+    pub ratio: f64,
+    /// Whether all formats were measured at all widths after it.
+    pub widened: bool,
+}
+
+/// Divergences of the items of a menu.
+#[derive(Clone, Debug)]
+pub(crate) struct Distortions {
+    measured: Vec<Option<f64>>,
+    /// κ of each width.
+    shares: Vec<f64>,
+}
+
+impl Distortions {
+    pub(crate) fn new(menu: &Menu, shares: Vec<f64>) -> Self {
+        let mut measured = vec![None; menu.items.len()];
+        measured[menu.dense] = Some(0.0);
+        Self { measured, shares }
+    }
+
+    pub(crate) fn set(&mut self, item: usize, value: f64) {
+        self.measured[item] = Some(value.max(LEAST));
+    }
+
+    pub(crate) fn is_measured(&self, item: usize) -> bool {
+        self.measured[item].is_some()
+    }
+
+    /// Measured where it was, predicted elsewhere; infinite for what no axis reaches.
+    pub(crate) fn of(&self, menu: &Menu, item: usize) -> f64 {
+        self.measured[item].unwrap_or_else(|| self.predicted(menu, item))
+    }
+
+    /// What the combination rule says.
+    pub(crate) fn predicted(&self, menu: &Menu, item: usize) -> f64 {
+        let at = |level, format, rank| -> Option<f64> {
+            let found = find(menu, level, format, rank)?;
+            self.measured[found]
+        };
+        let wanted = menu.items[item];
+        let rank = wanted.treatment.rank;
+        let value = || -> Option<f64> {
+            let base = at(wanted.level, 0, 0)?;
+            let axis = axis(menu, wanted.format)?;
+            let axis_base = at(axis, 0, 0)?;
+            let corrected = (at(axis, wanted.format, rank)? - axis_base).max(0.0);
+            // A format that was measured at this width tells more than one at another width.
+            if let Some(here) = at(wanted.level, wanted.format, 0).filter(|_| rank > 0) {
+                let plain = (at(axis, wanted.format, 0)? - axis_base).max(0.0);
+                let left = if plain > 0.0 { corrected / plain } else { 1.0 };
+                return Some(base + (here - base).max(0.0) * left);
+            }
+            let share = self.shares[wanted.level] / self.shares[axis].max(f64::MIN_POSITIVE);
+            Some(base + share * corrected)
+        };
+        value().map_or(f64::INFINITY, |value| value.max(LEAST))
+    }
+
+    /// The treatments worth their bytes among those that `allowed` says, as places in the menu, from few bytes to many.
+    /// Each parameter counts as `price` nats.
+    pub(crate) fn envelope(
+        &self,
+        menu: &Menu,
+        price: f64,
+        allowed: &dyn Fn(usize) -> bool,
+    ) -> Vec<usize> {
+        let cost = |item: usize| self.of(menu, item) + price * menu.items[item].parameters as f64;
+        let mut all: Vec<(u64, f64, usize)> = (0..menu.items.len())
+            .filter(|&item| allowed(item))
+            .filter_map(|item| Some((menu.items[item].bytes?, cost(item), item)))
+            .filter(|(_, distortion, _)| distortion.is_finite())
+            .collect();
+        all.sort_by(|a, b| a.0.cmp(&b.0).then(a.1.total_cmp(&b.1)).then(a.2.cmp(&b.2)));
+        let mut kept: Vec<(f64, usize)> = Vec::new();
+        for (_, distortion, item) in all {
+            if kept.last().is_none_or(|(best, _)| distortion < *best) {
+                kept.push((distortion, item));
+            }
+        }
+        kept.into_iter().map(|(_, item)| item).collect()
+    }
+
+    /// The curve of a site.
+    pub(crate) fn curve(&self, menu: &Menu) -> Curve {
+        let point = |item: usize| Point {
+            treatment: menu.items[item].treatment,
+            bytes: menu.items[item].bytes.unwrap_or(0),
+            distortion: self.of(menu, item),
+            measured: self.is_measured(item),
+        };
+        Curve {
+            site: menu.site,
+            points: self
+                .envelope(menu, 0.0, &|_| true)
+                .into_iter()
+                .map(point)
+                .collect(),
+        }
+    }
+}
+
+/// Place of an item by its width, format and rank.
+pub(crate) fn find(menu: &Menu, level: usize, format: usize, rank: usize) -> Option<usize> {
+    menu.items
+        .iter()
+        .position(|item| (item.level, item.format, item.treatment.rank) == (level, format, rank))
+}
+
+/// The widest width at which a format can be stored.
+fn axis(menu: &Menu, format: usize) -> Option<usize> {
+    let fits = |level: &usize| {
+        let item = find(menu, *level, format, 0).map(|item| menu.items[item]);
+        item.is_some_and(|item| item.bytes.is_some())
+    };
+    (0..menu.levels).rev().find(fits)
+}
+
+/// The items that are measured: each width as stored, each format and rank at its widest width.
+pub(crate) fn axes(menu: &Menu) -> Vec<usize> {
+    let on_axis = |item: &usize| {
+        let of = menu.items[*item];
+        match of.format {
+            0 => of.treatment.rank == 0,
+            format => axis(menu, format) == Some(of.level),
+        }
+    };
+    (0..menu.items.len())
+        .filter(|&item| item != menu.dense)
+        .filter(on_axis)
+        .collect()
+}
+
+/// The combinations: what can be stored and is on no axis.
+pub(crate) fn combinations(menu: &Menu) -> Vec<usize> {
+    let axes = axes(menu);
+    (0..menu.items.len())
+        .filter(|item| *item != menu.dense && menu.items[*item].bytes.is_some())
+        .filter(|item| !axes.contains(item))
+        .collect()
+}
+
+/// Spearman's rank correlation; 1 for fewer than two pairs.
+pub fn spearman(a: &[f64], b: &[f64]) -> f64 {
+    if a.len() < 2 {
+        return 1.0;
+    }
+    let (a, b) = (ranks(a), ranks(b));
+    let mean = (a.len() as f64 - 1.0) / 2.0;
+    let (mut both, mut of_a, mut of_b) = (0.0, 0.0, 0.0);
+    for (x, y) in a.iter().zip(&b) {
+        both += (x - mean) * (y - mean);
+        of_a += (x - mean).powi(2);
+        of_b += (y - mean).powi(2);
+    }
+    match of_a * of_b > 0.0 {
+        true => both / (of_a * of_b).sqrt(),
+        // All values of one side are equal.
+        false => 0.0,
+    }
+}
+
+/// Places in ascending order, equal values sharing the mean of theirs.
+fn ranks(values: &[f64]) -> Vec<f64> {
+    let mut order: Vec<usize> = (0..values.len()).collect();
+    order.sort_by(|&a, &b| values[a].total_cmp(&values[b]));
+    let mut ranks = vec![0.0; values.len()];
+    let mut first = 0;
+    while first < order.len() {
+        let equal = order[first..].iter();
+        let count = equal
+            .take_while(|&&i| values[i] == values[order[first]])
+            .count();
+        for &i in &order[first..first + count] {
+            ranks[i] = first as f64 + (count as f64 - 1.0) / 2.0;
+        }
+        first += count;
+    }
+    ranks
+}
+
+/// The middle value; of an even number the mean of the two in the middle, 1 of none.
+pub(crate) fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    match values.len() {
+        0 => 1.0,
+        n if n % 2 == 1 => values[n / 2],
+        n => (values[n / 2 - 1] + values[n / 2]) / 2.0,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::menu::Item;
+    use crate::treatment::Format;
+
+    /// Two widths and three formats, the last with a correction; the second format does not fit the whole width.
+    fn menu() -> Menu {
+        let mut items = Vec::new();
+        for (level, width) in [4, 8].into_iter().enumerate() {
+            for (format, name) in ["stored", "q8_0", "q4_0"].into_iter().enumerate() {
+                for rank in [0, 2] {
+                    if rank > 0 && format < 2 {
+                        continue;
+                    }
+                    let bytes = (width * [16, 8, 4][format] + 4 * rank) as u64;
+                    items.push(Item {
+                        treatment: Treatment {
+                            width,
+                            format: name.parse::<Format>().unwrap(),
+                            rank,
+                        },
+                        bytes: (level == 0 || format != 1).then_some(bytes),
+                        cache: 0,
+                        weights: 0,
+                        parameters: 0,
+                        format,
+                        level,
+                    });
+                }
+            }
+        }
+        Menu {
+            site: Site::Mlp(0),
+            dense: 4,
+            items,
+            levels: 2,
+        }
+    }
+
+    fn measured(menu: &Menu, values: &[((usize, usize, usize), f64)]) -> Distortions {
+        let mut distortions = Distortions::new(menu, vec![0.5, 1.0]);
+        for &((level, format, rank), value) in values {
+            distortions.set(find(menu, level, format, rank).unwrap(), value);
+        }
+        distortions
+    }
+
+    const AXES: [((usize, usize, usize), f64); 4] = [
+        ((0, 0, 0), 2.0),
+        ((0, 1, 0), 2.25),
+        ((1, 2, 0), 1.0),
+        ((1, 2, 2), 0.5),
+    ];
+
+    #[test]
+    fn axes_are_each_width_as_stored_and_each_format_where_it_fits_at_its_widest() {
+        let menu = menu();
+        let named = |items: Vec<usize>| -> Vec<(usize, usize, usize)> {
+            let of = |i: usize| menu.items[i];
+            let name = |i| (of(i).level, of(i).format, of(i).treatment.rank);
+            items.into_iter().map(name).collect()
+        };
+        assert_eq!(named(axes(&menu)), AXES.map(|(name, _)| name));
+        assert_eq!(named(combinations(&menu)), [(0, 2, 0), (0, 2, 2)]);
+    }
+
+    #[test]
+    fn combinations_add_the_share_of_the_energy_that_stays() {
+        let menu = menu();
+        let distortions = measured(&menu, &AXES);
+        let of =
+            |level, format, rank| distortions.of(&menu, find(&menu, level, format, rank).unwrap());
+        // Half of the energy stays: 2 + ½ · 1 and 2 + ½ · ½.
+        assert_eq!((of(0, 2, 0), of(0, 2, 2)), (2.5, 2.25));
+        assert_eq!((of(0, 1, 0), of(1, 0, 0)), (2.25, 0.0));
+        // Once a format is measured at a width, corrections there keep the share of its loss that they leave.
+        let widened = measured(&menu, &[&AXES[..], &[((0, 2, 0), 3.0)]].concat());
+        assert_eq!(widened.of(&menu, find(&menu, 0, 2, 2).unwrap()), 2.5);
+    }
+
+    #[test]
+    fn what_takes_more_bytes_and_does_more_harm_is_dropped_and_the_dense_treatment_never() {
+        let menu = menu();
+        let distortions = measured(&menu, &AXES);
+        let curve = distortions.curve(&menu);
+        let points: Vec<(u64, f64)> = curve
+            .points
+            .iter()
+            .map(|p| (p.bytes, p.distortion))
+            .collect();
+        // The narrow half takes 16, 24, 32 and 64 bytes, the whole one 32, 40 and 128.
+        assert_eq!(
+            points,
+            [(16, 2.5), (24, 2.25), (32, 1.0), (40, 0.5), (128, 0.0)]
+        );
+        assert!(curve.points.windows(2).all(|p| p[0].bytes < p[1].bytes));
+        let lossless = measured(
+            &menu,
+            &[((0, 0, 0), 0.0), ((1, 2, 0), -1e-9), ((1, 2, 2), 0.0)],
+        );
+        let last = *lossless.curve(&menu).points.last().unwrap();
+        assert_eq!((last.treatment.width, last.distortion), (8, 0.0));
+    }
+
+    #[test]
+    fn the_rank_correlation_is_that_of_ranks_with_ties_shared() {
+        assert_eq!(spearman(&[1.0, 2.0, 30.0], &[0.1, 5.0, 6.0]), 1.0);
+        assert_eq!(spearman(&[1.0, 2.0, 3.0], &[3.0, 2.0, 1.0]), -1.0);
+        // Ranks 0, 1.5, 1.5, 3 against 0, 1, 2, 3: 4.5 / √(4.5 · 5).
+        let tied = spearman(&[1.0, 2.0, 2.0, 4.0], &[1.0, 2.0, 3.0, 4.0]);
+        assert!((tied - 4.5 / (4.5f64 * 5.0).sqrt()).abs() < 1e-12);
+        assert_eq!(median(vec![3.0, 1.0, 2.0, 10.0]), 2.5);
+    }
+}

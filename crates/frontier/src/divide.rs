@@ -1,0 +1,322 @@
+//! Dividing a budget: one treatment for each site, the least sum of divergences, never more bytes than the budget.
+//!
+//! The dynamic programme is [`Knapsack`], which solves for all budgets at once. Where all blocks must have the same widths
+//! or all linears the same rank, each combination of these is divided by itself and the best one counts.
+
+use crate::curves::Distortions;
+use crate::menu::{Item, Menu};
+use crate::site::Site;
+use prune_structured::rate_distortion::{Knapsack, Point};
+
+/// What restricts a division.
+pub(crate) struct Rules<'r> {
+    /// All attention halves at one width, and all MLPs.
+    pub(crate) equal_widths: bool,
+    /// One rank for all linears.
+    pub(crate) equal_ranks: bool,
+    /// What a site may get besides.
+    pub(crate) allowed: &'r dyn Fn(Site, &Item) -> bool,
+    /// What a parameter counts as, in nats; 0 where their number is free.
+    pub(crate) price: f64,
+}
+
+/// The divisions of every budget up to a largest one.
+pub(crate) struct Division {
+    classes: Vec<Class>,
+    /// Bytes that no treatment changes.
+    fixed: u64,
+    /// The least budget of the classes, those beyond the largest budget among them.
+    smallest: Option<u64>,
+}
+
+/// A division within which widths and ranks are as the rules have it.
+struct Class {
+    /// For each site the places in its menu that are worth their bytes, from few bytes to many.
+    envelopes: Vec<Vec<usize>>,
+    distortions: Vec<Vec<f64>>,
+    knapsack: Knapsack,
+}
+
+/// A choice for every site.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Choice {
+    /// Places in the menus.
+    pub(crate) items: Vec<usize>,
+    /// Sum of divergences.
+    pub(crate) predicted: f64,
+    /// What the sites could have got instead under the same rules, from few bytes to many.
+    pub(crate) envelopes: Vec<Vec<usize>>,
+}
+
+impl Division {
+    /// Divides `largest` bytes and all below.
+    pub(crate) fn new(
+        menus: &[Menu],
+        distortions: &[Distortions],
+        (fixed, largest): (u64, u64),
+        rules: &Rules<'_>,
+    ) -> Self {
+        let mut division = Self {
+            classes: Vec::new(),
+            fixed,
+            smallest: None,
+        };
+        for (attention, mlp) in widths(menus, rules.equal_widths) {
+            for rank in ranks(menus, rules.equal_ranks) {
+                let allowed = |menu: &Menu, item: &Item| {
+                    let level = match menu.site {
+                        Site::Attention(_) => attention,
+                        Site::Mlp(_) => mlp,
+                        Site::Embedding | Site::Head => None,
+                    };
+                    let is_matrix = menu.site.half().is_none();
+                    level.is_none_or(|level| item.level == level)
+                        && (is_matrix || rank.is_none_or(|rank| item.treatment.rank == rank))
+                        && (rules.allowed)(menu.site, item)
+                };
+                division.add(menus, distortions, (largest, rules.price), &allowed);
+            }
+        }
+        division
+    }
+
+    fn add(
+        &mut self,
+        menus: &[Menu],
+        distortions: &[Distortions],
+        (largest, price): (u64, f64),
+        allowed: &dyn Fn(&Menu, &Item) -> bool,
+    ) {
+        let envelopes: Vec<Vec<usize>> = menus
+            .iter()
+            .zip(distortions)
+            .map(|(menu, of)| of.envelope(menu, price, &|item| allowed(menu, &menu.items[item])))
+            .collect();
+        if envelopes.iter().any(Vec::is_empty) {
+            return;
+        }
+        let curve = |((menu, of), envelope): ((&Menu, &Distortions), &Vec<usize>)| -> Vec<Point> {
+            let point = |&item: &usize| Point {
+                cost: menu.items[item].bytes.unwrap_or(0),
+                distortion: of.of(menu, item) + price * menu.items[item].parameters as f64,
+            };
+            envelope.iter().map(point).collect()
+        };
+        let curves: Vec<Vec<Point>> = menus
+            .iter()
+            .zip(distortions)
+            .zip(&envelopes)
+            .map(curve)
+            .collect();
+        let cheapest: u64 = curves.iter().map(|curve| curve[0].cost).sum();
+        let smallest = self.fixed + cheapest;
+        self.smallest = Some(self.smallest.map_or(smallest, |least| least.min(smallest)));
+        let Some(knapsack) = Knapsack::new(&curves, largest.saturating_sub(self.fixed)) else {
+            return;
+        };
+        let values = |((menu, of), envelope): ((&Menu, &Distortions), &Vec<usize>)| {
+            envelope.iter().map(|&item| of.of(menu, item)).collect()
+        };
+        let values = menus.iter().zip(distortions).zip(&envelopes).map(values);
+        self.classes.push(Class {
+            distortions: values.collect(),
+            envelopes,
+            knapsack,
+        });
+    }
+
+    /// The best choice for a budget; `None` below the smallest.
+    pub(crate) fn at(&self, budget: u64) -> Option<Choice> {
+        let spare = budget.checked_sub(self.fixed)?;
+        let of_class = |class: &Class| -> Option<Choice> {
+            let taken = class.knapsack.at(spare)?;
+            let sum = taken
+                .iter()
+                .zip(&class.distortions)
+                .map(|(&i, d)| d[i])
+                .sum();
+            let items = taken.iter().zip(&class.envelopes).map(|(&i, e)| e[i]);
+            Some(Choice {
+                items: items.collect(),
+                predicted: sum,
+                envelopes: class.envelopes.clone(),
+            })
+        };
+        let choices = self.classes.iter().filter_map(of_class);
+        choices.min_by(|a, b| a.predicted.total_cmp(&b.predicted))
+    }
+
+    /// The least budget that any choice fits; `None` where the rules leave a site without a treatment.
+    pub(crate) fn smallest(&self) -> Option<u64> {
+        self.smallest
+    }
+}
+
+/// Pairs of widths, or no restriction.
+fn widths(menus: &[Menu], equal: bool) -> Vec<(Option<usize>, Option<usize>)> {
+    if !equal {
+        return vec![(None, None)];
+    }
+    let levels = |attention: bool| {
+        let of = menus.iter().filter(|menu| match menu.site {
+            Site::Attention(_) => attention,
+            Site::Mlp(_) => !attention,
+            Site::Embedding | Site::Head => false,
+        });
+        of.map(|menu| menu.levels).min().unwrap_or(1)
+    };
+    let mlp = levels(false);
+    (0..levels(true))
+        .flat_map(|a| (0..mlp).map(move |m| (Some(a), Some(m))))
+        .collect()
+}
+
+/// Ranks that all linears may have, or no restriction.
+fn ranks(menus: &[Menu], equal: bool) -> Vec<Option<usize>> {
+    if !equal {
+        return vec![None];
+    }
+    let items = menus.iter().flat_map(|menu| &menu.items);
+    let mut ranks: Vec<Option<usize>> = items.map(|item| Some(item.treatment.rank)).collect();
+    ranks.sort_unstable();
+    ranks.dedup();
+    ranks
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::treatment::{Format, Treatment};
+    use rand::{Rng, SeedableRng};
+    use rand_chacha::ChaCha8Rng;
+
+    /// Up to six sites with up to six treatments, at random; the last treatment is the dense one.
+    fn instance(rng: &mut ChaCha8Rng) -> (Vec<Menu>, Vec<Distortions>) {
+        let sites = rng.random_range(1..=6);
+        let site = |layer| -> (Menu, Distortions) {
+            let count = rng.random_range(1..=6);
+            let items: Vec<Item> = (0..count)
+                .map(|level| Item {
+                    treatment: Treatment {
+                        width: level,
+                        format: Format::Stored,
+                        rank: 0,
+                    },
+                    bytes: Some(rng.random_range(1..400)),
+                    cache: 0,
+                    weights: 0,
+                    parameters: 0,
+                    format: 0,
+                    level,
+                })
+                .collect();
+            let menu = Menu {
+                site: Site::Mlp(layer),
+                dense: count - 1,
+                items,
+                levels: count,
+            };
+            let mut distortions = Distortions::new(&menu, vec![1.0; count]);
+            for item in 0..count - 1 {
+                distortions.set(item, rng.random_range(0.0..3.0));
+            }
+            (menu, distortions)
+        };
+        (0..sites).map(site).unzip()
+    }
+
+    /// The least sum of divergences within a budget over all choices.
+    fn brute_force(menus: &[Menu], distortions: &[Distortions], budget: u64) -> Option<f64> {
+        let (Some((menu, menus)), Some((of, distortions))) =
+            (menus.split_first(), distortions.split_first())
+        else {
+            return Some(0.0);
+        };
+        (0..menu.items.len())
+            .filter_map(|item| {
+                let left = budget.checked_sub(menu.items[item].bytes?)?;
+                Some(of.of(menu, item) + brute_force(menus, distortions, left)?)
+            })
+            .min_by(f64::total_cmp)
+    }
+
+    fn rules(equal_widths: bool) -> Rules<'static> {
+        Rules {
+            equal_widths,
+            equal_ranks: false,
+            allowed: &|_, _| true,
+            price: 0.0,
+        }
+    }
+
+    fn bytes(menus: &[Menu], items: &[usize]) -> u64 {
+        let of = menus.iter().zip(items);
+        of.map(|(menu, &item)| menu.items[item].bytes.unwrap())
+            .sum()
+    }
+
+    #[test]
+    fn a_thousand_random_budgets_are_divided_as_by_trying_every_choice() {
+        let mut rng = ChaCha8Rng::seed_from_u64(7);
+        let mut below = 0;
+        for _ in 0..1000 {
+            let (menus, distortions) = instance(&mut rng);
+            let least = |menu: &Menu| menu.items.iter().filter_map(|item| item.bytes).min();
+            let cheapest: u64 = menus.iter().filter_map(least).sum();
+            let most: u64 = menus
+                .iter()
+                .flat_map(|menu| &menu.items)
+                .filter_map(|i| i.bytes)
+                .sum();
+            let fixed = rng.random_range(0..1000);
+            // One programme serves every budget of the run.
+            let division =
+                Division::new(&menus, &distortions, (fixed, fixed + most), &rules(false));
+            assert_eq!(division.smallest(), Some(fixed + cheapest));
+            let drawn = rng.random_range(0..=most);
+            for budget in [cheapest, most, drawn, cheapest.saturating_sub(1)] {
+                let best = brute_force(&menus, &distortions, budget);
+                let found = division.at(fixed + budget);
+                match (found, best) {
+                    (None, None) => below += 1,
+                    (Some(choice), Some(best)) => {
+                        assert!(bytes(&menus, &choice.items) <= budget);
+                        assert!((choice.predicted - best).abs() < 1e-9, "{choice:?} {best}");
+                        let sum: f64 = (0..menus.len())
+                            .map(|i| distortions[i].of(&menus[i], choice.items[i]))
+                            .sum();
+                        assert!((sum - best).abs() < 1e-9);
+                    }
+                    (found, best) => panic!("{found:?} against {best:?} at {budget}"),
+                }
+            }
+        }
+        assert!(below >= 1000);
+    }
+
+    #[test]
+    fn equal_widths_are_equal_and_the_best_of_them_all() {
+        let mut rng = ChaCha8Rng::seed_from_u64(11);
+        for _ in 0..200 {
+            let (menus, distortions) = instance(&mut rng);
+            let most = 6 * 400;
+            let division = Division::new(&menus, &distortions, (0, most), &rules(true));
+            let budget = rng.random_range(0..most);
+            let levels = menus.iter().map(|menu| menu.levels).min().unwrap();
+            let of_level = |level: usize| -> Option<f64> {
+                let items = vec![level; menus.len()];
+                let sum = (0..menus.len())
+                    .map(|i| distortions[i].of(&menus[i], level))
+                    .sum();
+                (bytes(&menus, &items) <= budget).then_some(sum)
+            };
+            let best = (0..levels).filter_map(of_level).min_by(f64::total_cmp);
+            let found = division.at(budget);
+            assert_eq!(found.is_some(), best.is_some());
+            if let (Some(found), Some(best)) = (found, best) {
+                assert!(found.items.iter().all(|item| *item == found.items[0]));
+                assert!((found.predicted - best).abs() < 1e-9);
+            }
+        }
+    }
+}

@@ -1,0 +1,683 @@
+//! Measuring a model and dividing budgets over it.
+
+use crate::bytes::Counter;
+use crate::curves::{self, Check, Curve, Distortions, RELIABLE, median, spearman};
+use crate::divide::{Choice, Division, Rules};
+use crate::error::{Error, Result};
+use crate::make::Maker;
+use crate::measure::{Divergence, Measurer, passes};
+use crate::menu::{Choices, Item, Menu};
+use crate::options::Options;
+use crate::plan::{Plan, Round, SitePlan};
+use crate::site::Site;
+use causal_lm::{Decoder, Progress, Windows};
+use prune_structured::Recipe;
+use prune_structured::divergence::Teacher;
+use rand::SeedableRng;
+use rand::seq::index;
+use rand_chacha::ChaCha8Rng;
+use std::collections::HashSet;
+use std::path::{Path, PathBuf};
+use tensor_io::Hasher;
+
+/// Layout of the folder of a run; folders of another one are not read.
+const VERSION: u64 = 1;
+/// Neurons are removed so many at a time, which keeps rows whole blocks and words.
+const ALIGNMENT: usize = 32;
+/// Fewest combinations that are measured to check their prediction, where there are as many.
+const FEWEST_CHECKED: usize = 8;
+
+/// The windows that a division reads; evaluation should see others.
+#[derive(Clone, Copy, Debug)]
+pub struct Data<'a> {
+    /// Those that pruning, quantising and correcting are fitted to.
+    pub calibration: &'a Windows,
+    /// Those on which models are compared with the dense one.
+    pub comparison: &'a Windows,
+}
+
+/// A measured model: budgets can be divided over it.
+pub struct Frontier<'a> {
+    pub(crate) decoder: &'a Decoder<'a>,
+    pub(crate) options: Options,
+    pub(crate) maker: Maker<'a>,
+    pub(crate) menus: Vec<Menu>,
+    pub(crate) distortions: Vec<Distortions>,
+    /// Bytes that no treatment changes.
+    pub(crate) fixed: u64,
+    /// Bytes of keys and values of the dense model and of each site at each width are among the items' bytes.
+    dense: Vec<usize>,
+    measurer: Measurer<'a>,
+    comparison: &'a Windows,
+    check: Check,
+}
+
+impl<'a> Frontier<'a> {
+    /// Measures what each treatment of each site does. `dir` keeps what is made and measured: another call with the same
+    /// model and windows goes on where one was stopped, and finds what it shares with other options.
+    ///
+    /// # Errors
+    /// [`Error::Option`] for options out of range and windows that are in both sets, [`Error::Unsupported`] for models
+    /// that cannot be divided, [`Error::Cancelled`], and what running the model and writing files report.
+    pub fn measure(
+        decoder: &'a Decoder<'a>,
+        data: Data<'a>,
+        options: Options,
+        dir: impl AsRef<Path>,
+        progress: &dyn Progress,
+    ) -> Result<Self> {
+        options.check()?;
+        disjoint(data)?;
+        let sites = Site::of(decoder)?;
+        let ranks = options.ranks(decoder.config().hidden);
+        let largest_rank = ranks.last().copied().unwrap_or(0);
+        let mut recipe = Recipe::named("rd-dp", options.seed).ok_or(Error::Option {
+            option: "recipe",
+            value: "rd-dp".into(),
+            expected: "prune-structured knows it",
+        })?;
+        let neurons = decoder.config().widths.iter().map(|w| w.neurons);
+        if neurons.filter(|&n| n > 0).all(|n| n >= ALIGNMENT) {
+            recipe.shape.align_neurons = ALIGNMENT;
+        }
+        let dir = folder(decoder, data, (options.top_k, largest_rank), dir.as_ref())?;
+        let calibration = data.calibration;
+        let maker = Maker::new(decoder, calibration, recipe, largest_rank, &dir, progress)?;
+        let hash = decoder.checkpoint().content_hash()?;
+        let teacher = Teacher::new(
+            decoder,
+            data.comparison,
+            options.top_k,
+            (&dir, hash),
+            progress,
+        )?;
+        let cache = options.cache_positions * options.cache_element;
+        let (menus, fixed) = {
+            let counter = Counter::new(&maker, options.target, &sites, cache, &dir)?;
+            let menu = |&site: &Site| Menu::new(&maker, &counter, &options, site);
+            let menus = sites.iter().map(menu).collect::<Result<Vec<Menu>>>()?;
+            (menus, counter.fixed)
+        };
+        let measurer = Measurer::new(
+            decoder,
+            data.comparison,
+            teacher,
+            options.memory,
+            dir.join("divergences.json"),
+        )?;
+        let mut frontier = Self {
+            decoder,
+            options,
+            dense: menus.iter().map(|menu| menu.dense).collect(),
+            distortions: Vec::new(),
+            maker,
+            menus,
+            fixed,
+            measurer,
+            comparison: data.comparison,
+            check: Check {
+                sampled: 0,
+                rho: 1.0,
+                ratio: 1.0,
+                widened: false,
+            },
+        };
+        frontier.measure_curves(progress)?;
+        Ok(frontier)
+    }
+
+    fn measure_curves(&mut self, progress: &dyn Progress) -> Result<()> {
+        let axes: Vec<Vec<usize>> = self.menus.iter().map(curves::axes).collect();
+        let combinations: Vec<Vec<usize>> = self.menus.iter().map(curves::combinations).collect();
+        let all: usize = combinations.iter().map(Vec::len).sum();
+        let wanted = (all as f64 * self.options.sample).ceil() as usize;
+        let wanted = match self.options.sample > 0.0 {
+            true => wanted.max(FEWEST_CHECKED).min(all),
+            false => 0,
+        };
+        let places: Vec<(usize, usize)> = (0..self.menus.len())
+            .flat_map(|site| combinations[site].iter().map(move |&item| (site, item)))
+            .collect();
+        let mut rng = ChaCha8Rng::seed_from_u64(self.options.seed);
+        let mut drawn = index::sample(&mut rng, all, wanted).into_vec();
+        drawn.sort_unstable();
+        let drawn: Vec<(usize, usize)> = drawn.into_iter().map(|i| places[i]).collect();
+        let on_axes: Vec<(usize, usize)> = (0..self.menus.len())
+            .flat_map(|site| axes[site].iter().map(move |&item| (site, item)))
+            .collect();
+        let mut shares = Vec::with_capacity(self.menus.len());
+        progress.begin("energy of widths", self.menus.len() as u64);
+        for menu in &self.menus {
+            let mut of_menu = vec![1.0; menu.levels];
+            for item in &menu.items {
+                if item.format == 0 && item.treatment.rank == 0 {
+                    let width = item.treatment.width;
+                    of_menu[item.level] = self.maker.energy_share(menu.site, width)?;
+                }
+            }
+            shares.push(of_menu);
+            progress.advance(1)?;
+        }
+        let new = |(menu, shares): (&Menu, Vec<f64>)| Distortions::new(menu, shares);
+        self.distortions = self.menus.iter().zip(shares).map(new).collect();
+
+        let both = [&on_axes[..], &drawn[..]].concat();
+        self.state_cost(&both, progress);
+        let measured = self.measure_alone(&both, progress)?;
+        let (of_axes, of_drawn) = measured.split_at(on_axes.len());
+        for (&(site, item), kl) in on_axes.iter().zip(of_axes) {
+            self.distortions[site].set(item, kl.mean);
+        }
+        let predicted: Vec<f64> = drawn
+            .iter()
+            .map(|&(site, item)| self.distortions[site].predicted(&self.menus[site], item))
+            .collect();
+        let of_drawn: Vec<f64> = of_drawn.iter().map(|kl| kl.mean).collect();
+        let ratio = predicted
+            .iter()
+            .zip(&of_drawn)
+            .map(|(p, m)| p / m.max(1e-12));
+        self.check = Check {
+            sampled: drawn.len(),
+            rho: spearman(&predicted, &of_drawn),
+            ratio: median(ratio.collect()),
+            widened: false,
+        };
+        for (&(site, item), &kl) in drawn.iter().zip(&of_drawn) {
+            self.distortions[site].set(item, kl);
+        }
+        if self.check.rho < RELIABLE {
+            self.check.widened = true;
+            let plain = |&(site, item): &(usize, usize)| {
+                self.menus[site].items[item].treatment.rank == 0
+                    && !self.distortions[site].is_measured(item)
+            };
+            let more: Vec<(usize, usize)> = places.iter().copied().filter(plain).collect();
+            progress
+                .message("combinations are badly predicted: measuring all formats at all widths");
+            self.state_cost(&more, progress);
+            let measured = self.measure_alone(&more, progress)?;
+            for ((site, item), kl) in more.into_iter().zip(measured) {
+                self.distortions[site].set(item, kl.mean);
+            }
+        }
+        Ok(())
+    }
+
+    /// Says what measuring will take before it begins.
+    fn state_cost(&self, items: &[(usize, usize)], progress: &dyn Progress) {
+        let tokens = self.windows(self.options.coarse_tokens) * self.comparison.window_len();
+        let of = |&(site, item): &(usize, usize)| {
+            passes(
+                self.decoder,
+                &self.menus,
+                &self.with(&self.dense, site, item),
+                &self.dense,
+            )
+        };
+        let passes: f64 = items.iter().map(of).sum();
+        progress.message(&format!(
+            "{} treatments: {passes:.0} passes of {tokens} tokens",
+            items.len()
+        ));
+    }
+
+    fn windows(&self, tokens: usize) -> usize {
+        self.measurer.windows_for(tokens)
+    }
+
+    /// A choice with another item at one site.
+    fn with(&self, choice: &[usize], site: usize, item: usize) -> Vec<usize> {
+        let mut choice = choice.to_vec();
+        choice[site] = item;
+        choice
+    }
+
+    /// Divergences with one site treated and all others dense.
+    fn measure_alone(
+        &mut self,
+        items: &[(usize, usize)],
+        progress: &dyn Progress,
+    ) -> Result<Vec<Divergence>> {
+        let candidates: Vec<Vec<usize>> = items
+            .iter()
+            .map(|&(site, item)| self.with(&self.dense, site, item))
+            .collect();
+        let (base, tokens) = (self.dense.clone(), self.options.coarse_tokens);
+        self.divergences("measuring curves", &candidates, &base, tokens, progress)
+    }
+
+    /// Divergences of choices, made where they are not made yet.
+    fn divergences(
+        &mut self,
+        stage: &str,
+        candidates: &[Vec<usize>],
+        base: &[usize],
+        tokens: usize,
+        progress: &dyn Progress,
+    ) -> Result<Vec<Divergence>> {
+        let mut treated: Vec<(usize, usize)> = Vec::new();
+        for candidate in candidates {
+            treated.extend(candidate.iter().copied().enumerate());
+        }
+        treated.sort_unstable();
+        treated.dedup();
+        progress.begin("making treatments", treated.len() as u64);
+        for (site, item) in treated {
+            let menu = &self.menus[site];
+            self.maker.make(menu.site, menu.items[item].treatment)?;
+            progress.advance(1)?;
+        }
+        progress.begin(stage, candidates.len() as u64);
+        let count = self.windows(tokens);
+        let choices = Choices::new(&self.maker, &self.menus);
+        let of = (&choices, self.menus.as_slice());
+        self.measurer.of(of, (candidates, base), count, progress)
+    }
+
+    /// What each treatment is worth, by site.
+    pub fn curves(&self) -> Vec<Curve> {
+        let curve = |(menu, of): (&Menu, &Distortions)| of.curve(menu);
+        self.menus
+            .iter()
+            .zip(&self.distortions)
+            .map(curve)
+            .collect()
+    }
+
+    /// How well combined treatments were predicted.
+    pub fn check(&self) -> Check {
+        self.check
+    }
+
+    /// Passes of the whole model over the windows of comparison in this run.
+    pub fn passes(&self) -> f64 {
+        self.measurer.passes
+    }
+
+    /// Tokens that curves and plans are measured on.
+    pub fn tokens(&self) -> (usize, usize) {
+        let len = self.comparison.window_len();
+        let Options {
+            coarse_tokens,
+            fine_tokens,
+            ..
+        } = self.options;
+        (
+            self.windows(coarse_tokens) * len,
+            self.windows(fine_tokens) * len,
+        )
+    }
+
+    /// The options of the run.
+    pub fn options(&self) -> &Options {
+        &self.options
+    }
+
+    /// Bytes of the dense model, and of its cache where it counts.
+    pub fn dense_bytes(&self) -> u64 {
+        self.bytes_of(&self.dense)
+    }
+
+    /// The least budget that a plan fits.
+    pub fn smallest(&self) -> Option<u64> {
+        self.divide(self.dense_bytes(), 0.0, &|_, _| true)
+            .smallest()
+    }
+
+    fn bytes_of(&self, items: &[usize]) -> u64 {
+        let of = self.menus.iter().zip(items);
+        let bytes: u64 = of.map(|(menu, &i)| menu.items[i].bytes.unwrap_or(0)).sum();
+        self.fixed + bytes
+    }
+
+    pub(crate) fn divide(
+        &self,
+        largest: u64,
+        price: f64,
+        allowed: &dyn Fn(Site, &Item) -> bool,
+    ) -> Division {
+        let rules = Rules {
+            equal_widths: self.options.target.needs_equal_widths(self.decoder),
+            equal_ranks: self.options.target.needs_equal_ranks(),
+            allowed,
+            price,
+        };
+        Division::new(
+            &self.menus,
+            &self.distortions,
+            (self.fixed, largest),
+            &rules,
+        )
+    }
+
+    /// The predicted divergences that budgets up to the dense model's buy, by one dynamic programme: bytes and nats per
+    /// token, of `points` budgets.
+    pub fn predicted(&self, points: usize) -> Vec<(u64, f64)> {
+        let dense = self.dense_bytes();
+        let division = self.divide(dense, 0.0, &|_, _| true);
+        let Some(smallest) = division.smallest() else {
+            return Vec::new();
+        };
+        let budget = |i: usize| {
+            let share = i as f64 / (points.max(2) - 1) as f64;
+            smallest + (dense.saturating_sub(smallest) as f64 * share) as u64
+        };
+        let mut found: Vec<(u64, f64)> = (0..points)
+            .filter_map(|i| division.at(budget(i)))
+            .map(|choice| (self.bytes_of(&choice.items), choice.predicted))
+            .collect();
+        found.dedup();
+        found
+    }
+
+    /// The best choice for a budget, within the number of parameters that may stay.
+    pub(crate) fn choose(
+        &self,
+        budget: u64,
+        allowed: &dyn Fn(Site, &Item) -> bool,
+    ) -> Result<Choice> {
+        let at = |price: f64| -> Result<Choice> {
+            let division = self.divide(budget, price, allowed);
+            division.at(budget).ok_or(Error::Budget {
+                budget,
+                smallest: division.smallest().unwrap_or(u64::MAX),
+            })
+        };
+        let free = at(0.0)?;
+        let Some(most) = self.options.max_parameters else {
+            return Ok(free);
+        };
+        let fits = |choice: &Choice| self.parameters_of(&choice.items) <= most;
+        if fits(&free) {
+            return Ok(free);
+        }
+        // The price of a parameter in nats, by doubling and halving of its logarithm.
+        let (mut low, mut high) = (1e-15f64, 1e-15f64);
+        let mut best = loop {
+            high *= 10.0;
+            let choice = at(high)?;
+            if fits(&choice) {
+                break choice;
+            }
+            low = high;
+            if high > 1.0 {
+                return Err(Error::Option {
+                    option: "max_parameters",
+                    value: most.to_string(),
+                    expected: "no plan has so few parameters",
+                });
+            }
+        };
+        for _ in 0..20 {
+            let middle = (low * high).sqrt();
+            let choice = at(middle)?;
+            match fits(&choice) {
+                true => (high, best) = (middle, choice),
+                false => low = middle,
+            }
+        }
+        Ok(best)
+    }
+
+    fn parameters_of(&self, items: &[usize]) -> u64 {
+        let of = self.menus.iter().zip(items);
+        of.map(|(menu, &item)| menu.items[item].parameters).sum()
+    }
+
+    /// The best plan for a budget in bytes, measured, with rounds of measuring around it.
+    ///
+    /// # Errors
+    /// [`Error::Budget`] below the smallest plan, [`Error::Cancelled`], and what making and measuring report.
+    pub fn plan(&mut self, budget: u64, progress: &dyn Progress) -> Result<Plan> {
+        let choice = self.choose(budget, &|_, _| true)?;
+        let mut now = choice.items;
+        let mut measured = self.measure_plans(std::slice::from_ref(&now), progress)?[0];
+        let mut rounds = vec![Round {
+            predicted: choice.predicted,
+            measured,
+            kept: true,
+        }];
+        let predicted = choice.predicted;
+        for _ in 0..self.options.rounds {
+            if now == self.dense {
+                break;
+            }
+            let around = self.measure_around(&now, &choice.envelopes, progress)?;
+            let (before, mut better) = (measured.mean, false);
+            // What was extrapolated may have misled: then once more with what was measured alone.
+            for reach in [self.options.reach, 1] {
+                let Some((next, change)) = self.move_within(&now, &around, budget, reach) else {
+                    continue;
+                };
+                let of_next = self.measure_plans(std::slice::from_ref(&next), progress)?[0];
+                better = of_next.mean < measured.mean;
+                rounds.push(Round {
+                    predicted: (before + change).max(0.0),
+                    measured: of_next,
+                    kept: better,
+                });
+                if better {
+                    (now, measured) = (next, of_next);
+                    break;
+                }
+            }
+            if !better || before - measured.mean < self.options.gain * before {
+                break;
+            }
+        }
+        Ok(self.to_plan(budget, &now, predicted, measured, rounds))
+    }
+
+    /// What moving each site up to the reach from a plan would change: for each site its choices around the present one,
+    /// from few bytes to many, with the change of the divergence.
+    fn measure_around(
+        &mut self,
+        now: &[usize],
+        envelopes: &[Vec<usize>],
+        progress: &dyn Progress,
+    ) -> Result<Vec<Vec<Neighbour>>> {
+        let place = |site: usize| envelopes[site].iter().position(|&item| item == now[site]);
+        let mut candidates = vec![now.to_vec()];
+        let mut of_step = Vec::new();
+        for (site, envelope) in envelopes.iter().enumerate() {
+            let Some(at) = place(site) else { continue };
+            for next in [at.checked_sub(1), Some(at + 1)].into_iter().flatten() {
+                if let Some(&item) = envelope.get(next) {
+                    candidates.push(self.with(now, site, item));
+                    of_step.push((site, next));
+                }
+            }
+        }
+        let tokens = self.options.coarse_tokens;
+        let stage = "measuring around the plan";
+        let found = self.divergences(stage, &candidates, now, tokens, progress)?;
+        let change = |site: usize, at: usize| -> Option<f64> {
+            let measured = of_step.iter().position(|&step| step == (site, at))?;
+            Some(found[measured + 1].mean - found[0].mean)
+        };
+        let mut around = Vec::new();
+        for (site, envelope) in envelopes.iter().enumerate() {
+            let menu = &self.menus[site];
+            let alone = |at: usize| self.distortions[site].of(menu, envelope[at]);
+            let neighbour = |at: usize, change: f64, steps: usize| Neighbour {
+                item: envelope[at],
+                bytes: menu.items[envelope[at]].bytes.unwrap_or(0),
+                change,
+                steps,
+            };
+            let Some(at) = place(site) else {
+                let bytes = menu.items[now[site]].bytes.unwrap_or(0);
+                around.push(vec![Neighbour {
+                    item: now[site],
+                    bytes,
+                    change: 0.0,
+                    steps: 0,
+                }]);
+                continue;
+            };
+            let mut of_site = Vec::new();
+            let first = at.saturating_sub(self.options.reach);
+            let last = (at + self.options.reach).min(envelope.len() - 1);
+            for to in first..=last {
+                let steps = to.abs_diff(at);
+                let near = if to < at { at.wrapping_sub(1) } else { at + 1 };
+                let found = match steps {
+                    0 => Some(0.0),
+                    _ => change(site, near),
+                };
+                let Some(found) = found else { continue };
+                // Further steps grow as those of the site alone do, by as much more or less as the first step.
+                let growth = match alone(near.min(envelope.len() - 1)) - alone(at) {
+                    _ if steps < 2 => 0.0,
+                    expected if expected != 0.0 => {
+                        (found / expected).clamp(0.0, 4.0) * (alone(to) - alone(near))
+                    }
+                    _ => alone(to) - alone(near),
+                };
+                of_site.push(neighbour(to, found + growth, steps));
+            }
+            around.push(of_site);
+        }
+        Ok(around)
+    }
+
+    /// The best move within a number of steps; `None` where no site moves.
+    fn move_within(
+        &self,
+        now: &[usize],
+        around: &[Vec<Neighbour>],
+        budget: u64,
+        reach: usize,
+    ) -> Option<(Vec<usize>, f64)> {
+        use prune_structured::rate_distortion::{Point, knapsack};
+        let near = |of_site: &Vec<Neighbour>| -> Vec<Neighbour> {
+            let within = of_site.iter().filter(|n| n.steps <= reach);
+            within.copied().collect()
+        };
+        let around: Vec<Vec<Neighbour>> = around.iter().map(near).collect();
+        let point = |n: &Neighbour| Point {
+            cost: n.bytes,
+            distortion: n.change,
+        };
+        let curve = |of_site: &Vec<Neighbour>| of_site.iter().map(point).collect();
+        let curves: Vec<Vec<Point>> = around.iter().map(curve).collect();
+        let taken = knapsack(&curves, budget.checked_sub(self.fixed)?)?;
+        let of_site = || taken.iter().zip(&around).map(|(&i, of_site)| of_site[i]);
+        let next: Vec<usize> = of_site().map(|n| n.item).collect();
+        let within = self.options.max_parameters;
+        if within.is_some_and(|most| self.parameters_of(&next) > most) {
+            return None;
+        }
+        (next != now).then(|| (next, of_site().map(|n| n.change).sum()))
+    }
+
+    /// Divergences of whole plans, on many tokens.
+    pub(crate) fn measure_plans(
+        &mut self,
+        plans: &[Vec<usize>],
+        progress: &dyn Progress,
+    ) -> Result<Vec<Divergence>> {
+        let (base, tokens) = (self.dense.clone(), self.options.fine_tokens);
+        self.divergences("measuring plans", plans, &base, tokens, progress)
+    }
+
+    pub(crate) fn to_plan(
+        &self,
+        budget: u64,
+        items: &[usize],
+        predicted: f64,
+        measured: Divergence,
+        rounds: Vec<Round>,
+    ) -> Plan {
+        let mut cache_bytes = 0;
+        let site = |(menu, &item): (&Menu, &usize)| {
+            let item = menu.items[item];
+            let units = self.maker.units(menu.site);
+            cache_bytes += item.cache;
+            let bytes = item.bytes.unwrap_or(0) - item.cache;
+            SitePlan {
+                site: menu.site,
+                treatment: item.treatment,
+                share: item.treatment.width as f64 / units as f64,
+                bytes,
+                parameters: item.weights,
+                bits: 8.0 * bytes as f64 / item.weights.max(1) as f64,
+            }
+        };
+        let sites: Vec<SitePlan> = self.menus.iter().zip(items).map(site).collect();
+        Plan {
+            target: self.options.target,
+            budget,
+            weight_bytes: self.bytes_of(items) - cache_bytes,
+            cache_bytes,
+            predicted,
+            measured,
+            rounds,
+            sites,
+        }
+    }
+
+    /// Divergence of another decoder, such as one that was written and opened again, on the windows of plans.
+    ///
+    /// # Errors
+    /// What running it reports.
+    pub fn divergence(&self, decoder: &Decoder<'_>, progress: &dyn Progress) -> Result<Divergence> {
+        let windows: Vec<usize> = (0..self.windows(self.options.fine_tokens)).collect();
+        let teacher = &self.measurer.teacher;
+        let found = teacher.divergence(decoder, self.comparison, &windows, progress)?;
+        Ok(Divergence::of(&found))
+    }
+}
+
+/// A choice near the present one.
+#[derive(Clone, Copy, Debug)]
+struct Neighbour {
+    item: usize,
+    bytes: u64,
+    /// Of the divergence of the whole plan.
+    change: f64,
+    steps: usize,
+}
+
+/// No window may be in both sets.
+fn disjoint(data: Data<'_>) -> Result<()> {
+    let fitted: HashSet<&[u32]> = data.calibration.iter().collect();
+    match data
+        .comparison
+        .iter()
+        .position(|window| fitted.contains(window))
+    {
+        None => Ok(()),
+        Some(window) => Err(Error::Option {
+            option: "comparison windows",
+            value: format!("window {window} of calibration text"),
+            expected: "what is compared on must not be what was fitted to",
+        }),
+    }
+}
+
+/// The folder of everything that depends on this model and these windows.
+fn folder(
+    decoder: &Decoder<'_>,
+    data: Data<'_>,
+    (top_k, largest_rank): (usize, usize),
+    dir: &Path,
+) -> Result<PathBuf> {
+    let mut hasher = Hasher::new();
+    hasher.part(&VERSION.to_le_bytes());
+    hasher.part(decoder.checkpoint().content_hash()?.as_bytes());
+    hasher.part(decoder.dtype().as_str().as_bytes());
+    hasher.part(&(top_k as u64).to_le_bytes());
+    hasher.part(&(largest_rank as u64).to_le_bytes());
+    for windows in [data.calibration, data.comparison] {
+        hasher.part(&(windows.window_len() as u64).to_le_bytes());
+        for window in windows.iter() {
+            hasher.tokens(window);
+        }
+    }
+    let name: String = hasher.finish().to_string().chars().take(16).collect();
+    let dir = dir.join(name);
+    std::fs::create_dir_all(&dir).map_err(tensor_io::Error::io("create", &dir))?;
+    Ok(dir)
+}

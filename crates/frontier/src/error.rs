@@ -1,0 +1,102 @@
+//! What can go wrong when a budget is divided.
+
+use causal_lm::Cancelled;
+use std::path::PathBuf;
+
+/// An error of this crate; every case names what was wrong and where.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The model could not be read or run.
+    #[error(transparent)]
+    Model(#[from] causal_lm::Error),
+    /// Pruning or comparing failed.
+    #[error(transparent)]
+    Prune(#[from] prune_structured::Error),
+    /// Quantising, correcting or writing failed.
+    #[error(transparent)]
+    Repair(#[from] lowrank_eora::Error),
+    /// A file could not be read or written.
+    #[error(transparent)]
+    File(#[from] tensor_io::Error),
+    /// A tensor operation failed.
+    #[error("tensor operation failed")]
+    Candle(#[from] candle_core::Error),
+    /// A budget that not even the cheapest plan fits.
+    #[error(
+        "{budget} bytes are too few: the smallest plan that this target can store takes {smallest}"
+    )]
+    Budget {
+        /// The budget asked for.
+        budget: u64,
+        /// The smallest that can be met.
+        smallest: u64,
+    },
+    /// An option out of range.
+    #[error("{option} is {value}, but {expected}")]
+    Option {
+        /// The option's name.
+        option: &'static str,
+        /// Its value.
+        value: String,
+        /// What is expected.
+        expected: &'static str,
+    },
+    /// A format that a target cannot store.
+    #[error("{target} cannot store {format}: {reason}")]
+    Format {
+        /// The target.
+        target: &'static str,
+        /// The format.
+        format: String,
+        /// Why.
+        reason: &'static str,
+    },
+    /// A model that cannot be divided.
+    #[error("{model_type} cannot be divided: {reason}")]
+    Unsupported {
+        /// The architecture.
+        model_type: &'static str,
+        /// What is in the way.
+        reason: &'static str,
+    },
+    /// A name that is none of the known ones.
+    #[error("no {what} is called `{name}`; expected {expected}")]
+    Name {
+        /// What was to be named.
+        what: &'static str,
+        /// The name.
+        name: String,
+        /// The names that there are.
+        expected: &'static str,
+    },
+    /// Files that are larger than their plan said.
+    #[error("{path}: {written} bytes were written for a plan of {planned}", path = path.display())]
+    Larger {
+        /// The folder.
+        path: PathBuf,
+        /// Bytes of the files.
+        written: u64,
+        /// Bytes of the plan.
+        planned: u64,
+    },
+    /// A plan of another model, or with a treatment that was not considered.
+    #[error("the plan does not fit: {0}")]
+    PlanMismatch(String),
+    /// The call was cancelled by its progress. It continues from its folder.
+    #[error(transparent)]
+    Cancelled(#[from] Cancelled),
+}
+
+/// Result with this crate's [`Error`].
+pub type Result<T> = std::result::Result<T, Error>;
+
+impl From<Error> for prune_structured::Error {
+    fn from(error: Error) -> Self {
+        match error {
+            Error::Prune(error) => error,
+            Error::Cancelled(cancelled) => cancelled.into(),
+            error => Self::Site(Box::new(error)),
+        }
+    }
+}

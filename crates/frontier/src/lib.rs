@@ -1,0 +1,36 @@
+#![doc = include_str!("../README.md")]
+#![forbid(unsafe_code)]
+
+mod baselines;
+mod bytes;
+mod curves;
+mod divide;
+mod driver;
+mod error;
+mod inputs;
+mod make;
+mod matrix;
+mod measure;
+mod menu;
+mod options;
+mod plan;
+mod site;
+mod target;
+mod treatment;
+mod write;
+
+pub use baselines::Baseline;
+pub use candle_core;
+pub use causal_lm;
+pub use curves::{Check, Curve, Point, spearman};
+pub use driver::{Data, Frontier};
+pub use error::{Error, Result};
+pub use lowrank_eora;
+pub use measure::Divergence;
+pub use options::Options;
+pub use plan::{Plan, Round, SitePlan, Summary};
+pub use prune_structured;
+pub use site::Site;
+pub use target::{TARGETS, Target};
+pub use treatment::{Format, Treatment};
+pub use write::Written;

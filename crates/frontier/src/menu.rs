@@ -1,0 +1,181 @@
+//! The treatments that each site may get.
+
+use crate::bytes::Counter;
+use crate::error::Result;
+use crate::make::Maker;
+use crate::options::Options;
+use crate::site::Site;
+use crate::treatment::{Format, Treatment};
+use candle_core::Tensor;
+use causal_lm::Block;
+use prune_structured::divergence::{Half, Place, Sites};
+use std::sync::Mutex;
+
+/// A treatment of a menu.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Item {
+    pub(crate) treatment: Treatment,
+    /// Bytes of weights and cache; `None` where the target cannot store it.
+    pub(crate) bytes: Option<u64>,
+    /// Bytes of the cache among them.
+    pub(crate) cache: u64,
+    /// Weights that stay.
+    pub(crate) weights: u64,
+    /// The same with factors.
+    pub(crate) parameters: u64,
+    /// Place of its format among those that are chosen from.
+    pub(crate) format: usize,
+    /// Place of its width among those that are chosen from, narrowest first.
+    pub(crate) level: usize,
+}
+
+/// What a site may get.
+#[derive(Clone, Debug)]
+pub(crate) struct Menu {
+    pub(crate) site: Site,
+    /// By width from the narrowest, then by format from most bits, then by rank; the last width's first is the dense one.
+    pub(crate) items: Vec<Item>,
+    /// Place of the dense treatment.
+    pub(crate) dense: usize,
+    /// Number of widths.
+    pub(crate) levels: usize,
+}
+
+impl Menu {
+    /// All treatments of a site.
+    pub(crate) fn new(
+        maker: &Maker<'_>,
+        counter: &Counter<'_>,
+        options: &Options,
+        site: Site,
+    ) -> Result<Self> {
+        let formats = options.formats()?;
+        let ranks = options.ranks(maker.decoder.config().hidden);
+        let widths = widths(maker, options, site);
+        let mut items = Vec::new();
+        for (level, &width) in widths.iter().enumerate() {
+            for (at, &format) in formats.iter().enumerate() {
+                let matrix = site.half().is_none();
+                if matrix && format != Format::Stored && !options.target.quantises_matrices() {
+                    continue;
+                }
+                let corrected = at > 0 && formats.len() - at <= options.corrected;
+                // Where all ranks are equal, any format is corrected; the model's own has nothing to correct.
+                let corrected = corrected || options.target.needs_equal_ranks();
+                let ranks = match corrected && !matrix {
+                    true => ranks.as_slice(),
+                    false => &[],
+                };
+                for rank in std::iter::once(0).chain(ranks.iter().copied()) {
+                    let treatment = Treatment {
+                        width,
+                        format: if matrix { format.nearest() } else { format },
+                        rank,
+                    };
+                    let uncorrected = Treatment {
+                        rank: 0,
+                        ..treatment
+                    };
+                    items.push(Item {
+                        treatment,
+                        bytes: counter.of(site, treatment)?,
+                        cache: counter.cache_of(site, width),
+                        weights: counter.parameters(site, uncorrected)?,
+                        parameters: counter.parameters(site, treatment)?,
+                        format: at,
+                        level,
+                    });
+                }
+            }
+        }
+        let dense = maker.dense(site);
+        let dense = items.iter().position(|item| item.treatment == dense);
+        Ok(Self {
+            site,
+            items,
+            dense: dense.expect("the whole width as it is stored is a treatment"),
+            levels: widths.len(),
+        })
+    }
+
+    /// Place of a treatment.
+    pub(crate) fn position(&self, treatment: Treatment) -> Option<usize> {
+        self.items
+            .iter()
+            .position(|item| item.treatment == treatment)
+    }
+}
+
+/// Numbers of units that may stay, ascending, the whole number last.
+fn widths(maker: &Maker<'_>, options: &Options, site: Site) -> Vec<usize> {
+    let Some(ranking) = maker.ranking(site) else {
+        return vec![maker.units(site)];
+    };
+    let steps = ranking.steps().len();
+    let mut widths: Vec<usize> = options
+        .widths
+        .iter()
+        .map(|share| {
+            ((share * steps as f64).round() as usize).clamp(ranking.protected.max(1), steps)
+        })
+        .map(|steps| ranking.units_in(steps))
+        .collect();
+    widths.push(ranking.units_in(steps));
+    widths.sort_unstable();
+    widths.dedup();
+    widths
+}
+
+/// The menus of all sites, as what candidates choose from.
+pub(crate) struct Choices<'a> {
+    maker: &'a Maker<'a>,
+    menus: &'a [Menu],
+    places: Vec<Place>,
+    /// The matrix that was decoded last: candidates with one embedding follow each other.
+    matrix: Mutex<Option<((usize, usize), Tensor)>>,
+}
+
+impl<'a> Choices<'a> {
+    pub(crate) fn new(maker: &'a Maker<'a>, menus: &'a [Menu]) -> Self {
+        Self {
+            maker,
+            menus,
+            places: menus.iter().map(|menu| menu.site.place()).collect(),
+            matrix: Mutex::new(None),
+        }
+    }
+}
+
+impl Sites for Choices<'_> {
+    fn places(&self) -> &[Place] {
+        &self.places
+    }
+
+    fn half(&self, block: &Block, site: usize, choice: usize) -> prune_structured::Result<Half> {
+        let menu = &self.menus[site];
+        let treatment = menu.items[choice].treatment;
+        Ok(self.maker.half(block, menu.site, treatment)?)
+    }
+
+    fn matrix(&self, site: usize, choice: usize) -> prune_structured::Result<Option<Tensor>> {
+        let menu = &self.menus[site];
+        let mut kept = match self.matrix.lock() {
+            Ok(kept) => kept,
+            Err(poisoned) => poisoned.into_inner(),
+        };
+        if let Some((key, matrix)) = &*kept
+            && *key == (site, choice)
+        {
+            return Ok(Some(matrix.clone()));
+        }
+        let stored = self.maker.matrix(menu.site, menu.items[choice].treatment)?;
+        let Some(stored) = stored else {
+            return Ok(None);
+        };
+        let matrix = stored.matrix().map_err(crate::Error::from)?;
+        let dtype = self.maker.decoder.dtype();
+        let matrix = crate::matrix::to_tensor(matrix.as_ref(), dtype)?;
+        *kept = Some(((site, choice), matrix.clone()));
+        Ok(Some(matrix))
+    }
+}

@@ -1,0 +1,152 @@
+//! What is chosen from, and how carefully it is measured.
+
+use crate::error::{Error, Result};
+use crate::target::Target;
+use crate::treatment::Format;
+use serde::{Deserialize, Serialize};
+
+/// How a model is measured and divided.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct Options {
+    /// Who loads the result.
+    pub target: Target,
+    /// Shares of the units of a half that may stay, each above 0 and at most 1; 1 is always among them.
+    pub widths: Vec<f64>,
+    /// Formats, most bits first, that of the model among them; by default those of the target.
+    pub formats: Option<Vec<Format>>,
+    /// Ranks of corrections beside 0; by default a 64th and a 16th of the hidden width.
+    pub ranks: Option<Vec<usize>>,
+    /// Formats that may be corrected: this many with the fewest bits.
+    pub corrected: usize,
+    /// Logits of the dense model that are compared.
+    pub top_k: usize,
+    /// Tokens that curves are measured on.
+    pub coarse_tokens: usize,
+    /// Tokens that plans are measured on.
+    pub fine_tokens: usize,
+    /// Share of the combined treatments that is measured to check their prediction.
+    pub sample: f64,
+    /// Most rounds of measuring around a plan.
+    pub rounds: usize,
+    /// A round that gains less than this share of the divergence is the last.
+    pub gain: f64,
+    /// Steps of a curve that a site may move in a round.
+    pub reach: usize,
+    /// Positions times sequences for which keys and values count in the budget; 0 where only weights do.
+    pub cache_positions: u64,
+    /// Bytes of an element of keys and values.
+    pub cache_element: u64,
+    /// Most parameters of the result, factors included.
+    pub max_parameters: Option<u64>,
+    /// Bytes of hidden states held at once.
+    pub memory: usize,
+    /// Seed of draws.
+    pub seed: u64,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            target: Target::Here,
+            widths: vec![0.25, 0.5, 0.75, 1.0],
+            formats: None,
+            ranks: None,
+            corrected: 2,
+            top_k: 512,
+            coarse_tokens: 2048,
+            fine_tokens: 8192,
+            sample: 0.05,
+            rounds: 3,
+            gain: 0.01,
+            reach: 2,
+            cache_positions: 0,
+            cache_element: 4,
+            max_parameters: None,
+            memory: 1 << 30,
+            seed: 0,
+        }
+    }
+}
+
+impl Options {
+    /// For this target, all else by default.
+    pub fn new(target: Target) -> Self {
+        Self {
+            target,
+            ..Self::default()
+        }
+    }
+
+    /// The formats that are chosen from, that of the model first.
+    ///
+    /// # Errors
+    /// [`Error::Format`] for one that the target does not store.
+    pub fn formats(&self) -> Result<Vec<Format>> {
+        let Some(formats) = &self.formats else {
+            return Ok(self.target.formats());
+        };
+        let mut all = vec![Format::Stored];
+        for &format in formats {
+            self.target.check(format)?;
+            if !all.contains(&format) {
+                all.push(format);
+            }
+        }
+        Ok(all)
+    }
+
+    /// Ranks beside 0, ascending.
+    pub fn ranks(&self, hidden: usize) -> Vec<usize> {
+        let mut ranks = match &self.ranks {
+            Some(ranks) => ranks.clone(),
+            None => vec![(hidden / 64).max(2), (hidden / 16).max(4)],
+        };
+        ranks.retain(|&rank| rank > 0);
+        ranks.sort_unstable();
+        ranks.dedup();
+        ranks
+    }
+
+    /// Checks that every number is in its range.
+    ///
+    /// # Errors
+    /// [`Error::Option`] with the first that is not.
+    pub fn check(&self) -> Result<()> {
+        let refuse = |option, value: String, expected| {
+            Err(Error::Option {
+                option,
+                value,
+                expected,
+            })
+        };
+        if let Some(width) = self.widths.iter().find(|w| !(**w > 0.0 && **w <= 1.0)) {
+            return refuse(
+                "widths",
+                width.to_string(),
+                "a share is above 0 and at most 1",
+            );
+        }
+        if !(0.0..=1.0).contains(&self.sample) {
+            return refuse(
+                "sample",
+                self.sample.to_string(),
+                "it is a share from 0 to 1",
+            );
+        }
+        if !(self.gain >= 0.0 && self.gain.is_finite()) {
+            return refuse("gain", self.gain.to_string(), "it is a share, at least 0");
+        }
+        for (option, value) in [
+            ("top_k", self.top_k),
+            ("coarse_tokens", self.coarse_tokens),
+            ("fine_tokens", self.fine_tokens),
+            ("reach", self.reach),
+        ] {
+            if value == 0 {
+                return refuse(option, value.to_string(), "at least 1 is needed");
+            }
+        }
+        self.formats().map(|_| ())
+    }
+}

@@ -1,0 +1,260 @@
+//! From a plan to files that a runtime loads.
+//!
+//! ```text
+//! DIR/model/          folder for causal-lm and vLLM       DIR/model.gguf     file for llama.cpp
+//! DIR/adapter/        PEFT adapter, where there are ranks DIR/adapter.gguf   LoRA, where there are ranks
+//! DIR/plan.json       the plan
+//! ```
+//!
+//! The folder appears under its name when it is complete.
+
+use crate::bytes::precision;
+use crate::driver::Frontier;
+use crate::error::{Error, Result};
+use crate::plan::Plan;
+use crate::site::Site;
+use crate::target::Target;
+use candle_core::DType;
+use causal_lm::{Decoder, Progress};
+use lowrank_eora::output::{
+    Adapter, AdapterOptions, AdapterRanks, CheckpointOptions, GgufAdapterOptions, GgufModelOptions,
+    Layout, Weights, gptq, write_checkpoint, write_gguf,
+};
+use lowrank_eora::repair::{Repaired, RepairedLayer};
+use prune_structured::{Settings, gguf};
+use std::path::{Path, PathBuf};
+use tensor_io::atomic::Overwrite;
+use tensor_io::gguf::Gguf;
+use tensor_io::{Checkpoint, NoProgress, PendingFolder};
+
+/// What was written.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Written {
+    /// The folder or file of the model.
+    pub model: PathBuf,
+    /// The adapter beside it, where the plan has ranks.
+    pub adapter: Option<PathBuf>,
+    /// Bytes of all files of weights.
+    pub bytes: u64,
+}
+
+impl Written {
+    /// Opens what was written, with the adapter.
+    ///
+    /// # Errors
+    /// What opening reports.
+    pub fn open(&self) -> Result<Checkpoint> {
+        Ok(match &self.adapter {
+            None => causal_lm::open(&self.model)?,
+            Some(adapter) => causal_lm::open_adapted(&self.model, adapter)?,
+        })
+    }
+}
+
+const PLAN: &str = "plan.json";
+
+impl Frontier<'_> {
+    /// Writes what a plan describes into the new folder `dst`; a step of `progress` is a block.
+    ///
+    /// # Errors
+    /// [`Error::PlanMismatch`] for a plan of another model or target, [`Error::Larger`] where the files take more than the
+    /// plan says, and what writing reports, among it that `dst` exists. A failed run leaves nothing under `dst`.
+    pub fn write(
+        &self,
+        plan: &Plan,
+        dst: impl AsRef<Path>,
+        progress: &dyn Progress,
+    ) -> Result<Written> {
+        self.check_plan(plan)?;
+        let folder = PendingFolder::create(dst, Overwrite::Never)?;
+        let scratch = folder.path().join("scratch");
+        std::fs::create_dir_all(&scratch).map_err(tensor_io::Error::io("create", &scratch))?;
+        let (model, adapter) = self.write_into(plan, folder.path(), &scratch, progress)?;
+        std::fs::remove_dir_all(&scratch).map_err(tensor_io::Error::io("remove", &scratch))?;
+        let text =
+            serde_json::to_vec_pretty(plan).map_err(|e| Error::PlanMismatch(e.to_string()))?;
+        folder.write(PLAN, &text)?;
+        let place = |name: &str| folder.path().join(name);
+        let mut bytes = weights_in(&place(model))?;
+        if let Some(adapter) = adapter {
+            bytes += weights_in(&place(adapter))?;
+        }
+        if bytes > plan.weight_bytes {
+            return Err(Error::Larger {
+                path: folder.destination().to_owned(),
+                written: bytes,
+                planned: plan.weight_bytes,
+            });
+        }
+        let dir = folder.persist()?;
+        Ok(Written {
+            model: dir.join(model),
+            adapter: adapter.map(|adapter| dir.join(adapter)),
+            bytes,
+        })
+    }
+
+    /// A plan must be one for this model and target, of treatments that were considered.
+    fn check_plan(&self, plan: &Plan) -> Result<()> {
+        let mismatch = |reason: String| Err(Error::PlanMismatch(reason));
+        if plan.target != self.options.target {
+            return mismatch(format!(
+                "it is for {}, not {}",
+                plan.target, self.options.target
+            ));
+        }
+        if plan.sites.len() != self.menus.len() {
+            return mismatch(format!(
+                "{} sites, expected {}",
+                plan.sites.len(),
+                self.menus.len()
+            ));
+        }
+        for (planned, menu) in plan.sites.iter().zip(&self.menus) {
+            if planned.site != menu.site || menu.position(planned.treatment).is_none() {
+                return mismatch(format!("{}: {}", planned.site, planned.treatment));
+            }
+        }
+        Ok(())
+    }
+
+    /// Names of model and adapter within `dir`.
+    fn write_into(
+        &self,
+        plan: &Plan,
+        dir: &Path,
+        scratch: &Path,
+        progress: &dyn Progress,
+    ) -> Result<(&'static str, Option<&'static str>)> {
+        let widths: Vec<(Site, usize)> = plan
+            .sites
+            .iter()
+            .map(|site| (site.site, site.treatment.width))
+            .collect();
+        let pruned = self.maker.plan(&widths)?;
+        let narrow;
+        let narrowed;
+        let decoder = match pruned.is_identity(self.decoder) {
+            true => self.decoder,
+            false => {
+                let path = scratch.join("pruned");
+                let settings = Settings::new(&self.maker.calibration);
+                prune_structured::write(self.decoder, &pruned, &path, &settings, &NoProgress)?;
+                narrow = causal_lm::open(&path)?;
+                narrowed = Decoder::new(&narrow, DType::F32, self.decoder.device())?;
+                &narrowed
+            }
+        };
+        if plan.is_dense() && self.options.target != Target::Gguf {
+            let settings = Settings::new(&self.maker.calibration);
+            prune_structured::write(decoder, &pruned, dir.join("model"), &settings, progress)?;
+            return Ok(("model", None));
+        }
+        let repaired = self.assemble(plan, decoder, &scratch.join("linears"))?;
+        let corrected = repaired.reports().any(|report| report.rank > 0);
+        match self.options.target {
+            Target::Gguf => {
+                let path = scratch.join("template.gguf");
+                gguf::export(decoder, precision(self.decoder)?, &path, &NoProgress)?;
+                let template = Gguf::open(&path)?;
+                let options = GgufModelOptions::new(Weights::Compressed, &template);
+                write_gguf(
+                    decoder,
+                    &repaired,
+                    &options,
+                    dir.join("model.gguf"),
+                    progress,
+                )?;
+                if !corrected {
+                    return Ok(("model.gguf", None));
+                }
+                let options = GgufAdapterOptions::of_base(&template)?;
+                Adapter::write_gguf(&repaired, decoder, &options, dir.join("adapter.gguf"))?;
+                Ok(("model.gguf", Some("adapter.gguf")))
+            }
+            target => {
+                let version = match target {
+                    Target::Vllm => gptq::Version::V1,
+                    _ => gptq::Version::V2,
+                };
+                let layout = Layout::Gptq { version };
+                let options = CheckpointOptions::new(Weights::Compressed, layout);
+                write_checkpoint(decoder, &repaired, dir.join("model"), &options, progress)?;
+                if !corrected {
+                    return Ok(("model", None));
+                }
+                let ranks = match target {
+                    Target::Vllm => AdapterRanks::Uniform,
+                    _ => AdapterRanks::Mixed,
+                };
+                let options = AdapterOptions::new("../model").with_ranks(ranks);
+                Adapter::write(&repaired, &options, dir.join("adapter"))?;
+                Ok(("model", Some("adapter")))
+            }
+        }
+    }
+
+    /// The linears of a plan in their stored form.
+    fn assemble(&self, plan: &Plan, decoder: &Decoder<'_>, folder: &Path) -> Result<Repaired> {
+        let mut others = Vec::new();
+        for site in &plan.sites {
+            let Some(name) = site.site.matrix(self.decoder) else {
+                continue;
+            };
+            if let Some(stored) = self.maker.matrix(site.site, site.treatment)? {
+                let module = name.strip_suffix(".weight").unwrap_or(&name);
+                others.push((module.to_string(), stored));
+            }
+        }
+        let block = |layer: usize| -> lowrank_eora::Result<Vec<RepairedLayer>> {
+            let mut layers = Vec::new();
+            for site in &plan.sites {
+                if site.site.half().is_some_and(|(of, _)| of == layer) {
+                    let made = self.maker.layers(decoder, site.site, site.treatment);
+                    layers.extend(made.map_err(into_repair)?);
+                }
+            }
+            Ok(layers)
+        };
+        let blocks = (0..self.decoder.config().layers()).map(block);
+        Ok(Repaired::assemble(folder, decoder, blocks, others)?)
+    }
+}
+
+/// An error on its way through a crate below.
+fn into_repair(error: Error) -> lowrank_eora::Error {
+    match error {
+        Error::Repair(error) => error,
+        Error::File(error) => error.into(),
+        Error::Model(error) => error.into(),
+        error => lowrank_eora::Error::Setting {
+            name: "treatment",
+            value: error.to_string(),
+            expected: "one that can be made",
+        },
+    }
+}
+
+/// Bytes of the weights in a file or folder: of safetensors and GGUF files.
+fn weights_in(path: &Path) -> Result<u64> {
+    let size = |path: &Path| -> Result<u64> {
+        let metadata = path
+            .metadata()
+            .map_err(tensor_io::Error::io("read", path))?;
+        Ok(metadata.len())
+    };
+    if path.is_file() {
+        return size(path);
+    }
+    let mut sum = 0;
+    for entry in std::fs::read_dir(path).map_err(tensor_io::Error::io("read", path))? {
+        let path = entry.map_err(tensor_io::Error::io("read", path))?.path();
+        if path
+            .extension()
+            .is_some_and(|extension| extension == "safetensors")
+        {
+            sum += size(&path)?;
+        }
+    }
+    Ok(sum)
+}

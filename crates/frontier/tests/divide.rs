@@ -1,0 +1,340 @@
+//! A model measured, divided, written and opened again, as a user does it.
+
+use candle_core::{DType, Device};
+use causal_lm::testing::{TestModel, config};
+use causal_lm::{Decoder, Windows};
+use frontier::{Baseline, Data, Error, Frontier, Options, Plan, Target};
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use serde_json::{Map, Value, json};
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+use tensor_io::{Cancelled, NoProgress};
+
+const WORDS: usize = 64;
+
+/// Two blocks of 64 channels and 96 neurons, so that rows are whole words and blocks.
+fn model(tied: bool) -> TestModel {
+    let changes = json!({
+        "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 8,
+        "vocab_size": WORDS, "tie_word_embeddings": tied,
+    });
+    // Random weights of this size make predictions that differ from token to token.
+    let louder = |_: &str, tensor: candle_core::Tensor| (tensor * 3.0).unwrap();
+    let model = TestModel::with(&config("llama", changes), DType::BF16, louder);
+    write_tokenizer(model.dir());
+    model
+}
+
+/// A byte-level tokenizer of as many tokens as the model has rows.
+fn write_tokenizer(dir: &Path) {
+    let last = WORDS - 1;
+    let vocab: Map<String, Value> = (0..last).map(|i| (format!("t{i}"), json!(i))).collect();
+    let tokenizer = json!({
+        "version": "1.0", "truncation": null, "padding": null, "normalizer": null, "post_processor": null, "decoder": null,
+        "added_tokens": [{"id": last, "content": "<s>", "single_word": false, "lstrip": false, "rstrip": false,
+            "normalized": false, "special": true}],
+        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true},
+        "model": {"type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
+            "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false, "vocab": vocab, "merges": []},
+    });
+    std::fs::write(dir.join("tokenizer.json"), tokenizer.to_string()).unwrap();
+    std::fs::write(dir.join("tokenizer_config.json"), r#"{"bos_token": "<s>"}"#).unwrap();
+}
+
+fn windows(seed: u64, count: usize) -> Windows {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    let text: Vec<u32> = (0..count * 16)
+        .map(|_| rng.random_range(0..WORDS as u32))
+        .collect();
+    Windows::cut(&text, 16, None).unwrap()
+}
+
+fn options(target: Target) -> Options {
+    let mut options = Options::new(target);
+    options.coarse_tokens = 128;
+    options.fine_tokens = 256;
+    options.ranks = Some(vec![2, 4]);
+    if target == Target::Here {
+        let names = ["gptq-int8-g32", "gptq-int4-g32", "gptq-int2-g32"];
+        options.formats = Some(names.map(|name| name.parse().unwrap()).to_vec());
+    }
+    options
+}
+
+/// A measured model in a folder beside it.
+fn with_frontier<T>(
+    model: &TestModel,
+    options: Options,
+    f: impl FnOnce(&mut Frontier<'_>) -> T,
+) -> T {
+    let (calibration, comparison) = (windows(1, 24), windows(2, 16));
+    // Opened again, so that the tokenizer is among its files.
+    let checkpoint = causal_lm::open(model.dir()).unwrap();
+    let decoder = Decoder::new(&checkpoint, DType::F32, &Device::Cpu).unwrap();
+    let data = Data {
+        calibration: &calibration,
+        comparison: &comparison,
+    };
+    let dir = model.path("state");
+    f(&mut Frontier::measure(&decoder, data, options, dir, &NoProgress).unwrap())
+}
+
+/// Plans at a share of the bytes between the smallest plan and the dense model.
+fn budget(frontier: &Frontier<'_>, share: f64) -> u64 {
+    let (least, dense) = (frontier.smallest().unwrap(), frontier.dense_bytes());
+    least + ((dense - least) as f64 * share) as u64
+}
+
+/// Bytes of the files of weights below a folder.
+fn weight_files(dir: &Path) -> u64 {
+    let mut sum = 0;
+    for entry in std::fs::read_dir(dir).unwrap() {
+        let path = entry.unwrap().path();
+        let extension = path
+            .extension()
+            .and_then(|e| e.to_str())
+            .unwrap_or_default();
+        if path.is_dir() {
+            sum += weight_files(&path);
+        } else if matches!(extension, "safetensors" | "gguf") {
+            sum += path.metadata().unwrap().len();
+        }
+    }
+    sum
+}
+
+#[test]
+fn what_is_written_takes_the_bytes_of_the_plan_and_predicts_as_it_was_measured() {
+    for (target, tied) in [
+        (Target::Here, true),
+        (Target::Here, false),
+        (Target::Gguf, true),
+        (Target::Vllm, true),
+    ] {
+        let model = model(tied);
+        with_frontier(&model, options(target), |frontier| {
+            for share in [0.0, 0.2, 0.6] {
+                let budget = budget(frontier, share);
+                let plan = frontier.plan(budget, &NoProgress).unwrap();
+                assert!(plan.bytes() <= budget, "{target} {share}");
+                let dst = model.path(&format!("{target}-{share}"));
+                let written = frontier.write(&plan, &dst, &NoProgress).unwrap();
+                assert_eq!(written.bytes, weight_files(&dst), "{target} {share}");
+                assert!(written.bytes <= plan.weight_bytes);
+                // Entries of headers are counted with the longest offsets, and all else to the byte.
+                let gap = plan.weight_bytes - written.bytes;
+                assert!(gap < 1500, "{target} {share}: {gap} of {}", written.bytes);
+
+                let checkpoint = written.open().unwrap();
+                let opened = Decoder::new(&checkpoint, DType::F32, &Device::Cpu).unwrap();
+                let found = frontier.divergence(&opened, &NoProgress).unwrap();
+                let difference = (found.mean - plan.measured.mean).abs();
+                assert!(
+                    difference < 1e-6,
+                    "{target} {share}: {} written, {} measured",
+                    found.mean,
+                    plan.measured.mean
+                );
+                let packed = opened.packed(causal_lm::Execution::default());
+                let found = frontier.divergence(&packed, &NoProgress).unwrap();
+                assert!(
+                    (found.mean - plan.measured.mean).abs() < 1e-6,
+                    "{target} {share}"
+                );
+                assert_eq!(Plan::load(dst.join("plan.json")).unwrap(), plan);
+            }
+        });
+    }
+}
+
+#[test]
+fn a_budget_of_the_dense_model_leaves_every_tensor_as_it_was() {
+    let model = model(true);
+    with_frontier(&model, options(Target::Here), |frontier| {
+        let plan = frontier.plan(frontier.dense_bytes(), &NoProgress).unwrap();
+        assert!(plan.is_dense());
+        assert!(plan.measured.mean.abs() < 1e-6);
+        assert_eq!(plan.summary().pruned, 0.0);
+        let written = frontier
+            .write(&plan, model.path("dense"), &NoProgress)
+            .unwrap();
+        let copy = written.open().unwrap();
+        for name in model.checkpoint().names() {
+            let (ours, theirs) = (model.checkpoint().bytes(name), copy.bytes(name));
+            assert_eq!(ours.unwrap(), theirs.unwrap(), "{name}");
+        }
+    });
+}
+
+#[test]
+fn a_budget_below_the_smallest_plan_says_what_the_smallest_is() {
+    let model = model(true);
+    with_frontier(&model, options(Target::Here), |frontier| {
+        let smallest = frontier.smallest().unwrap();
+        let error = frontier.plan(smallest - 1, &NoProgress).unwrap_err();
+        assert!(
+            matches!(error, Error::Budget { smallest: found, .. } if found == smallest),
+            "{error}"
+        );
+        assert!(error.to_string().contains(&smallest.to_string()));
+        assert!(frontier.plan(smallest, &NoProgress).unwrap().bytes() <= smallest);
+    });
+}
+
+#[test]
+fn rounds_never_make_a_plan_worse_and_a_larger_budget_is_not_predicted_worse() {
+    let model = model(true);
+    with_frontier(&model, options(Target::Here), |frontier| {
+        let mut last = f64::INFINITY;
+        for share in [0.1, 0.3, 0.5, 0.8] {
+            let budget = budget(frontier, share);
+            let plan = frontier.plan(budget, &NoProgress).unwrap();
+            let kept: Vec<f64> = plan
+                .rounds
+                .iter()
+                .filter(|round| round.kept)
+                .map(|r| r.measured.mean)
+                .collect();
+            assert!(kept.windows(2).all(|pair| pair[1] < pair[0]), "{kept:?}");
+            assert_eq!(kept.last().copied(), Some(plan.measured.mean));
+            assert!(plan.predicted <= last + 1e-12);
+            last = plan.predicted;
+            for baseline in Baseline::ALL {
+                let Some(other) = frontier.baseline(baseline, budget, &NoProgress).unwrap() else {
+                    continue;
+                };
+                assert!(other.bytes() <= budget, "{baseline}");
+                // The joint division could have chosen it.
+                assert!(plan.predicted <= other.predicted + 1e-9, "{baseline}");
+            }
+        }
+        let points = frontier.predicted(16);
+        assert!(
+            points
+                .windows(2)
+                .all(|p| p[0].0 <= p[1].0 && p[0].1 >= p[1].1)
+        );
+    });
+}
+
+#[test]
+fn a_run_that_was_stopped_goes_on_to_the_same_plan_and_measures_nothing_twice() {
+    let (calibration, comparison) = (windows(1, 24), windows(2, 16));
+    let data = Data {
+        calibration: &calibration,
+        comparison: &comparison,
+    };
+    let model = model(true);
+    let decoder = model.decoder();
+    let whole = {
+        let dir = model.path("whole");
+        let mut frontier =
+            Frontier::measure(&decoder, data, options(Target::Here), dir, &NoProgress).unwrap();
+        frontier.plan(budget(&frontier, 0.3), &NoProgress).unwrap()
+    };
+    let dir = model.path("stopped");
+    let measure = |progress: &dyn tensor_io::Progress| {
+        Frontier::measure(&decoder, data, options(Target::Here), &dir, progress)
+    };
+    // Steps that are found done count too, so that each run gets further than the one before.
+    for limit in [3, 8, 20, 45, 70] {
+        let left = AtomicU64::new(limit);
+        let stop = |steps: u64| {
+            let after = |left: u64| left.checked_sub(steps);
+            let found = left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, after);
+            found.map(|_| ()).map_err(|_| Cancelled)
+        };
+        let error = measure(&stop).err().unwrap();
+        assert!(error.to_string().contains("cancelled"), "{limit}: {error}");
+    }
+    let mut frontier = measure(&NoProgress).unwrap();
+    assert_eq!(
+        frontier.plan(budget(&frontier, 0.3), &NoProgress).unwrap(),
+        whole
+    );
+    assert!(frontier.passes() > 0.0);
+    let mut again = measure(&NoProgress).unwrap();
+    assert_eq!(again.plan(budget(&again, 0.3), &NoProgress).unwrap(), whole);
+    assert_eq!(again.passes(), 0.0);
+}
+
+#[test]
+fn plans_do_not_depend_on_the_number_of_threads() {
+    let plan = |threads: usize| {
+        let pool = rayon::ThreadPoolBuilder::new()
+            .num_threads(threads)
+            .build()
+            .unwrap();
+        pool.install(|| {
+            let model = model(true);
+            with_frontier(&model, options(Target::Here), |frontier| {
+                frontier.plan(budget(frontier, 0.25), &NoProgress).unwrap()
+            })
+        })
+    };
+    assert_eq!(plan(1), plan(3));
+}
+
+#[test]
+fn what_a_target_cannot_store_and_texts_that_overlap_are_refused() {
+    let mut wrong = options(Target::Gguf);
+    wrong.formats = Some(vec!["gptq-int4-g32".parse().unwrap()]);
+    let model = model(true);
+    let decoder = model.decoder();
+    let text = windows(3, 24);
+    let other = windows(4, 8);
+    let measure = |options: Options, comparison: &Windows| {
+        let data = Data {
+            calibration: &text,
+            comparison,
+        };
+        let found = Frontier::measure(&decoder, data, options, model.path("state"), &NoProgress);
+        found.err().unwrap().to_string()
+    };
+    let error = measure(wrong, &other);
+    assert!(error.contains("gguf cannot store gptq-int4-g32"), "{error}");
+    let error = measure(options(Target::Here), &text.first(2));
+    assert!(error.contains("comparison windows"), "{error}");
+    let mut wide = options(Target::Here);
+    wide.widths = vec![0.5, 1.5];
+    assert!(measure(wide, &other).contains("widths is 1.5"));
+}
+
+#[test]
+fn the_same_widths_everywhere_where_the_target_wants_them_and_keys_and_values_count() {
+    let model = model(true);
+    with_frontier(&model, options(Target::Vllm), |frontier| {
+        let plan = frontier.plan(budget(frontier, 0.1), &NoProgress).unwrap();
+        let of = |attention: bool| {
+            let sites = plan.sites.iter().filter(move |s| match s.site {
+                frontier::Site::Attention(_) => attention,
+                frontier::Site::Mlp(_) => !attention,
+                _ => false,
+            });
+            sites
+                .map(|s| (s.treatment.width, s.treatment.rank))
+                .collect::<Vec<_>>()
+        };
+        for sites in [of(true), of(false)] {
+            assert!(sites.windows(2).all(|pair| pair[0] == pair[1]), "{sites:?}");
+        }
+    });
+    let mut long = options(Target::Here);
+    long.cache_positions = 1000;
+    with_frontier(&model, long, |frontier| {
+        // Two layers of four key/value heads of 8 channels, keys and values in f32.
+        let cache = 2 * 4 * 8 * 2 * 4 * 1000;
+        let dense = frontier.plan(frontier.dense_bytes(), &NoProgress).unwrap();
+        assert_eq!(dense.cache_bytes, cache);
+        let plan = frontier.plan(budget(frontier, 0.5), &NoProgress).unwrap();
+        assert!(plan.cache_bytes < cache && plan.bytes() <= budget(frontier, 0.5));
+    });
+    let mut few = options(Target::Here);
+    few.max_parameters = Some(60_000);
+    with_frontier(&model, few, |frontier| {
+        let plan = frontier.plan(frontier.dense_bytes(), &NoProgress).unwrap();
+        assert!(plan.summary().parameters <= 60_000);
+        assert!(plan.summary().pruned > 0.0);
+    });
+}

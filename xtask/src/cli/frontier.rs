@@ -1,0 +1,120 @@
+//! The flags of `eval frontier`.
+
+use std::num::NonZeroUsize;
+use std::path::PathBuf;
+
+use clap::Args;
+use frontier::{Format, Options, TARGETS, Target};
+
+use super::{TextArgs, positive};
+use crate::suites::frontier::{self as suite, Memory};
+
+#[derive(Args)]
+pub(super) struct FrontierArgs {
+    #[command(flatten)]
+    text: TextArgs,
+    /// Text to calibrate and to compare models on; must differ from --text
+    #[arg(long, value_name = "FILE")]
+    calib: PathBuf,
+    /// Budgets, separated by commas: bytes (500000000, 500M, 1.5GiB) or percent of the dense model's (35%)
+    #[arg(long, required = true, value_delimiter = ',', value_name = "B[,B..]")]
+    memory: Vec<Memory>,
+    /// Tokens of context for which keys and values count in the budget; without it weights alone count
+    #[arg(long, value_name = "N", value_parser = positive)]
+    context: Option<NonZeroUsize>,
+    /// Sequences for which they count
+    #[arg(long, value_name = "N", default_value = "1", requires = "context", value_parser = positive)]
+    batch: NonZeroUsize,
+    /// Most parameters of the result, factors included
+    #[arg(long, value_name = "N")]
+    max_params: Option<u64>,
+    #[arg(
+        long = "for",
+        value_name = "TARGET",
+        default_value = "here",
+        help = format!("Runtime that loads the result: {}", TARGETS.join(", "))
+    )]
+    target: Target,
+    /// Write the models to this new folder, each to a subfolder named after its budget in bytes
+    #[arg(long, value_name = "DIR")]
+    save: Option<PathBuf>,
+    /// Keep what is made and measured in this folder and resume from it
+    #[arg(long, value_name = "DIR")]
+    resume: Option<PathBuf>,
+    /// Do not measure what the same bytes buy along one axis
+    #[arg(long)]
+    no_baselines: bool,
+    #[command(flatten)]
+    search: SearchArgs,
+}
+
+/// What is chosen from, and how carefully it is measured.
+#[derive(Args)]
+#[command(next_help_heading = "What to choose from, and how carefully")]
+struct SearchArgs {
+    /// Windows to calibrate on, sampled with --seed
+    #[arg(long, value_name = "N", default_value = "64", value_parser = positive)]
+    calib_samples: NonZeroUsize,
+    /// Other windows of the same text, to compare models with the dense one on
+    #[arg(long, value_name = "N", default_value = "32", value_parser = positive)]
+    compare_samples: NonZeroUsize,
+    /// Fractions of heads and neurons that may stay [default: 0.25,0.5,0.75]
+    #[arg(long, value_delimiter = ',', value_name = "W[,W..]")]
+    widths: Option<Vec<f64>>,
+    /// Formats besides that of the model, most bits first: compressors as for lowrank [default: those of the target]
+    #[arg(long, value_delimiter = ',', value_name = "F[,F..]")]
+    formats: Option<Vec<Format>>,
+    /// Ranks of corrections besides none [default: a 64th and a 16th of the hidden width]
+    #[arg(long, value_delimiter = ',', value_name = "R[,R..]")]
+    ranks: Option<Vec<usize>>,
+    /// Tokens to measure single sites on
+    #[arg(long, value_name = "N", default_value = "2048", value_parser = positive)]
+    coarse_tokens: NonZeroUsize,
+    /// Tokens to measure plans on
+    #[arg(long, value_name = "N", default_value = "8192", value_parser = positive)]
+    fine_tokens: NonZeroUsize,
+    /// Most rounds of measuring around a plan
+    #[arg(long, value_name = "N", default_value = "3")]
+    rounds: usize,
+}
+
+impl FrontierArgs {
+    pub(super) fn config(self) -> suite::Config {
+        let Self {
+            text,
+            calib,
+            memory,
+            context,
+            batch,
+            max_params,
+            target,
+            save,
+            resume,
+            no_baselines,
+            search,
+        } = self;
+        let mut options = Options::new(target);
+        if let Some(context) = context {
+            options.cache_positions = (context.get() * batch.get()) as u64;
+        }
+        options.max_parameters = max_params;
+        if let Some(widths) = search.widths {
+            options.widths = widths;
+        }
+        options.formats = search.formats;
+        options.ranks = search.ranks;
+        options.coarse_tokens = search.coarse_tokens.get();
+        options.fine_tokens = search.fine_tokens.get();
+        options.rounds = search.rounds;
+        suite::Config {
+            calib_samples: search.calib_samples.get(),
+            compare_samples: search.compare_samples.get(),
+            memory,
+            options,
+            baselines: !no_baselines,
+            save,
+            resume,
+            ..suite::Config::new(text.into(), calib)
+        }
+    }
+}

@@ -1,0 +1,334 @@
+//! The best model that fits a memory budget, beside what the same bytes buy along one axis.
+
+mod memory;
+mod strip;
+mod table;
+
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use anyhow::{Context, Result, ensure};
+use candle_core::{DType, Device};
+use causal_lm::{Arithmetic, Decoder, Execution, Model, Windows};
+use eval_report::{Budget, DENSE, Row, Section, Stopwatch};
+use frontier::{Baseline, Data, Frontier, Options, Plan};
+use lm_eval::ScoredWindows;
+
+use super::perplexity::{self, Protocol, file_name};
+use crate::bar::Bar;
+use crate::scratch::Scratch;
+use crate::settings::Settings;
+
+pub use memory::Memory;
+
+/// The method name of a plan over all axes.
+pub const JOINT: &str = "joint";
+/// What a file that was opened again may differ by from what was measured, in nats per token: rounding of f32.
+const SAME: f64 = 1e-6;
+/// Tokens decoded to measure a speed, and those before them.
+const DECODED: usize = 32;
+const PROMPT: usize = 16;
+
+/// What to divide and measure.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// Model, text and protocol of the evaluation.
+    pub perplexity: perplexity::Config,
+    /// Text to calibrate and to compare on.
+    pub calib: PathBuf,
+    /// Windows to calibrate on.
+    pub calib_samples: usize,
+    /// Other windows of the same text, on which models are compared with the dense one.
+    pub compare_samples: usize,
+    /// Budgets.
+    pub memory: Vec<Memory>,
+    /// Formats, widths, ranks and how carefully they are measured.
+    pub options: Options,
+    /// Whether to measure what the same bytes buy along one axis.
+    pub baselines: bool,
+    /// Folder for the models of the joint plans.
+    pub save: Option<PathBuf>,
+    /// Folder for what is made and measured.
+    pub resume: Option<PathBuf>,
+}
+
+impl Config {
+    /// No budgets, all else by default.
+    pub fn new(perplexity: perplexity::Config, calib: PathBuf) -> Self {
+        Self {
+            perplexity,
+            calib,
+            calib_samples: 64,
+            compare_samples: 32,
+            memory: Vec::new(),
+            options: Options::default(),
+            baselines: true,
+            save: None,
+            resume: None,
+        }
+    }
+}
+
+/// Divide each budget and measure the plans.
+///
+/// # Errors
+/// A model or text that cannot be read or run, and a budget below the smallest plan.
+pub fn run(settings: &Settings, config: &Config) -> Result<Vec<Section>> {
+    perplexity::ensure_unseen(&config.calib, &config.perplexity.text)?;
+    let checkpoint = causal_lm::open(&config.perplexity.model)?;
+    let decoder = Decoder::new(&checkpoint, DType::F32, &settings.device.open()?)
+        .with_context(|| checkpoint.dir().display().to_string())?;
+    if let Some(save) = &config.save {
+        ensure!(
+            !save.exists(),
+            "--save {}: it exists; name a new folder",
+            save.display()
+        );
+    }
+    let protocol = Protocol::new(settings, &config.perplexity, &decoder)?;
+    let evaluation = protocol.evaluation(settings, &config.perplexity.text)?;
+    let text = protocol.calibration(&config.calib)?;
+    let (calibration, comparison) =
+        split(&text, config, settings.seed).with_context(|| config.calib.display().to_string())?;
+    let scratch = Scratch::new()?;
+    let state = config.resume.as_deref().unwrap_or(scratch.path());
+
+    let watch = Stopwatch::start();
+    let bar = settings.bar("frontier", 0);
+    let mut options = config.options.clone();
+    options.seed = settings.seed;
+    let data = Data {
+        calibration: &calibration,
+        comparison: &comparison,
+    };
+    let mut frontier = Frontier::measure(&decoder, data, options, state, &bar)?;
+    let mut measuring = Row::new("frontier", "measuring");
+    watch.stop(&mut measuring);
+    let measured = (measuring.seconds, frontier.passes());
+    let budgets: Vec<u64> = config
+        .memory
+        .iter()
+        .map(|memory| memory.bytes(frontier.dense_bytes()))
+        .collect();
+    if let (Some(&least), Some(smallest)) = (budgets.iter().min(), frontier.smallest()) {
+        ensure!(
+            least >= smallest,
+            "--memory {least}: the smallest plan for --for {} takes {smallest} bytes ({:.1} % of the dense model)",
+            frontier.options().target,
+            100.0 * smallest as f64 / frontier.dense_bytes() as f64
+        );
+    }
+
+    let suite = Suite {
+        config,
+        evaluation: &evaluation,
+        scratch: scratch.path(),
+        bar: &bar,
+    };
+    let mut rows = vec![suite.dense(&decoder, frontier.dense_bytes())?];
+    let mut plans = Vec::new();
+    for &budget in &budgets {
+        bar.set_label(format!("{JOINT} at {budget}"));
+        let (row, plan) = suite.joint(&mut frontier, budget)?;
+        rows.push(row);
+        for baseline in Baseline::ALL {
+            if config.baselines {
+                bar.set_label(format!("{baseline} at {budget}"));
+                rows.extend(suite.baseline(&mut frontier, baseline, budget)?);
+            }
+        }
+        plans.push(plan);
+    }
+    bar.finish();
+    table::compare_with_dense(&mut rows, &file_name(&config.perplexity.model));
+    let section = table::section(&frontier, rows, &plans);
+    let (coarse, fine) = frontier.tokens();
+    let check = frontier.check();
+    let section = protocol
+        .facts(
+            section,
+            &config.perplexity.text,
+            evaluation.count(),
+            evaluation.targets(),
+        )
+        .fact("calibration text", file_name(&config.calib))
+        .fact("calibration windows", calibration.count())
+        .fact("comparison windows", comparison.count())
+        .fact("target", frontier.options().target.name())
+        .fact("tokens of curves", coarse)
+        .fact("tokens of plans", fine)
+        .fact("seconds to measure curves", measured.0.round())
+        .fact("passes to measure curves", measured.1.round())
+        .fact("passes in all", frontier.passes().round())
+        .fact(
+            "combined treatments",
+            format!(
+                "{} measured as a check: Spearman {:.2}, predicted / measured {:.2}{}",
+                check.sampled,
+                check.rho,
+                check.ratio,
+                match check.widened {
+                    true => "; all formats measured at all widths",
+                    false => "",
+                }
+            ),
+        );
+    Ok(vec![section])
+}
+
+/// Windows to calibrate on, drawn with a seed, and others to compare on.
+fn split(text: &Windows, config: &Config, seed: u64) -> Result<(Windows, Windows)> {
+    let count = text.count();
+    let compare = config.compare_samples.min(count / 2);
+    let calibrate = config.calib_samples.min(count - compare);
+    ensure!(
+        compare > 0 && calibrate > 0,
+        "the text has {count} windows; at least two are needed, one to calibrate and one to compare on"
+    );
+    let calibration = text.sample(calibrate, seed);
+    let seen: std::collections::HashSet<&[u32]> = calibration.iter().collect();
+    let others: Vec<u32> = text
+        .iter()
+        .filter(|window| !seen.contains(window))
+        .flatten()
+        .copied()
+        .collect();
+    ensure!(!others.is_empty(), "all windows of the text are the same");
+    let others = Windows::cut(&others, text.window_len(), None)?;
+    Ok((calibration, others.sample(compare, seed)))
+}
+
+/// What all rows share.
+struct Suite<'a> {
+    config: &'a Config,
+    evaluation: &'a ScoredWindows,
+    scratch: &'a Path,
+    bar: &'a Bar,
+}
+
+impl Suite<'_> {
+    fn dense(&self, decoder: &Decoder<'_>, bytes: u64) -> Result<Row> {
+        let mut row = Row::new("frontier", DENSE);
+        let bar = self.bar.nested(DENSE, 0);
+        perplexity::measure(decoder, self.evaluation, &mut row, &bar)?;
+        let checkpoint = decoder.checkpoint();
+        let packed = Decoder::new(checkpoint, DType::F32, &Device::Cpu)?;
+        self.speed(&packed.packed(Execution::new(Arithmetic::F32)), &mut row)?;
+        row.bytes = Some(bytes);
+        row.extra.insert("kl".into(), 0.0.into());
+        Ok(row)
+    }
+
+    fn joint(&self, frontier: &mut Frontier<'_>, budget: u64) -> Result<(Row, Plan)> {
+        let (start, before) = (Instant::now(), frontier.passes());
+        let bar = self.bar.nested("dividing", 0);
+        let plan = frontier.plan(budget, &bar)?;
+        bar.finish();
+        let mut row = self.measure(frontier, JOINT, &plan, start)?;
+        let passes = (frontier.passes() - before).round();
+        row.extra.insert("passes".into(), passes.into());
+        let rounds = serde_json::to_value(&plan.rounds)?;
+        row.extra.insert("rounds".into(), rounds);
+        for site in &plan.sites {
+            row.layers.push(serde_json::to_value(site)?);
+        }
+        Ok((row, plan))
+    }
+
+    fn baseline(
+        &self,
+        frontier: &mut Frontier<'_>,
+        baseline: Baseline,
+        budget: u64,
+    ) -> Result<Option<Row>> {
+        let start = Instant::now();
+        let bar = self.bar.nested(baseline.name(), 0);
+        let Some(plan) = frontier.baseline(baseline, budget, &bar)? else {
+            return Ok(None);
+        };
+        bar.finish();
+        self.measure(frontier, baseline.name(), &plan, start)
+            .map(|row| Some(row.control()))
+    }
+
+    /// Writes a plan, opens the files packed and measures what they hold.
+    fn measure(
+        &self,
+        frontier: &Frontier<'_>,
+        method: &str,
+        plan: &Plan,
+        start: Instant,
+    ) -> Result<Row> {
+        let name = format!("{}-{}", method.replace([' ', ','], "_"), plan.budget);
+        let kept = self.config.save.as_ref().filter(|_| method == JOINT);
+        let dst = kept.map_or_else(
+            || self.scratch.join(&name),
+            |save| save.join(plan.budget.to_string()),
+        );
+        let bar = self.bar.nested(method, 0);
+        let written = frontier.write(plan, &dst, &bar)?;
+        let checkpoint = written.open()?;
+        let decoder = Decoder::new(&checkpoint, DType::F32, &Device::Cpu)?;
+        let decoder = decoder.packed(Execution::new(Arithmetic::F32));
+        let opened = frontier.divergence(&decoder, &bar)?;
+        let difference = (opened.mean - plan.measured.mean).abs();
+        ensure!(
+            difference <= SAME * plan.measured.mean.max(1.0),
+            "{}: the files are {} nats from the dense model, the plan {}",
+            dst.display(),
+            opened.mean,
+            plan.measured.mean
+        );
+        let mut row = Row::new("frontier", method);
+        perplexity::measure(&decoder, self.evaluation, &mut row, &bar)?;
+        self.speed(&decoder, &mut row)?;
+        row.seconds = start.elapsed().as_secs_f64();
+        row.bytes = Some(written.bytes);
+        let summary = plan.summary();
+        row.params = Some(summary.parameters);
+        let share = plan.budget as f64 / frontier.dense_bytes() as f64;
+        row.budget = Some(Budget::Share((share * 1e4).round() / 1e4));
+        if plan.cache_bytes > 0 {
+            row.kv_bytes = Some(plan.cache_bytes);
+        }
+        for (name, value) in [
+            ("kl", opened.mean),
+            ("kl_error", opened.error),
+            ("kl_predicted", plan.predicted),
+            ("pruned", summary.pruned),
+            ("bits", summary.bits),
+            ("mean_rank", summary.rank),
+        ] {
+            row.extra.insert(name.into(), value.into());
+        }
+        drop(decoder);
+        drop(checkpoint);
+        if kept.is_none() {
+            std::fs::remove_dir_all(&dst).with_context(|| dst.display().to_string())?;
+        }
+        Ok(row)
+    }
+
+    /// Tokens decoded per second, one at a time, with weights as they are stored; the row's speed so far is that of a prefill.
+    fn speed(&self, decoder: &Decoder<'_>, row: &mut Row) -> Result<()> {
+        let model = Model::load(decoder)?;
+        let mut cache = model.full_cache(1)?;
+        let windows = self.evaluation.inputs();
+        let tokens: Vec<u32> = windows.iter().flatten().copied().collect();
+        let decoded = DECODED
+            .min(windows.window_len().saturating_sub(PROMPT))
+            .max(1);
+        let prompt = &tokens[..PROMPT.min(windows.window_len() - decoded)];
+        model.forward(&[prompt], &mut cache)?;
+        let start = Instant::now();
+        for token in tokens.iter().cycle().skip(prompt.len()).take(decoded) {
+            model.forward(&[&[*token]], &mut cache)?;
+        }
+        let speed = decoded as f64 / start.elapsed().as_secs_f64().max(1e-9);
+        if let Some(prefill) = row.tokens_per_second.replace(speed) {
+            row.extra
+                .insert("prefill_tokens_per_second".into(), prefill.round().into());
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,144 @@
+//! How the rows of `eval frontier` are shown.
+
+use eval_report::{
+    Axis, Column, DENSE, Plot, Point, Reference, Role, Row, Section, Series, format,
+};
+use frontier::{Frontier, Plan};
+
+use super::{JOINT, strip};
+
+const MIB: f64 = 1048576.0;
+/// Budgets of the line of predictions.
+const PREDICTED: usize = 48;
+
+/// The table with its explanation, plots and pictures.
+pub(super) fn section(frontier: &Frontier<'_>, rows: Vec<Row>, plans: &[Plan]) -> Section {
+    let dense = frontier.dense_bytes();
+    let mut columns = vec![
+        Column::Budget,
+        Column::Method,
+        Column::Bytes,
+        Column::BytesOverDense,
+        Column::KvBytes,
+    ];
+    let extra = ["kl", "kl_error", "kl_predicted"];
+    columns.extend(extra.map(|name| Column::Extra(name.into())));
+    columns.extend([Column::Perplexity, Column::ExtraShare("pruned".into())]);
+    let extra = ["bits", "mean_rank", "prefill_tokens_per_second", "passes"];
+    columns.extend(extra.map(|name| Column::Extra(name.into())));
+    columns.extend([Column::TokensPerSecond, Column::Seconds]);
+    Section {
+        title: "The best model that fits".into(),
+        prose: "A budget in bytes is divided over pruned width, bits and low-rank repair of each attention, MLP and embedding, by \
+                what each treatment does to the predictions of the whole model. Every plan was written, opened again and measured \
+                with its weights as they are stored: size is that of the files of weights, kl the mean divergence from the dense \
+                model's predictions in nats per token on windows that neither calibration nor evaluation used, with its standard \
+                error. The other rows spend the same bytes along one axis. Speed is that of decoding one token at a time; the \
+                prefill's is beside it. The last plot compares the sum of single sites with whole plans."
+            .into(),
+        columns,
+        remarks: remarks(&rows),
+        figures: plans.iter().map(|plan| strip::figure(plan, dense)).collect(),
+        plots: plots(frontier, &rows, plans),
+        rows,
+        ..Section::default()
+    }
+}
+
+/// Fills in what the dense row has.
+pub(super) fn compare_with_dense(rows: &mut [Row], model: &str) {
+    let Some(dense) = rows.iter().find(|row| row.method == DENSE).cloned() else {
+        return;
+    };
+    for row in rows {
+        row.model = Some(model.to_owned());
+        row.bytes_dense = dense.bytes;
+        row.params_dense = dense.params;
+        row.perplexity_dense = dense.perplexity;
+        row.tokens_per_second_dense = dense.tokens_per_second;
+    }
+}
+
+fn kl(row: &Row) -> Option<f64> {
+    row.extra.get("kl")?.as_f64()
+}
+
+/// Where the joint plan is best, and where it is not.
+fn remarks(rows: &[Row]) -> Vec<String> {
+    let joint: Vec<&Row> = rows.iter().filter(|row| row.method == JOINT).collect();
+    let mut lost = Vec::new();
+    for row in &joint {
+        let others = rows
+            .iter()
+            .filter(|other| other.role == Role::Control && other.budget == row.budget);
+        let best = others.filter_map(|other| Some((kl(other)?, other)));
+        let best = best.min_by(|a, b| a.0.total_cmp(&b.0));
+        if let (Some(ours), Some((theirs, other))) = (kl(row), best)
+            && theirs < ours
+        {
+            let share = row.bytes.unwrap_or(0) as f64 / row.bytes_dense.unwrap_or(1).max(1) as f64;
+            lost.push(format!(
+                "at {} {} has {} nats, the joint plan {}",
+                format::percent(share),
+                other.method,
+                format::real(theirs, 4),
+                format::real(ours, 4)
+            ));
+        }
+    }
+    if !rows.iter().any(|row| row.role == Role::Control) || joint.is_empty() {
+        return Vec::new();
+    }
+    let mut remarks = vec![format!(
+        "The joint plan has the least divergence at {} of {} budgets.",
+        joint.len() - lost.len(),
+        joint.len()
+    )];
+    remarks.extend((!lost.is_empty()).then(|| format!("It has not: {}.", lost.join("; "))));
+    remarks
+}
+
+fn plots(frontier: &Frontier<'_>, rows: &[Row], plans: &[Plan]) -> Vec<Plot> {
+    let size = |row: &Row| Some(row.bytes? as f64 / MIB);
+    let by_size = |title: &str, y: &dyn Fn(&Row) -> Option<f64>, field: &str| Plot {
+        title: title.into(),
+        x: Axis::linear("files of weights (MiB)"),
+        y: Axis::log(title),
+        series: Series::by_method(rows, size, field, y),
+        reference: None,
+    };
+    let mut divergence = by_size("divergence (nats / token)", &kl, "kl");
+    let predicted = frontier
+        .predicted(PREDICTED)
+        .into_iter()
+        .filter(|(_, kl)| *kl > 0.0);
+    divergence.series.push(Series {
+        name: "sum of single sites".into(),
+        points: predicted
+            .map(|(bytes, kl)| Point::from((bytes as f64 / MIB, kl)))
+            .collect(),
+        control: true,
+    });
+    let mut perplexity = by_size("perplexity", &|row| row.perplexity, "perplexity");
+    let dense = rows.iter().find(|row| row.method == DENSE);
+    perplexity.reference = dense.and_then(|row| row.perplexity).map(|y| Reference {
+        name: DENSE.into(),
+        y,
+    });
+    let additive = Plot {
+        title: "sum of single sites against the whole plan".into(),
+        x: Axis::log("sum of single sites (nats / token)"),
+        y: Axis::log("whole plan (nats / token)"),
+        series: vec![Series {
+            name: JOINT.into(),
+            points: plans
+                .iter()
+                .filter_map(|plan| plan.rounds.first())
+                .map(|round| Point::from((round.predicted, round.measured.mean)))
+                .collect(),
+            control: false,
+        }],
+        reference: None,
+    };
+    vec![divergence, perplexity, additive]
+}

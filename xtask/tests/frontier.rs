@@ -1,0 +1,109 @@
+//! `eval frontier` as its users run it, on a model made for the test.
+
+#[path = "common/scene.rs"]
+mod scene;
+
+use std::process::{Command, Output};
+
+use scene::{Scene, error, rows};
+use serde_json::{Value, json};
+
+fn llama() -> Scene {
+    Scene::new(json!({
+        "model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 8, "max_position_embeddings": 16,
+        "tie_word_embeddings": true,
+    }))
+}
+
+fn frontier(scene: &Scene, more: &[&str]) -> Output {
+    let path = |name: &str| scene.path(name).display().to_string();
+    Command::new(env!("CARGO_BIN_EXE_xtask"))
+        .args(["eval", "frontier", "--json", "--samples", "8"])
+        .args(["--calib-samples", "12", "--compare-samples", "8"])
+        .args(["--coarse-tokens", "64", "--fine-tokens", "128"])
+        .args(["--formats", "gptq-int8-g32,gptq-int4-g32"])
+        .args(["--model", &path("model"), "--text", &path("text.txt")])
+        .args(match more.contains(&"--calib") {
+            true => vec![],
+            false => vec!["--calib".to_string(), path("calib.txt")],
+        })
+        .args(more)
+        .output()
+        .unwrap()
+}
+
+fn number(row: &Value, field: &str) -> f64 {
+    let found = row.get(field).or_else(|| row["extra"].get(field));
+    let found = found.and_then(Value::as_f64);
+    found.unwrap_or_else(|| panic!("{field} in {row}"))
+}
+
+#[test]
+fn each_budget_has_a_joint_plan_that_fits_and_what_the_same_bytes_buy_along_one_axis() {
+    let scene = llama();
+    let rows = rows(&frontier(&scene, &["--memory", "90%,70%"]));
+    let dense = rows.iter().find(|row| row["method"] == "dense").unwrap();
+    let most = number(dense, "bytes");
+    let joint: Vec<&Value> = rows.iter().filter(|row| row["method"] == "joint").collect();
+    assert_eq!(joint.len(), 2);
+    for (row, share) in joint.iter().zip([0.9, 0.7]) {
+        assert!(number(row, "bytes") <= share * most);
+        assert!(number(row, "perplexity") > 1.0);
+        assert!(number(row, "tokens_per_second") > 0.0);
+        // The embedding, and attention and MLP of two blocks.
+        assert_eq!(row["layers"].as_array().unwrap().len(), 5);
+    }
+    let bits = rows.iter().filter(|row| row["method"] == "bits alone");
+    assert!(bits.clone().count() > 0);
+    for row in rows.iter().filter(|row| row["role"] == "control") {
+        assert!(
+            number(row, "bytes") <= number(row, "budget") * most + 1.0,
+            "{row}"
+        );
+    }
+}
+
+#[test]
+fn saved_models_are_the_rows_and_open_again() {
+    let scene = llama();
+    let save = scene.path("saved");
+    let state = scene.path("state");
+    let (saved, state) = (save.display().to_string(), state.display().to_string());
+    let more = [
+        "--memory",
+        "70%",
+        "--no-baselines",
+        "--save",
+        &saved,
+        "--resume",
+        &state,
+    ];
+    let found = rows(&frontier(&scene, &more));
+    let joint = found.iter().find(|row| row["method"] == "joint").unwrap();
+    let folder = std::fs::read_dir(&save)
+        .unwrap()
+        .next()
+        .unwrap()
+        .unwrap()
+        .path();
+    assert!(folder.join("plan.json").is_file());
+    let checkpoint = causal_lm::open(folder.join("model")).unwrap();
+    assert!(checkpoint.total_bytes() as f64 <= number(joint, "bytes"));
+    // What is there is not written over.
+    let refused = error(&frontier(&scene, &more));
+    assert!(refused.contains("--save"), "{refused}");
+}
+
+#[test]
+fn a_budget_below_the_smallest_plan_and_one_text_for_both_are_refused_with_the_reason() {
+    let scene = llama();
+    let refused = error(&frontier(&scene, &["--memory", "1%"]));
+    assert!(
+        refused.contains("the smallest plan for --for here takes"),
+        "{refused}"
+    );
+    let text = scene.path("text.txt").display().to_string();
+    let refused = error(&frontier(&scene, &["--memory", "50%", "--calib", &text]));
+    assert!(refused.contains("--calib"), "{refused}");
+}
