@@ -9,16 +9,16 @@ use std::path::PathBuf;
 pub enum Error {
     /// The model could not be read or run.
     #[error(transparent)]
-    Model(#[from] causal_lm::Error),
+    Model(Box<causal_lm::Error>),
     /// Pruning or comparing failed.
     #[error(transparent)]
-    Prune(#[from] prune_structured::Error),
+    Prune(Box<prune_structured::Error>),
     /// Quantising, correcting or writing failed.
     #[error(transparent)]
-    Repair(#[from] lowrank_eora::Error),
+    Repair(Box<lowrank_eora::Error>),
     /// A file could not be read or written.
     #[error(transparent)]
-    File(#[from] tensor_io::Error),
+    File(Box<tensor_io::Error>),
     /// A tensor operation failed.
     #[error("tensor operation failed")]
     Candle(#[from] candle_core::Error),
@@ -94,9 +94,33 @@ pub type Result<T> = std::result::Result<T, Error>;
 impl From<Error> for prune_structured::Error {
     fn from(error: Error) -> Self {
         match error {
-            Error::Prune(error) => error,
+            Error::Prune(error) => *error,
             Error::Cancelled(cancelled) => cancelled.into(),
             error => Self::Site(Box::new(error)),
         }
+    }
+}
+
+impl From<causal_lm::Error> for Error {
+    fn from(error: causal_lm::Error) -> Self {
+        Self::Model(Box::new(error))
+    }
+}
+
+impl From<prune_structured::Error> for Error {
+    fn from(error: prune_structured::Error) -> Self {
+        Self::Prune(Box::new(error))
+    }
+}
+
+impl From<lowrank_eora::Error> for Error {
+    fn from(error: lowrank_eora::Error) -> Self {
+        Self::Repair(Box::new(error))
+    }
+}
+
+impl From<tensor_io::Error> for Error {
+    fn from(error: tensor_io::Error) -> Self {
+        Self::File(Box::new(error))
     }
 }

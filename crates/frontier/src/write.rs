@@ -206,32 +206,17 @@ impl Frontier<'_> {
                 others.push((module.to_string(), stored));
             }
         }
-        let block = |layer: usize| -> lowrank_eora::Result<Vec<RepairedLayer>> {
+        let block = |layer: usize| -> Result<Vec<RepairedLayer>> {
             let mut layers = Vec::new();
             for site in &plan.sites {
                 if site.site.half().is_some_and(|(of, _)| of == layer) {
-                    let made = self.maker.layers(decoder, site.site, site.treatment);
-                    layers.extend(made.map_err(into_repair)?);
+                    layers.extend(self.maker.layers(decoder, site.site, site.treatment)?);
                 }
             }
             Ok(layers)
         };
         let blocks = (0..self.decoder.config().layers()).map(block);
-        Ok(Repaired::assemble(folder, decoder, blocks, others)?)
-    }
-}
-
-/// An error on its way through a crate below.
-fn into_repair(error: Error) -> lowrank_eora::Error {
-    match error {
-        Error::Repair(error) => error,
-        Error::File(error) => error.into(),
-        Error::Model(error) => error.into(),
-        error => lowrank_eora::Error::Setting {
-            name: "treatment",
-            value: error.to_string(),
-            expected: "one that can be made",
-        },
+        Repaired::assemble(folder, decoder, blocks, others)
     }
 }
 

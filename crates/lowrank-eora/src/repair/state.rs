@@ -146,41 +146,20 @@ impl Repaired {
     ///
     /// # Errors
     /// [`Error::OtherRun`] where the folder holds a repair, and what writing reports.
-    pub fn assemble(
+    pub fn assemble<E: From<Error>>(
         folder: impl AsRef<Path>,
         decoder: &Decoder<'_>,
-        blocks: impl IntoIterator<Item = Result<Vec<RepairedLayer>>>,
+        blocks: impl IntoIterator<Item = std::result::Result<Vec<RepairedLayer>, E>>,
         others: Vec<(String, StoredWeight)>,
-    ) -> Result<Self> {
+    ) -> std::result::Result<Self, E> {
         let folder = folder.as_ref();
-        if let Some(found) = read_facts(folder)? {
-            let found = found.get("source").cloned().unwrap_or_default();
-            return Err(other_run(folder, "source", &found, &ASSEMBLED.into()));
-        }
-        fs::create_dir_all(folder).map_err(tensor_io::Error::io("create", folder))?;
+        create_empty(folder)?;
         let mut count = 0;
         for layers in blocks {
             write_block(folder, count, &layers?)?;
             count += 1;
         }
-        let mut tensors = Vec::new();
-        for (module, weight) in &others {
-            tensors.extend(weight.tensors(module)?);
-        }
-        let modules: Vec<&String> = others.iter().map(|(module, _)| module).collect();
-        let path = folder.join(OTHERS);
-        let modules = serde_json::to_string(&modules).map_err(|e| malformed(&path, &e))?;
-        let metadata = BTreeMap::from([(REPORT.to_owned(), modules)]);
-        let named = tensors.iter().map(|(name, tensor)| (name.as_str(), tensor));
-        tensor_io::write_checked_file(&path, named, &metadata)?;
-        let mut facts = Map::new();
-        facts.insert("version".into(), VERSION.into());
-        facts.insert("blocks".into(), count.into());
-        let model = decoder.checkpoint().content_hash()?.to_string();
-        facts.insert("model".into(), model.into());
-        facts.insert("source".into(), ASSEMBLED.into());
-        write_json(folder.join(FILE), &facts)?;
-        Self::open(folder)
+        Ok(finish_assembly(folder, decoder, count, &others)?)
     }
 
     /// Whether it was assembled from linears that may differ in form.
@@ -330,6 +309,42 @@ fn read_facts(folder: &Path) -> Result<Option<Map<String, Value>>> {
 
 fn block_file(folder: &Path, block: usize) -> PathBuf {
     folder.join(format!("block-{block:05}.safetensors"))
+}
+
+/// A folder without a repair.
+fn create_empty(folder: &Path) -> Result<()> {
+    if let Some(found) = read_facts(folder)? {
+        let found = found.get("source").cloned().unwrap_or_default();
+        return Err(other_run(folder, "source", &found, &ASSEMBLED.into()));
+    }
+    Ok(fs::create_dir_all(folder).map_err(tensor_io::Error::io("create", folder))?)
+}
+
+/// Writes what stands beside the blocks of an assembled repair, its description last.
+fn finish_assembly(
+    folder: &Path,
+    decoder: &Decoder<'_>,
+    blocks: usize,
+    others: &[(String, StoredWeight)],
+) -> Result<Repaired> {
+    let mut tensors = Vec::new();
+    for (module, weight) in others {
+        tensors.extend(weight.tensors(module)?);
+    }
+    let modules: Vec<&String> = others.iter().map(|(module, _)| module).collect();
+    let path = folder.join(OTHERS);
+    let modules = serde_json::to_string(&modules).map_err(|e| malformed(&path, &e))?;
+    let metadata = BTreeMap::from([(REPORT.to_owned(), modules)]);
+    let named = tensors.iter().map(|(name, tensor)| (name.as_str(), tensor));
+    tensor_io::write_checked_file(&path, named, &metadata)?;
+    let mut facts = Map::new();
+    facts.insert("version".into(), VERSION.into());
+    facts.insert("blocks".into(), blocks.into());
+    let model = decoder.checkpoint().content_hash()?.to_string();
+    facts.insert("model".into(), model.into());
+    facts.insert("source".into(), ASSEMBLED.into());
+    write_json(folder.join(FILE), &facts)?;
+    Repaired::open(folder)
 }
 
 /// Matrices beside the linears.

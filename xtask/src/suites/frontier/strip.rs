@@ -10,6 +10,9 @@ const WIDTH: f64 = 720.0;
 const HEIGHT: f64 = 26.0;
 const TOP: f64 = 8.0;
 
+/// What a row shows of a site, from 0 to 1.
+type Value<'v> = &'v dyn Fn(&SitePlan) -> f64;
+
 /// The picture of a plan.
 pub(super) fn figure(plan: &Plan, dense: u64) -> Figure {
     let most_bits = plan.sites.iter().map(|site| site.bits).fold(1.0, f64::max);
@@ -23,8 +26,7 @@ pub(super) fn figure(plan: &Plan, dense: u64) -> Figure {
     let share = |site: &SitePlan| site.share;
     let bits = |site: &SitePlan| site.bits / most_bits;
     let rank = |site: &SitePlan| site.treatment.rank as f64 / most_rank as f64;
-    let rows: [(&str, &dyn Fn(&SitePlan) -> f64); 3] =
-        [("width", &share), ("bits", &bits), ("rank", &rank)];
+    let rows: [(&str, Value<'_>); 3] = [("width", &share), ("bits", &bits), ("rank", &rank)];
     let height = TOP + 3.0 * (HEIGHT + 4.0) + 20.0;
     let mut svg = format!(
         "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {} {height}\" font-family=\"sans-serif\" \
