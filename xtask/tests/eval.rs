@@ -133,6 +133,53 @@ fn mixtures_are_pruned_by_methods_of_their_own() {
 }
 
 #[test]
+fn what_dropping_leaves_is_compressed_in_the_same_run() {
+    let scene = mixtral();
+    let save = scene.path("pruned");
+    let more = [
+        "--method",
+        "stun,random",
+        "--ratio",
+        "0.5",
+        "--then",
+        "wanda-50,gptq-int4+eora-2",
+        "--save",
+        save.to_str().unwrap(),
+    ];
+    let rows = rows(&structured(&scene, &more));
+    let names: Vec<&str> = rows
+        .iter()
+        .map(|row| row["method"].as_str().unwrap())
+        .collect();
+    assert_eq!(
+        names,
+        [
+            "dense",
+            "stun",
+            "stun+wanda-50",
+            "stun+gptq-int4+eora-2",
+            "random",
+            "random+wanda-50",
+            "random+gptq-int4+eora-2"
+        ]
+    );
+    for (dropped, quantised) in [(1, 3), (4, 6)] {
+        let [dropped, quantised] = [dropped, quantised].map(|row: usize| &rows[row]);
+        assert!(quantised["bytes"].as_u64() < dropped["bytes"].as_u64());
+        assert_eq!(quantised["params"], dropped["params"]);
+        assert!(quantised["ratio"].as_f64() > Some(0.5));
+    }
+    assert_eq!(rows[5]["spread"]["perplexity"]["runs"], 3);
+    // Half of the weights that are left are zeros.
+    let sparse = Checkpoint::open(save.join("stun-0.5+wanda-50")).unwrap();
+    let name = "model.layers.0.block_sparse_moe.experts.0.w1.weight";
+    let weight = sparse.bytes(name).unwrap();
+    let width = sparse.info(name).unwrap().bytes / sparse.info(name).unwrap().elements();
+    let zeros = weight.chunks(width).filter(|x| x.iter().all(|b| *b == 0));
+    assert_eq!(zeros.count() * 2, sparse.info(name).unwrap().elements());
+}
+
+#[test]
 fn what_a_mixture_cannot_do_is_one_line() {
     let (mixture, dense) = (mixtral(), llama());
     let with = |scene: &Scene, more: &[&str]| {

@@ -14,7 +14,7 @@ use rayon::prelude::*;
 use tensor_io::gguf::{Gguf, Metadata};
 use tensor_io::{Checkpoint, Config, Dtype, TensorSource, TensorSpec};
 
-use crate::gguf::names::{Place, neighbours_of_halves, place};
+use crate::gguf::layout::{self, Experts, Part, Rows};
 use crate::gguf::{Architecture, GgufTensors, content};
 use crate::{Error, ModelConfig, Result};
 
@@ -124,7 +124,11 @@ impl Adapter {
             let what = format!("architecture {name:?}, but the model is {wanted}");
             return Err(content(&metadata, what));
         };
-        let head_dim = ModelConfig::new(base.config())?.head_dim(0);
+        let mut config = ModelConfig::new(base.config())?;
+        config.names = config
+            .names
+            .located(config.layers(), |name| base.contains(name));
+        let tensors = layout::tensors(&config, architecture, Experts::Stacked);
         let alpha = metadata.get_f64("adapter.lora.alpha")?.unwrap_or(0.0);
         let mut adapter = Self::default();
         for info in file.tensors() {
@@ -151,26 +155,36 @@ impl Adapter {
                 return Err(content(&metadata, what));
             }
             let (a, mut b) = (file.floats(&info.name)?, file.floats(&b_name)?);
-            let name = match place(weight) {
-                Some(Place::Tensor(name)) => name,
-                Some(Place::Rotated(name)) => {
-                    if architecture.rotates_neighbours() {
-                        if !rows.is_multiple_of(head_dim) {
-                            let what = format!("{weight}: {rows} rows are no heads of {head_dim}");
-                            return Err(content(&metadata, what));
-                        }
-                        let order = neighbours_of_halves(rows, head_dim);
-                        b = order
-                            .iter()
-                            .flat_map(|row| b[row * rank..][..rank].to_vec())
-                            .collect();
+            let tensor = tensors.iter().find(|tensor| tensor.name == weight);
+            let name = match tensor.map(|tensor| &tensor.parts[..]) {
+                Some(
+                    [
+                        Part {
+                            tensor,
+                            rows: Rows::All,
+                        },
+                    ],
+                ) => tensor.clone(),
+                Some(
+                    [
+                        Part {
+                            tensor,
+                            rows: Rows::Order(order),
+                        },
+                    ],
+                ) if order.len() == rows => {
+                    let mut reordered = vec![0.0; b.len()];
+                    for (of_file, &row) in order.iter().enumerate() {
+                        reordered[row * rank..][..rank]
+                            .copy_from_slice(&b[of_file * rank..][..rank]);
                     }
-                    name
+                    b = reordered;
+                    tensor.clone()
                 }
                 _ => {
                     return Err(content(
                         &metadata,
-                        format!("factors of `{weight}` have no place"),
+                        format!("factors of `{weight}` for {rows} rows have no place"),
                     ));
                 }
             };

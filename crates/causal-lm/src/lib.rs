@@ -44,7 +44,7 @@ pub use open::open;
 pub use ops::{cross_entropy, first_non_finite};
 pub use packed::{Kind, Team};
 pub use packing::{Arithmetic, Execution};
-pub use rope::{Pairs, Rope};
+pub use rope::{Long, Pairs, QueryScale, Rope, Yarn};
 pub use stream::{BATCH_TOKENS, Hidden, run_blocks};
 pub use tap::{ExpertPass, NoTap, Routed, Site, Tap, TapResult};
 pub use tensor_io::{Cancelled, NoProgress, Progress};

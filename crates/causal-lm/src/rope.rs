@@ -30,9 +30,27 @@ pub struct Long {
     pub inv_freq: Vec<f64>,
 }
 
+/// YaRN's numbers, which its frequencies come from.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Yarn {
+    /// How much longer the context became.
+    pub factor: f64,
+    /// Positions of the first training context.
+    pub original: f64,
+    /// Turns within it above which frequencies stay.
+    pub beta_fast: f64,
+    /// Turns within it below which they are divided by the factor.
+    pub beta_slow: f64,
+    /// Whether the ends of the range between them are whole pairs.
+    pub truncate: bool,
+}
+
 /// Rotary embedding of the layers of one kind.
 #[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
 pub struct Rope {
+    /// Base of the frequencies before any scaling.
+    pub theta: f64,
     /// One angle per position for each pair of rotated channels.
     pub inv_freq: Vec<f64>,
     /// Factor on cos and sin (1 except for YaRN and longrope).
@@ -41,6 +59,8 @@ pub struct Rope {
     pub pairs: Pairs,
     /// Other frequencies for long sequences.
     pub long: Option<Long>,
+    /// The rule behind the frequencies, where it is YaRN's.
+    pub yarn: Option<Yarn>,
 }
 
 /// Queries grow with their position: `1 + beta · ln(1 + ⌊t / original⌋)`, Llama 4's temperature.
@@ -128,6 +148,15 @@ impl Rope {
         let rotated = (partial * defaults.head_dim as f64 / 2.0) as usize;
         rope.inv_freq[rotated..].fill(0.0);
         Ok(rope)
+    }
+
+    /// Frequencies before any scaling.
+    pub fn unscaled(&self) -> Vec<f64> {
+        let turned = self.turned() as f64;
+        let pairs = 0..self.inv_freq.len();
+        pairs
+            .map(|pair| self.theta.powf(-(2.0 * pair as f64) / turned))
+            .collect()
     }
 
     /// Rotated channels of a head.
@@ -292,10 +321,12 @@ impl<'a> Parameters<'a> {
                 .collect()
         };
         let mut rope = Rope {
+            theta,
             inv_freq: vec![],
             attention_factor: 1.0,
             pairs: defaults.pairs,
             long: None,
+            yarn: None,
         };
         rope.inv_freq = match rule {
             "default" => base(turned),
@@ -305,8 +336,9 @@ impl<'a> Parameters<'a> {
             }
             "llama3" => llama3(&base(turned), self)?,
             "yarn" => {
-                let (inv_freq, factor) = yarn(&base(turned), theta, turned, max_positions, self)?;
-                rope.attention_factor = factor;
+                let (inv_freq, factor, numbers) =
+                    yarn(&base(turned), theta, turned, max_positions, self)?;
+                (rope.attention_factor, rope.yarn) = (factor, Some(numbers));
                 inv_freq
             }
             // "su" is what early revisions call it.
@@ -413,7 +445,7 @@ fn yarn(
     head_dim: usize,
     max_positions: usize,
     parameters: &Parameters<'_>,
-) -> Result<(Vec<f64>, f64)> {
+) -> Result<(Vec<f64>, f64, Yarn)> {
     let context = parameters.original()?.unwrap_or(max_positions as f64);
     let factor = match parameters.number("factor")? {
         Some(_) => parameters.required("factor")?,
@@ -459,7 +491,14 @@ fn yarn(
             freq / factor * interpolate + freq * (1.0 - interpolate)
         })
         .collect();
-    Ok((inv_freq, attention_factor))
+    let numbers = Yarn {
+        factor,
+        original: context,
+        beta_fast: fast,
+        beta_slow: slow,
+        truncate,
+    };
+    Ok((inv_freq, attention_factor, numbers))
 }
 
 #[cfg(test)]

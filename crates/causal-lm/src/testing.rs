@@ -41,6 +41,14 @@ impl TestModel {
         }
     }
 
+    /// A model in f32 with the weights of golden files ([`golden_weights`]).
+    pub fn golden(config: &Config) -> Self {
+        Self::with(config, DType::F32, |name, tensor| {
+            let values = golden_weights(name, tensor.dims());
+            Tensor::from_vec(values, tensor.shape(), &Device::Cpu).expect("as many values")
+        })
+    }
+
     /// Writes a tokenizer with one token for each of `words`, which white space separates, beside the model. The first word
     /// is BOS and the last stands for unknown words.
     pub fn with_words(self, words: &[&str]) -> Self {
@@ -67,6 +75,29 @@ impl TestModel {
     pub fn decoder(&self) -> Decoder<'_> {
         Decoder::new(&self.checkpoint, DType::F32, &Device::Cpu).expect("a supported checkpoint")
     }
+}
+
+/// Weights that a formula makes from a tensor's name, as golden files of transformers have them: a linear congruential
+/// generator begins at the name's FNV hash; norms lie around 1, biases are small, the others divided by √inputs.
+pub fn golden_weights(name: &str, shape: &[usize]) -> Vec<f32> {
+    let hash = |h: u64, byte: u8| (h ^ u64::from(byte)).wrapping_mul(0x100000001b3);
+    let mut x = name.bytes().fold(0xcbf29ce484222325, hash);
+    let fan_in = *shape.last().expect("a tensor with dimensions") as f64;
+    (0..shape.iter().product())
+        .map(|_| {
+            x = x
+                .wrapping_mul(6364136223846793005)
+                .wrapping_add(1442695040888963407);
+            let e = 2.0 * ((x >> 11) as f64 / (1u64 << 53) as f64) - 1.0;
+            let value = match name {
+                n if n.ends_with("norm.weight") => 1.0 + 0.1 * e,
+                n if n.ends_with(".bias") => 0.1 * e,
+                n if n.contains("embed_tokens") => e,
+                _ => e / fan_in.sqrt(),
+            };
+            value as f32
+        })
+        .collect()
 }
 
 /// Config of a small decoder of a `model_type`: three layers, four of eight heads with keys and values, 50 tokens, 64
@@ -123,6 +154,30 @@ pub fn configs() -> Vec<Config> {
     ]
     .map(|(model_type, changes)| config(model_type, changes))
     .into()
+}
+
+/// Writes a byte-level `tokenizer.json` of `tokens` tokens, of which the last is BOS: one that GGUF files can hold.
+pub fn write_byte_tokenizer(dir: impl AsRef<Path>, tokens: usize) {
+    let vocab: Map<String, Value> = (0..tokens - 1)
+        .map(|id| (format!("t{id}"), json!(id)))
+        .collect();
+    let bos = json!({"id": tokens - 1, "content": "<s>", "single_word": false, "lstrip": false, "rstrip": false,
+        "normalized": false, "special": true});
+    let tokenizer = json!({
+        "version": "1.0", "truncation": null, "padding": null, "normalizer": null, "added_tokens": [bos],
+        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true},
+        "post_processor": null, "decoder": null,
+        "model": {"type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
+            "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false, "vocab": vocab, "merges": []},
+    });
+    let config = json!({"bos_token": "<s>"});
+    for (name, contents) in [
+        ("tokenizer.json", tokenizer),
+        ("tokenizer_config.json", config),
+    ] {
+        let path = dir.as_ref().join(name);
+        std::fs::write(path, contents.to_string()).expect("a folder that can be written to");
+    }
 }
 
 /// Writes `tokenizer.json` and `tokenizer_config.json` with one token for each of `words`, which white space separates. The

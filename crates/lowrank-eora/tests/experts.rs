@@ -220,3 +220,97 @@ fn what_does_not_fit_names_the_expert_and_leaves_nothing() {
     let run = repair_experts(&decoder(&dense), &windows(), &repair, &dst, &NoProgress);
     assert!(matches!(run, Err(Error::Setting { name: "model", .. })));
 }
+
+/// B A of expert `expert` in the form of PEFT: rows `outputs` of the product.
+fn delta(folder: &Path, tensor: &str, (expert, experts): (usize, usize)) -> Vec<Vec<f64>> {
+    let file = Checkpoint::open_file(folder.join("adapter_model.safetensors")).unwrap();
+    let load = |factor: &str| -> Vec<Vec<f32>> {
+        let name = format!("base_model.model.model.layers.1.mlp.{tensor}.{factor}.weight");
+        let tensor = file.tensor_as(&name, DType::F32, &Device::Cpu).unwrap();
+        tensor.to_vec2().unwrap()
+    };
+    let (a, b) = (load("lora_A"), load("lora_B"));
+    let rank = a.len() / experts;
+    b.iter()
+        .map(|b| {
+            (0..a[0].len())
+                .map(|column| {
+                    let of = |rho: usize| {
+                        let (b, a) = (b[rho * experts + expert], a[expert * rank + rho][column]);
+                        f64::from(b) * f64::from(a)
+                    };
+                    (0..rank).map(of).sum()
+                })
+                .collect()
+        })
+        .collect()
+}
+
+#[test]
+fn an_adapter_beside_compressed_experts_gives_the_merged_ones() {
+    let folder = tempfile::tempdir().unwrap();
+    let checkpoint = model(&folder.path().join("dense"), ExpertLayout::Fused, 6);
+    let paths = ["merged", "compressed", "adapter"].map(|name| folder.path().join(name));
+    let [merged, compressed, adapter] = &paths;
+    repaired(&checkpoint, merged, &options("rtn-int3", 3));
+    let beside = options("rtn-int3", 3).adapter(Some(adapter.clone()));
+    repaired(&checkpoint, compressed, &beside);
+    let [merged, compressed] = [merged, compressed].map(|path| Checkpoint::open(path).unwrap());
+    for (tensor, module) in [
+        ("experts.base_layer", "mlp.experts.gate_up_proj"),
+        ("experts", "mlp.experts.down_proj"),
+    ] {
+        let load = |checkpoint: &Checkpoint| -> Vec<Vec<Vec<f32>>> {
+            let name = format!("model.layers.1.{module}");
+            let tensor = checkpoint
+                .tensor_as(&name, DType::F32, &Device::Cpu)
+                .unwrap();
+            tensor.to_vec3().unwrap()
+        };
+        let (merged, compressed) = (load(&merged), load(&compressed));
+        let mut largest = 0f64;
+        for expert in 0..6 {
+            let delta = delta(adapter, tensor, (expert, 6));
+            for (row, delta) in delta.iter().enumerate() {
+                for (column, delta) in delta.iter().enumerate() {
+                    let sum = f64::from(compressed[expert][row][column]) + delta;
+                    let expected = f64::from(merged[expert][row][column]);
+                    assert!((sum - expected).abs() < 1e-3, "{sum} is not {expected}");
+                    largest = largest.max(delta.abs());
+                }
+            }
+        }
+        assert!(largest > 0.01, "{largest}");
+    }
+    let config = std::fs::read(adapter.join("adapter_config.json")).unwrap();
+    let config: serde_json::Value = serde_json::from_slice(&config).unwrap();
+    assert_eq!(
+        (&config["r"], &config["lora_alpha"]),
+        (&json!(3), &json!(3))
+    );
+    assert_eq!(
+        config["rank_pattern"],
+        json!({".*\\.experts\\.gate_up_proj": 6})
+    );
+    assert_eq!(config["alpha_pattern"], config["rank_pattern"]);
+    let base = config["base_model_name_or_path"].as_str().unwrap();
+    assert!(Path::new(base).is_absolute() && base.ends_with("compressed"));
+}
+
+#[test]
+fn an_adapter_that_peft_would_not_apply_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let checkpoint = model(&folder.path().join("dense"), ExpertLayout::Alone, 6);
+    let dst = folder.path().join("never");
+    let adapter = Some(folder.path().join("adapter"));
+    let without = options("rtn-int3", 0).adapter(adapter);
+    let error = repair_experts(
+        &decoder(&checkpoint),
+        &windows(),
+        &without,
+        &dst,
+        &NoProgress,
+    );
+    assert!(matches!(error, Err(Error::Setting { .. })), "{error:?}");
+    assert!(!dst.exists());
+}

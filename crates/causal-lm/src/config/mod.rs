@@ -29,6 +29,14 @@ pub fn model_types() -> impl Iterator<Item = &'static str> {
     FAMILIES.iter().map(|family| family.model_type)
 }
 
+/// The class of stock transformers that loads a `model_type`.
+pub(crate) fn stock_class(model_type: &str) -> Option<&'static str> {
+    let family = FAMILIES
+        .iter()
+        .find(|family| family.model_type == model_type);
+    family.map(|family| family.stock.class)
+}
+
 /// Which linears carry a bias, by the config.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Biases {

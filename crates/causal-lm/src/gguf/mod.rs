@@ -6,12 +6,20 @@
 //!
 //! | architecture in the file | model type | rows of q and k |
 //! |---|---|---|
-//! | `llama` | llama (and Mistral, SmolLM, Qwen2 in this form) | rotated channels are neighbours |
+//! | `llama` | llama (and Mistral, SmolLM, Qwen2 in this form), mixtral | rotated channels are neighbours |
 //! | `deci` | llama with widths for each layer | the same |
-//! | `qwen2`, `qwen3` | the same | as in Hugging Face |
+//! | `granite`, `granitemoe`, `smollm3`, `mistral3` | granite (without rotation granitemoehybrid), granitemoe, smollm3, ministral3 | the same |
+//! | `qwen2`, `qwen3`, `qwen2moe`, `qwen3moe`, `olmoe` | the same | as in Hugging Face |
+//! | `gemma2`, `gemma3`, `gemma4` | gemma2, gemma3_text, gemma4_text: norms hold what they multiply with | the same |
+//! | `phi3`, `glm4`, `olmo2`, `gptneox` | phi3, glm4, olmo2 or olmo3, gpt_neox | the same |
+//!
+//! Which tensors of a file are which is in [`layout`], which exports use too.
 
 mod config;
+mod families;
+pub mod layout;
 pub mod names;
+mod rotation;
 mod tensors;
 pub(crate) mod tokenizer;
 
@@ -49,6 +57,24 @@ pub fn is_gguf(path: &Path) -> bool {
     let read = std::fs::File::open(path)
         .and_then(|mut file| std::io::Read::read_exact(&mut file, &mut magic));
     path.is_file() && read.is_ok() && magic == tensor_io::gguf::MAGIC
+}
+
+/// The number whose inverse square root multiplies attention logits in llama.cpp's Gemma 2 and 3, which files do not state:
+/// the width of a head, or in the largest models the hidden size over the heads. `widths` are hidden size, heads and head.
+pub fn attention_width(
+    architecture: Architecture,
+    layers: usize,
+    widths: (usize, usize, usize),
+) -> f64 {
+    let (hidden, heads, head_dim) = widths;
+    let largest = match architecture {
+        Architecture::Gemma2 => layers == 46,
+        _ => layers == 62,
+    };
+    match largest {
+        true => (hidden / heads.max(1)) as f64,
+        false => head_dim as f64,
+    }
 }
 
 fn architecture(file: &Gguf) -> Result<Architecture> {

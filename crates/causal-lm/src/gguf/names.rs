@@ -1,7 +1,6 @@
 //! Names in GGUF files, and the order of rows that comes with them.
 
-use crate::LinearName;
-use crate::names::{LLAMA, Names};
+use crate::{LinearName, ModelConfig};
 
 /// Embedding.
 pub const EMBEDDING: &str = "token_embd.weight";
@@ -9,13 +8,20 @@ pub const EMBEDDING: &str = "token_embd.weight";
 pub const FINAL_NORM: &str = "output_norm.weight";
 /// Output head; absent where it is tied to the embedding.
 pub const HEAD: &str = "output.weight";
+/// Router of a block's experts, always in 32-bit floats.
+pub const ROUTER: &str = "ffn_gate_inp.weight";
 /// What each frequency of the rotation is divided by.
 pub const ROPE_FACTORS: &str = "rope_freqs.weight";
+/// The same for sequences within the first training context, where longer ones have others.
+pub const SHORT_FACTORS: &str = "rope_factors_short.weight";
+/// The same for longer sequences.
+pub const LONG_FACTORS: &str = "rope_factors_long.weight";
 
-/// `general.architecture`: how a file names its keys, and how it orders the rows of q and k.
+/// `general.architecture`: how a file names its keys, which tensors it has, and how it orders the rows of q and k.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Architecture {
-    /// Llama and what is stored in its form.
+    /// Llama and what is stored in its form, Mixtral among it.
     Llama,
     /// The same with widths for each layer.
     Deci,
@@ -23,11 +29,58 @@ pub enum Architecture {
     Qwen2,
     /// Qwen3.
     Qwen3,
+    /// Qwen2's mixtures.
+    Qwen2Moe,
+    /// Qwen3's mixtures.
+    Qwen3Moe,
+    /// OLMoE.
+    Olmoe,
+    /// Granite without experts.
+    Granite,
+    /// Granite 3's mixtures.
+    GraniteMoe,
+    /// Gemma 2.
+    Gemma2,
+    /// The text part of Gemma 3.
+    Gemma3,
+    /// The dense text part of Gemma 4.
+    Gemma4,
+    /// Phi-3.
+    Phi3,
+    /// OLMo 2 and OLMo 3.
+    Olmo2,
+    /// SmolLM3.
+    SmolLm3,
+    /// GPT-NeoX and Pythia.
+    GptNeox,
+    /// Ministral 3.
+    Mistral3,
+    /// GLM-4.
+    Glm4,
 }
 
 impl Architecture {
     /// All that are supported.
-    pub const ALL: [Self; 4] = [Self::Llama, Self::Deci, Self::Qwen2, Self::Qwen3];
+    pub const ALL: [Self; 18] = [
+        Self::Llama,
+        Self::Deci,
+        Self::Qwen2,
+        Self::Qwen3,
+        Self::Qwen2Moe,
+        Self::Qwen3Moe,
+        Self::Olmoe,
+        Self::Granite,
+        Self::GraniteMoe,
+        Self::Gemma2,
+        Self::Gemma3,
+        Self::Gemma4,
+        Self::Phi3,
+        Self::Olmo2,
+        Self::SmolLm3,
+        Self::GptNeox,
+        Self::Mistral3,
+        Self::Glm4,
+    ];
 
     /// Its name in files, which is also the prefix of its keys.
     pub fn name(self) -> &'static str {
@@ -36,6 +89,20 @@ impl Architecture {
             Self::Deci => "deci",
             Self::Qwen2 => "qwen2",
             Self::Qwen3 => "qwen3",
+            Self::Qwen2Moe => "qwen2moe",
+            Self::Qwen3Moe => "qwen3moe",
+            Self::Olmoe => "olmoe",
+            Self::Granite => "granite",
+            Self::GraniteMoe => "granitemoe",
+            Self::Gemma2 => "gemma2",
+            Self::Gemma3 => "gemma3",
+            Self::Gemma4 => "gemma4",
+            Self::Phi3 => "phi3",
+            Self::Olmo2 => "olmo2",
+            Self::SmolLm3 => "smollm3",
+            Self::GptNeox => "gptneox",
+            Self::Mistral3 => "mistral3",
+            Self::Glm4 => "glm4",
         }
     }
 
@@ -44,9 +111,55 @@ impl Architecture {
         Self::ALL.into_iter().find(|known| known.name() == name)
     }
 
-    /// Whether rotations pair neighbouring channels of a head, not its halves.
+    /// The one that models of this type are exported as; `None` where there is none. Of models in Llama's form those with
+    /// different widths are `deci`.
+    pub fn of(config: &ModelConfig) -> Option<Self> {
+        let equal = config
+            .widths
+            .iter()
+            .all(|widths| *widths == config.widths[0] && widths.heads > 0 && widths.neurons > 0);
+        Some(match config.model_type {
+            "llama" | "mistral" | "qwen2" => match equal {
+                true => Self::Llama,
+                false => Self::Deci,
+            },
+            "mixtral" => Self::Llama,
+            "qwen3" => Self::Qwen3,
+            "qwen2_moe" => Self::Qwen2Moe,
+            "qwen3_moe" => Self::Qwen3Moe,
+            "olmoe" => Self::Olmoe,
+            "granite" | "granitemoehybrid" => Self::Granite,
+            "granitemoe" => Self::GraniteMoe,
+            "gemma2" => Self::Gemma2,
+            "gemma3_text" => Self::Gemma3,
+            "gemma4_text" | "gemma4_unified_text" => Self::Gemma4,
+            "phi3" => Self::Phi3,
+            "olmo2" | "olmo3" => Self::Olmo2,
+            "smollm3" => Self::SmolLm3,
+            "gpt_neox" => Self::GptNeox,
+            "ministral3" => Self::Mistral3,
+            "glm4" => Self::Glm4,
+            _ => return None,
+        })
+    }
+
+    /// Whether rotations pair neighbouring channels of a head where Hugging Face pairs its halves, so that rows of q and k
+    /// are reordered.
     pub fn rotates_neighbours(self) -> bool {
-        matches!(self, Self::Llama | Self::Deci)
+        matches!(
+            self,
+            Self::Llama
+                | Self::Deci
+                | Self::Granite
+                | Self::GraniteMoe
+                | Self::SmolLm3
+                | Self::Mistral3
+        )
+    }
+
+    /// Whether a gate and an up projection that are stored stacked are two tensors of the file.
+    pub(crate) fn splits_gate_and_up(self) -> bool {
+        matches!(self, Self::Granite)
     }
 }
 
@@ -69,61 +182,6 @@ pub fn linear(name: LinearName) -> &'static str {
 /// Name of a tensor of block `layer`.
 pub fn in_block(layer: usize, part: &str) -> String {
     format!("blk.{layer}.{part}")
-}
-
-/// Norms of a block: their names in GGUF files and in Hugging Face.
-pub const NORMS: [(&str, &str); 4] = [
-    ("attn_norm.weight", "input_layernorm.weight"),
-    ("ffn_norm.weight", "post_attention_layernorm.weight"),
-    ("attn_q_norm.weight", "self_attn.q_norm.weight"),
-    ("attn_k_norm.weight", "self_attn.k_norm.weight"),
-];
-
-/// Where a tensor of a GGUF file belongs.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Place {
-    /// The tensor of this name in Hugging Face.
-    Tensor(String),
-    /// The weight or bias of q or k, by this name.
-    Rotated(String),
-    /// Part of the rotation, which the config says.
-    Rotation,
-    /// Frequencies that old files carry and nothing reads.
-    Ignored,
-}
-
-/// The place of the tensor `name`; `None` if it has none.
-pub(crate) fn place(name: &str) -> Option<Place> {
-    let names = Names::new(&LLAMA);
-    match name {
-        EMBEDDING => return Some(Place::Tensor(names.embedding())),
-        FINAL_NORM => return Some(Place::Tensor(names.final_norm_weight())),
-        HEAD => return Some(Place::Tensor(names.head().into())),
-        ROPE_FACTORS => return Some(Place::Rotation),
-        _ => {}
-    }
-    let (layer, part) = name.strip_prefix("blk.")?.split_once('.')?;
-    let layer: usize = layer.parse().ok()?;
-    if part == "attn_rot_embd.weight" {
-        return Some(Place::Ignored);
-    }
-    if let Some((_, path)) = NORMS.iter().find(|(norm, _)| *norm == part) {
-        return Some(Place::Tensor(names.block(layer, path)));
-    }
-    let (module, kind) = part.rsplit_once('.')?;
-    let of = LinearName::ALL
-        .into_iter()
-        .find(|&of| linear(of) == module)?;
-    let stored = names.module_of(of)?;
-    let name = match kind {
-        "weight" => names.weight(layer, stored),
-        "bias" => names.bias(layer, stored),
-        _ => return None,
-    };
-    Some(match of {
-        LinearName::Q | LinearName::K => Place::Rotated(name),
-        _ => Place::Tensor(name),
-    })
 }
 
 /// For each row of q or k in the order of Hugging Face, where halves of a head rotate together, its row where neighbours
@@ -158,40 +216,6 @@ mod tests {
             let there = neighbours_of_halves(rows, head_dim);
             let back = halves_of_neighbours(rows, head_dim);
             assert!((0..rows).all(|row| back[there[row]] == row && there[back[row]] == row));
-        }
-    }
-
-    #[test]
-    fn every_tensor_of_a_block_has_a_place_and_others_have_none() {
-        let place = |name: &str| super::place(name);
-        let tensor = |name: &str| Some(Place::Tensor(name.into()));
-        assert_eq!(
-            place("token_embd.weight"),
-            tensor("model.embed_tokens.weight")
-        );
-        assert_eq!(
-            place("blk.12.ffn_norm.weight"),
-            tensor("model.layers.12.post_attention_layernorm.weight")
-        );
-        assert_eq!(
-            place("blk.0.attn_output.bias"),
-            tensor("model.layers.0.self_attn.o_proj.bias")
-        );
-        assert_eq!(
-            place("blk.3.attn_k.weight"),
-            Some(Place::Rotated(
-                "model.layers.3.self_attn.k_proj.weight".into()
-            ))
-        );
-        assert_eq!(place("rope_freqs.weight"), Some(Place::Rotation));
-        for none in [
-            "output.bias",
-            "blk.0.ffn_gate_inp.weight",
-            "blk.x.attn_q.weight",
-            "blk.0.attn_q.scale",
-            "rope_freqs",
-        ] {
-            assert_eq!(place(none), None, "{none}");
         }
     }
 }

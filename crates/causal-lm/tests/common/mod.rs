@@ -2,6 +2,7 @@
 
 use candle_core::{DType, Device, Tensor};
 use causal_lm::names::ExpertLayout;
+pub(crate) use causal_lm::testing::golden_weights as entries;
 use causal_lm::{Decoder, ModelConfig, NoProgress, NoTap, Windows, cross_entropy, run_blocks};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
@@ -120,27 +121,5 @@ fn floats(list: &Value) -> Vec<f32> {
         .unwrap()
         .iter()
         .map(|v| v.as_f64().unwrap() as f32)
-        .collect()
-}
-
-/// The formula of `tests/golden/make.py`.
-pub(crate) fn entries(name: &str, shape: &[usize]) -> Vec<f32> {
-    let hash = |h: u64, byte: u8| (h ^ u64::from(byte)).wrapping_mul(0x100000001b3);
-    let mut x = name.bytes().fold(0xcbf29ce484222325, hash);
-    let fan_in = *shape.last().unwrap() as f64;
-    (0..shape.iter().product())
-        .map(|_| {
-            x = x
-                .wrapping_mul(6364136223846793005)
-                .wrapping_add(1442695040888963407);
-            let e = 2.0 * ((x >> 11) as f64 / (1u64 << 53) as f64) - 1.0;
-            let value = match name {
-                n if n.ends_with("norm.weight") => 1.0 + 0.1 * e,
-                n if n.ends_with(".bias") => 0.1 * e,
-                n if n.contains("embed_tokens") => e,
-                _ => e / fan_in.sqrt(),
-            };
-            value as f32
-        })
         .collect()
 }

@@ -12,6 +12,14 @@ use tensor_io::gguf::{BlockLayout, TensorSpec, Value, Writer};
 
 use crate::common::{Golden, entries};
 
+/// Norms of a block: their names in files and in Hugging Face.
+const NORMS: [(&str, &str); 4] = [
+    ("attn_norm.weight", "input_layernorm.weight"),
+    ("ffn_norm.weight", "post_attention_layernorm.weight"),
+    ("attn_q_norm.weight", "self_attn.q_norm.weight"),
+    ("attn_k_norm.weight", "self_attn.k_norm.weight"),
+];
+
 /// A tensor's shape, type and bytes.
 pub(crate) struct Made {
     pub(crate) shape: Vec<usize>,
@@ -110,7 +118,7 @@ impl File {
         for layer in 0..widths.heads.len() {
             let d = widths.head_dim;
             let (heads, kv_heads) = (widths.heads[layer], widths.kv_heads[layer]);
-            for (at, (ours, theirs)) in names::NORMS.into_iter().enumerate() {
+            for (at, (ours, theirs)) in NORMS.into_iter().enumerate() {
                 let absent = match at {
                     0 => heads == 0,
                     1 => widths.neurons[layer] == 0,

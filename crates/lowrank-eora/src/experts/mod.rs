@@ -12,15 +12,18 @@
 //! tokens has the pool alone. The router, the expert that every token passes through, attention and norms stay as they are,
 //! and each layer reads what the compressed layers before it put out.
 //!
-//! The result is W_c + B A merged, in the dense model's shapes and layout, which every runtime opens.
+//! The result is W_c + B A merged, in the dense model's shapes and layout, which every runtime opens; or W_c, and B A
+//! beside it as a PEFT adapter ([`ExpertRepair::adapter`]).
 
+mod adapter;
 mod sums;
 mod write;
 
 use crate::compress::{Compressor, Inputs, Needs, Storage};
 use crate::matrix::{from_tensor, to_tensor};
-use crate::solve::{Options, Weighting, solve};
+use crate::solve::{LowRank, Options, Weighting, solve};
 use crate::{Error, Result};
+use adapter::ExpertAdapter;
 use candle_core::{DType, Device, Tensor};
 use causal_lm::block::Mlp;
 use causal_lm::mixture::Routing;
@@ -29,7 +32,7 @@ use causal_lm::{
 };
 use serde::Serialize;
 use std::cell::RefCell;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use sums::{Sums, mixed};
 use tensor_io::{Progress, WriteOptions, Written};
 use write::Writer;
@@ -51,6 +54,9 @@ pub struct ExpertRepair {
     pub pool_tokens: usize,
     /// Weight of the pool, in tokens; `None` for a quarter of the width of the input.
     pub prior: Option<f64>,
+    /// Where B A goes as a PEFT adapter, with W_c as the model; `None` to merge them. Applications that do not know the form
+    /// of PEFT 0.19 ignore it in silence: merged weights are safer.
+    pub adapter: Option<PathBuf>,
     /// Shards and overwriting.
     pub files: WriteOptions,
 }
@@ -64,6 +70,7 @@ impl ExpertRepair {
             gate_weight: true,
             pool_tokens: 1024,
             prior: None,
+            adapter: None,
             files: WriteOptions::default(),
         }
     }
@@ -76,6 +83,11 @@ impl ExpertRepair {
     /// The same with another weight of the pool.
     pub fn prior(self, prior: Option<f64>) -> Self {
         Self { prior, ..self }
+    }
+
+    /// The same with B A in a folder of their own.
+    pub fn adapter(self, adapter: Option<PathBuf>) -> Self {
+        Self { adapter, ..self }
     }
 
     /// The same with other files.
@@ -160,8 +172,14 @@ pub fn repair_experts(
             expected: "a mixture of experts",
         });
     }
+    let adapter = options
+        .adapter
+        .as_ref()
+        .map(|folder| ExpertAdapter::new(decoder, folder, options.rank, options.files.overwrite))
+        .transpose()?;
     progress.begin("experts", count as u64);
     let mut run = Run {
+        adapter,
         decoder,
         options,
         progress,
@@ -187,8 +205,12 @@ pub fn repair_experts(
         }
     }
     let expert_bytes_dense = run.writer.expert_bytes();
+    let written = run.writer.finish()?;
+    if let Some(adapter) = run.adapter {
+        adapter.finish(dst.as_ref())?;
+    }
     Ok(RepairedExperts {
-        written: run.writer.finish()?,
+        written,
         expert_bytes: run.expert_bytes,
         expert_bytes_dense,
         experts: run.reports,
@@ -243,6 +265,7 @@ struct Run<'a> {
     options: &'a ExpertRepair,
     progress: &'a dyn Progress,
     writer: Writer<'a>,
+    adapter: Option<ExpertAdapter>,
     expert_bytes: u64,
     reports: Vec<ExpertReport>,
 }
@@ -285,6 +308,9 @@ impl Run<'_> {
         }
         decoder.release(layer);
         self.writer.end_layer()?;
+        if let Some(adapter) = &mut self.adapter {
+            adapter.end_layer(layer)?;
+        }
         Ok(watch.0.into_inner())
     }
 
@@ -343,25 +369,32 @@ impl Run<'_> {
             };
             let Some(linear) = linear else { continue };
             let gram = gram.as_ref().map(|gram| gram.as_ref());
-            self.linear(linear, gram, &mut report)
-                .map_err(|source| Error::Layer {
-                    layer: format!("layer {layer}, expert {expert}, {name}"),
-                    source: Box::new(source),
-                })?;
-            self.writer.add((layer, expert), name, &linear.weight()?)?;
+            let (compressed, factors) =
+                self.linear(linear, gram, &mut report)
+                    .map_err(|source| Error::Layer {
+                        layer: format!("layer {layer}, expert {expert}, {name}"),
+                        source: Box::new(source),
+                    })?;
+            match (&mut self.adapter, factors) {
+                (Some(adapter), Some(factors)) => {
+                    adapter.add(name, factors);
+                    self.writer.add((layer, expert), name, &compressed)?;
+                }
+                _ => self.writer.add((layer, expert), name, &linear.weight()?)?,
+            }
         }
         self.reports.push(report);
         self.progress.advance(1)?;
         Ok(mlp)
     }
 
-    /// Puts W_c + B A in place of a weight.
+    /// Puts W_c + B A in place of a weight; W_c, and B and A where there are some.
     fn linear(
         &mut self,
         linear: &mut Linear,
         gram: Option<faer::MatRef<'_, f64>>,
         report: &mut ExpertReport,
-    ) -> Result<()> {
+    ) -> Result<(Tensor, Option<LowRank>)> {
         let (options, like) = (self.options, linear.weight()?);
         let weight = from_tensor(&like, "weight")?;
         let inputs = gram.map(Inputs::Gram);
@@ -371,7 +404,8 @@ impl Run<'_> {
         let bytes = compressed.storage(width).bytes() + 2 * options.rank * (rows + columns);
         self.expert_bytes += bytes as u64;
         let mut left = &weight - &compressed.weight;
-        let mut merged = compressed.weight;
+        let stored = to_tensor(compressed.weight.as_ref(), like.dtype(), like.device())?;
+        let (mut merged, mut factors) = (compressed.weight, None);
         let energy = |of: &faer::Mat<f64>| match gram {
             Some(gram) => Weighting::Gram(gram).energy(of.as_ref()),
             None => Weighting::Identity.energy(of.as_ref()),
@@ -383,10 +417,11 @@ impl Run<'_> {
             let solution = solve(left.as_ref(), &weighting, options.rank, &Options::default())?;
             merged += solution.factors.product();
             left = solution.factors.error(left.as_ref());
+            factors = Some(solution.factors);
         }
         report.repaired += energy(&left)?;
         linear.set_weight(to_tensor(merged.as_ref(), like.dtype(), like.device())?);
-        Ok(())
+        Ok((stored, factors))
     }
 }
 

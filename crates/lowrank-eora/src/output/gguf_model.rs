@@ -11,9 +11,10 @@ use crate::format::gguf::place;
 use crate::repair::{LayerId, Repaired, RepairedLayer, StoredWeight, linears};
 use crate::{Error, Result};
 use candle_core::DType;
+use causal_lm::Decoder;
 use causal_lm::gguf::Architecture;
-use causal_lm::gguf::names::{EMBEDDING, HEAD, halves_of_neighbours, in_block, linear};
-use causal_lm::{Decoder, LinearName};
+use causal_lm::gguf::layout::{self, Experts, FileTensor, Rows, holders};
+use causal_lm::gguf::names::{EMBEDDING, HEAD};
 use faer::Mat;
 use packed::{BlockType, QuantRows, quantise};
 use std::collections::BTreeMap;
@@ -56,9 +57,37 @@ pub(super) fn architecture_of(file: &Gguf) -> Result<Architecture> {
     })
 }
 
-/// Whether the rows of a linear are reordered in files of this architecture.
-pub(super) fn is_rotated(linear: LinearName, architecture: Architecture) -> bool {
-    matches!(linear, LinearName::Q | LinearName::K) && architecture.rotates_neighbours()
+/// What files of this decoder hold.
+pub(super) fn tensors_of(decoder: &Decoder<'_>, architecture: Architecture) -> Vec<FileTensor> {
+    layout::tensors(decoder.config(), architecture, Experts::Stacked)
+}
+
+/// Rows of a linear that a tensor of a file is made of.
+struct Placed {
+    layer: LayerId,
+    rows: Rows,
+}
+
+/// The tensors of a file that a linear is stored in.
+///
+/// # Errors
+/// [`Error::NotStorable`] for a linear that the file has with other values.
+fn placed(tensors: &[FileTensor], layer: LayerId) -> Result<Vec<(String, Vec<usize>, Placed)>> {
+    let weight = layer.weight();
+    holders(tensors, &weight)
+        .map(|tensor| match &tensor.parts[..] {
+            [part] if (tensor.offset, tensor.factor) == (0.0, 1.0) => {
+                let rows = part.rows.clone();
+                let placed = Placed { layer, rows };
+                Ok((tensor.name.clone(), tensor.shape.clone(), placed))
+            }
+            _ => Err(Error::NotStorable {
+                module: layer.to_string(),
+                format: "gguf",
+                reason: "the file has it multiplied by the factor of attention logits".into(),
+            }),
+        })
+        .collect()
 }
 
 /// Writes the compressed model as the GGUF file `dst` and returns its size; an older file is replaced. `progress` counts
@@ -76,29 +105,27 @@ pub fn write_gguf(
 ) -> Result<u64> {
     let GgufModelOptions { weights, template } = *options;
     let architecture = architecture_of(template)?;
-    let layers = repaired.reports().map(|report| report.layer);
-    let layers: BTreeMap<String, LayerId> = layers.map(|id| (name(id), id)).collect();
-    for (name, id) in &layers {
-        let report = repaired.reports().find(|report| report.layer == *id);
-        let shape = report.map(|report| vec![report.outputs, report.inputs]);
-        let found = template.info(name).ok().map(|info| info.shape.clone());
-        if found != shape {
-            return Err(Error::Malformed {
-                path: template.path().to_owned(),
-                reason: format!("{name} has shape {found:?}, the model's {shape:?}"),
-            });
+    let tensors = tensors_of(decoder, architecture);
+    let mut layers: BTreeMap<String, Placed> = BTreeMap::new();
+    for report in repaired.reports() {
+        for (name, shape, placed) in placed(&tensors, report.layer)? {
+            let found = template.info(&name).ok().map(|info| info.shape.clone());
+            if found.as_ref() != Some(&shape) {
+                return Err(Error::Malformed {
+                    path: template.path().to_owned(),
+                    reason: format!("{name} has shape {found:?}, the model's {:?}", Some(&shape)),
+                });
+            }
+            layers.insert(name, placed);
         }
     }
-    let stored = |layer: &RepairedLayer| -> Result<QuantRows<'static>> {
-        let id = layer.report.layer;
+    let stored = |layer: &RepairedLayer, placed: &Placed| -> Result<QuantRows<'static>> {
         let rows = rows(decoder, layer, weights)?;
-        match is_rotated(id.module().parts[0], architecture) {
-            false => Ok(rows),
-            true => {
-                let head_dim = decoder.config().head_dim(id.block());
-                Ok(rows.select(&halves_of_neighbours(rows.rows(), head_dim))?)
-            }
-        }
+        Ok(match &placed.rows {
+            Rows::All => rows,
+            Rows::Range(range) => rows.slice(range.clone())?.into_owned(),
+            Rows::Order(order) => rows.select(order)?,
+        })
     };
     let mut others = BTreeMap::new();
     for (module, weight) in repaired.others() {
@@ -123,9 +150,9 @@ pub fn write_gguf(
     }
     let specs = template.tensors().iter().map(|info| {
         let layout = match layers.get(&info.name) {
-            Some(id) => layout(types[id])?,
+            Some(placed) => block_layout(types[&placed.layer])?,
             None => match others.get(&info.name) {
-                Some(blocks) => layout(blocks.block_type())?,
+                Some(blocks) => block_layout(blocks.block_type())?,
                 None => info.layout,
             },
         };
@@ -142,11 +169,12 @@ pub fn write_gguf(
             writer.write(&info.name, blocks.bytes())?;
             continue;
         }
-        let Some(id) = layers.get(&info.name) else {
+        let Some(placed) = layers.get(&info.name) else {
             writer.write(&info.name, template.bytes(&info.name)?)?;
             template.release([info.name.as_str()]);
             continue;
         };
+        let id = placed.layer;
         // Files list a block's tensors together, so that each block is read once.
         let loaded = match block.take() {
             Some((number, loaded)) if number == id.block() => loaded,
@@ -155,8 +183,8 @@ pub fn write_gguf(
                 repaired.block(id.block())?
             }
         };
-        if let Some(layer) = loaded.iter().find(|layer| layer.report.layer == *id) {
-            writer.write(&info.name, stored(layer)?.bytes())?;
+        if let Some(layer) = loaded.iter().find(|layer| layer.report.layer == id) {
+            writer.write(&info.name, stored(layer, placed)?.bytes())?;
         }
         block = Some((id.block(), loaded));
     }
@@ -203,14 +231,7 @@ pub fn check_gguf(decoder: &Decoder<'_>, compressor: &Compressor) -> Result<()> 
     Ok(())
 }
 
-fn name(id: LayerId) -> String {
-    in_block(
-        id.block(),
-        &format!("{}.weight", linear(id.module().parts[0])),
-    )
-}
-
-fn layout(ty: BlockType) -> Result<BlockLayout> {
+fn block_layout(ty: BlockType) -> Result<BlockLayout> {
     BlockLayout::named(ty.name()).ok_or_else(|| Error::Setting {
         name: "block type",
         value: ty.name().into(),

@@ -6,15 +6,16 @@
 //! reordered as those of the weights.
 
 use super::adapter::{Adapter, AdapterFactors};
-use super::gguf_model::{architecture_of, is_rotated};
-use crate::repair::{LayerId, Repaired};
+use super::gguf_model::{architecture_of, tensors_of};
+use crate::repair::{LayerId, Repaired, linears};
 use crate::solve::LowRank;
 use crate::{Error, Result};
-use causal_lm::gguf::names::{halves_of_neighbours, in_block, linear, neighbours_of_halves};
+use causal_lm::Decoder;
+use causal_lm::gguf::layout::{FileTensor, Part, Rows, holders};
 use causal_lm::gguf::{Architecture, GgufTensors};
-use causal_lm::{Decoder, LinearName, ModelConfig};
 use faer::{Mat, MatRef};
 use packed::BlockType;
+use std::collections::BTreeMap;
 use std::path::Path;
 use tensor_io::gguf::{BlockLayout, Gguf, Metadata, TensorSpec, Value, Writer};
 
@@ -36,7 +37,7 @@ impl GgufAdapterOptions {
     /// For a GGUF export of this decoder, or the GGUF file that it runs from; f16.
     pub fn new(decoder: &Decoder<'_>) -> Self {
         Self {
-            architecture: architecture(decoder),
+            architecture: architecture(decoder).unwrap_or(Architecture::Llama),
             dtype: BlockType::F16,
         }
     }
@@ -66,28 +67,32 @@ impl GgufAdapterOptions {
     }
 }
 
-/// What a GGUF file of a decoder declares itself to be.
-fn architecture(decoder: &Decoder<'_>) -> Architecture {
+/// What a GGUF file of a decoder declares itself to be; `None` for a type of model that is not mapped.
+fn architecture(decoder: &Decoder<'_>) -> Option<Architecture> {
     let source = decoder.checkpoint().source();
-    if let Some(file) = source.and_then(|source| source.as_any().downcast_ref::<GgufTensors>()) {
-        return file.architecture();
-    }
-    let widths = &decoder.config().widths;
-    let uniform = widths.iter().all(|w| Some(w) == widths.first());
-    match (decoder.config().model_type, uniform) {
-        ("qwen3", _) => Architecture::Qwen3,
-        (_, true) => Architecture::Llama,
-        (_, false) => Architecture::Deci,
+    match source.and_then(|source| source.as_any().downcast_ref::<GgufTensors>()) {
+        Some(file) => Some(file.architecture()),
+        None => Architecture::of(decoder.config()),
     }
 }
 
-/// The linear of a layer: in the architectures here every linear is stored alone.
-fn linear_of(layer: LayerId) -> LinearName {
-    layer.module().parts[0]
-}
-
-fn base_name(layer: LayerId) -> String {
-    in_block(layer.block(), linear(linear_of(layer)))
+/// Name of the weight in files, and its rows there where they are in another order; `None` for one that is not one tensor.
+fn base_of(tensors: &[FileTensor], layer: LayerId) -> Option<(String, Option<Vec<usize>>)> {
+    let weight = layer.weight();
+    let mut holders = holders(tensors, &weight);
+    let (tensor, None) = (holders.next()?, holders.next()) else {
+        return None;
+    };
+    let [Part { rows, .. }] = &tensor.parts[..] else {
+        return None;
+    };
+    let order = match rows {
+        Rows::All => None,
+        Rows::Order(order) => Some(order.clone()),
+        Rows::Range(_) => return None,
+    };
+    let name = tensor.name.strip_suffix(".weight")?;
+    (tensor.factor == 1.0).then(|| (name.into(), order))
 }
 
 /// Row-major f32 values, rows in the given order.
@@ -102,17 +107,25 @@ impl Adapter {
     /// Whether factors of this decoder can be written as GGUF.
     ///
     /// # Errors
-    /// [`Error::Setting`] for a type of model that is not mapped.
+    /// [`Error::Setting`] for a type of model that is not mapped, [`Error::NotStorable`] for a linear that files do not have
+    /// as one tensor.
     pub fn check_gguf(decoder: &Decoder<'_>) -> Result<()> {
         let model_type = decoder.config().model_type;
-        if matches!(model_type, "llama" | "mistral" | "qwen2" | "qwen3") {
-            return Ok(());
+        let Some(architecture) = architecture(decoder) else {
+            return Err(Error::Setting {
+                name: "model of a GGUF adapter",
+                value: model_type.into(),
+                expected: "a type of model that GGUF files have",
+            });
+        };
+        let tensors = tensors_of(decoder, architecture);
+        match linears(decoder)
+            .into_iter()
+            .find(|(layer, _)| base_of(&tensors, *layer).is_none())
+        {
+            None => Ok(()),
+            Some((layer, _)) => Err(not_one_tensor(layer)),
         }
-        Err(Error::Setting {
-            name: "model of a GGUF adapter",
-            value: model_type.into(),
-            expected: "llama, mistral, qwen2 or qwen3",
-        })
     }
 
     /// Writes the factors of a repair as a GGUF file for llama.cpp, for the base that `options` name.
@@ -147,35 +160,41 @@ impl Adapter {
                 expected: "a repair with factors",
             });
         }
-        let specs: Vec<TensorSpec> = repairs()
-            .flat_map(|report| {
-                let name = base_name(report.layer);
-                [
-                    TensorSpec::new(format!("{name}{A}"), layout, [report.rank, report.inputs]),
-                    TensorSpec::new(format!("{name}{B}"), layout, [report.outputs, report.rank]),
-                ]
-            })
-            .collect();
+        let tensors = tensors_of(decoder, architecture);
+        let base = |layer| base_of(&tensors, layer).ok_or_else(|| not_one_tensor(layer));
+        let mut specs = Vec::new();
+        for report in repairs() {
+            let (name, _) = base(report.layer)?;
+            let (rank, inputs, outputs) = (report.rank, report.inputs, report.outputs);
+            specs.push(TensorSpec::new(
+                format!("{name}{A}"),
+                layout,
+                [rank, inputs],
+            ));
+            specs.push(TensorSpec::new(
+                format!("{name}{B}"),
+                layout,
+                [outputs, rank],
+            ));
+        }
         let metadata = [
             ("general.type", "adapter"),
             ("general.architecture", architecture.name()),
             ("adapter.type", "lora"),
         ]
         .map(|(key, value)| (key.to_string(), Value::from(value)));
-        let config = decoder.config();
         let mut writer = Writer::create(dst.as_ref(), &metadata, &specs)?;
         for block in 0..repaired.blocks() {
             for layer in repaired.block(block)? {
                 let (id, Some(LowRank { a, b })) = (layer.report.layer, &layer.factors) else {
                     continue;
                 };
-                let order = is_rotated(linear_of(id), architecture)
-                    .then(|| halves_of_neighbours(b.nrows(), config.head_dim(id.block())));
+                let (name, order) = base(id)?;
                 let a_values = values(a.as_ref(), None);
                 let b_values = values(b.as_ref(), order.as_deref());
                 for (suffix, values, cols) in [(A, a_values, a.ncols()), (B, b_values, b.ncols())] {
                     let stored = packed::quantise(dtype, &values, cols, None)?;
-                    writer.write(&format!("{}{suffix}", base_name(id)), stored.bytes())?;
+                    writer.write(&format!("{name}{suffix}"), stored.bytes())?;
                 }
             }
         }
@@ -203,7 +222,14 @@ impl Adapter {
         }
         let architecture = architecture_of(&file)?;
         let alpha = metadata.get_f64(ALPHA)?.filter(|alpha| *alpha != 0.0);
-        let config = decoder.config();
+        let tensors = tensors_of(decoder, architecture);
+        let bases: BTreeMap<String, (LayerId, [usize; 2], Option<Vec<usize>>)> = linears(decoder)
+            .into_iter()
+            .filter_map(|(layer, shape)| {
+                let (name, order) = base_of(&tensors, layer)?;
+                Some((name, (layer, shape, order)))
+            })
+            .collect();
         let mut layers = Vec::new();
         for tensor in file.tensors() {
             let Some(base) = tensor.name.strip_suffix(A) else {
@@ -215,8 +241,8 @@ impl Adapter {
                     tensor.name
                 )));
             };
-            let layer = layer_of(config, base)
-                .filter(|layer| layer.block() < config.layers())
+            let (layer, shape, order) = bases
+                .get(base)
                 .ok_or_else(|| refuse(format!("{base} is no linear of this decoder")))?;
             let factor = |suffix: &str| -> Result<Mat<f64>> {
                 let name = format!("{base}{suffix}");
@@ -228,24 +254,27 @@ impl Adapter {
                 Ok(Mat::from_fn(rows, cols, |i, j| f64::from(values[(i, j)])))
             };
             let (a, stored) = (factor(A)?, factor(B)?);
-            let shape = config.linear_shape(layer.block(), linear_of(layer));
-            if a.nrows() != stored.ncols() || shape != Some([stored.nrows(), a.ncols()]) {
+            if a.nrows() != stored.ncols() || *shape != [stored.nrows(), a.ncols()] {
                 return Err(refuse(format!(
                     "{base}: factors {:?} and {:?} do not fit a linear of {shape:?}",
                     a.shape(),
                     stored.shape()
                 )));
             }
-            let b = match is_rotated(linear_of(layer), architecture) {
-                false => stored,
-                true => {
-                    let order =
-                        neighbours_of_halves(stored.nrows(), config.head_dim(layer.block()));
-                    Mat::from_fn(stored.nrows(), stored.ncols(), |i, j| stored[(order[i], j)])
+            let b = match order {
+                None => stored,
+                Some(order) => {
+                    let mut places = vec![0; order.len()];
+                    for (place, &row) in order.iter().enumerate() {
+                        places[row] = place;
+                    }
+                    Mat::from_fn(stored.nrows(), stored.ncols(), |i, j| {
+                        stored[(places[i], j)]
+                    })
                 }
             };
             layers.push(AdapterFactors {
-                layer,
+                layer: *layer,
                 scale: alpha.map_or(1.0, |alpha| alpha / a.nrows() as f64),
                 factors: LowRank { b, a },
             });
@@ -255,13 +284,10 @@ impl Adapter {
     }
 }
 
-/// The linear of a name such as `blk.3.attn_q`.
-fn layer_of(config: &ModelConfig, name: &str) -> Option<LayerId> {
-    let (block, part) = name.strip_prefix("blk.")?.split_once('.')?;
-    let linear = LinearName::ALL
-        .into_iter()
-        .find(|&name| linear(name) == part)?;
-    let module = config.names.module_of(linear)?;
-    let alone = module.parts.len() == 1;
-    alone.then_some(LayerId::new(config, block.parse().ok()?, module))
+fn not_one_tensor(layer: LayerId) -> Error {
+    Error::NotStorable {
+        module: layer.to_string(),
+        format: "lora-gguf",
+        reason: "files of this architecture do not have it as one tensor".into(),
+    }
 }

@@ -202,7 +202,7 @@ fn an_importance_matrix_holds_the_mean_squares_of_the_calibration_tokens() {
     // One compressor needs H of its inputs, the other does without it where it can.
     for name in ["gptq-q4_0", "q4_0"] {
         let repaired = run(&eora(2), &decoder, &compressor(name), &tiny.path(name));
-        let imatrix = lowrank_eora::output::imatrix(&repaired, "a text").unwrap();
+        let imatrix = lowrank_eora::output::imatrix(&repaired, &decoder, "a text").unwrap();
         assert_eq!(imatrix.entries.len(), 14);
         let rope = decoder.rope(0, 16).unwrap();
         let states = Hidden::embed(&decoder, &windows(12, 1)).unwrap();

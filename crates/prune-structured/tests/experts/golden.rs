@@ -3,6 +3,7 @@
 use super::common::{Mixture, logits_of, options};
 use candle_core::{Device, Tensor};
 use causal_lm::names::ExpertLayout;
+use causal_lm::testing::golden_weights;
 use causal_lm::{Windows, cross_entropy};
 use prune_structured::NoProgress;
 use prune_structured::experts::compensation::ExpertScale;
@@ -25,25 +26,8 @@ fn ids(value: &Value) -> Vec<usize> {
     list.map(|x| x.as_u64().unwrap() as usize).collect()
 }
 
-/// The formula of the golden models' weights.
 fn entries(name: &str, shape: &[usize]) -> Tensor {
-    let hash = |h: u64, byte: u8| (h ^ u64::from(byte)).wrapping_mul(0x100000001b3);
-    let mut x = name.bytes().fold(0xcbf29ce484222325, hash);
-    let fan_in = *shape.last().unwrap() as f64;
-    let values = (0..shape.iter().product::<usize>()).map(|_| {
-        x = x
-            .wrapping_mul(6364136223846793005)
-            .wrapping_add(1442695040888963407);
-        let e = 2.0 * ((x >> 11) as f64 / (1u64 << 53) as f64) - 1.0;
-        let value = match name {
-            n if n.ends_with("norm.weight") => 1.0 + 0.1 * e,
-            n if n.ends_with(".bias") => 0.1 * e,
-            n if n.contains("embed_tokens") => e,
-            _ => e / fan_in.sqrt(),
-        };
-        value as f32
-    });
-    Tensor::from_vec(values.collect::<Vec<f32>>(), shape, &Device::Cpu).unwrap()
+    Tensor::from_vec(golden_weights(name, shape), shape, &Device::Cpu).unwrap()
 }
 
 struct Case {

@@ -74,6 +74,9 @@ pub(super) struct StructuredArgs {
     /// Mixtures: also compress all experts, by compressors of `eval lowrank` separated by commas, each as NAME or NAME+eora-RANK
     #[arg(long, value_delimiter = ',', value_name = "C[,C..]", value_parser = compressor)]
     quantise: Vec<(Compressor, usize)>,
+    /// Mixtures: also compress the experts that each method leaves, in rows of their own; compressors as for --quantise
+    #[arg(long, value_delimiter = ',', value_name = "C[,C..]", value_parser = compressor)]
+    then: Vec<(Compressor, usize)>,
     #[command(flatten)]
     change: RecipeArgs,
     #[command(flatten)]
@@ -292,6 +295,7 @@ impl StructuredArgs {
         let experts = experts::Methods {
             recipes: self.method.iter().flat_map(variants).collect(),
             compressors: self.quantise,
+            then: self.then,
         };
         structured::Config {
             perplexity: self.text.into(),

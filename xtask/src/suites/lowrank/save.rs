@@ -298,7 +298,7 @@ impl Saving<'_> {
             }
             Output::Imatrix => {
                 let text = file_name(&config.calib);
-                imatrix(repaired, &text)?.write_gguf(&dst)?;
+                imatrix(repaired, decoder, &text)?.write_gguf(&dst)?;
             }
             _ => {
                 Probe::write(repaired, PROBE_TOKENS, 0, &dst)?;

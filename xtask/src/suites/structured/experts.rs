@@ -9,7 +9,7 @@ use eval_report::{
 };
 use lm_eval::ScoredWindows;
 use lowrank_eora::compress::Compressor;
-use lowrank_eora::experts::{ExpertRepair, repair_experts};
+use lowrank_eora::experts::{ExpertRepair, RepairedExperts, repair_experts};
 use prune_structured::experts::{
     Aim, ExpertCost, ExpertOptions, ExpertPlan, ExpertRecipe, ExpertSettings, JointData, Keep,
     LayerStatistics, Outcome, method, plan, router_map, write,
@@ -30,6 +30,16 @@ pub struct Methods {
     pub recipes: Vec<ExpertRecipe>,
     /// Compressors of experts, each with a rank of its correction; 0 for none.
     pub compressors: Vec<(Compressor, usize)>,
+    /// The same for the experts that methods leave.
+    pub then: Vec<(Compressor, usize)>,
+}
+
+/// A compressor as `--quantise` names it.
+fn label((compressor, rank): (Compressor, usize)) -> String {
+    match rank {
+        0 => compressor.to_string(),
+        rank => format!("{compressor}+eora-{rank}"),
+    }
 }
 
 /// What all rows share.
@@ -65,6 +75,7 @@ impl Suite<'_> {
         let Methods {
             recipes,
             compressors,
+            ..
         } = &self.config.experts;
         ensure!(
             !recipes.is_empty() || !compressors.is_empty(),
@@ -90,17 +101,18 @@ impl Suite<'_> {
             .bar("pruning", (cells.len() + compressors.len()) as u64);
         for (recipe, aim) in cells {
             bar.set_label(cell_name(recipe, None, aim));
-            let row = self
+            let measured = self
                 .measure(recipe, aim, (&mut pictures, &bar))
                 .with_context(|| cell_name(recipe, None, aim))?;
-            rows.push(row);
+            rows.extend(measured);
             bar.inc(1);
         }
         if !self.config.dry_run {
             for &(compressor, rank) in compressors {
-                bar.set_label(compressor.to_string());
+                let name = label((compressor, rank));
+                bar.set_label(name.clone());
                 let row = self.compressed(compressor, rank, &bar);
-                rows.push(row.with_context(|| compressor.to_string())?);
+                rows.push(row.with_context(|| name)?);
                 bar.inc(1);
             }
         }
@@ -170,7 +182,7 @@ impl Suite<'_> {
         recipe: &ExpertRecipe,
         aim: Aim,
         (pictures, bar): (&mut Pictures, &Bar),
-    ) -> Result<Row> {
+    ) -> Result<Vec<Row>> {
         let first = self.settings.seed;
         let seeds: Vec<Option<u64>> = match recipe.draws() {
             true => (first..first + self.config.seeds).map(Some).collect(),
@@ -183,8 +195,14 @@ impl Suite<'_> {
             };
             self.measure_one(&recipe, seed, aim, (pictures, bar))
         });
-        let rows = rows.collect::<Result<Vec<Row>>>()?;
-        Ok(mean_over_seeds(&rows)?)
+        let by_seed = rows.collect::<Result<Vec<Vec<Row>>>>()?;
+        let count = by_seed.first().map_or(0, Vec::len);
+        (0..count)
+            .map(|at| {
+                let of_seeds: Vec<Row> = by_seed.iter().map(|rows| rows[at].clone()).collect();
+                Ok(mean_over_seeds(&of_seeds)?)
+            })
+            .collect()
     }
 
     fn measure_one(
@@ -193,7 +211,7 @@ impl Suite<'_> {
         seed: Option<u64>,
         aim: Aim,
         (pictures, bar): (&mut Pictures, &Bar),
-    ) -> Result<Row> {
+    ) -> Result<Vec<Row>> {
         let watch = Stopwatch::start();
         let cell = cell_name(recipe, seed, aim);
         let dir = self.scratch.join(format!("{cell}-weights"));
@@ -222,7 +240,7 @@ impl Suite<'_> {
         }
         if self.config.dry_run {
             watch.stop(&mut row);
-            return Ok(row);
+            return Ok(vec![row]);
         }
         let folder = self.folder(&cell, recipe);
         let writing = bar.nested("writing", 0);
@@ -256,9 +274,40 @@ impl Suite<'_> {
         export(self.config, &pruned, &folder, (&mut row, bar))?;
         // The row's time and memory are those of making the smaller model; its speed is that of running it.
         (row.seconds, row.peak_rss_bytes) = pruning;
+        let mut rows = vec![row];
+        if !recipe.is_fewer() {
+            for &then in &self.config.experts.then {
+                let row = self.then(&pruned, &rows[0], (&cell, then), bar);
+                rows.push(row.with_context(|| label(then))?);
+            }
+        }
         self.forget(&folder)?;
         std::fs::remove_dir_all(&dir).with_context(|| dir.display().to_string())?;
-        Ok(row)
+        Ok(rows)
+    }
+
+    /// A row of a pruned model whose experts are compressed too; `row` is that of the pruned model.
+    fn then(
+        &self,
+        pruned: &Decoder<'_>,
+        row: &Row,
+        (cell, then): (&str, (Compressor, usize)),
+        bar: &Bar,
+    ) -> Result<Row> {
+        let name = label(then);
+        let folder = match &self.config.save {
+            Some(save) => save.join(format!("{cell}+{name}")),
+            None => self.scratch.join(format!("{cell}+{name}")),
+        };
+        let mut compressed = row.clone();
+        compressed.method = format!("{}+{name}", row.method);
+        compressed.layers.clear();
+        let found = self.compress(pruned, then, &folder, (&mut compressed, bar))?;
+        let dense = ExpertCost::of(self.decoder, &ExpertPlan::whole(self.decoder))?;
+        let removed = 1.0 - found.expert_bytes as f64 / dense.expert_bytes as f64;
+        compressed.ratio = Some(removed);
+        compressed.extra.insert("removed".into(), json!(removed));
+        Ok(compressed)
     }
 
     fn forget(&self, folder: &Path) -> Result<()> {
@@ -273,10 +322,11 @@ impl Suite<'_> {
         let Methods {
             recipes,
             compressors,
+            then,
         } = &self.config.experts;
         let draws = if recipe.draws() { self.config.seeds } else { 1 };
         let cells: usize = recipes.iter().map(|recipe| self.aims(recipe).len()).sum();
-        let single = cells + compressors.len() == 1 && draws == 1;
+        let single = cells + compressors.len() == 1 && draws == 1 && then.is_empty();
         match &self.config.save {
             Some(save) if single => save.clone(),
             Some(save) => save.join(cell),
@@ -342,54 +392,62 @@ impl Suite<'_> {
 
     /// A row of all experts compressed.
     fn compressed(&self, compressor: Compressor, rank: usize, bar: &Bar) -> Result<Row> {
-        let watch = Stopwatch::start();
-        let name = match rank {
-            0 => compressor.to_string(),
-            rank => format!("{compressor}+eora-{rank}"),
-        };
+        let name = label((compressor, rank));
         let mut row = Row::new("structured", &name).control();
         let folder = match &self.config.save {
             Some(save) => save.join(&name),
             None => self.scratch.join(&name),
         };
+        let dense = ExpertCost::of(self.decoder, &ExpertPlan::whole(self.decoder))?;
+        row.params = Some(dense.parameters);
+        let whole = json!(counts(self.decoder, &ExpertPlan::whole(self.decoder)));
+        row.extra.insert("experts".into(), whole);
+        row.extra
+            .insert("params_active".into(), json!(dense.active));
+        let then = (compressor, rank);
+        let found = self.compress(self.decoder, then, &folder, (&mut row, bar))?;
+        row.ratio = Some(1.0 - found.expert_bytes as f64 / found.expert_bytes_dense as f64);
+        Ok(row)
+    }
+
+    /// Compresses all experts of a model into `folder` and measures the result.
+    fn compress(
+        &self,
+        decoder: &Decoder<'_>,
+        (compressor, rank): (Compressor, usize),
+        folder: &Path,
+        (row, bar): (&mut Row, &Bar),
+    ) -> Result<RepairedExperts> {
+        let watch = Stopwatch::start();
         let repair = ExpertRepair::new(compressor)
             .rank(rank)
             .files(self.config.write.clone());
         let steps = bar.nested("experts", 0);
-        let found = repair_experts(self.decoder, self.calibration, &repair, &folder, &steps)?;
+        let found = repair_experts(decoder, self.calibration, &repair, folder, &steps)?;
         steps.finish();
-        watch.stop(&mut row);
+        watch.stop(row);
         let making = (row.seconds, row.peak_rss_bytes);
-        let dense = ExpertCost::of(self.decoder, &ExpertPlan::whole(self.decoder))?;
-        row.ratio = Some(1.0 - found.expert_bytes as f64 / found.expert_bytes_dense as f64);
         row.loss = Some(found.loss());
         let mut extra = |name: &str, value: Value| row.extra.insert(name.into(), value);
-        extra(
-            "experts",
-            json!(counts(self.decoder, &ExpertPlan::whole(self.decoder))),
-        );
-        extra("params_active", json!(dense.active));
         extra("rerouted", json!(found.rerouted));
-        extra(
-            "unseen_experts",
-            json!(found.experts.iter().filter(|e| e.tokens == 0).count()),
-        );
+        let unseen = found.experts.iter().filter(|expert| expert.tokens == 0);
+        extra("unseen_experts", json!(unseen.count()));
         extra(
             "compensation",
             json!(if rank > 0 { "eora" } else { "none" }),
         );
-        let checkpoint = Checkpoint::open(&folder)?;
+        let checkpoint = Checkpoint::open(folder)?;
         let compressed = perplexity::open(self.settings, &checkpoint)?;
         let steps = bar.nested("perplexity", 0);
-        perplexity::measure(&compressed, self.evaluation, &mut row, &steps)?;
+        perplexity::measure(&compressed, self.evaluation, row, &steps)?;
         steps.finish();
         // Weights are dense in the file that was measured.
         row.tokens_per_second = None;
-        row.params = Some(dense.parameters);
-        row.bytes = Some(dense.bytes - found.expert_bytes_dense + found.expert_bytes);
+        let whole = decoder.checkpoint().total_bytes();
+        row.bytes = Some(whole - found.expert_bytes_dense + found.expert_bytes);
         (row.seconds, row.peak_rss_bytes) = making;
-        self.forget(&folder)?;
-        Ok(row)
+        self.forget(folder)?;
+        Ok(found)
     }
 
     fn compare_with_dense(&self, rows: &mut [Row]) {

@@ -5,6 +5,7 @@
 
 mod aimer;
 mod drop;
+mod drop_greedy;
 mod ean;
 mod frequency;
 mod gate_sum;
@@ -29,6 +30,7 @@ pub use aimer::Aimer;
 pub use drop::OutputChange;
 #[cfg(test)]
 pub(crate) use drop::changes as drop_changes;
+pub use drop_greedy::GreedyDrop;
 pub use ean::Ean;
 pub use frequency::Frequency;
 pub use gate_sum::GateSum;
@@ -69,6 +71,8 @@ methods! {
         "aimer" => Aimer(Aimer),
         /// Mean squared change of the layer's output when the expert alone is dropped.
         "drop" => OutputChange(OutputChange),
+        /// One expert after the other, each time the one whose absence changes the layer's output least.
+        "drop-greedy" => GreedyDrop(GreedyDrop),
         /// The subset with the smallest squared change of the layer's output, by trying all (NAEE, arXiv 2402.14800).
         "naee" => Naee(Naee),
         /// Clusters of experts with similar router rows, one kept of each (STUN, arXiv 2409.06211), as many as wanted.

@@ -1,11 +1,11 @@
 //! The metadata of a GGUF file.
 
-use super::{Precision, tokenizer, unsupported};
+use super::{Precision, tokenizer};
 use crate::Result;
-use causal_lm::config::QkNorm;
+use causal_lm::config::NormKind;
 use causal_lm::gguf::Architecture;
-use causal_lm::{Decoder, Widths};
-use tensor_io::gguf::Value;
+use causal_lm::{Decoder, ModelConfig, Widths};
+use tensor_io::gguf::{Array, Value};
 
 /// Keys and values, in the order in which they are written.
 pub(super) fn metadata(
@@ -32,76 +32,139 @@ pub(super) fn metadata(
         ),
         ("general.quantization_version".into(), Value::U32(2)),
     ];
-    // A gone half is written as one unit of zeros.
-    let widths = |width: fn(&Widths) -> usize| -> Value {
-        let mut all = config.widths.iter().map(|w| width(w).max(1) as u32);
-        match architecture {
-            Architecture::Deci => all.collect::<Vec<u32>>().into(),
-            _ => all.next().unwrap_or(0).into(),
-        }
-    };
+    let prefix = architecture.name();
+    let mut put = |key: &str, value: Value| values.push((format!("{prefix}.{key}"), value));
+    put("vocab_size", number(config.vocab));
+    put("embedding_length", number(config.hidden));
+    put("block_count", number(config.layers()));
     let windows = config.attention.iter().filter_map(|a| a.sliding_window);
     let window = windows.min();
-    let context = window.map_or(config.max_positions, |w| config.max_positions.min(w));
-    let eps = config.norm.eps as f32;
-    for (key, value) in [
-        ("vocab_size", number(config.vocab)),
-        ("context_length", number(context)),
-        ("embedding_length", number(config.hidden)),
-        ("block_count", number(config.layers())),
-        ("feed_forward_length", widths(|w| w.neurons)),
-        ("attention.head_count", widths(|w| w.heads)),
-        ("attention.head_count_kv", widths(|w| w.kv_heads)),
-        ("attention.key_length", number(config.head_dim(0))),
-        ("attention.value_length", number(config.head_dim(0))),
-        ("attention.layer_norm_rms_epsilon", Value::F32(eps)),
-        ("rope.dimension_count", number(config.head_dim(0))),
-        ("rope.freq_base", Value::F32(rope_base(decoder)? as f32)),
-    ] {
-        values.push((format!("{}.{key}", architecture.name()), value));
+    let context = match states_window(architecture) {
+        true => config.max_positions,
+        // A window is not in the format; within it, it changes nothing.
+        false => window.map_or(config.max_positions, |w| config.max_positions.min(w)),
+    };
+    put("context_length", number(context));
+    // A gone half is written as one unit of zeros.
+    let widths = |width: fn(&Widths) -> usize| -> Value {
+        let all: Vec<u32> = config
+            .widths
+            .iter()
+            .map(|w| width(w).max(1) as u32)
+            .collect();
+        let equal = all.iter().all(|width| *width == all[0]);
+        match architecture {
+            Architecture::Deci => all.into(),
+            Architecture::Gemma4 if !equal => all.into(),
+            _ => all[0].into(),
+        }
+    };
+    put("attention.head_count", widths(|w| w.heads));
+    put("attention.head_count_kv", widths(|w| w.kv_heads));
+    match config.mixtures[0] {
+        None => put("feed_forward_length", widths(|w| w.neurons)),
+        Some(mixture) => {
+            let has_own_key = matches!(
+                architecture,
+                Architecture::Qwen2Moe | Architecture::Qwen3Moe
+            );
+            // There it is the width of dense layers, which there are not.
+            let dense = decoder
+                .checkpoint()
+                .config()
+                .opt_usize("intermediate_size")?;
+            let dense = dense.filter(|&width| has_own_key && width > 0);
+            put(
+                "feed_forward_length",
+                number(dense.unwrap_or(mixture.width)),
+            );
+            if has_own_key {
+                put("expert_feed_forward_length", number(mixture.width));
+            }
+            if mixture.shared > 0 {
+                put("expert_shared_feed_forward_length", number(mixture.shared));
+            }
+            put("expert_count", number(mixture.experts));
+            put("expert_used_count", number(mixture.chosen));
+        }
+    }
+    let eps = match config.norm.kind {
+        NormKind::Rms => "attention.layer_norm_rms_epsilon",
+        NormKind::Layer => "attention.layer_norm_epsilon",
+    };
+    put(eps, Value::F32(config.norm.eps as f32));
+    for (key, value) in super::rotation::metadata(decoder, architecture)? {
+        put(key, value);
+    }
+    for (key, value) in own(config, architecture) {
+        put(key, value);
     }
     values.extend(tokenizer::metadata(decoder)?);
     Ok(values)
 }
 
-/// The base of the rotation's frequencies.
-fn rope_base(decoder: &Decoder<'_>) -> Result<f64> {
-    let config = decoder.checkpoint().config();
-    let section = config.opt_section("rope_parameters")?;
-    let nested = section.map(|s| s.opt_f64("rope_theta")).transpose()?;
-    let base = nested.flatten().or(config.opt_f64("rope_theta")?);
-    // What causal-lm and transformers assume.
-    Ok(base.unwrap_or(10_000.0))
+/// Whether files of this architecture state the window of sliding layers.
+fn states_window(architecture: Architecture) -> bool {
+    matches!(
+        architecture,
+        Architecture::Gemma2 | Architecture::Gemma3 | Architecture::Gemma4 | Architecture::Olmo2
+    )
 }
 
-/// What each frequency is divided by, where that is not 1: every scaling rule but YaRN's comes down
-/// to such factors.
-pub(super) fn rope_factors(decoder: &Decoder<'_>) -> Result<Option<Vec<f32>>> {
-    let config = decoder.config();
-    if config.ropes[0].attention_factor != 1.0 {
-        return Err(unsupported(
-            "a YaRN rotation",
-            "this export states scalings as factors of the frequencies, and YaRN scales attention too",
-        ));
+/// Keys that are an architecture's own, without its name.
+fn own(config: &ModelConfig, architecture: Architecture) -> Vec<(&'static str, Value)> {
+    let mut values: Vec<(&'static str, Value)> = Vec::new();
+    let number = |value: usize| Value::U32(value as u32);
+    let float = |value: f64| Value::F32(value as f32);
+    let slides = |layer: usize| config.attention[layer].sliding_window.is_some();
+    // The width of heads of full layers, or of the only kind.
+    let full = (0..config.layers()).find(|&layer| !slides(layer));
+    let head_dim = config.head_dim(full.unwrap_or(0));
+    // These take heads that make up the channels.
+    if !matches!(architecture, Architecture::Phi3 | Architecture::GptNeox) {
+        values.push(("attention.key_length", number(head_dim)));
+        values.push(("attention.value_length", number(head_dim)));
     }
-    let base = rope_base(decoder)?;
-    let factor = |(i, frequency): (usize, &f64)| {
-        base.powf(-(2.0 * i as f64) / config.head_dim(0) as f64) / frequency
-    };
-    let factors: Vec<f64> = config.ropes[0]
-        .inv_freq
-        .iter()
-        .enumerate()
-        .map(factor)
-        .collect();
-    if factors.iter().all(|factor| (factor - 1.0).abs() < 1e-9) {
-        return Ok(None);
+    let windows = config.attention.iter().filter_map(|a| a.sliding_window);
+    if let Some(window) = windows.min().filter(|_| states_window(architecture)) {
+        values.push(("attention.sliding_window", number(window)));
+        // Readers of Gemma 2 know the order.
+        if architecture != Architecture::Gemma2 {
+            let list = (0..config.layers()).map(slides).collect();
+            let list = Value::Array(Array::Bool(list));
+            values.push(("attention.sliding_window_pattern", list));
+        }
     }
-    if config.qk_norm != QkNorm::None {
-        return Err(unsupported(
-            "a scaled rotation",
-            "llama.cpp's qwen3 reads no factors of the frequencies",
-        ));
+    if let Some(cap) = config.attention[0].softcap {
+        values.push(("attn_logit_softcapping", float(cap)));
     }
-    Ok(Some(factors.iter().map(|&factor| factor as f32).collect()))
+    if let Some(cap) = config.logit_softcap {
+        values.push(("final_logit_softcapping", float(cap)));
+    }
+    match architecture {
+        Architecture::Granite | Architecture::GraniteMoe => values.extend([
+            ("attention.scale", float(config.attention[0].scale)),
+            ("embedding_scale", float(config.embedding_scale)),
+            ("residual_scale", float(config.residual_scale)),
+            // What logits are divided by.
+            ("logit_scale", float(1.0 / config.logit_scale)),
+        ]),
+        Architecture::Gemma4 => {
+            let sliding = (0..config.layers()).find(|&layer| slides(layer));
+            let sliding = number(config.head_dim(sliding.unwrap_or(0)));
+            values.extend([
+                ("attention.key_length_swa", sliding.clone()),
+                ("attention.value_length_swa", sliding),
+                ("attention.shared_kv_layers", number(0)),
+                ("embedding_length_per_layer_input", number(0)),
+            ]);
+        }
+        // Switched off in its readers, which warn of another one.
+        Architecture::Phi3 => values.push(("attention.sliding_window", number(0))),
+        Architecture::GptNeox => {
+            values.push(("use_parallel_residual", Value::Bool(config.parallel)));
+        }
+        _ => {}
+    }
+    values
 }

@@ -4,23 +4,30 @@
 //! in. What the file says is in `metadata`, which tensors it holds in `tensors`, the
 //! vocabulary in `tokenizer`.
 //!
-//! | model | architecture in the file | read by |
+//! | model | architecture in the file | order of q and k |
 //! |---|---|---|
-//! | Llama, Mistral, Qwen2 with equal widths | `llama` | every llama.cpp with GGUF |
-//! | the same with different widths | `deci`: lists for heads, KV heads and neurons | llama.cpp since December 2024 (pull request 10669) |
-//! | Qwen3 with equal widths | `qwen3` | llama.cpp since April 2025 |
+//! | Llama, Mistral, Qwen2 with equal widths; Mixtral | `llama` | neighbours |
+//! | Llama, Mistral, Qwen2 with different widths | `deci`: lists for heads, KV heads and neurons | neighbours |
+//! | Granite, SmolLM3, Ministral 3, Granite's mixtures | `granite`, `smollm3`, `mistral3`, `granitemoe` | neighbours |
+//! | Qwen3, mixtures of Qwen2 and Qwen3, OLMoE | `qwen3`, `qwen2moe`, `qwen3moe`, `olmoe` | as they are |
+//! | Gemma 2, 3 and 4 | `gemma2`, `gemma3`, `gemma4`: norms are stored as they multiply | as they are |
+//! | Phi-3, OLMo 2 and 3, GPT-NeoX, GLM-4 | `phi3`, `olmo2`, `gptneox`, `glm4` | as they are |
 //!
-//! `llama` and `deci` rotate neighbouring channels where Hugging Face rotates the two halves of a
-//! head, so that the rows of q and k are reordered. Mistral's sliding window is not in the format:
-//! the context length is limited to it, within which it changes nothing.
+//! Architectures of neighbours rotate neighbouring channels where Hugging Face rotates the two halves of a head, so that
+//! the rows of q and k are reordered. Where the sliding window is not in the format, the context length is limited to it,
+//! within which it changes nothing. What a graph of llama.cpp takes for granted and a model has otherwise is refused
+//! (`check`), among it numbers of experts that differ by layer: a file states one.
+//!
+//! Of Phi-3 with factors for long sequences llama.cpp takes those by the context that it is run with, transformers by the
+//! length of the text: run it with the original context for short texts.
 
+mod check;
 mod metadata;
+mod rotation;
 mod tensors;
 mod tokenizer;
 
 use crate::{Error, Result};
-use causal_lm::config::QkNorm;
-use causal_lm::gguf::Architecture;
 use causal_lm::{Decoder, Progress};
 use packed::BlockType;
 use std::path::Path;
@@ -143,16 +150,16 @@ pub fn export(
     progress: &dyn Progress,
 ) -> Result<Exported> {
     let dst = dst.as_ref();
-    let architecture = architecture(decoder)?;
+    let architecture = check::architecture(decoder)?;
     let metadata = metadata::metadata(decoder, architecture, precision)?;
     let outputs = tensors::tensors(decoder, architecture)?;
     let mut parameters = 0;
     let mut specs = Vec::new();
     let mut types = Vec::new();
     for output in &outputs {
-        let shape = output.shape(decoder)?;
-        let ty = match shape[..] {
-            [_, width] => precision.of_rows(width),
+        let shape = output.shape.clone();
+        let ty = match shape.last() {
+            Some(&width) if !output.float => precision.of_rows(width),
             _ => BlockType::F32,
         };
         parameters += shape.iter().product::<usize>() as u64;
@@ -175,34 +182,6 @@ pub fn export(
     }
     let bytes = writer.finish()?;
     Ok(Exported { parameters, bytes })
-}
-
-/// Model types that this export knows.
-const EXPORTED: [&str; 4] = ["llama", "mistral", "qwen2", "qwen3"];
-
-/// What the file declares itself to be.
-fn architecture(decoder: &Decoder<'_>) -> Result<Architecture> {
-    let config = decoder.config();
-    if !EXPORTED.contains(&config.model_type) {
-        return Err(unsupported(
-            config.model_type,
-            format!("this export knows {}", EXPORTED.join(", ")),
-        ));
-    }
-    let whole = |w: &causal_lm::Widths| w.heads > 0 && w.neurons > 0;
-    let uniform = config
-        .widths
-        .iter()
-        .all(|w| whole(w) && *w == config.widths[0]);
-    match (config.qk_norm != QkNorm::None, uniform) {
-        (false, true) => Ok(Architecture::Llama),
-        (false, false) => Ok(Architecture::Deci),
-        (true, true) => Ok(Architecture::Qwen3),
-        (true, false) => Err(unsupported(
-            "Qwen3 with different widths in its layers",
-            "the architecture that takes a width for each layer has no norms of q and k; export equal widths",
-        )),
-    }
 }
 
 fn unsupported(what: impl Into<String>, reason: impl Into<String>) -> Error {
