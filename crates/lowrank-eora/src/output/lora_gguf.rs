@@ -76,6 +76,9 @@ fn architecture(decoder: &Decoder<'_>) -> Option<Architecture> {
     }
 }
 
+/// A linear with its shape, and its rows in files where they are in another order.
+type Base = (LayerId, [usize; 2], Option<Vec<usize>>);
+
 /// Name of the weight in files, and its rows there where they are in another order; `None` for one that is not one tensor.
 fn base_of(tensors: &[FileTensor], layer: LayerId) -> Option<(String, Option<Vec<usize>>)> {
     let weight = layer.weight();
@@ -223,7 +226,7 @@ impl Adapter {
         let architecture = architecture_of(&file)?;
         let alpha = metadata.get_f64(ALPHA)?.filter(|alpha| *alpha != 0.0);
         let tensors = tensors_of(decoder, architecture);
-        let bases: BTreeMap<String, (LayerId, [usize; 2], Option<Vec<usize>>)> = linears(decoder)
+        let bases: BTreeMap<String, Base> = linears(decoder)
             .into_iter()
             .filter_map(|(layer, shape)| {
                 let (name, order) = base_of(&tensors, layer)?;
