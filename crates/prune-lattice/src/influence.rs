@@ -62,6 +62,12 @@ pub enum StackEdges {
     LayerGraded,
 }
 
+/// Edges from some neurons of a stack to others.
+struct Block {
+    source: Range<usize>,
+    target: Range<usize>,
+}
+
 impl Influence {
     /// From any matrix in source-major order; magnitudes are taken and the diagonal dropped.
     ///
@@ -92,7 +98,11 @@ impl Influence {
             n,
             a: vec![0.0; n * n],
         };
-        stack.set_block(w_hh, "weight_hh", gates, 0..n, 0..n, how)?;
+        let whole = Block {
+            source: 0..n,
+            target: 0..n,
+        };
+        stack.set_block(w_hh, "weight_hh", &whole, (gates, how))?;
         Ok(stack)
     }
 
@@ -168,23 +178,25 @@ impl Influence {
             }
             for (role, w, source) in blocks {
                 let name = format!("{role} weights of layer {l}");
-                stack.set_block(w, &name, gates, source.clone(), here.clone(), how)?;
-                stack.normalise_block(source, here.clone());
+                let block = Block {
+                    source,
+                    target: here.clone(),
+                };
+                stack.set_block(w, &name, &block, (gates, how))?;
+                stack.normalise_block(&block);
             }
             start = here.end;
         }
         Ok(stack)
     }
 
-    /// Fills the block of edges from `source` to `target` neurons.
+    /// Fills a block of edges with what `how` makes of the gates' weights.
     fn set_block(
         &mut self,
         w: &[f32],
         name: &str,
-        gates: usize,
-        source: Range<usize>,
-        target: Range<usize>,
-        how: Aggregate,
+        Block { source, target }: &Block,
+        (gates, how): (usize, Aggregate),
     ) -> Result<()> {
         let (sources, targets) = (source.len(), target.len());
         if w.len() != gates * targets * sources || w.is_empty() {
@@ -225,9 +237,11 @@ impl Influence {
     }
 
     /// Divides a block by the root mean square of its nonzero influences.
-    fn normalise_block(&mut self, source: Range<usize>, target: Range<usize>) {
+    fn normalise_block(&mut self, Block { source, target }: &Block) {
         let n = self.n;
-        let rows = source.map(|j| j * n + target.start..j * n + target.end);
+        let rows = source
+            .clone()
+            .map(|j| j * n + target.start..j * n + target.end);
         let (mut squares, mut nonzero) = (0f64, 0usize);
         for v in rows.clone().flat_map(|r| &self.a[r]) {
             squares += f64::from(*v) * f64::from(*v);

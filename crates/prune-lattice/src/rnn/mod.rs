@@ -26,6 +26,8 @@ mod packed;
 #[cfg(feature = "train")]
 mod product;
 #[cfg(feature = "train")]
+mod step;
+#[cfg(feature = "train")]
 mod tape;
 #[cfg(feature = "train")]
 mod train;

@@ -6,6 +6,7 @@
 use super::{
     model::{InputKind, LayerRef, Rnn},
     product::{Store, View, product},
+    step::StepBuffers,
 };
 use crate::cell::Cell;
 use std::ops::Range;
@@ -187,11 +188,12 @@ impl PackedLayer {
         &self,
         cell: Cell,
         h: usize,
-        before: &[f32],
-        gates: &mut [f32],
-        aux: &mut [f32],
+        buffers: &mut StepBuffers<'_>,
         scratch: &mut Vec<f32>,
     ) {
+        let StepBuffers {
+            before, gates, aux, ..
+        } = buffers;
         let Extent { sources, targets } = &self.extent;
         let (batch, gh) = (before.len() / h, cell.gates() * h);
         let (width, columns) = (targets.len(), cell.gates() * targets.len());

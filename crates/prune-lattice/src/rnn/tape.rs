@@ -4,10 +4,10 @@
 //! with `W_hh` forward and one backward; weight gradients are one product over all steps.
 
 use super::{
-    activation::{sigmoid, tanh, tanh_into, tanh_of},
     model::{InputKind, LayerRef, ReadOut, Rnn},
     packed::{Packed, PackedLayer},
     product::{Store, View, product},
+    step::StepBuffers,
 };
 use crate::{
     cell::Cell,
@@ -166,14 +166,13 @@ impl Tape {
             }
             tape.start(&state.h[l], state.c.get(l).map(Vec::as_slice), steps);
             for t in 0..steps {
-                tape.step(
-                    rnn.config().cell,
+                let at = At {
+                    cell: rnn.config().cell,
                     layer,
-                    weights,
                     t,
                     batch,
-                    &mut self.scratch,
-                );
+                };
+                tape.step(at, weights, &mut self.scratch);
             }
             let (size, end) = (batch * layer.hidden, steps * batch * layer.hidden);
             state.h[l].copy_from_slice(&tape.h[end..end + size]);
@@ -296,7 +295,13 @@ impl Tape {
                     .iter_mut()
                     .zip(&self.d_out[range])
                     .for_each(|(s, d)| *s += d);
-                tape.step_back(cell, layer, t, batch, &mut self.d_state, &mut self.d_cell);
+                let at = At {
+                    cell,
+                    layer,
+                    t,
+                    batch,
+                };
+                tape.step_back(at, &mut self.d_state, &mut self.d_cell);
             }
             let d = View::new(&tape.gates, positions, gh);
             let before = View::new(&tape.h, positions, h);
@@ -412,6 +417,15 @@ fn add_rows(sum: &mut [f32], data: &[f32]) {
     }
 }
 
+/// A step of one layer.
+#[derive(Clone, Copy)]
+struct At<'a> {
+    cell: Cell,
+    layer: LayerRef<'a>,
+    t: usize,
+    batch: usize,
+}
+
 impl LayerTape {
     fn start(&mut self, h: &[f32], c: Option<&[f32]>, steps: usize) {
         self.h.resize((steps + 1) * h.len(), 0.0);
@@ -423,15 +437,13 @@ impl LayerTape {
         }
     }
 
-    fn step(
-        &mut self,
-        cell: Cell,
-        layer: LayerRef<'_>,
-        weights: &PackedLayer,
-        t: usize,
-        batch: usize,
-        scratch: &mut Vec<f32>,
-    ) {
+    fn step(&mut self, at: At<'_>, weights: &PackedLayer, scratch: &mut Vec<f32>) {
+        let At {
+            cell,
+            layer,
+            t,
+            batch,
+        } = at;
         let h = layer.hidden;
         let gh = cell.gates() * h;
         let size = batch * h;
@@ -442,32 +454,30 @@ impl LayerTape {
             aux.chunks_exact_mut(h)
                 .for_each(|row| row.copy_from_slice(bias));
         }
-        weights.recurrent(cell, h, before, gates, aux, scratch);
-        let c = if cell == Cell::Lstm {
+        let cells = if cell == Cell::Lstm {
             &mut self.c[t * size..(t + 2) * size]
         } else {
             &mut [][..]
         };
-        StepBuffers {
+        let mut buffers = StepBuffers {
             gates,
             before,
             after,
             aux,
-            cells: c,
-        }
-        .activate(cell, h);
+            cells,
+        };
+        weights.recurrent(cell, h, &mut buffers, scratch);
+        buffers.activate(cell, h);
     }
 
     /// `d_state` comes in as the gradient of this step's state and leaves as that of the one before.
-    fn step_back(
-        &mut self,
-        cell: Cell,
-        layer: LayerRef<'_>,
-        t: usize,
-        batch: usize,
-        d_state: &mut [f32],
-        d_cell: &mut [f32],
-    ) {
+    fn step_back(&mut self, at: At<'_>, d_state: &mut [f32], d_cell: &mut [f32]) {
+        let At {
+            cell,
+            layer,
+            t,
+            batch,
+        } = at;
         let h = layer.hidden;
         let gh = cell.gates() * h;
         let size = batch * h;
@@ -553,78 +563,6 @@ impl LayerTape {
                 View::new(gates, batch, gh),
                 View::new(layer.w_hh, gh, h),
             );
-        }
-    }
-}
-
-/// What the pointwise part of a step reads and writes.
-pub(super) struct StepBuffers<'a> {
-    /// Pre-activations, which become activations.
-    pub(super) gates: &'a mut [f32],
-    /// States before the step.
-    pub(super) before: &'a [f32],
-    /// States after it.
-    pub(super) after: &'a mut [f32],
-    /// For a GRU the recurrent part of the candidate; for an LSTM it receives the tanh of the cell states.
-    pub(super) aux: &'a mut [f32],
-    /// Cell states before and after the step (LSTM).
-    pub(super) cells: &'a mut [f32],
-}
-
-impl StepBuffers<'_> {
-    /// The pointwise part of a step of a layer of `h` neurons.
-    pub(super) fn activate(self, cell: Cell, h: usize) {
-        let Self {
-            gates,
-            before,
-            after,
-            aux,
-            cells: c,
-        } = self;
-        let rows = gates.chunks_exact_mut(cell.gates() * h);
-        match cell {
-            Cell::Tanh => tanh_into(after, gates),
-            Cell::Relu => after
-                .iter_mut()
-                .zip(gates)
-                .for_each(|(a, g)| *a = g.max(0.0)),
-            Cell::Lstm => {
-                let (c_before, c_after) = c.split_at_mut(before.len());
-                let cells = c_before.chunks_exact(h).zip(c_after.chunks_exact_mut(h));
-                let states = after.chunks_exact_mut(h).zip(aux.chunks_exact_mut(h));
-                for ((g, (cb, ca)), (a, tc)) in rows.zip(cells).zip(states) {
-                    let (ifg, o) = g.split_at_mut(3 * h);
-                    let (i_f, g) = ifg.split_at_mut(2 * h);
-                    sigmoid(i_f);
-                    tanh(g);
-                    sigmoid(o);
-                    let (i, f) = i_f.split_at(h);
-                    let (g, cb, ca) = (&g[..h], &cb[..h], &mut ca[..h]);
-                    for k in 0..h {
-                        ca[k] = f[k] * cb[k] + i[k] * g[k];
-                    }
-                    tanh_into(tc, ca);
-                    a.iter_mut()
-                        .zip(o.iter())
-                        .zip(tc.iter())
-                        .for_each(|((a, o), t)| *a = o * t);
-                }
-            }
-            Cell::Gru => {
-                let states = before
-                    .chunks_exact(h)
-                    .zip(after.chunks_exact_mut(h))
-                    .zip(aux.chunks_exact(h));
-                for (g, ((b, a), u)) in rows.zip(states) {
-                    let (rz, n) = g.split_at_mut(2 * h);
-                    sigmoid(rz);
-                    let (r, z) = rz.split_at(h);
-                    for k in 0..h {
-                        n[k] = tanh_of(n[k] + r[k] * u[k]);
-                        a[k] = (1.0 - z[k]) * n[k] + z[k] * b[k];
-                    }
-                }
-            }
         }
     }
 }

@@ -14,7 +14,8 @@ pub use matrix::{BlockMatrix, BlockSource};
 
 use super::{
     model::{InputKind, ReadOut, Rnn, Role},
-    tape::{Input, State, StepBuffers, check_input},
+    step::StepBuffers,
+    tape::{Input, State, check_input},
 };
 use crate::{
     cell::Cell,
