@@ -1,10 +1,13 @@
 //! `cargo xtask eval`: run a suite or all of them, print and write the report.
 
-use std::path::PathBuf;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, bail};
-use eval_report::{Machine, Report};
+use eval_report::cells::{Part, RunFacts};
+use eval_report::{Cells, Machine, Report};
+use tensor_io::ContentHash;
 
 use crate::settings::Settings;
 use crate::stdout::print;
@@ -24,6 +27,19 @@ pub struct Run {
     pub out: Option<PathBuf>,
     /// Whether stdout gets the report as JSON.
     pub json: bool,
+    /// Where finished cells are kept.
+    pub cells: Option<CellFolder>,
+}
+
+/// A folder of finished cells.
+#[derive(Debug)]
+pub struct CellFolder {
+    /// The folder.
+    pub dir: PathBuf,
+    /// Which cells this process measures.
+    pub part: Part,
+    /// The words that all processes with the same folder have alike.
+    pub command: Vec<String>,
 }
 
 /// What to measure.
@@ -43,7 +59,6 @@ pub(crate) fn run(mut run: Run) -> Result<()> {
     if let (Scope::All(_), None) = (&run.scope, &run.out) {
         run.out = Some(all::report_folder());
     }
-    let settings = &run.settings;
     if let Some(dir) = &run.out {
         eval_report::prepare(dir).context("--out")?;
     }
@@ -51,9 +66,17 @@ pub(crate) fn run(mut run: Run) -> Result<()> {
         Scope::All(config) => config.models(),
         Scope::One(suite) => suite.models(),
     };
+    let mut opened = Vec::new();
     for model in models {
-        *model = hub::open_model(model, settings)?;
+        let path = hub::open_model(model, &run.settings)?;
+        opened.push((model.display().to_string(), path.clone()));
+        *model = path;
     }
+    if let Some(folder) = &run.cells {
+        let facts = folder.facts(opened)?;
+        run.settings.cells = Cells::open(&folder.dir, &facts, folder.part).context("--cells")?;
+    }
+    let settings = &run.settings;
     let mut report = Report {
         command: run.command,
         version: version(),
@@ -67,22 +90,28 @@ pub(crate) fn run(mut run: Run) -> Result<()> {
         Scope::All(config) => all::run(settings, config)?,
         Scope::One(suite) => suite.run(settings)?,
     };
+    let whole = match &run.cells {
+        Some(folder) => folder.is_whole(&settings.cells)?,
+        None => true,
+    };
     let failures: Vec<String> = (sections.iter())
         .flat_map(|section| section.failures.clone())
         .collect();
-    for section in sections {
-        report.push(section)?;
-    }
-    if let Some(dir) = &run.out {
-        report.write(dir).context("--out")?;
-    }
-    print(&match &run.scope {
-        _ if run.json => report.to_json()?,
-        Scope::All(_) => report.summary_text(),
-        Scope::One(_) => report.to_text(),
-    })?;
-    if let (Some(dir), false) = (&run.out, run.json) {
-        eprintln!("report: {}", dir.join("report.html").display());
+    if whole {
+        for section in sections {
+            report.push(section)?;
+        }
+        if let Some(dir) = &run.out {
+            report.write(dir).context("--out")?;
+        }
+        print(&match &run.scope {
+            _ if run.json => report.to_json()?,
+            Scope::All(_) => report.summary_text(),
+            Scope::One(_) => report.to_text(),
+        })?;
+        if let (Some(dir), false) = (&run.out, run.json) {
+            eprintln!("report: {}", dir.join("report.html").display());
+        }
     }
     match failures.split_first() {
         None => Ok(()),
@@ -91,6 +120,55 @@ pub(crate) fn run(mut run: Run) -> Result<()> {
             "{first}; {} more failed; the report has the rest",
             others.len()
         ),
+    }
+}
+
+impl CellFolder {
+    /// What the cells are measured by: the contents of `models` and of every file that the command names.
+    fn facts(&self, models: Vec<(String, PathBuf)>) -> Result<RunFacts> {
+        let mut inputs = BTreeMap::new();
+        for (name, path) in models {
+            inputs.insert(name, ContentHash::of_path(&path)?);
+        }
+        let words = self.command.iter().flat_map(|word| {
+            let value = word
+                .split_once('=')
+                .map_or(word.as_str(), |(_, value)| value);
+            value.split(',')
+        });
+        for word in words {
+            if !inputs.contains_key(word) && Path::new(word).is_file() {
+                inputs.insert(word.to_owned(), ContentHash::of_path(word)?);
+            }
+        }
+        Ok(RunFacts {
+            command: self.command.clone(),
+            version: version(),
+            inputs,
+        })
+    }
+
+    /// Whether the report can be made; where it is not this process that makes it, says on stderr what is left.
+    fn is_whole(&self, cells: &Cells) -> Result<bool> {
+        let missing = cells.missing();
+        let count = cells.count();
+        match self.part {
+            Part::Shard(shard) => {
+                eprintln!(
+                    "part {shard}: {} of all {count} cells are done; `cargo xtask report --merge {}` makes the report",
+                    count - missing.len(),
+                    self.dir.display()
+                );
+                Ok(false)
+            }
+            _ if missing.is_empty() => Ok(true),
+            _ => bail!(
+                "--merge {}: {} of {count} cells are missing: {}",
+                self.dir.display(),
+                missing.len(),
+                missing.join("; ")
+            ),
+        }
     }
 }
 

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use causal_lm::Arithmetic;
 use clap::ValueEnum;
-use eval_report::{Row, Section};
+use eval_report::{Cells, Row, Section};
 use tensor_io::Checkpoint;
 
 /// Settings of a run, whatever is measured.
@@ -23,6 +23,24 @@ pub struct Settings {
     pub weights: Weights,
     /// Whether to show no progress.
     pub quiet: bool,
+    /// Where finished cells are kept.
+    pub cells: Cells,
+}
+
+impl Settings {
+    /// Whether cells are left to other processes, so that there is no report yet.
+    pub(crate) fn is_part(&self) -> bool {
+        !self.cells.missing().is_empty()
+    }
+
+    /// Sections that are measured together, as one cell; none where another process measures it.
+    pub(crate) fn whole(
+        &self,
+        cell: &str,
+        measure: impl FnOnce() -> Result<Vec<Section>>,
+    ) -> Result<Vec<Section>> {
+        Ok(self.cells.sections(cell, measure)?.unwrap_or_default())
+    }
 }
 
 /// How the weights of a model under evaluation are run.

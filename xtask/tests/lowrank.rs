@@ -281,7 +281,7 @@ fn wrong_names_and_texts_are_one_clear_line() {
         "2",
     ];
     let same = error(&eval(&scene, "lowrank", &same));
-    assert!(same.contains("--calib and --text"), "{same}");
+    assert!(same.contains("has text of --text"), "{same}");
     let packed = [
         "--compress",
         "wanda-2:4",

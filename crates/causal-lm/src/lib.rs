@@ -25,6 +25,7 @@ mod tap;
 #[cfg(feature = "testing")]
 pub mod testing;
 mod text;
+mod text_file;
 mod windows;
 
 pub use adapter::{Adapter, Factors, open_adapted};
@@ -48,5 +49,6 @@ pub use rope::{Long, Pairs, QueryScale, Rope, Yarn};
 pub use stream::{BATCH_TOKENS, Hidden, run_blocks};
 pub use tap::{ExpertPass, NoTap, Routed, Site, Tap, TapResult};
 pub use tensor_io::{Cancelled, NoProgress, Progress};
-pub use text::{TextTokenizer, read_text};
+pub use text::TextTokenizer;
+pub use text_file::{TextFile, read_text};
 pub use windows::Windows;

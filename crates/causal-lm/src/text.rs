@@ -1,6 +1,6 @@
 //! Texts and the tokenizer that a checkpoint folder carries.
 
-use crate::{Error, Result, gguf};
+use crate::{Error, Result, gguf, read_text};
 use std::path::Path;
 use tensor_io::gguf::Gguf;
 use tokenizers::Tokenizer;
@@ -154,22 +154,6 @@ impl TextTokenizer {
             Ok(text.unwrap_or_default())
         }
     }
-}
-
-/// Reads a file of UTF-8 text. CRLF and CR become one line feed, as in every tool that opens texts in text mode:
-/// perplexities would differ by a tenth otherwise. A byte-order mark is dropped.
-///
-/// # Errors
-/// [`Error::Text`] when it cannot be read, is not UTF-8 or is empty.
-pub fn read_text(path: impl AsRef<Path>) -> Result<String> {
-    let path = path.as_ref();
-    let text = std::fs::read_to_string(path).map_err(|e| error(path, e))?;
-    if text.is_empty() {
-        return Err(error(path, "the file is empty"));
-    }
-    // The mark that some editors put before UTF-8 is no text.
-    let text = text.strip_prefix('\u{feff}').unwrap_or(&text);
-    Ok(text.replace("\r\n", "\n").replace('\r', "\n"))
 }
 
 fn refused(source: tokenizers::Error) -> Error {

@@ -59,6 +59,20 @@ pub enum Error {
         /// Rows in the report.
         count: usize,
     },
+    /// A folder that has the cells of another run.
+    #[error("{}: {difference}", dir.display())]
+    OtherRun {
+        /// The folder.
+        dir: PathBuf,
+        /// What the runs differ in.
+        difference: String,
+    },
+    /// Two cells of one name.
+    #[error("cell {name:?} is measured twice in one run")]
+    CellTwice {
+        /// The name.
+        name: String,
+    },
     /// A mean over no rows.
     #[error("no runs to average")]
     NoRuns,

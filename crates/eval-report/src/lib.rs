@@ -1,6 +1,7 @@
 #![doc = include_str!("../README.md")]
 #![forbid(unsafe_code)]
 
+pub mod cells;
 mod column;
 pub mod compare;
 mod error;
@@ -20,6 +21,7 @@ mod stopwatch;
 mod svg;
 mod text;
 
+pub use cells::Cells;
 pub use column::Column;
 pub use compare::Comparison;
 pub use error::{Error, Result};

@@ -166,12 +166,6 @@ impl Answers {
     pub fn second_accuracy(&self) -> Share {
         Share::of(&self.correct_by_second)
     }
-
-    /// Share of the questions that only one of two models answered right by the first measure (arXiv 2407.09141).
-    pub fn flips(&self, other: &Self) -> Share {
-        let pairs = self.correct.iter().zip(&other.correct);
-        Share::of(&pairs.map(|(a, b)| a != b).collect::<Vec<_>>())
-    }
 }
 
 /// A share of questions.
@@ -185,6 +179,13 @@ pub struct Share {
 }
 
 impl Share {
+    /// Share of the questions that only one of two models answered right (arXiv 2407.09141), from the
+    /// [answers](Answers::correct) of each.
+    pub fn flips(ours: &[bool], theirs: &[bool]) -> Self {
+        let pairs = ours.iter().zip(theirs);
+        Self::of(&pairs.map(|(a, b)| a != b).collect::<Vec<_>>())
+    }
+
     fn of(those: &[bool]) -> Self {
         let n = those.len() as f64;
         let p = those.iter().filter(|x| **x).count() as f64 / n;

@@ -1,13 +1,16 @@
 //! Content hashes: whether a file, a checkpoint or a set of windows is the one that earlier work was done on.
 
 use std::fmt;
+use std::fs::{self, File};
+use std::io::Read;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use safetensors::Dtype;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::checkpoint::Checkpoint;
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// BLAKE3 hash of some content, 256 bits; as text and in JSON, 64 hexadecimal digits.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
@@ -19,6 +22,42 @@ impl ContentHash {
         let mut hasher = Hasher::new();
         hasher.0.update_rayon(bytes);
         hasher.finish()
+    }
+
+    /// Hash of a file, or of a folder's files with their names; folders in it do not count.
+    ///
+    /// # Errors
+    /// [`Error::Io`] that names the file or folder.
+    pub fn of_path(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref();
+        let mut hasher = Hasher::new();
+        if path.is_dir() {
+            let failed = Error::io("read", path);
+            let files = fs::read_dir(path).and_then(|entries| {
+                let paths = entries.map(|entry| Ok(entry?.path()));
+                paths.collect::<std::io::Result<Vec<PathBuf>>>()
+            });
+            let mut files = files.map_err(failed)?;
+            files.retain(|file| file.is_file());
+            files.sort();
+            for file in files {
+                let name = file.file_name().unwrap_or_default();
+                hasher.part(name.as_encoded_bytes());
+                hasher.part(Self::of_path(&file)?.as_bytes());
+            }
+            return Ok(hasher.finish());
+        }
+        let mut hash = || -> std::io::Result<()> {
+            let mut file = File::open(path)?;
+            let mut bytes = Vec::with_capacity(PIECE as usize);
+            while file.by_ref().take(PIECE).read_to_end(&mut bytes)? > 0 {
+                hasher.0.update_rayon(&bytes);
+                bytes.clear();
+            }
+            Ok(())
+        };
+        hash().map_err(Error::io("read", path))?;
+        Ok(hasher.finish())
     }
 
     /// The 32 bytes.
@@ -66,6 +105,9 @@ impl<'de> Deserialize<'de> for ContentHash {
         text.parse().map_err(serde::de::Error::custom)
     }
 }
+
+/// Bytes of a file that are in memory at a time.
+const PIECE: u64 = 1 << 22;
 
 /// Hashes content that comes in parts. Every part is preceded by its length, so that parts cannot run into each other.
 #[derive(Debug, Clone, Default)]
@@ -124,6 +166,26 @@ mod tests {
     use candle_core::{Device, Tensor};
 
     use super::*;
+
+    #[test]
+    fn the_hash_of_a_file_is_that_of_its_bytes_and_of_a_folder_that_of_its_files() {
+        let dir = tempfile::tempdir().unwrap();
+        let bytes: Vec<u8> = (0..PIECE + 5).map(|i| (i % 251) as u8).collect();
+        let file = dir.path().join("b");
+        fs::write(&file, &bytes).unwrap();
+        assert_eq!(
+            ContentHash::of_path(&file).unwrap(),
+            ContentHash::of(&bytes)
+        );
+        let before = ContentHash::of_path(dir.path()).unwrap();
+        fs::rename(&file, dir.path().join("c")).unwrap();
+        assert_ne!(ContentHash::of_path(dir.path()).unwrap(), before);
+        let error = ContentHash::of_path(&file).unwrap_err();
+        assert!(
+            error.to_string().contains(file.to_str().unwrap()),
+            "{error}"
+        );
+    }
 
     #[test]
     fn the_hash_is_blake3_and_survives_json() {

@@ -93,7 +93,7 @@ mod tests {
                 let Command::Eval(args) = parsed.command else {
                     panic!("{command:?} is not an evaluation")
                 };
-                let run = args.run();
+                let run = args.run(Vec::new());
                 let Scope::One(suite) = run.scope else {
                     panic!("{command:?} is not a suite")
                 };

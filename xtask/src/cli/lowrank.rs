@@ -10,16 +10,17 @@ use lowrank_eora::repair::{
     FactorStorage, InputSource, Method, Repair, Sampling, Spread, WithinBlock,
 };
 use tensor_io::WriteOptions;
+use toy_lm::bundled::CALIBRATION;
 
-use super::{TextArgs, positive};
+use super::{TextArgs, bundled, positive};
 use crate::suites::lowrank::{self, Output};
 
 #[derive(Args)]
 pub(super) struct LowrankArgs {
     #[command(flatten)]
     text: TextArgs,
-    /// Text to calibrate on; must differ from --text
-    #[arg(long, value_name = "FILE")]
+    /// Text to calibrate on, or a part of one, such as FILE[0..80%]; must differ from --text
+    #[arg(long, value_name = "FILE", default_value_os_t = bundled(CALIBRATION))]
     calib: PathBuf,
     /// Windows to calibrate on, sampled with --seed
     #[arg(long, value_name = "N", default_value = "128", value_parser = positive)]

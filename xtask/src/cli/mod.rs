@@ -7,6 +7,8 @@ mod kv;
 mod lattice;
 mod lowrank;
 mod random_model;
+mod report;
+mod slurm;
 mod structured;
 mod tasks;
 mod train_default;
@@ -21,13 +23,15 @@ use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, Parser, Subcommand};
 
+use eval_report::cells::{Part, Shard};
 use lm_eval::ProtocolKind;
+use toy_lm::bundled::EVALUATION;
 
-use crate::eval::{self, Run, Scope};
+use crate::eval::{self, CellFolder, Run, Scope};
 use crate::settings::{Device, Settings, Weights};
 use crate::suite::Suite;
 use crate::suites::perplexity;
-use crate::{default_model, generate as generation, random_model as random, report};
+use crate::{default_model, generate as generation, random_model as random};
 
 /// The environment variable that says how many threads compute.
 pub const THREADS: &str = "RAYON_NUM_THREADS";
@@ -64,8 +68,9 @@ impl Cli {
     /// Runs the command: 0 when done, 1 with one line on stderr when it failed.
     pub fn run(self) -> ExitCode {
         let done = match self.command {
-            Command::Eval(args) => eval::run(args.run()),
-            Command::Report(args) => report::run(&args.into()),
+            Command::Eval(args) => eval::run(args.run(words())),
+            Command::Report(args) => args.run(),
+            Command::Slurm(args) => args.run(),
             Command::Generate(args) => generation::run(&(*args).into()),
             Command::RandomModel(args) => random::run(&args.into()),
             Command::TrainDefault(args) => default_model::run(&args.into()),
@@ -78,6 +83,38 @@ impl Cli {
             }
         }
     }
+}
+
+/// The words of this process's command line.
+fn words() -> Vec<String> {
+    let words = std::env::args_os().skip(1);
+    words
+        .map(|word| word.to_string_lossy().into_owned())
+        .collect()
+}
+
+/// The command line of a report.
+fn command(words: Vec<String>) -> Vec<String> {
+    let program = ["cargo", "xtask"].map(String::from).into_iter();
+    program.chain(words).collect()
+}
+
+/// The words that all parts of an evaluation have alike: not where results go, nor which part is measured and how fast.
+fn shared(words: &[String]) -> Vec<String> {
+    const VALUES: [&str; 4] = ["--cells", "--shard", "--out", "--threads"];
+    let mut shared = Vec::new();
+    let mut words = words.iter();
+    while let Some(word) = words.next() {
+        let name = word.split_once('=').map_or(word.as_str(), |(name, _)| name);
+        if VALUES.contains(&name) {
+            if name == word {
+                words.next();
+            }
+        } else if word != "--json" {
+            shared.push(word.clone());
+        }
+    }
+    shared
 }
 
 /// An error and its causes on one line. A cause that ends the text before it is not repeated, and line breaks become
@@ -110,8 +147,10 @@ enum Command {
     /// Evaluate models before and after compression; without a suite, run all suites on the bundled model (16 windows by
     /// default)
     Eval(Box<EvalArgs>),
-    /// Compare two reports, row by row
-    Report(ReportArgs),
+    /// Compare two reports, row by row, or make the report of a run whose parts were measured apart
+    Report(report::ReportArgs),
+    /// Write the scripts of a Slurm job array that measures the parts of an evaluation and merges them
+    Slurm(slurm::SlurmArgs),
     /// Generate text with a model, dense or compressed
     Generate(Box<generate::GenerateArgs>),
     /// Write a checkpoint with random weights for a config.json, to measure memory and speed
@@ -128,19 +167,6 @@ struct EvalArgs {
     common: CommonArgs,
     #[command(subcommand)]
     suite: Option<SuiteArgs>,
-}
-
-#[derive(Args)]
-struct ReportArgs {
-    /// A report.json
-    #[arg(value_name = "BEFORE")]
-    before: PathBuf,
-    /// The report.json of another run
-    #[arg(value_name = "AFTER")]
-    after: PathBuf,
-    /// Print only the comparison as JSON on stdout
-    #[arg(long)]
-    json: bool,
 }
 
 #[derive(Subcommand)]
@@ -185,6 +211,12 @@ struct CommonArgs {
     /// Print only the report as JSON on stdout
     #[arg(long, global = true)]
     json: bool,
+    /// Folder of finished cells: those in it are not measured again, others are added, so that a stopped run goes on
+    #[arg(long, global = true, value_name = "DIR")]
+    cells: Option<PathBuf>,
+    /// Measure only part I of N of the cells; `cargo xtask report --merge DIR` makes the report when all parts are done
+    #[arg(long, global = true, value_name = "I/N")]
+    shard: Option<Shard>,
 }
 
 /// Model and text to measure perplexity with.
@@ -193,11 +225,16 @@ struct TextArgs {
     /// Checkpoint folder in Hugging Face layout (floats, GPTQ or compressed-tensors), GGUF file, or hf:OWNER/NAME
     #[arg(long, value_name = "PATH")]
     model: PathBuf,
-    /// Text to evaluate on
-    #[arg(long, value_name = "FILE")]
+    /// Text to evaluate on, or a part of one, such as FILE[80..100%]
+    #[arg(long, value_name = "FILE", default_value_os_t = bundled(EVALUATION))]
     text: PathBuf,
     #[command(flatten)]
     protocol: ProtocolArgs,
+}
+
+/// A text that is bundled with the repository.
+fn bundled(name: &str) -> PathBuf {
+    default_model::folder().join(name)
 }
 
 /// How a text becomes windows and targets.
@@ -211,22 +248,6 @@ struct ProtocolArgs {
     /// Do not begin windows with the tokenizer's BOS token
     #[arg(long, conflicts_with = "protocol")]
     no_bos: bool,
-}
-
-impl From<ReportArgs> for report::Config {
-    fn from(
-        ReportArgs {
-            before,
-            after,
-            json,
-        }: ReportArgs,
-    ) -> Self {
-        report::Config {
-            before,
-            after,
-            json,
-        }
-    }
 }
 
 impl From<ProtocolArgs> for ProtocolKind {
@@ -297,17 +318,23 @@ fn ratio(text: &str) -> Result<f64, String> {
 }
 
 impl EvalArgs {
-    fn run(self) -> Run {
+    /// The evaluation that `words` ask for.
+    fn run(self, words: Vec<String>) -> Run {
         let Self { all, common, suite } = self;
-        if suite.is_some() && all.is_given() {
-            let what = "--model, --text and --calib of a suite go behind its name";
+        let wrong = |what: &str| -> ! {
             Cli::command()
                 .error(ErrorKind::ArgumentConflict, what)
                 .exit()
+        };
+        if suite.is_some() && all.is_given() {
+            wrong("--model, --text and --calib of a suite go behind its name")
         }
-        let words = std::env::args_os()
-            .skip(1)
-            .map(|word| word.to_string_lossy().into_owned());
+        if suite.is_none() && common.cells.is_some() {
+            wrong("--cells: the cells of a suite are kept; name one")
+        }
+        if common.cells.is_none() && common.shard.is_some() {
+            wrong("--shard: needs --cells, the folder that all parts share")
+        }
         let CommonArgs {
             window,
             samples,
@@ -316,13 +343,16 @@ impl EvalArgs {
             device,
             out,
             json,
+            cells,
+            shard,
         } = common;
+        let cells = cells.map(|dir| CellFolder {
+            dir,
+            part: shard.map_or(Part::All, Part::Shard),
+            command: shared(&words),
+        });
         Run {
-            command: ["cargo", "xtask"]
-                .map(String::from)
-                .into_iter()
-                .chain(words)
-                .collect(),
+            command: command(words),
             settings: Settings {
                 window,
                 samples: samples.map(NonZeroUsize::get),
@@ -332,7 +362,9 @@ impl EvalArgs {
                     .as_ref()
                     .map_or_else(Weights::default, SuiteArgs::weights),
                 quiet: json,
+                ..Settings::default()
             },
+            cells,
             scope: match suite {
                 None => Scope::All(all.into()),
                 Some(suite) => Scope::One(Box::new(suite.suite(seed))),
@@ -383,6 +415,14 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn parts_of_a_run_share_all_but_where_results_go() {
+        let words =
+            "eval kv --shard 1/4 --cells=a --seed 3 --out b --json --threads=2 --policy lazy";
+        let words: Vec<String> = words.split(' ').map(String::from).collect();
+        assert_eq!(shared(&words).join(" "), "eval kv --seed 3 --policy lazy");
     }
 
     #[test]

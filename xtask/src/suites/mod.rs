@@ -4,6 +4,7 @@ pub mod frontier;
 mod hidden;
 pub mod kv;
 pub mod lattice;
+mod lazy;
 pub mod lowrank;
 pub mod perplexity;
 pub mod structured;

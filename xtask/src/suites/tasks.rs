@@ -6,6 +6,7 @@ use anyhow::{Context, Result};
 use causal_lm::{Decoder, TextTokenizer};
 use eval_report::{Column, DENSE, Row, Section, Stopwatch};
 use lm_eval::tasks::{Answers, Evaluator, Examples, Layout, Share, Task, TaskOptions};
+use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use super::perplexity::file_name;
@@ -58,10 +59,10 @@ pub fn run(settings: &Settings, config: &Config) -> Result<Vec<Section>> {
         eval_report::prepare(dir).context("--log-samples")?;
     }
     let names = labels(&config.models);
-    let mut dense: Vec<(Row, Answers)> = Vec::new();
+    let mut dense: Vec<Asked> = Vec::new();
     let mut rows = Vec::new();
     let mut bos = false;
-    for (path, name) in config.models.iter().zip(&names) {
+    for (number, (path, name)) in config.models.iter().zip(&names).enumerate() {
         let named = || path.display().to_string();
         let checkpoint = settings.weights.open(path)?;
         let decoder = model::decoder(settings, &checkpoint)?;
@@ -69,27 +70,32 @@ pub fn run(settings: &Settings, config: &Config) -> Result<Vec<Section>> {
         let evaluator = evaluator(settings, config, path, &decoder)?;
         bos |= evaluator.bos();
         for (i, (data, examples)) in data.iter().zip(&examples).enumerate() {
-            let method = if rows.len() < config.data.len() {
-                DENSE
-            } else {
-                name
-            };
-            let mut row = Row::new("tasks", method);
-            row.model = Some(name.clone());
-            let answers =
-                ask(settings, config, &evaluator, data, examples, &mut row).with_context(named)?;
-            row.params = Some(checkpoint.parameters());
-            row.bytes = Some(checkpoint.total_bytes());
-            settings.weights.fill(&mut row, weight_bytes);
-            if let Some(dir) = &config.log_samples {
-                save(dir, name, data, &answers).context("--log-samples")?;
-            }
+            let cell = format!("{}: {} {i}", path.display(), data.name());
+            let asked = settings.cells.get(&cell, || {
+                let method = if number == 0 { DENSE } else { name };
+                let mut row = Row::new("tasks", method);
+                row.model = Some(name.clone());
+                let answers = ask(settings, config, &evaluator, data, examples, &mut row)
+                    .with_context(named)?;
+                row.params = Some(checkpoint.parameters());
+                row.bytes = Some(checkpoint.total_bytes());
+                settings.weights.fill(&mut row, weight_bytes);
+                if let Some(dir) = &config.log_samples {
+                    save(dir, name, data, &answers).context("--log-samples")?;
+                }
+                let correct = answers.correct;
+                anyhow::Ok(Asked { row, correct })
+            })?;
+            let Some(mut asked) = asked else { continue };
             match dense.get(i) {
-                Some((then, of_dense)) => compare(&mut row, &answers, then, of_dense),
-                None => dense.push((row.clone(), answers)),
+                Some(dense) => compare(&mut asked, dense),
+                None => dense.push(asked.clone()),
             }
-            rows.push((data.layout, row));
+            rows.push((data.layout, asked.row));
         }
+    }
+    if settings.is_part() {
+        return Ok(Vec::new());
     }
     let names: Vec<String> = config.data.iter().map(|path| file_name(path)).collect();
     let facts = |section: Section| {
@@ -116,6 +122,13 @@ pub fn run(settings: &Settings, config: &Config) -> Result<Vec<Section>> {
     ];
     let asked = |section: &Section| !section.rows.is_empty();
     Ok(sections.into_iter().filter(asked).map(facts).collect())
+}
+
+/// A row, and which questions were answered right.
+#[derive(Clone, Serialize, Deserialize)]
+struct Asked {
+    row: Row,
+    correct: Vec<bool>,
 }
 
 /// What the rows call each model: the folder's name, or all of its path where another is named alike.
@@ -205,13 +218,14 @@ fn second_measure(layout: Layout) -> &'static str {
 }
 
 /// Fills in what the same questions gave with the first model.
-fn compare(row: &mut Row, answers: &Answers, dense: &Row, of_dense: &Answers) {
-    row.accuracy_dense = dense.accuracy;
-    row.params_dense = dense.params;
-    row.bytes_dense = dense.bytes;
-    row.tokens_per_second_dense = dense.tokens_per_second;
-    let Share { value, .. } = answers.flips(of_dense);
-    row.extra.insert("flips".into(), json!(value));
+fn compare(asked: &mut Asked, dense: &Asked) {
+    let row = &mut asked.row;
+    row.accuracy_dense = dense.row.accuracy;
+    row.params_dense = dense.row.params;
+    row.bytes_dense = dense.row.bytes;
+    row.tokens_per_second_dense = dense.row.tokens_per_second;
+    let flips = Share::flips(&asked.correct, &dense.correct);
+    row.extra.insert("flips".into(), json!(flips.value));
 }
 
 /// Writes what was scored or generated, a JSON object a line, to `MODEL-TASK.jsonl`.

@@ -17,16 +17,17 @@ use prune_structured::{
     Allocation, AttentionUnit, Compensation, DEFAULT_RIDGE, Form, Recipe, Score,
 };
 use tensor_io::WriteOptions;
+use toy_lm::bundled::CALIBRATION;
 
-use super::{TextArgs, ratio};
+use super::{TextArgs, bundled, ratio};
 use crate::suites::structured::{self, experts};
 
 #[derive(Args)]
 pub(super) struct StructuredArgs {
     #[command(flatten)]
     text: TextArgs,
-    /// Text to calibrate on; must differ from --text
-    #[arg(long, value_name = "FILE")]
+    /// Text to calibrate on, or a part of one, such as FILE[0..80%]; must differ from --text
+    #[arg(long, value_name = "FILE", default_value_os_t = bundled(CALIBRATION))]
     calib: PathBuf,
     /// Windows to calibrate on, sampled with --seed
     #[arg(long, value_name = "N", default_value = "128")]

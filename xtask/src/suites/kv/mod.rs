@@ -166,8 +166,9 @@ pub fn run(settings: &Settings, config: &Config) -> Result<Vec<Section>> {
     match &config.task {
         Task::Perplexity(texts) => perplexity::run(settings, config, texts),
         Task::Trace(traces) => trace::run(settings, config, traces),
-        Task::Recall(recall) => recall::run(settings, config, recall),
+        Task::Recall(recall) => settings.whole("recall", || recall::run(settings, config, recall)),
         Task::LongContext(task) => long_context::run(settings, config, task),
-        Task::Speed(speed) => speed::run(settings, config, speed),
+        // Lanes run in turn, a step each, so that their speeds can be compared.
+        Task::Speed(speed) => settings.whole("speed", || speed::run(settings, config, speed)),
     }
 }

@@ -52,6 +52,9 @@ pub(crate) fn run(settings: &Settings, config: &Config, texts: &[Text]) -> Resul
         .iter()
         .map(|text| one(settings, config, text, texts.len() > 1))
         .collect::<Result<Vec<(Section, usize)>>>()?;
+    if settings.is_part() {
+        return Ok(Vec::new());
+    }
     let overview = (texts.len() > 1).then(|| several::overview(&sections));
     let own = sections.into_iter().map(|(section, _)| section);
     Ok(overview.into_iter().chain(own).collect())
@@ -90,19 +93,24 @@ fn one(settings: &Settings, config: &Config, text: &Text, among: bool) -> Result
     let bar = settings.bar(FULL, steps as u64);
     let full = config.full.cache(window, settings.seed);
     let row = reference(Row::new(SUITE, FULL));
-    let mut rows = vec![cells.measure(row, Some(&full), None, &bar)?];
+    let path = text.text.model.display();
+    let mut rows = Vec::new();
+    rows.extend(settings.cells.get(&format!("{path}: {FULL}"), || {
+        cells.measure(row, Some(&full), None, &bar)
+    })?);
     for (choice, budget) in config.cells() {
         bar.set_label(choice.flags(budget));
-        let tokens = config.tokens(choice, budget, window, &model)?;
-        let draws = (0..config.runs(choice) as u64)
-            .map(|draw| {
+        let cell = format!("{path}: {}", choice.flags(budget));
+        let row = settings.cells.get(&cell, || {
+            let tokens = config.tokens(choice, budget, window, &model)?;
+            let draws = (0..config.runs(choice) as u64).map(|draw| {
                 let cache = choice.cache(tokens, settings.seed + draw);
                 let row = config.row(choice, budget, window, prompt);
                 cells.measure(row, Some(&cache), Some(&model), &bar)
-            })
-            .collect::<Result<Vec<Row>>>()
-            .with_context(|| choice.flags(budget))?;
-        rows.push(mean_over_seeds(&draws)?);
+            });
+            anyhow::Ok(mean_over_seeds(&draws.collect::<Result<Vec<Row>>>()?)?)
+        });
+        rows.extend(row.with_context(|| choice.flags(budget))?);
     }
     bar.finish();
     let name = file_name(&text.text.model);

@@ -93,21 +93,24 @@ struct Kind {
 
 /// Replay every policy at every budget on every kind of traces, one section a kind.
 pub(crate) fn run(settings: &Settings, config: &Config, traces: &Traces) -> Result<Vec<Section>> {
-    let mut kinds = Vec::new();
+    let mut sections = Vec::new();
     if let Some(text) = &traces.recorded {
-        let kind = record(settings, text, traces.prompt)?;
-        if let Some(dir) = &traces.save {
-            save(&kind.traces, dir)?;
-        }
-        kinds.push(kind);
+        let cell = format!("trace of {}", text.model.display());
+        sections.extend(settings.whole(&cell, || {
+            let kind = record(settings, text, traces.prompt)?;
+            if let Some(dir) = &traces.save {
+                save(&kind.traces, dir)?;
+            }
+            Ok(vec![replay(settings, config, &kind)?])
+        })?);
     }
-    for source in &traces.sources {
-        kinds.push(generate(settings, config, traces.prompt, source)?);
+    for (index, source) in traces.sources.iter().enumerate() {
+        sections.extend(settings.whole(&format!("trace {index}"), || {
+            let kind = generate(settings, config, traces.prompt, source)?;
+            Ok(vec![replay(settings, config, &kind)?])
+        })?);
     }
-    kinds
-        .iter()
-        .map(|kind| replay(settings, config, kind))
-        .collect()
+    Ok(sections)
 }
 
 /// The attention of the model on the windows of a text.

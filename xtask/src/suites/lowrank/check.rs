@@ -9,7 +9,8 @@ use lowrank_eora::output::{Adapter, check_gguf, check_layout};
 use lowrank_eora::repair::Source;
 
 use super::save::{self, Output};
-use super::{Config, GivenModel, method_name};
+use super::start::GivenModel;
+use super::{Config, method_name};
 use crate::suites::perplexity;
 
 /// What the flags alone tell.

@@ -19,7 +19,9 @@ use serde_json::{Map, Value};
 use tensor_io::gguf::Gguf;
 use tensor_io::{Checkpoint, NoProgress};
 
-use super::{Config, GivenModel, cell_name};
+use super::Config;
+use super::cells::cell_name;
+use super::start::GivenModel;
 use crate::suites::perplexity::file_name;
 
 /// Inputs of each linear in a probe.

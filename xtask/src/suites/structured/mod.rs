@@ -23,6 +23,7 @@ use tensor_io::{Checkpoint, WriteOptions};
 
 use self::search::Curves;
 use self::table::{compare_with_dense, is_control, layers, section};
+use super::lazy::Lazy;
 use super::perplexity::{self, Protocol, file_name};
 use crate::bar::Bar;
 use crate::scratch::Scratch;
@@ -145,50 +146,73 @@ pub fn run(settings: &Settings, config: &Config) -> Result<Vec<Section>> {
         compared: &compared,
         scratch: scratch.path(),
     };
-    let layers = decoder.config().layers() as u64;
-    let bar = settings.bar("calibration", layers);
-    let watch = Stopwatch::start();
-    let calibrated = cells.calibrate(&bar)?;
-    let mut calibrating = Row::new("structured", "calibration");
-    watch.stop(&mut calibrating);
-    bar.finish();
+    let calibrated = Lazy::default();
+    let calibrated = || {
+        calibrated.get(|| {
+            let bar = settings.bar("calibration", decoder.config().layers() as u64);
+            let watch = Stopwatch::start();
+            let calibrated = cells.calibrate(&bar)?;
+            let mut row = Row::new("structured", "calibration");
+            watch.stop(&mut row);
+            bar.finish();
+            Ok((calibrated, row))
+        })
+    };
+    let calibrating =
+        (settings.cells).get("calibration", || anyhow::Ok(calibrated()?.1.clone()))?;
 
     let mut rows = Vec::new();
     if !config.dry_run {
-        let bar = settings.bar(DENSE, 0);
-        let mut row = Row::new("structured", DENSE);
-        perplexity::measure(&decoder, &evaluation, &mut row, &bar)?;
-        time_blocks(&[&decoder], evaluation.inputs())?[0].fill(&mut row);
-        rows.push(row);
-        bar.finish();
+        rows.extend(settings.cells.get(DENSE, || {
+            let bar = settings.bar(DENSE, 0);
+            let mut row = Row::new("structured", DENSE);
+            perplexity::measure(&decoder, &evaluation, &mut row, &bar)?;
+            time_blocks(&[&decoder], evaluation.inputs())?[0].fill(&mut row);
+            bar.finish();
+            anyhow::Ok(row)
+        })?);
     }
     let bar = settings.bar(
         "pruning",
         (config.recipes.len() * config.ratios.len()) as u64,
     );
+    let mut failures = Vec::new();
     for recipe in &config.recipes {
-        let curves = cells
-            .curves(&calibrated, recipe, &bar)
-            .with_context(|| recipe.name.clone())?;
-        let inputs = Inputs {
-            calibration: &calibrated,
-            curves: curves.as_ref(),
-        };
+        let curves = Lazy::default();
         for &ratio in &config.ratios {
-            bar.set_label(format!("{} at {ratio}", recipe.name));
-            let row = cells
-                .measure(inputs, recipe, ratio, &bar)
-                .with_context(|| format!("{} at ratio {ratio}", recipe.name))?;
-            rows.push(row);
+            let name = format!("{} at ratio {ratio}", recipe.name);
+            bar.set_label(name.clone());
+            let row = settings.cells.get(&name, || {
+                let (calibration, _) = calibrated()?;
+                let inputs = Inputs {
+                    calibration,
+                    curves: curves
+                        .get(|| cells.curves(calibration, recipe, &bar))?
+                        .as_ref(),
+                };
+                cells.measure(inputs, recipe, ratio, &bar)
+            });
+            match row.context(name) {
+                Ok(row) => rows.extend(row),
+                Err(error) => failures.push(error),
+            }
             bar.inc(1);
         }
     }
     bar.finish();
+    if rows.iter().all(|row| row.method == DENSE) && !failures.is_empty() {
+        return Err(failures.swap_remove(0));
+    }
+    let (false, Some(calibrating)) = (settings.is_part(), calibrating) else {
+        return failures.into_iter().next().map_or(Ok(Vec::new()), Err);
+    };
     compare_with_dense(&mut rows, &decoder, &file_name(&config.perplexity.model));
+    let mut section = section(config, rows);
+    section.failures = failures.iter().map(|error| format!("{error:#}")).collect();
     Ok(vec![
         protocol
             .facts(
-                section(config, rows),
+                section,
                 &config.perplexity.text,
                 evaluation.count(),
                 evaluation.targets(),

@@ -102,8 +102,6 @@ pub(crate) fn run(
     };
     let mut sections = Vec::new();
     for &length in &task.lengths {
-        let tasks = task.questions.iter().map(|&kind| run.task(kind, length));
-        let tasks = tasks.collect::<Result<Vec<_>>>()?;
         let facts = |section: Section| {
             section
                 .fact("model", file_name(&task.model))
@@ -126,12 +124,15 @@ pub(crate) fn run(
                     },
                 )
         };
-        sections.push(facts(table::summary(&tasks, length, settings.seed)));
-        sections.extend(
-            tasks
+        sections.extend(settings.whole(&format!("context of {length}"), || {
+            let tasks = task.questions.iter().map(|&kind| run.task(kind, length));
+            let tasks = tasks.collect::<Result<Vec<_>>>()?;
+            let summary = table::summary(&tasks, length, settings.seed);
+            let tables = tasks
                 .iter()
-                .map(|task| facts(table::section(task, length, settings.seed))),
-        );
+                .map(|task| table::section(task, length, settings.seed));
+            Ok([summary].into_iter().chain(tables).map(facts).collect())
+        })?);
     }
     Ok(sections)
 }

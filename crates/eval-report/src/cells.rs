@@ -1,0 +1,466 @@
+//! Cells of a run, kept in a folder as they are finished: a run that was stopped goes on there, and several processes share
+//! the cells of one run.
+//!
+//! A cell is what a run measures between two places where it may stop: a row, or some that belong together. Every process
+//! asks for the same cells in the same order; the folder says which are done.
+
+use std::collections::{BTreeMap, HashSet};
+use std::fmt;
+use std::fs;
+use std::io::ErrorKind;
+use std::num::NonZeroUsize;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use tensor_io::{ContentHash, atomic};
+
+use crate::error::{Error, Result};
+use crate::report::Section;
+use crate::row::Row;
+
+/// What a folder's cells were measured by; a run that differs in any of it does not fit the folder.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RunFacts {
+    /// The command line without what may differ between processes, one argument each.
+    pub command: Vec<String>,
+    /// The program's version.
+    pub version: String,
+    /// Content hashes of models and texts by their names on the command line.
+    pub inputs: BTreeMap<String, ContentHash>,
+}
+
+impl RunFacts {
+    /// What the two differ in.
+    fn difference(&self, other: &Self) -> Option<String> {
+        let words = |facts: &Self| facts.command.join(" ");
+        let changed = |what: &str, here: &str, there: &str| {
+            Some(format!(
+                "{what} is {here:?}, the folder's cells have {there:?}"
+            ))
+        };
+        if self.command != other.command {
+            return changed("the command", &words(self), &words(other));
+        }
+        if self.version != other.version {
+            return changed("the version", &self.version, &other.version);
+        }
+        let differs = |name: &&String| self.inputs.get(*name) != other.inputs.get(*name);
+        let mut names = self.inputs.keys().chain(other.inputs.keys());
+        let name = names.find(differs)?;
+        Some(format!(
+            "{name} has other contents than the folder's cells were measured with"
+        ))
+    }
+}
+
+/// Part `index` of `count`, counted from 1. Written `2/4`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Shard {
+    index: NonZeroUsize,
+    count: NonZeroUsize,
+}
+
+impl Shard {
+    /// Whether cell `number`, counted from 0, is in this part.
+    fn has(self, number: usize) -> bool {
+        number % self.count == self.index.get() - 1
+    }
+}
+
+impl FromStr for Shard {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
+        let parts = text.split_once('/').and_then(|(index, count)| {
+            Some(Shard {
+                index: index.parse().ok()?,
+                count: count.parse().ok()?,
+            })
+        });
+        match parts {
+            Some(shard) if shard.index <= shard.count => Ok(shard),
+            _ => Err("expected I/N, part I of N, counted from 1".into()),
+        }
+    }
+}
+
+impl fmt::Display for Shard {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.index, self.count)
+    }
+}
+
+/// Which cells a process measures.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Part {
+    /// All that are not in the folder.
+    All,
+    /// Those of one part that are not in the folder.
+    Shard(Shard),
+    /// None: all are to be there.
+    Nothing,
+}
+
+/// The cells of a run. By default there is no folder, and each cell is measured when it is asked for.
+#[derive(Debug, Clone, Default)]
+pub struct Cells(Option<Arc<Store>>);
+
+#[derive(Debug)]
+struct Store {
+    dir: PathBuf,
+    part: Part,
+    asked: Mutex<Asked>,
+}
+
+#[derive(Debug, Default)]
+struct Asked {
+    names: HashSet<String>,
+    missing: Vec<String>,
+}
+
+/// The file of a cell.
+#[derive(Serialize, Deserialize)]
+struct Stored<T> {
+    cell: String,
+    value: T,
+}
+
+/// A section with what a report keeps elsewhere.
+#[derive(Serialize, Deserialize)]
+struct WholeSection {
+    section: Section,
+    rows: Vec<Row>,
+    print_layers: bool,
+}
+
+impl From<Section> for WholeSection {
+    fn from(mut section: Section) -> Self {
+        Self {
+            rows: std::mem::take(&mut section.rows),
+            print_layers: section.print_layers,
+            section,
+        }
+    }
+}
+
+impl From<WholeSection> for Section {
+    fn from(whole: WholeSection) -> Self {
+        Self {
+            rows: whole.rows,
+            print_layers: whole.print_layers,
+            ..whole.section
+        }
+    }
+}
+
+/// Name of the file that says what the cells were measured by.
+const FACTS: &str = "run.json";
+
+impl Cells {
+    /// Cells that are kept in `dir`, which is made where it is not there.
+    ///
+    /// # Errors
+    /// [`Error::OtherRun`] where the folder has the cells of a run with other facts, [`Error::Read`] for a folder that
+    /// was to have cells and is none, and files that cannot be read or written.
+    pub fn open(dir: impl Into<PathBuf>, facts: &RunFacts, part: Part) -> Result<Self> {
+        let dir = dir.into();
+        if part != Part::Nothing {
+            fs::create_dir_all(&dir).map_err(|source| Error::Folder {
+                path: dir.clone(),
+                source,
+            })?;
+        }
+        match Self::facts(&dir) {
+            Ok(there) => {
+                if let Some(difference) = facts.difference(&there) {
+                    return Err(Error::OtherRun { dir, difference });
+                }
+            }
+            Err(Error::Read { source, .. })
+                if source.kind() == ErrorKind::NotFound && part != Part::Nothing =>
+            {
+                atomic::write_json(dir.join(FACTS), facts)?;
+            }
+            Err(error) => return Err(error),
+        }
+        Ok(Self(Some(Arc::new(Store {
+            dir,
+            part,
+            asked: Mutex::default(),
+        }))))
+    }
+
+    /// Whether cells are kept in a folder.
+    pub fn are_kept(&self) -> bool {
+        self.0.is_some()
+    }
+
+    /// What the cells of a folder were measured by.
+    ///
+    /// # Errors
+    /// The folder has no `run.json`, or it cannot be read.
+    pub fn facts(dir: &Path) -> Result<RunFacts> {
+        read(&dir.join(FACTS))
+    }
+
+    /// The value of a cell: what the folder has, or else what `measure` returns, which the folder then has; `None` for
+    /// a cell that another process is to measure.
+    ///
+    /// # Errors
+    /// What `measure` returns; a name that was asked for before; files that cannot be read or written.
+    pub fn get<T, E>(
+        &self,
+        name: &str,
+        measure: impl FnOnce() -> std::result::Result<T, E>,
+    ) -> std::result::Result<Option<T>, E>
+    where
+        T: Serialize + DeserializeOwned,
+        E: From<Error>,
+    {
+        let Some(store) = &self.0 else {
+            return measure().map(Some);
+        };
+        let number = store.ask(name)?;
+        let path = store.dir.join(file_name(name));
+        match read::<Stored<T>>(&path) {
+            Ok(stored) if stored.cell == name => return Ok(Some(stored.value)),
+            Ok(stored) => {
+                let difference =
+                    format!("{} is {:?}, expected {name:?}", path.display(), stored.cell);
+                let dir = store.dir.clone();
+                return Err(Error::OtherRun { dir, difference }.into());
+            }
+            Err(Error::Read { source, .. }) if source.kind() == ErrorKind::NotFound => {}
+            Err(error) => return Err(error.into()),
+        }
+        let is_ours = match store.part {
+            Part::All => true,
+            Part::Shard(shard) => shard.has(number),
+            Part::Nothing => false,
+        };
+        if !is_ours {
+            store.asked().missing.push(name.into());
+            return Ok(None);
+        }
+        let value = measure()?;
+        let stored = Stored {
+            cell: name.into(),
+            value,
+        };
+        atomic::write_json(&path, &stored).map_err(Error::from)?;
+        // What other processes will read, so that all go on with the same.
+        Ok(Some(read::<Stored<T>>(&path)?.value))
+    }
+
+    /// The same for a cell of whole sections.
+    ///
+    /// # Errors
+    /// Those of [`Cells::get`].
+    pub fn sections<E: From<Error>>(
+        &self,
+        name: &str,
+        measure: impl FnOnce() -> std::result::Result<Vec<Section>, E>,
+    ) -> std::result::Result<Option<Vec<Section>>, E> {
+        let whole = self.get(name, || {
+            let sections = measure()?.into_iter();
+            Ok::<_, E>(sections.map(WholeSection::from).collect::<Vec<_>>())
+        })?;
+        Ok(whole.map(|sections| sections.into_iter().map(Section::from).collect()))
+    }
+
+    /// The cells that were asked for and are not done: those of other processes.
+    pub fn missing(&self) -> Vec<String> {
+        let store = self.0.as_ref();
+        store.map_or_else(Vec::new, |store| store.asked().missing.clone())
+    }
+
+    /// How many cells were asked for.
+    pub fn count(&self) -> usize {
+        self.0.as_ref().map_or(0, |store| store.asked().names.len())
+    }
+}
+
+impl Store {
+    fn asked(&self) -> std::sync::MutexGuard<'_, Asked> {
+        // Names and counts are whole after every statement.
+        self.asked.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The number of a cell in the order of asking.
+    fn ask(&self, name: &str) -> Result<usize> {
+        let mut asked = self.asked();
+        let number = asked.names.len();
+        match asked.names.insert(name.into()) {
+            true => Ok(number),
+            false => Err(Error::CellTwice { name: name.into() }),
+        }
+    }
+}
+
+fn read<T: DeserializeOwned>(path: &Path) -> Result<T> {
+    let text = fs::read(path).map_err(|source| Error::Read {
+        path: path.into(),
+        source,
+    })?;
+    serde_json::from_slice(&text).map_err(|source| Error::NotAReport {
+        path: path.into(),
+        source: Box::new(source.into()),
+    })
+}
+
+/// A file name that people can read and that no two cells share.
+fn file_name(name: &str) -> String {
+    let is_plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_');
+    let plain = name.chars().map(|c| if is_plain(c) { c } else { '-' });
+    let plain: String = plain.take(80).collect();
+    let hash = ContentHash::of(name.as_bytes()).to_u64();
+    format!("{plain}-{hash:016x}.json")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn facts() -> RunFacts {
+        RunFacts {
+            command: vec!["eval".into(), "--seed".into(), "3".into()],
+            version: "1".into(),
+            inputs: BTreeMap::from([("model".to_owned(), ContentHash::of(b"weights"))]),
+        }
+    }
+
+    /// The values of cells `0..6` as one process gets them, with the names it measured.
+    fn run(cells: &Cells) -> (Vec<Option<f64>>, Vec<usize>) {
+        let mut measured = Vec::new();
+        let values = (0..6).map(|i| {
+            let value = cells.get::<_, Error>(&format!("flap at {i}"), || {
+                measured.push(i);
+                Ok(1.0 / (3.0 + i as f64))
+            });
+            value.unwrap()
+        });
+        let values = values.collect();
+        (values, measured)
+    }
+
+    #[test]
+    fn parts_measure_every_cell_once_and_the_whole_equals_one_run() {
+        let dir = tempfile::tempdir().unwrap();
+        let open = |part| Cells::open(dir.path(), &facts(), part).unwrap();
+        let (first, by_first) = run(&open(Part::Shard("1/2".parse().unwrap())));
+        assert_eq!(by_first, [0, 2, 4]);
+        assert_eq!(first.iter().flatten().count(), 3);
+        let second = open(Part::Shard("2/2".parse().unwrap()));
+        let (_, by_second) = run(&second);
+        assert_eq!(by_second, [1, 3, 5]);
+        assert!(second.missing().is_empty());
+        let (merged, by_merge) = run(&open(Part::Nothing));
+        assert!(by_merge.is_empty());
+        assert_eq!(merged, run(&Cells::default()).0);
+    }
+
+    #[test]
+    fn a_stopped_run_goes_on_where_it_was() {
+        let dir = tempfile::tempdir().unwrap();
+        let cells = Cells::open(dir.path(), &facts(), Part::All).unwrap();
+        let stopped = cells.get::<f64, Error>("flap at 1", || Err(Error::NoRuns));
+        assert!(matches!(stopped, Err(Error::NoRuns)));
+        assert_eq!(
+            cells.get::<_, Error>("flap at 0", || Ok(7.0)).unwrap(),
+            Some(7.0)
+        );
+        let (values, measured) = run(&Cells::open(dir.path(), &facts(), Part::All).unwrap());
+        assert_eq!(measured, [1, 2, 3, 4, 5]);
+        assert_eq!(values[0], Some(7.0));
+    }
+
+    #[test]
+    fn a_section_comes_back_whole() {
+        let dir = tempfile::tempdir().unwrap();
+        let section = Section {
+            title: "speed".into(),
+            rows: vec![Row::new("kv", "lazy")],
+            print_layers: true,
+            ..Section::default()
+        }
+        .fact("window", 8);
+        for part in [Part::All, Part::Nothing] {
+            let cells = Cells::open(dir.path(), &facts(), part).unwrap();
+            let sections = cells.sections::<Error>("speed", || Ok(vec![section.clone()]));
+            assert_eq!(sections.unwrap(), Some(vec![section.clone()]));
+        }
+    }
+
+    #[test]
+    fn missing_cells_are_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let open = |part| Cells::open(dir.path(), &facts(), part).unwrap();
+        run(&open(Part::Shard("2/3".parse().unwrap())));
+        let merge = open(Part::Nothing);
+        run(&merge);
+        assert_eq!(merge.count(), 6);
+        let left = [0, 2, 3, 5].map(|i| format!("flap at {i}"));
+        assert_eq!(merge.missing(), left);
+    }
+
+    #[test]
+    fn cells_of_another_run_are_refused_with_what_differs() {
+        let dir = tempfile::tempdir().unwrap();
+        Cells::open(dir.path(), &facts(), Part::All).unwrap();
+        let refused = |change: &dyn Fn(&mut RunFacts)| {
+            let mut facts = facts();
+            change(&mut facts);
+            Cells::open(dir.path(), &facts, Part::All)
+                .unwrap_err()
+                .to_string()
+        };
+        assert!(refused(&|f| f.command[2] = "4".into()).contains("eval --seed 4"));
+        assert!(refused(&|f| f.version = "2".into()).contains("the version is \"2\""));
+        let other = ContentHash::of(b"other");
+        let error = refused(&|f| {
+            f.inputs.insert("model".into(), other);
+        });
+        assert!(error.contains("model has other contents"), "{error}");
+    }
+
+    #[test]
+    fn a_folder_without_cells_cannot_be_merged() {
+        let dir = tempfile::tempdir().unwrap();
+        let error = Cells::open(dir.path(), &facts(), Part::Nothing).unwrap_err();
+        assert!(error.to_string().contains("run.json"), "{error}");
+        let gone = dir.path().join("gone");
+        assert!(Cells::open(&gone, &facts(), Part::Nothing).is_err());
+        assert!(!gone.exists());
+    }
+
+    #[test]
+    fn a_cell_that_is_asked_for_twice_is_an_error() {
+        let dir = tempfile::tempdir().unwrap();
+        let cells = Cells::open(dir.path(), &facts(), Part::All).unwrap();
+        cells.get::<_, Error>("dense", || Ok(1)).unwrap();
+        let twice = cells.get::<_, Error>("dense", || Ok(1));
+        assert!(matches!(twice, Err(Error::CellTwice { name }) if name == "dense"));
+    }
+
+    #[test]
+    fn a_damaged_cell_is_an_error_with_its_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let open = || Cells::open(dir.path(), &facts(), Part::All).unwrap();
+        open().get::<_, Error>("dense", || Ok(1.5)).unwrap();
+        fs::write(dir.path().join(file_name("dense")), "{\"cell\":").unwrap();
+        let error = open().get::<_, Error>("dense", || Ok(1.5)).unwrap_err();
+        assert!(error.to_string().contains("dense"), "{error}");
+    }
+
+    #[test]
+    fn parts_are_counted_from_one() {
+        assert_eq!("3/4".parse::<Shard>().unwrap().to_string(), "3/4");
+        for wrong in ["0/4", "5/4", "1", "1/0", "a/b", "-1/2"] {
+            assert!(wrong.parse::<Shard>().is_err(), "{wrong}");
+        }
+    }
+}

@@ -1,0 +1,161 @@
+//! `cargo xtask slurm`: an evaluation as a Slurm job array, a part a job, and a job that merges them.
+
+use std::fs;
+use std::num::NonZeroUsize;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use eval_report::command_line;
+use tensor_io::atomic;
+
+use crate::stdout::print;
+
+/// What to run and what each part may use.
+#[derive(Debug, Clone)]
+pub(crate) struct Config {
+    /// Folder for scripts, cells, logs and the report.
+    pub out: PathBuf,
+    /// Number of parts.
+    pub parts: NonZeroUsize,
+    /// Partition; the cluster's own without.
+    pub partition: Option<String>,
+    /// Time limit of a part.
+    pub time: String,
+    /// Memory of a part.
+    pub memory: String,
+    /// Cores of a part.
+    pub cores: NonZeroUsize,
+    /// The words of the evaluation.
+    pub evaluation: Vec<String>,
+}
+
+/// Write the scripts and say how to submit them.
+///
+/// # Errors
+/// Words that are no evaluation of a suite, and a folder that cannot be written.
+pub(crate) fn run(config: &Config) -> Result<()> {
+    match config.evaluation.as_slice() {
+        [eval, suite, ..] if eval == "eval" && !suite.starts_with('-') => {}
+        words => bail!(
+            "expected `eval SUITE ...` behind `--`, found {:?}",
+            words.join(" ")
+        ),
+    }
+    for flag in ["--cells", "--shard", "--out"] {
+        let is = |word: &&String| word.split('=').next() == Some(flag);
+        if let Some(word) = config.evaluation.iter().find(is) {
+            bail!("{word}: the scripts set it");
+        }
+    }
+    let scripts = Scripts::new(config)?;
+    let named = || format!("--out {}", config.out.display());
+    fs::create_dir_all(&config.out).with_context(named)?;
+    for (name, script) in [
+        ("part.sbatch", scripts.part()),
+        ("merge.sbatch", scripts.merge()),
+        ("submit.sh", scripts.submit()),
+    ] {
+        atomic::write(config.out.join(name), script.as_bytes())?;
+    }
+    let submit = config.out.join("submit.sh");
+    print(&format!("submit with: sh {}\n", submit.display()))
+}
+
+struct Scripts<'a> {
+    config: &'a Config,
+    /// This program.
+    program: String,
+    /// Where the jobs run: paths of the evaluation are relative to it.
+    here: String,
+    out: PathBuf,
+}
+
+impl<'a> Scripts<'a> {
+    fn new(config: &'a Config) -> Result<Self> {
+        let program = std::env::current_exe().context("the path of this program")?;
+        let here = std::env::current_dir().context("the current folder")?;
+        Ok(Self {
+            config,
+            program: program.display().to_string(),
+            out: here.join(&config.out),
+            here: here.display().to_string(),
+        })
+    }
+
+    fn path(&self, name: &str) -> String {
+        quoted(&self.out.join(name))
+    }
+
+    fn head(&self, name: &str, more: &[String]) -> String {
+        let Config {
+            partition,
+            time,
+            memory,
+            cores,
+            ..
+        } = self.config;
+        let partition = partition.iter().map(|name| format!("partition={name}"));
+        let mut lines = vec![
+            format!("job-name={name}"),
+            format!("time={time}"),
+            format!("mem={memory}"),
+            format!("cpus-per-task={cores}"),
+            format!("chdir={}", self.here),
+        ];
+        lines.extend(partition);
+        lines.extend_from_slice(more);
+        let lines: String = lines
+            .iter()
+            .map(|line| format!("#SBATCH --{line}\n"))
+            .collect();
+        format!("#!/bin/sh\n{lines}\nset -eu\n")
+    }
+
+    /// A part a job. A requeued part finds its finished cells and goes on behind them.
+    fn part(&self) -> String {
+        let log = self.out.join("part-%a.log");
+        let more = [
+            format!("array=1-{}", self.config.parts),
+            "requeue".into(),
+            "open-mode=append".into(),
+            format!("output={}", log.display()),
+        ];
+        format!(
+            "{}exec {} {} --threads {} --cells {} --shard \"$SLURM_ARRAY_TASK_ID/{}\"\n",
+            self.head("eval-part", &more),
+            quoted(Path::new(&self.program)),
+            command_line(&self.config.evaluation),
+            self.config.cores,
+            self.path("cells"),
+            self.config.parts,
+        )
+    }
+
+    fn merge(&self) -> String {
+        let log = self.out.join("merge.log");
+        format!(
+            "{}exec {} report --merge {} --out {}\n",
+            self.head("eval-merge", &[format!("output={}", log.display())]),
+            quoted(Path::new(&self.program)),
+            self.path("cells"),
+            self.path("report"),
+        )
+    }
+
+    fn submit(&self) -> String {
+        format!(
+            "#!/bin/sh\n\
+             # The parts, and the merge when all of them are done.\n\
+             set -eu\n\
+             parts=$(sbatch --parsable {})\n\
+             sbatch --dependency=\"afterok:$parts\" --kill-on-invalid-dep=yes {}\n",
+            self.path("part.sbatch"),
+            self.path("merge.sbatch"),
+        )
+    }
+}
+
+/// A path as a word of a shell.
+fn quoted(path: &Path) -> String {
+    command_line(&[path.display().to_string()])
+}

@@ -1,0 +1,64 @@
+//! Networks on random graphs.
+
+use anyhow::{Context, Result};
+use eval_report::{Column, Row, Section};
+use prune_lattice::experiment::{self, ExperimentConfig, StructureConfig};
+use serde_json::json;
+
+/// Networks on random graphs, trained from fresh weights.
+pub(super) fn structures(
+    experiment: &ExperimentConfig,
+    graphs: usize,
+    progress: &dyn prune_lattice::Progress,
+) -> Result<Section> {
+    let (task, cell) = experiment
+        .tasks
+        .first()
+        .zip(experiment.cells.first())
+        .context("--task and --cell name nothing to run")?;
+    let config = StructureConfig::new(task.clone(), *cell).with(|c| {
+        c.graphs = graphs;
+        c.seed = experiment.seeds.first().copied().unwrap_or_default();
+    });
+    let found = experiment::run_structures(&config, progress)?;
+    let rows = found.iter().map(|network| {
+        let mut row = Row {
+            model: Some(format!("{task} {cell}")),
+            accuracy: network.accuracy,
+            nll: Some(network.loss),
+            ..Row::new("lattice", network.structure.name())
+        };
+        row.extra.insert("graph".into(), json!(network.graph));
+        row.extra.insert("neurons".into(), json!(network.neurons));
+        row.extra
+            .insert("connections".into(), json!(network.connections));
+        row
+    });
+    let remarks = experiment::correlations(&found)
+        .into_iter()
+        .filter_map(|p| {
+            let r = p.r?;
+            Some(format!(
+                "{}: r = {r:.2} with accuracy over {} networks",
+                p.name, p.networks
+            ))
+        });
+    Ok(Section {
+        title: format!("Random structures, {task}, {cell}"),
+        prose: "Networks whose recurrent connections are random graphs, trained from fresh weights (after arXiv 2407.20601): \
+            er has as many edges as the ba graph of the same number, stack is a stack of equal layers with about as many \
+            connections."
+            .into(),
+        columns: vec![
+            Column::Method,
+            Column::Extra("graph".into()),
+            Column::Extra("neurons".into()),
+            Column::Extra("connections".into()),
+            Column::Accuracy,
+            Column::Nll,
+        ],
+        rows: rows.collect(),
+        remarks: remarks.collect(),
+        ..Section::default()
+    })
+}

@@ -1,0 +1,108 @@
+//! The compressed models that repairs start from: what a compressor makes, or a given one.
+
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use candle_core::DType;
+use causal_lm::Decoder;
+use lowrank_eora::compress::Compressor;
+use lowrank_eora::repair::{Format, Given, LayerId, Source};
+use tensor_io::Checkpoint;
+
+use super::super::perplexity::file_name;
+use super::Config;
+use crate::settings::Settings;
+
+/// A model that another tool compressed.
+pub(crate) struct GivenModel<'a> {
+    pub(super) source: Given<'a>,
+    pub(super) checkpoint: &'a Checkpoint,
+    /// The decoder of the model itself, where its tensors are readable as they are: what it quantised besides linears
+    /// is then measured too.
+    pub(super) decoder: Option<Decoder<'a>>,
+    /// Bytes of everything but the linears.
+    pub(super) rest_bytes: u64,
+}
+
+impl<'a> GivenModel<'a> {
+    pub(super) fn open(settings: &Settings, checkpoint: &'a Checkpoint) -> Result<Self> {
+        let source = Given::open(checkpoint)?;
+        let decoder = match source.format() {
+            Format::Dense | Format::Gguf => Some(open(settings, checkpoint)?),
+            _ => None,
+        };
+        let mut rest_bytes = 0;
+        for name in checkpoint.names() {
+            let module = name.rsplit_once('.').map_or(name, |(module, _)| module);
+            if LayerId::parse(module).is_none() {
+                rest_bytes += match checkpoint.source() {
+                    Some(source) => source.stored(name)?.len(),
+                    None => checkpoint.info(name)?.bytes,
+                } as u64;
+            }
+        }
+        Ok(Self {
+            source,
+            checkpoint,
+            decoder,
+            rest_bytes,
+        })
+    }
+
+    pub(super) fn is_gguf(&self) -> bool {
+        matches!(self.source.format(), Format::Gguf)
+    }
+}
+
+/// A compressed model that repairs start from.
+pub(super) struct Start<'a> {
+    /// The compressor's name, or the file's.
+    pub(super) name: String,
+    pub(super) source: &'a dyn Source,
+    /// What spends bytes in the same way, to compare with at other sizes.
+    pub(super) alike: Option<Compressor>,
+    /// The given model that it is, or is compared with.
+    pub(super) given: Option<&'a GivenModel<'a>>,
+    /// Whether the linears are the given model's.
+    pub(super) is_given: bool,
+}
+
+impl<'a> Start<'a> {
+    pub(super) fn compressor(compressor: &'a Compressor) -> Self {
+        Self {
+            name: compressor.to_string(),
+            source: compressor,
+            alike: Some(*compressor),
+            given: None,
+            is_given: false,
+        }
+    }
+
+    pub(super) fn given(config: &Config, given: &'a GivenModel<'a>) -> Self {
+        let path = config.compressed.as_deref().unwrap_or(Path::new(""));
+        Self {
+            name: file_name(path),
+            source: &given.source,
+            alike: given.source.alike(),
+            given: Some(given),
+            is_given: true,
+        }
+    }
+
+    /// The same compressor for another source of the same weights.
+    pub(super) fn with_source<'b>(&'b self, source: &'b dyn Source) -> Start<'b> {
+        Start {
+            name: self.name.clone(),
+            source,
+            alike: self.alike,
+            given: self.given,
+            is_given: self.is_given,
+        }
+    }
+}
+
+/// A decoder that computes in f32 on every device: W_c + B A rounded to bf16 would lose what B A adds.
+pub(super) fn open<'a>(settings: &Settings, checkpoint: &'a Checkpoint) -> Result<Decoder<'a>> {
+    Decoder::new(checkpoint, DType::F32, &settings.device.open()?)
+        .with_context(|| checkpoint.dir().display().to_string())
+}

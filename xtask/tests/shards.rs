@@ -1,0 +1,241 @@
+//! Evaluations whose cells are measured by several processes, or by one that was stopped.
+
+#[path = "common/scene.rs"]
+mod scene;
+
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Output};
+
+use scene::{Scene, error, rows};
+use serde_json::{Value, json};
+
+fn xtask(words: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_xtask"))
+        .args(words)
+        .output()
+        .unwrap()
+}
+
+fn scene() -> Scene {
+    Scene::new(json!({
+        "model_type": "llama", "hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 2,
+        "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 8, "max_position_embeddings": 16,
+    }))
+}
+
+/// The words of an evaluation on the scene's files.
+fn words(scene: &Scene, suite: &str, more: &str) -> Vec<String> {
+    let path = |name: &str| scene.path(name).display().to_string();
+    let mut words = vec!["eval".to_owned(), suite.into()];
+    words.extend([
+        "--model".into(),
+        path("model"),
+        "--text".into(),
+        path("text.txt"),
+    ]);
+    if suite != "kv" {
+        words.extend(["--calib".into(), path("calib.txt")]);
+    }
+    words.extend(more.split(' ').map(String::from));
+    words
+}
+
+fn run(words: &[String], more: &[&str]) -> Output {
+    let words: Vec<&str> = words.iter().map(String::as_str).collect();
+    xtask(&[&words[..], more].concat())
+}
+
+/// The JSON of a report without what differs from run to run.
+fn numbers(output: &Output) -> Value {
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{stderr}");
+    let mut report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let report = report.as_object_mut().unwrap();
+    let mut numbers = json!({ "rows": report["rows"], "sections": report["sections"] });
+    strip(&mut numbers);
+    numbers
+}
+
+fn strip(value: &mut Value) {
+    const TIMES: [&str; 8] = [
+        "seconds",
+        "tokens_per_second",
+        "tokens_per_second_dense",
+        "speedup",
+        "peak_rss_bytes",
+        "peak_rss_scope",
+        "calibration time",
+        "calibration memory",
+    ];
+    match value {
+        Value::Object(fields) => {
+            fields.retain(|name, _| !TIMES.contains(&name.as_str()));
+            fields.values_mut().for_each(strip);
+        }
+        Value::Array(values) => values.iter_mut().for_each(strip),
+        _ => {}
+    }
+}
+
+/// The cells in a folder.
+fn cells(dir: &Path) -> usize {
+    fs::read_dir(dir).unwrap().count() - 1
+}
+
+#[test]
+fn the_merged_report_of_parts_is_that_of_one_run() {
+    let scene = scene();
+    for (suite, more, count) in [
+        (
+            "structured",
+            "--method flap,random --ratio 0.2,0.4 --calib-samples 20",
+            6,
+        ),
+        (
+            "lowrank",
+            "--compress rtn-int4,wanda-2:4 --method eora,svd --rank 1,2 --calib-samples 20",
+            3,
+        ),
+        ("kv", "--policy h2o,random --budget 0.5,0.75 --samples 4", 5),
+        ("perplexity", "--samples 4", 1),
+    ] {
+        let words = words(&scene, suite, more);
+        let folder = scene.path(&format!("{suite}-cells"));
+        let dir = folder.to_str().unwrap();
+        for part in 1..=3 {
+            let output = run(&words, &["--cells", dir, "--shard", &format!("{part}/3")]);
+            let stderr = String::from_utf8_lossy(&output.stderr);
+            assert!(output.status.success(), "{suite}: {stderr}");
+            assert!(output.stdout.is_empty(), "{suite}");
+            assert!(stderr.contains(&format!("part {part}/3")), "{stderr}");
+        }
+        assert_eq!(cells(&folder), count, "{suite}");
+        let merged = numbers(&xtask(&["report", "--merge", dir, "--json"]));
+        assert_eq!(merged, numbers(&run(&words, &["--json"])), "{suite}");
+    }
+}
+
+#[test]
+fn missing_cells_are_named_by_a_merge_and_measured_by_the_next_run() {
+    let scene = scene();
+    let words = words(
+        &scene,
+        "structured",
+        "--method flap --ratio 0.2,0.4 --calib-samples 20",
+    );
+    let folder = scene.path("cells");
+    let dir = folder.to_str().unwrap();
+    run(&words, &["--cells", dir, "--shard", "2/2"]);
+    let message = error(&xtask(&["report", "--merge", dir]));
+    assert!(
+        message.contains("2 of 4 cells are missing: calibration; flap at ratio 0.2"),
+        "{message}"
+    );
+    let output = run(&words, &["--cells", dir, "--json"]);
+    assert_eq!(rows(&output).len(), 3);
+    let whole = numbers(&output);
+    assert_eq!(whole, numbers(&run(&words, &["--json"])));
+    assert_eq!(
+        whole,
+        numbers(&xtask(&["report", "--merge", dir, "--json"]))
+    );
+}
+
+#[test]
+fn parts_that_do_not_fit_are_refused_with_what_differs() {
+    let scene = scene();
+    let of = |more: &str| {
+        words(
+            &scene,
+            "structured",
+            &format!("--method flap --ratio 0.2 --calib-samples 20{more}"),
+        )
+    };
+    let folder = scene.path("cells");
+    let part = ["--cells", folder.to_str().unwrap(), "--shard", "1/2"];
+    assert!(run(&of(""), &part).status.success());
+    let message = error(&run(&of(" --seed 7"), &part));
+    assert!(message.contains("--seed 7"), "{message}");
+    fs::write(scene.path("text.txt"), "a b c d e f ".repeat(60)).unwrap();
+    let message = error(&run(&of(""), &part));
+    assert!(message.contains("text.txt has other contents"), "{message}");
+}
+
+#[test]
+fn a_part_needs_a_folder_and_a_suite() {
+    let scene = scene();
+    let usage = |output: Output| {
+        assert_eq!(output.status.code(), Some(2));
+        String::from_utf8(output.stderr).unwrap()
+    };
+    let words = words(&scene, "perplexity", "--samples 2");
+    assert!(usage(run(&words, &["--shard", "1/2"])).contains("--cells"));
+    assert!(usage(run(&words, &["--cells", "x", "--shard", "3/2"])).contains("part I of N"));
+    assert!(usage(xtask(&["eval", "--cells", "x"])).contains("name one"));
+}
+
+#[test]
+fn slurm_scripts_run_the_parts_and_then_the_merge() {
+    let scene = scene();
+    let out = scene.path("sweep of parts");
+    let words = words(
+        &scene,
+        "structured",
+        "--method flap --ratio 0.2 --calib-samples 20",
+    );
+    let words: Vec<&str> = words.iter().map(String::as_str).collect();
+    let slurm = [
+        "slurm",
+        "--out",
+        out.to_str().unwrap(),
+        "--parts",
+        "2",
+        "--cores",
+        "1",
+        "--memory",
+        "1G",
+        "--",
+    ];
+    let output = xtask(&[&slurm[..], &words].concat());
+    assert!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    let part = fs::read_to_string(out.join("part.sbatch")).unwrap();
+    for line in [
+        "#SBATCH --array=1-2",
+        "#SBATCH --mem=1G",
+        "#SBATCH --cpus-per-task=1",
+        "#SBATCH --requeue",
+    ] {
+        assert!(part.lines().any(|found| found == line), "{part}");
+    }
+    // The scripts as a node runs them.
+    for (script, task) in [
+        ("part.sbatch", "2"),
+        ("part.sbatch", "1"),
+        ("merge.sbatch", ""),
+    ] {
+        let output = Command::new("sh")
+            .arg(out.join(script))
+            .env("SLURM_ARRAY_TASK_ID", task)
+            .output()
+            .unwrap();
+        assert!(
+            output.status.success(),
+            "{script} {task}: {}",
+            String::from_utf8_lossy(&output.stderr)
+        );
+    }
+    assert!(out.join("report/report.html").exists());
+}
+
+#[test]
+fn slurm_takes_evaluations_of_a_suite_alone() {
+    let refused = |words: &[&str]| error(&xtask(&[&["slurm", "--out", "x", "--"], words].concat()));
+    assert!(refused(&["report", "a", "b"]).contains("expected `eval SUITE"));
+    assert!(refused(&["eval"]).contains("expected `eval SUITE"));
+    assert!(refused(&["eval", "kv", "--out", "y"]).contains("--out: the scripts set it"));
+}
