@@ -131,8 +131,8 @@ pub(crate) fn files_to_carry(dir: &Path) -> Result<Vec<PathBuf>> {
     Ok(files)
 }
 
-/// Whether a file is part of a checkpoint, so that it goes when the checkpoint is replaced. Python code only by the names
-/// that loaders have.
+/// Whether a file is part of a checkpoint, so that it goes when the checkpoint is replaced: also the same model as a GGUF file
+/// beside it, which would be another model's then. Python code only by the names that loaders have.
 pub(crate) fn is_of_checkpoint(name: &str) -> bool {
     const NAMES: [&str; 3] = ["config.json", "quantize_config.json", "quant_config.json"];
     const CODE: [&str; 4] = [
@@ -144,7 +144,7 @@ pub(crate) fn is_of_checkpoint(name: &str) -> bool {
     let weights = ["model", "pytorch_model"]
         .iter()
         .any(|stem| name.starts_with(stem))
-        && [".safetensors", ".bin", ".index.json"]
+        && [".safetensors", ".bin", ".index.json", ".gguf"]
             .iter()
             .any(|suffix| name.ends_with(suffix));
     let code = name.ends_with(".py");

@@ -284,6 +284,7 @@ fn an_existing_destination_is_kept_unless_overwriting() {
         "train.py",
         "tokenizer.json",
         "model-00001-of-00002.safetensors",
+        "model-q4_0.gguf",
     ] {
         fs::write(dst.join(name), "old").unwrap();
     }
