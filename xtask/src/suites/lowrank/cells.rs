@@ -18,8 +18,9 @@ use tensor_io::{Checkpoint, NoProgress, WriteOptions};
 
 use super::super::hidden::hidden_metrics;
 use super::super::perplexity;
+use super::save::{self, cell_name};
 use super::start::{Start, open};
-use super::{Config, NONE, method_name, save};
+use super::{Config, method_name};
 use crate::bar::Bar;
 use crate::settings::Settings;
 
@@ -373,16 +374,6 @@ impl Lowrank<'_> {
             None,
             bar,
         )
-    }
-}
-
-/// What the files of a cell are called.
-pub(super) fn cell_name(start: &str, repair: Option<(Method, usize)>) -> String {
-    // A colon is no part of a file name everywhere.
-    let start = start.replace(':', "of");
-    match repair {
-        None => format!("{start}-{NONE}"),
-        Some((method, rank)) => format!("{start}-{method}-{rank}"),
     }
 }
 

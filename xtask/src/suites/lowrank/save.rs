@@ -19,9 +19,8 @@ use serde_json::{Map, Value};
 use tensor_io::gguf::Gguf;
 use tensor_io::{Checkpoint, NoProgress};
 
-use super::Config;
-use super::cells::cell_name;
 use super::start::GivenModel;
+use super::{Config, NONE};
 use crate::suites::perplexity::file_name;
 
 /// Inputs of each linear in a probe.
@@ -308,5 +307,15 @@ impl Saving<'_> {
             }
         }
         Ok(Gguf::open(&dst)?.total_bytes())
+    }
+}
+
+/// What the files of a cell are called.
+pub(super) fn cell_name(start: &str, repair: Option<(Method, usize)>) -> String {
+    // A colon is no part of a file name everywhere.
+    let start = start.replace(':', "of");
+    match repair {
+        None => format!("{start}-{NONE}"),
+        Some((method, rank)) => format!("{start}-{method}-{rank}"),
     }
 }
