@@ -45,7 +45,10 @@ impl Suite {
             } => perplexity::run(settings, config, *hidden_metrics),
             Suite::Structured(config) => structured::run(settings, config),
             Suite::Lowrank(config) => lowrank::run(settings, config),
-            Suite::Frontier(config) => frontier::run(settings, config),
+            // What it has measured is kept in a folder of its own.
+            Suite::Frontier(config) => {
+                settings.whole("frontier", || frontier::run(settings, config))
+            }
             Suite::Lattice(config) => lattice::run(settings, config),
             Suite::Kv(config) => kv::run(settings, config),
             Suite::Tasks(config) => tasks::run(settings, config),
