@@ -117,6 +117,29 @@ fn the_merged_report_of_parts_is_that_of_one_run() {
 }
 
 #[test]
+fn the_merged_report_of_parts_of_a_mixture_is_that_of_one_run() {
+    let scene = Scene::new(json!({
+        "model_type": "mixtral", "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 8, "max_position_embeddings": 16,
+        "num_local_experts": 6, "num_experts_per_tok": 2,
+    }));
+    let more = "--method stun,random --quantise rtn-int8 --ratio 0.34 --calib-samples 20";
+    let words = words(&scene, "structured", more);
+    let folder = scene.path("cells");
+    let dir = folder.to_str().unwrap();
+    for part in ["2/2", "1/2"] {
+        assert!(
+            run(&words, &["--cells", dir, "--shard", part])
+                .status
+                .success()
+        );
+    }
+    assert_eq!(cells(&folder), 4);
+    let merged = numbers(&xtask(&["report", "--merge", dir, "--json"]));
+    assert_eq!(merged, numbers(&run(&words, &["--json"])));
+}
+
+#[test]
 fn missing_cells_are_named_by_a_merge_and_measured_by_the_next_run() {
     let scene = scene();
     let words = words(

@@ -15,6 +15,7 @@ use prune_structured::experts::{
     LayerStatistics, Outcome, method, plan, router_map, write,
 };
 use prune_structured::{Form, Loading};
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tensor_io::Checkpoint;
 
@@ -56,18 +57,29 @@ pub(super) struct Suite<'a> {
 }
 
 /// How often each expert is chosen, by layer, in a model.
+#[derive(Serialize, Deserialize)]
 struct Load {
     name: String,
     layers: Vec<(usize, LayerStatistics)>,
 }
 
 /// What was measured beside the rows.
-#[derive(Default)]
+#[derive(Default, Serialize, Deserialize)]
 struct Pictures {
     loads: Vec<Load>,
     /// Clusters of experts by layer, of the first method that has some.
     clusters: Vec<(usize, Vec<Vec<usize>>)>,
     clustered_by: String,
+}
+
+impl Pictures {
+    /// Adds what another cell measured.
+    fn add(&mut self, other: Self) {
+        self.loads.extend(other.loads);
+        if self.clusters.is_empty() {
+            (self.clusters, self.clustered_by) = (other.clusters, other.clustered_by);
+        }
+    }
 }
 
 impl Suite<'_> {
@@ -90,8 +102,20 @@ impl Suite<'_> {
         );
         let mut rows = Vec::new();
         let mut pictures = Pictures::default();
+        // The rows of a cell, unless another process measures it, and its pictures.
+        let mut take = |cell: &str, measure: &dyn Fn(&mut Pictures) -> Result<Vec<Row>>| {
+            let taken = self.settings.cells.get(cell, || {
+                let mut pictures = Pictures::default();
+                anyhow::Ok((measure(&mut pictures)?, pictures))
+            });
+            if let Some((of_cell, its)) = taken.with_context(|| cell.to_owned())? {
+                rows.extend(of_cell);
+                pictures.add(its);
+            }
+            anyhow::Ok(())
+        };
         if !self.config.dry_run {
-            rows.push(self.dense(&mut pictures)?);
+            take(DENSE, &|pictures| Ok(vec![self.dense(pictures)?]))?;
         }
         let cells: Vec<(&ExpertRecipe, Aim)> = recipes
             .iter()
@@ -101,23 +125,27 @@ impl Suite<'_> {
             .settings
             .bar("pruning", (cells.len() + compressors.len()) as u64);
         for (recipe, aim) in cells {
-            bar.set_label(cell_name(recipe, None, aim));
-            let measured = self
-                .measure(recipe, aim, (&mut pictures, &bar))
-                .with_context(|| cell_name(recipe, None, aim))?;
-            rows.extend(measured);
+            let name = cell_name(recipe, None, aim);
+            bar.set_label(name.clone());
+            take(&name, &|pictures| {
+                self.measure(recipe, aim, (pictures, &bar))
+            })?;
             bar.inc(1);
         }
         if !self.config.dry_run {
             for &(compressor, rank) in compressors {
                 let name = label((compressor, rank));
                 bar.set_label(name.clone());
-                let row = self.compressed(compressor, rank, &bar);
-                rows.push(row.with_context(|| name)?);
+                take(&name, &|_| {
+                    Ok(vec![self.compressed(compressor, rank, &bar)?])
+                })?;
                 bar.inc(1);
             }
         }
         bar.finish();
+        if self.settings.is_part() {
+            return Ok(Vec::new());
+        }
         self.compare_with_dense(&mut rows);
         let section = section(self.config, rows, self.plots(&pictures)?);
         Ok(vec![
