@@ -333,3 +333,32 @@ fn sizes_that_no_model_has_are_refused_before_anything_is_allocated() {
         assert!(error.contains(field), "{field} {value}: {error}");
     }
 }
+
+#[test]
+fn an_embedding_and_a_head_take_another_matrix_of_their_shape_alone() {
+    let (_dir, model) = folder(json!({}), |_, tensor| tensor);
+    let checkpoint = Checkpoint::open(model).unwrap();
+    let decoder = Decoder::new(&checkpoint, DType::F32, &Device::Cpu).unwrap();
+    let tokens: [&[u32]; 1] = [&[3, 9, 0]];
+    let stored = decoder.embed(&tokens).unwrap();
+    let table = checkpoint.tensor_as(
+        &decoder.config().names.embedding(),
+        DType::F32,
+        &Device::Cpu,
+    );
+    let doubled = (table.unwrap() * 2.0).unwrap();
+    let embedding = decoder.embedding().unwrap();
+    let rows = embedding.with_table(doubled.clone()).unwrap().rows(&tokens);
+    let values = |x: &Tensor| x.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    let expected = values(&(stored * 2.0).unwrap());
+    assert_eq!(values(&rows.unwrap()), expected);
+
+    let wrong = Tensor::zeros((9, 16), DType::F32, &Device::Cpu).unwrap();
+    let embedding = decoder.embedding().unwrap();
+    let refused = embedding.with_table(wrong.clone()).err().unwrap();
+    assert!(matches!(refused, Error::Shape { .. }), "{refused}");
+    let head = decoder.head().unwrap();
+    assert!(head.clone().with_vocab(doubled).is_ok());
+    let refused = head.with_vocab(wrong).err().unwrap();
+    assert!(matches!(refused, Error::Shape { .. }), "{refused}");
+}

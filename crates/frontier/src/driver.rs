@@ -45,10 +45,10 @@ pub struct Frontier<'a> {
     pub(crate) distortions: Vec<Distortions>,
     /// Bytes that no treatment changes.
     pub(crate) fixed: u64,
-    /// Bytes of keys and values of the dense model and of each site at each width are among the items' bytes.
+    /// The dense treatment of each site.
     dense: Vec<usize>,
     measurer: Measurer<'a>,
-    comparison: &'a Windows,
+    comparison: Windows,
     check: Check,
 }
 
@@ -84,13 +84,11 @@ impl<'a> Frontier<'a> {
         let calibration = data.calibration;
         let maker = Maker::new(decoder, calibration, recipe, largest_rank, &dir, progress)?;
         let hash = decoder.checkpoint().content_hash()?;
-        let teacher = Teacher::new(
-            decoder,
-            data.comparison,
-            options.top_k,
-            (&dir, hash),
-            progress,
-        )?;
+        let tokens = options.coarse_tokens.max(options.fine_tokens);
+        let count = tokens.div_ceil(data.comparison.window_len());
+        let comparison = data.comparison.first(count);
+        let place = (&dir, hash);
+        let teacher = Teacher::new(decoder, &comparison, options.top_k, place, progress)?;
         let cache = options.cache_positions * options.cache_element;
         let (menus, fixed) = {
             let counter = Counter::new(&maker, options.target, &sites, cache, &dir)?;
@@ -100,7 +98,7 @@ impl<'a> Frontier<'a> {
         };
         let measurer = Measurer::new(
             decoder,
-            data.comparison,
+            comparison.clone(),
             teacher,
             options.memory,
             dir.join("divergences.json"),
@@ -114,7 +112,7 @@ impl<'a> Frontier<'a> {
             menus,
             fixed,
             measurer,
-            comparison: data.comparison,
+            comparison,
             check: Check {
                 sampled: 0,
                 rho: 1.0,
@@ -317,6 +315,12 @@ impl<'a> Frontier<'a> {
     /// Bytes of the dense model, and of its cache where it counts.
     pub fn dense_bytes(&self) -> u64 {
         self.bytes_of(&self.dense)
+    }
+
+    /// Bytes of the dense model's keys and values, where the cache counts.
+    pub fn dense_cache_bytes(&self) -> u64 {
+        let of = self.menus.iter().map(|menu| menu.items[menu.dense].cache);
+        of.sum()
     }
 
     /// The least budget that a plan fits.
@@ -625,7 +629,7 @@ impl<'a> Frontier<'a> {
     pub fn divergence(&self, decoder: &Decoder<'_>, progress: &dyn Progress) -> Result<Divergence> {
         let windows: Vec<usize> = (0..self.windows(self.options.fine_tokens)).collect();
         let teacher = &self.measurer.teacher;
-        let found = teacher.divergence(decoder, self.comparison, &windows, progress)?;
+        let found = teacher.divergence(decoder, &self.comparison, &windows, progress)?;
         Ok(Divergence::of(&found))
     }
 }

@@ -47,7 +47,7 @@ impl Divergence {
 /// Measures candidates.
 pub(crate) struct Measurer<'a> {
     decoder: &'a Decoder<'a>,
-    windows: &'a Windows,
+    windows: Windows,
     pub(crate) teacher: Teacher,
     memory: usize,
     path: PathBuf,
@@ -60,7 +60,7 @@ pub(crate) struct Measurer<'a> {
 impl<'a> Measurer<'a> {
     pub(crate) fn new(
         decoder: &'a Decoder<'a>,
-        windows: &'a Windows,
+        windows: Windows,
         teacher: Teacher,
         memory: usize,
         path: PathBuf,
@@ -104,7 +104,7 @@ impl<'a> Measurer<'a> {
             let of_batch: Vec<Vec<usize>> = batch.iter().map(|&i| candidates[i].clone()).collect();
             let fitness = Fitness {
                 decoder: self.decoder,
-                windows: self.windows,
+                windows: &self.windows,
                 teacher: &self.teacher,
                 sites: choices,
                 memory: self.memory,

@@ -16,7 +16,7 @@ pub(super) struct FrontierArgs {
     /// Text to calibrate and to compare models on; must differ from --text
     #[arg(long, value_name = "FILE")]
     calib: PathBuf,
-    /// Budgets, separated by commas: bytes (500000000, 500M, 1.5GiB) or percent of the dense model's (35%)
+    /// Budgets, separated by commas: bytes (500000000, 500M, 1.5GiB) or percent of the model's in bf16 (35%)
     #[arg(long, required = true, value_delimiter = ',', value_name = "B[,B..]")]
     memory: Vec<Memory>,
     /// Tokens of context for which keys and values count in the budget; without it weights alone count

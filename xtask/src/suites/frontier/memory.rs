@@ -8,7 +8,7 @@ use std::str::FromStr;
 pub enum Memory {
     /// Bytes.
     Bytes(u64),
-    /// Percent of the dense model's bytes.
+    /// Percent of the model's bytes in bf16.
     Percent(f64),
 }
 
@@ -27,11 +27,11 @@ const UNITS: [(&str, f64); 10] = [
 ];
 
 impl Memory {
-    /// Bytes, given those of the dense model.
-    pub fn bytes(self, dense: u64) -> u64 {
+    /// Bytes, given those of the model in bf16.
+    pub fn bytes(self, bf16: u64) -> u64 {
         match self {
             Self::Bytes(bytes) => bytes,
-            Self::Percent(percent) => (dense as f64 * percent / 100.0) as u64,
+            Self::Percent(percent) => (bf16 as f64 * percent / 100.0) as u64,
         }
     }
 }

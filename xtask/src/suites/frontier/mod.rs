@@ -7,10 +7,10 @@ mod table;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use candle_core::{DType, Device};
 use causal_lm::{Arithmetic, Decoder, Execution, Model, Windows};
-use eval_report::{Budget, DENSE, Row, Section, Stopwatch};
+use eval_report::{Budget, DENSE, Row, Section, Stopwatch, format};
 use frontier::{Baseline, Data, Frontier, Options, Plan};
 use lm_eval::ScoredWindows;
 
@@ -105,27 +105,33 @@ pub fn run(settings: &Settings, config: &Config) -> Result<Vec<Section>> {
     let mut measuring = Row::new("frontier", "measuring");
     watch.stop(&mut measuring);
     let measured = (measuring.seconds, frontier.passes());
-    let budgets: Vec<u64> = config
-        .memory
-        .iter()
-        .map(|memory| memory.bytes(frontier.dense_bytes()))
+    let dense = frontier.dense_bytes();
+    let bf16 = 2 * checkpoint.parameters() + frontier.dense_cache_bytes();
+    let smallest = frontier.smallest().unwrap_or(dense);
+    let all = config.memory.iter().map(|memory| memory.bytes(bf16));
+    let (budgets, below): (Vec<u64>, Vec<u64>) = all.partition(|&budget| budget >= smallest);
+    let failures: Vec<String> = below
+        .into_iter()
+        .map(|budget| {
+            format!(
+                "--memory {budget}: the smallest plan for --for {} takes {smallest} bytes ({:.1} % of the model in bf16)",
+                frontier.options().target,
+                100.0 * smallest as f64 / bf16 as f64
+            )
+        })
         .collect();
-    if let (Some(&least), Some(smallest)) = (budgets.iter().min(), frontier.smallest()) {
-        ensure!(
-            least >= smallest,
-            "--memory {least}: the smallest plan for --for {} takes {smallest} bytes ({:.1} % of the dense model)",
-            frontier.options().target,
-            100.0 * smallest as f64 / frontier.dense_bytes() as f64
-        );
+    if let (Some(first), true) = (failures.first(), budgets.is_empty()) {
+        bail!("{first}");
     }
 
     let suite = Suite {
         config,
         evaluation: &evaluation,
         scratch: scratch.path(),
+        bf16,
         bar: &bar,
     };
-    let mut rows = vec![suite.dense(&decoder, frontier.dense_bytes())?];
+    let mut rows = vec![suite.dense(&decoder, dense)?];
     let mut plans = Vec::new();
     for &budget in &budgets {
         bar.set_label(format!("{JOINT} at {budget}"));
@@ -141,7 +147,8 @@ pub fn run(settings: &Settings, config: &Config) -> Result<Vec<Section>> {
     }
     bar.finish();
     table::compare_with_dense(&mut rows, &file_name(&config.perplexity.model));
-    let section = table::section(&frontier, rows, &plans);
+    let mut section = table::section(&frontier, rows, (&plans, bf16));
+    section.failures = failures;
     let (coarse, fine) = frontier.tokens();
     let check = frontier.check();
     let section = protocol
@@ -155,6 +162,7 @@ pub fn run(settings: &Settings, config: &Config) -> Result<Vec<Section>> {
         .fact("calibration windows", calibration.count())
         .fact("comparison windows", comparison.count())
         .fact("target", frontier.options().target.name())
+        .fact("budgets are shares of", format::bytes(bf16))
         .fact("tokens of curves", coarse)
         .fact("tokens of plans", fine)
         .fact("seconds to measure curves", measured.0.round())
@@ -203,6 +211,8 @@ struct Suite<'a> {
     config: &'a Config,
     evaluation: &'a ScoredWindows,
     scratch: &'a Path,
+    /// Bytes of the model in bf16, and of its cache where it counts.
+    bf16: u64,
     bar: &'a Bar,
 }
 
@@ -286,7 +296,7 @@ impl Suite<'_> {
         row.bytes = Some(written.bytes);
         let summary = plan.summary();
         row.params = Some(summary.parameters);
-        let share = plan.budget as f64 / frontier.dense_bytes() as f64;
+        let share = plan.budget as f64 / self.bf16 as f64;
         row.budget = Some(Budget::Share((share * 1e4).round() / 1e4));
         if plan.cache_bytes > 0 {
             row.kv_bytes = Some(plan.cache_bytes);

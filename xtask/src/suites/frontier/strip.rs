@@ -14,7 +14,7 @@ const TOP: f64 = 8.0;
 type Value<'v> = &'v dyn Fn(&SitePlan) -> f64;
 
 /// The picture of a plan.
-pub(super) fn figure(plan: &Plan, dense: u64) -> Figure {
+pub(super) fn figure(plan: &Plan, bf16: u64) -> Figure {
     let most_bits = plan.sites.iter().map(|site| site.bits).fold(1.0, f64::max);
     let most_rank = plan
         .sites
@@ -62,9 +62,9 @@ pub(super) fn figure(plan: &Plan, dense: u64) -> Figure {
     .ok();
     Figure {
         caption: format!(
-            "The joint plan at {:.1} % of the dense model. Dark: much stays. Bits are shown as a share of {most_bits:.1} per \
+            "The joint plan at {:.1} % of the model in bf16. Dark: much stays. Bits are shown as a share of {most_bits:.1} per \
              weight, ranks of {most_rank}.",
-            100.0 * plan.budget as f64 / dense.max(1) as f64
+            100.0 * plan.budget as f64 / bf16.max(1) as f64
         ),
         svg,
     }

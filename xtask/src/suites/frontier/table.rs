@@ -12,8 +12,11 @@ const MIB: f64 = 1048576.0;
 const PREDICTED: usize = 48;
 
 /// The table with its explanation, plots and pictures.
-pub(super) fn section(frontier: &Frontier<'_>, rows: Vec<Row>, plans: &[Plan]) -> Section {
-    let dense = frontier.dense_bytes();
+pub(super) fn section(
+    frontier: &Frontier<'_>,
+    rows: Vec<Row>,
+    (plans, bf16): (&[Plan], u64),
+) -> Section {
     let mut columns = vec![
         Column::Budget,
         Column::Method,
@@ -38,7 +41,7 @@ pub(super) fn section(frontier: &Frontier<'_>, rows: Vec<Row>, plans: &[Plan]) -
             .into(),
         columns,
         remarks: remarks(&rows),
-        figures: plans.iter().map(|plan| strip::figure(plan, dense)).collect(),
+        figures: plans.iter().map(|plan| strip::figure(plan, bf16)).collect(),
         plots: plots(frontier, &rows, plans),
         rows,
         ..Section::default()
@@ -55,7 +58,6 @@ pub(super) fn compare_with_dense(rows: &mut [Row], model: &str) {
         row.bytes_dense = dense.bytes;
         row.params_dense = dense.params;
         row.perplexity_dense = dense.perplexity;
-        row.tokens_per_second_dense = dense.tokens_per_second;
     }
 }
 
