@@ -177,6 +177,15 @@ fn what_dropping_leaves_is_compressed_in_the_same_run() {
     let width = sparse.info(name).unwrap().bytes / sparse.info(name).unwrap().elements();
     let zeros = weight.chunks(width).filter(|x| x.iter().all(|b| *b == 0));
     assert_eq!(zeros.count() * 2, sparse.info(name).unwrap().elements());
+    let more = ["--method", "stun", "--ratio", "0.5", "--owl", "--then"];
+    let with = |then| structured(&scene, &[&more[..], &[then]].concat());
+    assert!(
+        self::rows(&with("wanda-50"))[2]["perplexity"]
+            .as_f64()
+            .unwrap()
+            > 1.0
+    );
+    assert!(error(&with("rtn-int4")).contains("OWL"));
 }
 
 #[test]

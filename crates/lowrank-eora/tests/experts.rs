@@ -5,7 +5,7 @@ use causal_lm::names::ExpertLayout;
 use causal_lm::{Decoder, Model, ModelConfig, Windows, synthetic};
 use lowrank_eora::Error;
 use lowrank_eora::compress::Compressor;
-use lowrank_eora::experts::{ExpertRepair, RepairedExperts, repair_experts};
+use lowrank_eora::experts::{ExpertRepair, Owl, RepairedExperts, repair_experts};
 use serde_json::json;
 use std::path::Path;
 use tensor_io::{Checkpoint, CheckpointWriter, Config, NoProgress, TensorSpec, WriteOptions};
@@ -295,6 +295,42 @@ fn an_adapter_beside_compressed_experts_gives_the_merged_ones() {
     assert_eq!(config["alpha_pattern"], config["rank_pattern"]);
     let base = config["base_model_name_or_path"].as_str().unwrap();
     assert!(Path::new(base).is_absolute() && base.ends_with("compressed"));
+}
+
+#[test]
+fn layers_with_fewer_outliers_are_pruned_more_and_the_share_is_met() {
+    let folder = tempfile::tempdir().unwrap();
+    let checkpoint = model(&folder.path().join("dense"), ExpertLayout::Fused, 6);
+    let dst = folder.path().join("pruned");
+    let by_layer = options("wanda-50", 0).owl(Some(Owl::default()));
+    repaired(&checkpoint, &dst, &by_layer);
+    let pruned = Checkpoint::open(&dst).unwrap();
+    let share = |layer: usize| -> f64 {
+        let (mut zeros, mut all) = (0, 0);
+        for module in ["gate_up_proj", "down_proj"] {
+            let name = format!("model.layers.{layer}.mlp.experts.{module}");
+            let tensor = pruned.tensor_as(&name, DType::F32, &Device::Cpu).unwrap();
+            let values: Vec<f32> = tensor.flatten_all().unwrap().to_vec1().unwrap();
+            zeros += values.iter().filter(|x| **x == 0.0).count();
+            all += values.len();
+        }
+        zeros as f64 / all as f64
+    };
+    let (a, b) = (share(0), share(1));
+    // Shares of rows are whole numbers of weights.
+    assert!((a + b - 1.0).abs() < 0.07, "{a} {b}");
+    assert!((a - b).abs() > 0.1, "{a} {b}");
+    let refused = options("wanda-2:4", 0).owl(Some(Owl::default()));
+    let never = folder.path().join("never");
+    let error = repair_experts(
+        &decoder(&checkpoint),
+        &windows(),
+        &refused,
+        &never,
+        &NoProgress,
+    );
+    assert!(matches!(error, Err(Error::Setting { .. })), "{error:?}");
+    assert!(!never.exists());
 }
 
 #[test]

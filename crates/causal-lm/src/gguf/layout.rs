@@ -441,7 +441,8 @@ mod tests {
         let qkv = named(&phi, "blk.0.attn_qkv.weight");
         assert_eq!((&qkv.shape, &qkv.parts[0].rows), (&vec![24, 8], &Rows::All));
         assert_eq!(named(&phi, "blk.0.ffn_up.weight").shape, [12, 8]);
-        let pythia = of("gpt_neox", json!({}), Architecture::GptNeox);
+        let whole_heads = json!({"rotary_pct": 1.0});
+        let pythia = of("gpt_neox", whole_heads, Architecture::GptNeox);
         let qkv = named(&pythia, "blk.0.attn_qkv.bias");
         // Two heads of four channels: q, k, v of the first, then of the second.
         let order: Vec<usize> = [0, 12, 4, 16, 8, 20]

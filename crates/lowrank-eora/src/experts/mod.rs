@@ -16,6 +16,7 @@
 //! beside it as a PEFT adapter ([`ExpertRepair::adapter`]).
 
 mod adapter;
+mod owl;
 mod sums;
 mod write;
 
@@ -37,6 +38,8 @@ use sums::{Sums, mixed};
 use tensor_io::{Progress, WriteOptions, Written};
 use write::Writer;
 
+pub use owl::Owl;
+
 /// Linears of an expert in the order in which they are stored.
 const LINEARS: [LinearName; 3] = [LinearName::Gate, LinearName::Up, LinearName::Down];
 
@@ -57,6 +60,8 @@ pub struct ExpertRepair {
     /// Where B A goes as a PEFT adapter, with W_c as the model; `None` to merge them. Applications that do not know the form
     /// of PEFT 0.19 ignore it in silence: merged weights are safer.
     pub adapter: Option<PathBuf>,
+    /// How much of each layer is pruned, for compressors that prune a share of the weights; `None` for the same of all.
+    pub owl: Option<Owl>,
     /// Shards and overwriting.
     pub files: WriteOptions,
 }
@@ -71,6 +76,7 @@ impl ExpertRepair {
             pool_tokens: 1024,
             prior: None,
             adapter: None,
+            owl: None,
             files: WriteOptions::default(),
         }
     }
@@ -88,6 +94,11 @@ impl ExpertRepair {
     /// The same with B A in a folder of their own.
     pub fn adapter(self, adapter: Option<PathBuf>) -> Self {
         Self { adapter, ..self }
+    }
+
+    /// The same with shares of pruned weights by layer.
+    pub fn owl(self, owl: Option<Owl>) -> Self {
+        Self { owl, ..self }
     }
 
     /// The same with other files.
@@ -177,8 +188,13 @@ pub fn repair_experts(
         .as_ref()
         .map(|folder| ExpertAdapter::new(decoder, folder, options.rank, options.files.overwrite))
         .transpose()?;
+    let compressors = match options.owl {
+        None => vec![Some(options.compressor); mixtures.len()],
+        Some(owl) => owl.compressors(decoder, windows, &options.compressor, progress)?,
+    };
     progress.begin("experts", count as u64);
     let mut run = Run {
+        compressors,
         adapter,
         decoder,
         options,
@@ -265,6 +281,8 @@ struct Run<'a> {
     options: &'a ExpertRepair,
     progress: &'a dyn Progress,
     writer: Writer<'a>,
+    /// Of each layer with experts.
+    compressors: Vec<Option<Compressor>>,
     adapter: Option<ExpertAdapter>,
     expert_bytes: u64,
     reports: Vec<ExpertReport>,
@@ -370,7 +388,7 @@ impl Run<'_> {
             let Some(linear) = linear else { continue };
             let gram = gram.as_ref().map(|gram| gram.as_ref());
             let (compressed, factors) =
-                self.linear(linear, gram, &mut report)
+                self.linear(linear, (layer, gram), &mut report)
                     .map_err(|source| Error::Layer {
                         layer: format!("layer {layer}, expert {expert}, {name}"),
                         source: Box::new(source),
@@ -392,13 +410,14 @@ impl Run<'_> {
     fn linear(
         &mut self,
         linear: &mut Linear,
-        gram: Option<faer::MatRef<'_, f64>>,
+        (layer, gram): (usize, Option<faer::MatRef<'_, f64>>),
         report: &mut ExpertReport,
     ) -> Result<(Tensor, Option<LowRank>)> {
         let (options, like) = (self.options, linear.weight()?);
         let weight = from_tensor(&like, "weight")?;
         let inputs = gram.map(Inputs::Gram);
-        let compressed = options.compressor.compress(weight.as_ref(), inputs)?;
+        let compressor = self.compressors[layer].unwrap_or(options.compressor);
+        let compressed = compressor.compress(weight.as_ref(), inputs)?;
         let width = like.dtype().size_in_bytes().min(2);
         let (rows, columns) = weight.shape();
         let bytes = compressed.storage(width).bytes() + 2 * options.rank * (rows + columns);

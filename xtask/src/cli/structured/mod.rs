@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use clap::{Args, ValueEnum};
 use lowrank_eora::compress::Compressor;
+use lowrank_eora::experts::Owl;
 use prune_structured::compensation::{Alternating, LeastSquares};
 use prune_structured::experts::ExpertRecipe;
 use prune_structured::experts::compensation::ExpertScale;
@@ -78,6 +79,9 @@ pub(super) struct StructuredArgs {
     /// Mixtures: also compress the experts that each method leaves, in rows of their own; compressors as for --quantise
     #[arg(long, value_delimiter = ',', value_name = "C[,C..]", value_parser = compressor)]
     then: Vec<(Compressor, usize)>,
+    /// Mixtures: compressors that prune a share of the weights take less from layers with more outliers (OWL)
+    #[arg(long)]
+    owl: bool,
     #[command(flatten)]
     change: RecipeArgs,
     #[command(flatten)]
@@ -297,6 +301,7 @@ impl StructuredArgs {
             recipes: self.method.iter().flat_map(variants).collect(),
             compressors: self.quantise,
             then: self.then,
+            owl: self.owl.then(Owl::default),
         };
         structured::Config {
             perplexity: self.text.into(),

@@ -9,7 +9,7 @@ use causal_lm::{Decoder, Windows};
 use eval_report::{Axis, DENSE, Plot, Reference, Row, Section, Series, Stopwatch, mean_over_seeds};
 use lm_eval::ScoredWindows;
 use lowrank_eora::compress::Compressor;
-use lowrank_eora::experts::{ExpertRepair, RepairedExperts, repair_experts};
+use lowrank_eora::experts::{ExpertRepair, Owl, RepairedExperts, repair_experts};
 use prune_structured::experts::{
     Aim, ExpertCost, ExpertOptions, ExpertPlan, ExpertRecipe, ExpertSettings, JointData, Keep,
     LayerStatistics, Outcome, method, plan, router_map, write,
@@ -34,6 +34,8 @@ pub struct Methods {
     pub compressors: Vec<(Compressor, usize)>,
     /// The same for the experts that methods leave.
     pub then: Vec<(Compressor, usize)>,
+    /// How much of each layer compressors prune; `None` for the same of all.
+    pub owl: Option<Owl>,
 }
 
 /// A compressor as `--quantise` names it.
@@ -352,6 +354,7 @@ impl Suite<'_> {
             recipes,
             compressors,
             then,
+            ..
         } = &self.config.experts;
         let draws = if recipe.draws() { self.config.seeds } else { 1 };
         let cells: usize = recipes.iter().map(|recipe| self.aims(recipe).len()).sum();
@@ -450,6 +453,7 @@ impl Suite<'_> {
         let watch = Stopwatch::start();
         let repair = ExpertRepair::new(compressor)
             .rank(rank)
+            .owl(self.config.experts.owl)
             .files(self.config.write.clone());
         let steps = bar.nested("experts", 0);
         let found = repair_experts(decoder, self.calibration, &repair, folder, &steps)?;
