@@ -158,7 +158,11 @@ pub(super) fn read(checkpoint: &Checkpoint, module: &str, stated: Stated) -> Res
             ),
         );
     }
-    let group_width = stored::group_width(checkpoint, &name("scales"), n, groups, group_size)?;
+    // A module's own index tells apart groups that the configuration says are of another width.
+    let several = index.as_deref().filter(|_| groups > 1);
+    let own = several.and_then(|index| run_width(index, groups));
+    let stated = own.or(group_size);
+    let group_width = stored::group_width(checkpoint, &name("scales"), n, groups, stated)?;
     let group_index = match index {
         Some(index) => stored::group_index(checkpoint, &name("g_idx"), &index, n, groups)?,
         None => (0..n).map(|j| (j / group_width) as u32).collect(),
@@ -204,6 +208,14 @@ pub(super) fn read(checkpoint: &Checkpoint, module: &str, stated: Stated) -> Res
     })
 }
 
+/// Inputs in each group but the last, where an index counts `groups` groups up in runs of one width.
+fn run_width(index: &[i64], groups: usize) -> Option<usize> {
+    let width = index.iter().take_while(|&&group| group == 0).count();
+    let in_runs = width > 0 && index.len().div_ceil(width) == groups;
+    let counts = |(at, &group): (usize, &i64)| usize::try_from(group) == Ok(at / width);
+    (in_runs && index.iter().enumerate().all(counts)).then_some(width)
+}
+
 /// Why zero points of `bits` bits, read by `version`, show that the file was labelled with the other version.
 ///
 /// A symmetric grid has its zero in the middle, so that the two versions store two known numbers. Where the label is
@@ -226,4 +238,24 @@ fn mislabelled(zeros: &[u8], bits: usize, version: Version) -> Option<String> {
         other.name(),
         version.name()
     ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_index_tells_the_width_of_its_groups_also_where_the_last_is_shorter() {
+        let index = |inputs: usize, width: usize| -> Vec<i64> {
+            (0..inputs).map(|j| (j / width) as i64).collect()
+        };
+        assert_eq!(run_width(&index(160, 64), 3), Some(64));
+        assert_eq!(run_width(&index(688, 128), 6), Some(128));
+        assert_eq!(run_width(&index(96, 32), 3), Some(32));
+        // Groups in another order, or not all of them.
+        assert_eq!(run_width(&[1, 0, 1, 0], 2), None);
+        assert_eq!(run_width(&[0, 1, 1, 0], 2), None);
+        assert_eq!(run_width(&index(160, 64), 4), None);
+        assert_eq!(run_width(&[], 0), None);
+    }
 }
