@@ -388,7 +388,12 @@ impl<'a> Frontier<'a> {
                 smallest: division.smallest().unwrap_or(u64::MAX),
             })
         };
-        let free = at(0.0)?;
+        let mut free = at(0.0)?;
+        // Costs that the programme rounds up may leave the dense model a few bytes beyond its own.
+        let dense = |menu: &Menu| allowed(menu.site, &menu.items[menu.dense]);
+        if budget >= self.dense_bytes() && self.menus.iter().all(dense) {
+            (free.items, free.predicted) = (self.dense.clone(), 0.0);
+        }
         let Some(most) = self.options.max_parameters else {
             return Ok(free);
         };
