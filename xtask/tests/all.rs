@@ -49,11 +49,11 @@ fn all_suites_run_on_a_model_of_ones_own_and_the_summary_fits_a_terminal() {
     let rows = report["rows"].as_array().unwrap();
     let of =
         |suite: &str| -> Vec<&Value> { rows.iter().filter(|row| row["suite"] == suite).collect() };
-    for suite in ["structured", "lowrank", "kv", "lattice"] {
+    for suite in ["frontier", "structured", "lowrank", "kv", "lattice"] {
         assert!(of(suite).len() > 4, "{suite}");
     }
     // Every line of the summary was found among the rows.
-    assert_eq!(of("summary").len(), 22);
+    assert_eq!(of("summary").len(), 25);
 
     let chain = of("chain");
     let methods: Vec<&str> = chain

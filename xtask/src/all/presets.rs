@@ -1,5 +1,6 @@
 //! The runs of all suites: for each crate the method that it is for and baselines at the same budget, in about a minute.
 
+use ::frontier::Baseline;
 use anyhow::{Context, Result};
 use eval_report::{Budget, DENSE, format};
 use lowrank_eora::compress::Compressor;
@@ -13,8 +14,9 @@ use super::inputs::Inputs;
 use super::preset::{Flags, Preset, Shown, path};
 use crate::settings::Settings;
 use crate::suite::Suite;
+use crate::suites::frontier::Memory;
 use crate::suites::kv::policy::{ALPHA, Choice, PromptRule};
-use crate::suites::{kv, lattice, lowrank, structured};
+use crate::suites::{frontier, kv, lattice, lowrank, structured};
 
 /// Windows to calibrate on.
 const CALIBRATION: usize = 32;
@@ -25,11 +27,50 @@ const NETWORKS: u64 = 3;
 /// All of them, in the order of the report.
 pub(crate) fn all(inputs: &Inputs, settings: &Settings) -> Result<Vec<Preset>> {
     Ok(vec![
+        frontier(inputs, settings),
         structured(inputs, settings)?,
         lowrank(inputs, settings)?,
         kv(inputs, settings)?,
         lattice(inputs, settings),
     ])
+}
+
+fn frontier(inputs: &Inputs, settings: &Settings) -> Preset {
+    // Enough to place treatments of the bundled model, in half a minute.
+    const COARSE: usize = 512;
+    const FINE: usize = 2048;
+    const ROUNDS: usize = 1;
+    let percents = [50.0, 35.0];
+    let memory: Vec<Memory> = percents.map(Memory::Percent).to_vec();
+    let mut config = frontier::Config::new(inputs.text.clone(), inputs.calib.clone());
+    config.calib_samples = CALIBRATION;
+    config.memory = memory.clone();
+    config.options.coarse_tokens = COARSE;
+    config.options.fine_tokens = FINE;
+    config.options.rounds = ROUNDS;
+    let shown = |method: &str, percent: f64| Shown {
+        budget: Some(Budget::Share(percent / 100.0)),
+        ..Shown::new(format!("{method}, {percent} % of the memory"), method)
+    };
+    let one_format = Baseline::UniformFormat.name();
+    Preset {
+        crate_name: "frontier",
+        name: "frontier",
+        flags: Flags::of_text(inputs, settings)
+            .with("--calib", path(&inputs.calib))
+            .with("--calib-samples", CALIBRATION)
+            .with_all("--memory", &memory)
+            .with("--coarse-tokens", COARSE)
+            .with("--fine-tokens", FINE)
+            .with("--rounds", ROUNDS)
+            .finish(settings),
+        suite: Suite::Frontier(Box::new(config)),
+        shown: vec![
+            shown(frontier::JOINT, 50.0),
+            shown(one_format, 50.0),
+            shown(frontier::JOINT, 35.0),
+        ],
+    }
 }
 
 fn structured(inputs: &Inputs, settings: &Settings) -> Result<Preset> {
