@@ -49,7 +49,10 @@ fn all_suites_run_on_a_model_of_ones_own_and_the_summary_fits_a_terminal() {
     let rows = report["rows"].as_array().unwrap();
     let of =
         |suite: &str| -> Vec<&Value> { rows.iter().filter(|row| row["suite"] == suite).collect() };
-    for suite in ["frontier", "structured", "lowrank", "kv", "lattice"] {
+    let joint = of("frontier");
+    let joint = joint.iter().filter(|row| row["method"] == "joint");
+    assert_eq!(joint.count(), 2);
+    for suite in ["structured", "lowrank", "kv", "lattice"] {
         assert!(of(suite).len() > 4, "{suite}");
     }
     // Every line of the summary was found among the rows.
