@@ -52,7 +52,7 @@ fn frontier(inputs: &Inputs, settings: &Settings) -> Preset {
         budget: Some(Budget::Share(percent / 100.0)),
         ..Shown::new(format!("{method}, {percent} % of the memory"), method)
     };
-    let one_format = Baseline::UniformFormat.name();
+    let uniform = Baseline::UniformWidth.name();
     Preset {
         crate_name: "frontier",
         name: "frontier",
@@ -67,7 +67,7 @@ fn frontier(inputs: &Inputs, settings: &Settings) -> Preset {
         suite: Suite::Frontier(Box::new(config)),
         shown: vec![
             shown(frontier::JOINT, 50.0),
-            shown(one_format, 50.0),
+            shown(uniform, 50.0),
             shown(frontier::JOINT, 35.0),
         ],
     }
