@@ -65,7 +65,7 @@ impl Compensate for LeastSquares {
 /// `[columns, columns]`, `kept` and `removed` are ascending and share out all columns, `ridge` is relative to the mean
 /// diagonal of the Gram matrix.
 ///
-/// W_K + (H[K,K]⁻¹ H[K,R] W_Rᵀ)ᵀ, which is W H[:,K] H[K,K]⁻¹ without the part that cancels; in f64.
+/// `W_K + (H[K,K]⁻¹ H[K,R] W_Rᵀ)ᵀ`, which is `W H[:,K] H[K,K]⁻¹` without the part that cancels; in f64.
 ///
 /// # Errors
 /// [`Error::Singular`] with the layer, and what candle reports.
