@@ -8,6 +8,7 @@ use crate::{Error, Result};
 use rand::SeedableRng;
 use rand::seq::index;
 use rand_chacha::ChaCha8Rng;
+use std::collections::HashSet;
 
 /// Windows of one length.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -94,13 +95,27 @@ impl Windows {
         let mut drawn =
             index::sample(&mut ChaCha8Rng::seed_from_u64(seed), self.count(), count).into_vec();
         drawn.sort_unstable();
-        let tokens = drawn
-            .into_iter()
-            .flat_map(|w| &self.tokens[w * self.len..][..self.len])
-            .copied()
-            .collect();
+        self.pick(&drawn)
+    }
+
+    /// The windows at these places, counted from 0, in their order.
+    ///
+    /// # Panics
+    /// A place behind the last window.
+    pub fn pick(&self, places: &[usize]) -> Self {
+        let window = |&place: &usize| &self.tokens[place * self.len..][..self.len];
         Self {
-            tokens,
+            tokens: places.iter().flat_map(window).copied().collect(),
+            len: self.len,
+        }
+    }
+
+    /// The windows that are not among `others`, by their tokens.
+    pub fn without(&self, others: &Self) -> Self {
+        let others: HashSet<&[u32]> = others.iter().collect();
+        let left = self.iter().filter(|window| !others.contains(window));
+        Self {
+            tokens: left.flatten().copied().collect(),
             len: self.len,
         }
     }
@@ -171,6 +186,16 @@ mod tests {
         assert_eq!(sample, windows.sample(20, 7));
         assert_ne!(sample, windows.sample(20, 8));
         assert_eq!(windows.sample(100, 0), windows);
+    }
+
+    #[test]
+    fn windows_are_picked_by_place_and_left_out_by_their_tokens() {
+        let windows = Windows::cut(&[0, 1, 2, 3, 0, 1, 4, 5], 2, None).unwrap();
+        let picked = windows.pick(&[3, 0]);
+        assert_eq!(picked.iter().collect::<Vec<_>>(), [[4, 5], [0, 1]]);
+        let left = windows.without(&picked);
+        assert_eq!(left.iter().collect::<Vec<_>>(), [[2, 3]]);
+        assert_eq!(windows.without(&windows).count(), 0);
     }
 
     #[test]

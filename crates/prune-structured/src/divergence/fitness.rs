@@ -114,7 +114,7 @@ impl Fitness<'_> {
         progress: &dyn Progress,
         step: u64,
     ) -> Result<Vec<Vec<f64>>> {
-        let batch = pick(self.windows, windows)?;
+        let batch = self.windows.pick(windows);
         let window_bytes = self.windows.window_len()
             * self.decoder.config().hidden
             * self.decoder.dtype().size_in_bytes();
@@ -309,10 +309,3 @@ impl Fitness<'_> {
 
 /// Candidates by what they choose.
 type Splits = BTreeMap<Option<usize>, Vec<usize>>;
-
-/// The windows at the given places.
-pub(super) fn pick(windows: &Windows, places: &[usize]) -> Result<Windows> {
-    let all: Vec<&[u32]> = windows.iter().collect();
-    let tokens: Vec<u32> = places.iter().flat_map(|&i| all[i]).copied().collect();
-    Ok(Windows::cut(&tokens, windows.window_len(), None)?)
-}

@@ -6,15 +6,12 @@
 //! DIR/stats-3.json               moments of these inputs; written last, so that it marks a block
 //! ```
 
-use super::fitness::{Place, Sites};
-use super::variant::Half;
 use crate::Result;
 use crate::obs::Level;
 use crate::ranking::Ranking;
 use crate::stats::{GramStore, LayerStats, Part};
 use crate::stored::{self, Tensors, damaged};
 use candle_core::{Device, Tensor};
-use causal_lm::{Block, Widths};
 use std::path::PathBuf;
 
 /// A folder of pruned sublayers.
@@ -104,42 +101,5 @@ impl LevelStore {
                 .collect(),
             weight,
         })
-    }
-}
-
-/// Sublayers at the widths of a store: a choice is a number of steps of the ranking.
-pub(crate) struct Sublayers<'a> {
-    rankings: Vec<&'a Ranking>,
-    places: Vec<Place>,
-    store: &'a LevelStore,
-    /// Of the dense blocks.
-    widths: &'a [Widths],
-}
-
-impl<'a> Sublayers<'a> {
-    /// One site for each ranking, in the order of the layers, attention first.
-    pub(crate) fn new(
-        rankings: Vec<&'a Ranking>,
-        store: &'a LevelStore,
-        widths: &'a [Widths],
-    ) -> Self {
-        Self {
-            places: rankings.iter().map(|r| Place::Block(r.layer)).collect(),
-            rankings,
-            store,
-            widths,
-        }
-    }
-}
-
-impl Sites for Sublayers<'_> {
-    fn places(&self) -> &[Place] {
-        &self.places
-    }
-
-    fn half(&self, block: &Block, site: usize, choice: usize) -> Result<Half> {
-        let ranking = self.rankings[site];
-        let kept = self.store.load(ranking, choice)?;
-        Half::new(block, self.widths[block.layer], ranking, kept)
     }
 }

@@ -11,13 +11,15 @@
 mod activations;
 mod fitness;
 mod levels;
+mod sublayers;
 mod teacher;
 mod variant;
 
 pub(crate) use activations::Activations;
 pub use fitness::{Fitness, Place, Sharing, Sites};
 pub use levels::Kept;
-pub(crate) use levels::{LevelStore, Sublayers};
+pub(crate) use levels::LevelStore;
+pub(crate) use sublayers::Sublayers;
 pub use teacher::Teacher;
 pub(crate) use teacher::hash_of;
 pub use variant::Half;

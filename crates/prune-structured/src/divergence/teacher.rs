@@ -4,7 +4,6 @@
 //! memory does not grow with the number of windows: `(4 k + 4 k + 8)` bytes for each position, of
 //! which the last of a window is left out.
 
-use super::fitness::pick;
 use crate::stored::{self, Tensors};
 use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor};
@@ -161,7 +160,7 @@ impl Teacher {
         places: &[usize],
         progress: &dyn Progress,
     ) -> Result<Vec<f64>> {
-        let picked = pick(windows, places)?;
+        let picked = windows.pick(places);
         let hidden = run_blocks(decoder, &picked, &mut NoTap, progress)?;
         let head = decoder.head()?;
         let mut found = Vec::with_capacity(places.len());

@@ -9,11 +9,12 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::{DType, Device};
-use causal_lm::{Arithmetic, Decoder, Execution, Model, Windows};
+use causal_lm::{Arithmetic, Decoder, Execution, Model};
 use eval_report::{Budget, DENSE, Row, Section, Stopwatch, format};
 use frontier::{Baseline, Data, Frontier, Options, Plan};
 use lm_eval::ScoredWindows;
 
+use super::held_out;
 use super::perplexity::{self, Protocol, file_name};
 use crate::bar::Bar;
 use crate::scratch::Scratch;
@@ -88,8 +89,11 @@ pub fn run(settings: &Settings, config: &Config) -> Result<Vec<Section>> {
     let protocol = Protocol::new(settings, &config.perplexity, &decoder)?;
     let evaluation = protocol.evaluation(settings, &config.perplexity.text)?;
     let text = protocol.calibration(&config.calib)?;
+    // Of a short text half is compared on.
+    let compare = config.compare_samples.min(text.count() / 2);
     let (calibration, comparison) =
-        split(&text, config, settings.seed).with_context(|| config.calib.display().to_string())?;
+        held_out::split(&text, (config.calib_samples, compare), settings.seed)
+            .with_context(|| config.calib.display().to_string())?;
     let scratch = Scratch::new()?;
     let state = config.resume.as_deref().unwrap_or(scratch.path());
 
@@ -182,28 +186,6 @@ pub fn run(settings: &Settings, config: &Config) -> Result<Vec<Section>> {
             ),
         );
     Ok(vec![section])
-}
-
-/// Windows to calibrate on, drawn with a seed, and others to compare on.
-fn split(text: &Windows, config: &Config, seed: u64) -> Result<(Windows, Windows)> {
-    let count = text.count();
-    let compare = config.compare_samples.min(count / 2);
-    let calibrate = config.calib_samples.min(count - compare);
-    ensure!(
-        compare > 0 && calibrate > 0,
-        "the text has {count} windows; at least two are needed, one to calibrate and one to compare on"
-    );
-    let calibration = text.sample(calibrate, seed);
-    let seen: std::collections::HashSet<&[u32]> = calibration.iter().collect();
-    let others: Vec<u32> = text
-        .iter()
-        .filter(|window| !seen.contains(window))
-        .flatten()
-        .copied()
-        .collect();
-    ensure!(!others.is_empty(), "all windows of the text are the same");
-    let others = Windows::cut(&others, text.window_len(), None)?;
-    Ok((calibration, others.sample(compare, seed)))
 }
 
 /// What all rows share.

@@ -1,0 +1,55 @@
+//! Windows to calibrate on, and others to hold out.
+
+use anyhow::{Result, ensure};
+use causal_lm::Windows;
+
+/// `calibration` windows drawn with `seed`, and at most `held_out` of the others, also those drawn; fewer calibrate where
+/// the text is short.
+pub(super) fn split(
+    windows: &Windows,
+    (calibration, held_out): (usize, usize),
+    seed: u64,
+) -> Result<(Windows, Windows)> {
+    let count = windows.count();
+    let calibration = calibration.min(count.saturating_sub(held_out));
+    ensure!(
+        calibration > 0,
+        "the text has {count} windows: {held_out} that are held out leave none to calibrate on"
+    );
+    let calibration = windows.sample(calibration, seed);
+    // A window that repeats one to calibrate on is not unseen.
+    let others = windows.without(&calibration);
+    ensure!(
+        others.count() > 0,
+        "all windows of the text are the same: none is left to hold out"
+    );
+    Ok((calibration, others.sample(held_out, seed)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::HashSet;
+
+    #[test]
+    fn calibration_and_held_out_windows_are_disjoint_and_drawn() {
+        let text: Vec<u32> = (0..400).collect();
+        let windows = Windows::cut(&text, 10, None).unwrap();
+        let (calibration, held_out) = split(&windows, (20, 5), 3).unwrap();
+        assert_eq!((calibration.count(), held_out.count()), (20, 5));
+        assert_eq!(calibration, windows.sample(20, 3));
+        let seen: HashSet<&[u32]> = calibration.iter().collect();
+        assert!(held_out.iter().all(|window| !seen.contains(window)));
+    }
+
+    #[test]
+    fn a_short_text_calibrates_on_what_is_not_held_out() {
+        let text: Vec<u32> = (0..40).collect();
+        let windows = Windows::cut(&text, 10, None).unwrap();
+        let (calibration, held_out) = split(&windows, (128, 1), 0).unwrap();
+        assert_eq!((calibration.count(), held_out.count()), (3, 1));
+        assert!(split(&windows, (128, 4), 0).is_err());
+        let same = Windows::cut(&[7; 40], 10, None).unwrap();
+        assert!(split(&same, (2, 1), 0).is_err());
+    }
+}
