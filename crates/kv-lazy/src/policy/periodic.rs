@@ -32,11 +32,7 @@ impl super::Tunable for Settings {}
 impl Settings {
     /// The periods within a budget.
     pub(super) fn within(&self, budget: Budget) -> Periodic {
-        Periodic {
-            sinks: self.sinks,
-            recent: self.recent.unwrap_or_else(|| quarter(budget, 32)),
-            every: self.every.unwrap_or_else(|| quarter(budget, 64)),
-        }
+        Periodic::within(budget, self.sinks, (self.recent, 32), (self.every, 64))
     }
 }
 
@@ -52,6 +48,20 @@ pub struct Periodic {
 }
 
 impl Periodic {
+    /// Periods as set; what is unset is as given, or a quarter of the budget where that is less.
+    pub(super) fn within(
+        budget: Budget,
+        sinks: usize,
+        (recent, most_recent): (Option<usize>, usize),
+        (every, most_every): (Option<usize>, usize),
+    ) -> Self {
+        Self {
+            sinks,
+            recent: recent.unwrap_or_else(|| quarter(budget, most_recent)),
+            every: every.unwrap_or_else(|| quarter(budget, most_every)),
+        }
+    }
+
     /// The rule that says so.
     pub const fn rule(self) -> Rule {
         Rule::periodic(self.sinks, self.recent, self.every)

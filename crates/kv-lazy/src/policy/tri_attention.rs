@@ -75,11 +75,12 @@ pub(super) fn build(settings: &Settings, budget: Budget) -> Result<Box<dyn Polic
         return Err(Error::ZeroWindow { name: "queries" });
     }
     Ok(Box::new(TriAttention {
-        periods: Periodic {
-            sinks: settings.sinks,
-            recent: settings.recent.unwrap_or_else(|| quarter(budget, 64)),
-            every: settings.every.unwrap_or_else(|| quarter(budget, 128)),
-        },
+        periods: Periodic::within(
+            budget,
+            settings.sinks,
+            (settings.recent, 64),
+            (settings.every, 128),
+        ),
         queries,
         calibration: settings.calibration.clone().map(Arc::new),
         own: Vec::new(),
