@@ -19,6 +19,7 @@ mod gguf_model;
 mod imatrix;
 mod lora_gguf;
 mod mixed;
+pub(crate) mod peft;
 mod probe;
 
 pub use crate::format::{compressed_tensors, gguf, gptq};

@@ -7,18 +7,13 @@
 //! rank, with zeros in B where a factor of the one meets rows of the other.
 
 use super::LINEARS;
+use crate::output::peft::{PREFIX, Peft};
 use crate::solve::LowRank;
 use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor};
 use causal_lm::{Decoder, LinearName};
-use serde_json::json;
-use std::collections::BTreeMap;
+use serde_json::{Map, json};
 use std::path::{Path, PathBuf};
-use tensor_io::PendingFolder;
-use tensor_io::atomic::Overwrite;
-
-const WEIGHTS: &str = "adapter_model.safetensors";
-const CONFIG: &str = "adapter_config.json";
 
 /// The adapter of a mixture while it grows.
 pub(super) struct ExpertAdapter {
@@ -125,7 +120,7 @@ impl ExpertAdapter {
                     }
                 }
             }
-            let prefix = format!("base_model.model.model.layers.{layer}.mlp.{path}");
+            let prefix = format!("{PREFIX}model.layers.{layer}.mlp.{path}");
             let tensor = |values, shape: (usize, usize)| -> Result<Tensor> {
                 let tensor = Tensor::from_vec(values, shape, &Device::Cpu)?;
                 Ok(tensor.to_dtype(DType::F16)?)
@@ -140,45 +135,19 @@ impl ExpertAdapter {
 
     /// Writes the folder, for the base model at this path.
     pub(super) fn finish(self, base: &Path) -> Result<()> {
-        let pattern = json!({".*\\.experts\\.gate_up_proj": 2 * self.rank});
+        let ranks = Map::from_iter([(
+            ".*\\.experts\\.gate_up_proj".to_owned(),
+            json!(2 * self.rank),
+        )]);
         let base = std::path::absolute(base).unwrap_or_else(|_| base.to_path_buf());
-        let config = json!({
-            "peft_type": "LORA",
-            "task_type": "CAUSAL_LM",
-            "base_model_name_or_path": base.display().to_string(),
-            "r": self.rank,
-            "lora_alpha": self.rank,
-            "target_modules": [],
-            "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
-            "rank_pattern": pattern,
-            "alpha_pattern": pattern,
-            "use_rslora": false,
-            "use_dora": false,
-            "bias": "none",
-            "fan_in_fan_out": false,
-            "inference_mode": true,
-            "init_lora_weights": true,
-            "lora_dropout": 0.0,
-            "modules_to_save": null,
-        });
-        let mut text = format!("{config:#}");
-        text.push('\n');
-        let overwrite = match self.overwrite {
-            true => Overwrite::IfHolds {
-                marker: CONFIG,
-                owns: |name| matches!(name, CONFIG | WEIGHTS),
-            },
-            false => Overwrite::Never,
+        let peft = Peft {
+            base: &base.display().to_string(),
+            rank: self.rank,
+            ranks,
+            modules: Vec::new(),
+            parameters: &["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+            rslora: false,
         };
-        let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
-        let folder = PendingFolder::create(&self.dst, overwrite)?;
-        let tensors = self
-            .tensors
-            .iter()
-            .map(|(name, tensor)| (name.as_str(), tensor));
-        tensor_io::write_file(folder.path().join(WEIGHTS), tensors, &metadata)?;
-        folder.write(CONFIG, text.as_bytes())?;
-        folder.persist()?;
-        Ok(())
+        peft.write(&self.dst, self.overwrite, &self.tensors)
     }
 }

@@ -5,20 +5,16 @@
 //! patterns. So the default is one rank for all, smaller ones padded with zeros, and alpha = r: a
 //! scale of 1 in both. Modules keep the case of their names.
 
+use super::peft::{CONFIG, PREFIX, Peft, WEIGHTS};
 use crate::repair::{LayerId, Repaired};
 use crate::solve::LowRank;
 use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor};
 use faer::Mat;
-use serde_json::{Map, Value, json};
+use serde_json::{Map, Value};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
-use tensor_io::atomic::Overwrite;
-use tensor_io::{Checkpoint, PendingFolder};
-
-const WEIGHTS: &str = "adapter_model.safetensors";
-const CONFIG: &str = "adapter_config.json";
-const PREFIX: &str = "base_model.model.";
+use tensor_io::Checkpoint;
 
 /// How layers of different rank are stored.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -165,27 +161,6 @@ impl Adapter {
             .filter(|(_, rank)| *rank != largest)
             .map(|(layer, rank)| (layer.to_string(), rank.into()))
             .collect();
-        let config = json!({
-            "peft_type": "LORA",
-            "task_type": "CAUSAL_LM",
-            "base_model_name_or_path": options.base_model,
-            "r": largest,
-            "lora_alpha": largest,
-            "target_modules": targets,
-            "rank_pattern": pattern,
-            "alpha_pattern": pattern,
-            "use_rslora": options.rslora,
-            "use_dora": false,
-            "bias": "none",
-            "fan_in_fan_out": false,
-            "inference_mode": true,
-            "init_lora_weights": true,
-            "lora_dropout": 0.0,
-            "modules_to_save": null,
-        });
-        let mut text = format!("{config:#}");
-        text.push('\n');
-
         let mut tensors = Vec::new();
         for block in 0..repaired.blocks() {
             for layer in repaired.block(block)? {
@@ -216,20 +191,15 @@ impl Adapter {
                 tensors.push((format!("{PREFIX}{}.lora_B.weight", report.layer), b));
             }
         }
-        let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
-        let overwrite = match options.overwrite {
-            true => Overwrite::IfHolds {
-                marker: CONFIG,
-                owns: |name| matches!(name, CONFIG | WEIGHTS),
-            },
-            false => Overwrite::Never,
+        let peft = Peft {
+            base: &options.base_model,
+            rank: largest,
+            ranks: pattern,
+            modules: targets.into_iter().collect(),
+            parameters: &[],
+            rslora: options.rslora,
         };
-        let folder = PendingFolder::create(dst, overwrite)?;
-        let tensors = tensors.iter().map(|(name, tensor)| (name.as_str(), tensor));
-        tensor_io::write_file(folder.path().join(WEIGHTS), tensors, &metadata)?;
-        folder.write(CONFIG, text.as_bytes())?;
-        folder.persist()?;
-        Ok(())
+        peft.write(dst.as_ref(), options.overwrite, &tensors)
     }
 
     /// Reads an adapter folder for a decoder, ours or another LoRA, as PEFT would.
