@@ -8,7 +8,7 @@ use candle_core::{DType, Device, Tensor};
 use serde_json::{Map, Value, json};
 use tensor_io::{Checkpoint, Config, WriteOptions};
 
-use crate::{Decoder, synthetic};
+use crate::{Decoder, Model, synthetic};
 
 /// A decoder with random weights in a folder that is removed with it.
 #[derive(Debug)]
@@ -75,6 +75,22 @@ impl TestModel {
     pub fn decoder(&self) -> Decoder<'_> {
         Decoder::new(&self.checkpoint, DType::F32, &Device::Cpu).expect("a supported checkpoint")
     }
+}
+
+/// Logits of a model at every position of one sequence, `[tokens · vocab]`.
+pub fn logits(decoder: &Decoder<'_>, tokens: &[u32]) -> Vec<f32> {
+    let model = Model::load(decoder).expect("a supported checkpoint");
+    let mut cache = model.full_cache(1).expect("a cache");
+    let logits = model.forward_all(&[tokens], &mut cache);
+    let logits = logits.and_then(|logits| Ok(logits.flatten_all()?.to_vec1()?));
+    logits.expect("tokens of the vocabulary")
+}
+
+/// Largest difference of two lists of logits.
+pub fn gap(a: &[f32], b: &[f32]) -> f32 {
+    assert_eq!(a.len(), b.len());
+    let gaps = a.iter().zip(b).map(|(a, b)| (a - b).abs());
+    gaps.fold(0.0, f32::max)
 }
 
 /// Weights that a formula makes from a tensor's name, as golden files of transformers have them: a linear congruential

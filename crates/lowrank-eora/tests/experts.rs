@@ -2,7 +2,7 @@
 
 use candle_core::{DType, Device, Tensor};
 use causal_lm::names::ExpertLayout;
-use causal_lm::{Decoder, Model, ModelConfig, Windows, synthetic};
+use causal_lm::{Decoder, ModelConfig, Windows, synthetic, testing};
 use lowrank_eora::Error;
 use lowrank_eora::compress::Compressor;
 use lowrank_eora::experts::{ExpertRepair, Owl, RepairedExperts, repair_experts};
@@ -50,12 +50,8 @@ fn windows() -> Windows {
 }
 
 fn logits(checkpoint: &Checkpoint) -> Vec<f32> {
-    let decoder = decoder(checkpoint);
-    let model = Model::load(&decoder).unwrap();
     let tokens: Vec<u32> = (0..16).map(|i| i * 7 % 50).collect();
-    let mut cache = model.full_cache(1).unwrap();
-    let logits = model.forward_all(&[&tokens], &mut cache).unwrap();
-    logits.flatten_all().unwrap().to_vec1().unwrap()
+    testing::logits(&decoder(checkpoint), &tokens)
 }
 
 fn distance(a: &[f32], b: &[f32]) -> f64 {

@@ -1,7 +1,8 @@
 //! Structured pruning of every dense architecture that differs from Llama, and what is written.
 
 use candle_core::{DType, Device, Tensor};
-use causal_lm::{Decoder, Model, ModelConfig, Windows, synthetic};
+use causal_lm::testing::{self, gap};
+use causal_lm::{Decoder, ModelConfig, Windows, synthetic};
 use prune_structured::compensation::{Bias, NoCompensation};
 use prune_structured::{
     Calibration, Collect, Compensation, Cost, Error, Form, Loading, NoProgress, Plan, Recipe,
@@ -115,18 +116,8 @@ fn windows() -> Windows {
 
 fn logits(dir: &Path) -> Vec<f32> {
     let checkpoint = Checkpoint::open(dir).unwrap();
-    let decoder = decoder(&checkpoint);
-    let model = Model::load(&decoder).unwrap();
     let tokens: Vec<u32> = (0..12).map(|i| i * 7 % 40).collect();
-    let mut cache = model.full_cache(1).unwrap();
-    let logits = model.forward_all(&[&tokens], &mut cache).unwrap();
-    logits.flatten_all().unwrap().to_vec1().unwrap()
-}
-
-fn gap(a: &[f32], b: &[f32]) -> f32 {
-    assert_eq!(a.len(), b.len());
-    let gaps = a.iter().zip(b).map(|(a, b)| (a - b).abs());
-    gaps.fold(0.0, f32::max)
+    testing::logits(&decoder(&checkpoint), &tokens)
 }
 
 fn names(dir: &Path) -> BTreeSet<String> {

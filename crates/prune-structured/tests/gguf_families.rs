@@ -1,8 +1,8 @@
 //! GGUF files of every architecture: what comes back is the model that went in, and what the format cannot say is refused.
 
 use candle_core::{DType, Device};
-use causal_lm::testing::{TestModel, write_byte_tokenizer};
-use causal_lm::{Decoder, Model, ModelConfig};
+use causal_lm::testing::{self, TestModel, gap, write_byte_tokenizer};
+use causal_lm::{Decoder, ModelConfig};
 use prune_structured::experts::{
     ExpertOptions, ExpertSettings, Keep, method, plan as expert_plan, write as write_experts,
 };
@@ -54,17 +54,8 @@ fn decoder(checkpoint: &Checkpoint) -> Decoder<'_> {
 }
 
 fn logits(decoder: &Decoder<'_>) -> Vec<f32> {
-    let model = Model::load(decoder).unwrap();
     let tokens: Vec<u32> = (0..12).map(|i| i * 7 % 40).collect();
-    let mut cache = model.full_cache(1).unwrap();
-    let logits = model.forward_all(&[&tokens], &mut cache).unwrap();
-    logits.flatten_all().unwrap().to_vec1().unwrap()
-}
-
-fn gap(a: &[f32], b: &[f32]) -> f32 {
-    assert_eq!(a.len(), b.len());
-    let gaps = a.iter().zip(b).map(|(a, b)| (a - b).abs());
-    gaps.fold(0.0, f32::max)
+    testing::logits(decoder, &tokens)
 }
 
 fn export(model: &TestModel, precision: Precision, dst: &Path) -> Result<(), Box<Error>> {

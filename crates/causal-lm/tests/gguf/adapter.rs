@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
-use causal_lm::{Decoder, Execution, Model, open_adapted};
+use causal_lm::testing::logits as run;
+use causal_lm::{Decoder, Execution, open_adapted};
 use tensor_io::Checkpoint;
 
 use crate::golden::floats;
@@ -18,13 +19,6 @@ fn logits(checkpoint: &Checkpoint, tokens: &[u32]) -> Vec<f32> {
         &merged,
     );
     merged
-}
-
-fn run(decoder: &Decoder<'_>, tokens: &[u32]) -> Vec<f32> {
-    let model = Model::load(decoder).unwrap();
-    let mut cache = model.full_cache(1).unwrap();
-    let logits = model.forward_all(&[tokens], &mut cache).unwrap();
-    logits.flatten_all().unwrap().to_vec1().unwrap()
 }
 
 fn near(found: &[f32], expected: &[f32]) {

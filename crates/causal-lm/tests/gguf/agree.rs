@@ -2,7 +2,7 @@
 
 use candle_core::{DType, Device};
 use causal_lm::gguf::Architecture;
-use causal_lm::{Decoder, Model, Windows};
+use causal_lm::{Decoder, Windows, testing};
 use packed::BlockType;
 use tensor_io::gguf::BlockLayout;
 use tensor_io::{Checkpoint, CheckpointWriter, TensorSpec, WriteOptions};
@@ -17,10 +17,7 @@ fn golden(name: &str) -> Golden {
 
 fn logits(checkpoint: &Checkpoint, tokens: &[u32]) -> Vec<f32> {
     let decoder = Decoder::new(checkpoint, DType::F32, &Device::Cpu).unwrap();
-    let model = Model::load(&decoder).unwrap();
-    let mut cache = model.full_cache(1).unwrap();
-    let logits = model.forward_all(&[tokens], &mut cache).unwrap();
-    logits.flatten_all().unwrap().to_vec1().unwrap()
+    testing::logits(&decoder, tokens)
 }
 
 #[test]
@@ -34,7 +31,8 @@ fn the_container_and_the_blocks_agree_on_every_type() {
     }
 }
 
-/// Models whose rotation every architecture can state, with the model type that comes out.
+/// Models whose rotary embedding every architecture can store, with the architecture that is written and the model type that is
+/// read back.
 const MODELS: [(&str, Architecture, &str); 6] = [
     ("llama-gqa", Architecture::Llama, "llama"),
     ("llama-mha-tied", Architecture::Llama, "llama"),

@@ -3,7 +3,8 @@
 use std::path::Path;
 
 use candle_core::{DType, Device};
-use causal_lm::{Arithmetic, Decoder, Execution, LinearName, Model, TextTokenizer, Windows};
+use causal_lm::testing::logits;
+use causal_lm::{Arithmetic, Decoder, Execution, LinearName, TextTokenizer, Windows};
 use serde_json::Value;
 
 use crate::common::mean_nll;
@@ -27,13 +28,6 @@ fn tokens(list: &Value) -> Vec<u32> {
     list.iter()
         .map(|value| value.as_u64().unwrap() as u32)
         .collect()
-}
-
-fn logits(decoder: &Decoder<'_>, tokens: &[u32]) -> Vec<f32> {
-    let model = Model::load(decoder).unwrap();
-    let mut cache = model.full_cache(1).unwrap();
-    let logits = model.forward_all(&[tokens], &mut cache).unwrap();
-    logits.flatten_all().unwrap().to_vec1().unwrap()
 }
 
 fn near(name: &str, found: &[f32], exact: &[f32], bar: f32) {

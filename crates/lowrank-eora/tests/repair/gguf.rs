@@ -3,7 +3,7 @@
 use crate::common::{assert_close, compressor, decoder, eora, from_tensor, run, tiny, to_tensor};
 use candle_core::{DType, Device};
 use causal_lm::gguf::Architecture;
-use causal_lm::{LinearName, Model, Windows};
+use causal_lm::{LinearName, Windows, testing};
 use lowrank_eora::Error;
 use lowrank_eora::compress::Compressor;
 use lowrank_eora::output::{
@@ -66,12 +66,7 @@ fn golden(name: &str) -> std::path::PathBuf {
 }
 
 fn logits(checkpoint: &Checkpoint, tokens: &[u32]) -> Vec<f32> {
-    let decoder = decoder(checkpoint);
-    let model = Model::load(&decoder).unwrap();
-    let logits = model
-        .forward_all(&[tokens], &mut model.full_cache(1).unwrap())
-        .unwrap();
-    logits.flatten_all().unwrap().to_vec1().unwrap()
+    testing::logits(&decoder(checkpoint), tokens)
 }
 
 /// The model with an adapter merged into its weights, as a folder.

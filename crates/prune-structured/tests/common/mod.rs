@@ -1,8 +1,9 @@
 //! Small random decoders of every supported kind, written as checkpoint folders.
 
 use candle_core::{DType, Device, Tensor};
+pub(crate) use causal_lm::testing::gap;
 use causal_lm::testing::{self, TestModel};
-use causal_lm::{Decoder, Model, Windows};
+use causal_lm::{Decoder, Windows};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde_json::json;
@@ -55,22 +56,8 @@ pub(crate) fn windows(count: usize) -> Windows {
 /// Logits of the model in a folder on fixed tokens.
 pub(crate) fn logits(dir: &Path) -> Vec<f32> {
     let checkpoint = Checkpoint::open(dir).unwrap();
-    let decoder = decoder(&checkpoint);
-    let model = Model::load(&decoder).unwrap();
     let tokens: Vec<u32> = (0..20).map(|i| i * 7 % 50).collect();
-    let logits = model
-        .forward_all(&[&tokens], &mut model.full_cache(1).unwrap())
-        .unwrap();
-    logits.flatten_all().unwrap().to_vec1().unwrap()
-}
-
-/// Largest difference of two lists of logits.
-pub(crate) fn gap(a: &[f32], b: &[f32]) -> f32 {
-    assert_eq!(a.len(), b.len());
-    a.iter()
-        .zip(b)
-        .map(|(a, b)| (a - b).abs())
-        .fold(0.0, f32::max)
+    testing::logits(&decoder(&checkpoint), &tokens)
 }
 
 fn config(kind: &str) -> Config {

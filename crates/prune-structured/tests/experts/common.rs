@@ -2,7 +2,8 @@
 
 use candle_core::{DType, Device, Tensor};
 use causal_lm::names::ExpertLayout;
-use causal_lm::{Decoder, Hidden, Model, ModelConfig, NoTap, Windows, synthetic};
+pub(crate) use causal_lm::testing::{gap, logits as logits_of};
+use causal_lm::{Decoder, Hidden, ModelConfig, NoTap, Windows, synthetic};
 use prune_structured::experts::{
     ExpertMethod, ExpertOptions, ExpertPlan, ExpertSettings, Keep, Outcome, plan, write,
 };
@@ -158,13 +159,6 @@ pub(crate) fn logits(dir: &Path) -> Vec<f32> {
     )
 }
 
-pub(crate) fn logits_of(decoder: &Decoder<'_>, tokens: &[u32]) -> Vec<f32> {
-    let model = Model::load(decoder).unwrap();
-    let mut cache = model.full_cache(1).unwrap();
-    let logits = model.forward_all(&[tokens], &mut cache).unwrap();
-    logits.flatten_all().unwrap().to_vec1().unwrap()
-}
-
 /// Logits on the same tokens when the dense model may choose among some experts of each layer alone.
 pub(crate) fn restricted(decoder: &Decoder<'_>, plan: &ExpertPlan) -> Vec<f32> {
     let tokens: Vec<u32> = (0..20).map(|i| i * 7 % 50).collect();
@@ -187,13 +181,6 @@ pub(crate) fn restricted(decoder: &Decoder<'_>, plan: &ExpertPlan) -> Vec<f32> {
     let last = hidden.batches()[0].get(0).unwrap();
     let logits = decoder.head().unwrap().forward(&last).unwrap();
     logits.flatten_all().unwrap().to_vec1().unwrap()
-}
-
-/// Largest difference of two lists of logits.
-pub(crate) fn gap(a: &[f32], b: &[f32]) -> f32 {
-    assert_eq!(a.len(), b.len());
-    let gaps = a.iter().zip(b).map(|(a, b)| (a - b).abs());
-    gaps.fold(0.0, f32::max)
 }
 
 /// Names of all tensors and their bytes.
