@@ -2,8 +2,8 @@
 //!
 //! The bytes of a plan are those of its files of weights: all tensors, padding of blocks, scales, zero points, indices and
 //! factors, and the headers of the files, where each tensor has an entry. Tensors are counted to the byte; an entry of a
-//! header is counted with the longest offsets that it may have, so that files are never larger than their plan and less
-//! than one in a hundred smaller. `config.json` and tokenizer files are no weights and are left out; a GGUF file is counted
+//! header is counted with the longest offsets that it may have, so that files are never larger than their plan and smaller by
+//! some bytes a tensor at most. `config.json` and tokenizer files are no weights and are left out; a GGUF file is counted
 //! whole, because its header holds the tokenizer.
 
 use crate::error::{Error, Result};

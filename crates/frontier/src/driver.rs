@@ -18,7 +18,7 @@ use rand::seq::index;
 use rand_chacha::ChaCha8Rng;
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
-use tensor_io::Hasher;
+use tensor_io::{ContentHash, Hasher};
 
 /// Layout of the folder of a run; folders of another one are not read.
 const VERSION: u64 = 1;
@@ -46,7 +46,7 @@ pub struct Frontier<'a> {
     /// Bytes that no treatment changes.
     pub(crate) fixed: u64,
     /// The dense treatment of each site.
-    dense: Vec<usize>,
+    pub(crate) dense: Vec<usize>,
     measurer: Measurer<'a>,
     comparison: Windows,
     check: Check,
@@ -80,7 +80,13 @@ impl<'a> Frontier<'a> {
         if neurons.filter(|&n| n > 0).all(|n| n >= ALIGNMENT) {
             recipe.shape.align_neurons = ALIGNMENT;
         }
-        let dir = folder(decoder, data, (options.top_k, largest_rank), dir.as_ref())?;
+        let hash = decoder.checkpoint().content_hash()?;
+        let dir = folder(
+            (decoder, hash),
+            data,
+            (options.top_k, largest_rank),
+            dir.as_ref(),
+        )?;
         let calibration = data.calibration;
         let maker = Maker::new(decoder, calibration, recipe, largest_rank, &dir, progress)?;
         let hash = decoder.checkpoint().content_hash()?;
@@ -225,7 +231,7 @@ impl<'a> Frontier<'a> {
     }
 
     /// A choice with another item at one site.
-    fn with(&self, choice: &[usize], site: usize, item: usize) -> Vec<usize> {
+    pub(crate) fn with(&self, choice: &[usize], site: usize, item: usize) -> Vec<usize> {
         let mut choice = choice.to_vec();
         choice[site] = item;
         choice
@@ -246,7 +252,7 @@ impl<'a> Frontier<'a> {
     }
 
     /// Divergences of choices, made where they are not made yet.
-    fn divergences(
+    pub(crate) fn divergences(
         &mut self,
         stage: &str,
         candidates: &[Vec<usize>],
@@ -429,156 +435,9 @@ impl<'a> Frontier<'a> {
         Ok(best)
     }
 
-    fn parameters_of(&self, items: &[usize]) -> u64 {
+    pub(crate) fn parameters_of(&self, items: &[usize]) -> u64 {
         let of = self.menus.iter().zip(items);
         of.map(|(menu, &item)| menu.items[item].parameters).sum()
-    }
-
-    /// The best plan for a budget in bytes, measured, with rounds of measuring around it.
-    ///
-    /// # Errors
-    /// [`Error::Budget`] below the smallest plan, [`Error::Cancelled`], and what making and measuring report.
-    pub fn plan(&mut self, budget: u64, progress: &dyn Progress) -> Result<Plan> {
-        let choice = self.choose(budget, &|_, _| true)?;
-        let mut now = choice.items;
-        let mut measured = self.measure_plans(std::slice::from_ref(&now), progress)?[0];
-        let mut rounds = vec![Round {
-            predicted: choice.predicted,
-            measured,
-            kept: true,
-        }];
-        let predicted = choice.predicted;
-        for _ in 0..self.options.rounds {
-            if now == self.dense {
-                break;
-            }
-            let around = self.measure_around(&now, &choice.envelopes, progress)?;
-            let (before, mut better) = (measured.mean, false);
-            // What was extrapolated may have misled: then once more with what was measured alone.
-            for reach in [self.options.reach, 1] {
-                let Some((next, change)) = self.move_within(&now, &around, budget, reach) else {
-                    continue;
-                };
-                let of_next = self.measure_plans(std::slice::from_ref(&next), progress)?[0];
-                better = of_next.mean < measured.mean;
-                rounds.push(Round {
-                    predicted: (before + change).max(0.0),
-                    measured: of_next,
-                    kept: better,
-                });
-                if better {
-                    (now, measured) = (next, of_next);
-                    break;
-                }
-            }
-            if !better || before - measured.mean < self.options.gain * before {
-                break;
-            }
-        }
-        Ok(self.to_plan(budget, &now, predicted, measured, rounds))
-    }
-
-    /// What moving each site up to the reach from a plan would change: for each site its choices around the present one,
-    /// from few bytes to many, with the change of the divergence.
-    fn measure_around(
-        &mut self,
-        now: &[usize],
-        envelopes: &[Vec<usize>],
-        progress: &dyn Progress,
-    ) -> Result<Vec<Vec<Neighbour>>> {
-        let place = |site: usize| envelopes[site].iter().position(|&item| item == now[site]);
-        let mut candidates = vec![now.to_vec()];
-        let mut of_step = Vec::new();
-        for (site, envelope) in envelopes.iter().enumerate() {
-            let Some(at) = place(site) else { continue };
-            for next in [at.checked_sub(1), Some(at + 1)].into_iter().flatten() {
-                if let Some(&item) = envelope.get(next) {
-                    candidates.push(self.with(now, site, item));
-                    of_step.push((site, next));
-                }
-            }
-        }
-        let tokens = self.options.coarse_tokens;
-        let stage = "measuring around the plan";
-        let found = self.divergences(stage, &candidates, now, tokens, progress)?;
-        let change = |site: usize, at: usize| -> Option<f64> {
-            let measured = of_step.iter().position(|&step| step == (site, at))?;
-            Some(found[measured + 1].mean - found[0].mean)
-        };
-        let mut around = Vec::new();
-        for (site, envelope) in envelopes.iter().enumerate() {
-            let menu = &self.menus[site];
-            let alone = |at: usize| self.distortions[site].of(menu, envelope[at]);
-            let neighbour = |at: usize, change: f64, steps: usize| Neighbour {
-                item: envelope[at],
-                bytes: menu.items[envelope[at]].bytes.unwrap_or(0),
-                change,
-                steps,
-            };
-            let Some(at) = place(site) else {
-                let bytes = menu.items[now[site]].bytes.unwrap_or(0);
-                around.push(vec![Neighbour {
-                    item: now[site],
-                    bytes,
-                    change: 0.0,
-                    steps: 0,
-                }]);
-                continue;
-            };
-            let mut of_site = Vec::new();
-            let first = at.saturating_sub(self.options.reach);
-            let last = (at + self.options.reach).min(envelope.len() - 1);
-            for to in first..=last {
-                let steps = to.abs_diff(at);
-                let near = if to < at { at.wrapping_sub(1) } else { at + 1 };
-                let found = match steps {
-                    0 => Some(0.0),
-                    _ => change(site, near),
-                };
-                let Some(found) = found else { continue };
-                // Further steps grow as those of the site alone do, by as much more or less as the first step.
-                let growth = match alone(near.min(envelope.len() - 1)) - alone(at) {
-                    _ if steps < 2 => 0.0,
-                    expected if expected != 0.0 => {
-                        (found / expected).clamp(0.0, 4.0) * (alone(to) - alone(near))
-                    }
-                    _ => alone(to) - alone(near),
-                };
-                of_site.push(neighbour(to, found + growth, steps));
-            }
-            around.push(of_site);
-        }
-        Ok(around)
-    }
-
-    /// The best move within a number of steps; `None` where no site moves.
-    fn move_within(
-        &self,
-        now: &[usize],
-        around: &[Vec<Neighbour>],
-        budget: u64,
-        reach: usize,
-    ) -> Option<(Vec<usize>, f64)> {
-        use prune_structured::rate_distortion::{Point, knapsack};
-        let near = |of_site: &Vec<Neighbour>| -> Vec<Neighbour> {
-            let within = of_site.iter().filter(|n| n.steps <= reach);
-            within.copied().collect()
-        };
-        let around: Vec<Vec<Neighbour>> = around.iter().map(near).collect();
-        let point = |n: &Neighbour| Point {
-            cost: n.bytes,
-            distortion: n.change,
-        };
-        let curve = |of_site: &Vec<Neighbour>| of_site.iter().map(point).collect();
-        let curves: Vec<Vec<Point>> = around.iter().map(curve).collect();
-        let taken = knapsack(&curves, budget.checked_sub(self.fixed)?)?;
-        let of_site = || taken.iter().zip(&around).map(|(&i, of_site)| of_site[i]);
-        let next: Vec<usize> = of_site().map(|n| n.item).collect();
-        let within = self.options.max_parameters;
-        if within.is_some_and(|most| self.parameters_of(&next) > most) {
-            return None;
-        }
-        (next != now).then(|| (next, of_site().map(|n| n.change).sum()))
     }
 
     /// Divergences of whole plans, on many tokens.
@@ -639,16 +498,6 @@ impl<'a> Frontier<'a> {
     }
 }
 
-/// A choice near the present one.
-#[derive(Clone, Copy, Debug)]
-struct Neighbour {
-    item: usize,
-    bytes: u64,
-    /// Of the divergence of the whole plan.
-    change: f64,
-    steps: usize,
-}
-
 /// No window may be in both sets.
 fn disjoint(data: Data<'_>) -> Result<()> {
     let fitted: HashSet<&[u32]> = data.calibration.iter().collect();
@@ -668,14 +517,14 @@ fn disjoint(data: Data<'_>) -> Result<()> {
 
 /// The folder of everything that depends on this model and these windows.
 fn folder(
-    decoder: &Decoder<'_>,
+    (decoder, hash): (&Decoder<'_>, ContentHash),
     data: Data<'_>,
     (top_k, largest_rank): (usize, usize),
     dir: &Path,
 ) -> Result<PathBuf> {
     let mut hasher = Hasher::new();
     hasher.part(&VERSION.to_le_bytes());
-    hasher.part(decoder.checkpoint().content_hash()?.as_bytes());
+    hasher.part(hash.as_bytes());
     hasher.part(decoder.dtype().as_str().as_bytes());
     hasher.part(&(top_k as u64).to_le_bytes());
     hasher.part(&(largest_rank as u64).to_le_bytes());

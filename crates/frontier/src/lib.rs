@@ -14,6 +14,7 @@ mod measure;
 mod menu;
 mod options;
 mod plan;
+mod rounds;
 mod site;
 mod target;
 mod treatment;
