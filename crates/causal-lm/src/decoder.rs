@@ -5,15 +5,13 @@ use crate::config::{LAYER_SCALAR, ModelConfig, NormConfig, NormKind, QkNorm};
 use crate::linear::Linear;
 use crate::mixture::{Moe, RoutingRule, SharedExpert};
 use crate::names::{ExpertLayout, LinearName, Module, Run};
-use crate::ops::softcap;
 use crate::packing::{self, Execution};
 use crate::rope::Rope;
+use crate::vocabulary::{Embedding, Head};
 use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor};
 use kv_lazy::attention::Scores;
-use std::borrow::Cow;
 use std::collections::BTreeMap;
-use std::fmt;
 use std::ops::Range;
 use tensor_io::Checkpoint;
 
@@ -25,42 +23,6 @@ pub struct Decoder<'a> {
     dtype: DType,
     device: Device,
     execution: Option<Execution>,
-}
-
-/// The embedding of a model, in the dtype of the file.
-#[derive(Clone)]
-pub struct Embedding<'a> {
-    checkpoint: &'a Checkpoint,
-    name: String,
-    /// The whole matrix, where a row cannot be read alone.
-    resident: Option<Vec<u8>>,
-    /// Another matrix in its place, `[vocab, hidden]`.
-    table: Option<Tensor>,
-    vocab: usize,
-    hidden: usize,
-    scale: f64,
-    stored: DType,
-    dtype: DType,
-    device: Device,
-}
-
-impl fmt::Debug for Embedding<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Embedding")
-            .field("vocab", &self.vocab)
-            .field("hidden", &self.hidden)
-            .field("stored", &self.stored)
-            .finish_non_exhaustive()
-    }
-}
-
-/// The last step of a model: final norm and vocabulary projection.
-#[derive(Clone, Debug)]
-pub struct Head {
-    norm: Norm,
-    vocab: Linear,
-    scale: f64,
-    softcap: Option<f64>,
 }
 
 impl<'a> Decoder<'a> {
@@ -572,31 +534,7 @@ impl<'a> Decoder<'a> {
     /// # Errors
     /// What reading the tensor reports.
     pub fn embedding(&self) -> Result<Embedding<'a>> {
-        let name = self.config.names.embedding();
-        let resident = match self.checkpoint.source() {
-            Some(_) => None,
-            None => match self.checkpoint.bytes(&name)? {
-                Cow::Owned(bytes) => Some(bytes),
-                Cow::Borrowed(_) => None,
-            },
-        };
-        Ok(Embedding {
-            checkpoint: self.checkpoint,
-            resident,
-            table: None,
-            vocab: self.config.vocab,
-            hidden: self.config.hidden,
-            // Opening has checked that the embedding is of floats.
-            stored: self
-                .checkpoint
-                .info(&name)?
-                .candle_dtype()
-                .unwrap_or(DType::F32),
-            scale: self.config.embedding_scale,
-            name,
-            dtype: self.dtype,
-            device: self.device.clone(),
-        })
+        Embedding::new(self.checkpoint, &self.config, (self.dtype, &self.device))
     }
 
     /// [`Embedding::rows`] of the model's embedding. Whoever embeds again and again keeps the [`Embedding`].
@@ -629,12 +567,7 @@ impl<'a> Decoder<'a> {
             Some(vocab) => vocab,
             None => Linear::new(self.load(&weight)?, None),
         };
-        let head = Head {
-            norm: self.final_norm()?,
-            vocab,
-            scale: self.config.logit_scale,
-            softcap: self.config.logit_softcap,
-        };
+        let head = Head::new(self.final_norm()?, vocab, &self.config);
         self.checkpoint.release([weight.as_str()]);
         Ok(head)
     }
@@ -711,109 +644,4 @@ fn taken(linears: &mut BTreeMap<LinearName, Linear>, name: LinearName) -> Result
         field: "intermediate_size",
         reason: format!("the block has no {name}"),
     })
-}
-
-impl Embedding<'_> {
-    /// The same with another matrix, `[vocab, hidden]`, for instance one that was rounded.
-    ///
-    /// # Errors
-    /// [`Error::Shape`] for a matrix of another shape.
-    pub fn with_table(self, table: Tensor) -> Result<Self> {
-        let expected = vec![self.vocab, self.hidden];
-        if table.dims() != expected {
-            return Err(Error::Shape {
-                tensor: self.name,
-                found: table.dims().to_vec(),
-                expected,
-            });
-        }
-        Ok(Self {
-            table: Some(table.to_device(&self.device)?),
-            ..self
-        })
-    }
-
-    /// Embeds `[batch, tokens]` ids to `[batch, tokens, hidden]`.
-    ///
-    /// # Errors
-    /// [`Error::TokenOutOfRange`] for an id without a row.
-    pub fn rows(&self, windows: &[&[u32]]) -> Result<Tensor> {
-        let vocab = self.vocab;
-        let tokens = || windows.iter().copied().flatten().copied();
-        if let Some(token) = tokens().find(|&token| token as usize >= vocab) {
-            return Err(Error::TokenOutOfRange { token, vocab });
-        }
-        let length = windows.first().map_or(0, |window| window.len());
-        let shape = [windows.len(), length, self.hidden];
-        let rows = tokens().map(|token| token as usize);
-        let rows = match (&self.table, &self.resident) {
-            (Some(table), _) => {
-                let ids: Vec<u32> = tokens().collect();
-                let ids = Tensor::new(ids, &self.device)?;
-                table.index_select(&ids, 0)?.reshape(&shape)?
-            }
-            (None, Some(bytes)) => {
-                let row_bytes = bytes.len() / vocab;
-                let row = |row: usize| &bytes[row * row_bytes..][..row_bytes];
-                let rows: Vec<u8> = rows.flat_map(row).copied().collect();
-                Tensor::from_raw_buffer(&rows, self.stored, &shape, &self.device)?
-            }
-            (None, None) => {
-                let rows: Vec<usize> = rows.collect();
-                let rows = self.checkpoint.rows(&self.name, &rows)?;
-                Tensor::from_raw_buffer(&rows, self.stored, &shape, &self.device)?
-            }
-        };
-        let rows = rows.to_dtype(self.dtype)?;
-        Ok(match self.scale {
-            1.0 => rows,
-            // The reference keeps the factor in f32.
-            scale => (rows * f64::from(scale as f32))?,
-        })
-    }
-}
-
-impl Head {
-    /// The same with another vocabulary projection, `[vocab, hidden]`, for instance one that was rounded.
-    ///
-    /// # Errors
-    /// [`Error::Shape`] for a matrix of another shape.
-    pub fn with_vocab(mut self, weight: Tensor) -> Result<Self> {
-        let expected = vec![self.vocab.outputs(), self.vocab.inputs()];
-        if weight.dims() != expected {
-            return Err(Error::Shape {
-                tensor: "the vocabulary projection".into(),
-                found: weight.dims().to_vec(),
-                expected,
-            });
-        }
-        self.vocab.set_weight(weight);
-        Ok(self)
-    }
-
-    /// Entries of the vocabulary.
-    pub fn vocab_size(&self) -> usize {
-        self.vocab.outputs()
-    }
-
-    /// Bytes of its weights in memory.
-    pub fn bytes(&self) -> usize {
-        self.vocab.bytes() + self.norm.bytes()
-    }
-
-    /// `[rows, hidden]` to logits `[rows, vocab]`.
-    ///
-    /// # Errors
-    /// When the device refuses.
-    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let logits = self.vocab.forward(&self.norm.forward(x)?)?;
-        let logits = match self.scale {
-            1.0 => logits,
-            scale => (logits * scale)?,
-        };
-        match self.softcap {
-            Some(cap) => softcap(&logits, cap),
-            None => Ok(logits),
-        }
-    }
 }

@@ -2,8 +2,9 @@
 
 use crate::attention::Mixer;
 use crate::block::Block;
-use crate::decoder::{Decoder, Embedding, Head};
+use crate::decoder::Decoder;
 use crate::tap::NoTap;
+use crate::vocabulary::{Embedding, Head};
 use crate::{Error, Result};
 use candle_core::Tensor;
 use kv_lazy::{CacheSet, LayerShape};

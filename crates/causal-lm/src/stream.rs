@@ -5,9 +5,10 @@
 
 use crate::attention::Mixer;
 use crate::block::{BetweenHalves, Block, Mlp, RopeTables};
-use crate::decoder::{Decoder, Embedding};
+use crate::decoder::Decoder;
 use crate::ops;
 use crate::tap::Tap;
+use crate::vocabulary::Embedding;
 use crate::windows::Windows;
 use crate::{Error, Result};
 use candle_core::Tensor;
