@@ -115,6 +115,7 @@ pub(crate) fn run(mut run: Run) -> Result<()> {
     }
     match failures.split_first() {
         None => Ok(()),
+        _ if !whole => bail!("{}", failures.join("; ")),
         Some((first, [])) => bail!("{first}; the report has the rest"),
         Some((first, others)) => bail!(
             "{first}; {} more failed; the report has the rest",

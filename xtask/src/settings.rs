@@ -43,6 +43,14 @@ impl Settings {
     }
 }
 
+/// What a process has to show that measured some of the cells: those that failed.
+pub(crate) fn part(failures: Vec<String>) -> Vec<Section> {
+    vec![Section {
+        failures,
+        ..Section::default()
+    }]
+}
+
 /// How the weights of a model under evaluation are run.
 #[derive(Debug, Clone, Default)]
 pub struct Weights {

@@ -2,7 +2,6 @@
 
 mod cells;
 mod check;
-mod data;
 mod save;
 mod start;
 mod table;
@@ -17,9 +16,10 @@ use lowrank_eora::compress::Compressor;
 use lowrank_eora::repair::{Method, Repair, Spread};
 use tensor_io::WriteOptions;
 
+use super::held_out;
 use super::perplexity::{self, Protocol, file_name};
 use crate::scratch::Scratch;
-use crate::settings::Settings;
+use crate::settings::{Settings, part};
 
 use cells::Lowrank;
 use start::GivenModel;
@@ -131,7 +131,7 @@ pub fn run(settings: &Settings, config: &Config) -> Result<Vec<Section>> {
     let evaluation = protocol.evaluation(settings, &config.perplexity.text)?;
     let windows = protocol.calibration(&config.calib)?;
     let wanted = (config.calib_samples, config.held_out_samples);
-    let (calibration, held_out) = data::split(&windows, wanted, settings.seed)
+    let (calibration, held_out) = held_out::split(&windows, wanted, settings.seed)
         .with_context(|| config.calib.display().to_string())?;
 
     let suite = Lowrank {
@@ -176,8 +176,9 @@ pub fn run(settings: &Settings, config: &Config) -> Result<Vec<Section>> {
     if rows.iter().all(|row| row.method == DENSE) && !failures.is_empty() {
         return Err(failures.swap_remove(0));
     }
+    let failures = failures.iter().map(|error| format!("{error:#}")).collect();
     if settings.is_part() {
-        return failures.into_iter().next().map_or(Ok(Vec::new()), Err);
+        return Ok(part(failures));
     }
     compare_with_dense(&mut rows, &decoder, &file_name(&config.perplexity.model));
     let names: Vec<&str> = starts.iter().map(|start| start.name.as_str()).collect();
@@ -196,7 +197,7 @@ pub fn run(settings: &Settings, config: &Config) -> Result<Vec<Section>> {
             format!("activations of {}", config.repair.inputs),
         )
         .fact("factors", config.repair.factors.to_string());
-    section.failures = failures.iter().map(|error| format!("{error:#}")).collect();
+    section.failures = failures;
     let spread = match config.allocate {
         None => "the same for all".to_string(),
         Some(spread) => format!("by {spread}, in the bytes of one rank for all"),

@@ -27,7 +27,7 @@ use super::lazy::Lazy;
 use super::perplexity::{self, Protocol, file_name};
 use crate::bar::Bar;
 use crate::scratch::Scratch;
-use crate::settings::Settings;
+use crate::settings::{Settings, part};
 
 /// What to prune and measure.
 #[derive(Debug, Clone)]
@@ -203,12 +203,13 @@ pub fn run(settings: &Settings, config: &Config) -> Result<Vec<Section>> {
     if rows.iter().all(|row| row.method == DENSE) && !failures.is_empty() {
         return Err(failures.swap_remove(0));
     }
+    let failures = failures.iter().map(|error| format!("{error:#}")).collect();
     let (false, Some(calibrating)) = (settings.is_part(), calibrating) else {
-        return failures.into_iter().next().map_or(Ok(Vec::new()), Err);
+        return Ok(part(failures));
     };
     compare_with_dense(&mut rows, &decoder, &file_name(&config.perplexity.model));
     let mut section = section(config, rows);
-    section.failures = failures.iter().map(|error| format!("{error:#}")).collect();
+    section.failures = failures;
     Ok(vec![
         protocol
             .facts(
