@@ -89,7 +89,6 @@ impl<'a> Frontier<'a> {
         )?;
         let calibration = data.calibration;
         let maker = Maker::new(decoder, calibration, recipe, largest_rank, &dir, progress)?;
-        let hash = decoder.checkpoint().content_hash()?;
         let tokens = options.coarse_tokens.max(options.fine_tokens);
         let count = tokens.div_ceil(data.comparison.window_len());
         let comparison = data.comparison.first(count);
