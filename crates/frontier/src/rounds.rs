@@ -11,7 +11,7 @@ impl Frontier<'_> {
     /// The best plan for a budget in bytes, measured, with rounds of measuring around it.
     ///
     /// # Errors
-    /// [`Error::Budget`] below the smallest plan, [`Error::Cancelled`], and what making and measuring report.
+    /// [`crate::Error::Budget`] below the smallest plan, [`crate::Error::Cancelled`], and what making and measuring report.
     pub fn plan(&mut self, budget: u64, progress: &dyn Progress) -> Result<Plan> {
         let choice = self.choose(budget, &|_, _| true)?;
         let mut now = choice.items;
