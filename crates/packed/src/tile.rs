@@ -1,8 +1,9 @@
 //! Weights as the kernels read them: 16 rows interleaved, so that one load holds a few columns of all of them.
 //!
-//! A tile is 16 rows. It is divided into blocks of 32 columns, and 8 blocks (the last ones: fewer) make a chunk: first the
-//! scales of the chunk, then the codes of its blocks. Everything starts at a multiple of 64 bytes. Codes of a block lie
-//! in planes of 64 bytes, 4 for each row; with column 4g + j, g < 8 and j < 4:
+//! A tile is 16 rows. It is divided into blocks of 32 columns, and some blocks (the last ones: fewer) make a chunk: first
+//! the scales of the chunk, then the codes of its blocks. Everything starts at a multiple of 64 bytes. A chunk is as short
+//! as that allows, so that a kernel reads memory in order. Codes of a block lie in planes of 64 bytes, 4 for each row; with
+//! column 4g + j, g < 8 and j < 4:
 //!
 //! | plane | byte j of a row holds |
 //! |---|---|
@@ -11,15 +12,15 @@
 //! | 2 bits, h | g = 4h + k in bits 2k and 2k + 1, k < 4 |
 //! | 1 bit | g in bit g |
 //!
-//! Codes of 3, 5 and 6 bits have a plane of the low 2 or 4 bits and one of the others. Scales of a chunk of n blocks:
+//! Codes of 3, 5 and 6 bits have a plane of the low 2 or 4 bits and one of the others. Scales of a chunk:
 //!
-//! | types | floats of the rows | then, for each block |
-//! |---|---|---|
-//! | `Q4_0`, `Q5_0`, `Q8_0`, `IQ4_NL` | – | d of 16 rows (32 bytes) |
-//! | `Q4_1`, `Q5_1` | – | d and m of 16 rows |
-//! | `Q4_K`, `Q5_K` | d and m | scales, minimums: a byte each |
-//! | `Q3_K`, `Q6_K` | d | scales of the first 16 columns, of the others |
-//! | `Q2_K` | d and m | scale and minimum in a byte, first 16 columns, then the others |
+//! | types | blocks | floats of the rows | then, for each block |
+//! |---|---|---|---|
+//! | `Q4_0`, `Q5_0`, `Q8_0`, `IQ4_NL` | 2 | – | d of 16 rows (32 bytes) |
+//! | `Q4_1`, `Q5_1` | 1 | – | d and m of 16 rows |
+//! | `Q4_K`, `Q5_K` | 8 | d and m | scales, minimums: a byte each |
+//! | `Q3_K`, `Q6_K` | 8 | d | scales of the first 16 columns, of the others |
+//! | `Q2_K` | 8 | d and m | scale and minimum in a byte, first 16 columns, then the others |
 //!
 //! Grouped integers have the scales of all groups of the tile in front, then their zeros, then the codes.
 
@@ -35,8 +36,12 @@ use crate::{BlockType, QuantRows};
 pub(crate) const TILE_ROWS: usize = 16;
 /// Columns of a block of a tile.
 pub(crate) const BLOCK: usize = 32;
-/// Blocks of a chunk.
-pub(crate) const CHUNK: usize = K_BLOCK / BLOCK;
+/// Blocks of a chunk of types with a scale.
+pub(crate) const PLAIN_CHUNK: usize = 2;
+/// Blocks of a chunk of types with a scale and a minimum.
+pub(crate) const OFFSET_CHUNK: usize = 1;
+/// Blocks of a chunk of types with integer scales.
+pub(crate) const K_CHUNK: usize = K_BLOCK / BLOCK;
 
 /// 64 aligned bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -98,6 +103,15 @@ impl GroupLayout {
     }
 }
 
+/// Blocks of a chunk, but of the last one of a row.
+fn chunk_blocks(form: &Form) -> usize {
+    match (form.has_sub_scales(), form.minimum) {
+        (true, _) => K_CHUNK,
+        (false, Minimum::Absent) => PLAIN_CHUNK,
+        (false, _) => OFFSET_CHUNK,
+    }
+}
+
 /// Lines of scales of a chunk of so many blocks.
 pub(crate) fn head_lines(form: &Form, blocks: usize) -> usize {
     match (form.has_sub_scales(), form.minimum) {
@@ -155,9 +169,10 @@ impl Tiles {
         let ty = rows.block_type();
         let form = Form::of(ty).expect("a quantised type");
         let blocks = rows.cols() / BLOCK;
-        let (whole, rest) = (blocks / CHUNK, blocks % CHUNK);
+        let chunk = chunk_blocks(&form);
+        let (whole, rest) = (blocks / chunk, blocks % chunk);
         let planes = form.bits as usize;
-        let stride = whole * (head_lines(&form, CHUNK) + CHUNK * planes)
+        let stride = whole * (head_lines(&form, chunk) + chunk * planes)
             + if rest > 0 {
                 head_lines(&form, rest) + rest * planes
             } else {
@@ -298,11 +313,16 @@ fn f16_at(line: &Line, at: usize) -> f16 {
     f16::from_le_bytes([line.0[at], line.0[at + 1]])
 }
 
-/// Where the chunk of block `b` starts and how many blocks it has.
-fn chunk_of(form: &Form, blocks: usize, b: usize) -> (usize, usize) {
-    let chunk = b / CHUNK;
-    let whole = head_lines(form, CHUNK) + CHUNK * form.bits as usize;
-    (chunk * whole, CHUNK.min(blocks - chunk * CHUNK))
+/// Where the chunk of block `b` starts, how many blocks it has, and the number of `b` among them.
+fn chunk_of(form: &Form, blocks: usize, b: usize) -> (usize, usize, usize) {
+    let length = chunk_blocks(form);
+    let chunk = b / length;
+    let whole = head_lines(form, length) + length * form.bits as usize;
+    (
+        chunk * whole,
+        length.min(blocks - chunk * length),
+        b % length,
+    )
 }
 
 /// One row of a tile, to be written.
@@ -319,13 +339,12 @@ impl ChunkMut<'_> {
         let (form, lane) = (self.form, self.lane);
         let planes = form.bits as usize;
         let first = i * form.len / BLOCK;
-        let (start, count) = chunk_of(form, self.blocks, first);
+        let (start, count, within) = chunk_of(form, self.blocks, first);
         let (head, codes) = self.lines[start..].split_at_mut(head_lines(form, count));
         let mut half = |line: usize, half: usize, value: f16| {
             let at = 32 * half + 2 * lane;
             head[line].0[at..at + 2].copy_from_slice(&value.to_le_bytes());
         };
-        let within = first % CHUNK;
         match (form.has_sub_scales(), form.minimum) {
             (true, minimum) => {
                 half(0, 0, block.d);
@@ -375,10 +394,9 @@ impl ChunkRef<'_> {
         let (form, lane) = (self.form, self.lane);
         let planes = form.bits as usize;
         let first = i * form.len / BLOCK;
-        let (start, count) = chunk_of(form, self.blocks, first);
+        let (start, count, within) = chunk_of(form, self.blocks, first);
         let (head, codes) = self.lines[start..].split_at(head_lines(form, count));
         let half = |line: usize, half: usize| f16_at(&head[line], 32 * half + 2 * lane);
-        let within = first % CHUNK;
         let mut block = Block::default();
         match (form.has_sub_scales(), form.minimum) {
             (true, minimum) => {

@@ -33,7 +33,8 @@ impl Row for Single {
     #[inline(always)]
     fn load<M: Machine>(m: M, bytes: &[u8]) -> [M::F; 2] {
         let (low, high) = bytes[..Self::BYTES].split_at(Self::BYTES / 2);
-        [low, high].map(|part| m.load_f_bytes(part.first_chunk().expect("64 bytes")))
+        let low = m.load_f_bytes(low.first_chunk().expect("64 bytes"));
+        [low, m.load_f_bytes(high.first_chunk().expect("64 bytes"))]
     }
 }
 
@@ -42,7 +43,8 @@ impl Row for Half {
     #[inline(always)]
     fn load<M: Machine>(m: M, bytes: &[u8]) -> [M::F; 2] {
         let (low, high) = bytes[..Self::BYTES].split_at(Self::BYTES / 2);
-        [low, high].map(|part| m.load_f16(part.first_chunk().expect("32 bytes")))
+        let low = m.load_f16(low.first_chunk().expect("32 bytes"));
+        [low, m.load_f16(high.first_chunk().expect("32 bytes"))]
     }
 }
 

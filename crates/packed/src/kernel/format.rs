@@ -10,7 +10,7 @@ use std::marker::PhantomData;
 use super::codes::Codes;
 use crate::input::{FloatBlock, Int8Block};
 use crate::machine::Machine;
-use crate::tile::{BLOCK, CHUNK, GroupLayout, Line, TILE_ROWS};
+use crate::tile::{BLOCK, GroupLayout, K_CHUNK, Line, OFFSET_CHUNK, PLAIN_CHUNK, TILE_ROWS};
 
 /// Repeats a block of code for g = 0 to 7: with constants where the machine wants straight code, else in a loop.
 macro_rules! eight_times {
@@ -48,7 +48,7 @@ pub(crate) trait Format: Copy + Send + Sync {
     /// Blocks of a chunk, of so many in a row.
     #[inline(always)]
     fn chunk(self, _blocks: usize) -> usize {
-        CHUNK
+        K_CHUNK
     }
     /// Lines of scales in front of a chunk of so many blocks.
     fn head(self, blocks: usize) -> usize;
@@ -209,6 +209,11 @@ impl<C: Codes + Send + Sync> Format for Plain<C> {
     type Codes = C;
 
     #[inline(always)]
+    fn chunk(self, _blocks: usize) -> usize {
+        PLAIN_CHUNK
+    }
+
+    #[inline(always)]
     fn head(self, blocks: usize) -> usize {
         blocks.div_ceil(2)
     }
@@ -253,6 +258,11 @@ impl<C: Codes + Send + Sync> Format for Plain<C> {
 
 impl<C: Codes + Send + Sync> Format for Offset<C> {
     type Codes = C;
+
+    #[inline(always)]
+    fn chunk(self, _blocks: usize) -> usize {
+        OFFSET_CHUNK
+    }
 
     #[inline(always)]
     fn head(self, blocks: usize) -> usize {

@@ -6,12 +6,13 @@
 use super::codes::Codes;
 use super::format::{Format, Place, widen};
 use super::tail::{Float, load_part, store};
+use crate::block_type::K_BLOCK;
 use crate::machine::{Kernel, Machine};
 use crate::output::Claim;
-use crate::tile::{BLOCK, CHUNK, TILE_ROWS, Tiles};
+use crate::tile::{BLOCK, TILE_ROWS, Tiles};
 
 /// Columns of a panel.
-pub(crate) const DEPTH: usize = BLOCK * CHUNK;
+pub(crate) const DEPTH: usize = K_BLOCK;
 /// Tokens that are multiplied at once.
 pub(crate) const GROUP: usize = 12;
 /// Rows of a panel.
@@ -87,19 +88,18 @@ impl<F: Format> Kernel for WidenTiles<'_, F> {
         let table = F::Codes::table(m);
         let blocks = tiles.cols().div_ceil(BLOCK);
         let chunk = format.chunk(blocks);
-        let b = part.first / BLOCK;
-        let start = b / chunk * (format.head(chunk) + chunk * planes);
-        let in_chunk = chunk.min(blocks - b / chunk * chunk);
-        let lines = &tiles.tile(part.tile)[start..];
-        let (head, codes) = lines.split_at(format.head(in_chunk));
-        let codes = &codes[b % chunk * planes..];
+        let lines = tiles.tile(part.tile);
         let (panels, _) = panel.as_chunks_mut::<BLOCK>();
-        let pieces = codes.chunks_exact(planes).zip(panels);
-        for (i, (planes, panel)) in pieces.take(part.count.div_ceil(BLOCK)).enumerate() {
+        let wanted = part.count.div_ceil(BLOCK);
+        for (b, panel) in (part.first / BLOCK..).zip(panels).take(wanted) {
+            let before = b / chunk;
+            let in_chunk = chunk.min(blocks - before * chunk);
+            let start = before * (format.head(chunk) + chunk * planes);
+            let (head, codes) = lines[start..].split_at(format.head(in_chunk));
             let place = Place {
                 head,
-                b: b % chunk + i,
-                planes,
+                b: b % chunk,
+                planes: &codes[b % chunk * planes..][..planes],
             };
             widen(m, format, place, table, part.half * TILE_ROWS, panel);
         }

@@ -106,6 +106,18 @@ pub(crate) trait Machine: Copy + Send + Sync {
     fn value(self, lanes: Self::I, shift: u32, bits: u32, table: Self::Table) -> Self::F;
 }
 
+/// Asks for the line of the cache at `at`, which need not be a valid address, where the compiler has an instruction for it.
+#[inline(always)]
+pub(crate) fn prefetch<T>(at: *const T) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: every processor of this architecture has the instruction, and it never faults.
+    unsafe {
+        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(at.cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = at;
+}
+
 /// Something to be compiled for each machine. Implementations of `run` must be `#[inline(always)]`.
 pub(crate) trait Kernel {
     /// Result.
