@@ -11,8 +11,12 @@ pub struct TextTokenizer {
     tokenizer: Tokenizer,
     bos: Option<u32>,
     eos: Option<u32>,
-    chat_template: Option<String>,
+    /// By name; the one that is used without asking for another is called default.
+    chat_templates: Vec<(String, String)>,
 }
+
+/// Name of the chat template that is used without asking for another.
+pub(crate) const DEFAULT_TEMPLATE: &str = "default";
 
 impl TextTokenizer {
     /// Reads `tokenizer.json`, and the BOS and EOS tokens from `tokenizer_config.json` or, where that does not name one,
@@ -56,7 +60,7 @@ impl TextTokenizer {
             tokenizer,
             bos,
             eos,
-            chat_template: chat_template(dir, &names)?,
+            chat_templates: chat_templates(dir, &names)?,
         })
     }
 
@@ -66,10 +70,7 @@ impl TextTokenizer {
                 tokenizer: rebuilt.tokenizer,
                 bos: rebuilt.bos,
                 eos: rebuilt.eos,
-                chat_template: file
-                    .metadata()
-                    .get_str("tokenizer.chat_template")?
-                    .map(String::from),
+                chat_templates: gguf::tokenizer::chat_templates(file)?,
             }),
             None => Err(error(file.path(), "the file holds no tokenizer")),
         }
@@ -87,7 +88,14 @@ impl TextTokenizer {
 
     /// The Jinja template that turns messages into the text that the model was trained on, where it has one.
     pub fn chat_template(&self) -> Option<&str> {
-        self.chat_template.as_deref()
+        let mut all = self.chat_templates();
+        all.find_map(|(name, template)| (name == DEFAULT_TEMPLATE).then_some(template))
+    }
+
+    /// All chat templates by their names; that of [`chat_template`](Self::chat_template) is called `default`.
+    pub fn chat_templates(&self) -> impl Iterator<Item = (&str, &str)> {
+        let all = self.chat_templates.iter();
+        all.map(|(name, template)| (name.as_str(), template.as_str()))
     }
 
     /// How a token is written; `None` for an id that is not in the vocabulary.
@@ -198,22 +206,45 @@ fn special_tokens(dir: &Path) -> Result<serde_json::Value> {
     Ok(found.into())
 }
 
-/// The template for conversations: a file of its own, or the string in the tokenizer's config, of several the one that is
-/// called default.
-fn chat_template(dir: &Path, config: &serde_json::Value) -> Result<Option<String>> {
+/// The templates for conversations by name: files of their own, or what the tokenizer's config has, a string or a list.
+fn chat_templates(dir: &Path, config: &serde_json::Value) -> Result<Vec<(String, String)>> {
+    let mut found = Vec::new();
+    let mut read = |name: &str, path: &Path| -> Result<()> {
+        let text = std::fs::read_to_string(path).map_err(|e| error(path, e))?;
+        found.push((name.to_string(), text));
+        Ok(())
+    };
     let path = dir.join("chat_template.jinja");
     if path.exists() {
-        let text = std::fs::read_to_string(&path).map_err(|e| error(&path, e))?;
-        return Ok(Some(text));
+        read(DEFAULT_TEMPLATE, &path)?;
+    }
+    let more = dir.join("additional_chat_templates");
+    if more.is_dir() {
+        let entries = std::fs::read_dir(&more).map_err(|e| error(&more, e))?;
+        let mut paths = Vec::new();
+        for entry in entries {
+            paths.push(entry.map_err(|e| error(&more, e))?.path());
+        }
+        paths.sort();
+        for path in paths {
+            if let (Some("jinja"), Some(name)) = (
+                path.extension().and_then(|x| x.to_str()),
+                path.file_stem().and_then(|x| x.to_str()),
+            ) {
+                read(name, &path)?;
+            }
+        }
+    }
+    if !found.is_empty() {
+        return Ok(found);
     }
     let stored = &config["chat_template"];
-    let named = stored.as_array().and_then(|all| {
-        let mut all = all.iter();
-        all.find(|entry| entry["name"].as_str() == Some("default"))
+    if let Some(template) = stored.as_str() {
+        return Ok(vec![(DEFAULT_TEMPLATE.into(), template.into())]);
+    }
+    let named = stored.as_array().into_iter().flatten().filter_map(|entry| {
+        let (name, template) = (entry["name"].as_str()?, entry["template"].as_str()?);
+        Some((name.to_string(), template.to_string()))
     });
-    let text = match named {
-        Some(entry) => entry["template"].as_str(),
-        None => stored.as_str(),
-    };
-    Ok(text.map(String::from))
+    Ok(named.collect())
 }

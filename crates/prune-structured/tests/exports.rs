@@ -341,7 +341,8 @@ fn byte_level_pre_tokenizers_go_by_llama_cpps_names() {
         (byte_level(true), Some("gpt-2")),
         (digits(true), Some("smollm")),
         (split(qwen2), Some("qwen2")),
-        (split(&llama3), Some("llama-bpe")),
+        // Without `ignore_merges`.
+        (split(&llama3), Some("smaug-bpe")),
         (digits(false), None),
         (split(r"\s+"), None),
         (byte_level(false), None),

@@ -31,6 +31,7 @@ use tensor_io::{Checkpoint, Error};
 use crate::Result;
 pub use names::Architecture;
 pub use tensors::GgufTensors;
+pub use tokenizer::{STRIP_NOTHING, strips_behind_tokens};
 
 /// Opens a GGUF file, or any part of a split one, as a checkpoint. Nothing but the header is read.
 ///

@@ -18,6 +18,8 @@ use tokenizers::{AddedToken, Tokenizer};
 
 use pre::PreTokenizer;
 
+use crate::text::DEFAULT_TEMPLATE;
+
 type Result<T> = tensor_io::Result<T>;
 
 /// Kinds of tokens, by their numbers in files.
@@ -87,8 +89,17 @@ pub(crate) fn files(file: &Gguf) -> Result<Vec<(String, Vec<u8>)>> {
         "bos_token": text(rebuilt.bos),
         "eos_token": text(rebuilt.eos),
     });
-    if let Some(template) = file.metadata().get_str("tokenizer.chat_template")? {
-        config["chat_template"] = json!(template);
+    let templates = chat_templates(file)?;
+    match &templates[..] {
+        [] => {}
+        [(name, template)] if name == DEFAULT_TEMPLATE => {
+            config["chat_template"] = json!(template);
+        }
+        several => {
+            let entry =
+                |(name, template): &(String, String)| json!({"name": name, "template": template});
+            config["chat_template"] = several.iter().map(entry).collect();
+        }
     }
     let config = serde_json::to_vec_pretty(&config);
     let config = config.map_err(|error| unavailable(error.to_string()))?;
@@ -96,6 +107,22 @@ pub(crate) fn files(file: &Gguf) -> Result<Vec<(String, Vec<u8>)>> {
         ("tokenizer.json".into(), tokenizer.into_bytes()),
         ("tokenizer_config.json".into(), config),
     ])
+}
+
+/// The chat templates of a file by name, the default one first.
+pub(crate) fn chat_templates(file: &Gguf) -> Result<Vec<(String, String)>> {
+    let metadata = file.metadata();
+    let names = metadata.get_strings("tokenizer.chat_templates")?;
+    let mut found = Vec::new();
+    if let Some(template) = metadata.get_str("tokenizer.chat_template")? {
+        found.push((DEFAULT_TEMPLATE.to_string(), template.to_string()));
+    }
+    for name in names.unwrap_or_default() {
+        let key = format!("tokenizer.chat_template.{name}");
+        let template = metadata.required(&key, Metadata::get_str)?;
+        found.push((name.to_string(), template.to_string()));
+    }
+    Ok(found)
 }
 
 /// The keys that all kinds of tokenizers share.
@@ -138,6 +165,16 @@ impl<'a> Keys<'a> {
     fn refuse(&self, what: impl Into<String>) -> Error {
         self.metadata.error(GgufError::Content(what.into()))
     }
+}
+
+/// Tokens of a Phi-3 that take in no white space.
+pub const STRIP_NOTHING: [&str; 3] = ["<unk>", "<s>", "<|endoftext|>"];
+
+/// Whether llama.cpp lets the special tokens of a model with this `general.name` take in the white space behind them, all but
+/// [`STRIP_NOTHING`].
+pub fn strips_behind_tokens(name: &str) -> bool {
+    let name = name.to_lowercase();
+    name.contains("phi-3") || name.contains("phi3")
 }
 
 /// Texts, kinds and, for SentencePiece, scores of all tokens.
@@ -200,14 +237,19 @@ impl<'a> Vocabulary<'a> {
             .collect()
     }
 
-    /// Tokens that are found in a text before the model sees it.
-    fn added(&self) -> Vec<AddedToken> {
+    /// Tokens that are found in a text before the model sees it. As in llama.cpp, those of a Phi-3 take in the white space
+    /// behind them.
+    fn added(&self, strips: bool) -> Vec<AddedToken> {
         let whole =
             |&(_, kind): &(&&str, &i32)| matches!(*kind, kind::CONTROL | kind::USER_DEFINED);
         let tokens = self.tokens.iter().zip(&self.kinds).filter(whole);
         tokens
             .filter(|(token, _)| !token.is_empty())
-            .map(|(token, kind)| AddedToken::from(*token, *kind == kind::CONTROL).normalized(false))
+            .map(|(token, kind)| {
+                AddedToken::from(*token, *kind == kind::CONTROL)
+                    .normalized(false)
+                    .rstrip(strips && !STRIP_NOTHING.contains(token))
+            })
             .collect()
     }
 }
@@ -320,7 +362,9 @@ fn assemble(
         .map_err(unusable)?;
     tokenizer.with_pre_tokenizer(read::<tokenizers::PreTokenizerWrapper>(parts.pre_tokenizer));
     tokenizer.with_decoder(read::<tokenizers::DecoderWrapper>(parts.decoder));
-    tokenizer.add_tokens(vocabulary.added()).map_err(unusable)?;
+    let name = keys.metadata.get_str("general.name")?.unwrap_or_default();
+    let added = vocabulary.added(strips_behind_tokens(name));
+    tokenizer.add_tokens(added).map_err(unusable)?;
     let bos = keys.bos.filter(|_| keys.add_bos.unwrap_or(adds_bos));
     let eos = keys.eos.filter(|_| keys.add_eos);
     if bos.is_some() || eos.is_some() {

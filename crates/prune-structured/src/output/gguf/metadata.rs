@@ -16,15 +16,14 @@ pub(super) fn metadata(
     let config = decoder.config();
     let number = |value: usize| Value::U32(value as u32);
     let name = decoder.checkpoint().dir().file_name();
+    let name = name.unwrap_or_default().to_string_lossy().into_owned();
+    let (name, tokenizer) = tokenizer::metadata(decoder, name)?;
     let mut values: Vec<(String, Value)> = vec![
         (
             "general.architecture".into(),
             Value::String(architecture.name().into()),
         ),
-        (
-            "general.name".into(),
-            Value::String(name.unwrap_or_default().to_string_lossy().into_owned()),
-        ),
+        ("general.name".into(), Value::String(name)),
         ("general.type".into(), "model".into()),
         (
             "general.file_type".into(),
@@ -99,7 +98,7 @@ pub(super) fn metadata(
     for (key, value) in own(config, architecture) {
         put(key, value);
     }
-    values.extend(tokenizer::metadata(decoder)?);
+    values.extend(tokenizer);
     Ok(values)
 }
 

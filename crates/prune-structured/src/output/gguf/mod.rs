@@ -24,6 +24,7 @@
 mod check;
 mod metadata;
 mod rotation;
+mod splits;
 mod tensors;
 mod tokenizer;
 

@@ -8,10 +8,12 @@
 //!   so that a token's score is minus the rank of the first merge that makes it.
 //!
 //! Everything else (Unigram, WordPiece, other pre-tokenizers) is an error: a model that splits text
-//! otherwise than in training would be silently worse.
+//! otherwise than in training would be silently worse. So are vocabularies that llama.cpp would merge otherwise, and added
+//! tokens that it would find elsewhere ([`splits`](super::splits)).
 
+use super::splits;
 use crate::{Error, Result};
-use causal_lm::gguf::GgufTensors;
+use causal_lm::gguf::{GgufTensors, strips_behind_tokens};
 use causal_lm::{Decoder, TextTokenizer};
 use serde_json::Value as Json;
 use std::collections::HashMap;
@@ -21,7 +23,7 @@ use tensor_io::gguf::{Metadata, Value};
 /// llama.cpp's kinds of tokens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(i32)]
-enum Kind {
+pub(super) enum Kind {
     Normal = 1,
     Unknown = 2,
     Control = 3,
@@ -42,12 +44,18 @@ struct File<'a> {
     decoder: &'a Decoder<'a>,
 }
 
-/// The `tokenizer.ggml.*` keys.
-pub(super) fn metadata(decoder: &Decoder<'_>) -> Result<Vec<(String, Value)>> {
+/// The `tokenizer.*` keys, and the `general.name` of the file: `name`, or another where that would change how llama.cpp
+/// finds tokens.
+pub(super) fn metadata(
+    decoder: &Decoder<'_>,
+    name: String,
+) -> Result<(String, Vec<(String, Value)>)> {
     if let Some(source) = decoder.checkpoint().source()
         && let Some(tensors) = source.as_any().downcast_ref::<GgufTensors>()
     {
-        return stored(&tensors.file().metadata());
+        let metadata = tensors.file().metadata();
+        let own = metadata.get_str("general.name")?.map(String::from);
+        return Ok((own.unwrap_or(name), stored(&metadata)?));
     }
     let dir = decoder.checkpoint().dir();
     let path = dir.join("tokenizer.json");
@@ -57,9 +65,16 @@ pub(super) fn metadata(decoder: &Decoder<'_>) -> Result<Vec<(String, Value)>> {
         json,
         decoder,
     };
+    let added = splits::Added::read(&file.json).map_err(|reason| file.error(reason))?;
+    let name = match (added.strip, strips_behind_tokens(&name)) {
+        (true, false) => format!("{name} (phi-3)"),
+        (false, true) if !added.is_empty => "model".into(),
+        _ => name,
+    };
     let mut values = file.vocabulary()?;
     let config = decoder.config();
-    let bos = TextTokenizer::open(dir)?.bos().or(config.bos);
+    let tokenizer = TextTokenizer::open(dir)?;
+    let bos = tokenizer.bos().or(config.bos);
     let template = std::fs::exists(dir.join("tokenizer_config.json"))
         .is_ok_and(|exists| exists)
         .then(|| read_json(&dir.join("tokenizer_config.json")))
@@ -76,11 +91,28 @@ pub(super) fn metadata(decoder: &Decoder<'_>) -> Result<Vec<(String, Value)>> {
     let adds_bos = asked.unwrap_or_else(|| file.starts_with(bos));
     add("add_bos_token", Value::Bool(adds_bos && bos.is_some()));
     add("add_eos_token", Value::Bool(false));
-    if let Some(template) = template["chat_template"].as_str() {
-        let value = Value::String(template.into());
-        values.push(("tokenizer.chat_template".into(), value));
+    values.extend(chat_templates(&tokenizer));
+    Ok((name, values))
+}
+
+/// The chat templates: one without a name, others by names in which llama.cpp's converter admits letters and digits.
+fn chat_templates(tokenizer: &TextTokenizer) -> Vec<(String, Value)> {
+    let plain = |c: char| if c.is_ascii_alphanumeric() { c } else { '_' };
+    let (mut values, mut names) = (Vec::new(), Vec::new());
+    for (name, template) in tokenizer.chat_templates() {
+        let key = match tokenizer.chat_template() == Some(template) && name == "default" {
+            true => "tokenizer.chat_template".to_string(),
+            false => {
+                names.push(name.chars().map(plain).collect::<String>());
+                format!("tokenizer.chat_template.{}", names[names.len() - 1])
+            }
+        };
+        values.push((key, Value::String(template.into())));
     }
-    Ok(values)
+    if !names.is_empty() {
+        values.push(("tokenizer.chat_templates".into(), names.into()));
+    }
+    values
 }
 
 /// The keys of a GGUF file.
@@ -116,11 +148,19 @@ impl File<'_> {
             let found = &model["type"];
             return Err(self.error(format!("a GGUF vocabulary can be made of BPE, not {found}")));
         }
+        splits::plain_model(model).map_err(|reason| self.error(reason))?;
         let merges = self.merges()?;
         let byte_fallback = model["byte_fallback"].as_bool().unwrap_or(false);
         let (tokens, kinds) = self.tokens(byte_fallback)?;
         let mut values: Vec<(&str, Value)> = Vec::new();
+        let ignore_merges = model["ignore_merges"].as_bool() == Some(true);
+        let entries = splits::Entries::new(&tokens, &kinds, &merges);
         if byte_fallback {
+            let entries = match ignore_merges {
+                true => entries.are_made().and_then(|()| entries.merge_by_score()),
+                false => entries.merge_by_score(),
+            };
+            entries.map_err(|reason| self.error(reason))?;
             let add_space = self.prepends_space()?;
             let scores = scores(&tokens, &kinds, &merges);
             values.push(("model", Value::String("llama".into())));
@@ -129,9 +169,19 @@ impl File<'_> {
             values.push(("scores", scores.into()));
             values.push(("add_space_prefix", Value::Bool(add_space)));
         } else {
+            let pre = match (self.pre_tokenizer()?, ignore_merges) {
+                // The same expression, without whole pieces before merges.
+                ("llama-bpe", false) => "smaug-bpe",
+                ("llama-bpe", true) => "llama-bpe",
+                (pre, true) => {
+                    entries.are_made().map_err(|reason| self.error(reason))?;
+                    pre
+                }
+                (pre, false) => pre,
+            };
             let merges: Vec<String> = merges.iter().map(|(a, b)| format!("{a} {b}")).collect();
             values.push(("model", Value::String("gpt2".into())));
-            values.push(("pre", Value::String(self.pre_tokenizer()?.into())));
+            values.push(("pre", Value::String(pre.into())));
             values.push(("tokens", tokens.clone().into()));
             values.push(("merges", merges.into()));
         }
