@@ -13,7 +13,7 @@ use candle_core::{DType, Device, Tensor};
 use kv_lazy::attention::Scores;
 use std::collections::BTreeMap;
 use std::ops::Range;
-use tensor_io::Checkpoint;
+use tensor_io::{Checkpoint, Config};
 
 /// A decoder checkpoint, checked against its config, with nothing in memory yet.
 #[derive(Debug)]
@@ -23,6 +23,8 @@ pub struct Decoder<'a> {
     dtype: DType,
     device: Device,
     execution: Option<Execution>,
+    /// Whether there is a head of its own where the config announces none.
+    has_head_of_its_own: bool,
 }
 
 impl<'a> Decoder<'a> {
@@ -38,13 +40,16 @@ impl<'a> Decoder<'a> {
         config.names = config
             .names
             .located(config.layers(), |name| checkpoint.contains(name));
-        config.tied = config.tied && is_copy(checkpoint, &config)?;
+        let flag = config.tied;
+        config.tied = flag && is_copy(checkpoint, &config)?;
+        let has_own = flag && !config.tied;
         let decoder = Self {
             checkpoint,
             config,
             dtype,
             device: device.clone(),
             execution: None,
+            has_head_of_its_own: has_own,
         };
         decoder.check()?;
         Ok(decoder)
@@ -68,6 +73,16 @@ impl<'a> Decoder<'a> {
     /// The model's dimensions.
     pub fn config(&self) -> &ModelConfig {
         &self.config
+    }
+
+    /// The checkpoint's config for a folder that is made of it. It is the same, but that it no longer announces a tied head
+    /// where the checkpoint has another one: not every reader looks whether there is one.
+    pub fn config_to_write(&self) -> Config {
+        let mut config = self.checkpoint.config().clone();
+        if self.has_head_of_its_own {
+            config.set("tie_word_embeddings", false);
+        }
+        config
     }
 
     /// The checkpoint it was made from.

@@ -134,7 +134,7 @@ pub fn write_checkpoint(
         compressor.sweep.damping = damping.largest;
     }
 
-    let mut config = checkpoint.config().clone();
+    let mut config = decoder.config_to_write();
     let mut specs = Vec::new();
     for name in checkpoint.names() {
         let info = checkpoint.info(name)?;

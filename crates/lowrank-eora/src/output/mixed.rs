@@ -53,11 +53,15 @@ pub(super) fn write(
         declare(module, weight)?;
     }
     let replaced: BTreeSet<String> = schemes.keys().map(|m| format!("{m}.weight")).collect();
-    for name in checkpoint.names().filter(|name| !replaced.contains(*name)) {
+    let names = decoder.config().names;
+    // A copy of the embedding is no head any more when the embedding changes, and nobody needs it when it does not.
+    let is_copy = |name: &str| decoder.config().tied && name == names.head();
+    let stays = |name: &&str| !replaced.contains(*name) && !is_copy(name);
+    for name in checkpoint.names().filter(stays) {
         let info = checkpoint.info(name)?;
         specs.push(TensorSpec::new(name, info.dtype, info.shape.clone()));
     }
-    let mut config = checkpoint.config().clone();
+    let mut config = decoder.config_to_write();
     if let Some(section) = quantization_config(&schemes, &elements, version) {
         config.set("quantization_config", section);
     }
@@ -65,7 +69,7 @@ pub(super) fn write(
     let mut writer = CheckpointWriter::create(dst, &config, specs, &options.write)?;
     progress.begin("write checkpoint", repaired.blocks() as u64);
     writer.carry_from(checkpoint)?;
-    for name in checkpoint.names().filter(|name| !replaced.contains(*name)) {
+    for name in checkpoint.names().filter(stays) {
         writer.copy_tensor(name, checkpoint)?;
     }
     let mut put = |module: &str, weight: &StoredWeight| -> Result<()> {

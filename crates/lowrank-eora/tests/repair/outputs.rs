@@ -1,6 +1,8 @@
 //! What a repair is written as, and what reads it.
 
-use crate::common::{assert_close, compressor, eora, from_tensor, id, run, tiny, to_tensor};
+use crate::common::{
+    assert_close, compressor, decoder, eora, from_tensor, id, run, tiny, to_tensor,
+};
 use candle_core::{DType, Device, Tensor};
 use causal_lm::LinearName;
 use lowrank_eora::Error;
@@ -9,7 +11,7 @@ use lowrank_eora::output::{
     write_checkpoint,
 };
 use lowrank_eora::repair::{Given, LayerId, Ranks};
-use tensor_io::{Checkpoint, NoProgress};
+use tensor_io::{Checkpoint, CheckpointWriter, NoProgress, TensorSpec, WriteOptions};
 
 #[test]
 fn an_adapter_on_the_compressed_weight_is_the_merged_weight() {
@@ -236,4 +238,60 @@ fn merging_by_requantisation_reports_its_loss_and_is_stored_with_exactly_that() 
     let merged = write_checkpoint(&decoder, &repaired, &no, &options, &NoProgress);
     assert!(matches!(merged, Err(Error::NotStorable { .. })));
     assert!(!tiny.path("no").exists());
+}
+
+#[test]
+fn a_head_that_the_config_denies_is_kept_and_announced() {
+    let tiny = tiny();
+    let folder = tiny.dir();
+    // The same model with a head of its own, and the config that it had.
+    let source = tiny.checkpoint();
+    let embedding = source
+        .tensor("model.embed_tokens.weight", &Device::Cpu)
+        .unwrap();
+    let head = (&embedding + 0.5).unwrap();
+    let mut specs = Vec::new();
+    for name in source.names() {
+        let info = source.info(name).unwrap();
+        specs.push(TensorSpec::new(name, info.dtype, info.shape.clone()));
+    }
+    specs.push(TensorSpec::new("lm_head.weight", DType::F32, head.dims()));
+    let dst = folder.with_file_name("other");
+    let mut writer =
+        CheckpointWriter::create(&dst, source.config(), specs, &WriteOptions::default()).unwrap();
+    for name in source.names() {
+        writer.copy_tensor(name, source).unwrap();
+    }
+    writer.write_tensor("lm_head.weight", &head).unwrap();
+    writer.finish().unwrap();
+    let checkpoint = Checkpoint::open(&dst).unwrap();
+    let decoder = decoder(&checkpoint);
+    assert!(!decoder.config().tied);
+    let repaired = run(
+        &eora(2),
+        &decoder,
+        &compressor("rtn-int4-g16-sym"),
+        &tiny.path("run"),
+    );
+    let version = gptq::Version::V1;
+    for (name, weights, layout) in [
+        ("dense", Weights::Merged, Layout::Dense { dtype: None }),
+        ("gptq", Weights::Compressed, Layout::Gptq { version }),
+    ] {
+        let dst = tiny.path(name);
+        let options = CheckpointOptions::new(weights, layout);
+        write_checkpoint(&decoder, &repaired, &dst, &options, &NoProgress).unwrap();
+        let written = Checkpoint::open(&dst).unwrap();
+        assert_eq!(
+            written.config().get("tie_word_embeddings"),
+            Some(&false.into()),
+            "{name}"
+        );
+        let kept = written.tensor("lm_head.weight", &Device::Cpu).unwrap();
+        assert_close(
+            from_tensor(&kept).as_ref(),
+            from_tensor(&head).as_ref(),
+            0.0,
+        );
+    }
 }

@@ -163,7 +163,7 @@ fn config(decoder: &Decoder<'_>) -> Result<Config> {
             })
         })
         .collect();
-    let mut config = decoder.checkpoint().config().clone();
+    let mut config = decoder.config_to_write();
     for key in [WIDTHS_KEY, "intermediate_size", "auto_map"] {
         config.remove(key);
     }
