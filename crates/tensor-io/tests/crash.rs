@@ -2,6 +2,7 @@
 
 #![cfg(unix)]
 
+use std::collections::BTreeMap;
 use std::env;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -9,7 +10,10 @@ use std::process::{Command, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use tensor_io::{Checkpoint, CheckpointWriter, Config, Dtype, Error, TensorSpec, WriteOptions};
+use tensor_io::{
+    Checkpoint, CheckpointWriter, Config, Dtype, Error, TensorData, TensorSpec, WriteOptions,
+    atomic, gguf,
+};
 
 /// Tells a child where to write; absent in an ordinary test run.
 const DESTINATION: &str = "TENSOR_IO_TEST_DESTINATION";
@@ -147,8 +151,43 @@ fn child_meets_a_full_disk() {
     assert!(matches!(error, Error::Io { .. }), "{error}");
     println!("refused: {error}");
     assert_eq!(listing(parent), before);
+    single_files_meet_a_full_disk(parent);
+    assert_eq!(listing(parent), before);
     if before.contains(&"m".to_string()) {
         assert_eq!(read_generation(&dst).unwrap(), 1);
+    }
+}
+
+/// Every writer of a single file is refused.
+fn single_files_meet_a_full_disk(parent: &Path) {
+    const BYTES: usize = 8 << 20;
+    let bytes = vec![7; BYTES];
+    let shape = [BYTES / 4];
+    let data = TensorData::Bytes {
+        dtype: Dtype::F32,
+        shape: &shape,
+        bytes: &bytes,
+    };
+    let of_tensors = tensor_io::write_file(
+        parent.join("trace-0.safetensors"),
+        [("q", data)],
+        &BTreeMap::new(),
+    );
+    let specs = [gguf::TensorSpec::new(
+        "q",
+        gguf::BlockLayout::named("f32").unwrap(),
+        shape.to_vec(),
+    )];
+    let of_gguf =
+        gguf::Writer::create(parent.join("model.gguf"), &[], &specs).and_then(|mut file| {
+            file.write("q", &bytes)?;
+            file.finish()
+        });
+    let of_bytes = atomic::write(parent.join("report.html"), &bytes);
+    let of_json = atomic::write_json(parent.join("state.json"), &bytes);
+    for refused in [of_tensors, of_gguf.map(drop), of_bytes, of_json] {
+        let error = refused.unwrap_err();
+        assert!(matches!(error, Error::Io { .. }), "{error}");
     }
 }
 

@@ -1,6 +1,6 @@
 //! Methods, ranks, tokens and factors other than the usual ones.
 
-use crate::common::{compressor, eora, held_out, run, tiny, windows};
+use crate::common::{compressor, eora, held_out, run, tiny, tiny_with, windows};
 use causal_lm::Windows;
 use lowrank_eora::Error;
 use lowrank_eora::repair::layer::Importance;
@@ -153,4 +153,30 @@ fn factors_in_few_bits_lose_little_and_count_their_bytes() {
     assert!(bytes(&few) * 4 < bytes(&full));
     assert!(held_out(&few).loss() < 1.1 * held_out(&full).loss());
     assert!(held_out(&few).loss() < held_out(&few).loss_before());
+}
+
+#[test]
+fn factors_beyond_f16_are_refused_with_the_storage_that_holds_them() {
+    let loud = tiny_with(
+        |name, tensor| match name.ends_with("1.mlp.down_proj.weight") {
+            true => (tensor * 1e14).unwrap(),
+            false => tensor,
+        },
+    );
+    let repaired = |factors: FactorStorage| {
+        let made = eora(2).with_factors(factors).run(
+            &loud.decoder(),
+            &compressor("rtn-int2"),
+            Texts::new(&windows(8, 1)),
+            loud.path(&factors.to_string()),
+            &NoProgress,
+        );
+        made.map(drop).map_err(|error| error.to_string())
+    };
+    let error = repaired(FactorStorage::F16).unwrap_err();
+    assert!(
+        error.contains("factors is f16") && error.contains("bf16 or f32"),
+        "{error}"
+    );
+    repaired(FactorStorage::Bf16).unwrap();
 }
