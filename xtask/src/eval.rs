@@ -12,7 +12,7 @@ use tensor_io::ContentHash;
 use crate::settings::Settings;
 use crate::stdout::print;
 use crate::suite::Suite;
-use crate::{all, hub};
+use crate::{all, default_model, hub};
 
 /// One evaluation.
 #[derive(Debug)]
@@ -72,6 +72,9 @@ pub(crate) fn run(mut run: Run) -> Result<()> {
         opened.push((model.display().to_string(), path.clone()));
         *model = path;
     }
+    if let Scope::All(all::Config { inputs: None }) = &run.scope {
+        opened.push(("bundled model".into(), default_model::folder()));
+    }
     if let Some(folder) = &run.cells {
         let facts = folder.facts(opened)?;
         run.settings.cells = Cells::open(&folder.dir, &facts, folder.part).context("--cells")?;
@@ -90,6 +93,11 @@ pub(crate) fn run(mut run: Run) -> Result<()> {
         Scope::All(config) => all::run(settings, config)?,
         Scope::One(suite) => suite.run(settings)?,
     };
+    if let Scope::One(suite) = &run.scope
+        && suite.only_calibrates()
+    {
+        return Ok(());
+    }
     let whole = match &run.cells {
         Some(folder) => folder.is_whole(&settings.cells)?,
         None => true,
@@ -135,7 +143,7 @@ impl CellFolder {
             let value = word
                 .split_once('=')
                 .map_or(word.as_str(), |(_, value)| value);
-            value.split(',')
+            list_items(value)
         });
         for word in words {
             if !inputs.contains_key(word) && Path::new(word).is_file() {
@@ -173,6 +181,21 @@ impl CellFolder {
     }
 }
 
+/// What a word may name as a list of paths, which may have commas too: every run of its parts.
+fn list_items(word: &str) -> impl Iterator<Item = &str> {
+    let commas = word.match_indices(',').map(|(at, _)| at);
+    let ends: Vec<usize> = commas.chain([word.len()]).collect();
+    let starts: Vec<usize> = [0]
+        .into_iter()
+        .chain(ends.iter().map(|end| end + 1))
+        .collect();
+    let items = (0..ends.len()).flat_map(move |first| {
+        let (start, ends) = (starts[first], ends.clone());
+        (first..ends.len()).map(move |last| (start, ends[last]))
+    });
+    items.map(|(start, end)| &word[start..end])
+}
+
 /// Version of this program, and the commit of the sources where they are in a git checkout.
 fn version() -> String {
     let version = env!("CARGO_PKG_VERSION");
@@ -192,5 +215,17 @@ fn version() -> String {
             String::from_utf8_lossy(&output.stdout).trim()
         ),
         _ => version.to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_run_of_parts_may_be_a_path() {
+        let items: Vec<&str> = list_items("a,b,c").collect();
+        assert_eq!(items, ["a", "a,b", "a,b,c", "b", "b,c", "c"]);
+        assert_eq!(list_items("one").collect::<Vec<_>>(), ["one"]);
     }
 }

@@ -68,8 +68,8 @@ pub fn run(config: &Config) -> Result<()> {
     let max_new_tokens = config.max_new_tokens.min(room.saturating_sub(prompt.len()));
     ensure!(
         max_new_tokens > 0,
-        "--prompt has {} tokens, and the model was made for {room} positions",
-        prompt.len()
+        "--prompt has {}, and the model was made for {room} positions",
+        format::counted(prompt.len(), "token")
     );
     let model = Model::load(&decoder)?.for_positions(longest.min(room));
     let cache = config.policy.cache(config.budget, common.seed);
@@ -94,14 +94,15 @@ pub fn run(config: &Config) -> Result<()> {
         });
         failed = failed.take().or(shown.err());
     };
-    let generated = generate(&model, &mut cache, &prompt, &options, &mut show)?;
+    let generated = generate(&model, &mut cache, &prompt, &options, &mut show)
+        .map_err(|error| model::naming(error.into(), &config.model))?;
     if let Some(error) = failed {
         return Err(error);
     }
     print("\n")?;
     let mut facts = vec![
-        format!("{} tokens", generated.tokens.len()),
-        format!("prompt of {} tokens", prompt.len()),
+        format::counted(generated.tokens.len(), "token"),
+        format!("prompt of {}", format::counted(prompt.len(), "token")),
     ];
     if let Some(first) = first {
         facts.push(format!("first after {:.2} s", first.as_secs_f64()));

@@ -12,6 +12,7 @@ pub mod bar;
 mod chat;
 pub mod cli;
 pub mod default_model;
+mod estimate;
 pub mod eval;
 pub mod generate;
 mod hub;

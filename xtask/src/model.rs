@@ -1,8 +1,11 @@
 //! The decoder that a suite evaluates.
 
+use std::error::Error as StdError;
+use std::path::Path;
+
 use anyhow::{Context, Result};
 use candle_core::DType;
-use causal_lm::{Decoder, Execution};
+use causal_lm::{Decoder, Error, Execution};
 use tensor_io::Checkpoint;
 
 use crate::settings::Settings;
@@ -20,4 +23,61 @@ pub(crate) fn decoded<'a>(common: &Settings, checkpoint: &'a Checkpoint) -> Resu
         false => DType::BF16,
     };
     Decoder::new(checkpoint, dtype, &device).with_context(|| checkpoint.dir().display().to_string())
+}
+
+/// The error of a run of `model`, which it names where the error is one of activations or tokens and would not tell.
+pub(crate) fn naming(error: anyhow::Error, model: &Path) -> anyhow::Error {
+    let is_of_a_run = error.chain().filter_map(of_a_model).any(|error| {
+        matches!(
+            error,
+            Error::NonFinite { .. } | Error::TokenOutOfRange { .. } | Error::Routing { .. }
+        )
+    });
+    let name = model.display().to_string();
+    match is_of_a_run && !format!("{error:#}").contains(&name) {
+        true => error.context(name),
+        false => error,
+    }
+}
+
+/// What a crate that runs models passes on.
+fn of_a_model<'e>(error: &'e (dyn StdError + 'static)) -> Option<&'e Error> {
+    if let Some(prune_structured::Error::Model(error)) = error.downcast_ref() {
+        return Some(error);
+    }
+    if let Some(lowrank_eora::Error::Model(error)) = error.downcast_ref() {
+        return Some(error);
+    }
+    if let Some(lm_eval::Error::Model(error)) = error.downcast_ref() {
+        return Some(error);
+    }
+    if let Some(frontier::Error::Model(error)) = error.downcast_ref() {
+        return Some(error);
+    }
+    error.downcast_ref()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn errors_of_a_run_name_the_model_once_and_others_stay() {
+        let token = || Error::TokenOutOfRange { token: 7, vocab: 5 };
+        let model = Path::new("a/model");
+        let named = |error: anyhow::Error| format!("{:#}", naming(error, model));
+        let expected = "a/model: token id 7 is outside the vocabulary of 5 entries";
+        for error in [
+            anyhow::Error::new(token()),
+            prune_structured::Error::Model(token()).into(),
+            lowrank_eora::Error::Model(token()).into(),
+            lm_eval::Error::from(token()).into(),
+            frontier::Error::from(token()).into(),
+        ] {
+            assert_eq!(named(error), expected);
+        }
+        let named_already = anyhow::Error::new(token()).context("a/model");
+        assert_eq!(named(named_already), expected);
+        assert_eq!(named(anyhow::anyhow!("--rank: no")), "--rank: no");
+    }
 }

@@ -33,6 +33,14 @@ impl Settings {
         !self.cells.missing().is_empty()
     }
 
+    /// The settings of one of several suites of a run, whose cells have names of their own.
+    pub(crate) fn within(&self, suite: &str) -> Self {
+        Self {
+            cells: self.cells.within(suite),
+            ..self.clone()
+        }
+    }
+
     /// Sections that are measured together, as one cell; none where another process measures it.
     pub(crate) fn whole(
         &self,

@@ -1,10 +1,11 @@
 //! The suites, and which function runs which.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use eval_report::Section;
 
+use crate::model::naming;
 use crate::settings::Settings;
 use crate::suites::{frontier, kv, lattice, lowrank, perplexity, structured, tasks};
 
@@ -38,7 +39,7 @@ impl Suite {
     /// # Errors
     /// What the suite reports, naming the file, tensor or flag.
     pub fn run(&self, settings: &Settings) -> Result<Vec<Section>> {
-        match self {
+        let sections = match self {
             Suite::Perplexity {
                 config,
                 hidden_metrics,
@@ -52,7 +53,27 @@ impl Suite {
             Suite::Lattice(config) => lattice::run(settings, config),
             Suite::Kv(config) => kv::run(settings, config),
             Suite::Tasks(config) => tasks::run(settings, config),
+        };
+        sections.map_err(|error| match self.model() {
+            Some(model) => naming(error, model),
+            None => error,
+        })
+    }
+
+    /// The model that is run, where it is one.
+    fn model(&self) -> Option<&Path> {
+        match self {
+            Suite::Perplexity { config, .. } => Some(&config.model),
+            Suite::Structured(config) => Some(&config.perplexity.model),
+            Suite::Lowrank(config) => Some(&config.perplexity.model),
+            Suite::Frontier(config) => Some(&config.perplexity.model),
+            Suite::Lattice(_) | Suite::Kv(_) | Suite::Tasks(_) => None,
         }
+    }
+
+    /// Whether it computes statistics for other processes, and no rows.
+    pub(crate) fn only_calibrates(&self) -> bool {
+        matches!(self, Suite::Structured(config) if config.calib_shard.is_some())
     }
 
     /// The models it reads, which may be names on a hub.

@@ -35,6 +35,8 @@ fn all_suites_run_on_a_model_of_ones_own_and_the_summary_fits_a_terminal() {
         .arg(scene.path("calib.txt"))
         .arg("--out")
         .arg(&out)
+        .arg("--cells")
+        .arg(scene.path("cells"))
         .output()
         .unwrap();
     let stderr = String::from_utf8_lossy(&output.stderr);
@@ -44,6 +46,7 @@ fn all_suites_run_on_a_model_of_ones_own_and_the_summary_fits_a_terminal() {
     for line in stdout.lines() {
         assert!(line.chars().count() <= 100, "{line}");
     }
+    goes_on(&scene, &out);
     let report = std::fs::read_to_string(out.join("report.json")).unwrap();
     let report: Value = serde_json::from_str(&report).unwrap();
     let rows = report["rows"].as_array().unwrap();
@@ -88,6 +91,72 @@ fn all_suites_run_on_a_model_of_ones_own_and_the_summary_fits_a_terminal() {
         // The correction has a size of its own, and eviction leaves the weights alone.
         assert!(number(start + 3, "bytes") > number(start + 2, "bytes"));
         assert_eq!(number(start + 4, "bytes"), number(start + 3, "bytes"));
+    }
+}
+
+/// A run of all suites that was stopped goes on behind the cells that its folder has.
+fn goes_on(scene: &Scene, out: &std::path::Path) {
+    let cells = || {
+        let names = std::fs::read_dir(scene.path("cells")).unwrap();
+        let names = names.map(|entry| entry.unwrap().path());
+        names.collect::<Vec<_>>()
+    };
+    let all = cells().len();
+    let is_stopped = |path: &std::path::PathBuf| {
+        let name = path.file_name().unwrap().to_str().unwrap();
+        name.starts_with("chain--rows") || name.starts_with("kv--") && name.contains("lazy")
+    };
+    let stopped: Vec<_> = cells().into_iter().filter(is_stopped).collect();
+    assert!(stopped.len() > 3, "{stopped:?}");
+    let made = |path: &std::path::PathBuf| path.metadata().unwrap().modified().unwrap();
+    let kept = cells().into_iter().find(|path| !is_stopped(path)).unwrap();
+    let before = made(&kept);
+    stopped
+        .iter()
+        .for_each(|path| std::fs::remove_file(path).unwrap());
+    let merge = xtask()
+        .args(["report", "--json", "--merge"])
+        .arg(scene.path("cells"))
+        .arg("--out")
+        .arg(scene.path("merged"))
+        .output()
+        .unwrap();
+    let missing = error(&merge);
+    assert!(
+        missing.contains("chain: rows") && missing.contains("kv: "),
+        "{missing}"
+    );
+    let output = xtask()
+        .args(["eval", "--samples", "3", "--json", "--model"])
+        .arg(scene.path("model"))
+        .arg("--text")
+        .arg(scene.path("text.txt"))
+        .arg("--calib")
+        .arg(scene.path("calib.txt"))
+        .arg("--out")
+        .arg(scene.path("second"))
+        .arg("--cells")
+        .arg(scene.path("cells"))
+        .output()
+        .unwrap();
+    let second = rows(&output);
+    assert_eq!((cells().len(), made(&kept)), (all, before));
+    let first: Value =
+        serde_json::from_slice(&std::fs::read(out.join("report.json")).unwrap()).unwrap();
+    let first = first["rows"].as_array().unwrap();
+    assert_eq!(first.len(), second.len());
+    for (first, second) in first.iter().zip(&second) {
+        for field in [
+            "suite",
+            "method",
+            "perplexity",
+            "bytes",
+            "kv_bytes",
+            "loss",
+            "accuracy",
+        ] {
+            assert_eq!(first.get(field), second.get(field), "{field}");
+        }
     }
 }
 

@@ -172,6 +172,7 @@ fn what_dropping_leaves_is_compressed_in_the_same_run() {
     assert_eq!(rows[5]["spread"]["perplexity"]["runs"], 3);
     // Half of the weights that are left are zeros.
     let sparse = Checkpoint::open(save.join("stun-0.5+wanda-50")).unwrap();
+    assert_eq!(rows[2]["bytes_saved"]["compressed"], sparse.total_bytes());
     let name = "model.layers.0.block_sparse_moe.experts.0.w1.weight";
     let weight = sparse.bytes(name).unwrap();
     let width = sparse.info(name).unwrap().bytes / sparse.info(name).unwrap().elements();

@@ -186,7 +186,7 @@ fn parts_that_do_not_fit_are_refused_with_what_differs() {
 }
 
 #[test]
-fn a_part_needs_a_folder_and_a_suite() {
+fn a_part_needs_a_folder() {
     let scene = scene();
     let usage = |output: Output| {
         assert_eq!(output.status.code(), Some(2));
@@ -195,7 +195,73 @@ fn a_part_needs_a_folder_and_a_suite() {
     let words = words(&scene, "perplexity", "--samples 2");
     assert!(usage(run(&words, &["--shard", "1/2"])).contains("--cells"));
     assert!(usage(run(&words, &["--cells", "x", "--shard", "3/2"])).contains("part I of N"));
-    assert!(usage(xtask(&["eval", "--cells", "x"])).contains("name one"));
+}
+
+#[test]
+fn statistics_that_are_computed_in_parts_are_those_of_one_run_up_to_rounding() {
+    let scene = scene();
+    let of = |more: &str| {
+        words(
+            &scene,
+            "structured",
+            &format!("--ratio 0.2,0.4 --calib-samples 20 {more}"),
+        )
+    };
+    let whole = of("--method flap,rd-dp --compensate least-squares --search-samples 4");
+    let folder = scene.path("cells");
+    let cells = ["--cells", folder.to_str().unwrap()];
+    let part = |index: usize| {
+        run(
+            &whole,
+            &[&cells[..], &["--calib-shard", &format!("{index}/3")]].concat(),
+        )
+    };
+    for index in [3, 1] {
+        let output = part(index);
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert!(
+            output.status.success() && output.stdout.is_empty(),
+            "{stderr}"
+        );
+        assert!(
+            stderr.contains(&format!("part {index}/3 of the statistics")),
+            "{stderr}"
+        );
+    }
+    let message = error(&run(&whole, &[&cells[..], &["--shard", "1/2"]].concat()));
+    assert!(message.contains("--calib-shard 2/3"), "{message}");
+    assert!(part(2).status.success());
+    for shard in ["2/2", "1/2"] {
+        let output = run(&whole, &[&cells[..], &["--shard", shard]].concat());
+        assert!(
+            output.status.success(),
+            "{}",
+            String::from_utf8_lossy(&output.stderr)
+        );
+    }
+    let merged = rows(&xtask(&["report", "--merge", cells[1], "--json"]));
+    let single = rows(&run(&whole, &["--json"]));
+    assert_eq!(merged.len(), 5);
+    for (merged, single) in merged.iter().zip(&single) {
+        assert_eq!(merged["params"], single["params"]);
+        let [a, b] = [merged, single].map(|row| row["perplexity"].as_f64().unwrap());
+        assert!((a / b - 1.0).abs() < 1e-4, "{merged}: {b}");
+    }
+    // What cannot be merged, or computed without a folder.
+    let ordered = of("--method flap-compat");
+    let other = scene.path("other");
+    let message = error(&run(
+        &ordered,
+        &["--cells", other.to_str().unwrap(), "--calib-shard", "1/2"],
+    ));
+    assert!(message.contains("order of windows"), "{message}");
+    let usage = run(&whole, &["--calib-shard", "1/2"]);
+    assert_eq!(usage.status.code(), Some(2));
+    let many = run(
+        &whole,
+        &["--cells", other.to_str().unwrap(), "--calib-shard", "1/100"],
+    );
+    assert!(!many.status.success());
 }
 
 #[test]

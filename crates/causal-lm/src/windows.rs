@@ -36,7 +36,7 @@ impl Windows {
             .collect();
         if tokens.is_empty() {
             return Err(Error::Windows(format!(
-                "the text has {} tokens, less than one window of {of_text}",
+                "tokens of the text: {}, less than one window of {of_text}",
                 text.len()
             )));
         }
@@ -50,7 +50,7 @@ impl Windows {
     pub fn of_length(tokens: Vec<u32>, len: usize) -> Result<Self> {
         if len == 0 || tokens.is_empty() || !tokens.len().is_multiple_of(len) {
             return Err(Error::Windows(format!(
-                "{} tokens are not whole windows of {len}",
+                "the number of tokens, {}, is no multiple of the window, {len}",
                 tokens.len()
             )));
         }

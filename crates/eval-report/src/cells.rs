@@ -64,6 +64,22 @@ pub struct Shard {
 }
 
 impl Shard {
+    /// Which part, counted from 1.
+    pub fn index(self) -> usize {
+        self.index.get()
+    }
+
+    /// Of how many.
+    pub fn count(self) -> usize {
+        self.count.get()
+    }
+
+    /// The places of `all` things, counted from 0, that are in this part where each part has neighbours.
+    pub fn range(self, all: usize) -> std::ops::Range<usize> {
+        let end = |part: usize| part * all / self.count;
+        end(self.index() - 1)..end(self.index())
+    }
+
     /// Whether cell `number`, counted from 0, is in this part.
     fn has(self, number: usize) -> bool {
         number % self.count == self.index.get() - 1
@@ -107,7 +123,11 @@ pub enum Part {
 
 /// The cells of a run. By default there is no folder, and each cell is measured when it is asked for.
 #[derive(Debug, Clone, Default)]
-pub struct Cells(Option<Arc<Store>>);
+pub struct Cells {
+    store: Option<Arc<Store>>,
+    /// What names of cells begin with in the folder.
+    within: String,
+}
 
 #[derive(Debug)]
 struct Store {
@@ -187,16 +207,33 @@ impl Cells {
             }
             Err(error) => return Err(error),
         }
-        Ok(Self(Some(Arc::new(Store {
+        let store = Store {
             dir,
             part,
             asked: Mutex::default(),
-        }))))
+        };
+        Ok(Self {
+            store: Some(Arc::new(store)),
+            within: String::new(),
+        })
+    }
+
+    /// The folder, where cells are kept.
+    pub fn dir(&self) -> Option<&Path> {
+        self.store.as_ref().map(|store| store.dir.as_path())
     }
 
     /// Whether cells are kept in a folder.
     pub fn are_kept(&self) -> bool {
-        self.0.is_some()
+        self.store.is_some()
+    }
+
+    /// The same folder for one of several things that are measured in a run: names of its cells begin with `name`.
+    pub fn within(&self, name: &str) -> Self {
+        Self {
+            store: self.store.clone(),
+            within: format!("{}{name}: ", self.within),
+        }
     }
 
     /// What the cells of a folder were measured by.
@@ -221,13 +258,14 @@ impl Cells {
         T: Serialize + DeserializeOwned,
         E: From<Error>,
     {
-        let Some(store) = &self.0 else {
+        let Some(store) = &self.store else {
             return measure().map(Some);
         };
+        let name = &format!("{}{name}", self.within);
         let number = store.ask(name)?;
         let path = store.dir.join(file_name(name));
         match read::<Stored<T>>(&path) {
-            Ok(stored) if stored.cell == name => return Ok(Some(stored.value)),
+            Ok(stored) if stored.cell == *name => return Ok(Some(stored.value)),
             Ok(stored) => {
                 let difference =
                     format!("{} is {:?}, expected {name:?}", path.display(), stored.cell);
@@ -243,12 +281,12 @@ impl Cells {
             Part::Nothing => false,
         };
         if !is_ours {
-            store.asked().missing.push(name.into());
+            store.asked().missing.push(name.clone());
             return Ok(None);
         }
         let value = measure()?;
         let stored = Stored {
-            cell: name.into(),
+            cell: name.clone(),
             value,
         };
         atomic::write_json(&path, &stored).map_err(Error::from)?;
@@ -274,13 +312,15 @@ impl Cells {
 
     /// The cells that were asked for and are not done: those of other processes.
     pub fn missing(&self) -> Vec<String> {
-        let store = self.0.as_ref();
+        let store = self.store.as_ref();
         store.map_or_else(Vec::new, |store| store.asked().missing.clone())
     }
 
     /// How many cells were asked for.
     pub fn count(&self) -> usize {
-        self.0.as_ref().map_or(0, |store| store.asked().names.len())
+        self.store
+            .as_ref()
+            .map_or(0, |store| store.asked().names.len())
     }
 }
 
@@ -361,6 +401,30 @@ mod tests {
         let (merged, by_merge) = run(&open(Part::Nothing));
         assert!(by_merge.is_empty());
         assert_eq!(merged, run(&Cells::default()).0);
+    }
+
+    #[test]
+    fn ranges_of_parts_are_all_places_once() {
+        for (count, all) in [(1, 5), (3, 12), (4, 10), (7, 3)] {
+            let parts = (1..=count).map(|i| format!("{i}/{count}").parse::<Shard>().unwrap());
+            let places: Vec<usize> = parts.flat_map(|part| part.range(all)).collect();
+            assert_eq!(places, (0..all).collect::<Vec<_>>(), "{count} {all}");
+        }
+    }
+
+    #[test]
+    fn parts_of_a_run_have_names_of_their_own_and_are_counted_together() {
+        let dir = tempfile::tempdir().unwrap();
+        let cells = Cells::open(dir.path(), &facts(), Part::All).unwrap();
+        let (first, second) = (cells.within("kv"), cells.within("lowrank"));
+        assert_eq!(run(&first).1.len(), 6);
+        assert_eq!(run(&second).1.len(), 6);
+        assert_eq!(cells.count(), 12);
+        let merge = Cells::open(dir.path(), &facts(), Part::Nothing).unwrap();
+        let missing = merge.within("chain").get::<f64, Error>("dense", || Ok(1.0));
+        assert_eq!(missing.unwrap(), None);
+        assert_eq!(merge.missing(), ["chain: dense"]);
+        assert_eq!(run(&merge.within("kv")).0, run(&Cells::default()).0);
     }
 
     #[test]

@@ -16,6 +16,12 @@ pub fn count(value: u64) -> String {
     out
 }
 
+/// `1 token`, `2,048 tokens`
+pub fn counted(number: usize, noun: &str) -> String {
+    let plural = if number == 1 { "" } else { "s" };
+    format!("{} {noun}{plural}", count(number as u64))
+}
+
 /// `12.34 MiB`
 pub fn bytes(value: u64) -> String {
     const UNITS: [&str; 6] = ["KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
@@ -116,6 +122,8 @@ mod tests {
         assert_eq!(bytes(3 << 20), "3.00 MiB");
         assert_eq!(bytes(u64::MAX), "16.00 EiB");
         assert_eq!([0, 999, 1000].map(count), ["0", "999", "1,000"]);
+        let tokens = [0, 1, 2048].map(|number| counted(number, "token"));
+        assert_eq!(tokens, ["0 tokens", "1 token", "2,048 tokens"]);
         assert_eq!(bytes(5 << 29), "2.50 GiB");
         assert_eq!(count(1_234_567), "1,234,567");
     }

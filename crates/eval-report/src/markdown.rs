@@ -14,14 +14,14 @@ impl Report {
 fn render(report: &Report) -> String {
     let machine = &report.machine;
     let mut out = format!(
-        "# Evaluation report\n\n```\n{}\n```\n\nVersion {}, seed {}, {} with {} threads on {} ({} cores, {}).\n",
+        "# Evaluation report\n\n```\n{}\n```\n\nVersion {}, seed {}, {} with {} on {} ({}, {}).\n",
         command_line(&report.command),
         escape(&report.version),
         report.seed,
         escape(&report.device),
-        report.threads,
+        format::counted(report.threads, "thread"),
         escape(&machine.cpu),
-        machine.cores,
+        format::counted(machine.cores, "core"),
         format::bytes(machine.memory_bytes),
     );
     for section in &report.sections {

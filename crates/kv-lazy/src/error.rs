@@ -11,7 +11,7 @@ pub type Result<T> = std::result::Result<T, Error>;
 pub enum Error {
     /// The budget cannot hold what must never be evicted plus one token to choose.
     #[error(
-        "budget of {budget} tokens is too small: {sinks} sinks + {recent} recent tokens + 1 need {}",
+        "a budget of {budget} is too small: sinks {sinks}, recent tokens {recent} and one more need {}",
         sinks.saturating_add(*recent).saturating_add(1)
     )]
     BudgetTooSmall {

@@ -16,6 +16,9 @@ pub enum Error {
     /// A tensor operation failed.
     #[error("tensor operation failed")]
     Candle(#[from] candle_core::Error),
+    /// Statistics that cannot be put together or taken apart.
+    #[error("parts of a calibration: {0}")]
+    Parts(String),
     /// A ratio outside `[0, 1)`.
     #[error("sparsity ratio {0} is outside [0, 1)")]
     Ratio(f64),

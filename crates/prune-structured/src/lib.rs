@@ -19,6 +19,7 @@ pub mod experts;
 mod methods;
 pub mod obs;
 pub mod output;
+mod parts;
 mod plan;
 mod ranking;
 pub mod rate_distortion;

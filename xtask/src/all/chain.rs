@@ -21,6 +21,7 @@ use tensor_io::{Checkpoint, WriteOptions};
 use super::inputs::Inputs;
 use super::preset::Shown;
 use crate::bar::Bar;
+use crate::estimate::Probe;
 use crate::scratch::Scratch;
 use crate::settings::Settings;
 use crate::suites::kv::perplexity::{Decoding, batch, prompt};
@@ -36,7 +37,7 @@ const RANK: usize = 8;
 /// Share of the window that caches hold.
 const BUDGET: f64 = 0.5;
 /// Windows to calibrate on.
-const CALIBRATION: usize = 32;
+pub(super) const CALIBRATION: usize = 32;
 /// Runs of the controls.
 const DRAWS: u64 = 3;
 /// Links and the measurement before them.
@@ -84,9 +85,18 @@ pub(super) fn shown() -> Vec<Shown> {
     ]
 }
 
+/// About how long it takes with so many tokens to calibrate and to evaluate on.
+pub(super) fn seconds(probe: &Probe, calibration: usize, evaluation: usize) -> f64 {
+    let chains = 1 + DRAWS as usize;
+    // Quantising and repairing are a walk each, behind one pass for pruning.
+    let walk = 2.0 * probe.pass(calibration) + probe.grams(calibration, true) + probe.solves();
+    let decoded = (1 + 4 * chains) * evaluation;
+    probe.pass(calibration) + chains as f64 * 2.0 * (walk + probe.copy()) + probe.decode(decoded)
+}
+
 /// Run both chains.
 pub(super) fn run(settings: &Settings, inputs: &Inputs) -> Result<Section> {
-    let checkpoint = Checkpoint::open(&inputs.text.model)?;
+    let checkpoint = causal_lm::open(&inputs.text.model)?;
     let decoder = perplexity::open(settings, &checkpoint)?;
     let protocol = Protocol::new(settings, &inputs.text, &decoder)?;
     let evaluation = protocol.decoding(settings, &inputs.text.text)?;

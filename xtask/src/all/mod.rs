@@ -15,10 +15,15 @@ use lm_eval::ProtocolKind;
 use toy_lm::bundled::{CALIBRATION, EVALUATION};
 
 pub use self::inputs::Inputs;
+use self::preset::Preset;
 use self::summary::Part;
 use crate::default_model;
-use crate::settings::Settings;
-use crate::suites::perplexity;
+use crate::estimate::Probe;
+use crate::model::naming;
+use crate::settings::{Settings, part};
+use crate::suite::Suite;
+use crate::suites::perplexity::{self, Protocol, tokens};
+use crate::suites::structured::Counts;
 
 /// Windows to evaluate on by default, so that the whole takes minutes.
 const WINDOWS: usize = 16;
@@ -61,11 +66,15 @@ pub(crate) fn run(settings: &Settings, config: &Config) -> Result<Vec<Section>> 
             (inputs, Some(entropy))
         }
     };
+    let presets = presets::all(&inputs, settings)?;
+    settings.expect("frontier and lattice, which say their own, aside", || {
+        seconds(settings, &inputs, &presets).context("how long it takes")
+    })?;
     let mut parts = Vec::new();
     let mut times = Vec::new();
-    for preset in presets::all(&inputs, settings)? {
+    for preset in presets {
         let started = Instant::now();
-        let sections = preset.suite.run(settings);
+        let sections = preset.suite.run(&settings.within(preset.name));
         let mut sections = sections.with_context(|| preset.name)?;
         if let Some(first) = sections.first_mut() {
             let command = command_line(&preset.command());
@@ -79,12 +88,25 @@ pub(crate) fn run(settings: &Settings, config: &Config) -> Result<Vec<Section>> 
         });
     }
     let started = Instant::now();
+    let chain = settings.within(chain::SUITE);
+    let sections = chain.whole("rows", || {
+        let run = chain::run(settings, &inputs);
+        Ok(vec![
+            run.map_err(|error| naming(error, &inputs.text.model))?,
+        ])
+    });
     parts.push(Part {
         name: "all in a chain",
         shown: chain::shown(),
-        sections: vec![chain::run(settings, &inputs).context(chain::SUITE)?],
+        sections: sections.context(chain::SUITE)?,
     });
     times.push(done(settings, chain::SUITE, started));
+    if settings.is_part() {
+        let sections = parts.into_iter().flat_map(|part| part.sections);
+        return Ok(part(
+            sections.flat_map(|section| section.failures).collect(),
+        ));
+    }
     let model = perplexity::file_name(&inputs.text.model);
     let summary = times.into_iter().fold(
         summary::section(&parts, &model, entropy),
@@ -92,6 +114,36 @@ pub(crate) fn run(settings: &Settings, config: &Config) -> Result<Vec<Section>> 
     );
     let sections = parts.into_iter().flat_map(|part| part.sections);
     Ok(std::iter::once(summary).chain(sections).collect())
+}
+
+/// About how long the suites take whose work is known beforehand.
+fn seconds(settings: &Settings, inputs: &Inputs, presets: &[Preset]) -> Result<f64> {
+    let checkpoint = causal_lm::open(&inputs.text.model)?;
+    let decoder = perplexity::open(settings, &checkpoint)?;
+    let protocol = Protocol::new(settings, &inputs.text, &decoder)?;
+    let evaluation = tokens(&protocol.decoding(settings, &inputs.text.text)?);
+    let calibration = protocol.calibration(&inputs.calib)?;
+    let probe = Probe::of(&decoder, &calibration)?;
+    let drawn = |windows: usize| tokens(&calibration.first(windows));
+    let suites = presets.iter().map(|preset| match &preset.suite {
+        Suite::Structured(config) => {
+            let counts = Counts {
+                evaluation,
+                calibration: drawn(config.calib_samples),
+                compared: drawn(config.search.samples.unwrap_or(config.calib_samples)),
+            };
+            let is_mixture = decoder.config().mixtures.iter().any(Option::is_some);
+            config.seconds(&probe, &counts, is_mixture)
+        }
+        Suite::Lowrank(config) => {
+            let texts = drawn(config.calib_samples + config.held_out_samples);
+            config.seconds(&probe, texts, evaluation)
+        }
+        Suite::Kv(config) => probe.decode((1 + config.all_runs()) * evaluation),
+        _ => 0.0,
+    });
+    let texts = drawn(chain::CALIBRATION);
+    Ok(suites.sum::<f64>() + chain::seconds(&probe, texts, evaluation))
 }
 
 /// Reports that a run is done, with its time.

@@ -5,8 +5,9 @@ use std::path::PathBuf;
 
 use clap::Args;
 use frontier::{Format, Options, TARGETS, Target};
+use lowrank_eora::compress::Compressor;
 
-use super::{TextArgs, positive};
+use super::{TextArgs, names, positive};
 use crate::suites::frontier::{self as suite, Memory};
 
 #[derive(Args)]
@@ -32,6 +33,7 @@ pub(super) struct FrontierArgs {
         long = "for",
         value_name = "TARGET",
         default_value = "here",
+        value_parser = target,
         help = format!("Runtime that loads the result: {}", TARGETS.join(", "))
     )]
     target: Target,
@@ -62,7 +64,7 @@ struct SearchArgs {
     #[arg(long, value_delimiter = ',', value_name = "W[,W..]")]
     widths: Option<Vec<f64>>,
     /// Formats besides that of the model, most bits first: compressors as for lowrank [default: those of the target]
-    #[arg(long, value_delimiter = ',', value_name = "F[,F..]")]
+    #[arg(long, value_delimiter = ',', value_name = "F[,F..]", value_parser = format)]
     formats: Option<Vec<Format>>,
     /// Ranks of corrections besides none [default: a 64th and a 16th of the hidden width]
     #[arg(long, value_delimiter = ',', value_name = "R[,R..]")]
@@ -76,6 +78,14 @@ struct SearchArgs {
     /// Most rounds of measuring around a plan
     #[arg(long, value_name = "N", default_value = "3")]
     rounds: usize,
+}
+
+fn target(name: &str) -> Result<Target, String> {
+    names::parse(name, &TARGETS)
+}
+
+fn format(name: &str) -> Result<Format, String> {
+    names::parse(name, Compressor::WORDS)
 }
 
 impl FrontierArgs {

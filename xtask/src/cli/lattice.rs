@@ -1,7 +1,7 @@
 //! The flags of `eval lattice`.
 
 use std::num::{NonZeroU64, NonZeroUsize};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::{ArgGroup, Args};
 use prune_lattice::Cell;
@@ -11,7 +11,7 @@ use prune_lattice::rnn::ReadOut;
 use prune_lattice::tasks::Task;
 use prune_lattice::wiring::WiringKind;
 
-use super::ratio;
+use super::{counted, names, positive, ratio};
 use crate::suites::lattice;
 
 #[derive(Args)]
@@ -19,15 +19,16 @@ use crate::suites::lattice;
 pub(super) struct LatticeArgs {
     #[arg(
         long,
-        value_delimiter = ',',
         value_name = "T[,T..]",
+        value_parser = tasks,
         help = format!("Tasks, separated by commas: {} [default: reber, row-digits, mod3]", Task::NAMES)
     )]
-    task: Vec<Task>,
+    task: Vec<Tasks>,
     #[arg(
         long,
         value_delimiter = ',',
         value_name = "C[,C..]",
+        value_parser = cell,
         help = format!("Cells, separated by commas: {} [default: lstm]", Cell::names())
     )]
     cell: Vec<Cell>,
@@ -35,6 +36,7 @@ pub(super) struct LatticeArgs {
         long,
         value_delimiter = ',',
         value_name = "M[,M..]",
+        value_parser = method,
         help = format!(
             "Methods, separated by commas: {}; dense, zero-whh, random and threshold always run [default: all]",
             Method::names()
@@ -45,12 +47,13 @@ pub(super) struct LatticeArgs {
     #[arg(long, value_delimiter = ',', value_name = "S[,S..]", value_parser = ratio)]
     sparsity: Vec<f64>,
     /// Networks of each task and cell, seeded from --seed on
-    #[arg(long, value_name = "N", default_value = "3")]
+    #[arg(long, value_name = "N", default_value = "3", value_parser = counted::<NonZeroU64>)]
     seeds: NonZeroU64,
     #[arg(
         long,
         value_delimiter = ',',
         value_name = "R[,R..]",
+        value_parser = repair,
         help = format!(
             "What is done after pruning, separated by commas: {}; refit solves the weights under the mask again by least \
              squares, merge folds removed neurons into the kept ones [default: all]",
@@ -64,12 +67,13 @@ pub(super) struct LatticeArgs {
     #[arg(
         long,
         value_name = "W",
+        value_parser = wiring,
         conflicts_with = "weights",
         help = format!("Connections of the networks before pruning: {} [default: full]", WiringKind::NAMES)
     )]
     wiring: Option<WiringKind>,
     /// Also train networks on N random graphs of each kind, and correlate graph properties with accuracy
-    #[arg(long, value_name = "N", conflicts_with = "weights")]
+    #[arg(long, value_name = "N", conflicts_with = "weights", value_parser = positive)]
     structures: Option<NonZeroUsize>,
     /// A trained network: safetensors or ONNX, with --task vad:FOLDER, or safetensors of a character network with --vocab and
     /// --text
@@ -96,6 +100,38 @@ pub(super) struct LatticeArgs {
     text: Option<PathBuf>,
 }
 
+/// Tasks of one occurrence of the flag.
+#[derive(Clone)]
+struct Tasks(Vec<Task>);
+
+/// Tasks separated by commas, which may also be part of the path of one.
+fn tasks(list: &str) -> Result<Tasks, String> {
+    let parts: Vec<&str> = list.split(',').collect();
+    let file = |task: &str| {
+        task.split_once(':')
+            .map(|(_, path)| Path::new(path).exists())
+    };
+    let tasks = names::joined(&parts, |task| file(task) == Some(true)).into_iter();
+    let task = |task: String| names::parse(&task, &names::words(Task::NAMES));
+    tasks.map(task).collect::<Result<_, _>>().map(Tasks)
+}
+
+fn cell(name: &str) -> Result<Cell, String> {
+    names::parse(name, &names::words(&Cell::names()))
+}
+
+fn method(name: &str) -> Result<Method, String> {
+    names::parse(name, &names::words(&Method::names()))
+}
+
+fn repair(name: &str) -> Result<Repair, String> {
+    names::parse(name, &names::words(&Repair::names()))
+}
+
+fn wiring(name: &str) -> Result<WiringKind, String> {
+    names::parse(name, &names::words(WiringKind::NAMES))
+}
+
 impl LatticeArgs {
     pub(super) fn config(self, seed: u64) -> lattice::Config {
         let data = self.vocab.zip(self.text);
@@ -108,7 +144,7 @@ impl LatticeArgs {
         });
         let experiment = ExperimentConfig::default().with(|c| {
             if !self.task.is_empty() {
-                c.tasks = self.task;
+                c.tasks = self.task.into_iter().flat_map(|tasks| tasks.0).collect();
             }
             if !self.cell.is_empty() {
                 c.cells = self.cell;

@@ -12,7 +12,7 @@ use lowrank_eora::repair::{
 use tensor_io::WriteOptions;
 use toy_lm::bundled::CALIBRATION;
 
-use super::{TextArgs, bundled, positive};
+use super::{TextArgs, bundled, names, positive};
 use crate::suites::lowrank::{self, Output};
 
 #[derive(Args)]
@@ -46,7 +46,7 @@ pub(super) struct LowrankArgs {
     compressed: Option<PathBuf>,
     #[arg(
         long,
-        required = true,
+        default_value = "eora",
         value_delimiter = ',',
         value_name = "M[,M..]",
         value_parser = method,
@@ -151,8 +151,7 @@ enum FactorsArg {
 }
 
 fn compressor(name: &str) -> Result<Compressor, String> {
-    name.parse()
-        .map_err(|error: lowrank_eora::Error| error.to_string())
+    names::parse(name, Compressor::WORDS)
 }
 
 fn share(text: &str) -> Result<f64, String> {
@@ -166,10 +165,7 @@ fn method(name: &str) -> Result<MethodArg, String> {
     if name == lowrank::NONE {
         return Ok(MethodArg(None));
     }
-    let method = name
-        .parse()
-        .map_err(|error: lowrank_eora::Error| error.to_string())?;
-    Ok(MethodArg(Some(method)))
+    Ok(MethodArg(Some(names::parse(name, Method::NAMES)?)))
 }
 
 impl LowrankArgs {

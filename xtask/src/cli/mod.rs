@@ -6,6 +6,7 @@ mod generate;
 mod kv;
 mod lattice;
 mod lowrank;
+mod names;
 mod random_model;
 mod report;
 mod slurm;
@@ -17,6 +18,7 @@ mod weights;
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::str::FromStr;
 
 use causal_lm::Arithmetic;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
@@ -53,9 +55,7 @@ impl Cli {
         let from_environment = || std::env::var(THREADS).ok()?.parse().ok();
         match wanted.map(NonZeroUsize::get) {
             Some(threads) if threads > cores => {
-                eprintln!(
-                    "--threads {threads}: {cores} threads, one for each core, compute as fast"
-                );
+                eprintln!("--threads {threads}: one for each core, {cores} here, compute as fast");
                 cores
             }
             Some(threads) => threads,
@@ -101,7 +101,7 @@ fn command(words: Vec<String>) -> Vec<String> {
 
 /// The words that all parts of an evaluation have alike: not where results go, nor which part is measured and how fast.
 fn shared(words: &[String]) -> Vec<String> {
-    const VALUES: [&str; 4] = ["--cells", "--shard", "--out", "--threads"];
+    const VALUES: [&str; 5] = ["--cells", "--shard", "--calib-shard", "--out", "--threads"];
     let mut shared = Vec::new();
     let mut words = words.iter();
     while let Some(word) = words.next() {
@@ -117,18 +117,25 @@ fn shared(words: &[String]) -> Vec<String> {
     shared
 }
 
-/// An error and its causes on one line. A cause that ends the text before it is not repeated, and line breaks become
-/// spaces.
+/// An error and its causes on one line. A cause that ends the text before it is not repeated, nor is a path that the cause
+/// begins with, and line breaks become spaces.
 fn one_line(error: &anyhow::Error) -> String {
+    let one_line = |text: String| text.lines().map(str::trim).collect::<Vec<_>>().join(" ");
+    let texts = error.chain().map(|cause| one_line(cause.to_string()));
+    let texts: Vec<String> = texts.collect();
     let mut line = String::new();
-    for cause in error.chain() {
-        let text = cause.to_string();
-        let text = text.lines().map(str::trim).collect::<Vec<_>>().join(" ");
-        if !line.ends_with(&text) {
+    for (i, text) in texts.iter().enumerate() {
+        let next = texts
+            .get(i + 1)
+            .and_then(|next| next.strip_prefix(text.as_str()));
+        if next.is_some_and(|rest| rest.starts_with(['/', ':'])) {
+            continue;
+        }
+        if !line.ends_with(text.as_str()) {
             if !line.is_empty() {
                 line += ": ";
             }
-            line += &text;
+            line += text;
         }
     }
     line
@@ -299,8 +306,13 @@ struct PerplexityArgs {
 }
 
 fn positive(text: &str) -> Result<NonZeroUsize, String> {
-    let number = text.parse().ok().and_then(NonZeroUsize::new);
-    number.ok_or_else(|| "expected a whole number, at least 1".into())
+    counted(text)
+}
+
+/// A number that is not 0, of any width.
+fn counted<T: FromStr>(text: &str) -> Result<T, String> {
+    let number = text.parse();
+    number.map_err(|_| "expected a whole number, at least 1".into())
 }
 
 fn window(text: &str) -> Result<usize, String> {
@@ -329,11 +341,18 @@ impl EvalArgs {
         if suite.is_some() && all.is_given() {
             wrong("--model, --text and --calib of a suite go behind its name")
         }
-        if suite.is_none() && common.cells.is_some() {
-            wrong("--cells: the cells of a suite are kept; name one")
-        }
         if common.cells.is_none() && common.shard.is_some() {
             wrong("--shard: needs --cells, the folder that all parts share")
+        }
+        if let Some(SuiteArgs::Structured(args)) = &suite
+            && args.calib_shard.is_some()
+        {
+            if common.cells.is_none() {
+                wrong("--calib-shard: needs --cells, the folder that all parts share")
+            }
+            if common.shard.is_some() {
+                wrong("--calib-shard computes statistics and --shard measures cells: one at a time")
+            }
         }
         let CommonArgs {
             window,
@@ -417,6 +436,77 @@ mod tests {
         Cli::command().debug_assert();
     }
 
+    /// All arguments of a command and of those below it, with the words that lead there.
+    fn arguments(command: &clap::Command, words: &[&str]) -> Vec<(Vec<String>, String)> {
+        let mut found = Vec::new();
+        for argument in command
+            .get_arguments()
+            .filter(|a| a.get_action().takes_values())
+        {
+            let flag = argument.get_long().map(|name| format!("--{name}"));
+            let words = words.iter().map(|word| word.to_string()).collect();
+            found.extend(flag.map(|flag| (words, flag)));
+        }
+        for below in command.get_subcommands() {
+            found.extend(arguments(below, &[words, &[below.get_name()]].concat()));
+        }
+        found
+    }
+
+    #[test]
+    fn a_number_that_must_not_be_0_says_what_is_expected() {
+        let mut refused = 0;
+        for (words, flag) in arguments(&Cli::command(), &["cargo xtask"]) {
+            let line = words.iter().map(String::as_str).chain([flag.as_str(), "0"]);
+            let Err(error) = Cli::try_parse_from(line) else {
+                continue;
+            };
+            let text = error.to_string();
+            assert!(!text.contains("non-zero"), "{words:?} {flag}: {text}");
+            refused += usize::from(text.contains("at least 1"));
+        }
+        assert!(refused > 20, "{refused}");
+    }
+
+    #[test]
+    fn an_unknown_name_is_answered_with_the_nearest() {
+        for (words, near) in [
+            ("eval lowrank --compress gtpq-int3", "gptq-int3"),
+            (
+                "eval lowrank --compress wanda-2:4+rtn-int4-smy",
+                "wanda-2:4+rtn-int4-sym",
+            ),
+            ("eval lowrank --compress q4_k_n", "q4_k_m"),
+            ("eval lowrank --requantise rtm-int4", "rtn-int4"),
+            ("eval lowrank --method eara", "eora"),
+            ("eval lowrank --save-as gptq-v3", "gptq-v2"),
+            ("eval structured --method flop", "flap"),
+            ("eval structured --then wander-50", "wanda-50"),
+            ("eval structured --export ggulf:q8_0", "gguf:q8_0"),
+            ("eval frontier --for ggul", "gguf"),
+            (
+                "eval frontier --formats gptq-int4-g16-sim",
+                "gptq-int4-g16-sym",
+            ),
+            ("eval kv --policy lzy", "lazy"),
+            ("eval kv --kv-dtype int7", "int"),
+            ("eval lattice --task rebr", "reber"),
+            ("eval lattice --method spam", "span"),
+            ("eval lattice --cell lstn", "lstm"),
+            ("eval lattice --repair refat", "refit"),
+            ("eval perplexity --protocol gtpq", "gptq"),
+            ("generate --policy stream", "streaming"),
+        ] {
+            let line = ["cargo xtask"].into_iter().chain(words.split(' '));
+            let error = Cli::try_parse_from(line).err().expect(words).to_string();
+            let tip = error.split_once("similar value");
+            assert!(
+                tip.is_some_and(|(_, tip)| tip.contains(&format!("'{near}"))),
+                "{words}: {error}"
+            );
+        }
+    }
+
     #[test]
     fn parts_of_a_run_share_all_but_where_results_go() {
         let words =
@@ -432,5 +522,9 @@ mod tests {
             .context("cannot write x: no space")
             .context("flap");
         assert_eq!(one_line(&error), "flap: cannot write x: no space");
+        let error = anyhow::anyhow!("a/m/config.json: no vocab_size").context("a/m");
+        assert_eq!(one_line(&error), "a/m/config.json: no vocab_size");
+        let error = anyhow::anyhow!("a/mini: odd").context("a/m");
+        assert_eq!(one_line(&error), "a/m: a/mini: odd");
     }
 }

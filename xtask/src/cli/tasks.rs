@@ -40,7 +40,7 @@ pub(super) struct TasksArgs {
     #[arg(long, value_name = "FILE", requires = "shots")]
     shots_from: Option<PathBuf>,
     /// Maximum number of tokens generated per answer
-    #[arg(long, value_name = "N", default_value = "256")]
+    #[arg(long, value_name = "N", default_value = "256", value_parser = super::positive)]
     max_new_tokens: NonZeroUsize,
     /// Write scores or generated text per question to MODEL-TASK.jsonl in this folder
     #[arg(long, value_name = "DIR")]
@@ -50,8 +50,8 @@ pub(super) struct TasksArgs {
 impl From<TasksArgs> for Config {
     fn from(args: TasksArgs) -> Self {
         Config {
-            models: args.model,
-            data: args.data,
+            models: super::names::paths(args.model),
+            data: super::names::paths(args.data),
             bos: !args.no_bos,
             shots: Shots {
                 count: args.shots,

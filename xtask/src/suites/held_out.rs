@@ -14,7 +14,7 @@ pub(super) fn split(
     let calibration = calibration.min(count.saturating_sub(held_out));
     ensure!(
         calibration > 0,
-        "the text has {count} windows: {held_out} that are held out leave none to calibrate on"
+        "windows of the text: {count}; {held_out} that are held out leave none to calibrate on"
     );
     let calibration = windows.sample(calibration, seed);
     // A window that repeats one to calibrate on is not unseen.

@@ -9,6 +9,7 @@ use lm_eval::{Perplexity, ProtocolKind, ScoredWindows};
 
 use super::hidden;
 use crate::bar::Bar;
+use crate::estimate::Probe;
 use crate::settings::Settings;
 use crate::{default_model, hub, model};
 
@@ -29,6 +30,9 @@ pub struct Config {
 /// How texts are cut into windows for one model.
 pub(crate) struct Protocol {
     tokenizer: TextTokenizer,
+    model: PathBuf,
+    /// Rows of the embedding.
+    vocab: usize,
     protocol: lm_eval::Protocol,
     /// Whether the model is the one that is bundled with the texts.
     is_bundled: bool,
@@ -48,6 +52,8 @@ impl Protocol {
             })?;
         Ok(Self {
             tokenizer,
+            model: config.model.clone(),
+            vocab: decoder.config().vocab,
             protocol,
             is_bundled: config.model.starts_with(default_model::folder()),
         })
@@ -56,7 +62,24 @@ impl Protocol {
     /// The windows to calibrate on: all of the text.
     pub(crate) fn calibration(&self, text: &Path) -> Result<Windows> {
         let windows = self.protocol.windows(&self.tokenizer, &read_text(text)?);
-        windows.with_context(|| text.display().to_string())
+        let windows = windows.with_context(|| text.display().to_string())?;
+        self.check_tokens(&windows, text)?;
+        Ok(windows)
+    }
+
+    /// Refuses a tokenizer that makes tokens of the text which the model has no row for.
+    fn check_tokens(&self, windows: &Windows, text: &Path) -> Result<()> {
+        let mut tokens = windows.iter().flatten().copied();
+        let Some(id) = tokens.find(|&id| id as usize >= self.vocab) else {
+            return Ok(());
+        };
+        let token = self.tokenizer.token(id).unwrap_or_default();
+        anyhow::bail!(
+            "{}: the tokenizer makes token {id} ({token:?}) of {}, but the embedding has {} rows",
+            self.model.display(),
+            text.display(),
+            self.vocab
+        )
     }
 
     /// The windows to evaluate on: the first `--samples` of the text.
@@ -66,7 +89,9 @@ impl Protocol {
             Some(samples) => protocol.first(tokenizer, &contents, samples),
             None => protocol.evaluation(tokenizer, &contents),
         };
-        windows.with_context(|| text.display().to_string())
+        let windows = windows.with_context(|| text.display().to_string())?;
+        self.check_tokens(windows.inputs(), text)?;
+        Ok(windows)
     }
 
     /// The windows to decode token by token: those of [`Protocol::evaluation`], of which every token can be a target.
@@ -125,6 +150,11 @@ pub(crate) fn ensure_unseen(calib: &Path, text: &Path) -> Result<()> {
     Ok(())
 }
 
+/// Positions of all windows.
+pub(crate) fn tokens(windows: &Windows) -> usize {
+    windows.count() * windows.window_len()
+}
+
 /// Last part of a path, which is what a report can tell without telling of the machine; the name on the hub of a model
 /// that was fetched from there.
 pub(crate) fn file_name(path: &Path) -> String {
@@ -175,6 +205,9 @@ pub fn run(settings: &Settings, config: &Config, hidden_metrics: bool) -> Result
     let decoder = model::decoder(settings, &checkpoint)?;
     let protocol = Protocol::new(settings, config, &decoder)?;
     let windows = protocol.evaluation(settings, &config.text)?;
+    settings.expect("perplexity", || {
+        Ok(Probe::of(&decoder, windows.inputs())?.pass(tokens(windows.inputs())))
+    })?;
     let row = settings.cells.get("perplexity", || {
         let progress = settings.bar("perplexity", 0);
         let mut row = Row {

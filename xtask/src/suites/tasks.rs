@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use causal_lm::{Decoder, TextTokenizer};
-use eval_report::{Column, DENSE, Row, Section, Stopwatch};
+use eval_report::{Column, DENSE, Row, Section, Stopwatch, format};
 use lm_eval::tasks::{Answers, Evaluator, Examples, Layout, Share, Task, TaskOptions};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
@@ -200,10 +200,10 @@ fn ask(
     row.tokens_per_second = Some(answers.tokens_per_second);
     if answers.truncated > 0 {
         row.notes.push(format!(
-            "{}: {} prompts were cut on the left to fit into {} positions",
+            "{}: cut on the left to fit into {} positions: {}",
             data.name(),
-            answers.truncated,
-            evaluator.positions()
+            evaluator.positions(),
+            format::counted(answers.truncated, "prompt")
         ));
     }
     Ok(answers)

@@ -22,6 +22,51 @@ rounded as llama.cpp does (with -imatrix: weighted by the inputs) or, with gptq-
 -plain for scales fitted without weighting, -dampX, -blockN), for instance q4_k_m-imatrix or gptq-q4_k_m";
 
 impl Compressor {
+    /// The words that names are made of, those with numbers of one's own left out; for hints where a name is wrong.
+    pub const WORDS: &'static [&'static str] = &[
+        "none",
+        "magnitude",
+        "wanda",
+        "sparsegpt",
+        "rtn",
+        "gptq",
+        "int2",
+        "int3",
+        "int4",
+        "int8",
+        "sym",
+        "symclip",
+        "signed",
+        "offset",
+        "mse",
+        "exact",
+        "act",
+        "static",
+        "stale",
+        "ties",
+        "imatrix",
+        "plain",
+        "q4_0",
+        "q4_1",
+        "q5_0",
+        "q5_1",
+        "q8_0",
+        "q2_k",
+        "q3_k",
+        "q4_k",
+        "q5_k",
+        "q6_k",
+        "iq4_nl",
+        "q2_k_m",
+        "q3_k_s",
+        "q3_k_m",
+        "q3_k_l",
+        "q4_k_s",
+        "q4_k_m",
+        "q5_k_s",
+        "q5_k_m",
+    ];
+
     /// Leaves the weight as it is.
     pub const NONE: Self = Self {
         prune: None,
@@ -334,6 +379,27 @@ mod tests {
             assert_eq!(json, format!("\"{name}\""));
             let back: Compressor = serde_json::from_str(&json).expect("the same");
             assert_eq!(back, compressor);
+        }
+    }
+
+    #[test]
+    fn every_word_is_part_of_a_name() {
+        for word in Compressor::WORDS {
+            let names = [
+                word.to_string(),
+                format!("{word}-50"),
+                format!("{word}-int4"),
+                format!("rtn-{word}"),
+                format!("rtn-int4-{word}"),
+                format!("gptq-int4-{word}"),
+                format!("magnitude-50-{word}"),
+                format!("q4_k-{word}"),
+                format!("gptq-q4_k-{word}"),
+            ];
+            assert!(
+                names.iter().any(|name| name.parse::<Compressor>().is_ok()),
+                "{word}"
+            );
         }
     }
 

@@ -68,6 +68,18 @@ pub struct Options {
     pub sharing: Sharing,
 }
 
+impl Options {
+    /// Tokens that the candidates of a search run on, all generations of all supernets together.
+    pub fn candidate_tokens(&self) -> usize {
+        let entering = [self.offspring].into_iter();
+        let entering = entering.chain(self.stages.iter().map(|stage| stage.survivors));
+        let generation = entering
+            .zip(&self.stages)
+            .map(|(candidates, stage)| candidates * stage.tokens);
+        self.iterations * self.generations * generation.sum::<usize>()
+    }
+}
+
 impl Default for Options {
     fn default() -> Self {
         let stage = |tokens, survivors| Stage { tokens, survivors };

@@ -7,6 +7,7 @@ use std::path::PathBuf;
 
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use clap::{Args, ValueEnum};
+use eval_report::cells::Shard;
 use lowrank_eora::compress::Compressor;
 use lowrank_eora::experts::Owl;
 use prune_structured::compensation::{Alternating, LeastSquares};
@@ -20,7 +21,7 @@ use prune_structured::{
 use tensor_io::WriteOptions;
 use toy_lm::bundled::CALIBRATION;
 
-use super::{TextArgs, bundled, ratio};
+use super::{TextArgs, bundled, counted, positive, ratio};
 use crate::suites::structured::{self, experts};
 
 #[derive(Args)]
@@ -31,11 +32,16 @@ pub(super) struct StructuredArgs {
     #[arg(long, value_name = "FILE", default_value_os_t = bundled(CALIBRATION))]
     calib: PathBuf,
     /// Windows to calibrate on, sampled with --seed
-    #[arg(long, value_name = "N", default_value = "128")]
+    #[arg(long, value_name = "N", default_value = "128", value_parser = positive)]
     calib_samples: NonZeroUsize,
+    /// Compute only part I of N of the calibration statistics, into the folder of --cells; when all parts are there, runs of
+    /// the same command with this folder merge them instead of calibrating
+    #[arg(long, value_name = "I/N")]
+    pub(super) calib_shard: Option<Shard>,
     /// Methods, separated by commas. Dense models: those of score and allocation. Mixtures of experts: those that drop, merge
-    /// or narrow experts; topk-* rows are measured once, at every smaller number of experts for a token
-    #[arg(long, required = true, value_delimiter = ',', value_name = "M[,M..]", value_parser = PossibleValuesParser::new(methods()))]
+    /// or narrow experts; topk-* rows are measured once, at every smaller number of experts for a token [default: rd-dp; for
+    /// mixtures neurons]
+    #[arg(long, default_value = RECOMMENDED, hide_default_value = true, value_delimiter = ',', value_name = "M[,M..]", value_parser = PossibleValuesParser::new(methods()))]
     method: Vec<String>,
     /// Fractions of the prunable parameters to remove, separated by commas; of a mixture those of its experts
     #[arg(long, required = true, value_delimiter = ',', value_name = "R[,R..]", value_parser = ratio)]
@@ -71,7 +77,7 @@ pub(super) struct StructuredArgs {
     #[arg(long)]
     dry_run: bool,
     /// Seeds of random methods and searches, counted from --seed
-    #[arg(long, value_name = "N", default_value = "3")]
+    #[arg(long, value_name = "N", default_value = "3", value_parser = counted::<NonZeroU32>)]
     seeds: NonZeroU32,
     /// Mixtures: also compress all experts, by compressors of `eval lowrank` separated by commas, each as NAME or NAME+eora-RANK
     #[arg(long, value_delimiter = ',', value_name = "C[,C..]", value_parser = compressor)]
@@ -88,6 +94,9 @@ pub(super) struct StructuredArgs {
     search: search::SearchArgs,
 }
 
+/// The methods that are recommended by what was measured: one for dense models, one for mixtures.
+const RECOMMENDED: &str = "rd-dp,neurons";
+
 /// Names of methods for dense models and for mixtures, each once.
 fn methods() -> Vec<&'static str> {
     let own = ExpertRecipe::names().filter(|name| !Recipe::NAMES.contains(name));
@@ -100,7 +109,7 @@ fn compressor(text: &str) -> Result<(Compressor, usize), String> {
         Some((name, rank)) => (name, rank.parse().map_err(|e| format!("rank {rank}: {e}"))?),
         None => (text, 0),
     };
-    let compressor: Compressor = name.parse().map_err(|e| format!("{e}"))?;
+    let compressor = super::names::parse(name, Compressor::WORDS)?;
     Ok((compressor, rank))
 }
 
@@ -132,7 +141,7 @@ struct RecipeArgs {
     #[arg(long, value_name = "T")]
     temperature: Option<f64>,
     /// Rounds of the alternating refinement [default: 1]
-    #[arg(long, value_name = "N", default_value = "1")]
+    #[arg(long, value_name = "N", default_value = "1", value_parser = positive)]
     rounds: NonZeroUsize,
     /// Damping of least squares and of the alternating refinement, relative to the mean diagonal
     #[arg(long, value_name = "X", default_value_t = DEFAULT_RIDGE)]
@@ -307,6 +316,7 @@ impl StructuredArgs {
             perplexity: self.text.into(),
             calib: self.calib,
             calib_samples: self.calib_samples.get(),
+            calib_shard: self.calib_shard,
             recipes,
             experts,
             ratios: self.ratio,

@@ -9,6 +9,7 @@ use prune_structured::rate_distortion::Distortion;
 use prune_structured::tyr::{Accumulation, Options, Stage};
 use prune_structured::{Allocation, Recipe};
 
+use crate::cli::positive;
 use crate::suites::structured::search::Config;
 
 /// Sizes of the search of tyr, and the curves of rd-dp.
@@ -34,7 +35,7 @@ pub(super) struct SearchArgs {
     #[arg(long, value_name = "N")]
     top_k: Option<usize>,
     /// Windows of the calibration text to compare candidates, or measure curves, on [default: 256, or 16 without a search]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = positive)]
     search_samples: Option<NonZeroUsize>,
     /// Activations to calibrate each block of a supernet on [default: mixture]
     #[arg(long, value_enum)]

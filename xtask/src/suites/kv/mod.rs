@@ -20,7 +20,7 @@ use causal_lm::Model;
 use serde_json::json;
 
 use crate::settings::Settings;
-use eval_report::{Budget, Row, Section};
+use eval_report::{Budget, Row, Section, format};
 use policy::{Choice, PromptRule};
 pub use rows::FULL;
 use rows::SUITE;
@@ -96,6 +96,14 @@ impl Config {
         if choice.draws() { self.seeds } else { 1 }
     }
 
+    /// Runs of all cells, draws included.
+    pub(crate) fn all_runs(&self) -> usize {
+        self.cells()
+            .iter()
+            .map(|(choice, _)| self.runs(choice))
+            .sum()
+    }
+
     /// Every cell but the full cache's own: what evicts at each budget, what keeps all in another storage once.
     fn cells(&self) -> Vec<(&Choice, Option<Budget>)> {
         let own = |choice: &&Choice| choice.name != FULL;
@@ -145,10 +153,22 @@ impl Config {
         let tokens = budget.map_or(window, |budget| policy::tokens(budget, window));
         if choice.keeps_prompt() && tokens <= prompt && tokens < window {
             row.notes.push(format!(
-                "keeps the prompt of {prompt} tokens, which leaves its budget of {tokens} no room for any other"
+                "keeps the prompt of {}, which leaves its budget of {tokens} no room for any other",
+                format::counted(prompt, "token")
             ));
         }
         row
+    }
+}
+
+/// What an error calls the prompt: the flag where it was given.
+pub(crate) fn prompt_name(asked: Option<usize>, prompt: usize) -> String {
+    match asked {
+        Some(asked) => format!("--prompt {asked}"),
+        None => format!(
+            "a prompt of {}, as many as by default",
+            format::counted(prompt, "token")
+        ),
     }
 }
 

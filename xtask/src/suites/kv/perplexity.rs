@@ -17,8 +17,9 @@ use super::peak::PeakCache;
 use super::policy;
 use super::rows::{FULL, SUITE, over_budget, over_bytes, reference};
 use super::verdict::{Metric, verdict};
-use super::{Config, several};
+use super::{Config, prompt_name, several};
 use crate::bar::Bar;
+use crate::estimate::Probe;
 use crate::model;
 use crate::settings::Settings;
 use crate::suites::perplexity::{self, Protocol, file_name};
@@ -50,7 +51,10 @@ pub struct Text {
 pub(crate) fn run(settings: &Settings, config: &Config, texts: &[Text]) -> Result<Vec<Section>> {
     let sections = texts
         .iter()
-        .map(|text| one(settings, config, text, texts.len() > 1))
+        .map(|text| {
+            let one = one(settings, config, text, texts.len() > 1);
+            one.map_err(|error| model::naming(error, &text.text.model))
+        })
         .collect::<Result<Vec<(Section, usize)>>>()?;
     if settings.is_part() {
         return Ok(Vec::new());
@@ -76,7 +80,8 @@ fn one(settings: &Settings, config: &Config, text: &Text, among: bool) -> Result
     let prompt = text.prompt.unwrap_or(prompt(window));
     ensure!(
         prompt < window,
-        "--prompt {prompt}: windows have {window} positions and none would be left to decode"
+        "{}: windows have {window} positions and none would be left to decode",
+        prompt_name(text.prompt, prompt)
     );
     let model = Model::load(&decoder)?;
     policy::check(&model, &config.policies, &config.budgets, window)?;
@@ -88,8 +93,12 @@ fn one(settings: &Settings, config: &Config, text: &Text, among: bool) -> Result
         batch,
     };
 
-    let runs: usize = config.cells().iter().map(|(c, _)| config.runs(c)).sum();
+    let runs = config.all_runs();
     let steps = (1 + runs) * windows.count().div_ceil(batch);
+    settings.expect("kv", || {
+        let positions = windows.count() * window;
+        Ok(Probe::of(&decoder, &windows)?.decode((1 + runs) * positions))
+    })?;
     let bar = settings.bar(FULL, steps as u64);
     let full = config.full.cache(window, settings.seed);
     let row = reference(Row::new(SUITE, FULL));
@@ -196,11 +205,14 @@ impl Decoding<'_> {
             for position in self.prompt..length {
                 let targets: Vec<u32> = windows.iter().map(|window| window[position]).collect();
                 for (sequence, loss) in cross_entropy(&logits, &targets)?.into_iter().enumerate() {
-                    ensure!(
-                        loss.is_finite(),
-                        "the logits are not finite (window {}, position {position})",
-                        first + sequence
-                    );
+                    if !loss.is_finite() {
+                        let error = causal_lm::Error::NonFinite {
+                            stage: "the logits".into(),
+                            window: first + sequence,
+                            position,
+                        };
+                        return Err(error.into());
+                    }
                     nll += loss;
                 }
                 if position + 1 < length {

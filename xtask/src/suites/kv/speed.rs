@@ -16,10 +16,10 @@ use rand_chacha::ChaCha8Rng;
 use serde_json::json;
 use tensor_io::WriteOptions;
 
-use super::Config;
 use super::peak::PeakCache;
 use super::policy;
 use super::rows::{FULL, SUITE, reference};
+use super::{Config, prompt_name};
 use crate::model;
 use crate::scratch::Scratch;
 use crate::settings::Settings;
@@ -77,7 +77,8 @@ pub(crate) fn run(settings: &Settings, config: &Config, speed: &Speed) -> Result
         .unwrap_or(window.saturating_sub(WARM + TIMED).max(1));
     ensure!(
         prompt + WARM + ROUNDS <= window,
-        "--prompt {prompt}: the window of {window} has no room for {WARM} tokens before the clock runs and {ROUNDS} after"
+        "{}: the window of {window} has no room for {WARM} tokens before the clock runs and {ROUNDS} after",
+        prompt_name(speed.prompt, prompt)
     );
     let model = Model::load(&decoder)?;
     policy::check(&model, &config.policies, &config.budgets, prompt)?;

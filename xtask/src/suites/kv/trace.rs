@@ -20,10 +20,10 @@ use kv_lazy::{CacheSet, LayerShape, Rotary};
 use serde_json::json;
 use tensor_io::NoProgress;
 
-use super::Config;
 use super::policy::{self, Choice};
 use super::rows::{FULL, SUITE, over_budget, over_bytes, reference};
 use super::verdict::{Metric, verdict};
+use super::{Config, prompt_name};
 use crate::model;
 use crate::settings::Settings;
 use crate::suites::perplexity::{self, Protocol, file_name};
@@ -120,10 +120,12 @@ fn record(settings: &Settings, text: &perplexity::Config, prompt: Option<usize>)
     let protocol = Protocol::new(settings, text, &decoder)?;
     let windows = protocol.calibration(&text.text)?;
     let windows = windows.first(settings.samples.unwrap_or(RECORDED));
-    let prompt = prompt.unwrap_or((windows.window_len() / 4).max(1));
+    let asked = prompt;
+    let prompt = asked.unwrap_or((windows.window_len() / 4).max(1));
     ensure!(
         prompt < windows.window_len(),
-        "--prompt {prompt}: windows have {} positions and none would be left to decode",
+        "{}: windows have {} positions and none would be left to decode",
+        prompt_name(asked, prompt),
         windows.window_len()
     );
     let model = Model::load(&decoder)?;
@@ -172,8 +174,8 @@ fn generate(
         );
         ensure!(
             sizes.prompt < sizes.tokens,
-            "--prompt {}: traces have {} positions and none would be left to decode",
-            sizes.prompt,
+            "{}: traces have {} positions and none would be left to decode",
+            prompt_name(prompt, sizes.prompt),
             sizes.tokens
         );
     }

@@ -17,7 +17,9 @@ use lowrank_eora::repair::{Method, Repair, Spread};
 use tensor_io::WriteOptions;
 
 use super::held_out;
-use super::perplexity::{self, Protocol, file_name};
+use super::perplexity::{self, Protocol, file_name, tokens};
+use crate::estimate::Probe;
+use crate::model::naming;
 use crate::scratch::Scratch;
 use crate::settings::{Settings, part};
 
@@ -98,6 +100,23 @@ impl Config {
         }
     }
 
+    /// About how long the run takes with so many tokens to calibrate on and to hold out, and to evaluate on.
+    pub(crate) fn seconds(&self, probe: &Probe, texts: usize, evaluation: usize) -> f64 {
+        let starts = self.compressors.len().max(1) as f64;
+        let repairs = self.methods.iter().flatten().count() * self.ranks.len();
+        // Each rank of a compressor has a control, which the methods share.
+        let controls = match self.controls && repairs > 0 {
+            true => self.ranks.len(),
+            false => 0,
+        };
+        // The dense and the repaired model side by side; sums and factorisations for compressing and for repairing.
+        let walk = 2.0 * probe.pass(texts) + probe.grams(texts, true) + probe.solves();
+        let cell = walk + probe.copy() + probe.pass(evaluation);
+        let spread = if self.allocate.is_some() { walk } else { 0.0 };
+        let cells = (1 + repairs + controls) as f64 * cell + repairs as f64 * spread;
+        probe.pass(evaluation) + starts * cells
+    }
+
     /// The models it reads, which may be names on a hub.
     pub(crate) fn models(&mut self) -> Vec<&mut PathBuf> {
         std::iter::once(&mut self.perplexity.model)
@@ -149,6 +168,11 @@ pub fn run(settings: &Settings, config: &Config) -> Result<Vec<Section>> {
         Some(given) => vec![Start::given(config, given)],
         None => config.compressors.iter().map(Start::compressor).collect(),
     };
+    let texts = tokens(&calibration) + tokens(&held_out);
+    settings.expect("lowrank", || {
+        let probe = Probe::of(&decoder, &calibration)?;
+        Ok(config.seconds(&probe, texts, tokens(evaluation.inputs())))
+    })?;
     let mut rows: Vec<Row> = Vec::new();
     rows.extend(settings.cells.get(DENSE, || suite.dense())?);
     let repairs = config.methods.iter().flatten().count() * config.ranks.len();
@@ -176,7 +200,9 @@ pub fn run(settings: &Settings, config: &Config) -> Result<Vec<Section>> {
     if rows.iter().all(|row| row.method == DENSE) && !failures.is_empty() {
         return Err(failures.swap_remove(0));
     }
-    let failures = failures.iter().map(|error| format!("{error:#}")).collect();
+    let model = &config.perplexity.model;
+    let failures = failures.into_iter().map(|error| naming(error, model));
+    let failures = failures.map(|error| format!("{error:#}")).collect();
     if settings.is_part() {
         return Ok(part(failures));
     }

@@ -478,6 +478,11 @@ impl Suite<'_> {
         row.tokens_per_second = None;
         let whole = decoder.checkpoint().total_bytes();
         row.bytes = Some(whole - found.expert_bytes_dense + found.expert_bytes);
+        if self.config.save.is_some() {
+            // Floats, whatever the format of the compressor takes.
+            let written = json!({ "compressed": checkpoint.total_bytes() });
+            row.extra.insert("bytes_saved".into(), written);
+        }
         (row.seconds, row.peak_rss_bytes) = making;
         self.forget(folder)?;
         Ok(found)

@@ -1,6 +1,7 @@
 //! Structured pruning: quality, size and speed by method and ratio.
 
 pub mod experts;
+mod parts;
 pub mod search;
 mod table;
 
@@ -8,10 +9,12 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use causal_lm::{BATCH_TOKENS, Decoder, Hidden, NoTap, Windows};
+use eval_report::cells::Shard;
 use eval_report::{DENSE, ROUNDS, Rounds, Row, Section, Stopwatch, format, mean_over_seeds};
 use lm_eval::ScoredWindows;
 use prune_structured::gguf::{self, Precision};
 use prune_structured::output::Refits;
+use prune_structured::rate_distortion::Measure;
 use prune_structured::score::Random;
 use prune_structured::stats::Needs;
 use prune_structured::{
@@ -24,8 +27,10 @@ use tensor_io::{Checkpoint, WriteOptions};
 use self::search::Curves;
 use self::table::{compare_with_dense, is_control, layers, section};
 use super::lazy::Lazy;
-use super::perplexity::{self, Protocol, file_name};
+use super::perplexity::{self, Protocol, file_name, tokens};
 use crate::bar::Bar;
+use crate::estimate::Probe;
+use crate::model::naming;
 use crate::scratch::Scratch;
 use crate::settings::{Settings, part};
 
@@ -38,6 +43,8 @@ pub struct Config {
     pub calib: PathBuf,
     /// Windows to calibrate on.
     pub calib_samples: usize,
+    /// The part of the statistics that this process computes, and nothing else.
+    pub calib_shard: Option<Shard>,
     /// Methods for dense models, each in its own variants.
     pub recipes: Vec<Recipe>,
     /// Methods for mixtures of experts.
@@ -69,6 +76,7 @@ impl Config {
             perplexity,
             calib,
             calib_samples: 128,
+            calib_shard: None,
             recipes: Vec::new(),
             experts: experts::Methods::default(),
             ratios: Vec::new(),
@@ -81,6 +89,66 @@ impl Config {
             search: search::Config::new(seed),
             seeds: 3,
         }
+    }
+}
+
+/// Tokens of the texts of a run.
+pub(crate) struct Counts {
+    pub(crate) evaluation: usize,
+    pub(crate) calibration: usize,
+    /// Of those that whole models are compared on.
+    pub(crate) compared: usize,
+}
+
+impl Config {
+    /// About how long the run takes.
+    pub(crate) fn seconds(&self, probe: &Probe, counts: &Counts, is_mixture: bool) -> f64 {
+        if is_mixture {
+            return self.seconds_of_experts(probe, counts);
+        }
+        let refits = |recipe: &Recipe| recipe.compensation.is_none_or(|c| c.refits());
+        let grams = match self.recipes.iter().any(refits) {
+            true => probe.grams(counts.calibration, false) + probe.solves(),
+            false => 0.0,
+        };
+        let beside = 2 * ROUNDS * BATCH_TOKENS.min(counts.evaluation);
+        // Writing, evaluating, and running beside the dense model.
+        let cell = match self.dry_run {
+            true => 0.0,
+            false => probe.copy() + probe.pass(counts.evaluation) + probe.pass(beside),
+        };
+        let draws = |recipe: &Recipe| match (recipe.score, recipe.allocation) {
+            (Score::Random(_), _) | (_, Allocation::Searched(_)) => self.seeds as f64,
+            _ => 1.0,
+        };
+        let ratios = self.ratios.len() as f64;
+        let of_recipe = |recipe: &Recipe| {
+            let search = self.search.options.candidate_tokens();
+            let planning = match recipe.allocation {
+                Allocation::Searched(_) => draws(recipe) * ratios * probe.pass(search),
+                _ => 0.0,
+            };
+            // Curves are measured once; candidates that prune one sublayer run from there on, half of the model.
+            let curves = match self.search.measures_for(recipe) {
+                Some(_) => {
+                    probe.pass(probe.sublayers() * Measure::default().points * counts.compared / 2)
+                }
+                None => 0.0,
+            };
+            curves + planning + draws(recipe) * ratios * cell
+        };
+        probe.pass(counts.calibration)
+            + grams
+            + cell
+            + self.recipes.iter().map(of_recipe).sum::<f64>()
+    }
+
+    fn seconds_of_experts(&self, probe: &Probe, counts: &Counts) -> f64 {
+        let experts = &self.experts;
+        let dropped = experts.recipes.len() * self.ratios.len() * (1 + experts.then.len());
+        let rows = 1 + dropped + experts.compressors.len();
+        let row = probe.copy() + probe.pass(counts.evaluation) + probe.pass(counts.calibration);
+        rows as f64 * row
     }
 }
 
@@ -124,6 +192,19 @@ pub fn run(settings: &Settings, config: &Config) -> Result<Vec<Section>> {
 
     // Dense models of any size are pruned, so scratch space is on disk, not in memory.
     let scratch = Scratch::new()?;
+    let counts = Counts {
+        evaluation: tokens(evaluation.inputs()),
+        calibration: tokens(&calibration),
+        compared: tokens(&compared),
+    };
+    anyhow::ensure!(
+        !is_mixture || config.calib_shard.is_none(),
+        "--calib-shard: the statistics of mixtures are not computed in parts"
+    );
+    settings.expect("structured", || {
+        let probe = Probe::of(&decoder, &calibration)?;
+        Ok(config.seconds(&probe, &counts, is_mixture))
+    })?;
     if is_mixture {
         let suite = experts::Suite {
             settings,
@@ -146,12 +227,16 @@ pub fn run(settings: &Settings, config: &Config) -> Result<Vec<Section>> {
         compared: &compared,
         scratch: scratch.path(),
     };
+    if let Some(shard) = config.calib_shard {
+        cells.calibrate_part(shard)?;
+        return Ok(Vec::new());
+    }
     let calibrated = Lazy::default();
     let calibrated = || {
         calibrated.get(|| {
             let bar = settings.bar("calibration", decoder.config().layers() as u64);
             let watch = Stopwatch::start();
-            let calibrated = cells.calibrate(&bar)?;
+            let calibrated = cells.calibrated(&bar)?;
             let mut row = Row::new("structured", "calibration");
             watch.stop(&mut row);
             bar.finish();
@@ -203,7 +288,9 @@ pub fn run(settings: &Settings, config: &Config) -> Result<Vec<Section>> {
     if rows.iter().all(|row| row.method == DENSE) && !failures.is_empty() {
         return Err(failures.swap_remove(0));
     }
-    let failures = failures.iter().map(|error| format!("{error:#}")).collect();
+    let model = &config.perplexity.model;
+    let failures = failures.into_iter().map(|error| naming(error, model));
+    let failures = failures.map(|error| format!("{error:#}")).collect();
     let (false, Some(calibrating)) = (settings.is_part(), calibrating) else {
         return Ok(part(failures));
     };
@@ -257,8 +344,8 @@ struct Draw {
 }
 
 impl Cells<'_> {
-    /// One pass that collects what any of the methods reads.
-    fn calibrate(&self, bar: &Bar) -> Result<Calibration> {
+    /// What any of the methods reads.
+    fn needs(&self) -> Needs {
         // Plans without refits are written from the model alone.
         let needs = self
             .config
@@ -268,14 +355,13 @@ impl Cells<'_> {
                 true => recipe.needs_for_plan(),
                 false => recipe.needs(self.decoder),
             });
-        let needs = needs.fold(Needs::default(), |all, needs| all | needs);
-        let collect = Collect::new(needs, self.scratch);
-        Ok(Calibration::run(
-            self.decoder,
-            self.calibration,
-            &collect,
-            bar,
-        )?)
+        needs.fold(Needs::default(), |all, needs| all | needs)
+    }
+
+    /// One pass of `windows` that collects it, Gram matrices in `dir`.
+    fn calibrate(&self, windows: &Windows, dir: &Path, bar: &Bar) -> Result<Calibration> {
+        let collect = Collect::new(self.needs(), dir);
+        Ok(Calibration::run(self.decoder, windows, &collect, bar)?)
     }
 
     fn maker<'a>(&'a self, calibration: &'a Calibration) -> search::Maker<'a> {

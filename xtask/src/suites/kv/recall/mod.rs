@@ -20,12 +20,12 @@ use rand_chacha::ChaCha8Rng;
 use serde_json::json;
 use tensor_io::WriteOptions;
 
-use super::Config;
 use super::bootstrap;
 use super::peak::PeakCache;
 use super::policy::{self, Choice};
 use super::rows::{FULL, SUITE, over_budget, over_bytes, reference};
 use super::verdict::{Metric, verdict};
+use super::{Config, prompt_name};
 use crate::bar::Bar;
 use crate::model;
 use crate::scratch::Scratch;
@@ -71,7 +71,8 @@ pub(crate) fn run(settings: &Settings, config: &Config, recall: &Recall) -> Resu
     let prompt = recall.prompt.unwrap_or(PROMPT);
     ensure!(
         prompt + LEAST <= length,
-        "--prompt {prompt}: the tasks need {LEAST} tokens after it, sequences have {length}"
+        "{}: the tasks need {LEAST} tokens after it, sequences have {length}",
+        prompt_name(recall.prompt, prompt)
     );
     let scratch = Scratch::new()?;
     let mut trained = None;

@@ -1,0 +1,137 @@
+//! Names and paths as users type them: the nearest known name where one is unknown, and paths with commas in lists.
+
+use std::fmt::Display;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+/// Parses a name; an error says which name, made of `words`, is the nearest that can be parsed.
+pub(super) fn parse<T>(text: &str, words: &[&str]) -> Result<T, String>
+where
+    T: FromStr,
+    T::Err: Display,
+{
+    text.parse().map_err(|error: T::Err| {
+        let near = nearest(text, words).filter(|near| near.parse::<T>().is_ok());
+        match near {
+            None => error.to_string(),
+            Some(near) => format!("{error}\n\n  tip: a similar value exists: '{near}'"),
+        }
+    })
+}
+
+/// The words of a list as help texts show it.
+pub(super) fn words(list: &str) -> Vec<&str> {
+    list.split(", ").collect()
+}
+
+/// The text with every unknown word replaced by a similar one; the whole text counts as a word too.
+fn nearest(text: &str, words: &[&str]) -> Option<String> {
+    if let Some(word) = similar(text, words) {
+        return Some(word.to_string());
+    }
+    let mut near = String::new();
+    for part in text.split_inclusive(['-', '+']) {
+        let word = part.trim_end_matches(['-', '+']);
+        let known = words.contains(&word) || word.chars().any(|c| c.is_ascii_digit());
+        let similar = similar(word, words).filter(|_| !words.contains(&word));
+        near += match (similar, known) {
+            (Some(similar), _) => similar,
+            (None, true) => word,
+            (None, false) => return None,
+        };
+        near += &part[word.len()..];
+    }
+    Some(near)
+}
+
+/// The word of fewest edits, where these are few for its length.
+fn similar<'w>(text: &str, words: &[&'w str]) -> Option<&'w str> {
+    let edits = words.iter().map(|word| (edits(text, word), *word));
+    let (edits, word) = edits.min_by_key(|(edits, _)| *edits)?;
+    (edits > 0 && 3 * edits <= word.chars().count().max(3)).then_some(word)
+}
+
+/// Characters to insert, delete or replace.
+fn edits(a: &str, b: &str) -> usize {
+    let b: Vec<char> = b.chars().collect();
+    let mut row: Vec<usize> = (0..=b.len()).collect();
+    for (i, x) in a.chars().enumerate() {
+        let mut diagonal = std::mem::replace(&mut row[0], i + 1);
+        for (j, y) in b.iter().enumerate() {
+            let replaced = diagonal + usize::from(x != *y);
+            diagonal = row[j + 1];
+            row[j + 1] = replaced.min(row[j] + 1).min(diagonal + 1);
+        }
+    }
+    row[b.len()]
+}
+
+/// The paths of a list that was split at commas: parts that are a path only together are put together again.
+pub(super) fn paths(parts: Vec<PathBuf>) -> Vec<PathBuf> {
+    let texts: Option<Vec<&str>> = parts.iter().map(|part| part.to_str()).collect();
+    match texts {
+        Some(texts) => joined(&texts, |text| Path::new(text).exists())
+            .into_iter()
+            .map(PathBuf::from)
+            .collect(),
+        None => parts,
+    }
+}
+
+/// The items of a list that was split at commas, the longest that `exists` first.
+pub(super) fn joined(parts: &[&str], exists: impl Fn(&str) -> bool) -> Vec<String> {
+    let mut items = Vec::new();
+    let mut rest = parts;
+    while !rest.is_empty() {
+        let together = |count: &usize| exists(&rest[..*count].join(","));
+        let count = (2..=rest.len()).rev().find(together).unwrap_or(1);
+        items.push(rest[..count].join(","));
+        rest = &rest[count..];
+    }
+    items
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_nearest_name_is_one_that_can_be_parsed() {
+        let words = ["gptq", "rtn", "int3", "sym", "wanda"];
+        assert_eq!(nearest("gtpq-int3", &words).as_deref(), Some("gptq-int3"));
+        assert_eq!(
+            nearest("wanda-2:4+rtm-int3-smy", &words).as_deref(),
+            Some("wanda-2:4+rtn-int3-sym")
+        );
+        assert_eq!(nearest("something", &words), None);
+        let error = parse::<u32>("12x", &["120", "7"]).unwrap_err();
+        assert!(error.ends_with("exists: '120'"), "{error}");
+        let error = parse::<u32>("word", &["work"]).unwrap_err();
+        assert!(!error.contains("tip"), "{error}");
+    }
+
+    #[test]
+    fn edits_are_counted_as_by_hand() {
+        for (a, b, count) in [
+            ("", "abc", 3),
+            ("rebr", "reber", 1),
+            ("gtpq", "gptq", 2),
+            ("x", "x", 0),
+        ] {
+            assert_eq!(edits(a, b), count, "{a} {b}");
+            assert_eq!(edits(b, a), count, "{b} {a}");
+        }
+    }
+
+    #[test]
+    fn parts_that_are_a_path_together_are_one() {
+        let there = ["a,b", "c", "d,e,f"];
+        let exists = |text: &str| there.contains(&text);
+        assert_eq!(joined(&["a", "b", "c"], exists), ["a,b", "c"]);
+        assert_eq!(
+            joined(&["c", "d", "e", "f", "g"], exists),
+            ["c", "d,e,f", "g"]
+        );
+        assert_eq!(joined(&["x", "y"], exists), ["x", "y"]);
+    }
+}

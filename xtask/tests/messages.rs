@@ -1,0 +1,206 @@
+//! What a user reads when something is wrong, or odd: the file, model or flag to blame, once.
+
+#[path = "common/scene.rs"]
+mod scene;
+
+use std::path::Path;
+use std::process::{Command, Output};
+
+use candle_core::{DType, Device};
+use scene::{Scene, error, rows};
+use serde_json::{Value, json};
+use tensor_io::{Checkpoint, CheckpointWriter, TensorSpec, WriteOptions};
+
+fn scene() -> Scene {
+    Scene::new(json!({
+        "model_type": "llama", "hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 2,
+        "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 8, "max_position_embeddings": 16,
+    }))
+}
+
+/// A suite on the scene's model and texts.
+fn eval(scene: &Scene, suite: &str, more: &str) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_xtask"));
+    command
+        .args(["eval", suite, "--json", "--model"])
+        .arg(scene.path("model"))
+        .arg("--text")
+        .arg(scene.path("text.txt"));
+    if suite != "kv" && suite != "perplexity" {
+        command.arg("--calib").arg(scene.path("calib.txt"));
+    }
+    command.args(more.split_whitespace()).output().unwrap()
+}
+
+/// Changes a JSON file.
+fn edit(path: &Path, change: impl FnOnce(&mut Value)) {
+    let mut json: Value = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
+    change(&mut json);
+    std::fs::write(path, json.to_string()).unwrap();
+}
+
+const SUITES: [(&str, &str); 4] = [
+    ("perplexity", ""),
+    ("structured", "--method flap --ratio 0.2"),
+    (
+        "lowrank",
+        "--compress rtn-int4 --method svd --rank 2 --calib-samples 8 --held-out-samples 4",
+    ),
+    ("kv", "--policy lazy"),
+];
+
+#[test]
+fn a_token_without_a_row_is_named_with_model_and_text() {
+    let scene = scene();
+    edit(&scene.path("model/tokenizer.json"), |json| {
+        json["model"]["vocab"]["c"] = json!(700);
+    });
+    for (suite, more) in SUITES {
+        let line = error(&eval(&scene, suite, more));
+        let model = scene.path("model").display().to_string();
+        assert_eq!(line.matches(&model).count(), 1, "{line}");
+        assert!(line.contains("token 700 (\"c\")"), "{line}");
+        assert!(line.contains(".txt") && line.contains("8 rows"), "{line}");
+    }
+}
+
+#[test]
+fn an_activation_that_is_not_finite_is_named_with_the_model() {
+    let scene = scene();
+    let source = Checkpoint::open(scene.path("model")).unwrap();
+    let dst = scene.path("loud");
+    let specs = source.names().map(|name| {
+        let info = source.info(name).unwrap();
+        TensorSpec::new(name, DType::F32, info.shape.clone())
+    });
+    let options = WriteOptions::default();
+    let mut writer =
+        CheckpointWriter::create(&dst, source.config(), specs.collect(), &options).unwrap();
+    writer.carry_from(&source).unwrap();
+    for name in source.names().map(String::from).collect::<Vec<_>>() {
+        let tensor = source.tensor_as(&name, DType::F32, &Device::Cpu).unwrap();
+        let loud = match name.ends_with("1.mlp.down_proj.weight") {
+            true => (tensor * 3e38).unwrap().clamp(-3e38, 3e38).unwrap(),
+            false => tensor,
+        };
+        writer.write_tensor(&name, &loud).unwrap();
+    }
+    writer.finish().unwrap();
+    std::fs::remove_dir_all(scene.path("model")).unwrap();
+    std::fs::rename(&dst, scene.path("model")).unwrap();
+    for (suite, more) in SUITES {
+        let output = eval(&scene, suite, more);
+        let line = error(&output);
+        let model = scene.path("model").display().to_string();
+        assert!(line.contains(&model), "{suite}: {line}");
+        assert!(line.contains("finite"), "{suite}: {line}");
+    }
+}
+
+#[test]
+fn a_path_stands_once() {
+    let scene = scene();
+    edit(&scene.path("model/config.json"), |json| {
+        json.as_object_mut().unwrap().remove("vocab_size");
+    });
+    let line = error(&eval(&scene, "perplexity", ""));
+    let model = scene.path("model").display().to_string();
+    assert_eq!(line.matches(&model).count(), 1, "{line}");
+    assert!(line.contains("config.json: field `vocab_size`"), "{line}");
+}
+
+#[test]
+fn a_prompt_that_was_not_given_is_not_blamed_as_a_flag() {
+    let scene = scene();
+    let refused = |more: &str| error(&eval(&scene, "kv", &format!("--window 3 {more}")));
+    let speed = |more: &str| {
+        let output = Command::new(env!("CARGO_BIN_EXE_xtask"))
+            .args(["eval", "kv", "--task", "speed", "--window", "3", "--model"])
+            .arg(scene.path("model"))
+            .args(more.split_whitespace())
+            .output()
+            .unwrap();
+        error(&output)
+    };
+    let by_default = speed("");
+    assert!(
+        by_default.contains("a prompt of 1 token, as many as by default"),
+        "{by_default}"
+    );
+    assert!(!by_default.contains("--prompt"), "{by_default}");
+    let given = speed("--prompt 2");
+    assert!(given.contains("--prompt 2"), "{given}");
+    let given = refused("--policy lazy --prompt 3");
+    assert!(given.contains("--prompt 3"), "{given}");
+}
+
+#[test]
+fn a_rank_beyond_all_linears_is_refused_with_the_largest() {
+    let scene = scene();
+    let more = "--compress rtn-int4 --method svd --rank 1000000 --no-controls --calib-samples 8";
+    let line = error(&eval(&scene, "lowrank", more));
+    assert!(
+        line.contains("--rank 1000000") && line.contains("32"),
+        "{line}"
+    );
+}
+
+#[test]
+fn one_of_something_is_singular() {
+    let scene = scene();
+    let output = Command::new(env!("CARGO_BIN_EXE_xtask"))
+        .args([
+            "generate",
+            "--prompt",
+            "a",
+            "--max-new-tokens",
+            "1",
+            "--model",
+        ])
+        .arg(scene.path("model"))
+        .output()
+        .unwrap();
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert!(
+        stderr.starts_with("1 token, prompt of 1 token,"),
+        "{stderr}"
+    );
+}
+
+#[test]
+fn paths_with_commas_are_read_by_every_suite() {
+    let scene = scene();
+    for name in ["model", "text.txt", "calib.txt"] {
+        let odd = format!("a,{name}");
+        std::fs::rename(scene.path(name), scene.path(&odd)).unwrap();
+    }
+    let path = |name: &str| scene.path(&format!("a,{name}")).display().to_string();
+    let questions = scene.path("q,uestions.jsonl");
+    let question = r#"{"question": "a b", "choices": {"text": ["c", "d"], "label": ["A", "B"]}, "answerKey": "A"}"#;
+    std::fs::write(&questions, question).unwrap();
+    let questions = questions.display().to_string();
+    let run = |words: &[&str]| {
+        let output = Command::new(env!("CARGO_BIN_EXE_xtask"))
+            .arg("eval")
+            .args(words)
+            .args(["--json", "--samples", "2"])
+            .output()
+            .unwrap();
+        rows(&output).len()
+    };
+    let (model, text, calib) = (path("model"), path("text.txt"), path("calib.txt"));
+    let two = format!("{model},{model}");
+    assert_eq!(run(&["perplexity", "--model", &model, "--text", &text]), 1);
+    let kv = ["kv", "--policy", "lazy", "--budget", "0.5", "--text", &text];
+    assert_eq!(run(&[&kv[..], &["--model", &model]].concat()), 2);
+    let overview = run(&[&kv[..], &["--model", &two]].concat());
+    assert!(overview >= 4, "{overview}");
+    assert_eq!(run(&["tasks", "--model", &model, "--data", &questions]), 1);
+    let structured = ["structured", "--method", "flap", "--ratio", "0.2"];
+    let structured = [
+        &structured[..],
+        &["--model", &model, "--text", &text, "--calib", &calib],
+    ]
+    .concat();
+    assert_eq!(run(&structured), 2);
+}
