@@ -17,6 +17,8 @@ pub(crate) struct Config {
     pub out: PathBuf,
     /// Number of parts.
     pub parts: NonZeroUsize,
+    /// Number of parts that calibrate before them, where they share that too.
+    pub calib_parts: Option<NonZeroUsize>,
     /// Partition; the cluster's own without.
     pub partition: Option<String>,
     /// Time limit of a part.
@@ -41,7 +43,10 @@ pub(crate) fn run(config: &Config) -> Result<()> {
             words.join(" ")
         ),
     }
-    for flag in ["--cells", "--shard", "--out"] {
+    if config.calib_parts.is_some() && config.evaluation[1] != "structured" {
+        bail!("--calib-parts: only `eval structured` calibrates in parts");
+    }
+    for flag in ["--cells", "--shard", "--calib-shard", "--out"] {
         let is = |word: &&String| word.split('=').next() == Some(flag);
         if let Some(word) = config.evaluation.iter().find(is) {
             bail!("{word}: the scripts set it");
@@ -56,6 +61,10 @@ pub(crate) fn run(config: &Config) -> Result<()> {
         ("submit.sh", scripts.submit()),
     ] {
         atomic::write(config.out.join(name), script.as_bytes())?;
+    }
+    if let Some(parts) = config.calib_parts {
+        let script = scripts.calibration(parts);
+        atomic::write(config.out.join("calibration.sbatch"), script.as_bytes())?;
     }
     let submit = config.out.join("submit.sh");
     print(&format!("submit with: sh {}\n", submit.display()))
@@ -113,21 +122,30 @@ impl<'a> Scripts<'a> {
 
     /// A part a job. A requeued part finds its finished cells and goes on behind them.
     fn part(&self) -> String {
-        let log = self.out.join("part-%a.log");
+        self.array(("eval-part", "part"), "--shard", self.config.parts)
+    }
+
+    /// The parts of the statistics, which must be there before cells are measured.
+    fn calibration(&self, parts: NonZeroUsize) -> String {
+        self.array(("eval-calibration", "calibration"), "--calib-shard", parts)
+    }
+
+    /// An array of jobs that each get a number behind `flag`.
+    fn array(&self, (name, log): (&str, &str), flag: &str, parts: NonZeroUsize) -> String {
+        let log = self.out.join(format!("{log}-%a.log"));
         let more = [
-            format!("array=1-{}", self.config.parts),
+            format!("array=1-{parts}"),
             "requeue".into(),
             "open-mode=append".into(),
             format!("output={}", log.display()),
         ];
         format!(
-            "{}exec {} {} --threads {} --cells {} --shard \"$SLURM_ARRAY_TASK_ID/{}\"\n",
-            self.head("eval-part", &more),
+            "{}exec {} {} --threads {} --cells {} {flag} \"$SLURM_ARRAY_TASK_ID/{parts}\"\n",
+            self.head(name, &more),
             quoted(Path::new(&self.program)),
             command_line(&self.config.evaluation),
             self.config.cores,
             self.path("cells"),
-            self.config.parts,
         )
     }
 
@@ -143,11 +161,22 @@ impl<'a> Scripts<'a> {
     }
 
     fn submit(&self) -> String {
+        let (first, after) = match self.config.calib_parts {
+            None => (String::new(), ""),
+            Some(_) => (
+                format!(
+                    "calibration=$(sbatch --parsable {})\n",
+                    self.path("calibration.sbatch")
+                ),
+                "--dependency=\"afterok:$calibration\" --kill-on-invalid-dep=yes ",
+            ),
+        };
         format!(
             "#!/bin/sh\n\
              # The parts, and the merge when all of them are done.\n\
              set -eu\n\
-             parts=$(sbatch --parsable {})\n\
+             {first}\
+             parts=$(sbatch --parsable {after}{})\n\
              sbatch --dependency=\"afterok:$parts\" --kill-on-invalid-dep=yes {}\n",
             self.path("part.sbatch"),
             self.path("merge.sbatch"),

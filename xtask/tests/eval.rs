@@ -190,6 +190,16 @@ fn what_dropping_leaves_is_compressed_in_the_same_run() {
 }
 
 #[test]
+fn without_a_method_the_recommended_one_runs() {
+    for (scene, method) in [(llama(), "rd-dp"), (mixtral(), "neurons")] {
+        let more = ["--ratio", "0.25", "--search-samples", "4"];
+        let rows = rows(&structured(&scene, &more));
+        let names = rows.iter().map(|row| row["method"].as_str().unwrap());
+        assert_eq!(names.collect::<Vec<_>>(), ["dense", method]);
+    }
+}
+
+#[test]
 fn what_a_mixture_cannot_do_is_one_line() {
     let (mixture, dense) = (mixtral(), llama());
     let with = |scene: &Scene, more: &[&str]| {

@@ -168,6 +168,21 @@ fn one_of_something_is_singular() {
 }
 
 #[test]
+fn more_threads_than_cores_are_cut_with_a_word() {
+    let scene = scene();
+    let output = eval(&scene, "perplexity", "--threads 100000 --samples 1");
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(
+        stderr.contains("--threads 100000: one for each core"),
+        "{stderr}"
+    );
+    assert_eq!(rows(&output).len(), 1);
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let cores = report["machine"]["cores"].as_u64().unwrap();
+    assert_eq!(report["threads"].as_u64().unwrap_or(cores), cores);
+}
+
+#[test]
 fn paths_with_commas_are_read_by_every_suite() {
     let scene = scene();
     for name in ["model", "text.txt", "calib.txt"] {

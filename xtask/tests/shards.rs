@@ -284,6 +284,8 @@ fn slurm_scripts_run_the_parts_and_then_the_merge() {
         "1",
         "--memory",
         "1G",
+        "--calib-parts",
+        "3",
         "--",
     ];
     let output = xtask(&[&slurm[..], &words].concat());
@@ -303,6 +305,9 @@ fn slurm_scripts_run_the_parts_and_then_the_merge() {
     }
     // The scripts as a node runs them.
     for (script, task) in [
+        ("calibration.sbatch", "2"),
+        ("calibration.sbatch", "3"),
+        ("calibration.sbatch", "1"),
         ("part.sbatch", "2"),
         ("part.sbatch", "1"),
         ("merge.sbatch", ""),
@@ -319,6 +324,18 @@ fn slurm_scripts_run_the_parts_and_then_the_merge() {
         );
     }
     assert!(out.join("report/report.html").exists());
+    assert!(
+        out.join("cells/calibration/2-of-3/calibration.json")
+            .exists()
+    );
+    let submit = fs::read_to_string(out.join("submit.sh")).unwrap();
+    let steps: Vec<&str> = submit
+        .lines()
+        .filter(|line| line.contains("sbatch"))
+        .collect();
+    assert!(steps[0].starts_with("calibration=$("), "{submit}");
+    assert!(steps[1].contains("afterok:$calibration"), "{submit}");
+    assert!(steps[2].contains("afterok:$parts"), "{submit}");
 }
 
 #[test]
@@ -327,4 +344,15 @@ fn slurm_takes_evaluations_of_a_suite_alone() {
     assert!(refused(&["report", "a", "b"]).contains("expected `eval SUITE"));
     assert!(refused(&["eval"]).contains("expected `eval SUITE"));
     assert!(refused(&["eval", "kv", "--out", "y"]).contains("--out: the scripts set it"));
+    let calibrated = xtask(&[
+        "slurm",
+        "--out",
+        "x",
+        "--calib-parts",
+        "2",
+        "--",
+        "eval",
+        "kv",
+    ]);
+    assert!(error(&calibrated).contains("eval structured"));
 }

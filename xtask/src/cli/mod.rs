@@ -481,7 +481,7 @@ mod tests {
             ("eval lowrank --method eara", "eora"),
             ("eval lowrank --save-as gptq-v3", "gptq-v2"),
             ("eval structured --method flop", "flap"),
-            ("eval structured --then wander-50", "wanda-50"),
+            ("eval structured --then wadna-50", "wanda-50"),
             ("eval structured --export ggulf:q8_0", "gguf:q8_0"),
             ("eval frontier --for ggul", "gguf"),
             (

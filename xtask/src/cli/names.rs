@@ -51,19 +51,26 @@ fn similar<'w>(text: &str, words: &[&'w str]) -> Option<&'w str> {
     (edits > 0 && 3 * edits <= word.chars().count().max(3)).then_some(word)
 }
 
-/// Characters to insert, delete or replace.
+/// Characters to insert, delete, replace or exchange with their neighbour.
 fn edits(a: &str, b: &str) -> usize {
-    let b: Vec<char> = b.chars().collect();
-    let mut row: Vec<usize> = (0..=b.len()).collect();
-    for (i, x) in a.chars().enumerate() {
-        let mut diagonal = std::mem::replace(&mut row[0], i + 1);
-        for (j, y) in b.iter().enumerate() {
-            let replaced = diagonal + usize::from(x != *y);
-            diagonal = row[j + 1];
-            row[j + 1] = replaced.min(row[j] + 1).min(diagonal + 1);
+    let (a, b): (Vec<char>, Vec<char>) = (a.chars().collect(), b.chars().collect());
+    let mut table = vec![vec![0; b.len() + 1]; a.len() + 1];
+    for i in 0..=a.len() {
+        for j in 0..=b.len() {
+            table[i][j] = if i == 0 || j == 0 {
+                i + j
+            } else {
+                let replaced = table[i - 1][j - 1] + usize::from(a[i - 1] != b[j - 1]);
+                let least = replaced.min(table[i - 1][j] + 1).min(table[i][j - 1] + 1);
+                let exchanged = i > 1 && j > 1 && a[i - 1] == b[j - 2] && a[i - 2] == b[j - 1];
+                match exchanged {
+                    true => least.min(table[i - 2][j - 2] + 1),
+                    false => least,
+                }
+            };
         }
     }
-    row[b.len()]
+    table[a.len()][b.len()]
 }
 
 /// The paths of a list that was split at commas: parts that are a path only together are put together again.
@@ -115,7 +122,8 @@ mod tests {
         for (a, b, count) in [
             ("", "abc", 3),
             ("rebr", "reber", 1),
-            ("gtpq", "gptq", 2),
+            ("gtpq", "gptq", 1),
+            ("abcd", "badc", 2),
             ("x", "x", 0),
         ] {
             assert_eq!(edits(a, b), count, "{a} {b}");

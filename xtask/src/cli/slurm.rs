@@ -17,6 +17,10 @@ pub(super) struct SlurmArgs {
     /// Number of parts
     #[arg(long, value_name = "N", default_value = "4", value_parser = positive)]
     parts: NonZeroUsize,
+    /// Before the parts, compute the calibration statistics of `eval structured` in N parts of their own [default: each part
+    /// calibrates by itself]
+    #[arg(long, value_name = "N", value_parser = positive)]
+    calib_parts: Option<NonZeroUsize>,
     /// Partition of the jobs [default: the cluster's]
     #[arg(long, value_name = "NAME")]
     partition: Option<String>,
@@ -39,6 +43,7 @@ impl SlurmArgs {
         slurm::run(&Config {
             out: self.out,
             parts: self.parts,
+            calib_parts: self.calib_parts,
             partition: self.partition,
             time: self.time,
             memory: self.memory,

@@ -58,13 +58,13 @@ impl Compressor {
         "q6_k",
         "iq4_nl",
         "q2_k_m",
-        "q3_k_s",
         "q3_k_m",
+        "q3_k_s",
         "q3_k_l",
-        "q4_k_s",
         "q4_k_m",
-        "q5_k_s",
+        "q4_k_s",
         "q5_k_m",
+        "q5_k_s",
     ];
 
     /// Leaves the weight as it is.
