@@ -56,6 +56,9 @@ impl Row for Brain {
     }
 }
 
+/// Bytes of a page of memory.
+const PAGE: usize = 4096;
+
 /// The products of the tiles of a claim.
 pub(crate) struct Dense<'a, 'c> {
     pub(crate) float: Float,
@@ -109,6 +112,9 @@ impl Dense<'_, '_> {
         token: usize,
     ) {
         let mut values = [[0.0; TILE_ROWS]; T];
+        // Several rows at once hide the latency of sums; short ones are faster in the order of memory, which the processor
+        // foresees up to the end of a page.
+        let long = self.cols * self.float.bytes() > PAGE;
         let mut row = rows.start;
         let mut put = |row: usize, sums: [f32; T]| {
             for (values, sum) in values.iter_mut().zip(sums) {
@@ -117,13 +123,13 @@ impl Dense<'_, '_> {
         };
         while row < rows.end {
             let left = rows.end - row;
-            if T == 1 && M::DENSE_ROWS >= 4 && left >= 4 {
+            if T == 1 && M::DENSE_ROWS >= 4 && left >= 4 && long {
                 let sums = self.sums::<M, R, 4, T>(m, row, token);
                 sums.into_iter()
                     .enumerate()
                     .for_each(|(i, sums)| put(row + i, sums));
                 row += 4;
-            } else if M::DENSE_ROWS >= 2 && left >= 2 {
+            } else if M::DENSE_ROWS >= 2 && left >= 2 && (T > 1 || long) {
                 let sums = self.sums::<M, R, 2, T>(m, row, token);
                 sums.into_iter()
                     .enumerate()
