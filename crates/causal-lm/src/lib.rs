@@ -43,7 +43,7 @@ pub use linear::Linear;
 pub use model::Model;
 pub use names::LinearName;
 pub use open::open;
-pub use ops::{cross_entropy, first_non_finite};
+pub use ops::{cross_entropy, first_non_finite, sum_exp};
 pub use packed::{Kind, Team};
 pub use packing::{Arithmetic, Execution};
 pub use rope::{Long, Pairs, QueryScale, Rope, Yarn};

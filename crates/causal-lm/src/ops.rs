@@ -99,11 +99,16 @@ pub fn cross_entropy(logits: &Tensor, targets: &[u32]) -> Result<Vec<f64>> {
             .par_chunks(vocab)
             .zip(targets.par_iter())
             .map(|(row, &target)| {
-                let (sum, max) = Arch::new().dispatch(SumExp { row });
-                sum.ln() + f64::from(max) - f64::from(row[target as usize])
+                let max = row.iter().fold(f32::NEG_INFINITY, |a, &b| a.max(b));
+                sum_exp(row, max).ln() + f64::from(max) - f64::from(row[target as usize])
             })
             .collect()
     })
+}
+
+/// Σ exp(x − max) of values that are at most `max`; those of −∞ count nothing, a NaN makes the sum NaN.
+pub fn sum_exp(values: &[f32], max: f32) -> f64 {
+    Arch::new().dispatch(SumExp { values, max })
 }
 
 /// Index of the first element that is not finite, in row-major order.
@@ -203,20 +208,19 @@ impl WithSimd for Cap<'_> {
 const EXP_MOST: f32 = 88.0;
 
 struct SumExp<'a> {
-    row: &'a [f32],
+    values: &'a [f32],
+    max: f32,
 }
 
 impl WithSimd for SumExp<'_> {
-    /// Σ exp(x − max) and max.
-    type Output = (f64, f32);
+    type Output = f64;
 
     #[inline(always)]
-    fn with_simd<S: Simd>(self, simd: S) -> (f64, f32) {
-        let max = self.row.iter().fold(f32::NEG_INFINITY, |a, &b| a.max(b));
-        let offset = simd.splat_f32s(max);
+    fn with_simd<S: Simd>(self, simd: S) -> f64 {
+        let offset = simd.splat_f32s(self.max);
         let mut sum = 0.0;
         // Partial sums of 64 in f32, then f64: as exact as f64 throughout.
-        for part in self.row.chunks(64) {
+        for part in self.values.chunks(64) {
             let (head, tail) = S::as_simd_f32s(part);
             let mut partial = simd.splat_f32s(0.0);
             for &x in head {
@@ -224,10 +228,10 @@ impl WithSimd for SumExp<'_> {
             }
             sum += f64::from(simd.reduce_sum_f32s(partial));
             for x in tail {
-                sum += f64::from((x - max).exp());
+                sum += f64::from((x - self.max).exp());
             }
         }
-        (sum, max)
+        sum
     }
 }
 
@@ -317,6 +321,17 @@ mod tests {
         for nll in cross_entropy(&logits, &[0, 499]).unwrap() {
             assert!((nll - 500f64.ln()).abs() < 1e-6);
         }
+    }
+
+    #[test]
+    fn a_sum_of_exponentials_leaves_out_what_is_minus_infinity_and_keeps_nan() {
+        let mut values: Vec<f32> = (0..200).map(|i| -0.1 * i as f32).collect();
+        let exact: f64 = values.iter().map(|&x| f64::from(x).exp()).sum();
+        assert!((sum_exp(&values, 0.0) - exact).abs() < 1e-6 * exact);
+        values[0] = f32::NEG_INFINITY;
+        assert!((sum_exp(&values, 0.0) - (exact - 1.0)).abs() < 1e-6 * exact);
+        values[7] = f32::NAN;
+        assert!(sum_exp(&values, 0.0).is_nan());
     }
 
     #[test]

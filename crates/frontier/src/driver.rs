@@ -12,7 +12,7 @@ use crate::plan::{Plan, Round, SitePlan};
 use crate::site::Site;
 use causal_lm::{Decoder, Progress, Windows};
 use prune_structured::Recipe;
-use prune_structured::divergence::Teacher;
+use prune_structured::divergence::{Teacher, TopK};
 use rand::SeedableRng;
 use rand::seq::index;
 use rand_chacha::ChaCha8Rng;
@@ -21,7 +21,7 @@ use std::path::{Path, PathBuf};
 use tensor_io::{ContentHash, Hasher};
 
 /// Layout of the folder of a run; folders of another one are not read.
-const VERSION: u64 = 1;
+const VERSION: u64 = 2;
 /// Neurons are removed so many at a time, which keeps rows whole blocks and words.
 const ALIGNMENT: usize = 32;
 /// Fewest combinations that are measured to check their prediction, where there are as many.
@@ -93,7 +93,8 @@ impl<'a> Frontier<'a> {
         let count = tokens.div_ceil(data.comparison.window_len());
         let comparison = data.comparison.first(count);
         let place = (&dir, hash);
-        let teacher = Teacher::new(decoder, &comparison, options.top_k, place, progress)?;
+        let top_k = TopK::with_rest(options.top_k);
+        let teacher = Teacher::new(decoder, &comparison, top_k, place, progress)?;
         let cache = options.cache_positions * options.cache_element;
         let (menus, fixed) = {
             let counter = Counter::new(&maker, options.target, &sites, cache, &dir)?;

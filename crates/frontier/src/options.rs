@@ -19,7 +19,7 @@ pub struct Options {
     pub ranks: Option<Vec<usize>>,
     /// Formats that may be corrected: this many with the fewest bits.
     pub corrected: usize,
-    /// Logits of the dense model that are compared.
+    /// Tokens on which predictions are compared: the dense model's most likely ones, and all others as one more.
     pub top_k: usize,
     /// Tokens that curves are measured on.
     pub coarse_tokens: usize,

@@ -1,13 +1,13 @@
 //! What the dense model predicts on the windows of a search: its top-k logits, computed once.
 //!
 //! Kept on disk as probabilities over the k tokens, in one file for each batch of windows, so that
-//! memory does not grow with the number of windows: `(4 k + 4 k + 8)` bytes for each position, of
+//! memory does not grow with the number of windows: `(4 k + 4 k + 16)` bytes for each position, of
 //! which the last of a window is left out.
 
 use crate::stored::{self, Tensors};
 use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor};
-use causal_lm::{BATCH_TOKENS, Decoder, Hidden, NoTap, Progress, Windows, run_blocks};
+use causal_lm::{BATCH_TOKENS, Decoder, Hidden, NoTap, Progress, Windows, run_blocks, sum_exp};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
@@ -18,13 +18,37 @@ const HIDDEN_BYTES: usize = 512 << 20;
 /// Logits held at once.
 const LOGITS: usize = 8 << 20;
 /// Tensors of a file.
-const NAMES: [&str; 3] = ["ids", "probabilities", "negentropy"];
+const NAMES: [&str; 4] = ["ids", "probabilities", "negentropy", "rest"];
+/// The least that the student's sum over the tokens of the rest counts as, where it underflows.
+const LEAST_REST: f64 = f32::MIN_POSITIVE as f64;
+
+/// Which predictions of the dense model are compared.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TopK {
+    /// The most likely tokens, so many.
+    pub k: usize,
+    /// Whether all other tokens together count as one more; otherwise both sides are renormalised over the k tokens, as
+    /// Týr does.
+    pub rest: bool,
+}
+
+impl TopK {
+    /// The k most likely tokens, renormalised.
+    pub fn renormalised(k: usize) -> Self {
+        Self { k, rest: false }
+    }
+
+    /// The k most likely tokens and one bucket for the rest. Never more than the divergence over the whole vocabulary.
+    pub fn with_rest(k: usize) -> Self {
+        Self { k, rest: true }
+    }
+}
 
 /// Top-k predictions of the dense model.
 #[derive(Clone, Debug)]
 pub struct Teacher {
     dir: PathBuf,
-    top_k: usize,
+    top_k: TopK,
     per_file: usize,
     /// Predicted positions of a window.
     rows: usize,
@@ -35,10 +59,12 @@ pub(crate) struct Predictions {
     top_k: usize,
     /// Tokens, `[rows, k]`.
     ids: Vec<u32>,
-    /// Their probabilities, renormalised, `[rows, k]`.
+    /// Their probabilities, `[rows, k]`.
     probabilities: Vec<f32>,
-    /// Σ p ln p of each row.
+    /// Σ p ln p of each row, that of the rest among them.
     negentropy: Vec<f64>,
+    /// Probability of all other tokens; 0 where it is left out.
+    rest: Vec<f64>,
 }
 
 /// What decides the predictions: files of anything else are not read.
@@ -46,7 +72,7 @@ pub(crate) struct Predictions {
 struct Identity {
     weights: ContentHash,
     windows: ContentHash,
-    top_k: usize,
+    top_k: TopK,
     dtype: String,
 }
 
@@ -60,14 +86,17 @@ impl Teacher {
     pub fn new(
         decoder: &Decoder<'_>,
         windows: &Windows,
-        top_k: usize,
+        top_k: TopK,
         (dir, weights): (impl Into<PathBuf>, ContentHash),
         progress: &dyn Progress,
     ) -> Result<Self> {
         let len = windows.window_len();
         let teacher = Self {
             dir: dir.into(),
-            top_k: top_k.min(decoder.config().vocab),
+            top_k: TopK {
+                k: top_k.k.min(decoder.config().vocab),
+                ..top_k
+            },
             per_file: (BATCH_TOKENS / len).max(1),
             rows: len - 1,
         };
@@ -106,7 +135,7 @@ impl Teacher {
 
     /// Removes predictions of another model, other windows or another k, and notes whose the next ones are.
     fn forget_others(&self, identity: &Identity) -> Result<()> {
-        let note = self.dir.join("teacher.json");
+        let note = self.dir.join("predictions.json");
         if stored::read_json(&note)?.as_ref() == Some(identity) {
             return Ok(());
         }
@@ -125,25 +154,28 @@ impl Teacher {
     }
 
     fn save(&self, file: usize, head: &causal_lm::Head, batch: &Tensor) -> Result<()> {
-        let (mut ids, mut probabilities, mut negentropy) = (vec![], vec![], vec![]);
+        let (mut ids, mut probabilities) = (vec![], vec![]);
+        let (mut negentropy, mut rest) = (vec![], vec![]);
         logits(head, batch, &mut |logits| {
             let vocab = head.vocab_size();
             let rows: Vec<_> = logits
                 .par_chunks(vocab)
                 .map(|row| top(row, self.top_k))
                 .collect();
-            for (row_ids, row, entropy) in rows {
-                ids.extend(row_ids);
-                probabilities.extend(row);
-                negentropy.push(entropy);
+            for row in rows {
+                ids.extend(row.ids);
+                probabilities.extend(row.probabilities);
+                negentropy.push(row.negentropy);
+                rest.push(row.rest);
             }
         })?;
-        let rows = negentropy.len();
-        let ids = Tensor::from_vec(ids, (rows, self.top_k), &Device::Cpu)?;
-        let probabilities = Tensor::from_vec(probabilities, (rows, self.top_k), &Device::Cpu)?;
+        let (rows, k) = (negentropy.len(), self.top_k.k);
+        let ids = Tensor::from_vec(ids, (rows, k), &Device::Cpu)?;
+        let probabilities = Tensor::from_vec(probabilities, (rows, k), &Device::Cpu)?;
         let negentropy = Tensor::from_vec(negentropy, rows, &Device::Cpu)?;
+        let rest = Tensor::from_vec(rest, rows, &Device::Cpu)?;
         let tensors = NAMES.map(String::from).into_iter();
-        let tensors: Vec<_> = tensors.zip([ids, probabilities, negentropy]).collect();
+        let tensors: Vec<_> = tensors.zip([ids, probabilities, negentropy, rest]).collect();
         stored::write_tensors(&self.path(file), &tensors)
     }
 
@@ -176,10 +208,11 @@ impl Teacher {
     pub(crate) fn predictions(&self, windows: &[usize]) -> Result<Predictions> {
         let mut open: Option<(usize, Vec<Tensor>)> = None;
         let mut found = Predictions {
-            top_k: self.top_k,
+            top_k: self.top_k.k,
             ids: vec![],
             probabilities: vec![],
             negentropy: vec![],
+            rest: vec![],
         };
         for &window in windows {
             let (file, place) = (window / self.per_file, window % self.per_file);
@@ -198,6 +231,7 @@ impl Teacher {
             found.ids.extend(rows(0)?.to_vec1::<u32>()?);
             found.probabilities.extend(rows(1)?.to_vec1::<f32>()?);
             found.negentropy.extend(rows(2)?.to_vec1::<f64>()?);
+            found.rest.extend(rows(3)?.to_vec1::<f64>()?);
         }
         Ok(found)
     }
@@ -227,16 +261,22 @@ impl Predictions {
         Ok(rows.chunks_exact(len).map(mean).collect())
     }
 
-    /// KL(teacher ‖ student) of every row in nats, both renormalised over the teacher's tokens.
+    /// KL(teacher ‖ student) of every row in nats, over the teacher's tokens and the rest where it counts.
     /// `logits` are the student's of rows `start ..`, `[rows, vocab]`.
     pub(crate) fn divergences(&self, start: usize, logits: &[f32], vocab: usize) -> Vec<f64> {
         let k = self.top_k;
         let row = |(i, logits): (usize, &[f32])| {
             let at = (start + i) * k;
             let (ids, p) = (&self.ids[at..at + k], &self.probabilities[at..at + k]);
-            let max = ids
-                .iter()
-                .fold(f32::NEG_INFINITY, |max, &id| max.max(logits[id as usize]));
+            let rest = self.rest[start + i];
+            let largest = |max: f32, z: f32| max.max(z);
+            let max = match rest > 0.0 {
+                true => logits.iter().copied().fold(f32::NEG_INFINITY, largest),
+                false => {
+                    let kept = ids.iter().map(|&id| logits[id as usize]);
+                    kept.fold(f32::NEG_INFINITY, largest)
+                }
+            };
             // Partial sums of 64 in f32, then f64.
             let (mut partition, mut agreement) = (0f64, 0f64);
             for (ids, p) in ids.chunks(64).zip(p.chunks(64)) {
@@ -248,6 +288,17 @@ impl Predictions {
                 }
                 partition += f64::from(sum);
                 agreement += f64::from(along);
+            }
+            if rest > 0.0 {
+                let mut others = logits.to_vec();
+                for &id in ids {
+                    others[id as usize] = f32::NEG_INFINITY;
+                }
+                // Not by a difference of sums, which would lose a small rest; a NaN stays.
+                let sum = sum_exp(&others, max);
+                let sum = if sum < LEAST_REST { LEAST_REST } else { sum };
+                partition += sum;
+                agreement += rest * sum.ln();
             }
             self.negentropy[start + i] + partition.ln() - agreement
         };
@@ -284,24 +335,44 @@ pub(crate) fn logits(
     Ok(())
 }
 
-/// The k largest logits: tokens ascending, softmax over them, Σ p ln p. Equal logits go by token.
-fn top(logits: &[f32], k: usize) -> (Vec<u32>, Vec<f32>, f64) {
+/// What is kept of a row of logits.
+struct Top {
+    /// The tokens with the largest logits, ascending; equal logits go by token.
+    ids: Vec<u32>,
+    probabilities: Vec<f32>,
+    /// Σ p ln p.
+    negentropy: f64,
+    /// Probability of all other tokens; 0 where the others are renormalised.
+    rest: f64,
+}
+
+/// The largest logits, with their softmax.
+fn top(logits: &[f32], TopK { k, rest }: TopK) -> Top {
     let mut ids: Vec<u32> = (0..logits.len() as u32).collect();
+    let mut others = Vec::new();
     if k < ids.len() {
         ids.select_nth_unstable_by(k - 1, |&a, &b| {
             let logit = |id: u32| logits[id as usize];
             logit(b).total_cmp(&logit(a)).then(a.cmp(&b))
         });
-        ids.truncate(k);
+        others = ids.split_off(k);
         ids.sort_unstable();
     }
-    let kept = || ids.iter().map(|&id| f64::from(logits[id as usize]));
-    let max = kept().fold(f64::NEG_INFINITY, f64::max);
-    let partition: f64 = kept().map(|z| (z - max).exp()).sum();
-    let log = |z: f64| z - max - partition.ln();
-    let negentropy = kept().map(|z| log(z).exp() * log(z)).sum();
-    let probabilities = kept().map(|z| log(z).exp() as f32).collect();
-    (ids, probabilities, negentropy)
+    let logit = |&id: &u32| f64::from(logits[id as usize]);
+    let max = ids.iter().map(logit).fold(f64::NEG_INFINITY, f64::max);
+    let sum = |ids: &[u32]| -> f64 { ids.iter().map(|id| (logit(id) - max).exp()).sum() };
+    let of_rest = if rest { sum(&others) } else { 0.0 };
+    let partition = sum(&ids) + of_rest;
+    let log = |id: &u32| logit(id) - max - partition.ln();
+    let kept: f64 = ids.iter().map(|id| log(id).exp() * log(id)).sum();
+    let rest = of_rest / partition;
+    let bucket = if rest > 0.0 { rest * rest.ln() } else { 0.0 };
+    Top {
+        probabilities: ids.iter().map(|id| log(id).exp() as f32).collect(),
+        negentropy: kept + bucket,
+        rest,
+        ids,
+    }
 }
 
 #[cfg(test)]
@@ -309,25 +380,38 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    fn predictions(logits: &[f32], k: usize) -> Predictions {
-        let (ids, probabilities, entropy) = top(logits, k);
+    fn predictions(logits: &[f32], top_k: TopK) -> Predictions {
+        let row = top(logits, top_k);
         Predictions {
-            top_k: k,
-            ids,
-            probabilities,
-            negentropy: vec![entropy],
+            top_k: top_k.k,
+            ids: row.ids,
+            probabilities: row.probabilities,
+            negentropy: vec![row.negentropy],
+            rest: vec![row.rest],
         }
+    }
+
+    fn log_softmax(logits: &[f32], ids: &[usize]) -> Vec<f64> {
+        let of = |id: usize| f64::from(logits[id]);
+        let partition = ids.iter().map(|&id| of(id).exp()).sum::<f64>().ln();
+        ids.iter().map(|&id| of(id) - partition).collect()
     }
 
     /// Textbook definition over the tokens of `ids`.
     fn naive(teacher: &[f32], student: &[f32], ids: &[usize]) -> f64 {
-        let log_softmax = |logits: &[f32]| -> Vec<f64> {
-            let of = |id: usize| f64::from(logits[id]);
-            let partition = ids.iter().map(|&id| of(id).exp()).sum::<f64>().ln();
-            ids.iter().map(|&id| of(id) - partition).collect()
-        };
-        let (p, q) = (log_softmax(teacher), log_softmax(student));
+        let (p, q) = (log_softmax(teacher, ids), log_softmax(student, ids));
         p.iter().zip(q).map(|(p, q)| p.exp() * (p - q)).sum()
+    }
+
+    /// The same over the first `k` of `ids` and all others together.
+    fn naive_with_rest(teacher: &[f32], student: &[f32], ids: &[usize], k: usize) -> f64 {
+        let (p, q) = (log_softmax(teacher, ids), log_softmax(student, ids));
+        let bucket = |logs: &[f64]| logs[k..].iter().map(|log| log.exp()).sum::<f64>();
+        let kept: f64 = (0..k).map(|i| p[i].exp() * (p[i] - q[i])).sum();
+        match bucket(&p) > 0.0 {
+            true => kept + bucket(&p) * (bucket(&p) / bucket(&q)).ln(),
+            false => kept,
+        }
     }
 
     proptest! {
@@ -338,13 +422,32 @@ mod tests {
         ) {
             let (teacher, student): (Vec<f32>, Vec<f32>) = pairs.into_iter().unzip();
             let mut ids: Vec<usize> = (0..150).collect();
-            let full = predictions(&teacher, 150).divergences(0, &student, 150)[0];
+            let of = |top_k, student: &[f32]| predictions(&teacher, top_k).divergences(0, student, 150)[0];
+            let full = of(TopK::renormalised(150), &student);
             prop_assert!((full - naive(&teacher, &student, &ids)).abs() < 1e-5);
+            prop_assert!((full - of(TopK::with_rest(150), &student)).abs() < 1e-6);
             ids.sort_by(|&a, &b| teacher[b].total_cmp(&teacher[a]));
-            let of_top = predictions(&teacher, k).divergences(0, &student, 150)[0];
+            let of_top = of(TopK::renormalised(k), &student);
             prop_assert!((of_top - naive(&teacher, &student, &ids[..k])).abs() < 1e-5);
-            let own = predictions(&teacher, k).divergences(0, &teacher, 150)[0];
-            prop_assert!(own.abs() < 1e-6, "{own}");
+            let with_rest = of(TopK::with_rest(k), &student);
+            let expected = naive_with_rest(&teacher, &student, &ids, k);
+            prop_assert!((with_rest - expected).abs() < 1e-5, "{with_rest} {expected}");
+            // Tokens that are counted together can only hide differences.
+            prop_assert!(with_rest <= full + 1e-5, "{with_rest} {full}");
+            for top_k in [TopK::renormalised(k), TopK::with_rest(k)] {
+                let own = of(top_k, &teacher);
+                prop_assert!(own.abs() < 1e-6, "{own}");
+            }
         }
+    }
+
+    #[test]
+    fn a_student_that_forgets_all_other_tokens_is_far_away_and_not_infinitely_so() {
+        let teacher = [1.0f32, 0.5, 0.0, -0.5];
+        let student = [1.0f32, 0.5, -300.0, -300.0];
+        let of = |top_k| predictions(&teacher, top_k).divergences(0, &student, 4)[0];
+        assert!(of(TopK::renormalised(2)).abs() < 1e-6);
+        let found = of(TopK::with_rest(2));
+        assert!(found > 10.0 && found.is_finite(), "{found}");
     }
 }

@@ -5,7 +5,7 @@
 //! [`measure`] replaces the curves by what pruning one sublayer does to the whole model's output.
 
 use crate::compensation::{complement, refit};
-use crate::divergence::{Fitness, LevelStore, Sharing, Sublayers, Teacher};
+use crate::divergence::{Fitness, LevelStore, Sharing, Sublayers, Teacher, TopK};
 use crate::obs::{Level, Units};
 use crate::ranking::Ranking;
 use crate::stats::output_weight;
@@ -82,7 +82,13 @@ pub fn measure(
     }
     let store = LevelStore::create(dir)?;
     let place = (dir, decoder.checkpoint().content_hash()?);
-    let teacher = Teacher::new(decoder, windows, options.top_k, place, progress)?;
+    let teacher = Teacher::new(
+        decoder,
+        windows,
+        TopK::renormalised(options.top_k),
+        place,
+        progress,
+    )?;
     let dense: Vec<usize> = rankings.iter().map(|r| r.steps().len()).collect();
     progress.begin("pruning sublayers", rankings.len() as u64);
     let mut grids = Vec::with_capacity(rankings.len());

@@ -6,7 +6,7 @@ use super::space::{Sublayer, spacing, uniform};
 use super::state::{Folder, Identity, State};
 use super::supernet;
 use crate::compensation::LeastSquares;
-use crate::divergence::{Fitness, Kept, LevelStore, Sublayers, Teacher};
+use crate::divergence::{Fitness, Kept, LevelStore, Sublayers, Teacher, TopK};
 use crate::plan::{LayerPlan, Plan};
 use crate::ranking::Ranking;
 use crate::recipe::Recipe;
@@ -99,7 +99,8 @@ pub fn search(
         kl: None,
     });
     let place = (dir, weights);
-    let teacher = Teacher::new(decoder, data.search, options.top_k, place, progress)?;
+    let top_k = TopK::renormalised(options.top_k);
+    let teacher = Teacher::new(decoder, data.search, top_k, place, progress)?;
     let layers = decoder.config().layers();
     let last = options.iterations - usize::from(!options.settle);
     let (mut candidate_tokens, mut seconds) = (0, 0.0);
