@@ -1,12 +1,13 @@
 //! `cargo xtask generate`: text from a model, as it comes.
 
 use std::io::{IsTerminal, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use causal_lm::{GenerateOptions, Model, Sampling, TextTokenizer, generate};
 use eval_report::format;
+use kv_lazy::CacheConfig;
 
 use crate::chat;
 use crate::hub;
@@ -26,6 +27,8 @@ pub struct Config {
     pub raw: bool,
     /// Policy of the cache.
     pub policy: Choice,
+    /// A file with a configuration of the cache, in place of policy and budget.
+    pub cache: Option<PathBuf>,
     /// Tokens that the cache keeps per layer and KV head.
     pub budget: usize,
     /// Tokens generated at most.
@@ -34,6 +37,18 @@ pub struct Config {
     pub sampling: Sampling,
     /// Device, seed, adapter and arithmetic.
     pub settings: Settings,
+}
+
+/// The configuration in a file of JSON, such as the cache.json beside a plan.
+fn configured(file: &Path) -> Result<CacheConfig> {
+    let text = std::fs::read_to_string(file);
+    let text = text.with_context(|| format!("--cache {}", file.display()))?;
+    serde_json::from_str(&text).with_context(|| {
+        format!(
+            "--cache {}: expected a configuration of kv-lazy's caches, such as the cache.json beside a plan of eval frontier",
+            file.display()
+        )
+    })
 }
 
 /// Prints the text to stdout while it is generated, then speed and memory to stderr.
@@ -72,9 +87,14 @@ pub fn run(config: &Config) -> Result<()> {
         format::counted(prompt.len(), "token")
     );
     let model = Model::load(&decoder)?.for_positions(longest.min(room));
-    let cache = config.policy.cache(config.budget, common.seed);
-    let mut cache = policy::caches(&model, Some(&cache), 0, 1)
-        .with_context(|| format!("--policy {} --budget {}", config.policy.name, config.budget))?;
+    let (cache, flags) = match &config.cache {
+        Some(file) => (configured(file)?, format!("--cache {}", file.display())),
+        None => (
+            config.policy.cache(config.budget, common.seed),
+            format!("--policy {} --budget {}", config.policy.name, config.budget),
+        ),
+    };
+    let mut cache = policy::caches(&model, Some(&cache), 0, 1).with_context(|| flags)?;
     let mut stop = decoder.config().eos.clone();
     stop.extend(tokenizer.eos());
     let options = GenerateOptions {

@@ -3,8 +3,8 @@
 use crate::Result;
 use crate::forest::Forest;
 use candle_core::Tensor;
-use kv_lazy::CacheSet;
 use kv_lazy::attention::Scores;
+use kv_lazy::{CacheConfig, CacheSet, LayerShape};
 
 /// How a block's attention reaches keys and values.
 #[derive(Debug)]
@@ -33,4 +33,29 @@ impl Mixer<'_> {
             Self::Cache(cache) => cache.attend(layer, q, k, v, scores)?,
         })
     }
+}
+
+/// Attention of windows as it is when they are decoded: one token after the other through a new cache of `config`. Shapes as
+/// in [`Mixer::attend`].
+pub(crate) fn decoded(
+    config: &CacheConfig,
+    [q, k, v]: [&Tensor; 3],
+    scores: Scores,
+    sliding_window: Option<usize>,
+) -> Result<Tensor> {
+    let (batch, query_heads, tokens, head_dim) = q.dims4()?;
+    let shape = LayerShape {
+        query_heads,
+        kv_heads: k.dim(1)?,
+        head_dim,
+        sliding_window,
+    };
+    let mut cache = CacheSet::new(&[shape], batch, q.dtype(), q.device(), config)?;
+    let mut steps = Vec::with_capacity(tokens);
+    for at in 0..tokens {
+        let token = |x: &Tensor| x.narrow(2, at, 1)?.contiguous();
+        cache.begin(1)?;
+        steps.push(cache.attend(0, &token(q)?, &token(k)?, &token(v)?, scores)?);
+    }
+    Ok(Tensor::cat(&steps, 2)?)
 }

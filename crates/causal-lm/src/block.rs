@@ -4,7 +4,7 @@
 //! without an MLP runs through the same code, and a compressor may replace any tensor between loading and running. What
 //! architectures differ in is data too: where norms are, what multiplies what, which activation.
 
-use crate::attention::Mixer;
+use crate::attention::{Mixer, decoded};
 use crate::config::{Activation, NormKind};
 use crate::linear::Linear;
 use crate::mixture::Moe;
@@ -14,7 +14,9 @@ use crate::rope::Pairs;
 use crate::tap::{Site, Tap};
 use crate::{Error, Result};
 use candle_core::Tensor;
+use kv_lazy::CacheConfig;
 use kv_lazy::attention::Scores;
+use std::sync::Arc;
 
 /// A norm over the last dimension.
 #[derive(Clone, Debug)]
@@ -90,6 +92,9 @@ pub struct Attention {
     pub gated: bool,
     /// Queries, keys and values are clamped to ± this before rotation.
     pub clip: Option<f64>,
+    /// The cache of this layer through which windows are attended, one token after the other, as when they are decoded;
+    /// `None` for attention over the window as it is. Where there is a cache already, it is that one.
+    pub cache: Option<Arc<CacheConfig>>,
 }
 
 impl Attention {
@@ -520,7 +525,11 @@ impl Attention {
         }
         let k = rotate(split(k, self.k_norm.as_ref())?)?;
         let v = split(v, self.v_norm.as_ref())?;
-        let heads = mixer.attend(layer, [&q, &k, &v], self.scores, self.sliding_window)?;
+        let (scores, window) = (self.scores, self.sliding_window);
+        let heads = match (&self.cache, &*mixer) {
+            (Some(cache), Mixer::Windows) => decoded(cache, [&q, &k, &v], scores, window)?,
+            _ => mixer.attend(layer, [&q, &k, &v], scores, window)?,
+        };
         let heads = heads
             .transpose(1, 2)?
             .reshape((batch * tokens, self.heads() * d))?;

@@ -10,9 +10,11 @@ use crate::rope::Rope;
 use crate::vocabulary::{Embedding, Head};
 use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor};
+use kv_lazy::CacheConfig;
 use kv_lazy::attention::Scores;
 use std::collections::BTreeMap;
 use std::ops::Range;
+use std::sync::Arc;
 use tensor_io::{Checkpoint, Config};
 
 /// A decoder checkpoint, checked against its config, with nothing in memory yet.
@@ -25,6 +27,7 @@ pub struct Decoder<'a> {
     execution: Option<Execution>,
     /// Whether there is a head of its own where the config announces none.
     has_head_of_its_own: bool,
+    cache: Option<CacheConfig>,
 }
 
 impl<'a> Decoder<'a> {
@@ -50,6 +53,7 @@ impl<'a> Decoder<'a> {
             device: device.clone(),
             execution: None,
             has_head_of_its_own: has_own,
+            cache: None,
         };
         decoder.check()?;
         Ok(decoder)
@@ -61,6 +65,15 @@ impl<'a> Decoder<'a> {
         let fits = self.device.is_cpu() && self.dtype == DType::F32;
         Self {
             execution: fits.then_some(execution),
+            ..self
+        }
+    }
+
+    /// The same with windows read as they are decoded: one token after the other through a cache of `config`, which may
+    /// quantise and evict. Sequences with a cache of their own, as those of a [`Model`](crate::Model), keep that one.
+    pub fn decoding(self, config: CacheConfig) -> Self {
+        Self {
+            cache: Some(config),
             ..self
         }
     }
@@ -441,6 +454,10 @@ impl<'a> Decoder<'a> {
                     },
                     gated: attention_config.gated,
                     clip: attention_config.clip,
+                    cache: match &self.cache {
+                        None => None,
+                        Some(config) => Some(Arc::new(config.of_layer(layer)?)),
+                    },
                 })
             }
         };

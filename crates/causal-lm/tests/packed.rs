@@ -587,3 +587,43 @@ fn policies_evict_on_a_packed_model_as_on_its_decoded_weights() {
         assert!(held < 28, "{policy} holds {held}");
     }
 }
+
+#[test]
+fn windows_that_are_decoded_predict_as_the_model_does_with_such_a_cache() {
+    let mut evicting = CacheConfig::new("keydiff".parse().unwrap(), Budget::Tokens(8));
+    evicting.storage = "f16".parse().unwrap();
+    let mut full = CacheConfig::new("full".parse().unwrap(), Budget::Tokens(12));
+    full.storage = "int8".parse().unwrap();
+    // Quantise from the first tokens on.
+    (full.storage.sinks, full.storage.residual) = (0, 1);
+    let tokens: Vec<u32> = TOKENS.iter().cycle().take(48).copied().collect();
+    let in_windows = |decoder: &Decoder<'_>| -> Vec<f32> {
+        let windows = Windows::cut(&tokens, tokens.len(), None).unwrap();
+        let hidden = run_blocks(decoder, &windows, &mut NoTap, &NoProgress).unwrap();
+        let hidden = hidden.batches()[0].squeeze(0).unwrap();
+        let logits = decoder.head().unwrap().forward(&hidden).unwrap();
+        logits.flatten_all().unwrap().to_vec1().unwrap()
+    };
+    let gemma = json!({"head_dim": 8, "sliding_window": 20, "query_pre_attn_scalar": 16,
+        "hidden_act": "gelu_pytorch_tanh"});
+    let heads = json!({"head_dim": 8});
+    for (model_type, changes) in [("llama", &heads), ("qwen3", &heads), ("gemma2", &gemma)] {
+        let model = TestModel::new(&testing::config(model_type, changes.clone()));
+        let plain = in_windows(&model.decoder());
+        for config in [&evicting, &full] {
+            let decoder = model.decoder();
+            let whole = Model::load(&decoder).unwrap();
+            let shapes = whole.cache_shapes();
+            let mut cache = CacheSet::new(&shapes, 1, DType::F32, &Device::Cpu, config).unwrap();
+            let mut step = |token: &[u32]| whole.forward_all(&[token], &mut cache).unwrap();
+            let steps: Vec<Tensor> = tokens.chunks(1).map(&mut step).collect();
+            let expected = Tensor::cat(&steps, 1).unwrap();
+            let expected: Vec<f32> = expected.flatten_all().unwrap().to_vec1().unwrap();
+
+            let found = in_windows(&model.decoder().decoding(config.clone()));
+            let difference = gap(&found, &expected);
+            assert!(difference < 1e-4, "{model_type}: {difference}");
+            assert!(gap(&found, &plain) > 1e-4, "{model_type}");
+        }
+    }
+}

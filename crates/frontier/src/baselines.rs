@@ -31,17 +31,20 @@ pub enum Baseline {
     Bits,
     /// One format, and ranks divided by measured curves.
     Ranks,
+    /// Caches alone, divided by measured curves; weights as the model stores them.
+    Caches,
 }
 
 impl Baseline {
     /// All of them.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 7] = [
         Self::UniformFormat,
         Self::UniformWidth,
         Self::Mix,
         Self::Widths,
         Self::Bits,
         Self::Ranks,
+        Self::Caches,
     ];
 
     /// Its name in tables.
@@ -53,6 +56,7 @@ impl Baseline {
             Self::Widths => "widths alone",
             Self::Bits => "bits alone",
             Self::Ranks => "ranks alone",
+            Self::Caches => "caches alone",
         }
     }
 }
@@ -75,6 +79,14 @@ impl Frontier<'_> {
         progress: &dyn Progress,
     ) -> Result<Option<Plan>> {
         let formats = self.options.formats()?.len();
+        // Caches are kept whole in 16 bits where they are not what is divided.
+        let usual_caches: Vec<(Site, usize)> = self
+            .menus
+            .iter()
+            .map(|menu| (menu.site, menu.usual_cache()))
+            .collect();
+        let usual =
+            |site: Site, item: &Item| usual_caches.contains(&(site, item.cache_level));
         let mut candidates = match baseline {
             Baseline::UniformFormat => {
                 let of = |format| self.uniform(|_, menu| (menu.levels - 1, format));
@@ -107,13 +119,16 @@ impl Frontier<'_> {
                 (0..formats).filter_map(of).collect()
             }
             Baseline::Widths => {
-                let stored = |_: Site, item: &Item| item.format == 0 && item.treatment.rank == 0;
+                let stored = |site: Site, item: &Item| {
+                    item.format == 0 && item.treatment.rank == 0 && usual(site, item)
+                };
                 self.divided(budget, &stored)?.into_iter().collect()
             }
             Baseline::Bits => {
                 let tops: Vec<(Site, usize)> = self.tops();
                 let whole = |site: Site, item: &Item| {
-                    item.treatment.rank == 0 && tops.contains(&(site, item.level))
+                    let top = tops.contains(&(site, item.level));
+                    item.treatment.rank == 0 && top && usual(site, item)
                 };
                 self.divided(budget, &whole)?.into_iter().collect()
             }
@@ -122,11 +137,21 @@ impl Frontier<'_> {
                 let mut candidates = Vec::new();
                 for format in 1..formats {
                     let ranks = |site: Site, item: &Item| {
-                        item.format == format && tops.contains(&(site, item.level))
+                        let top = tops.contains(&(site, item.level));
+                        item.format == format && top && usual(site, item)
                     };
                     candidates.extend(self.divided(budget, &ranks)?);
                 }
                 candidates
+            }
+            Baseline::Caches if self.menus.iter().all(|menu| menu.caches.len() < 2) => vec![],
+            Baseline::Caches => {
+                let tops: Vec<(Site, usize)> = self.tops();
+                let dense = |site: Site, item: &Item| {
+                    let top = tops.contains(&(site, item.level));
+                    item.format == 0 && item.treatment.rank == 0 && top
+                };
+                self.divided(budget, &dense)?.into_iter().collect()
             }
         };
         candidates.retain(|items: &Vec<usize>| self.bytes(items).is_some_and(|b| b <= budget));
@@ -165,7 +190,8 @@ impl Frontier<'_> {
         let of = |(i, menu): (usize, &Menu)| {
             let (level, format) = wanted(i, menu);
             (0..=format).rev().find_map(|format| {
-                let found = crate::curves::find(menu, level, format, 0)?;
+                let wanted = (level, format, 0, menu.usual_cache());
+                let found = crate::curves::find(menu, wanted)?;
                 menu.items[found].bytes.map(|_| found)
             })
         };

@@ -6,12 +6,13 @@
 //! some bytes a tensor at most. `config.json` and tokenizer files are no weights and are left out; a GGUF file is counted
 //! whole, because its header holds the tokenizer.
 
+use crate::cache::{Cache, CacheFormat, Caching};
 use crate::error::{Error, Result};
 use crate::make::Maker;
 use crate::site::Site;
 use crate::target::Target;
 use crate::treatment::{Format, Treatment};
-use causal_lm::Decoder;
+use causal_lm::{Decoder, LayerShape};
 use lowrank_eora::compress::{Compressor, Storage};
 use lowrank_eora::output::gptq;
 use packed::BlockType;
@@ -38,25 +39,24 @@ pub(crate) struct Counter<'a> {
     target: Target,
     /// Bytes of everything that no treatment changes.
     pub(crate) fixed: u64,
-    /// Bytes of keys and values for each key/value head and channel of a layer; 0 where the cache does not count.
-    cache: u64,
+    /// What the caches have in common, where they count.
+    caching: Option<Caching>,
 }
 
 impl<'a> Counter<'a> {
-    /// `scratch` is a folder for a GGUF file of the dense model, which is removed again. `cache` is the number of positions
-    /// times sequences times bytes of an element that caches count with.
+    /// `scratch` is a folder for a GGUF file of the dense model, which is removed again.
     pub(crate) fn new(
         maker: &'a Maker<'a>,
         target: Target,
         sites: &[Site],
-        cache: u64,
+        caching: Option<Caching>,
         scratch: &Path,
     ) -> Result<Self> {
         let mut counter = Self {
             maker,
             target,
             fixed: 0,
-            cache,
+            caching,
         };
         let dense = |site: &Site| counter.weights(*site, maker.dense(*site));
         let of_sites = sites.iter().map(dense).sum::<Result<Option<u64>>>()?;
@@ -72,14 +72,15 @@ impl<'a> Counter<'a> {
     /// Bytes of a treatment; `None` where the target cannot store it.
     pub(crate) fn of(&self, site: Site, treatment: Treatment) -> Result<Option<u64>> {
         let weights = self.weights(site, treatment)?;
-        let cache = self.cache_of(site, treatment.width);
-        Ok(weights.map(|weights| weights + cache))
+        let cache = self.cache_of(site, treatment.width, treatment.cache);
+        Ok(weights.zip(cache).map(|(weights, cache)| weights + cache))
     }
 
-    /// Bytes of keys and values of the layer of an attention site.
-    pub(crate) fn cache_of(&self, site: Site, width: usize) -> u64 {
-        let Site::Attention(layer) = site else {
-            return 0;
+    /// Bytes of the cache of the layer of an attention site; `None` where its heads do not fit the format.
+    pub(crate) fn cache_of(&self, site: Site, width: usize, cache: Option<Cache>) -> Option<u64> {
+        let (Site::Attention(layer), Some(caching), Some(cache)) = (site, self.caching, cache)
+        else {
+            return Some(0);
         };
         let config = self.maker.decoder.config();
         let dense = config.widths[layer];
@@ -88,7 +89,30 @@ impl<'a> Counter<'a> {
             true if self.maker.ranking(site).is_some() => width,
             _ => dense.kv_heads,
         };
-        2 * (kv_heads * config.head_dim(layer)) as u64 * self.cache
+        let attention = &config.attention[layer];
+        let shape = LayerShape {
+            query_heads: dense.heads,
+            kv_heads,
+            head_dim: attention.head_dim,
+            sliding_window: attention.sliding_window,
+        };
+        if self.target == Target::Here {
+            return caching.bytes(cache, shape, self.decoder().dtype());
+        }
+        // Other runtimes keep keys and values in 16 bits.
+        let held = cache.tokens.min(shape.sliding_window.unwrap_or(usize::MAX));
+        let elements = 2 * kv_heads * shape.head_dim * held * caching.batch;
+        Some(2 * elements as u64)
+    }
+
+    /// Bytes of the caches of all layers at their whole width with every token in 16 bits.
+    pub(crate) fn caches_in_16_bits(&self, sites: &[Site]) -> u64 {
+        let Some(caching) = self.caching else {
+            return 0;
+        };
+        let cache = caching.cache(1.0, CacheFormat::F16);
+        let of = |&site: &Site| self.cache_of(site, self.maker.units(site), Some(cache));
+        sites.iter().filter_map(of).sum()
     }
 
     /// Parameters of a treatment, factors included.

@@ -3,9 +3,11 @@
 //! With all other sites as they are, a site is measured at each width with its weights as stored, and in each format with
 //! each rank at the widest width that the format fits. A combination is predicted by
 //! `d(w, f, r) = d(w) + κ(w) / κ(a) · (d(a, f, r) − d(a))`, with a the width of the axis and κ the share of the site's
-//! output energy that stays. A draw of the combinations is measured to see whether that ranks them rightly; where it does
+//! output energy that stays. A cache adds κ(w) times what it does with the weights as they are, where fewer tokens and fewer
+//! bits add up. A draw of the combinations is measured to see whether that ranks them rightly; where it does
 //! not, all formats are measured at all widths.
 
+use crate::cache::CacheFormat;
 use crate::menu::Menu;
 use crate::site::Site;
 use crate::treatment::Treatment;
@@ -51,6 +53,9 @@ pub struct Check {
     pub widened: bool,
 }
 
+/// Where an item is in a menu: its width, format, rank and cache.
+type Address = (usize, usize, usize, usize);
+
 /// Divergences of the items of a menu.
 #[derive(Clone, Debug)]
 pub(crate) struct Distortions {
@@ -81,11 +86,18 @@ impl Distortions {
 
     /// What the combination rule says.
     pub(crate) fn predicted(&self, menu: &Menu, item: usize) -> f64 {
+        let wanted = menu.items[item];
+        if wanted.cache_level > 0 {
+            let (level, format, rank, _) = address(menu, item);
+            let weights = find(menu, (level, format, rank, 0));
+            let weights = weights.map_or(f64::INFINITY, |weights| self.of(menu, weights));
+            let cache = self.of_cache(menu, wanted.cache_level);
+            return (weights + self.shares[level] * cache).max(LEAST);
+        }
         let at = |level, format, rank| -> Option<f64> {
-            let found = find(menu, level, format, rank)?;
+            let found = find(menu, (level, format, rank, 0))?;
             self.measured[found]
         };
-        let wanted = menu.items[item];
         let rank = wanted.treatment.rank;
         let value = || -> Option<f64> {
             let base = at(wanted.level, 0, 0)?;
@@ -102,6 +114,22 @@ impl Distortions {
             Some(base + share * corrected)
         };
         value().map_or(f64::INFINITY, |value| value.max(LEAST))
+    }
+
+    /// Of a cache with the weights as they are: measured, or the sum of what fewer tokens and the format do.
+    fn of_cache(&self, menu: &Menu, level: usize) -> f64 {
+        let at = |level: usize| self.measured[find(menu, (menu.levels - 1, 0, 0, level))?];
+        if let Some(found) = at(level) {
+            return found;
+        }
+        let wanted = menu.caches[level];
+        let place = |share: f64, format: CacheFormat| {
+            let mut caches = menu.caches.iter();
+            caches.position(|cache| (cache.share, cache.format) == (share, format))
+        };
+        let fewer = place(wanted.share, CacheFormat::Stored).and_then(at);
+        let stored = place(1.0, wanted.format).and_then(at);
+        fewer.zip(stored).map_or(f64::INFINITY, |(a, b)| a + b)
     }
 
     /// The treatments worth their bytes among those that `allowed` says, as places in the menu, from few bytes to many.
@@ -147,26 +175,41 @@ impl Distortions {
     }
 }
 
-/// Place of an item by its width, format and rank.
-pub(crate) fn find(menu: &Menu, level: usize, format: usize, rank: usize) -> Option<usize> {
-    menu.items
-        .iter()
-        .position(|item| (item.level, item.format, item.treatment.rank) == (level, format, rank))
+fn address(menu: &Menu, item: usize) -> Address {
+    let item = &menu.items[item];
+    (item.level, item.format, item.treatment.rank, item.cache_level)
+}
+
+/// Place of an item by its width, format, rank and cache.
+pub(crate) fn find(menu: &Menu, wanted: Address) -> Option<usize> {
+    (0..menu.items.len()).find(|&item| address(menu, item) == wanted)
 }
 
 /// The widest width at which a format can be stored.
 fn axis(menu: &Menu, format: usize) -> Option<usize> {
     let fits = |level: &usize| {
-        let item = find(menu, *level, format, 0).map(|item| menu.items[item]);
+        let item = find(menu, (*level, format, 0, 0)).map(|item| menu.items[item]);
         item.is_some_and(|item| item.bytes.is_some())
     };
     (0..menu.levels).rev().find(fits)
 }
 
-/// The items that are measured: each width as stored, each format and rank at its widest width.
+/// Whether an item has the model's weights.
+fn has_dense_weights(menu: &Menu, item: usize) -> bool {
+    let (level, format, rank, _) = address(menu, item);
+    (level, format, rank) == (menu.levels - 1, 0, 0)
+}
+
+/// The items that are measured: each width as stored, each format and rank at its widest width, and with the model's weights
+/// each number of cached tokens as stored and each format of all of them.
 pub(crate) fn axes(menu: &Menu) -> Vec<usize> {
     let on_axis = |item: &usize| {
         let of = menu.items[*item];
+        if of.cache_level > 0 {
+            let cache = menu.caches[of.cache_level];
+            let on_axis = cache.share == 1.0 || cache.format == CacheFormat::Stored;
+            return on_axis && has_dense_weights(menu, *item) && of.bytes.is_some();
+        }
         match of.format {
             0 => of.treatment.rank == 0,
             format => axis(menu, format) == Some(of.level),
@@ -178,11 +221,16 @@ pub(crate) fn axes(menu: &Menu) -> Vec<usize> {
         .collect()
 }
 
-/// The combinations: what can be stored and is on no axis.
+/// The combinations: what can be stored and is on no axis. Treated weights with a treated cache are not among them: these
+/// two add up as those of two sites do.
 pub(crate) fn combinations(menu: &Menu) -> Vec<usize> {
     let axes = axes(menu);
+    let either = |item: &usize| {
+        menu.items[*item].cache_level == 0 || has_dense_weights(menu, *item)
+    };
     (0..menu.items.len())
         .filter(|item| *item != menu.dense && menu.items[*item].bytes.is_some())
+        .filter(either)
         .filter(|item| !axes.contains(item))
         .collect()
 }
@@ -239,6 +287,7 @@ pub(crate) fn median(mut values: Vec<f64>) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cache::Cache;
     use crate::menu::Item;
     use crate::treatment::Format;
 
@@ -257,6 +306,7 @@ mod tests {
                             width,
                             format: name.parse::<Format>().unwrap(),
                             rank,
+                            cache: None,
                         },
                         bytes: (level == 0 || format != 1).then_some(bytes),
                         cache: 0,
@@ -264,6 +314,7 @@ mod tests {
                         parameters: 0,
                         format,
                         level,
+                        cache_level: 0,
                     });
                 }
             }
@@ -273,13 +324,14 @@ mod tests {
             dense: 4,
             items,
             levels: 2,
+            caches: Vec::new(),
         }
     }
 
     fn measured(menu: &Menu, values: &[((usize, usize, usize), f64)]) -> Distortions {
         let mut distortions = Distortions::new(menu, vec![0.5, 1.0]);
         for &((level, format, rank), value) in values {
-            distortions.set(find(menu, level, format, rank).unwrap(), value);
+            distortions.set(find(menu, (level, format, rank, 0)).unwrap(), value);
         }
         distortions
     }
@@ -308,13 +360,76 @@ mod tests {
         let menu = menu();
         let distortions = measured(&menu, &AXES);
         let of =
-            |level, format, rank| distortions.of(&menu, find(&menu, level, format, rank).unwrap());
+            |level, format, rank| distortions.of(&menu, find(&menu, (level, format, rank, 0)).unwrap());
         // Half of the energy stays: 2 + ½ · 1 and 2 + ½ · ½.
         assert_eq!((of(0, 2, 0), of(0, 2, 2)), (2.5, 2.25));
         assert_eq!((of(0, 1, 0), of(1, 0, 0)), (2.25, 0.0));
         // Once a format is measured at a width, corrections there keep the share of its loss that they leave.
         let widened = measured(&menu, &[&AXES[..], &[((0, 2, 0), 3.0)]].concat());
-        assert_eq!(widened.of(&menu, find(&menu, 0, 2, 2).unwrap()), 2.5);
+        assert_eq!(widened.of(&menu, find(&menu, (0, 2, 2, 0)).unwrap()), 2.5);
+    }
+
+    /// The same with the caches of two shares in two formats.
+    fn with_caches() -> Menu {
+        let plain = menu();
+        let mut caches = Vec::new();
+        for share in [1.0, 0.5] {
+            for format in [CacheFormat::Stored, CacheFormat::Int8] {
+                let tokens = (share * 100.0) as usize;
+                caches.push(Cache {
+                    share,
+                    tokens,
+                    format,
+                });
+            }
+        }
+        let with = |item: &Item| -> Vec<Item> {
+            let with = |(cache_level, cache): (usize, &Cache)| {
+                let bytes = 10 * (4 - cache_level as u64);
+                Item {
+                    treatment: Treatment {
+                        cache: Some(*cache),
+                        ..item.treatment
+                    },
+                    bytes: item.bytes.map(|weights| weights + bytes),
+                    cache: bytes,
+                    cache_level,
+                    ..*item
+                }
+            };
+            caches.iter().enumerate().map(with).collect()
+        };
+        Menu {
+            items: plain.items.iter().flat_map(with).collect(),
+            dense: 4 * plain.dense,
+            site: Site::Attention(0),
+            caches,
+            ..plain
+        }
+    }
+
+    #[test]
+    fn caches_are_measured_with_the_weights_as_they_are_and_add_to_what_is_done_to_them() {
+        let menu = with_caches();
+        let addresses = |items: Vec<usize>| -> Vec<Address> {
+            items.into_iter().map(|item| address(&menu, item)).collect()
+        };
+        let of_caches = addresses(axes(&menu)).into_iter().filter(|at| at.3 > 0);
+        assert_eq!(of_caches.collect::<Vec<_>>(), [(1, 0, 0, 1), (1, 0, 0, 2)]);
+        assert_eq!(
+            addresses(combinations(&menu)),
+            [(0, 2, 0, 0), (0, 2, 2, 0), (1, 0, 0, 3)]
+        );
+        let mut distortions = Distortions::new(&menu, vec![0.5, 1.0]);
+        let values = [((0, 0, 0, 0), 2.0), ((1, 0, 0, 1), 0.25), ((1, 0, 0, 2), 0.5)];
+        for (at, value) in values {
+            distortions.set(find(&menu, at).unwrap(), value);
+        }
+        let of = |at: Address| distortions.of(&menu, find(&menu, at).unwrap());
+        assert_eq!((of((1, 0, 0, 0)), of((1, 0, 0, 3))), (0.0, 0.75));
+        // Half of the energy stays: 2 + ½ · ¼ and 2 + ½ · ¾.
+        assert_eq!((of((0, 0, 0, 1)), of((0, 0, 0, 3))), (2.125, 2.375));
+        assert!(of((1, 2, 0, 1)).is_infinite());
     }
 
     #[test]

@@ -201,6 +201,7 @@ mod tests {
                         width: level,
                         format: Format::Stored,
                         rank: 0,
+                        cache: None,
                     },
                     bytes: Some(rng.random_range(1..400)),
                     cache: 0,
@@ -208,6 +209,7 @@ mod tests {
                     parameters: 0,
                     format: 0,
                     level,
+                    cache_level: 0,
                 })
                 .collect();
             let menu = Menu {
@@ -215,6 +217,7 @@ mod tests {
                 dense: count - 1,
                 items,
                 levels: count,
+                caches: Vec::new(),
             };
             let mut distortions = Distortions::new(&menu, vec![1.0; count]);
             for item in 0..count - 1 {

@@ -10,6 +10,7 @@ use crate::menu::{Choices, Item, Menu};
 use crate::options::Options;
 use crate::plan::{Plan, Round, SitePlan};
 use crate::site::Site;
+use crate::target::Target;
 use causal_lm::{Decoder, Progress, Windows};
 use prune_structured::Recipe;
 use prune_structured::divergence::{Teacher, TopK};
@@ -45,6 +46,7 @@ pub struct Frontier<'a> {
     pub(crate) distortions: Vec<Distortions>,
     /// Bytes that no treatment changes.
     pub(crate) fixed: u64,
+    caches_in_16_bits: u64,
     /// The dense treatment of each site.
     pub(crate) dense: Vec<usize>,
     measurer: Measurer<'a>,
@@ -95,12 +97,11 @@ impl<'a> Frontier<'a> {
         let place = (&dir, hash);
         let top_k = TopK::with_rest(options.top_k);
         let teacher = Teacher::new(decoder, &comparison, top_k, place, progress)?;
-        let cache = options.cache_positions * options.cache_element;
-        let (menus, fixed) = {
-            let counter = Counter::new(&maker, options.target, &sites, cache, &dir)?;
+        let (menus, fixed, caches_in_16_bits) = {
+            let counter = Counter::new(&maker, options.target, &sites, options.caching(), &dir)?;
             let menu = |&site: &Site| Menu::new(&maker, &counter, &options, site);
             let menus = sites.iter().map(menu).collect::<Result<Vec<Menu>>>()?;
-            (menus, counter.fixed)
+            (menus, counter.fixed, counter.caches_in_16_bits(&sites))
         };
         let measurer = Measurer::new(
             decoder,
@@ -117,6 +118,7 @@ impl<'a> Frontier<'a> {
             maker,
             menus,
             fixed,
+            caches_in_16_bits,
             measurer,
             comparison,
             check: Check {
@@ -154,7 +156,8 @@ impl<'a> Frontier<'a> {
         for menu in &self.menus {
             let mut of_menu = vec![1.0; menu.levels];
             for item in &menu.items {
-                if item.format == 0 && item.treatment.rank == 0 {
+                let plain = item.format == 0 && item.treatment.rank == 0;
+                if plain && item.cache_level == 0 {
                     let width = item.treatment.width;
                     of_menu[item.level] = self.maker.energy_share(menu.site, width)?;
                 }
@@ -210,7 +213,7 @@ impl<'a> Frontier<'a> {
 
     /// Says what measuring will take before it begins.
     fn state_cost(&self, items: &[(usize, usize)], progress: &dyn Progress) {
-        let tokens = self.windows(self.options.coarse_tokens) * self.comparison.window_len();
+        let tokens = self.windows(self.options.coarse_tokens) * self.window_len();
         let of = |&(site, item): &(usize, usize)| {
             passes(
                 self.decoder,
@@ -224,6 +227,11 @@ impl<'a> Frontier<'a> {
             "{} treatments: {passes:.0} passes of {tokens} tokens",
             items.len()
         ));
+    }
+
+    /// Tokens of the windows on which models are compared.
+    pub fn window_len(&self) -> usize {
+        self.comparison.window_len()
     }
 
     fn windows(&self, tokens: usize) -> usize {
@@ -274,7 +282,8 @@ impl<'a> Frontier<'a> {
         }
         progress.begin(stage, candidates.len() as u64);
         let count = self.windows(tokens);
-        let choices = Choices::new(&self.maker, &self.menus);
+        let caching = (self.options.caching(), self.window_len());
+        let choices = Choices::new(&self.maker, &self.menus, caching);
         let of = (&choices, self.menus.as_slice());
         self.measurer.of(of, (candidates, base), count, progress)
     }
@@ -301,7 +310,7 @@ impl<'a> Frontier<'a> {
 
     /// Tokens that curves and plans are measured on.
     pub fn tokens(&self) -> (usize, usize) {
-        let len = self.comparison.window_len();
+        let len = self.window_len();
         let Options {
             coarse_tokens,
             fine_tokens,
@@ -327,6 +336,11 @@ impl<'a> Frontier<'a> {
     pub fn dense_cache_bytes(&self) -> u64 {
         let of = self.menus.iter().map(|menu| menu.items[menu.dense].cache);
         of.sum()
+    }
+
+    /// Bytes of the whole model's caches with every token in 16 bits, where they count.
+    pub fn caches_in_16_bits(&self) -> u64 {
+        self.caches_in_16_bits
     }
 
     /// The least budget that a plan fits.
@@ -469,12 +483,16 @@ impl<'a> Frontier<'a> {
                 treatment: item.treatment,
                 share: item.treatment.width as f64 / units as f64,
                 bytes,
+                cache_bytes: item.cache,
                 parameters: item.weights,
                 bits: 8.0 * bytes as f64 / item.weights.max(1) as f64,
             }
         };
         let sites: Vec<SitePlan> = self.menus.iter().zip(items).map(site).collect();
+        let caching = self.options.caching().filter(|_| self.options.target == Target::Here);
+        let layers = self.decoder.config().layers();
         Plan {
+            cache: caching.map(|caching| caching.of_plan(layers, &sites)),
             target: self.options.target,
             budget,
             weight_bytes: self.bytes_of(items) - cache_bytes,
@@ -486,7 +504,8 @@ impl<'a> Frontier<'a> {
         }
     }
 
-    /// Divergence of another decoder, such as one that was written and opened again, on the windows of plans.
+    /// Divergence of another decoder, such as one that was written and opened again, on the windows of plans. A plan's caches
+    /// are those of the decoder, by [`Decoder::decoding`] with [`Plan::cache_within`].
     ///
     /// # Errors
     /// What running it reports.

@@ -16,6 +16,9 @@ pub enum Error {
     /// Quantising, correcting or writing failed.
     #[error(transparent)]
     Repair(Box<lowrank_eora::Error>),
+    /// A cache cannot be built or used.
+    #[error(transparent)]
+    Cache(Box<kv_lazy::Error>),
     /// A file could not be read or written.
     #[error(transparent)]
     File(Box<tensor_io::Error>),
@@ -116,6 +119,12 @@ impl From<prune_structured::Error> for Error {
 impl From<lowrank_eora::Error> for Error {
     fn from(error: lowrank_eora::Error) -> Self {
         Self::Repair(Box::new(error))
+    }
+}
+
+impl From<kv_lazy::Error> for Error {
+    fn from(error: kv_lazy::Error) -> Self {
+        Self::Cache(Box::new(error))
     }
 }
 

@@ -3,6 +3,7 @@
 
 mod baselines;
 mod bytes;
+mod cache;
 mod curves;
 mod divide;
 mod driver;
@@ -21,11 +22,13 @@ mod treatment;
 mod write;
 
 pub use baselines::Baseline;
+pub use cache::{CACHE_FORMATS, Cache, CacheFormat, allocated};
 pub use candle_core;
 pub use causal_lm;
 pub use curves::{Check, Curve, Point, spearman};
 pub use driver::{Data, Frontier};
 pub use error::{Error, Result};
+pub use kv_lazy;
 pub use lowrank_eora;
 pub use measure::Divergence;
 pub use options::Options;

@@ -113,6 +113,7 @@ impl<'a> Maker<'a> {
             width: self.units(site),
             format: Format::Stored,
             rank: 0,
+            cache: None,
         }
     }
 
@@ -233,6 +234,7 @@ impl<'a> Maker<'a> {
             width,
             format,
             rank,
+            cache: _,
         } = treatment;
         let corrected = if rank > 0 { "-corrected" } else { "" };
         let format = format.to_string().replace(':', "_");

@@ -1,6 +1,7 @@
 //! The treatments that each site may get.
 
 use crate::bytes::Counter;
+use crate::cache::{Cache, CacheFormat, Caching};
 use crate::error::Result;
 use crate::make::Maker;
 use crate::options::Options;
@@ -9,7 +10,7 @@ use crate::treatment::{Format, Treatment};
 use candle_core::Tensor;
 use causal_lm::Block;
 use prune_structured::divergence::{Half, Place, Sites};
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 
 /// A treatment of a menu.
 #[derive(Clone, Copy, Debug)]
@@ -27,6 +28,8 @@ pub(crate) struct Item {
     pub(crate) format: usize,
     /// Place of its width among those that are chosen from, narrowest first.
     pub(crate) level: usize,
+    /// Place of its cache among those that are chosen from; 0 for that of the model.
+    pub(crate) cache_level: usize,
 }
 
 /// What a site may get.
@@ -39,6 +42,8 @@ pub(crate) struct Menu {
     pub(crate) dense: usize,
     /// Number of widths.
     pub(crate) levels: usize,
+    /// The caches that are chosen from, that of the model first; none where there is nothing to choose.
+    pub(crate) caches: Vec<Cache>,
 }
 
 impl Menu {
@@ -52,6 +57,10 @@ impl Menu {
         let formats = options.formats()?;
         let ranks = options.ranks(maker.decoder.config().hidden);
         let widths = widths(maker, options, site);
+        let caches = match site {
+            Site::Attention(_) => options.caches(),
+            _ => Vec::new(),
+        };
         let mut items = Vec::new();
         for (level, &width) in widths.iter().enumerate() {
             for (at, &format) in formats.iter().enumerate() {
@@ -67,35 +76,51 @@ impl Menu {
                     false => &[],
                 };
                 for rank in std::iter::once(0).chain(ranks.iter().copied()) {
-                    let treatment = Treatment {
+                    let plain = Treatment {
                         width,
                         format: if matrix { format.nearest() } else { format },
                         rank,
+                        cache: None,
                     };
-                    let uncorrected = Treatment {
-                        rank: 0,
-                        ..treatment
-                    };
-                    items.push(Item {
-                        treatment,
-                        bytes: counter.of(site, treatment)?,
-                        cache: counter.cache_of(site, width),
-                        weights: counter.parameters(site, uncorrected)?,
-                        parameters: counter.parameters(site, treatment)?,
-                        format: at,
-                        level,
-                    });
+                    let uncorrected = Treatment { rank: 0, ..plain };
+                    let weight_bytes = counter.of(site, plain)?;
+                    let weights = counter.parameters(site, uncorrected)?;
+                    let parameters = counter.parameters(site, plain)?;
+                    for cache_level in 0..caches.len().max(1) {
+                        let cache = caches.get(cache_level).copied();
+                        let of_cache = counter.cache_of(site, width, cache);
+                        items.push(Item {
+                            treatment: Treatment { cache, ..plain },
+                            bytes: weight_bytes.zip(of_cache).map(|(w, c)| w + c),
+                            cache: of_cache.unwrap_or(0),
+                            weights,
+                            parameters,
+                            format: at,
+                            level,
+                            cache_level,
+                        });
+                    }
                 }
             }
         }
-        let dense = maker.dense(site);
+        let dense = Treatment {
+            cache: caches.first().copied(),
+            ..maker.dense(site)
+        };
         let dense = items.iter().position(|item| item.treatment == dense);
         Ok(Self {
             site,
             items,
             dense: dense.expect("the whole width as it is stored is a treatment"),
             levels: widths.len(),
+            caches,
         })
+    }
+
+    /// Place of the cache that keeps every token in 16 bits, where that can be chosen; else of the model's.
+    pub(crate) fn usual_cache(&self) -> usize {
+        let usual = |cache: &Cache| cache.share == 1.0 && cache.format == CacheFormat::F16;
+        self.caches.iter().position(usual).unwrap_or(0)
     }
 
     /// Place of a treatment.
@@ -130,16 +155,23 @@ fn widths(maker: &Maker<'_>, options: &Options, site: Site) -> Vec<usize> {
 pub(crate) struct Choices<'a> {
     maker: &'a Maker<'a>,
     menus: &'a [Menu],
+    /// What caches have in common, and the tokens of a window.
+    caching: (Option<Caching>, usize),
     places: Vec<Place>,
     /// The matrix that was decoded last: candidates with one embedding follow each other.
     matrix: Mutex<Option<((usize, usize), Tensor)>>,
 }
 
 impl<'a> Choices<'a> {
-    pub(crate) fn new(maker: &'a Maker<'a>, menus: &'a [Menu]) -> Self {
+    pub(crate) fn new(
+        maker: &'a Maker<'a>,
+        menus: &'a [Menu],
+        caching: (Option<Caching>, usize),
+    ) -> Self {
         Self {
             maker,
             menus,
+            caching,
             places: menus.iter().map(|menu| menu.site.place()).collect(),
             matrix: Mutex::new(None),
         }
@@ -154,7 +186,14 @@ impl Sites for Choices<'_> {
     fn half(&self, block: &Block, site: usize, choice: usize) -> prune_structured::Result<Half> {
         let menu = &self.menus[site];
         let treatment = menu.items[choice].treatment;
-        Ok(self.maker.half(block, menu.site, treatment)?)
+        let mut half = self.maker.half(block, menu.site, treatment)?;
+        if let (Half::Attention(half), Some(cache)) = (&mut half, treatment.cache)
+            && let Some(attention) = &mut half.body
+            && let (Some(caching), len) = self.caching
+        {
+            attention.cache = caching.within(cache, len).map(Arc::new);
+        }
+        Ok(half)
     }
 
     fn matrix(&self, site: usize, choice: usize) -> prune_structured::Result<Option<Tensor>> {

@@ -1,5 +1,6 @@
 //! What is chosen from, and how carefully it is measured.
 
+use crate::cache::{Cache, CacheFormat, Caching};
 use crate::error::{Error, Result};
 use crate::target::Target;
 use crate::treatment::Format;
@@ -33,10 +34,15 @@ pub struct Options {
     pub gain: f64,
     /// Steps of a curve that a site may move in a round.
     pub reach: usize,
-    /// Positions times sequences for which keys and values count in the budget; 0 where only weights do.
-    pub cache_positions: u64,
-    /// Bytes of an element of keys and values.
-    pub cache_element: u64,
+    /// Tokens of a context for which keys and values count in the budget; 0 where only weights do.
+    pub context: usize,
+    /// Sequences for which they count.
+    pub batch: usize,
+    /// What keys and values may be stored as, besides as the model computes; for [`Target::Here`].
+    pub cache_formats: Vec<CacheFormat>,
+    /// Shares of the context's tokens that a layer's cache may keep, each above 0 and at most 1; 1 is always among them. With
+    /// others layers evict, by the policy `keydiff`.
+    pub cache_shares: Vec<f64>,
     /// Most parameters of the result, factors included.
     pub max_parameters: Option<u64>,
     /// Bytes of hidden states held at once.
@@ -60,8 +66,15 @@ impl Default for Options {
             rounds: 3,
             gain: 0.01,
             reach: 2,
-            cache_positions: 0,
-            cache_element: 4,
+            context: 0,
+            batch: 1,
+            cache_formats: vec![
+                CacheFormat::F16,
+                CacheFormat::Int8,
+                CacheFormat::K8v4,
+                CacheFormat::Int4,
+            ],
+            cache_shares: vec![1.0],
             max_parameters: None,
             memory: 1 << 30,
             seed: 0,
@@ -96,6 +109,38 @@ impl Options {
         Ok(all)
     }
 
+    /// What the caches of a run have in common; `None` where they do not count.
+    pub(crate) fn caching(&self) -> Option<Caching> {
+        let chosen = self.target == Target::Here;
+        (self.context > 0).then(|| Caching {
+            context: self.context,
+            batch: self.batch,
+            evicts: chosen && self.cache_shares.iter().any(|share| *share < 1.0),
+        })
+    }
+
+    /// The caches that a layer may have, that of the model first; none where they do not count.
+    pub(crate) fn caches(&self) -> Vec<Cache> {
+        let Some(caching) = self.caching() else {
+            return Vec::new();
+        };
+        let (mut formats, mut shares) = (vec![CacheFormat::Stored], vec![1.0]);
+        if self.target == Target::Here {
+            formats.extend(&self.cache_formats);
+            shares.extend(self.cache_shares.iter().filter(|share| **share < 1.0));
+        }
+        let mut caches = Vec::new();
+        for share in shares {
+            for &format in &formats {
+                let cache = caching.cache(share, format);
+                if !caches.contains(&cache) {
+                    caches.push(cache);
+                }
+            }
+        }
+        caches
+    }
+
     /// Ranks beside 0, ascending.
     pub fn ranks(&self, hidden: usize) -> Vec<usize> {
         let mut ranks = match &self.ranks {
@@ -127,6 +172,13 @@ impl Options {
                 "a share is above 0 and at most 1",
             );
         }
+        if let Some(share) = self.cache_shares.iter().find(|s| !(**s > 0.0 && **s <= 1.0)) {
+            return refuse(
+                "cache_shares",
+                share.to_string(),
+                "a share is above 0 and at most 1",
+            );
+        }
         if !(0.0..=1.0).contains(&self.sample) {
             return refuse(
                 "sample",
@@ -142,6 +194,7 @@ impl Options {
             ("coarse_tokens", self.coarse_tokens),
             ("fine_tokens", self.fine_tokens),
             ("reach", self.reach),
+            ("batch", self.batch),
         ] {
             if value == 0 {
                 return refuse(option, value.to_string(), "at least 1 is needed");

@@ -1,10 +1,12 @@
 //! Plans: one treatment for each site, as plain data.
 
+use crate::cache;
 use crate::error::{Error, Result};
 use crate::measure::Divergence;
 use crate::site::Site;
 use crate::target::Target;
 use crate::treatment::Treatment;
+use kv_lazy::CacheConfig;
 use serde::{Deserialize, Serialize};
 use std::path::Path;
 
@@ -19,6 +21,9 @@ pub struct SitePlan {
     pub share: f64,
     /// Bytes of its weights in the files.
     pub bytes: u64,
+    /// Bytes of its cache, where caches count.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub cache_bytes: u64,
     /// Its weights that stay, without factors.
     pub parameters: u64,
     /// Bits per weight that stays, everything counted.
@@ -47,14 +52,21 @@ pub struct Plan {
     pub sites: Vec<SitePlan>,
     /// Bytes that the files of weights take at most.
     pub weight_bytes: u64,
-    /// Bytes of keys and values, where the cache counts.
+    /// Bytes of the caches, where they count: keys and values with their scales and positions.
     pub cache_bytes: u64,
+    /// The caches of all layers for the context, where they are chosen.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cache: Option<CacheConfig>,
     /// Sum of the divergences of single sites, in nats per token.
     pub predicted: f64,
     /// Divergence of the whole plan from the dense model.
     pub measured: Divergence,
     /// The division and the rounds after it.
     pub rounds: Vec<Round>,
+}
+
+fn is_zero(bytes: &u64) -> bool {
+    *bytes == 0
 }
 
 /// A plan in a few numbers.
@@ -71,7 +83,7 @@ pub struct Summary {
 }
 
 impl Plan {
-    /// Whether the model stays as it is.
+    /// Whether all weights stay as they are.
     pub fn is_dense(&self) -> bool {
         let dense = |site: &SitePlan| {
             let Treatment { format, rank, .. } = site.treatment;
@@ -83,6 +95,12 @@ impl Plan {
     /// Bytes that count against the budget.
     pub fn bytes(&self) -> u64 {
         self.weight_bytes + self.cache_bytes
+    }
+
+    /// The caches with the same shares of the tokens of windows of `len`, for [`Decoder::decoding`](causal_lm::Decoder::decoding);
+    /// `None` where all are as in the model.
+    pub fn cache_within(&self, len: usize) -> Option<CacheConfig> {
+        cache::within(self.cache.as_ref()?, &self.sites, len)
     }
 
     /// The plan in a few numbers.

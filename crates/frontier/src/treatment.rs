@@ -1,5 +1,6 @@
 //! Treatments: what can be done to a site.
 
+use crate::cache::Cache;
 use crate::{Error, Result};
 use lowrank_eora::compress::{BlockRounding, Compressor, Rounding};
 use serde::{Deserialize, Serialize};
@@ -85,6 +86,9 @@ pub struct Treatment {
     pub format: Format,
     /// Rank of the correction of each linear, stored in f16; 0 for none.
     pub rank: usize,
+    /// The cache of the layer, at attention where caches count.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cache: Option<Cache>,
 }
 
 impl Treatment {
@@ -97,9 +101,12 @@ impl Treatment {
 impl fmt::Display for Treatment {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} {}", self.width, self.format)?;
-        match self.rank {
-            0 => Ok(()),
-            rank => write!(f, " r{rank}"),
+        if self.rank > 0 {
+            write!(f, " r{}", self.rank)?;
+        }
+        match self.cache.filter(|cache| !cache.is_dense()) {
+            Some(cache) => write!(f, ", cache {cache}"),
+            None => Ok(()),
         }
     }
 }
@@ -121,6 +128,7 @@ mod tests {
                 width: 96,
                 format: name.parse().unwrap(),
                 rank: 4,
+                cache: None,
             };
             let json = serde_json::to_string(&treatment).unwrap();
             assert!(json.contains(name), "{json}");

@@ -4,6 +4,7 @@
 //! DIR/model/          folder for causal-lm and vLLM       DIR/model.gguf     file for llama.cpp
 //! DIR/adapter/        PEFT adapter, where there are ranks DIR/adapter.gguf   LoRA, where there are ranks
 //! DIR/plan.json       the plan
+//! DIR/cache.json      caches of all layers, as a configuration of kv-lazy, where they are chosen
 //! ```
 //!
 //! The folder appears under its name when it is complete.
@@ -52,6 +53,7 @@ impl Written {
 }
 
 const PLAN: &str = "plan.json";
+const CACHE: &str = "cache.json";
 
 impl Frontier<'_> {
     /// Writes what a plan describes into the new folder `dst`; a step of `progress` is a block.
@@ -71,9 +73,13 @@ impl Frontier<'_> {
         std::fs::create_dir_all(&scratch).map_err(tensor_io::Error::io("create", &scratch))?;
         let (model, adapter) = self.write_into(plan, folder.path(), &scratch, progress)?;
         std::fs::remove_dir_all(&scratch).map_err(tensor_io::Error::io("remove", &scratch))?;
-        let text =
-            serde_json::to_vec_pretty(plan).map_err(|e| Error::PlanMismatch(e.to_string()))?;
-        folder.write(PLAN, &text)?;
+        let json = |value: serde_json::Result<Vec<u8>>| {
+            value.map_err(|error| Error::PlanMismatch(error.to_string()))
+        };
+        folder.write(PLAN, &json(serde_json::to_vec_pretty(plan))?)?;
+        if let Some(cache) = &plan.cache {
+            folder.write(CACHE, &json(serde_json::to_vec_pretty(cache))?)?;
+        }
         let place = |name: &str| folder.path().join(name);
         let mut bytes = weights_in(&place(model))?;
         if let Some(adapter) = adapter {

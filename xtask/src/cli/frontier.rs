@@ -4,7 +4,7 @@ use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
 use clap::Args;
-use frontier::{Format, Options, TARGETS, Target};
+use frontier::{CacheFormat, Format, Options, TARGETS, Target};
 use lowrank_eora::compress::Compressor;
 
 use super::{TextArgs, names, positive};
@@ -20,7 +20,8 @@ pub(super) struct FrontierArgs {
     /// Budgets, separated by commas: bytes (500000000, 500M, 1.5GiB) or percent of the model's in bf16 (35%)
     #[arg(long, required = true, value_delimiter = ',', value_name = "B[,B..]")]
     memory: Vec<Memory>,
-    /// Tokens of context for which keys and values count in the budget; without it weights alone count
+    /// Tokens of context for which keys and values count in the budget, and each layer's cache gets a format; without it weights alone
+    /// count
     #[arg(long, value_name = "N", value_parser = positive)]
     context: Option<NonZeroUsize>,
     /// Sequences for which they count
@@ -66,6 +67,13 @@ struct SearchArgs {
     /// Formats besides that of the model, most bits first: compressors as for lowrank [default: those of the target]
     #[arg(long, value_delimiter = ',', value_name = "F[,F..]", value_parser = format)]
     formats: Option<Vec<Format>>,
+    /// What keys and values may be stored as, with --context and --for here: f16, int8, k8v4 (8-bit keys, 4-bit values), int4
+    /// [default: all]
+    #[arg(long, value_delimiter = ',', value_name = "T[,T..]", requires = "context")]
+    cache_formats: Option<Vec<CacheFormat>>,
+    /// Fractions of the context's tokens that a layer's cache may keep, besides all; layers that keep fewer evict by keydiff
+    #[arg(long, value_delimiter = ',', value_name = "S[,S..]", requires = "context")]
+    cache_tokens: Option<Vec<f64>>,
     /// Ranks of corrections besides none [default: a 64th and a 16th of the hidden width]
     #[arg(long, value_delimiter = ',', value_name = "R[,R..]")]
     ranks: Option<Vec<usize>>,
@@ -105,7 +113,14 @@ impl FrontierArgs {
         } = self;
         let mut options = Options::new(target);
         if let Some(context) = context {
-            options.cache_positions = (context.get() * batch.get()) as u64;
+            options.context = context.get();
+            options.batch = batch.get();
+        }
+        if let Some(formats) = search.cache_formats {
+            options.cache_formats = formats;
+        }
+        if let Some(shares) = search.cache_tokens {
+            options.cache_shares = shares;
         }
         options.max_parameters = max_params;
         if let Some(widths) = search.widths {

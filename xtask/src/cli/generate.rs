@@ -31,6 +31,9 @@ pub(super) struct GenerateArgs {
     /// Tokens that the cache keeps per layer and KV head
     #[arg(long, value_name = "N", default_value = "512", value_parser = super::positive)]
     budget: NonZeroUsize,
+    /// JSON file with a cache for each layer, in place of --policy and --budget: the cache.json that eval frontier saves
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["policy", "budget"])]
+    cache: Option<PathBuf>,
     /// Maximum number of tokens generated
     #[arg(long, value_name = "N", default_value = "256", value_parser = super::positive)]
     max_new_tokens: NonZeroUsize,
@@ -63,6 +66,7 @@ impl From<GenerateArgs> for generate::Config {
             // clap has admitted no other name.
             policy: Choice::named(&args.policy, PromptRule::Own, ALPHA)
                 .expect("the parser knows the same names"),
+            cache: args.cache,
             budget: args.budget.get(),
             max_new_tokens: args.max_new_tokens.get(),
             sampling: match args.temperature == 0.0 {

@@ -68,7 +68,11 @@ impl CacheSet {
             Evictor::for_batch(policy.as_ref(), budget, layer, whole.batch, shape, shared)
         };
         let storage = |layer| config.storage_of(layer).copied();
-        let mut set = Self::build(whole, evictors, storage)?;
+        let configured = Whole {
+            config: Some(config),
+            ..*whole
+        };
+        let mut set = Self::build(&configured, evictors, storage)?;
         let elsewhere = whole.external || !whole.device.is_cpu();
         if elsewhere && config.shared_budget.is_some() {
             return Err(Error::Setting {
@@ -208,7 +212,10 @@ impl CacheSet {
                 } else {
                     (Vec::new(), StorageConfig::default())
                 };
-                let (layout, most) = laid_out(&evictors, &storage, shape, dtype)?;
+                let (layout, mut most) = laid_out(&evictors, &storage, shape, dtype)?;
+                if let (Some(config), []) = (whole.config, evictors.as_slice()) {
+                    most = config.expected(index);
+                }
                 if layout.shares_scales()
                     && (!evictors.is_empty() || shape.sliding_window.is_some())
                 {
@@ -246,6 +253,7 @@ impl CacheSet {
 }
 
 /// What a set is built for.
+#[derive(Clone, Copy)]
 struct Whole<'a> {
     layers: &'a [LayerShape],
     /// Index of the first of the layers.
@@ -255,6 +263,8 @@ struct Whole<'a> {
     device: &'a Device,
     /// Attention is computed elsewhere, over tensors.
     external: bool,
+    /// What it is built from, unless the policies are the caller's own.
+    config: Option<&'a CacheConfig>,
 }
 
 impl<'a> Whole<'a> {
@@ -266,6 +276,7 @@ impl<'a> Whole<'a> {
             dtype,
             device,
             external: false,
+            config: None,
         }
     }
 }

@@ -177,7 +177,7 @@ pub enum Positions {
 pub struct CacheConfig {
     /// The policy while decoding, and for the prompt unless `prefill` is set.
     pub decode: PolicyConfig,
-    /// Tokens per layer, sequence and KV head.
+    /// Tokens per layer, sequence and KV head. Of a cache that keeps every token: what its storage has room for; it grows beyond.
     pub budget: Budget,
     /// Budgets per layer in place of `budget`; empty for none.
     #[serde(default)]
@@ -288,6 +288,30 @@ impl CacheConfig {
             value: format!("storage of {} layers", self.layer_storage.len()),
             expected: "one for each layer",
         })
+    }
+
+    /// The same for one layer alone, without lists per layer.
+    ///
+    /// # Errors
+    /// As [`layer_budget`](Self::layer_budget) and [`storage_of`](Self::storage_of).
+    pub fn of_layer(&self, layer: usize) -> Result<Self> {
+        Ok(Self {
+            budget: self.layer_budget(layer)?,
+            layer_budgets: Vec::new(),
+            storage: *self.storage_of(layer)?,
+            layer_storage: Vec::new(),
+            rotary: self.rotary_of(layer).cloned(),
+            layer_rotary: Vec::new(),
+            ..self.clone()
+        })
+    }
+
+    /// Tokens that a layer's storage has room for where nothing is evicted, `usize::MAX` where that is not said.
+    pub(crate) fn expected(&self, layer: usize) -> usize {
+        match self.layer_budget(layer) {
+            Ok(Budget::Tokens(tokens)) if self.keeps_all() => tokens,
+            _ => usize::MAX,
+        }
     }
 
     /// The rotation of one layer; none beyond the layers that were named.

@@ -9,9 +9,10 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::{DType, Device};
-use causal_lm::{Arithmetic, Decoder, Execution, Model};
+use causal_lm::{Arithmetic, CacheSet, Decoder, Execution, Model};
 use eval_report::{Budget, DENSE, Row, Section, Stopwatch, format};
 use frontier::{Baseline, Data, Frontier, Options, Plan};
+use kv_lazy::CacheConfig;
 use lm_eval::ScoredWindows;
 
 use super::held_out;
@@ -26,6 +27,9 @@ pub use memory::Memory;
 pub const JOINT: &str = "joint";
 /// What a file that was opened again may differ by from what was measured, in nats per token: rounding of f32.
 const SAME: f64 = 1e-6;
+/// The same as a share of the divergence where caches quantise or evict: the last bit of a key decides on codes and on what is
+/// evicted.
+const SAME_WITH_CACHES: f64 = 0.01;
 /// Tokens decoded to measure a speed, and those before them.
 const DECODED: usize = 32;
 const PROMPT: usize = 16;
@@ -110,7 +114,7 @@ pub fn run(settings: &Settings, config: &Config) -> Result<Vec<Section>> {
     watch.stop(&mut measuring);
     let measured = (measuring.seconds, frontier.passes());
     let dense = frontier.dense_bytes();
-    let bf16 = 2 * checkpoint.parameters() + frontier.dense_cache_bytes();
+    let bf16 = 2 * checkpoint.parameters() + frontier.caches_in_16_bits();
     let smallest = frontier.smallest().unwrap_or(dense);
     let all = config.memory.iter().map(|memory| memory.bytes(bf16));
     let (budgets, below): (Vec<u64>, Vec<u64>) = all.partition(|&budget| budget >= smallest);
@@ -135,7 +139,7 @@ pub fn run(settings: &Settings, config: &Config) -> Result<Vec<Section>> {
         bf16,
         bar: &bar,
     };
-    let mut rows = vec![suite.dense(&decoder, dense)?];
+    let mut rows = vec![suite.dense(&decoder, (dense, frontier.dense_cache_bytes()))?];
     let mut plans = Vec::new();
     for &budget in &budgets {
         bar.set_label(format!("{JOINT} at {budget}"));
@@ -167,6 +171,7 @@ pub fn run(settings: &Settings, config: &Config) -> Result<Vec<Section>> {
         .fact("comparison windows", comparison.count())
         .fact("target", frontier.options().target.name())
         .fact("budgets are shares of", format::bytes(bf16))
+        .fact("caches", caches_counted(frontier.options()))
         .fact("tokens of curves", coarse)
         .fact("tokens of plans", fine)
         .fact("seconds to measure curves", measured.0.round())
@@ -188,6 +193,18 @@ pub fn run(settings: &Settings, config: &Config) -> Result<Vec<Section>> {
     Ok(vec![section])
 }
 
+/// How caches count, in words.
+fn caches_counted(options: &Options) -> String {
+    match options.context {
+        0 => "not counted".into(),
+        context => format!(
+            "counted at {context} tokens in {} sequences; measured by decoding the windows, in which layers keep the same \
+             shares of the tokens",
+            options.batch
+        ),
+    }
+}
+
 /// What all rows share.
 struct Suite<'a> {
     config: &'a Config,
@@ -199,14 +216,17 @@ struct Suite<'a> {
 }
 
 impl Suite<'_> {
-    fn dense(&self, decoder: &Decoder<'_>, bytes: u64) -> Result<Row> {
+    /// Bytes are those of the weights and the caches.
+    fn dense(&self, decoder: &Decoder<'_>, (bytes, caches): (u64, u64)) -> Result<Row> {
         let mut row = Row::new("frontier", DENSE);
         let bar = self.bar.nested(DENSE, 0);
         perplexity::measure(decoder, self.evaluation, &mut row, &bar)?;
         let checkpoint = decoder.checkpoint();
         let packed = Decoder::new(checkpoint, DType::F32, &Device::Cpu)?;
-        self.speed(&packed.packed(Execution::new(Arithmetic::F32)), &mut row)?;
-        row.bytes = Some(bytes);
+        let packed = packed.packed(Execution::new(Arithmetic::F32));
+        self.speed(&Model::load(&packed)?, None, &mut row)?;
+        row.bytes = Some(bytes - caches);
+        row.kv_bytes = Some(caches).filter(|bytes| *bytes > 0);
         row.extra.insert("kl".into(), 0.0.into());
         Ok(row)
     }
@@ -262,10 +282,14 @@ impl Suite<'_> {
         let checkpoint = written.open()?;
         let decoder = Decoder::new(&checkpoint, DType::F32, &Device::Cpu)?;
         let decoder = decoder.packed(Execution::new(Arithmetic::F32));
+        let (decoder, same) = match plan.cache_within(frontier.window_len()) {
+            Some(caches) => (decoder.decoding(caches), SAME_WITH_CACHES),
+            None => (decoder, SAME),
+        };
         let opened = frontier.divergence(&decoder, &bar)?;
         let difference = (opened.mean - plan.measured.mean).abs();
         ensure!(
-            difference <= SAME * plan.measured.mean.max(1.0),
+            difference <= SAME.max(same * plan.measured.mean),
             "{}: the files are {} nats from the dense model, the plan {}",
             dst.display(),
             opened.mean,
@@ -273,7 +297,8 @@ impl Suite<'_> {
         );
         let mut row = Row::new("frontier", method);
         perplexity::measure(&decoder, self.evaluation, &mut row, &bar)?;
-        self.speed(&decoder, &mut row)?;
+        let model = Model::load(&decoder)?;
+        self.speed(&model, plan.cache.as_ref(), &mut row)?;
         row.seconds = start.elapsed().as_secs_f64();
         row.bytes = Some(written.bytes);
         let summary = plan.summary();
@@ -281,8 +306,26 @@ impl Suite<'_> {
         let share = plan.budget as f64 / self.bf16 as f64;
         row.budget = Some(Budget::Share((share * 1e4).round() / 1e4));
         if plan.cache_bytes > 0 {
-            row.kv_bytes = Some(plan.cache_bytes);
+            let held = match &plan.cache {
+                Some(config) => {
+                    let (context, batch) = (frontier.options().context, frontier.options().batch);
+                    let shapes = model.cache_shapes();
+                    frontier::allocated(&shapes, DType::F32, config, (context, batch))?
+                }
+                None => plan.cache_bytes,
+            };
+            ensure!(
+                held <= plan.cache_bytes,
+                "{}: caches take {held} bytes, the plan {}",
+                dst.display(),
+                plan.cache_bytes
+            );
+            row.kv_bytes = Some(held);
+            row.kv_bytes_full = Some(frontier.dense_cache_bytes());
+            let share = held as f64 / (held + written.bytes) as f64;
+            row.extra.insert("cache_share".into(), share.into());
         }
+        drop(model);
         for (name, value) in [
             ("kl", opened.mean),
             ("kl_error", opened.error),
@@ -301,10 +344,21 @@ impl Suite<'_> {
         Ok(row)
     }
 
-    /// Tokens decoded per second, one at a time, with weights as they are stored; the row's speed so far is that of a prefill.
-    fn speed(&self, decoder: &Decoder<'_>, row: &mut Row) -> Result<()> {
-        let model = Model::load(decoder)?;
-        let mut cache = model.full_cache(1)?;
+    /// Tokens decoded per second, one at a time, with weights and caches as they are stored; the row's speed so far is that of
+    /// a prefill.
+    fn speed(
+        &self,
+        model: &Model<'_>,
+        caches: Option<&CacheConfig>,
+        row: &mut Row,
+    ) -> Result<()> {
+        let mut cache = match caches {
+            Some(config) => {
+                let (shapes, decoder) = (model.cache_shapes(), model.decoder());
+                CacheSet::new(&shapes, 1, decoder.dtype(), decoder.device(), config)?
+            }
+            None => model.full_cache(1)?,
+        };
         let windows = self.evaluation.inputs();
         let tokens: Vec<u32> = windows.iter().flatten().copied().collect();
         let decoded = DECODED

@@ -1,4 +1,4 @@
-//! A picture of a plan: a column for each site, a row each for width, bits and rank.
+//! A picture of a plan: a column for each site, a row each for width, bits and rank, and for the cache where it counts.
 
 use std::fmt::Write;
 
@@ -26,8 +26,15 @@ pub(super) fn figure(plan: &Plan, bf16: u64) -> Figure {
     let share = |site: &SitePlan| site.share;
     let bits = |site: &SitePlan| site.bits / most_bits;
     let rank = |site: &SitePlan| site.treatment.rank as f64 / most_rank as f64;
-    let rows: [(&str, Value<'_>); 3] = [("width", &share), ("bits", &bits), ("rank", &rank)];
-    let height = TOP + 3.0 * (HEIGHT + 4.0) + 20.0;
+    let most_cache = plan.sites.iter().map(|site| site.cache_bytes).max();
+    let most_cache = most_cache.unwrap_or(0);
+    let cache = |site: &SitePlan| site.cache_bytes as f64 / most_cache as f64;
+    let mut rows: Vec<(&str, Value<'_>)> =
+        vec![("width", &share), ("bits", &bits), ("rank", &rank)];
+    if most_cache > 0 {
+        rows.push(("cache", &cache));
+    }
+    let height = TOP + rows.len() as f64 * (HEIGHT + 4.0) + 20.0;
     let mut svg = format!(
         "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {} {height}\" font-family=\"sans-serif\" \
          font-size=\"11\">",
@@ -63,8 +70,12 @@ pub(super) fn figure(plan: &Plan, bf16: u64) -> Figure {
     Figure {
         caption: format!(
             "The joint plan at {:.1} % of the model in bf16. Dark: much stays. Bits are shown as a share of {most_bits:.1} per \
-             weight, ranks of {most_rank}.",
-            100.0 * plan.budget as f64 / bf16.max(1) as f64
+             weight, ranks of {most_rank}{}.",
+            100.0 * plan.budget as f64 / bf16.max(1) as f64,
+            match most_cache {
+                0 => String::new(),
+                most => format!(", caches of {most} bytes"),
+            }
         ),
         svg,
     }

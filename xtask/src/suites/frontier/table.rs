@@ -23,6 +23,7 @@ pub(super) fn section(
         Column::Bytes,
         Column::BytesOverDense,
         Column::KvBytes,
+        Column::ExtraShare("cache_share".into()),
     ];
     let extra = ["kl", "kl_error", "kl_predicted"];
     columns.extend(extra.map(|name| Column::Extra(name.into())));
@@ -32,11 +33,13 @@ pub(super) fn section(
     columns.extend([Column::TokensPerSecond, Column::Seconds]);
     Section {
         title: "The best model that fits".into(),
-        prose: "A budget in bytes is divided over pruned width, bits and low-rank repair of each attention, MLP and embedding, by \
+        prose: "A budget in bytes is divided over pruned width, bits and low-rank repair of each attention, MLP and embedding, and with \
+                --context over the caches of the layers, by \
                 what each treatment does to the predictions of the whole model. Every plan was written, opened again and measured \
                 with its weights as they are stored: size is that of the files of weights, kl the mean divergence from the dense \
                 model's predictions in nats per token on windows that neither calibration nor evaluation used, with its standard \
-                error. The other rows spend the same bytes along one axis. Speed is that of decoding one token at a time; the \
+                error. Caches are part of both: windows are decoded through them, and their size is what they allocate for the \
+                context. A plan saved with --save has them in cache.json, which generate takes with --cache. The other rows spend the same bytes along one axis. Speed is that of decoding one token at a time; the \
                 prefill's is beside it. The last plot compares the sum of single sites with whole plans."
             .into(),
         columns,
