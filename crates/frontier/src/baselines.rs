@@ -154,7 +154,9 @@ impl Frontier<'_> {
                 self.divided(budget, &dense)?.into_iter().collect()
             }
         };
-        candidates.retain(|items: &Vec<usize>| self.bytes(items).is_some_and(|b| b <= budget));
+        candidates.retain(|items: &Vec<usize>| {
+            self.bytes(items).is_some_and(|b| b <= budget) && self.meets(items)
+        });
         let sum = |items: &Vec<usize>| self.sum(items);
         candidates.sort_by(|a, b| sum(a).total_cmp(&sum(b)));
         candidates.dedup();
@@ -206,7 +208,7 @@ impl Frontier<'_> {
     ) -> Result<Option<Vec<usize>>> {
         match self.choose(budget, allowed) {
             Ok(choice) => Ok(Some(choice.items)),
-            Err(Error::Budget { .. }) => Ok(None),
+            Err(Error::Budget { .. } | Error::Speed { .. } | Error::Option { .. }) => Ok(None),
             Err(error) => Err(error),
         }
     }
@@ -218,7 +220,7 @@ impl Frontier<'_> {
     }
 
     /// Sum of the divergences of single sites.
-    fn sum(&self, items: &[usize]) -> f64 {
+    pub(crate) fn sum(&self, items: &[usize]) -> f64 {
         let of = |site: usize| self.distortions[site].of(&self.menus[site], items[site]);
         (0..items.len()).map(of).sum()
     }

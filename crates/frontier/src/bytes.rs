@@ -249,7 +249,7 @@ impl<'a> Counter<'a> {
 }
 
 /// The block type that holds floats of a dtype.
-fn stored_type(dtype: candle_core::DType) -> BlockType {
+pub(crate) fn stored_type(dtype: candle_core::DType) -> BlockType {
     match dtype {
         candle_core::DType::F16 => BlockType::F16,
         candle_core::DType::BF16 => BlockType::BF16,

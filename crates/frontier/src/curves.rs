@@ -8,6 +8,7 @@
 //! not, all formats are measured at all widths.
 
 use crate::cache::CacheFormat;
+use crate::divide::Price;
 use crate::menu::Menu;
 use crate::site::Site;
 use crate::treatment::Treatment;
@@ -133,14 +134,14 @@ impl Distortions {
     }
 
     /// The treatments worth their bytes among those that `allowed` says, as places in the menu, from few bytes to many.
-    /// Each parameter counts as `price` nats.
+    /// What parameters and seconds count as is in `price`.
     pub(crate) fn envelope(
         &self,
         menu: &Menu,
-        price: f64,
+        price: Price,
         allowed: &dyn Fn(usize) -> bool,
     ) -> Vec<usize> {
-        let cost = |item: usize| self.of(menu, item) + price * menu.items[item].parameters as f64;
+        let cost = |item: usize| self.of(menu, item) + price.of(&menu.items[item]);
         let mut all: Vec<(u64, f64, usize)> = (0..menu.items.len())
             .filter(|&item| allowed(item))
             .filter_map(|item| Some((menu.items[item].bytes?, cost(item), item)))
@@ -167,7 +168,7 @@ impl Distortions {
         Curve {
             site: menu.site,
             points: self
-                .envelope(menu, 0.0, &|_| true)
+                .envelope(menu, Price::default(), &|_| true)
                 .into_iter()
                 .map(point)
                 .collect(),
@@ -312,6 +313,7 @@ mod tests {
                         cache: 0,
                         weights: 0,
                         parameters: 0,
+                        seconds: 0.0,
                         format,
                         level,
                         cache_level: 0,

@@ -16,8 +16,23 @@ pub(crate) struct Rules<'r> {
     pub(crate) equal_ranks: bool,
     /// What a site may get besides.
     pub(crate) allowed: &'r dyn Fn(Site, &Item) -> bool,
-    /// What a parameter counts as, in nats; 0 where their number is free.
-    pub(crate) price: f64,
+    /// What parameters and seconds count as.
+    pub(crate) price: Price,
+}
+
+/// What a treatment's parameters and seconds count as, in nats; 0 where they are free.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub(crate) struct Price {
+    /// Of a parameter.
+    pub(crate) parameter: f64,
+    /// Of a second that decoding a token takes.
+    pub(crate) second: f64,
+}
+
+impl Price {
+    pub(crate) fn of(self, item: &Item) -> f64 {
+        self.parameter * item.parameters as f64 + self.second * item.seconds
+    }
 }
 
 /// The divisions of every budget up to a largest one.
@@ -34,6 +49,8 @@ struct Class {
     /// For each site the places in its menu that are worth their bytes, from few bytes to many.
     envelopes: Vec<Vec<usize>>,
     distortions: Vec<Vec<f64>>,
+    /// What their parameters and seconds count as.
+    prices: Vec<Vec<f64>>,
     knapsack: Knapsack,
 }
 
@@ -84,7 +101,7 @@ impl Division {
         &mut self,
         menus: &[Menu],
         distortions: &[Distortions],
-        (largest, price): (u64, f64),
+        (largest, price): (u64, Price),
         allowed: &dyn Fn(&Menu, &Item) -> bool,
     ) {
         let envelopes: Vec<Vec<usize>> = menus
@@ -98,7 +115,7 @@ impl Division {
         let curve = |((menu, of), envelope): ((&Menu, &Distortions), &Vec<usize>)| -> Vec<Point> {
             let point = |&item: &usize| Point {
                 cost: menu.items[item].bytes.unwrap_or(0),
-                distortion: of.of(menu, item) + price * menu.items[item].parameters as f64,
+                distortion: of.of(menu, item) + price.of(&menu.items[item]),
             };
             envelope.iter().map(point).collect()
         };
@@ -118,8 +135,13 @@ impl Division {
             envelope.iter().map(|&item| of.of(menu, item)).collect()
         };
         let values = menus.iter().zip(distortions).zip(&envelopes).map(values);
+        let prices = |(menu, envelope): (&Menu, &Vec<usize>)| {
+            let of = |&item: &usize| price.of(&menu.items[item]);
+            envelope.iter().map(of).collect()
+        };
         self.classes.push(Class {
             distortions: values.collect(),
+            prices: menus.iter().zip(&envelopes).map(prices).collect(),
             envelopes,
             knapsack,
         });
@@ -128,22 +150,21 @@ impl Division {
     /// The best choice for a budget; `None` below the smallest.
     pub(crate) fn at(&self, budget: u64) -> Option<Choice> {
         let spare = budget.checked_sub(self.fixed)?;
-        let of_class = |class: &Class| -> Option<Choice> {
+        let of_class = |class: &Class| -> Option<(f64, Choice)> {
             let taken = class.knapsack.at(spare)?;
-            let sum = taken
-                .iter()
-                .zip(&class.distortions)
-                .map(|(&i, d)| d[i])
-                .sum();
+            let sum = |of: &[Vec<f64>]| -> f64 { taken.iter().zip(of).map(|(&i, d)| d[i]).sum() };
+            let predicted = sum(&class.distortions);
             let items = taken.iter().zip(&class.envelopes).map(|(&i, e)| e[i]);
-            Some(Choice {
+            let choice = Choice {
                 items: items.collect(),
-                predicted: sum,
+                predicted,
                 envelopes: class.envelopes.clone(),
-            })
+            };
+            Some((predicted + sum(&class.prices), choice))
         };
         let choices = self.classes.iter().filter_map(of_class);
-        choices.min_by(|a, b| a.predicted.total_cmp(&b.predicted))
+        let best = choices.min_by(|a, b| a.0.total_cmp(&b.0));
+        best.map(|(_, choice)| choice)
     }
 
     /// The least budget that any choice fits; `None` where the rules leave a site without a treatment.
@@ -207,6 +228,7 @@ mod tests {
                     cache: 0,
                     weights: 0,
                     parameters: 0,
+                        seconds: 0.0,
                     format: 0,
                     level,
                     cache_level: 0,
@@ -248,7 +270,7 @@ mod tests {
             equal_widths,
             equal_ranks: false,
             allowed: &|_, _| true,
-            price: 0.0,
+            price: Price::default(),
         }
     }
 
@@ -295,6 +317,54 @@ mod tests {
             }
         }
         assert!(below >= 1000);
+    }
+
+    #[test]
+    fn priced_seconds_are_divided_as_by_trying_every_choice_and_get_fewer_as_they_get_dearer() {
+        let mut rng = ChaCha8Rng::seed_from_u64(13);
+        for _ in 0..200 {
+            let (mut menus, distortions) = instance(&mut rng);
+            for item in menus.iter_mut().flat_map(|menu| &mut menu.items) {
+                item.seconds = rng.random_range(0.0..1.0);
+            }
+            let budget = rng.random_range(400..2400);
+            let seconds = |items: &[usize]| -> f64 {
+                let of = menus.iter().zip(items);
+                of.map(|(menu, &item)| menu.items[item].seconds).sum()
+            };
+            let mut last = f64::INFINITY;
+            for second in [0.0, 0.3, 1.0, 5.0, 1e3] {
+                let price = Price {
+                    second,
+                    ..Price::default()
+                };
+                let rules = Rules {
+                    price,
+                    ..rules(false)
+                };
+                let division = Division::new(&menus, &distortions, (0, budget), &rules);
+                let Some(found) = division.at(budget) else {
+                    break;
+                };
+                // Priced distortions as the brute force sees them.
+                let priced: Vec<Distortions> = menus
+                    .iter()
+                    .zip(&distortions)
+                    .map(|(menu, of)| {
+                        let mut priced = of.clone();
+                        for item in 0..menu.items.len() {
+                            priced.set(item, of.of(menu, item) + price.of(&menu.items[item]));
+                        }
+                        priced
+                    })
+                    .collect();
+                let best = brute_force(&menus, &priced, budget).unwrap();
+                let sum = found.predicted + second * seconds(&found.items);
+                assert!((sum - best).abs() < 1e-6 * best.max(1.0), "{sum} {best}");
+                assert!(seconds(&found.items) <= last + 1e-9);
+                last = seconds(&found.items);
+            }
+        }
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use crate::bytes::Counter;
 use crate::curves::{self, Check, Curve, Distortions, RELIABLE, median, spearman};
-use crate::divide::{Choice, Division, Rules};
+use crate::divide::{Choice, Division, Price, Rules};
 use crate::error::{Error, Result};
 use crate::make::Maker;
 use crate::measure::{Divergence, Measurer, passes};
@@ -11,6 +11,7 @@ use crate::options::Options;
 use crate::plan::{Plan, Round, SitePlan};
 use crate::site::Site;
 use crate::target::Target;
+use crate::timing::Timer;
 use causal_lm::{Decoder, Progress, Windows};
 use prune_structured::Recipe;
 use prune_structured::divergence::{Teacher, TopK};
@@ -25,6 +26,8 @@ use tensor_io::{ContentHash, Hasher};
 const VERSION: u64 = 2;
 /// Neurons are removed so many at a time, which keeps rows whole blocks and words.
 const ALIGNMENT: usize = 32;
+/// The least and the largest price of a second, in nats: no site is worth more.
+const SECOND: (f64, f64) = (1e-6, 1e9);
 /// Fewest combinations that are measured to check their prediction, where there are as many.
 const FEWEST_CHECKED: usize = 8;
 
@@ -47,6 +50,8 @@ pub struct Frontier<'a> {
     /// Bytes that no treatment changes.
     pub(crate) fixed: u64,
     caches_in_16_bits: u64,
+    /// Seconds of a decoded token that no treatment changes; 0 where speed is free.
+    fixed_seconds: f64,
     /// The dense treatment of each site.
     pub(crate) dense: Vec<usize>,
     measurer: Measurer<'a>,
@@ -119,6 +124,7 @@ impl<'a> Frontier<'a> {
             menus,
             fixed,
             caches_in_16_bits,
+            fixed_seconds: 0.0,
             measurer,
             comparison,
             check: Check {
@@ -128,8 +134,29 @@ impl<'a> Frontier<'a> {
                 widened: false,
             },
         };
+        if frontier.options.tokens_per_second.is_some() {
+            frontier.measure_seconds(&dir, progress)?;
+        }
         frontier.measure_curves(progress)?;
         Ok(frontier)
+    }
+
+    /// Fills in what each treatment takes for a decoded token.
+    fn measure_seconds(&mut self, dir: &Path, progress: &dyn Progress) -> Result<()> {
+        let mut timer = Timer::new(&self.maker, dir)?;
+        progress.begin("seconds of treatments", self.menus.len() as u64);
+        for menu in &mut self.menus {
+            for item in &mut menu.items {
+                if item.bytes.is_some() {
+                    item.seconds = timer.seconds(menu.site, item.treatment)?;
+                }
+            }
+            progress.advance(1)?;
+        }
+        timer.save()?;
+        let dense = self.menus.iter().map(|menu| menu.items[menu.dense].seconds);
+        self.fixed_seconds = timer.rest(&self.comparison, dense.sum(), progress)?;
+        timer.save()
     }
 
     fn measure_curves(&mut self, progress: &dyn Progress) -> Result<()> {
@@ -345,11 +372,11 @@ impl<'a> Frontier<'a> {
 
     /// The least budget that a plan fits.
     pub fn smallest(&self) -> Option<u64> {
-        self.divide(self.dense_bytes(), 0.0, &|_, _| true)
+        self.divide(self.dense_bytes(), Price::default(), &|_, _| true)
             .smallest()
     }
 
-    fn bytes_of(&self, items: &[usize]) -> u64 {
+    pub(crate) fn bytes_of(&self, items: &[usize]) -> u64 {
         let of = self.menus.iter().zip(items);
         let bytes: u64 = of.map(|(menu, &i)| menu.items[i].bytes.unwrap_or(0)).sum();
         self.fixed + bytes
@@ -358,7 +385,7 @@ impl<'a> Frontier<'a> {
     pub(crate) fn divide(
         &self,
         largest: u64,
-        price: f64,
+        price: Price,
         allowed: &dyn Fn(Site, &Item) -> bool,
     ) -> Division {
         let rules = Rules {
@@ -379,7 +406,7 @@ impl<'a> Frontier<'a> {
     /// token, of `points` budgets.
     pub fn predicted(&self, points: usize) -> Vec<(u64, f64)> {
         let dense = self.dense_bytes();
-        let division = self.divide(dense, 0.0, &|_, _| true);
+        let division = self.divide(dense, Price::default(), &|_, _| true);
         let Some(smallest) = division.smallest() else {
             return Vec::new();
         };
@@ -395,58 +422,80 @@ impl<'a> Frontier<'a> {
         found
     }
 
-    /// The best choice for a budget, within the number of parameters that may stay.
+    /// The best choice for a budget, within the number of parameters that may stay and the seconds that a token may take.
     pub(crate) fn choose(
         &self,
         budget: u64,
         allowed: &dyn Fn(Site, &Item) -> bool,
     ) -> Result<Choice> {
-        let at = |price: f64| -> Result<Choice> {
+        let at = |price: Price| -> Result<Choice> {
             let division = self.divide(budget, price, allowed);
             division.at(budget).ok_or(Error::Budget {
                 budget,
                 smallest: division.smallest().unwrap_or(u64::MAX),
             })
         };
-        let mut free = at(0.0)?;
+        let mut free = at(Price::default())?;
         // Costs that the programme rounds up may leave the dense model a few bytes beyond its own.
         let dense = |menu: &Menu| allowed(menu.site, &menu.items[menu.dense]);
         if budget >= self.dense_bytes() && self.menus.iter().all(dense) {
             (free.items, free.predicted) = (self.dense.clone(), 0.0);
         }
-        let Some(most) = self.options.max_parameters else {
-            return Ok(free);
-        };
-        let fits = |choice: &Choice| self.parameters_of(&choice.items) <= most;
-        if fits(&free) {
+        if self.meets(&free.items) {
             return Ok(free);
         }
-        // The price of a parameter in nats, by doubling and halving of its logarithm.
-        let (mut low, mut high) = (1e-15f64, 1e-15f64);
-        let mut best = loop {
-            high *= 10.0;
-            let choice = at(high)?;
-            if fits(&choice) {
-                break choice;
-            }
-            low = high;
-            if high > 1.0 {
-                return Err(Error::Option {
-                    option: "max_parameters",
-                    value: most.to_string(),
-                    expected: "no plan has so few parameters",
-                });
-            }
+        let few = |choice: &Choice| self.has_few_parameters(&choice.items);
+        let too_many = || Error::Option {
+            option: "max_parameters",
+            value: self.options.max_parameters.unwrap_or(0).to_string(),
+            expected: "no plan has so few parameters",
         };
-        for _ in 0..20 {
-            let middle = (low * high).sqrt();
-            let choice = at(middle)?;
-            match fits(&choice) {
-                true => (high, best) = (middle, choice),
-                false => low = middle,
+        // At a price of seconds, the cheapest parameters with which there are few enough.
+        let with_few = |second: f64| -> Result<Choice> {
+            let priced = |parameter: f64| at(Price { parameter, second });
+            let plain = priced(0.0)?;
+            if few(&plain) {
+                return Ok(plain);
+            }
+            least_price((1e-15, 1.0), &few, &priced)?.ok_or_else(too_many)
+        };
+        let fast = |choice: &Choice| self.is_fast(&choice.items);
+        let plain = with_few(0.0)?;
+        if fast(&plain) {
+            return Ok(plain);
+        }
+        match least_price(SECOND, &fast, &with_few)? {
+            Some(choice) => Ok(choice),
+            None => {
+                let fastest = with_few(SECOND.1)?;
+                Err(Error::Speed {
+                    wanted: self.options.tokens_per_second.unwrap_or(0.0),
+                    fastest: 1.0 / self.seconds_of(&fastest.items),
+                })
             }
         }
-        Ok(best)
+    }
+
+    /// Whether a choice has few enough parameters and is fast enough.
+    pub(crate) fn meets(&self, items: &[usize]) -> bool {
+        self.has_few_parameters(items) && self.is_fast(items)
+    }
+
+    fn has_few_parameters(&self, items: &[usize]) -> bool {
+        let most = self.options.max_parameters;
+        most.is_none_or(|most| self.parameters_of(items) <= most)
+    }
+
+    fn is_fast(&self, items: &[usize]) -> bool {
+        let least = self.options.tokens_per_second;
+        least.is_none_or(|least| self.seconds_of(items) * least <= 1.0)
+    }
+
+    /// Seconds of a decoded token by the table.
+    fn seconds_of(&self, items: &[usize]) -> f64 {
+        let of = self.menus.iter().zip(items);
+        let of_sites: f64 = of.map(|(menu, &item)| menu.items[item].seconds).sum();
+        self.fixed_seconds + of_sites
     }
 
     pub(crate) fn parameters_of(&self, items: &[usize]) -> u64 {
@@ -501,6 +550,7 @@ impl<'a> Frontier<'a> {
             measured,
             rounds,
             sites,
+            seconds: self.options.tokens_per_second.map(|_| self.seconds_of(items)),
         }
     }
 
@@ -515,6 +565,36 @@ impl<'a> Frontier<'a> {
         let found = teacher.divergence(decoder, &self.comparison, &windows, progress)?;
         Ok(Divergence::of(&found))
     }
+}
+
+/// The choice at the least price, of those between two, at which it fits; `None` where none does.
+fn least_price(
+    (least, most): (f64, f64),
+    fits: &dyn Fn(&Choice) -> bool,
+    at: &dyn Fn(f64) -> Result<Choice>,
+) -> Result<Option<Choice>> {
+    // By tenfold and halving of its logarithm.
+    let (mut low, mut high) = (least, least);
+    let mut best = loop {
+        high *= 10.0;
+        let choice = at(high)?;
+        if fits(&choice) {
+            break choice;
+        }
+        low = high;
+        if high > most {
+            return Ok(None);
+        }
+    };
+    for _ in 0..20 {
+        let middle = (low * high).sqrt();
+        let choice = at(middle)?;
+        match fits(&choice) {
+            true => (high, best) = (middle, choice),
+            false => low = middle,
+        }
+    }
+    Ok(Some(best))
 }
 
 /// No window may be in both sets.

@@ -35,6 +35,16 @@ pub enum Error {
         /// The smallest that can be met.
         smallest: u64,
     },
+    /// A speed that no plan within the budget reaches.
+    #[error(
+        "{wanted} tokens per second are too many: the fastest plan within the budget decodes {fastest:.1} by the measured table"
+    )]
+    Speed {
+        /// Tokens per second asked for.
+        wanted: f64,
+        /// Those of the fastest plan.
+        fastest: f64,
+    },
     /// An option out of range.
     #[error("{option} is {value}, but {expected}")]
     Option {

@@ -15,9 +15,11 @@ mod measure;
 mod menu;
 mod options;
 mod plan;
+mod refine;
 mod rounds;
 mod site;
 mod target;
+mod timing;
 mod treatment;
 mod write;
 

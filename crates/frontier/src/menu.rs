@@ -24,6 +24,8 @@ pub(crate) struct Item {
     pub(crate) weights: u64,
     /// The same with factors.
     pub(crate) parameters: u64,
+    /// Seconds that its matrices take for a decoded token; 0 where speed is free.
+    pub(crate) seconds: f64,
     /// Place of its format among those that are chosen from.
     pub(crate) format: usize,
     /// Place of its width among those that are chosen from, narrowest first.
@@ -95,6 +97,7 @@ impl Menu {
                             cache: of_cache.unwrap_or(0),
                             weights,
                             parameters,
+                            seconds: 0.0,
                             format: at,
                             level,
                             cache_level,

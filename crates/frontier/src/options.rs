@@ -45,6 +45,11 @@ pub struct Options {
     pub cache_shares: Vec<f64>,
     /// Most parameters of the result, factors included.
     pub max_parameters: Option<u64>,
+    /// Fewest tokens per second of decoding one sequence, by a table of what each treatment takes on this machine with
+    /// weights as they are stored; at short contexts.
+    pub tokens_per_second: Option<f64>,
+    /// Generations of drawn exchanges after the rounds.
+    pub refine: usize,
     /// Bytes of hidden states held at once.
     pub memory: usize,
     /// Seed of draws.
@@ -76,6 +81,8 @@ impl Default for Options {
             ],
             cache_shares: vec![1.0],
             max_parameters: None,
+            tokens_per_second: None,
+            refine: 0,
             memory: 1 << 30,
             seed: 0,
         }
@@ -185,6 +192,9 @@ impl Options {
                 self.sample.to_string(),
                 "it is a share from 0 to 1",
             );
+        }
+        if let Some(speed) = self.tokens_per_second.filter(|s| !(*s > 0.0 && s.is_finite())) {
+            return refuse("tokens_per_second", speed.to_string(), "it is above 0");
         }
         if !(self.gain >= 0.0 && self.gain.is_finite()) {
             return refuse("gain", self.gain.to_string(), "it is a share, at least 0");

@@ -61,8 +61,11 @@ pub struct Plan {
     pub predicted: f64,
     /// Divergence of the whole plan from the dense model.
     pub measured: Divergence,
-    /// The division and the rounds after it.
+    /// The division and the rounds after it, those of drawn exchanges that were kept among them.
     pub rounds: Vec<Round>,
+    /// Seconds of a decoded token by the table of what treatments take, where speed counts.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub seconds: Option<f64>,
 }
 
 fn is_zero(bytes: &u64) -> bool {

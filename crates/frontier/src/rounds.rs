@@ -49,6 +49,12 @@ impl Frontier<'_> {
                 break;
             }
         }
+        if self.options.refine > 0 && now != self.dense {
+            let of = (choice.envelopes.as_slice(), budget);
+            let (better, of_better, more) = self.refine((now, measured), of, progress)?;
+            (now, measured) = (better, of_better);
+            rounds.extend(more);
+        }
         Ok(self.to_plan(budget, &now, predicted, measured, rounds))
     }
 
@@ -147,8 +153,7 @@ impl Frontier<'_> {
         let taken = knapsack(&curves, budget.checked_sub(self.fixed)?)?;
         let of_site = || taken.iter().zip(&around).map(|(&i, of_site)| of_site[i]);
         let next: Vec<usize> = of_site().map(|n| n.item).collect();
-        let within = self.options.max_parameters;
-        if within.is_some_and(|most| self.parameters_of(&next) > most) {
+        if !self.meets(&next) {
             return None;
         }
         (next != now).then(|| (next, of_site().map(|n| n.change).sum()))

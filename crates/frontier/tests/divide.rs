@@ -445,3 +445,64 @@ fn other_runtimes_keep_every_token_in_16_bits() {
         assert!(caches(&plan).iter().all(|cache| cache.is_dense()));
     });
 }
+
+#[test]
+fn a_speed_is_kept_by_the_measured_table_and_one_that_no_plan_reaches_names_the_fastest() {
+    let model = model(true);
+    let with_speed = |speed: Option<f64>| {
+        let mut options = options(Target::Here);
+        options.tokens_per_second = speed;
+        with_frontier(&model, options, |frontier| {
+            frontier.plan(budget(frontier, 0.9), &NoProgress)
+        })
+    };
+    let free = with_speed(None).unwrap();
+    assert_eq!(free.seconds, None);
+    let slow = with_speed(Some(1e-3)).unwrap();
+    assert_eq!(slow.sites, free.sites);
+    let slowest = slow.seconds.unwrap();
+    assert!(slowest > 0.0);
+    let Err(Error::Speed { fastest, .. }) = with_speed(Some(1e12)) else {
+        panic!("a million million tokens a second");
+    };
+    // The table was kept: the fastest plan is no slower than the free one, and can be asked for.
+    assert!(fastest >= 1.0 / slowest);
+    let asked = 0.999 * fastest;
+    let fast = with_speed(Some(asked)).unwrap();
+    assert!(fast.seconds.unwrap() * asked <= 1.0);
+    assert!(fast.bytes() <= fast.budget && fast.predicted >= free.predicted - 1e-12);
+}
+
+#[test]
+fn drawn_exchanges_never_make_a_plan_worse_keep_its_budget_and_are_those_of_the_seed() {
+    let model = model(true);
+    let with_refine = |refine: usize, seed: u64, folder: &str| {
+        let mut options = options(Target::Here);
+        (options.refine, options.seed) = (refine, seed);
+        // Few tokens and no rounds leave something to be found.
+        (options.rounds, options.coarse_tokens) = (0, 32);
+        let (calibration, comparison) = (windows(1, 24), windows(2, 16));
+        let decoder = model.decoder();
+        let data = Data {
+            calibration: &calibration,
+            comparison: &comparison,
+        };
+        let dir = model.path(folder);
+        let mut frontier = Frontier::measure(&decoder, data, options, dir, &NoProgress).unwrap();
+        let budget = budget(&frontier, 0.35);
+        let plan = frontier.plan(budget, &NoProgress).unwrap();
+        assert!(plan.bytes() <= budget);
+        plan
+    };
+    let plain = with_refine(0, 0, "refine");
+    let refined = with_refine(8, 0, "refine");
+    assert!(refined.measured.mean < plain.measured.mean, "nothing was found in 96 plans");
+    let kept: Vec<f64> = refined.rounds.iter().map(|round| round.measured.mean).collect();
+    assert!(kept.windows(2).all(|pair| pair[1] < pair[0]), "{kept:?}");
+    assert_eq!(kept[0], plain.measured.mean);
+    assert_eq!(*kept.last().unwrap(), refined.measured.mean);
+    assert_eq!(with_refine(8, 0, "refine"), refined);
+    assert_eq!(with_refine(8, 0, "another folder"), refined);
+    let (plain, other) = (with_refine(0, 1, "refine"), with_refine(8, 1, "refine"));
+    assert!(other.measured.mean <= plain.measured.mean);
+}

@@ -15,6 +15,7 @@ pub mod compensation;
 mod cost;
 pub mod divergence;
 mod error;
+pub mod evolution;
 pub mod experts;
 mod methods;
 pub mod obs;

@@ -30,6 +30,10 @@ pub(super) struct FrontierArgs {
     /// Most parameters of the result, factors included
     #[arg(long, value_name = "N")]
     max_params: Option<u64>,
+    /// Fewest tokens per second of decoding one sequence at a short context, by a table of what each treatment takes, which is
+    /// measured on this machine with weights as they are stored
+    #[arg(long, value_name = "X")]
+    tokens_per_second: Option<f64>,
     #[arg(
         long = "for",
         value_name = "TARGET",
@@ -86,6 +90,9 @@ struct SearchArgs {
     /// Most rounds of measuring around a plan
     #[arg(long, value_name = "N", default_value = "3")]
     rounds: usize,
+    /// Generations of drawn exchanges between sites after the rounds, each of 12 plans; the better plan stays
+    #[arg(long, value_name = "N", default_value = "0")]
+    refine: usize,
 }
 
 fn target(name: &str) -> Result<Target, String> {
@@ -105,6 +112,7 @@ impl FrontierArgs {
             context,
             batch,
             max_params,
+            tokens_per_second,
             target,
             save,
             resume,
@@ -123,6 +131,7 @@ impl FrontierArgs {
             options.cache_shares = shares;
         }
         options.max_parameters = max_params;
+        options.tokens_per_second = tokens_per_second;
         if let Some(widths) = search.widths {
             options.widths = widths;
         }
@@ -131,6 +140,7 @@ impl FrontierArgs {
         options.coarse_tokens = search.coarse_tokens.get();
         options.fine_tokens = search.fine_tokens.get();
         options.rounds = search.rounds;
+        options.refine = search.refine;
         suite::Config {
             calib_samples: search.calib_samples.get(),
             compare_samples: search.compare_samples.get(),

@@ -1,21 +1,11 @@
-//! One generation: paired mutations of a parent, successive halving, elitism.
+//! Mutations of the levels of a supernet: paired steps that leave the budget alone.
 
-use super::options::Options;
 use super::space::Sublayer;
-use crate::Result;
+use crate::evolution;
 use rand::Rng;
-use std::collections::BTreeSet;
 
 /// A level for each sublayer.
 pub(crate) type Levels = Vec<i8>;
-
-/// The fitness, lower being better, of candidates on the tokens of a stage.
-pub(crate) type Evaluate<'e> = dyn FnMut(usize, &[Levels]) -> Result<Vec<f64>> + 'e;
-
-/// Most exchanges in a mutation.
-const FLIPS: usize = 4;
-/// Mutations tried for each that is wanted, after which the neighbourhood counts as exhausted.
-const TRIES: usize = 64;
 
 /// Up to `count` different mutants of `parent`, in the order in which they were drawn.
 pub(crate) fn offspring(
@@ -24,24 +14,13 @@ pub(crate) fn offspring(
     count: usize,
     rng: &mut impl Rng,
 ) -> Vec<Levels> {
-    let mut seen = BTreeSet::from([parent.to_vec()]);
-    let mut found = Vec::with_capacity(count);
-    for _ in 0..count * TRIES {
-        if found.len() == count {
-            break;
-        }
-        let mutant = mutate(space, parent, rng);
-        if seen.insert(mutant.clone()) {
-            found.push(mutant);
-        }
-    }
-    found
+    evolution::offspring(&parent.to_vec(), count, || mutate(space, parent, rng))
 }
 
 /// One to four exchanges, fewer being likelier: a step denser in one sublayer, a step sparser in
 /// another of its kind, where both cost the same number of parameters.
 pub(crate) fn mutate(space: &[Sublayer], parent: &[i8], rng: &mut impl Rng) -> Levels {
-    let flips = rng.random_range(1..=FLIPS).min(rng.random_range(1..=FLIPS));
+    let flips = evolution::flips(rng);
     let mut levels = parent.to_vec();
     for _ in 0..flips {
         let change = |i: usize, by: i8| -> Option<u64> {
@@ -73,53 +52,17 @@ pub(crate) fn mutate(space: &[Sublayer], parent: &[i8], rng: &mut impl Rng) -> L
     levels
 }
 
-/// The best of a generation and its fitness on the tokens of the last stage.
-#[derive(Clone, Debug, PartialEq)]
-pub(crate) struct Best {
-    pub(crate) levels: Levels,
-    pub(crate) fitness: f64,
-    /// The parent's, on the same tokens.
-    pub(crate) parent: f64,
-}
-
-/// Halves `offspring` over the stages and sets the last survivors beside `parent`, which stays
-/// unless one of them is better.
-pub(crate) fn select(
-    options: &Options,
-    parent: &[i8],
-    offspring: Vec<Levels>,
-    evaluate: &mut Evaluate<'_>,
-) -> Result<Best> {
-    let last = options.stages.len() - 1;
-    let mut left = offspring;
-    for (stage, sizes) in options.stages[..last].iter().enumerate() {
-        if left.len() > sizes.survivors {
-            let fitness = evaluate(stage, &left)?;
-            let mut order: Vec<usize> = (0..left.len()).collect();
-            order.sort_by(|&a, &b| fitness[a].total_cmp(&fitness[b]).then(a.cmp(&b)));
-            order.truncate(sizes.survivors);
-            left = order.into_iter().map(|i| left[i].clone()).collect();
-        }
-    }
-    left.insert(0, parent.to_vec());
-    let fitness = evaluate(last, &left)?;
-    let best = (0..left.len())
-        .min_by(|&a, &b| fitness[a].total_cmp(&fitness[b]))
-        .expect("the parent is among them");
-    Ok(Best {
-        fitness: fitness[best],
-        parent: fitness[0],
-        levels: left.swap_remove(best),
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::Result;
+    use crate::evolution::{Evaluate, select};
     use crate::ranking::Ranking;
     use crate::stats::Part;
+    use crate::tyr::Options;
     use rand::SeedableRng;
     use rand_chacha::ChaCha8Rng;
+    use std::collections::BTreeSet;
 
     fn space(layers: usize) -> Vec<Sublayer> {
         let sublayer = |layer, part, units: usize, cost, spacing| {
@@ -180,21 +123,21 @@ mod tests {
         let space = space(5);
         let hidden: Levels = vec![1, -2, 0, 2, -1, -1, 1, 0, -1, 1];
         let options = Options::default();
-        let mut evaluate = |_: usize, candidates: &[Levels]| {
+        let mut evaluate = |_: usize, candidates: &[Levels]| -> Result<Vec<f64>> {
             let distance = |levels: &Levels| -> f64 {
                 let gaps = levels.iter().zip(&hidden).map(|(a, b)| f64::from(a - b));
                 gaps.map(|gap| gap * gap).sum()
             };
             Ok(candidates.iter().map(distance).collect())
         };
-        let run = |evaluate: &mut Evaluate<'_>| {
+        let run = |evaluate: &mut Evaluate<'_, Levels, crate::Error>| {
             let (mut parent, mut last) = (vec![0; 10], f64::INFINITY);
             for generation in 0..40 {
                 let mut rng = ChaCha8Rng::seed_from_u64(generation);
                 let mutants = offspring(&space, &parent, options.offspring, &mut rng);
-                let best = select(&options, &parent, mutants, evaluate).unwrap();
+                let best = select(&options.stages, &parent, mutants, evaluate).unwrap();
                 assert!(best.fitness <= best.parent && best.fitness <= last);
-                (parent, last) = (best.levels, best.fitness);
+                (parent, last) = (best.candidate, best.fitness);
             }
             (parent, last)
         };

@@ -9,7 +9,7 @@
 //! ```text
 //! space     widths of each sublayer: a centre, a spacing, four levels to each side
 //! supernet  the sublayers at all their levels, on disk
-//! evolve    paired mutations, successive halving, elitism; fitness is KL divergence from the dense model
+//! evolve    paired mutations, selected as in [`crate::evolution`]; fitness is KL divergence from the dense model
 //! search    iterations and generations, resumable after any step
 //! ```
 //!
@@ -24,5 +24,6 @@ mod state;
 mod supernet;
 
 pub use crate::divergence::Sharing;
-pub use options::{Accumulation, Options, Stage};
+pub use crate::evolution::Stage;
+pub use options::{Accumulation, Options};
 pub use search::{Data, Found, Run, Start, search};

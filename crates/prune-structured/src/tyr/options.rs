@@ -2,6 +2,7 @@
 
 use crate::compensation::{Compensation, LeastSquares};
 use crate::divergence::Sharing;
+use crate::evolution::Stage;
 use crate::obs::Rounds;
 use crate::recipe::Recipe;
 use crate::{Error, Result};
@@ -20,16 +21,6 @@ pub enum Accumulation {
     /// The dense block, so that no error accumulates, which is what the published implementation
     /// does.
     Dense,
-}
-
-/// One round of selection.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Stage {
-    /// Tokens on which candidates are compared, rounded up to whole windows and drawn anew in
-    /// every generation; all windows where there are no more.
-    pub tokens: usize,
-    /// Candidates that are kept.
-    pub survivors: usize,
 }
 
 /// Options of a search. The default is for small models and one machine.

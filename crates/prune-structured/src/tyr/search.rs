@@ -1,12 +1,13 @@
 //! The whole search: iterations of a supernet and generations in it.
 
-use super::evolve::{Levels, offspring, select};
+use super::evolve::{Levels, offspring};
 use super::options::{Accumulation, Options};
 use super::space::{Sublayer, spacing, uniform};
 use super::state::{Folder, Identity, State};
 use super::supernet;
 use crate::compensation::LeastSquares;
 use crate::divergence::{Fitness, Kept, LevelStore, Sublayers, Teacher, TopK};
+use crate::evolution::select;
 use crate::plan::{LayerPlan, Plan};
 use crate::ranking::Ranking;
 use crate::recipe::Recipe;
@@ -174,10 +175,10 @@ pub fn search(
                 seconds += started.elapsed().as_secs_f64();
                 found
             };
-            let best = select(options, &state.parent, mutants, &mut evaluate)?;
+            let best = select(&options.stages, &state.parent, mutants, &mut evaluate)?;
             folder.record(&state, &best)?;
             state.generation += 1;
-            (state.parent, state.kl) = (best.levels, Some(best.fitness));
+            (state.parent, state.kl) = (best.candidate, Some(best.fitness));
             folder.save(&state)?;
             progress.advance(1)?;
         }

@@ -9,11 +9,12 @@
 //!
 //! All but the log are replaced whole; lines of the log beyond the state are dropped on resuming.
 
-use super::evolve::{Best, Levels};
+use super::evolve::Levels;
 use super::options::Options;
 use super::search::Data;
 use crate::Result;
 use crate::divergence::{Sharing, hash_of};
+use crate::evolution::Best;
 use crate::ranking::Shape;
 use crate::stored::{self, damaged as file_error};
 use serde::{Deserialize, Serialize};
@@ -128,11 +129,11 @@ impl Folder {
     }
 
     /// Adds the generation that `state` is about to count.
-    pub(crate) fn record(&self, state: &State, best: &Best) -> Result<()> {
+    pub(crate) fn record(&self, state: &State, best: &Best<Levels>) -> Result<()> {
         let line = Line {
             iteration: state.iteration,
             generation: state.generation,
-            levels: best.levels.clone(),
+            levels: best.candidate.clone(),
             kl: best.fitness,
             parent_kl: best.parent,
         };

@@ -325,6 +325,11 @@ impl Suite<'_> {
             let share = held as f64 / (held + written.bytes) as f64;
             row.extra.insert("cache_share".into(), share.into());
         }
+        if let Some(seconds) = plan.seconds {
+            let predicted = 1.0 / seconds;
+            row.extra
+                .insert("predicted_tokens_per_second".into(), predicted.into());
+        }
         drop(model);
         for (name, value) in [
             ("kl", opened.mean),

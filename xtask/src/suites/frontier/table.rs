@@ -28,7 +28,13 @@ pub(super) fn section(
     let extra = ["kl", "kl_error", "kl_predicted"];
     columns.extend(extra.map(|name| Column::Extra(name.into())));
     columns.extend([Column::Perplexity, Column::ExtraShare("pruned".into())]);
-    let extra = ["bits", "mean_rank", "prefill_tokens_per_second", "passes"];
+    let extra = [
+        "bits",
+        "mean_rank",
+        "prefill_tokens_per_second",
+        "predicted_tokens_per_second",
+        "passes",
+    ];
     columns.extend(extra.map(|name| Column::Extra(name.into())));
     columns.extend([Column::TokensPerSecond, Column::Seconds]);
     Section {
@@ -40,7 +46,8 @@ pub(super) fn section(
                 model's predictions in nats per token on windows that neither calibration nor evaluation used, with its standard \
                 error. Caches are part of both: windows are decoded through them, and their size is what they allocate for the \
                 context. A plan saved with --save has them in cache.json, which generate takes with --cache. The other rows spend the same bytes along one axis. Speed is that of decoding one token at a time; the \
-                prefill's is beside it. The last plot compares the sum of single sites with whole plans."
+                prefill's is beside it, and with --tokens-per-second the one by the table of what each treatment takes on this \
+                machine. The last plot compares the sum of single sites with whole plans."
             .into(),
         columns,
         remarks: remarks(&rows),
