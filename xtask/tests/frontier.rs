@@ -78,9 +78,14 @@ fn saved_models_are_the_rows_and_open_again() {
         &saved,
         "--resume",
         &state,
+        "--tokens-per-second",
+        "1",
+        "--refine",
+        "1",
     ];
     let found = rows(&frontier(&scene, &more));
     let joint = found.iter().find(|row| row["method"] == "joint").unwrap();
+    assert!(number(joint, "predicted_tokens_per_second") >= 1.0);
     let folder = std::fs::read_dir(&save)
         .unwrap()
         .next()

@@ -1,19 +1,24 @@
 //! Writes the tokens of a text and the log-probabilities that a model gives every next token, to compare with another
 //! runtime:
 //!
-//!     cargo run --release --example logits -- MODEL TEXT TOKENS OUT.safetensors
+//!     cargo run --release --example logits -- MODEL TEXT TOKENS OUT.safetensors [ADAPTER]
 //!
-//! MODEL is a folder in the layout of Hugging Face or a GGUF file.
+//! MODEL is a folder in the layout of Hugging Face or a GGUF file, ADAPTER a PEFT folder or a LoRA in GGUF.
 
 use candle_core::{D, DType, Device, Tensor};
 use causal_lm::{Decoder, Model, TextTokenizer, read_text};
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
-    let [path, text, count, out] = &arguments[..] else {
-        return Err("usage: logits MODEL TEXT TOKENS OUT.safetensors".into());
+    let (path, text, count, out, adapter) = match &arguments[..] {
+        [path, text, count, out] => (path, text, count, out, None),
+        [path, text, count, out, adapter] => (path, text, count, out, Some(adapter)),
+        _ => return Err("usage: logits MODEL TEXT TOKENS OUT.safetensors [ADAPTER]".into()),
     };
-    let checkpoint = causal_lm::open(path)?;
+    let checkpoint = match adapter {
+        None => causal_lm::open(path)?,
+        Some(adapter) => causal_lm::open_adapted(path, adapter)?,
+    };
     let decoder = Decoder::new(&checkpoint, DType::F32, &Device::Cpu)?;
     let tokenizer = TextTokenizer::open(path)?;
     let mut tokens: Vec<u32> = tokenizer.bos().into_iter().collect();
