@@ -122,13 +122,25 @@ fn caches_are_part_of_the_budget_and_generate_runs_those_of_a_saved_plan() {
     }));
     let saved = scene.path("saved");
     let text = saved.display().to_string();
-    let more = ["--memory", "70%", "--context", "256", "--batch", "2", "--save", &text];
+    let more = [
+        "--memory",
+        "70%",
+        "--context",
+        "256",
+        "--batch",
+        "2",
+        "--save",
+        &text,
+    ];
     let more = [&more[..], &["--cache-tokens", "0.5", "--ranks", "2"]].concat();
     let found = rows(&frontier(&scene, &more));
     let dense = found.iter().find(|row| row["method"] == "dense").unwrap();
     // Keys and values of two heads of 8 channels in f32, and the position of each token; evicting layers have room for 64 more.
     let tokens = (256 + 64) * 2;
-    assert_eq!(number(dense, "kv_bytes"), f64::from(2 * 2 * (2 * 8 * 4 + 4) * tokens));
+    assert_eq!(
+        number(dense, "kv_bytes"),
+        f64::from(2 * 2 * (2 * 8 * 4 + 4) * tokens)
+    );
     let joint = found.iter().find(|row| row["method"] == "joint").unwrap();
     let (weights, caches) = (number(joint, "bytes"), number(joint, "kv_bytes"));
     assert!(caches < number(dense, "kv_bytes"));
@@ -136,27 +148,58 @@ fn caches_are_part_of_the_budget_and_generate_runs_those_of_a_saved_plan() {
     assert!((of_both - caches).abs() < 1.0);
     for site in joint["layers"].as_array().unwrap() {
         let attention = site["site"].as_str().unwrap().starts_with("attention");
-        assert_eq!(site["treatment"].get("cache").is_some(), attention, "{site}");
+        assert_eq!(
+            site["treatment"].get("cache").is_some(),
+            attention,
+            "{site}"
+        );
     }
     assert!(found.iter().any(|row| row["method"] == "caches alone"));
-    let folder = std::fs::read_dir(&saved).unwrap().next().unwrap().unwrap().path();
-    let budget: f64 = folder.file_name().unwrap().to_str().unwrap().parse().unwrap();
-    assert!(weights + caches <= budget, "{weights} + {caches} of {budget}");
+    let folder = std::fs::read_dir(&saved)
+        .unwrap()
+        .next()
+        .unwrap()
+        .unwrap()
+        .path();
+    let budget: f64 = folder
+        .file_name()
+        .unwrap()
+        .to_str()
+        .unwrap()
+        .parse()
+        .unwrap();
+    assert!(
+        weights + caches <= budget,
+        "{weights} + {caches} of {budget}"
+    );
 
     let generate = |cache: &str| -> Output {
         let path = |path: std::path::PathBuf| path.display().to_string();
         let mut args = vec!["generate".to_string(), "--prompt".into(), "a b c".into()];
         args.extend(["--max-new-tokens".into(), "8".into(), "--model".into()]);
-        args.extend([path(folder.join("model")), "--cache".into(), path(folder.join(cache))]);
+        args.extend([
+            path(folder.join("model")),
+            "--cache".into(),
+            path(folder.join(cache)),
+        ]);
         if folder.join("adapter").exists() {
             args.extend(["--adapter".into(), path(folder.join("adapter"))]);
         }
-        let run = Command::new(env!("CARGO_BIN_EXE_xtask")).args(args).output();
+        let run = Command::new(env!("CARGO_BIN_EXE_xtask"))
+            .args(args)
+            .output();
         run.unwrap()
     };
     let output = generate("cache.json");
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    assert!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
     assert!(!output.stdout.is_empty());
     let refused = error(&generate("plan.json"));
-    assert!(refused.contains("--cache") && refused.contains("cache.json"), "{refused}");
+    assert!(
+        refused.contains("--cache") && refused.contains("cache.json"),
+        "{refused}"
+    );
 }

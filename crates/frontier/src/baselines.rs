@@ -85,8 +85,7 @@ impl Frontier<'_> {
             .iter()
             .map(|menu| (menu.site, menu.usual_cache()))
             .collect();
-        let usual =
-            |site: Site, item: &Item| usual_caches.contains(&(site, item.cache_level));
+        let usual = |site: Site, item: &Item| usual_caches.contains(&(site, item.cache_level));
         let mut candidates = match baseline {
             Baseline::UniformFormat => {
                 let of = |format| self.uniform(|_, menu| (menu.levels - 1, format));

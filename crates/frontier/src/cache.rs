@@ -52,10 +52,7 @@ impl CacheFormat {
     fn storage(self) -> StorageConfig {
         match self {
             Self::Stored => StorageConfig::default(),
-            Self::F16 => StorageConfig::new(
-                kv_lazy::NumberFormat::F16,
-                kv_lazy::NumberFormat::F16,
-            ),
+            Self::F16 => StorageConfig::new(kv_lazy::NumberFormat::F16, kv_lazy::NumberFormat::F16),
             Self::Int8 => StorageConfig::int8(),
             Self::K8v4 => StorageConfig::k8v4(),
             Self::Int4 => StorageConfig::int4(),
@@ -180,7 +177,11 @@ impl Caching {
 
 /// A plan's caches with the same shares of `len` tokens in place of the context's; `None` where all are as in the model.
 pub(crate) fn within(config: &CacheConfig, sites: &[SitePlan], len: usize) -> Option<CacheConfig> {
-    let caches = || sites.iter().filter_map(|site| Some((site, site.treatment.cache?)));
+    let caches = || {
+        sites
+            .iter()
+            .filter_map(|site| Some((site, site.treatment.cache?)))
+    };
     if caches().all(|(_, cache)| cache.is_dense()) {
         return None;
     }
@@ -200,7 +201,9 @@ pub(crate) fn within(config: &CacheConfig, sites: &[SitePlan], len: usize) -> Op
 /// The tokens of a share of `len`.
 fn tokens(share: f64, len: usize) -> usize {
     match share < 1.0 {
-        true => ((share * len as f64).ceil() as usize).max(LEAST).min(len.max(LEAST)),
+        true => ((share * len as f64).ceil() as usize)
+            .max(LEAST)
+            .min(len.max(LEAST)),
         false => len,
     }
 }
@@ -229,11 +232,8 @@ pub fn allocated(
             let mut random = |heads: usize| -> Result<Tensor> {
                 let count = batch * heads * shape.head_dim;
                 let values: Vec<f32> = (0..count).map(|_| rng.random_range(-1.0..1.0)).collect();
-                let values = Tensor::from_vec(
-                    values,
-                    (batch, heads, 1, shape.head_dim),
-                    &Device::Cpu,
-                )?;
+                let values =
+                    Tensor::from_vec(values, (batch, heads, 1, shape.head_dim), &Device::Cpu)?;
                 Ok(values.to_dtype(dtype)?)
             };
             let (q, k, v) = (
@@ -274,7 +274,11 @@ mod tests {
                 batch: 2,
                 evicts,
             };
-            for share in if evicts { vec![1.0, 0.5, 0.1] } else { vec![1.0] } {
+            for share in if evicts {
+                vec![1.0, 0.5, 0.1]
+            } else {
+                vec![1.0]
+            } {
                 for format in FORMATS {
                     let cache = caching.cache(share, format);
                     let bytes = caching.bytes(cache, SHAPE, DType::F32).unwrap();
@@ -316,7 +320,10 @@ mod tests {
         for name in CACHE_FORMATS {
             let format: CacheFormat = name.parse().unwrap();
             assert_eq!(format.to_string(), name);
-            assert_eq!(serde_json::to_string(&format).unwrap(), format!("\"{name}\""));
+            assert_eq!(
+                serde_json::to_string(&format).unwrap(),
+                format!("\"{name}\"")
+            );
         }
         assert!("int3".parse::<CacheFormat>().is_err());
     }

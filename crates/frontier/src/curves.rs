@@ -119,7 +119,9 @@ impl Distortions {
 
     /// Of a cache with the weights as they are: measured, or the sum of what fewer tokens and the format do.
     fn of_cache(&self, menu: &Menu, level: usize) -> f64 {
-        let at = |level: usize| self.measured[find(menu, (menu.levels - 1, 0, 0, level))?];
+        let at = |level: usize| -> Option<f64> {
+            self.measured[find(menu, (menu.levels - 1, 0, 0, level))?]
+        };
         if let Some(found) = at(level) {
             return found;
         }
@@ -178,7 +180,12 @@ impl Distortions {
 
 fn address(menu: &Menu, item: usize) -> Address {
     let item = &menu.items[item];
-    (item.level, item.format, item.treatment.rank, item.cache_level)
+    (
+        item.level,
+        item.format,
+        item.treatment.rank,
+        item.cache_level,
+    )
 }
 
 /// Place of an item by its width, format, rank and cache.
@@ -226,9 +233,8 @@ pub(crate) fn axes(menu: &Menu) -> Vec<usize> {
 /// two add up as those of two sites do.
 pub(crate) fn combinations(menu: &Menu) -> Vec<usize> {
     let axes = axes(menu);
-    let either = |item: &usize| {
-        menu.items[*item].cache_level == 0 || has_dense_weights(menu, *item)
-    };
+    let either =
+        |item: &usize| menu.items[*item].cache_level == 0 || has_dense_weights(menu, *item);
     (0..menu.items.len())
         .filter(|item| *item != menu.dense && menu.items[*item].bytes.is_some())
         .filter(either)
@@ -361,8 +367,9 @@ mod tests {
     fn combinations_add_the_share_of_the_energy_that_stays() {
         let menu = menu();
         let distortions = measured(&menu, &AXES);
-        let of =
-            |level, format, rank| distortions.of(&menu, find(&menu, (level, format, rank, 0)).unwrap());
+        let of = |level, format, rank| {
+            distortions.of(&menu, find(&menu, (level, format, rank, 0)).unwrap())
+        };
         // Half of the energy stays: 2 + ½ · 1 and 2 + ½ · ½.
         assert_eq!((of(0, 2, 0), of(0, 2, 2)), (2.5, 2.25));
         assert_eq!((of(0, 1, 0), of(1, 0, 0)), (2.25, 0.0));
@@ -423,7 +430,11 @@ mod tests {
             [(0, 2, 0, 0), (0, 2, 2, 0), (1, 0, 0, 3)]
         );
         let mut distortions = Distortions::new(&menu, vec![0.5, 1.0]);
-        let values = [((0, 0, 0, 0), 2.0), ((1, 0, 0, 1), 0.25), ((1, 0, 0, 2), 0.5)];
+        let values = [
+            ((0, 0, 0, 0), 2.0),
+            ((1, 0, 0, 1), 0.25),
+            ((1, 0, 0, 2), 0.5),
+        ];
         for (at, value) in values {
             distortions.set(find(&menu, at).unwrap(), value);
         }

@@ -228,7 +228,7 @@ mod tests {
                     cache: 0,
                     weights: 0,
                     parameters: 0,
-                        seconds: 0.0,
+                    seconds: 0.0,
                     format: 0,
                     level,
                     cache_level: 0,

@@ -538,7 +538,10 @@ impl<'a> Frontier<'a> {
             }
         };
         let sites: Vec<SitePlan> = self.menus.iter().zip(items).map(site).collect();
-        let caching = self.options.caching().filter(|_| self.options.target == Target::Here);
+        let caching = self
+            .options
+            .caching()
+            .filter(|_| self.options.target == Target::Here);
         let layers = self.decoder.config().layers();
         Plan {
             cache: caching.map(|caching| caching.of_plan(layers, &sites)),
@@ -550,7 +553,10 @@ impl<'a> Frontier<'a> {
             measured,
             rounds,
             sites,
-            seconds: self.options.tokens_per_second.map(|_| self.seconds_of(items)),
+            seconds: self
+                .options
+                .tokens_per_second
+                .map(|_| self.seconds_of(items)),
         }
     }
 

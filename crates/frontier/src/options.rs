@@ -179,7 +179,11 @@ impl Options {
                 "a share is above 0 and at most 1",
             );
         }
-        if let Some(share) = self.cache_shares.iter().find(|s| !(**s > 0.0 && **s <= 1.0)) {
+        if let Some(share) = self
+            .cache_shares
+            .iter()
+            .find(|s| !(**s > 0.0 && **s <= 1.0))
+        {
             return refuse(
                 "cache_shares",
                 share.to_string(),
@@ -193,7 +197,10 @@ impl Options {
                 "it is a share from 0 to 1",
             );
         }
-        if let Some(speed) = self.tokens_per_second.filter(|s| !(*s > 0.0 && s.is_finite())) {
+        if let Some(speed) = self
+            .tokens_per_second
+            .filter(|s| !(*s > 0.0 && s.is_finite()))
+        {
             return refuse("tokens_per_second", speed.to_string(), "it is above 0");
         }
         if !(self.gain >= 0.0 && self.gain.is_finite()) {

@@ -42,7 +42,8 @@ impl Frontier<'_> {
             // A generator for each generation, so that a run that was stopped draws the same.
             let mut rng = ChaCha8Rng::seed_from_u64(self.options.seed);
             rng.set_stream(1 + generation as u64);
-            let drawn = evolution::offspring(&now, OFFSPRING, || self.exchange(&space, &now, &mut rng));
+            let drawn =
+                evolution::offspring(&now, OFFSPRING, || self.exchange(&space, &now, &mut rng));
             if drawn.is_empty() {
                 break;
             }
@@ -59,7 +60,9 @@ impl Frontier<'_> {
             };
             let best = evolution::select(&stages, &now, drawn, &mut evaluate)?;
             let kept = best.fitness < measured.mean;
-            let of_best = found.into_iter().find(|(items, _)| *items == best.candidate);
+            let of_best = found
+                .into_iter()
+                .find(|(items, _)| *items == best.candidate);
             let Some((_, of_best)) = of_best.filter(|_| kept) else {
                 continue;
             };
@@ -92,7 +95,9 @@ impl Frontier<'_> {
         order.shuffle(rng);
         let mut raised = Vec::new();
         for _ in 0..evolution::flips(rng) {
-            let next = order.iter().find(|site| !raised.contains(*site) && up(&items, **site).is_some());
+            let next = order
+                .iter()
+                .find(|site| !raised.contains(*site) && up(&items, **site).is_some());
             let Some(&site) = next else { break };
             items[site] = up(&items, site).unwrap_or(items[site]);
             raised.push(site);

@@ -68,7 +68,9 @@ impl<'a> Timer<'a> {
             let seconds = match self.known.get(&key) {
                 Some(&seconds) => seconds,
                 None => {
-                    let linears = shapes.iter().map(|&shape| linear(shape, format, rank, dtype));
+                    let linears = shapes
+                        .iter()
+                        .map(|&shape| linear(shape, format, rank, dtype));
                     let linears: Vec<Linear> = linears.collect::<Result<_>>()?;
                     let seconds = self.time(&linears)?;
                     self.known.insert(key, seconds);

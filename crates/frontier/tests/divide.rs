@@ -370,8 +370,7 @@ fn caches_take_the_bytes_of_the_plan_and_are_measured_as_they_are_decoded() {
         options.cache_shares = shares.clone();
         options.widths = vec![0.5];
         let dir = model.path("caches");
-        let mut frontier =
-            Frontier::measure(&decoder, data, options, dir, &NoProgress).unwrap();
+        let mut frontier = Frontier::measure(&decoder, data, options, dir, &NoProgress).unwrap();
         let dense = frontier.dense_cache_bytes();
         let in_16_bits = frontier.caches_in_16_bits();
         assert!(in_16_bits < dense && 2 * in_16_bits > dense);
@@ -384,7 +383,10 @@ fn caches_take_the_bytes_of_the_plan_and_are_measured_as_they_are_decoded() {
         let spare = frontier.dense_bytes() - dense / 2;
         let plan = frontier.plan(spare, &NoProgress).unwrap();
         let formats: Vec<CacheFormat> = caches(&plan).iter().map(|c| c.format).collect();
-        assert!(formats.iter().all(|f| *f != CacheFormat::Stored), "{formats:?}");
+        assert!(
+            formats.iter().all(|f| *f != CacheFormat::Stored),
+            "{formats:?}"
+        );
 
         for share in [0.0, 0.1, 0.3] {
             let budget = budget(&frontier, share);
@@ -496,8 +498,15 @@ fn drawn_exchanges_never_make_a_plan_worse_keep_its_budget_and_are_those_of_the_
     };
     let plain = with_refine(0, 0, "refine");
     let refined = with_refine(8, 0, "refine");
-    assert!(refined.measured.mean < plain.measured.mean, "nothing was found in 96 plans");
-    let kept: Vec<f64> = refined.rounds.iter().map(|round| round.measured.mean).collect();
+    assert!(
+        refined.measured.mean < plain.measured.mean,
+        "nothing was found in 96 plans"
+    );
+    let kept: Vec<f64> = refined
+        .rounds
+        .iter()
+        .map(|round| round.measured.mean)
+        .collect();
     assert!(kept.windows(2).all(|pair| pair[1] < pair[0]), "{kept:?}");
     assert_eq!(kept[0], plain.measured.mean);
     assert_eq!(*kept.last().unwrap(), refined.measured.mean);

@@ -131,6 +131,14 @@ mod tests {
         let best = select(&stages, &10, mutants.clone(), &mut evaluate).unwrap();
         assert!(best.fitness <= best.parent);
         assert_eq!(seen, [(0, 8), (1, 4)]);
-        assert!(select(&[], &10, mutants, &mut |_, _: &[i32]| Ok::<_, crate::Error>(vec![])).is_err());
+        assert!(
+            select(
+                &[],
+                &10,
+                mutants,
+                &mut |_, _: &[i32]| Ok::<_, crate::Error>(vec![])
+            )
+            .is_err()
+        );
     }
 }

@@ -73,10 +73,20 @@ struct SearchArgs {
     formats: Option<Vec<Format>>,
     /// What keys and values may be stored as, with --context and --for here: f16, int8, k8v4 (8-bit keys, 4-bit values), int4
     /// [default: all]
-    #[arg(long, value_delimiter = ',', value_name = "T[,T..]", requires = "context")]
+    #[arg(
+        long,
+        value_delimiter = ',',
+        value_name = "T[,T..]",
+        requires = "context"
+    )]
     cache_formats: Option<Vec<CacheFormat>>,
     /// Fractions of the context's tokens that a layer's cache may keep, besides all; layers that keep fewer evict by keydiff
-    #[arg(long, value_delimiter = ',', value_name = "S[,S..]", requires = "context")]
+    #[arg(
+        long,
+        value_delimiter = ',',
+        value_name = "S[,S..]",
+        requires = "context"
+    )]
     cache_tokens: Option<Vec<f64>>,
     /// Ranks of corrections besides none [default: a 64th and a 16th of the hidden width]
     #[arg(long, value_delimiter = ',', value_name = "R[,R..]")]

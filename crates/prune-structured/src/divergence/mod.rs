@@ -20,7 +20,7 @@ pub use fitness::{Fitness, Place, Sharing, Sites};
 pub use levels::Kept;
 pub(crate) use levels::LevelStore;
 pub(crate) use sublayers::Sublayers;
-pub use teacher::{Teacher, TopK};
 pub(crate) use teacher::hash_of;
+pub use teacher::{Teacher, TopK};
 pub use variant::Half;
 pub(crate) use variant::narrowed_attention;

@@ -175,7 +175,9 @@ impl Teacher {
         let negentropy = Tensor::from_vec(negentropy, rows, &Device::Cpu)?;
         let rest = Tensor::from_vec(rest, rows, &Device::Cpu)?;
         let tensors = NAMES.map(String::from).into_iter();
-        let tensors: Vec<_> = tensors.zip([ids, probabilities, negentropy, rest]).collect();
+        let tensors: Vec<_> = tensors
+            .zip([ids, probabilities, negentropy, rest])
+            .collect();
         stored::write_tensors(&self.path(file), &tensors)
     }
 

@@ -351,12 +351,7 @@ impl Suite<'_> {
 
     /// Tokens decoded per second, one at a time, with weights and caches as they are stored; the row's speed so far is that of
     /// a prefill.
-    fn speed(
-        &self,
-        model: &Model<'_>,
-        caches: Option<&CacheConfig>,
-        row: &mut Row,
-    ) -> Result<()> {
+    fn speed(&self, model: &Model<'_>, caches: Option<&CacheConfig>, row: &mut Row) -> Result<()> {
         let mut cache = match caches {
             Some(config) => {
                 let (shapes, decoder) = (model.cache_shapes(), model.decoder());
