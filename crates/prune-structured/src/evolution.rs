@@ -1,7 +1,6 @@
 //! One generation of an evolutionary search, whatever its candidates are: different mutants of a parent, successive halving
 //! over tokens, elitism.
 
-use crate::Result;
 use rand::Rng;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
@@ -107,6 +106,7 @@ fn no_stage() -> crate::Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::Result;
     use rand::SeedableRng;
     use rand_chacha::ChaCha8Rng;
 
