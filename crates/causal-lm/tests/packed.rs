@@ -593,7 +593,7 @@ fn windows_that_are_decoded_predict_as_the_model_does_with_such_a_cache() {
     let mut evicting = CacheConfig::new("keydiff".parse().unwrap(), Budget::Tokens(8));
     evicting.storage = "f16".parse().unwrap();
     let mut full = CacheConfig::new("full".parse().unwrap(), Budget::Tokens(12));
-    full.storage = "int8".parse().unwrap();
+    full.storage = "int4".parse().unwrap();
     // Quantise from the first tokens on.
     (full.storage.sinks, full.storage.residual) = (0, 1);
     let tokens: Vec<u32> = TOKENS.iter().cycle().take(48).copied().collect();
@@ -621,9 +621,10 @@ fn windows_that_are_decoded_predict_as_the_model_does_with_such_a_cache() {
             let expected: Vec<f32> = expected.flatten_all().unwrap().to_vec1().unwrap();
 
             let found = in_windows(&model.decoder().decoding(config.clone()));
-            let difference = gap(&found, &expected);
-            assert!(difference < 1e-4, "{model_type}: {difference}");
-            assert!(gap(&found, &plain) > 1e-4, "{model_type}");
+            // The last bit of a key decides on its code, by as much as a code is worth.
+            let (difference, whole) = (gap(&found, &expected), gap(&found, &plain));
+            assert!(difference < 1e-3, "{model_type}: {difference}");
+            assert!(whole > 20.0 * difference, "{model_type}: {difference} of {whole}");
         }
     }
 }
