@@ -624,7 +624,10 @@ fn windows_that_are_decoded_predict_as_the_model_does_with_such_a_cache() {
             // The last bit of a key decides on its code, by as much as a code is worth.
             let (difference, whole) = (gap(&found, &expected), gap(&found, &plain));
             assert!(difference < 1e-3, "{model_type}: {difference}");
-            assert!(whole > 20.0 * difference, "{model_type}: {difference} of {whole}");
+            assert!(
+                whole > 20.0 * difference,
+                "{model_type}: {difference} of {whole}"
+            );
         }
     }
 }
