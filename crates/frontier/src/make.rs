@@ -422,7 +422,7 @@ impl<'a> Maker<'a> {
     /// Of a site of which no unit can be removed.
     fn unpruned_half(&self, block: &Block, site: Site, treatment: Treatment) -> Result<Half> {
         let mut half = match site {
-            Site::Attention(_) => Half::Attention(block.attention.clone()),
+            Site::Attention(_) => Half::Attention(Box::new(block.attention.clone())),
             _ => Half::Mlp(block.mlp.clone()),
         };
         if !treatment.is_dense(self.units(site)) {

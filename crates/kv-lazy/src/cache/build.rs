@@ -352,7 +352,13 @@ fn new_store(
         device if external && layout.residual.is_none() => {
             Box::new(DeviceStore::new(rows, geometry, layout, device))
         }
-        Device::Cpu => Box::new(HostStore::new(rows, geometry, layout, dtype, most)),
+        Device::Cpu => {
+            let store = HostStore::new(rows, geometry, layout, dtype, most);
+            Box::new(match whole.config.is_some_and(CacheConfig::keeps_all) {
+                true => store.keeping_all(),
+                false => store,
+            })
+        }
         device if layout.residual.is_some() => Box::new(PackedDeviceStore::new(
             rows, geometry, layout, dtype, device,
         )),

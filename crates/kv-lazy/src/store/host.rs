@@ -98,6 +98,8 @@ struct Row {
     ids: Vec<u32>,
     /// Tokens that it is to hold at most; more may come, in prompts and steps of several tokens.
     most: usize,
+    /// Whether nothing is evicted, so that a row which has come to hold more goes on as if `most` had not been said.
+    keeps_all: bool,
 }
 
 impl Row {
@@ -106,6 +108,7 @@ impl Row {
             segments: [false, true, false].map(|packed| Segment::new(layout, packed)),
             ids: Vec::new(),
             most,
+            keeps_all: false,
         }
     }
 
@@ -131,6 +134,9 @@ impl Row {
         d: usize,
     ) {
         let tokens = keys.tokens(d);
+        if self.keeps_all && self.ids.len().saturating_add(tokens) > self.most {
+            self.most = usize::MAX;
+        }
         let early = layout.sinks.saturating_sub(first as usize).min(tokens);
         let room = layout.room(self.most);
         let parts = [
@@ -224,6 +230,7 @@ impl Row {
         // The first eviction after a prompt frees it; later ones find the storage already of the right size.
         if evicted {
             self.most = whole.len.saturating_add(room);
+            self.keeps_all = false;
             let room = layout.room(self.most);
             let most = [room.sinks, room.packed, room.recent];
             for (segment, most) in self.segments.iter_mut().zip(most) {
@@ -265,6 +272,8 @@ pub(crate) struct HostStore {
     layout: quantise::Layout,
     /// Tokens that a row is to hold at most.
     most: usize,
+    /// Whether nothing is evicted.
+    keeps_all: bool,
     /// Type of the tensors that are handed out.
     dtype: DType,
     scratch: DecodeScratch,
@@ -285,10 +294,18 @@ impl HostStore {
             geometry,
             layout,
             most,
+            keeps_all: false,
             dtype,
             scratch: DecodeScratch::default(),
             exported: Exported::default(),
         }
+    }
+
+    /// The same for rows of which nothing is evicted: `most` is what they have room for, and more makes them grow.
+    pub(crate) fn keeping_all(mut self) -> Self {
+        self.keeps_all = true;
+        self.rows.iter_mut().for_each(|row| row.keeps_all = true);
+        self
     }
 
     fn side(&self, row: usize, from: usize, keys: bool) -> Vec<f32> {
@@ -506,7 +523,9 @@ impl Store for HostStore {
     }
 
     fn clear(&mut self) {
-        self.rows.fill(Row::new(self.layout, self.most));
+        let mut empty = Row::new(self.layout, self.most);
+        empty.keeps_all = self.keeps_all;
+        self.rows.fill(empty);
         self.scratch = DecodeScratch::default();
         self.exported.clear();
     }

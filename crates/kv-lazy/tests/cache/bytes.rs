@@ -89,6 +89,32 @@ fn a_cache_that_never_saw_a_prompt_grows_to_its_budget_and_not_beyond() {
 }
 
 #[test]
+fn a_full_cache_has_room_for_the_tokens_of_its_budget_and_grows_beyond_as_without_one() {
+    let all = steps(24, 1, SHAPE, &[1; 260]);
+    for storage in ["f16", "int8", "int4"] {
+        let of = |budget| {
+            with(named("full", budget), |c| {
+                c.storage = storage.parse().unwrap();
+            })
+        };
+        let config = of(200);
+        let cost = config.bytes(0, SHAPE, DType::F16, 200).unwrap();
+        let mut cache = build(&config);
+        for qkv in &all[..200] {
+            step(&mut cache, qkv);
+            assert!(occupied(&cache) <= cost, "{storage}");
+        }
+        let held = occupied(&cache);
+        assert!(held as f64 > 0.98 * cost as f64, "{storage}: {held} of {cost}");
+        for qkv in &all[200..] {
+            step(&mut cache, qkv);
+        }
+        assert_eq!(cache.physical_len(0), 260);
+        assert!(occupied(&cache) > cost, "{storage}");
+    }
+}
+
+#[test]
 fn a_quantised_cache_reserves_its_first_tokens_exactly_and_one_block_beside_the_newest() {
     let config = with(named("full", 1), |c| c.storage = "int8".parse().unwrap());
     let mut cache = build(&config);

@@ -13,7 +13,7 @@ use causal_lm::{Block, Linear, LinearName, Widths};
 #[derive(Clone, Debug)]
 pub enum Half {
     /// Attention.
-    Attention(block::Half<Attention>),
+    Attention(Box<block::Half<Attention>>),
     /// The MLP.
     Mlp(block::Half<Mlp>),
 }
@@ -50,7 +50,7 @@ impl Half {
                 } else {
                     half.body = block.attention.body.clone();
                 }
-                Self::Attention(half)
+                Self::Attention(Box::new(half))
             }
             Part::Mlp => {
                 let mut half = block.mlp.clone();
@@ -95,7 +95,7 @@ impl Half {
     /// Puts it into a block.
     pub fn place(&self, block: &mut Block) {
         match self.clone() {
-            Self::Attention(half) => block.attention = half,
+            Self::Attention(half) => block.attention = *half,
             Self::Mlp(half) => block.mlp = half,
         }
     }
