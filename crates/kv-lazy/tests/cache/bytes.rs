@@ -105,7 +105,10 @@ fn a_full_cache_has_room_for_the_tokens_of_its_budget_and_grows_beyond_as_withou
             assert!(occupied(&cache) <= cost, "{storage}");
         }
         let held = occupied(&cache);
-        assert!(held as f64 > 0.98 * cost as f64, "{storage}: {held} of {cost}");
+        assert!(
+            held as f64 > 0.98 * cost as f64,
+            "{storage}: {held} of {cost}"
+        );
         for qkv in &all[200..] {
             step(&mut cache, qkv);
         }
