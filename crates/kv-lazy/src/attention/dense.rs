@@ -281,12 +281,12 @@ fn mix_block<S: Simd, W: Widen<T>, T: Element, const H: usize, const L: usize>(
     let mut pack = 0;
     while pack + L <= packs {
         ahead.fetch(H, L * width * count * std::mem::size_of::<T>());
-        mix_packs::<S, W, T, H, L>(simd, widen, &heads, values, d, pack, out);
+        mix_packs::<S, W, T, H, L>((simd, widen, d), &heads, values, pack, out);
         pack += L;
     }
     while pack < packs {
         ahead.fetch(H, width * count * std::mem::size_of::<T>());
-        mix_packs::<S, W, T, H, 1>(simd, widen, &heads, values, d, pack, out);
+        mix_packs::<S, W, T, H, 1>((simd, widen, d), &heads, values, pack, out);
         pack += 1;
     }
     let whole = packs * width;
@@ -304,11 +304,9 @@ fn mix_block<S: Simd, W: Widen<T>, T: Element, const H: usize, const L: usize>(
 /// `L` packs' worth of columns of [`mix_block`], kept in registers over the block.
 #[inline(always)]
 fn mix_packs<S: Simd, W: Widen<T>, T: Element, const H: usize, const L: usize>(
-    simd: S,
-    widen: W,
+    (simd, widen, d): (S, W, usize),
     weights: &[[f32; MOST]; H],
     values: &[T],
-    d: usize,
     pack: usize,
     out: &mut [f32],
 ) {
