@@ -7,7 +7,7 @@ use eval_report::Section;
 
 use crate::model::naming;
 use crate::settings::Settings;
-use crate::suites::{frontier, kv, lattice, lowrank, perplexity, structured, tasks};
+use crate::suites::{chain, frontier, kv, lattice, lowrank, perplexity, structured, tasks};
 
 /// A suite with its own settings.
 #[derive(Debug)]
@@ -31,6 +31,8 @@ pub enum Suite {
     Kv(kv::Config),
     /// Multiple choice and generation.
     Tasks(tasks::Config),
+    /// The methods on top of one another.
+    Chain(chain::Config),
 }
 
 impl Suite {
@@ -53,6 +55,7 @@ impl Suite {
             Suite::Lattice(config) => lattice::run(settings, config),
             Suite::Kv(config) => kv::run(settings, config),
             Suite::Tasks(config) => tasks::run(settings, config),
+            Suite::Chain(config) => settings.whole("rows", || chain::run(settings, config)),
         };
         sections.map_err(|error| match self.model() {
             Some(model) => naming(error, model),
@@ -67,6 +70,7 @@ impl Suite {
             Suite::Structured(config) => Some(&config.perplexity.model),
             Suite::Lowrank(config) => Some(&config.perplexity.model),
             Suite::Frontier(config) => Some(&config.perplexity.model),
+            Suite::Chain(config) => Some(&config.perplexity.model),
             Suite::Lattice(_) | Suite::Kv(_) | Suite::Tasks(_) => None,
         }
     }
@@ -86,6 +90,7 @@ impl Suite {
             Suite::Lattice(_) => Vec::new(),
             Suite::Kv(config) => config.models(),
             Suite::Tasks(config) => config.models.iter_mut().collect(),
+            Suite::Chain(config) => vec![&mut config.perplexity.model],
         }
     }
 }

@@ -71,13 +71,13 @@ fn all_suites_run_on_a_model_of_ones_own_and_the_summary_fits_a_terminal() {
         [
             "dense",
             "flap",
-            "flap + gptq-int4",
-            "flap + gptq-int4 + eora",
-            "flap + gptq-int4 + eora + lazy",
+            "flap + gptq-int4-g32",
+            "flap + gptq-int4-g32 + eora",
+            "flap + gptq-int4-g32 + eora + lazy",
             "random",
-            "random + rtn-int4",
-            "random + rtn-int4 + svd",
-            "random + rtn-int4 + svd + random",
+            "random + rtn-int4-g32",
+            "random + rtn-int4-g32 + svd",
+            "random + rtn-int4-g32 + svd + random",
         ]
     );
     let number = |row: usize, field: &str| chain[row][field].as_f64().unwrap();

@@ -39,4 +39,4 @@ pub use prune_structured;
 pub use site::Site;
 pub use target::{TARGETS, Target};
 pub use treatment::{Format, Treatment};
-pub use write::Written;
+pub use write::{Files, Written};

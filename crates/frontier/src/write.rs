@@ -22,7 +22,8 @@ use lowrank_eora::output::{
     Layout, Weights, gptq, write_checkpoint, write_gguf,
 };
 use lowrank_eora::repair::{Repaired, RepairedLayer};
-use prune_structured::{Settings, gguf};
+use prune_structured::Settings;
+use prune_structured::gguf::{self, Precision};
 use std::path::{Path, PathBuf};
 use tensor_io::atomic::Overwrite;
 use tensor_io::gguf::Gguf;
@@ -39,7 +40,18 @@ pub struct Written {
     pub bytes: u64,
 }
 
+/// Names of the model, and of the adapter where there is one, in the folder of both.
+type Names = (&'static str, Option<&'static str>);
+
 impl Written {
+    fn new(dir: &Path, (model, adapter): Names, bytes: u64) -> Self {
+        Self {
+            model: dir.join(model),
+            adapter: adapter.map(|adapter| dir.join(adapter)),
+            bytes,
+        }
+    }
+
     /// Opens what was written, with the adapter.
     ///
     /// # Errors
@@ -49,6 +61,88 @@ impl Written {
             None => causal_lm::open(&self.model)?,
             Some(adapter) => causal_lm::open_adapted(&self.model, adapter)?,
         })
+    }
+}
+
+/// How compressed weights become the files of a runtime.
+#[derive(Clone, Copy, Debug)]
+pub struct Files<'a> {
+    /// The runtime.
+    pub target: Target,
+    /// What a GGUF file stores the tensors as that were not compressed.
+    pub rest: Precision,
+    /// A folder for what is needed while writing.
+    pub scratch: &'a Path,
+}
+
+impl Files<'_> {
+    /// Writes what `repaired` made of the linears of `decoder` into the new folder `dst`. A step of `progress` is a block.
+    ///
+    /// # Errors
+    /// What the runtime cannot store, and what reading and writing report, among it that `dst` exists. A failed run leaves
+    /// nothing under `dst`.
+    pub fn write(
+        &self,
+        decoder: &Decoder<'_>,
+        repaired: &Repaired,
+        dst: impl AsRef<Path>,
+        progress: &dyn Progress,
+    ) -> Result<Written> {
+        let folder = PendingFolder::create(dst, Overwrite::Never)?;
+        let names = self.write_into(decoder, repaired, folder.path(), progress)?;
+        let bytes = weights_of(folder.path(), names)?;
+        Ok(Written::new(&folder.persist()?, names, bytes))
+    }
+
+    /// The same into a folder that exists; names of model and adapter in it.
+    fn write_into(
+        &self,
+        decoder: &Decoder<'_>,
+        repaired: &Repaired,
+        dir: &Path,
+        progress: &dyn Progress,
+    ) -> Result<Names> {
+        let corrected = repaired.reports().any(|report| report.rank > 0);
+        match self.target {
+            Target::Gguf => {
+                let path = self.scratch.join("template.gguf");
+                gguf::export(decoder, self.rest, &path, &NoProgress)?;
+                let template = Gguf::open(&path)?;
+                let options = GgufModelOptions::new(Weights::Compressed, &template);
+                write_gguf(
+                    decoder,
+                    repaired,
+                    &options,
+                    dir.join("model.gguf"),
+                    progress,
+                )?;
+                if !corrected {
+                    return Ok(("model.gguf", None));
+                }
+                let options = GgufAdapterOptions::of_base(&template)?;
+                Adapter::write_gguf(repaired, decoder, &options, dir.join("adapter.gguf"))?;
+                Ok(("model.gguf", Some("adapter.gguf")))
+            }
+            target => {
+                let version = match target {
+                    Target::Vllm => gptq::Version::V1,
+                    _ => gptq::Version::V2,
+                };
+                let layout = Layout::Gptq { version };
+                let options = CheckpointOptions::new(Weights::Compressed, layout);
+                write_checkpoint(decoder, repaired, dir.join("model"), &options, progress)?;
+                if !corrected {
+                    return Ok(("model", None));
+                }
+                let ranks = match target {
+                    Target::Vllm => AdapterRanks::Uniform,
+                    _ => AdapterRanks::Mixed,
+                };
+                let options = AdapterOptions::new("../model").with_ranks(ranks);
+                Adapter::write(repaired, &options, dir.join("adapter"))?;
+                Ok(("model", Some("adapter")))
+            }
+        }
     }
 }
 
@@ -71,7 +165,7 @@ impl Frontier<'_> {
         let folder = PendingFolder::create(dst, Overwrite::Never)?;
         let scratch = folder.path().join("scratch");
         std::fs::create_dir_all(&scratch).map_err(tensor_io::Error::io("create", &scratch))?;
-        let (model, adapter) = self.write_into(plan, folder.path(), &scratch, progress)?;
+        let names = self.write_into(plan, folder.path(), &scratch, progress)?;
         std::fs::remove_dir_all(&scratch).map_err(tensor_io::Error::io("remove", &scratch))?;
         let json = |value: serde_json::Result<Vec<u8>>| {
             value.map_err(|error| Error::PlanMismatch(error.to_string()))
@@ -80,11 +174,7 @@ impl Frontier<'_> {
         if let Some(cache) = &plan.cache {
             folder.write(CACHE, &json(serde_json::to_vec_pretty(cache))?)?;
         }
-        let place = |name: &str| folder.path().join(name);
-        let mut bytes = weights_in(&place(model))?;
-        if let Some(adapter) = adapter {
-            bytes += weights_in(&place(adapter))?;
-        }
+        let bytes = weights_of(folder.path(), names)?;
         if bytes > plan.weight_bytes {
             return Err(Error::Larger {
                 path: folder.destination().to_owned(),
@@ -92,12 +182,7 @@ impl Frontier<'_> {
                 planned: plan.weight_bytes,
             });
         }
-        let dir = folder.persist()?;
-        Ok(Written {
-            model: dir.join(model),
-            adapter: adapter.map(|adapter| dir.join(adapter)),
-            bytes,
-        })
+        Ok(Written::new(&folder.persist()?, names, bytes))
     }
 
     /// A plan must be one for this model and target, of treatments that were considered.
@@ -131,7 +216,7 @@ impl Frontier<'_> {
         dir: &Path,
         scratch: &Path,
         progress: &dyn Progress,
-    ) -> Result<(&'static str, Option<&'static str>)> {
+    ) -> Result<Names> {
         let widths: Vec<(Site, usize)> = plan
             .sites
             .iter()
@@ -157,47 +242,12 @@ impl Frontier<'_> {
             return Ok(("model", None));
         }
         let repaired = self.assemble(plan, decoder, &scratch.join("linears"))?;
-        let corrected = repaired.reports().any(|report| report.rank > 0);
-        match self.options.target {
-            Target::Gguf => {
-                let path = scratch.join("template.gguf");
-                gguf::export(decoder, precision(self.decoder)?, &path, &NoProgress)?;
-                let template = Gguf::open(&path)?;
-                let options = GgufModelOptions::new(Weights::Compressed, &template);
-                write_gguf(
-                    decoder,
-                    &repaired,
-                    &options,
-                    dir.join("model.gguf"),
-                    progress,
-                )?;
-                if !corrected {
-                    return Ok(("model.gguf", None));
-                }
-                let options = GgufAdapterOptions::of_base(&template)?;
-                Adapter::write_gguf(&repaired, decoder, &options, dir.join("adapter.gguf"))?;
-                Ok(("model.gguf", Some("adapter.gguf")))
-            }
-            target => {
-                let version = match target {
-                    Target::Vllm => gptq::Version::V1,
-                    _ => gptq::Version::V2,
-                };
-                let layout = Layout::Gptq { version };
-                let options = CheckpointOptions::new(Weights::Compressed, layout);
-                write_checkpoint(decoder, &repaired, dir.join("model"), &options, progress)?;
-                if !corrected {
-                    return Ok(("model", None));
-                }
-                let ranks = match target {
-                    Target::Vllm => AdapterRanks::Uniform,
-                    _ => AdapterRanks::Mixed,
-                };
-                let options = AdapterOptions::new("../model").with_ranks(ranks);
-                Adapter::write(&repaired, &options, dir.join("adapter"))?;
-                Ok(("model", Some("adapter")))
-            }
-        }
+        let files = Files {
+            target: self.options.target,
+            rest: precision(self.decoder)?,
+            scratch,
+        };
+        files.write_into(decoder, &repaired, dir, progress)
     }
 
     /// The linears of a plan in their stored form.
@@ -224,6 +274,15 @@ impl Frontier<'_> {
         let blocks = (0..self.decoder.config().layers()).map(block);
         Repaired::assemble(folder, decoder, blocks, others)
     }
+}
+
+/// Bytes of the weights of a model and its adapter.
+fn weights_of(dir: &Path, (model, adapter): Names) -> Result<u64> {
+    let mut bytes = weights_in(&dir.join(model))?;
+    if let Some(adapter) = adapter {
+        bytes += weights_in(&dir.join(adapter))?;
+    }
+    Ok(bytes)
 }
 
 /// Bytes of the weights in a file or folder: of safetensors and GGUF files.

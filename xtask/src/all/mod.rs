@@ -1,6 +1,5 @@
 //! All suites on one model, and the methods applied on top of one another: one report that begins with a summary.
 
-mod chain;
 mod inputs;
 mod preset;
 pub(crate) mod presets;
@@ -19,7 +18,6 @@ use self::preset::Preset;
 use self::summary::Part;
 use crate::default_model;
 use crate::estimate::Probe;
-use crate::model::naming;
 use crate::settings::{Settings, part};
 use crate::suite::Suite;
 use crate::suites::perplexity::{self, Protocol, tokens};
@@ -87,20 +85,6 @@ pub(crate) fn run(settings: &Settings, config: &Config) -> Result<Vec<Section>> 
             sections,
         });
     }
-    let started = Instant::now();
-    let chain = settings.within(chain::SUITE);
-    let sections = chain.whole("rows", || {
-        let run = chain::run(settings, &inputs);
-        Ok(vec![
-            run.map_err(|error| naming(error, &inputs.text.model))?,
-        ])
-    });
-    parts.push(Part {
-        name: "all in a chain",
-        shown: chain::shown(),
-        sections: sections.context(chain::SUITE)?,
-    });
-    times.push(done(settings, chain::SUITE, started));
     if settings.is_part() {
         let sections = parts.into_iter().flat_map(|part| part.sections);
         return Ok(part(
@@ -140,10 +124,10 @@ fn seconds(settings: &Settings, inputs: &Inputs, presets: &[Preset]) -> Result<f
             config.seconds(&probe, texts, evaluation)
         }
         Suite::Kv(config) => probe.decode((1 + config.all_runs()) * evaluation),
+        Suite::Chain(config) => config.seconds(&probe, drawn(config.calib_samples), evaluation),
         _ => 0.0,
     });
-    let texts = drawn(chain::CALIBRATION);
-    Ok(suites.sum::<f64>() + chain::seconds(&probe, texts, evaluation))
+    Ok(suites.sum())
 }
 
 /// Reports that a run is done, with its time.

@@ -16,7 +16,7 @@ use crate::settings::Settings;
 use crate::suite::Suite;
 use crate::suites::frontier::Memory;
 use crate::suites::kv::policy::{ALPHA, Choice, PromptRule};
-use crate::suites::{frontier, kv, lattice, lowrank, structured};
+use crate::suites::{chain, frontier, kv, lattice, lowrank, structured};
 
 /// Windows to calibrate on.
 const CALIBRATION: usize = 32;
@@ -32,6 +32,7 @@ pub(crate) fn all(inputs: &Inputs, settings: &Settings) -> Result<Vec<Preset>> {
         lowrank(inputs, settings)?,
         kv(inputs, settings)?,
         lattice(inputs, settings),
+        chain(inputs, settings)?,
     ])
 }
 
@@ -256,6 +257,28 @@ fn lattice(_: &Inputs, settings: &Settings) -> Preset {
             shown(LatticeMethod::Random, Repair::Refit),
         ],
     }
+}
+
+fn chain(inputs: &Inputs, settings: &Settings) -> Result<Preset> {
+    let config = chain::Config {
+        calib_samples: CALIBRATION,
+        ..chain::Config::new(inputs.text.clone(), inputs.calib.clone())
+    };
+    let [methods, baselines] = config.wholes()?;
+    Ok(Preset {
+        crate_name: "all in a chain",
+        name: chain::SUITE,
+        flags: Flags::of_text(inputs, settings)
+            .with("--calib", path(&inputs.calib))
+            .with("--calib-samples", CALIBRATION)
+            .finish(settings),
+        suite: Suite::Chain(config),
+        shown: vec![
+            Shown::new("original model, decoding", DENSE),
+            Shown::new("the four methods", methods),
+            Shown::new("four baselines", baselines),
+        ],
+    })
 }
 
 /// A fraction as `25 %`.

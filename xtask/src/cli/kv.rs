@@ -321,7 +321,7 @@ fn alpha(text: &str) -> Result<f32, String> {
     }
 }
 
-fn budget(text: &str) -> Result<Budget, String> {
+pub(super) fn budget(text: &str) -> Result<Budget, String> {
     let expected = "expected a number of tokens above 0, or with a decimal point a share above 0 and at most 1";
     let budget = if text.contains('.') {
         text.parse().ok().map(Budget::Share)

@@ -1,6 +1,7 @@
 //! The command line: flags become a typed description of the work, which is then run. No other module imports this one.
 
 mod all;
+mod chain;
 mod frontier;
 mod generate;
 mod kv;
@@ -192,6 +193,8 @@ enum SuiteArgs {
     Kv(Box<kv::KvArgs>),
     /// Zero-shot and few-shot tasks: multiple choice by log-likelihood, and generation with exact match
     Tasks(Box<tasks::TasksArgs>),
+    /// Prune, quantise, repair and evict, one on top of the other, measured with weights as they are stored
+    Chain(Box<chain::ChainArgs>),
 }
 
 #[derive(Args)]
@@ -404,7 +407,8 @@ impl SuiteArgs {
             SuiteArgs::Structured(_)
             | SuiteArgs::Lowrank(_)
             | SuiteArgs::Frontier(_)
-            | SuiteArgs::Lattice(_) => {
+            | SuiteArgs::Lattice(_)
+            | SuiteArgs::Chain(_) => {
                 return Weights::default();
             }
         };
@@ -423,6 +427,7 @@ impl SuiteArgs {
             SuiteArgs::Lattice(args) => Suite::Lattice(args.config(seed)),
             SuiteArgs::Kv(args) => Suite::Kv(args.config()),
             SuiteArgs::Tasks(args) => Suite::Tasks((*args).into()),
+            SuiteArgs::Chain(args) => Suite::Chain((*args).into()),
         }
     }
 }

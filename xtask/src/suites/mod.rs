@@ -1,5 +1,6 @@
 //! The suites: a typed description of what to measure, calls of the crates, and rows.
 
+pub mod chain;
 pub mod frontier;
 mod held_out;
 mod hidden;

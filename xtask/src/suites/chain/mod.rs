@@ -1,0 +1,507 @@
+//! The methods on top of one another: prune, quantise what is left, repair it at low rank, and evict from its cache.
+//!
+//! Every step is written to the files of a runtime, opened again and measured with its weights as they are stored, beside a
+//! chain of baselines that spends as much at every step without looking.
+
+mod speed;
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, ensure};
+use candle_core::DType;
+use causal_lm::{Arithmetic, Decoder, Execution, Model, Windows};
+use eval_report::{
+    Axis, Budget, Column, DENSE, Plot, Reference, Role, Row, Section, Series, Stopwatch,
+    mean_over_seeds,
+};
+use frontier::{Files, Target, Written};
+use lowrank_eora::compress::{BlockRounding, Compressor, Rounding, Score};
+use lowrank_eora::repair::{Method, Ranks, Repair, Source, Texts};
+use prune_structured::gguf::Precision;
+use prune_structured::{Allocation, Calibration, Collect, Compensation, Plan, Recipe};
+use tensor_io::{Checkpoint, NoProgress};
+
+use crate::bar::Bar;
+use crate::estimate::Probe;
+use crate::model;
+use crate::scratch::Scratch;
+use crate::settings::Settings;
+use crate::suites::kv::perplexity::{Decoding, batch, prompt};
+use crate::suites::kv::policy::{self, ALPHA, Choice, PromptRule};
+use crate::suites::perplexity::{self, Protocol, file_name, tokens};
+
+/// Name of the suite.
+pub(crate) const SUITE: &str = "chain";
+/// Runs of the baselines.
+const DRAWS: u64 = 3;
+/// Rows of one chain, and its pruning.
+const STEPS: u64 = 5;
+/// Columns of a block, and codes of whole words at any width in bits.
+const BLOCK: usize = 32;
+
+/// What to chain.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// Model and text to evaluate on.
+    pub perplexity: perplexity::Config,
+    /// Text to calibrate on.
+    pub calib: PathBuf,
+    /// Windows to calibrate on.
+    pub calib_samples: usize,
+    /// Which parts of blocks are pruned, with a least-squares refit.
+    pub prune: String,
+    /// Share of the blocks' parameters that pruning removes.
+    pub ratio: f64,
+    /// What the remaining linears are quantised to; what suits the target where not asked for.
+    pub compress: Option<Compressor>,
+    /// How the quantised linears are repaired.
+    pub method: Method,
+    /// Rank of the repair.
+    pub rank: usize,
+    /// What evicts from the caches.
+    pub policy: String,
+    /// Tokens that the caches hold.
+    pub budget: Budget,
+    /// The runtime whose files are written and measured.
+    pub target: Target,
+    /// A new folder for the files of the whole chain.
+    pub save: Option<PathBuf>,
+}
+
+impl Config {
+    /// The methods that the crates are named after, with the defaults of the command line.
+    pub fn new(perplexity: perplexity::Config, calib: PathBuf) -> Self {
+        Self {
+            perplexity,
+            calib,
+            calib_samples: 32,
+            prune: "flap".into(),
+            ratio: 0.25,
+            compress: None,
+            method: Method::Eora,
+            rank: 8,
+            policy: "lazy".into(),
+            budget: Budget::Share(0.5),
+            target: Target::Here,
+            save: None,
+        }
+    }
+
+    /// What quantises: about 4.5 bits per weight in the form that the target stores.
+    fn compressor(&self) -> Result<Compressor> {
+        let default = match self.target {
+            Target::Gguf => "gptq-q4_0",
+            Target::Vllm => "gptq-int4-g128-sym",
+            _ => "gptq-int4-g32",
+        };
+        Ok(match self.compress {
+            Some(compressor) => compressor,
+            None => default.parse()?,
+        })
+    }
+
+    fn methods(&self) -> Result<Steps> {
+        Ok(Steps {
+            prune: self.prune.clone(),
+            compressor: self.compressor()?,
+            repair: self.method,
+            policy: self.policy.clone(),
+            control: false,
+        })
+    }
+
+    /// Random units, rounding, plain SVD, random eviction.
+    fn baselines(&self) -> Result<Steps> {
+        Ok(Steps {
+            prune: "random".into(),
+            compressor: without_looking(self.compressor()?),
+            repair: Method::Svd,
+            policy: "random".into(),
+            control: true,
+        })
+    }
+
+    /// The methods of the last rows of both chains.
+    ///
+    /// # Errors
+    /// A default compressor that cannot be parsed.
+    pub(crate) fn wholes(&self) -> Result<[String; 2]> {
+        Ok([self.methods()?.whole(), self.baselines()?.whole()])
+    }
+
+    /// About how long it takes with so many tokens to calibrate and to evaluate on.
+    pub(crate) fn seconds(&self, probe: &Probe, calibration: usize, evaluation: usize) -> f64 {
+        let chains = 1 + DRAWS as usize;
+        // Quantising and repairing are a walk each, behind one pass for pruning.
+        let walk = 2.0 * probe.pass(calibration) + probe.grams(calibration, true) + probe.solves();
+        let decoded = (1 + 4 * chains) * evaluation;
+        let copies = chains as f64 * 2.0 * (walk + probe.copy());
+        probe.pass(calibration) + copies + probe.decode(decoded)
+    }
+
+    /// What is known before anything is computed.
+    fn check(&self, settings: &Settings, decoder: &Decoder<'_>) -> Result<()> {
+        perplexity::ensure_unseen(&self.calib, &self.perplexity.text)?;
+        ensure!(
+            settings.device.open()?.is_cpu(),
+            "--device: weights as they are stored are multiplied on the CPU alone"
+        );
+        if let Some(save) = &self.save {
+            ensure!(!save.exists(), "--save {}: exists already", save.display());
+        }
+        let recipe = self.recipe(&self.prune, settings.seed, decoder)?;
+        ensure!(
+            !matches!(
+                recipe.allocation,
+                Allocation::Searched(_) | Allocation::RdDp(_)
+            ),
+            "--prune {}: its widths are searched or measured first; prune with eval structured --save, and chain what it wrote \
+             with --ratio 0",
+            self.prune
+        );
+        let compressor = self.compressor()?;
+        let fits = compressor.check(decoder);
+        fits.with_context(|| format!("--compress {compressor}"))?;
+        let names = Choice::known();
+        ensure!(
+            names.contains(&self.policy),
+            "--policy {}: no policy of this name",
+            self.policy
+        );
+        Ok(())
+    }
+
+    fn recipe(&self, name: &str, seed: u64, decoder: &Decoder<'_>) -> Result<Recipe> {
+        let recipe = Recipe::named(name, seed);
+        let mut recipe =
+            recipe.with_context(|| format!("--prune {name}: no method of this name"))?;
+        recipe.compensation = Some(Compensation::LEAST_SQUARES);
+        // Rows stay whole blocks, and whole words of packed codes.
+        let widths = decoder.config().widths.iter();
+        let aligned = widths.map(|widths| 1 << widths.neurons.trailing_zeros().min(BLOCK.ilog2()));
+        recipe.shape.align_neurons = aligned.min().unwrap_or(1);
+        recipe.shape.uniform = self.target == Target::Vllm;
+        Ok(recipe)
+    }
+}
+
+/// The same grid without calibration: magnitudes are pruned, and values rounded to the nearest.
+fn without_looking(mut compressor: Compressor) -> Compressor {
+    if let Some(prune) = &mut compressor.prune {
+        prune.score = Score::Magnitude;
+    }
+    if let Some(quantise) = &mut compressor.quantise {
+        quantise.rounding = Rounding::Nearest;
+    }
+    if let Some(blocks) = &mut compressor.blocks {
+        blocks.rounding = BlockRounding::Nearest { importance: false };
+    }
+    compressor
+}
+
+/// What each step does.
+struct Steps {
+    prune: String,
+    compressor: Compressor,
+    repair: Method,
+    policy: String,
+    control: bool,
+}
+
+impl Steps {
+    /// The method of the row after the last step.
+    fn whole(&self) -> String {
+        format!(
+            "{} + {} + {} + {}",
+            self.prune,
+            self.compressor,
+            self.repair.name(),
+            self.policy
+        )
+    }
+}
+
+/// Run both chains.
+///
+/// # Errors
+/// A model or text that cannot be read or run, and what a step cannot do to this model.
+pub fn run(settings: &Settings, config: &Config) -> Result<Vec<Section>> {
+    let checkpoint = causal_lm::open(&config.perplexity.model)?;
+    let decoder = model::decoded(settings, &checkpoint)?;
+    config.check(settings, &decoder)?;
+    let protocol = Protocol::new(settings, &config.perplexity, &decoder)?;
+    let evaluation = protocol.decoding(settings, &config.perplexity.text)?;
+    let calibration = protocol
+        .calibration(&config.calib)?
+        .sample(config.calib_samples, settings.seed);
+    settings.expect(SUITE, || {
+        let probe = Probe::of(&decoder, &calibration)?;
+        Ok(config.seconds(&probe, tokens(&calibration), tokens(&evaluation)))
+    })?;
+    let scratch = Scratch::new()?;
+    let bar = settings.bar(SUITE, 1 + STEPS * (1 + DRAWS));
+    let collect = Collect::new(Compensation::LEAST_SQUARES.needs(), scratch.path());
+    let statistics = Calibration::run(&decoder, &calibration, &collect, &NoProgress)?;
+    bar.inc(1);
+    let stored = packed(&checkpoint, Arithmetic::Int8)?;
+    let dense = Model::load(&stored)?;
+    let chain = Chain {
+        settings,
+        config,
+        decoder: &decoder,
+        dense: &dense,
+        statistics: &statistics,
+        calibration: &calibration,
+        evaluation: &evaluation,
+        scratch: scratch.path(),
+        bar: &bar,
+    };
+    let mut rows = vec![chain.measure(&checkpoint, Row::new(SUITE, DENSE), None)?];
+    rows.extend(chain.steps(&config.methods()?, settings.seed)?);
+    let baselines = config.baselines()?;
+    let draws = (settings.seed..settings.seed + DRAWS)
+        .map(|seed| chain.steps(&baselines, seed))
+        .collect::<Result<Vec<_>>>()?;
+    for step in 0..draws[0].len() {
+        let runs: Vec<Row> = draws.iter().map(|rows| rows[step].clone()).collect();
+        rows.push(mean_over_seeds(&runs)?);
+    }
+    let dense = rows[0].clone();
+    for row in &mut rows {
+        row.model = Some(file_name(&config.perplexity.model));
+        row.perplexity_dense = dense.perplexity;
+        row.bytes_dense = dense.bytes;
+        row.params_dense = dense.params;
+        row.kv_bytes_full = dense.kv_bytes;
+    }
+    let window = evaluation.window_len();
+    let section = protocol
+        .facts(
+            section(rows, config),
+            &config.perplexity.text,
+            evaluation.count(),
+            evaluation.targets(),
+        )
+        .fact("prefilled", prompt(window))
+        .fact("calibration text", file_name(&config.calib))
+        .fact("calibration windows", calibration.count())
+        .fact("pruned", config.ratio)
+        .fact("rank", config.rank)
+        .fact("budget", policy::label(config.budget))
+        .fact("target", config.target.name())
+        .fact("arithmetic of quality", "f32")
+        .fact("arithmetic of speed", "int8");
+    Ok(vec![section])
+}
+
+/// A decoder that multiplies with weights as they are stored.
+fn packed(checkpoint: &Checkpoint, arithmetic: Arithmetic) -> Result<Decoder<'_>> {
+    let decoder = Decoder::new(checkpoint, DType::F32, &candle_core::Device::Cpu);
+    let decoder = decoder.with_context(|| checkpoint.dir().display().to_string())?;
+    Ok(decoder.packed(Execution::new(arithmetic)))
+}
+
+struct Chain<'a> {
+    settings: &'a Settings,
+    config: &'a Config,
+    /// The dense model, to calibrate on and to change.
+    decoder: &'a Decoder<'a>,
+    /// The dense model with weights as they are stored, to compare speeds with.
+    dense: &'a Model<'a>,
+    statistics: &'a Calibration,
+    calibration: &'a Windows,
+    evaluation: &'a Windows,
+    scratch: &'a Path,
+    bar: &'a Bar,
+}
+
+impl Chain<'_> {
+    /// A row after each step.
+    fn steps(&self, steps: &Steps, seed: u64) -> Result<Vec<Row>> {
+        let watch = Stopwatch::start();
+        let row = |name: &str| {
+            let row = Row::new(SUITE, name);
+            if steps.control { row.control() } else { row }
+        };
+        let folder = self.scratch.join(format!("{}-{seed}", steps.prune));
+        self.prune(steps, seed, &folder)?;
+        let checkpoint = causal_lm::open(&folder)?;
+        let pruned = model::decoded(self.settings, &checkpoint)?;
+        let mut name = steps.prune.clone();
+        let mut rows = vec![self.measure(&checkpoint, row(&name), None)?];
+
+        name += &format!(" + {}", steps.compressor);
+        let quantised = self.repair(&pruned, None, &steps.compressor, None)?;
+        rows.push(self.measure(&quantised.open()?, row(&name), None)?);
+        remove(&quantised)?;
+
+        name += &format!(" + {}", steps.repair);
+        let save = self.config.save.as_deref().filter(|_| !steps.control);
+        let repaired = self.repair(&pruned, Some(steps.repair), &steps.compressor, save)?;
+        let files = repaired.open()?;
+        rows.push(self.measure(&files, row(&name), None)?);
+
+        name += &format!(" + {}", steps.policy);
+        let evict = Choice::named(&steps.policy, PromptRule::Evict, ALPHA);
+        let evict = evict.with_context(|| format!("no policy {}", steps.policy))?;
+        let evicting = Row {
+            budget: Some(self.config.budget),
+            ..row(&name)
+        };
+        let mut last = self.measure(&files, evicting, Some((&evict, seed)))?;
+        watch.stop(&mut last);
+        rows.push(last);
+        drop(files);
+        if save.is_none() {
+            remove(&repaired)?;
+        }
+        std::fs::remove_dir_all(&folder).with_context(|| folder.display().to_string())?;
+        Ok(rows)
+    }
+
+    fn prune(&self, steps: &Steps, seed: u64, folder: &Path) -> Result<()> {
+        let ratio = self.config.ratio;
+        self.bar.set_label(format!("{} at {ratio}", steps.prune));
+        let recipe = self.config.recipe(&steps.prune, seed, self.decoder)?;
+        let plan = Plan::make(self.decoder, self.statistics, &recipe, ratio, &NoProgress)?;
+        let settings = prune_structured::Settings::new(self.statistics);
+        prune_structured::write(self.decoder, &plan, folder, &settings, &NoProgress)?;
+        self.bar.inc(1);
+        Ok(())
+    }
+
+    /// The files of a pruned model whose linears are compressed, and repaired where there is a method: in `save`, or in a folder of their
+    /// own.
+    fn repair(
+        &self,
+        pruned: &Decoder<'_>,
+        method: Option<Method>,
+        compressor: &Compressor,
+        save: Option<&Path>,
+    ) -> Result<Written> {
+        let repair = Repair::default()
+            .with_method(method)
+            .with_ranks(Ranks::Constant(method.map_or(0, |_| self.config.rank)));
+        let name = method.map_or("quantised", Method::name);
+        self.bar.set_label(name);
+        let linears = self.scratch.join("linears");
+        let texts = Texts::new(self.calibration);
+        let repaired = repair.run(pruned, compressor, texts, &linears, &NoProgress)?;
+        let own = self.scratch.join(name);
+        let files = Files {
+            target: self.config.target,
+            rest: Precision::Q8_0,
+            scratch: self.scratch,
+        };
+        let dst = save.unwrap_or(&own);
+        let written = files.write(pruned, &repaired, dst, &NoProgress)?;
+        std::fs::remove_dir_all(&linears).with_context(|| linears.display().to_string())?;
+        Ok(written)
+    }
+
+    /// Quality, bytes of weights and cache, and speed of decoding of the files of a model.
+    fn measure(
+        &self,
+        checkpoint: &Checkpoint,
+        mut row: Row,
+        evict: Option<(&Choice, u64)>,
+    ) -> Result<Row> {
+        self.bar.set_label(row.method.clone());
+        let window = self.evaluation.window_len();
+        let budget = policy::tokens(self.config.budget, window);
+        let cache = evict.map(|(choice, seed)| choice.cache(budget, seed));
+        let decoder = packed(checkpoint, Arithmetic::F32)?;
+        let exact = Model::load(&decoder)?;
+        row.params = Some(checkpoint.parameters());
+        row.bytes = Some(exact.weight_bytes() as u64);
+        row.extra
+            .insert("file_bytes".into(), checkpoint.total_bytes().into());
+        let batch = batch(&decoder, window);
+        let decoding = Decoding {
+            model: &exact,
+            windows: self.evaluation,
+            prompt: prompt(window),
+            batch,
+        };
+        let rounds = self.evaluation.count().div_ceil(batch) as u64;
+        let nested = self.bar.nested("decoding", rounds);
+        let mut row = decoding.measure(row, cache.as_ref(), None, &nested)?;
+        nested.finish();
+        drop(exact);
+        let decoder = packed(checkpoint, Arithmetic::Int8)?;
+        let beside = (row.method != DENSE).then_some(self.dense);
+        let model = Model::load(&decoder)?;
+        speed::fill(&mut row, (&model, cache.as_ref()), beside, self.evaluation)?;
+        self.bar.inc(1);
+        Ok(row)
+    }
+}
+
+/// Removes the folder of files that nobody asked for.
+fn remove(written: &Written) -> Result<()> {
+    let Some(folder) = written.model.parent() else {
+        return Ok(());
+    };
+    std::fs::remove_dir_all(folder).with_context(|| folder.display().to_string())
+}
+
+fn section(rows: Vec<Row>, config: &Config) -> Section {
+    let all_bytes = |row: &Row| Some((row.bytes? + row.kv_bytes?) as f64 / f64::from(1 << 20));
+    let series = |name: &str, control| {
+        let of_chain = rows
+            .iter()
+            .filter(|row| row.method == DENSE || (row.role == Role::Control) == control);
+        let mut points: Vec<_> = of_chain
+            .filter_map(|row| Some((all_bytes(row)?, row.perplexity?).into()))
+            .collect();
+        points.reverse();
+        Series {
+            name: name.into(),
+            points,
+            control,
+        }
+    };
+    let plots = vec![Plot {
+        title: "Perplexity over bytes, step by step".into(),
+        x: Axis::linear("weights and one sequence's cache (MiB)"),
+        y: Axis::log("perplexity of decoded tokens"),
+        series: vec![series("methods", false), series("baselines", true)],
+        reference: rows[0].perplexity.map(|y| Reference {
+            name: DENSE.into(),
+            y,
+        }),
+    }];
+    Section {
+        title: "Chain: prune, quantise, repair, evict".into(),
+        prose: format!(
+            "Each row adds a step to the one above it: {} % of the blocks' parameters are pruned with a least-squares refit, the remaining \
+             linears are quantised, a correction of rank {} repairs them, and the cache is limited to {}. The baselines spend the same \
+             budgets: random units, rounding, plain SVD, random eviction. Each row was written, opened again and run with its weights as \
+             they are stored: size is what they take in memory. Quality is that of f32 arithmetic, decoding the same text token by token; \
+             only decoded tokens count. Speed is that of one sequence in int8 arithmetic, in alternation with the dense model as stored; \
+             the prefill's is beside it.",
+            100.0 * config.ratio,
+            config.rank,
+            match config.budget {
+                Budget::Share(share) => format!("{} % of the window", 100.0 * share),
+                Budget::Tokens(tokens) => format!("{tokens} tokens"),
+            }
+        ),
+        columns: vec![
+            Column::Method,
+            Column::Perplexity,
+            Column::PerplexityOverDense,
+            Column::Bytes,
+            Column::BytesOverDense,
+            Column::KvBytes,
+            Column::KvOverFull,
+            Column::TokensPerSecond,
+            Column::Speedup,
+            Column::Extra(speed::PREFILL.into()),
+            Column::Extra(speed::PREFILL_RATIO.into()),
+        ],
+        rows,
+        plots,
+        ..Section::default()
+    }
+}
