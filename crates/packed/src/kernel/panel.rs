@@ -130,26 +130,25 @@ impl Kernel for WidenDense<'_> {
         } = self.part;
         let width = self.float.bytes();
         let rows = tile * TILE_ROWS..self.rows.min((tile + 1) * TILE_ROWS);
-        let mut square = [[0.0f32; TILE_ROWS]; TILE_ROWS];
         for start in (0..count).step_by(TILE_ROWS) {
             let part = TILE_ROWS.min(count - start);
+            let mut square = [m.splat_f(0.0); TILE_ROWS];
             for (values, row) in square.iter_mut().zip(rows.clone()) {
                 let at = (row * self.cols + first + start) * width;
                 let bytes = &self.data[at..at + part * width];
-                match part {
-                    TILE_ROWS => m.store_f(self.float.load(m, bytes), values),
+                *values = match part {
+                    TILE_ROWS => self.float.load(m, bytes),
                     _ => {
                         let mut filled = [0; 4 * TILE_ROWS];
                         filled[..bytes.len()].copy_from_slice(bytes);
-                        m.store_f(self.float.load(m, &filled), values);
+                        self.float.load(m, &filled)
                     }
-                }
+                };
             }
-            for (column, to) in self.panel[start..start + part].iter_mut().enumerate() {
-                let to = &mut to[half * TILE_ROWS..][..TILE_ROWS];
-                for (to, values) in to.iter_mut().zip(&square) {
-                    *to = values[column];
-                }
+            let columns = m.transpose(square);
+            for (to, column) in self.panel[start..start + part].iter_mut().zip(columns) {
+                let to = &mut to[half * TILE_ROWS..];
+                m.store_f(column, to.first_chunk_mut().expect("16 rows"));
             }
         }
     }
@@ -240,11 +239,16 @@ fn products<M: Machine, const TILES: usize, const T: usize>(
 ) -> [[M::F; T]; TILES] {
     let mut acc = [[m.splat_f(0.0); T]; TILES];
     for (values, x) in panel.iter().zip(x) {
-        for (i, acc) in acc.iter_mut().enumerate() {
+        let mut w = [m.splat_f(0.0); TILES];
+        for (i, w) in w.iter_mut().enumerate() {
             let at = (tile + i) * TILE_ROWS;
-            let w = m.load_f(values[at..at + TILE_ROWS].first_chunk().expect("16 rows"));
-            for (t, acc) in acc.iter_mut().enumerate() {
-                *acc = m.fma(w, m.splat_f(x[token + t]), *acc);
+            *w = m.load_f(values[at..at + TILE_ROWS].first_chunk().expect("16 rows"));
+        }
+        // Tokens outside: one value of x at a time is in a register, and the sums have room in the others.
+        for t in 0..T {
+            let x = m.splat_f(x[token + t]);
+            for (w, acc) in w.iter().zip(&mut acc) {
+                acc[t] = m.fma(*w, x, acc[t]);
             }
         }
     }

@@ -152,6 +152,29 @@ impl Machine for Avx512 {
         fn fma(self, a: __m512, b: __m512, c: __m512) -> __m512 {
             _mm512_fmadd_ps(a, b, c)
         }
+        fn transpose(self, rows: [__m512; LANES]) -> [__m512; LANES] {
+            let mut quads = [_mm512_setzero_ps(); LANES];
+            for (quads, rows) in quads.chunks_exact_mut(4).zip(rows.chunks_exact(4)) {
+                // Four rows: part j of all four lanes of 128 bits, whose columns are j, 4 + j, 8 + j and 12 + j.
+                let [low, low2] = [(0, 1), (2, 3)].map(|(a, b)| _mm512_castps_pd(_mm512_unpacklo_ps(rows[a], rows[b])));
+                let [high, high2] = [(0, 1), (2, 3)].map(|(a, b)| _mm512_castps_pd(_mm512_unpackhi_ps(rows[a], rows[b])));
+                quads[0] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, low2));
+                quads[1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, low2));
+                quads[2] = _mm512_castpd_ps(_mm512_unpacklo_pd(high, high2));
+                quads[3] = _mm512_castpd_ps(_mm512_unpackhi_pd(high, high2));
+            }
+            let mut columns = [_mm512_setzero_ps(); LANES];
+            for j in 0..4 {
+                let [a, b, c, d] = [quads[j], quads[4 + j], quads[8 + j], quads[12 + j]];
+                let (ab, cd) = (_mm512_shuffle_f32x4::<0x44>(a, b), _mm512_shuffle_f32x4::<0x44>(c, d));
+                columns[j] = _mm512_shuffle_f32x4::<0x88>(ab, cd);
+                columns[4 + j] = _mm512_shuffle_f32x4::<0xdd>(ab, cd);
+                let (ab, cd) = (_mm512_shuffle_f32x4::<0xee>(a, b), _mm512_shuffle_f32x4::<0xee>(c, d));
+                columns[8 + j] = _mm512_shuffle_f32x4::<0x88>(ab, cd);
+                columns[12 + j] = _mm512_shuffle_f32x4::<0xdd>(ab, cd);
+            }
+            columns
+        }
         fn reduce(self, a: __m512) -> f32 {
             let high = _mm512_castps512_ps256(_mm512_shuffle_f32x4::<0b11_10_11_10>(a, a));
             let eight = _mm256_add_ps(_mm512_castps512_ps256(a), high);

@@ -97,6 +97,15 @@ pub(crate) trait Machine: Copy + Send + Sync {
     fn mul_f(self, a: Self::F, b: Self::F) -> Self::F;
     /// `a · b + c`, rounded once.
     fn fma(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F;
+    /// Lane j of vector i becomes lane i of vector j.
+    #[inline(always)]
+    fn transpose(self, rows: [Self::F; LANES]) -> [Self::F; LANES] {
+        let mut square = [[0.0; LANES]; LANES];
+        for (values, row) in square.iter_mut().zip(rows) {
+            self.store_f(row, values);
+        }
+        std::array::from_fn(|j| self.load_f(&std::array::from_fn(|i| square[i][j])))
+    }
     /// The sum of the lanes: lanes 8 apart, then 4, 2, 1.
     fn reduce(self, a: Self::F) -> f32;
 
