@@ -19,7 +19,7 @@ use candle_core::DType;
 use causal_lm::{Decoder, Progress};
 use lowrank_eora::output::{
     Adapter, AdapterOptions, AdapterRanks, CheckpointOptions, GgufAdapterOptions, GgufModelOptions,
-    Layout, Weights, gptq, write_checkpoint, write_gguf,
+    Layout, Weights, check_layout, gptq, write_checkpoint, write_gguf,
 };
 use lowrank_eora::repair::{Repaired, RepairedLayer};
 use prune_structured::Settings;
@@ -128,7 +128,16 @@ impl Files<'_> {
                     Target::Vllm => gptq::Version::V1,
                     _ => gptq::Version::V2,
                 };
-                let layout = Layout::Gptq { version };
+                let gptq = Layout::Gptq { version };
+                // GPTQ packs whole words of outputs; here either form is multiplied with as it is stored.
+                let fits = |layout| {
+                    let compressor = repaired.compressor();
+                    compressor.is_none_or(|one| check_layout(decoder, &one, layout).is_ok())
+                };
+                let layout = match target {
+                    Target::Here if !fits(gptq) => Layout::CompressedTensors,
+                    _ => gptq,
+                };
                 let options = CheckpointOptions::new(Weights::Compressed, layout);
                 write_checkpoint(decoder, repaired, dir.join("model"), &options, progress)?;
                 if !corrected {
