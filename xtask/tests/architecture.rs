@@ -104,7 +104,7 @@ impl Imports {
         read(&root, &mut Vec::new(), &mut sources);
         let modules: BTreeSet<Module> = sources.keys().cloned().collect();
         let imports = sources.iter().map(|(module, source)| {
-            let paths = paths(&words(source), module);
+            let paths = paths(&words(source), module, &modules);
             let files = paths.iter().map(|path| file_of(path, &modules));
             let files = files.filter(|file| file != module);
             (module.clone(), files.collect())
@@ -213,17 +213,35 @@ fn words(source: &str) -> Vec<String> {
     words
 }
 
-/// All paths of `words` that begin in this crate, from its root.
-fn paths(words: &[String], module: &Module) -> Vec<Module> {
+/// All paths of `words` that begin in this crate, from its root: at `crate`, `super` or `self`, or at the bare name of a
+/// child, of which `modules` has all.
+fn paths(words: &[String], own: &Module, modules: &BTreeSet<Module>) -> Vec<Module> {
     let mut found = Vec::new();
-    for at in 0..words.len() {
-        let starts = ["crate", "super", "self"].contains(&words[at].as_str());
+    let mut at = 0;
+    while at < words.len() {
         let is_path = words.get(at + 1).is_some_and(|word| word == "::");
-        let is_inner = at > 0 && words[at - 1] == "::";
+        let is_inner = at > 0 && ["::", "."].contains(&words[at - 1].as_str());
         let is_visibility = at > 1 && words[at - 1] == "in" && words[at - 2] == "(";
-        if starts && is_path && !is_inner && !is_visibility {
-            tree(words, &mut at.clone(), Vec::new(), module, &mut found);
+        if !is_path || is_inner || is_visibility {
+            at += 1;
+            continue;
         }
+        let mut child = own.clone();
+        child.push(words[at].clone());
+        let start = if modules.contains(&child) {
+            Some(own.clone())
+        } else {
+            let starts = ["crate", "super", "self"].contains(&words[at].as_str());
+            starts.then(Vec::new)
+        };
+        // Paths of other crates are passed over whole: their branches are not paths of their own.
+        let mut of_other_crates = Vec::new();
+        let found = if start.is_some() {
+            &mut found
+        } else {
+            &mut of_other_crates
+        };
+        tree(words, &mut at, start.unwrap_or_default(), own, found);
     }
     found
 }
@@ -338,11 +356,26 @@ fn nothing_imports_the_command_line_and_settings_import_nothing() {
 #[test]
 fn imports_are_read_from_all_forms_of_paths() {
     let own = module("a::b");
-    let source = "use crate::x::{self, Y, z::{W as V}};\nuse super::c; // crate::no\nfn f() { self::d::g(\"crate::no\") }";
-    let mut found: Vec<String> = paths(&words(source), &own)
+    let modules = BTreeSet::from([own.clone(), module("a::b::child"), module("a::b::e")]);
+    let source = "use crate::x::{self, Y, z::{W as V}};\nuse super::c; // crate::no\nfn f() { self::d::g(\"crate::no\") }
+        use child::{A, B}; use other::{e::C, child}; fn h(x: e::D) -> crate::q::child::E { x.child::<u8>() }";
+    let mut found: Vec<String> = paths(&words(source), &own, &modules)
         .iter()
         .map(|path| path.join("::"))
         .collect();
     found.sort();
-    assert_eq!(found, ["a::b::d::g", "a::c", "x", "x::Y", "x::z::W"]);
+    assert_eq!(
+        found,
+        [
+            "a::b::child::A",
+            "a::b::child::B",
+            "a::b::d::g",
+            "a::b::e::D",
+            "a::c",
+            "q::child::E",
+            "x",
+            "x::Y",
+            "x::z::W"
+        ]
+    );
 }

@@ -66,12 +66,44 @@ fn wrong_usage_ends_with_2_and_names_what_is_wrong() {
     assert_usage(&with(&["--method", "flap", "--ratio", "NaN"]), "NaN");
 }
 
+/// The values of `flag` that `eval SUITE --help` lists.
+fn listed(suite: &str, flag: &str) -> Vec<String> {
+    let help = String::from_utf8(xtask(&["eval", suite, "--help"]).stdout).unwrap();
+    let (_, of_flag) = help.split_once(&format!("      {flag} <")).unwrap();
+    let (of_flag, _) = of_flag.split_once("\n      --").unwrap_or((of_flag, ""));
+    let (_, values) = of_flag.split_once("[possible values: ").unwrap();
+    let (values, _) = values.split_once(']').unwrap();
+    values.split(", ").map(String::from).collect()
+}
+
 #[test]
-fn help_names_every_method_that_can_be_run() {
-    let help = String::from_utf8(xtask(&["eval", "structured", "--help"]).stdout).unwrap();
-    for name in prune_structured::Recipe::NAMES {
-        let mut words = help.split(|c: char| !c.is_alphanumeric() && c != '-');
-        assert!(words.any(|word| word == name), "{name}: {help}");
+fn every_method_that_help_lists_is_accepted_and_described_in_the_readme_of_its_crate() {
+    let structured = include_str!("../../crates/prune-structured/README.md");
+    let kv = include_str!("../../crates/kv-lazy/README.md");
+    for (suite, flag, more, readme) in [
+        (
+            "structured",
+            "--method",
+            &["--ratio", "0.5"][..],
+            structured,
+        ),
+        ("kv", "--policy", &["--task", "perplexity"], kv),
+    ] {
+        let names = listed(suite, flag);
+        assert!(names.len() > 20, "{names:?}");
+        let all = names.join(",");
+        let start = ["eval", suite, "--model", "no-such-model", flag, &all];
+        let output = xtask(&[&start[..], more].concat());
+        let stderr = String::from_utf8(output.stderr).unwrap();
+        // Not 2, wrong usage: the names are read before the model is opened.
+        assert_eq!(output.status.code(), Some(1), "{stderr}");
+        assert!(stderr.contains("no-such-model"), "{stderr}");
+        let is_of_name = |c: char| c.is_alphanumeric() || c == '-';
+        let described: Vec<&str> = readme.split(|c| !is_of_name(c)).collect();
+        for name in &names {
+            let name = name.strip_prefix("lagged-").unwrap_or(name);
+            assert!(described.contains(&name), "{name}: not in the README");
+        }
     }
 }
 

@@ -95,7 +95,7 @@ fn wrong_settings_and_files_are_named() {
 
 #[shared_data::needed("models/tfcharrnn_shakespeare", "data/text")]
 #[test]
-fn a_trained_character_network_is_judged_in_bits() {
+fn the_loss_of_a_trained_character_network_is_in_bits() {
     let shared = Path::new(shared_data::path!(""));
     let model = shared.join("models/tfcharrnn_shakespeare");
     let path = |file: &str| model.join(file).to_str().unwrap().to_owned();

@@ -39,7 +39,7 @@ fn main() {
         Some("f32") => Arithmetic::F32,
         Some(other) => panic!("{other}: expected int8 or f32"),
     };
-    let mut beside = args.next().map(|command| Beside::start(&command));
+    let mut peer = args.next().map(|command| Peer::start(&command));
     rayon::ThreadPoolBuilder::new()
         .num_threads(threads)
         .build_global()
@@ -115,7 +115,7 @@ fn main() {
             black_box(model.forward(&[&tokens], &mut cache).expect("logits"));
         });
         prompt.push(PROMPT as f64 / took);
-        others.extend(beside.as_mut().map(Beside::round));
+        others.extend(peer.as_mut().map(Peer::round));
     }
 
     let gigabytes = model.weight_bytes() as f64 / 1e9;
@@ -142,7 +142,7 @@ fn main() {
             let (median, best) = middle(&mut column(at));
             let (mine, _) = middle(&mut ours.clone());
             println!(
-                "beside, {name}   {median:>9.1} ({best:.1}); ours / theirs {:.2}",
+                "peer, {name}     {median:>9.1} ({best:.1}); ours / theirs {:.2}",
                 mine / median
             );
         }
@@ -151,12 +151,12 @@ fn main() {
 }
 
 /// Another program that measures the same file.
-struct Beside {
+struct Peer {
     child: Child,
     answers: BufReader<std::process::ChildStdout>,
 }
 
-impl Beside {
+impl Peer {
     fn start(command: &str) -> Self {
         let mut child = Command::new("sh")
             .args(["-c", command])
@@ -183,7 +183,7 @@ impl Beside {
     }
 }
 
-impl Drop for Beside {
+impl Drop for Peer {
     fn drop(&mut self) {
         drop(self.child.stdin.take());
         let _ = self.child.wait();

@@ -550,13 +550,6 @@ fn persistence_is_the_share_of_discriminating_cuts_at_which_a_neuron_counts() {
 }
 
 #[test]
-fn the_two_relations_of_an_order_take_a_quarter_byte_per_pair() {
-    for n in [64, 128, 1024] {
-        assert_eq!(Poset::of_digraph(&BitMatrix::new(n, n)).bytes(), n * n / 4);
-    }
-}
-
-#[test]
 fn an_influence_is_read_from_a_safetensors_file_by_name() {
     use prune_lattice::{Cell, GateLayout, io};
     let dir = tempfile::tempdir().unwrap();

@@ -1,17 +1,19 @@
 //! Lists the tensors of a checkpoint folder or a safetensors file:
-//! `cargo run -p tensor-io --example inspect -- xtask/model`.
+//! `cargo run --example inspect -- CHECKPOINT_FOLDER|FILE.safetensors`. Without a path it writes a small one and lists it.
 
+use std::collections::BTreeMap;
 use std::env;
 use std::path::PathBuf;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
+use candle_core::{DType, Device, Tensor};
 use tensor_io::Checkpoint;
 
 fn main() -> Result<()> {
-    let path = env::args_os()
-        .nth(1)
-        .map(PathBuf::from)
-        .context("usage: inspect CHECKPOINT_FOLDER|FILE.safetensors")?;
+    let path = match env::args_os().nth(1) {
+        Some(path) => PathBuf::from(path),
+        None => written()?,
+    };
     let checkpoint = if path.is_file() {
         Checkpoint::open_file(&path)?
     } else {
@@ -41,4 +43,14 @@ fn main() -> Result<()> {
         println!("carries {}", file.display());
     }
     Ok(())
+}
+
+/// A file of two tensors.
+fn written() -> Result<PathBuf> {
+    let path = env::temp_dir().join("tensor-io-inspect.safetensors");
+    let weight = Tensor::zeros((4, 3), DType::BF16, &Device::Cpu)?;
+    let bias = Tensor::ones(4, DType::F32, &Device::Cpu)?;
+    let tensors = [("linear.weight", &weight), ("linear.bias", &bias)];
+    tensor_io::write_file(&path, tensors, &BTreeMap::new())?;
+    Ok(path)
 }

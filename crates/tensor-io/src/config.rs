@@ -1,6 +1,6 @@
 //! `config.json`: every field kept, in order, with typed access.
 //!
-//! A model's configuration is an open set of fields, and what goes in must come out. So it stays JSON; code that needs
+//! A model's configuration is an open set of fields, and unknown ones must round-trip unchanged. So it stays JSON; code that needs
 //! a field asks for it by kind, and the error says which file, which field and what stands there instead.
 
 use std::fs;

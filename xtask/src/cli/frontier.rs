@@ -7,7 +7,8 @@ use clap::Args;
 use frontier::{CacheFormat, Format, Options, TARGETS, Target};
 use lowrank_eora::compress::Compressor;
 
-use super::{TextArgs, names, positive};
+use super::values::positive;
+use super::{TextArgs, names};
 use crate::suites::frontier::{self as suite, Memory};
 
 #[derive(Args)]

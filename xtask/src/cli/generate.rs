@@ -29,13 +29,13 @@ pub(super) struct GenerateArgs {
     #[arg(long, value_name = "P", default_value = "full", value_parser = PossibleValuesParser::new(Choice::known().iter().map(String::as_str)))]
     policy: String,
     /// Tokens that the cache keeps per layer and KV head
-    #[arg(long, value_name = "N", default_value = "512", value_parser = super::positive)]
+    #[arg(long, value_name = "N", default_value = "512", value_parser = super::values::positive)]
     budget: NonZeroUsize,
     /// JSON file with a cache for each layer, in place of --policy and --budget: the cache.json that eval frontier saves
     #[arg(long, value_name = "FILE", conflicts_with_all = ["policy", "budget"])]
     cache: Option<PathBuf>,
     /// Maximum number of tokens generated
-    #[arg(long, value_name = "N", default_value = "256", value_parser = super::positive)]
+    #[arg(long, value_name = "N", default_value = "256", value_parser = super::values::positive)]
     max_new_tokens: NonZeroUsize,
     /// Temperature of sampling; 0 takes the most likely token
     #[arg(long, value_name = "X", default_value_t = 0.0)]
@@ -50,7 +50,7 @@ pub(super) struct GenerateArgs {
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
     /// Number of threads [default: all cores]
-    #[arg(long, value_name = "N", value_parser = super::positive)]
+    #[arg(long, value_name = "N", value_parser = super::values::positive)]
     pub(super) threads: Option<NonZeroUsize>,
     /// Device to compute on
     #[arg(long, value_enum, default_value_t = Device::Cpu)]

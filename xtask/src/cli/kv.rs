@@ -65,7 +65,7 @@ pub(super) struct KvArgs {
     #[arg(long, value_delimiter = ',', value_name = "Q[,Q..]", value_parser = PossibleValuesParser::new(Questions::ALL.map(Questions::name)))]
     questions: Vec<String>,
     /// Tokens of the contexts of --task long-context, separated by commas [default: 1024]
-    #[arg(long, value_delimiter = ',', value_name = "N[,N..]", value_parser = super::positive)]
+    #[arg(long, value_delimiter = ',', value_name = "N[,N..]", value_parser = super::values::positive)]
     context: Vec<NonZeroUsize>,
     /// How --task long-context reads contexts
     #[arg(long, value_enum, default_value_t = Feed::Whole)]
@@ -74,7 +74,7 @@ pub(super) struct KvArgs {
     #[arg(long, value_name = "FILE")]
     calib: Option<PathBuf>,
     /// Tokens of each window to prefill [default: a quarter]
-    #[arg(long, value_name = "N", value_parser = super::positive)]
+    #[arg(long, value_name = "N", value_parser = super::values::positive)]
     prompt: Option<NonZeroUsize>,
     /// What happens to the prompt
     #[arg(long, value_enum, default_value_t = PromptRule::Own)]
@@ -89,13 +89,13 @@ pub(super) struct KvArgs {
     #[arg(long, value_name = "DIR")]
     save: Option<PathBuf>,
     /// Training steps of the recall model
-    #[arg(long, value_name = "N", default_value = "200", value_parser = super::positive)]
+    #[arg(long, value_name = "N", default_value = "200", value_parser = super::values::positive)]
     train_steps: NonZeroUsize,
     /// Seeds of random policies and generated traces, counted from --seed
-    #[arg(long, value_name = "N", default_value = "3", value_parser = super::positive)]
+    #[arg(long, value_name = "N", default_value = "3", value_parser = super::values::positive)]
     seeds: NonZeroUsize,
     /// Windows per batch [default: as memory allows, at most 32]
-    #[arg(long, value_name = "N", value_parser = super::positive)]
+    #[arg(long, value_name = "N", value_parser = super::values::positive)]
     batch: Option<NonZeroUsize>,
 }
 

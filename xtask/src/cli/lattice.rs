@@ -11,7 +11,8 @@ use prune_lattice::rnn::ReadOut;
 use prune_lattice::tasks::Task;
 use prune_lattice::wiring::WiringKind;
 
-use super::{counted, names, positive, ratio};
+use super::names;
+use super::values::{counted, positive, ratio};
 use crate::suites::lattice;
 
 #[derive(Args)]

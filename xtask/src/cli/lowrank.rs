@@ -12,7 +12,8 @@ use lowrank_eora::repair::{
 use tensor_io::WriteOptions;
 use toy_lm::bundled::CALIBRATION;
 
-use super::{TextArgs, bundled, names, positive};
+use super::values::positive;
+use super::{TextArgs, bundled, names};
 use crate::suites::lowrank::{self, Output};
 
 #[derive(Args)]

@@ -14,12 +14,12 @@ mod slurm;
 mod structured;
 mod tasks;
 mod train_default;
+mod values;
 mod weights;
 
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::str::FromStr;
 
 use causal_lm::Arithmetic;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
@@ -201,16 +201,16 @@ enum SuiteArgs {
 #[command(next_help_heading = "Common options")]
 struct CommonArgs {
     /// Window in tokens
-    #[arg(long, global = true, value_name = "N", value_parser = window)]
+    #[arg(long, global = true, value_name = "N", value_parser = values::window)]
     window: Option<usize>,
     /// Evaluate only the first N windows or questions
-    #[arg(long, global = true, value_name = "N", value_parser = positive)]
+    #[arg(long, global = true, value_name = "N", value_parser = values::positive)]
     samples: Option<NonZeroUsize>,
     /// Seed of everything random
     #[arg(long, global = true, value_name = "N", default_value_t = 0)]
     seed: u64,
     /// Number of threads [default: all cores]
-    #[arg(long, global = true, value_name = "N", value_parser = positive)]
+    #[arg(long, global = true, value_name = "N", value_parser = values::positive)]
     threads: Option<NonZeroUsize>,
     /// Device to compute on
     #[arg(long, global = true, value_enum, default_value_t = Device::Cpu)]
@@ -306,30 +306,6 @@ struct PerplexityArgs {
     /// Also measure nuclear norm and entropy of the hidden states
     #[arg(long)]
     hidden_metrics: bool,
-}
-
-fn positive(text: &str) -> Result<NonZeroUsize, String> {
-    counted(text)
-}
-
-/// A number that is not 0, of any width.
-fn counted<T: FromStr>(text: &str) -> Result<T, String> {
-    let number = text.parse();
-    number.map_err(|_| "expected a whole number, at least 1".into())
-}
-
-fn window(text: &str) -> Result<usize, String> {
-    match text.parse() {
-        Ok(tokens) if tokens >= 2 => Ok(tokens),
-        _ => Err("expected a number of tokens, at least 2 (the first is never a target)".into()),
-    }
-}
-
-fn ratio(text: &str) -> Result<f64, String> {
-    match text.parse() {
-        Ok(share) if (0.0..1.0).contains(&share) => Ok(share),
-        _ => Err("expected a fraction, at least 0 and below 1".into()),
-    }
 }
 
 impl EvalArgs {

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use anyhow::Result;
 use clap::Args;
 
-use super::positive;
+use super::values::positive;
 use crate::slurm::{self, Config};
 
 #[derive(Args)]

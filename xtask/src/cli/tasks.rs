@@ -40,7 +40,7 @@ pub(super) struct TasksArgs {
     #[arg(long, value_name = "FILE", requires = "shots")]
     shots_from: Option<PathBuf>,
     /// Maximum number of tokens generated per answer
-    #[arg(long, value_name = "N", default_value = "256", value_parser = super::positive)]
+    #[arg(long, value_name = "N", default_value = "256", value_parser = super::values::positive)]
     max_new_tokens: NonZeroUsize,
     /// Write scores or generated text per question to MODEL-TASK.jsonl in this folder
     #[arg(long, value_name = "DIR")]

@@ -21,7 +21,7 @@ pub(super) struct TrainDefaultArgs {
     #[arg(long)]
     overwrite: bool,
     /// Steps of 4,096 tokens
-    #[arg(long, value_name = "N", default_value = "2500", value_parser = super::positive)]
+    #[arg(long, value_name = "N", default_value = "2500", value_parser = super::values::positive)]
     steps: NonZeroUsize,
     /// Seed of weights and text
     #[arg(long, value_name = "N", default_value_t = 0)]

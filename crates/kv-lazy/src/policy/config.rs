@@ -92,7 +92,7 @@ policies! {
     VaseProducts = "vase-dkv", vase::Settings, vase::build_products, "keeps large products of randomly projected keys and values";
     Random = "random", random::Settings, random::build, "evicts at random, keeps the prompt; a baseline";
     Lazy = "lazy", lazy::Settings, lazy::build_paper, "LazyEviction as in the paper";
-    LazyReference = "lazy-reference", lazy::Settings, lazy::build_reference, "LazyEviction as in the authors' code";
+    LazyReference = "lazy-reference", lazy::Settings, lazy::build_reference, "LazyEviction as in the reference code";
     LazyGuarded = "lazy-guarded", lazy::Settings, lazy::build_guarded, "LazyEviction with a fixed importance, sinks and the prompt kept";
     #[cfg(feature = "trace")] Oracle = "oracle", oracle::Settings, oracle::build, "keeps what will be attended most; in replay only";
 }

@@ -1,4 +1,4 @@
-//! Evicting every so many steps, as policies do that judge keys alone: their settings.
+//! Settings of policies that score keys alone and evict every W steps.
 
 use super::config::quarter;
 use super::{Budget, Rule};

@@ -2,7 +2,7 @@
 //!
 //! Room is made before a token is appended, so single tokens never exceed the budget; of a step of several tokens, which must see each other, what
 //! exceeds it leaves after the step. Keys keep the rotation of their original
-//! positions; the authors' code re-rotates to positions inside the cache instead, which matters once the text is
+//! positions; the reference code re-rotates to positions inside the cache instead, which matters once the text is
 //! longer than the model's context.
 
 use super::{Budget, Clock, Phase, Policy, Rows, Rule, Score, Tunable};

@@ -2,7 +2,7 @@
 //!
 //! Every B steps, with the newest B tokens untouched. *AttnV* reserves a share of the slots for the values of largest range; the others are drawn without
 //! replacement in proportion to the attention of the last B queries over the older tokens, averaged over queries, pooled over five tokens and averaged over the
-//! group (Gumbel top-k: the largest of ln ᾱ − ln(−ln u)). The paper reserves by range alone, the authors' program puts the first four tokens among the reserved; `sinks` does.
+//! group (Gumbel top-k: the largest of ln ᾱ − ln(−ln u)). The paper reserves by range alone, the reference code puts the first four tokens among the reserved; `sinks` does.
 //! *DKV* keeps the largest ‖Gᵀk‖² · ‖Gᵀv‖² with a random G of 20 columns, drawn anew at each eviction.
 
 use super::config::quarter;

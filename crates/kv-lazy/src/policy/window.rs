@@ -1,4 +1,4 @@
-//! Attention of the last few queries, recomputed from the queries themselves: observation windows for policies that judge
+//! Attention of the last few queries, recomputed from the queries themselves: observation windows for policies that evict
 //! rarely.
 
 use super::{RecentQueries, Rows};

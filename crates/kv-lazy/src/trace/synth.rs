@@ -36,16 +36,16 @@ impl Default for Sizes {
     }
 }
 
-/// Tokens that are needed again and again after log-normal silences, among sinks, heavy hitters and a preference for the near.
+/// Tokens that are attended again after log-normal recurrence intervals, among sinks, heavy hitters and a preference for the near.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Planted {
     /// Sizes.
     pub sizes: Sizes,
     /// Recurring tokens, at most `head_dim` − 4, drawn from the first half of the positions.
     pub recurring: usize,
-    /// Median silence in steps.
+    /// Median recurrence interval in steps.
     pub period: f64,
-    /// Standard deviation of the logarithm of a silence; the 80th percentile is `period`·exp(0.84·σ).
+    /// Standard deviation of the logarithm of a recurrence interval; the 80th percentile is `period`·exp(0.84·σ).
     pub sigma: f64,
     /// Heavy hitters, always attended.
     pub heavy: usize,

@@ -342,7 +342,7 @@ fn a_recorder_hands_back_what_the_cache_was_given() {
 }
 
 #[test]
-fn planted_tokens_are_attended_when_scheduled_and_silent_between() {
+fn planted_tokens_are_attended_when_scheduled_and_inactive_between() {
     let (trace, schedules) = planted().with_schedule(5);
     let layer = &trace.layers[&0];
     for (head, schedule) in schedules.iter().enumerate() {

@@ -1,4 +1,4 @@
-//! Worked solutions, generated greedily and judged by the number at their end.
+//! Worked solutions, generated greedily and scored by the number at their end.
 
 use std::time::Instant;
 
@@ -14,7 +14,7 @@ use crate::{Error, Result};
 /// Tokens generated between two searches for a text that ends the answer.
 const STRIDE: usize = 8;
 
-/// Answers the first `count` questions of `task`: judged by the number after `####`, and by the last number.
+/// Answers the first `count` questions of `task`: scored by the number after `####`, and by the last number.
 pub(super) fn answer(
     evaluator: &Evaluator<'_>,
     task: &Task,

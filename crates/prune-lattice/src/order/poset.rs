@@ -61,7 +61,7 @@ impl Poset {
         &self.down
     }
 
-    /// Bytes of the two relations, n²/4.
+    /// Bytes of the two relations: n²/4, with rows in whole words of 64 bits.
     pub fn bytes(&self) -> usize {
         self.up.bytes() + self.down.bytes()
     }

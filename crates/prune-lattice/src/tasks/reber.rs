@@ -120,7 +120,7 @@ mod tests {
     use crate::data::{Examples, Targets};
 
     #[test]
-    fn known_strings_are_judged_right() {
+    fn known_strings_are_accepted_or_refused() {
         for s in ["BTXSE", "BPVVE", "BTSSSXXTTVPSE", "BPTTTTVPXTVPSE"] {
             assert!(is_reber(s), "{s}");
         }

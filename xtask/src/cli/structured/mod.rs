@@ -21,7 +21,8 @@ use prune_structured::{
 use tensor_io::WriteOptions;
 use toy_lm::bundled::CALIBRATION;
 
-use super::{TextArgs, bundled, counted, positive, ratio};
+use super::values::{counted, positive, ratio};
+use super::{TextArgs, bundled};
 use crate::suites::structured::{self, experts};
 
 #[derive(Args)]

@@ -53,7 +53,7 @@ impl Config {
     }
 }
 
-/// A trained network. Without a text it is judged on the experiment's only task.
+/// A trained network. Without a text it is evaluated on the experiment's only task.
 #[derive(Debug, Clone)]
 pub struct CheckpointConfig {
     /// safetensors or ONNX file.
@@ -199,7 +199,7 @@ fn open(config: &CheckpointConfig, experiment: &ExperimentConfig) -> Result<Trai
     let rnn = network(config)?;
     let Some(config) = &config.characters else {
         let [task] = experiment.tasks.as_slice() else {
-            bail!("--weights: a network from a file is judged on one --task");
+            bail!("--weights: a network from a file is evaluated on one --task");
         };
         let seed = experiment.seeds.first().copied().unwrap_or_default();
         return Ok(Trained {

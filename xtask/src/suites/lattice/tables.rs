@@ -85,7 +85,7 @@ pub(super) fn overview(rows: &[experiment::Row], sections: &[Section], config: &
     .fact("pruned", json!(experiment.scope))
 }
 
-/// What a task is judged by.
+/// Metric of a task.
 #[derive(Clone, Copy)]
 enum Quality {
     /// Share of right answers.

@@ -18,9 +18,9 @@ use tensor_io::{Checkpoint, NoProgress, WriteOptions};
 
 use super::super::hidden::hidden_metrics;
 use super::super::perplexity;
+use super::config::{Config, method_name};
 use super::save::{self, cell_name};
 use super::start::{Start, open};
-use super::{Config, method_name};
 use crate::bar::Bar;
 use crate::settings::Settings;
 

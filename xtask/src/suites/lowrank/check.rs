@@ -8,9 +8,10 @@ use lowrank_eora::compress::Compressor;
 use lowrank_eora::output::{Adapter, check_gguf, check_layout};
 use lowrank_eora::repair::Source;
 
-use super::save::{self, Output};
+use super::config::{Config, method_name};
+use super::output::Output;
+use super::save;
 use super::start::GivenModel;
-use super::{Config, method_name};
 use crate::suites::perplexity;
 
 /// What the flags alone tell.

@@ -10,7 +10,7 @@ use lowrank_eora::repair::{Format, Given, LayerId, Source};
 use tensor_io::Checkpoint;
 
 use super::super::perplexity::file_name;
-use super::Config;
+use super::config::Config;
 use crate::settings::Settings;
 
 /// A model that another tool compressed.

@@ -3,7 +3,7 @@
 use eval_report::{Axis, Column, DENSE, Plot, Point, Reference, Role, Row, Section, Series};
 use serde_json::Value;
 
-use super::Config;
+use super::config::Config;
 use super::verdict::verdict;
 
 /// The table with its explanation and plots.

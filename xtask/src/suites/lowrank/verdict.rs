@@ -3,7 +3,7 @@
 use eval_report::{Role, Row};
 use lowrank_eora::repair::Method;
 
-use super::NONE;
+use super::config::NONE;
 
 /// Rows at one compressor and rank: left alone, by plain singular value decomposition, by EoRA.
 struct Cell<'a> {

@@ -149,7 +149,7 @@ impl Suite<'_> {
             return Ok(Vec::new());
         }
         self.compare_with_dense(&mut rows);
-        let section = section(self.config, rows, self.plots(&pictures)?);
+        let section = section(self.config.dry_run, rows, self.plots(&pictures)?);
         Ok(vec![
             self.protocol
                 .facts(

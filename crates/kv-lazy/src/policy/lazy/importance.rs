@@ -1,4 +1,4 @@
-//! Importance of a token from its silence d = t − TS and its MRI.
+//! Importance of a token from its inactive steps d = t − TS and its maximum recurrence interval (MRI).
 //!
 //! | | H1 | H2 (0 for MRI = 0) |
 //! |---|---|---|
@@ -29,11 +29,11 @@ pub enum Combine {
 /// The importance function.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Importance {
-    /// Use the program's H1.
+    /// H1 of the reference code.
     pub reference_h1: bool,
     /// H1 and H2 together.
     pub combine: Combine,
-    /// Smallest MRI that earns H2: 1 in paper and program.
+    /// Smallest MRI that earns H2: 1 in paper and reference code.
     pub h2_min_mri: u32,
 }
 
@@ -50,15 +50,15 @@ impl Importance {
         }
     }
 
-    /// Importance of a token silent for `silence` steps.
-    pub fn of_token(&self, silence: u32, mri: u32) -> f32 {
-        /// What the program adds to MRI against division by zero.
+    /// Importance of a token inactive for `inactive` steps.
+    pub fn of_token(&self, inactive: u32, mri: u32) -> f32 {
+        /// What the reference code adds to MRI against division by zero.
         const EPSILON: f32 = 1e-5;
-        let (d, m) = (silence as f32, mri as f32);
+        let (d, m) = (inactive as f32, mri as f32);
         let h1 = if self.reference_h1 {
             2.0 / (1.0 + (1.0 + d / (m + EPSILON)).exp())
         } else if mri == 0 {
-            if silence == 0 { 1.0 } else { 0.0 }
+            if inactive == 0 { 1.0 } else { 0.0 }
         } else {
             2.0 / (1.0 + (d / m).exp())
         };
@@ -159,11 +159,11 @@ mod tests {
             (50, 2),
             (1000, 1),
         ];
-        let scores = ranked.map(|(silence, mri)| importance.of_token(silence, mri));
+        let scores = ranked.map(|(inactive, mri)| importance.of_token(inactive, mri));
         assert!(scores.is_sorted_by(|a, b| a >= b), "{scores:?}");
     }
 
-    /// A stale token of MRI 1 outranks a live recurring one in paper and program, and no longer when guarded.
+    /// A stale token of MRI 1 outranks a live recurring one in paper and reference code, and no longer when guarded.
     #[test]
     fn the_trap_of_mri_one_is_there_and_guarded_avoids_it() {
         for (mode, trapped) in [

@@ -4,7 +4,7 @@
 //! between two such steps. Every W steps, with the newest W tokens protected, a token's importance is H1 (is it still inside its
 //! usual interval?) plus H2 (does it recur often?), see [`importance`](Importance).
 //!
-//! Modes: `Paper` follows the paper's formulas. `Reference` follows the authors' program, which caps H1 at 0.538 and
+//! Modes: `Paper` follows the paper's formulas. `Reference` follows the reference code, which caps H1 at 0.538 and
 //! starts a token's clock one step early. `Guarded` is the paper's with three repairs: H2 counts only as far as H1 says that the token is still inside
 //! its interval, four sinks, and the prompt kept. The first matters: a token active only in two consecutive steps has MRI = 1 and scores 1
 //! however long ago that was, and so outranks live recurring tokens wherever the threshold is large against 1/n. In all modes state
@@ -33,7 +33,7 @@ pub enum Mode {
     /// The paper's formulas.
     #[default]
     Paper,
-    /// The authors' program.
+    /// The reference code.
     Reference,
     /// The paper's H1 · (1 + H2), sinks and prompt kept.
     Guarded,

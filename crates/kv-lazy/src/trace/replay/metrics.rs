@@ -42,9 +42,9 @@ pub struct HeadReport {
     pub ideal_mass: f64,
     /// Share of the k most attended tokens that are resident.
     pub recall: f64,
-    /// Share of activations after a long silence whose token is still resident; none if there were none.
+    /// Share of recurring activations whose token is still resident; none if there were none.
     pub recurring_hit_rate: Option<f64>,
-    /// Activations after a long silence.
+    /// Activations after more inactive steps than [`super::ReplayOptions::gap`].
     pub recurring: u64,
     /// Mass lost on evicted tokens per step, by steps since their eviction.
     pub regret: AgeHistogram,
@@ -288,7 +288,7 @@ impl Observer {
         }
     }
 
-    /// Activations after a long silence: is the token still there?
+    /// Recurring activations: is the token still resident?
     fn recurrence(&mut self, head: usize, t: usize, queries: &[(Vec<f32>, Vec<f32>)]) {
         let (report, positions, sums) = &mut self.heads[head];
         let mut largest = vec![0.0f32; t + 1];

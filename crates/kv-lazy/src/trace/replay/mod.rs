@@ -35,7 +35,7 @@ pub struct ReplayOptions {
     pub top: usize,
     /// When a token counts as active, for the recurring hit-rate.
     pub threshold: Threshold,
-    /// A recurring activation comes after more than this many silent steps.
+    /// An activation after more than this many inactive steps is recurring.
     pub gap: usize,
 }
 

@@ -5,8 +5,6 @@ use eval_report::{Axis, Column, DENSE, Plot, Reference, Row, Section, Series};
 use prune_structured::experts::{Aim, ExpertPlan, ExpertRecipe, Outcome};
 use serde_json::{Value, json};
 
-use crate::suites::structured::Config;
-
 pub(super) fn ids(cluster: &[usize]) -> String {
     let ids: Vec<String> = cluster.iter().map(usize::to_string).collect();
     ids.join(" ")
@@ -73,7 +71,7 @@ pub(super) fn cell_name(recipe: &ExpertRecipe, seed: Option<u64>, aim: Aim) -> S
     }
 }
 
-pub(super) fn section(config: &Config, rows: Vec<Row>, mut plots: Vec<Plot>) -> Section {
+pub(super) fn section(is_dry_run: bool, rows: Vec<Row>, mut plots: Vec<Plot>) -> Section {
     let dense = rows.iter().find(|row| row.method == DENSE);
     let reference = dense.and_then(|row| row.perplexity).map(|y| Reference {
         name: DENSE.into(),
@@ -87,7 +85,7 @@ pub(super) fn section(config: &Config, rows: Vec<Row>, mut plots: Vec<Plot>) -> 
         reference,
     };
     plots.insert(0, quality);
-    let prose = if config.dry_run {
+    let prose = if is_dry_run {
         "Plans only: nothing is written or measured. A ratio counts the weights of routed experts."
     } else {
         "Each row is a checkpoint, written, loaded again and evaluated on text not used for calibration. A ratio counts the \
@@ -118,8 +116,8 @@ pub(super) fn section(config: &Config, rows: Vec<Row>, mut plots: Vec<Plot>) -> 
             Column::Extra("compensation".into()),
             Column::Extra("loads_in".into()),
         ],
-        plots: if config.dry_run { vec![] } else { plots },
-        print_layers: config.dry_run,
+        plots: if is_dry_run { vec![] } else { plots },
+        print_layers: is_dry_run,
         rows,
         ..Section::default()
     }
