@@ -97,11 +97,9 @@ pub fn run(config: &Config) -> Result<()> {
     let mut cache = policy::caches(&model, Some(&cache), 0, 1).with_context(|| flags)?;
     let mut stop = decoder.config().eos.clone();
     stop.extend(tokenizer.eos());
-    let options = GenerateOptions {
-        max_new_tokens,
-        sampling: config.sampling,
-        stop,
-    };
+    let options = GenerateOptions::new(max_new_tokens)
+        .with_sampling(config.sampling)
+        .with_stop(stop);
 
     let mut text = tokenizer.stream();
     let (mut first, mut failed) = (None, None);

@@ -31,16 +31,15 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         }
         _ => model.full_cache(1)?,
     };
-    let options = GenerateOptions {
-        max_new_tokens: 128,
-        sampling: Sampling::Random {
-            temperature: 0.8,
-            top_k: None,
-            top_p: Some(0.9),
-            seed: 1,
-        },
-        stop: decoder.config().eos.clone(),
+    let sampling = Sampling::Random {
+        temperature: 0.8,
+        top_k: None,
+        top_p: Some(0.9),
+        seed: 1,
     };
+    let options = GenerateOptions::new(128)
+        .with_sampling(sampling)
+        .with_stop(decoder.config().eos.clone());
     print!("{prompt}");
     let mut text = tokenizer.stream();
     let mut print = |token| {

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 /// How the next token is chosen from the logits.
 #[derive(Clone, Copy, Debug, PartialEq)]
+#[non_exhaustive]
 pub enum Sampling {
     /// The most likely token, the lowest id on a tie.
     Greedy,
@@ -29,6 +30,7 @@ pub enum Sampling {
 
 /// When generation ends and how tokens are chosen.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct GenerateOptions {
     /// Tokens generated at most.
     pub max_new_tokens: usize,
@@ -36,6 +38,31 @@ pub struct GenerateOptions {
     pub sampling: Sampling,
     /// Tokens that end the sequence; they are not part of the result.
     pub stop: Vec<u32>,
+}
+
+impl GenerateOptions {
+    /// At most so many tokens, chosen greedily; none of them ends the sequence.
+    pub fn new(max_new_tokens: usize) -> Self {
+        Self {
+            max_new_tokens,
+            sampling: Sampling::Greedy,
+            stop: Vec::new(),
+        }
+    }
+
+    /// Chooses tokens otherwise.
+    #[must_use]
+    pub fn with_sampling(mut self, sampling: Sampling) -> Self {
+        self.sampling = sampling;
+        self
+    }
+
+    /// Tokens that end the sequence.
+    #[must_use]
+    pub fn with_stop(mut self, stop: Vec<u32>) -> Self {
+        self.stop = stop;
+        self
+    }
 }
 
 /// A generated sequence and what it took.

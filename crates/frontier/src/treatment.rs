@@ -11,6 +11,7 @@ use std::str::FromStr;
 /// (`gptq-int4-g128`, `gptq-q4_k`).
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(into = "String", try_from = "String")]
+#[non_exhaustive]
 pub enum Format {
     /// As the model stores them.
     Stored,

@@ -49,10 +49,7 @@ fn write(name: &str, version: Version) -> PathBuf {
     let dense = TensorSpec::new("dense", Dtype::F64, vec![32, 64]);
     let specs = tensors.iter().map(|(spec, _)| spec.clone()).chain([dense]);
     let path = folder(&format!("{name}-{}", version.name()));
-    let options = WriteOptions {
-        overwrite: true,
-        ..WriteOptions::default()
-    };
+    let options = WriteOptions::default().with_overwrite(true);
     let mut writer = CheckpointWriter::create(&path, &config, specs.collect::<Vec<_>>(), &options)
         .expect("a folder");
     for (spec, bytes) in &tensors {

@@ -75,10 +75,7 @@ impl Family {
         form: Form,
     ) -> Result<PathBuf, Box<Error>> {
         let dst = self.folder.path().join(format!("{form:?}"));
-        let files = WriteOptions {
-            overwrite: true,
-            ..WriteOptions::default()
-        };
+        let files = WriteOptions::default().with_overwrite(true);
         let settings = Settings::new(calibration).form(form).files(files);
         write(&self.decoder(), plan, &dst, &settings, &NoProgress)
             .map(|_| dst)
@@ -310,10 +307,7 @@ fn stacked_projections_give_the_same_plans_and_logits_as_single_ones() {
                 Calibration::run(&decoder, &windows(), &collect, &NoProgress).unwrap();
             let plan = Plan::make(&decoder, &calibration, &recipe, 0.3, &NoProgress).unwrap();
             let dst = folder.path().join("out");
-            let files = WriteOptions {
-                overwrite: true,
-                ..WriteOptions::default()
-            };
+            let files = WriteOptions::default().with_overwrite(true);
             let settings = Settings::new(&calibration).files(files);
             write(&decoder, &plan, &dst, &settings, &NoProgress).unwrap();
             (plan.layers, logits(&dst))

@@ -22,6 +22,7 @@ use crate::spec::TensorSpec;
 
 /// How to write.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct WriteOptions {
     /// Replace the destination if it exists. A folder is only replaced if it holds a `config.json` or nothing.
     pub overwrite: bool,
@@ -36,6 +37,22 @@ impl Default for WriteOptions {
             overwrite: false,
             max_shard_bytes: 5_000_000_000,
         }
+    }
+}
+
+impl WriteOptions {
+    /// Whether to replace the destination if it exists.
+    #[must_use]
+    pub fn with_overwrite(mut self, overwrite: bool) -> Self {
+        self.overwrite = overwrite;
+        self
+    }
+
+    /// Bytes of tensors after which a new shard is begun.
+    #[must_use]
+    pub fn with_max_shard_bytes(mut self, bytes: u64) -> Self {
+        self.max_shard_bytes = bytes;
+        self
     }
 }
 

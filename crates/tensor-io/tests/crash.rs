@@ -32,10 +32,9 @@ fn write_generation(dst: &Path, generation: usize) -> Result<(), Error> {
     let specs: Vec<_> = (0..TENSORS)
         .map(|i| TensorSpec::new(format!("layers.{i}.weight"), Dtype::F32, [ELEMENTS]))
         .collect();
-    let options = WriteOptions {
-        overwrite: true,
-        max_shard_bytes: 5 * 4 * ELEMENTS as u64,
-    };
+    let options = WriteOptions::default()
+        .with_overwrite(true)
+        .with_max_shard_bytes(5 * 4 * ELEMENTS as u64);
     let mut writer = CheckpointWriter::create(dst, &config, specs, &options)?;
     let bytes = (generation as f32).to_le_bytes().repeat(ELEMENTS);
     for i in (0..TENSORS).rev() {

@@ -85,7 +85,7 @@ proptest! {
         config.set("z", 0.1);
         config.set("a", "é");
         let specs: Vec<_> = tensors.iter().map(|tensor| tensor.spec.clone()).collect();
-        let options = WriteOptions { max_shard_bytes, ..Default::default() };
+        let options = WriteOptions::default().with_max_shard_bytes(max_shard_bytes);
         let mut writer = CheckpointWriter::create(out.path().join("m"), &config, specs, &options).unwrap();
         let first = if tensors.is_empty() { 0 } else { order.index(tensors.len()) };
         for tensor in tensors[first..].iter().chain(&tensors[..first]) {

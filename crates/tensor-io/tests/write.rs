@@ -97,10 +97,7 @@ fn shards_hold_the_same_tensors_as_one_file() {
     let dir = Path::new(shared_data::path!("models/small-lm"));
     let source = Checkpoint::open(dir).unwrap();
     let out = tempfile::tempdir().unwrap();
-    let options = WriteOptions {
-        max_shard_bytes: 1_000_000,
-        ..Default::default()
-    };
+    let options = WriteOptions::default().with_max_shard_bytes(1_000_000);
     let written = copy(&source, &out.path().join("sharded"), &options);
     assert!(written.shards > 5);
     let sharded = Checkpoint::open(&written.dir).unwrap();
@@ -138,10 +135,7 @@ fn a_shard_is_only_larger_than_the_limit_for_a_tensor_that_is() {
         .enumerate()
         .map(|(i, &n)| TensorSpec::new(format!("t{i}"), Dtype::U8, [n]))
         .collect();
-    let options = WriteOptions {
-        max_shard_bytes: 100,
-        ..Default::default()
-    };
+    let options = WriteOptions::default().with_max_shard_bytes(100);
     let mut writer =
         CheckpointWriter::create(out.path().join("m"), &Config::default(), specs, &options)
             .unwrap();
@@ -276,10 +270,7 @@ fn an_existing_destination_is_kept_unless_overwriting() {
     assert!(matches!(refused, Err(Error::Exists { path }) if path.ends_with("m")));
     assert_eq!(listing(&dst), ["config.json", "stale.txt"]);
 
-    let options = WriteOptions {
-        overwrite: true,
-        ..Default::default()
-    };
+    let options = WriteOptions::default().with_overwrite(true);
     for name in [
         "train.py",
         "tokenizer.json",
@@ -316,10 +307,7 @@ fn an_existing_destination_is_kept_unless_overwriting() {
 fn a_checkpoint_can_be_replaced_while_it_is_read() {
     let dir = one_vector("{}");
     let dst = dir.path().join("m");
-    let options = WriteOptions {
-        overwrite: true,
-        ..Default::default()
-    };
+    let options = WriteOptions::default().with_overwrite(true);
     copy(&Checkpoint::open(dir.path()).unwrap(), &dst, &options);
     let source = Checkpoint::open(&dst).unwrap();
     copy(&source, &dst, &options);
@@ -336,10 +324,7 @@ fn a_folder_that_is_no_checkpoint_is_never_replaced() {
     let dst = out.path().join("photos");
     fs::create_dir(&dst).unwrap();
     fs::write(dst.join("cat.jpg"), "meow").unwrap();
-    let options = WriteOptions {
-        overwrite: true,
-        ..Default::default()
-    };
+    let options = WriteOptions::default().with_overwrite(true);
     let refused = CheckpointWriter::create(&dst, &Config::default(), Vec::new(), &options);
     assert!(matches!(refused, Err(Error::NotReplaceable { .. })));
     assert_eq!(listing(&dst), ["cat.jpg"]);
@@ -356,10 +341,7 @@ fn a_link_to_a_folder_keeps_leading_to_it() {
     let link = out.path().join("link");
     fs::create_dir(&real).unwrap();
     std::os::unix::fs::symlink(&real, &link).unwrap();
-    let options = WriteOptions {
-        overwrite: true,
-        ..Default::default()
-    };
+    let options = WriteOptions::default().with_overwrite(true);
     copy(&source, &link, &options);
     assert!(link.symlink_metadata().unwrap().is_symlink());
     assert!(real.join("model.safetensors").exists());

@@ -174,10 +174,7 @@ pub fn train(options: &Options, device: &Device, progress: &dyn Progress) -> Res
     let mut files = vocabulary::files(&tokenizer, CONTEXT)?.to_vec();
     files.push((EVALUATION, evaluation().text.into_bytes()));
     files.push((CALIBRATION, calibration().text.into_bytes()));
-    let write = WriteOptions {
-        overwrite: options.overwrite,
-        ..WriteOptions::default()
-    };
+    let write = WriteOptions::default().with_overwrite(options.overwrite);
     decoder.write(&fields, DType::BF16, &options.out, &write, &files)?;
     Ok(trained)
 }

@@ -213,10 +213,9 @@ impl LowrankArgs {
             controls: !change.no_controls,
             save: self.save,
             outputs: self.save_as,
-            write: WriteOptions {
-                overwrite: self.overwrite,
-                max_shard_bytes: self.max_shard_bytes,
-            },
+            write: WriteOptions::default()
+                .with_overwrite(self.overwrite)
+                .with_max_shard_bytes(self.max_shard_bytes),
             resume: self.resume,
             hidden_metrics: self.hidden_metrics,
         }

@@ -48,10 +48,9 @@ impl From<RandomModelArgs> for random_model::Config {
                 StoredType::Bf16 => DType::BF16,
             },
             seed: args.seed,
-            write: WriteOptions {
-                overwrite: args.overwrite,
-                max_shard_bytes: args.max_shard_bytes,
-            },
+            write: WriteOptions::default()
+                .with_overwrite(args.overwrite)
+                .with_max_shard_bytes(args.max_shard_bytes),
         }
     }
 }

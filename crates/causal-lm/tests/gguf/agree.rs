@@ -67,10 +67,7 @@ fn to_folder(checkpoint: &Checkpoint, dir: &std::path::Path) -> Checkpoint {
         TensorSpec::new(name, info.dtype, info.shape.clone())
     };
     let specs = checkpoint.names().map(spec).collect();
-    let options = WriteOptions {
-        overwrite: true,
-        ..WriteOptions::default()
-    };
+    let options = WriteOptions::default().with_overwrite(true);
     let mut writer = CheckpointWriter::create(dir, checkpoint.config(), specs, &options).unwrap();
     writer.carry_from(checkpoint).unwrap();
     for name in checkpoint.names() {

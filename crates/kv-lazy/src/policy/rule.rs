@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 /// Tokens a layer may hold per sequence and KV head, right after an eviction.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
 pub enum Budget {
     /// A fixed number.
     Tokens(usize),
@@ -46,6 +47,7 @@ impl Budget {
 /// What happens to the prompt's tokens.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
 pub enum Prompt {
     /// They are tokens like any other.
     Evictable,
@@ -60,6 +62,7 @@ pub enum Prompt {
 /// When evictions happen while decoding.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
 pub enum Trigger {
     /// Never.
     Never,

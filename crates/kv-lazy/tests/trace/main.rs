@@ -176,11 +176,9 @@ fn the_oracle_retains_at_least_what_every_policy_does_and_the_ideal_set_more() {
 
 #[test]
 fn the_full_cache_loses_nothing() {
-    let options = ReplayOptions {
-        threshold: Threshold::Absolute(0.02),
-        gap: 16,
-        ..ReplayOptions::default()
-    };
+    let options = ReplayOptions::default()
+        .with_threshold(Threshold::Absolute(0.02))
+        .with_gap(16);
     let config = CacheConfig::new("full".parse().unwrap(), Budget::Tokens(1));
     let report = replay(&planted().trace(3), 0, &config, &options, &NoProgress).unwrap();
     for head in &report.heads {

@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use causal_lm::{CacheSet, GenerateOptions, Model, Sampling, Snapshot, generate};
+use causal_lm::{CacheSet, GenerateOptions, Model, Snapshot, generate};
 use serde_json::Value;
 use tensor_io::{Config, Progress};
 
@@ -80,11 +80,7 @@ impl Generator<'_> {
     /// generated.
     fn answer(&mut self, prompt: &[u32], shared: usize, max: usize) -> Result<(String, usize)> {
         self.begin(&prompt[..shared])?;
-        let mut options = GenerateOptions {
-            max_new_tokens: 0,
-            sampling: Sampling::Greedy,
-            stop: self.end.clone(),
-        };
+        let mut options = GenerateOptions::new(0).with_stop(self.end.clone());
         let mut next = prompt[shared..].to_vec();
         let mut tokens: Vec<u32> = Vec::new();
         loop {

@@ -40,10 +40,7 @@ pub(crate) fn decoder(checkpoint: &Checkpoint) -> Decoder<'_> {
 
 /// Replacing what an earlier step of a test wrote.
 pub(crate) fn overwrite() -> WriteOptions {
-    WriteOptions {
-        overwrite: true,
-        ..WriteOptions::default()
-    }
+    WriteOptions::default().with_overwrite(true)
 }
 
 /// Random text as windows.

@@ -327,10 +327,9 @@ impl StructuredArgs {
             } else {
                 Form::Sliced
             },
-            write: WriteOptions {
-                overwrite: self.overwrite,
-                max_shard_bytes: self.max_shard_bytes,
-            },
+            write: WriteOptions::default()
+                .with_overwrite(self.overwrite)
+                .with_max_shard_bytes(self.max_shard_bytes),
             exports: self.export,
             save_plans: self.save_plans,
             dry_run: self.dry_run,

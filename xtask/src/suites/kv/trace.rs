@@ -288,11 +288,9 @@ fn replay(settings: &Settings, config: &Config, kind: &Kind) -> Result<Section> 
             let tokens = policy::tokens(budget, trace.tokens.len());
             let mut cache = choice.cache(tokens, settings.seed + index as u64);
             cache.layer_rotary = kind.rotary.clone();
-            let options = ReplayOptions {
-                gap: policy::lag(tokens),
-                threshold: config.threshold(),
-                ..ReplayOptions::default()
-            };
+            let options = ReplayOptions::default()
+                .with_gap(policy::lag(tokens))
+                .with_threshold(config.threshold());
             let watch = Stopwatch::start();
             let layers = replay_all(trace, &cache, &options, &NoProgress)?;
             let mut row = row.clone();

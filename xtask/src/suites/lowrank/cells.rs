@@ -223,10 +223,8 @@ impl Lowrank<'_> {
         let layout = Layout::Dense {
             dtype: Some(DType::F32),
         };
-        let options = CheckpointOptions::new(Weights::Merged, layout).with_write(WriteOptions {
-            overwrite: true,
-            ..self.config.write.clone()
-        });
+        let options = CheckpointOptions::new(Weights::Merged, layout)
+            .with_write(self.config.write.clone().with_overwrite(true));
         let given = start.given.and_then(|given| given.decoder.as_ref());
         let rest = given.unwrap_or(self.decoder);
         write_checkpoint(rest, repaired, &folder, &options, &NoProgress)?;

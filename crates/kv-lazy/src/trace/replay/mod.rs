@@ -30,6 +30,7 @@ use tensor_io::Progress;
 
 /// What is measured beside the losses themselves.
 #[derive(Debug, Clone, Copy, PartialEq)]
+#[non_exhaustive]
 pub struct ReplayOptions {
     /// k of recall@k.
     pub top: usize,
@@ -46,6 +47,29 @@ impl Default for ReplayOptions {
             threshold: Threshold::Absolute(1e-4),
             gap: 64,
         }
+    }
+}
+
+impl ReplayOptions {
+    /// k of recall@k.
+    #[must_use]
+    pub fn with_top(mut self, top: usize) -> Self {
+        self.top = top;
+        self
+    }
+
+    /// When a token counts as active.
+    #[must_use]
+    pub fn with_threshold(mut self, threshold: Threshold) -> Self {
+        self.threshold = threshold;
+        self
+    }
+
+    /// Inactive steps after which an activation is recurring.
+    #[must_use]
+    pub fn with_gap(mut self, gap: usize) -> Self {
+        self.gap = gap;
+        self
     }
 }
 
