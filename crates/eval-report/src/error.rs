@@ -4,7 +4,7 @@ use std::io;
 use std::ops::Range;
 use std::path::PathBuf;
 
-use crate::json::SCHEMA;
+use crate::schema::SCHEMA;
 
 /// Result of this crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;

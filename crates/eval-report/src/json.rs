@@ -14,9 +14,7 @@ use crate::error::{Error, Result};
 use crate::machine::Machine;
 use crate::report::{Report, Section};
 use crate::row::Row;
-
-/// Version of the layout of `report.json`.
-pub const SCHEMA: u32 = 1;
+use crate::schema::SCHEMA;
 
 /// `report.json` as it is on disk.
 #[derive(Serialize, Deserialize)]

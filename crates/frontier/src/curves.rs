@@ -8,8 +8,7 @@
 //! not, all formats are measured at all widths.
 
 use crate::cache::CacheFormat;
-use crate::divide::Price;
-use crate::menu::Menu;
+use crate::menu::{Menu, Price};
 use crate::site::Site;
 use crate::treatment::Treatment;
 use serde::{Deserialize, Serialize};

@@ -4,7 +4,7 @@
 //! or all linears the same rank, each combination of these is divided by itself and the best one counts.
 
 use crate::curves::Distortions;
-use crate::menu::{Item, Menu};
+use crate::menu::{Item, Menu, Price};
 use crate::site::Site;
 use prune_structured::rate_distortion::{Knapsack, Point};
 
@@ -18,21 +18,6 @@ pub(crate) struct Rules<'r> {
     pub(crate) allowed: &'r dyn Fn(Site, &Item) -> bool,
     /// What parameters and seconds count as.
     pub(crate) price: Price,
-}
-
-/// What a treatment's parameters and seconds count as, in nats; 0 where they are free.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub(crate) struct Price {
-    /// Of a parameter.
-    pub(crate) parameter: f64,
-    /// Of a second that decoding a token takes.
-    pub(crate) second: f64,
-}
-
-impl Price {
-    pub(crate) fn of(self, item: &Item) -> f64 {
-        self.parameter * item.parameters as f64 + self.second * item.seconds
-    }
 }
 
 /// The divisions of every budget up to a largest one.

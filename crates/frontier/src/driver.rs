@@ -2,11 +2,11 @@
 
 use crate::bytes::Counter;
 use crate::curves::{self, Check, Curve, Distortions, RELIABLE, median, spearman};
-use crate::divide::{Choice, Division, Price, Rules};
+use crate::divide::{Choice, Division, Rules};
 use crate::error::{Error, Result};
 use crate::make::Maker;
 use crate::measure::{Divergence, Measurer, passes};
-use crate::menu::{Choices, Item, Menu};
+use crate::menu::{Choices, Item, Menu, Price};
 use crate::options::Options;
 use crate::plan::{Plan, Round, SitePlan};
 use crate::site::Site;

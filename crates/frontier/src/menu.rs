@@ -34,6 +34,21 @@ pub(crate) struct Item {
     pub(crate) cache_level: usize,
 }
 
+/// What a treatment's parameters and seconds count as, in nats; 0 where they are free.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub(crate) struct Price {
+    /// Of a parameter.
+    pub(crate) parameter: f64,
+    /// Of a second that decoding a token takes.
+    pub(crate) second: f64,
+}
+
+impl Price {
+    pub(crate) fn of(self, item: &Item) -> f64 {
+        self.parameter * item.parameters as f64 + self.second * item.seconds
+    }
+}
+
 /// What a site may get.
 #[derive(Clone, Debug)]
 pub(crate) struct Menu {

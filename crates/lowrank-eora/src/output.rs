@@ -19,13 +19,15 @@ mod gguf_model;
 mod imatrix;
 mod lora_gguf;
 mod mixed;
+mod options;
 pub(crate) mod peft;
 mod probe;
 
 pub use crate::format::{compressed_tensors, gguf, gptq};
 pub use adapter::{Adapter, AdapterFactors, AdapterOptions, AdapterRanks};
-pub use checkpoint::{CheckpointOptions, Layout, Weights, check_layout, write_checkpoint};
+pub use checkpoint::{check_layout, write_checkpoint};
 pub use gguf_model::{GgufModelOptions, check_gguf, write_gguf};
 pub use imatrix::imatrix;
 pub use lora_gguf::GgufAdapterOptions;
+pub use options::{CheckpointOptions, Layout, Weights};
 pub use probe::{Deviation, Probe, ProbeLayer};

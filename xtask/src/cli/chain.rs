@@ -12,7 +12,8 @@ use lowrank_eora::repair::Method;
 use prune_structured::Recipe;
 use toy_lm::bundled::CALIBRATION;
 
-use super::{TextArgs, bundled, names, positive, ratio};
+use super::values::{positive, ratio};
+use super::{TextArgs, bundled, names};
 use crate::suites::chain::Config;
 use crate::suites::kv::policy::Choice;
 
@@ -46,7 +47,7 @@ pub(super) struct ChainArgs {
     #[arg(long, value_name = "P", default_value = "lazy", value_parser = policies())]
     policy: String,
     /// Tokens of the cache: a number, or a fraction of the window
-    #[arg(long, value_name = "B", default_value = "0.5", value_parser = super::kv::budget)]
+    #[arg(long, value_name = "B", default_value = "0.5", value_parser = super::values::budget)]
     budget: Budget,
     #[arg(
         long = "for",

@@ -46,7 +46,7 @@ pub(super) struct KvArgs {
     policy: Vec<String>,
     /// Budgets per layer, sequence and KV head, separated by commas: number of tokens, or with a decimal point a fraction
     /// of the window
-    #[arg(long, value_delimiter = ',', value_name = "B[,B..]", default_value = "0.25,0.5", value_parser = budget)]
+    #[arg(long, value_delimiter = ',', value_name = "B[,B..]", default_value = "0.25,0.5", value_parser = super::values::budget)]
     budget: Vec<Budget>,
     /// Budgets are of the full cache's tokens, or of its bytes: then each policy gets as many tokens as fit, with its state, positions and storage counted
     #[arg(long, value_enum, default_value_t = BudgetOf::Tokens)]
@@ -318,19 +318,5 @@ fn alpha(text: &str) -> Result<f32, String> {
     match text.parse() {
         Ok(weight) if (0.0..1.0).contains(&weight) => Ok(weight),
         _ => Err("expected an attention weight, at least 0 and below 1".into()),
-    }
-}
-
-pub(super) fn budget(text: &str) -> Result<Budget, String> {
-    let expected = "expected a number of tokens above 0, or with a decimal point a share above 0 and at most 1";
-    let budget = if text.contains('.') {
-        text.parse().ok().map(Budget::Share)
-    } else {
-        text.parse().ok().map(Budget::Tokens)
-    };
-    match budget {
-        Some(Budget::Share(share)) if share > 0.0 && share <= 1.0 => Ok(Budget::Share(share)),
-        Some(Budget::Tokens(tokens)) if tokens > 0 => Ok(Budget::Tokens(tokens)),
-        _ => Err(expected.into()),
     }
 }

@@ -3,6 +3,8 @@
 use std::num::NonZeroUsize;
 use std::str::FromStr;
 
+use eval_report::Budget;
+
 /// A number of things, at least one.
 pub(super) fn positive(text: &str) -> Result<NonZeroUsize, String> {
     counted(text)
@@ -27,5 +29,20 @@ pub(super) fn ratio(text: &str) -> Result<f64, String> {
     match text.parse() {
         Ok(share) if (0.0..1.0).contains(&share) => Ok(share),
         _ => Err("expected a fraction, at least 0 and below 1".into()),
+    }
+}
+
+/// Tokens that a cache holds, or a fraction of all.
+pub(super) fn budget(text: &str) -> Result<Budget, String> {
+    let expected = "expected a number of tokens above 0, or with a decimal point a share above 0 and at most 1";
+    let budget = if text.contains('.') {
+        text.parse().ok().map(Budget::Share)
+    } else {
+        text.parse().ok().map(Budget::Tokens)
+    };
+    match budget {
+        Some(Budget::Share(share)) if share > 0.0 && share <= 1.0 => Ok(Budget::Share(share)),
+        Some(Budget::Tokens(tokens)) if tokens > 0 => Ok(Budget::Tokens(tokens)),
+        _ => Err(expected.into()),
     }
 }

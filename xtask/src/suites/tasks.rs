@@ -217,13 +217,13 @@ fn second_measure(layout: Layout) -> &'static str {
     }
 }
 
-/// Fills in what the same questions gave with the first model.
+/// Fills in what the same questions gave with the first model. Speeds were measured one after the other, whatever else the
+/// machine did meanwhile, and are not compared.
 fn compare(asked: &mut Asked, dense: &Asked) {
     let row = &mut asked.row;
     row.accuracy_dense = dense.row.accuracy;
     row.params_dense = dense.row.params;
     row.bytes_dense = dense.row.bytes;
-    row.tokens_per_second_dense = dense.row.tokens_per_second;
     let flips = Share::flips(&asked.correct, &dense.correct);
     row.extra.insert("flips".into(), json!(flips.value));
 }

@@ -3,7 +3,6 @@
 use super::dense::{Mix, Scores};
 use super::element::Element;
 use super::exp::exp_in_place;
-use super::machine::prefetch;
 use super::packed::{self, PackedMix, PackedScores};
 use super::rows::{Elements, Part, RowView};
 use super::scores::softcap_in_place;
@@ -11,59 +10,6 @@ use pulp::{Arch, Simd, WithSimd};
 
 /// Tokens of a chunk: the unit of parallel work, and part of the definition of the rounding.
 pub(super) const CHUNK: usize = 512;
-
-/// Bytes of a cache line.
-const LINE: usize = 64;
-
-/// Tokens of a block of the narrowest elements.
-pub(super) const MOST: usize = 32;
-
-/// Query heads taken together when so many are left: fours, twos and ones.
-#[inline(always)]
-pub(super) fn heads_at_once(left: usize) -> usize {
-    match left {
-        4.. => 4,
-        2 | 3 => 2,
-        _ => 1,
-    }
-}
-
-/// What the next block will read, asked for piece by piece while this one is computed: all at once would fill the machine's queue of
-/// outstanding lines and stop it.
-pub(super) struct Ahead<'a> {
-    /// Lines that are still to be asked for.
-    lines: std::slice::Chunks<'a, u8>,
-    /// Work that a line stands for, done so far and paid for by asking; in bytes under one head.
-    line: usize,
-    done: usize,
-    paid: usize,
-}
-
-impl<'a> Ahead<'a> {
-    /// The first `block` bytes of `data`, to be asked for during the work of `heads` heads on as many bytes.
-    #[inline(always)]
-    pub(super) fn new(data: &'a [u8], block: usize, heads: usize) -> Self {
-        Self {
-            lines: data[..data.len().min(block)].chunks(LINE),
-            line: LINE * heads,
-            done: 0,
-            paid: 0,
-        }
-    }
-
-    /// Asks for as large a share of the next block as `heads` times `bytes` are of all heads' work on this one.
-    #[inline(always)]
-    pub(super) fn fetch(&mut self, heads: usize, bytes: usize) {
-        self.done += heads * bytes;
-        while self.paid < self.done {
-            let Some(line) = self.lines.next() else {
-                return;
-            };
-            prefetch(&line[0]);
-            self.paid += self.line;
-        }
-    }
-}
 
 /// How one chunk's slice of the workspace is divided. A *lane* is one query of one query head, `[group, tokens]`.
 #[derive(Clone, Copy)]

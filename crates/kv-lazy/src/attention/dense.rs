@@ -4,7 +4,7 @@
 //! that were brought into the same order once per chunk, and the output is brought back. What is read next is asked for piece
 //! by piece, spread over all the work on what is there.
 
-use super::chunk::{Ahead, MOST, heads_at_once};
+use super::ahead::{Ahead, MOST, heads_at_once};
 use super::element::{Element, Kernel, Widen};
 use super::machine::sum_eight;
 use pulp::Simd;

@@ -2,6 +2,9 @@
 //!
 //! In a softmax arguments are at most 0 (a maximum was subtracted). Below [`LOWEST`] the result is exactly 0, so that
 //! masked scores of −∞ weigh nothing; NaN stays NaN, so that it is found in the sum.
+//!
+//! prune-lattice's networks have an `exp` of their own: between its products are plain loops over slices, which the compiler
+//! vectorises without `pulp`, and neither crate may depend on the other.
 
 use pulp::Simd;
 

@@ -3,6 +3,7 @@
 //! On the CPU one kernel serves a few new tokens per sequence and hands out the attention weights on the way;
 //! [`prefill()`] serves many new tokens, blocked and causal. Elsewhere the same semantics are built from tensor operations.
 
+mod ahead;
 mod chunk;
 pub(crate) mod decode;
 mod dense;

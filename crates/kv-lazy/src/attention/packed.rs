@@ -10,7 +10,7 @@
     reason = "register tiles are indexed alike; iterators of one of them hide that"
 )]
 
-use super::chunk::{Ahead, MOST, heads_at_once};
+use super::ahead::{Ahead, MOST, heads_at_once};
 use super::dense::lane_sums;
 use crate::quantise::{MOST_GROUPS, PackedView, hadamard};
 use half::slice::HalfFloatSliceExt;

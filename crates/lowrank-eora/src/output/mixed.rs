@@ -13,7 +13,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use tensor_io::{CheckpointWriter, Progress, TensorSpec, Written};
 
-use super::CheckpointOptions;
+use super::options::CheckpointOptions;
 
 /// Bits, inputs per group, and whether zero points are all in the middle.
 type Scheme = (usize, usize, bool);

@@ -1,4 +1,7 @@
 //! Sigmoid and tanh over slices, written so that the compiler vectorises them; absolute error below 2e-7.
+//!
+//! kv-lazy has another `exp`, for lanes of `pulp` within a softmax; this one is for single numbers in loops, saturates where
+//! that one gives 0, and neither crate may depend on the other.
 
 /// e^x for |x| < 87, by Cody–Waite reduction to |r| ≤ ln2/2 and the Taylor polynomial of degree 6.
 #[inline(always)]

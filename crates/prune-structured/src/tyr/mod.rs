@@ -16,6 +16,7 @@
 //! The resulting plan is written with the statistics of the last supernet, on which
 //! [`crate::Compensation::LeastSquares`] makes the columns that the search has measured.
 
+mod data;
 mod evolve;
 mod options;
 mod search;
@@ -25,5 +26,6 @@ mod supernet;
 
 pub use crate::divergence::Sharing;
 pub use crate::evolution::Stage;
+pub use data::Data;
 pub use options::{Accumulation, Options};
-pub use search::{Data, Found, Run, Start, search};
+pub use search::{Found, Run, Start, search};

@@ -1,5 +1,6 @@
 //! The whole search: iterations of a supernet and generations in it.
 
+use super::data::Data;
 use super::evolve::{Levels, offspring};
 use super::options::{Accumulation, Options};
 use super::space::{Sublayer, spacing, uniform};
@@ -13,21 +14,12 @@ use crate::ranking::Ranking;
 use crate::recipe::Recipe;
 use crate::stats::Part;
 use crate::{Calibration, Error, Result};
-use causal_lm::{Decoder, Progress, Windows};
+use causal_lm::{Decoder, Progress};
 use rand::SeedableRng;
 use rand::seq::index;
 use rand_chacha::ChaCha8Rng;
 use std::path::Path;
 use std::time::Instant;
-
-/// Text of a search.
-#[derive(Clone, Copy, Debug)]
-pub struct Data<'a> {
-    /// Windows that sublayers are refitted on.
-    pub calibration: &'a Windows,
-    /// Windows that candidates are compared on.
-    pub search: &'a Windows,
-}
 
 /// Widths that a search starts from.
 #[derive(Clone, Copy, Debug)]

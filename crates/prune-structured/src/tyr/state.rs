@@ -9,9 +9,9 @@
 //!
 //! All but the log are replaced whole; lines of the log beyond the state are dropped on resuming.
 
+use super::data::Data;
 use super::evolve::Levels;
 use super::options::Options;
-use super::search::Data;
 use crate::Result;
 use crate::divergence::{Sharing, hash_of};
 use crate::evolution::Best;

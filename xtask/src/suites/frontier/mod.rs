@@ -10,7 +10,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::{DType, Device};
 use causal_lm::{Arithmetic, CacheSet, Decoder, Execution, Model};
-use eval_report::{Budget, DENSE, Row, Section, Stopwatch, format};
+use eval_report::{Budget, DENSE, Rounds, Row, Section, Stopwatch, format};
 use frontier::{Baseline, Data, Frontier, Options, Plan};
 use kv_lazy::CacheConfig;
 use lm_eval::ScoredWindows;
@@ -362,7 +362,7 @@ impl Suite<'_> {
         Ok(row)
     }
 
-    /// Tokens decoded per second, one at a time, with weights and caches as they are stored; the row's speed so far is that of
+    /// Tokens decoded per second in the middle round, one token at a time, with weights and caches as they are stored; the row's speed so far is that of
     /// a prefill.
     fn speed(&self, model: &Model<'_>, caches: Option<&CacheConfig>, row: &mut Row) -> Result<()> {
         let mut cache = match caches {
@@ -379,12 +379,13 @@ impl Suite<'_> {
             .max(1);
         let prompt = &tokens[..PROMPT.min(windows.window_len() - decoded)];
         model.forward(&[prompt], &mut cache)?;
-        let start = Instant::now();
+        let prefill = row.tokens_per_second;
+        let mut rounds = Rounds::default();
         for token in tokens.iter().cycle().skip(prompt.len()).take(decoded) {
-            model.forward(&[&[*token]], &mut cache)?;
+            rounds.time(1.0, || model.forward(&[&[*token]], &mut cache))?;
         }
-        let speed = decoded as f64 / start.elapsed().as_secs_f64().max(1e-9);
-        if let Some(prefill) = row.tokens_per_second.replace(speed) {
+        rounds.fill(row);
+        if let Some(prefill) = prefill {
             row.extra
                 .insert("prefill_tokens_per_second".into(), prefill.round().into());
         }

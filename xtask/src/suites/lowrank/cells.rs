@@ -14,7 +14,7 @@ use lowrank_eora::repair::{
 };
 use serde_json::{Value, json};
 use tensor_io::gguf::Gguf;
-use tensor_io::{Checkpoint, NoProgress, WriteOptions};
+use tensor_io::{Checkpoint, NoProgress};
 
 use super::super::hidden::hidden_metrics;
 use super::super::perplexity;

@@ -22,6 +22,7 @@
 //! length of the text: run it with the original context for short texts.
 
 mod check;
+mod kind;
 mod metadata;
 mod rotation;
 mod splits;

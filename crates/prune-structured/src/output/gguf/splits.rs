@@ -4,7 +4,7 @@
 //! added tokens has no place in it. Each function here is one such statement: it holds for what the file can say, or the
 //! reason names the token that would be split otherwise.
 
-use super::tokenizer::Kind;
+use super::kind::Kind;
 use causal_lm::gguf::STRIP_NOTHING;
 use serde_json::Value as Json;
 use std::collections::{HashMap, HashSet};

@@ -11,6 +11,7 @@
 //! otherwise than in training would be silently worse. So are vocabularies that llama.cpp would merge otherwise, and added
 //! tokens that it would find elsewhere ([`splits`](super::splits)).
 
+use super::kind::Kind;
 use super::splits;
 use crate::{Error, Result};
 use causal_lm::gguf::{GgufTensors, strips_behind_tokens};
@@ -19,18 +20,6 @@ use serde_json::Value as Json;
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use tensor_io::gguf::{Metadata, Value};
-
-/// llama.cpp's kinds of tokens.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(i32)]
-pub(super) enum Kind {
-    Normal = 1,
-    Unknown = 2,
-    Control = 3,
-    UserDefined = 4,
-    Unused = 5,
-    Byte = 6,
-}
 
 /// GPT-4's pattern with up to three digits together, as Llama 3 uses it.
 const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
