@@ -40,7 +40,7 @@ pub use crate::solve::{DRIFT_DAMPING, Method};
 pub use options::{FactorStorage, InputSource, Ranks, Repair, Sampling, Spread, WithinBlock};
 pub use report::{Bytes, Damping, Energy, LayerReport, Requantised, Seconds};
 pub use sites::{LayerId, linears};
-pub use source::{CompressedLinear, Given, Linear, Source};
+pub use source::{CompressedLinear, CompressedModel, Linear, Source};
 pub use state::{Repaired, RepairedLayer};
 pub use stored::StoredWeight;
 

@@ -137,7 +137,7 @@ impl<'a> From<&'a InputStats> for Inputs<'a> {
 ///
 /// Embeddings and head of a GGUF file are quantised as well; a repair of linears does not touch what that loses.
 #[derive(Debug)]
-pub struct Given<'a> {
+pub struct CompressedModel<'a> {
     checkpoint: &'a Checkpoint,
     reader: QuantisedCheckpoint<'a>,
 }
@@ -145,7 +145,7 @@ pub struct Given<'a> {
 /// Largest difference of the other tensors, relative to their largest entry: one rounding to bf16.
 const ROUNDING: f64 = 1.0 / 128.0;
 
-impl<'a> Given<'a> {
+impl<'a> CompressedModel<'a> {
     /// Finds out how the checkpoint stores its linears.
     ///
     /// # Errors
@@ -221,7 +221,7 @@ impl<'a> Given<'a> {
     }
 }
 
-impl Source for Given<'_> {
+impl Source for CompressedModel<'_> {
     fn describe(&self) -> Result<String> {
         let hash = self.checkpoint.content_hash()?;
         Ok(format!("{} checkpoint {hash}", self.reader.format()))
@@ -278,7 +278,7 @@ impl Source for Given<'_> {
     }
 }
 
-impl Given<'_> {
+impl CompressedModel<'_> {
     /// W_c of a linear in the form in which the checkpoint holds it.
     fn stored(&self, linear: &Linear<'_>) -> Result<StoredWeight> {
         let module = linear.layer.to_string();

@@ -13,8 +13,8 @@ use lowrank_eora::Error;
 use lowrank_eora::compress::{Compressor, Inputs};
 use lowrank_eora::output::{CheckpointOptions, Layout, Weights, gptq, write_checkpoint};
 use lowrank_eora::repair::{
-    Energy, FactorStorage, Given, InputSource, LayerId, Method, Repair, Repaired, Source, Texts,
-    WithinBlock,
+    CompressedModel, Energy, FactorStorage, InputSource, LayerId, Method, Repair, Repaired, Source,
+    Texts, WithinBlock,
 };
 use std::collections::BTreeMap;
 use std::sync::Mutex;
@@ -411,7 +411,7 @@ fn a_model_that_was_edited_deep_inside_a_tensor_is_another_run() {
 
     // The same of a checkpoint that is repaired as it is given.
     let describe = |checkpoint: &Checkpoint| {
-        let given = Given::open(checkpoint).unwrap();
+        let given = CompressedModel::open(checkpoint).unwrap();
         given.describe().unwrap()
     };
     assert_ne!(describe(tiny.checkpoint()), describe(edited.checkpoint()));
@@ -467,7 +467,7 @@ fn what_does_not_fit_the_dense_model_is_an_error_that_names_it() {
         }
         writer.finish().unwrap();
         let checkpoint = Checkpoint::open(&dir).unwrap();
-        let given = Given::open(&checkpoint).unwrap();
+        let given = CompressedModel::open(&checkpoint).unwrap();
         let folder = other.path("run");
         let windows = windows(4, 1);
         let texts = Texts::new(&windows);

@@ -10,7 +10,7 @@ use lowrank_eora::output::{
     Adapter, GgufAdapterOptions, GgufModelOptions, Weights, check_gguf, write_gguf,
 };
 use lowrank_eora::packed::BlockType;
-use lowrank_eora::repair::{Given, LayerId, Repaired, StoredWeight, Texts};
+use lowrank_eora::repair::{CompressedModel, LayerId, Repaired, StoredWeight, Texts};
 use std::path::Path;
 use tensor_io::gguf::{Gguf, Metadata};
 use tensor_io::{Checkpoint, CheckpointWriter, NoProgress, TensorSpec, WriteOptions};
@@ -123,7 +123,7 @@ fn a_given_gguf_is_repaired_with_exactly_the_weights_that_it_holds() {
     let original = causal_lm::gguf::open(golden("tiny-llama-gqa-f32.gguf")).unwrap();
     let dense = decoder(&original);
     let quantised = causal_lm::gguf::open(golden("tiny-llama-gqa-q4_0.gguf")).unwrap();
-    let given = Given::open(&quantised).unwrap();
+    let given = CompressedModel::open(&quantised).unwrap();
     assert_eq!(given.architecture(), Some(Architecture::Llama));
     let windows = Windows::cut(
         &(0..320).map(|i| i * i % 40).collect::<Vec<u32>>(),
@@ -264,7 +264,7 @@ fn a_given_file_is_compared_with_rounding_to_the_type_of_most_of_its_weights() {
         ("tiny-llama-gqa-f32.gguf", None),
     ] {
         let checkpoint = causal_lm::gguf::open(golden(file)).unwrap();
-        let found = Given::open(&checkpoint).unwrap().alike();
+        let found = CompressedModel::open(&checkpoint).unwrap().alike();
         assert_eq!(found, alike.map(compressor), "{file}");
     }
 }

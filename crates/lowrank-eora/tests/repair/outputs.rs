@@ -10,7 +10,7 @@ use lowrank_eora::output::{
     Adapter, AdapterOptions, AdapterRanks, CheckpointOptions, Layout, Probe, Weights, gptq,
     write_checkpoint,
 };
-use lowrank_eora::repair::{Given, LayerId, Ranks};
+use lowrank_eora::repair::{CompressedModel, LayerId, Ranks};
 use tensor_io::{Checkpoint, CheckpointWriter, NoProgress, TensorSpec, WriteOptions};
 
 #[test]
@@ -192,7 +192,7 @@ fn a_model_compressed_before_is_repaired_like_the_weights_themselves() {
         let dst = path("compressed");
         write_checkpoint(&decoder, &compressed, dst, &options, &NoProgress).unwrap();
         let checkpoint = Checkpoint::open(path("compressed")).unwrap();
-        let given = Given::open(&checkpoint).unwrap();
+        let given = CompressedModel::open(&checkpoint).unwrap();
         let from_folder = run(&eora(3), &decoder, &given, &path("from-folder"));
         let from_run = run(&eora(3), &decoder, &compressed, &path("from-run"));
         for (a, b) in from_folder.reports().zip(from_run.reports()) {
@@ -225,7 +225,7 @@ fn merging_by_requantisation_reports_its_loss_and_is_stored_with_exactly_that() 
     let options = CheckpointOptions::new(Weights::Requantised, layout);
     write_checkpoint(&decoder, &repaired, &dir, &options, &NoProgress).unwrap();
     let checkpoint = Checkpoint::open(&dir).unwrap();
-    let given = Given::open(&checkpoint).unwrap();
+    let given = CompressedModel::open(&checkpoint).unwrap();
     let none = eora(0).with_method(None);
     let again = run(&none, &decoder, &given, &tiny.path("again"));
     // The inputs of the first block are the same in both runs.

@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 use candle_core::DType;
 use causal_lm::Decoder;
 use lowrank_eora::compress::Compressor;
-use lowrank_eora::repair::{Format, Given, LayerId, Source};
+use lowrank_eora::repair::{CompressedModel, Format, LayerId, Source};
 use tensor_io::Checkpoint;
 
 use super::super::perplexity::file_name;
@@ -15,7 +15,7 @@ use crate::settings::Settings;
 
 /// A model that another tool compressed.
 pub(crate) struct GivenModel<'a> {
-    pub(super) source: Given<'a>,
+    pub(super) source: CompressedModel<'a>,
     pub(super) checkpoint: &'a Checkpoint,
     /// The decoder of the model itself, where its tensors are readable as they are: what it quantised besides linears
     /// is then measured too.
@@ -26,7 +26,7 @@ pub(crate) struct GivenModel<'a> {
 
 impl<'a> GivenModel<'a> {
     pub(super) fn open(settings: &Settings, checkpoint: &'a Checkpoint) -> Result<Self> {
-        let source = Given::open(checkpoint)?;
+        let source = CompressedModel::open(checkpoint)?;
         let decoder = match source.format() {
             Format::Dense | Format::Gguf => Some(open(settings, checkpoint)?),
             _ => None,
