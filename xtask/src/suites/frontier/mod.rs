@@ -10,7 +10,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::{DType, Device};
 use causal_lm::{Arithmetic, CacheSet, Decoder, Execution, Model};
-use eval_report::{Budget, DENSE, Rounds, Row, Section, Stopwatch, format};
+use eval_report::{Budget, DENSE, ROUNDS, Rounds, Row, Section, Stopwatch, format};
 use frontier::{Baseline, Data, Frontier, Options, Plan};
 use kv_lazy::CacheConfig;
 use lm_eval::ScoredWindows;
@@ -362,8 +362,8 @@ impl Suite<'_> {
         Ok(row)
     }
 
-    /// Tokens decoded per second in the middle round, one token at a time, with weights and caches as they are stored; the row's speed so far is that of
-    /// a prefill.
+    /// Tokens decoded per second in the middle round, one token at a time, with weights and caches as they are stored; the
+    /// row's speed so far is that of a prefill.
     fn speed(&self, model: &Model<'_>, caches: Option<&CacheConfig>, row: &mut Row) -> Result<()> {
         let mut cache = match caches {
             Some(config) => {
@@ -374,10 +374,11 @@ impl Suite<'_> {
         };
         let windows = self.evaluation.inputs();
         let tokens: Vec<u32> = windows.iter().flatten().copied().collect();
-        let decoded = DECODED
-            .min(windows.window_len().saturating_sub(PROMPT))
-            .max(1);
-        let prompt = &tokens[..PROMPT.min(windows.window_len() - decoded)];
+        let len = windows.window_len();
+        // A token for each round at least, unless windows are shorter than that.
+        let least = ROUNDS.min(len.saturating_sub(1)).max(1);
+        let decoded = DECODED.min(len.saturating_sub(PROMPT)).max(least);
+        let prompt = &tokens[..PROMPT.min(len - decoded)];
         model.forward(&[prompt], &mut cache)?;
         let prefill = row.tokens_per_second;
         let mut rounds = Rounds::default();
