@@ -87,7 +87,7 @@ fn every_method_that_help_lists_is_accepted_and_described_in_the_readme_of_its_c
             &["--ratio", "0.5"][..],
             structured,
         ),
-        ("kv", "--policy", &["--task", "perplexity"], kv),
+        ("kv", "--policy", &["--task", "trace", "--text", "t"], kv),
     ] {
         let names = listed(suite, flag);
         assert!(names.len() > 20, "{names:?}");
