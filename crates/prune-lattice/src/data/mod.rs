@@ -7,7 +7,7 @@ pub use augment::{Augment, Augmentation};
 
 use crate::{
     error::{Error, Result},
-    rnn::Input,
+    rnn::input::{Input, InputKind},
 };
 
 /// What the sequences consist of.
@@ -313,7 +313,7 @@ pub struct Dataset {
     /// For the reported numbers.
     pub test: Examples,
     /// What a network reads.
-    pub input: crate::rnn::InputKind,
+    pub input: InputKind,
     /// Width of its read-out.
     pub outputs: usize,
 }
@@ -325,7 +325,6 @@ impl Dataset {
     /// # Errors
     /// Texts have no end to wait for, and embedded symbols no zero.
     pub fn with_extra_steps(mut self, steps: usize) -> Result<Self> {
-        use crate::rnn::InputKind;
         if steps == 0 {
             return Ok(self);
         }

@@ -6,9 +6,10 @@
 //! empty rows or columns and gains nothing; a neuron-level mask leaves k² of n².
 
 use super::{
+    input::Input,
     model::{Rnn, Role},
     packed::{Extent, Packed, PackedLayer},
-    tape::{Input, State, Tape},
+    tape::{State, Tape},
 };
 use crate::{
     error::Result,

@@ -2,9 +2,10 @@
 
 use super::{
     graph::GraphRnn,
+    input::{Input, InputKind},
     loss::cross_entropy,
-    model::{InputKind, ReadOut, Rnn, RnnConfig},
-    tape::{Input, State, Tape},
+    model::{ReadOut, Rnn, RnnConfig},
+    tape::{State, Tape},
 };
 use crate::{cell::Cell, params::ParamSet, seed};
 use candle_core::{Device, Tensor};

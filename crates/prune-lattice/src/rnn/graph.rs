@@ -1,6 +1,7 @@
 //! The same network in candle operations: differentiable, on any device.
 
-use super::model::{InputKind, ReadOut, Rnn, RnnConfig};
+use super::input::InputKind;
+use super::model::{ReadOut, Rnn, RnnConfig};
 use crate::{cell::Cell, error::Result};
 use candle_core::{Device, Tensor, Var};
 

@@ -18,6 +18,7 @@ mod gradient_tests;
 mod gradual;
 #[cfg(feature = "train")]
 pub mod graph;
+pub(crate) mod input;
 #[cfg(feature = "train")]
 mod loss;
 mod model;
@@ -32,13 +33,15 @@ mod tape;
 #[cfg(feature = "train")]
 mod train;
 
-pub use model::{CheckpointNames, InputKind, ReadOut, Rnn, RnnConfig, Role};
+pub use input::InputKind;
+pub use model::{CheckpointNames, ReadOut, Rnn, RnnConfig, Role};
 #[cfg(feature = "train")]
 pub use {
     block_sparse::{BlockInput, BlockMatrix, BlockRnn, BlockSource, BlockWork},
     compact::CompactRnn,
     gradual::Gradual,
+    input::Input,
     loss::Evaluation,
-    tape::{Input, State, Tape},
+    tape::{State, Tape},
     train::{Decay, Epoch, TrainConfig, TrainReport, evaluate, train},
 };

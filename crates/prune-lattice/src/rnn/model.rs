@@ -1,5 +1,6 @@
 //! The network as named parameters, from and to checkpoints.
 
+use super::input::InputKind;
 use crate::{
     cell::Cell,
     error::{Error, Result},
@@ -12,47 +13,6 @@ use candle_core::Tensor;
 use rand::Rng;
 use serde::{Deserialize, Serialize};
 use std::{collections::HashMap, path::Path};
-
-/// What the network reads at each step.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum InputKind {
-    /// Symbols, one-hot: a step reads a column of `W_ih`.
-    OneHot {
-        /// Number of symbols.
-        vocab: usize,
-    },
-    /// Symbols through an embedding.
-    Embedding {
-        /// Number of symbols.
-        vocab: usize,
-        /// Width of the embedding.
-        dim: usize,
-    },
-    /// Vectors.
-    Dense {
-        /// Their width.
-        dim: usize,
-    },
-}
-
-impl InputKind {
-    /// Width of the first layer's input.
-    pub fn width(self) -> usize {
-        match self {
-            InputKind::OneHot { vocab } => vocab,
-            InputKind::Embedding { dim, .. } | InputKind::Dense { dim } => dim,
-        }
-    }
-
-    /// Number of symbols, for symbol inputs.
-    pub fn vocab(self) -> Option<usize> {
-        match self {
-            InputKind::OneHot { vocab } | InputKind::Embedding { vocab, .. } => Some(vocab),
-            InputKind::Dense { .. } => None,
-        }
-    }
-}
 
 named! {
     /// What is applied to the states of the top layer before the linear read-out.

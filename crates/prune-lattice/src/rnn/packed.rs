@@ -4,7 +4,8 @@
 //! four times as fast as with the `[gates * H, sources]` of checkpoints, and for a single row it becomes a sum of rows.
 
 use super::{
-    model::{InputKind, LayerRef, Rnn},
+    input::InputKind,
+    model::{LayerRef, Rnn},
     product::{Store, View, product},
     step::StepBuffers,
 };

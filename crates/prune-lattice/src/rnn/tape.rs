@@ -4,7 +4,8 @@
 //! with `W_hh` forward and one backward; weight gradients are one product over all steps.
 
 use super::{
-    model::{InputKind, LayerRef, ReadOut, Rnn},
+    input::{Input, InputKind},
+    model::{LayerRef, ReadOut, Rnn},
     packed::{Packed, PackedLayer},
     product::{Store, View, product},
     step::StepBuffers,
@@ -15,15 +16,6 @@ use crate::{
     params::ParamSet,
 };
 use std::borrow::Cow;
-
-/// Input of all steps, time-major.
-#[derive(Debug, Clone, Copy)]
-pub enum Input<'a> {
-    /// `[steps * batch]`
-    Symbols(&'a [u32]),
-    /// `[steps * batch * dim]`
-    Vectors(&'a [f32]),
-}
 
 /// Hidden (and LSTM cell) states of all layers, each `[batch, H]`.
 #[derive(Debug, Clone, PartialEq)]

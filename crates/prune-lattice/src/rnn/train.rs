@@ -4,9 +4,10 @@ use super::{
     adam::Adam,
     compact::CompactRnn,
     gradual::{Gradual, GradualState},
+    input::Input,
     loss::{Evaluation, Sums, binary_cross_entropy, cross_entropy, squared_error},
     model::{Rnn, Role},
-    tape::{Input, State, Tape},
+    tape::{State, Tape},
 };
 use crate::{
     data::{Batch, Dataset, Draw, Examples, Sequences, Targets},

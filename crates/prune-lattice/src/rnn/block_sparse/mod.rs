@@ -13,9 +13,10 @@ pub use input::BlockInput;
 pub use matrix::{BlockMatrix, BlockSource};
 
 use super::{
-    model::{InputKind, ReadOut, Rnn, Role},
+    input::{Input, InputKind},
+    model::{ReadOut, Rnn, Role},
     step::StepBuffers,
-    tape::{Input, State, check_input},
+    tape::{State, check_input},
 };
 use crate::{
     cell::Cell,
