@@ -85,6 +85,7 @@ impl Weights {
         match self.arithmetic {
             Arithmetic::F32 => "f32",
             Arithmetic::Int8 => "int8",
+            Arithmetic::Bf16 => "bf16",
         }
     }
 

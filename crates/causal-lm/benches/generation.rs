@@ -1,7 +1,7 @@
 //! Generation with a model as it is stored, beside what bounds it: a streaming read of the memory, and another program on the
 //! same file.
 //!
-//! `cargo bench -p causal-lm --bench generation -- MODEL [THREADS] [int8|f32] [COMMAND]` opens a folder or a GGUF file. Every round
+//! `cargo bench -p causal-lm --bench generation -- MODEL [THREADS] [int8|f32|bf16] [COMMAND]` opens a folder or a GGUF file. Every round
 //! measures the streaming read, decoding at 1, 4 and 16 sequences after 64 tokens, and a prompt of 512 tokens in turn, so that
 //! noise hits all alike. `COMMAND` is run by a shell and takes part in every round: for each line that it reads it writes one with
 //! its tokens per second of decoding and of the prompt (`benches/llama_cpp.py` does so with llama.cpp).
@@ -37,7 +37,8 @@ fn main() {
     let arithmetic = match args.next().as_deref() {
         None | Some("int8") => Arithmetic::Int8,
         Some("f32") => Arithmetic::F32,
-        Some(other) => panic!("{other}: expected int8 or f32"),
+        Some("bf16") => Arithmetic::Bf16,
+        Some(other) => panic!("{other}: expected int8, f32 or bf16"),
     };
     let mut peer = args.next().map(|command| Peer::start(&command));
     rayon::ThreadPoolBuilder::new()

@@ -1,7 +1,7 @@
 //! Products on every set of instructions of this machine, bit for bit against the definition of the arithmetic, which is
 //! written out here on the blocks and floats themselves.
 
-use half::f16;
+use half::{bf16, f16};
 use packed::{
     Activations, Block, BlockType, Context, GroupBits, GroupParts, Groups, IQ4_NL_LEVELS, Level,
     Linear, LowRank, Matrix, QuantRows, Team, forward, quantise,
@@ -198,6 +198,37 @@ fn panels(values: &[f32], x: &[f32]) -> f32 {
     total
 }
 
+/// The same of values rounded to bf16, two columns at once.
+fn brain_panels(values: &[f32], x: &[f32]) -> f32 {
+    let normal = |value: f32| match value.is_subnormal() {
+        true => 0f32.copysign(value),
+        false => value,
+    };
+    let rounded = |v: &[f32], i: usize| {
+        let value = v.get(i).copied().unwrap_or(0.0);
+        bf16::from_f32(normal(value)).to_f32()
+    };
+    let mut total = 0f32;
+    for (i, (values, x)) in values.chunks(256).zip(x.chunks(256)).enumerate() {
+        let mut sum = 0f32;
+        for even in (0..values.len()).step_by(2) {
+            for column in [even + 1, even] {
+                sum = normal(rounded(values, column).mul_add(rounded(x, column), sum));
+            }
+        }
+        total = if i == 0 { sum } else { total + sum };
+    }
+    total
+}
+
+/// Floats with many tokens.
+fn many(activations: Activations, values: &[f32], x: &[f32]) -> f32 {
+    match activations {
+        Activations::Bf16 => brain_panels(values, x),
+        Activations::F32 | Activations::Int8 => panels(values, x),
+    }
+}
+
 fn dense(ty: BlockType, values: &[f32], x: &[f32]) -> f32 {
     let mut sums = [0f32; 32];
     let padded = |v: &[f32], i: usize| v.get(i).copied().unwrap_or(0.0);
@@ -239,7 +270,7 @@ fn all_ways(linear: &Linear, x: &[f32], mut check: impl FnMut(Activations, &[f32
     for threads in [1, 3] {
         let team = Team::new(threads);
         for level in Level::available() {
-            for activations in [Activations::F32, Activations::Int8] {
+            for activations in [Activations::F32, Activations::Int8, Activations::Bf16] {
                 let context = Context::new(activations).with_level(level).with_team(&team);
                 let mut y = vec![f32::NAN; tokens * linear.rows()];
                 linear.forward(x, &mut y, &context).unwrap();
@@ -299,8 +330,8 @@ proptest! {
                 let x = &x[token * cols..][..cols];
                 match activations {
                     Activations::Int8 => int8(&parts[row], x),
-                    Activations::F32 if tokens >= MANY => panels(&values[row * cols..][..cols], x),
-                    Activations::F32 => floats(&parts[row], x),
+                    _ if tokens >= MANY => many(activations, &values[row * cols..][..cols], x),
+                    _ => floats(&parts[row], x),
                 }
             };
             check(y, expected, rows, &format!("{ty}, {what}"));
@@ -374,10 +405,10 @@ proptest! {
                 let x = ordered(&x[token * cols..][..cols]);
                 match activations {
                     Activations::Int8 => int8_groups(&row_parts[row], &zeros(row), &x),
-                    Activations::F32 if tokens >= MANY => {
-                        panels(&ordered(&values[row * cols..][..cols]), &x)
+                    _ if tokens >= MANY => {
+                        many(activations, &ordered(&values[row * cols..][..cols]), &x)
                     }
-                    Activations::F32 => floats(&row_parts[row], &x),
+                    _ => floats(&row_parts[row], &x),
                 }
             };
             check(y, expected, rows, what);
@@ -398,11 +429,11 @@ proptest! {
         let x = numbers.floats(tokens * cols);
         let values = matrix.dequantise();
         let linear = Linear::from(Matrix::from_rows(&matrix).unwrap());
-        all_ways(&linear, &x, |_, y, what| {
+        all_ways(&linear, &x, |activations, y, what| {
             let expected = |token: usize, row: usize| {
                 let (x, row) = (&x[token * cols..][..cols], &values[row * cols..][..cols]);
                 match tokens >= MANY {
-                    true => panels(row, x),
+                    true => many(activations, row, x),
                     false => dense(ty, row, x),
                 }
             };
@@ -440,7 +471,7 @@ proptest! {
                 let x = &x[token * cols..][..cols];
                 let side = (0..rank).fold(0f32, |sum, k| {
                     let a = &a_values[k * cols..][..cols];
-                    let ax = if tokens >= MANY { panels(a, x) } else { dense(float, a, x) };
+                    let ax = if tokens >= MANY { many(activations, a, x) } else { dense(float, a, x) };
                     b_values[row * rank + k].mul_add(ax * 0.3, sum)
                 });
                 product[token * rows + row] + side + bias[row]

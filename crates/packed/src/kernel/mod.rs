@@ -1,5 +1,6 @@
 //! Products of a matrix with tokens, each written once for all machines.
 
+pub(crate) mod bf16;
 mod codes;
 pub(crate) mod dense;
 mod format;

@@ -55,13 +55,13 @@ impl Transposed {
 #[derive(Clone, Copy)]
 pub(crate) struct Part {
     /// Rows.
-    tile: usize,
+    pub(super) tile: usize,
     /// The first column, a multiple of [`DEPTH`].
-    first: usize,
+    pub(super) first: usize,
     /// Columns.
-    count: usize,
+    pub(super) count: usize,
     /// Which half of the panel's rows.
-    half: usize,
+    pub(super) half: usize,
 }
 
 /// Writes the values of a part of a quantised matrix to a panel.
