@@ -5,6 +5,7 @@ use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
 
+use half::{bf16, f16};
 use packed::{BlockType, Context, LowRank, Matrix, Team};
 use tensor_io::{Checkpoint, Dtype, SharedBytes};
 
@@ -162,6 +163,21 @@ fn halves(
     Ok(Some(matrix))
 }
 
+/// The narrowest type of floats that holds these values exactly, and the values in it: adapters are mostly stored in 16 bits.
+fn narrowest(values: &[f32]) -> (BlockType, Vec<u8>) {
+    let all = |exact: fn(f32) -> bool| values.iter().all(|&value| exact(value));
+    if all(|value| f16::from_f32(value).to_f32() == value) {
+        let bytes = values.iter().flat_map(|v| f16::from_f32(*v).to_le_bytes());
+        (BlockType::F16, bytes.collect())
+    } else if all(|value| bf16::from_f32(value).to_f32() == value) {
+        let bytes = values.iter().flat_map(|v| bf16::from_f32(*v).to_le_bytes());
+        (BlockType::BF16, bytes.collect())
+    } else {
+        let bytes = values.iter().flat_map(|v| v.to_le_bytes());
+        (BlockType::F32, bytes.collect())
+    }
+}
+
 /// Factors beside a weight of which only the rows of `runs` are there.
 fn low_rank(factors: &Factors, runs: Option<&[Range<usize>]>) -> packed::Result<LowRank> {
     let Factors { a, b, rank } = factors;
@@ -173,17 +189,45 @@ fn low_rank(factors: &Factors, runs: Option<&[Range<usize>]>) -> packed::Result<
         }
     };
     let matrix = |values: &[f32], cols: usize| {
-        let bytes: Vec<u8> = values
-            .iter()
-            .flat_map(|value| value.to_le_bytes())
-            .collect();
-        Matrix::dense(
-            BlockType::F32,
-            values.len() / cols.max(1),
-            cols,
-            Arc::new(bytes),
-        )
+        let (ty, bytes) = narrowest(values);
+        Matrix::dense(ty, values.len() / cols.max(1), cols, Arc::new(bytes))
     };
     // The scale is in B.
     LowRank::new(&matrix(a, a.len() / rank)?, &matrix(&b, *rank)?, 1.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn factors_take_the_narrowest_floats_that_hold_them_exactly() {
+        let third = 1.0 / 3.0;
+        for (values, ty) in [
+            ([0.5, -3.0, f16::from_f32(third).to_f32()], BlockType::F16),
+            ([0.5, 1e30, bf16::from_f32(third).to_f32()], BlockType::F32),
+            (
+                [0.5, f32::MIN_POSITIVE, bf16::from_f32(1e30).to_f32()],
+                BlockType::BF16,
+            ),
+            ([0.5, -3.0, third], BlockType::F32),
+        ] {
+            let (found, bytes) = narrowest(&values);
+            assert_eq!(found, ty, "{values:?}");
+            let matrix = Matrix::dense(found, 1, values.len(), Arc::new(bytes)).unwrap();
+            assert_eq!(matrix.dequantise(), values);
+        }
+        let factors = Factors {
+            a: vec![0.5; 64],
+            b: vec![0.25; 32],
+            rank: 2,
+        };
+        let exact = low_rank(&factors, None).unwrap();
+        let factors = Factors {
+            a: vec![0.1; 64],
+            b: vec![0.3; 32],
+            rank: 2,
+        };
+        assert!(2 * exact.bytes() <= low_rank(&factors, None).unwrap().bytes());
+    }
 }
