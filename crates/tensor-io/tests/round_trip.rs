@@ -187,6 +187,9 @@ proptest! {
         prop_assert_eq!(bits(&read.tensor("x", &Device::Cpu).unwrap()), bits(&tensor));
         let converted = read.tensor_as("x", wanted, &Device::Cpu).unwrap();
         prop_assert_eq!(converted.dtype(), wanted);
-        prop_assert_eq!(bits(&converted), bits(&tensor.to_dtype(wanted).unwrap()));
+        // All values are f32. Through it, because `half` looks at the upper half of an f64 alone and so takes what lies just
+        // above the middle of two bf16 values for the middle.
+        let single = tensor.to_dtype(DType::F32).unwrap();
+        prop_assert_eq!(bits(&converted), bits(&single.to_dtype(wanted).unwrap()));
     }
 }
