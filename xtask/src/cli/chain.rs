@@ -12,7 +12,7 @@ use lowrank_eora::repair::Method;
 use prune_structured::Recipe;
 use toy_lm::bundled::CALIBRATION;
 
-use super::values::{positive, ratio};
+use super::values::{positive, ratio, target};
 use super::{TextArgs, bundled, names};
 use crate::suites::chain::Config;
 use crate::suites::kv::policy::Choice;
@@ -72,10 +72,6 @@ fn compressor(name: &str) -> Result<Compressor, String> {
 
 fn method(name: &str) -> Result<Method, String> {
     names::parse(name, Method::NAMES)
-}
-
-fn target(name: &str) -> Result<Target, String> {
-    names::parse(name, &TARGETS)
 }
 
 impl From<ChainArgs> for Config {

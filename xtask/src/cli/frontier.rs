@@ -7,7 +7,7 @@ use clap::Args;
 use frontier::{CacheFormat, Format, Options, TARGETS, Target};
 use lowrank_eora::compress::Compressor;
 
-use super::values::positive;
+use super::values::{positive, target};
 use super::{TextArgs, names};
 use crate::suites::frontier::{self as suite, Memory};
 
@@ -69,7 +69,7 @@ struct SearchArgs {
     /// Fractions of heads and neurons that may stay [default: 0.25,0.5,0.75]
     #[arg(long, value_delimiter = ',', value_name = "W[,W..]")]
     widths: Option<Vec<f64>>,
-    /// Formats besides that of the model, most bits first: compressors as for lowrank [default: those of the target]
+    /// Formats besides that of the model: compressors as for lowrank [default: those of the target]
     #[arg(long, value_delimiter = ',', value_name = "F[,F..]", value_parser = format)]
     formats: Option<Vec<Format>>,
     /// What keys and values may be stored as, with --context and --for here: f16, int8, k8v4 (8-bit keys, 4-bit values), int4
@@ -104,10 +104,6 @@ struct SearchArgs {
     /// Generations of drawn exchanges between sites after the rounds, each of 12 plans; the better plan stays
     #[arg(long, value_name = "N", default_value = "0")]
     refine: usize,
-}
-
-fn target(name: &str) -> Result<Target, String> {
-    names::parse(name, &TARGETS)
 }
 
 fn format(name: &str) -> Result<Format, String> {

@@ -4,6 +4,9 @@ use std::num::NonZeroUsize;
 use std::str::FromStr;
 
 use eval_report::Budget;
+use frontier::{TARGETS, Target};
+
+use super::names;
 
 /// A number of things, at least one.
 pub(super) fn positive(text: &str) -> Result<NonZeroUsize, String> {
@@ -45,4 +48,9 @@ pub(super) fn budget(text: &str) -> Result<Budget, String> {
         Some(Budget::Tokens(tokens)) if tokens > 0 => Ok(Budget::Tokens(tokens)),
         _ => Err(expected.into()),
     }
+}
+
+/// The runtime whose files are written.
+pub(super) fn target(name: &str) -> Result<Target, String> {
+    names::parse(name, &TARGETS)
 }

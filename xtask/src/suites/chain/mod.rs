@@ -16,7 +16,7 @@ use eval_report::{
 };
 use frontier::{Files, Target, Written};
 use lowrank_eora::compress::{BlockRounding, Compressor, Rounding, Score};
-use lowrank_eora::repair::{Method, Ranks, Repair, Source, Texts};
+use lowrank_eora::repair::{Method, Ranks, Repair, Repaired, Source, Texts};
 use prune_structured::gguf::Precision;
 use prune_structured::{Allocation, Calibration, Collect, Compensation, Plan, Recipe};
 use tensor_io::{Checkpoint, NoProgress};
@@ -331,14 +331,20 @@ impl Chain<'_> {
         let mut rows = vec![self.measure(&checkpoint, row(&name), None)?];
 
         name += &format!(" + {}", steps.compressor);
-        let quantised = self.repair(&pruned, None, &steps.compressor, None)?;
-        rows.push(self.measure(&quantised.open()?, row(&name), None)?);
-        remove(&quantised)?;
+        let quantised = self.repair(&pruned, None, &steps.compressor)?;
+        let files = self.write(&pruned, &quantised, None)?;
+        rows.push(self.measure(&files.open()?, row(&name), None)?);
+        remove(&files)?;
 
+        // The same codes, with a correction beside them.
         name += &format!(" + {}", steps.repair);
         let save = self.config.save.as_deref().filter(|_| !steps.control);
-        let repaired = self.repair(&pruned, Some(steps.repair), &steps.compressor, save)?;
-        let files = repaired.open()?;
+        let repaired = self.repair(&pruned, Some(steps.repair), &quantised)?;
+        let written = self.write(&pruned, &repaired, save)?;
+        for linears in [quantised.folder(), repaired.folder()] {
+            std::fs::remove_dir_all(linears).with_context(|| linears.display().to_string())?;
+        }
+        let files = written.open()?;
         rows.push(self.measure(&files, row(&name), None)?);
 
         name += &format!(" + {}", steps.policy);
@@ -353,7 +359,7 @@ impl Chain<'_> {
         rows.push(last);
         drop(files);
         if save.is_none() {
-            remove(&repaired)?;
+            remove(&written)?;
         }
         std::fs::remove_dir_all(&folder).with_context(|| folder.display().to_string())?;
         Ok(rows)
@@ -370,33 +376,37 @@ impl Chain<'_> {
         Ok(())
     }
 
-    /// The files of a pruned model whose linears are compressed, and repaired where there is a method: in `save`, or in a folder of their
-    /// own.
+    /// The linears of a pruned model as `source` compresses them, repaired where there is a method.
     fn repair(
         &self,
         pruned: &Decoder<'_>,
         method: Option<Method>,
-        compressor: &Compressor,
-        save: Option<&Path>,
-    ) -> Result<Written> {
+        source: &dyn Source,
+    ) -> Result<Repaired> {
         let repair = Repair::default()
             .with_method(method)
             .with_ranks(Ranks::Constant(method.map_or(0, |_| self.config.rank)));
         let name = method.map_or("quantised", Method::name);
         self.bar.set_label(name);
-        let linears = self.scratch.join("linears");
+        let folder = self.scratch.join(format!("linears-{name}"));
         let texts = Texts::new(self.calibration);
-        let repaired = repair.run(pruned, compressor, texts, &linears, &NoProgress)?;
-        let own = self.scratch.join(name);
+        Ok(repair.run(pruned, source, texts, &folder, &NoProgress)?)
+    }
+
+    /// The files of a pruned model with these linears: in `save`, or in a folder of their own.
+    fn write(
+        &self,
+        pruned: &Decoder<'_>,
+        linears: &Repaired,
+        save: Option<&Path>,
+    ) -> Result<Written> {
+        let own = self.scratch.join("files");
         let files = Files {
             target: self.config.target,
             rest: Precision::Q8_0,
             scratch: self.scratch,
         };
-        let dst = save.unwrap_or(&own);
-        let written = files.write(pruned, &repaired, dst, &NoProgress)?;
-        std::fs::remove_dir_all(&linears).with_context(|| linears.display().to_string())?;
-        Ok(written)
+        Ok(files.write(pruned, linears, save.unwrap_or(&own), &NoProgress)?)
     }
 
     /// Quality, bytes of weights and cache, and speed of decoding of the files of a model.
