@@ -5,7 +5,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 use candle_core::DType;
-use causal_lm::{Decoder, Error, Execution};
+use causal_lm::{Arithmetic, Decoder, Error, Execution};
 use tensor_io::Checkpoint;
 
 use crate::settings::Settings;
@@ -15,14 +15,20 @@ pub(crate) fn decoder<'a>(common: &Settings, checkpoint: &'a Checkpoint) -> Resu
     Ok(decoded(common, checkpoint)?.packed(Execution::new(common.weights.arithmetic)))
 }
 
-/// A decoder with weights as tensors, to calibrate on and to change: in f32 on CPUs, in bf16 on GPUs.
+/// A decoder to calibrate on and to change: with weights as tensors, in f32 on CPUs, in bf16 on GPUs. In bf16 arithmetic weights
+/// that are stored in fewer than 32 bits are multiplied as they are stored.
 pub(crate) fn decoded<'a>(common: &Settings, checkpoint: &'a Checkpoint) -> Result<Decoder<'a>> {
     let device = common.device.open()?;
     let dtype = match device.is_cpu() {
         true => DType::F32,
         false => DType::BF16,
     };
-    Decoder::new(checkpoint, dtype, &device).with_context(|| checkpoint.dir().display().to_string())
+    let decoder = Decoder::new(checkpoint, dtype, &device)
+        .with_context(|| checkpoint.dir().display().to_string())?;
+    Ok(match common.weights.arithmetic {
+        arithmetic @ Arithmetic::Bf16 => decoder.packed(Execution::new(arithmetic)),
+        Arithmetic::F32 | Arithmetic::Int8 => decoder,
+    })
 }
 
 /// The error of a run of `model`, which it names where the error is one of activations or tokens and would not tell.

@@ -380,8 +380,8 @@ impl SuiteArgs {
             SuiteArgs::Perplexity(args) => &args.weights,
             SuiteArgs::Kv(args) => &args.weights,
             SuiteArgs::Tasks(args) => &args.weights,
-            SuiteArgs::Structured(_)
-            | SuiteArgs::Lowrank(_)
+            SuiteArgs::Structured(args) => return args.arithmetic.weights(),
+            SuiteArgs::Lowrank(_)
             | SuiteArgs::Frontier(_)
             | SuiteArgs::Lattice(_)
             | SuiteArgs::Chain(_) => {

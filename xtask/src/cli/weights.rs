@@ -28,6 +28,31 @@ enum ArithmeticArg {
     Bf16,
 }
 
+/// Arithmetic of a model to calibrate on.
+#[derive(Clone, Copy, Default, ValueEnum)]
+pub(super) enum CalibrationArithmetic {
+    /// Weights and activations in f32
+    #[default]
+    F32,
+    /// Weights that are stored in fewer than 32 bits and activations rounded to bf16, sums in f32: faster where the
+    /// processor has AVX512-BF16, the same results and slower than f32 elsewhere
+    Bf16,
+}
+
+impl CalibrationArithmetic {
+    /// Without an adapter.
+    pub(super) fn weights(self) -> Weights {
+        let arithmetic = match self {
+            Self::F32 => Arithmetic::F32,
+            Self::Bf16 => Arithmetic::Bf16,
+        };
+        Weights {
+            arithmetic,
+            adapter: None,
+        }
+    }
+}
+
 impl WeightArgs {
     /// With this arithmetic where none was asked for.
     pub(super) fn or(&self, default: Arithmetic) -> Weights {

@@ -22,6 +22,7 @@ use tensor_io::WriteOptions;
 use toy_lm::bundled::CALIBRATION;
 
 use super::values::{counted, positive, ratio};
+use super::weights::CalibrationArithmetic;
 use super::{TextArgs, bundled};
 use crate::suites::structured::{self, experts};
 
@@ -39,6 +40,9 @@ pub(super) struct StructuredArgs {
     /// the same command with this folder merge them instead of calibrating
     #[arg(long, value_name = "I/N")]
     pub(super) calib_shard: Option<Shard>,
+    /// Arithmetic of calibration and of what is measured
+    #[arg(long, value_enum, value_name = "NAME", default_value_t)]
+    pub(super) arithmetic: CalibrationArithmetic,
     /// Methods, separated by commas. Dense models: those of score and allocation. Mixtures of experts: those that drop, merge
     /// or narrow experts; topk-* rows are measured once, at every smaller number of experts for a token [default: rd-dp; for
     /// mixtures neurons]

@@ -305,6 +305,7 @@ pub fn run(settings: &Settings, config: &Config) -> Result<Vec<Section>> {
                 evaluation.count(),
                 evaluation.targets(),
             )
+            .fact("arithmetic", settings.weights.arithmetic_name())
             .fact("calibration text", file_name(&config.calib))
             .fact("calibration windows", calibration.count())
             .fact("calibration time", format::seconds(calibrating.seconds))
