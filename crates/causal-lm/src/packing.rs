@@ -6,7 +6,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use half::{bf16, f16};
-use packed::{BlockType, Context, LowRank, Matrix, Team};
+use packed::{BlockType, Context, LowRank, Matrix, QuantRows, Team};
 use tensor_io::{Checkpoint, Dtype, SharedBytes};
 
 use crate::adapter::{Adapted, Factors};
@@ -87,9 +87,12 @@ pub(crate) fn load(
     } else if let Some(folder) =
         source.and_then(|source| source.downcast_ref::<CompressedTensors>())
     {
-        match folder.is_compressed(name) {
-            true => groups(folder, name, runs)?,
-            false => return load(folder.folder(), name, runs),
+        if !folder.is_compressed(name) {
+            return load(folder.folder(), name, runs);
+        }
+        match folder.blocks(name)? {
+            Some(rows) => Some(matrix(name, rows, runs)?),
+            None => groups(folder, name, runs)?,
         }
     } else {
         halves(checkpoint, name, runs)?
@@ -107,15 +110,17 @@ fn blocks(file: &GgufTensors, name: &str, runs: Option<&[Range<usize>]>) -> Resu
     if matches!(file.block_type(name), None | Some(BlockType::F32)) {
         return Ok(None);
     }
-    let Some(rows) = file.packed(name)? else {
-        return Ok(None);
-    };
+    let rows = file.packed(name)?;
+    rows.map(|rows| matrix(name, rows, runs)).transpose()
+}
+
+/// All rows of a weight in blocks, or those of `runs`.
+fn matrix(name: &str, rows: QuantRows<'_>, runs: Option<&[Range<usize>]>) -> Result<Matrix> {
     let rows = match runs {
         None => rows,
         Some(runs) => rows.select(&rows_of(runs)).map_err(packed_error(name))?,
     };
-    let matrix = Matrix::from_rows(&rows).map_err(packed_error(name))?;
-    Ok(Some(matrix))
+    Matrix::from_rows(&rows).map_err(packed_error(name))
 }
 
 /// Groups of a folder.

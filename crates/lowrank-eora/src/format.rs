@@ -1,4 +1,4 @@
-//! How compressed weights are stored: GPTQ and compressed-tensors.
+//! How compressed weights are stored: GPTQ, compressed-tensors and blocks of GGUF's types.
 //!
 //! [`QuantisedCheckpoint`] gives back the weights of published checkpoints, exactly scale · (code − zero), so that any such
 //! model can be repaired. [`gptq`] and [`compressed_tensors`] write: they turn [`Quantised`] weights into the tensors and the
@@ -13,7 +13,7 @@ mod tests;
 
 use candle_core::{DType, Device, Tensor};
 pub use causal_lm::compressed::Format;
-use causal_lm::compressed::{CompressedTensors, StoredGroups};
+use causal_lm::compressed::{CompressedTensors, StoredGroups, blocks};
 use causal_lm::gguf::GgufTensors;
 use faer::Mat;
 use packed::{BlockType, QuantRows};
@@ -67,14 +67,21 @@ impl<'a> QuantisedCheckpoint<'a> {
             Format::Gptq { .. } => ".qweight",
             Format::PackQuantized { .. } => ".weight_packed",
             Format::SparseBitmask => ".bitmask",
+            // Blocks have their own names, here and beside groups.
+            Format::Blocks => "",
             _ => return Vec::new(),
         };
-        let names = self.checkpoint.names();
-        names
-            .filter(|name| self.format != Format::Gguf || self.blocks_of(name).is_some())
-            .filter_map(|name| name.strip_suffix(suffix))
-            .map(|module| module.strip_suffix(".weight").unwrap_or(module))
-            .collect()
+        let module_of = |name: &'a str| -> Option<&'a str> {
+            if let Some((module, _)) = blocks::module_of(name) {
+                return Some(module);
+            }
+            if suffix.is_empty() || self.format == Format::Gguf && self.blocks_of(name).is_none() {
+                return None;
+            }
+            let module = name.strip_suffix(suffix)?;
+            Some(module.strip_suffix(".weight").unwrap_or(module))
+        };
+        self.checkpoint.names().filter_map(module_of).collect()
     }
 
     /// The stored form of a module's weight; None if it is not quantised.
@@ -92,17 +99,20 @@ impl<'a> QuantisedCheckpoint<'a> {
     /// Blocks whose scales are not finite.
     pub fn blocks(&self, module: &str) -> Result<Option<QuantRows<'static>>> {
         let name = format!("{module}.weight");
-        let Some(tensors) =
-            gguf_tensors(self.checkpoint).filter(|_| self.blocks_of(&name).is_some())
-        else {
-            return Ok(None);
+        let rows = match gguf_tensors(self.checkpoint) {
+            Some(tensors) if self.blocks_of(&name).is_some() => tensors.packed(&name)?,
+            Some(_) => None,
+            None => blocks::read(self.checkpoint, module)?,
         };
-        Ok(tensors.packed(&name)?.map(QuantRows::into_owned))
+        Ok(rows.map(QuantRows::into_owned))
     }
 
     /// The block type of a tensor, where it has one.
     pub(crate) fn blocks_of(&self, name: &str) -> Option<BlockType> {
-        let ty = gguf_tensors(self.checkpoint)?.block_type(name)?;
+        let ty = match gguf_tensors(self.checkpoint) {
+            Some(tensors) => tensors.block_type(name)?,
+            None => blocks::of(self.checkpoint, name.strip_suffix(".weight")?)?,
+        };
         ty.is_quantised().then_some(ty)
     }
 
@@ -113,6 +123,10 @@ impl<'a> QuantisedCheckpoint<'a> {
     pub fn weight(&self, module: &str) -> Result<Mat<f64>> {
         if let Some(quantised) = self.quantised(module)? {
             return Ok(quantised.dequantise());
+        }
+        if let Some(blocks) = self.blocks(module)? {
+            let values = blocks.dequantise().into_iter().map(f64::from).collect();
+            return Ok(Rows::new(values, blocks.rows(), blocks.cols()).to_mat());
         }
         if let Some(sparse) = self.format.sparse(self.checkpoint, module)? {
             return Ok(Rows::new(sparse.values, sparse.rows, sparse.cols).to_mat());

@@ -1,10 +1,12 @@
-//! Folders whose linears are stored compressed: GPTQ and compressed-tensors, opened under the names of the dense weights.
+//! Folders whose linears are stored compressed: GPTQ, compressed-tensors and blocks of GGUF's types, opened under the names of
+//! the dense weights.
 //!
 //! [`Format::detect`] finds out from `config.json` how a checkpoint stores its linears. [`open`] gives a checkpoint that
 //! decodes each weight when it is asked for, exactly scale · (code − zero); the codes themselves stay reachable
 //! ([`CompressedTensors::groups`]), so that a decoder multiplies with them as they are.
 
 pub mod bits;
+pub mod blocks;
 pub mod compressed_tensors;
 pub mod gptq;
 mod sparse;
@@ -48,6 +50,8 @@ pub enum Format {
     },
     /// As blocks of a GGUF file.
     Gguf,
+    /// As blocks of the same types in a folder ([`blocks`]).
+    Blocks,
     /// As the values that are not zero and a bit for every weight: compressed-tensors' `sparse-bitmask` and
     /// `sparse-24-bitmask`.
     SparseBitmask,
@@ -59,6 +63,7 @@ impl Display for Format {
             Self::Dense => return f.write_str("dense"),
             Self::SparseBitmask => return f.write_str("compressed-tensors sparse bitmask"),
             Self::Gguf => return f.write_str("GGUF"),
+            Self::Blocks => return f.write_str("blocks of GGUF's types"),
             Self::Gptq {
                 version,
                 bits,
@@ -104,6 +109,7 @@ impl Format {
         };
         let found = match section.opt_str("quant_method")? {
             Some("gptq") => gptq::detect(&section),
+            Some(blocks::METHOD) => Ok(Self::Blocks),
             // Older compressed-tensors configurations do not name themselves.
             Some("compressed-tensors" | "sparseml") | None => compressed_tensors::detect(&section),
             Some(other) => Err(Found::Unknown(format!("quant_method `{other}`"))),

@@ -5,11 +5,12 @@ use std::borrow::Cow;
 use std::collections::{BTreeMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use packed::QuantRows;
 use rayon::prelude::*;
 use tensor_io::{Checkpoint, Dtype, TensorSource, TensorSpec};
 
 use super::stored::{self, refuse};
-use super::{Format, SECTIONS, Sparse, StoredGroups, compressed_tensors, gptq, sparse};
+use super::{Format, SECTIONS, Sparse, StoredGroups, blocks, compressed_tensors, gptq, sparse};
 use crate::Result;
 
 /// The tensors of a folder whose linears are compressed: decoded to floats for a checkpoint, or as codes.
@@ -62,6 +63,13 @@ pub(super) fn decoded(folder: Checkpoint, format: Format) -> Result<Checkpoint> 
             modules.insert(weight, module.to_string());
             continue;
         }
+        if let Some((module, ty)) = blocks::module_of(name) {
+            let weight = format!("{module}.weight");
+            let shape = blocks::shape(&folder, module, ty)?;
+            specs.push(TensorSpec::new(&weight, Dtype::F32, shape));
+            modules.insert(weight, module.to_string());
+            continue;
+        }
         if !part_of(name).is_some_and(|module| compressed.contains(module)) {
             let info = folder.info(name)?;
             specs.push(TensorSpec::new(name, info.dtype, info.shape.clone()));
@@ -92,7 +100,7 @@ fn marker(format: &Format) -> &'static str {
         Format::Gptq { .. } => ".qweight",
         Format::PackQuantized { .. } => ".weight_packed",
         Format::SparseBitmask => ".bitmask",
-        Format::Dense | Format::Gguf => ".",
+        Format::Dense | Format::Gguf | Format::Blocks => ".",
     }
 }
 
@@ -123,7 +131,9 @@ fn shape(folder: &Checkpoint, module: &str, format: &Format) -> tensor_io::Resul
             let prefix = sparse::prefix(folder, module).unwrap_or_else(|| module.to_string());
             stored::shape(folder, &format!("{prefix}.shape"))
         }
-        Format::Dense | Format::Gguf => refuse(folder, module, "it is not compressed"),
+        Format::Dense | Format::Gguf | Format::Blocks => {
+            refuse(folder, module, "it is not compressed")
+        }
     }
 }
 
@@ -150,6 +160,17 @@ impl CompressedTensors {
     pub fn groups(&self, name: &str) -> tensor_io::Result<Option<StoredGroups>> {
         match self.modules.get(name) {
             Some(module) => self.format.groups(&self.folder, module),
+            None => Ok(None),
+        }
+    }
+
+    /// The blocks of the weight that the checkpoint has under `name`, checked; `None` if it is not stored in blocks.
+    ///
+    /// # Errors
+    /// Tensors of another shape, and scales that are not finite.
+    pub fn blocks(&self, name: &str) -> tensor_io::Result<Option<QuantRows<'_>>> {
+        match self.modules.get(name) {
+            Some(module) => blocks::read(&self.folder, module),
             None => Ok(None),
         }
     }
@@ -183,10 +204,28 @@ impl CompressedTensors {
         refuse(&self.folder, name, reason)
     }
 
+    /// The values of some rows, each checked.
+    fn rows_in_blocks(
+        &self,
+        name: &str,
+        blocks: &QuantRows<'_>,
+        rows: &[usize],
+    ) -> tensor_io::Result<Vec<u8>> {
+        let part = blocks.select(rows).and_then(|part| {
+            part.check()?;
+            Ok(part.dequantise())
+        });
+        match part {
+            Ok(values) => Ok(values.into_iter().flat_map(f32::to_le_bytes).collect()),
+            Err(error) => refuse(&self.folder, name, error.to_string()),
+        }
+    }
+
     /// Names of the tensors of a compressed module.
     fn parts(&self, module: &str) -> Vec<String> {
         let within = |part: &&str| ["", ".weight"].map(|path| format!("{module}{path}.{part}"));
-        let names = PARTS.iter().flat_map(within);
+        let in_blocks = blocks::of(&self.folder, module).map(|ty| blocks::tensor(module, ty));
+        let names = PARTS.iter().flat_map(within).chain(in_blocks);
         names.filter(|name| self.folder.contains(name)).collect()
     }
 }
@@ -253,6 +292,10 @@ impl TensorSource for CompressedTensors {
                     .collect(),
             ));
         }
+        if let Some(blocks) = blocks::read(&self.folder, module)? {
+            let values = blocks.dequantise().into_iter();
+            return Ok(Cow::Owned(values.flat_map(f32::to_le_bytes).collect()));
+        }
         let Some(groups) = self.format.groups(&self.folder, module)? else {
             return Ok(Cow::Borrowed(&[]));
         };
@@ -277,6 +320,9 @@ impl TensorSource for CompressedTensors {
         if let Some(groups) = self.codes_for_rows(name)? {
             let values = rows.iter().flat_map(|&row| groups.row(row));
             return Ok(values.flat_map(f32::to_le_bytes).collect());
+        }
+        if let Some(blocks) = blocks::unchecked(&self.folder, module)? {
+            return self.rows_in_blocks(name, &blocks, rows);
         }
         let [_, cols] = shape(&self.folder, module, &self.format)?;
         let (all, row_bytes) = (self.bytes(name)?, cols * size_of::<f32>());

@@ -1,13 +1,16 @@
-//! GPTQ folders whose linears differ in bits and groups, some of them floats.
+//! GPTQ folders whose linears differ in bits and groups, some of them floats or in blocks of GGUF's types.
 //!
 //! GPTQ's tensors state their own bits and groups. `quantization_config` gives those of most weights, and under `dynamic`,
-//! as GPTQModel has it, those of the others; `-:` names modules that are floats.
+//! as GPTQModel has it, those of the others; `-:` names modules that are not in groups. Names of tensors say which are in
+//! blocks ([`causal_lm::compressed::blocks`]): causal-lm alone reads those.
 
+use crate::Result;
 use crate::compress::{Bits, Group};
 use crate::format::gptq;
 use crate::repair::{LayerId, Repaired, RepairedLayer, StoredWeight};
-use crate::{Error, Result};
 use causal_lm::Decoder;
+use causal_lm::compressed::blocks;
+use packed::QuantRows;
 use serde_json::{Map, Value, json};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -30,8 +33,10 @@ pub(super) fn write(
     let mut schemes: BTreeMap<String, Option<Scheme>> = BTreeMap::new();
     let mut elements: BTreeMap<Scheme, usize> = BTreeMap::new();
     let mut specs = Vec::new();
+    let mut in_blocks = false;
     let mut declare = |module: &str, weight: &StoredWeight| -> Result<()> {
         specs.extend(declared(module, weight)?);
+        in_blocks |= matches!(weight, StoredWeight::Blocks(_));
         let scheme = match weight {
             StoredWeight::Quantised { weight, .. } => {
                 let symmetric = weight.is_symmetric();
@@ -62,7 +67,9 @@ pub(super) fn write(
         specs.push(TensorSpec::new(name, info.dtype, info.shape.clone()));
     }
     let mut config = decoder.config_to_write();
-    if let Some(section) = quantization_config(&schemes, &elements, version) {
+    let section = quantization_config(&schemes, &elements, version)
+        .or_else(|| in_blocks.then(|| json!({"quant_method": blocks::METHOD})));
+    if let Some(section) = section {
         config.set("quantization_config", section);
     }
 
@@ -82,7 +89,9 @@ pub(super) fn write(
             StoredWeight::Dense(tensor) => {
                 writer.write_tensor(&format!("{module}.weight"), tensor)?;
             }
-            StoredWeight::Blocks(_) => return Err(in_blocks(module)),
+            StoredWeight::Blocks(weight) => {
+                writer.write_bytes(&blocks_spec(module, weight)?.name, weight.bytes())?;
+            }
         }
         Ok(())
     };
@@ -112,16 +121,13 @@ fn declared(module: &str, weight: &StoredWeight) -> Result<Vec<TensorSpec>> {
             tensor.dtype(),
             tensor.dims().to_vec(),
         )]),
-        StoredWeight::Blocks(_) => Err(in_blocks(module)),
+        StoredWeight::Blocks(weight) => Ok(vec![blocks_spec(module, weight)?]),
     }
 }
 
-fn in_blocks(module: &str) -> Error {
-    Error::NotStorable {
-        module: module.into(),
-        format: "gptq",
-        reason: "it is in GGUF blocks; write it as GGUF".into(),
-    }
+fn blocks_spec(module: &str, weight: &QuantRows<'_>) -> Result<TensorSpec> {
+    let shape = [weight.rows(), weight.cols()];
+    Ok(blocks::spec(module, shape, weight.block_type())?)
 }
 
 /// `None` where nothing is quantised.
