@@ -95,9 +95,57 @@ fn saved_models_are_the_rows_and_open_again() {
     assert!(folder.join("plan.json").is_file());
     let checkpoint = causal_lm::open(folder.join("model")).unwrap();
     assert!(checkpoint.total_bytes() as f64 <= number(joint, "bytes"));
-    // What is there is not written over.
+    // A run that goes on finds what it has saved, and writes what is missing.
+    let kl = number(joint, "kl");
+    let plan = std::fs::read(folder.join("plan.json")).unwrap();
+    for missing in [false, true] {
+        if missing {
+            std::fs::remove_dir_all(&folder).unwrap();
+        }
+        let again = rows(&frontier(&scene, &more));
+        let joint = again.iter().find(|row| row["method"] == "joint").unwrap();
+        assert_eq!(number(joint, "kl"), kl);
+        assert_eq!(std::fs::read(folder.join("plan.json")).unwrap(), plan);
+    }
+    // Nothing else is written over.
+    std::fs::write(folder.join("plan.json"), "{}").unwrap();
     let refused = error(&frontier(&scene, &more));
+    assert!(refused.contains("plan.json"), "{refused}");
+    let alone: Vec<&str> = more[..5].to_vec();
+    let refused = error(&frontier(&scene, &alone));
     assert!(refused.contains("--save"), "{refused}");
+}
+
+#[test]
+fn limits_that_no_plan_keeps_are_refused_by_flag_with_the_least() {
+    let scene = llama();
+    for (more, says) in [
+        (
+            ["--max-params", "100"],
+            "--max-params: 100 parameters are too few",
+        ),
+        (["--tokens-per-second", "1e12"], "--tokens-per-second"),
+        (["--widths", "1.5"], "--widths"),
+    ] {
+        let flags = [&["--memory", "80%"][..], &more].concat();
+        let refused = error(&frontier(&scene, &flags));
+        assert!(refused.contains(says), "{refused}");
+    }
+    let cached = [
+        "--memory",
+        "80%",
+        "--for",
+        "gguf",
+        "--context",
+        "64",
+        "--cache-formats",
+        "int8",
+    ];
+    let refused = error(&frontier(
+        &scene,
+        &[&cached[..], &["--formats", "q8_0"]].concat(),
+    ));
+    assert!(refused.contains("--cache-formats"), "{refused}");
 }
 
 #[test]

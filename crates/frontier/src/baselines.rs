@@ -173,7 +173,7 @@ impl Frontier<'_> {
                 measured,
                 kept: true,
             };
-            self.to_plan(budget, items, round.predicted, measured, vec![round])
+            self.to_plan(budget, items, measured, vec![round])
         }))
     }
 
@@ -207,7 +207,7 @@ impl Frontier<'_> {
     ) -> Result<Option<Vec<usize>>> {
         match self.choose(budget, allowed) {
             Ok(choice) => Ok(Some(choice.items)),
-            Err(Error::Budget { .. } | Error::Speed { .. } | Error::Option { .. }) => Ok(None),
+            Err(Error::Budget { .. } | Error::Speed { .. } | Error::Parameters { .. }) => Ok(None),
             Err(error) => Err(error),
         }
     }

@@ -12,8 +12,9 @@ use crate::make::Maker;
 use crate::site::Site;
 use crate::target::Target;
 use crate::treatment::{Format, Treatment};
+use causal_lm::compressed::blocks;
 use causal_lm::{Decoder, LayerShape};
-use lowrank_eora::compress::{Compressor, Storage};
+use lowrank_eora::compress::{BlockTypes, Compressor, Storage, fitting};
 use lowrank_eora::output::gptq;
 use packed::BlockType;
 use prune_structured::gguf::{self, Precision};
@@ -147,7 +148,11 @@ impl<'a> Counter<'a> {
                 return Ok(None);
             };
             sum += bytes + self.bias(site, id, m)?;
-            let rank = treatment.rank.min(m).min(n);
+            // Adapters of one rank are filled up with zeros.
+            let rank = match self.target.needs_equal_ranks() {
+                true => treatment.rank,
+                false => treatment.rank.min(m).min(n),
+            };
             if rank > 0 {
                 sum += self.factors(&id.to_string(), [m, n], rank);
             }
@@ -175,7 +180,10 @@ impl<'a> Counter<'a> {
                 let spec = TensorSpec::new(name, dtype, vec![m, n]);
                 Ok(Some(in_folder(&spec)?))
             }
-            (_, Format::Quantised(compressor)) => in_gptq(module, [m, n], &compressor),
+            (_, Format::Quantised(compressor)) => match compressor.blocks {
+                Some(blocks) => in_blocks(module, [m, n], blocks.types),
+                None => in_gptq(module, [m, n], &compressor),
+            },
         }
     }
 
@@ -216,7 +224,8 @@ impl<'a> Counter<'a> {
     fn rest_of_folder(&self, sites: &[Site]) -> Result<u64> {
         let decoder = self.decoder();
         let names = decoder.config().names;
-        let mut of_sites: Vec<String> = Vec::new();
+        // A copy of the embedding as head is left out, unless the model stays as it is.
+        let mut of_sites: Vec<String> = self.copied_head().into_iter().collect();
         for &site in sites {
             of_sites.extend(site.matrix(decoder));
             for (_, id, module) in site.linears(decoder) {
@@ -233,6 +242,22 @@ impl<'a> Counter<'a> {
             }
         }
         Ok(sum)
+    }
+
+    /// The name of a head that is stored as a copy of the embedding.
+    fn copied_head(&self) -> Option<String> {
+        let (checkpoint, config) = (self.decoder().checkpoint(), self.decoder().config());
+        let head = config.names.head();
+        (config.tied && checkpoint.contains(head)).then(|| head.to_string())
+    }
+
+    /// Bytes of the copy of the embedding that the dense model has as head.
+    pub(crate) fn copy(&self) -> Result<u64> {
+        let Some(name) = self.copied_head().filter(|_| self.target != Target::Gguf) else {
+            return Ok(0);
+        };
+        let info = self.decoder().checkpoint().info(&name)?;
+        in_folder(&TensorSpec::new(name, info.dtype, info.shape.clone()))
     }
 
     /// Bytes of a GGUF file of the dense model, with what lists of widths and an adapter's header may add.
@@ -297,6 +322,15 @@ fn in_gptq(module: &str, shape: [usize; 2], compressor: &Compressor) -> Result<O
         Err(lowrank_eora::Error::NotStorable { .. }) => Ok(None),
         specs => Ok(Some(specs?.iter().map(in_folder).sum::<Result<u64>>()?)),
     }
+}
+
+/// The tensor of a linear in blocks in a folder; `None` for mixes, whose types depend on the place.
+fn in_blocks(module: &str, shape: [usize; 2], types: BlockTypes) -> Result<Option<u64>> {
+    let BlockTypes::One(ty) = types else {
+        return Ok(None);
+    };
+    let spec = blocks::spec(module, shape, fitting(ty, shape[1]));
+    Ok(Some(in_folder(&spec.map_err(lowrank_eora::Error::from)?)?))
 }
 
 /// A tensor and its entry in a GGUF file.

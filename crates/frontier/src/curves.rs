@@ -71,6 +71,14 @@ impl Distortions {
         Self { measured, shares }
     }
 
+    /// Before anything is measured: as if no treatment did anything.
+    pub(crate) fn unknown(menu: &Menu) -> Self {
+        Self {
+            measured: vec![Some(0.0); menu.items.len()],
+            shares: vec![1.0; menu.levels],
+        }
+    }
+
     pub(crate) fn set(&mut self, item: usize, value: f64) {
         self.measured[item] = Some(value.max(LEAST));
     }
@@ -98,9 +106,16 @@ impl Distortions {
             let found = find(menu, (level, format, rank, 0))?;
             self.measured[found]
         };
-        let rank = wanted.treatment.rank;
+        // What stays as it is has no error to correct.
+        let rank = match wanted.format {
+            0 => 0,
+            _ => wanted.treatment.rank,
+        };
         let value = || -> Option<f64> {
             let base = at(wanted.level, 0, 0)?;
+            if wanted.format == 0 {
+                return Some(base);
+            }
             let axis = axis(menu, wanted.format)?;
             let axis_base = at(axis, 0, 0)?;
             let corrected = (at(axis, wanted.format, rank)? - axis_base).max(0.0);
@@ -228,8 +243,8 @@ pub(crate) fn axes(menu: &Menu) -> Vec<usize> {
         .collect()
 }
 
-/// The combinations: what can be stored and is on no axis. Treated weights with a treated cache are not among them: these
-/// two add up as those of two sites do.
+/// The combinations: what can be stored and is on no axis. Treated weights with a treated cache are not among them, as these
+/// two add up as those of two sites do; neither are weights as they are with a rank, which corrects nothing.
 pub(crate) fn combinations(menu: &Menu) -> Vec<usize> {
     let axes = axes(menu);
     let either =
@@ -237,6 +252,7 @@ pub(crate) fn combinations(menu: &Menu) -> Vec<usize> {
     (0..menu.items.len())
         .filter(|item| *item != menu.dense && menu.items[*item].bytes.is_some())
         .filter(either)
+        .filter(|&item| menu.items[item].format > 0 || menu.items[item].treatment.rank == 0)
         .filter(|item| !axes.contains(item))
         .collect()
 }

@@ -27,6 +27,8 @@ pub(crate) struct Division {
     fixed: u64,
     /// The least budget of the classes, those beyond the largest budget among them.
     smallest: Option<u64>,
+    /// What parameters and seconds count as.
+    price: Price,
 }
 
 /// A division within which widths and ranks are as the rules have it.
@@ -48,6 +50,8 @@ pub(crate) struct Choice {
     pub(crate) predicted: f64,
     /// What the sites could have got instead under the same rules, from few bytes to many.
     pub(crate) envelopes: Vec<Vec<usize>>,
+    /// What parameters and seconds counted as.
+    pub(crate) price: Price,
 }
 
 impl Division {
@@ -62,6 +66,7 @@ impl Division {
             classes: Vec::new(),
             fixed,
             smallest: None,
+            price: rules.price,
         };
         for (attention, mlp) in widths(menus, rules.equal_widths) {
             for rank in ranks(menus, rules.equal_ranks) {
@@ -144,6 +149,7 @@ impl Division {
                 items: items.collect(),
                 predicted,
                 envelopes: class.envelopes.clone(),
+                price: self.price,
             };
             Some((predicted + sum(&class.prices), choice))
         };

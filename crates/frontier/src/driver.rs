@@ -2,7 +2,7 @@
 
 use crate::bytes::Counter;
 use crate::curves::{self, Check, Curve, Distortions, RELIABLE, median, spearman};
-use crate::divide::{Choice, Division, Rules};
+use crate::divide::{Division, Rules};
 use crate::error::{Error, Result};
 use crate::make::Maker;
 use crate::measure::{Divergence, Measurer, passes};
@@ -23,11 +23,9 @@ use std::path::{Path, PathBuf};
 use tensor_io::{ContentHash, Hasher};
 
 /// Layout of the folder of a run; folders of another one are not read.
-const VERSION: u64 = 2;
+const VERSION: u64 = 3;
 /// Neurons are removed so many at a time, which keeps rows whole blocks and words.
 const ALIGNMENT: usize = 32;
-/// The least and the largest price of a second, in nats: no site is worth more.
-const SECOND: (f64, f64) = (1e-6, 1e9);
 /// Fewest combinations that are measured to check their prediction, where there are as many.
 const FEWEST_CHECKED: usize = 8;
 
@@ -49,14 +47,59 @@ pub struct Frontier<'a> {
     pub(crate) distortions: Vec<Distortions>,
     /// Bytes that no treatment changes.
     pub(crate) fixed: u64,
+    /// Bytes of a copy of the embedding as head, which the dense model alone keeps.
+    copy: u64,
     caches_in_16_bits: u64,
     /// Seconds of a decoded token that no treatment changes; 0 where speed is free.
-    fixed_seconds: f64,
+    pub(crate) fixed_seconds: f64,
+    /// Parameters that no treatment changes.
+    pub(crate) fixed_parameters: u64,
     /// The dense treatment of each site.
     pub(crate) dense: Vec<usize>,
     measurer: Measurer<'a>,
     comparison: Windows,
     check: Check,
+}
+
+/// A calibrated model of which nothing is measured yet.
+pub struct Prepared<'a> {
+    frontier: Frontier<'a>,
+    dir: PathBuf,
+}
+
+impl<'a> Prepared<'a> {
+    /// Measures what each treatment of each site does.
+    ///
+    /// # Errors
+    /// As [`Frontier::measure`].
+    pub fn measure(self, progress: &dyn Progress) -> Result<Frontier<'a>> {
+        let Self { mut frontier, dir } = self;
+        if frontier.options.tokens_per_second.is_some() {
+            frontier.measure_seconds(&dir, progress)?;
+        }
+        frontier.measure_curves(progress)?;
+        Ok(frontier)
+    }
+
+    /// The least budget that a plan fits.
+    pub fn smallest(&self) -> Option<u64> {
+        self.frontier.smallest()
+    }
+
+    /// Bytes of the dense model, and of its cache where it counts.
+    pub fn dense_bytes(&self) -> u64 {
+        self.frontier.dense_bytes()
+    }
+
+    /// Bytes of the dense model's keys and values, where the cache counts.
+    pub fn dense_cache_bytes(&self) -> u64 {
+        self.frontier.dense_cache_bytes()
+    }
+
+    /// Bytes of the whole model's caches with every token in 16 bits, where they count.
+    pub fn caches_in_16_bits(&self) -> u64 {
+        self.frontier.caches_in_16_bits()
+    }
 }
 
 impl<'a> Frontier<'a> {
@@ -73,6 +116,21 @@ impl<'a> Frontier<'a> {
         dir: impl AsRef<Path>,
         progress: &dyn Progress,
     ) -> Result<Self> {
+        Self::prepare(decoder, data, options, dir, progress)?.measure(progress)
+    }
+
+    /// The first part of [`measure`](Self::measure): calibration, and what there is to choose from with its bytes. It takes a
+    /// small part of the time, and says which budgets can be met.
+    ///
+    /// # Errors
+    /// As for `measure`.
+    pub fn prepare(
+        decoder: &'a Decoder<'a>,
+        data: Data<'a>,
+        options: Options,
+        dir: impl AsRef<Path>,
+        progress: &dyn Progress,
+    ) -> Result<Prepared<'a>> {
         options.check()?;
         disjoint(data)?;
         let sites = Site::of(decoder)?;
@@ -102,11 +160,12 @@ impl<'a> Frontier<'a> {
         let place = (&dir, hash);
         let top_k = TopK::with_rest(options.top_k);
         let teacher = Teacher::new(decoder, &comparison, top_k, place, progress)?;
-        let (menus, fixed, caches_in_16_bits) = {
+        let (menus, fixed, copy, caches_in_16_bits) = {
             let counter = Counter::new(&maker, options.target, &sites, options.caching(), &dir)?;
             let menu = |&site: &Site| Menu::new(&maker, &counter, &options, site);
             let menus = sites.iter().map(menu).collect::<Result<Vec<Menu>>>()?;
-            (menus, counter.fixed, counter.caches_in_16_bits(&sites))
+            let caches = counter.caches_in_16_bits(&sites);
+            (menus, counter.fixed, counter.copy()?, caches)
         };
         let measurer = Measurer::new(
             decoder,
@@ -115,14 +174,18 @@ impl<'a> Frontier<'a> {
             options.memory,
             dir.join("divergences.json"),
         )?;
-        let mut frontier = Self {
+        let unknown = menus.iter().map(Distortions::unknown).collect();
+        let of_sites: u64 = menus.iter().map(|m| m.items[m.dense].parameters).sum();
+        let frontier = Self {
             decoder,
             options,
             dense: menus.iter().map(|menu| menu.dense).collect(),
-            distortions: Vec::new(),
+            distortions: unknown,
+            fixed_parameters: parameters(decoder).saturating_sub(of_sites),
             maker,
             menus,
             fixed,
+            copy,
             caches_in_16_bits,
             fixed_seconds: 0.0,
             measurer,
@@ -134,11 +197,24 @@ impl<'a> Frontier<'a> {
                 widened: false,
             },
         };
-        if frontier.options.tokens_per_second.is_some() {
-            frontier.measure_seconds(&dir, progress)?;
+        frontier.check_parameters()?;
+        Ok(Prepared { frontier, dir })
+    }
+
+    /// Refuses a number of parameters that not even the narrowest sites have.
+    fn check_parameters(&self) -> Result<()> {
+        let Some(wanted) = self.options.max_parameters else {
+            return Ok(());
+        };
+        let fewest = |menu: &Menu| {
+            let stored = menu.items.iter().filter(|item| item.bytes.is_some());
+            stored.map(|item| item.parameters).min().unwrap_or(0)
+        };
+        let fewest = self.fixed_parameters + self.menus.iter().map(fewest).sum::<u64>();
+        match wanted < fewest {
+            true => Err(Error::Parameters { wanted, fewest }),
+            false => Ok(()),
         }
-        frontier.measure_curves(progress)?;
-        Ok(frontier)
     }
 
     /// Fills in what each treatment takes for a decoded token.
@@ -356,7 +432,12 @@ impl<'a> Frontier<'a> {
 
     /// Bytes of the dense model, and of its cache where it counts.
     pub fn dense_bytes(&self) -> u64 {
-        self.bytes_of(&self.dense)
+        self.bytes_of(&self.dense) + self.copy
+    }
+
+    /// Bytes of the dense model's files of weights.
+    pub(crate) fn dense_weight_bytes(&self) -> u64 {
+        self.dense_bytes() - self.dense_cache_bytes()
     }
 
     /// Bytes of the dense model's keys and values, where the cache counts.
@@ -422,87 +503,6 @@ impl<'a> Frontier<'a> {
         found
     }
 
-    /// The best choice for a budget, within the number of parameters that may stay and the seconds that a token may take.
-    pub(crate) fn choose(
-        &self,
-        budget: u64,
-        allowed: &dyn Fn(Site, &Item) -> bool,
-    ) -> Result<Choice> {
-        let at = |price: Price| -> Result<Choice> {
-            let division = self.divide(budget, price, allowed);
-            division.at(budget).ok_or(Error::Budget {
-                budget,
-                smallest: division.smallest().unwrap_or(u64::MAX),
-            })
-        };
-        let mut free = at(Price::default())?;
-        // Costs that the programme rounds up may leave the dense model a few bytes beyond its own.
-        let dense = |menu: &Menu| allowed(menu.site, &menu.items[menu.dense]);
-        if budget >= self.dense_bytes() && self.menus.iter().all(dense) {
-            (free.items, free.predicted) = (self.dense.clone(), 0.0);
-        }
-        if self.meets(&free.items) {
-            return Ok(free);
-        }
-        let few = |choice: &Choice| self.has_few_parameters(&choice.items);
-        let too_many = || Error::Option {
-            option: "max_parameters",
-            value: self.options.max_parameters.unwrap_or(0).to_string(),
-            expected: "no plan has so few parameters",
-        };
-        // At a price of seconds, the cheapest parameters with which there are few enough.
-        let with_few = |second: f64| -> Result<Choice> {
-            let priced = |parameter: f64| at(Price { parameter, second });
-            let plain = priced(0.0)?;
-            if few(&plain) {
-                return Ok(plain);
-            }
-            least_price((1e-15, 1.0), &few, &priced)?.ok_or_else(too_many)
-        };
-        let fast = |choice: &Choice| self.is_fast(&choice.items);
-        let plain = with_few(0.0)?;
-        if fast(&plain) {
-            return Ok(plain);
-        }
-        match least_price(SECOND, &fast, &with_few)? {
-            Some(choice) => Ok(choice),
-            None => {
-                let fastest = with_few(SECOND.1)?;
-                Err(Error::Speed {
-                    wanted: self.options.tokens_per_second.unwrap_or(0.0),
-                    fastest: 1.0 / self.seconds_of(&fastest.items),
-                })
-            }
-        }
-    }
-
-    /// Whether a choice has few enough parameters and is fast enough.
-    pub(crate) fn meets(&self, items: &[usize]) -> bool {
-        self.has_few_parameters(items) && self.is_fast(items)
-    }
-
-    fn has_few_parameters(&self, items: &[usize]) -> bool {
-        let most = self.options.max_parameters;
-        most.is_none_or(|most| self.parameters_of(items) <= most)
-    }
-
-    fn is_fast(&self, items: &[usize]) -> bool {
-        let least = self.options.tokens_per_second;
-        least.is_none_or(|least| self.seconds_of(items) * least <= 1.0)
-    }
-
-    /// Seconds of a decoded token by the table.
-    fn seconds_of(&self, items: &[usize]) -> f64 {
-        let of = self.menus.iter().zip(items);
-        let of_sites: f64 = of.map(|(menu, &item)| menu.items[item].seconds).sum();
-        self.fixed_seconds + of_sites
-    }
-
-    pub(crate) fn parameters_of(&self, items: &[usize]) -> u64 {
-        let of = self.menus.iter().zip(items);
-        of.map(|(menu, &item)| menu.items[item].parameters).sum()
-    }
-
     /// Divergences of whole plans, on many tokens.
     pub(crate) fn measure_plans(
         &mut self,
@@ -517,7 +517,6 @@ impl<'a> Frontier<'a> {
         &self,
         budget: u64,
         items: &[usize],
-        predicted: f64,
         measured: Divergence,
         rounds: Vec<Round>,
     ) -> Plan {
@@ -543,13 +542,14 @@ impl<'a> Frontier<'a> {
             .caching()
             .filter(|_| self.options.target == Target::Here);
         let layers = self.decoder.config().layers();
-        Plan {
+        let mut plan = Plan {
             cache: caching.map(|caching| caching.of_plan(layers, &sites)),
             target: self.options.target,
             budget,
             weight_bytes: self.bytes_of(items) - cache_bytes,
+            parameters: self.parameters_of(items),
             cache_bytes,
-            predicted,
+            predicted: self.sum(items),
             measured,
             rounds,
             sites,
@@ -557,7 +557,11 @@ impl<'a> Frontier<'a> {
                 .options
                 .tokens_per_second
                 .map(|_| self.seconds_of(items)),
+        };
+        if plan.is_dense() && plan.bytes() + self.copy <= budget {
+            plan.weight_bytes += self.copy;
         }
+        plan
     }
 
     /// Divergence of another decoder, such as one that was written and opened again, on the windows of plans. A plan's caches
@@ -573,34 +577,17 @@ impl<'a> Frontier<'a> {
     }
 }
 
-/// The choice at the least price, of those between two, at which it fits; `None` where none does.
-fn least_price(
-    (least, most): (f64, f64),
-    fits: &dyn Fn(&Choice) -> bool,
-    at: &dyn Fn(f64) -> Result<Choice>,
-) -> Result<Option<Choice>> {
-    // By tenfold and halving of its logarithm.
-    let (mut low, mut high) = (least, least);
-    let mut best = loop {
-        high *= 10.0;
-        let choice = at(high)?;
-        if fits(&choice) {
-            break choice;
-        }
-        low = high;
-        if high > most {
-            return Ok(None);
-        }
+/// Parameters of a model; a copy of the embedding as head is none.
+fn parameters(decoder: &Decoder<'_>) -> u64 {
+    let (checkpoint, config) = (decoder.checkpoint(), decoder.config());
+    let head = config.names.head();
+    let copy = match config.tied && checkpoint.contains(head) {
+        true => checkpoint
+            .info(head)
+            .map_or(0, |info| info.elements() as u64),
+        false => 0,
     };
-    for _ in 0..20 {
-        let middle = (low * high).sqrt();
-        let choice = at(middle)?;
-        match fits(&choice) {
-            true => (high, best) = (middle, choice),
-            false => low = middle,
-        }
-    }
-    Ok(Some(best))
+    checkpoint.parameters().saturating_sub(copy)
 }
 
 /// No window may be in both sets.
@@ -631,6 +618,8 @@ fn folder(
     hasher.part(&VERSION.to_le_bytes());
     hasher.part(hash.as_bytes());
     hasher.part(decoder.dtype().as_str().as_bytes());
+    // The same weights compute something else with another base of rotations, or another epsilon.
+    hasher.part(format!("{:?}", decoder.config()).as_bytes());
     hasher.part(&(top_k as u64).to_le_bytes());
     hasher.part(&(largest_rank as u64).to_le_bytes());
     for windows in [data.calibration, data.comparison] {

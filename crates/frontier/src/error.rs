@@ -45,6 +45,14 @@ pub enum Error {
         /// Those of the fastest plan.
         fastest: f64,
     },
+    /// A number of parameters that no plan is within.
+    #[error("{wanted} parameters are too few: the smallest plan has {fewest}")]
+    Parameters {
+        /// Parameters asked for.
+        wanted: u64,
+        /// Those of the smallest plan.
+        fewest: u64,
+    },
     /// An option out of range.
     #[error("{option} is {value}, but {expected}")]
     Option {

@@ -4,6 +4,7 @@
 mod baselines;
 mod bytes;
 mod cache;
+mod choose;
 mod curves;
 mod divide;
 mod driver;
@@ -28,7 +29,7 @@ pub use cache::{CACHE_FORMATS, Cache, CacheFormat, allocated};
 pub use candle_core;
 pub use causal_lm;
 pub use curves::{Check, Curve, Point, spearman};
-pub use driver::{Data, Frontier};
+pub use driver::{Data, Frontier, Prepared};
 pub use error::{Error, Result};
 pub use kv_lazy;
 pub use lowrank_eora;

@@ -14,7 +14,7 @@ pub struct Options {
     pub target: Target,
     /// Shares of the units of a half that may stay, each above 0 and at most 1; 1 is always among them.
     pub widths: Vec<f64>,
-    /// Formats, most bits first, that of the model among them; by default those of the target.
+    /// Formats besides that of the model; by default those of the target.
     pub formats: Option<Vec<Format>>,
     /// Ranks of corrections beside 0; by default a 64th and a 16th of the hidden width.
     pub ranks: Option<Vec<usize>>,
@@ -98,10 +98,10 @@ impl Options {
         }
     }
 
-    /// The formats that are chosen from, that of the model first.
+    /// The formats that are chosen from: that of the model, then from most bits to fewest.
     ///
     /// # Errors
-    /// [`Error::Format`] for one that the target does not store.
+    /// [`Error::Format`] for one that the target does not store, by itself or beside the others.
     pub fn formats(&self) -> Result<Vec<Format>> {
         let Some(formats) = &self.formats else {
             return Ok(self.target.formats());
@@ -113,7 +113,17 @@ impl Options {
                 all.push(format);
             }
         }
-        Ok(all)
+        all.sort_by_key(|format| std::cmp::Reverse(format.size()));
+        let group = all.iter().find_map(|format| format.group());
+        let other = |format: &&Format| format.group().is_some() && format.group() != group;
+        match all.iter().find(other) {
+            Some(other) if self.target == Target::Vllm => Err(Error::Format {
+                target: self.target.name(),
+                format: other.to_string(),
+                reason: "all its groups have one size",
+            }),
+            _ => Ok(all),
+        }
     }
 
     /// What the caches of a run have in common; `None` where they do not count.
@@ -188,6 +198,21 @@ impl Options {
                 "cache_shares",
                 share.to_string(),
                 "a share is above 0 and at most 1",
+            );
+        }
+        let default = Self::default();
+        let chosen = [
+            ("cache_formats", self.cache_formats == default.cache_formats),
+            ("cache_shares", self.cache_shares == default.cache_shares),
+        ];
+        if let (true, Some((option, _))) = (
+            self.target != Target::Here,
+            chosen.iter().find(|(_, is_default)| !is_default),
+        ) {
+            return refuse(
+                option,
+                self.target.name().to_string(),
+                "other runtimes keep every token in 16 bits; caches are chosen for the target `here`",
             );
         }
         if !(0.0..=1.0).contains(&self.sample) {

@@ -52,6 +52,8 @@ pub struct Plan {
     pub sites: Vec<SitePlan>,
     /// Bytes that the files of weights take at most.
     pub weight_bytes: u64,
+    /// Parameters, factors included.
+    pub parameters: u64,
     /// Bytes of the caches, where they count: keys and values with their scales and positions.
     pub cache_bytes: u64,
     /// The caches of all layers for the context, where they are chosen.
@@ -81,7 +83,7 @@ pub struct Summary {
     pub bits: f64,
     /// Mean rank over the sites of the blocks.
     pub rank: f64,
-    /// Weights that stay.
+    /// Weights of sites that stay.
     pub parameters: u64,
 }
 

@@ -3,6 +3,7 @@
 
 use crate::driver::Frontier;
 use crate::error::Result;
+use crate::menu::{Menu, Price};
 use crate::plan::{Plan, Round};
 use causal_lm::Progress;
 use prune_structured::rate_distortion::{Point, knapsack};
@@ -21,7 +22,6 @@ impl Frontier<'_> {
             measured,
             kept: true,
         }];
-        let predicted = choice.predicted;
         for _ in 0..self.options.rounds {
             if now == self.dense {
                 break;
@@ -30,7 +30,9 @@ impl Frontier<'_> {
             let (before, mut better) = (measured.mean, false);
             // What was extrapolated may have misled: then once more with what was measured alone.
             for reach in [self.options.reach, 1] {
-                let Some((next, change)) = self.move_within(&now, &around, budget, reach) else {
+                let Some((next, change)) =
+                    self.move_within(&now, &around, (budget, choice.price), reach)
+                else {
                     continue;
                 };
                 let of_next = self.measure_plans(std::slice::from_ref(&next), progress)?[0];
@@ -55,7 +57,7 @@ impl Frontier<'_> {
             (now, measured) = (better, of_better);
             rounds.extend(more);
         }
-        Ok(self.to_plan(budget, &now, predicted, measured, rounds))
+        Ok(self.to_plan(budget, &now, measured, rounds))
     }
 
     /// What moving each site up to the reach from a plan would change: for each site its choices around the present one,
@@ -136,7 +138,7 @@ impl Frontier<'_> {
         &self,
         now: &[usize],
         around: &[Vec<Neighbour>],
-        budget: u64,
+        (budget, price): (u64, Price),
         reach: usize,
     ) -> Option<(Vec<usize>, f64)> {
         let near = |of_site: &Vec<Neighbour>| -> Vec<Neighbour> {
@@ -144,12 +146,14 @@ impl Frontier<'_> {
             within.copied().collect()
         };
         let around: Vec<Vec<Neighbour>> = around.iter().map(near).collect();
-        let point = |n: &Neighbour| Point {
-            cost: n.bytes,
-            distortion: n.change,
+        let curve = |(menu, of_site): (&Menu, &Vec<Neighbour>)| -> Vec<Point> {
+            let point = |n: &Neighbour| Point {
+                cost: n.bytes,
+                distortion: n.change + price.of(&menu.items[n.item]),
+            };
+            of_site.iter().map(point).collect()
         };
-        let curve = |of_site: &Vec<Neighbour>| of_site.iter().map(point).collect();
-        let curves: Vec<Vec<Point>> = around.iter().map(curve).collect();
+        let curves: Vec<Vec<Point>> = self.menus.iter().zip(&around).map(curve).collect();
         let taken = knapsack(&curves, budget.checked_sub(self.fixed)?)?;
         let of_site = || taken.iter().zip(&around).map(|(&i, of_site)| of_site[i]);
         let next: Vec<usize> = of_site().map(|n| n.item).collect();

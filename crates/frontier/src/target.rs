@@ -13,8 +13,8 @@ use std::str::FromStr;
 #[serde(rename_all = "kebab-case")]
 #[non_exhaustive]
 pub enum Target {
-    /// causal-lm, which multiplies with every weight as it is stored: a GPTQ folder whose linears differ in bits, groups
-    /// and width, and a PEFT adapter whose ranks differ.
+    /// causal-lm, which multiplies with every weight as it is stored: a folder whose linears differ in width, and in GPTQ's
+    /// bits and groups or GGUF's block types, and a PEFT adapter whose ranks differ.
     #[default]
     Here,
     /// llama.cpp: a GGUF file, and a LoRA in another one. Widths may differ by block where the model is a Llama, Mistral
@@ -28,11 +28,13 @@ pub enum Target {
 /// Names of [`Target`]s.
 pub const TARGETS: [&str; 3] = ["here", "gguf", "vllm"];
 
-/// What `here` chooses from: 16, 8.2, 4.6, 4.2, 3.3 and 2.6 bits per weight.
-const HERE: [&str; 5] = [
+/// What `here` chooses from: 8.2, 6.6, 5.5, 4.6, 3.3 and 2.6 bits per weight. Groups have no 5 and 6 bits, and other bits in
+/// groups go into rows that are no whole blocks of the K types.
+const HERE: [&str; 6] = [
     "gptq-int8-g128",
+    "gptq-q6_k",
+    "gptq-q5_k",
     "gptq-int4-g32",
-    "gptq-int4-g128",
     "gptq-int3-g64",
     "gptq-int2-g32",
 ];
@@ -88,9 +90,12 @@ impl Target {
         match (self, compressor.blocks.is_some()) {
             _ if compressor.prune.is_some() => refuse("single weights are not pruned here"),
             (Self::Gguf, false) => refuse("it stores GGUF block types"),
-            (Self::Here | Self::Vllm, true) => refuse("it stores groups of integers, as GPTQ does"),
+            (Self::Vllm, true) => refuse("it stores groups of integers, as GPTQ does"),
             (Self::Vllm, false) if !format.to_string().contains("-sym") => {
                 refuse("its kernels take symmetric grids (suffix -sym)")
+            }
+            (Self::Vllm, false) if !format.has_bits(&[4, 8]) => {
+                refuse("its kernels take 4 and 8 bits")
             }
             _ => Ok(()),
         }

@@ -2,10 +2,13 @@
 
 use crate::cache::Cache;
 use crate::{Error, Result};
-use lowrank_eora::compress::{BlockRounding, Compressor, Rounding};
+use lowrank_eora::compress::{BlockRounding, Compressor, Group, Rounding, Storage};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::str::FromStr;
+
+/// Outputs and inputs of a matrix that all groups and blocks divide.
+const LARGE: (usize, usize) = (4096, 4096);
 
 /// How the weights of a site are stored. Shown and serialised as `stored` or the name of a compressor
 /// (`gptq-int4-g128`, `gptq-q4_k`).
@@ -26,6 +29,27 @@ impl Format {
             Self::Stored => None,
             Self::Quantised(compressor) => Some(compressor),
         }
+    }
+
+    /// Whether it is a grid of one of these numbers of bits.
+    pub(crate) fn has_bits(self, any: &[usize]) -> bool {
+        let grid = self.compressor().and_then(|compressor| compressor.quantise);
+        grid.is_some_and(|quantise| any.contains(&quantise.grid.bits.get()))
+    }
+
+    /// Inputs that share a scale, where it is a grid of groups.
+    pub(crate) fn group(self) -> Option<Group> {
+        let quantise = self.compressor()?.quantise?;
+        Some(quantise.grid.group)
+    }
+
+    /// Bytes of a large matrix, to order formats by; without an end where it stays as it is.
+    pub(crate) fn size(self) -> usize {
+        let Self::Quantised(compressor) = self else {
+            return usize::MAX;
+        };
+        let storage = Storage::predicted(&compressor, LARGE, 2);
+        storage.map_or(0, |storage| storage.bytes())
     }
 
     /// The same grid with weights rounded to the nearest value: for matrices of which rows are looked up, where the

@@ -194,6 +194,32 @@ impl Frontier<'_> {
         Ok(Written::new(&folder.persist()?, names, bytes))
     }
 
+    /// The files in `dst` if a run that was stopped finished them for this very plan; `None` where `dst` does not exist.
+    ///
+    /// # Errors
+    /// [`Error::PlanMismatch`] where the folder holds something else.
+    pub fn written(&self, plan: &Plan, dst: impl AsRef<Path>) -> Result<Option<Written>> {
+        let dst = dst.as_ref();
+        if !dst.exists() {
+            return Ok(None);
+        }
+        let path = dst.join(PLAN);
+        let expected = serde_json::to_value(plan).ok();
+        let found: Option<serde_json::Value> = tensor_io::atomic::read_json(&path)?;
+        if found.is_none() || found != expected {
+            let path = path.display();
+            return Err(Error::PlanMismatch(format!("{path} is not this plan")));
+        }
+        let exists = |name: &&'static str| dst.join(name).exists();
+        let model = ["model", "model.gguf"].into_iter().find(exists);
+        let Some(model) = model else {
+            let dst = dst.display();
+            return Err(Error::PlanMismatch(format!("{dst} holds no model")));
+        };
+        let names = (model, ["adapter", "adapter.gguf"].into_iter().find(exists));
+        Ok(Some(Written::new(dst, names, weights_of(dst, names)?)))
+    }
+
     /// A plan must be one for this model and target, of treatments that were considered.
     fn check_plan(&self, plan: &Plan) -> Result<()> {
         let mismatch = |reason: String| Err(Error::PlanMismatch(reason));
@@ -245,7 +271,8 @@ impl Frontier<'_> {
                 &narrowed
             }
         };
-        if plan.is_dense() && self.options.target != Target::Gguf {
+        let whole = plan.is_dense() && plan.weight_bytes >= self.dense_weight_bytes();
+        if whole && self.options.target != Target::Gguf {
             let settings = Settings::new(&self.maker.calibration);
             prune_structured::write(decoder, &pruned, dir.join("model"), &settings, progress)?;
             return Ok(("model", None));

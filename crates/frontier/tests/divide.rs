@@ -10,9 +10,10 @@ use frontier::{
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde_json::{Map, Value, json};
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
-use tensor_io::{Cancelled, NoProgress};
+use tensor_io::{Cancelled, Checkpoint, NoProgress};
 
 const WORDS: usize = 64;
 
@@ -63,7 +64,12 @@ fn options(target: Target) -> Options {
     options.fine_tokens = 256;
     options.ranks = Some(vec![2, 4]);
     if target == Target::Here {
-        let names = ["gptq-int8-g32", "gptq-int4-g64", "gptq-int2-g32"];
+        let names = [
+            "gptq-int8-g32",
+            "gptq-q5_0",
+            "gptq-int4-g64",
+            "gptq-int2-g32",
+        ];
         options.formats = Some(names.map(|name| name.parse().unwrap()).to_vec());
     }
     options
@@ -341,9 +347,98 @@ fn the_same_widths_everywhere_where_the_target_wants_them_and_keys_and_values_co
     few.max_parameters = Some(60_000);
     with_frontier(&model, few, |frontier| {
         let plan = frontier.plan(frontier.dense_bytes(), &NoProgress).unwrap();
-        assert!(plan.summary().parameters <= 60_000);
         assert!(plan.summary().pruned > 0.0);
+        assert!(plan.parameters <= 60_000);
+        let written = frontier
+            .write(&plan, model.path("few"), &NoProgress)
+            .unwrap();
+        let opened = causal_lm::open(&written.model).unwrap();
+        let mut parameters = opened.parameters();
+        if let Some(adapter) = &written.adapter {
+            let factors = adapter.join("adapter_model.safetensors");
+            parameters += Checkpoint::open_file(factors).unwrap().parameters();
+        }
+        assert_eq!(parameters, plan.parameters);
     });
+    let mut none = options(Target::Here);
+    none.max_parameters = Some(1000);
+    let checkpoint = causal_lm::open(model.dir()).unwrap();
+    let decoder = Decoder::new(&checkpoint, DType::F32, &Device::Cpu).unwrap();
+    let (calibration, comparison) = (windows(1, 24), windows(2, 16));
+    let data = Data {
+        calibration: &calibration,
+        comparison: &comparison,
+    };
+    let refused = Frontier::prepare(&decoder, data, none, model.path("none"), &NoProgress);
+    match refused.map(|_| ()) {
+        Err(Error::Parameters { wanted, fewest }) => assert!(wanted == 1000 && fewest > 1000),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn budgets_are_known_before_anything_is_measured() {
+    let model = model(true);
+    let (calibration, comparison) = (windows(1, 24), windows(2, 16));
+    let checkpoint = causal_lm::open(model.dir()).unwrap();
+    let decoder = Decoder::new(&checkpoint, DType::F32, &Device::Cpu).unwrap();
+    let data = Data {
+        calibration: &calibration,
+        comparison: &comparison,
+    };
+    for target in [Target::Here, Target::Gguf, Target::Vllm] {
+        let dir = model.path("state");
+        let prepared =
+            Frontier::prepare(&decoder, data, options(target), dir, &NoProgress).unwrap();
+        let before = (prepared.smallest(), prepared.dense_bytes());
+        let frontier = prepared.measure(&NoProgress).unwrap();
+        assert_eq!(before, (frontier.smallest(), frontier.dense_bytes()));
+        // Without a rank or a width to choose nothing is left to check, and ranks of dense weights are no combinations.
+        assert!(
+            frontier.check().rho > 0.0,
+            "{target}: {:?}",
+            frontier.check()
+        );
+    }
+}
+
+#[test]
+fn a_head_that_is_a_copy_of_the_embedding_is_paid_for_by_the_dense_model_alone() {
+    let tied = model(true);
+    let copied = TestModel::with(tied.checkpoint().config(), DType::BF16, |_, tensor| tensor);
+    let dir = copied.path("copied");
+    let checkpoint = causal_lm::open(tied.dir()).unwrap();
+    let names = checkpoint.names().map(|name| (name.to_string(), name));
+    let head = ("lm_head.weight".to_string(), "model.embed_tokens.weight");
+    let tensors: Vec<(String, candle_core::Tensor)> = names
+        .chain([head])
+        .map(|(name, of)| (name, checkpoint.tensor(of, &Device::Cpu).unwrap()))
+        .collect();
+    std::fs::create_dir_all(&dir).unwrap();
+    std::fs::copy(tied.dir().join("config.json"), dir.join("config.json")).unwrap();
+    let data = tensors.iter().map(|(name, tensor)| (name, tensor));
+    tensor_io::write_file(dir.join("model.safetensors"), data, &BTreeMap::new()).unwrap();
+
+    let checkpoint = causal_lm::open(&dir).unwrap();
+    let decoder = Decoder::new(&checkpoint, DType::F32, &Device::Cpu).unwrap();
+    let (calibration, comparison) = (windows(1, 24), windows(2, 16));
+    let data = Data {
+        calibration: &calibration,
+        comparison: &comparison,
+    };
+    let state = copied.path("state");
+    let of = options(Target::Here);
+    let mut frontier = Frontier::measure(&decoder, data, of, state, &NoProgress).unwrap();
+    let dense = frontier.dense_bytes();
+    for (budget, keeps) in [(dense, true), (dense - 1, false)] {
+        let plan = frontier.plan(budget, &NoProgress).unwrap();
+        let dst = copied.path(&format!("plan-{budget}"));
+        let written = frontier.write(&plan, &dst, &NoProgress).unwrap();
+        assert!(written.bytes <= plan.weight_bytes && plan.weight_bytes <= budget);
+        let opened = Checkpoint::open(&written.model).unwrap();
+        assert_eq!(opened.contains("lm_head.weight"), keeps, "{budget}");
+        assert!(plan.is_dense());
+    }
 }
 
 /// The caches of a plan, by layer.
@@ -481,7 +576,9 @@ fn drawn_exchanges_never_make_a_plan_worse_keep_its_budget_and_are_those_of_the_
     let with_refine = |refine: usize, seed: u64, folder: &str| {
         let mut options = options(Target::Here);
         (options.refine, options.seed) = (refine, seed);
-        // Few tokens and no rounds leave something to be found.
+        // Few tokens, few formats and no rounds leave something to be found.
+        let names = ["gptq-int8-g32", "gptq-int4-g64", "gptq-int2-g32"];
+        options.formats = Some(names.map(|name| name.parse().unwrap()).to_vec());
         (options.rounds, options.coarse_tokens) = (0, 32);
         let (calibration, comparison) = (windows(1, 24), windows(2, 16));
         let decoder = model.decoder();

@@ -85,10 +85,11 @@ pub fn run(settings: &Settings, config: &Config) -> Result<Vec<Section>> {
     let checkpoint = causal_lm::open(&config.perplexity.model)?;
     let decoder = Decoder::new(&checkpoint, DType::F32, &settings.device.open()?)
         .with_context(|| checkpoint.dir().display().to_string())?;
-    if let Some(save) = &config.save {
+    // A run that goes on finds the models that it has saved.
+    if let (Some(save), None) = (&config.save, &config.resume) {
         ensure!(
             !save.exists(),
-            "--save {}: it exists; name a new folder",
+            "--save {}: it exists; name a new folder, or the --resume of the run that made it",
             save.display()
         );
     }
@@ -111,13 +112,14 @@ pub fn run(settings: &Settings, config: &Config) -> Result<Vec<Section>> {
         calibration: &calibration,
         comparison: &comparison,
     };
-    let mut frontier = Frontier::measure(&decoder, data, options, state, &bar)?;
-    let mut measuring = Row::new("frontier", "measuring");
-    watch.stop(&mut measuring);
-    let measured = (measuring.seconds, frontier.passes());
-    let dense = frontier.dense_bytes();
-    let bf16 = 2 * checkpoint.parameters() + frontier.caches_in_16_bits();
-    let smallest = frontier.smallest().unwrap_or(dense);
+    let prepared = Frontier::prepare(&decoder, data, options, state, &bar).map_err(in_flags)?;
+    let dense = prepared.dense_bytes();
+    // All of a model in 16 bits is its files, with their headers.
+    let parameters = checkpoint.parameters();
+    let stored = dense - prepared.dense_cache_bytes();
+    let in_16_bits = (stored + 2 * parameters).saturating_sub(checkpoint.total_bytes());
+    let bf16 = in_16_bits + prepared.caches_in_16_bits();
+    let smallest = prepared.smallest().unwrap_or(dense);
     let all = config.memory.iter().map(|memory| memory.bytes(bf16));
     let (budgets, below): (Vec<u64>, Vec<u64>) = all.partition(|&budget| budget >= smallest);
     let mut failures: Vec<String> = below
@@ -125,7 +127,7 @@ pub fn run(settings: &Settings, config: &Config) -> Result<Vec<Section>> {
         .map(|budget| {
             format!(
                 "--memory {budget}: the smallest plan for --for {} takes {smallest} bytes ({:.1} % of the model in bf16)",
-                frontier.options().target,
+                config.options.target,
                 100.0 * smallest as f64 / bf16 as f64
             )
         })
@@ -133,6 +135,10 @@ pub fn run(settings: &Settings, config: &Config) -> Result<Vec<Section>> {
     if let (Some(first), true) = (failures.first(), budgets.is_empty()) {
         bail!("{first}");
     }
+    let mut frontier = prepared.measure(&bar).map_err(in_flags)?;
+    let mut measuring = Row::new("frontier", "measuring");
+    watch.stop(&mut measuring);
+    let measured = (measuring.seconds, frontier.passes());
 
     let suite = Suite {
         config,
@@ -168,6 +174,7 @@ pub fn run(settings: &Settings, config: &Config) -> Result<Vec<Section>> {
     }
     bar.finish();
     table::compare_with_dense(&mut rows, &file_name(&config.perplexity.model));
+    let additivity = table::additivity(&rows);
     let mut section = table::section(&frontier, rows, (&plans, bf16));
     section.failures = failures;
     let (coarse, fine) = frontier.tokens();
@@ -190,6 +197,7 @@ pub fn run(settings: &Settings, config: &Config) -> Result<Vec<Section>> {
         .fact("seconds to measure curves", measured.0.round())
         .fact("passes to measure curves", measured.1.round())
         .fact("passes in all", frontier.passes().round())
+        .fact("sums of single sites against whole plans", additivity)
         .fact(
             "combined treatments",
             format!(
@@ -204,6 +212,26 @@ pub fn run(settings: &Settings, config: &Config) -> Result<Vec<Section>> {
             ),
         );
     Ok(vec![section])
+}
+
+/// An error of the crate with the flag that it is about.
+fn in_flags(error: frontier::Error) -> anyhow::Error {
+    let flag = match &error {
+        frontier::Error::Parameters { .. } => "--max-params",
+        frontier::Error::Speed { .. } => "--tokens-per-second",
+        frontier::Error::Budget { .. } => "--memory",
+        frontier::Error::Format { .. } => "--formats",
+        frontier::Error::Option { option, .. } => match *option {
+            "widths" => "--widths",
+            "cache_shares" => "--cache-tokens",
+            "cache_formats" => "--cache-formats",
+            "tokens_per_second" => "--tokens-per-second",
+            "comparison windows" => "--calib",
+            _ => return error.into(),
+        },
+        _ => return error.into(),
+    };
+    anyhow::Error::new(error).context(flag)
 }
 
 /// How caches count, in words.
@@ -247,7 +275,7 @@ impl Suite<'_> {
     fn joint(&self, frontier: &mut Frontier<'_>, budget: u64) -> Result<(Row, Plan)> {
         let (start, before) = (Instant::now(), frontier.passes());
         let bar = self.bar.nested("dividing", 0);
-        let plan = frontier.plan(budget, &bar)?;
+        let plan = frontier.plan(budget, &bar).map_err(in_flags)?;
         bar.finish();
         let mut row = self.measure(frontier, JOINT, &plan, start)?;
         let passes = (frontier.passes() - before).round();
@@ -291,7 +319,10 @@ impl Suite<'_> {
             |save| save.join(plan.budget.to_string()),
         );
         let bar = self.bar.nested(method, 0);
-        let written = frontier.write(plan, &dst, &bar)?;
+        let written = match frontier.written(plan, &dst)? {
+            Some(finished) => finished,
+            None => frontier.write(plan, &dst, &bar)?,
+        };
         let checkpoint = written.open()?;
         let decoder = Decoder::new(&checkpoint, DType::F32, &Device::Cpu)?;
         let decoder = decoder.packed(Execution::new(Arithmetic::F32));
@@ -301,13 +332,16 @@ impl Suite<'_> {
         };
         let opened = frontier.divergence(&decoder, &bar)?;
         let difference = (opened.mean - plan.measured.mean).abs();
-        ensure!(
-            difference <= SAME.max(same * plan.measured.mean),
-            "{}: the files are {} nats from the dense model, the plan {}",
-            dst.display(),
-            opened.mean,
-            plan.measured.mean
-        );
+        if difference > SAME.max(same * plan.measured.mean) {
+            // Nobody should load them.
+            std::fs::remove_dir_all(&dst).with_context(|| dst.display().to_string())?;
+            bail!(
+                "{}: the files were {} nats from the dense model, the plan {}",
+                dst.display(),
+                opened.mean,
+                plan.measured.mean
+            );
+        }
         let mut row = Row::new("frontier", method);
         perplexity::measure(&decoder, self.evaluation, &mut row, &bar)?;
         let model = Model::load(&decoder)?;
@@ -315,7 +349,7 @@ impl Suite<'_> {
         row.seconds = start.elapsed().as_secs_f64();
         row.bytes = Some(written.bytes);
         let summary = plan.summary();
-        row.params = Some(summary.parameters);
+        row.params = Some(plan.parameters);
         let share = plan.budget as f64 / self.bf16 as f64;
         row.budget = Some(Budget::Share((share * 1e4).round() / 1e4));
         if plan.cache_bytes > 0 {

@@ -1,7 +1,7 @@
 //! How the rows of `eval frontier` are shown.
 
 use eval_report::{
-    Axis, Column, DENSE, Plot, Point, Reference, Role, Row, Section, Series, format,
+    Axis, Budget, Column, DENSE, Plot, Point, Reference, Role, Row, Section, Series, format,
 };
 use frontier::{Frontier, Plan};
 
@@ -36,7 +36,7 @@ pub(super) fn section(
         "passes",
     ];
     columns.extend(extra.map(|name| Column::Extra(name.into())));
-    columns.extend([Column::TokensPerSecond, Column::Seconds]);
+    columns.extend([Column::TokensPerSecond, Column::Seconds, Column::PeakRss]);
     Section {
         title: "The best model that fits".into(),
         prose: "A budget in bytes is divided over pruned width, bits and low-rank repair of each attention, MLP and embedding, and with \
@@ -47,12 +47,13 @@ pub(super) fn section(
                 error. Caches are part of both: windows are decoded through them, and their size is what they allocate for the \
                 context. A plan saved with --save has them in cache.json, which generate takes with --cache. The other rows spend the same bytes along one axis. Speed is that of decoding one token at a time, the median of three interleaved rounds; the \
                 prefill's is beside it, and with --tokens-per-second the one by the table of what each treatment takes on this \
-                machine. The last plot compares the sum of single sites with whole plans."
+                machine. kl_predicted is the sum over the plan's sites, each measured alone; \
+                the last plot compares it with whole plans."
             .into(),
         columns,
         remarks: remarks(&rows),
         figures: plans.iter().map(|plan| strip::figure(plan, bf16)).collect(),
-        plots: plots(frontier, &rows, plans),
+        plots: plots(frontier, &rows),
         rows,
         ..Section::default()
     }
@@ -71,8 +72,39 @@ pub(super) fn compare_with_dense(rows: &mut [Row], model: &str) {
     }
 }
 
+/// Bytes of weights and caches.
+fn taken(row: &Row) -> Option<u64> {
+    Some(row.bytes? + row.kv_bytes.unwrap_or(0))
+}
+
 fn kl(row: &Row) -> Option<f64> {
     row.extra.get("kl")?.as_f64()
+}
+
+/// Of every plan, joint or not, the sum of its sites' divergences and that of the whole.
+fn sums_and_wholes(rows: &[Row]) -> Vec<(f64, f64)> {
+    let sum = |row: &Row| row.extra.get("kl_predicted")?.as_f64();
+    let of = |row: &Row| Some((sum(row)?, kl(row)?));
+    let mut all: Vec<(f64, f64)> = rows.iter().filter_map(of).collect();
+    // One plan may be the best along several axes.
+    all.sort_by(|a, b| a.0.total_cmp(&b.0).then(a.1.total_cmp(&b.1)));
+    all.dedup();
+    all
+}
+
+/// How well sums of single sites say what whole plans lose, in words.
+pub(super) fn additivity(rows: &[Row]) -> String {
+    let (sums, wholes): (Vec<f64>, Vec<f64>) = sums_and_wholes(rows).into_iter().unzip();
+    let mut ratios: Vec<f64> = sums.iter().zip(&wholes).map(|(s, w)| s / w).collect();
+    ratios.sort_by(f64::total_cmp);
+    match ratios.get(ratios.len() / 2) {
+        None => "no plan is measured".into(),
+        Some(median) => format!(
+            "{}: Spearman {:.2}, sum / whole {median:.2} in the middle",
+            format::counted(sums.len(), "plan"),
+            frontier::spearman(&sums, &wholes)
+        ),
+    }
 }
 
 /// Where the joint plan is best, and where it is not.
@@ -88,10 +120,13 @@ fn remarks(rows: &[Row]) -> Vec<String> {
         if let (Some(ours), Some((theirs, other))) = (kl(row), best)
             && theirs < ours
         {
-            let share = row.bytes.unwrap_or(0) as f64 / row.bytes_dense.unwrap_or(1).max(1) as f64;
+            let budget = match row.budget {
+                Some(Budget::Share(share)) => format::percent(share),
+                _ => format::bytes(taken(row).unwrap_or(0)),
+            };
             lost.push(format!(
                 "at {} {} has {} nats, the joint plan {}",
-                format::percent(share),
+                budget,
                 other.method,
                 format::real(theirs, 4),
                 format::real(ours, 4)
@@ -110,11 +145,11 @@ fn remarks(rows: &[Row]) -> Vec<String> {
     remarks
 }
 
-fn plots(frontier: &Frontier<'_>, rows: &[Row], plans: &[Plan]) -> Vec<Plot> {
-    let size = |row: &Row| Some(row.bytes? as f64 / MIB);
+fn plots(frontier: &Frontier<'_>, rows: &[Row]) -> Vec<Plot> {
+    let size = |row: &Row| Some(taken(row)? as f64 / MIB);
     let by_size = |title: &str, y: &dyn Fn(&Row) -> Option<f64>, field: &str| Plot {
         title: title.into(),
-        x: Axis::linear("files of weights (MiB)"),
+        x: Axis::linear("weights, and caches where they count (MiB)"),
         y: Axis::log(title),
         series: Series::by_method(rows, size, field, y),
         reference: None,
@@ -142,12 +177,8 @@ fn plots(frontier: &Frontier<'_>, rows: &[Row], plans: &[Plan]) -> Vec<Plot> {
         x: Axis::log("sum of single sites (nats / token)"),
         y: Axis::log("whole plan (nats / token)"),
         series: vec![Series {
-            name: JOINT.into(),
-            points: plans
-                .iter()
-                .filter_map(|plan| plan.rounds.first())
-                .map(|round| Point::from((round.predicted, round.measured.mean)))
-                .collect(),
+            name: "plans".into(),
+            points: sums_and_wholes(rows).into_iter().map(Point::from).collect(),
             control: false,
         }],
         reference: None,
