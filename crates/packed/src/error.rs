@@ -10,7 +10,7 @@ pub enum Error {
     #[error("unknown block type `{0}`")]
     UnknownType(String),
     /// No set of instructions has this name.
-    #[error("unknown instruction level `{0}`")]
+    #[error("`{0}` is no instruction level of this architecture ({known})", known = crate::level::names())]
     UnknownLevel(String),
     /// A row is no multiple of the type's block.
     #[error("rows of {cols} values are not whole {ty} blocks of {}", ty.block_len())]
@@ -83,9 +83,20 @@ pub enum Error {
     /// Factors of low rank that are quantised.
     #[error("factors of low rank must be floats")]
     Factors,
-    /// Groups that no kernel serves.
-    #[error("{0}")]
-    Groups(&'static str),
+    /// Groups of a width that no kernel serves.
+    #[error("groups of {0} columns, expected 16 or a multiple of 32")]
+    GroupWidth(usize),
+    /// Groups of unequal widths, which no kernel serves.
+    #[error("the group index does not give every group its width")]
+    GroupIndex,
+    /// A scale that f16, in which scales of groups are stored, does not hold exactly.
+    #[error("row {row}, group {group}: the scale is no f16 value")]
+    GroupScale {
+        /// Row of the matrix.
+        row: usize,
+        /// Group of the row.
+        group: usize,
+    },
     /// A type that the call does not serve.
     #[error("{ty}: {reason}")]
     Unsupported {

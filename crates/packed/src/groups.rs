@@ -5,7 +5,7 @@ use std::ops::Range;
 use half::f16;
 
 use crate::error::check_length;
-use crate::tile::BLOCK;
+use crate::tile::{BLOCK, HALF_BLOCK};
 use crate::{Error, Result};
 
 /// Bits of a code in a group: 2, 3, 4 or 8.
@@ -57,7 +57,7 @@ pub struct GroupParts {
     pub rows: usize,
     /// Columns (inputs).
     pub cols: usize,
-    /// Columns of a group: a multiple of 32, or at least `cols` for one group a row. The last group may have fewer.
+    /// Columns of a group: 16, a multiple of 32, or at least `cols` for one group a row. The last group may have fewer.
     pub width: usize,
     /// Codes, row-major `[rows, cols]`, columns in their own order.
     pub codes: Vec<u8>,
@@ -73,8 +73,8 @@ impl Groups {
     /// Checks and takes the parts.
     ///
     /// # Errors
-    /// [`Error::Groups`] for a width that is no multiple of 32, and for an index that does not fill groups evenly (no kernel
-    /// serves them); [`Error::Length`]; [`Error::Code`] for codes and zeros beyond the bits; [`Error::Scale`] for scales
+    /// [`Error::GroupWidth`] for a width that is neither 16 nor a multiple of 32 and [`Error::GroupIndex`] for an index that
+    /// does not fill groups evenly (no kernel serves them); [`Error::Length`]; [`Error::Code`] for codes and zeros beyond the bits; [`Error::Scale`] for scales
     /// that are not finite.
     pub fn new(parts: GroupParts) -> Result<Self> {
         let GroupParts {
@@ -88,8 +88,8 @@ impl Groups {
             group_index,
         } = parts;
         let width = width.min(cols.max(1));
-        if width < cols && !width.is_multiple_of(BLOCK) {
-            return Err(Error::Groups("groups of columns must be multiples of 32"));
+        if width < cols && width != HALF_BLOCK && !(width > 0 && width.is_multiple_of(BLOCK)) {
+            return Err(Error::GroupWidth(width));
         }
         let groups = cols.div_ceil(width.max(1));
         check_length("codes", codes.len(), rows * cols)?;
@@ -222,9 +222,7 @@ fn order(index: &[u32], cols: usize, width: usize) -> Result<Option<Vec<u32>>> {
         .enumerate()
         .all(|(position, &column)| index[column as usize] as usize == position / width);
     if !even {
-        return Err(Error::Groups(
-            "the group index does not give every group its width",
-        ));
+        return Err(Error::GroupIndex);
     }
     let sorted = order
         .iter()
@@ -272,7 +270,7 @@ mod tests {
         parts.group_index = Some((0..64).map(|j| j / 32).collect());
         assert_eq!(Groups::new(parts.clone()).unwrap().order(), None);
         parts.group_index = Some((0..64).map(|j| u32::from(j > 20)).collect());
-        assert!(matches!(Groups::new(parts), Err(Error::Groups(_))));
+        assert!(matches!(Groups::new(parts), Err(Error::GroupIndex)));
     }
 
     #[test]
@@ -298,7 +296,8 @@ mod tests {
             broken(|p| p.zeros = Some(vec![1])),
             Error::Length { .. }
         ));
-        assert!(matches!(broken(|p| p.width = 20), Error::Groups(_)));
+        assert_eq!(broken(|p| p.width = 20), Error::GroupWidth(20));
+        assert_eq!(broken(|p| p.width = 0), Error::GroupWidth(0));
         assert!(GroupBits::new(5).is_none());
     }
 }

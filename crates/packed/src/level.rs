@@ -1,5 +1,6 @@
 //! Which instructions the processor has.
 
+use std::ffi::OsStr;
 use std::fmt;
 use std::str::FromStr;
 use std::sync::OnceLock;
@@ -31,7 +32,7 @@ pub enum Level {
     NeonDot,
 }
 
-/// The variable that limits [`Level::detected`] to a level by its name.
+/// The variable that limits [`Level::detected`] to a level by its name; [`Level::from_env`] tells whether it names one.
 pub const LEVEL_VARIABLE: &str = "PACKED_LEVEL";
 
 impl Level {
@@ -81,15 +82,39 @@ impl Level {
     }
 
     /// The fastest level of this processor, no faster than the one that the variable [`LEVEL_VARIABLE`] names, if it names
-    /// one. Found once.
+    /// one: programs report what [`Level::from_env`] refuses. Found once.
     pub fn detected() -> Self {
         static DETECTED: OnceLock<Level> = OnceLock::new();
-        *DETECTED.get_or_init(|| {
-            let limit = std::env::var(LEVEL_VARIABLE)
-                .ok()
-                .and_then(|name| name.parse().ok());
-            Self::fastest(limit)
-        })
+        *DETECTED.get_or_init(|| Self::from_env().unwrap_or_else(|_| Self::fastest(None)))
+    }
+
+    /// The fastest level of this processor, no faster than the one that the variable [`LEVEL_VARIABLE`] names. Without the
+    /// variable, or where it is empty, the fastest.
+    ///
+    /// # Errors
+    /// [`Error::UnknownLevel`](crate::Error::UnknownLevel) where the variable names no level of this architecture.
+    pub fn from_env() -> crate::Result<Self> {
+        Self::limited(std::env::var_os(LEVEL_VARIABLE).as_deref())
+    }
+
+    fn limited(name: Option<&OsStr>) -> crate::Result<Self> {
+        let Some(name) = name.filter(|name| !name.is_empty()) else {
+            return Ok(Self::fastest(None));
+        };
+        let name = name.to_string_lossy();
+        let limit: Self = name.parse()?;
+        match limit.is_of_this_architecture() {
+            true => Ok(Self::fastest(Some(limit))),
+            false => Err(crate::Error::UnknownLevel(name.into())),
+        }
+    }
+
+    fn is_of_this_architecture(self) -> bool {
+        match self {
+            Self::Portable => true,
+            Self::Avx2 | Self::AvxVnni | Self::Avx512 => cfg!(target_arch = "x86_64"),
+            Self::Neon | Self::NeonDot => cfg!(target_arch = "aarch64"),
+        }
     }
 
     fn fastest(limit: Option<Self>) -> Self {
@@ -136,6 +161,14 @@ impl Level {
     }
 }
 
+/// Names of the levels of this architecture.
+pub(crate) fn names() -> String {
+    let own = Level::ALL
+        .into_iter()
+        .filter(|level| level.is_of_this_architecture());
+    own.map(Level::name).collect::<Vec<_>>().join(", ")
+}
+
 impl fmt::Display for Level {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(self.name())
@@ -166,5 +199,29 @@ mod tests {
         }
         assert!(Level::fastest(None).is_available());
         assert!("sse9".parse::<Level>().is_err());
+    }
+
+    #[test]
+    fn a_limit_that_names_no_level_of_this_architecture_is_an_error_with_those_that_there_are() {
+        let limited = |name: &str| Level::limited(Some(OsStr::new(name)));
+        assert_eq!(Level::limited(None), Ok(Level::fastest(None)));
+        assert_eq!(limited(""), Ok(Level::fastest(None)));
+        assert_eq!(limited("portable"), Ok(Level::Portable));
+        for level in Level::available() {
+            assert_eq!(limited(level.name()), Ok(level));
+        }
+        let foreign = Level::ALL
+            .into_iter()
+            .find(|level| !level.is_of_this_architecture());
+        for name in ["avx-512", "AVX2", foreign.map_or("sse9", Level::name)] {
+            let error = limited(name).unwrap_err().to_string();
+            assert!(
+                error.contains(name) && error.contains("(portable"),
+                "{error}"
+            );
+            for level in Level::available() {
+                assert!(error.contains(level.name()), "{error}");
+            }
+        }
     }
 }

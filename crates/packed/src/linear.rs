@@ -20,7 +20,8 @@ use crate::team::Team;
 use crate::tile::{BLOCK, TILE_ROWS, Tiles};
 use crate::{Error, Matrix, Result};
 
-/// How weights are multiplied. Dense weights and factors of low rank always take floats.
+/// How weights are multiplied. Dense weights and factors of low rank take floats in [`Self::F32`] and [`Self::Int8`]; in
+/// [`Self::Bf16`] they and their activations are rounded to bf16 as those of quantised weights are.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Activations {
     /// Activations as they are: for quality numbers, calibration and repair.
@@ -28,7 +29,8 @@ pub enum Activations {
     F32,
     /// Activations rounded to 8 bits, one scale for 32 columns: for generation. About 0.5 % error of an output.
     Int8,
-    /// From 16 tokens on, weights and activations rounded to bf16 and sums in f32; fewer tokens as in [`Self::F32`]. Faster
+    /// From 16 tokens on, weights, factors of low rank and activations rounded to bf16 and sums in f32; fewer tokens as in
+    /// [`Self::F32`]. Faster
     /// than f32 where the processor has AVX512-BF16, and slower elsewhere, with the same results.
     Bf16,
 }
@@ -37,7 +39,7 @@ pub enum Activations {
 #[derive(Clone, Copy)]
 #[non_exhaustive]
 pub struct Context<'a> {
-    /// The arithmetic of quantised weights.
+    /// The arithmetic.
     pub activations: Activations,
     /// The instructions. Results do not depend on them.
     pub level: Level,

@@ -36,6 +36,8 @@ use crate::{BlockType, QuantRows};
 pub(crate) const TILE_ROWS: usize = 16;
 /// Columns of a block of a tile.
 pub(crate) const BLOCK: usize = 32;
+/// Columns of the narrowest groups, two to a block.
+pub(crate) const HALF_BLOCK: usize = BLOCK / 2;
 /// Blocks of a chunk of types with a scale.
 pub(crate) const PLAIN_CHUNK: usize = 2;
 /// Blocks of a chunk of types with a scale and a minimum.
@@ -78,8 +80,10 @@ pub(crate) enum Layout {
 pub(crate) struct GroupLayout {
     /// Bits of a code.
     pub(crate) bits: u32,
-    /// Blocks of a group.
+    /// Blocks of a group, if it has any.
     pub(crate) blocks: usize,
+    /// Whether a group is half a block.
+    pub(crate) halves: bool,
     /// Groups of a row.
     pub(crate) groups: usize,
     /// Whether zeros are stored; else they are in the middle.
@@ -87,6 +91,16 @@ pub(crate) struct GroupLayout {
 }
 
 impl GroupLayout {
+    /// The group of the first or second half of block `b`. A row of an odd number of halves has room for one group more, whose
+    /// scale is 0.
+    pub(crate) fn group(&self, b: usize, half: usize) -> usize {
+        match self.halves {
+            true => 2 * b + half,
+            // Numbers of 32 bits divide faster.
+            false => (b as u32 / self.blocks as u32) as usize,
+        }
+    }
+
     /// Lines with scales in front of a tile.
     pub(crate) fn scale_lines(&self) -> usize {
         self.groups.div_ceil(2)
@@ -202,6 +216,7 @@ impl Tiles {
         let layout = GroupLayout {
             bits: groups.bits().get(),
             blocks: groups.width().div_ceil(BLOCK),
+            halves: groups.width() == HALF_BLOCK && groups.groups() > 1,
             groups: groups.groups(),
             zeros: groups.zeros().is_some(),
         };
@@ -292,16 +307,20 @@ impl Tiles {
                 let (scales, zeros) = head.split_at(layout.scale_lines());
                 let planes = codes.chunks_exact(layout.bits as usize);
                 for (b, (values, lines)) in values.chunks_mut(BLOCK).zip(planes).enumerate() {
-                    let group = b / layout.blocks;
-                    let at = 32 * (group % 2) + 2 * lane;
-                    let scale = f16_at(&scales[group / 2], at).to_f32();
-                    let zero = match layout.zeros {
-                        true => i32::from(zeros[group / 4].0[16 * (group % 4) + lane]),
-                        false => 1 << (layout.bits - 1),
-                    };
                     let codes = get_codes(layout.bits, lines, lane);
-                    for (value, code) in values.iter_mut().zip(codes) {
-                        *value = scale * (i32::from(code) - zero) as f32;
+                    let halves = values.chunks_mut(HALF_BLOCK);
+                    let halves = halves.zip(codes.chunks_exact(HALF_BLOCK)).enumerate();
+                    for (half, (values, codes)) in halves {
+                        let group = layout.group(b, half);
+                        let at = 32 * (group % 2) + 2 * lane;
+                        let scale = f16_at(&scales[group / 2], at).to_f32();
+                        let zero = match layout.zeros {
+                            true => i32::from(zeros[group / 4].0[16 * (group % 4) + lane]),
+                            false => 1 << (layout.bits - 1),
+                        };
+                        for (value, code) in values.iter_mut().zip(codes) {
+                            *value = scale * (i32::from(*code) - zero) as f32;
+                        }
                     }
                 }
             }

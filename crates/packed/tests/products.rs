@@ -33,8 +33,8 @@ impl Numbers {
 /// A block's 32 columns as the arithmetic sees them: codes less the zero, and for each 16 or 32 columns an integer scale.
 struct Part {
     codes: [i32; 32],
-    /// One float, times these for the first and second 16 columns.
-    d: f32,
+    /// A float for the first and second 16 columns, the same unless these are groups, times the integers.
+    d: [f32; 2],
     scales: [i32; 2],
     /// Added for the first and second 16 columns, if there are minimums; one for both if `scales` are one.
     minimums: Option<[f32; 2]>,
@@ -78,7 +78,7 @@ fn parts(rows: &QuantRows<'_>, row: usize) -> Vec<Part> {
             };
             parts.push(Part {
                 codes,
-                d,
+                d: [d, d],
                 scales,
                 minimums,
                 halves,
@@ -98,22 +98,41 @@ fn group_parts(groups: &Groups, parts: &GroupParts, row: usize) -> Vec<Part> {
         Some(&column) => i32::from(parts.codes[row * parts.cols + column as usize]),
         None => 0,
     };
+    let middle = i32::from(parts.bits.middle());
     (0..parts.cols.div_ceil(32))
         .map(|b| {
-            let group = 32 * b / groups.width();
-            let (zero, middle) = (groups.zero(row, group), parts.bits.middle());
-            let (zero, middle) = (i32::from(zero), i32::from(middle));
-            let scale = groups.scale(row, group).to_f32();
+            let d = [0, 1].map(|half| scale_and_zero(groups, row, b, half).0);
+            let zero = [0, 1].map(|half| scale_and_zero(groups, row, b, half).1);
             Part {
                 codes: std::array::from_fn(|i| code(32 * b + i) - middle),
-                d: scale,
+                d,
                 scales: [1, 1],
-                minimums: (zero != middle || parts.zeros.is_some())
-                    .then(|| [scale * (middle - zero) as f32; 2]),
-                halves: false,
+                minimums: (zero != [middle; 2] || parts.zeros.is_some())
+                    .then(|| [0, 1].map(|half| d[half] * (middle - zero[half]) as f32)),
+                halves: are_halves(groups),
             }
         })
         .collect()
+}
+
+/// Whether two groups make 32 columns.
+fn are_halves(groups: &Groups) -> bool {
+    groups.width() == 16 && groups.groups() > 1
+}
+
+/// Of half a block of 32 columns. A half behind the last group has neither.
+fn scale_and_zero(groups: &Groups, row: usize, b: usize, half: usize) -> (f32, i32) {
+    let group = match are_halves(groups) {
+        true => 2 * b + half,
+        false => 32 * b / groups.width(),
+    };
+    match group < groups.groups() {
+        true => (
+            groups.scale(row, group).to_f32(),
+            i32::from(groups.zero(row, group)),
+        ),
+        false => (0.0, 0),
+    }
 }
 
 /// 32 values of a token, rounded.
@@ -131,7 +150,7 @@ fn int8(parts: &[Part], x: &[f32]) -> f32 {
         let (q, d) = round(x);
         let dot = |range: std::ops::Range<usize>| range.map(|i| part.codes[i] * q[i]).sum::<i32>();
         let dot = part.scales[0] * dot(0..16) + part.scales[1] * dot(16..32);
-        acc = (part.d * d).mul_add(dot as f32, acc);
+        acc = (part.d[0] * d).mul_add(dot as f32, acc);
         if let Some([first, second]) = part.minimums {
             let sum = |range: std::ops::Range<usize>| d * q[range].iter().sum::<i32>() as f32;
             match part.halves {
@@ -147,12 +166,16 @@ fn int8(parts: &[Part], x: &[f32]) -> f32 {
 }
 
 /// Grouped integers with zeros take them off the integer sum.
-fn int8_groups(parts: &[Part], zeros: &[i32], x: &[f32]) -> f32 {
+fn int8_groups(parts: &[Part], zeros: &[[i32; 2]], x: &[f32]) -> f32 {
     let mut acc = 0f32;
-    for ((part, zero), x) in parts.iter().zip(zeros).zip(x.chunks(32)) {
+    for ((part, zeros), x) in parts.iter().zip(zeros).zip(x.chunks(32)) {
         let (q, d) = round(x);
-        let dot: i32 = (0..32).map(|i| (part.codes[i] - zero) * q[i]).sum();
-        acc = (part.d * d).mul_add(dot as f32, acc);
+        let width = if part.halves { 16 } else { 32 };
+        for (half, start) in (0..32).step_by(width).enumerate() {
+            let columns = start..start + width;
+            let dot: i32 = columns.map(|i| (part.codes[i] - zeros[half]) * q[i]).sum();
+            acc = (part.d[half] * d).mul_add(dot as f32, acc);
+        }
     }
     acc
 }
@@ -174,7 +197,7 @@ fn floats(parts: &[Part], x: &[f32]) -> f32 {
         let ranges = (0..32).step_by(width).map(|start| start..start + width);
         for (half, range) in ranges.clone().enumerate() {
             let sum = quarters(range.map(|i| (part.codes[i] as f32, x[i])));
-            acc = (part.d * part.scales[half] as f32).mul_add(sum, acc);
+            acc = (part.d[half] * part.scales[half] as f32).mul_add(sum, acc);
         }
         if let Some(minimums) = part.minimums {
             for (range, minimum) in ranges.zip(minimums) {
@@ -345,7 +368,7 @@ proptest! {
     fn groups_are_multiplied_as_defined(
         bits in prop::sample::select(vec![2u32, 3, 4, 8]),
         rows in prop::sample::select(vec![1usize, 16, 37]),
-        width in prop::sample::select(vec![32usize, 64, 128, 1000]),
+        width in prop::sample::select(vec![16usize, 32, 64, 128, 1000]),
         cols in 1..400usize,
         tokens in 1..18usize,
         asymmetric: bool,
@@ -375,9 +398,11 @@ proptest! {
         let x = numbers.floats(tokens * cols);
         let values = groups.dequantise();
         let row_parts: Vec<_> = (0..rows).map(|row| group_parts(&groups, &parts, row)).collect();
-        let zeros = |row: usize| -> Vec<i32> {
-            let zero = |b: usize| i32::from(groups.zero(row, 32 * b / groups.width()));
-            (0..cols.div_ceil(32)).map(|b| zero(b) - i32::from(bits.middle())).collect()
+        let zeros = |row: usize| -> Vec<[i32; 2]> {
+            let zero = |b: usize, half: usize| scale_and_zero(&groups, row, b, half).1;
+            let middle = i32::from(bits.middle());
+            let zeros = |b: usize| [0, 1].map(|half| zero(b, half) - middle);
+            (0..cols.div_ceil(32)).map(zeros).collect()
         };
         // All zeros may happen to be in the middle; then none are stored.
         let stored = matches!(

@@ -10,7 +10,7 @@ use std::marker::PhantomData;
 use super::codes::Codes;
 use crate::input::{FloatBlock, Int8Block};
 use crate::machine::Machine;
-use crate::tile::{BLOCK, GroupLayout, K_CHUNK, Line, OFFSET_CHUNK, PLAIN_CHUNK, TILE_ROWS};
+use crate::tile::{BLOCK, K_CHUNK, Line, OFFSET_CHUNK, PLAIN_CHUNK, TILE_ROWS};
 
 /// Repeats a block of code for g = 0 to 7: with constants where the machine wants straight code, else in a loop.
 macro_rules! eight_times {
@@ -89,7 +89,7 @@ pub(crate) struct Place<'a> {
 
 /// Σ (q − zero) a over the groups of 4 columns from `FIRST` to `LAST`, in integers.
 #[inline(always)]
-fn dots<M: Machine, C: Codes, const FIRST: usize, const LAST: usize, const T: usize>(
+pub(super) fn dots<M: Machine, C: Codes, const FIRST: usize, const LAST: usize, const T: usize>(
     m: M,
     planes: &[Line],
     x: [&Int8Block; T],
@@ -133,7 +133,7 @@ fn dots<M: Machine, C: Codes, const FIRST: usize, const LAST: usize, const T: us
 /// Σ (q − zero) a over the groups of 4 columns from `FIRST` to `LAST`, in floats: four sums, of every fourth column
 /// each, then (0 + 1) + (2 + 3).
 #[inline(always)]
-fn sums<M: Machine, C: Codes, const FIRST: usize, const LAST: usize, const T: usize>(
+pub(super) fn sums<M: Machine, C: Codes, const FIRST: usize, const LAST: usize, const T: usize>(
     m: M,
     planes: &[Line],
     table: M::Table,
@@ -168,21 +168,6 @@ pub(crate) struct Sub32<C>(PhantomData<C>);
 pub(crate) struct Sub16<C>(PhantomData<C>);
 /// Integer scales and minimums for 16 columns: `Q2_K`.
 pub(crate) struct Sub16Offset<C>(PhantomData<C>);
-/// Grouped integers.
-pub(crate) struct Grouped<C> {
-    layout: GroupLayout,
-    codes: PhantomData<C>,
-}
-
-impl<C> Grouped<C> {
-    pub(crate) fn new(layout: GroupLayout) -> Self {
-        Self {
-            layout,
-            codes: PhantomData,
-        }
-    }
-}
-
 macro_rules! plain_struct {
     ($($name:ident)*) => { $(
         impl<C> $name<C> {
@@ -197,13 +182,6 @@ macro_rules! plain_struct {
     )* };
 }
 plain_struct!(Plain Offset Sub32 Sub16 Sub16Offset);
-
-impl<C> Clone for Grouped<C> {
-    fn clone(&self) -> Self {
-        *self
-    }
-}
-impl<C> Copy for Grouped<C> {}
 
 impl<C: Codes + Send + Sync> Format for Plain<C> {
     type Codes = C;
@@ -511,94 +489,6 @@ impl<C: Codes + Send + Sync> Format for Sub16Offset<C> {
             m.to_f(m.shift_right(both, 4)),
         );
         (step, Some(min))
-    }
-}
-
-impl<C: Codes + Send + Sync> Grouped<C> {
-    #[inline(always)]
-    fn parts<M: Machine>(self, m: M, block: Place<'_>) -> (M::F, Option<M::I>) {
-        let group = (block.b as u32 / self.layout.blocks as u32) as usize;
-        let scale = m.load_f16(block.head[group / 2].half(group));
-        let zeros = &block.head[self.layout.scale_lines()..];
-        let zero = match self.layout.zeros {
-            true => Some(m.load_u8(zeros[group / 4].quarter(group))),
-            false => None,
-        };
-        (scale, zero)
-    }
-
-    /// `−scale (zero − middle)`, exact: 11 and 8 bits.
-    #[inline(always)]
-    fn offset<M: Machine>(m: M, scale: M::F, zero: M::I) -> M::F {
-        m.mul_f(scale, m.to_f(Self::centred(m, zero)))
-    }
-
-    /// The middle less the zero.
-    #[inline(always)]
-    fn centred<M: Machine>(m: M, zero: M::I) -> M::I {
-        m.add_i(m.splat(C::ZERO), m.mul_i(zero, m.splat(-1)))
-    }
-}
-
-impl<C: Codes + Send + Sync> Format for Grouped<C> {
-    type Codes = C;
-
-    #[inline(always)]
-    fn chunk(self, blocks: usize) -> usize {
-        blocks
-    }
-
-    #[inline(always)]
-    fn head(self, _blocks: usize) -> usize {
-        self.layout.head_lines()
-    }
-
-    #[inline(always)]
-    fn int8<M: Machine, const T: usize>(
-        self,
-        m: M,
-        block: Place<'_>,
-        x: [&Int8Block; T],
-        acc: &mut [M::F; T],
-    ) {
-        let (scale, zero) = self.parts(m, block);
-        let dots = dots::<M, C, 0, 8, T>(m, block.planes, x, C::ZERO);
-        for t in 0..T {
-            let dot = match zero {
-                None => dots[t],
-                Some(zero) => {
-                    let centred = Self::centred(m, zero);
-                    m.add_i(dots[t], m.mul_i(centred, m.splat(x[t].sum)))
-                }
-            };
-            let d = m.mul_f(scale, m.splat_f(x[t].d));
-            acc[t] = m.fma(d, m.to_f(dot), acc[t]);
-        }
-    }
-
-    #[inline(always)]
-    fn float<M: Machine, const T: usize>(
-        self,
-        m: M,
-        block: Place<'_>,
-        table: M::Table,
-        x: [&FloatBlock; T],
-        acc: &mut [M::F; T],
-    ) {
-        let (scale, zero) = self.parts(m, block);
-        let sums = sums::<M, C, 0, 8, T>(m, block.planes, table, x);
-        for t in 0..T {
-            acc[t] = m.fma(scale, sums[t], acc[t]);
-            if let Some(zero) = zero {
-                acc[t] = m.fma(Self::offset(m, scale, zero), m.splat_f(x[t].sum), acc[t]);
-            }
-        }
-    }
-
-    #[inline(always)]
-    fn scale<M: Machine>(self, m: M, block: Place<'_>, _half: usize) -> (M::F, Option<M::F>) {
-        let (scale, zero) = self.parts(m, block);
-        (scale, zero.map(|zero| Self::offset(m, scale, zero)))
     }
 }
 

@@ -4,13 +4,15 @@ pub(crate) mod bf16;
 mod codes;
 pub(crate) mod dense;
 mod format;
+mod grouped;
 pub(crate) mod panel;
 pub(crate) mod tail;
 pub(crate) mod tiles;
 
 use codes::{Bytes, FiveBits, Levels, Nibbles, SixBits, ThreeBits, TwoBits};
 pub(crate) use format::Format;
-use format::{Grouped, Offset, Plain, Sub16, Sub16Offset, Sub32};
+use format::{Offset, Plain, Sub16, Sub16Offset, Sub32};
+use grouped::{Grouped, GroupedHalves};
 
 use crate::BlockType;
 use crate::tile::Layout;
@@ -40,11 +42,15 @@ pub(crate) fn with_format<W: WithFormat>(layout: Layout, f: W) -> W::Output {
                 unreachable!("floats have no tiles")
             }
         },
-        Layout::Groups(layout) => match layout.bits {
-            2 => f.with(Grouped::<TwoBits<2>>::new(layout)),
-            3 => f.with(Grouped::<ThreeBits>::new(layout)),
-            4 => f.with(Grouped::<Nibbles<8>>::new(layout)),
-            _ => f.with(Grouped::<Bytes>::new(layout)),
+        Layout::Groups(layout) => match (layout.bits, layout.halves) {
+            (2, false) => f.with(Grouped::<TwoBits<2>>::new(layout)),
+            (3, false) => f.with(Grouped::<ThreeBits>::new(layout)),
+            (4, false) => f.with(Grouped::<Nibbles<8>>::new(layout)),
+            (_, false) => f.with(Grouped::<Bytes>::new(layout)),
+            (2, true) => f.with(GroupedHalves::<TwoBits<2>>::new(layout)),
+            (3, true) => f.with(GroupedHalves::<ThreeBits>::new(layout)),
+            (4, true) => f.with(GroupedHalves::<Nibbles<8>>::new(layout)),
+            (_, true) => f.with(GroupedHalves::<Bytes>::new(layout)),
         },
     }
 }
