@@ -9,6 +9,7 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fmt;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 use half::{bf16, f16};
@@ -276,9 +277,35 @@ impl Checkpoint {
     pub fn shared_rows(&self, name: &str, rows: Range<usize>) -> Result<SharedBytes> {
         let info = self.info(name)?;
         let count = self.check_rows(name, info, &rows)?;
+        if self.source().is_some() {
+            return Ok(Arc::new(self.bytes_of_rows(name, info, rows)?.into_owned()));
+        }
         let row_bytes = info.bytes.checked_div(count).unwrap_or(0);
         let part = rows.start * row_bytes..rows.end * row_bytes;
         self.shards[info.shard].shared(name, info.range(), part)
+    }
+
+    /// The bytes of neighbouring rows that exist. A source is asked for these alone.
+    fn bytes_of_rows(
+        &self,
+        name: &str,
+        info: &TensorInfo,
+        rows: Range<usize>,
+    ) -> Result<Cow<'_, [u8]>> {
+        let columns = info.shape.last().copied().unwrap_or(1);
+        let count = info.elements().checked_div(columns).unwrap_or(0);
+        if let Some(source) = self.source()
+            && rows != (0..count)
+        {
+            return source.row_range(name, rows);
+        }
+        let row_bytes = info.bytes.checked_div(count).unwrap_or(0);
+        let part = rows.start * row_bytes..rows.end * row_bytes;
+        Ok(match self.bytes(name)? {
+            Cow::Borrowed(bytes) => Cow::Borrowed(&bytes[part]),
+            Cow::Owned(bytes) if part == (0..bytes.len()) => Cow::Owned(bytes),
+            Cow::Owned(bytes) => Cow::Owned(bytes[part].to_vec()),
+        })
     }
 
     /// The number of rows, all dimensions but the last counted as such, if `rows` are among them.
@@ -435,11 +462,10 @@ impl Checkpoint {
         columns: usize,
         device: &Device,
     ) -> Result<Tensor> {
-        let bytes = self.bytes(name)?;
-        let row_bytes = columns * info.bytes / info.elements().max(1);
-        let part = &bytes[rows.start * row_bytes..rows.end * row_bytes];
-        let elements = dtype::decode::<T>(info.dtype, part).map_err(|bad| {
-            let element = rows.start * columns + bad.element;
+        let first = rows.start;
+        let bytes = self.bytes_of_rows(name, info, rows.clone())?;
+        let elements = dtype::decode::<T>(info.dtype, &bytes).map_err(|bad| {
+            let element = first * columns + bad.element;
             self.bad_value(name, info, T::DTYPE, BadValue { element, ..bad })
         })?;
         Tensor::from_vec(elements, (rows.len(), columns), device).map_err(Error::tensor(name))

@@ -5,6 +5,7 @@
 use std::fs::File;
 use std::io;
 use std::ops::{Deref, Range};
+use std::sync::Arc;
 
 use memmap2::Mmap;
 
@@ -44,6 +45,18 @@ impl MappedFile {
     /// No such advice on this system: the pages stay until the system wants them.
     #[cfg(not(unix))]
     pub(crate) fn release(&self, _range: Range<usize>) {}
+}
+
+/// Part of shared bytes, which it keeps alive: of a mapped file, or of memory.
+pub(crate) struct SharedPart<T> {
+    pub(crate) whole: Arc<T>,
+    pub(crate) range: Range<usize>,
+}
+
+impl<T: Deref<Target = [u8]>> AsRef<[u8]> for SharedPart<T> {
+    fn as_ref(&self) -> &[u8] {
+        &self.whole[self.range.clone()]
+    }
 }
 
 impl Deref for MappedFile {

@@ -15,7 +15,7 @@ use safetensors::View;
 
 use crate::error::{Error, Result};
 use crate::header::{Entry, Header, byte_size};
-use crate::map::MappedFile;
+use crate::map::{MappedFile, SharedPart};
 use crate::source::TensorSource;
 
 /// A file of tensors.
@@ -27,18 +27,6 @@ pub(crate) struct Shard {
 
 /// Bytes that are shared with a mapped file, or own memory.
 pub type SharedBytes = Arc<dyn AsRef<[u8]> + Send + Sync>;
-
-/// Part of a mapped file.
-struct MappedPart {
-    file: Arc<MappedFile>,
-    range: Range<usize>,
-}
-
-impl AsRef<[u8]> for MappedPart {
-    fn as_ref(&self) -> &[u8] {
-        &self.file[self.range.clone()]
-    }
-}
 
 enum Content {
     /// A safetensors file and where its data begins.
@@ -130,8 +118,8 @@ impl Shard {
         }
     }
 
-    /// As [`Shard::bytes`], for part of a tensor: `part` counts from its first byte. What is returned keeps a mapped file
-    /// alive.
+    /// As [`Shard::bytes`], for part of a tensor that is not of a source: `part` counts from its first byte. What is returned
+    /// keeps a mapped file alive.
     pub(crate) fn shared(
         &self,
         name: &str,
@@ -140,8 +128,8 @@ impl Shard {
     ) -> Result<SharedBytes> {
         if let Content::Mapped(map, data_start) = &self.content {
             let start = data_start + range.start;
-            return Ok(Arc::new(MappedPart {
-                file: Arc::clone(map),
+            return Ok(Arc::new(SharedPart {
+                whole: Arc::clone(map),
                 range: start + part.start..start + part.end,
             }));
         }

@@ -2,6 +2,7 @@
 
 use std::any::Any;
 use std::borrow::Cow;
+use std::ops::Range;
 
 use crate::error::Result;
 
@@ -19,11 +20,21 @@ pub trait TensorSource: Any + Send + Sync {
     /// What decoding reports, naming file and tensor.
     fn bytes(&self, name: &str) -> Result<Cow<'_, [u8]>>;
 
-    /// As [`TensorSource::bytes`], for rows of a matrix, which exist.
+    /// As [`TensorSource::bytes`], for rows that exist, all dimensions but the last counted as such.
     ///
     /// # Errors
     /// What decoding reports.
     fn rows(&self, name: &str, rows: &[usize]) -> Result<Vec<u8>>;
+
+    /// As [`TensorSource::bytes`], for neighbouring rows that exist, all dimensions but the last counted as rows: one matrix of
+    /// several. Whoever can decode them without the others does.
+    ///
+    /// # Errors
+    /// What decoding reports.
+    fn row_range(&self, name: &str, rows: Range<usize>) -> Result<Cow<'_, [u8]>> {
+        let rows: Vec<usize> = rows.collect();
+        Ok(Cow::Owned(self.rows(name, &rows)?))
+    }
 
     /// The tensor as it is stored, for hashes.
     ///

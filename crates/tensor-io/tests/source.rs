@@ -68,6 +68,63 @@ fn open() -> Checkpoint {
     Checkpoint::from_source("m.gguf", Config::default(), specs, source).unwrap()
 }
 
+/// A source whose matrix must not be decoded as a whole.
+struct Rows;
+
+impl TensorSource for Rows {
+    fn bytes(&self, name: &str) -> Result<Cow<'_, [u8]>> {
+        panic!("all of {name} were asked for")
+    }
+
+    fn rows(&self, _name: &str, rows: &[usize]) -> Result<Vec<u8>> {
+        let row = |row: &usize| [*row as f32, -(*row as f32)];
+        Ok(rows
+            .iter()
+            .flat_map(row)
+            .flat_map(f32::to_le_bytes)
+            .collect())
+    }
+
+    fn stored(&self, name: &str) -> Result<Cow<'_, [u8]>> {
+        self.bytes(name)
+    }
+
+    fn total_bytes(&self) -> u64 {
+        0
+    }
+
+    fn release(&self, _name: &str) {}
+
+    fn files(&self) -> Result<Vec<(String, Vec<u8>)>> {
+        Ok(vec![])
+    }
+
+    fn as_any(&self) -> &dyn Any {
+        self
+    }
+}
+
+#[test]
+fn a_range_of_rows_is_decoded_without_the_others() {
+    // Three matrices of four rows.
+    let specs = vec![TensorSpec::new("w", Dtype::F32, [3, 4, 2])];
+    let checkpoint =
+        Checkpoint::from_source("m.gguf", Config::default(), specs, Box::new(Rows)).unwrap();
+    let second = checkpoint.rows_as("w", 4..6, DType::F64, &Device::Cpu);
+    let second = second.unwrap().to_vec2::<f64>().unwrap();
+    assert_eq!(second, [[4.0, -4.0], [5.0, -5.0]]);
+    let shared = checkpoint.shared_rows("w", 11..12).unwrap();
+    assert_eq!(
+        (*shared).as_ref(),
+        [11f32, -11.0].map(f32::to_le_bytes).concat()
+    );
+    assert!(
+        checkpoint
+            .rows_as("w", 11..13, DType::F64, &Device::Cpu)
+            .is_err()
+    );
+}
+
 #[test]
 fn tensors_rows_and_sizes_come_from_the_source() {
     let checkpoint = open();

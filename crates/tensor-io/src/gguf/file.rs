@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::fmt;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use safetensors::Dtype;
 
@@ -12,8 +13,8 @@ use super::{BlockLayout, GgufError, Metadata};
 use crate::dtype;
 use crate::error::{Error, Result};
 use crate::hash::{ContentHash, Hasher};
-use crate::map::MappedFile;
-use crate::shard::open_regular;
+use crate::map::{MappedFile, SharedPart};
+use crate::shard::{SharedBytes, open_regular};
 
 const SPLIT_NUMBER: &str = "split.no";
 const SPLIT_COUNT: &str = "split.count";
@@ -79,8 +80,8 @@ struct Part {
 }
 
 enum Content {
-    Mapped(MappedFile),
-    Bytes(Vec<u8>),
+    Mapped(Arc<MappedFile>),
+    Bytes(Arc<Vec<u8>>),
 }
 
 impl fmt::Debug for Gguf {
@@ -106,7 +107,7 @@ impl Part {
     fn open(path: PathBuf) -> Result<Self> {
         let file = open_regular(&path).map_err(Error::io("open", &path))?;
         let map = MappedFile::new(&file).map_err(Error::io("map", &path))?;
-        Self::new(path, Content::Mapped(map))
+        Self::new(path, Content::Mapped(Arc::new(map)))
     }
 
     fn new(path: PathBuf, content: Content) -> Result<Self> {
@@ -199,7 +200,7 @@ impl Gguf {
     /// As [`Gguf::open`].
     pub fn from_bytes(name: impl Into<PathBuf>, bytes: Vec<u8>) -> Result<Self> {
         let path = name.into();
-        let part = Part::new(path.clone(), Content::Bytes(bytes))?;
+        let part = Part::new(path.clone(), Content::Bytes(Arc::new(bytes)))?;
         Self::new(&path, vec![part])
     }
 
@@ -301,6 +302,33 @@ impl Gguf {
     pub fn bytes(&self, name: &str) -> Result<&[u8]> {
         let info = self.info(name)?;
         Ok(&self.parts[info.part].content.bytes()[info.range()])
+    }
+
+    /// Part of the bytes of a tensor, counted from its first. They stay part of the mapped file, which lives as long as they
+    /// do.
+    ///
+    /// # Errors
+    /// [`Error::UnknownTensor`]; [`GgufError::Content`] for a part that the tensor does not have.
+    pub fn shared_bytes(&self, name: &str, part: Range<usize>) -> Result<SharedBytes> {
+        let info = self.info(name)?;
+        if part.start > part.end || part.end > info.bytes {
+            let what = format!(
+                "tensor `{name}` of {} bytes has no part {part:?}",
+                info.bytes
+            );
+            return Err(self.error(info, GgufError::Content(what)));
+        }
+        let range = info.start + part.start..info.start + part.end;
+        Ok(match &self.parts[info.part].content {
+            Content::Mapped(file) => Arc::new(SharedPart {
+                whole: Arc::clone(file),
+                range,
+            }),
+            Content::Bytes(bytes) => Arc::new(SharedPart {
+                whole: Arc::clone(bytes),
+                range,
+            }),
+        })
     }
 
     /// The values of a tensor of plain floats, widened or narrowed to f32 and checked to be finite.

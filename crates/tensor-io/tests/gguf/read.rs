@@ -44,6 +44,30 @@ fn both_versions_give_tensors_with_the_outermost_dimension_first() {
 }
 
 #[test]
+fn a_part_of_a_tensor_outlives_the_file_that_it_is_shared_with() {
+    let file = File::default();
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("m.gguf");
+    std::fs::write(&path, file.bytes()).unwrap();
+    for gguf in [Gguf::open(&path).unwrap(), open(&file)] {
+        let name = gguf.tensors()[1].name.clone();
+        let whole = gguf.bytes(&name).unwrap().to_vec();
+        assert!(whole.len() > 8);
+        let (part, none) = (
+            gguf.shared_bytes(&name, 4..8),
+            gguf.shared_bytes(&name, 8..8),
+        );
+        for beyond in [0..whole.len() + 1, whole.len() + 1..whole.len() + 2] {
+            let error = gguf.shared_bytes(&name, beyond).err().unwrap();
+            assert!(error.to_string().contains("has no part"), "{error}");
+        }
+        drop(gguf);
+        assert_eq!((*part.unwrap()).as_ref(), &whole[4..8]);
+        assert!((*none.unwrap()).as_ref().is_empty());
+    }
+}
+
+#[test]
 fn an_alignment_moves_the_data() {
     let mut file = File {
         alignment: 256,
