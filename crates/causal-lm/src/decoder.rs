@@ -1,19 +1,21 @@
 //! A checkpoint seen as a decoder whose parts are loaded one at a time.
 
+mod linears;
+
 use crate::block::{Attention, Block, Half, Mlp, Norm, RopeTable, RopeTables};
 use crate::config::{LAYER_SCALAR, ModelConfig, NormConfig, NormKind, QkNorm};
 use crate::linear::Linear;
 use crate::mixture::{Moe, RoutingRule, SharedExpert};
-use crate::names::{ExpertLayout, LinearName, Module, Run};
-use crate::packing::{self, Execution};
+use crate::names::{ExpertLayout, LinearName};
+use crate::packing::{Execution, Stored};
 use crate::rope::Rope;
 use crate::vocabulary::{Embedding, Head};
+use crate::weights::WeightSummary;
 use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor};
 use kv_lazy::CacheConfig;
 use kv_lazy::attention::Scores;
 use std::collections::BTreeMap;
-use std::ops::Range;
 use std::sync::Arc;
 use tensor_io::{Checkpoint, Config};
 
@@ -24,10 +26,21 @@ pub struct Decoder<'a> {
     config: ModelConfig,
     dtype: DType,
     device: Device,
-    execution: Option<Execution>,
+    multiplying: Multiplying,
     /// Whether there is a head of its own where the config announces none.
     has_head_of_its_own: bool,
     cache: Option<CacheConfig>,
+}
+
+/// How weights are multiplied that are stored in fewer than 32 bits.
+#[derive(Debug)]
+enum Multiplying {
+    /// Decoded to tensors.
+    Tensors,
+    /// As they are stored.
+    Packed(Execution),
+    /// As tensors if they are floats: packed ones were asked for where no kernel runs.
+    Floats,
 }
 
 impl<'a> Decoder<'a> {
@@ -43,6 +56,7 @@ impl<'a> Decoder<'a> {
         config.names = config
             .names
             .located(config.layers(), |name| checkpoint.contains(name));
+        config.check_counts(checkpoint.names().count())?;
         let flag = config.tied;
         config.tied = flag && is_copy(checkpoint, &config)?;
         let has_own = flag && !config.tied;
@@ -51,7 +65,7 @@ impl<'a> Decoder<'a> {
             config,
             dtype,
             device: device.clone(),
-            execution: None,
+            multiplying: Multiplying::Tensors,
             has_head_of_its_own: has_own,
             cache: None,
         };
@@ -59,12 +73,18 @@ impl<'a> Decoder<'a> {
         Ok(decoder)
     }
 
-    /// The same with weights that are multiplied as they are stored: blocks, groups and floats of 16 bits. Others, and all
-    /// weights on other devices than the CPU or in another dtype than f32, are decoded to tensors when they are loaded.
+    /// The same with weights that are multiplied as they are stored: blocks, groups and floats of 16 bits. Others are decoded to
+    /// tensors when they are loaded; [`Decoder::weights`] tells how many and why.
+    ///
+    /// Blocks and groups are multiplied on CPUs in f32. On another device or in another dtype floats of 16 bits become tensors, and
+    /// loading quantised weights is [`Error::QuantisedWeights`]: a decoder without `packed` decodes them.
     pub fn packed(self, execution: Execution) -> Self {
-        let fits = self.device.is_cpu() && self.dtype == DType::F32;
+        let multiplying = match self.device.is_cpu() && self.dtype == DType::F32 {
+            true => Multiplying::Packed(execution),
+            false => Multiplying::Floats,
+        };
         Self {
-            execution: fits.then_some(execution),
+            multiplying,
             ..self
         }
     }
@@ -80,7 +100,10 @@ impl<'a> Decoder<'a> {
 
     /// How weights are multiplied that are stored in fewer than 32 bits; `None` when they are decoded to tensors.
     pub fn execution(&self) -> Option<&Execution> {
-        self.execution.as_ref()
+        match &self.multiplying {
+            Multiplying::Packed(execution) => Some(execution),
+            Multiplying::Tensors | Multiplying::Floats => None,
+        }
     }
 
     /// The model's dimensions.
@@ -197,144 +220,6 @@ impl<'a> Decoder<'a> {
             .transpose()
     }
 
-    /// A linear of rows of a stored weight, all or those of `runs`, as it is stored; `None` where it is to be a tensor.
-    fn stored(
-        &self,
-        name: &str,
-        runs: Option<&[Range<usize>]>,
-        bias: Option<Tensor>,
-    ) -> Result<Option<Linear>> {
-        let Some(execution) = &self.execution else {
-            return Ok(None);
-        };
-        packing::load(self.checkpoint, name, runs)?
-            .map(|linear| Linear::packed(linear, bias, execution.clone()))
-            .transpose()
-    }
-
-    /// The linears of a block's module as they are stored; `None` where they are to be tensors.
-    fn stored_module(
-        &self,
-        layer: usize,
-        module: &Module,
-    ) -> Result<Option<Vec<(LinearName, Linear)>>> {
-        if self.execution.is_none() {
-            return Ok(None);
-        }
-        let name = self.config.names.weight(layer, module);
-        let bias = self.module_bias(layer, module)?;
-        if let &[part] = module.parts {
-            let linear = self.stored(&name, None, bias)?;
-            return Ok(linear.map(|linear| vec![(part, linear)]));
-        }
-        let all = self.config.runs(layer, module);
-        let mut linears = Vec::new();
-        for &part in module.parts {
-            let runs = all.iter().filter(|run| run.part == part);
-            let runs: Vec<Range<usize>> = runs.map(|run| run.at..run.at + run.rows.len()).collect();
-            if runs.is_empty() {
-                continue;
-            }
-            let bias = match &bias {
-                None => None,
-                Some(bias) => {
-                    let pieces = runs.iter().map(|run| bias.narrow(0, run.start, run.len()));
-                    let pieces = pieces.collect::<candle_core::Result<Vec<_>>>()?;
-                    Some(Tensor::cat(&pieces, 0)?)
-                }
-            };
-            match self.stored(&name, Some(&runs), bias)? {
-                Some(linear) => linears.push((part, linear)),
-                None => return Ok(None),
-            }
-        }
-        Ok(Some(linears))
-    }
-
-    /// The linears of a block's module, each with its rows of the stored tensors.
-    fn module(&self, layer: usize, module: &Module) -> Result<Vec<(LinearName, Linear)>> {
-        if let Some(linears) = self.stored_module(layer, module)? {
-            return Ok(linears);
-        }
-        let names = self.config.names;
-        let weight = self.load(&names.weight(layer, module))?;
-        let bias = self.module_bias(layer, module)?;
-        self.split(layer, module, &weight, bias.as_ref())
-    }
-
-    /// The linears of a stored module.
-    fn split(
-        &self,
-        layer: usize,
-        module: &Module,
-        weight: &Tensor,
-        bias: Option<&Tensor>,
-    ) -> Result<Vec<(LinearName, Linear)>> {
-        if let &[part] = module.parts {
-            let (weight, bias) = (weight.clone(), bias.cloned());
-            return Ok(vec![(part, Linear::new(weight, bias))]);
-        }
-        let runs = self.config.runs(layer, module);
-        let of_part = |&part: &LinearName| {
-            let runs: Vec<&Run> = runs.iter().filter(|run| run.part == part).collect();
-            if runs.is_empty() {
-                return None;
-            }
-            let rows = |x: &Tensor| -> Result<Tensor> {
-                let pieces = runs.iter().map(|run| x.narrow(0, run.at, run.rows.len()));
-                let pieces = pieces.collect::<candle_core::Result<Vec<_>>>()?;
-                // A single run is a view of the stored tensor.
-                Ok(match &pieces[..] {
-                    [all] => all.clone(),
-                    _ => Tensor::cat(&pieces, 0)?,
-                })
-            };
-            let linear = || -> Result<Linear> {
-                Ok(Linear::new(rows(weight)?, bias.map(rows).transpose()?))
-            };
-            Some(linear().map(|linear| (part, linear)))
-        };
-        module.parts.iter().filter_map(of_part).collect()
-    }
-
-    /// Puts another weight of a stored module, `[out, in]`, in place of its linears in a loaded block.
-    ///
-    /// # Errors
-    /// When the shape is not that of the module.
-    pub fn replace(&self, block: &mut Block, module: &Module, weight: &Tensor) -> Result<()> {
-        let linears = self.split(block.layer, module, weight, None)?;
-        for (name, linear) in linears {
-            if let Some(old) = block.linear_mut(name) {
-                old.set_weight(linear.weight()?);
-            }
-        }
-        Ok(())
-    }
-
-    fn module_bias(&self, layer: usize, module: &Module) -> Result<Option<Tensor>> {
-        let bias = self.config.names.bias(layer, module);
-        self.checkpoint
-            .contains(&bias)
-            .then(|| self.load(&bias))
-            .transpose()
-    }
-
-    /// A linear's weight, `[out, in]`; `None` where the block has no such linear.
-    ///
-    /// # Errors
-    /// What reading the tensor reports, among it values that are not finite.
-    pub fn weight(&self, layer: usize, name: LinearName) -> Result<Option<Tensor>> {
-        let Some(module) = self.config.names.module_of(name) else {
-            return Ok(None);
-        };
-        if self.config.linear_shape(layer, name).is_none() {
-            return Ok(None);
-        }
-        let parts = self.module(layer, module)?;
-        let linear = parts.into_iter().find(|(part, _)| *part == name);
-        linear.map(|(_, linear)| linear.weight()).transpose()
-    }
-
     /// Whether the checkpoint has a bias for a linear.
     pub fn has_bias(&self, layer: usize, name: LinearName) -> bool {
         let names = self.config.names;
@@ -370,33 +255,6 @@ impl<'a> Decoder<'a> {
             down: linear(LinearName::Down)?,
             activation: self.config.activation,
         })
-    }
-
-    fn expert_linear(&self, layer: usize, expert: usize, name: LinearName) -> Result<Linear> {
-        let part = self
-            .config
-            .expert_part(layer, expert, name)
-            .ok_or_else(|| {
-                let mixture = self.config.mixtures.get(layer).copied().flatten();
-                Error::Routing {
-                    chosen: expert + 1,
-                    experts: mixture.map_or(0, |mixture| mixture.experts),
-                }
-            })?;
-        let range = part.rows.start..part.rows.end;
-        let fused = self.config.names.layout() == ExpertLayout::Fused;
-        let runs = fused.then_some(std::slice::from_ref(&range));
-        if let Some(linear) = self.stored(&part.tensor, runs, None)? {
-            return Ok(linear);
-        }
-        let weight = match fused {
-            false => self.load(&part.tensor)?,
-            true => {
-                let checkpoint = self.checkpoint;
-                checkpoint.rows_as(&part.tensor, range, self.dtype, &self.device)?
-            }
-        };
-        Ok(Linear::new(weight, None))
     }
 
     /// Lets go of the mapped pages of an expert that has tensors of its own.
@@ -596,32 +454,41 @@ impl<'a> Decoder<'a> {
             false => names.head().to_string(),
         };
         let vocab = match self.stored(&weight, None, None)? {
-            Some(vocab) => vocab,
-            None => Linear::new(self.load(&weight)?, None),
+            Stored::Packed(vocab) => vocab,
+            Stored::Dense(reason) => Linear::dense(self.load(&weight)?, None, reason),
         };
         let head = Head::new(self.final_norm()?, vocab, &self.config);
         self.checkpoint.release([weight.as_str()]);
         Ok(head)
     }
 
-    /// Bytes that a model of all blocks takes in memory, as [`Model::weight_bytes`](crate::Model::weight_bytes), with one block
-    /// in memory at a time.
+    /// How the linears of a model of all blocks are multiplied and the bytes that it takes in memory, as
+    /// [`Model::weights`](crate::Model::weights), with one block in memory at a time.
     ///
     /// # Errors
     /// What reading the tensors reports.
-    pub fn weight_bytes(&self) -> Result<usize> {
-        let mut bytes = self.head()?.bytes();
+    pub fn weights(&self) -> Result<WeightSummary> {
+        let mut weights = WeightSummary::default();
         for layer in 0..self.config.layers() {
             let frame = self.frame(layer)?;
-            bytes += frame.bytes();
+            weights.add_block(&frame);
             let experts = frame.experts.as_ref().map_or(0, |moe| moe.router.outputs());
             for expert in 0..experts {
-                bytes += self.expert(layer, expert)?.bytes();
+                weights.add_expert(&self.expert(layer, expert)?);
                 self.release_expert(layer, expert);
             }
             self.release(layer);
         }
-        Ok(bytes)
+        weights.add_head(&self.head()?);
+        Ok(weights)
+    }
+
+    /// Bytes of [`Decoder::weights`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn weight_bytes(&self) -> Result<usize> {
+        Ok(self.weights()?.bytes)
     }
 
     /// Rotations for positions `start .. start + tokens` of a sequence that ends there.

@@ -78,6 +78,22 @@ pub enum Error {
         /// Why not, with row and block where they are to blame.
         source: packed::Error,
     },
+    /// Quantised weights are to be multiplied as they are where there is no kernel for them.
+    #[error(
+        "tensor {tensor} is stored as {stored}, which is multiplied in f32 on CPUs alone, not in {dtype} on {device:?}: decode it \
+         first (a decoder without `packed`, or a folder of floats)",
+        dtype = dtype.as_str()
+    )]
+    QuantisedWeights {
+        /// The weight.
+        tensor: String,
+        /// What it is stored as.
+        stored: String,
+        /// The dtype that was asked for.
+        dtype: candle_core::DType,
+        /// The device that was asked for.
+        device: candle_core::DeviceLocation,
+    },
     /// An activation is NaN or infinite.
     #[error("activation is not finite after {stage} (window {window}, position {position})")]
     NonFinite {

@@ -6,6 +6,7 @@ use candle_core::{DType, Device, Tensor};
 
 use crate::ops::with_f32;
 use crate::packing::{Execution, packed_error};
+use crate::weights::DenseReason;
 use crate::{Error, Result};
 
 /// `y = x Wᵀ + b`, with W as a tensor or as it is stored.
@@ -18,8 +19,8 @@ pub struct Linear {
 
 #[derive(Clone, Debug)]
 enum Weight {
-    /// `[out, in]`.
-    Tensor(Tensor),
+    /// `[out, in]`, and why it is not packed.
+    Tensor(Tensor, DenseReason),
     /// Blocks, groups or floats of 16 bits.
     Packed(Arc<Packed>),
 }
@@ -34,8 +35,13 @@ struct Packed {
 impl Linear {
     /// From a weight `[out, in]` and a bias `[out]`.
     pub fn new(weight: Tensor, bias: Option<Tensor>) -> Self {
+        Self::dense(weight, bias, DenseReason::Given)
+    }
+
+    /// The same of a checkpoint's weight that is not packed for this reason.
+    pub(crate) fn dense(weight: Tensor, bias: Option<Tensor>, reason: DenseReason) -> Self {
         Self {
-            weight: Weight::Tensor(weight),
+            weight: Weight::Tensor(weight, reason),
             bias,
         }
     }
@@ -65,7 +71,7 @@ impl Linear {
     /// When there is no memory for it.
     pub fn weight(&self) -> Result<Tensor> {
         match &self.weight {
-            Weight::Tensor(weight) => Ok(weight.clone()),
+            Weight::Tensor(weight, _) => Ok(weight.clone()),
             Weight::Packed(packed) => {
                 let linear = &packed.linear;
                 let shape = (linear.rows(), linear.cols());
@@ -84,7 +90,7 @@ impl Linear {
 
     /// Puts another weight `[out, in]` in the place of W, factors of low rank included.
     pub fn set_weight(&mut self, weight: Tensor) {
-        self.weight = Weight::Tensor(weight);
+        self.weight = Weight::Tensor(weight, DenseReason::Given);
     }
 
     /// The layer of these rows, by their numbers in a vector of u32, as a tensor.
@@ -106,8 +112,24 @@ impl Linear {
     /// What W is multiplied as; `None` for a tensor.
     pub fn kind(&self) -> Option<packed::Kind> {
         match &self.weight {
-            Weight::Tensor(_) => None,
+            Weight::Tensor(..) => None,
             Weight::Packed(packed) => Some(packed.linear.weight().kind()),
+        }
+    }
+
+    /// Why W is multiplied as a tensor; `None` where it is multiplied as it is stored.
+    pub fn dense_reason(&self) -> Option<DenseReason> {
+        match &self.weight {
+            Weight::Tensor(_, reason) => Some(*reason),
+            Weight::Packed(_) => None,
+        }
+    }
+
+    /// Rank of the factors beside W, where there are some.
+    pub fn rank(&self) -> Option<usize> {
+        match &self.weight {
+            Weight::Tensor(..) => None,
+            Weight::Packed(packed) => packed.linear.low_rank().map(packed::LowRank::rank),
         }
     }
 
@@ -115,7 +137,7 @@ impl Linear {
     pub fn bytes(&self) -> usize {
         match &self.weight {
             Weight::Packed(packed) => packed.linear.bytes(),
-            Weight::Tensor(weight) => {
+            Weight::Tensor(weight, _) => {
                 let bytes = |x: &Tensor| x.elem_count() * x.dtype().size_in_bytes();
                 bytes(weight) + self.bias.as_ref().map_or(0, bytes)
             }
@@ -125,7 +147,7 @@ impl Linear {
     /// Width of what it reads.
     pub fn inputs(&self) -> usize {
         match &self.weight {
-            Weight::Tensor(weight) => weight.dims()[1],
+            Weight::Tensor(weight, _) => weight.dims()[1],
             Weight::Packed(packed) => packed.linear.cols(),
         }
     }
@@ -133,7 +155,7 @@ impl Linear {
     /// Width of what it writes.
     pub fn outputs(&self) -> usize {
         match &self.weight {
-            Weight::Tensor(weight) => weight.dims()[0],
+            Weight::Tensor(weight, _) => weight.dims()[0],
             Weight::Packed(packed) => packed.linear.rows(),
         }
     }
@@ -159,7 +181,7 @@ impl Linear {
             .enumerate()
             .filter_map(|(at, layer)| match &layer.weight {
                 Weight::Packed(packed) => Some((at, &**packed)),
-                Weight::Tensor(_) => None,
+                Weight::Tensor(..) => None,
             })
             .collect();
         if let Some((_, Packed { execution, .. })) = together.first() {
@@ -186,7 +208,7 @@ impl Linear {
         for layer in layers {
             done.push(match (outputs.next().flatten(), &layer.weight) {
                 (Some(y), _) => y,
-                (None, Weight::Tensor(weight)) => {
+                (None, Weight::Tensor(weight, _)) => {
                     let y = x.matmul(&weight.t()?)?;
                     match &layer.bias {
                         Some(bias) => y.broadcast_add(bias)?,

@@ -5,6 +5,7 @@ use crate::block::Block;
 use crate::decoder::Decoder;
 use crate::tap::NoTap;
 use crate::vocabulary::{Embedding, Head};
+use crate::weights::WeightSummary;
 use crate::{Error, Result};
 use candle_core::Tensor;
 use kv_lazy::{CacheSet, LayerShape};
@@ -57,10 +58,20 @@ impl<'a> Model<'a> {
         }
     }
 
+    /// How its linears are multiplied, and the bytes of all weights in memory.
+    pub fn weights(&self) -> WeightSummary {
+        let mut weights = WeightSummary::default();
+        for block in &self.blocks {
+            weights.add_block(block);
+        }
+        weights.add_head(&self.head);
+        weights
+    }
+
     /// Bytes of the weights in memory. Rows of the embedding are read from the file as they are needed and do not count,
     /// unless the head is the embedding.
     pub fn weight_bytes(&self) -> usize {
-        self.blocks.iter().map(Block::bytes).sum::<usize>() + self.head.bytes()
+        self.weights().bytes
     }
 
     /// What a cache has to hold for each layer, for [`CacheSet::full`] and its like.

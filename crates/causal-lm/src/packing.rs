@@ -1,6 +1,7 @@
 //! Weights that are multiplied as they are stored: blocks of GGUF files, groups of GPTQ and compressed-tensors, floats of 16
 //! bits, each with factors of low rank where an adapter has some.
 
+use std::borrow::Cow;
 use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
@@ -10,8 +11,9 @@ use packed::{BlockType, Context, LowRank, Matrix, QuantRows, Team};
 use tensor_io::{Checkpoint, Dtype, SharedBytes};
 
 use crate::adapter::{Adapted, Factors};
-use crate::compressed::CompressedTensors;
+use crate::compressed::{CompressedTensors, Format};
 use crate::gguf::GgufTensors;
+use crate::weights::DenseReason;
 use crate::{Error, Result};
 
 /// The arithmetic of quantised weights.
@@ -62,24 +64,39 @@ pub(crate) fn packed_error(tensor: &str) -> impl FnOnce(packed::Error) -> Error 
     }
 }
 
-/// The rows of the weight `name`, all or those of `runs` one after the other, as they are stored. `None` for a weight that is
-/// to be computed as a tensor: floats of 32 bits, and codes that no kernel serves.
+/// A weight as it is stored, or why it has to be a tensor.
+pub(crate) enum Stored<T> {
+    Packed(T),
+    Dense(DenseReason),
+}
+
+impl<T> Stored<T> {
+    pub(crate) fn map<U>(self, f: impl FnOnce(T) -> U) -> Stored<U> {
+        match self {
+            Self::Packed(stored) => Stored::Packed(f(stored)),
+            Self::Dense(reason) => Stored::Dense(reason),
+        }
+    }
+}
+
+/// The rows of the weight `name`, all or those of `runs` one after the other, as they are stored.
 pub(crate) fn load(
     checkpoint: &Checkpoint,
     name: &str,
     runs: Option<&[Range<usize>]>,
-) -> Result<Option<packed::Linear>> {
+) -> Result<Stored<packed::Linear>> {
     let source = checkpoint.source().map(|source| source.as_any());
     if let Some(adapted) = source.and_then(|source| source.downcast_ref::<Adapted>()) {
-        let Some(linear) = load(&adapted.base, name, runs)? else {
-            return Ok(None);
+        let linear = match load(&adapted.base, name, runs)? {
+            Stored::Packed(linear) => linear,
+            dense => return Ok(dense),
         };
-        let Some(factors) = adapted.adapter.factors.get(name) else {
-            return Ok(Some(linear));
+        let Some(factors) = adapted.adapter.factors(name)? else {
+            return Ok(Stored::Packed(linear));
         };
-        let low_rank = low_rank(factors, runs).map_err(packed_error(name))?;
+        let low_rank = low_rank(&factors, runs).map_err(packed_error(name))?;
         let linear = linear.with_low_rank(low_rank).map_err(packed_error(name))?;
-        return Ok(Some(linear));
+        return Ok(Stored::Packed(linear));
     }
     let matrix = if let Some(file) = source.and_then(|source| source.downcast_ref::<GgufTensors>())
     {
@@ -91,7 +108,7 @@ pub(crate) fn load(
             return load(folder.folder(), name, runs);
         }
         match folder.blocks(name)? {
-            Some(rows) => Some(matrix(name, rows, runs)?),
+            Some(rows) => Stored::Packed(matrix(name, rows, runs)?),
             None => groups(folder, name, runs)?,
         }
     } else {
@@ -100,18 +117,52 @@ pub(crate) fn load(
     Ok(matrix.map(packed::Linear::from))
 }
 
+/// What the weight `name` is stored as, if in fewer bits than floats have.
+pub(crate) fn quantised(checkpoint: &Checkpoint, name: &str) -> Option<String> {
+    let source = checkpoint.source()?.as_any();
+    if let Some(adapted) = source.downcast_ref::<Adapted>() {
+        return quantised(&adapted.base, name);
+    }
+    if let Some(file) = source.downcast_ref::<GgufTensors>() {
+        return file.quantised(name).map(|ty| ty.to_string());
+    }
+    let folder = source.downcast_ref::<CompressedTensors>()?;
+    if let Some(ty) = folder.block_type(name) {
+        return ty.is_quantised().then(|| ty.to_string());
+    }
+    match folder.format() {
+        Format::Gptq { .. } | Format::PackQuantized { .. } if folder.is_compressed(name) => {
+            Some(folder.format().to_string())
+        }
+        _ => None,
+    }
+}
+
 /// The rows that `runs` name, one after the other.
 fn rows_of(runs: &[Range<usize>]) -> Vec<usize> {
     runs.iter().cloned().flatten().collect()
 }
 
-/// Blocks and 16-bit floats of a GGUF file.
-fn blocks(file: &GgufTensors, name: &str, runs: Option<&[Range<usize>]>) -> Result<Option<Matrix>> {
-    if matches!(file.block_type(name), None | Some(BlockType::F32)) {
-        return Ok(None);
+/// Blocks and 16-bit floats of a GGUF file, these as part of the mapped file where they are in their order.
+fn blocks(file: &GgufTensors, name: &str, runs: Option<&[Range<usize>]>) -> Result<Stored<Matrix>> {
+    match file.block_type(name) {
+        None => return Ok(Stored::Dense(DenseReason::Mixed)),
+        Some(BlockType::F32) => return Ok(Stored::Dense(DenseReason::Floats)),
+        Some(_) => {}
     }
-    let rows = file.packed(name)?;
-    rows.map(|rows| matrix(name, rows, runs)).transpose()
+    if let Some(floats) = file.in_place(name, runs)? {
+        let matrix = Matrix::dense(floats.ty, floats.rows, floats.cols, floats.bytes);
+        return Ok(Stored::Packed(matrix.map_err(packed_error(name))?));
+    }
+    let rows = match runs {
+        None => file.packed(name)?,
+        Some(runs) => file.packed_rows(name, runs)?,
+    };
+    let Some(rows) = rows else {
+        return Ok(Stored::Dense(DenseReason::Mixed));
+    };
+    let matrix = Matrix::from_rows(&rows).map_err(packed_error(name))?;
+    Ok(Stored::Packed(matrix))
 }
 
 /// All rows of a weight in blocks, or those of `runs`.
@@ -128,13 +179,18 @@ fn groups(
     folder: &CompressedTensors,
     name: &str,
     runs: Option<&[Range<usize>]>,
-) -> Result<Option<Matrix>> {
+) -> Result<Stored<Matrix>> {
     let Some(groups) = folder.groups(name)? else {
-        return Ok(None);
+        return Ok(Stored::Dense(DenseReason::Sparse));
     };
     let rows = runs.map(rows_of);
-    let packed = groups.packed(rows.as_deref());
-    Ok(packed.map(|groups| Matrix::from_groups(&groups)))
+    match groups.packed(rows.as_deref()) {
+        Ok(groups) => Ok(Stored::Packed(Matrix::from_groups(&groups))),
+        Err(packed::Error::GroupWidth(width)) => Ok(Stored::Dense(DenseReason::GroupWidth(width))),
+        Err(packed::Error::GroupIndex) => Ok(Stored::Dense(DenseReason::GroupIndex)),
+        Err(packed::Error::GroupScale { .. }) => Ok(Stored::Dense(DenseReason::Scales)),
+        Err(error) => Err(packed_error(name)(error)),
+    }
 }
 
 /// 16-bit floats of a folder, part of the mapped file where the rows are neighbours.
@@ -142,12 +198,12 @@ fn halves(
     checkpoint: &Checkpoint,
     name: &str,
     runs: Option<&[Range<usize>]>,
-) -> Result<Option<Matrix>> {
+) -> Result<Stored<Matrix>> {
     let info = checkpoint.info(name)?;
     let ty = match info.dtype {
         Dtype::F16 => BlockType::F16,
         Dtype::BF16 => BlockType::BF16,
-        _ => return Ok(None),
+        _ => return Ok(Stored::Dense(DenseReason::Floats)),
     };
     let cols = info.shape.last().copied().unwrap_or(1);
     let all = 0..info.elements().checked_div(cols).unwrap_or(0);
@@ -165,7 +221,7 @@ fn halves(
         }
     };
     let matrix = Matrix::dense(ty, rows, cols, bytes).map_err(packed_error(name))?;
-    Ok(Some(matrix))
+    Ok(Stored::Packed(matrix))
 }
 
 /// The narrowest type of floats that holds these values exactly, and the values in it: adapters are mostly stored in 16 bits.
@@ -185,20 +241,19 @@ fn narrowest(values: &[f32]) -> (BlockType, Vec<u8>) {
 
 /// Factors beside a weight of which only the rows of `runs` are there.
 fn low_rank(factors: &Factors, runs: Option<&[Range<usize>]>) -> packed::Result<LowRank> {
-    let Factors { a, b, rank } = factors;
+    let Factors { a, b, rank, scale } = factors;
     let b = match runs {
-        None => b.clone(),
+        None => Cow::Borrowed(b),
         Some(runs) => {
             let row = |row: usize| b[row * rank..][..*rank].iter().copied();
-            rows_of(runs).into_iter().flat_map(row).collect()
+            Cow::Owned(rows_of(runs).into_iter().flat_map(row).collect())
         }
     };
     let matrix = |values: &[f32], cols: usize| {
         let (ty, bytes) = narrowest(values);
         Matrix::dense(ty, values.len() / cols.max(1), cols, Arc::new(bytes))
     };
-    // The scale is in B.
-    LowRank::new(&matrix(a, a.len() / rank)?, &matrix(&b, *rank)?, 1.0)
+    LowRank::new(&matrix(a, a.len() / rank)?, &matrix(&b, *rank)?, *scale)
 }
 
 #[cfg(test)]
@@ -226,12 +281,14 @@ mod tests {
             a: vec![0.5; 64],
             b: vec![0.25; 32],
             rank: 2,
+            scale: 0.3,
         };
         let exact = low_rank(&factors, None).unwrap();
         let factors = Factors {
             a: vec![0.1; 64],
             b: vec![0.3; 32],
             rank: 2,
+            scale: 1.0,
         };
         assert!(2 * exact.bytes() <= low_rank(&factors, None).unwrap().bytes());
     }

@@ -164,6 +164,11 @@ impl Head {
         Ok(self)
     }
 
+    /// The vocabulary projection.
+    pub(crate) fn vocab(&self) -> &Linear {
+        &self.vocab
+    }
+
     /// Entries of the vocabulary.
     pub fn vocab_size(&self) -> usize {
         self.vocab.outputs()

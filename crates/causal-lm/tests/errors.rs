@@ -335,6 +335,36 @@ fn sizes_that_no_model_has_are_refused_before_anything_is_allocated() {
 }
 
 #[test]
+fn blocks_and_experts_beyond_the_tensors_of_a_checkpoint_are_refused_before_they_are_named() {
+    let error = opening(json!({"num_hidden_layers": 60_000})).to_string();
+    for part in ["num_hidden_layers", "60000", "tensors"] {
+        assert!(error.contains(part), "{error}");
+    }
+    let mixture = |experts: u64| {
+        let changes = json!({"model_type": "mixtral", "num_local_experts": experts});
+        opening(changes).to_string()
+    };
+    let error = mixture(1 << 40);
+    assert!(
+        error.contains("num_local_experts") && error.contains("at most"),
+        "{error}"
+    );
+    let error = mixture(4096);
+    assert!(
+        error.contains("num_experts") && error.contains("8192 in all"),
+        "{error}"
+    );
+    let wide = json!({"num_attention_heads": [4, 4], "num_key_value_heads": [2, 2],
+        "intermediate_size": [24, 24], "num_experts": [2, 1u64 << 40], "expert_size": [24, 24]});
+    let changes = json!({"model_type": "mixtral", "per_layer_widths": wide});
+    let error = opening(changes).to_string();
+    assert!(
+        error.contains("per_layer_widths") && error.contains("at most"),
+        "{error}"
+    );
+}
+
+#[test]
 fn an_embedding_and_a_head_take_another_matrix_of_their_shape_alone() {
     let (_dir, model) = folder(json!({}), |_, tensor| tensor);
     let checkpoint = Checkpoint::open(model).unwrap();

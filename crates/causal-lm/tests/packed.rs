@@ -14,8 +14,8 @@ use tensor_io::{Checkpoint, Config, Dtype, TensorData, write_file};
 use causal_lm::compressed::bits;
 use causal_lm::testing::{self, TestModel};
 use causal_lm::{
-    Arithmetic, Decoder, Execution, LinearName, Model, NoProgress, NoTap, Windows, open_adapted,
-    run_blocks,
+    Adapter, Arithmetic, Decoder, DenseReason, Error, Execution, LinearName, Model, NoProgress,
+    NoTap, WeightSummary, Windows, open_adapted, run_blocks,
 };
 
 const TOKENS: [u32; 12] = [0, 7, 3, 49, 11, 3, 20, 5, 8, 13, 1, 30];
@@ -304,7 +304,7 @@ fn wide() -> Config {
     testing::config("llama", changes)
 }
 
-const STORED: [Stored; 8] = {
+const STORED: [Stored; 10] = {
     let gptq = Stored {
         gptq: Some("gptq"),
         bits: 4,
@@ -334,6 +334,17 @@ const STORED: [Stored; 8] = {
             bits: 3,
             symmetric: false,
             ..gptq
+        },
+        Stored {
+            group: Some(16),
+            symmetric: false,
+            act_order: true,
+            ..gptq
+        },
+        Stored {
+            group: Some(16),
+            bits: 8,
+            ..tensors
         },
         tensors,
         Stored {
@@ -387,7 +398,7 @@ fn groups_of_gptq_and_compressed_tensors_give_the_logits_of_the_decoded_weights(
 fn codes_that_no_kernel_serves_run_decoded() {
     let model = TestModel::with(&wide(), DType::BF16, |_, tensor| tensor);
     let stored = Stored {
-        group: Some(16),
+        group: Some(24),
         ..STORED[0]
     };
     let dir = model.path("narrow");
@@ -396,6 +407,111 @@ fn codes_that_no_kernel_serves_run_decoded() {
     let packed = decoder(&checkpoint).packed(Execution::default());
     assert_eq!(kind(&packed, LinearName::Q), None);
     assert!(gap(&logits(&packed), &logits(&decoder(&checkpoint))) < 1e-5);
+}
+
+/// The same folder with another scale of the first group of a module.
+fn with_scale(dir: &Path, module: &str, scale: f32, to: &Path) {
+    let file = Checkpoint::open_file(dir.join("model.safetensors")).unwrap();
+    let mut tensors = Vec::new();
+    for name in file.names() {
+        let info = file.info(name).unwrap();
+        let (mut dtype, mut bytes) = (info.dtype, file.bytes(name).unwrap().into_owned());
+        if name == format!("{module}.scales") {
+            let values = file.tensor_as(name, DType::F32, &Device::Cpu).unwrap();
+            let mut values: Vec<f32> = values.flatten_all().unwrap().to_vec1().unwrap();
+            values[0] = scale;
+            dtype = Dtype::F32;
+            bytes = values.iter().flat_map(|x| x.to_le_bytes()).collect();
+        }
+        tensors.push((name, dtype, info.shape.clone(), bytes));
+    }
+    std::fs::create_dir(to).unwrap();
+    std::fs::copy(dir.join("config.json"), to.join("config.json")).unwrap();
+    let data = tensors.iter().map(|(name, dtype, shape, bytes)| {
+        let dtype = *dtype;
+        (
+            *name,
+            TensorData::Bytes {
+                dtype,
+                shape,
+                bytes,
+            },
+        )
+    });
+    write_file(to.join("model.safetensors"), data, &BTreeMap::new()).unwrap();
+}
+
+#[test]
+fn a_model_tells_how_its_linears_run_and_why() {
+    let model = TestModel::with(&wide(), DType::BF16, |_, tensor| tensor);
+    let layers = model.decoder().config().layers();
+    let (linears, head) = (7 * layers, 1);
+    let summary = |decoder: &Decoder<'_>| -> WeightSummary {
+        let summary = decoder.weights().unwrap();
+        assert_eq!(Model::load(decoder).unwrap().weights(), summary);
+        assert_eq!(summary.linears(), linears + head);
+        summary
+    };
+    let dense = |summary: &WeightSummary| -> Vec<(DenseReason, usize)> {
+        summary
+            .dense
+            .iter()
+            .map(|(why, count)| (*why, *count))
+            .collect()
+    };
+    let floats = Kind::Dense(packed::BlockType::BF16);
+
+    let decoded = summary(&model.decoder());
+    assert_eq!(dense(&decoded), [(DenseReason::NotAsked, linears + head)]);
+    let in_place = summary(&model.decoder().packed(Execution::default()));
+    assert_eq!(in_place.packed, [(floats, linears + head)]);
+    assert_eq!((in_place.quantised(), in_place.low_rank), (0, 0));
+
+    let (all, narrow, odd) = (model.path("all"), model.path("24"), model.path("odd"));
+    write_compressed(&model, STORED[0], &all);
+    let group = Some(24);
+    write_compressed(&model, Stored { group, ..STORED[0] }, &narrow);
+    with_scale(&all, "model.layers.1.mlp.up_proj", 1.0 / 3.0, &odd);
+    let of = |checkpoint: &Checkpoint| summary(&decoder(checkpoint).packed(Execution::default()));
+    let found = of(&causal_lm::open(&all).unwrap());
+    assert_eq!((found.quantised(), dense(&found)), (linears, vec![]));
+    assert!(found.packed.contains(&(floats, head)));
+    let found = of(&causal_lm::open(&narrow).unwrap());
+    assert_eq!(dense(&found), [(DenseReason::GroupWidth(24), linears)]);
+    assert_eq!(found.quantised(), 0);
+    let found = of(&causal_lm::open(&odd).unwrap());
+    assert_eq!(dense(&found), [(DenseReason::Scales, 1)]);
+    assert_eq!(found.quantised(), linears - 1);
+    let found = of(&open_adapted(&all, write_adapter(&model)).unwrap());
+    assert_eq!((found.quantised(), found.low_rank), (linears, 2 * layers));
+
+    let mut block = model.decoder().block(0).unwrap();
+    let weight = block.linear(LinearName::Q).unwrap().weight().unwrap();
+    let linear = block.linear_mut(LinearName::Q).unwrap();
+    linear.set_weight(weight);
+    assert_eq!(linear.dense_reason(), Some(DenseReason::Given));
+}
+
+#[test]
+fn quantised_weights_are_an_error_where_no_kernel_runs_and_floats_are_not() {
+    let model = TestModel::with(&wide(), DType::BF16, |_, tensor| tensor);
+    let dir = model.path("groups");
+    write_compressed(&model, STORED[0], &dir);
+    let adapted = open_adapted(&dir, write_adapter(&model)).unwrap();
+    for checkpoint in [&causal_lm::open(&dir).unwrap(), &adapted] {
+        let decoder = || Decoder::new(checkpoint, DType::BF16, &Device::Cpu).unwrap();
+        let error = decoder().packed(Execution::default()).block(0).unwrap_err();
+        assert!(matches!(error, Error::QuantisedWeights { .. }), "{error}");
+        let error = error.to_string();
+        for part in ["model.layers.0.", "gptq, 4 bits", "bf16", "decode it first"] {
+            assert!(error.contains(part), "{error}");
+        }
+        assert!(decoder().block(0).is_ok());
+    }
+    let floats = Decoder::new(model.checkpoint(), DType::BF16, &Device::Cpu).unwrap();
+    let block = floats.packed(Execution::default()).block(0).unwrap();
+    let reason = block.linear(LinearName::Q).unwrap().dense_reason();
+    assert_eq!(reason, Some(DenseReason::Device));
 }
 
 #[test]
@@ -477,9 +593,18 @@ fn a_folder_whose_tensors_do_not_fit_is_refused_by_tensor() {
 
 /// A PEFT folder with factors of rank 3 for two linears of each block.
 fn write_adapter(model: &TestModel) -> std::path::PathBuf {
-    let dir = model.path("adapter");
-    std::fs::create_dir_all(&dir).unwrap();
     let config = json!({"peft_type": "LORA", "r": 3, "lora_alpha": 6, "bias": "none"});
+    write_adapter_with(model, "adapter", config)
+}
+
+/// The same factors with another config.
+fn write_adapter_with(
+    model: &TestModel,
+    name: &str,
+    config: serde_json::Value,
+) -> std::path::PathBuf {
+    let dir = model.path(name);
+    std::fs::create_dir_all(&dir).unwrap();
     std::fs::write(dir.join("adapter_config.json"), config.to_string()).unwrap();
     let mut tensors = Vec::new();
     let mut random = causal_lm::synthetic::random(5);
@@ -529,6 +654,71 @@ fn an_adapter_beside_packed_weights_gives_the_logits_of_the_merged_model() {
         let gap = gap(&weight(&packed), &weight(&decoder(&checkpoint)));
         assert!(gap < 1e-6, "{gap}");
     }
+}
+
+#[test]
+fn ranks_and_alphas_of_an_adapter_are_those_of_the_patterns_that_match() {
+    let model = TestModel::with(&wide(), DType::BF16, |_, tensor| tensor);
+    let config = |r: usize, ranks: serde_json::Value, alphas: serde_json::Value| {
+        json!({"peft_type": "LORA", "r": r, "lora_alpha": 6, "bias": "none", "rank_pattern": ranks,
+            "alpha_pattern": alphas})
+    };
+    let open = |name: &str, config| {
+        let dir = write_adapter_with(&model, name, config);
+        Adapter::open(dir, model.checkpoint())
+    };
+    let scales = |adapter: &Adapter| -> Vec<f32> {
+        let scale = |name| adapter.factors(name).unwrap().unwrap().scale;
+        adapter.names().map(scale).collect()
+    };
+    // In the order of names: down_proj and q_proj of each of three blocks.
+    let plain = open("plain", config(3, json!({}), json!({}))).unwrap();
+    assert_eq!(scales(&plain), [2.0; 6]);
+    let ranks = json!({".*q_proj": 3, r"layers\.\d+\.mlp\..*": 3});
+    let by_rank = open("ranks", config(12, ranks, json!({}))).unwrap();
+    assert_eq!(scales(&by_rank), [2.0; 6]);
+    let alphas = json!({r"layers\.[01]\..*q_proj": 12, "down_proj": 3});
+    let by_alpha = open("alphas", config(3, json!({}), alphas)).unwrap();
+    assert_eq!(scales(&by_alpha), [1.0, 4.0, 1.0, 4.0, 1.0, 2.0]);
+
+    // A rank that is not that of the factors would give them another strength.
+    let wrong = open("wrong", config(12, json!({"q_proj": 3}), json!({})));
+    let error = wrong.unwrap_err().to_string();
+    for part in [
+        "adapter_model.safetensors",
+        "down_proj",
+        "rank 3",
+        "states 12",
+    ] {
+        assert!(error.contains(part), "{error}");
+    }
+}
+
+#[test]
+fn an_adapter_may_be_added_in_part() {
+    let model = TestModel::with(&wide(), DType::BF16, |_, tensor| tensor);
+    let dir = write_adapter(&model);
+    let half = write_adapter_with(
+        &model,
+        "half",
+        json!({"peft_type": "LORA", "r": 3, "lora_alpha": 3, "bias": "none"}),
+    );
+    let open = || Adapter::open(&dir, model.checkpoint()).unwrap();
+    let scaled = |scale: f32| {
+        let base = Checkpoint::open(model.dir()).unwrap();
+        let checkpoint = open().with_scale(scale).unwrap().added_to(base).unwrap();
+        let packed = logits(&decoder(&checkpoint).packed(Execution::default()));
+        let merged = logits(&decoder(&checkpoint));
+        assert!(gap(&packed, &merged) < 1e-5);
+        (merged, checkpoint.content_hash().unwrap())
+    };
+    let expected = open_adapted(model.dir(), &half).unwrap();
+    let (found, hash) = scaled(0.5);
+    assert!(gap(&found, &logits(&decoder(&expected))) < 1e-6);
+    assert_ne!(scaled(1.0).1, hash);
+    assert!(gap(&scaled(0.0).0, &logits(&model.decoder())) < 1e-6);
+    let error = open().with_scale(f32::NAN).unwrap_err().to_string();
+    assert!(error.contains("NaN"), "{error}");
 }
 
 #[test]

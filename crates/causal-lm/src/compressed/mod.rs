@@ -191,15 +191,26 @@ impl StoredGroups {
             })
     }
 
-    /// The same weights to be multiplied as they are; `None` where no kernel serves them: scales that are no f16 values, and
-    /// groups that are no multiples of 32 inputs. Given `rows`, only those.
-    pub fn packed(&self, rows: Option<&[usize]>) -> Option<Groups> {
+    /// The same weights to be multiplied as they are. Given `rows`, only those.
+    ///
+    /// # Errors
+    /// [`packed::Error::GroupScale`] for a scale that is no f16 value, [`packed::Error::GroupWidth`] and
+    /// [`packed::Error::GroupIndex`] for groups that no kernel serves, which can only run decoded; others for malformed ones.
+    pub fn packed(&self, rows: Option<&[usize]>) -> packed::Result<Groups> {
         use half::f16;
-        let scale = |&scale: &f64| {
+        let groups = self.groups();
+        let scale = |(at, &scale): (usize, &f64)| {
             let half = f16::from_f64(scale);
-            (half.to_f64() == scale).then_some(half)
+            match scale.is_nan() || half.to_f64() == scale {
+                true => Ok(half),
+                false => Err(packed::Error::GroupScale {
+                    row: at / groups,
+                    group: at % groups,
+                }),
+            }
         };
-        let scales: Vec<f16> = self.scales.iter().map(scale).collect::<Option<_>>()?;
+        let scales = self.scales.iter().enumerate();
+        let scales: Vec<f16> = scales.map(scale).collect::<packed::Result<_>>()?;
         fn select<T: Copy>(all: &[T], width: usize, rows: Option<&[usize]>) -> Vec<T> {
             match rows {
                 None => all.to_vec(),
@@ -209,7 +220,6 @@ impl StoredGroups {
                 }
             }
         }
-        let groups = self.groups();
         let parts = GroupParts {
             bits: self.bits,
             rows: rows.map_or(self.rows, <[usize]>::len),
@@ -220,7 +230,7 @@ impl StoredGroups {
             zeros: Some(select(&self.zeros, groups, rows)),
             group_index: Some(self.group_index.clone()),
         };
-        Groups::new(parts).ok()
+        Groups::new(parts)
     }
 }
 

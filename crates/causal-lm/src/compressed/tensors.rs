@@ -5,7 +5,7 @@ use std::borrow::Cow;
 use std::collections::{BTreeMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use packed::QuantRows;
+use packed::{BlockType, QuantRows};
 use rayon::prelude::*;
 use tensor_io::{Checkpoint, Dtype, TensorSource, TensorSpec};
 
@@ -173,6 +173,11 @@ impl CompressedTensors {
             Some(module) => blocks::read(&self.folder, module),
             None => Ok(None),
         }
+    }
+
+    /// The type of the blocks of the weight that the checkpoint has under `name`; `None` if it is not stored in blocks.
+    pub fn block_type(&self, name: &str) -> Option<BlockType> {
+        blocks::of(&self.folder, self.modules.get(name)?)
     }
 
     /// The codes of a weight, kept for the next call; `None` if it is not stored as codes.

@@ -25,6 +25,8 @@ pub(crate) struct Fields {
 const LARGEST: usize = 1 << 24;
 /// Most layers.
 const MOST_LAYERS: usize = 1 << 16;
+/// Most experts of a layer: published models have hundreds.
+const MOST_EXPERTS: usize = 1 << 12;
 
 /// Kinds of attention in `layer_types`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -94,6 +96,17 @@ impl Fields {
     /// A positive count that must be there.
     pub(crate) fn positive(&self, field: &'static str) -> Result<usize> {
         nonzero(field, self.text.usize(field)?)
+    }
+
+    /// Experts of a layer, or the architecture's own number. Newer configs have the first name; where both are, transformers takes
+    /// it.
+    pub(crate) fn experts_or(&self, default: usize) -> Result<usize> {
+        for field in ["num_local_experts", "num_experts"] {
+            if let Some(experts) = self.text.opt_usize(field)? {
+                return at_most(field, experts, MOST_EXPERTS);
+            }
+        }
+        Ok(default)
     }
 
     /// A positive count, or the architecture's own.
@@ -294,9 +307,7 @@ impl Fields {
                     format!("{field} has {} entries for {layers} layers", values.len()),
                 ));
             }
-            for &value in &values {
-                at_most(WIDTHS_KEY, value, LARGEST)?;
-            }
+            check_widths(&values)?;
             Ok(values)
         };
         let heads = list("num_attention_heads")?;
@@ -385,6 +396,23 @@ fn nonzero(field: &'static str, value: usize) -> Result<usize> {
         0 => Err(invalid(field, "0, but at least 1 is needed")),
         value => at_most(field, value, LARGEST),
     }
+}
+
+/// A width that models have.
+pub(crate) fn width(field: &'static str, value: usize) -> Result<usize> {
+    at_most(field, value, LARGEST)
+}
+
+/// Refuses widths of layers that no model has.
+pub(crate) fn check_widths(widths: &[usize]) -> Result<()> {
+    let mut widths = widths.iter();
+    widths.try_for_each(|&width| at_most(WIDTHS_KEY, width, LARGEST).map(drop))
+}
+
+/// Refuses numbers of experts of layers that no model has.
+pub(crate) fn check_experts(experts: &[usize]) -> Result<()> {
+    let mut experts = experts.iter();
+    experts.try_for_each(|&experts| at_most(WIDTHS_KEY, experts, MOST_EXPERTS).map(drop))
 }
 
 /// Refuses a size that no model has, before anything is allocated for it or multiplied with it.

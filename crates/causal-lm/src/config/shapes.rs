@@ -1,7 +1,8 @@
 //! Shapes of linears and tensors, and which stored rows are which linear.
 
-use super::{ModelConfig, NormKind, QkNorm, Widths};
+use super::{Mixture, ModelConfig, NormKind, QkNorm, Widths};
 use crate::names::{ExpertLayout, ExpertPart, LinearName, Module, Rows, Run};
+use crate::{Error, Result};
 
 impl ModelConfig {
     /// Shape of a block's linear, `[out, in]`; `None` where the block has no such linear.
@@ -188,6 +189,30 @@ impl ModelConfig {
             rows.extend(inside.map(|row| run.at + row - run.rows.start));
         }
         rows
+    }
+
+    /// Refuses more blocks and experts than a checkpoint of so many tensors can have, before anything is made for each of them.
+    ///
+    /// # Errors
+    /// [`Error::InvalidConfig`] with the field.
+    pub(crate) fn check_counts(&self, tensors: usize) -> Result<()> {
+        let of_layer = |mixture: &Option<Mixture>| mixture.map_or(0, |mixture| mixture.experts);
+        let experts = match self.names.layout() {
+            ExpertLayout::Alone => self.mixtures.iter().map(of_layer).sum(),
+            ExpertLayout::Fused => 0,
+        };
+        for (field, count) in [
+            ("num_hidden_layers", self.layers()),
+            ("num_experts", experts),
+        ] {
+            if count > tensors {
+                return Err(Error::InvalidConfig {
+                    field,
+                    reason: format!("{count} in all, but the checkpoint has {tensors} tensors"),
+                });
+            }
+        }
+        Ok(())
     }
 
     /// Name and shape of every tensor of the decoder, in the order of the data.

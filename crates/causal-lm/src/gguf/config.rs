@@ -45,6 +45,11 @@ impl Keys<'_> {
         Ok(self.metadata.required(&self.key(key), list)?)
     }
 
+    fn is_list(&self, key: &str) -> bool {
+        let found = self.metadata.value_type(&self.key(key));
+        found.is_some_and(|(_, element)| element.is_some())
+    }
+
     pub(super) fn refuse(&self, what: impl Into<String>) -> crate::Error {
         content(&self.metadata, what)
     }
@@ -62,9 +67,28 @@ pub(super) fn config(file: &Gguf, architecture: Architecture) -> Result<Config> 
     if layers == 0 || layers > MAX_LAYERS {
         return Err(keys.refuse(format!("{} is {layers}", keys.key("block_count"))));
     }
+    // Each block has a tensor, unless lists give it no width at all, which are in the file then.
+    let listed = keys.is_list("attention.head_count") && keys.is_list("feed_forward_length");
+    if layers > file.tensors().len() && !listed {
+        return Err(keys.refuse(format!(
+            "{} is {layers}, but the file has {} tensors",
+            keys.key("block_count"),
+            file.tensors().len()
+        )));
+    }
     let widths = Widths::read(&keys, layers)?;
     let heads = Heads::read(&keys, hidden, &widths)?;
-    let vocab = file.info(names::EMBEDDING)?.shape[0];
+    heads.check(&keys, file, &widths)?;
+    let embedding = file.info(names::EMBEDDING)?;
+    let vocab = embedding.shape[0];
+    if embedding.shape != [vocab, hidden] {
+        return Err(keys.refuse(format!(
+            "{} is {hidden}, but {} has shape {:?}",
+            keys.key("embedding_length"),
+            names::EMBEDDING,
+            embedding.shape
+        )));
+    }
     if let Some(stated) = keys.opt_usize("vocab_size")?
         && stated != vocab
     {
@@ -253,6 +277,27 @@ impl Heads {
             }
         }
         Ok(Self { dim, turned })
+    }
+
+    /// Refuses heads that are wider than the queries of the first block that has some: frequencies are made for every pair of
+    /// channels.
+    fn check(&self, keys: &Keys<'_>, file: &Gguf, widths: &Widths) -> Result<()> {
+        let Some(layer) = widths.heads.iter().position(|&heads| heads > 0) else {
+            return Ok(());
+        };
+        let queries = ["attn_q.weight", "attn_qkv.weight"].map(|name| names::in_block(layer, name));
+        let Some(info) = queries.iter().find_map(|name| file.info(name).ok()) else {
+            let [name, _] = queries;
+            return Err(keys.refuse(format!("tensor `{name}` is missing")));
+        };
+        let rows = info.elements() / info.width().max(1);
+        match self.dim <= rows {
+            true => Ok(()),
+            false => Err(keys.refuse(format!(
+                "tensor `{}`: {rows} rows are no heads of {}",
+                info.name, self.dim
+            ))),
+        }
     }
 }
 

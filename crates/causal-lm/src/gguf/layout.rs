@@ -5,11 +5,11 @@
 
 use std::ops::Range;
 
-use super::Architecture;
-use super::names::{self, halves_of_neighbours, in_block};
+use super::names::{self, in_block};
+use super::{Architecture, Order};
 use crate::LinearName;
 use crate::config::{LAYER_SCALAR, ModelConfig, NormKind, QkNorm};
-use crate::names::{ExpertLayout, Module, Rows as Interleaving, Run};
+use crate::names::{ExpertLayout, Module, Rows as Interleaving};
 
 /// A tensor of a file.
 #[derive(Clone, Debug, PartialEq)]
@@ -46,8 +46,8 @@ pub enum Rows {
     All,
     /// Neighbours.
     Range(Range<usize>),
-    /// All of them in another order: for each row of the file that of the checkpoint.
-    Order(Vec<usize>),
+    /// All of them in another order.
+    Order(Order),
 }
 
 /// How a file stores experts.
@@ -220,7 +220,7 @@ impl Layout<'_> {
         };
         let stored = config.names.weight(layer, module);
         let bias = config.names.bias(layer, module);
-        let mut push = |name: &str, range: Option<Range<usize>>, order: Option<Vec<usize>>| {
+        let mut push = |name: &str, range: Option<Range<usize>>, order: Option<Order>| {
             let count = range.as_ref().map_or(rows, Range::len);
             let selected = match (range, order) {
                 (_, Some(order)) => Rows::Order(order),
@@ -256,12 +256,16 @@ impl Layout<'_> {
             (&[one], _) => {
                 let rotated = matches!(one, LinearName::Q | LinearName::K)
                     && self.architecture.rotates_neighbours();
-                let order = rotated.then(|| halves_of_neighbours(rows, d));
+                let order = rotated.then_some(Order::Neighbours { rows, head_dim: d });
                 push(names::linear(one), None, order);
             }
             (parts, interleaving) if parts[0].is_attention() => {
-                let order = (interleaving == Interleaving::PerHead)
-                    .then(|| part_after_part(parts, &config.runs(layer, module)));
+                let order =
+                    (interleaving == Interleaving::PerHead).then_some(Order::PartAfterPart {
+                        heads: config.widths[layer].heads,
+                        parts: parts.len(),
+                        head_dim: d,
+                    });
                 push("attn_qkv", None, order);
             }
             _ if self.architecture.splits_gate_and_up() => {
@@ -337,17 +341,6 @@ impl Layout<'_> {
     }
 }
 
-/// Stored rows of a module whose parts alternate head by head, in the order of its parts.
-fn part_after_part(parts: &[LinearName], runs: &[Run]) -> Vec<usize> {
-    let of_part = |part: &LinearName| {
-        let part = *part;
-        runs.iter().filter(move |run| run.part == part)
-    };
-    let runs = parts.iter().flat_map(of_part);
-    runs.flat_map(|run| run.at..run.at + run.rows.len())
-        .collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -397,7 +390,10 @@ mod tests {
             key.parts[0].tensor,
             "model.layers.1.self_attn.k_proj.weight"
         );
-        assert_eq!(key.parts[0].rows, Rows::Order(vec![0, 2, 1, 3, 4, 6, 5, 7]));
+        let Rows::Order(order) = key.parts[0].rows else {
+            panic!("rows of k stay in their order");
+        };
+        assert_eq!(order.all_in_checkpoint(), [0, 2, 1, 3, 4, 6, 5, 7]);
         for none in [
             "output.bias",
             "blk.0.ffn_gate_inp.weight",
@@ -449,7 +445,10 @@ mod tests {
             .into_iter()
             .flat_map(|start| start..start + 4)
             .collect();
-        assert_eq!(qkv.parts[0].rows, Rows::Order(order));
+        let Rows::Order(found) = qkv.parts[0].rows else {
+            panic!("rows of q, k and v stay in their order");
+        };
+        assert_eq!(found.all_in_checkpoint(), order);
     }
 
     #[test]

@@ -19,6 +19,8 @@ mod config;
 mod families;
 pub mod layout;
 pub mod names;
+mod order;
+mod places;
 mod rotation;
 mod tensors;
 pub(crate) mod tokenizer;
@@ -30,6 +32,7 @@ use tensor_io::{Checkpoint, Error};
 
 use crate::Result;
 pub use names::Architecture;
+pub use order::Order;
 pub use tensors::GgufTensors;
 pub use tokenizer::{STRIP_NOTHING, strips_behind_tokens};
 
@@ -39,11 +42,18 @@ pub use tokenizer::{STRIP_NOTHING, strips_behind_tokens};
 /// What [`Gguf::open`] refuses; a file that is no model, an architecture that is not supported, missing keys and tensors
 /// without a place in the model.
 pub fn open(path: impl AsRef<Path>) -> Result<Checkpoint> {
-    let file = Gguf::open(path)?;
+    from_file(Gguf::open(path)?)
+}
+
+/// The checkpoint of a GGUF file that is open already.
+///
+/// # Errors
+/// As [`open`].
+pub fn from_file(file: Gguf) -> Result<Checkpoint> {
     let architecture = architecture(&file)?;
     let config = config::config(&file, architecture)?;
     let path = file.path().to_path_buf();
-    let (specs, tensors) = tensors::map(file, architecture, &config)?;
+    let (specs, tensors) = places::find(file, architecture, &config)?;
     Ok(Checkpoint::from_source(
         path,
         config,

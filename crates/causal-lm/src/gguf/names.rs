@@ -1,4 +1,4 @@
-//! Names in GGUF files, and the order of rows that comes with them.
+//! Names in GGUF files.
 
 use crate::{LinearName, ModelConfig};
 
@@ -182,40 +182,4 @@ pub fn linear(name: LinearName) -> &'static str {
 /// Name of a tensor of block `layer`.
 pub fn in_block(layer: usize, part: &str) -> String {
     format!("blk.{layer}.{part}")
-}
-
-/// For each row of q or k in the order of Hugging Face, where halves of a head rotate together, its row where neighbours
-/// do. `head_dim` is even and divides `rows`.
-pub fn neighbours_of_halves(rows: usize, head_dim: usize) -> Vec<usize> {
-    let half = head_dim / 2;
-    let neighbour = |row: usize| {
-        let (head, within) = (row / head_dim, row % head_dim);
-        head * head_dim + 2 * (within % half) + within / half
-    };
-    (0..rows).map(neighbour).collect()
-}
-
-/// The inverse: for each row where neighbours rotate together, its row in the order of Hugging Face.
-pub fn halves_of_neighbours(rows: usize, head_dim: usize) -> Vec<usize> {
-    let half = head_dim / 2;
-    let in_halves = |row: usize| {
-        let (head, within) = (row / head_dim, row % head_dim);
-        head * head_dim + within / 2 + within % 2 * half
-    };
-    (0..rows).map(in_halves).collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_two_orders_of_rows_undo_each_other() {
-        assert_eq!(halves_of_neighbours(6, 6), [0, 3, 1, 4, 2, 5]);
-        for (rows, head_dim) in [(12, 6), (64, 16), (4, 2), (0, 8)] {
-            let there = neighbours_of_halves(rows, head_dim);
-            let back = halves_of_neighbours(rows, head_dim);
-            assert!((0..rows).all(|row| back[there[row]] == row && there[back[row]] == row));
-        }
-    }
 }

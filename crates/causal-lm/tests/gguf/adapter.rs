@@ -6,9 +6,12 @@ use std::path::Path;
 use candle_core::{DType, Device, Tensor};
 use causal_lm::testing::logits as run;
 use causal_lm::{Decoder, Execution, open_adapted};
+use packed::BlockType;
 use tensor_io::Checkpoint;
+use tensor_io::gguf::{BlockLayout, TensorSpec, Value, Writer};
 
 use crate::golden::floats;
+use crate::random_gguf;
 
 /// With the adapter merged into decoded weights, and beside packed ones.
 fn logits(checkpoint: &Checkpoint, tokens: &[u32]) -> Vec<f32> {
@@ -64,11 +67,13 @@ fn the_golden_adapter_gives_the_logits_of_the_merged_model() {
 
     // The same factors as a PEFT folder: rows of q and k in the order of Hugging Face, alpha = rank.
     let base = causal_lm::open(folder.join("tiny-llama-gqa-f32.gguf")).unwrap();
-    let factors = causal_lm::Adapter::open(&adapter, &base).unwrap().factors;
+    let opened = causal_lm::Adapter::open(&adapter, &base).unwrap();
     let dir = tempfile::tempdir().unwrap();
     let mut tensors = Vec::new();
     let mut ranks = serde_json::Map::new();
-    for (name, factors) in &factors {
+    for name in opened.names() {
+        let factors = opened.factors(name).unwrap().unwrap();
+        assert_eq!(factors.scale, 1.0);
         let module = name.strip_suffix(".weight").unwrap();
         let rank = factors.rank;
         let tensor = |values: &[f32], shape: (usize, usize)| {
@@ -97,4 +102,60 @@ fn the_golden_adapter_gives_the_logits_of_the_merged_model() {
         bytes > base.total_bytes()
             && merged.content_hash().unwrap() != base.content_hash().unwrap()
     );
+}
+
+/// A LoRA of one linear of [`random_gguf::small`], with more tensors beside.
+fn write_lora(dir: &Path, more: &[(&str, usize)], alpha: f32) -> std::path::PathBuf {
+    let path = dir.join("lora.gguf");
+    let metadata: Vec<(String, Value)> = [
+        ("general.type", Value::from("adapter")),
+        ("general.architecture", "llama".into()),
+        ("adapter.type", "lora".into()),
+        ("adapter.lora.alpha", alpha.into()),
+    ]
+    .map(|(key, value)| (key.to_string(), value))
+    .into();
+    let floats = BlockLayout::named("F32").unwrap();
+    let mut specs = vec![
+        TensorSpec::new("blk.0.attn_v.weight.lora_a", floats, [2, 64]),
+        TensorSpec::new("blk.0.attn_v.weight.lora_b", floats, [32, 2]),
+    ];
+    specs.extend(
+        more.iter()
+            .map(|(name, width)| TensorSpec::new(*name, floats, [*width])),
+    );
+    let mut writer = Writer::create(&path, &metadata, &specs).unwrap();
+    for spec in &specs {
+        let count = spec.shape.iter().product::<usize>();
+        let values = (0..count).flat_map(|i| (((i * 7) % 11) as f32 / 20.0 - 0.25).to_le_bytes());
+        writer
+            .write(&spec.name, &values.collect::<Vec<u8>>())
+            .unwrap();
+    }
+    writer.finish().unwrap();
+    path
+}
+
+#[test]
+fn norms_in_an_adapter_are_passed_over_and_other_tensors_are_not() {
+    let dir = tempfile::tempdir().unwrap();
+    let base = dir.path().join("base.gguf");
+    random_gguf::small(BlockType::Q8_0).write(&base);
+    let open = |more: &[(&str, usize)], alpha: f32| {
+        let adapter = write_lora(dir.path(), more, alpha);
+        let base = causal_lm::open(&base).unwrap();
+        let adapter = causal_lm::Adapter::open(adapter, &base)?;
+        let factors = adapter
+            .factors("model.layers.0.self_attn.v_proj.weight")?
+            .unwrap();
+        assert_eq!((factors.rank, factors.b.len()), (2, 64));
+        Ok::<_, causal_lm::Error>(factors.scale)
+    };
+    let norms = [("blk.0.attn_norm.weight", 64), ("output_norm.weight", 64)];
+    assert_eq!(open(&[], 0.0).unwrap(), 1.0);
+    assert_eq!(open(&norms, 6.0).unwrap(), 3.0);
+    let error = open(&[("blk.0.attn_v.bias", 32)], 0.0)
+        .unwrap_err()
+        .to_string();
+    assert!(error.contains("blk.0.attn_v.bias"), "{error}");
 }

@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 
 use causal_lm::LinearName;
 use causal_lm::config::QkNorm;
-use causal_lm::gguf::Architecture;
-use causal_lm::gguf::names::{self, halves_of_neighbours};
+use causal_lm::gguf::names;
+use causal_lm::gguf::{Architecture, Order};
 use packed::{BlockType, QuantRows, quantise};
 use tensor_io::gguf::{BlockLayout, TensorSpec, Value, Writer};
 
@@ -199,7 +199,11 @@ impl File {
                     (shape[0], cols)
                 };
                 let rows = QuantRows::new(ty, count, width, rows.into_bytes()).unwrap();
-                rows.select(&halves_of_neighbours(count, head_dim))
+                let order = Order::Neighbours {
+                    rows: count,
+                    head_dim,
+                };
+                rows.select(&order.all_in_checkpoint())
                     .unwrap()
                     .into_bytes()
             }

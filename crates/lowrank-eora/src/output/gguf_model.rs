@@ -124,7 +124,7 @@ pub fn write_gguf(
         Ok(match &placed.rows {
             Rows::All => rows,
             Rows::Range(range) => rows.slice(range.clone())?.into_owned(),
-            Rows::Order(order) => rows.select(order)?,
+            Rows::Order(order) => rows.select(&order.all_in_checkpoint())?,
         })
     };
     let mut others = BTreeMap::new();

@@ -12,7 +12,7 @@ use crate::solve::LowRank;
 use crate::{Error, Result};
 use causal_lm::Decoder;
 use causal_lm::gguf::layout::{FileTensor, Part, Rows, holders};
-use causal_lm::gguf::{Architecture, GgufTensors};
+use causal_lm::gguf::{Architecture, GgufTensors, Order};
 use faer::{Mat, MatRef};
 use packed::BlockType;
 use std::collections::BTreeMap;
@@ -77,10 +77,10 @@ fn architecture(decoder: &Decoder<'_>) -> Option<Architecture> {
 }
 
 /// A linear with its shape, and its rows in files where they are in another order.
-type Base = (LayerId, [usize; 2], Option<Vec<usize>>);
+type Base = (LayerId, [usize; 2], Option<Order>);
 
 /// Name of the weight in files, and its rows there where they are in another order; `None` for one that is not one tensor.
-fn base_of(tensors: &[FileTensor], layer: LayerId) -> Option<(String, Option<Vec<usize>>)> {
+fn base_of(tensors: &[FileTensor], layer: LayerId) -> Option<(String, Option<Order>)> {
     let weight = layer.weight();
     let mut holders = holders(tensors, &weight);
     let (tensor, None) = (holders.next()?, holders.next()) else {
@@ -91,7 +91,7 @@ fn base_of(tensors: &[FileTensor], layer: LayerId) -> Option<(String, Option<Vec
     };
     let order = match rows {
         Rows::All => None,
-        Rows::Order(order) => Some(order.clone()),
+        Rows::Order(order) => Some(*order),
         Rows::Range(_) => return None,
     };
     let name = tensor.name.strip_suffix(".weight")?;
@@ -99,9 +99,9 @@ fn base_of(tensors: &[FileTensor], layer: LayerId) -> Option<(String, Option<Vec
 }
 
 /// Row-major f32 values, rows in the given order.
-fn values(matrix: MatRef<'_, f64>, order: Option<&[usize]>) -> Vec<f32> {
+fn values(matrix: MatRef<'_, f64>, order: Option<Order>) -> Vec<f32> {
     let rows = 0..matrix.nrows();
-    rows.map(|row| order.map_or(row, |order| order[row]))
+    rows.map(|row| order.map_or(row, |order| order.in_checkpoint(row)))
         .flat_map(|row| (0..matrix.ncols()).map(move |col| matrix[(row, col)] as f32))
         .collect()
 }
@@ -194,7 +194,7 @@ impl Adapter {
                 };
                 let (name, order) = base(id)?;
                 let a_values = values(a.as_ref(), None);
-                let b_values = values(b.as_ref(), order.as_deref());
+                let b_values = values(b.as_ref(), order);
                 for (suffix, values, cols) in [(A, a_values, a.ncols()), (B, b_values, b.ncols())] {
                     let stored = packed::quantise(dtype, &values, cols, None)?;
                     writer.write(&format!("{name}{suffix}"), stored.bytes())?;
@@ -236,7 +236,8 @@ impl Adapter {
         let mut layers = Vec::new();
         for tensor in file.tensors() {
             let Some(base) = tensor.name.strip_suffix(A) else {
-                if tensor.name.ends_with(B) {
+                // Norms are passed over as llama.cpp does.
+                if tensor.name.ends_with(B) || tensor.name.ends_with("_norm.weight") {
                     continue;
                 }
                 return Err(refuse(format!(
@@ -266,15 +267,9 @@ impl Adapter {
             }
             let b = match order {
                 None => stored,
-                Some(order) => {
-                    let mut places = vec![0; order.len()];
-                    for (place, &row) in order.iter().enumerate() {
-                        places[row] = place;
-                    }
-                    Mat::from_fn(stored.nrows(), stored.ncols(), |i, j| {
-                        stored[(places[i], j)]
-                    })
-                }
+                Some(order) => Mat::from_fn(stored.nrows(), stored.ncols(), |i, j| {
+                    stored[(order.in_file(i), j)]
+                }),
             };
             layers.push(AdapterFactors {
                 layer: *layer,

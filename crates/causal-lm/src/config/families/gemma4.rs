@@ -2,7 +2,7 @@
 //! head, and a stored factor on the output of every block.
 
 use super::{ATTENTION_BIAS, Activation, DEFAULTS, Defaults, Family, Stock, stock};
-use crate::config::fields::{Fields, Kind};
+use crate::config::fields::{Fields, Kind, width};
 use crate::config::{Biases, ModelConfig, QkNorm, WIDTHS_KEY, invalid};
 use crate::names;
 use crate::rope::{self, Rope};
@@ -68,6 +68,7 @@ fn read(fields: &Fields, model: &mut ModelConfig, default_window: usize) -> Resu
     let window = fields.window(Some(default_window))?;
     let value_is_key = fields.flag_or("attention_k_eq_v", false)?;
     let global_dim = fields.text.opt_usize("global_head_dim")?.unwrap_or(512);
+    width("global_head_dim", global_dim)?;
     let global_kv = fields.text.opt_usize("num_global_key_value_heads")?;
     let pruned = fields.text.get(WIDTHS_KEY).is_some();
     for (layer, &kind) in kinds.iter().enumerate() {
@@ -132,9 +133,15 @@ fn own_fields(fields: &Fields, layer: usize) -> Result<Own> {
             format!("layer {layer} has a field {other} of its own, which is not supported"),
         ));
     }
+    let bounded = |field: &str| -> Result<Option<usize>> {
+        let found = own.opt_usize(field)?;
+        found
+            .map(|found| width("per_layer_config", found))
+            .transpose()
+    };
     Ok(Own {
-        head_dim: own.opt_usize("head_dim")?,
-        kv_heads: own.opt_usize("num_key_value_heads")?,
+        head_dim: bounded("head_dim")?,
+        kv_heads: bounded("num_key_value_heads")?,
     })
 }
 

@@ -3,7 +3,7 @@
 use super::granite::factors;
 use super::{ATTENTION_BIAS, DEFAULTS, Defaults, Family, Stock, stock};
 use crate::Result;
-use crate::config::fields::{Fields, Kind};
+use crate::config::fields::{Fields, Kind, check_experts, check_widths};
 use crate::config::{Biases, Mixture, ModelConfig, QkNorm, WIDTHS_KEY, Widths, invalid};
 use crate::names;
 
@@ -113,11 +113,7 @@ fn biases(fields: &Fields, model: &mut ModelConfig) -> Result<()> {
 
 /// The experts of a layer that has some, of the width that dense layers have elsewhere.
 fn mixture(fields: &Fields, defaults: (usize, usize), normalise: bool) -> Result<Mixture> {
-    // Newer configs have the first name; where both are, transformers takes it.
-    let experts = match fields.text.opt_usize("num_local_experts")? {
-        Some(experts) => experts,
-        None => fields.text.opt_usize("num_experts")?.unwrap_or(defaults.0),
-    };
+    let experts = fields.experts_or(defaults.0)?;
     let width = match fields.text.get(WIDTHS_KEY) {
         Some(_) => 0,
         None => fields.positive("intermediate_size")?,
@@ -148,7 +144,10 @@ fn set(
                     format!("{field} has {} entries for {layers} layers", list.len()),
                 )),
             };
-            Some((list("num_experts")?, list("expert_size")?))
+            let (experts, widths) = (list("num_experts")?, list("expert_size")?);
+            check_experts(&experts)?;
+            check_widths(&widths)?;
+            Some((experts, widths))
         }
     };
     for layer in 0..layers {

@@ -5,7 +5,7 @@ use crate::Result;
 use candle_core::{DType, Device};
 use causal_lm::gguf::layout::{self, Experts, FileTensor, Part, Rows};
 use causal_lm::gguf::names::{self as stored_names, in_block};
-use causal_lm::gguf::{Architecture, GgufTensors};
+use causal_lm::gguf::{Architecture, GgufTensors, Order};
 use causal_lm::{Decoder, LinearName};
 use packed::{BlockType, QuantRows, quantise};
 
@@ -213,7 +213,7 @@ impl Output {
             };
             decoder.checkpoint().release([part.tensor.as_str()]);
             let rows = match &part.rows {
-                Rows::Order(order) => reordered(rows, self.shape.len(), order)?,
+                Rows::Order(order) => reordered(rows, self.shape.len(), *order)?,
                 _ => rows,
             };
             match parts.len() {
@@ -250,8 +250,8 @@ fn stored_blocks<'a>(
     }
 }
 
-/// Row `i` is row `order[i]`; of a vector, its values.
-fn reordered<'a>(rows: QuantRows<'a>, dims: usize, order: &[usize]) -> Result<QuantRows<'a>> {
+/// The rows in the order of the file; of a vector, its values.
+fn reordered<'a>(rows: QuantRows<'a>, dims: usize, order: Order) -> Result<QuantRows<'a>> {
     let rows = match dims {
         1 => QuantRows::new(
             rows.block_type(),
@@ -261,20 +261,22 @@ fn reordered<'a>(rows: QuantRows<'a>, dims: usize, order: &[usize]) -> Result<Qu
         )?,
         _ => rows,
     };
-    Ok(rows.select(order)?)
+    Ok(rows.select(&order.all_in_checkpoint())?)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use causal_lm::gguf::names::halves_of_neighbours;
-
     #[test]
     fn channels_that_rotate_together_become_neighbours() {
         let values: Vec<f32> = (0..12).map(|i| i as f32).collect();
         for (dims, width) in [(1, 12), (2, 1)] {
             let rows = quantise(BlockType::F32, &values, width, None).unwrap();
-            let rows = reordered(rows, dims, &halves_of_neighbours(12, 6)).unwrap();
+            let order = Order::Neighbours {
+                rows: 12,
+                head_dim: 6,
+            };
+            let rows = reordered(rows, dims, order).unwrap();
             let order = QuantRows::new(BlockType::F32, 1, 12, rows.into_bytes())
                 .unwrap()
                 .dequantise();
