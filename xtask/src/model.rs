@@ -10,7 +10,7 @@ use tensor_io::Checkpoint;
 
 use crate::settings::Settings;
 
-/// A decoder that multiplies with weights as they are stored. It computes in f32 on CPUs; on GPUs in bf16, with decoded weights.
+/// A decoder that multiplies with weights as they are stored. It computes in f32 on CPUs; on GPUs in bf16, where quantised weights are an error.
 pub(crate) fn decoder<'a>(common: &Settings, checkpoint: &'a Checkpoint) -> Result<Decoder<'a>> {
     Ok(decoded(common, checkpoint)?.packed(Execution::new(common.weights.arithmetic)))
 }
@@ -36,7 +36,10 @@ pub(crate) fn naming(error: anyhow::Error, model: &Path) -> anyhow::Error {
     let is_of_a_run = error.chain().filter_map(of_a_model).any(|error| {
         matches!(
             error,
-            Error::NonFinite { .. } | Error::TokenOutOfRange { .. } | Error::Routing { .. }
+            Error::NonFinite { .. }
+                | Error::TokenOutOfRange { .. }
+                | Error::Routing { .. }
+                | Error::QuantisedWeights { .. }
         )
     });
     let name = model.display().to_string();

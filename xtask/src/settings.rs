@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
-use causal_lm::Arithmetic;
+use causal_lm::{Adapter, Arithmetic};
 use clap::ValueEnum;
 use eval_report::{Cells, Row, Section};
 use tensor_io::Checkpoint;
@@ -66,6 +66,8 @@ pub struct Weights {
     pub arithmetic: Arithmetic,
     /// A LoRA adapter beside the weights.
     pub adapter: Option<PathBuf>,
+    /// Factor on what the adapter adds, beside its own.
+    pub adapter_scale: Option<f32>,
 }
 
 impl Weights {
@@ -74,10 +76,14 @@ impl Weights {
     /// # Errors
     /// What cannot be read or does not go together, by file and tensor.
     pub(crate) fn open(&self, model: &Path) -> Result<Checkpoint> {
-        Ok(match &self.adapter {
-            None => causal_lm::open(model)?,
-            Some(adapter) => causal_lm::open_adapted(model, adapter).context("--adapter")?,
-        })
+        let base = causal_lm::open(model)?;
+        let Some(adapter) = &self.adapter else {
+            return Ok(base);
+        };
+        let added = Adapter::open(adapter, &base)
+            .and_then(|adapter| adapter.with_scale(self.adapter_scale.unwrap_or(1.0)))
+            .and_then(|adapter| adapter.added_to(base));
+        added.context("--adapter")
     }
 
     /// The name of the arithmetic on the command line and in reports.
@@ -92,7 +98,7 @@ impl Weights {
     /// `section` with what its numbers depend on.
     pub(crate) fn facts(&self, section: Section) -> Section {
         let section = section.fact("arithmetic", self.arithmetic_name());
-        match &self.adapter {
+        let section = match &self.adapter {
             Some(adapter) => section.fact(
                 "adapter",
                 adapter
@@ -100,6 +106,10 @@ impl Weights {
                     .unwrap_or(adapter.as_os_str())
                     .to_string_lossy(),
             ),
+            None => section,
+        };
+        match self.adapter_scale {
+            Some(scale) => section.fact("adapter scale", scale),
             None => section,
         }
     }

@@ -78,6 +78,15 @@ fn what_is_saved_packed_is_evaluated_and_generates_packed() {
     let repaired = perplexity(&packed, &["--adapter", str(&adapter)]);
     near(&repaired, &perplexity(&save.join("merged"), &[]));
     assert_ne!(repaired["perplexity"], alone["perplexity"]);
+    let scaled = |scale: &str| {
+        perplexity(
+            &packed,
+            &["--adapter", str(&adapter), "--adapter-scale", scale],
+        )
+    };
+    assert_eq!(scaled("1")["perplexity"], repaired["perplexity"]);
+    assert_eq!(scaled("0")["perplexity"], alone["perplexity"]);
+    assert_ne!(scaled("0.5")["perplexity"], repaired["perplexity"]);
     let int8 = perplexity(&packed, &["--arithmetic", "int8"]);
     near(&int8, &alone);
     assert_ne!(int8["perplexity"], alone["perplexity"]);
@@ -166,6 +175,24 @@ fn what_is_saved_packed_is_evaluated_and_generates_packed() {
         refused.contains("chat template") && refused.contains("no users"),
         "{refused}"
     );
+}
+
+#[test]
+fn a_level_of_instructions_that_does_not_exist_is_refused_with_those_that_do() {
+    let run = |level: &str| {
+        Command::new(env!("CARGO_BIN_EXE_xtask"))
+            .args(["generate", "--model", "nothing", "--prompt", "x"])
+            .env("PACKED_LEVEL", level)
+            .output()
+            .unwrap()
+    };
+    let message = error(&run("avx-512"));
+    for part in ["PACKED_LEVEL", "`avx-512`", "portable"] {
+        assert!(message.contains(part), "{message}");
+    }
+    for known in ["portable", ""] {
+        assert!(error(&run(known)).contains("nothing"));
+    }
 }
 
 #[test]

@@ -35,6 +35,14 @@ pub(super) fn ratio(text: &str) -> Result<f64, String> {
     }
 }
 
+/// A number that is not infinite.
+pub(super) fn finite(text: &str) -> Result<f32, String> {
+    match text.parse() {
+        Ok(number) if f32::is_finite(number) => Ok(number),
+        _ => Err("expected a finite number".into()),
+    }
+}
+
 /// Tokens that a cache holds, or a fraction of all.
 pub(super) fn budget(text: &str) -> Result<Budget, String> {
     let expected = "expected a number of tokens above 0, or with a decimal point a share above 0 and at most 1";

@@ -15,6 +15,9 @@ pub(super) struct WeightArgs {
     /// LoRA adapter to add to the model: a PEFT folder or a GGUF file
     #[arg(long, value_name = "PATH")]
     adapter: Option<PathBuf>,
+    /// Factor on what the adapter adds [default: 1]
+    #[arg(long, value_name = "X", requires = "adapter", allow_negative_numbers = true, value_parser = super::values::finite)]
+    adapter_scale: Option<f32>,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -48,7 +51,7 @@ impl CalibrationArithmetic {
         };
         Weights {
             arithmetic,
-            adapter: None,
+            ..Weights::default()
         }
     }
 }
@@ -64,6 +67,7 @@ impl WeightArgs {
                 Some(ArithmeticArg::Bf16) => Arithmetic::Bf16,
             },
             adapter: self.adapter.clone(),
+            adapter_scale: self.adapter_scale,
         }
     }
 }
