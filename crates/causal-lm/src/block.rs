@@ -7,7 +7,7 @@
 use crate::attention::{Mixer, decoded};
 use crate::config::{Activation, NormKind};
 use crate::linear::Linear;
-use crate::mixture::Moe;
+use crate::mixture::{MixturePass, Moe};
 use crate::names::LinearName;
 use crate::ops;
 use crate::rope::Pairs;
@@ -320,16 +320,12 @@ impl Block {
         tap: &mut dyn Tap,
     ) -> Result<Tensor> {
         if let Some(experts) = &self.experts {
-            let half = self.first_half(x, rope, mixer, tap)?;
             let mut expert = |id| experts.expert(id);
-            let inputs = std::slice::from_ref(&half.input);
-            let outputs = experts.run(self.layer, inputs, &mut expert, tap)?;
-            // As many as inputs.
-            let output = outputs
-                .into_iter()
-                .next()
-                .unwrap_or(half.input.zeros_like()?);
-            return self.second_half(half, output);
+            let (batches, run) = (std::slice::from_ref(x), (rope, mixer));
+            let outputs = MixturePass::through(self, batches, run, &mut expert, tap)?;
+            // As many as batches.
+            let output = outputs.and_then(|outputs| outputs.into_iter().next());
+            return output.map_or_else(|| Ok(x.zeros_like()?), Ok);
         }
         let (batch, tokens, hidden) = x.dims3()?;
         let x = x.reshape((batch * tokens, hidden))?;

@@ -4,13 +4,18 @@
 //! are, its products are as large as they can be, and the sum of a token does not depend on what runs beside it: experts
 //! are added in ascending order.
 
+mod inputs;
+mod pass;
+
 use crate::block::Mlp;
 use crate::linear::Linear;
 use crate::ops;
-use crate::tap::{ExpertPass, Routed, Tap};
 use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor};
 use rayon::prelude::*;
+
+pub use inputs::{ExpertInputs, ExpertToken};
+pub use pass::MixturePass;
 
 /// The experts of a block and their router.
 #[derive(Clone, Debug)]
@@ -161,146 +166,6 @@ impl Moe {
         loaded.ok_or(Error::Routing {
             chosen: expert + 1,
             experts: self.experts.len(),
-        })
-    }
-
-    /// What the experts put out for the inputs, `[tokens, hidden]` each, with each expert asked for once.
-    pub(crate) fn run(
-        &self,
-        layer: usize,
-        inputs: &[Tensor],
-        expert: &mut dyn FnMut(usize) -> Result<Mlp>,
-        tap: &mut dyn Tap,
-    ) -> Result<Vec<Tensor>> {
-        let routings = inputs.iter().map(|x| self.route(x));
-        let routings: Vec<Routing> = routings.collect::<Result<_>>()?;
-        let at_tap = |source| Error::Tap { layer, source };
-        let routed = Routed {
-            inputs,
-            routings: &routings,
-        };
-        tap.routed(layer, &routed).map_err(at_tap)?;
-        let mut sums = inputs.iter().map(Sum::new).collect::<Result<Vec<_>>>()?;
-        let by_expert: Vec<_> = routings.iter().map(Routing::by_expert).collect();
-        for id in 0..self.router.outputs() {
-            // What the expert reads of each batch.
-            let mut rows = Vec::with_capacity(inputs.len());
-            let (mut tokens, mut gates, mut first) = (Vec::new(), Vec::new(), 0);
-            for (x, of_batch) in inputs.iter().zip(&by_expert) {
-                let (of_batch, of_gates) = &of_batch[id];
-                if !of_batch.is_empty() {
-                    let index = Tensor::new(&of_batch[..], x.device())?;
-                    rows.push(x.index_select(&index, 0)?);
-                }
-                tokens.extend(of_batch.iter().map(|token| token + first));
-                gates.extend(of_gates);
-                first += x.dim(0)? as u32;
-            }
-            if rows.is_empty() {
-                continue;
-            }
-            let input = Tensor::cat(&rows, 0)?;
-            let pass = pass(&expert(id)?, Some(id), input, tokens, gates)?;
-            tap.expert(layer, &pass).map_err(at_tap)?;
-            let weighted = pass.weighted()?;
-            let mut at = 0;
-            for (sum, of_batch) in sums.iter_mut().zip(&by_expert) {
-                let (of_batch, _) = &of_batch[id];
-                if !of_batch.is_empty() {
-                    sum.add(of_batch, &weighted.narrow(0, at, of_batch.len())?)?;
-                }
-                at += of_batch.len();
-            }
-        }
-        let mut outputs = Vec::with_capacity(inputs.len());
-        let mut first = 0;
-        for (sum, x) in sums.into_iter().zip(inputs) {
-            let sum = sum.finish(x)?;
-            let count = x.dim(0)? as u32;
-            outputs.push(match &self.shared {
-                None => sum,
-                Some(shared) => {
-                    let gates = shared.gates(x)?.to_dtype(DType::F32)?;
-                    let gates = gates.to_device(&Device::Cpu)?.flatten_all()?.to_vec1()?;
-                    let tokens = (first..first + count).collect();
-                    let pass = pass(&shared.mlp, None, x.clone(), tokens, gates)?;
-                    tap.expert(layer, &pass).map_err(at_tap)?;
-                    (sum + pass.weighted()?)?
-                }
-            });
-            first += count;
-        }
-        Ok(outputs)
-    }
-}
-
-fn pass(
-    mlp: &Mlp,
-    expert: Option<usize>,
-    input: Tensor,
-    tokens: Vec<u32>,
-    gates: Vec<f32>,
-) -> Result<ExpertPass> {
-    let neurons = mlp.neurons(&input)?;
-    Ok(ExpertPass {
-        expert,
-        tokens,
-        gates,
-        output: mlp.down.forward(&neurons)?,
-        input,
-        neurons,
-    })
-}
-
-impl ExpertPass {
-    /// The outputs multiplied by their gates.
-    fn weighted(&self) -> Result<Tensor> {
-        let output = &self.output;
-        let gates = Tensor::new(&self.gates[..], output.device())?;
-        let gates = gates.to_dtype(output.dtype())?.unsqueeze(1)?;
-        Ok(output.broadcast_mul(&gates)?)
-    }
-}
-
-/// The sum of what experts put out for a batch, in place where that is possible.
-enum Sum {
-    Cpu(Vec<f32>),
-    Other(Tensor),
-}
-
-impl Sum {
-    fn new(x: &Tensor) -> Result<Self> {
-        Ok(
-            match matches!(x.device(), Device::Cpu) && x.dtype() == DType::F32 {
-                true => Self::Cpu(vec![0.0; x.elem_count()]),
-                false => Self::Other(x.zeros_like()?),
-            },
-        )
-    }
-
-    fn add(&mut self, tokens: &[u32], rows: &Tensor) -> Result<()> {
-        match self {
-            Self::Cpu(sums) => {
-                let width = rows.dim(1)?;
-                ops::with_f32(rows, |rows| {
-                    for (&token, row) in tokens.iter().zip(rows.chunks(width)) {
-                        let sums = &mut sums[token as usize * width..][..width];
-                        sums.iter_mut().zip(row).for_each(|(sum, x)| *sum += x);
-                    }
-                })
-            }
-            Self::Other(sum) => {
-                let tokens = Tensor::new(tokens, rows.device())?;
-                *sum = sum.index_add(&tokens, rows, 0)?;
-                Ok(())
-            }
-        }
-    }
-
-    fn finish(self, like: &Tensor) -> Result<Tensor> {
-        Ok(match self {
-            Self::Cpu(sums) => Tensor::from_vec(sums, like.shape(), like.device())?,
-            Self::Other(sum) => sum,
         })
     }
 }

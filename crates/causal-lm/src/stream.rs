@@ -4,8 +4,9 @@
 //! memory. Peak memory is that, whatever the depth of the model.
 
 use crate::attention::Mixer;
-use crate::block::{BetweenHalves, Block, Mlp, RopeTables};
+use crate::block::{Block, Mlp, RopeTables};
 use crate::decoder::Decoder;
+use crate::mixture::MixturePass;
 use crate::ops;
 use crate::tap::Tap;
 use crate::vocabulary::Embedding;
@@ -121,20 +122,14 @@ impl Hidden {
         expert: &mut dyn FnMut(usize) -> Result<Mlp>,
         tap: &mut dyn Tap,
     ) -> Result<()> {
-        let Some(experts) = &block.experts else {
-            return self.pass(block, tap);
-        };
-        let halves = self.batches.iter();
-        let halves = halves.map(|x| block.first_half(x, &self.rope, &mut Mixer::Windows, tap));
-        let halves: Vec<BetweenHalves> = halves.collect::<Result<_>>()?;
-        let inputs: Vec<Tensor> = halves.iter().map(|half| half.input.clone()).collect();
-        let outputs = experts.run(block.layer, &inputs, expert, tap)?;
-        drop(inputs);
-        let done = halves.into_iter().zip(outputs);
-        self.batches = done
-            .map(|(half, output)| block.second_half(half, output))
-            .collect::<Result<_>>()?;
-        self.check_finite(|| format!("layer {}", block.layer))
+        let run = (&self.rope, &mut Mixer::Windows);
+        match MixturePass::through(block, &self.batches, run, expert, tap)? {
+            None => self.pass(block, tap),
+            Some(batches) => {
+                self.batches = batches;
+                self.check_finite(|| format!("layer {}", block.layer))
+            }
+        }
     }
 
     /// The batches, each `[windows, len, hidden]`, windows in their order.

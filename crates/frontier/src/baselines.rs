@@ -212,10 +212,11 @@ impl Frontier<'_> {
         }
     }
 
+    /// `None` where a treatment cannot be stored.
     fn bytes(&self, items: &[usize]) -> Option<u64> {
-        let of = |(menu, &item): (&Menu, &usize)| menu.items[item].bytes;
-        let sum: Option<u64> = self.menus.iter().zip(items).map(of).sum();
-        Some(self.fixed + sum?)
+        let mut chosen = self.menus.iter().zip(items);
+        let stored = chosen.all(|(menu, &item)| menu.items[item].bytes.is_some());
+        stored.then(|| self.bytes_of(items))
     }
 
     /// Sum of the divergences of single sites.

@@ -12,12 +12,15 @@ use crate::make::Maker;
 use crate::site::Site;
 use crate::target::Target;
 use crate::treatment::{Format, Treatment};
+use candle_core::DType;
 use causal_lm::compressed::blocks;
+use causal_lm::names::{ExpertLayout, Names};
 use causal_lm::{Decoder, LayerShape};
 use lowrank_eora::compress::{BlockTypes, Compressor, Storage, fitting};
 use lowrank_eora::output::gptq;
 use packed::BlockType;
 use prune_structured::gguf::{self, Precision};
+use std::collections::BTreeSet;
 use std::path::Path;
 use tensor_io::TensorSpec;
 
@@ -121,6 +124,11 @@ impl<'a> Counter<'a> {
         if let Some(name) = site.matrix(self.decoder()) {
             return Ok(self.decoder().checkpoint().info(&name)?.elements() as u64);
         }
+        if let Site::Experts(layer) = site {
+            let mixture = self.maker.mixture(layer)?;
+            let weights = 3 * self.decoder().config().hidden * treatment.width;
+            return Ok((mixture.experts * weights) as u64);
+        }
         let shapes = self.maker.shapes(site, treatment.width)?;
         let of = |(_, [m, n]): &(_, [usize; 2])| {
             let rank = treatment.rank.min(*m).min(*n);
@@ -139,12 +147,16 @@ impl<'a> Counter<'a> {
             let &[m, n] = info.shape.as_slice() else {
                 return Ok(None);
             };
-            return self.matrix(&name, [m, n], treatment.format);
+            return self.matrix((&name, self.dtype(&name)?), [m, n], treatment.format);
+        }
+        if let Site::Experts(layer) = site {
+            return self.experts(layer, treatment);
         }
         let mut sum = 0;
         for (id, [m, n]) in self.maker.shapes(site, treatment.width)? {
             let name = id.weight();
-            let Some(bytes) = self.matrix(&name, [m, n], treatment.format)? else {
+            let stored = (name.as_str(), self.dtype(&name)?);
+            let Some(bytes) = self.matrix(stored, [m, n], treatment.format)? else {
                 return Ok(None);
             };
             sum += bytes + self.bias(site, id, m)?;
@@ -160,10 +172,70 @@ impl<'a> Counter<'a> {
         Ok(Some(sum))
     }
 
-    /// A matrix in a format.
-    fn matrix(&self, name: &str, [m, n]: [usize; 2], format: Format) -> Result<Option<u64>> {
+    /// The dtype of a tensor of the checkpoint; f32 where it is not stored as floats.
+    fn dtype(&self, name: &str) -> Result<DType> {
         let info = self.decoder().checkpoint().info(name)?;
-        let dtype = info.candle_dtype().unwrap_or(candle_core::DType::F32);
+        Ok(info.candle_dtype().unwrap_or(DType::F32))
+    }
+
+    /// The experts of a block with tensors of their own, where the architecture has names for these: codes are stored under no
+    /// others. `None` for codes of one that has none.
+    fn experts(&self, layer: usize, treatment: Treatment) -> Result<Option<u64>> {
+        let Treatment { width, format, .. } = treatment;
+        let alone = self.maker.expert_specs(layer, width, ExpertLayout::Alone)?;
+        let Some(specs) = alone else {
+            return match format {
+                Format::Stored => self.fused(layer, width),
+                Format::Quantised(_) => Ok(None),
+            };
+        };
+        let names = self.decoder().config().names;
+        let router = |names: Names| names.router(layer).unwrap_or_default().len() as u64;
+        let renamed = names.with_layout(ExpertLayout::Alone).map_or(0, router);
+        // What no treatment changes counts the router under the name that it has.
+        let mut sum = renamed.saturating_sub(router(names));
+        for spec in specs {
+            let dtype = spec.dtype.try_into().unwrap_or(DType::F32);
+            let stored = (spec.name.as_str(), dtype);
+            let shape = [spec.shape[0], spec.shape[1]];
+            let Some(bytes) = self.matrix(stored, shape, format)? else {
+                return Ok(None);
+            };
+            sum += bytes;
+        }
+        Ok(Some(sum))
+    }
+
+    /// The experts of a block as floats in tensors that hold all of them; `None` where the architecture has no such tensors.
+    fn fused(&self, layer: usize, width: usize) -> Result<Option<u64>> {
+        let fused = self.maker.expert_specs(layer, width, ExpertLayout::Fused)?;
+        fused
+            .map(|specs| specs.iter().map(in_folder).sum())
+            .transpose()
+    }
+
+    /// Bytes that experts as floats take less in a model whose tensors hold all of a block: they stay there as long as no
+    /// expert of any block is quantised.
+    pub(crate) fn saved_by_fusing(&self, site: Site, treatment: Treatment) -> Result<u64> {
+        let Site::Experts(layer) = site else {
+            return Ok(0);
+        };
+        let is_fused = self.decoder().config().names.layout() == ExpertLayout::Fused;
+        if treatment.format != Format::Stored || !is_fused {
+            return Ok(0);
+        }
+        let alone = self.experts(layer, treatment)?.unwrap_or(0);
+        let fused = self.fused(layer, treatment.width)?.unwrap_or(0);
+        Ok(alone.saturating_sub(fused))
+    }
+
+    /// A matrix in a format, given its name and its dtype where it stays as it is.
+    fn matrix(
+        &self,
+        (name, dtype): (&str, DType),
+        [m, n]: [usize; 2],
+        format: Format,
+    ) -> Result<Option<u64>> {
         let module = name.strip_suffix(".weight").unwrap_or(name);
         match (self.target, format) {
             (Target::Gguf, Format::Stored) => {
@@ -225,18 +297,21 @@ impl<'a> Counter<'a> {
         let decoder = self.decoder();
         let names = decoder.config().names;
         // A copy of the embedding as head is left out, unless the model stays as it is.
-        let mut of_sites: Vec<String> = self.copied_head().into_iter().collect();
+        let mut of_sites: BTreeSet<String> = self.copied_head().into_iter().collect();
         for &site in sites {
             of_sites.extend(site.matrix(decoder));
+            if let Site::Experts(layer) = site {
+                of_sites.extend(self.maker.expert_sources(layer)?);
+            }
             for (_, id, module) in site.linears(decoder) {
-                of_sites.push(id.weight());
-                of_sites.push(names.bias(id.block(), module));
+                of_sites.insert(id.weight());
+                of_sites.insert(names.bias(id.block(), module));
             }
         }
         // One header for the model, one for the adapter.
         let mut sum = 2 * HEADER;
         for name in decoder.checkpoint().names() {
-            if !of_sites.iter().any(|known| known == name) {
+            if !of_sites.contains(name) {
                 let info = decoder.checkpoint().info(name)?;
                 sum += in_folder(&TensorSpec::new(name, info.dtype, info.shape.clone()))?;
             }
@@ -274,10 +349,10 @@ impl<'a> Counter<'a> {
 }
 
 /// The block type that holds floats of a dtype.
-pub(crate) fn stored_type(dtype: candle_core::DType) -> BlockType {
+pub(crate) fn stored_type(dtype: DType) -> BlockType {
     match dtype {
-        candle_core::DType::F16 => BlockType::F16,
-        candle_core::DType::BF16 => BlockType::BF16,
+        DType::F16 => BlockType::F16,
+        DType::BF16 => BlockType::BF16,
         _ => BlockType::F32,
     }
 }
@@ -288,7 +363,7 @@ pub(crate) fn precision(decoder: &Decoder<'_>) -> Result<Precision> {
         .checkpoint()
         .info(&decoder.config().names.embedding())?;
     Ok(
-        match stored_type(info.candle_dtype().unwrap_or(candle_core::DType::F32)) {
+        match stored_type(info.candle_dtype().unwrap_or(DType::F32)) {
             BlockType::F16 => Precision::F16,
             BlockType::BF16 => Precision::Bf16,
             _ => Precision::F32,

@@ -337,6 +337,7 @@ mod tests {
                         seconds: 0.0,
                         format,
                         level,
+                        fused: 0,
                         cache_level: 0,
                     });
                 }

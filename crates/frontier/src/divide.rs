@@ -74,7 +74,7 @@ impl Division {
                     let level = match menu.site {
                         Site::Attention(_) => attention,
                         Site::Mlp(_) => mlp,
-                        Site::Embedding | Site::Head => None,
+                        _ => None,
                     };
                     let is_matrix = menu.site.half().is_none();
                     level.is_none_or(|level| item.level == level)
@@ -173,7 +173,7 @@ fn widths(menus: &[Menu], equal: bool) -> Vec<(Option<usize>, Option<usize>)> {
         let of = menus.iter().filter(|menu| match menu.site {
             Site::Attention(_) => attention,
             Site::Mlp(_) => !attention,
-            Site::Embedding | Site::Head => false,
+            _ => false,
         });
         of.map(|menu| menu.levels).min().unwrap_or(1)
     };
@@ -222,6 +222,7 @@ mod tests {
                     seconds: 0.0,
                     format: 0,
                     level,
+                    fused: 0,
                     cache_level: 0,
                 })
                 .collect();

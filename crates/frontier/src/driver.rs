@@ -12,20 +12,18 @@ use crate::plan::{Plan, Round, SitePlan};
 use crate::site::Site;
 use crate::target::Target;
 use crate::timing::Timer;
+use crate::treatment::{Format, Treatment};
 use causal_lm::{Decoder, Progress, Windows};
-use prune_structured::Recipe;
 use prune_structured::divergence::{Teacher, TopK};
 use rand::SeedableRng;
 use rand::seq::index;
 use rand_chacha::ChaCha8Rng;
-use std::collections::HashSet;
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::path::{Path, PathBuf};
 use tensor_io::{ContentHash, Hasher};
 
 /// Layout of the folder of a run; folders of another one are not read.
 const VERSION: u64 = 3;
-/// Neurons are removed so many at a time, which keeps rows whole blocks and words.
-const ALIGNMENT: usize = 32;
 /// Fewest combinations that are measured to check their prediction, where there are as many.
 const FEWEST_CHECKED: usize = 8;
 
@@ -132,19 +130,11 @@ impl<'a> Frontier<'a> {
         progress: &dyn Progress,
     ) -> Result<Prepared<'a>> {
         options.check()?;
+        options.target.check_model(decoder)?;
         disjoint(data)?;
         let sites = Site::of(decoder)?;
         let ranks = options.ranks(decoder.config().hidden);
         let largest_rank = ranks.last().copied().unwrap_or(0);
-        let mut recipe = Recipe::named("rd-dp", options.seed).ok_or(Error::Option {
-            option: "recipe",
-            value: "rd-dp".into(),
-            expected: "prune-structured knows it",
-        })?;
-        let neurons = decoder.config().widths.iter().map(|w| w.neurons);
-        if neurons.filter(|&n| n > 0).all(|n| n >= ALIGNMENT) {
-            recipe.shape.align_neurons = ALIGNMENT;
-        }
         let hash = decoder.checkpoint().content_hash()?;
         let dir = folder(
             (decoder, hash),
@@ -153,7 +143,8 @@ impl<'a> Frontier<'a> {
             dir.as_ref(),
         )?;
         let calibration = data.calibration;
-        let maker = Maker::new(decoder, calibration, recipe, largest_rank, &dir, progress)?;
+        let drawn = (options.seed, largest_rank);
+        let maker = Maker::new(decoder, calibration, drawn, &dir, progress)?;
         let tokens = options.coarse_tokens.max(options.fine_tokens);
         let count = tokens.div_ceil(data.comparison.window_len());
         let comparison = data.comparison.first(count);
@@ -371,17 +362,17 @@ impl<'a> Frontier<'a> {
         tokens: usize,
         progress: &dyn Progress,
     ) -> Result<Vec<Divergence>> {
-        let mut treated: Vec<(usize, usize)> = Vec::new();
-        for candidate in candidates {
-            treated.extend(candidate.iter().copied().enumerate());
+        let mut treated: BTreeMap<usize, BTreeSet<usize>> = BTreeMap::new();
+        for (site, &item) in candidates.iter().flat_map(|c| c.iter().enumerate()) {
+            treated.entry(site).or_default().insert(item);
         }
-        treated.sort_unstable();
-        treated.dedup();
-        progress.begin("making treatments", treated.len() as u64);
-        for (site, item) in treated {
+        let count: usize = treated.values().map(BTreeSet::len).sum();
+        progress.begin("making treatments", count as u64);
+        for (site, items) in treated {
             let menu = &self.menus[site];
-            self.maker.make(menu.site, menu.items[item].treatment)?;
-            progress.advance(1)?;
+            let treatments = items.into_iter().map(|item| menu.items[item].treatment);
+            let treatments: Vec<Treatment> = treatments.collect();
+            self.maker.make_all(menu.site, &treatments, progress)?;
         }
         progress.begin(stage, candidates.len() as u64);
         let count = self.windows(tokens);
@@ -458,9 +449,22 @@ impl<'a> Frontier<'a> {
     }
 
     pub(crate) fn bytes_of(&self, items: &[usize]) -> u64 {
-        let of = self.menus.iter().zip(items);
-        let bytes: u64 = of.map(|(menu, &i)| menu.items[i].bytes.unwrap_or(0)).sum();
-        self.fixed + bytes
+        let chosen = || {
+            self.menus
+                .iter()
+                .zip(items)
+                .map(|(menu, &i)| (menu, menu.items[i]))
+        };
+        let bytes: u64 = chosen().map(|(_, item)| item.bytes.unwrap_or(0)).sum();
+        // Experts stay in tensors that hold all of a block as long as none is quantised.
+        let quantised = |(menu, item): (&Menu, Item)| {
+            matches!(menu.site, Site::Experts(_)) && item.treatment.format != Format::Stored
+        };
+        let fused = match chosen().any(quantised) {
+            true => 0,
+            false => chosen().map(|(_, item)| item.fused).sum(),
+        };
+        self.fixed + bytes - fused
     }
 
     pub(crate) fn divide(

@@ -81,6 +81,16 @@ pub enum Error {
         /// What is in the way.
         reason: &'static str,
     },
+    /// Experts that a target cannot store.
+    #[error("{target} cannot store the experts of {model_type}: {reason}")]
+    Experts {
+        /// The target.
+        target: &'static str,
+        /// The architecture.
+        model_type: &'static str,
+        /// Why.
+        reason: &'static str,
+    },
     /// A name that is none of the known ones.
     #[error("no {what} is called `{name}`; expected {expected}")]
     Name {

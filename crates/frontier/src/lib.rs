@@ -9,6 +9,7 @@ mod curves;
 mod divide;
 mod driver;
 mod error;
+mod experts;
 mod inputs;
 mod make;
 mod matrix;

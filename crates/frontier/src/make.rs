@@ -2,9 +2,10 @@
 //!
 //! A site is treated by itself, on second moments of the dense model's inputs, so that what was measured of a treatment is
 //! what a plan with it writes. Made weights are kept on disk in their stored form and read when they are needed: a treatment
-//! is made once, and memory holds one linear at a time.
+//! is made once, and memory holds one linear at a time, or one expert.
 
 use crate::error::{Error, Result};
+use crate::experts::neuron_options;
 use crate::inputs::Inputs;
 use crate::matrix::{from_tensor, to_tensor};
 use crate::site::Site;
@@ -19,24 +20,31 @@ use lowrank_eora::repair::layer::{LowRank, Options as Solver, Weighting, solve};
 use lowrank_eora::repair::{LayerId, RepairedLayer, StoredWeight};
 use prune_structured::compensation::refit;
 use prune_structured::divergence::{Half, Kept};
+use prune_structured::experts::NeuronOptions;
 use prune_structured::output::kept_features;
 use prune_structured::stats::Part;
 use prune_structured::{
-    Calibration, Collect, Compensation, DEFAULT_RIDGE, LayerPlan, Plan, Progress, Ranking, Recipe,
+    Calibration, Collect, Compensation, DEFAULT_RIDGE, LayerPlan, NoProgress, Plan, Progress,
+    Ranking, Recipe,
 };
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use tensor_io::Checkpoint;
+
+/// Neurons are removed so many at a time, which keeps rows whole blocks and words.
+const ALIGNMENT: usize = 32;
 
 /// What weights of a site are made from.
 pub(crate) struct Maker<'a> {
     pub(crate) decoder: &'a Decoder<'a>,
     pub(crate) calibration: Calibration,
     pub(crate) recipe: Recipe,
+    /// How neurons of experts are chosen.
+    pub(crate) neurons: NeuronOptions,
     /// Of the halves of the blocks that can be pruned.
     rankings: BTreeMap<Site, Ranking>,
-    inputs: Inputs,
-    dir: PathBuf,
+    pub(crate) inputs: Inputs,
+    pub(crate) dir: PathBuf,
     /// The largest rank, from which the smaller ones are cut.
     largest_rank: usize,
 }
@@ -56,11 +64,19 @@ impl<'a> Maker<'a> {
     pub(crate) fn new(
         decoder: &'a Decoder<'a>,
         windows: &causal_lm::Windows,
-        recipe: Recipe,
-        largest_rank: usize,
+        (seed, largest_rank): (u64, usize),
         dir: &Path,
         progress: &dyn Progress,
     ) -> Result<Self> {
+        let mut recipe = Recipe::named("rd-dp", seed).ok_or(Error::Option {
+            option: "recipe",
+            value: "rd-dp".into(),
+            expected: "prune-structured knows it",
+        })?;
+        let neurons = decoder.config().widths.iter().map(|w| w.neurons);
+        if neurons.filter(|&n| n > 0).all(|n| n >= ALIGNMENT) {
+            recipe.shape.align_neurons = ALIGNMENT;
+        }
         let made = dir.join("made");
         std::fs::create_dir_all(&made).map_err(tensor_io::Error::io("create", &made))?;
         let needs = recipe.score.needs() | Compensation::LEAST_SQUARES.needs();
@@ -88,6 +104,7 @@ impl<'a> Maker<'a> {
         Ok(Self {
             decoder,
             calibration,
+            neurons: neuron_options(decoder.config(), ALIGNMENT),
             recipe,
             rankings: rankings.into_iter().map(|r| (site(&r), r)).collect(),
             inputs,
@@ -103,8 +120,11 @@ impl<'a> Maker<'a> {
 
     /// Units that the model has at a site.
     pub(crate) fn units(&self, site: Site) -> usize {
-        self.ranking(site)
-            .map_or(1, |ranking| ranking.order().len())
+        match (site, self.ranking(site)) {
+            (_, Some(ranking)) => ranking.order().len(),
+            (Site::Experts(layer), None) => self.mixture(layer).map_or(1, |mixture| mixture.width),
+            (_, None) => 1,
+        }
     }
 
     /// The treatment that leaves a site as it is.
@@ -136,9 +156,9 @@ impl<'a> Maker<'a> {
 
     /// The linears of a site at a width, with the shapes that they are stored with.
     pub(crate) fn shapes(&self, site: Site, width: usize) -> Result<Vec<(LayerId, [usize; 2])>> {
-        if let Some(name) = site.matrix(self.decoder) {
+        if site.matrix(self.decoder).is_some() || matches!(site, Site::Experts(_)) {
             return Err(Error::PlanMismatch(format!(
-                "{name} is no linear of a block"
+                "{site} has no linears of its own"
             )));
         }
         let plan = self.plan(&[(site, width)])?;
@@ -159,6 +179,9 @@ impl<'a> Maker<'a> {
 
     /// The share of the squared output of a site that stays at a width, on the calibration windows.
     pub(crate) fn energy_share(&self, site: Site, width: usize) -> Result<f64> {
+        if let Site::Experts(layer) = site {
+            return self.expert_energy(layer, width);
+        }
         let Some((layer, part)) = site.half().filter(|_| width < self.units(site)) else {
             return Ok(1.0);
         };
@@ -230,6 +253,12 @@ impl<'a> Maker<'a> {
     }
 
     fn path(&self, site: Site, treatment: Treatment) -> PathBuf {
+        let stem = self.file_stem(site, treatment);
+        self.dir.join(format!("{stem}.safetensors"))
+    }
+
+    /// What a treatment that was made is called on disk; all ranks are cut from one.
+    pub(crate) fn file_stem(&self, site: Site, treatment: Treatment) -> String {
         let Treatment {
             width,
             format,
@@ -238,12 +267,32 @@ impl<'a> Maker<'a> {
         } = treatment;
         let corrected = if rank > 0 { "-corrected" } else { "" };
         let format = format.to_string().replace(':', "_");
-        self.dir
-            .join(format!("{site}-{width}-{format}{corrected}.safetensors"))
+        format!("{site}-{width}-{format}{corrected}")
+    }
+
+    /// Makes treatments of a site, those that are not there yet; a step of `progress` is a treatment.
+    pub(crate) fn make_all(
+        &self,
+        site: Site,
+        treatments: &[Treatment],
+        progress: &dyn Progress,
+    ) -> Result<()> {
+        if let Site::Experts(layer) = site {
+            self.make_experts(layer, treatments, progress)?;
+            return Ok(progress.advance(treatments.len() as u64)?);
+        }
+        for &treatment in treatments {
+            self.make(site, treatment)?;
+            progress.advance(1)?;
+        }
+        Ok(())
     }
 
     /// Makes a treatment, unless it is there.
     pub(crate) fn make(&self, site: Site, treatment: Treatment) -> Result<()> {
+        if let Site::Experts(layer) = site {
+            return self.make_experts(layer, &[treatment], &NoProgress);
+        }
         let path = self.path(site, treatment);
         if treatment.is_dense(self.units(site)) || path.exists() {
             return Ok(());
@@ -421,8 +470,10 @@ impl<'a> Maker<'a> {
 
     /// Of a site of which no unit can be removed.
     fn unpruned_half(&self, block: &Block, site: Site, treatment: Treatment) -> Result<Half> {
-        let mut half = match site {
-            Site::Attention(_) => Half::Attention(Box::new(block.attention.clone())),
+        let shared = block.experts.as_ref().and_then(|moe| moe.shared.as_ref());
+        let mut half = match (site, shared) {
+            (Site::Attention(_), _) => Half::Attention(Box::new(block.attention.clone())),
+            (Site::SharedExpert(_), Some(shared)) => Half::SharedExpert(shared.mlp.clone()),
             _ => Half::Mlp(block.mlp.clone()),
         };
         if !treatment.is_dense(self.units(site)) {
@@ -454,9 +505,11 @@ impl<'a> Maker<'a> {
 
 /// The site that a linear belongs to.
 fn site_of(pruned: &Pruned) -> Site {
-    match pruned.name.is_attention() {
-        true => Site::Attention(pruned.id.block()),
-        false => Site::Mlp(pruned.id.block()),
+    let block = pruned.id.block();
+    match (pruned.name.is_attention(), pruned.name.is_shared()) {
+        (true, _) => Site::Attention(block),
+        (false, true) => Site::SharedExpert(block),
+        (false, false) => Site::Mlp(block),
     }
 }
 

@@ -19,3 +19,8 @@ pub(crate) fn to_tensor(matrix: MatRef<'_, f64>, dtype: DType) -> Result<Tensor>
     MatMut::from_row_major_slice_mut(&mut values, rows, cols).copy_from(matrix);
     Ok(Tensor::from_vec(values, (rows, cols), &Device::Cpu)?.to_dtype(dtype)?)
 }
+
+/// The rows and columns `ids` of a square matrix.
+pub(crate) fn among(matrix: MatRef<'_, f64>, ids: &[usize]) -> Mat<f64> {
+    Mat::from_fn(ids.len(), ids.len(), |i, j| matrix[(ids[i], ids[j])])
+}

@@ -2,10 +2,9 @@
 
 use crate::error::Result;
 use crate::menu::{Choices, Menu};
-use crate::site::Site;
 use causal_lm::{Decoder, Windows};
 use prune_structured::Progress;
-use prune_structured::divergence::{Fitness, Sharing, Teacher};
+use prune_structured::divergence::{Fitness, Place, Sharing, Teacher};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -132,10 +131,10 @@ pub(crate) fn passes(
 ) -> f64 {
     let layers = decoder.config().layers();
     let first = (0..menus.len()).find(|&i| candidate[i] != base[i]);
-    let before = match first.map(|i| menus[i].site) {
-        Some(Site::Embedding) | None => 0,
-        Some(Site::Attention(layer) | Site::Mlp(layer)) => layer,
-        Some(Site::Head) => layers,
+    let before = match first.map(|i| menus[i].site.place()) {
+        Some(Place::Embedding) | None => 0,
+        Some(Place::Block(layer)) => layer,
+        Some(Place::Head) => layers,
     };
     (layers - before) as f64 / layers.max(1) as f64
 }

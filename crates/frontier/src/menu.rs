@@ -9,6 +9,8 @@ use crate::site::Site;
 use crate::treatment::{Format, Treatment};
 use candle_core::Tensor;
 use causal_lm::Block;
+use causal_lm::block::Mlp;
+use prune_structured::Ranking;
 use prune_structured::divergence::{Half, Place, Sites};
 use std::sync::{Arc, Mutex};
 
@@ -30,6 +32,8 @@ pub(crate) struct Item {
     pub(crate) format: usize,
     /// Place of its width among those that are chosen from, narrowest first.
     pub(crate) level: usize,
+    /// Bytes that it takes less where the experts of all blocks are floats, and one tensor of a block holds them.
+    pub(crate) fused: u64,
     /// Place of its cache among those that are chosen from; 0 for that of the model.
     pub(crate) cache_level: usize,
 }
@@ -73,7 +77,7 @@ impl Menu {
     ) -> Result<Self> {
         let formats = options.formats()?;
         let ranks = options.ranks(maker.decoder.config().hidden);
-        let widths = widths(maker, options, site);
+        let widths = widths(maker, options, site)?;
         let caches = match site {
             Site::Attention(_) => options.caches(),
             _ => Vec::new(),
@@ -88,7 +92,9 @@ impl Menu {
                 let corrected = at > 0 && formats.len() - at <= options.corrected;
                 // Where all ranks are equal, any format is corrected; the model's own has nothing to correct.
                 let corrected = corrected || options.target.needs_equal_ranks();
-                let ranks = match corrected && !matrix {
+                // No adapter holds corrections of single experts.
+                let experts = matches!(site, Site::Experts(_));
+                let ranks = match corrected && !matrix && !experts {
                     true => ranks.as_slice(),
                     false => &[],
                 };
@@ -103,6 +109,7 @@ impl Menu {
                     let weight_bytes = counter.of(site, plain)?;
                     let weights = counter.parameters(site, uncorrected)?;
                     let parameters = counter.parameters(site, plain)?;
+                    let fused = counter.saved_by_fusing(site, plain)?;
                     for cache_level in 0..caches.len().max(1) {
                         let cache = caches.get(cache_level).copied();
                         let of_cache = counter.cache_of(site, width, cache);
@@ -115,6 +122,7 @@ impl Menu {
                             seconds: 0.0,
                             format: at,
                             level,
+                            fused,
                             cache_level,
                         });
                     }
@@ -150,23 +158,26 @@ impl Menu {
 }
 
 /// Numbers of units that may stay, ascending, the whole number last.
-fn widths(maker: &Maker<'_>, options: &Options, site: Site) -> Vec<usize> {
-    let Some(ranking) = maker.ranking(site) else {
-        return vec![maker.units(site)];
+fn widths(maker: &Maker<'_>, options: &Options, site: Site) -> Result<Vec<usize>> {
+    let mut widths = match (site, maker.ranking(site)) {
+        (Site::Experts(layer), _) => maker.expert_widths(layer, &options.widths)?,
+        (_, Some(ranking)) => widths_of(ranking, options),
+        (_, None) => Vec::new(),
     };
-    let steps = ranking.steps().len();
-    let mut widths: Vec<usize> = options
-        .widths
-        .iter()
-        .map(|share| {
-            ((share * steps as f64).round() as usize).clamp(ranking.protected.max(1), steps)
-        })
-        .map(|steps| ranking.units_in(steps))
-        .collect();
-    widths.push(ranking.units_in(steps));
+    widths.push(maker.units(site));
     widths.sort_unstable();
     widths.dedup();
-    widths
+    Ok(widths)
+}
+
+/// Numbers of units at the shares of the options.
+fn widths_of(ranking: &Ranking, options: &Options) -> Vec<usize> {
+    let steps = ranking.steps().len();
+    let of = |share: &f64| {
+        let kept = (share * steps as f64).round() as usize;
+        ranking.units_in(kept.clamp(ranking.protected.max(1), steps))
+    };
+    options.widths.iter().map(of).collect()
 }
 
 /// The menus of all sites, as what candidates choose from.
@@ -212,6 +223,21 @@ impl Sites for Choices<'_> {
             attention.cache = caching.within(cache, len).map(Arc::new);
         }
         Ok(half)
+    }
+
+    fn holds_experts(&self, site: usize) -> bool {
+        matches!(self.menus[site].site, Site::Experts(_))
+    }
+
+    fn expert(
+        &self,
+        layer: usize,
+        site: usize,
+        choice: usize,
+        expert: usize,
+    ) -> prune_structured::Result<Mlp> {
+        let treatment = self.menus[site].items[choice].treatment;
+        Ok(self.maker.expert(layer, treatment, expert)?)
     }
 
     fn matrix(&self, site: usize, choice: usize) -> prune_structured::Result<Option<Tensor>> {

@@ -9,7 +9,8 @@ use prune_structured::stats::Part;
 use serde::{Deserialize, Serialize};
 use std::fmt;
 
-/// A part of a model that gets one treatment. Shown and serialised as `embedding`, `attention.3`, `mlp.3` or `head`.
+/// A part of a model that gets one treatment. Shown and serialised as `embedding`, `attention.3`, `mlp.3`, `experts.3`,
+/// `shared-expert.3` or `head`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(into = "String", try_from = "String")]
 pub enum Site {
@@ -19,6 +20,10 @@ pub enum Site {
     Attention(usize),
     /// gate, up and down of a block.
     Mlp(usize),
+    /// gate, up and down of all experts of a block. The router stays as it is.
+    Experts(usize),
+    /// gate, up and down of the expert that every token passes through. Its gate stays as it is.
+    SharedExpert(usize),
     /// The head, where it is a matrix of its own.
     Head,
 }
@@ -27,16 +32,13 @@ impl Site {
     /// The sites of a model, in the order of the data.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] for mixtures of experts and for models that store several linears in one matrix.
+    /// [`Error::Unsupported`] for models that store several linears of a block in one matrix.
     pub fn of(decoder: &Decoder<'_>) -> Result<Vec<Self>> {
         let config = decoder.config();
         let unsupported = |reason| Error::Unsupported {
             model_type: config.model_type,
             reason,
         };
-        if config.mixtures.iter().any(Option::is_some) {
-            return Err(unsupported("experts are no sites yet"));
-        }
         if config
             .names
             .table()
@@ -54,6 +56,12 @@ impl Site {
             if widths.neurons > 0 {
                 sites.push(Self::Mlp(layer));
             }
+            if let Some(mixture) = config.mixtures[layer] {
+                sites.push(Self::Experts(layer));
+                if mixture.shared > 0 {
+                    sites.push(Self::SharedExpert(layer));
+                }
+            }
         }
         if !config.tied {
             sites.push(Self::Head);
@@ -65,21 +73,24 @@ impl Site {
     pub fn half(self) -> Option<(usize, Part)> {
         match self {
             Self::Attention(layer) => Some((layer, Part::Attention)),
-            Self::Mlp(layer) => Some((layer, Part::Mlp)),
+            Self::Mlp(layer) | Self::Experts(layer) | Self::SharedExpert(layer) => {
+                Some((layer, Part::Mlp))
+            }
             Self::Embedding | Self::Head => None,
         }
     }
 
     /// Where it is for comparisons.
     pub fn place(self) -> Place {
-        match self {
-            Self::Embedding => Place::Embedding,
-            Self::Attention(layer) | Self::Mlp(layer) => Place::Block(layer),
-            Self::Head => Place::Head,
+        match (self, self.half()) {
+            (_, Some((layer, _))) => Place::Block(layer),
+            (Self::Head, None) => Place::Head,
+            (_, None) => Place::Embedding,
         }
     }
 
-    /// Its stored linears; none for the embedding and the head.
+    /// Its stored linears; none for the embedding and the head, and none for experts, which the modules of a block do not
+    /// list.
     pub(crate) fn linears(
         self,
         decoder: &Decoder<'_>,
@@ -89,7 +100,12 @@ impl Site {
         };
         let config = decoder.config();
         let modules = config.names.table().modules.iter();
-        let of_half = modules.filter(|module| module.is_attention() == (part == Part::Attention));
+        let shared = matches!(self, Self::SharedExpert(_));
+        let of_half = modules.filter(|module| {
+            module.is_attention() == (part == Part::Attention)
+                && module.parts[0].is_shared() == shared
+                && !matches!(self, Self::Experts(_))
+        });
         let stored = of_half.filter(|module| config.module_shape(layer, module).is_some());
         stored
             .map(|module| (module.parts[0], LayerId::new(config, layer, module), module))
@@ -101,7 +117,7 @@ impl Site {
         match self {
             Self::Embedding => Some(decoder.config().names.embedding()),
             Self::Head => Some(decoder.config().names.head().to_string()),
-            Self::Attention(_) | Self::Mlp(_) => None,
+            _ => None,
         }
     }
 }
@@ -112,6 +128,8 @@ impl fmt::Display for Site {
             Self::Embedding => f.write_str("embedding"),
             Self::Attention(layer) => write!(f, "attention.{layer}"),
             Self::Mlp(layer) => write!(f, "mlp.{layer}"),
+            Self::Experts(layer) => write!(f, "experts.{layer}"),
+            Self::SharedExpert(layer) => write!(f, "shared-expert.{layer}"),
             Self::Head => f.write_str("head"),
         }
     }
@@ -133,12 +151,14 @@ impl TryFrom<String> for Site {
             None if name == "head" => Some(Self::Head),
             Some(("attention", layer)) => number(layer).map(Self::Attention),
             Some(("mlp", layer)) => number(layer).map(Self::Mlp),
+            Some(("experts", layer)) => number(layer).map(Self::Experts),
+            Some(("shared-expert", layer)) => number(layer).map(Self::SharedExpert),
             _ => None,
         };
         found.ok_or(Error::Name {
             what: "site",
             name,
-            expected: "embedding, attention.N, mlp.N or head",
+            expected: "embedding, attention.N, mlp.N, experts.N, shared-expert.N or head",
         })
     }
 }

@@ -101,6 +101,27 @@ impl Target {
         }
     }
 
+    /// Whether it stores models of this architecture.
+    ///
+    /// # Errors
+    /// [`Error::Experts`] for mixtures, whose quantised experts are written for [`Target::Here`] alone.
+    pub fn check_model(self, decoder: &Decoder<'_>) -> Result<()> {
+        let config = decoder.config();
+        let reason = match self {
+            Self::Here => return Ok(()),
+            Self::Gguf => "quantised experts are not exported to GGUF; use the target `here`",
+            Self::Vllm => "quantised experts are not exported to vLLM; use the target `here`",
+        };
+        match config.mixtures.iter().any(Option::is_some) {
+            false => Ok(()),
+            true => Err(Error::Experts {
+                target: self.name(),
+                model_type: config.model_type,
+                reason,
+            }),
+        }
+    }
+
     /// Whether all blocks must have the same widths.
     pub fn needs_equal_widths(self, decoder: &Decoder<'_>) -> bool {
         match self {

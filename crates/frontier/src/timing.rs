@@ -12,7 +12,7 @@ use crate::make::Maker;
 use crate::site::Site;
 use crate::treatment::{Format, Treatment};
 use candle_core::{DType, Device};
-use causal_lm::{Arithmetic, Decoder, Execution, Model, Progress, Windows};
+use causal_lm::{Arithmetic, Decoder, Execution, LinearName, Model, Progress, Windows};
 use half::f16;
 use lowrank_eora::compress::{BlockTypes, Compressor, fitting};
 use packed::{
@@ -100,6 +100,12 @@ impl<'a> Timer<'a> {
                 _ => Vec::new(),
             });
         }
+        if let Site::Experts(layer) = site {
+            // A token goes through some of them, one after the other.
+            let (hidden, chosen) = (decoder.config().hidden, self.maker.mixture(layer)?.chosen);
+            let expert = [vec![[width, hidden]; 2], vec![[hidden, width]]];
+            return Ok(vec![expert; chosen].concat());
+        }
         let (mut inputs, mut outputs) = (Vec::new(), Vec::new());
         for (id, shape) in self.maker.shapes(site, width)? {
             match id.module().is_output() {
@@ -113,6 +119,9 @@ impl<'a> Timer<'a> {
     /// The dtype of the weights of a site in the checkpoint.
     fn dtype(&self, site: Site) -> Result<DType> {
         let decoder = self.maker.decoder;
+        if let Site::Experts(layer) = site {
+            return self.maker.expert_dtype(layer, 0, LinearName::Up);
+        }
         let linear = || site.linears(decoder).first().map(|(_, id, _)| id.weight());
         let name = site.matrix(decoder).or_else(linear).unwrap_or_default();
         let info = decoder.checkpoint().info(&name)?;

@@ -12,7 +12,7 @@
 use crate::bytes::precision;
 use crate::driver::Frontier;
 use crate::error::{Error, Result};
-use crate::plan::Plan;
+use crate::plan::{Plan, SitePlan};
 use crate::site::Site;
 use crate::target::Target;
 use candle_core::DType;
@@ -23,6 +23,7 @@ use lowrank_eora::output::{
 };
 use lowrank_eora::repair::{Repaired, RepairedLayer};
 use prune_structured::Settings;
+use prune_structured::experts::{self, ExpertRefits, ExpertSettings};
 use prune_structured::gguf::{self, Precision};
 use std::path::{Path, PathBuf};
 use tensor_io::atomic::Overwrite;
@@ -271,6 +272,21 @@ impl Frontier<'_> {
                 &narrowed
             }
         };
+        let moved;
+        let placed;
+        let refits = ExpertRefits::new(scratch);
+        let decoder = match self.maker.expert_plan(&plan.sites, &refits)? {
+            None => decoder,
+            Some((experts, layout)) => {
+                let path = scratch.join("experts");
+                let settings = ExpertSettings::default();
+                let settings = settings.refits(Some(&refits)).layout(Some(layout));
+                experts::write(decoder, &experts, &path, &settings, &NoProgress)?;
+                moved = causal_lm::open(&path)?;
+                placed = Decoder::new(&moved, DType::F32, self.decoder.device())?;
+                &placed
+            }
+        };
         let whole = plan.is_dense() && plan.weight_bytes >= self.dense_weight_bytes();
         if whole && self.options.target != Target::Gguf {
             let settings = Settings::new(&self.maker.calibration);
@@ -288,20 +304,19 @@ impl Frontier<'_> {
 
     /// The linears of a plan in their stored form.
     fn assemble(&self, plan: &Plan, decoder: &Decoder<'_>, folder: &Path) -> Result<Repaired> {
-        let mut others = Vec::new();
-        for site in &plan.sites {
-            let Some(name) = site.site.matrix(self.decoder) else {
-                continue;
-            };
-            if let Some(stored) = self.maker.matrix(site.site, site.treatment)? {
-                let module = name.strip_suffix(".weight").unwrap_or(&name);
-                others.push((module.to_string(), stored));
-            }
-        }
+        let matrix = |site: &SitePlan| {
+            let name = site.site.matrix(self.decoder)?;
+            let module = name.strip_suffix(".weight").unwrap_or(&name).to_string();
+            let stored = self.maker.matrix(site.site, site.treatment).transpose()?;
+            Some(stored.map(|stored| (module, stored)))
+        };
+        let matrices = plan.sites.iter().filter_map(matrix);
+        let others = matrices.chain(self.maker.quantised_experts(&plan.sites));
         let block = |layer: usize| -> Result<Vec<RepairedLayer>> {
             let mut layers = Vec::new();
             for site in &plan.sites {
-                if site.site.half().is_some_and(|(of, _)| of == layer) {
+                let experts = matches!(site.site, Site::Experts(_));
+                if !experts && site.site.half().is_some_and(|(of, _)| of == layer) {
                     layers.extend(self.maker.layers(decoder, site.site, site.treatment)?);
                 }
             }

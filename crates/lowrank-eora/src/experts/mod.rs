@@ -16,6 +16,7 @@
 //! beside it as a PEFT adapter ([`ExpertRepair::adapter`]).
 
 mod adapter;
+mod grams;
 mod owl;
 mod sums;
 mod write;
@@ -27,17 +28,17 @@ use crate::{Error, Result};
 use adapter::ExpertAdapter;
 use candle_core::{DType, Device, Tensor};
 use causal_lm::block::Mlp;
-use causal_lm::mixture::Routing;
+use causal_lm::mixture::{ExpertInputs, Routing};
 use causal_lm::{
     Decoder, Hidden, Linear, LinearName, NoTap, Routed, Site, Tap, TapResult, Windows,
 };
 use serde::Serialize;
 use std::cell::RefCell;
 use std::path::{Path, PathBuf};
-use sums::{Sums, mixed};
 use tensor_io::{Progress, WriteOptions, Written};
 use write::Writer;
 
+pub use grams::{ExpertGrams, GramOptions, LayerPool};
 pub use owl::Owl;
 
 /// Linears of an expert in the order in which they are stored.
@@ -212,10 +213,10 @@ pub fn repair_experts(
             dense.advance_stored(decoder, layer, &mut NoTap)?;
             continue;
         }
-        let mut reference = Watch::default();
+        let mut reference = ExpertInputs::default();
         dense.advance_stored(decoder, layer, &mut reference)?;
         let seen = run.layer(layer, &mut hidden)?;
-        for (a, b) in seen.routings.iter().zip(&reference.0.borrow().routings) {
+        for (a, b) in seen.routings.iter().zip(&reference.routings) {
             choices += a.ids.len();
             other += rerouted(a, b);
         }
@@ -241,38 +242,17 @@ fn rerouted(a: &Routing, b: &Routing) -> usize {
     tokens.map(of_token).sum()
 }
 
-/// What a layer's experts read, and where it goes.
-#[derive(Clone, Debug, Default)]
-struct Seen {
-    inputs: Vec<Tensor>,
-    routings: Vec<Routing>,
-}
-
 /// Keeps what a layer's experts read. Experts are compressed while the layer runs, so that it is shared.
 #[derive(Default)]
-struct Watch(RefCell<Seen>);
+struct Watch(RefCell<ExpertInputs>);
 
 impl Tap for &Watch {
     fn observe(&mut self, _layer: usize, _site: Site, _x: &Tensor) -> TapResult {
         Ok(())
     }
 
-    fn routed(&mut self, _layer: usize, routed: &Routed<'_>) -> TapResult {
-        *self.0.borrow_mut() = Seen {
-            inputs: routed.inputs.to_vec(),
-            routings: routed.routings.to_vec(),
-        };
-        Ok(())
-    }
-}
-
-impl Tap for Watch {
-    fn observe(&mut self, _layer: usize, _site: Site, _x: &Tensor) -> TapResult {
-        Ok(())
-    }
-
     fn routed(&mut self, layer: usize, routed: &Routed<'_>) -> TapResult {
-        (&*self).routed(layer, routed)
+        self.0.borrow_mut().routed(layer, routed)
     }
 }
 
@@ -290,11 +270,11 @@ struct Run<'a> {
 
 impl Run<'_> {
     /// Compresses the experts of a layer and sends the windows through them.
-    fn layer(&mut self, layer: usize, hidden: &mut Hidden) -> Result<Seen> {
+    fn layer(&mut self, layer: usize, hidden: &mut Hidden) -> Result<ExpertInputs> {
         let decoder = self.decoder;
         let frame = decoder.frame(layer)?;
         let watch = Watch::default();
-        let mut pool: Option<Sums> = None;
+        let mut pool: Option<LayerPool> = None;
         let mut next = 0;
         let experts = frame.experts.as_ref().map_or(0, |moe| moe.router.outputs());
         // Experts that no token chose are not asked for: each is made with the next one that is.
@@ -303,7 +283,7 @@ impl Run<'_> {
             while next <= last {
                 let seen = watch.0.borrow();
                 if pool.is_none() && self.needs_gram() {
-                    pool = Some(Sums::of(&seen.inputs, None)?);
+                    pool = Some(LayerPool::of(&seen)?);
                 }
                 made = Some(self.expert((layer, next), &seen, pool.as_ref())?);
                 next += 1;
@@ -340,53 +320,38 @@ impl Run<'_> {
     fn expert(
         &mut self,
         (layer, expert): (usize, usize),
-        seen: &Seen,
-        pool: Option<&Sums>,
+        seen: &ExpertInputs,
+        pool: Option<&LayerPool>,
     ) -> Result<Mlp> {
         let (decoder, options) = (self.decoder, self.options);
         let dense = decoder.expert(layer, expert)?;
         decoder.release_expert(layer, expert);
-        let (own, others) = seen.tokens(expert, options.pool_tokens);
-        let roots: Vec<f32> = own
-            .iter()
-            .map(|slot| if options.gate_weight { slot.gate } else { 1.0 })
-            .collect();
+        let settings = GramOptions {
+            gate_weight: options.gate_weight,
+            pool_tokens: options.pool_tokens,
+            prior: options.prior,
+        };
+        let of = |pool| ExpertGrams::of(&dense, (seen, expert), pool, &settings);
+        let grams = pool.map(of).transpose()?;
         let mut report = ExpertReport {
             layer,
             expert,
-            tokens: own.len(),
-            effective: 0.0,
-            pool: 0.0,
+            tokens: seen.tokens(expert, 0).0.len(),
+            effective: grams.as_ref().map_or(0.0, |grams| grams.effective),
+            pool: grams.as_ref().map_or(0.0, |grams| grams.pool),
             energy: 0.0,
             compressed: 0.0,
             repaired: 0.0,
         };
-        let prior = |width: usize| options.prior.unwrap_or(width as f64 / 4.0);
-        let mut grams = [None, None];
-        if let Some(pool) = pool {
-            let x = seen.rows(&own)?;
-            let sums = Sums::of(&x, Some(&roots))?;
-            report.effective = sums.effective;
-            let (gram, _) = mixed(sums, pool, prior(dense.up.inputs()));
-            grams[0] = Some(gram);
-            let neurons = |x: &[Tensor]| x.iter().map(|x| dense.neurons(x)).collect();
-            let neurons: [causal_lm::Result<Vec<Tensor>>; 2] =
-                [neurons(&x), neurons(&seen.rows(&others)?)];
-            let [a, b] = neurons;
-            let (own, others) = (Sums::of(&a?, Some(&roots))?, Sums::of(&b?, None)?);
-            let (gram, share) = mixed(own, &others, prior(dense.down.inputs()));
-            grams[1] = Some(gram);
-            report.pool = share;
-        }
         let mut mlp = dense.clone();
         for name in LINEARS {
-            let (linear, gram) = match name {
-                LinearName::Gate => (mlp.gate.as_mut(), &grams[0]),
-                LinearName::Up => (Some(&mut mlp.up), &grams[0]),
-                _ => (Some(&mut mlp.down), &grams[1]),
+            let linear = match name {
+                LinearName::Gate => mlp.gate.as_mut(),
+                LinearName::Up => Some(&mut mlp.up),
+                _ => Some(&mut mlp.down),
             };
             let Some(linear) = linear else { continue };
-            let gram = gram.as_ref().map(|gram| gram.as_ref());
+            let gram = grams.as_ref().map(|grams| grams.gram(name));
             let (compressed, factors) =
                 self.linear(linear, (layer, gram), &mut report)
                     .map_err(|source| Error::Layer {
@@ -442,63 +407,6 @@ impl Run<'_> {
         linear.set_weight(to_tensor(merged.as_ref(), like.dtype(), like.device())?);
         Ok((stored, factors))
     }
-}
-
-/// A token of a batch with its gate.
-#[derive(Clone, Copy)]
-struct Slot {
-    batch: usize,
-    token: u32,
-    gate: f32,
-}
-
-impl Seen {
-    /// The tokens of an expert, and of the others up to `most` that are likeliest for it.
-    fn tokens(&self, expert: usize, most: usize) -> (Vec<Slot>, Vec<Slot>) {
-        let (mut own, mut others) = (Vec::new(), Vec::new());
-        for (batch, routing) in self.routings.iter().enumerate() {
-            for token in 0..routing.tokens() {
-                let range = token * routing.chosen..(token + 1) * routing.chosen;
-                let ids = &routing.ids[range.clone()];
-                let slot = |gate: f32| Slot {
-                    batch,
-                    token: token as u32,
-                    gate,
-                };
-                match ids.iter().position(|&id| id as usize == expert) {
-                    Some(at) => own.push(slot(routing.gates[range][at])),
-                    None => {
-                        let logits = &routing.logits[token * routing.experts..][..routing.experts];
-                        others.push((probability(logits, expert), slot(1.0)));
-                    }
-                }
-            }
-        }
-        let place = |slot: &Slot| (slot.batch, slot.token);
-        others.sort_by(|a, b| b.0.total_cmp(&a.0).then(place(&a.1).cmp(&place(&b.1))));
-        others.truncate(most);
-        let mut pool: Vec<Slot> = others.into_iter().map(|(_, slot)| slot).collect();
-        pool.sort_unstable_by_key(place);
-        (own, pool)
-    }
-
-    /// What these tokens are, batch by batch.
-    fn rows(&self, slots: &[Slot]) -> Result<Vec<Tensor>> {
-        let batches = slots.chunk_by(|a, b| a.batch == b.batch);
-        let of_batch = |slots: &[Slot]| -> Result<Tensor> {
-            let x = &self.inputs[slots[0].batch];
-            let tokens = slots.iter().map(|slot| slot.token);
-            Ok(x.index_select(&Tensor::from_iter(tokens, x.device())?, 0)?)
-        };
-        batches.map(of_batch).collect()
-    }
-}
-
-/// Softmax over all experts at one of them.
-fn probability(logits: &[f32], expert: usize) -> f64 {
-    let max = f64::from(logits.iter().copied().fold(f32::NEG_INFINITY, f32::max));
-    let weight = |logit: f32| (f64::from(logit) - max).exp();
-    weight(logits[expert]) / logits.iter().map(|&logit| weight(logit)).sum::<f64>()
 }
 
 /// Row-major f32 values on the CPU.

@@ -14,7 +14,7 @@ const ROWS: usize = 1024;
 pub(super) struct Sums {
     /// Σ ω x xᵀ / Σ ω, both triangles.
     gram: Mat<f64>,
-    weight: f64,
+    pub(super) weight: f64,
     /// (Σ ω)² / Σ ω².
     pub(super) effective: f64,
 }

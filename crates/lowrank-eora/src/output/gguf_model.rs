@@ -128,10 +128,11 @@ pub fn write_gguf(
         })
     };
     let mut others = BTreeMap::new();
-    for (module, weight) in repaired.others() {
+    for other in repaired.others() {
+        let (module, weight) = other?;
         let blocks = match weight {
-            StoredWeight::Blocks(blocks) => blocks.clone(),
-            StoredWeight::Quantised { weight, .. } => place(module, weight)?,
+            StoredWeight::Blocks(blocks) => blocks,
+            StoredWeight::Quantised { weight, .. } => place(module, &weight)?,
             StoredWeight::Dense(_) => continue,
         };
         let name = match module == decoder.config().names.head().trim_end_matches(".weight") {

@@ -54,8 +54,9 @@ pub(super) fn write(
             declare(&layer.report.layer.to_string(), &layer.weight)?;
         }
     }
-    for (module, weight) in repaired.others() {
-        declare(module, weight)?;
+    for other in repaired.others() {
+        let (module, weight) = other?;
+        declare(module, &weight)?;
     }
     let replaced: BTreeSet<String> = schemes.keys().map(|m| format!("{m}.weight")).collect();
     let names = decoder.config().names;
@@ -101,8 +102,9 @@ pub(super) fn write(
         }
         progress.advance(1)?;
     }
-    for (module, weight) in repaired.others() {
-        put(module, weight)?;
+    for other in repaired.others() {
+        let (module, weight) = other?;
+        put(module, &weight)?;
     }
     Ok(writer.finish()?)
 }

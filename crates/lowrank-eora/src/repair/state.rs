@@ -18,11 +18,11 @@ use tensor_io::atomic::{read_json, write_json};
 use tensor_io::{Checkpoint, ContentHash, Hasher};
 
 /// Version of the layout of the folder.
-const VERSION: u64 = 4;
+const VERSION: u64 = 5;
 const FILE: &str = "repair.json";
 const REPORT: &str = "report";
-/// Matrices beside the linears, of a repair that was assembled.
-const OTHERS: &str = "others.safetensors";
+/// Names of the matrices beside the linears, of a repair that was assembled.
+const OTHERS: &str = "others.json";
 /// The source of a repair that was assembled.
 const ASSEMBLED: &str = "made linear by linear";
 
@@ -32,8 +32,8 @@ pub struct Repaired {
     folder: PathBuf,
     facts: Map<String, Value>,
     reports: Vec<Vec<LayerReport>>,
-    /// Matrices beside the linears, by module.
-    others: Vec<(String, StoredWeight)>,
+    /// Modules of the matrices beside the linears.
+    others: Vec<String>,
 }
 
 /// A linear of a finished repair.
@@ -134,7 +134,7 @@ impl Repaired {
             .collect::<Result<_>>()?;
         Ok(Self {
             folder: folder.to_owned(),
-            others: read_others(folder)?,
+            others: read_json(folder.join(OTHERS))?.unwrap_or_default(),
             facts,
             reports,
         })
@@ -142,7 +142,7 @@ impl Repaired {
 
     /// Puts linears that were made elsewhere into `folder`, as a finished repair that can be written out: the linears of
     /// each block, all blocks in their order, and matrices beside them by the path of their module
-    /// (`model.embed_tokens`). They may differ in form from one linear to the next.
+    /// (`model.embed_tokens`), of which one at a time is in memory. They may differ in form from one linear to the next.
     ///
     /// # Errors
     /// [`Error::OtherRun`] where the folder holds a repair, and what writing reports.
@@ -150,7 +150,7 @@ impl Repaired {
         folder: impl AsRef<Path>,
         decoder: &Decoder<'_>,
         blocks: impl IntoIterator<Item = std::result::Result<Vec<RepairedLayer>, E>>,
-        others: Vec<(String, StoredWeight)>,
+        others: impl IntoIterator<Item = std::result::Result<(String, StoredWeight), E>>,
     ) -> std::result::Result<Self, E> {
         let folder = folder.as_ref();
         create_empty(folder)?;
@@ -159,7 +159,13 @@ impl Repaired {
             write_block(folder, count, &layers?)?;
             count += 1;
         }
-        Ok(finish_assembly(folder, decoder, count, &others)?)
+        let mut modules = Vec::new();
+        for other in others {
+            let (module, weight) = other?;
+            write_other(folder, modules.len(), (&module, &weight))?;
+            modules.push(module);
+        }
+        Ok(finish_assembly(folder, decoder, count, &modules)?)
     }
 
     /// Whether it was assembled from linears that may differ in form.
@@ -167,9 +173,12 @@ impl Repaired {
         self.facts.get("source").and_then(Value::as_str) == Some(ASSEMBLED)
     }
 
-    /// Matrices beside the linears, by the path of their module.
-    pub fn others(&self) -> &[(String, StoredWeight)] {
-        &self.others
+    /// Matrices beside the linears, each with the path of its module; each is read when it is asked for.
+    pub fn others(&self) -> impl Iterator<Item = Result<(&str, StoredWeight)>> {
+        self.others.iter().enumerate().map(|(at, module)| {
+            let file = Checkpoint::open_checked_file(other_file(&self.folder, at))?;
+            Ok((module.as_str(), StoredWeight::read(&file, module)?))
+        })
     }
 
     /// The folder.
@@ -320,23 +329,30 @@ fn create_empty(folder: &Path) -> Result<()> {
     Ok(fs::create_dir_all(folder).map_err(tensor_io::Error::io("create", folder))?)
 }
 
-/// Writes what stands beside the blocks of an assembled repair, its description last.
+/// Writes a matrix beside the linears.
+fn write_other(folder: &Path, at: usize, (module, weight): (&str, &StoredWeight)) -> Result<()> {
+    let tensors = weight.tensors(module)?;
+    let named = tensors.iter().map(|(name, tensor)| (name.as_str(), tensor));
+    let path = other_file(folder, at);
+    Ok(tensor_io::write_checked_file(
+        path,
+        named,
+        &BTreeMap::new(),
+    )?)
+}
+
+fn other_file(folder: &Path, at: usize) -> PathBuf {
+    folder.join(format!("other-{at:06}.safetensors"))
+}
+
+/// Describes an assembled repair that is written otherwise.
 fn finish_assembly(
     folder: &Path,
     decoder: &Decoder<'_>,
     blocks: usize,
-    others: &[(String, StoredWeight)],
+    others: &[String],
 ) -> Result<Repaired> {
-    let mut tensors = Vec::new();
-    for (module, weight) in others {
-        tensors.extend(weight.tensors(module)?);
-    }
-    let modules: Vec<&String> = others.iter().map(|(module, _)| module).collect();
-    let path = folder.join(OTHERS);
-    let modules = serde_json::to_string(&modules).map_err(|e| malformed(&path, &e))?;
-    let metadata = BTreeMap::from([(REPORT.to_owned(), modules)]);
-    let named = tensors.iter().map(|(name, tensor)| (name.as_str(), tensor));
-    tensor_io::write_checked_file(&path, named, &metadata)?;
+    write_json(folder.join(OTHERS), &others)?;
     let mut facts = Map::new();
     facts.insert("version".into(), VERSION.into());
     facts.insert("blocks".into(), blocks.into());
@@ -345,22 +361,6 @@ fn finish_assembly(
     facts.insert("source".into(), ASSEMBLED.into());
     write_json(folder.join(FILE), &facts)?;
     Repaired::open(folder)
-}
-
-/// Matrices beside the linears.
-fn read_others(folder: &Path) -> Result<Vec<(String, StoredWeight)>> {
-    let path = folder.join(OTHERS);
-    if !path.exists() {
-        return Ok(Vec::new());
-    }
-    let file = Checkpoint::open_checked_file(&path)?;
-    let modules = file.metadata().get(REPORT).map_or("", String::as_str);
-    let modules: Vec<String> = serde_json::from_str(modules).map_err(|e| malformed(&path, &e))?;
-    let read = |module: String| {
-        let weight = StoredWeight::read(&file, &module)?;
-        Ok((module, weight))
-    };
-    modules.into_iter().map(read).collect()
 }
 
 /// Writes the linears of a block.

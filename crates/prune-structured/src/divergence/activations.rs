@@ -3,6 +3,7 @@
 use crate::Result;
 use candle_core::Tensor;
 use causal_lm::block::RopeTables;
+use causal_lm::mixture::MixturePass;
 use causal_lm::{Block, Decoder, Hidden, Mixer, NoTap, Tap, Windows};
 use rayon::prelude::*;
 
@@ -41,7 +42,13 @@ impl Activations {
         self.batches.par_iter().map(forward).collect()
     }
 
-    /// The same, one batch after the other, with a tap on the block's linears.
+    /// What they are behind attention and router of a block with experts; `None` for another block.
+    pub(crate) fn routed<'b>(&self, block: &'b Block) -> Result<Option<MixturePass<'b>>> {
+        let run = (&self.rope, &mut Mixer::Windows);
+        Ok(MixturePass::begin(block, &self.batches, run, &mut NoTap)?)
+    }
+
+    /// What `block` makes of them, one batch after the other, with a tap on the block's linears.
     pub(crate) fn observed(&self, block: &Block, tap: &mut dyn Tap) -> Result<Vec<Tensor>> {
         let forward = |batch: &Tensor| self.forward(block, batch, tap);
         self.batches.iter().map(forward).collect()

@@ -1,6 +1,7 @@
 //! How far candidates are from the dense model.
 //!
-//! Candidates run side by side, block by block, so that only one block's weights are in memory.
+//! Candidates run side by side, block by block, so that only one block's weights are in memory, and of a block with experts
+//! one expert for each choice.
 //! Those that agree on all levels up to a block share its result: an offspring starts where it
 //! first differs from its parent, or from any other candidate. When hidden states of all would
 //! take more memory than allowed, candidates run in groups, neighbours in the order of their
@@ -9,9 +10,11 @@
 use super::activations::Activations;
 use super::teacher::Teacher;
 use super::variant::Half;
-use crate::Result;
+use crate::{Error, Result};
 use candle_core::Tensor;
-use causal_lm::{Block, Decoder, Head, Progress, Windows};
+use causal_lm::block::Mlp;
+use causal_lm::mixture::MixturePass;
+use causal_lm::{Block, Decoder, Head, NoTap, Progress, Windows};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -47,11 +50,29 @@ pub trait Sites: Sync {
     /// One for each site.
     fn places(&self) -> &[Place];
 
-    /// The half of a loaded dense block that `choice` makes of a site in this block.
+    /// The half of a loaded dense block, without its experts, that `choice` makes of a site in this block.
     ///
     /// # Errors
     /// What making or reading it reports.
     fn half(&self, block: &Block, site: usize, choice: usize) -> Result<Half>;
+
+    /// Whether a site is the experts of its block: then [`Sites::expert`] gives what a choice makes of them, not
+    /// [`Sites::half`].
+    fn holds_experts(&self, _site: usize) -> bool {
+        false
+    }
+
+    /// The expert of block `layer` that `choice` makes of a site that holds them.
+    ///
+    /// # Errors
+    /// What making or reading it reports.
+    fn expert(&self, layer: usize, _site: usize, _choice: usize, _expert: usize) -> Result<Mlp> {
+        Err(Error::Missing {
+            layer,
+            what: "an expert",
+            need: "a site that holds experts makes them",
+        })
+    }
 
     /// The matrix that `choice` makes of the embedding or the head, `[vocab, hidden]`; `None` for the dense one.
     ///
@@ -82,6 +103,17 @@ pub struct Fitness<'a> {
 struct Run {
     candidates: Vec<usize>,
     hidden: Activations,
+}
+
+impl Run {
+    /// The same candidates with other hidden states.
+    fn with(self, batches: Vec<Tensor>) -> Self {
+        let hidden = Activations {
+            batches,
+            ..self.hidden
+        };
+        Self { hidden, ..self }
+    }
 }
 
 impl Fitness<'_> {
@@ -185,8 +217,7 @@ impl Fitness<'_> {
     ) -> Result<Vec<(usize, Vec<f64>)>> {
         let mut runs = self.start(candidates, group, batch)?;
         for layer in 0..self.decoder.config().layers() {
-            let block = self.decoder.block(layer)?;
-            self.decoder.release(layer);
+            let block = self.decoder.frame(layer)?;
             let places = self.sites.places().iter().enumerate();
             let sites: Vec<usize> = places
                 .filter(|&(_, &place)| place == Place::Block(layer))
@@ -205,20 +236,70 @@ impl Fitness<'_> {
                 }));
             }
             let blocks = self.variants(&block, &sites, next.iter().map(|(choices, _)| choices))?;
-            runs = next
-                .into_par_iter()
-                .map(|(choices, run)| {
-                    let batches = run.hidden.through(&blocks[&choices])?;
-                    let hidden = Activations {
-                        batches,
-                        ..run.hidden
-                    };
-                    Ok(Run { hidden, ..run })
-                })
-                .collect::<Result<_>>()?;
+            runs = match block.experts {
+                None => next
+                    .into_par_iter()
+                    .map(|(choices, run)| {
+                        let batches = run.hidden.through(&blocks[&choices])?;
+                        Ok(run.with(batches))
+                    })
+                    .collect::<Result<_>>()?,
+                Some(_) => self.through_experts((layer, &sites), next, &blocks)?,
+            };
+            self.decoder.release(layer);
             after_block()?;
         }
         self.finish(candidates, runs, windows)
+    }
+
+    /// Sends runs through a block with experts, of which one for each choice is in memory at a time.
+    fn through_experts(
+        &self,
+        (layer, sites): (usize, &[usize]),
+        runs: Vec<(Vec<usize>, Run)>,
+        blocks: &BTreeMap<Vec<usize>, Block>,
+    ) -> Result<Vec<Run>> {
+        let site = sites
+            .iter()
+            .position(|&site| self.sites.holds_experts(site));
+        let mut passes = runs
+            .par_iter()
+            .map(|(choices, run)| {
+                let pass = run.hidden.routed(&blocks[choices])?;
+                Ok((site.map(|site| choices[site]), pass))
+            })
+            .collect::<Result<Vec<_>>>()?;
+        let experts = passes.first().and_then(|(_, pass)| pass.as_ref());
+        for expert in 0..experts.map_or(0, MixturePass::experts) {
+            // Those that no token of any run chose are not read.
+            let mut loaded: BTreeMap<Option<usize>, Mlp> = BTreeMap::new();
+            for (choice, pass) in &passes {
+                let wanted = pass.as_ref().is_some_and(|pass| pass.wants(expert));
+                if wanted && !loaded.contains_key(choice) {
+                    let mlp = match (site, choice) {
+                        (Some(site), &Some(choice)) => {
+                            self.sites.expert(layer, sites[site], choice, expert)?
+                        }
+                        _ => self.decoder.expert(layer, expert)?,
+                    };
+                    loaded.insert(*choice, mlp);
+                }
+            }
+            self.decoder.release_expert(layer, expert);
+            passes.par_iter_mut().try_for_each(|(choice, pass)| {
+                if let (Some(mlp), Some(pass)) = (loaded.get(choice), pass) {
+                    pass.add(expert, mlp, &mut NoTap)?;
+                }
+                Ok::<_, Error>(())
+            })?;
+        }
+        let done = passes.into_par_iter().map(|(_, pass)| match pass {
+            Some(pass) => Ok(pass.finish(&mut NoTap)?),
+            None => Ok(Vec::new()),
+        });
+        let batches: Vec<Vec<Tensor>> = done.collect::<Result<_>>()?;
+        let runs = runs.into_iter().zip(batches);
+        Ok(runs.map(|((_, run), batches)| run.with(batches)).collect())
     }
 
     /// The block at every combination of choices; halves that occur in several are made once.
@@ -236,6 +317,9 @@ impl Fitness<'_> {
             }
             let mut variant = block.clone();
             for (&site, &choice) in sites.iter().zip(choices) {
+                if self.sites.holds_experts(site) {
+                    continue;
+                }
                 let half = match halves.entry((site, choice)) {
                     Entry::Occupied(made) => made.into_mut(),
                     Entry::Vacant(place) => place.insert(self.sites.half(block, site, choice)?),

@@ -16,6 +16,8 @@ pub enum Half {
     Attention(Box<block::Half<Attention>>),
     /// The MLP.
     Mlp(block::Half<Mlp>),
+    /// The expert that every token passes through, beside the other experts of a block.
+    SharedExpert(Mlp),
 }
 
 impl Half {
@@ -80,6 +82,12 @@ impl Half {
                     _ => None,
                 }
             }
+            Self::SharedExpert(mlp) => match name {
+                LinearName::SharedGate => mlp.gate.as_mut(),
+                LinearName::SharedUp => Some(&mut mlp.up),
+                LinearName::SharedDown => Some(&mut mlp.down),
+                _ => None,
+            },
             Self::Mlp(half) => {
                 let mlp = half.body.as_mut()?;
                 match name {
@@ -97,6 +105,11 @@ impl Half {
         match self.clone() {
             Self::Attention(half) => block.attention = *half,
             Self::Mlp(half) => block.mlp = half,
+            Self::SharedExpert(mlp) => {
+                if let Some(shared) = block.experts.as_mut().and_then(|e| e.shared.as_mut()) {
+                    shared.mlp = mlp;
+                }
+            }
         }
     }
 }

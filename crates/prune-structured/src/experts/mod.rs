@@ -43,7 +43,7 @@ pub use fewer::{FewerExperts, fewer};
 pub use joint::{Joint, JointData, JointOptions, Pair, joint};
 pub use map::router_map;
 pub use method::ExpertMethod;
-pub use neurons::{NeuronOptions, narrow};
+pub use neurons::{ExpertNeurons, NeuronOptions, narrow};
 pub use options::{ExpertOptions, Keep};
 pub use output::{ExpertCost, ExpertSettings, write};
 pub use plan::{ExpertPlan, LayerExperts, Member};

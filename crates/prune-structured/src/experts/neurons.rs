@@ -7,8 +7,7 @@
 
 use super::ExpertRefits;
 use super::collect::Collector;
-use super::plan::{ExpertPlan, LayerExperts, ascending_below};
-use super::routing::{logits as logits_of, softmax};
+use super::plan::{ExpertPlan, ascending_below, narrowed};
 use super::select::advance_pruned;
 use crate::compensation::{complement, refit};
 use crate::score::{Magnitude, Score, WandaSp};
@@ -17,7 +16,7 @@ use crate::tensor::values;
 use crate::{DEFAULT_RIDGE, Error, Result};
 use candle_core::{DType, Device, Tensor};
 use causal_lm::block::Mlp;
-use causal_lm::mixture::Routing;
+use causal_lm::mixture::{ExpertInputs, ExpertToken};
 use causal_lm::{Decoder, Hidden, NoTap, Progress, Windows};
 use serde::{Deserialize, Serialize};
 
@@ -115,18 +114,18 @@ pub fn narrow(
                     width: mixture.width,
                 });
             }
-            let seen = Seen {
-                inputs: &collector.inputs,
-                routings: &collector.routings,
+            let seen = ExpertInputs {
+                inputs: collector.inputs,
+                routings: collector.routings,
             };
             let mut made = Vec::new();
             let mut neurons = Vec::new();
             for at in 0..experts.kept.len() {
                 progress.advance(0)?;
-                let of_expert = (decoder, layer, at);
-                let (kept, down) = one(of_expert, experts, seen, (options, width))?;
-                made.extend(down.map(|down| (at, down)));
-                neurons.push(kept);
+                let mlp = experts.whole(decoder, layer, at)?;
+                let ranked = ExpertNeurons::of(&mlp, &seen, (layer, at), options)?;
+                made.extend(ranked.down(width)?.map(|down| (at, down)));
+                neurons.push(ranked.kept(width));
             }
             refits.save(layer, &made)?;
             if let Some(experts) = &mut narrowed.layers[layer] {
@@ -139,96 +138,111 @@ pub fn narrow(
     Ok(narrowed)
 }
 
-/// What a layer's experts read, and where it goes.
-#[derive(Clone, Copy)]
-struct Seen<'a> {
-    inputs: &'a [Tensor],
-    routings: &'a [Routing],
+/// The neurons of an expert by how much they matter, and what its down projection is fitted to when some of them go.
+#[derive(Clone, Debug)]
+pub struct ExpertNeurons {
+    layer: usize,
+    /// Neurons, the most important first.
+    order: Vec<usize>,
+    /// Down projection, `[hidden, neurons]` f32.
+    down: Tensor,
+    /// H̃ of its input; `None` where nothing is fitted.
+    gram: Option<Tensor>,
+    ridge: f64,
 }
 
-/// The neurons that stay of an expert, and its fitted down projection.
-fn one(
-    (decoder, layer, at): (&Decoder<'_>, usize, usize),
-    experts: &LayerExperts,
-    seen: Seen<'_>,
-    (options, width): (&NeuronOptions, usize),
-) -> Result<(Vec<usize>, Option<Tensor>)> {
-    let mlp = experts.whole(decoder, layer, at)?;
-    let dense = mlp.down.inputs();
-    let (own, pool) = seen.tokens(at, options.pool_tokens);
-    let weight = |gate: f32| match options.gate_weight {
-        true => gate,
-        false => 1.0,
-    };
-    let roots: Vec<f32> = own.iter().map(|(_, _, gate)| weight(*gate)).collect();
-    let own = Sums::of(&seen.neurons(&mlp, &own)?, &roots, options.refit)?;
-    let ones = vec![1.0; pool.len()];
-    let pool = Sums::of(&seen.neurons(&mlp, &pool)?, &ones, options.refit)?;
-    let down = mlp
-        .down
-        .weight()?
-        .to_dtype(DType::F32)?
-        .to_device(&Device::Cpu)?;
-    let prior = |share: f64| options.prior.unwrap_or(share * dense as f64);
-    let score: Score = match own.tokens {
-        0 => Magnitude.into(),
-        _ => options.score,
-    };
-    let stats = own.statistics(&pool, prior(0.25), &down)?;
-    let scores = score.columns(layer, Part::Mlp, &stats)?;
-    let mut order: Vec<usize> = (0..dense).collect();
-    order.sort_by(|&a, &b| scores[b].total_cmp(&scores[a]).then(a.cmp(&b)));
-    order.truncate(width);
-    order.sort_unstable();
-    debug_assert!(ascending_below(&order, dense));
-    if !options.refit || own.tokens == 0 {
-        return Ok((order, None));
-    }
-    let gram = own.shrunk_gram(&pool, prior(1.0))?;
-    let removed = complement(&order, dense);
-    let down = refit(&down, &gram, &order, &removed, options.ridge, layer)?;
-    Ok((order, Some(down)))
-}
-
-/// A token of a batch with its gate.
-type Slot = (usize, u32, f32);
-
-impl Seen<'_> {
-    /// The tokens of an expert with their gates, and of the others up to `most` that are likeliest for it.
-    fn tokens(self, expert: usize, most: usize) -> (Vec<Slot>, Vec<Slot>) {
-        let (mut own, mut others) = (Vec::new(), Vec::new());
-        for (batch, routing) in self.routings.iter().enumerate() {
-            for token in 0..routing.tokens() {
-                let range = token * routing.chosen..(token + 1) * routing.chosen;
-                let ids = &routing.ids[range.clone()];
-                match ids.iter().position(|&id| id as usize == expert) {
-                    Some(slot) => own.push((batch, token as u32, routing.gates[range][slot])),
-                    None => {
-                        let p = softmax(logits_of(routing, token))[expert];
-                        others.push((p, batch, token as u32));
-                    }
-                }
-            }
-        }
-        others.sort_by(|a, b| b.0.total_cmp(&a.0).then((a.1, a.2).cmp(&(b.1, b.2))));
-        others.truncate(most);
-        let mut pool: Vec<Slot> = others.into_iter().map(|(_, b, t)| (b, t, 1.0)).collect();
-        pool.sort_unstable_by_key(|&(batch, token, _)| (batch, token));
-        (own, pool)
-    }
-
-    /// What the down projection reads of these tokens, `[tokens, neurons]` f32 on the CPU, batch by batch.
-    fn neurons(self, mlp: &Mlp, slots: &[Slot]) -> Result<Vec<Tensor>> {
-        let batches = slots.chunk_by(|a, b| a.0 == b.0);
-        let of_batch = |slots: &[Slot]| -> Result<Tensor> {
-            let x = &self.inputs[slots[0].0];
-            let tokens = slots.iter().map(|&(_, token, _)| token);
-            let x = x.index_select(&Tensor::from_iter(tokens, x.device())?, 0)?;
-            let neurons = mlp.neurons(&x)?;
-            Ok(neurons.to_dtype(DType::F32)?.to_device(&Device::Cpu)?)
+impl ExpertNeurons {
+    /// Ranks the neurons of an expert of a layer by what it reads. `mlp` has all of them.
+    ///
+    /// # Errors
+    /// [`Error::Missing`] for scores that need other statistics, and what running the expert reports.
+    pub fn of(
+        mlp: &Mlp,
+        inputs: &ExpertInputs,
+        (layer, expert): (usize, usize),
+        options: &NeuronOptions,
+    ) -> Result<Self> {
+        let dense = mlp.down.inputs();
+        let (own, pool) = inputs.tokens(expert, options.pool_tokens);
+        let weight = |gate: f32| match options.gate_weight {
+            true => gate,
+            false => 1.0,
         };
-        batches.map(of_batch).collect()
+        let roots: Vec<f32> = own.iter().map(|token| weight(token.gate)).collect();
+        let own = Sums::of(&neurons_of(mlp, inputs, &own)?, &roots, options.refit)?;
+        let ones = vec![1.0; pool.len()];
+        let pool = Sums::of(&neurons_of(mlp, inputs, &pool)?, &ones, options.refit)?;
+        let down = mlp
+            .down
+            .weight()?
+            .to_dtype(DType::F32)?
+            .to_device(&Device::Cpu)?;
+        let prior = |share: f64| options.prior.unwrap_or(share * dense as f64);
+        let score: Score = match own.tokens {
+            0 => Magnitude.into(),
+            _ => options.score,
+        };
+        let stats = own.statistics(&pool, prior(0.25), &down)?;
+        let scores = score.columns(layer, Part::Mlp, &stats)?;
+        let mut order: Vec<usize> = (0..dense).collect();
+        order.sort_by(|&a, &b| scores[b].total_cmp(&scores[a]).then(a.cmp(&b)));
+        let gram = match options.refit && own.tokens > 0 {
+            true => Some(own.shrunk_gram(&pool, prior(1.0))?),
+            false => None,
+        };
+        Ok(Self {
+            layer,
+            order,
+            down,
+            gram,
+            ridge: options.ridge,
+        })
     }
+
+    /// The `width` neurons that matter most, ascending; all where there are fewer.
+    pub fn kept(&self, width: usize) -> Vec<usize> {
+        let mut kept = self.order[..width.min(self.order.len())].to_vec();
+        kept.sort_unstable();
+        debug_assert!(ascending_below(&kept, self.order.len()));
+        kept
+    }
+
+    /// The down projection fitted to these neurons, `[hidden, width]` f32; `None` where its columns stay as they are, for an
+    /// expert that no token chose and without refits.
+    ///
+    /// # Errors
+    /// When the fit has no solution.
+    pub fn down(&self, width: usize) -> Result<Option<Tensor>> {
+        let Some(gram) = &self.gram else {
+            return Ok(None);
+        };
+        let kept = self.kept(width);
+        let removed = complement(&kept, self.order.len());
+        refit(&self.down, gram, &kept, &removed, self.ridge, self.layer).map(Some)
+    }
+
+    /// The expert with the `width` neurons that matter most, its down projection fitted where that can be.
+    ///
+    /// # Errors
+    /// When the fit has no solution, or `mlp` is not the expert that was ranked.
+    pub fn narrowed(&self, mlp: &Mlp, width: usize) -> Result<Mlp> {
+        let mut narrow = narrowed(mlp, &self.kept(width))?;
+        if let Some(down) = self.down(width)? {
+            narrow
+                .down
+                .set_weight(down.to_dtype(mlp.down.weight()?.dtype())?);
+        }
+        Ok(narrow)
+    }
+}
+
+/// What the down projection reads of these tokens, `[tokens, neurons]` f32 on the CPU, batch by batch.
+fn neurons_of(mlp: &Mlp, inputs: &ExpertInputs, tokens: &[ExpertToken]) -> Result<Vec<Tensor>> {
+    let of_batch = |x: Tensor| -> Result<Tensor> {
+        let neurons = mlp.neurons(&x)?;
+        Ok(neurons.to_dtype(DType::F32)?.to_device(&Device::Cpu)?)
+    };
+    inputs.rows(tokens)?.into_iter().map(of_batch).collect()
 }
 
 /// Sums over tokens; ω is the square of a token's root.

@@ -21,8 +21,11 @@ impl ExpertRefits {
         self.dir.join(format!("experts-{layer}.safetensors"))
     }
 
-    /// Stores the weights of a layer's experts by their place in the plan.
-    pub(crate) fn save(&self, layer: usize, weights: &[(usize, Tensor)]) -> Result<()> {
+    /// Stores the weights of a layer's experts, `[hidden, neurons]` f32, by their place in the plan.
+    ///
+    /// # Errors
+    /// When the file cannot be written.
+    pub fn save(&self, layer: usize, weights: &[(usize, Tensor)]) -> Result<()> {
         let named = |(at, weight): &(usize, Tensor)| (key(*at), weight.clone());
         let weights: Vec<(String, Tensor)> = weights.iter().map(named).collect();
         stored::write_tensors(&self.path(layer), &weights)
