@@ -63,7 +63,7 @@ pub(super) fn figure(plan: &Plan, bf16: u64) -> Figure {
     }
     write!(
         svg,
-        "<text x=\"{LEFT}\" y=\"{:.1}\">sites in the order of the data: embedding, attention and MLP of each block</text></svg>",
+        "<text x=\"{LEFT}\" y=\"{:.1}\">sites in the order of the data: embedding, attention and MLP or experts of each block</text></svg>",
         height - 6.0
     )
     .ok();

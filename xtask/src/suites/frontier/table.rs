@@ -39,7 +39,7 @@ pub(super) fn section(
     columns.extend([Column::TokensPerSecond, Column::Seconds, Column::PeakRss]);
     Section {
         title: "The best model that fits".into(),
-        prose: "A budget in bytes is divided over pruned width, bits and low-rank repair of each attention, MLP and embedding, and with \
+        prose: "A budget in bytes is divided over pruned width, bits and low-rank repair of each attention, MLP or block's experts, and embedding, and with \
                 --context over the caches of the layers, by \
                 what each treatment does to the predictions of the whole model. Every plan was written, opened again and measured \
                 with its weights as they are stored: size is that of the files of weights, kl the mean divergence from the dense \
