@@ -23,6 +23,7 @@ use lowrank_eora::repair::StoredWeight;
 use prune_structured::Progress;
 use prune_structured::experts::{ExpertNeurons, ExpertPlan, ExpertRefits, NeuronOptions};
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::path::PathBuf;
 use tensor_io::atomic::Overwrite;
 use tensor_io::{Checkpoint, PendingFolder, TensorSpec};
@@ -172,29 +173,29 @@ impl Maker<'_> {
             self.decoder.release_expert(layer, expert);
             let grams = ExpertGrams::of(&dense, (&inputs, expert), &pool, &options)?;
             let energy = energy(&dense, &grams, None)?;
-            let mut ranked = None;
+            let mut ranked: Option<ExpertNeurons> = None;
             let mut widths: BTreeMap<usize, Narrow> = BTreeMap::new();
             for (treatment, folder) in &missing {
                 let width = treatment.width;
-                if !widths.contains_key(&width) {
-                    let narrow = match width < mixture.width {
-                        false => Narrow {
-                            mlp: dense.clone(),
-                            kept: None,
-                            energy,
-                        },
-                        true => {
-                            if ranked.is_none() {
+                let narrow = match widths.entry(width) {
+                    Entry::Occupied(made) => made.into_mut(),
+                    Entry::Vacant(place) if width == mixture.width => place.insert(Narrow {
+                        mlp: dense.clone(),
+                        kept: None,
+                        energy,
+                    }),
+                    Entry::Vacant(place) => {
+                        let ranked = match &mut ranked {
+                            Some(ranked) => &*ranked,
+                            none => {
                                 let of = (layer, expert);
                                 let found = ExpertNeurons::of(&dense, &inputs, of, &self.neurons)?;
-                                ranked = Some(found);
+                                none.insert(found)
                             }
-                            narrowed((&dense, ranked.as_ref()), &grams, width)?
-                        }
-                    };
-                    widths.insert(width, narrow);
-                }
-                let narrow = &widths[&width];
+                        };
+                        place.insert(Narrow::of((&dense, ranked), &grams, width)?)
+                    }
+                };
                 let mut tensors =
                     self.treated_expert((layer, expert), narrow, &grams, treatment.format)?;
                 let both = Tensor::new(&[narrow.energy, energy], &Device::Cpu)?;
@@ -376,21 +377,20 @@ impl Maker<'_> {
     }
 }
 
-/// An expert with the neurons that matter most.
-fn narrowed(
-    (dense, ranked): (&Mlp, Option<&ExpertNeurons>),
-    grams: &ExpertGrams,
-    width: usize,
-) -> Result<Narrow> {
-    let Some(ranked) = ranked else {
-        return Err(Error::PlanMismatch("neurons without a ranking".into()));
-    };
-    let (mlp, kept) = (ranked.narrowed(dense, width)?, ranked.kept(width));
-    Ok(Narrow {
-        energy: energy(&mlp, grams, Some(&kept))?,
-        kept: Some(kept),
-        mlp,
-    })
+impl Narrow {
+    /// An expert with the neurons that matter most.
+    fn of(
+        (dense, ranked): (&Mlp, &ExpertNeurons),
+        grams: &ExpertGrams,
+        width: usize,
+    ) -> Result<Self> {
+        let (mlp, kept) = (ranked.narrowed(dense, width)?, ranked.kept(width));
+        Ok(Self {
+            energy: energy(&mlp, grams, Some(&kept))?,
+            kept: Some(kept),
+            mlp,
+        })
+    }
 }
 
 /// Σ of the squared outputs of an expert, its tokens weighted by their squared gates.

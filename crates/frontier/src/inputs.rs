@@ -164,7 +164,7 @@ impl Sums {
         ];
         Ok(tensor_io::write_checked_file(
             path,
-            tensors.into_iter(),
+            tensors,
             &BTreeMap::new(),
         )?)
     }
