@@ -128,7 +128,10 @@ pub fn run(config: &Config) -> Result<()> {
     let prefill = prompt.len() as f64 / generated.prefill.as_secs_f64();
     facts.push(format!("prefill {prefill:.1} tokens/s"));
     if let Some(decode) = generated.tokens_per_second() {
-        facts.push(format!("decode {decode:.1} tokens/s"));
+        let read = decode * model.weight_bytes() as f64 / 1e9;
+        facts.push(format!(
+            "decode {decode:.1} tokens/s ({read:.1} GB/s of weights)"
+        ));
     }
     let bytes = |name: &str, bytes: usize| format!("{name} {}", format::bytes(bytes as u64));
     facts.push(bytes("weights", model.weight_bytes()));
