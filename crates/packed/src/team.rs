@@ -244,6 +244,7 @@ impl Shared {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::output::Output;
 
     /// Counts `work` in a region.
     fn count(team: &Team, work: usize) -> usize {
@@ -263,6 +264,43 @@ mod tests {
             assert_eq!(team.threads(), threads);
             for work in 0..200 {
                 assert_eq!(count(&team, work), work);
+            }
+        }
+    }
+
+    #[test]
+    fn nobody_is_in_a_region_that_has_returned_and_what_was_written_there_is_seen() {
+        // Fewer under Miri, which looks at every access.
+        let rounds = if cfg!(miri) { 40 } else { 20_000 };
+        let team = Team::new(4);
+        for round in 0..rounds {
+            // Memory of this round alone, of a size of its own, that threads write without locks.
+            let (tokens, rows) = (1 + round % 3, 16 * (1 + round % 5) + round % 16);
+            let mut values = vec![-1.0f32; tokens * rows];
+            let inside = AtomicUsize::new(0);
+            let output = Output::new(&mut values, tokens, rows, 1);
+            team.run(&|| {
+                inside.fetch_add(1, Ordering::SeqCst);
+                while let Some(mut claim) = output.claim() {
+                    for tile in claim.tiles() {
+                        for token in 0..tokens {
+                            claim.part(tile, token).fill(round as f32);
+                        }
+                    }
+                }
+                inside.fetch_sub(1, Ordering::SeqCst);
+            });
+            assert_eq!(inside.load(Ordering::SeqCst), 0, "round {round}");
+            assert!(
+                values.iter().all(|value| *value == round as f32),
+                "round {round}"
+            );
+            // Workers that wait, that are about to sleep and that sleep.
+            match round % 128 {
+                0 => thread::sleep(2 * PATIENCE),
+                1 => thread::sleep(PATIENCE),
+                2..8 => thread::yield_now(),
+                _ => {}
             }
         }
     }

@@ -140,16 +140,22 @@ fn check_counts(file: &Gguf, model: &ModelConfig, experts: Experts) -> Result<()
             ));
         }
         let Some(mixture) = mixture else { continue };
-        let router = in_block(layer, names::ROUTER);
-        let found = match file.info(&router) {
-            Ok(info) => info.elements() / info.width().max(1),
-            Err(_) => 0,
-        };
-        if found != mixture.experts {
-            return refuse(format!(
-                "the file states {} experts, but tensor `{router}` has {found} rows",
-                mixture.experts
-            ));
+        let stacks = [LinearName::Gate, LinearName::Up, LinearName::Down];
+        let stacks = stacks.map(|of| format!("{}_exps.weight", names::linear(of)));
+        for name in stacks.iter().map(String::as_str).chain([names::ROUTER]) {
+            let name = in_block(layer, name);
+            let found = match file.info(&name) {
+                Ok(info) => info.shape[0],
+                // Only the router is always there.
+                Err(_) if name.ends_with(names::ROUTER) => 0,
+                Err(_) => continue,
+            };
+            if found != mixture.experts {
+                return refuse(format!(
+                    "the file states {} experts, but tensor `{name}` is of {found}",
+                    mixture.experts
+                ));
+            }
         }
         alone = alone.saturating_add(mixture.experts);
     }
