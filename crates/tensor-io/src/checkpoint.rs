@@ -323,13 +323,18 @@ impl Checkpoint {
         })
     }
 
-    /// Rows of a matrix as stored, one after the other: of an embedding, those of some tokens.
+    /// Rows of a matrix as stored, one after the other: of an embedding, those of some tokens. Of several matrices in one
+    /// tensor, all dimensions but the last count as rows.
     ///
     /// # Errors
     /// [`Error::UnknownTensor`], [`Error::UnknownRow`], [`Error::Pickle`], and what a source reports.
     pub fn rows(&self, name: &str, rows: &[usize]) -> Result<Vec<u8>> {
         let info = self.info(name)?;
-        let count = info.shape.first().copied().unwrap_or(0);
+        let count = match info.shape.as_slice() {
+            [count] | [count, _] => *count,
+            [.., columns] => info.elements().checked_div(*columns).unwrap_or(0),
+            [] => 0,
+        };
         if let Some(&row) = rows.iter().find(|&&row| row >= count) {
             return Err(Error::UnknownRow {
                 file: self.shard_paths[info.shard].clone(),

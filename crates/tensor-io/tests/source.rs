@@ -192,3 +192,28 @@ fn a_folder_of_files_can_be_written_from_it() {
         checkpoint.content_hash().unwrap()
     );
 }
+
+#[test]
+fn rows_of_several_matrices_in_one_tensor_are_counted_through() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("m.safetensors");
+    let values: Vec<f32> = (0..12u8).map(f32::from).collect();
+    let tensor = candle_core::Tensor::from_vec(values, (2, 3, 2), &Device::Cpu).unwrap();
+    let metadata = std::collections::BTreeMap::new();
+    tensor_io::write_file(&path, [("w", &tensor)], &metadata).unwrap();
+    let file = Checkpoint::open_file(&path).unwrap();
+    let rows = file.rows("w", &[4, 1]).unwrap();
+    assert_eq!(rows, [8f32, 9., 2., 3.].map(f32::to_le_bytes).concat());
+    let missing = file.rows("w", &[6]).unwrap_err();
+    assert!(
+        matches!(
+            missing,
+            Error::UnknownRow {
+                row: 6,
+                rows: 6,
+                ..
+            }
+        ),
+        "{missing}"
+    );
+}
