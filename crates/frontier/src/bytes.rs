@@ -15,7 +15,7 @@ use crate::treatment::{Format, Treatment};
 use candle_core::DType;
 use causal_lm::compressed::blocks;
 use causal_lm::names::{ExpertLayout, Names};
-use causal_lm::{Decoder, LayerShape};
+use causal_lm::{Decoder, LayerShape, LinearName};
 use lowrank_eora::compress::{BlockTypes, Compressor, Storage, fitting};
 use lowrank_eora::output::gptq;
 use packed::BlockType;
@@ -182,6 +182,9 @@ impl<'a> Counter<'a> {
     /// others. `None` for codes of one that has none.
     fn experts(&self, layer: usize, treatment: Treatment) -> Result<Option<u64>> {
         let Treatment { width, format, .. } = treatment;
+        if self.target == Target::Gguf {
+            return self.stacked(layer, treatment);
+        }
         let alone = self.maker.expert_specs(layer, width, ExpertLayout::Alone)?;
         let Some(specs) = alone else {
             return match format {
@@ -206,6 +209,31 @@ impl<'a> Counter<'a> {
         Ok(Some(sum))
     }
 
+    /// The experts of a block in a GGUF file, where a tensor holds a linear of all of them.
+    fn stacked(&self, layer: usize, treatment: Treatment) -> Result<Option<u64>> {
+        let Treatment { width, format, .. } = treatment;
+        let config = self.decoder().config();
+        // Codes are made under the names of single experts.
+        let named = config.names.with_layout(ExpertLayout::Alone).is_some();
+        if format != Format::Stored && !named {
+            return Ok(None);
+        }
+        let experts = self.maker.mixture(layer)?.experts;
+        let dtype = self.maker.expert_dtype(layer, 0, LinearName::Up)?;
+        let mut sum = 0;
+        for [m, n] in [
+            [width, config.hidden],
+            [width, config.hidden],
+            [config.hidden, width],
+        ] {
+            let Some(bytes) = self.matrix(("experts", dtype), [experts * m, n], format)? else {
+                return Ok(None);
+            };
+            sum += bytes;
+        }
+        Ok(Some(sum))
+    }
+
     /// The experts of a block as floats in tensors that hold all of them; `None` where the architecture has no such tensors.
     fn fused(&self, layer: usize, width: usize) -> Result<Option<u64>> {
         let fused = self.maker.expert_specs(layer, width, ExpertLayout::Fused)?;
@@ -221,7 +249,8 @@ impl<'a> Counter<'a> {
             return Ok(0);
         };
         let is_fused = self.decoder().config().names.layout() == ExpertLayout::Fused;
-        if treatment.format != Format::Stored || !is_fused {
+        let folder = self.target != Target::Gguf;
+        if treatment.format != Format::Stored || !is_fused || !folder {
             return Ok(0);
         }
         let alone = self.experts(layer, treatment)?.unwrap_or(0);

@@ -73,7 +73,7 @@ impl Division {
                 let allowed = |menu: &Menu, item: &Item| {
                     let level = match menu.site {
                         Site::Attention(_) => attention,
-                        Site::Mlp(_) => mlp,
+                        Site::Mlp(_) | Site::Experts(_) => mlp,
                         _ => None,
                     };
                     let is_matrix = menu.site.half().is_none();
@@ -172,7 +172,7 @@ fn widths(menus: &[Menu], equal: bool) -> Vec<(Option<usize>, Option<usize>)> {
     let levels = |attention: bool| {
         let of = menus.iter().filter(|menu| match menu.site {
             Site::Attention(_) => attention,
-            Site::Mlp(_) => !attention,
+            Site::Mlp(_) | Site::Experts(_) => !attention,
             _ => false,
         });
         of.map(|menu| menu.levels).min().unwrap_or(1)

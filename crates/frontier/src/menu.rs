@@ -161,6 +161,7 @@ impl Menu {
 fn widths(maker: &Maker<'_>, options: &Options, site: Site) -> Result<Vec<usize>> {
     let mut widths = match (site, maker.ranking(site)) {
         (Site::Experts(layer), _) => maker.expert_widths(layer, &options.widths)?,
+        (Site::Attention(_), _) if options.target.keeps_heads(maker.decoder) => Vec::new(),
         (_, Some(ranking)) => widths_of(ranking, options),
         (_, None) => Vec::new(),
     };

@@ -4,6 +4,7 @@ use crate::treatment::Format;
 use crate::{Error, Result};
 use causal_lm::Decoder;
 use causal_lm::gguf::Architecture;
+use prune_structured::gguf;
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::str::FromStr;
@@ -104,20 +105,14 @@ impl Target {
     /// Whether it stores models of this architecture.
     ///
     /// # Errors
-    /// [`Error::Experts`] for mixtures, whose quantised experts are written for [`Target::Here`] alone.
+    /// [`Error::Experts`] for mixtures and [`Target::Vllm`].
     pub fn check_model(self, decoder: &Decoder<'_>) -> Result<()> {
-        let config = decoder.config();
-        let reason = match self {
-            Self::Here => return Ok(()),
-            Self::Gguf => "quantised experts are not exported to GGUF; use the target `here`",
-            Self::Vllm => "quantised experts are not exported to vLLM; use the target `here`",
-        };
-        match config.mixtures.iter().any(Option::is_some) {
+        match self == Self::Vllm && has_experts(decoder) {
             false => Ok(()),
             true => Err(Error::Experts {
                 target: self.name(),
-                model_type: config.model_type,
-                reason,
+                model_type: decoder.config().model_type,
+                reason: "no export of quantised experts was checked against it; use `here` or `gguf`",
             }),
         }
     }
@@ -127,9 +122,16 @@ impl Target {
         match self {
             Self::Here => false,
             Self::Vllm => true,
-            // The architecture with a width for each block has no norms of q and k.
-            Self::Gguf => decoder.config().model_type == Architecture::Qwen3.name(),
+            // The architecture with a width for each block has no norms of q and k, and no experts.
+            Self::Gguf => {
+                decoder.config().model_type == Architecture::Qwen3.name() || has_experts(decoder)
+            }
         }
+    }
+
+    /// Whether every block must have all its heads.
+    pub fn keeps_heads(self, decoder: &Decoder<'_>) -> bool {
+        self == Self::Gguf && gguf::keeps_heads(decoder)
     }
 
     /// Whether all linears must have the same rank.
@@ -141,6 +143,10 @@ impl Target {
     pub fn quantises_matrices(self) -> bool {
         self != Self::Vllm
     }
+}
+
+fn has_experts(decoder: &Decoder<'_>) -> bool {
+    decoder.config().mixtures.iter().any(Option::is_some)
 }
 
 impl fmt::Display for Target {

@@ -16,6 +16,7 @@
 mod adapter;
 mod checkpoint;
 mod gguf_model;
+mod gguf_others;
 mod imatrix;
 mod lora_gguf;
 mod mixed;

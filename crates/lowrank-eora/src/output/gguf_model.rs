@@ -6,6 +6,7 @@
 
 use super::Weights;
 use super::checkpoint::requantised;
+use super::gguf_others::Others;
 use crate::compress::{BlockTypes, Compressor, Quantise, Rounding};
 use crate::format::gguf::place;
 use crate::repair::{LayerId, Repaired, RepairedLayer, StoredWeight, linears};
@@ -14,7 +15,6 @@ use candle_core::DType;
 use causal_lm::Decoder;
 use causal_lm::gguf::Architecture;
 use causal_lm::gguf::layout::{self, Experts, FileTensor, Rows, holders};
-use causal_lm::gguf::names::{EMBEDDING, HEAD};
 use faer::Mat;
 use packed::{BlockType, QuantRows, quantise};
 use std::collections::BTreeMap;
@@ -22,6 +22,8 @@ use std::path::Path;
 use tensor_io::Progress;
 use tensor_io::gguf::{BlockLayout, Gguf, GgufError, Metadata, TensorSpec, Value, Writer};
 
+/// What errors call the format.
+pub(super) const NAME: &str = "gguf";
 const FILE_TYPE: &str = "general.file_type";
 const QUANTISATION_VERSION: &str = "general.quantization_version";
 /// Keys that only a part of a split model has.
@@ -127,20 +129,7 @@ pub fn write_gguf(
             Rows::Order(order) => rows.select(&order.all_in_checkpoint())?,
         })
     };
-    let mut others = BTreeMap::new();
-    for other in repaired.others() {
-        let (module, weight) = other?;
-        let blocks = match weight {
-            StoredWeight::Blocks(blocks) => blocks,
-            StoredWeight::Quantised { weight, .. } => place(module, &weight)?,
-            StoredWeight::Dense(_) => continue,
-        };
-        let name = match module == decoder.config().names.head().trim_end_matches(".weight") {
-            true => HEAD,
-            false => EMBEDDING,
-        };
-        others.insert(name.to_string(), blocks);
-    }
+    let others = Others::find(repaired, &tensors)?;
     // Types are declared before the data, and some show only when the codes are placed.
     let mut types = BTreeMap::new();
     for block in 0..repaired.blocks() {
@@ -152,8 +141,8 @@ pub fn write_gguf(
     let specs = template.tensors().iter().map(|info| {
         let layout = match layers.get(&info.name) {
             Some(placed) => block_layout(types[&placed.layer])?,
-            None => match others.get(&info.name) {
-                Some(blocks) => block_layout(blocks.block_type())?,
+            None => match others.block_type(&info.name) {
+                Some(ty) => block_layout(ty)?,
                 None => info.layout,
             },
         };
@@ -166,8 +155,8 @@ pub fn write_gguf(
     progress.begin("write GGUF", repaired.blocks() as u64);
     let mut block: Option<(usize, Vec<RepairedLayer>)> = None;
     for info in template.tensors() {
-        if let Some(blocks) = others.get(&info.name) {
-            writer.write(&info.name, blocks.bytes())?;
+        if let Some(bytes) = others.bytes(&info.name)? {
+            writer.write(&info.name, &bytes)?;
             continue;
         }
         let Some(placed) = layers.get(&info.name) else {

@@ -175,10 +175,19 @@ impl Repaired {
 
     /// Matrices beside the linears, each with the path of its module; each is read when it is asked for.
     pub fn others(&self) -> impl Iterator<Item = Result<(&str, StoredWeight)>> {
-        self.others.iter().enumerate().map(|(at, module)| {
-            let file = Checkpoint::open_checked_file(other_file(&self.folder, at))?;
-            Ok((module.as_str(), StoredWeight::read(&file, module)?))
-        })
+        let modules = self.others.iter().enumerate();
+        modules.map(|(at, module)| Ok((module.as_str(), self.other(at)?)))
+    }
+
+    /// Paths of the modules of [`Repaired::others`].
+    pub(crate) fn other_modules(&self) -> &[String] {
+        &self.others
+    }
+
+    /// The matrix at this place of [`Repaired::other_modules`].
+    pub(crate) fn other(&self, at: usize) -> Result<StoredWeight> {
+        let file = Checkpoint::open_checked_file(other_file(&self.folder, at))?;
+        StoredWeight::read(&file, &self.others[at])
     }
 
     /// The folder.

@@ -49,7 +49,7 @@ pub(super) fn architecture(decoder: &Decoder<'_>) -> Result<Architecture> {
 }
 
 /// Architectures whose projections of q and o are square in llama.cpp.
-fn has_square_projections(architecture: Architecture) -> bool {
+pub(super) fn has_square_projections(architecture: Architecture) -> bool {
     matches!(
         architecture,
         Architecture::Phi3

@@ -135,6 +135,11 @@ pub struct Exported {
     pub bytes: u64,
 }
 
+/// Whether llama.cpp takes a model only with as many heads as make up its channels, so that none can be removed.
+pub fn keeps_heads(decoder: &Decoder<'_>) -> bool {
+    causal_lm::gguf::Architecture::of(decoder.config()).is_some_and(check::has_square_projections)
+}
+
 /// Writes `decoder` as the GGUF file `dst`, replacing an older one. The tokenizer comes from the decoder's folder; a
 /// step of `progress` is a tensor.
 ///
