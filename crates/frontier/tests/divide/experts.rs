@@ -9,7 +9,7 @@ use causal_lm::testing::{TestModel, config};
 use causal_lm::{Decoder, Execution};
 use frontier::{Data, Error, Format, Frontier, Options, Plan, Site, Target};
 use prune_structured::experts::{ExpertPlan, ExpertSettings, write};
-use serde_json::json;
+use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 use tensor_io::{Checkpoint, NoProgress};
 
@@ -21,6 +21,11 @@ struct Mixture {
 
 /// Two blocks of four experts of 64 neurons, in this layout.
 fn mixture(model_type: &str, layout: ExpertLayout) -> Mixture {
+    mixture_with(model_type, layout, json!({}))
+}
+
+/// The same with some fields of its config replaced.
+fn mixture_with(model_type: &str, layout: ExpertLayout, fields: Value) -> Mixture {
     let mut changes = json!({
         "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8, "vocab_size": WORDS,
         "tie_word_embeddings": true, "num_experts_per_tok": 2, "num_local_experts": 4,
@@ -33,11 +38,13 @@ fn mixture(model_type: &str, layout: ExpertLayout) -> Mixture {
         }),
         "qwen3_moe" => json!({"moe_intermediate_size": 64, "norm_topk_prob": true}),
         "granitemoe" => json!({"attention_multiplier": 0.3}),
-        "olmoe" => json!({"num_key_value_heads": 8}),
+        "olmoe" => json!({"num_key_value_heads": 8, "tie_word_embeddings": false}),
         _ => json!({}),
     };
-    for (field, value) in own.as_object().unwrap() {
-        changes[field] = value.clone();
+    for more in [own, fields] {
+        for (field, value) in more.as_object().unwrap() {
+            changes[field] = value.clone();
+        }
     }
     // Random weights of this size make predictions that differ from token to token.
     let louder = |name: &str, tensor: Tensor| match name.contains("norm") {
@@ -338,4 +345,20 @@ fn what_a_target_cannot_store_of_experts_is_refused() {
     let error = Frontier::prepare(&decoder, data, gguf, &state, &NoProgress);
     let error = error.err().unwrap().to_string();
     assert!(error.contains("dense layers between mixtures"), "{error}");
+}
+
+#[test]
+fn a_head_that_a_gguf_file_has_beside_a_tied_embedding_is_quantised_with_it() {
+    let tied = json!({"tie_word_embeddings": true});
+    let model = mixture_with("olmoe", ExpertLayout::Alone, tied);
+    model.frontier(options(Target::Gguf), |frontier| {
+        let plan = frontier.plan(budget(frontier, 0.0), &NoProgress).unwrap();
+        assert_ne!(plan.sites[0].treatment.format, Format::Stored);
+        let dst = model.path("tied");
+        let written = frontier.write(&plan, &dst, &NoProgress).unwrap();
+        let checkpoint = written.open().unwrap();
+        let opened = Decoder::new(&checkpoint, DType::F32, &Device::Cpu).unwrap();
+        let found = frontier.divergence(&opened, &NoProgress).unwrap();
+        assert!((found.mean - plan.measured.mean).abs() < 1e-6);
+    });
 }

@@ -15,6 +15,7 @@ use candle_core::DType;
 use causal_lm::Decoder;
 use causal_lm::gguf::Architecture;
 use causal_lm::gguf::layout::{self, Experts, FileTensor, Rows, holders};
+use causal_lm::gguf::names::HEAD;
 use faer::Mat;
 use packed::{BlockType, QuantRows, quantise};
 use std::collections::BTreeMap;
@@ -129,7 +130,9 @@ pub fn write_gguf(
             Rows::Order(order) => rows.select(&order.all_in_checkpoint())?,
         })
     };
-    let others = Others::find(repaired, &tensors)?;
+    // Files of some architectures have a head in any case.
+    let head_is_copy = decoder.config().tied && template.info(HEAD).is_ok();
+    let others = Others::find(repaired, &tensors, head_is_copy)?;
     // Types are declared before the data, and some show only when the codes are placed.
     let mut types = BTreeMap::new();
     for block in 0..repaired.blocks() {

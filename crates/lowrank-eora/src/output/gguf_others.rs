@@ -5,6 +5,7 @@ use crate::format::gguf::place;
 use crate::repair::{Repaired, StoredWeight};
 use crate::{Error, Result};
 use causal_lm::gguf::layout::FileTensor;
+use causal_lm::gguf::names::{EMBEDDING, HEAD};
 use packed::{BlockType, QuantRows};
 use std::collections::BTreeMap;
 
@@ -15,18 +16,24 @@ pub(super) struct Others<'a> {
 }
 
 /// A tensor of a file: matrices one below the other, by their places in the repair.
+#[derive(Clone)]
 struct Stacked {
     ty: BlockType,
     places: Vec<usize>,
 }
 
 impl<'a> Others<'a> {
-    /// Finds the tensors of the file in which matrices are that are not floats.
+    /// Finds the tensors of the file in which matrices are that are not floats; the head among them where it is a copy of the
+    /// embedding.
     ///
     /// # Errors
     /// [`Error::NotStorable`] for matrices that no block type holds exactly, that no tensor of the file has, or that share one
     /// with matrices of another type.
-    pub(super) fn find(repaired: &'a Repaired, tensors: &[FileTensor]) -> Result<Self> {
+    pub(super) fn find(
+        repaired: &'a Repaired,
+        tensors: &[FileTensor],
+        head_is_copy: bool,
+    ) -> Result<Self> {
         let mut holders: BTreeMap<&str, (&FileTensor, usize)> = BTreeMap::new();
         for tensor in tensors {
             for (at, part) in tensor.parts.iter().enumerate() {
@@ -59,10 +66,12 @@ impl<'a> Others<'a> {
                 )),
             }
         };
-        Ok(Self {
-            repaired,
-            tensors: found.into_iter().map(stacked).collect::<Result<_>>()?,
-        })
+        let stacked = found.into_iter().map(stacked);
+        let mut tensors: BTreeMap<String, Stacked> = stacked.collect::<Result<_>>()?;
+        if head_is_copy && let Some(embedding) = tensors.get(EMBEDDING) {
+            tensors.insert(HEAD.into(), embedding.clone());
+        }
+        Ok(Self { repaired, tensors })
     }
 
     /// The type of a tensor of the file, where these matrices are in it.
