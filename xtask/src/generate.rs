@@ -137,7 +137,7 @@ pub fn run(config: &Config) -> Result<()> {
     facts.push(bytes("weights", model.weight_bytes()));
     facts.push(bytes("cache", cache.peak_bytes()));
     facts.push(bytes("cache state", cache.state_bytes()));
-    facts.push(format!("{} arithmetic", common.weights.arithmetic_name()));
+    facts.push(common.weights.run(&model.weights()));
     let line = facts.join(", ");
     match std::io::stderr().is_terminal() {
         true => eprintln!("\n{line}"),

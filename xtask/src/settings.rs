@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
-use causal_lm::{Adapter, Arithmetic};
+use causal_lm::{Adapter, Arithmetic, Level, WeightSummary};
 use clap::ValueEnum;
 use eval_report::{Cells, Row, Section};
 use tensor_io::Checkpoint;
@@ -95,9 +95,38 @@ impl Weights {
         }
     }
 
-    /// `section` with what its numbers depend on.
-    pub(crate) fn facts(&self, section: Section) -> Section {
-        let section = section.fact("arithmetic", self.arithmetic_name());
+    /// The name of the arithmetic that a model of these weights runs in: floats are multiplied in f32 whatever was asked for, unless they are
+    /// multiplied as they are stored and in bf16.
+    pub(crate) fn ran(&self, weights: &WeightSummary) -> &'static str {
+        let applies = match self.arithmetic {
+            Arithmetic::F32 => true,
+            Arithmetic::Int8 => weights.quantised() > 0,
+            Arithmetic::Bf16 => !weights.packed.is_empty(),
+        };
+        match applies {
+            true => self.arithmetic_name(),
+            false => "f32",
+        }
+    }
+
+    /// How a model runs, in words.
+    pub(crate) fn run(&self, weights: &WeightSummary) -> String {
+        format!(
+            "{} arithmetic on {}",
+            self.ran(weights),
+            Level::detected().name()
+        )
+    }
+
+    /// `section` with what its numbers depend on, the model's weights where it is of one model.
+    pub(crate) fn facts(&self, section: Section, weights: Option<&WeightSummary>) -> Section {
+        let section = match weights {
+            Some(weights) => section
+                .fact("arithmetic", self.ran(weights))
+                .fact("linears", weights.to_string()),
+            None => section.fact("arithmetic", self.arithmetic_name()),
+        };
+        let section = section.fact("instructions", Level::detected().name());
         let section = match &self.adapter {
             Some(adapter) => section.fact(
                 "adapter",
@@ -114,11 +143,14 @@ impl Weights {
         }
     }
 
-    /// Fills in the bytes that the weights take in memory.
-    pub(crate) fn fill(&self, row: &mut Row, bytes: usize) {
-        row.extra.insert("weight_bytes".into(), bytes.into());
-        let arithmetic = self.arithmetic_name();
-        row.extra.insert("arithmetic".into(), arithmetic.into());
+    /// Fills in the bytes that the weights take in memory, and how they are multiplied.
+    pub(crate) fn fill(&self, row: &mut Row, weights: &WeightSummary) {
+        row.extra
+            .insert("weight_bytes".into(), weights.bytes.into());
+        row.extra
+            .insert("arithmetic".into(), self.ran(weights).into());
+        row.extra
+            .insert("linears".into(), weights.to_string().into());
     }
 }
 

@@ -94,6 +94,10 @@ fn what_is_saved_packed_is_evaluated_and_generates_packed() {
         (&alone["arithmetic"], &int8["arithmetic"]),
         (&json!("f32"), &json!("int8"))
     );
+    // Floats run in f32 whatever is asked for, and the row says so.
+    let floats = perplexity(&dense, &["--arithmetic", "int8"]);
+    assert_eq!(floats["arithmetic"], json!("f32"));
+    assert_ne!(floats["linears"], int8["linears"]);
     let original = perplexity(&dense, &[]);
     assert!(number(&alone, "weight_bytes") < 0.5 * number(&original, "weight_bytes"));
     assert!(number(&repaired, "weight_bytes") > number(&alone, "weight_bytes"));

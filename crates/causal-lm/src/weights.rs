@@ -65,6 +65,30 @@ pub struct WeightSummary {
     pub low_rank: usize,
 }
 
+impl fmt::Display for WeightSummary {
+    /// Linears by how they are multiplied, such as `180 in Q4_K, 30 in 4-bit groups, 1 as a tensor (replaced)`.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut parts: Vec<String> = Vec::new();
+        for (kind, count) in &self.packed {
+            parts.push(match kind {
+                Kind::Dense(ty) | Kind::Blocks(ty) => format!("{count} in {}", ty.name()),
+                Kind::Groups { bits, .. } => format!("{count} in {}-bit groups", bits.get()),
+                other => format!("{count} as {other:?}"),
+            });
+        }
+        for (reason, count) in &self.dense {
+            parts.push(match count {
+                1 => format!("1 as a tensor ({reason})"),
+                count => format!("{count} as tensors ({reason})"),
+            });
+        }
+        if self.low_rank > 0 {
+            parts.push(format!("{} with factors of low rank", self.low_rank));
+        }
+        f.write_str(&parts.join(", "))
+    }
+}
+
 impl WeightSummary {
     /// All linears.
     pub fn linears(&self) -> usize {
@@ -125,5 +149,35 @@ impl WeightSummary {
     pub(crate) fn add_head(&mut self, head: &Head) {
         self.bytes += head.bytes();
         self.add(head.vocab());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use packed::{BlockType, GroupBits};
+
+    #[test]
+    fn every_way_and_every_reason_is_named_with_its_count() {
+        let summary = WeightSummary {
+            bytes: 0,
+            packed: vec![
+                (Kind::Blocks(BlockType::Q4_K), 180),
+                (
+                    Kind::Groups {
+                        bits: GroupBits::new(4).unwrap(),
+                        zeros: true,
+                    },
+                    30,
+                ),
+            ],
+            dense: BTreeMap::from([(DenseReason::GroupWidth(16), 2), (DenseReason::Given, 1)]),
+            low_rank: 7,
+        };
+        assert_eq!(
+            summary.to_string(),
+            "180 in Q4_K, 30 in 4-bit groups, 2 as tensors (groups of 16 inputs), 1 as a tensor (replaced), 7 with factors of low rank"
+        );
+        assert_eq!((summary.linears(), summary.quantised()), (213, 210));
     }
 }

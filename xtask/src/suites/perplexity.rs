@@ -215,7 +215,7 @@ pub fn run(settings: &Settings, config: &Config, hidden_metrics: bool) -> Result
             ..Row::new("perplexity", DENSE)
         };
         measure(&decoder, &windows, &mut row, &progress)?;
-        settings.weights.fill(&mut row, decoder.weight_bytes()?);
+        settings.weights.fill(&mut row, &decoder.weights()?);
         if hidden_metrics {
             hidden::hidden_metrics(&decoder, windows.inputs(), &mut row)?;
         }
@@ -243,6 +243,7 @@ pub fn run(settings: &Settings, config: &Config, hidden_metrics: bool) -> Result
             Column::Bytes,
             Column::Extra("weight_bytes".into()),
             Column::Extra("arithmetic".into()),
+            Column::Extra("linears".into()),
             Column::TokensPerSecond,
             Column::Seconds,
             Column::PeakRss,

@@ -66,7 +66,7 @@ pub fn run(settings: &Settings, config: &Config) -> Result<Vec<Section>> {
         let named = || path.display().to_string();
         let checkpoint = settings.weights.open(path)?;
         let decoder = model::decoder(settings, &checkpoint)?;
-        let weight_bytes = decoder.weight_bytes()?;
+        let weights = decoder.weights()?;
         let evaluator = evaluator(settings, config, path, &decoder)?;
         bos |= evaluator.bos();
         for (i, (data, examples)) in data.iter().zip(&examples).enumerate() {
@@ -79,7 +79,7 @@ pub fn run(settings: &Settings, config: &Config) -> Result<Vec<Section>> {
                     .with_context(named)?;
                 row.params = Some(checkpoint.parameters());
                 row.bytes = Some(checkpoint.total_bytes());
-                settings.weights.fill(&mut row, weight_bytes);
+                settings.weights.fill(&mut row, &weights);
                 if let Some(dir) = &config.log_samples {
                     save(dir, name, data, &answers).context("--log-samples")?;
                 }
@@ -101,7 +101,7 @@ pub fn run(settings: &Settings, config: &Config) -> Result<Vec<Section>> {
     let facts = |section: Section| {
         let section = settings
             .weights
-            .facts(section)
+            .facts(section, None)
             .fact("questions", names.join(", "))
             .fact("BOS", bos)
             .fact("shots", config.shots.count);

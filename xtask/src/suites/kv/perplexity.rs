@@ -124,8 +124,9 @@ fn one(settings: &Settings, config: &Config, text: &Text, among: bool) -> Result
     bar.finish();
     let name = file_name(&text.text.model);
     compare_with_full(&mut rows, &name);
+    let weights = model.weights();
     for row in &mut rows {
-        settings.weights.fill(row, model.weight_bytes());
+        settings.weights.fill(row, &weights);
     }
     let mut section = section(rows, window);
     if among {
@@ -139,7 +140,7 @@ fn one(settings: &Settings, config: &Config, text: &Text, among: bool) -> Result
         .fact("batch", batch)
         .fact("keys and values", config.stored(decoder.dtype()))
         .fact("prompt", config.prompt_rule.label());
-    Ok((settings.weights.facts(section), window))
+    Ok((settings.weights.facts(section, Some(&weights)), window))
 }
 
 /// Tokens that are prefilled by default.

@@ -128,7 +128,7 @@ pub(crate) fn run(settings: &Settings, config: &Config, speed: &Speed) -> Result
     }
     bar.finish();
 
-    let weights = model.weight_bytes();
+    let weights = model.weights();
     let steps = window - prompt - WARM;
     let full_times = all[0].times.clone();
     let mut rows: Vec<Row> = all
@@ -137,7 +137,7 @@ pub(crate) fn run(settings: &Settings, config: &Config, speed: &Speed) -> Result
             lane.times.fill_beside(&full_times, &mut lane.row);
             lane.held.fill(&mut lane.row);
             lane.row.model = Some(file_name(&dir));
-            settings.weights.fill(&mut lane.row, weights);
+            settings.weights.fill(&mut lane.row, &weights);
             lane.row
         })
         .collect();
@@ -149,18 +149,18 @@ pub(crate) fn run(settings: &Settings, config: &Config, speed: &Speed) -> Result
     for row in &mut rows {
         row.kv_bytes_full = full;
         if let (Some(full), Some(held)) = (full, row.kv_bytes) {
-            let read = |cache: u64| weights as f64 + cache as f64;
+            let read = |cache: u64| weights.bytes as f64 + cache as f64;
             let bound = (100.0 * read(full) / read(held)).round() / 100.0;
             row.extra.insert("speed_bound".into(), json!(bound));
         }
     }
     let section = settings
         .weights
-        .facts(section(rows))
+        .facts(section(rows), Some(&weights))
         .fact("context", prompt)
         .fact("generated before the clock runs", WARM)
         .fact("generated", steps)
-        .fact("weights read per step (bytes)", weights)
+        .fact("weights read per step (bytes)", weights.bytes)
         .fact("keys and values", config.stored(decoder.dtype()));
     Ok(vec![section])
 }

@@ -8,7 +8,7 @@ mod table;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
-use causal_lm::{BATCH_TOKENS, Decoder, Hidden, NoTap, Windows};
+use causal_lm::{Arithmetic, BATCH_TOKENS, Decoder, Hidden, NoTap, Windows};
 use eval_report::cells::Shard;
 use eval_report::{DENSE, ROUNDS, Rounds, Row, Section, Stopwatch, format, mean_over_seeds};
 use lm_eval::ScoredWindows;
@@ -295,6 +295,10 @@ pub fn run(settings: &Settings, config: &Config) -> Result<Vec<Section>> {
         return Ok(part(failures));
     };
     compare_with_dense(&mut rows, &decoder, &file_name(&config.perplexity.model));
+    let arithmetic = match settings.weights.arithmetic {
+        Arithmetic::F32 => "f32",
+        _ => settings.weights.ran(&decoder.weights()?),
+    };
     let mut section = section(config, rows);
     section.failures = failures;
     Ok(vec![
@@ -305,7 +309,7 @@ pub fn run(settings: &Settings, config: &Config) -> Result<Vec<Section>> {
                 evaluation.count(),
                 evaluation.targets(),
             )
-            .fact("arithmetic", settings.weights.arithmetic_name())
+            .fact("arithmetic", arithmetic)
             .fact("calibration text", file_name(&config.calib))
             .fact("calibration windows", calibration.count())
             .fact("calibration time", format::seconds(calibrating.seconds))
