@@ -201,6 +201,30 @@ fn budgets_of_bytes_give_each_policy_the_tokens_that_fit() {
 }
 
 #[test]
+fn flags_that_long_contexts_do_not_read_are_refused_by_name() {
+    let run = |more: &[&str]| {
+        let model = ["eval", "kv", "--task", "long-context", "--model", "nowhere"];
+        let mut command = Command::new(env!("CARGO_BIN_EXE_xtask"));
+        let output = command.args(model).args(more).output().unwrap();
+        assert!(!output.status.success());
+        String::from_utf8(output.stderr).unwrap()
+    };
+    for (more, says) in [
+        (&["--text", "text.txt"][..], "--text"),
+        (&["--prompt", "4"], "--prompt"),
+        (&["--no-bos"], "--no-bos"),
+        (&["--window", "64"], "--window"),
+        (
+            &["--policy", "keydiff", "--calib", "calib.txt"],
+            "--calib calib.txt: none of the policies",
+        ),
+    ] {
+        let refused = run(more);
+        assert!(refused.contains(says), "{refused}");
+    }
+}
+
+#[test]
 fn questions_about_long_contexts_have_rows_for_policies_and_storage() {
     let dir = concat!(env!("CARGO_MANIFEST_DIR"), "/model");
     let flags = [

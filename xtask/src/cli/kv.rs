@@ -136,6 +136,11 @@ impl KvArgs {
             wrong("--batch belongs to --task perplexity");
         }
         let long_context = self.task == KvTask::LongContext;
+        if long_context && (self.text.is_some() || self.prompt.is_some() || self.no_bos) {
+            wrong(
+                "--text, --prompt and --no-bos: --task long-context makes its texts and asks with the chat template",
+            );
+        }
         if !long_context
             && (!self.questions.is_empty()
                 || !self.context.is_empty()

@@ -17,6 +17,8 @@ pub struct LayerCache {
     layer: usize,
     set: Option<CacheSet>,
     bottom_right: bool,
+    sliding_window: Option<usize>,
+    append_only: bool,
     /// The call that is in use.
     path: Option<Path>,
 }
@@ -30,7 +32,10 @@ enum Path {
 
 /// What a [`LayerCache`] held at one moment.
 #[derive(Debug, Clone)]
-pub struct LayerSnapshot(Option<Snapshot>);
+pub struct LayerSnapshot {
+    layer: usize,
+    held: Option<(Snapshot, Option<Path>)>,
+}
 
 /// A causal mask of `tokens` new tokens, the last of `len`: `[tokens, len]`, 1 where a token may not look.
 ///
@@ -72,6 +77,8 @@ impl LayerCache {
             layer,
             set: None,
             bottom_right: false,
+            sliding_window: None,
+            append_only: false,
             path: None,
         })
     }
@@ -82,7 +89,24 @@ impl LayerCache {
     /// [`Error::NeedUnavailable`] for a policy that needs weights or queries.
     pub fn for_append(mut self) -> Result<Self> {
         self.check_append()?;
-        self.path = Some(Path::Append);
+        self.append_only = true;
+        Ok(self)
+    }
+
+    /// Each token attends the newest `window` positions, itself included, as in the local layers of Mistral and Gemma. [`attend`](Self::attend) masks by it;
+    /// both calls drop what no later token can attend.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] for a window of 0.
+    pub fn with_sliding_window(mut self, window: usize) -> Result<Self> {
+        if window == 0 {
+            return Err(Error::Setting {
+                name: "sliding_window",
+                value: "0".into(),
+                expected: "at least 1 position",
+            });
+        }
+        self.sliding_window = Some(window);
         Ok(self)
     }
 
@@ -110,9 +134,7 @@ impl LayerCache {
 
     /// The set for tensors like these, made at the first call.
     fn set(&mut self, path: Path, query_heads: Option<usize>, k: &Tensor) -> Result<&mut CacheSet> {
-        if self.path.is_some_and(|held| held != path) && self.set.is_some()
-            || self.path == Some(Path::Append) && path == Path::Attend
-        {
+        if self.path.is_some_and(|held| held != path) || self.append_only && path == Path::Attend {
             return Err(Error::Step {
                 layer: self.layer,
                 what: "append and attend on the same cache",
@@ -124,7 +146,7 @@ impl LayerCache {
                 query_heads: query_heads.unwrap_or(kv_heads),
                 kv_heads,
                 head_dim,
-                sliding_window: None,
+                sliding_window: self.sliding_window,
             };
             let dtype = match k.dtype() {
                 dtype @ (DType::F32 | DType::F16 | DType::BF16) => dtype,
@@ -142,7 +164,7 @@ impl LayerCache {
     }
 
     /// Appends `k` and `v` `[B, Hkv, T, d]`, keys after RoPE, and returns the keys and values `[B, Hkv, n, d]` that the step's queries attend; the
-    /// new ones are the last T. The policy evicts afterwards, for the next step. Of floats the tensors are views; of quantised storage they are
+    /// new ones are the last T, except that a policy which drops as many as come (`streaming`, `random`) puts them in the places of those. The policy evicts afterwards, for the next step. Of floats the tensors are views; of quantised storage they are
     /// copies.
     ///
     /// # Errors
@@ -219,33 +241,67 @@ impl LayerCache {
         self.set.as_ref().is_some_and(decodes)
     }
 
-    /// Forgets everything and frees the storage. The next call may have another batch.
+    /// The keys held, `[B, Hkv, n, d]`; none before the first call. The name is that of candle-nn.
+    ///
+    /// # Errors
+    /// When the device refuses.
+    pub fn k(&self) -> candle_core::Result<Option<Tensor>> {
+        Ok(self.tensors()?.map(|(k, _)| k))
+    }
+
+    /// The values held, `[B, Hkv, n, d]`; none before the first call. The name is that of candle-nn.
+    ///
+    /// # Errors
+    /// When the device refuses.
+    pub fn v(&self) -> candle_core::Result<Option<Tensor>> {
+        Ok(self.tensors()?.map(|(_, v)| v))
+    }
+
+    fn tensors(&self) -> Result<Option<(Tensor, Tensor)>> {
+        self.set.as_ref().map(|set| set.tensors(0)).transpose()
+    }
+
+    /// Forgets everything and frees the storage. The next call may have another batch, and be the other of
+    /// [`append`](Self::append) and [`attend`](Self::attend).
     pub fn reset(&mut self) {
-        self.set = None;
+        (self.set, self.path) = (None, None);
     }
 
     /// A copy of everything, to return to.
     pub fn snapshot(&self) -> LayerSnapshot {
-        LayerSnapshot(self.set.as_ref().map(CacheSet::snapshot))
+        let held = self.set.as_ref().map(|set| (set.snapshot(), self.path));
+        LayerSnapshot {
+            layer: self.layer,
+            held,
+        }
     }
 
     /// Returns to `snapshot`.
     ///
     /// # Errors
-    /// A snapshot of a cache of another shape or configuration.
+    /// A snapshot of a cache of another layer, shape or configuration.
     pub fn restore(&mut self, snapshot: &LayerSnapshot) -> Result<()> {
-        match (&mut self.set, &snapshot.0) {
-            (_, None) => self.set = None,
-            (Some(set), Some(snapshot)) => set.restore(snapshot)?,
-            (None, Some(snapshot)) if snapshot.0.config.as_ref() == Some(&self.config) => {
-                self.set = Some(snapshot.0.clone());
+        if snapshot.layer != self.layer {
+            return Err(Error::Snapshot {
+                problem: "another layer",
+            });
+        }
+        let Some((held, path)) = &snapshot.held else {
+            self.reset();
+            return Ok(());
+        };
+        match &mut self.set {
+            Some(set) => set.restore(held)?,
+            None if held.0.config.as_ref() == Some(&self.config) => {
+                self.set = Some(held.0.clone());
             }
-            (None, Some(_)) => {
+            None => {
                 return Err(Error::Snapshot {
                     problem: "another policy, budget or storage",
                 });
             }
         }
+        self.path = *path;
         Ok(())
     }
 }

@@ -211,6 +211,11 @@ impl CacheSet {
         self.finish(layer)
     }
 
+    /// Keys and values of a layer as they are held, widened where they are quantised.
+    pub(crate) fn tensors(&self, layer: usize) -> Result<(Tensor, Tensor)> {
+        self.layers[layer].store.tensors(self.batch)
+    }
+
     /// Appends the step's `k` and `v` `[B, Hkv, T, d]` and returns all keys and values `[B, Hkv, n, d]` that the step's queries
     /// are to attend, for attention computed elsewhere. The new tokens are the last T of n; a causal mask's offset is n − T. The policy
     /// evicts afterwards.

@@ -93,13 +93,27 @@ impl DeviceStore {
             .reshape((batch, heads, kept, d))?)
     }
 
+    /// The same with room for `room` tokens behind, so that as many are appended in place.
+    fn select_with_room(&self, tensor: &Tensor, slots: &[Vec<u32>], room: usize) -> Result<Tensor> {
+        let selected = self.select(tensor, slots)?;
+        let (batch, heads, kept, d) = selected.dims4()?;
+        if room == 0 || kept == 0 {
+            return Ok(selected);
+        }
+        let shape = (batch, heads, kept.saturating_add(room), d);
+        let roomy = Tensor::zeros(shape, selected.dtype(), &self.device)?;
+        roomy.slice_set(&selected, 2, 0)?;
+        Ok(roomy)
+    }
+
     fn row(&self, tensor: Option<&Tensor>, row: usize, from: usize) -> Result<Vec<f32>> {
         let Some(tensor) = tensor else {
             return Ok(Vec::new());
         };
-        let (batch, heads, n, d) = tensor.dims4()?;
-        let rows = tensor.contiguous()?.reshape((batch * heads, n, d))?;
-        let row = rows.get(row)?.narrow(0, from, n - from)?;
+        // A row by itself: making all of them contiguous for each would be quadratic.
+        let (_, heads, n, _) = tensor.dims4()?;
+        let row = tensor.get(row / heads)?.get(row % heads)?;
+        let row = row.narrow(0, from, n - from)?;
         Ok(row.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?)
     }
 }
@@ -191,7 +205,12 @@ impl Store for DeviceStore {
         &self.exported
     }
 
-    fn evict(&mut self, evict: &[Vec<u32>], layout: Layout, _: usize) -> Result<Vec<Relocation>> {
+    fn evict(
+        &mut self,
+        evict: &[Vec<u32>],
+        layout: Layout,
+        room: usize,
+    ) -> Result<Vec<Relocation>> {
         let moves: Vec<Relocation> = self
             .ids
             .iter()
@@ -205,7 +224,12 @@ impl Store for DeviceStore {
                 .zip(&moves)
                 .map(|(ids, moves)| sources(moves, ids.len()))
                 .collect();
-            self.kv = Some((self.select(k, &slots)?, self.select(v, &slots)?));
+            // Never more than there was: caches that evict late would reserve what they may never fill.
+            let kept = slots.first().map_or(0, Vec::len);
+            let capacity = self.kv.as_ref().map_or(Ok(0), |(k, _)| k.dim(2))?;
+            let room = room.min(capacity.saturating_sub(kept));
+            let of = |tensor: &Tensor| self.select_with_room(tensor, &slots, room);
+            self.kv = Some((of(k)?, of(v)?));
         }
         for (ids, moves) in self.ids.iter_mut().zip(&moves) {
             moves.apply(ids, 1);
@@ -385,6 +409,42 @@ mod tests {
             let exact = 2 * 4 * device.len(0) * 16 * 4;
             assert!((exact..=exact + 2 * 4 * 32 * 16 * 4).contains(&device.bytes()));
         }
+    }
+
+    #[test]
+    fn what_evicts_every_some_steps_keeps_its_storage() {
+        let geometry = Geometry {
+            group: 1,
+            head_dim: 8,
+        };
+        let tensor =
+            |tokens: usize| Tensor::randn(0f32, 1.0, (1, 2, tokens, 8), &Device::Cpu).unwrap();
+        let layout = StorageConfig::default().layout(8, DType::F32, 0).unwrap();
+        let mut store = DeviceStore::new(2, geometry, layout, &Device::Cpu);
+        let (budget, every) = (100u32, 10u32);
+        let append = |store: &mut DeviceStore, tokens: u32, at: u32| {
+            let (k, v) = (tensor(tokens as usize), tensor(tokens as usize));
+            store.append(&k, &v, at, &[]).unwrap().unwrap();
+        };
+        append(&mut store, budget + every, 0);
+        let most = store.bytes();
+        for round in 0..5 {
+            let oldest: Vec<u32> = (0..every).collect();
+            let kept = store.keys(1, every as usize).unwrap();
+            store
+                .evict(&[oldest.clone(), oldest], Layout::Compact, every as usize)
+                .unwrap();
+            assert_eq!(store.keys(1, 0).unwrap(), kept);
+            for step in 0..every {
+                append(&mut store, 1, budget + round * every + step);
+                assert_eq!(store.bytes(), most, "round {round}, step {step}");
+            }
+        }
+        // Room that never was there is not reserved.
+        store
+            .evict(&[vec![0], vec![0]], Layout::Compact, 1 << 20)
+            .unwrap();
+        assert_eq!(store.bytes(), most);
     }
 
     #[test]

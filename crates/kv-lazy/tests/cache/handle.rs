@@ -219,4 +219,59 @@ fn a_snapshot_returns_and_reset_forgets() {
         other.attend(q, k, v, 0.25).is_err(),
         "append and attend do not mix"
     );
+    other.reset();
+    assert!(other.attend(q, k, v, 0.25).is_ok(), "a new beginning");
+    let mut appending = LayerCache::new(&config, 0).unwrap().for_append().unwrap();
+    appending.reset();
+    assert!(appending.attend(q, k, v, 0.25).is_err());
+    // Layers may have budgets of their own, which the shape does not tell.
+    let mut second = LayerCache::new(&config, 1).unwrap();
+    let refused = second.restore(&held);
+    assert!(
+        matches!(refused, Err(Error::Snapshot { .. })),
+        "{refused:?}"
+    );
+    assert!(second.is_empty());
+}
+
+#[test]
+fn a_sliding_window_is_attended_as_in_a_set_of_such_layers() {
+    let shape = LayerShape {
+        sliding_window: Some(8),
+        ..SHAPE
+    };
+    let config = named("full", 24);
+    let mut set = CacheSet::new(&[shape], 1, DType::F32, &Device::Cpu, &config).unwrap();
+    let sliding = |window| {
+        LayerCache::new(&config, 0)
+            .unwrap()
+            .with_sliding_window(window)
+    };
+    let (mut alone, mut whole) = (sliding(8).unwrap(), LayerCache::new(&config, 0).unwrap());
+    let mut differs = false;
+    for (q, k, v) in steps(9, 1, SHAPE, &tokens()) {
+        set.begin(q.dim(2).unwrap()).unwrap();
+        let want = bits(&set.attend(0, &q, &k, &v, 0.25).unwrap());
+        assert_eq!(bits(&alone.attend(&q, &k, &v, 0.25).unwrap()), want);
+        differs |= bits(&whole.attend(&q, &k, &v, 0.25).unwrap()) != want;
+    }
+    assert!(differs);
+    assert!(
+        alone.bytes() < whole.bytes(),
+        "what no token attends is dropped"
+    );
+    assert!(matches!(sliding(0), Err(Error::Setting { .. })));
+}
+
+#[test]
+fn keys_and_values_can_be_looked_at() {
+    let mut cache = LayerCache::new(&named("streaming", 24), 0).unwrap();
+    assert!(cache.k().unwrap().is_none() && cache.v().unwrap().is_none());
+    let mut last = None;
+    for (_, k, v) in steps(10, 2, SHAPE, &[20, 1, 1]) {
+        last = Some(cache.append(&k, &v).unwrap());
+    }
+    let (keys, values) = last.unwrap();
+    assert_eq!(bits(&cache.k().unwrap().unwrap()), bits(&keys));
+    assert_eq!(bits(&cache.v().unwrap().unwrap()), bits(&values));
 }

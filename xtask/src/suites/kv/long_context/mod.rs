@@ -11,7 +11,7 @@ use anyhow::{Context, Result, ensure};
 use candle_core::{Device, Tensor};
 use causal_lm::{CacheSet, Model, TextTokenizer};
 use clap::ValueEnum;
-use eval_report::{Budget, Section, Stopwatch};
+use eval_report::{Budget, Section, Stopwatch, format};
 use kv_lazy::CacheConfig;
 use kv_lazy::policy::tri_attention::QueryStatistics;
 use kv_lazy::trace::{Recorder, Trace, TraceMeta};
@@ -28,6 +28,8 @@ use table::{Cell, NOTHING, Outcome, Task};
 const CONTEXTS: usize = 16;
 /// Tokens of the calibration text.
 const CALIBRATION: usize = 1024;
+/// Fewest of them that are enough for statistics.
+const FEWEST: usize = 512;
 /// Tokens of a decode step up to which policies see the weights of each of its queries.
 const STEP: usize = 16;
 
@@ -70,6 +72,17 @@ pub(crate) fn run(
     config: &Config,
     task: &LongContext,
 ) -> Result<Vec<Section>> {
+    ensure!(
+        settings.window.is_none(),
+        "--window: the lengths of --task long-context are those of --context"
+    );
+    if let Some(text) = &task.calibration {
+        ensure!(
+            config.policies.iter().any(Choice::takes_calibration),
+            "--calib {}: none of the policies takes statistics of queries",
+            text.display()
+        );
+    }
     let checkpoint = settings.weights.open(&task.model)?;
     let decoder = model::decoder(settings, &checkpoint)?;
     let tokenizer = TextTokenizer::open(&task.model)?;
@@ -83,10 +96,10 @@ pub(crate) fn run(
         policy::check(&model, &config.policies, &config.budgets, length)?;
     }
     let mut config = config.clone();
-    if let Some(text) = &task.calibration
-        && config.policies.iter().any(Choice::takes_calibration)
-    {
-        let statistics = calibrate(&model, &tokenizer, text)?;
+    let mut statistics_of = "the sequence's own".to_string();
+    if let Some(text) = &task.calibration {
+        let (statistics, tokens) = calibrate(&model, &tokenizer, text)?;
+        statistics_of = format!("{tokens} tokens of {}", file_name(text));
         let policies = config.policies.into_iter();
         config.policies = policies
             .map(|choice| choice.calibrated(&statistics))
@@ -116,13 +129,7 @@ pub(crate) fn run(
                 .fact("full cache stored as", config.stored(decoder.dtype()))
                 .fact("prompt", config.prompt_rule.label())
                 .fact("question seen while evicting", "no")
-                .fact(
-                    "query statistics",
-                    match &task.calibration {
-                        Some(text) => format!("{CALIBRATION} tokens of {}", file_name(text)),
-                        None => "the sequence's own".into(),
-                    },
-                )
+                .fact("query statistics", statistics_of.as_str())
         };
         sections.extend(settings.whole(&format!("context of {length}"), || {
             let tasks = task.questions.iter().map(|&kind| run.task(kind, length));
@@ -137,18 +144,24 @@ pub(crate) fn run(
     Ok(sections)
 }
 
-/// Statistics of the model's queries on the beginning of a text.
+/// Statistics of the model's queries on the beginning of a text, and of how many tokens.
 fn calibrate(
     model: &Model<'_>,
     tokenizer: &TextTokenizer,
     text: &std::path::Path,
-) -> Result<QueryStatistics> {
+) -> Result<(QueryStatistics, usize)> {
     let mut tokens = tokenizer.encode_file(text).context("--calib")?;
     tokens.truncate(CALIBRATION);
+    ensure!(
+        tokens.len() >= FEWEST,
+        "--calib {}: {}, where statistics of queries need {FEWEST}",
+        text.display(),
+        format::counted(tokens.len(), "token")
+    );
     let trace = record(model, &tokens)?;
     let rotary = policy::rotary(model.decoder().config());
     let of = |layer: usize| rotary.get(layer).and_then(Option::as_ref);
-    Ok(kv_lazy::calibrate::queries(&[trace], of)?)
+    Ok((kv_lazy::calibrate::queries(&[trace], of)?, tokens.len()))
 }
 
 /// Queries, keys and values of a text under the full cache.
