@@ -75,6 +75,9 @@ pub(crate) fn run(mut run: Run) -> Result<()> {
     if let Scope::All(all::Config { inputs: None }) = &run.scope {
         opened.push(("bundled model".into(), default_model::folder()));
     }
+    if let Some(adapter) = &run.settings.weights.adapter {
+        opened.push((adapter.display().to_string(), adapter.clone()));
+    }
     if let Some(folder) = &run.cells {
         let facts = folder.facts(opened)?;
         run.settings.cells = Cells::open(&folder.dir, &facts, folder.part).context("--cells")?;
@@ -146,8 +149,13 @@ impl CellFolder {
             list_items(value)
         });
         for word in words {
-            if !inputs.contains_key(word) && Path::new(word).is_file() {
-                inputs.insert(word.to_owned(), ContentHash::of_path(word)?);
+            // Of a part of a text, FILE[0..80%], all of it counts.
+            let whole = word.split_once('[').map_or(word, |(file, _)| file);
+            let file = [word, whole]
+                .into_iter()
+                .find(|path| Path::new(path).is_file());
+            if let Some(file) = file.filter(|file| !inputs.contains_key(*file)) {
+                inputs.insert(file.to_owned(), ContentHash::of_path(file)?);
             }
         }
         Ok(RunFacts {

@@ -171,8 +171,10 @@ fn what_belongs_to_a_suite_is_refused_in_front_of_it() {
     assert_eq!(output.status.code(), Some(2));
     let stderr = String::from_utf8_lossy(&output.stderr);
     assert!(stderr.contains("go behind its name"), "{stderr}");
-    // A model needs its texts.
+    // Texts are those of the bundled model where none are named, and belong to a model.
     let output = xtask().args(["eval", "--model", "m"]).output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    let output = xtask().args(["eval", "--text", "t"]).output().unwrap();
     assert_eq!(output.status.code(), Some(2));
 }
 

@@ -117,6 +117,25 @@ fn the_merged_report_of_parts_is_that_of_one_run() {
 }
 
 #[test]
+fn cells_of_a_part_of_another_text_are_not_used() {
+    let scene = scene();
+    let path = |name: &str| scene.path(name).display().to_string();
+    let cells = path("cells");
+    let part = format!("{}[0..50%]", path("text.txt"));
+    let evaluate = |more: &[&str]| {
+        let start = ["eval", "perplexity", "--samples", "4", "--json"];
+        let own = ["--model", &path("model"), "--cells", &cells];
+        xtask(&[&start[..], &own, more].concat())
+    };
+    rows(&evaluate(&["--text", &part]));
+    let text = fs::read_to_string(scene.path("text.txt")).unwrap();
+    let turned: String = text.chars().rev().collect();
+    fs::write(scene.path("text.txt"), turned).unwrap();
+    let refused = error(&evaluate(&["--text", &part]));
+    assert!(refused.contains("text.txt"), "{refused}");
+}
+
+#[test]
 fn the_merged_report_of_parts_of_a_mixture_is_that_of_one_run() {
     let scene = Scene::new(json!({
         "model_type": "mixtral", "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2,

@@ -5,8 +5,9 @@ use std::path::PathBuf;
 use clap::Args;
 
 use lm_eval::ProtocolKind;
+use toy_lm::bundled::{CALIBRATION, EVALUATION};
 
-use super::{DECODED, protocol, with_bos};
+use super::{DECODED, bundled, protocol, with_bos};
 use crate::all::{Config, Inputs};
 use crate::suites::perplexity;
 
@@ -14,12 +15,12 @@ use crate::suites::perplexity;
 pub(super) struct AllArgs {
     /// Without a suite: run all of them on this checkpoint folder in Hugging Face layout, or hf:OWNER/NAME [default: the
     /// bundled model]
-    #[arg(long, value_name = "DIR", requires_all = ["text", "calib"])]
+    #[arg(long, value_name = "DIR")]
     model: Option<PathBuf>,
-    /// Without a suite: text to evaluate --model on
+    /// Without a suite: text to evaluate --model on [default: that of the bundled model]
     #[arg(long, value_name = "FILE", requires = "model")]
     text: Option<PathBuf>,
-    /// Without a suite: text to calibrate on; must differ from --text
+    /// Without a suite: text to calibrate on; must differ from --text [default: that of the bundled model]
     #[arg(long, value_name = "FILE", requires = "model")]
     calib: Option<PathBuf>,
     /// Without a suite: how texts become windows and targets, as for a suite
@@ -39,15 +40,14 @@ impl AllArgs {
 
 impl From<AllArgs> for Config {
     fn from(args: AllArgs) -> Self {
-        let inputs = args.model.zip(args.text).zip(args.calib);
         Config {
-            inputs: inputs.map(|((model, text), calib)| Inputs {
+            inputs: args.model.map(|model| Inputs {
                 text: perplexity::Config {
                     model,
-                    text,
+                    text: args.text.unwrap_or_else(|| bundled(EVALUATION)),
                     protocol: with_bos(args.protocol, !args.no_bos),
                 },
-                calib,
+                calib: args.calib.unwrap_or_else(|| bundled(CALIBRATION)),
             }),
         }
     }

@@ -54,16 +54,17 @@ impl Cli {
             Command::Generate(args) => args.threads,
             _ => None,
         };
-        let from_environment = || std::env::var(THREADS).ok()?.parse().ok();
-        match wanted.map(NonZeroUsize::get) {
-            Some(threads) if threads > cores => {
-                eprintln!("--threads {threads}: one for each core, {cores} here, compute as fast");
-                cores
-            }
-            Some(threads) => threads,
-            None => from_environment()
-                .filter(|&threads| threads > 0)
-                .unwrap_or(cores),
+        let from_environment = || -> Option<usize> { std::env::var(THREADS).ok()?.parse().ok() };
+        let (threads, flag) = match wanted {
+            Some(threads) => (threads.get(), "--threads"),
+            None => (from_environment().unwrap_or(0), THREADS),
+        };
+        if threads > cores {
+            eprintln!("{flag} {threads}: one for each core, {cores} here, compute as fast");
+        }
+        match threads {
+            0 => cores,
+            threads => threads.min(cores),
         }
     }
 

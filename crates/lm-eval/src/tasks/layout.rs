@@ -267,6 +267,19 @@ fn arc(fields: &Fields<'_>) -> Reason<Item> {
             )
         }
     };
+    if texts.len() != labels.len() {
+        return Err(format!(
+            "field choices: {} texts and {} labels",
+            texts.len(),
+            labels.len()
+        ));
+    }
+    if let Some(again) = (1..labels.len()).find(|&i| labels[..i].contains(&labels[i])) {
+        return Err(format!(
+            "field choices: label {:?} stands twice",
+            labels[again]
+        ));
+    }
     let key = fields.text("answerKey")?;
     let right = labels.iter().position(|label| label == key);
     let right = right
@@ -389,6 +402,24 @@ mod tests {
         let nested = json!({"question": {"stem": "Why?", "choices": [{"text": "so", "label": "1"}, {"text": "thus", "label": "2"}]}, "answerKey": "2"});
         assert_eq!(item(table), expected);
         assert_eq!(item(nested), expected);
+    }
+
+    #[test]
+    fn arc_needs_a_label_of_its_own_for_each_text() {
+        let refused = |texts: &[&str], labels: &[&str]| {
+            let line = json!({"question": "Why?", "choices": {"text": texts, "label": labels}, "answerKey": "A"});
+            let fields = line.as_object().unwrap();
+            let read = Layout::of(fields).unwrap().item(&Fields(fields));
+            read.unwrap_err()
+        };
+        assert_eq!(
+            refused(&["so", "thus", "hence"], &["A", "B"]),
+            "field choices: 3 texts and 2 labels"
+        );
+        assert_eq!(
+            refused(&["so", "thus"], &["A", "A"]),
+            "field choices: label \"A\" stands twice"
+        );
     }
 
     #[test]
