@@ -36,13 +36,16 @@ pub(crate) fn naming(error: anyhow::Error, model: &Path) -> anyhow::Error {
     let is_of_a_run = error.chain().filter_map(of_a_model).any(|error| {
         matches!(
             error,
-            Error::NonFinite { .. }
-                | Error::TokenOutOfRange { .. }
-                | Error::Routing { .. }
-                | Error::QuantisedWeights { .. }
+            Error::NonFinite { .. } | Error::TokenOutOfRange { .. } | Error::Routing { .. }
         )
     });
     let name = model.display().to_string();
+    let mut errors = error.chain().filter_map(of_a_model);
+    if errors.any(|error| matches!(error, Error::QuantisedWeights { .. })) {
+        return error.context(format!(
+            "{name}: --device cpu runs it as it is, `eval structured --method magnitude --ratio 0 --save DIR` writes it in floats"
+        ));
+    }
     match is_of_a_run && !format!("{error:#}").contains(&name) {
         true => error.context(name),
         false => error,
@@ -84,6 +87,22 @@ mod tests {
             frontier::Error::from(token()).into(),
         ] {
             assert_eq!(named(error), expected);
+        }
+        let quantised = lm_eval::Error::from(Error::QuantisedWeights {
+            tensor: "lm_head.weight".into(),
+            stored: "Q4_1".into(),
+            dtype: DType::BF16,
+            device: candle_core::DeviceLocation::Cuda { gpu_id: 0 },
+        });
+        let error = named(quantised.into());
+        for part in [
+            "a/model",
+            "--ratio 0 --save",
+            "lm_head.weight",
+            "Q4_1",
+            "bf16",
+        ] {
+            assert!(error.contains(part), "{error}");
         }
         let named_already = anyhow::Error::new(token()).context("a/model");
         assert_eq!(named(named_already), expected);
