@@ -16,7 +16,7 @@ use candle_core::DType;
 use causal_lm::compressed::blocks;
 use causal_lm::names::{ExpertLayout, Names};
 use causal_lm::{Decoder, LayerShape, LinearName};
-use lowrank_eora::compress::{BlockTypes, Compressor, Storage, fitting};
+use lowrank_eora::compress::{BlockTypes, Compressor, Storage};
 use lowrank_eora::output::gptq;
 use packed::BlockType;
 use prune_structured::gguf::{self, Precision};
@@ -27,9 +27,11 @@ use tensor_io::TensorSpec;
 /// Bytes of a file's header that no tensor accounts for: length, metadata and padding of a safetensors file.
 const HEADER: u64 = 96;
 /// Bytes of a LoRA file in GGUF that no tensor accounts for.
-const GGUF_ADAPTER: u64 = 256;
+const GGUF_ADAPTER: u64 = 512;
 /// Metadata of a GGUF file that lists widths by block, beyond those of one with a number for all.
 const GGUF_LISTS: u64 = 256;
+/// What a GGUF file says of how it was compressed.
+const GGUF_PROVENANCE: u64 = 512;
 /// Longest offset in a header.
 const OFFSET: &str = "999999999999";
 /// Tensors of GGUF files begin at multiples of this.
@@ -371,7 +373,7 @@ impl<'a> Counter<'a> {
         let exported = gguf::export(decoder, precision(decoder)?, &path, &tensor_io::NoProgress)?;
         // Names differ in length from those in a folder, by as much in what is subtracted here as in what plans add.
         let layers = decoder.config().layers() as u64;
-        let slack = GGUF_ADAPTER + GGUF_LISTS + 4 * 3 * layers;
+        let slack = GGUF_ADAPTER + GGUF_LISTS + GGUF_PROVENANCE + 4 * 3 * layers;
         std::fs::remove_file(&path).map_err(tensor_io::Error::io("remove", &path))?;
         Ok(exported.bytes + slack)
     }
@@ -433,7 +435,7 @@ fn in_blocks(module: &str, shape: [usize; 2], types: BlockTypes) -> Result<Optio
     let BlockTypes::One(ty) = types else {
         return Ok(None);
     };
-    let spec = blocks::spec(module, shape, fitting(ty, shape[1]));
+    let spec = blocks::spec(module, shape, ty.for_rows(shape[1]));
     Ok(Some(in_folder(&spec.map_err(lowrank_eora::Error::from)?)?))
 }
 

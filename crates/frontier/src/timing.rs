@@ -14,7 +14,7 @@ use crate::treatment::{Format, Treatment};
 use candle_core::{DType, Device};
 use causal_lm::{Arithmetic, Decoder, Execution, LinearName, Model, Progress, Windows};
 use half::f16;
-use lowrank_eora::compress::{BlockTypes, Compressor, fitting};
+use lowrank_eora::compress::{BlockTypes, Compressor};
 use packed::{
     Activations, BlockType, Context, GroupBits, GroupParts, Groups, Linear, LowRank, Matrix,
     QuantRows,
@@ -223,7 +223,7 @@ fn quantised(compressor: &Compressor, [rows, cols]: [usize; 2]) -> Result<Matrix
     if let Some(blocks_of) = compressor.blocks
         && let BlockTypes::One(ty) = blocks_of.types
     {
-        return blocks(fitting(ty, cols), [rows, cols]);
+        return blocks(ty.for_rows(cols), [rows, cols]);
     }
     let grid = compressor.quantise.map(|quantise| quantise.grid);
     let known = grid.and_then(|grid| {

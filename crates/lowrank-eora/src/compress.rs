@@ -33,10 +33,11 @@ use serde::{Deserialize, Serialize};
 use crate::matrix::expect_shape;
 use crate::{Error, Result};
 
+pub(crate) use blocks::importance;
 pub use blocks::{BlockQuantise, BlockRounding};
 pub use finer::{LinearShape, Shapes};
 pub use grid::{Bits, Grid, Group, Range, ScaleDtype, Symmetry};
-pub use mix::{BlockTypes, Mix, Place, fitting};
+pub use mix::{BlockTypes, Mix, Place};
 pub(crate) use name::GRAMMAR;
 pub use prune::{Cut, Mask, Pattern, Prune, Score};
 pub use quantised::Quantised;
@@ -49,9 +50,6 @@ use sweep::{Pruning, Target, Task};
 
 /// Largest width of a group or block of columns: wider than any linear, and far from overflow.
 const WIDEST: usize = 1 << 20;
-
-/// A row that is whole blocks of every type.
-const K_ROW: usize = 256;
 
 /// How a weight is compressed. Parsed from and shown as its name; serialised as that name too.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -167,26 +165,41 @@ impl Compressor {
 
     /// What [`Compressor::compress`] must be told of the inputs.
     pub fn needs(&self) -> Needs {
-        let weighted = |blocks: BlockQuantise| blocks.rounding.importance();
+        let needs = self.needs_beside_importance();
+        match self.weights_by_importance() {
+            true => needs.max(Needs::Diagonal),
+            false => needs,
+        }
+    }
+
+    /// What [`Compressor::compress_weighted`] must be told of the inputs beside their importance.
+    pub fn needs_beside_importance(&self) -> Needs {
         if self.sweeps() {
             Needs::Gram
-        } else if self.prune.is_some_and(|prune| prune.score == Score::Wanda)
-            || self.blocks.is_some_and(weighted)
-        {
+        } else if self.prune.is_some_and(|prune| prune.score == Score::Wanda) {
             Needs::Diagonal
         } else {
             Needs::Nothing
         }
     }
 
-    /// The compressor of one linear of a model: a mix of block types becomes the type of this linear.
+    /// Whether it weights the error of each column with the importance of its input when it fits the scales of blocks.
+    pub fn weights_by_importance(&self) -> bool {
+        self.blocks
+            .is_some_and(|blocks| blocks.rounding.importance())
+    }
+
+    /// The compressor of one linear of a model: a mix of block types becomes the type of this linear, as does a type for which
+    /// llama.cpp makes exceptions.
     pub fn at(&self, place: Place) -> Self {
         let mut resolved = *self;
-        if let Some(blocks) = &mut resolved.blocks
-            && let BlockTypes::Mix(_) = blocks.types
-        {
+        if let Some(blocks) = &mut resolved.blocks {
             // Whether the type fits the rows is seen when they are compressed.
-            blocks.types = BlockTypes::One(blocks.types.of(place, K_ROW));
+            blocks.types = BlockTypes::One(blocks.types.wanted(place));
+            let rounded = blocks.rounding == BlockRounding::Nearest { importance: true };
+            if rounded && self.prune.is_none() {
+                blocks.types = blocks.types.weighted(place);
+            }
         }
         resolved
     }
@@ -201,6 +214,20 @@ impl Compressor {
         &self,
         weight: MatRef<'_, f64>,
         inputs: Option<Inputs<'_>>,
+    ) -> Result<Compressed> {
+        self.compress_weighted(weight, inputs, None)
+    }
+
+    /// As [`Compressor::compress`], with another importance of the inputs than `inputs` tell, as an importance matrix has it:
+    /// the mean square of each, or a positive multiple.
+    ///
+    /// # Errors
+    /// As [`Compressor::compress`], also for an importance of another length or with values that are no squares.
+    pub fn compress_weighted(
+        &self,
+        weight: MatRef<'_, f64>,
+        inputs: Option<Inputs<'_>>,
+        importance: Option<&[f64]>,
     ) -> Result<Compressed> {
         self.validate(Some(weight.ncols()))?;
         let mut rows = Rows::read(weight, "weight")?;
@@ -270,9 +297,13 @@ impl Compressor {
                     reason: "a mix chooses by linear: say which one it is, by `at`".to_string(),
                 });
             };
-            let importance = match block.rounding.importance() {
-                true => Some(blocks::importance(&self.diagonal(inputs, columns)?)),
-                false => None,
+            let importance = match (block.rounding.importance(), importance) {
+                (false, _) => None,
+                (true, None) => Some(blocks::importance(&self.diagonal(inputs, columns)?)),
+                (true, Some(given)) => {
+                    let given = self.diagonal(Some(Inputs::Diagonal(given)), columns)?;
+                    Some(blocks::importance(&given))
+                }
             };
             let rounded = self.round_to_blocks(
                 (ty, block.rounding),

@@ -24,6 +24,7 @@
 
 mod block;
 mod correct;
+mod importance;
 mod inputs;
 pub mod layer;
 mod measure;
@@ -37,12 +38,14 @@ mod stream;
 
 pub use crate::format::{Format, QuantisedCheckpoint};
 pub use crate::solve::{DRIFT_DAMPING, Method};
+pub use importance::{InputImportance, WithImportance};
 pub use options::{FactorStorage, InputSource, Ranks, Repair, Sampling, Spread, WithinBlock};
 pub use report::{Bytes, Damping, Energy, LayerReport, Requantised, Seconds};
 pub use sites::{LayerId, linears};
 pub use source::{CompressedLinear, CompressedModel, Linear, Source};
 pub use state::{Repaired, RepairedLayer};
 pub use stored::StoredWeight;
+pub(crate) use stored::float_type;
 
 use crate::compress::Place;
 use crate::stats::Accumulation;
@@ -193,7 +196,9 @@ fn summary(block: usize, layers: &[RepairedLayer], resumed: bool) -> String {
 
 /// Where a linear is in a model, for compressors that choose by it.
 pub fn place(decoder: &Decoder<'_>, layer: LayerId) -> Place {
-    let widths = &decoder.config().widths;
+    let config = decoder.config();
+    let widths = &config.widths;
+    let mixtures = config.mixtures.iter().flatten();
     let heads_per_kv = widths
         .get(layer.block())
         .map_or(1, |widths| widths.heads / widths.kv_heads.max(1));
@@ -202,5 +207,6 @@ pub fn place(decoder: &Decoder<'_>, layer: LayerId) -> Place {
         block: layer.block(),
         blocks: widths.len(),
         heads_per_kv,
+        experts: mixtures.map(|mixture| mixture.experts).max().unwrap_or(0),
     }
 }

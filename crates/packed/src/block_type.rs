@@ -150,6 +150,41 @@ impl BlockType {
         self.block_len() > 1
     }
 
+    /// This type, or the one that llama.cpp takes instead where rows of `cols` values are not whole blocks of it: the next
+    /// of at least as many bits with blocks of 32, or 16-bit floats where those do not fill the rows either.
+    pub fn for_rows(self, cols: usize) -> Self {
+        let smaller = match self {
+            Self::Q2_K | Self::Q3_K => Self::Q4_0,
+            Self::Q4_K => Self::Q5_0,
+            Self::Q5_K => Self::Q5_1,
+            Self::Q6_K => Self::Q8_0,
+            other => other,
+        };
+        let fits = |ty: &Self| cols.is_multiple_of(ty.block_len());
+        [self, smaller].into_iter().find(fits).unwrap_or(Self::F16)
+    }
+
+    /// `general.file_type` of a GGUF file whose matrices have this type.
+    pub fn file_type(self) -> u32 {
+        match self {
+            Self::F32 => 0,
+            Self::F16 => 1,
+            Self::Q4_0 => 2,
+            Self::Q4_1 => 3,
+            Self::Q8_0 => 7,
+            Self::Q5_0 => 8,
+            Self::Q5_1 => 9,
+            // Of K types with several mixes the plainest.
+            Self::Q2_K => 10,
+            Self::Q3_K => 11,
+            Self::Q4_K => 14,
+            Self::Q5_K => 16,
+            Self::Q6_K => 18,
+            Self::IQ4_NL => 25,
+            Self::BF16 => 32,
+        }
+    }
+
     /// Bytes of a row of `cols` values.
     ///
     /// # Errors
@@ -193,6 +228,23 @@ mod tests {
         }
         assert_eq!(BlockType::from_id(4), None);
         assert!("q4_2".parse::<BlockType>().is_err());
+    }
+
+    #[test]
+    fn rows_that_are_not_whole_blocks_fall_back_as_in_llama_cpp() {
+        for (ty, smaller) in [
+            (BlockType::Q2_K, BlockType::Q4_0),
+            (BlockType::Q3_K, BlockType::Q4_0),
+            (BlockType::Q4_K, BlockType::Q5_0),
+            (BlockType::Q5_K, BlockType::Q5_1),
+            (BlockType::Q6_K, BlockType::Q8_0),
+            (BlockType::Q8_0, BlockType::Q8_0),
+        ] {
+            assert_eq!(ty.for_rows(512), ty);
+            assert_eq!(ty.for_rows(96), smaller);
+            assert_eq!(ty.for_rows(100), BlockType::F16);
+        }
+        assert_eq!(BlockType::BF16.for_rows(100), BlockType::BF16);
     }
 
     #[test]

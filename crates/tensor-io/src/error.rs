@@ -372,6 +372,14 @@ pub enum Error {
         /// That of its contents.
         found: String,
     },
+    /// A tensor that does not read back as it was written; the file was not kept.
+    #[error("{}: tensor `{tensor}` does not read back as it was written", path.display())]
+    ReadBack {
+        /// The file.
+        path: PathBuf,
+        /// The tensor.
+        tensor: String,
+    },
     /// The tensor cannot be converted to the declared dtype.
     #[error("{}: tensor `{tensor}`: declared as {expected}, cannot be written from {found}", path.display())]
     WrongDtype {

@@ -39,14 +39,10 @@ impl Importance {
         }
     }
 
-    /// The means of matrix number `matrix`, where columns that saw nothing but zeros get a thousandth of the mean, so
-    /// that quantising does not give them up. `None` if there is no such matrix.
-    pub fn floored(&self, matrix: usize) -> Option<Vec<f64>> {
+    /// The means of matrix number `matrix`; `None` if there is no such matrix.
+    pub fn matrix(&self, matrix: usize) -> Option<&[f64]> {
         let columns = self.means.len() / self.counts.len();
-        let means = self.means.chunks_exact(columns).nth(matrix)?;
-        let floor = 1e-3 * means.iter().sum::<f64>() / columns as f64;
-        let floored = |&mean: &f64| if mean == 0.0 { floor } else { mean };
-        Some(means.iter().map(floored).collect())
+        self.means.chunks_exact(columns).nth(matrix)
     }
 
     fn check(&self) -> Result<(), String> {

@@ -13,6 +13,7 @@ use tensor_io::WriteOptions;
 use toy_lm::bundled::CALIBRATION;
 
 use super::values::positive;
+use super::weights::CalibrationArithmetic;
 use super::{TextArgs, bundled, names};
 use crate::suites::lowrank::{self, Output};
 
@@ -45,6 +46,13 @@ pub(super) struct LowrankArgs {
     /// compressed-tensors or pruned weights
     #[arg(long, value_name = "DIR_OR_GGUF", conflicts_with = "compress")]
     compressed: Option<PathBuf>,
+    /// Importance matrix of llama.cpp, in either form, for compressors that weight by importance (-imatrix, and gptq- with block
+    /// types), instead of what calibration sees
+    #[arg(long, value_name = "FILE", conflicts_with = "compressed")]
+    imatrix: Option<PathBuf>,
+    /// Embedding and output head of models in GGUF blocks
+    #[arg(long, value_enum, value_name = "HOW", default_value = "llama-cpp")]
+    rest: lowrank::Rest,
     #[arg(
         long,
         default_value = "eora",
@@ -92,6 +100,9 @@ pub(super) struct LowrankArgs {
     /// Also measure nuclear norm and entropy of the hidden states
     #[arg(long)]
     hidden_metrics: bool,
+    /// Arithmetic of the original weights that calibration passes through; what is measured is computed in f32
+    #[arg(long, value_enum, value_name = "NAME", default_value_t)]
+    pub(super) arithmetic: CalibrationArithmetic,
     #[command(flatten)]
     change: RepairArgs,
 }
@@ -181,6 +192,8 @@ impl LowrankArgs {
             held_out_samples: self.held_out_samples.get(),
             compressors: self.compress,
             compressed: self.compressed,
+            imatrix: self.imatrix,
+            rest: self.rest,
             ranks: self.rank.into_iter().map(NonZeroUsize::get).collect(),
             repair: Repair::default()
                 .with_inputs(match change.inputs {

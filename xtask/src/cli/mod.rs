@@ -385,10 +385,8 @@ impl SuiteArgs {
             SuiteArgs::Kv(args) => &args.weights,
             SuiteArgs::Tasks(args) => &args.weights,
             SuiteArgs::Structured(args) => return args.arithmetic.weights(),
-            SuiteArgs::Lowrank(_)
-            | SuiteArgs::Frontier(_)
-            | SuiteArgs::Lattice(_)
-            | SuiteArgs::Chain(_) => {
+            SuiteArgs::Lowrank(args) => return args.arithmetic.weights(),
+            SuiteArgs::Frontier(_) | SuiteArgs::Lattice(_) | SuiteArgs::Chain(_) => {
                 return Weights::default();
             }
         };

@@ -34,7 +34,7 @@ use crate::Result;
 pub use names::Architecture;
 pub use order::Order;
 pub use tensors::GgufTensors;
-pub use tokenizer::{STRIP_NOTHING, strips_behind_tokens};
+pub use tokenizer::{STRIP_NOTHING, TokenKind, strips_behind_tokens};
 
 /// Opens a GGUF file, or any part of a split one, as a checkpoint. Nothing but the header is read.
 ///

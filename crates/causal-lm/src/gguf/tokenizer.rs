@@ -4,6 +4,7 @@
 //! pre-tokenizer ([`pre`]), `llama` is SentencePiece's BPE, whose merges follow from the scores of its tokens ([`merges`]).
 //! A name that is not known is an error. A tokenizer that splits text otherwise than in training would be silently worse.
 
+mod kind;
 mod merges;
 mod pre;
 
@@ -16,29 +17,12 @@ use tensor_io::gguf::{Gguf, GgufError, Metadata};
 use tokenizers::models::bpe::{BPE, BpeBuilder, Vocab};
 use tokenizers::{AddedToken, Tokenizer};
 
+pub use kind::TokenKind;
 use pre::PreTokenizer;
 
 use crate::text::DEFAULT_TEMPLATE;
 
 type Result<T> = tensor_io::Result<T>;
-
-/// Kinds of tokens, by their numbers in files.
-pub(crate) mod kind {
-    /// Part of the vocabulary.
-    pub(crate) const NORMAL: i32 = 1;
-    /// Stands for what has no token.
-    pub(crate) const UNKNOWN: i32 = 2;
-    /// Special: not text, and left out when tokens are decoded.
-    pub(crate) const CONTROL: i32 = 3;
-    /// Text that is always one token.
-    pub(crate) const USER_DEFINED: i32 = 4;
-    /// A row of the embedding without a token.
-    pub(crate) const UNUSED: i32 = 5;
-    /// A byte, written as `<0x0A>`.
-    pub(crate) const BYTE: i32 = 6;
-    /// All of them.
-    pub(crate) const ALL: [i32; 6] = [NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE];
-}
 
 /// A tokenizer and the tokens around a text.
 pub(crate) struct Rebuilt {
@@ -180,7 +164,7 @@ pub fn strips_behind_tokens(name: &str) -> bool {
 /// Texts, kinds and, for SentencePiece, scores of all tokens.
 struct Vocabulary<'a> {
     tokens: Vec<&'a str>,
-    kinds: Vec<i32>,
+    kinds: Vec<TokenKind>,
 }
 
 impl<'a> Vocabulary<'a> {
@@ -189,7 +173,7 @@ impl<'a> Vocabulary<'a> {
             .metadata
             .required("tokenizer.ggml.tokens", Metadata::get_strings)?;
         let kinds = keys.metadata.get_i32s("tokenizer.ggml.token_type")?;
-        let kinds = kinds.unwrap_or_else(|| vec![kind::NORMAL; tokens.len()]);
+        let kinds = kinds.unwrap_or_else(|| vec![TokenKind::Normal as i32; tokens.len()]);
         if kinds.len() < tokens.len() {
             return Err(keys.refuse(format!(
                 "tokenizer.ggml.token_type has {} entries for {} tokens",
@@ -197,11 +181,15 @@ impl<'a> Vocabulary<'a> {
                 tokens.len()
             )));
         }
-        if let Some(unknown) = kinds.iter().find(|found| !kind::ALL.contains(found)) {
-            return Err(keys.refuse(format!(
-                "tokenizer.ggml.token_type: no kind of token is {unknown}"
-            )));
-        }
+        let kind = |number: i32| {
+            let known = TokenKind::of(number);
+            known.ok_or_else(|| {
+                keys.refuse(format!(
+                    "tokenizer.ggml.token_type: no kind of token is {number}"
+                ))
+            })
+        };
+        let kinds = kinds.into_iter().map(kind).collect::<Result<Vec<_>>>()?;
         let mut seen = HashSet::with_capacity(tokens.len());
         if let Some(twice) = tokens.iter().find(|token| !seen.insert(**token)) {
             return Err(keys.refuse(format!("the token {twice:?} is in the vocabulary twice")));
@@ -240,13 +228,14 @@ impl<'a> Vocabulary<'a> {
     /// Tokens that are found in a text before the model sees it. As in llama.cpp, those of a Phi-3 take in the white space
     /// behind them.
     fn added(&self, strips: bool) -> Vec<AddedToken> {
-        let whole =
-            |&(_, kind): &(&&str, &i32)| matches!(*kind, kind::CONTROL | kind::USER_DEFINED);
+        let whole = |&(_, kind): &(&&str, &TokenKind)| {
+            matches!(kind, TokenKind::Control | TokenKind::UserDefined)
+        };
         let tokens = self.tokens.iter().zip(&self.kinds).filter(whole);
         tokens
             .filter(|(token, _)| !token.is_empty())
             .map(|(token, kind)| {
-                AddedToken::from(*token, *kind == kind::CONTROL)
+                AddedToken::from(*token, *kind == TokenKind::Control)
                     .normalized(false)
                     .rstrip(strips && !STRIP_NOTHING.contains(token))
             })

@@ -3,7 +3,7 @@
 
 use packed::{BlockType, QuantRows, quantise};
 
-use super::mix::{BlockTypes, fitting};
+use super::mix::BlockTypes;
 use super::rows::Rows;
 use super::sweep::ColumnOrder;
 use crate::Result;
@@ -61,7 +61,7 @@ pub(crate) fn nearest(
 ) -> Result<QuantRows<'static>> {
     let values: Vec<f32> = rows.data().iter().map(|&w| w as f32).collect();
     Ok(quantise(
-        fitting(ty, rows.cols()),
+        ty.for_rows(rows.cols()),
         &values,
         rows.cols(),
         importance,
@@ -131,6 +131,32 @@ mod tests {
             let weighted = weighted.blocks.expect("blocks");
             assert_eq!(weighted, expected, "{name}");
             assert_eq!(weighted == plain, ty == BlockType::Q8_0, "{name}");
+        }
+    }
+
+    #[test]
+    fn a_given_importance_takes_the_place_of_that_of_the_inputs() {
+        let (weight, h, _) = problem();
+        let given: Vec<f64> = (0..COLS).map(|j| 1.0 + (j % 13) as f64).collect();
+        for name in ["q4_k-imatrix", "gptq-q4_k", "q4_k"] {
+            let compressor: Compressor = name.parse().expect("a name");
+            let inputs = Some(Inputs::Gram(h.as_ref()));
+            let weighted = |importance| {
+                let compressed = compressor.compress_weighted(weight.as_ref(), inputs, importance);
+                compressed.expect("valid").blocks.expect("blocks")
+            };
+            let uses = compressor.weights_by_importance();
+            assert_eq!(weighted(None) != weighted(Some(&given)), uses, "{name}");
+            if name == "q4_k-imatrix" {
+                let of_inputs = Some(Inputs::Diagonal(&given));
+                let expected = compressor.compress(weight.as_ref(), of_inputs);
+                assert_eq!(
+                    weighted(Some(&given)),
+                    expected.expect("valid").blocks.expect("blocks")
+                );
+            }
+            let short = compressor.compress_weighted(weight.as_ref(), inputs, Some(&given[1..]));
+            assert_eq!(short.is_err(), uses, "{name}");
         }
     }
 
@@ -219,7 +245,19 @@ mod tests {
             block: 0,
             blocks: 8,
             heads_per_kv: 1,
+            experts: 0,
         };
         assert_eq!(mix.at(place).to_string(), "gptq-q6_k");
+        // The first of eight blocks, rounded with importance as llama.cpp does.
+        for (name, resolved) in [
+            ("q4_0-imatrix", "q4_1-imatrix"),
+            ("q5_0-imatrix", "q5_1-imatrix"),
+            ("q4_0", "q4_0"),
+            ("gptq-q4_0", "gptq-q4_0"),
+            ("wanda-2:4+q4_0-imatrix", "wanda-2:4+q4_0-imatrix"),
+        ] {
+            let compressor: Compressor = name.parse().expect("a name");
+            assert_eq!(compressor.at(place).to_string(), resolved);
+        }
     }
 }

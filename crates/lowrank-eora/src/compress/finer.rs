@@ -148,6 +148,7 @@ mod tests {
                         block: 1,
                         blocks: 8,
                         heads_per_kv: 1,
+                        experts: 0,
                     },
                 })
                 .into(),

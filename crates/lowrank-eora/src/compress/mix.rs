@@ -52,7 +52,12 @@ pub struct Place {
     pub blocks: usize,
     /// Query heads for each key/value head of the block.
     pub heads_per_kv: usize,
+    /// Experts of the model's mixtures; 0 where it has none.
+    pub experts: usize,
 }
+
+/// Experts of Mixtral 8x7B, in which llama.cpp gives the few weights of attention more bits.
+const MIXTRAL_EXPERTS: usize = 8;
 
 impl Mix {
     /// All mixes.
@@ -106,14 +111,22 @@ impl Mix {
     }
 
     fn block_type(self, place: Place) -> BlockType {
-        use BlockType::{Q2_K, Q3_K, Q4_K, Q5_K, Q6_K};
-        use LinearName::{Down, O, V};
+        use BlockType::{Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, Q8_0};
+        use LinearName::{Down, K, O, V};
         let Place {
             linear,
             block: i,
             blocks: n,
             heads_per_kv,
+            experts,
         } = place;
+        if experts == MIXTRAL_EXPERTS {
+            match linear {
+                K | V => return Q8_0,
+                O => return Q5_K,
+                _ => {}
+            }
+        }
         // The first and last eighth of the blocks, and every third between them.
         let more = i < n / 8 || i >= 7 * n / 8 || (i - n / 8) % 3 == 2;
         match (self, linear) {
@@ -136,11 +149,26 @@ impl BlockTypes {
     /// The type of a linear with rows of `cols` weights: the next type with blocks of 32 where its blocks of 256 do not
     /// divide the rows, f16 where no blocks do.
     pub fn of(self, place: Place, cols: usize) -> BlockType {
-        let wanted = match self {
+        self.wanted(place).for_rows(cols)
+    }
+
+    /// The type that a linear has where its rows are whole blocks.
+    pub fn wanted(self, place: Place) -> BlockType {
+        match self {
             Self::One(ty) => ty,
             Self::Mix(mix) => mix.block_type(place),
-        };
-        fitting(wanted, cols)
+        }
+    }
+
+    /// The same where columns are weighted by importance: `Q4_0` and `Q5_0` lose much in the first down projections then,
+    /// which get an offset.
+    pub(super) fn weighted(self, place: Place) -> Self {
+        let first = place.linear == LinearName::Down && place.block < place.blocks / 8;
+        match self {
+            Self::One(BlockType::Q4_0) if first => Self::One(BlockType::Q4_1),
+            Self::One(BlockType::Q5_0) if first => Self::One(BlockType::Q5_1),
+            other => other,
+        }
     }
 
     /// The type of most linears.
@@ -151,48 +179,27 @@ impl BlockTypes {
         }
     }
 
-    /// `general.file_type` of a GGUF file with these types.
-    pub fn file_type(self) -> u32 {
-        match self {
-            Self::Mix(mix) => mix.file_type(),
-            Self::One(ty) => match ty {
-                BlockType::F32 => 0,
-                BlockType::F16 => 1,
-                BlockType::Q4_0 => 2,
-                BlockType::Q4_1 => 3,
-                BlockType::Q8_0 => 7,
-                BlockType::Q5_0 => 8,
-                BlockType::Q5_1 => 9,
-                BlockType::Q2_K => Mix::Q2_K_M.file_type(),
-                BlockType::Q3_K => Mix::Q3_K_S.file_type(),
-                BlockType::Q4_K => Mix::Q4_K_S.file_type(),
-                BlockType::Q5_K => Mix::Q5_K_S.file_type(),
-                BlockType::Q6_K => 18,
-                BlockType::IQ4_NL => 25,
-                BlockType::BF16 => 32,
-                // A type that llama.cpp has no number for: a guess by the type's own.
-                other => 1024 + other.id(),
-            },
-        }
+    /// The type of an embedding with rows of `cols` values that is not the output head as well.
+    pub fn embedding(self, cols: usize) -> BlockType {
+        self.base().for_rows(cols)
     }
-}
 
-/// `ty`, or the type that llama.cpp takes instead where rows of `cols` weights are not whole blocks of it.
-pub fn fitting(ty: BlockType, cols: usize) -> BlockType {
-    let divides = |ty: BlockType| cols.is_multiple_of(ty.block_len());
-    if divides(ty) {
-        return ty;
+    /// The type of the output head, also where it is the embedding: what it rounds shows in every logit.
+    pub fn head(self, cols: usize) -> BlockType {
+        let wanted = match self.base() {
+            BlockType::Q8_0 => BlockType::Q8_0,
+            _ => BlockType::Q6_K,
+        };
+        wanted.for_rows(cols)
     }
-    let smaller = match ty {
-        BlockType::Q2_K | BlockType::Q3_K => BlockType::Q4_0,
-        BlockType::Q4_K => BlockType::Q5_0,
-        BlockType::Q5_K => BlockType::Q5_1,
-        BlockType::Q6_K => BlockType::Q8_0,
-        other => other,
-    };
-    match divides(smaller) {
-        true => smaller,
-        false => BlockType::F16,
+
+    /// `general.file_type` of a GGUF file of these types in which most weights are of type `most`: where fallbacks have taken
+    /// over, the file is of their kind.
+    pub fn file_type(self, most: BlockType) -> u32 {
+        match self {
+            Self::Mix(mix) if mix.base() == most => mix.file_type(),
+            _ => most.file_type(),
+        }
     }
 }
 
@@ -230,6 +237,7 @@ mod tests {
             block,
             blocks,
             heads_per_kv,
+            experts: 0,
         };
         let of = |block| BlockTypes::Mix(mix).of(place(block), 256);
         (0..blocks).map(of).collect()
@@ -263,19 +271,62 @@ mod tests {
     }
 
     #[test]
-    fn rows_that_are_not_whole_blocks_fall_back_as_in_llama_cpp() {
-        for (ty, smaller) in [
-            (BlockType::Q2_K, BlockType::Q4_0),
-            (BlockType::Q3_K, BlockType::Q4_0),
-            (BlockType::Q4_K, BlockType::Q5_0),
-            (BlockType::Q5_K, BlockType::Q5_1),
-            (BlockType::Q6_K, BlockType::Q8_0),
-            (BlockType::Q8_0, BlockType::Q8_0),
-        ] {
-            assert_eq!(fitting(ty, 512), ty);
-            assert_eq!(fitting(ty, 96), smaller);
-            assert_eq!(fitting(ty, 100), BlockType::F16);
+    fn with_eight_experts_attention_gets_more_bits() {
+        let of = |mix: Mix, linear, experts| {
+            let place = Place {
+                linear,
+                block: 5,
+                blocks: 32,
+                heads_per_kv: 4,
+                experts,
+            };
+            BlockTypes::Mix(mix).of(place, 256)
+        };
+        for mix in Mix::ALL {
+            assert_eq!(of(mix, K, 8), BlockType::Q8_0);
+            assert_eq!(of(mix, V, 8), BlockType::Q8_0);
+            assert_eq!(of(mix, O, 8), BlockType::Q5_K);
+            for linear in [Q, Gate, Down] {
+                assert_eq!(of(mix, linear, 8), of(mix, linear, 0));
+            }
+            assert_eq!(of(mix, K, 64), mix.base());
         }
+    }
+
+    #[test]
+    fn with_importance_the_first_down_projections_get_an_offset() {
+        use BlockType::{Q4_0, Q4_1, Q4_K, Q5_0, Q5_1};
+        let of = |ty, linear, block| {
+            let place = Place {
+                linear,
+                block,
+                blocks: 16,
+                heads_per_kv: 1,
+                experts: 0,
+            };
+            BlockTypes::One(ty).weighted(place)
+        };
+        for (ty, first) in [(Q4_0, Q4_1), (Q5_0, Q5_1), (Q4_K, Q4_K)] {
+            assert_eq!(of(ty, Down, 1), BlockTypes::One(first));
+            assert_eq!(of(ty, Down, 2), BlockTypes::One(ty));
+            assert_eq!(of(ty, V, 1), BlockTypes::One(ty));
+        }
+    }
+
+    #[test]
+    fn a_head_has_six_bits_and_a_file_is_of_the_kind_of_most_weights() {
+        let mix = BlockTypes::Mix(Mix::Q4_K_M);
+        assert_eq!(mix.head(512), BlockType::Q6_K);
+        assert_eq!(mix.head(576), BlockType::Q8_0);
+        assert_eq!(mix.embedding(512), BlockType::Q4_K);
+        assert_eq!(mix.embedding(576), BlockType::Q5_0);
+        assert_eq!(BlockTypes::One(BlockType::Q8_0).head(512), BlockType::Q8_0);
+        assert_eq!(mix.file_type(BlockType::Q4_K), 15);
+        assert_eq!(mix.file_type(BlockType::Q5_0), 8);
+        assert_eq!(
+            BlockTypes::One(BlockType::Q4_K).file_type(BlockType::Q4_K),
+            14
+        );
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use super::grid::{Group, Symmetry};
 use super::prune::{Pattern, Prune, Score, share};
-use super::{BlockTypes, Compressed, Compressor, Mask, Quantised, fitting};
+use super::{BlockTypes, Compressed, Compressor, Mask, Quantised};
 use packed::{BlockType, QuantRows};
 
 /// Bytes of the parts of a compressed weight, as a file holds them.
@@ -107,7 +107,7 @@ impl Storage {
             };
             return Some(Self {
                 mask: 0,
-                values: m * fitting(ty, n).row_bytes(n).ok()?,
+                values: m * ty.for_rows(n).row_bytes(n).ok()?,
                 ..Self::floats(weights, weights, width)
             });
         }

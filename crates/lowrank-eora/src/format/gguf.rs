@@ -65,7 +65,7 @@ impl Placing {
     fn of(quantised: &Quantised) -> std::result::Result<Self, String> {
         if !quantised.is_ordered() {
             return Err(
-                "its groups are not runs of neighbouring inputs; quantise without `-act`, or with `-static`"
+                "its groups are not runs of neighbouring inputs, as blocks are; quantise without `-act`, or with `-static`"
                     .to_string(),
             );
         }
@@ -88,7 +88,7 @@ impl Placing {
             .all(|&v| half(v))
         {
             return Err(
-                "its scales are not finite f16 values; quantise with scales rounded to f16 (without `-exact`)"
+                "its scales are not finite f16 values, as those of blocks are; quantise with scales rounded to f16 (without `-exact`)"
                     .to_string(),
             );
         }

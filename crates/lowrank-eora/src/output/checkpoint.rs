@@ -9,11 +9,12 @@ use crate::repair::{LayerId, Repaired, RepairedLayer, StoredWeight, linears};
 use crate::{Error, Result};
 use candle_core::{DType, Device};
 use causal_lm::Decoder;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use tensor_io::{CheckpointWriter, Progress, TensorSpec, Written};
 
-/// Writes a checkpoint folder; everything but the repaired linears is the dense model's. `progress` counts blocks.
+/// Writes a checkpoint folder; everything but the repaired linears is the dense model's, and in floats the matrices of
+/// [`Repaired::others`]. `progress` counts blocks.
 ///
 /// # Errors
 /// [`Error::NotStorable`] where the layout cannot hold the weights, [`Error::Setting`] where the
@@ -67,9 +68,18 @@ pub fn write_checkpoint(
         compressor.sweep.damping = damping.largest;
     }
 
+    let others = match layout {
+        Layout::Dense { .. } => by_weight(repaired)?,
+        Layout::Gptq { .. } | Layout::CompressedTensors => BTreeMap::new(),
+    };
+    // A copy of the embedding is no head any more when the embedding changes.
+    let names = decoder.config().names;
+    let has_copy = decoder.config().tied && others.contains_key(&names.embedding());
+    let stays = |name: &&str| !(has_copy && *name == names.head());
+
     let mut config = decoder.config_to_write();
     let mut specs = Vec::new();
-    for name in checkpoint.names() {
+    for name in checkpoint.names().filter(stays) {
         let info = checkpoint.info(name)?;
         match (layer_of(name), layout, &compressor) {
             (Some(layer), Layout::Gptq { .. } | Layout::CompressedTensors, Some(compressor)) => {
@@ -123,7 +133,12 @@ pub fn write_checkpoint(
     let mut writer = CheckpointWriter::create(dst, &config, specs, &options.write)?;
     progress.begin("write checkpoint", repaired.blocks() as u64);
     writer.carry_from(checkpoint)?;
-    for name in checkpoint.names().filter(|name| layer_of(name).is_none()) {
+    let copied = checkpoint.names().filter(stays);
+    for name in copied.filter(|name| layer_of(name).is_none()) {
+        if let Some(weight) = others.get(name) {
+            writer.write_tensor(name, &weight.floats()?)?;
+            continue;
+        }
         match layout {
             Layout::Dense { dtype: Some(_) } => {
                 // Through f64, which holds every float exactly.
@@ -169,6 +184,16 @@ pub fn write_checkpoint(
         progress.advance(1)?;
     }
     Ok(writer.finish()?)
+}
+
+/// The matrices beside the linears by the names of their weights.
+fn by_weight(repaired: &Repaired) -> Result<BTreeMap<String, StoredWeight>> {
+    let mut named = BTreeMap::new();
+    for other in repaired.others() {
+        let (module, weight) = other?;
+        named.insert(format!("{module}.weight"), weight);
+    }
+    Ok(named)
 }
 
 /// Whether all linears of a model can be stored in a layout after this compressor, as far as shapes and grid tell.

@@ -7,21 +7,22 @@
 use super::Weights;
 use super::checkpoint::requantised;
 use super::gguf_others::Others;
-use crate::compress::{BlockTypes, Compressor, Quantise, Rounding};
-use crate::format::gguf::place;
-use crate::repair::{LayerId, Repaired, RepairedLayer, StoredWeight, linears};
+use super::types::{TypeTable, block_layout};
+use crate::compress::Compressor;
+use crate::format::gguf_tensors;
+use crate::repair::{LayerId, Repaired, RepairedLayer, float_type};
 use crate::{Error, Result};
 use candle_core::DType;
 use causal_lm::Decoder;
 use causal_lm::gguf::Architecture;
 use causal_lm::gguf::layout::{self, Experts, FileTensor, Rows, holders};
-use causal_lm::gguf::names::HEAD;
-use faer::Mat;
+use causal_lm::gguf::names::{EMBEDDING, HEAD};
 use packed::{BlockType, QuantRows, quantise};
+use serde_json::Value as Json;
 use std::collections::BTreeMap;
 use std::path::Path;
 use tensor_io::Progress;
-use tensor_io::gguf::{BlockLayout, Gguf, GgufError, Metadata, TensorSpec, Value, Writer};
+use tensor_io::gguf::{Gguf, GgufError, Metadata, TensorSpec, Value, Writer};
 
 /// What errors call the format.
 pub(super) const NAME: &str = "gguf";
@@ -29,22 +30,50 @@ const FILE_TYPE: &str = "general.file_type";
 const QUANTISATION_VERSION: &str = "general.quantization_version";
 /// Keys that only a part of a split model has.
 const SPLIT: &str = "split.";
+/// What weighted the rounding.
+const IMATRIX: &str = "quantize.imatrix.";
+/// What was done here.
+pub(super) const OWN: &str = "eora.";
 
 /// How the compressed model is written as GGUF.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct GgufModelOptions<'a> {
     /// Which weights.
     pub weights: Weights,
     /// A GGUF file of the uncompressed model.
     pub template: &'a Gguf,
+    /// Where the importance comes from that weighted the rounding.
+    pub imatrix: ImatrixOrigin,
 }
 
 impl<'a> GgufModelOptions<'a> {
     /// These weights in the place of those of `template`.
     pub fn new(weights: Weights, template: &'a Gguf) -> Self {
-        Self { weights, template }
+        Self {
+            weights,
+            template,
+            imatrix: ImatrixOrigin::default(),
+        }
     }
+
+    /// Where the importance comes from, for compressors that weight by it.
+    pub fn with_imatrix(self, imatrix: ImatrixOrigin) -> Self {
+        Self { imatrix, ..self }
+    }
+}
+
+/// The importance matrix that weighted the rounding, as GGUF files state it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ImatrixOrigin {
+    /// The file, where there is one.
+    pub file: Option<String>,
+    /// The text that it was measured on.
+    pub dataset: Option<String>,
+    /// Its entries; without it, the tensors that were weighted.
+    pub entries: Option<u32>,
+    /// Chunks of the text.
+    pub chunks: Option<u32>,
 }
 
 /// What a GGUF file declares itself to be.
@@ -60,13 +89,21 @@ pub(super) fn architecture_of(file: &Gguf) -> Result<Architecture> {
     })
 }
 
+/// What a GGUF file of a decoder declares itself to be; `None` for a type of model that is not mapped.
+pub(super) fn architecture_for(decoder: &Decoder<'_>) -> Option<Architecture> {
+    match gguf_tensors(decoder.checkpoint()) {
+        Some(file) => Some(file.architecture()),
+        None => Architecture::of(decoder.config()),
+    }
+}
+
 /// What files of this decoder hold.
 pub(super) fn tensors_of(decoder: &Decoder<'_>, architecture: Architecture) -> Vec<FileTensor> {
     layout::tensors(decoder.config(), architecture, Experts::Stacked)
 }
 
 /// Rows of a linear that a tensor of a file is made of.
-struct Placed {
+pub(super) struct Placed {
     layer: LayerId,
     rows: Rows,
 }
@@ -75,7 +112,10 @@ struct Placed {
 ///
 /// # Errors
 /// [`Error::NotStorable`] for a linear that the file has with other values.
-fn placed(tensors: &[FileTensor], layer: LayerId) -> Result<Vec<(String, Vec<usize>, Placed)>> {
+pub(super) fn placed(
+    tensors: &[FileTensor],
+    layer: LayerId,
+) -> Result<Vec<(String, Vec<usize>, Placed)>> {
     let weight = layer.weight();
     holders(tensors, &weight)
         .map(|tensor| match &tensor.parts[..] {
@@ -94,7 +134,7 @@ fn placed(tensors: &[FileTensor], layer: LayerId) -> Result<Vec<(String, Vec<usi
 }
 
 /// Writes the compressed model as the GGUF file `dst` and returns its size; an older file is replaced. `progress` counts
-/// blocks.
+/// blocks. [`Repaired::others`] stand in the place of the template's embedding and head.
 ///
 /// # Errors
 /// [`Error::NotStorable`] where no block type holds the codes of a linear exactly, [`Error::Malformed`] for a template of
@@ -106,7 +146,9 @@ pub fn write_gguf(
     dst: impl AsRef<Path>,
     progress: &dyn Progress,
 ) -> Result<u64> {
-    let GgufModelOptions { weights, template } = *options;
+    let GgufModelOptions {
+        weights, template, ..
+    } = *options;
     let architecture = architecture_of(template)?;
     let tensors = tensors_of(decoder, architecture);
     let mut layers: BTreeMap<String, Placed> = BTreeMap::new();
@@ -152,7 +194,7 @@ pub fn write_gguf(
         Ok(TensorSpec::new(&info.name, layout, info.shape.clone()))
     });
     let specs = specs.collect::<Result<Vec<_>>>()?;
-    let metadata = metadata(template, file_type(repaired, weights, &types))?;
+    let metadata = metadata(repaired, options, &specs)?;
 
     let mut writer = Writer::create(dst.as_ref(), &metadata, &specs)?;
     progress.begin("write GGUF", repaired.blocks() as u64);
@@ -184,54 +226,6 @@ pub fn write_gguf(
     Ok(writer.finish()?)
 }
 
-/// Whether block types hold exactly what this compressor makes of the linears of a model, as far as grid and shapes
-/// tell: one row of made-up weights of each width is compressed and placed.
-///
-/// # Errors
-/// [`Error::NotStorable`] with the reason.
-pub fn check_gguf(decoder: &Decoder<'_>, compressor: &Compressor) -> Result<()> {
-    let Some(quantise) = compressor.quantise else {
-        return Ok(());
-    };
-    let mut widths = Vec::new();
-    for (id, [_, cols]) in linears(decoder) {
-        if widths.contains(&cols) {
-            continue;
-        }
-        widths.push(cols);
-        if quantise.takes_groups_apart() {
-            return Err(Error::NotStorable {
-                module: id.to_string(),
-                format: "gguf",
-                reason: "its groups are not runs of neighbouring inputs; quantise without `-act`, or with `-static`"
-                    .into(),
-            });
-        }
-        let nearest = Compressor {
-            quantise: Some(Quantise {
-                rounding: Rounding::Nearest,
-                ..quantise
-            }),
-            ..Compressor::NONE
-        };
-        let row = Mat::from_fn(1, cols, |_, j| {
-            ((j * 7919 + 13) % 1009) as f64 / 504.5 - 1.0
-        });
-        if let Some(codes) = nearest.compress(row.as_ref(), None)?.quantised {
-            place(&id.to_string(), &codes)?;
-        }
-    }
-    Ok(())
-}
-
-fn block_layout(ty: BlockType) -> Result<BlockLayout> {
-    BlockLayout::named(ty.name()).ok_or_else(|| Error::Setting {
-        name: "block type",
-        value: ty.name().into(),
-        expected: "a type of GGUF files",
-    })
-}
-
 /// A linear as blocks, rows in the order of Hugging Face.
 fn rows(
     decoder: &Decoder<'_>,
@@ -239,69 +233,123 @@ fn rows(
     weights: Weights,
 ) -> Result<QuantRows<'static>> {
     let id = layer.report.layer;
-    let float = |dtype: DType, matrix: &Mat<f64>| {
-        let ty = match dtype {
-            DType::F16 => BlockType::F16,
-            DType::BF16 => BlockType::BF16,
-            _ => BlockType::F32,
-        };
-        let cols = matrix.ncols();
-        let values: Vec<f32> = (0..matrix.nrows())
-            .flat_map(|i| (0..cols).map(move |j| matrix[(i, j)] as f32))
-            .collect();
-        quantise(ty, &values, cols, None)
-    };
     let weight = match weights {
         Weights::Compressed => &layer.weight,
         Weights::Requantised => requantised(layer, "gguf")?,
         Weights::Merged => {
             let dtype = decoder.checkpoint().info(&id.weight())?.candle_dtype();
-            return Ok(float(dtype.unwrap_or(DType::F32), &layer.merged()?)?);
+            let (matrix, ty) = (layer.merged()?, float_type(dtype.unwrap_or(DType::F32)));
+            let cols = matrix.ncols();
+            let values: Vec<f32> = (0..matrix.nrows())
+                .flat_map(|i| (0..cols).map(move |j| (i, j)))
+                .map(|at| matrix[at] as f32)
+                .collect();
+            return Ok(quantise(ty, &values, cols, None)?);
         }
     };
-    match weight {
-        StoredWeight::Blocks(rows) => Ok(rows.clone()),
-        StoredWeight::Quantised { weight, .. } => place(&id.to_string(), weight),
-        StoredWeight::Dense(tensor) => Ok(float(tensor.dtype(), &weight.matrix()?)?),
-    }
+    weight.blocks(&id.to_string())
 }
 
-/// `general.file_type`: of the mix that was asked for, else of the type of most linears.
-fn file_type(
-    repaired: &Repaired,
-    weights: Weights,
-    types: &BTreeMap<LayerId, BlockType>,
-) -> Option<u32> {
-    let compressor = match weights {
+/// The compressor that made the weights, where it is known.
+fn compressor(repaired: &Repaired, weights: Weights) -> Option<Compressor> {
+    match weights {
         Weights::Compressed => repaired.compressor(),
         Weights::Requantised => repaired.requantiser(),
         Weights::Merged => None,
-    };
-    if let Some(Compressor {
-        blocks: Some(blocks),
-        ..
-    }) = compressor
-    {
-        return Some(blocks.types.file_type());
     }
-    let count = |ty: BlockType| types.values().filter(|other| **other == ty).count();
-    let most = types.values().copied().max_by_key(|&ty| count(ty))?;
-    Some(BlockTypes::One(most).file_type())
 }
 
-/// The template's metadata with the type of the file.
-fn metadata(template: &Gguf, file_type: Option<u32>) -> Result<Vec<(String, Value)>> {
-    let metadata = template.metadata();
-    let own = |key: &str| key == FILE_TYPE || key == QUANTISATION_VERSION || key.starts_with(SPLIT);
+/// `general.file_type`: of the mix that was asked for where most weights of the blocks have its type, else of that type.
+fn file_type(compressor: Option<&Compressor>, specs: &[TensorSpec]) -> Option<u32> {
+    let mut values: BTreeMap<BlockType, usize> = BTreeMap::new();
+    let beside = |spec: &&TensorSpec| [EMBEDDING, HEAD].contains(&spec.name.as_str());
+    for spec in specs
+        .iter()
+        .filter(|spec| !beside(spec) && spec.shape.len() > 1)
+    {
+        let ty = BlockType::from_id(spec.layout.id)?;
+        *values.entry(ty).or_default() += spec.shape.iter().product::<usize>();
+    }
+    let (most, _) = values.into_iter().max_by_key(|(_, count)| *count)?;
+    Some(match compressor.and_then(|compressor| compressor.blocks) {
+        Some(blocks) => blocks.types.file_type(most),
+        None => most.file_type(),
+    })
+}
+
+/// The template's metadata with what the file is, and what was done.
+fn metadata(
+    repaired: &Repaired,
+    options: &GgufModelOptions<'_>,
+    specs: &[TensorSpec],
+) -> Result<Vec<(String, Value)>> {
+    let metadata = options.template.metadata();
+    let replaced = |key: &str| {
+        [FILE_TYPE, QUANTISATION_VERSION].contains(&key)
+            || [SPLIT, IMATRIX, OWN]
+                .iter()
+                .any(|prefix| key.starts_with(prefix))
+    };
     let mut entries = Vec::new();
-    for key in metadata.keys().filter(|key| !own(key)) {
+    for key in metadata.keys().filter(|key| !replaced(key)) {
         if let Some(value) = metadata.get(key)? {
             entries.push((key.to_string(), value));
         }
     }
-    if let Some(file_type) = file_type {
+    let compressor = compressor(repaired, options.weights);
+    if let Some(file_type) = file_type(compressor.as_ref(), specs) {
         entries.push((FILE_TYPE.into(), Value::U32(file_type)));
     }
     entries.push((QUANTISATION_VERSION.into(), Value::U32(2)));
+    if compressor.is_some_and(|compressor| compressor.weights_by_importance()) {
+        let origin = &options.imatrix;
+        let mut put = |key: &str, value: Option<Value>| {
+            entries.extend(value.map(|value| (format!("{IMATRIX}{key}"), value)));
+        };
+        let weighted = repaired.reports().count() as u32;
+        put("file", origin.file.as_deref().map(Value::from));
+        put("dataset", origin.dataset.as_deref().map(Value::from));
+        put(
+            "entries_count",
+            Some(origin.entries.unwrap_or(weighted).into()),
+        );
+        put("chunks_count", origin.chunks.map(Value::from));
+    }
+    let table = TypeTable::of(specs);
+    let weights = match options.weights {
+        Weights::Compressed => "compressed",
+        Weights::Merged => "merged",
+        Weights::Requantised => "requantised",
+    };
+    entries.extend(provenance(
+        repaired,
+        compressor,
+        &[
+            ("weights", weights.to_string()),
+            ("types", table.to_string()),
+        ],
+    ));
     Ok(entries)
+}
+
+/// What was done, for whoever finds the file: strings under keys of our own.
+pub(super) fn provenance(
+    repaired: &Repaired,
+    compressor: Option<Compressor>,
+    more: &[(&str, String)],
+) -> Vec<(String, Value)> {
+    let fact = |key: &str| repaired.facts().get(key).and_then(Json::as_str);
+    let known = [
+        ("version", Some(env!("CARGO_PKG_VERSION").to_string())),
+        ("model", fact("model").map(String::from)),
+        ("source", fact("source").map(String::from)),
+        ("compressor", compressor.map(|c| c.to_string())),
+    ];
+    let known = known
+        .into_iter()
+        .filter_map(|(key, value)| Some((key, value?)));
+    known
+        .chain(more.iter().cloned())
+        .map(|(key, value)| (format!("{OWN}{key}"), Value::from(value)))
+        .collect()
 }

@@ -3,11 +3,16 @@
 use super::gguf_model::tensors_of;
 use crate::Error;
 use crate::Result;
-use crate::repair::Repaired;
+use crate::repair::{InputImportance, Repaired, linears};
 use causal_lm::Decoder;
 use causal_lm::gguf::Architecture;
-use causal_lm::gguf::layout::holders;
+use causal_lm::gguf::layout::{FileTensor, holders};
+use std::collections::BTreeMap;
+use std::path::Path;
 use tensor_io::imatrix::{Imatrix, Importance};
+
+/// Names in an error before the others are counted.
+const NAMED: usize = 8;
 
 /// The mean square of each input of every linear of `decoder` on the calibration windows, under the names of GGUF weights;
 /// `text` names the calibration text. Columns of weights are never reordered, so that it serves every architecture.
@@ -17,13 +22,7 @@ use tensor_io::imatrix::{Imatrix, Importance};
 /// # Errors
 /// [`Error::Setting`] for a type of model that is not mapped, and what reading the repair reports.
 pub fn imatrix(repaired: &Repaired, decoder: &Decoder<'_>, text: &str) -> Result<Imatrix> {
-    let model_type = decoder.config().model_type;
-    let architecture = Architecture::of(decoder.config()).ok_or_else(|| Error::Setting {
-        name: "model of an importance matrix",
-        value: model_type.into(),
-        expected: "a type of model that GGUF files have",
-    })?;
-    let tensors = tensors_of(decoder, architecture);
+    let tensors = tensors(decoder)?;
     let mut imatrix = Imatrix {
         datasets: vec![text.to_string()],
         ..Imatrix::default()
@@ -48,4 +47,53 @@ pub fn imatrix(repaired: &Repaired, decoder: &Decoder<'_>, text: &str) -> Result
         }
     }
     Ok(imatrix)
+}
+
+/// What the importance matrix at `path` says of the inputs of every linear of `decoder`.
+///
+/// # Errors
+/// [`Error::Malformed`] that names the weights without an entry, or the one whose entry is of another size;
+/// [`Error::Setting`] for a type of model that is not mapped.
+pub fn importance(
+    imatrix: &Imatrix,
+    path: impl AsRef<Path>,
+    decoder: &Decoder<'_>,
+) -> Result<InputImportance> {
+    let refuse = |reason: String| Error::Malformed {
+        path: path.as_ref().to_owned(),
+        reason,
+    };
+    let tensors = tensors(decoder)?;
+    let mut layers = BTreeMap::new();
+    let mut missing = Vec::new();
+    for (id, [_, inputs]) in linears(decoder) {
+        // A stacked projection may be several tensors, which read the same.
+        for tensor in holders(&tensors, &id.weight()) {
+            match imatrix.of(&tensor.name, inputs, 1).map_err(refuse)? {
+                Some(entry) => {
+                    layers.entry(id).or_insert_with(|| entry.means.clone());
+                }
+                None => missing.push(tensor.name.clone()),
+            }
+        }
+    }
+    if missing.is_empty() {
+        return Ok(InputImportance::new(layers));
+    }
+    let more = match missing.len().checked_sub(NAMED) {
+        None | Some(0) => String::new(),
+        Some(more) => format!(" and {more} more"),
+    };
+    missing.truncate(NAMED);
+    Err(refuse(format!("no entry for {}{more}", missing.join(", "))))
+}
+
+fn tensors(decoder: &Decoder<'_>) -> Result<Vec<FileTensor>> {
+    let model_type = decoder.config().model_type;
+    let architecture = Architecture::of(decoder.config()).ok_or_else(|| Error::Setting {
+        name: "model of an importance matrix",
+        value: model_type.into(),
+        expected: "a type of model that GGUF files have",
+    })?;
+    Ok(tensors_of(decoder, architecture))
 }

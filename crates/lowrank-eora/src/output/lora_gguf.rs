@@ -5,23 +5,22 @@
 //! rank and B A applies as it is. Where the architecture rotates neighbouring channels, the rows of B of q and k are
 //! reordered as those of the weights.
 
-use super::adapter::{Adapter, AdapterFactors};
-use super::gguf_model::{architecture_of, tensors_of};
+use super::adapter::Adapter;
+use super::gguf_model::{architecture_for, architecture_of, provenance, tensors_of};
 use crate::repair::{LayerId, Repaired, linears};
 use crate::solve::LowRank;
 use crate::{Error, Result};
 use causal_lm::Decoder;
 use causal_lm::gguf::layout::{FileTensor, Part, Rows, holders};
-use causal_lm::gguf::{Architecture, GgufTensors, Order};
-use faer::{Mat, MatRef};
+use causal_lm::gguf::{Architecture, Order};
+use faer::MatRef;
 use packed::BlockType;
-use std::collections::BTreeMap;
+use serde_json::Value as Json;
 use std::path::Path;
-use tensor_io::gguf::{BlockLayout, Gguf, Metadata, TensorSpec, Value, Writer};
+use tensor_io::gguf::{BlockLayout, Gguf, TensorSpec, Value, Writer};
 
 const A: &str = ".weight.lora_a";
 const B: &str = ".weight.lora_b";
-const ALPHA: &str = "adapter.lora.alpha";
 
 /// How an adapter is written as GGUF.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,7 +36,7 @@ impl GgufAdapterOptions {
     /// For a GGUF export of this decoder, or the GGUF file that it runs from; f16.
     pub fn new(decoder: &Decoder<'_>) -> Self {
         Self {
-            architecture: architecture(decoder).unwrap_or(Architecture::Llama),
+            architecture: architecture_for(decoder).unwrap_or(Architecture::Llama),
             dtype: BlockType::F16,
         }
     }
@@ -66,18 +65,6 @@ impl GgufAdapterOptions {
         Self { dtype, ..self }
     }
 }
-
-/// What a GGUF file of a decoder declares itself to be; `None` for a type of model that is not mapped.
-fn architecture(decoder: &Decoder<'_>) -> Option<Architecture> {
-    let source = decoder.checkpoint().source();
-    match source.and_then(|source| source.as_any().downcast_ref::<GgufTensors>()) {
-        Some(file) => Some(file.architecture()),
-        None => Architecture::of(decoder.config()),
-    }
-}
-
-/// A linear with its shape, and its rows in files where they are in another order.
-type Base = (LayerId, [usize; 2], Option<Order>);
 
 /// Name of the weight in files, and its rows there where they are in another order; `None` for one that is not one tensor.
 fn base_of(tensors: &[FileTensor], layer: LayerId) -> Option<(String, Option<Order>)> {
@@ -114,7 +101,7 @@ impl Adapter {
     /// as one tensor.
     pub fn check_gguf(decoder: &Decoder<'_>) -> Result<()> {
         let model_type = decoder.config().model_type;
-        let Some(architecture) = architecture(decoder) else {
+        let Some(architecture) = architecture_for(decoder) else {
             return Err(Error::Setting {
                 name: "model of a GGUF adapter",
                 value: model_type.into(),
@@ -186,6 +173,11 @@ impl Adapter {
             ("adapter.type", "lora"),
         ]
         .map(|(key, value)| (key.to_string(), Value::from(value)));
+        let mut metadata = Vec::from(metadata);
+        let fact = |key: &str| repaired.facts().get(key).and_then(Json::as_str);
+        let method = fact("method").map(|method| ("method", method.to_string()));
+        let more: Vec<_> = method.into_iter().collect();
+        metadata.extend(provenance(repaired, repaired.compressor(), &more));
         let mut writer = Writer::create(dst.as_ref(), &metadata, &specs)?;
         for block in 0..repaired.blocks() {
             for layer in repaired.block(block)? {
@@ -203,82 +195,6 @@ impl Adapter {
         }
         writer.finish()?;
         Ok(())
-    }
-
-    /// Reads a LoRA in GGUF, ours or another one, for a decoder, as llama.cpp would with a scale of 1.
-    ///
-    /// # Errors
-    /// [`Error::Malformed`] with the file for what is no LoRA of a decoder's linears, and what reading reports.
-    pub fn read_gguf(path: impl AsRef<Path>, decoder: &Decoder<'_>) -> Result<Self> {
-        let path = path.as_ref();
-        let file = Gguf::open(path)?;
-        let refuse = |reason: String| Error::Malformed {
-            path: path.to_owned(),
-            reason,
-        };
-        let metadata = file.metadata();
-        for (key, expected) in [("general.type", "adapter"), ("adapter.type", "lora")] {
-            let found = metadata.required(key, Metadata::get_str)?;
-            if found != expected {
-                return Err(refuse(format!("{key} is {found}, expected {expected}")));
-            }
-        }
-        let architecture = architecture_of(&file)?;
-        let alpha = metadata.get_f64(ALPHA)?.filter(|alpha| *alpha != 0.0);
-        let tensors = tensors_of(decoder, architecture);
-        let bases: BTreeMap<String, Base> = linears(decoder)
-            .into_iter()
-            .filter_map(|(layer, shape)| {
-                let (name, order) = base_of(&tensors, layer)?;
-                Some((name, (layer, shape, order)))
-            })
-            .collect();
-        let mut layers = Vec::new();
-        for tensor in file.tensors() {
-            let Some(base) = tensor.name.strip_suffix(A) else {
-                // Norms are passed over as llama.cpp does.
-                if tensor.name.ends_with(B) || tensor.name.ends_with("_norm.weight") {
-                    continue;
-                }
-                return Err(refuse(format!(
-                    "tensor {} is no factor of a LoRA",
-                    tensor.name
-                )));
-            };
-            let (layer, shape, order) = bases
-                .get(base)
-                .ok_or_else(|| refuse(format!("{base} is no linear of this decoder")))?;
-            let factor = |suffix: &str| -> Result<Mat<f64>> {
-                let name = format!("{base}{suffix}");
-                let &[rows, cols] = file.info(&name)?.shape.as_slice() else {
-                    return Err(refuse(format!("tensor {name} is no matrix")));
-                };
-                let values = file.floats(&name)?;
-                let values = MatRef::from_row_major_slice(&values, rows, cols);
-                Ok(Mat::from_fn(rows, cols, |i, j| f64::from(values[(i, j)])))
-            };
-            let (a, stored) = (factor(A)?, factor(B)?);
-            if a.nrows() != stored.ncols() || *shape != [stored.nrows(), a.ncols()] {
-                return Err(refuse(format!(
-                    "{base}: factors {:?} and {:?} do not fit a linear of {shape:?}",
-                    a.shape(),
-                    stored.shape()
-                )));
-            }
-            let b = match order {
-                None => stored,
-                Some(order) => Mat::from_fn(stored.nrows(), stored.ncols(), |i, j| {
-                    stored[(order.in_file(i), j)]
-                }),
-            };
-            layers.push(AdapterFactors {
-                layer: *layer,
-                scale: alpha.map_or(1.0, |alpha| alpha / a.nrows() as f64),
-                factors: LowRank { b, a },
-            });
-        }
-        layers.sort_by_key(|layer| layer.layer);
-        Ok(Self { layers })
     }
 }
 

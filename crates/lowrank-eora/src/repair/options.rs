@@ -1,12 +1,13 @@
 //! How a model is repaired, as plain data.
 
-use super::{LayerId, LayerReport};
+use super::{LayerId, LayerReport, float_type};
 use crate::compress::Compressor;
 use crate::solve::{self, Candidate, LowRank, Method};
 use crate::stats::{Accumulation, Importance};
 use crate::{Error, Result, matrix};
 use candle_core::{DType, Device, Tensor};
 use faer::{Mat, MatRef};
+use packed::BlockType;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fmt::{self, Display, Formatter};
@@ -312,6 +313,11 @@ impl FactorStorage {
             // Differences of 8-bit codes times f16 scales.
             Self::F32 | Self::Quantised { .. } => DType::F32,
         }
+    }
+
+    /// The type of GGUF files that holds the values exactly.
+    pub fn block_type(self) -> BlockType {
+        float_type(self.dtype())
     }
 
     /// The factors as a reader of the file gets them, and their bytes.

@@ -15,6 +15,7 @@ use causal_lm::Decoder;
 use causal_lm::gguf::Architecture;
 use faer::MatRef;
 use packed::BlockType;
+use std::collections::BTreeMap;
 use tensor_io::Checkpoint;
 
 /// A linear that is to be compressed.
@@ -274,21 +275,34 @@ impl Source for CompressedModel<'_> {
     }
 
     fn compressed(&self, linear: &Linear<'_>) -> Result<CompressedLinear> {
-        Ok(self.stored(linear)?.into())
+        Ok(self.stored(linear.layer, linear.dtype)?.into())
     }
 }
 
 impl CompressedModel<'_> {
-    /// W_c of a linear in the form in which the checkpoint holds it.
-    fn stored(&self, linear: &Linear<'_>) -> Result<StoredWeight> {
-        let module = linear.layer.to_string();
+    /// The block type that each linear has in a GGUF file: codes are placed as they are. Reads all of them.
+    ///
+    /// # Errors
+    /// [`Error::NotStorable`] with the linear whose codes no block type holds, and what reading reports.
+    pub fn gguf_types(&self, dense: &Decoder<'_>) -> Result<BTreeMap<LayerId, BlockType>> {
+        let of = |(id, _): (LayerId, _)| {
+            let dtype = dense.checkpoint().info(&id.weight())?.candle_dtype();
+            let stored = self.stored(id, dtype.unwrap_or(DType::F32))?;
+            Ok((id, stored.block_type(&id.to_string())?))
+        };
+        linears(dense).into_iter().map(of).collect()
+    }
+
+    /// W_c of a linear in the form in which the checkpoint holds it; floats in `dtype` where they come from another form.
+    fn stored(&self, layer: LayerId, dtype: DType) -> Result<StoredWeight> {
+        let module = layer.to_string();
         if let Some(weight) = self.reader.quantised(&module)? {
             return Ok(StoredWeight::Quantised { weight, pruned: 0 });
         }
         if let Some(blocks) = self.reader.blocks(&module)? {
             return Ok(StoredWeight::Blocks(blocks));
         }
-        let name = linear.layer.weight();
+        let name = layer.weight();
         if self.checkpoint.contains(&name) {
             let tensor = self.checkpoint.tensor(&name, &Device::Cpu)?;
             self.checkpoint.release([name.as_str()]);
@@ -296,7 +310,7 @@ impl CompressedModel<'_> {
         }
         // Unpacked sparse weights: the dense model's dtype where it holds them exactly.
         let weight = self.reader.weight(&module)?;
-        let narrow = to_tensor(weight.as_ref(), linear.dtype, &Device::Cpu)?;
+        let narrow = to_tensor(weight.as_ref(), dtype, &Device::Cpu)?;
         let exact = crate::matrix::from_tensor(&narrow, "compressed weight")? == weight;
         Ok(StoredWeight::Dense(match exact {
             true => narrow,

@@ -14,6 +14,7 @@ use serde_json::{Map, Value};
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use tensor_io::atomic::{read_json, write_json};
 use tensor_io::{Checkpoint, ContentHash, Hasher};
 
@@ -32,8 +33,16 @@ pub struct Repaired {
     folder: PathBuf,
     facts: Map<String, Value>,
     reports: Vec<Vec<LayerReport>>,
-    /// Modules of the matrices beside the linears.
-    others: Vec<String>,
+    others: Others,
+}
+
+/// Matrices beside the linears.
+#[derive(Debug)]
+enum Others {
+    /// In the folder, by their modules.
+    Stored(Vec<String>),
+    /// Given instead, by their modules.
+    Given(Arc<Vec<(String, StoredWeight)>>),
 }
 
 /// A linear of a finished repair.
@@ -134,7 +143,7 @@ impl Repaired {
             .collect::<Result<_>>()?;
         Ok(Self {
             folder: folder.to_owned(),
-            others: read_json(folder.join(OTHERS))?.unwrap_or_default(),
+            others: Others::Stored(read_json(folder.join(OTHERS))?.unwrap_or_default()),
             facts,
             reports,
         })
@@ -175,19 +184,36 @@ impl Repaired {
 
     /// Matrices beside the linears, each with the path of its module; each is read when it is asked for.
     pub fn others(&self) -> impl Iterator<Item = Result<(&str, StoredWeight)>> {
-        let modules = self.others.iter().enumerate();
-        modules.map(|(at, module)| Ok((module.as_str(), self.other(at)?)))
+        let modules = self.other_modules().into_iter().enumerate();
+        modules.map(|(at, module)| Ok((module, self.other(at)?)))
     }
 
     /// Paths of the modules of [`Repaired::others`].
-    pub(crate) fn other_modules(&self) -> &[String] {
-        &self.others
+    pub(crate) fn other_modules(&self) -> Vec<&str> {
+        match &self.others {
+            Others::Stored(modules) => modules.iter().map(String::as_str).collect(),
+            Others::Given(given) => given.iter().map(|(module, _)| module.as_str()).collect(),
+        }
     }
 
     /// The matrix at this place of [`Repaired::other_modules`].
     pub(crate) fn other(&self, at: usize) -> Result<StoredWeight> {
-        let file = Checkpoint::open_checked_file(other_file(&self.folder, at))?;
-        StoredWeight::read(&file, &self.others[at])
+        match &self.others {
+            Others::Stored(modules) => {
+                let file = Checkpoint::open_checked_file(other_file(&self.folder, at))?;
+                StoredWeight::read(&file, &modules[at])
+            }
+            Others::Given(given) => Ok(given[at].1.clone()),
+        }
+    }
+
+    /// The same with other matrices beside the linears, such as those of [`rest`](crate::output::rest): written into folders of
+    /// floats and GGUF files. The state folder stays as it is.
+    pub fn with_others(self, others: Arc<Vec<(String, StoredWeight)>>) -> Self {
+        Self {
+            others: Others::Given(others),
+            ..self
+        }
     }
 
     /// The folder.
@@ -290,7 +316,12 @@ pub(super) fn facts(
     facts.insert("version".into(), VERSION.into());
     facts.insert("blocks".into(), decoder.config().layers().into());
     facts.insert("model".into(), hash(decoder.checkpoint().content_hash()?));
-    facts.insert("computed_in".into(), decoder.dtype().as_str().into());
+    let dtype = decoder.dtype().as_str();
+    let computed_in = match decoder.execution() {
+        None => dtype.to_string(),
+        Some(execution) => format!("{dtype}, weights as stored, {:?}", execution.arithmetic),
+    };
+    facts.insert("computed_in".into(), computed_in.into());
     facts.insert("source".into(), source.describe()?.into());
     let compressor = source.compressor().map(|compressor| compressor.to_string());
     facts.insert("compressor".into(), compressor.into());

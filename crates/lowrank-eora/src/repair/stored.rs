@@ -1,12 +1,22 @@
 //! A compressed weight in the form in which it is stored.
 
 use crate::compress::{Bits, Compressed, Mask, Quantised, Storage};
-use crate::matrix::from_tensor;
+use crate::format::gguf::place;
+use crate::matrix::{from_tensor, to_tensor};
 use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor};
 use faer::{Mat, MatRef};
-use packed::{BlockType, QuantRows};
+use packed::{BlockType, QuantRows, quantise};
 use tensor_io::Checkpoint;
+
+/// The block type that holds floats of a dtype.
+pub(crate) fn float_type(dtype: DType) -> BlockType {
+    match dtype {
+        DType::F16 => BlockType::F16,
+        DType::BF16 => BlockType::BF16,
+        _ => BlockType::F32,
+    }
+}
 
 /// W_c as it is stored: what a reader of the file computes with.
 #[derive(Clone, Debug)]
@@ -66,6 +76,52 @@ impl StoredWeight {
                 Ok(Mat::from_fn(rows, cols, |i, j| f64::from(values[(i, j)])))
             }
         }
+    }
+
+    /// Its rows as a GGUF file holds them: codes in the blocks that hold them exactly, floats in their dtype. `module` is for
+    /// errors.
+    ///
+    /// # Errors
+    /// [`Error::NotStorable`] where no block type holds the codes, and values beyond the range of the dtype.
+    pub fn blocks(&self, module: &str) -> Result<QuantRows<'static>> {
+        Ok(match self {
+            Self::Blocks(rows) => rows.clone(),
+            Self::Quantised { weight, .. } => place(module, weight)?,
+            Self::Dense(tensor) => {
+                let cols = self.shape().1;
+                let values: Vec<f32> = tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?;
+                quantise(float_type(tensor.dtype()), &values, cols, None)?
+            }
+        })
+    }
+
+    /// The block type of [`StoredWeight::blocks`].
+    ///
+    /// # Errors
+    /// [`Error::NotStorable`] where no block type holds the codes.
+    pub fn block_type(&self, module: &str) -> Result<BlockType> {
+        Ok(match self {
+            Self::Blocks(rows) => rows.block_type(),
+            Self::Quantised { weight, .. } => place(module, weight)?.block_type(),
+            Self::Dense(tensor) => float_type(tensor.dtype()),
+        })
+    }
+
+    /// Its values as floats on the CPU, exactly where 32 bits hold them.
+    ///
+    /// # Errors
+    /// When a scale is not finite.
+    pub fn floats(&self) -> Result<Tensor> {
+        Ok(match self {
+            Self::Dense(tensor) => tensor.clone(),
+            Self::Quantised { weight, .. } => {
+                to_tensor(weight.dequantise().as_ref(), DType::F64, &Device::Cpu)?
+            }
+            Self::Blocks(rows) => {
+                rows.check()?;
+                Tensor::from_vec(rows.dequantise(), (rows.rows(), rows.cols()), &Device::Cpu)?
+            }
+        })
     }
 
     /// The bytes that it takes, part by part.

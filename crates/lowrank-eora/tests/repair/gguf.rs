@@ -3,14 +3,16 @@
 use crate::common::{assert_close, compressor, decoder, eora, from_tensor, run, tiny, to_tensor};
 use candle_core::{DType, Device};
 use causal_lm::gguf::Architecture;
-use causal_lm::{LinearName, Windows, testing};
+use causal_lm::{Factors, LinearName, Windows, testing};
+use faer::Mat;
 use lowrank_eora::Error;
 use lowrank_eora::compress::Compressor;
 use lowrank_eora::output::{
-    Adapter, GgufAdapterOptions, GgufModelOptions, Weights, check_gguf, write_gguf,
+    Adapter, GgufAdapterOptions, GgufModelOptions, ImatrixOrigin, TypeTable, Weights, gguf_types,
+    write_gguf,
 };
 use lowrank_eora::packed::BlockType;
-use lowrank_eora::repair::{CompressedModel, LayerId, Repaired, StoredWeight, Texts};
+use lowrank_eora::repair::{CompressedModel, Repaired, StoredWeight, Texts};
 use std::path::Path;
 use tensor_io::gguf::{Gguf, Metadata};
 use tensor_io::{Checkpoint, CheckpointWriter, NoProgress, TensorSpec, WriteOptions};
@@ -36,11 +38,13 @@ fn an_adapter_in_gguf_comes_back_with_every_rank_and_row_where_it_was() {
             file.info("blk.1.ffn_down.weight.lora_a").unwrap().shape,
             [3, 64]
         );
-        let adapter = Adapter::read_gguf(&path, &decoder).unwrap();
-        assert_eq!(adapter.layers.len(), 14);
+        let adapter = causal_lm::Adapter::open(&path, tiny.checkpoint());
+        let adapter = adapter.unwrap();
+        assert_eq!(adapter.names().count(), 14);
         for block in 0..2 {
             for layer in repaired.block(block).unwrap() {
-                let found = adapter.get(layer.report.layer).unwrap().product();
+                let factors = adapter.factors(&layer.report.layer.weight());
+                let found = product(&factors.unwrap().unwrap());
                 let expected = layer.factors.unwrap().product();
                 assert_close(found.as_ref(), expected.as_ref(), 1e-6);
             }
@@ -57,8 +61,21 @@ fn an_adapter_in_gguf_comes_back_with_every_rank_and_row_where_it_was() {
         assert_eq!(stored[3..6], [0, 1, 2].map(|j| b[(second, j)] as f32));
     }
     let other = crate::common::tiny();
-    let error = Adapter::read_gguf(other.path("dense/config.json"), &decoder);
+    let config = other.dir().join("config.json");
+    let error = causal_lm::Adapter::open(config, tiny.checkpoint());
     assert!(error.is_err());
+}
+
+/// B A, scaled.
+fn product(factors: &Factors) -> Mat<f64> {
+    let Factors { a, b, rank, .. } = factors;
+    let matrix = |values: &[f32], cols: usize| {
+        Mat::from_fn(values.len() / cols, cols, |i, j| {
+            f64::from(values[i * cols + j])
+        })
+    };
+    let scale = faer::Scale(f64::from(factors.scale));
+    matrix(b, *rank) * matrix(a, a.len() / rank) * scale
 }
 
 fn golden(name: &str) -> std::path::PathBuf {
@@ -70,15 +87,14 @@ fn logits(checkpoint: &Checkpoint, tokens: &[u32]) -> Vec<f32> {
 }
 
 /// The model with an adapter merged into its weights, as a folder.
-fn merged(base: &Checkpoint, adapter: &Adapter, dir: &Path) -> Checkpoint {
+fn merged(base: &Checkpoint, adapter: &causal_lm::Adapter, dir: &Path) -> Checkpoint {
     let spec = |name| TensorSpec::new(name, DType::F32, base.info(name).unwrap().shape.clone());
     let (specs, options) = (base.names().map(spec).collect(), WriteOptions::default());
     let mut writer = CheckpointWriter::create(dir, base.config(), specs, &options).unwrap();
     for name in base.names() {
         let mut tensor = base.tensor_as(name, DType::F32, &Device::Cpu).unwrap();
-        let layer = name.strip_suffix(".weight").and_then(LayerId::parse);
-        if let Some(factors) = layer.and_then(|layer| adapter.get(layer)) {
-            tensor = (tensor + to_tensor(factors.product().as_ref())).unwrap();
+        if let Some(factors) = adapter.factors(name).unwrap() {
+            tensor = (tensor + to_tensor(product(&factors).as_ref())).unwrap();
         }
         writer.write_tensor(name, &tensor).unwrap();
     }
@@ -100,8 +116,9 @@ fn an_adapter_of_llama_cpp_merged_into_its_base_gives_the_logits_of_transformers
     let tokens: Vec<u32> = tokens.map(|t| t.as_u64().unwrap() as u32).collect();
     let expected = numbers(&values["lora"]["tiny-llama-gqa-lora.gguf"]["logits"]);
     let base = causal_lm::gguf::open(golden("tiny-llama-gqa-f32.gguf")).unwrap();
-    let adapter = Adapter::read_gguf(golden("tiny-llama-gqa-lora.gguf"), &decoder(&base)).unwrap();
-    let ranks: Vec<usize> = adapter.layers.iter().map(|l| l.factors.rank()).collect();
+    let adapter = causal_lm::Adapter::open(golden("tiny-llama-gqa-lora.gguf"), &base).unwrap();
+    let rank = |name| adapter.factors(name).unwrap().unwrap().rank;
+    let ranks: Vec<usize> = adapter.names().map(rank).collect();
     assert!(ranks.contains(&1) && ranks.contains(&4), "{ranks:?}");
     let dir = tempfile::tempdir().unwrap();
     let found = logits(
@@ -200,6 +217,13 @@ fn a_model_written_as_gguf_has_the_bytes_of_llama_cpps_quantiser() {
         );
         let stored = found.metadata().get_u64("general.file_type").unwrap();
         assert_eq!(stored, Some(file_type));
+        let says = |key: &str| found.metadata().get_str(key).unwrap().unwrap();
+        assert_eq!(says("eora.compressor"), name);
+        assert_eq!(says("eora.weights"), "compressed");
+        assert_eq!(says("eora.model").len(), 64);
+        let table = TypeTable::of(&specs(&found));
+        assert_eq!(says("eora.types"), table.to_string());
+        assert_eq!(table.bytes(), found.total_bytes());
         let mut linears = 0;
         for info in found.tensors() {
             let name = &info.name;
@@ -213,6 +237,64 @@ fn a_model_written_as_gguf_has_the_bytes_of_llama_cpps_quantiser() {
             assert_eq!(found.bytes(name).unwrap(), golden.bytes(name).unwrap());
         }
         assert_eq!(linears, 7 * repaired.blocks());
+    }
+}
+
+fn specs(file: &Gguf) -> Vec<tensor_io::gguf::TensorSpec> {
+    let spec = |info: &tensor_io::gguf::TensorInfo| {
+        tensor_io::gguf::TensorSpec::new(&info.name, info.layout, info.shape.clone())
+    };
+    file.tensors().iter().map(spec).collect()
+}
+
+#[shared_data::needed("golden")]
+#[test]
+fn what_a_file_says_of_an_importance_matrix_is_what_weighted_its_rounding() {
+    // A template that was made with an importance matrix itself.
+    let plain = Gguf::open(golden("tiny-llama-gqa-f32.gguf")).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("template.gguf");
+    let metadata = plain.metadata();
+    let mut entries: Vec<_> = metadata
+        .keys()
+        .map(|key| (key.to_string(), metadata.get(key).unwrap().unwrap()))
+        .collect();
+    entries.push(("quantize.imatrix.file".into(), "stale.dat".into()));
+    let mut writer = tensor_io::gguf::Writer::create(&path, &entries, &specs(&plain)).unwrap();
+    for info in plain.tensors() {
+        writer
+            .write(&info.name, plain.bytes(&info.name).unwrap())
+            .unwrap();
+    }
+    writer.finish().unwrap();
+    let template = Gguf::open(&path).unwrap();
+    let original = causal_lm::gguf::open(&path).unwrap();
+    for (name, file) in [("q4_0", None), ("q4_0-imatrix", Some("own.dat"))] {
+        let repaired = compressed(&original, &compressor(name), &dir.path().join(name));
+        let path = dir.path().join(format!("{name}.gguf"));
+        let origin = ImatrixOrigin {
+            file: Some("own.dat".into()),
+            dataset: Some("a text".into()),
+            entries: None,
+            chunks: Some(7),
+        };
+        let options = GgufModelOptions::new(Weights::Compressed, &template).with_imatrix(origin);
+        write_gguf(&decoder(&original), &repaired, &options, &path, &NoProgress).unwrap();
+        let written = Gguf::open(&path).unwrap();
+        let metadata = written.metadata();
+        assert_eq!(
+            metadata.get_str("quantize.imatrix.file").unwrap(),
+            file,
+            "{name}"
+        );
+        let number = |key: &str| {
+            metadata
+                .get_u64(&format!("quantize.imatrix.{key}"))
+                .unwrap()
+        };
+        let linears = file.map(|_| repaired.reports().count() as u64);
+        assert_eq!(number("entries_count"), linears, "{name}");
+        assert_eq!(number("chunks_count"), file.map(|_| 7));
     }
 }
 
@@ -231,7 +313,7 @@ fn codes_of_gptq_come_back_from_a_gguf_file_unchanged() {
         "wanda-2:4",
     ] {
         let folder = dir.path().join(name.replace(':', "of"));
-        check_gguf(&dense, &compressor(name)).unwrap();
+        gguf_types(&dense, &compressor(name)).unwrap();
         let repaired = compressed(&original, &compressor(name), &folder);
         let path = folder.with_extension("gguf");
         let options = GgufModelOptions::new(Weights::Compressed, &template);
@@ -250,7 +332,7 @@ fn codes_of_gptq_come_back_from_a_gguf_file_unchanged() {
         }
     }
     for name in ["gptq-int4-g32", "gptq-int4-g32-sym-act", "rtn-int8-g32"] {
-        let refused = check_gguf(&dense, &compressor(name));
+        let refused = gguf_types(&dense, &compressor(name));
         assert!(matches!(refused, Err(Error::NotStorable { .. })), "{name}");
     }
 }

@@ -194,6 +194,11 @@ impl Gguf {
         Ok(whole)
     }
 
+    /// Opens a file by itself, also where it is a part of a split model.
+    pub(super) fn open_part(path: &Path) -> Result<Self> {
+        Self::new(path, vec![Part::open(path.to_path_buf())?])
+    }
+
     /// Reads a file that is in memory; `name` stands for it in errors.
     ///
     /// # Errors

@@ -5,7 +5,9 @@ use std::path::PathBuf;
 
 use super::header::{bad_key, bad_name, check_alignment, check_shape};
 use super::value::encode_string;
-use super::{ALIGNMENT_KEY, BlockLayout, DEFAULT_ALIGNMENT, GgufError, MAGIC, MAX_DIMS, Value};
+use super::{
+    ALIGNMENT_KEY, BlockLayout, DEFAULT_ALIGNMENT, Gguf, GgufError, MAGIC, MAX_DIMS, Value,
+};
 use crate::atomic::PendingFile;
 use crate::error::{Error, Result};
 
@@ -35,7 +37,8 @@ impl TensorSpec {
 }
 
 /// A file that is being written. All tensors are declared up front, and then written in that order: memory holds no more
-/// than what the caller hands over at once. The file appears under its name in [`Writer::finish`], or not at all.
+/// than what the caller hands over at once. The file appears under its name in [`Writer::finish`], or not at all: it is read
+/// back before, and a tensor of each type compared with what was to be written.
 #[derive(Debug)]
 pub struct Writer {
     file: PendingFile,
@@ -45,6 +48,8 @@ pub struct Writer {
     /// The tensor that is being written, and how much of it is.
     next: usize,
     filled: usize,
+    /// The first tensor of each type by its place, with a hash of its bytes.
+    hashes: Vec<(usize, blake3::Hasher)>,
 }
 
 impl Writer {
@@ -68,8 +73,16 @@ impl Writer {
             alignment,
             sizes,
         } = header;
+        let is_first = |&at: &usize| {
+            let before = &tensors[..at];
+            before
+                .iter()
+                .all(|tensor| tensor.layout != tensors[at].layout)
+        };
+        let first = (0..tensors.len()).filter(is_first);
         let mut writer = Self {
             file: PendingFile::create(path)?,
+            hashes: first.map(|at| (at, blake3::Hasher::new())).collect(),
             tensors: tensors
                 .iter()
                 .zip(sizes)
@@ -117,6 +130,9 @@ impl Writer {
             });
         }
         self.put(bytes)?;
+        if let Some((_, hasher)) = self.hashes.iter_mut().find(|(at, _)| *at == self.next) {
+            hasher.update_rayon(bytes);
+        }
         self.filled = filled;
         if filled == size {
             self.put(&vec![0; size.next_multiple_of(self.alignment) - size])?;
@@ -126,10 +142,11 @@ impl Writer {
         Ok(())
     }
 
-    /// Brings the file to disk and gives it its name; returns its size in bytes.
+    /// Reads the file back, brings it to disk and gives it its name; returns its size in bytes.
     ///
     /// # Errors
-    /// [`Error::NotWritten`], [`Error::Io`]. In both cases what was at the path stays.
+    /// [`Error::NotWritten`], [`Error::ReadBack`] for a tensor that is not what was written, [`Error::Io`]. In all cases what was
+    /// at the path stays.
     pub fn finish(self) -> Result<u64> {
         if self.next < self.tensors.len() {
             let missing = self.tensors[self.next..].iter();
@@ -138,7 +155,25 @@ impl Writer {
                 tensors: missing.map(|(name, _)| name.clone()).collect(),
             });
         }
+        self.read_back()?;
         self.file.persist()
+    }
+
+    /// Opens what was written and compares a tensor of each type.
+    fn read_back(&self) -> Result<()> {
+        let written = Gguf::open_part(self.file.partial())?;
+        for (at, hasher) in &self.hashes {
+            let (name, _) = &self.tensors[*at];
+            let mut found = blake3::Hasher::new();
+            found.update_rayon(written.bytes(name)?);
+            if found.finalize() != hasher.finalize() {
+                return Err(Error::ReadBack {
+                    path: self.file.path().to_path_buf(),
+                    tensor: name.clone(),
+                });
+            }
+        }
+        Ok(())
     }
 
     fn put(&mut self, bytes: &[u8]) -> Result<()> {

@@ -96,6 +96,46 @@ fn a_writer_keeps_to_its_declarations_and_leaves_nothing_behind() {
 }
 
 #[test]
+fn a_file_that_does_not_read_back_as_it_was_written_is_not_kept() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("m.gguf");
+    let specs = [
+        TensorSpec::new("a", layout("F32"), [8]),
+        TensorSpec::new("b", layout("F32"), [8]),
+        TensorSpec::new("c", layout("Q4_0"), [1, 32]),
+    ];
+    for (damaged, tensor) in [(0, Some("a")), (32, None), (64, Some("c"))] {
+        fs::write(&path, b"old").unwrap();
+        let mut writer = Writer::create(&path, &[], &specs).unwrap();
+        writer.write("a", &[1; 32]).unwrap();
+        writer.write("b", &[2; 32]).unwrap();
+        writer.write("c", &[3; 18]).unwrap();
+        // The data are the last bytes of the unfinished file, each tensor at a multiple of 32.
+        let mut entries = fs::read_dir(dir.path())
+            .unwrap()
+            .map(|entry| entry.unwrap().path());
+        let partial = entries.find(|entry| *entry != path).unwrap();
+        let mut bytes = fs::read(&partial).unwrap();
+        let data = bytes.len() - 96;
+        bytes[data + damaged] ^= 1;
+        fs::write(&partial, bytes).unwrap();
+        let finished = writer.finish();
+        match tensor {
+            Some(expected) => {
+                assert!(
+                    matches!(&finished, Err(Error::ReadBack { tensor, .. }) if tensor == expected),
+                    "{finished:?}"
+                );
+                assert_eq!(fs::read(&path).unwrap(), b"old");
+            }
+            // The second tensor of a type is not compared.
+            None => assert!(finished.is_ok()),
+        }
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
+}
+
+#[test]
 fn what_the_reader_refuses_cannot_be_declared() {
     let dir = tempfile::tempdir().unwrap();
     let refused = |metadata: &[(String, Value)], specs: &[TensorSpec]| match Writer::create(

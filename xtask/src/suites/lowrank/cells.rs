@@ -10,7 +10,8 @@ use lm_eval::ScoredWindows;
 use lowrank_eora::compress::{Compressor, LinearShape, Shapes};
 use lowrank_eora::output::{CheckpointOptions, Layout, Weights, write_checkpoint};
 use lowrank_eora::repair::{
-    Bytes, Energy, LayerReport, Method, Ranks, Repair, Repaired, Source, Texts, place,
+    Bytes, Energy, LayerReport, Method, Ranks, Repair, Repaired, Source, Texts, WithImportance,
+    place,
 };
 use serde_json::{Value, json};
 use tensor_io::gguf::Gguf;
@@ -19,6 +20,7 @@ use tensor_io::{Checkpoint, NoProgress};
 use super::super::hidden::hidden_metrics;
 use super::super::perplexity;
 use super::config::{Config, method_name};
+use super::gguf::{Imported, InGguf};
 use super::save::{self, cell_name};
 use super::start::{Start, open};
 use crate::bar::Bar;
@@ -32,6 +34,8 @@ pub(super) struct Lowrank<'a> {
     pub(super) settings: &'a Settings,
     pub(super) config: &'a Config,
     pub(super) decoder: &'a Decoder<'a>,
+    /// The same as its repair walks through it.
+    pub(super) walked: &'a Decoder<'a>,
     pub(super) evaluation: &'a ScoredWindows,
     pub(super) calibration: &'a Windows,
     pub(super) held_out: &'a Windows,
@@ -39,6 +43,8 @@ pub(super) struct Lowrank<'a> {
     pub(super) scratch: &'a Path,
     /// A GGUF file of the uncompressed model, where one is needed.
     pub(super) template: Option<&'a Gguf>,
+    /// The importance matrix that was given.
+    pub(super) imported: &'a Option<Imported>,
 }
 
 impl Lowrank<'_> {
@@ -135,7 +141,10 @@ impl Lowrank<'_> {
             Some((_, rank)) => self.allocated(options, rank, start.source, &name, bar)?,
             None => options,
         };
-        let repaired = self.repair(&options, start.source, &name, bar)?;
+        let mut repaired = self.repair(&options, start.source, &name, bar)?;
+        if let Some(in_gguf) = &start.in_gguf {
+            repaired = repaired.with_others(in_gguf.rest.clone());
+        }
         let mut row = Row {
             compress: Some(start.name.clone()),
             rank: repair.map(|(_, rank)| rank as u64),
@@ -152,6 +161,7 @@ impl Lowrank<'_> {
                 decoder: self.decoder,
                 given: start.given,
                 template: self.template,
+                imported: self.imported,
                 repaired: &repaired,
             };
             let bytes = saved
@@ -172,7 +182,7 @@ impl Lowrank<'_> {
         let blocks = bar.nested("blocks", self.decoder.config().layers() as u64);
         let texts = Texts::new(self.calibration).with_held_out(self.held_out);
         let folder = self.state.join(name);
-        let repaired = options.run(self.decoder, source, texts, folder, &blocks)?;
+        let repaired = options.run(self.walked, source, texts, folder, &blocks)?;
         blocks.finish();
         Ok(repaired)
     }
@@ -235,10 +245,11 @@ impl Lowrank<'_> {
         nested.finish();
         // The merged copy is only there to be measured: its size and speed are not those of the result.
         (row.params, row.tokens_per_second) = (None, None);
-        let compressed = match start.given {
-            Some(given) if start.is_given => given.checkpoint.total_bytes(),
-            Some(given) => given.rest_bytes + bytes.compressed,
-            None => all - bytes.dense + bytes.compressed,
+        let compressed = match (&start.in_gguf, start.given) {
+            (Some(in_gguf), _) => in_gguf.rest_bytes + in_gguf.linear_bytes(bytes.compressed),
+            (None, Some(given)) if start.is_given => given.checkpoint.total_bytes(),
+            (None, Some(given)) => given.rest_bytes + bytes.compressed,
+            (None, None) => all - bytes.dense + bytes.compressed,
         };
         row.bytes = Some(compressed + bytes.factors);
         if let Some(damping) = repaired.damping() {
@@ -258,6 +269,13 @@ impl Lowrank<'_> {
 
         let mut extra = |name: &str, value: Value| row.extra.insert(name.into(), value);
         extra("loss_calibration", json!(calibration.loss()));
+        if let Some(table) = start
+            .in_gguf
+            .as_ref()
+            .and_then(|in_gguf| in_gguf.table.as_ref())
+        {
+            extra("bits_per_weight", json!(table.bits_per_weight()));
+        }
         extra("bytes_factors", json!(bytes.factors));
         let drift: Energy = repaired
             .reports()
@@ -312,9 +330,10 @@ impl Lowrank<'_> {
             float_bytes: first.bytes.dense as usize / (first.outputs * first.inputs),
         };
         let own: Bytes = compressed.reports().map(|report| report.bytes).sum();
-        let rest = match start.given {
-            Some(given) => given.rest_bytes,
-            None => self.decoder.checkpoint().total_bytes() - own.dense,
+        let rest = match (&start.in_gguf, start.given) {
+            (Some(in_gguf), _) => in_gguf.rest_bytes,
+            (None, Some(given)) => given.rest_bytes,
+            (None, None) => self.decoder.checkpoint().total_bytes() - own.dense,
         };
         // In the order of ranks; methods of one rank share a control.
         let mut controls: Vec<(Compressor, Vec<String>)> = Vec::new();
@@ -360,18 +379,24 @@ impl Lowrank<'_> {
             save: None,
             ..self.config.clone()
         };
-        Lowrank {
+        let suite = Lowrank {
             config: &unsaved,
             ..*self
-        }
-        .cell(
-            &Start {
-                given: start.given,
-                ..Start::compressor(control)
-            },
-            None,
-            bar,
-        )
+        };
+        let weighted;
+        let source: &dyn Source = match Imported::of(self.imported, control) {
+            Some(imported) => {
+                weighted = WithImportance::new(*control, &imported.importance);
+                &weighted
+            }
+            None => control,
+        };
+        let in_gguf = start.in_gguf.as_ref().map(InGguf::of_control);
+        let start = Start {
+            given: start.given,
+            ..Start::compressor(control, source, in_gguf)
+        };
+        suite.cell(&start, None, bar)
     }
 }
 

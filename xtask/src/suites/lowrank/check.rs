@@ -1,12 +1,14 @@
 //! What is known before anything is computed: combinations that cannot be run or written.
 
+use std::collections::BTreeMap;
 use std::fmt::Display;
 
 use anyhow::{Context, Result, ensure};
 use causal_lm::Decoder;
 use lowrank_eora::compress::Compressor;
-use lowrank_eora::output::{Adapter, check_gguf, check_layout};
-use lowrank_eora::repair::Source;
+use lowrank_eora::output::{Adapter, check_layout, gguf_types};
+use lowrank_eora::packed::BlockType;
+use lowrank_eora::repair::{LayerId, Source};
 
 use super::config::{Config, method_name};
 use super::output::Output;
@@ -31,6 +33,11 @@ pub(super) fn settings(config: &Config) -> Result<()> {
             method_name(None)
         );
     }
+    let weights = |compressor: &Compressor| compressor.weights_by_importance();
+    ensure!(
+        config.imatrix.is_none() || config.compressors.iter().any(weights),
+        "--imatrix: no compressor weights by importance; take one such as q4_k-imatrix"
+    );
     save::check_paths(config)
 }
 
@@ -45,12 +52,12 @@ fn once<T: Display>(flag: &str, values: impl Iterator<Item = T>) -> Result<()> {
     Ok(())
 }
 
-/// What the shapes of the models tell.
+/// What the shapes of the models tell; of a given model that is to be written as GGUF, the types of its linears there.
 pub(super) fn model(
     config: &Config,
     decoder: &Decoder<'_>,
     given: Option<&GivenModel<'_>>,
-) -> Result<()> {
+) -> Result<Option<BTreeMap<LayerId, BlockType>>> {
     if let Some(given) = given {
         let fits = given.source.check(decoder);
         fits.with_context(|| format!("--compressed {}", given.checkpoint.dir().display()))?;
@@ -70,7 +77,7 @@ pub(super) fn model(
         );
     }
     if config.save.is_none() {
-        return Ok(());
+        return Ok(None);
     }
     let outputs = save::outputs(config, given);
     for &output in &outputs {
@@ -86,7 +93,13 @@ pub(super) fn model(
             names.join(" or ")
         );
     }
-    Ok(())
+    let Some(given) = given.filter(|_| outputs.contains(&Output::Gguf)) else {
+        return Ok(None);
+    };
+    let types = given.source.gguf_types(decoder);
+    Ok(Some(
+        types.with_context(|| format!("--save-as {}", Output::Gguf))?,
+    ))
 }
 
 /// Whether an output can hold what the run makes.
@@ -102,8 +115,9 @@ fn storable(
         }
         Ok(())
     };
+    let is_new = |given: &GivenModel<'_>| output == Output::Gguf && !given.is_gguf();
     ensure!(
-        given.is_none() || !output.is_of_the_compressor(),
+        given.is_none_or(is_new) || !output.is_of_the_compressor(),
         "the weights of {} are stored already",
         given.map_or_else(Default::default, |given| given
             .checkpoint
@@ -114,7 +128,7 @@ fn storable(
     match output {
         Output::Gguf => {
             Adapter::check_gguf(decoder)?;
-            all(&|compressor| Ok(check_gguf(decoder, compressor)?))
+            all(&|compressor| Ok(gguf_types(decoder, compressor).map(drop)?))
         }
         Output::LoraGguf => Ok(Adapter::check_gguf(decoder)?),
         Output::Requantised => {

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use clap::ValueEnum;
 use lowrank_eora::compress::Compressor;
 use lowrank_eora::repair::{Method, Repair, Spread};
 use tensor_io::WriteOptions;
@@ -25,6 +26,10 @@ pub struct Config {
     pub compressors: Vec<Compressor>,
     /// The model as another tool compressed it, a folder or a GGUF file: repaired instead of what the compressors make.
     pub compressed: Option<PathBuf>,
+    /// Importance matrix for the compressors that weight by importance, instead of what calibration sees.
+    pub imatrix: Option<PathBuf>,
+    /// Embedding and head of models in GGUF blocks.
+    pub rest: Rest,
     /// Methods; `None` leaves the compressed model as it is.
     pub methods: Vec<Option<Method>>,
     /// Ranks.
@@ -49,6 +54,16 @@ pub struct Config {
     pub hidden_metrics: bool,
 }
 
+/// How embedding and output head of a model in GGUF blocks are stored.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
+pub enum Rest {
+    /// As llama.cpp's quantiser: the head Q6_K, or Q8_0 where rows are no multiple of 256; an embedding beside it as most linears
+    #[default]
+    LlamaCpp,
+    /// As the model has them
+    Stored,
+}
+
 /// Name of the method that leaves the compressed model as it is.
 pub const NONE: &str = "none";
 
@@ -67,6 +82,8 @@ impl Config {
             held_out_samples: 32,
             compressors: Vec::new(),
             compressed: None,
+            imatrix: None,
+            rest: Rest::default(),
             methods: Vec::new(),
             ranks: Vec::new(),
             allocate: None,

@@ -3,6 +3,7 @@
 mod cells;
 mod check;
 mod config;
+mod gguf;
 mod output;
 mod save;
 mod start;
@@ -10,8 +11,9 @@ mod table;
 mod verdict;
 
 use anyhow::{Context, Result};
-use causal_lm::Decoder;
+use causal_lm::{Arithmetic, Decoder, Execution};
 use eval_report::{DENSE, Row, Section};
+use lowrank_eora::repair::{Source, WithImportance};
 
 use super::held_out;
 use super::perplexity::{Protocol, file_name, tokens};
@@ -21,10 +23,11 @@ use crate::scratch::Scratch;
 use crate::settings::{Settings, part};
 
 use cells::Lowrank;
+use gguf::{Files, Imported};
 use start::{GivenModel, Start, open};
 
 pub(crate) use config::method_name;
-pub use config::{Config, NONE};
+pub use config::{Config, NONE, Rest};
 pub use output::Output;
 
 /// Compress and repair in every combination and measure each. Where some combinations fail, the section has the rows of
@@ -37,6 +40,13 @@ pub fn run(settings: &Settings, config: &Config) -> Result<Vec<Section>> {
     check::settings(config)?;
     let checkpoint = causal_lm::open(&config.perplexity.model)?;
     let decoder = open(settings, &checkpoint)?;
+    // What is measured stays in f32.
+    let walked = match settings.weights.arithmetic {
+        arithmetic @ Arithmetic::Bf16 => {
+            Some(open(settings, &checkpoint)?.packed(Execution::new(arithmetic)))
+        }
+        Arithmetic::F32 | Arithmetic::Int8 => None,
+    };
     let compressed = config.compressed.as_ref();
     let compressed = compressed.map(causal_lm::open).transpose()?;
     let given = compressed.as_ref().map(|compressed| {
@@ -44,10 +54,39 @@ pub fn run(settings: &Settings, config: &Config) -> Result<Vec<Section>> {
         given.with_context(|| compressed.dir().display().to_string())
     });
     let given = given.transpose()?;
-    check::model(config, &decoder, given.as_ref())?;
+    let given_types = check::model(config, &decoder, given.as_ref())?;
+    let imported = Imported::read(config, &decoder)?;
     save::make_folder(config)?;
     let scratch = Scratch::new()?;
     let template = save::template(config, &decoder, given.as_ref(), scratch.path())?;
+    let compressors: Vec<Box<dyn Source + '_>> = (config.compressors.iter())
+        .map(|compressor| match Imported::of(&imported, compressor) {
+            Some(imported) => Box::new(WithImportance::new(*compressor, &imported.importance)) as _,
+            None => Box::new(*compressor) as _,
+        })
+        .collect();
+    let files = Files {
+        config,
+        decoder: &decoder,
+        template: template.as_ref(),
+        imported: &imported,
+    };
+    let mut starts: Vec<Start<'_>> = Vec::new();
+    for (compressor, source) in config.compressors.iter().zip(&compressors) {
+        let in_gguf = files.of_compressor(compressor);
+        let in_gguf = in_gguf.with_context(|| compressor.to_string())?;
+        starts.push(Start::compressor(compressor, &**source, in_gguf));
+    }
+    if let Some(given) = &given {
+        let in_gguf = given_types.map(|types| files.of_types(&types));
+        let in_gguf = in_gguf.transpose()?.flatten();
+        starts.push(Start::given(config, given, in_gguf));
+    }
+    if !settings.quiet {
+        for (name, types) in start::types(&starts) {
+            eprintln!("{name}: {types}");
+        }
+    }
     let protocol = Protocol::new(settings, &config.perplexity, &decoder)?;
     let evaluation = protocol.evaluation(settings, &config.perplexity.text)?;
     let windows = protocol.calibration(&config.calib)?;
@@ -59,16 +98,14 @@ pub fn run(settings: &Settings, config: &Config) -> Result<Vec<Section>> {
         settings,
         config,
         decoder: &decoder,
+        walked: walked.as_ref().unwrap_or(&decoder),
         evaluation: &evaluation,
         calibration: &calibration,
         held_out: &held_out,
         state: config.resume.as_deref().unwrap_or(scratch.path()),
         scratch: scratch.path(),
         template: template.as_ref(),
-    };
-    let starts: Vec<Start<'_>> = match &given {
-        Some(given) => vec![Start::given(config, given)],
-        None => config.compressors.iter().map(Start::compressor).collect(),
+        imported: &imported,
     };
     let texts = tokens(&calibration) + tokens(&held_out);
     settings.expect("lowrank", || {
@@ -124,8 +161,18 @@ pub fn run(settings: &Settings, config: &Config) -> Result<Vec<Section>> {
             "calibrated on",
             format!("activations of {}", config.repair.inputs),
         )
+        .fact(
+            "arithmetic of calibration",
+            settings.weights.arithmetic_name(),
+        )
         .fact("factors", config.repair.factors.to_string());
     section.failures = failures;
+    for (name, types) in start::types(&starts) {
+        section = section.fact(format!("tensors of {name}"), types);
+    }
+    if let Some(imatrix) = &config.imatrix {
+        section = section.fact("importance", file_name(imatrix));
+    }
     let spread = match config.allocate {
         None => "the same for all".to_string(),
         Some(spread) => format!("by {spread}, in the bytes of one rank for all"),

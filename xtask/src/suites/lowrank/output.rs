@@ -26,6 +26,8 @@ pub enum Output {
     LoraGguf,
     /// Mean squares of the inputs of every linear, for quantisers of llama.cpp
     Imatrix,
+    /// The same in the older form (.dat)
+    ImatrixDat,
     /// Dense model with the factors merged into the weights
     Merged,
     /// The merged model packed as GPTQ again; needs --requantise
@@ -48,6 +50,7 @@ impl Output {
             Self::LoraGguf => "lora.gguf".into(),
             Self::Gguf => "model.gguf".into(),
             Self::Imatrix => "imatrix.gguf".into(),
+            Self::ImatrixDat => "imatrix.dat".into(),
             Self::Probe => "probe.safetensors".into(),
             folder => folder.to_string(),
         }
@@ -91,7 +94,12 @@ impl Output {
             Self::GptqV2 | Self::Requantised => gptq(Version::V2),
             Self::CompressedTensors => Some(Layout::CompressedTensors),
             Self::Compressed | Self::Merged => Some(Layout::Dense { dtype: None }),
-            Self::Adapter | Self::Gguf | Self::LoraGguf | Self::Imatrix | Self::Probe => None,
+            Self::Adapter
+            | Self::Gguf
+            | Self::LoraGguf
+            | Self::Imatrix
+            | Self::ImatrixDat
+            | Self::Probe => None,
         }
     }
 }

@@ -18,6 +18,7 @@ use tensor_io::gguf::Gguf;
 use tensor_io::{Checkpoint, NoProgress};
 
 use super::config::{Config, NONE};
+use super::gguf::{Imported, imatrix_origin};
 use super::output::Output;
 use super::start::GivenModel;
 use crate::suites::perplexity::file_name;
@@ -134,6 +135,7 @@ pub(super) struct Saving<'a> {
     pub(super) decoder: &'a Decoder<'a>,
     pub(super) given: Option<&'a GivenModel<'a>>,
     pub(super) template: Option<&'a Gguf>,
+    pub(super) imported: &'a Option<Imported>,
     pub(super) repaired: &'a Repaired,
 }
 
@@ -160,6 +162,7 @@ impl Saving<'_> {
             decoder,
             given,
             repaired,
+            imported,
             ..
         } = self;
         let dst = folder.join(output.file_name());
@@ -193,7 +196,8 @@ impl Saving<'_> {
             }
             Output::Gguf => {
                 let template = self.template.context("no GGUF of the uncompressed model")?;
-                let options = GgufModelOptions::new(weights, template);
+                let options = GgufModelOptions::new(weights, template)
+                    .with_imatrix(imatrix_origin(config, imported, outputs));
                 write_gguf(decoder, repaired, &options, &dst, &NoProgress)?;
             }
             Output::LoraGguf => {
@@ -205,11 +209,18 @@ impl Saving<'_> {
                 if let Some(architecture) = named {
                     options = options.with_architecture(architecture);
                 }
+                // What was measured: in another type values would be rounded once more.
+                options = options.with_dtype(config.repair.factors.block_type());
                 Adapter::write_gguf(repaired, decoder, &options, &dst)?;
             }
             Output::Imatrix => {
                 let text = file_name(&config.calib);
                 imatrix(repaired, decoder, &text)?.write_gguf(&dst)?;
+            }
+            Output::ImatrixDat => {
+                let text = file_name(&config.calib);
+                imatrix(repaired, decoder, &text)?.write_legacy(&dst)?;
+                return Ok(std::fs::metadata(&dst)?.len());
             }
             _ => {
                 Probe::write(repaired, PROBE_TOKENS, 0, &dst)?;

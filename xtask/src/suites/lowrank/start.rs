@@ -11,6 +11,7 @@ use tensor_io::Checkpoint;
 
 use super::super::perplexity::file_name;
 use super::config::Config;
+use super::gguf::InGguf;
 use crate::settings::Settings;
 
 /// A model that another tool compressed.
@@ -65,20 +66,32 @@ pub(super) struct Start<'a> {
     pub(super) given: Option<&'a GivenModel<'a>>,
     /// Whether the linears are the given model's.
     pub(super) is_given: bool,
+    /// How a GGUF file holds it, where that is how it is measured.
+    pub(super) in_gguf: Option<InGguf>,
 }
 
 impl<'a> Start<'a> {
-    pub(super) fn compressor(compressor: &'a Compressor) -> Self {
+    /// What `compressor` makes, as `source` makes it.
+    pub(super) fn compressor(
+        compressor: &Compressor,
+        source: &'a dyn Source,
+        in_gguf: Option<InGguf>,
+    ) -> Self {
         Self {
             name: compressor.to_string(),
-            source: compressor,
+            source,
+            in_gguf,
             alike: Some(*compressor),
             given: None,
             is_given: false,
         }
     }
 
-    pub(super) fn given(config: &Config, given: &'a GivenModel<'a>) -> Self {
+    pub(super) fn given(
+        config: &Config,
+        given: &'a GivenModel<'a>,
+        in_gguf: Option<InGguf>,
+    ) -> Self {
         let path = config.compressed.as_deref().unwrap_or(Path::new(""));
         Self {
             name: file_name(path),
@@ -86,6 +99,7 @@ impl<'a> Start<'a> {
             alike: given.source.alike(),
             given: Some(given),
             is_given: true,
+            in_gguf,
         }
     }
 
@@ -97,8 +111,17 @@ impl<'a> Start<'a> {
             alike: self.alike,
             given: self.given,
             is_given: self.is_given,
+            in_gguf: self.in_gguf.clone(),
         }
     }
+}
+
+/// Types of the tensors of each start that is stored in GGUF blocks, by its name.
+pub(super) fn types<'s>(starts: &'s [Start<'_>]) -> impl Iterator<Item = (&'s str, String)> {
+    starts.iter().filter_map(|start| {
+        let described = start.in_gguf.as_ref()?.described()?;
+        Some((start.name.as_str(), described))
+    })
 }
 
 /// A decoder that computes in f32 on every device: W_c + B A rounded to bf16 would lose what B A adds.

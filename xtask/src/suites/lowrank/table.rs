@@ -35,7 +35,8 @@ pub(super) fn section(config: &Config, starts: &[&str], rows: Vec<Row>) -> Secti
             "Output error is the relative error of all linears on held-out windows of the calibration text, with the inputs of \
              the repaired model. Perplexity is computed in f32 with the weights W_c + B A. {} Baselines spend the bytes of the \
              factors on more bits, smaller groups or fewer zeros. Sizes are those of the whole model's tensors in a file: \
-             weights in groups as GPTQ, weights in blocks as GGUF, factors in their own dtype. Pruned weights count as the kept \
+             weights in groups as GPTQ, weights in blocks as GGUF with embedding and head rounded as --rest says, factors in their \
+             own dtype. Where a GGUF file of weights in groups is written, they are counted and measured as it holds them. Pruned weights count as the kept \
              values and one bit for each weight (for 2:4, two bits for each kept value); a file that stores the zeros is as \
              large as the uncompressed one. bytes_saved in the JSON has the tensors of each file that --save wrote. Time and \
              memory are those of the repair.",

@@ -12,7 +12,7 @@ use causal_lm::{Arithmetic, BATCH_TOKENS, Decoder, Hidden, NoTap, Windows};
 use eval_report::cells::Shard;
 use eval_report::{DENSE, ROUNDS, Rounds, Row, Section, Stopwatch, format, mean_over_seeds};
 use lm_eval::ScoredWindows;
-use prune_structured::gguf::{self, Precision};
+use prune_structured::gguf::{self, ExportOptions, Precision};
 use prune_structured::output::Refits;
 use prune_structured::rate_distortion::Measure;
 use prune_structured::score::Random;
@@ -602,7 +602,12 @@ fn export(
         let (name, bytes) = match export {
             Export::Gguf(precision) => {
                 let name = format!("model-{}.gguf", precision.name());
-                let exported = gguf::export(pruned, *precision, folder.join(&name), &bar)?;
+                let mut options = ExportOptions::from(*precision);
+                options = options.with_provenance("method", &row.method);
+                if let Some(ratio) = row.ratio {
+                    options = options.with_provenance("ratio", ratio);
+                }
+                let exported = gguf::export(pruned, options, folder.join(&name), &bar)?;
                 (name, exported.bytes)
             }
             Export::NemotronNas => {

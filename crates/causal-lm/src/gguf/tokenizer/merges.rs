@@ -1,6 +1,6 @@
 //! The merges of a SentencePiece vocabulary, which its files leave out.
 
-use super::{Vocabulary, kind};
+use super::{TokenKind, Vocabulary};
 
 /// Pairs of tokens in the order in which they merge: those of the token with the highest score first.
 ///
@@ -11,7 +11,7 @@ pub(super) fn merges(vocabulary: &Vocabulary<'_>, scores: &[f32]) -> Vec<(String
     let ids = vocabulary.ids();
     let mut merges: Vec<(f32, &str, &str)> = Vec::new();
     for ((&token, &kind), &score) in vocabulary.tokens.iter().zip(&vocabulary.kinds).zip(scores) {
-        if !matches!(kind, kind::NORMAL | kind::USER_DEFINED) {
+        if !matches!(kind, TokenKind::Normal | TokenKind::UserDefined) {
             continue;
         }
         let splits = token

@@ -1,6 +1,6 @@
 //! The metadata of a GGUF file.
 
-use super::{Precision, tokenizer};
+use super::{ExportOptions, tokenizer};
 use crate::Result;
 use causal_lm::config::NormKind;
 use causal_lm::gguf::Architecture;
@@ -11,7 +11,7 @@ use tensor_io::gguf::{Array, Value};
 pub(super) fn metadata(
     decoder: &Decoder<'_>,
     architecture: Architecture,
-    precision: Precision,
+    options: &ExportOptions,
 ) -> Result<Vec<(String, Value)>> {
     let config = decoder.config();
     let number = |value: usize| Value::U32(value as u32);
@@ -27,7 +27,7 @@ pub(super) fn metadata(
         ("general.type".into(), "model".into()),
         (
             "general.file_type".into(),
-            Value::U32(precision.file_type()),
+            Value::U32(options.precision.block_type().file_type()),
         ),
         ("general.quantization_version".into(), Value::U32(2)),
     ];
@@ -99,6 +99,11 @@ pub(super) fn metadata(
         put(key, value);
     }
     values.extend(tokenizer);
+    // Keys of our own, which readers pass over.
+    let own = |name: &str, value: &str| (format!("prune.{name}"), Value::from(value));
+    values.push(own("version", env!("CARGO_PKG_VERSION")));
+    let provenance = options.provenance.iter();
+    values.extend(provenance.map(|(name, value)| own(name, value)));
     Ok(values)
 }
 

@@ -22,7 +22,6 @@
 //! length of the text: run it with the original context for short texts.
 
 mod check;
-mod kind;
 mod metadata;
 mod rotation;
 mod splits;
@@ -90,39 +89,32 @@ impl Precision {
     pub fn block_type(self) -> BlockType {
         self.0
     }
+}
 
-    /// The type of a matrix with rows of `width` values: as llama.cpp, a smaller block of at least as many bits where the
-    /// block does not divide the row, and 16-bit floats where none does.
-    pub fn of_rows(self, width: usize) -> BlockType {
-        let smaller = match self.0 {
-            BlockType::Q2_K | BlockType::Q3_K => BlockType::Q4_0,
-            BlockType::Q4_K => BlockType::Q5_0,
-            BlockType::Q5_K => BlockType::Q5_1,
-            BlockType::Q6_K => BlockType::Q8_0,
-            other => other,
-        };
-        let fits = |ty: &BlockType| width.is_multiple_of(ty.block_len());
-        let fitting = [self.0, smaller].into_iter().find(fits);
-        fitting.unwrap_or(BlockType::F16)
-    }
+/// How a decoder is exported; made from a [`Precision`] alone where nothing else is asked for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct ExportOptions {
+    /// How matrices are stored.
+    pub precision: Precision,
+    /// What was done to the model, written as strings under `prune.` and the name of each.
+    pub provenance: Vec<(String, String)>,
+}
 
-    /// `general.file_type`.
-    fn file_type(self) -> u32 {
-        match self.0 {
-            BlockType::F32 => 0,
-            BlockType::F16 => 1,
-            BlockType::BF16 => 32,
-            BlockType::Q4_0 => 2,
-            BlockType::Q4_1 => 3,
-            BlockType::Q5_0 => 8,
-            BlockType::Q5_1 => 9,
-            BlockType::Q2_K => 10,
-            BlockType::Q3_K => 11,
-            BlockType::Q4_K => 14,
-            BlockType::Q5_K => 16,
-            BlockType::Q6_K => 18,
-            _ => 7,
+impl From<Precision> for ExportOptions {
+    fn from(precision: Precision) -> Self {
+        Self {
+            precision,
+            provenance: Vec::new(),
         }
+    }
+}
+
+impl ExportOptions {
+    /// With one more thing that was done: `with_provenance("ratio", 0.2)`.
+    pub fn with_provenance(mut self, name: &str, value: impl ToString) -> Self {
+        self.provenance.push((name.into(), value.to_string()));
+        self
     }
 }
 
@@ -152,13 +144,14 @@ pub fn keeps_heads(decoder: &Decoder<'_>) -> bool {
 /// run leaves `dst` as it was.
 pub fn export(
     decoder: &Decoder<'_>,
-    precision: Precision,
+    options: impl Into<ExportOptions>,
     dst: impl AsRef<Path>,
     progress: &dyn Progress,
 ) -> Result<Exported> {
-    let dst = dst.as_ref();
+    let (options, dst) = (options.into(), dst.as_ref());
+    let precision = options.precision;
     let architecture = check::architecture(decoder)?;
-    let metadata = metadata::metadata(decoder, architecture, precision)?;
+    let metadata = metadata::metadata(decoder, architecture, &options)?;
     let outputs = tensors::tensors(decoder, architecture)?;
     let mut parameters = 0;
     let mut specs = Vec::new();
@@ -166,7 +159,7 @@ pub fn export(
     for output in &outputs {
         let shape = output.shape.clone();
         let ty = match shape.last() {
-            Some(&width) if !output.float => precision.of_rows(width),
+            Some(&width) if !output.float => precision.0.for_rows(width),
             _ => BlockType::F32,
         };
         parameters += shape.iter().product::<usize>() as u64;

@@ -4,8 +4,7 @@
 //! added tokens has no place in it. Each function here is one such statement: it holds for what the file can say, or the
 //! reason names the token that would be split otherwise.
 
-use super::kind::Kind;
-use causal_lm::gguf::STRIP_NOTHING;
+use causal_lm::gguf::{STRIP_NOTHING, TokenKind};
 use serde_json::Value as Json;
 use std::collections::{HashMap, HashSet};
 
@@ -112,11 +111,11 @@ pub(super) struct Entries<'a> {
 impl<'a> Entries<'a> {
     pub(super) fn new(
         tokens: &'a [String],
-        kinds: &[Kind],
+        kinds: &[TokenKind],
         merges: &'a [(String, String)],
     ) -> Self {
         let entries = tokens.iter().zip(kinds);
-        let normal = entries.filter(|(_, kind)| **kind == Kind::Normal);
+        let normal = entries.filter(|(_, kind)| **kind == TokenKind::Normal);
         let all: HashSet<&str> = normal.map(|(token, _)| token.as_str()).collect();
         // In the order of the vocabulary, so that a reason names the first.
         let long = tokens.iter().map(String::as_str);
@@ -215,7 +214,7 @@ mod tests {
     fn entries_that_merges_by_pair_and_by_score_make_differently_are_named() {
         let check = |tokens: &[&str], merges: &[(&str, &str)]| {
             let (tokens, merges) = (texts(tokens), pairs(merges));
-            let kinds = vec![Kind::Normal; tokens.len()];
+            let kinds = vec![TokenKind::Normal; tokens.len()];
             Entries::new(&tokens, &kinds, &merges).merge_by_score()
         };
         let tokens = ["a", "b", "c", "ab", "bc", "abc"];
@@ -235,7 +234,7 @@ mod tests {
     #[test]
     fn an_entry_is_made_if_its_own_characters_merge_to_it() {
         let tokens = texts(&["a", "b", "c", "ab", "bc", "abc"]);
-        let kinds = vec![Kind::Normal; tokens.len()];
+        let kinds = vec![TokenKind::Normal; tokens.len()];
         let made = |merges: &[(&str, &str)]| {
             let merges = pairs(merges);
             Entries::new(&tokens, &kinds, &merges).are_made()

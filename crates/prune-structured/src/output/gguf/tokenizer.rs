@@ -11,10 +11,9 @@
 //! otherwise than in training would be silently worse. So are vocabularies that llama.cpp would merge otherwise, and added
 //! tokens that it would find elsewhere ([`splits`](super::splits)).
 
-use super::kind::Kind;
 use super::splits;
 use crate::{Error, Result};
-use causal_lm::gguf::{GgufTensors, strips_behind_tokens};
+use causal_lm::gguf::{GgufTensors, TokenKind, strips_behind_tokens};
 use causal_lm::{Decoder, TextTokenizer};
 use serde_json::Value as Json;
 use std::collections::HashMap;
@@ -202,11 +201,11 @@ impl File<'_> {
     }
 
     /// Text and kind of every row of the embedding; rows without a token are filled up as unused.
-    fn tokens(&self, byte_fallback: bool) -> Result<(Vec<String>, Vec<Kind>)> {
+    fn tokens(&self, byte_fallback: bool) -> Result<(Vec<String>, Vec<TokenKind>)> {
         let rows = self.decoder.config().vocab;
-        let mut tokens: Vec<Option<(String, Kind)>> = vec![None; rows];
+        let mut tokens: Vec<Option<(String, TokenKind)>> = vec![None; rows];
         let unknown = self.json["model"]["unk_token"].as_str();
-        let mut put = |text: &str, id: &Json, kind: Kind| {
+        let mut put = |text: &str, id: &Json, kind: TokenKind| {
             let row = id.as_u64().and_then(|id| tokens.get_mut(id as usize));
             let row = row.ok_or_else(|| {
                 self.error(format!(
@@ -220,20 +219,28 @@ impl File<'_> {
         let vocab = vocab.ok_or_else(|| self.error("model.vocab must map tokens to ids"))?;
         for (text, id) in vocab {
             let byte = byte_fallback && is_byte(text);
-            put(text, id, if byte { Kind::Byte } else { Kind::Normal })?;
+            put(
+                text,
+                id,
+                if byte {
+                    TokenKind::Byte
+                } else {
+                    TokenKind::Normal
+                },
+            )?;
         }
         for added in self.json["added_tokens"].as_array().into_iter().flatten() {
             let text = added["content"].as_str();
             let text = text.ok_or_else(|| self.error("an added token has no content"))?;
             let kind = match added["special"].as_bool() {
-                _ if Some(text) == unknown => Kind::Unknown,
-                Some(true) => Kind::Control,
-                _ => Kind::UserDefined,
+                _ if Some(text) == unknown => TokenKind::Unknown,
+                Some(true) => TokenKind::Control,
+                _ => TokenKind::UserDefined,
             };
             put(text, &added["id"], kind)?;
         }
-        let filled = |(row, token): (usize, Option<(String, Kind)>)| {
-            token.unwrap_or_else(|| (format!("[PAD{row}]"), Kind::Unused))
+        let filled = |(row, token): (usize, Option<(String, TokenKind)>)| {
+            token.unwrap_or_else(|| (format!("[PAD{row}]"), TokenKind::Unused))
         };
         Ok(tokens.into_iter().enumerate().map(filled).unzip())
     }
@@ -324,14 +331,14 @@ fn is_byte(text: &str) -> bool {
 
 /// Minus the rank of the first merge that makes a token; 0 for what no merge makes, but for texts of
 /// several characters, which must not be merged to.
-fn scores(tokens: &[String], kinds: &[Kind], merges: &[(String, String)]) -> Vec<f32> {
+fn scores(tokens: &[String], kinds: &[TokenKind], merges: &[(String, String)]) -> Vec<f32> {
     let mut ranks: HashMap<String, usize> = HashMap::new();
     for (rank, (a, b)) in merges.iter().enumerate() {
         ranks.entry(format!("{a}{b}")).or_insert(rank);
     }
-    let score = |(token, kind): (&String, &Kind)| match ranks.get(token) {
+    let score = |(token, kind): (&String, &TokenKind)| match ranks.get(token) {
         Some(&rank) => -(rank as f32),
-        None if *kind == Kind::Normal && token.chars().count() > 1 => -1e9,
+        None if *kind == TokenKind::Normal && token.chars().count() > 1 => -1e9,
         None => 0.0,
     };
     tokens.iter().zip(kinds).map(score).collect()
@@ -346,8 +353,8 @@ mod tests {
         let merges = [("a", "b"), ("ab", "c"), ("a", "bc"), ("b", "c")];
         let merges = merges.map(|(a, b)| (a.to_string(), b.to_string()));
         let tokens = ["a", "abc", "ab", "bc", "xyz", "<s>"].map(str::to_string);
-        let mut kinds = [Kind::Normal; 6];
-        kinds[5] = Kind::Control;
+        let mut kinds = [TokenKind::Normal; 6];
+        kinds[5] = TokenKind::Control;
         let scores = scores(&tokens, &kinds, &merges);
         assert_eq!(scores, [0.0, -1.0, 0.0, -3.0, -1e9, 0.0]);
     }
