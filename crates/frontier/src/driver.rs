@@ -1,32 +1,25 @@
 //! Measuring a model and dividing budgets over it.
 
 use crate::bytes::Counter;
-use crate::curves::{self, Check, Curve, Distortions, RELIABLE, median, spearman};
+use crate::curves::{Check, Curve, Distortions};
 use crate::divide::{Division, Rules};
 use crate::error::{Error, Result};
 use crate::make::Maker;
-use crate::measure::{Divergence, Measurer, passes};
-use crate::menu::{Choices, Item, Menu, Price};
+use crate::measure::{Divergence, Measurer};
+use crate::menu::{Item, Menu, Price};
 use crate::options::Options;
 use crate::plan::{Plan, Round, SitePlan};
 use crate::site::Site;
 use crate::target::Target;
-use crate::timing::Timer;
-use crate::treatment::{Format, Treatment};
+use crate::treatment::Format;
 use causal_lm::{Decoder, Progress, Windows};
 use prune_structured::divergence::{Teacher, TopK};
-use rand::SeedableRng;
-use rand::seq::index;
-use rand_chacha::ChaCha8Rng;
-use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use tensor_io::{ContentHash, Hasher};
 
 /// Layout of the folder of a run; folders of another one are not read.
 const VERSION: u64 = 3;
-/// Fewest combinations that are measured to check their prediction, where there are as many.
-const FEWEST_CHECKED: usize = 8;
-
 /// The windows that a division reads; evaluation should see others.
 #[derive(Clone, Copy, Debug)]
 pub struct Data<'a> {
@@ -54,9 +47,9 @@ pub struct Frontier<'a> {
     pub(crate) fixed_parameters: u64,
     /// The dense treatment of each site.
     pub(crate) dense: Vec<usize>,
-    measurer: Measurer<'a>,
-    comparison: Windows,
-    check: Check,
+    pub(crate) measurer: Measurer<'a>,
+    pub(crate) comparison: Windows,
+    pub(crate) check: Check,
 }
 
 /// A calibrated model of which nothing is measured yet.
@@ -208,127 +201,12 @@ impl<'a> Frontier<'a> {
         }
     }
 
-    /// Fills in what each treatment takes for a decoded token.
-    fn measure_seconds(&mut self, dir: &Path, progress: &dyn Progress) -> Result<()> {
-        let mut timer = Timer::new(&self.maker, dir)?;
-        progress.begin("seconds of treatments", self.menus.len() as u64);
-        for menu in &mut self.menus {
-            for item in &mut menu.items {
-                if item.bytes.is_some() {
-                    item.seconds = timer.seconds(menu.site, item.treatment)?;
-                }
-            }
-            progress.advance(1)?;
-        }
-        timer.save()?;
-        let dense = self.menus.iter().map(|menu| menu.items[menu.dense].seconds);
-        self.fixed_seconds = timer.rest(&self.comparison, dense.sum(), progress)?;
-        timer.save()
-    }
-
-    fn measure_curves(&mut self, progress: &dyn Progress) -> Result<()> {
-        let axes: Vec<Vec<usize>> = self.menus.iter().map(curves::axes).collect();
-        let combinations: Vec<Vec<usize>> = self.menus.iter().map(curves::combinations).collect();
-        let all: usize = combinations.iter().map(Vec::len).sum();
-        let wanted = (all as f64 * self.options.sample).ceil() as usize;
-        let wanted = match self.options.sample > 0.0 {
-            true => wanted.max(FEWEST_CHECKED).min(all),
-            false => 0,
-        };
-        let places: Vec<(usize, usize)> = (0..self.menus.len())
-            .flat_map(|site| combinations[site].iter().map(move |&item| (site, item)))
-            .collect();
-        let mut rng = ChaCha8Rng::seed_from_u64(self.options.seed);
-        let mut drawn = index::sample(&mut rng, all, wanted).into_vec();
-        drawn.sort_unstable();
-        let drawn: Vec<(usize, usize)> = drawn.into_iter().map(|i| places[i]).collect();
-        let on_axes: Vec<(usize, usize)> = (0..self.menus.len())
-            .flat_map(|site| axes[site].iter().map(move |&item| (site, item)))
-            .collect();
-        let mut shares = Vec::with_capacity(self.menus.len());
-        progress.begin("energy of widths", self.menus.len() as u64);
-        for menu in &self.menus {
-            let mut of_menu = vec![1.0; menu.levels];
-            for item in &menu.items {
-                let plain = item.format == 0 && item.treatment.rank == 0;
-                if plain && item.cache_level == 0 {
-                    let width = item.treatment.width;
-                    of_menu[item.level] = self.maker.energy_share(menu.site, width)?;
-                }
-            }
-            shares.push(of_menu);
-            progress.advance(1)?;
-        }
-        let new = |(menu, shares): (&Menu, Vec<f64>)| Distortions::new(menu, shares);
-        self.distortions = self.menus.iter().zip(shares).map(new).collect();
-
-        let both = [&on_axes[..], &drawn[..]].concat();
-        self.state_cost(&both, progress);
-        let measured = self.measure_alone(&both, progress)?;
-        let (of_axes, of_drawn) = measured.split_at(on_axes.len());
-        for (&(site, item), kl) in on_axes.iter().zip(of_axes) {
-            self.distortions[site].set(item, kl.mean);
-        }
-        let predicted: Vec<f64> = drawn
-            .iter()
-            .map(|&(site, item)| self.distortions[site].predicted(&self.menus[site], item))
-            .collect();
-        let of_drawn: Vec<f64> = of_drawn.iter().map(|kl| kl.mean).collect();
-        let ratio = predicted
-            .iter()
-            .zip(&of_drawn)
-            .map(|(p, m)| p / m.max(1e-12));
-        self.check = Check {
-            sampled: drawn.len(),
-            rho: spearman(&predicted, &of_drawn),
-            ratio: median(ratio.collect()),
-            widened: false,
-        };
-        for (&(site, item), &kl) in drawn.iter().zip(&of_drawn) {
-            self.distortions[site].set(item, kl);
-        }
-        if self.check.rho < RELIABLE {
-            self.check.widened = true;
-            let plain = |&(site, item): &(usize, usize)| {
-                self.menus[site].items[item].treatment.rank == 0
-                    && !self.distortions[site].is_measured(item)
-            };
-            let more: Vec<(usize, usize)> = places.iter().copied().filter(plain).collect();
-            progress
-                .message("combinations are badly predicted: measuring all formats at all widths");
-            self.state_cost(&more, progress);
-            let measured = self.measure_alone(&more, progress)?;
-            for ((site, item), kl) in more.into_iter().zip(measured) {
-                self.distortions[site].set(item, kl.mean);
-            }
-        }
-        Ok(())
-    }
-
-    /// Says what measuring will take before it begins.
-    fn state_cost(&self, items: &[(usize, usize)], progress: &dyn Progress) {
-        let tokens = self.windows(self.options.coarse_tokens) * self.window_len();
-        let of = |&(site, item): &(usize, usize)| {
-            passes(
-                self.decoder,
-                &self.menus,
-                &self.with(&self.dense, site, item),
-                &self.dense,
-            )
-        };
-        let passes: f64 = items.iter().map(of).sum();
-        progress.message(&format!(
-            "{} treatments: {passes:.0} passes of {tokens} tokens",
-            items.len()
-        ));
-    }
-
     /// Tokens of the windows on which models are compared.
     pub fn window_len(&self) -> usize {
         self.comparison.window_len()
     }
 
-    fn windows(&self, tokens: usize) -> usize {
+    pub(crate) fn windows(&self, tokens: usize) -> usize {
         self.measurer.windows_for(tokens)
     }
 
@@ -337,49 +215,6 @@ impl<'a> Frontier<'a> {
         let mut choice = choice.to_vec();
         choice[site] = item;
         choice
-    }
-
-    /// Divergences with one site treated and all others dense.
-    fn measure_alone(
-        &mut self,
-        items: &[(usize, usize)],
-        progress: &dyn Progress,
-    ) -> Result<Vec<Divergence>> {
-        let candidates: Vec<Vec<usize>> = items
-            .iter()
-            .map(|&(site, item)| self.with(&self.dense, site, item))
-            .collect();
-        let (base, tokens) = (self.dense.clone(), self.options.coarse_tokens);
-        self.divergences("measuring curves", &candidates, &base, tokens, progress)
-    }
-
-    /// Divergences of choices, made where they are not made yet.
-    pub(crate) fn divergences(
-        &mut self,
-        stage: &str,
-        candidates: &[Vec<usize>],
-        base: &[usize],
-        tokens: usize,
-        progress: &dyn Progress,
-    ) -> Result<Vec<Divergence>> {
-        let mut treated: BTreeMap<usize, BTreeSet<usize>> = BTreeMap::new();
-        for (site, &item) in candidates.iter().flat_map(|c| c.iter().enumerate()) {
-            treated.entry(site).or_default().insert(item);
-        }
-        let count: usize = treated.values().map(BTreeSet::len).sum();
-        progress.begin("making treatments", count as u64);
-        for (site, items) in treated {
-            let menu = &self.menus[site];
-            let treatments = items.into_iter().map(|item| menu.items[item].treatment);
-            let treatments: Vec<Treatment> = treatments.collect();
-            self.maker.make_all(menu.site, &treatments, progress)?;
-        }
-        progress.begin(stage, candidates.len() as u64);
-        let count = self.windows(tokens);
-        let caching = (self.options.caching(), self.window_len());
-        let choices = Choices::new(&self.maker, &self.menus, caching);
-        let of = (&choices, self.menus.as_slice());
-        self.measurer.of(of, (candidates, base), count, progress)
     }
 
     /// What each treatment is worth, by site.
@@ -505,16 +340,6 @@ impl<'a> Frontier<'a> {
             .collect();
         found.dedup();
         found
-    }
-
-    /// Divergences of whole plans, on many tokens.
-    pub(crate) fn measure_plans(
-        &mut self,
-        plans: &[Vec<usize>],
-        progress: &dyn Progress,
-    ) -> Result<Vec<Divergence>> {
-        let (base, tokens) = (self.dense.clone(), self.options.fine_tokens);
-        self.divergences("measuring plans", plans, &base, tokens, progress)
     }
 
     pub(crate) fn to_plan(

@@ -14,6 +14,7 @@ mod inputs;
 mod make;
 mod matrix;
 mod measure;
+mod measuring;
 mod menu;
 mod options;
 mod plan;
