@@ -44,6 +44,8 @@ macro_rules! four_times {
 pub(crate) trait Format: Copy + Send + Sync {
     /// The codes.
     type Codes: Codes;
+    /// Whether the halves of a block have scales of their own.
+    const HALVES: bool;
 
     /// Blocks of a chunk, of so many in a row.
     #[inline(always)]
@@ -62,7 +64,8 @@ pub(crate) trait Format: Copy + Send + Sync {
         acc: &mut [M::F; T],
     );
 
-    /// The same with floats.
+    /// The same with floats: by what [`scale`](Self::scale) says.
+    #[inline(always)]
     fn float<M: Machine, const T: usize>(
         self,
         m: M,
@@ -70,7 +73,30 @@ pub(crate) trait Format: Copy + Send + Sync {
         table: M::Table,
         x: [&FloatBlock; T],
         acc: &mut [M::F; T],
-    );
+    ) {
+        let (first, first_min) = self.scale(m, block, 0);
+        if !Self::HALVES {
+            let all = sums::<M, Self::Codes, 0, 8, T>(m, block.planes, table, x);
+            for t in 0..T {
+                acc[t] = m.fma(first, all[t], acc[t]);
+                if let Some(min) = first_min {
+                    acc[t] = m.fma(min, m.splat_f(x[t].sum), acc[t]);
+                }
+            }
+            return;
+        }
+        let (second, second_min) = self.scale(m, block, 1);
+        let lows = sums::<M, Self::Codes, 0, 4, T>(m, block.planes, table, x);
+        let highs = sums::<M, Self::Codes, 4, 8, T>(m, block.planes, table, x);
+        for t in 0..T {
+            acc[t] = m.fma(first, lows[t], acc[t]);
+            acc[t] = m.fma(second, highs[t], acc[t]);
+            if let (Some(first), Some(second)) = (first_min, second_min) {
+                acc[t] = m.fma(first, m.splat_f(x[t].sums[0]), acc[t]);
+                acc[t] = m.fma(second, m.splat_f(x[t].sums[1]), acc[t]);
+            }
+        }
+    }
 
     /// What a step of the code is worth in the first or second 16 columns, and what is added, if anything.
     fn scale<M: Machine>(self, m: M, block: Place<'_>, half: usize) -> (M::F, Option<M::F>);
@@ -185,6 +211,7 @@ plain_struct!(Plain Offset Sub32 Sub16 Sub16Offset);
 
 impl<C: Codes + Send + Sync> Format for Plain<C> {
     type Codes = C;
+    const HALVES: bool = false;
 
     #[inline(always)]
     fn chunk(self, _blocks: usize) -> usize {
@@ -213,22 +240,6 @@ impl<C: Codes + Send + Sync> Format for Plain<C> {
     }
 
     #[inline(always)]
-    fn float<M: Machine, const T: usize>(
-        self,
-        m: M,
-        block: Place<'_>,
-        table: M::Table,
-        x: [&FloatBlock; T],
-        acc: &mut [M::F; T],
-    ) {
-        let d = m.load_f16(block.head[block.b / 2].half(block.b));
-        let sums = sums::<M, C, 0, 8, T>(m, block.planes, table, x);
-        for t in 0..T {
-            acc[t] = m.fma(d, sums[t], acc[t]);
-        }
-    }
-
-    #[inline(always)]
     fn scale<M: Machine>(self, m: M, block: Place<'_>, _half: usize) -> (M::F, Option<M::F>) {
         (m.load_f16(block.head[block.b / 2].half(block.b)), None)
     }
@@ -236,6 +247,7 @@ impl<C: Codes + Send + Sync> Format for Plain<C> {
 
 impl<C: Codes + Send + Sync> Format for Offset<C> {
     type Codes = C;
+    const HALVES: bool = false;
 
     #[inline(always)]
     fn chunk(self, _blocks: usize) -> usize {
@@ -266,24 +278,6 @@ impl<C: Codes + Send + Sync> Format for Offset<C> {
     }
 
     #[inline(always)]
-    fn float<M: Machine, const T: usize>(
-        self,
-        m: M,
-        block: Place<'_>,
-        table: M::Table,
-        x: [&FloatBlock; T],
-        acc: &mut [M::F; T],
-    ) {
-        let head = &block.head[block.b];
-        let (d, min) = (m.load_f16(head.half(0)), m.load_f16(head.half(1)));
-        let sums = sums::<M, C, 0, 8, T>(m, block.planes, table, x);
-        for t in 0..T {
-            acc[t] = m.fma(d, sums[t], acc[t]);
-            acc[t] = m.fma(min, m.splat_f(x[t].sum), acc[t]);
-        }
-    }
-
-    #[inline(always)]
     fn scale<M: Machine>(self, m: M, block: Place<'_>, _half: usize) -> (M::F, Option<M::F>) {
         let head = &block.head[block.b];
         (m.load_f16(head.half(0)), Some(m.load_f16(head.half(1))))
@@ -298,6 +292,7 @@ fn sub_bytes<'a>(block: Place<'a>, which: usize) -> &'a [u8; TILE_ROWS] {
 
 impl<C: Codes + Send + Sync> Format for Sub32<C> {
     type Codes = C;
+    const HALVES: bool = false;
 
     #[inline(always)]
     fn head(self, blocks: usize) -> usize {
@@ -327,25 +322,6 @@ impl<C: Codes + Send + Sync> Format for Sub32<C> {
     }
 
     #[inline(always)]
-    fn float<M: Machine, const T: usize>(
-        self,
-        m: M,
-        block: Place<'_>,
-        table: M::Table,
-        x: [&FloatBlock; T],
-        acc: &mut [M::F; T],
-    ) {
-        let (step, min) = self.scale(m, block, 0);
-        let sums = sums::<M, C, 0, 8, T>(m, block.planes, table, x);
-        for t in 0..T {
-            acc[t] = m.fma(step, sums[t], acc[t]);
-            if let Some(min) = min {
-                acc[t] = m.fma(min, m.splat_f(x[t].sum), acc[t]);
-            }
-        }
-    }
-
-    #[inline(always)]
     fn scale<M: Machine>(self, m: M, block: Place<'_>, _half: usize) -> (M::F, Option<M::F>) {
         let (d, min) = (
             m.load_f16(block.head[0].half(0)),
@@ -363,6 +339,7 @@ impl<C: Codes + Send + Sync> Format for Sub32<C> {
 
 impl<C: Codes + Send + Sync> Format for Sub16<C> {
     type Codes = C;
+    const HALVES: bool = true;
 
     #[inline(always)]
     fn head(self, blocks: usize) -> usize {
@@ -392,25 +369,6 @@ impl<C: Codes + Send + Sync> Format for Sub16<C> {
     }
 
     #[inline(always)]
-    fn float<M: Machine, const T: usize>(
-        self,
-        m: M,
-        block: Place<'_>,
-        table: M::Table,
-        x: [&FloatBlock; T],
-        acc: &mut [M::F; T],
-    ) {
-        let (first, _) = self.scale(m, block, 0);
-        let (second, _) = self.scale(m, block, 1);
-        let lows = sums::<M, C, 0, 4, T>(m, block.planes, table, x);
-        let highs = sums::<M, C, 4, 8, T>(m, block.planes, table, x);
-        for t in 0..T {
-            acc[t] = m.fma(first, lows[t], acc[t]);
-            acc[t] = m.fma(second, highs[t], acc[t]);
-        }
-    }
-
-    #[inline(always)]
     fn scale<M: Machine>(self, m: M, block: Place<'_>, half: usize) -> (M::F, Option<M::F>) {
         let d = m.load_f16(block.head[0].half(0));
         let step = m.mul_f(d, m.to_f(m.load_i8(sub_bytes(block, half))));
@@ -420,6 +378,7 @@ impl<C: Codes + Send + Sync> Format for Sub16<C> {
 
 impl<C: Codes + Send + Sync> Format for Sub16Offset<C> {
     type Codes = C;
+    const HALVES: bool = true;
 
     #[inline(always)]
     fn head(self, blocks: usize) -> usize {
@@ -449,29 +408,6 @@ impl<C: Codes + Send + Sync> Format for Sub16Offset<C> {
             if let (Some(first), Some(second)) = (first_min, second_min) {
                 acc[t] = m.fma(first, m.splat_f(x[t].scaleds[0]), acc[t]);
                 acc[t] = m.fma(second, m.splat_f(x[t].scaleds[1]), acc[t]);
-            }
-        }
-    }
-
-    #[inline(always)]
-    fn float<M: Machine, const T: usize>(
-        self,
-        m: M,
-        block: Place<'_>,
-        table: M::Table,
-        x: [&FloatBlock; T],
-        acc: &mut [M::F; T],
-    ) {
-        let (first, first_min) = self.scale(m, block, 0);
-        let (second, second_min) = self.scale(m, block, 1);
-        let lows = sums::<M, C, 0, 4, T>(m, block.planes, table, x);
-        let highs = sums::<M, C, 4, 8, T>(m, block.planes, table, x);
-        for t in 0..T {
-            acc[t] = m.fma(first, lows[t], acc[t]);
-            acc[t] = m.fma(second, highs[t], acc[t]);
-            if let (Some(first), Some(second)) = (first_min, second_min) {
-                acc[t] = m.fma(first, m.splat_f(x[t].sums[0]), acc[t]);
-                acc[t] = m.fma(second, m.splat_f(x[t].sums[1]), acc[t]);
             }
         }
     }

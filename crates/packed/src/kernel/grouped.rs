@@ -10,8 +10,8 @@
 use std::marker::PhantomData;
 
 use super::codes::Codes;
-use super::format::{Format, Place, dots, sums};
-use crate::input::{FloatBlock, Int8Block};
+use super::format::{Format, Place, dots};
+use crate::input::Int8Block;
 use crate::machine::Machine;
 use crate::tile::GroupLayout;
 
@@ -98,6 +98,7 @@ impl<C: Codes + Send + Sync> Grouped<C> {
 
 impl<C: Codes + Send + Sync> Format for Grouped<C> {
     type Codes = C;
+    const HALVES: bool = false;
 
     #[inline(always)]
     fn chunk(self, blocks: usize) -> usize {
@@ -125,25 +126,6 @@ impl<C: Codes + Send + Sync> Format for Grouped<C> {
     }
 
     #[inline(always)]
-    fn float<M: Machine, const T: usize>(
-        self,
-        m: M,
-        block: Place<'_>,
-        table: M::Table,
-        x: [&FloatBlock; T],
-        acc: &mut [M::F; T],
-    ) {
-        let (scale, zero) = self.parts(m, block, 0);
-        let sums = sums::<M, C, 0, 8, T>(m, block.planes, table, x);
-        for t in 0..T {
-            acc[t] = m.fma(scale, sums[t], acc[t]);
-            if let Some(zero) = zero {
-                acc[t] = m.fma(Self::offset(m, scale, zero), m.splat_f(x[t].sum), acc[t]);
-            }
-        }
-    }
-
-    #[inline(always)]
     fn scale<M: Machine>(self, m: M, block: Place<'_>, half: usize) -> (M::F, Option<M::F>) {
         let (scale, zero) = self.parts(m, block, half);
         (scale, zero.map(|zero| Self::offset(m, scale, zero)))
@@ -152,6 +134,7 @@ impl<C: Codes + Send + Sync> Format for Grouped<C> {
 
 impl<C: Codes + Send + Sync> Format for GroupedHalves<C> {
     type Codes = C;
+    const HALVES: bool = true;
 
     #[inline(always)]
     fn chunk(self, blocks: usize) -> usize {
@@ -178,29 +161,6 @@ impl<C: Codes + Send + Sync> Format for GroupedHalves<C> {
             let (Int8Block { sums, d, .. }, sum) = (x[t], acc[t]);
             let sum = Grouped::<C>::add(m, first, lows[t], (sums[0], *d), sum);
             acc[t] = Grouped::<C>::add(m, second, highs[t], (sums[1], *d), sum);
-        }
-    }
-
-    #[inline(always)]
-    fn float<M: Machine, const T: usize>(
-        self,
-        m: M,
-        block: Place<'_>,
-        table: M::Table,
-        x: [&FloatBlock; T],
-        acc: &mut [M::F; T],
-    ) {
-        let (first, first_offset) = self.0.scale(m, block, 0);
-        let (second, second_offset) = self.0.scale(m, block, 1);
-        let lows = sums::<M, C, 0, 4, T>(m, block.planes, table, x);
-        let highs = sums::<M, C, 4, 8, T>(m, block.planes, table, x);
-        for t in 0..T {
-            acc[t] = m.fma(first, lows[t], acc[t]);
-            acc[t] = m.fma(second, highs[t], acc[t]);
-            if let (Some(first), Some(second)) = (first_offset, second_offset) {
-                acc[t] = m.fma(first, m.splat_f(x[t].sums[0]), acc[t]);
-                acc[t] = m.fma(second, m.splat_f(x[t].sums[1]), acc[t]);
-            }
         }
     }
 
