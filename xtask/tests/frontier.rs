@@ -22,7 +22,10 @@ fn frontier(scene: &Scene, more: &[&str]) -> Output {
         .args(["eval", "frontier", "--json", "--samples", "8"])
         .args(["--calib-samples", "12", "--compare-samples", "8"])
         .args(["--coarse-tokens", "64", "--fine-tokens", "128"])
-        .args(["--formats", "gptq-int8-g32,gptq-int4-g32"])
+        .args(match more.contains(&"--formats") {
+            true => vec![],
+            false => vec!["--formats", "gptq-int8-g32,gptq-int4-g32"],
+        })
         .args(["--model", &path("model"), "--text", &path("text.txt")])
         .args(match more.contains(&"--calib") {
             true => vec![],
@@ -114,6 +117,65 @@ fn saved_models_are_the_rows_and_open_again() {
     let alone: Vec<&str> = more[..5].to_vec();
     let refused = error(&frontier(&scene, &alone));
     assert!(refused.contains("--save"), "{refused}");
+}
+
+#[test]
+fn plans_for_other_runtimes_are_saved_as_their_files_and_open_again() {
+    let scene = Scene::new(json!({
+        "model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+        "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 9, "max_position_embeddings": 16,
+        "tie_word_embeddings": true,
+    }))
+    .with_characters();
+    for (target, formats, files) in [
+        ("gguf", "q8_0,q4_0", &["model.gguf", "plan.json"][..]),
+        (
+            "vllm",
+            "gptq-int4-g32-sym",
+            &["model/config.json", "plan.json"][..],
+        ),
+    ] {
+        let save = scene.path(target).display().to_string();
+        let more = [
+            "--for",
+            target,
+            "--formats",
+            formats,
+            "--memory",
+            "80%",
+            "--save",
+            &save,
+        ];
+        let found = rows(&frontier(&scene, &more));
+        let joint = found.iter().find(|row| row["method"] == "joint").unwrap();
+        let folder = std::fs::read_dir(&save)
+            .unwrap()
+            .next()
+            .unwrap()
+            .unwrap()
+            .path();
+        for file in files {
+            assert!(folder.join(file).is_file(), "{target}: {file}");
+        }
+        let model = match target {
+            "gguf" => folder.join("model.gguf"),
+            _ => folder.join("model"),
+        };
+        // What was saved is evaluated as the row says.
+        let text = scene.path("text.txt");
+        let mut evaluate = Command::new(env!("CARGO_BIN_EXE_xtask"));
+        evaluate
+            .args(["eval", "perplexity", "--json", "--samples", "8"])
+            .args(["--model".as_ref(), model.as_os_str()])
+            .args(["--text".as_ref(), text.as_os_str()]);
+        let adapter = ["adapter.gguf", "adapter"].map(|name| folder.join(name));
+        if let Some(adapter) = adapter.iter().find(|path| path.exists()) {
+            evaluate.args(["--adapter".as_ref(), adapter.as_os_str()]);
+        }
+        let again = rows(&evaluate.output().unwrap());
+        let difference = number(&again[0], "perplexity") / number(joint, "perplexity") - 1.0;
+        assert!(difference.abs() < 1e-5, "{target}: {difference}");
+    }
 }
 
 #[test]

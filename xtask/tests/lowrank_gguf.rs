@@ -7,35 +7,20 @@ use std::path::Path;
 use std::process::{Command, Output};
 
 use candle_core::{DType, Device};
-use causal_lm::testing::write_byte_tokenizer;
 use scene::{Scene, error, rows};
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 use tensor_io::Checkpoint;
 use tensor_io::gguf::Gguf;
 use tensor_io::imatrix::Imatrix;
 
-/// Tokens beside BOS: the characters of the texts, as a byte-level tokenizer writes them.
-const CHARACTERS: [&str; 8] = ["Ġ", "a", "b", "c", "d", "e", "f", "."];
-
 /// A model whose rows are whole blocks of 32, and not of 256, with a tokenizer that GGUF files can hold.
 fn scene(tied: bool) -> Scene {
-    let scene = Scene::new(json!({
+    Scene::new(json!({
         "model_type": "llama", "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2,
         "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 9, "max_position_embeddings": 16,
         "tie_word_embeddings": tied,
-    }));
-    let dir = scene.path("model");
-    write_byte_tokenizer(&dir, CHARACTERS.len() + 1);
-    let path = dir.join("tokenizer.json");
-    let mut tokenizer: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
-    let vocab: Map<String, Value> = CHARACTERS
-        .iter()
-        .enumerate()
-        .map(|(id, text)| (text.to_string(), json!(id)))
-        .collect();
-    tokenizer["model"]["vocab"] = vocab.into();
-    std::fs::write(&path, tokenizer.to_string()).unwrap();
-    scene
+    }))
+    .with_characters()
 }
 
 fn command(scene: &Scene, more: &[&str]) -> Command {

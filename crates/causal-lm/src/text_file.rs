@@ -1,11 +1,18 @@
 //! Files of text, whole or in part.
 
+use std::collections::{HashSet, VecDeque};
+use std::hash::{BuildHasher, BuildHasherDefault, DefaultHasher};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use tensor_io::ContentHash;
 
 use crate::{Error, Result};
+
+/// Words in a row that two texts rarely have in common by chance.
+const PASSAGE: usize = 32;
+/// The share of the passages of the shorter text from which on two texts overlap. Below it lie quotations and boilerplate.
+const OVERLAP: f64 = 0.01;
 
 /// A file of UTF-8 text, or a part of one: `FILE[0..80%]` is its first four fifths.
 ///
@@ -83,21 +90,54 @@ impl TextFile {
         }
     }
 
-    /// Whether two files have text in common: parts of one file that overlap, or files with the same bytes. Files that
-    /// cannot be read have nothing in common; whoever reads them reports it.
+    /// Whether two files have text in common: parts of one file that overlap, files with the same bytes, or texts of which
+    /// one has a hundredth or more of the other's passages of 32 words. Files that cannot be read have nothing in common;
+    /// whoever reads them reports it.
     pub fn overlaps(&self, other: &Self) -> bool {
         let size = |file: &Self| std::fs::metadata(&file.path).map(|data| data.len()).ok();
-        if size(self).is_none() || size(self) != size(other) {
-            return false;
-        }
         let hash = |file: &Self| ContentHash::of_path(&file.path).ok();
-        let whole = || 0.0..100.0;
-        let (a, b) = (
-            self.part.clone().unwrap_or_else(whole),
-            other.part.clone().unwrap_or_else(whole),
-        );
-        hash(self) == hash(other) && a.start < b.end && b.start < a.end
+        if size(self).is_some() && size(self) == size(other) && hash(self) == hash(other) {
+            let whole = || 0.0..100.0;
+            let (a, b) = (
+                self.part.clone().unwrap_or_else(whole),
+                other.part.clone().unwrap_or_else(whole),
+            );
+            return a.start < b.end && b.start < a.end;
+        }
+        match (self.read(), other.read()) {
+            (Ok(a), Ok(b)) => share_of_passages(&a, &b) >= OVERLAP,
+            _ => false,
+        }
     }
+}
+
+/// The share of the passages of the shorter of two texts that the other one has, however either is broken into lines.
+fn share_of_passages(a: &str, b: &str) -> f64 {
+    let (short, long) = if a.len() <= b.len() { (a, b) } else { (b, a) };
+    let wanted: HashSet<u64> = passages(short).collect();
+    let found: HashSet<u64> = passages(long)
+        .filter(|hash| wanted.contains(hash))
+        .collect();
+    found.len() as f64 / wanted.len().max(1) as f64
+}
+
+/// Hashes of every [`PASSAGE`] words in a row, by a polynomial in the hashes of the words.
+fn passages(text: &str) -> impl Iterator<Item = u64> {
+    const BASE: u64 = 0x9E37_79B9_7F4A_7C15;
+    let of_words = BuildHasherDefault::<DefaultHasher>::default();
+    let oldest = (0..PASSAGE).fold(1u64, |power, _| power.wrapping_mul(BASE));
+    let mut last = VecDeque::with_capacity(PASSAGE + 1);
+    let mut sum = 0u64;
+    text.split_whitespace().filter_map(move |word| {
+        let hash = of_words.hash_one(word);
+        last.push_back(hash);
+        sum = sum.wrapping_mul(BASE).wrapping_add(hash);
+        if last.len() > PASSAGE {
+            let gone = last.pop_front().unwrap_or(0);
+            sum = sum.wrapping_sub(gone.wrapping_mul(oldest));
+        }
+        (last.len() == PASSAGE).then_some(sum)
+    })
 }
 
 /// Reads a file of text, or a part of one: [`TextFile::read`].
@@ -181,6 +221,42 @@ mod tests {
         let other = dir.path().join("other");
         std::fs::write(&other, "a\nb\nc\ne\n").unwrap();
         assert!(!overlap(&path, other.to_str().unwrap()));
+    }
+
+    #[test]
+    fn texts_overlap_where_one_has_passages_of_the_other_however_they_are_broken_into_lines() {
+        let dir = tempfile::tempdir().unwrap();
+        let words = |from: usize, to: usize, end: &str| -> String {
+            (from..to).map(|i| format!("word{i}{end}")).collect()
+        };
+        let overlap = |a: &str, b: &str| {
+            let path = |name: &str| dir.path().join(name);
+            std::fs::write(path("a"), a).unwrap();
+            std::fs::write(path("b"), b).unwrap();
+            let (a, b) = (TextFile::new(path("a")), TextFile::new(path("b")));
+            let (a, b) = (a.unwrap(), b.unwrap());
+            assert_eq!(a.overlaps(&b), b.overlaps(&a));
+            a.overlaps(&b)
+        };
+        let text = words(0, 4000, " ");
+        assert!(overlap(&text, &words(3000, 9000, "\n")));
+        assert!(!overlap(&text, &words(4000, 9000, " ")));
+        // A quotation, and words that are the same in another order.
+        assert!(!overlap(
+            &text,
+            &format!("{}{}", words(5000, 9000, " "), words(10, 60, " "))
+        ));
+        let backwards: Vec<String> = (0..4000).rev().map(|i| format!("word{i}")).collect();
+        assert!(!overlap(&text, &backwards.join(" ")));
+        // Each passage by a second way of counting.
+        let few = "a b a c ".repeat(20);
+        let list: Vec<&str> = few.split_whitespace().collect();
+        let distinct: HashSet<&[&str]> = list.windows(PASSAGE).collect();
+        assert_eq!(
+            passages(&few).collect::<HashSet<u64>>().len(),
+            distinct.len()
+        );
+        assert_eq!(passages(&few).count(), list.len() - PASSAGE + 1);
     }
 
     #[test]

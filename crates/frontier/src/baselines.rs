@@ -11,6 +11,8 @@ use std::fmt;
 
 /// Most candidates of a baseline that are measured, the best ones by the sum of their sites.
 const MEASURED: usize = 4;
+/// Most mixes of llama.cpp that are measured, the largest that fit.
+const MIXES: usize = 2;
 /// The share of the blocks at either end that a mix gives more bits.
 const ENDS: usize = 8;
 
@@ -25,6 +27,9 @@ pub enum Baseline {
     UniformWidth,
     /// One format, and the next better one for the first and the last eighth of the blocks and the embedding.
     Mix,
+    /// One of the mixes of block types that llama.cpp's quantiser offers, which give more bits to values, down projections and
+    /// the first and the last blocks, with codes by GPTQ.
+    KQuantMix,
     /// Widths alone, divided by measured curves (rd-dp); weights as the model stores them.
     Widths,
     /// Formats alone, divided by measured curves.
@@ -37,10 +42,11 @@ pub enum Baseline {
 
 impl Baseline {
     /// All of them.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::UniformFormat,
         Self::UniformWidth,
         Self::Mix,
+        Self::KQuantMix,
         Self::Widths,
         Self::Bits,
         Self::Ranks,
@@ -53,6 +59,7 @@ impl Baseline {
             Self::UniformFormat => "one format",
             Self::UniformWidth => "one width, one format",
             Self::Mix => "mix of two formats",
+            Self::KQuantMix => "k-quant mix",
             Self::Widths => "widths alone",
             Self::Bits => "bits alone",
             Self::Ranks => "ranks alone",
@@ -116,6 +123,17 @@ impl Frontier<'_> {
                     })
                 };
                 (0..formats).filter_map(of).collect()
+            }
+            Baseline::KQuantMix => {
+                let mixes = self.options.target.mixes(self.decoder).len();
+                let of = |mix: usize| self.everywhere(formats + mix);
+                let stored = (0..mixes).filter_map(of);
+                let fits = stored.filter(|items| self.bytes_of(items) <= budget);
+                // Their sites are not measured by themselves; the largest are the best as a rule.
+                let mut fits: Vec<Vec<usize>> = fits.collect();
+                fits.sort_by_key(|items| std::cmp::Reverse(self.bytes_of(items)));
+                fits.truncate(MIXES);
+                fits
             }
             Baseline::Widths => {
                 let stored = |site: Site, item: &Item| {
@@ -197,6 +215,16 @@ impl Frontier<'_> {
             })
         };
         self.menus.iter().enumerate().map(of).collect()
+    }
+
+    /// A choice of one format at the whole width for each site; `None` where one cannot be stored.
+    fn everywhere(&self, format: usize) -> Option<Vec<usize>> {
+        let of = |menu: &Menu| {
+            let wanted = (menu.levels - 1, format, 0, menu.usual_cache());
+            let found = crate::curves::find(menu, wanted)?;
+            menu.items[found].bytes.map(|_| found)
+        };
+        self.menus.iter().map(of).collect()
     }
 
     /// The best choice under a restriction; `None` where none fits.

@@ -155,10 +155,11 @@ impl<'a> Counter<'a> {
             return self.experts(layer, treatment);
         }
         let mut sum = 0;
-        for (id, [m, n]) in self.maker.shapes(site, treatment.width)? {
+        for &(id, [m, n]) in self.maker.shapes(site, treatment.width)?.iter() {
             let name = id.weight();
             let stored = (name.as_str(), self.dtype(&name)?);
-            let Some(bytes) = self.matrix(stored, [m, n], treatment.format)? else {
+            let format = self.maker.format_of(id, treatment.format);
+            let Some(bytes) = self.matrix(stored, [m, n], format)? else {
                 return Ok(None);
             };
             sum += bytes + self.bias(site, id, m)?;
@@ -430,7 +431,7 @@ fn in_gptq(module: &str, shape: [usize; 2], compressor: &Compressor) -> Result<O
     }
 }
 
-/// The tensor of a linear in blocks in a folder; `None` for mixes, whose types depend on the place.
+/// The tensor of a linear in blocks in a folder; `None` for mixes, which are one type by the time a linear is made.
 fn in_blocks(module: &str, shape: [usize; 2], types: BlockTypes) -> Result<Option<u64>> {
     let BlockTypes::One(ty) = types else {
         return Ok(None);

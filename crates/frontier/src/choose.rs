@@ -12,6 +12,9 @@ const PARAMETER: (f64, f64) = (1e-15, 1.0);
 /// The least and the largest price of a second, in nats: no site is worth more.
 const SECOND: (f64, f64) = (1e-6, 1e9);
 
+/// Halvings of the logarithm of a tenfold range of prices: to a quarter of a percent.
+const HALVINGS: usize = 10;
+
 impl Frontier<'_> {
     /// The best choice for a budget, within the number of parameters that may stay and the seconds that a token may take.
     pub(crate) fn choose(
@@ -117,7 +120,7 @@ fn least_price(
             return Ok(None);
         }
     };
-    for _ in 0..20 {
+    for _ in 0..HALVINGS {
         let middle = (low * high).sqrt();
         let choice = at(middle)?;
         match fits(&choice) {

@@ -8,7 +8,7 @@
 //! not, all formats are measured at all widths.
 
 use crate::cache::CacheFormat;
-use crate::menu::{Menu, Price};
+use crate::menu::{Item, Menu, Price};
 use crate::site::Site;
 use crate::treatment::Treatment;
 use serde::{Deserialize, Serialize};
@@ -73,8 +73,9 @@ impl Distortions {
 
     /// Before anything is measured: as if no treatment did anything.
     pub(crate) fn unknown(menu: &Menu) -> Self {
+        let chosen_from = |item: &Item| (item.format < menu.formats).then_some(0.0);
         Self {
-            measured: vec![Some(0.0); menu.items.len()],
+            measured: menu.items.iter().map(chosen_from).collect(),
             shares: vec![1.0; menu.levels],
         }
     }
@@ -234,7 +235,9 @@ pub(crate) fn axes(menu: &Menu) -> Vec<usize> {
         }
         match of.format {
             0 => of.treatment.rank == 0,
-            format => axis(menu, format) == Some(of.level),
+            format if format < menu.formats => axis(menu, format) == Some(of.level),
+            // Mixes are measured as whole plans.
+            _ => false,
         }
     };
     (0..menu.items.len())
@@ -253,6 +256,7 @@ pub(crate) fn combinations(menu: &Menu) -> Vec<usize> {
         .filter(|item| *item != menu.dense && menu.items[*item].bytes.is_some())
         .filter(either)
         .filter(|&item| menu.items[item].format > 0 || menu.items[item].treatment.rank == 0)
+        .filter(|&item| menu.items[item].format < menu.formats)
         .filter(|item| !axes.contains(item))
         .collect()
 }
@@ -310,7 +314,6 @@ pub(crate) fn median(mut values: Vec<f64>) -> f64 {
 mod tests {
     use super::*;
     use crate::cache::Cache;
-    use crate::menu::Item;
     use crate::treatment::Format;
 
     /// Two widths and three formats, the last with a correction; the second format does not fit the whole width.
@@ -348,6 +351,7 @@ mod tests {
             dense: 4,
             items,
             levels: 2,
+            formats: 3,
             caches: Vec::new(),
         }
     }

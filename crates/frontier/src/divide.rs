@@ -231,6 +231,7 @@ mod tests {
                 dense: count - 1,
                 items,
                 levels: count,
+                formats: 1,
                 caches: Vec::new(),
             };
             let mut distortions = Distortions::new(&menu, vec![1.0; count]);

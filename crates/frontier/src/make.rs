@@ -15,9 +15,9 @@ use causal_lm::names::Module;
 use causal_lm::{Block, Decoder, LinearName};
 use faer::Mat;
 use linalg::{dot, product};
-use lowrank_eora::compress::{Compressor, Inputs as Known};
+use lowrank_eora::compress::{BlockTypes, Inputs as Known};
 use lowrank_eora::repair::layer::{LowRank, Options as Solver, Weighting, solve};
-use lowrank_eora::repair::{LayerId, RepairedLayer, StoredWeight};
+use lowrank_eora::repair::{LayerId, RepairedLayer, StoredWeight, place};
 use prune_structured::compensation::refit;
 use prune_structured::divergence::{Half, Kept};
 use prune_structured::experts::NeuronOptions;
@@ -29,6 +29,7 @@ use prune_structured::{
 };
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
 use tensor_io::Checkpoint;
 
 /// Neurons are removed so many at a time, which keeps rows whole blocks and words.
@@ -47,7 +48,12 @@ pub(crate) struct Maker<'a> {
     pub(crate) dir: PathBuf,
     /// The largest rank, from which the smaller ones are cut.
     largest_rank: usize,
+    /// Shapes by site and width: a menu asks for those of each width many times.
+    shapes: Mutex<BTreeMap<(Site, usize), Shapes>>,
 }
+
+/// The linears of a site with the shapes that they are stored with.
+type Shapes = Arc<Vec<(LayerId, [usize; 2])>>;
 
 /// A linear at a width, not quantised yet.
 struct Pruned {
@@ -110,6 +116,7 @@ impl<'a> Maker<'a> {
             inputs,
             dir: made,
             largest_rank,
+            shapes: Mutex::default(),
         })
     }
 
@@ -155,7 +162,14 @@ impl<'a> Maker<'a> {
     }
 
     /// The linears of a site at a width, with the shapes that they are stored with.
-    pub(crate) fn shapes(&self, site: Site, width: usize) -> Result<Vec<(LayerId, [usize; 2])>> {
+    pub(crate) fn shapes(&self, site: Site, width: usize) -> Result<Shapes> {
+        let mut known = match self.shapes.lock() {
+            Ok(known) => known,
+            Err(poisoned) => poisoned.into_inner(),
+        };
+        if let Some(shapes) = known.get(&(site, width)) {
+            return Ok(shapes.clone());
+        }
         if site.matrix(self.decoder).is_some() || matches!(site, Site::Experts(_)) {
             return Err(Error::PlanMismatch(format!(
                 "{site} has no linears of its own"
@@ -170,11 +184,9 @@ impl<'a> Maker<'a> {
                 false => (id, [kept, dense[1]]),
             })
         };
-        Ok(site
-            .linears(self.decoder)
-            .into_iter()
-            .filter_map(shape)
-            .collect())
+        let linears = site.linears(self.decoder).into_iter();
+        let shapes = Arc::new(linears.filter_map(shape).collect());
+        Ok(known.entry((site, width)).or_insert(shapes).clone())
     }
 
     /// The share of the squared output of a site that stays at a width, on the calibration windows.
@@ -346,15 +358,17 @@ impl<'a> Maker<'a> {
     ) -> Result<(StoredWeight, Option<LowRank>)> {
         let stored = match treatment.format {
             Format::Stored => StoredWeight::Dense(pruned.weight.to_dtype(self.dtype(pruned.id)?)?),
-            Format::Quantised(compressor) => {
+            Format::Quantised(_) => {
+                let format = self.format_of(pruned.id, treatment.format);
                 let uncorrected = Treatment {
                     rank: 0,
+                    format,
                     ..treatment
                 };
                 let site = site_of(pruned);
                 match self.path(site, uncorrected).exists() {
                     true => self.read(site, uncorrected, pruned.id)?,
-                    false => self.quantised(pruned, compressor)?,
+                    false => self.quantised(pruned, format)?,
                 }
             }
         };
@@ -375,11 +389,43 @@ impl<'a> Maker<'a> {
         Ok((stored, Some(solution.factors)))
     }
 
-    fn quantised(&self, pruned: &Pruned, compressor: Compressor) -> Result<StoredWeight> {
+    fn quantised(&self, pruned: &Pruned, format: Format) -> Result<StoredWeight> {
+        let Format::Quantised(compressor) = format else {
+            return Ok(StoredWeight::Dense(pruned.weight.clone()));
+        };
         let gram = self.gram(pruned)?;
         let known = Some(Known::Gram(gram.as_ref()));
         let compressed = compressor.compress_tensor(&pruned.weight, known)?;
         Ok(StoredWeight::of(compressed, DType::F32)?)
+    }
+
+    /// The format of a linear of a block: a mix becomes the type that it gives to this one.
+    pub(crate) fn format_of(&self, id: LayerId, format: Format) -> Format {
+        match format {
+            Format::Quantised(mix) if format.is_mix() => {
+                Format::Quantised(mix.at(place(self.decoder, id)))
+            }
+            one => one,
+        }
+    }
+
+    /// The format of the embedding or the head, whose weights are rounded: a mix becomes the type that it gives to it.
+    pub(crate) fn format_of_matrix(&self, site: Site, format: Format) -> Result<Format> {
+        let Format::Quantised(mut compressor) = format.nearest() else {
+            return Ok(format);
+        };
+        if let (true, Some(name)) = (format.is_mix(), site.matrix(self.decoder))
+            && let Some(blocks) = &mut compressor.blocks
+        {
+            let cols = self.decoder.checkpoint().info(&name)?.shape.last().copied();
+            let is_head = self.decoder.config().tied || site != Site::Embedding;
+            let cols = cols.unwrap_or(0);
+            blocks.types = BlockTypes::One(match is_head {
+                true => blocks.types.head(cols),
+                false => blocks.types.embedding(cols),
+            });
+        }
+        Ok(Format::Quantised(compressor))
     }
 
     /// The dtype of a linear in the checkpoint; f32 where it is not stored as floats.

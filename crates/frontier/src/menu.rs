@@ -57,12 +57,15 @@ impl Price {
 #[derive(Clone, Debug)]
 pub(crate) struct Menu {
     pub(crate) site: Site,
-    /// By width from the narrowest, then by format from most bits, then by rank; the last width's first is the dense one.
+    /// By width from the narrowest, then by format from most bits, then by rank; the last width's first is the dense one. The
+    /// last width has mixes besides.
     pub(crate) items: Vec<Item>,
     /// Place of the dense treatment.
     pub(crate) dense: usize,
     /// Number of widths.
     pub(crate) levels: usize,
+    /// Number of formats that are chosen from; those behind them are mixes, which are taken by all sites or none.
+    pub(crate) formats: usize,
     /// The caches that are chosen from, that of the model first; none where there is nothing to choose.
     pub(crate) caches: Vec<Cache>,
 }
@@ -82,14 +85,20 @@ impl Menu {
             Site::Attention(_) => options.caches(),
             _ => Vec::new(),
         };
+        let mixes = options.target.mixes(maker.decoder);
         let mut items = Vec::new();
         for (level, &width) in widths.iter().enumerate() {
-            for (at, &format) in formats.iter().enumerate() {
+            let mixes = match level + 1 == widths.len() {
+                true => mixes.as_slice(),
+                false => &[],
+            };
+            for (at, &format) in formats.iter().chain(mixes).enumerate() {
                 let matrix = site.half().is_none();
                 if matrix && format != Format::Stored && !options.target.quantises_matrices() {
                     continue;
                 }
-                let corrected = at > 0 && formats.len() - at <= options.corrected;
+                let few_bits = (1..formats.len()).contains(&at);
+                let corrected = few_bits && formats.len() - at <= options.corrected;
                 // Where all ranks are equal, any format is corrected; the model's own has nothing to correct.
                 let corrected = corrected || options.target.needs_equal_ranks();
                 // No adapter holds corrections of single experts.
@@ -101,7 +110,10 @@ impl Menu {
                 for rank in std::iter::once(0).chain(ranks.iter().copied()) {
                     let plain = Treatment {
                         width,
-                        format: if matrix { format.nearest() } else { format },
+                        format: match matrix {
+                            true => maker.format_of_matrix(site, format)?,
+                            false => format,
+                        },
                         rank,
                         cache: None,
                     };
@@ -139,6 +151,7 @@ impl Menu {
             items,
             dense: dense.expect("the whole width as it is stored is a treatment"),
             levels: widths.len(),
+            formats: formats.len(),
             caches,
         })
     }

@@ -4,6 +4,7 @@ use crate::treatment::Format;
 use crate::{Error, Result};
 use causal_lm::Decoder;
 use causal_lm::gguf::Architecture;
+use lowrank_eora::compress::Mix;
 use prune_structured::gguf;
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -73,6 +74,19 @@ impl Target {
         std::iter::once(Format::Stored).chain(quantised).collect()
     }
 
+    /// The mixes of block types that llama.cpp's quantiser offers, with codes by GPTQ, most bits first; none where a target
+    /// does not store them.
+    pub(crate) fn mixes(self, decoder: &Decoder<'_>) -> Vec<Format> {
+        // Where experts are, the types of a mix depend on their number.
+        if self == Self::Vllm || has_experts(decoder) {
+            return Vec::new();
+        }
+        let format = |mix: &Mix| format!("gptq-{}", mix.name()).parse();
+        let formats = Mix::ALL.iter().rev().map(format);
+        let formats = formats.map(|format| format.expect("the name of a compressor"));
+        formats.collect()
+    }
+
     /// Whether it stores this format at all.
     ///
     /// # Errors
@@ -89,6 +103,9 @@ impl Target {
             })
         };
         match (self, compressor.blocks.is_some()) {
+            _ if format.is_mix() => {
+                refuse("a mix gives each linear a type of its own; name the types")
+            }
             _ if compressor.prune.is_some() => refuse("single weights are not pruned here"),
             (Self::Gguf, false) => refuse("it stores GGUF block types"),
             (Self::Vllm, true) => refuse("it stores groups of integers, as GPTQ does"),

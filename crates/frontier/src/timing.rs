@@ -44,6 +44,9 @@ pub(crate) struct Timer<'a> {
     flush: Vec<u64>,
 }
 
+/// A matrix by its shape and format.
+type Stored = ([usize; 2], Format);
+
 impl<'a> Timer<'a> {
     /// With the table in `dir` of this number of threads.
     pub(crate) fn new(maker: &'a Maker<'a>, dir: &Path) -> Result<Self> {
@@ -61,16 +64,17 @@ impl<'a> Timer<'a> {
     /// Seconds that the matrices of a treatment take.
     pub(crate) fn seconds(&mut self, site: Site, treatment: Treatment) -> Result<f64> {
         let mut sum = 0.0;
-        for shapes in self.products(site, treatment.width)? {
-            let (format, rank) = (treatment.format, treatment.rank);
-            let dtype = self.dtype(site)?;
-            let key = format!("{shapes:?} {format} r{rank} {dtype:?}");
+        for matrices in self.products(site, treatment)? {
+            let (rank, dtype) = (treatment.rank, self.dtype(site)?);
+            let name = |(shape, format): &Stored| format!("{shape:?} {format}");
+            let names: Vec<String> = matrices.iter().map(name).collect();
+            let key = format!("{} r{rank} {dtype:?}", names.join(", "));
             let seconds = match self.known.get(&key) {
                 Some(&seconds) => seconds,
                 None => {
-                    let linears = shapes
+                    let linears = matrices
                         .iter()
-                        .map(|&shape| linear(shape, format, rank, dtype));
+                        .map(|&(shape, format)| linear(shape, format, rank, dtype));
                     let linears: Vec<Linear> = linears.collect::<Result<_>>()?;
                     let seconds = self.time(&linears)?;
                     self.known.insert(key, seconds);
@@ -87,30 +91,34 @@ impl<'a> Timer<'a> {
         Ok(write_json(&self.path, &self.known)?)
     }
 
-    /// The shapes of a site's matrices, those with one input together. Rows of an embedding that is no head are looked up.
-    fn products(&self, site: Site, width: usize) -> Result<Vec<Vec<[usize; 2]>>> {
+    /// Shapes and formats of a site's matrices, those with one input together. Rows of an embedding that is no head are looked
+    /// up.
+    fn products(&self, site: Site, treatment: Treatment) -> Result<Vec<Vec<Stored>>> {
         let decoder = self.maker.decoder;
+        let Treatment { width, format, .. } = treatment;
         if let Some(name) = site.matrix(decoder) {
             if site == Site::Embedding && !decoder.config().tied {
                 return Ok(Vec::new());
             }
             let info = decoder.checkpoint().info(&name)?;
             return Ok(match info.shape.as_slice() {
-                &[rows, cols] => vec![vec![[rows, cols]]],
+                &[rows, cols] => vec![vec![([rows, cols], format)]],
                 _ => Vec::new(),
             });
         }
         if let Site::Experts(layer) = site {
             // A token goes through some of them, one after the other.
             let (hidden, chosen) = (decoder.config().hidden, self.maker.mixture(layer)?.chosen);
-            let expert = [vec![[width, hidden]; 2], vec![[hidden, width]]];
+            let of = |shape: [usize; 2]| (shape, format);
+            let expert = [vec![of([width, hidden]); 2], vec![of([hidden, width])]];
             return Ok(vec![expert; chosen].concat());
         }
         let (mut inputs, mut outputs) = (Vec::new(), Vec::new());
-        for (id, shape) in self.maker.shapes(site, width)? {
+        for &(id, shape) in self.maker.shapes(site, width)?.iter() {
+            let of = (shape, self.maker.format_of(id, format));
             match id.module().is_output() {
-                true => outputs.push(shape),
-                false => inputs.push(shape),
+                true => outputs.push(of),
+                false => inputs.push(of),
             }
         }
         Ok(vec![inputs, outputs])

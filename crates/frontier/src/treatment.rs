@@ -2,7 +2,7 @@
 
 use crate::cache::Cache;
 use crate::{Error, Result};
-use lowrank_eora::compress::{BlockRounding, Compressor, Group, Rounding, Storage};
+use lowrank_eora::compress::{BlockRounding, BlockTypes, Compressor, Group, Rounding, Storage};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::str::FromStr;
@@ -50,6 +50,12 @@ impl Format {
         };
         let storage = Storage::predicted(&compressor, LARGE, 2);
         storage.map_or(0, |storage| storage.bytes())
+    }
+
+    /// Whether it is a mix, whose block types depend on the place of a linear.
+    pub(crate) fn is_mix(self) -> bool {
+        let blocks = self.compressor().and_then(|compressor| compressor.blocks);
+        blocks.is_some_and(|blocks| matches!(blocks.types, BlockTypes::Mix(_)))
     }
 
     /// The same grid with weights rounded to the nearest value: for matrices of which rows are looked up, where the

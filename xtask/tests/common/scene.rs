@@ -4,12 +4,15 @@ use std::path::PathBuf;
 use std::process::Output;
 
 use candle_core::DType;
-use causal_lm::testing::TestModel;
-use serde_json::Value;
+use causal_lm::testing::{TestModel, write_byte_tokenizer};
+use serde_json::{Map, Value, json};
 use tensor_io::Config;
 
 /// Words of the test's language; its tokenizer has one token for each.
 const WORDS: [&str; 8] = ["<s>", "a", "b", "c", "d", "e", "f", "."];
+
+/// Characters of the texts, as a byte-level tokenizer writes them.
+const CHARACTERS: [&str; 8] = ["Ġ", "a", "b", "c", "d", "e", "f", "."];
 
 /// A folder with a small random model, its tokenizer and two texts.
 pub(crate) struct Scene(TestModel);
@@ -26,6 +29,24 @@ impl Scene {
             std::fs::write(scene.path(name), text.join(" ")).unwrap();
         }
         scene
+    }
+
+    /// The same with a tokenizer that GGUF files can hold: a token for each character of the texts, as a byte-level tokenizer writes
+    /// it, and BOS. The model has nine tokens then.
+    #[allow(dead_code, reason = "each file of tests takes what it needs")]
+    pub(crate) fn with_characters(self) -> Self {
+        let dir = self.path("model");
+        write_byte_tokenizer(&dir, CHARACTERS.len() + 1);
+        let path = dir.join("tokenizer.json");
+        let mut tokenizer: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+        let vocab: Map<String, Value> = CHARACTERS
+            .iter()
+            .enumerate()
+            .map(|(id, text)| (text.to_string(), json!(id)))
+            .collect();
+        tokenizer["model"]["vocab"] = vocab.into();
+        std::fs::write(&path, tokenizer.to_string()).unwrap();
+        self
     }
 
     pub(crate) fn path(&self, name: &str) -> PathBuf {

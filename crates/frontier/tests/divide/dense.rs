@@ -1,13 +1,17 @@
 //! Models without experts.
 
-use crate::common::{budget, model, options, weight_files, windows, windows_of, with_frontier};
+use crate::common::{
+    WORDS, budget, model, options, weight_files, windows, windows_of, with_frontier,
+    write_tokenizer,
+};
 use candle_core::{DType, Device};
-use causal_lm::testing::TestModel;
+use causal_lm::testing::{TestModel, config};
 use causal_lm::{CacheSet, Decoder, Model, Windows};
 use frontier::kv_lazy::CacheConfig;
 use frontier::{
-    Baseline, Cache, CacheFormat, Data, Error, Frontier, Options, Plan, Target, allocated,
+    Baseline, Cache, CacheFormat, Data, Error, Frontier, Options, Plan, Site, Target, allocated,
 };
+use serde_json::json;
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use tensor_io::{Cancelled, Checkpoint, NoProgress};
@@ -182,6 +186,71 @@ fn plans_do_not_depend_on_the_number_of_threads() {
         })
     };
     assert_eq!(plan(1), plan(3));
+}
+
+#[test]
+fn a_k_quant_mix_has_the_types_of_llama_cpp_and_is_written_as_it_was_measured() {
+    // Rows of 256 are whole blocks of the K types.
+    let changes = json!({
+        "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "head_dim": 32, "vocab_size": WORDS,
+        "tie_word_embeddings": true,
+    });
+    for target in [Target::Here, Target::Gguf] {
+        let model = TestModel::with(
+            &config("llama", changes.clone()),
+            DType::BF16,
+            |_, tensor| tensor,
+        );
+        write_tokenizer(model.dir());
+        with_frontier(&model, options(target), |frontier| {
+            let dense = frontier.dense_bytes();
+            let mut mix = |budget| {
+                let plan = frontier.baseline(Baseline::KQuantMix, budget, &NoProgress);
+                plan.unwrap().map(|plan| (plan.bytes(), plan))
+            };
+            let (bytes, plan) = mix(1 << 30).unwrap();
+            let of = |site| {
+                plan.sites
+                    .iter()
+                    .find(|planned| planned.site == site)
+                    .unwrap()
+            };
+            assert_eq!(of(Site::Embedding).treatment.format.to_string(), "q6_k");
+            let blocks = of(Site::Mlp(0)).treatment.format.to_string();
+            assert!(blocks.starts_with("gptq-q5_k_"), "{blocks}");
+            // What takes more is no candidate, and below the smallest mix there is none.
+            let (smaller, _) = mix(bytes - 1).unwrap();
+            assert!(smaller < bytes);
+            assert!(mix(dense / 20).is_none());
+            let plan = frontier.baseline(Baseline::KQuantMix, bytes, &NoProgress);
+            let plan = plan.unwrap().unwrap();
+            let written = frontier
+                .write(&plan, model.path("mix"), &NoProgress)
+                .unwrap();
+            assert!(written.bytes <= plan.weight_bytes && written.bytes + 1500 > plan.weight_bytes);
+            let checkpoint = written.open().unwrap();
+            let opened = Decoder::new(&checkpoint, DType::F32, &Device::Cpu).unwrap();
+            let found = frontier.divergence(&opened, &NoProgress).unwrap();
+            assert!((found.mean - plan.measured.mean).abs() < 1e-6, "{target}");
+            if target == Target::Here {
+                // Of two blocks the last is among the last eighth.
+                for name in [
+                    "1.self_attn.v_proj.weight.Q6_K",
+                    "1.self_attn.q_proj.weight.Q5_K",
+                ] {
+                    assert!(
+                        checkpoint.contains(&format!("model.layers.{name}")),
+                        "{name}"
+                    );
+                }
+            }
+        });
+    }
+    let model = model(true);
+    with_frontier(&model, options(Target::Vllm), |frontier| {
+        let found = frontier.baseline(Baseline::KQuantMix, u64::MAX, &NoProgress);
+        assert!(found.unwrap().is_none());
+    });
 }
 
 #[test]
