@@ -85,6 +85,14 @@ fn wrong_settings_and_files_are_named() {
             "absent.safetensors",
         ),
         (&["--weights", "absent.safetensors"], 2, "--vocab"),
+        (&["--device", "cuda"], 2, "--device cuda"),
+        (&["--window", "64"], 2, "--window"),
+        (&["--samples", "8"], 2, "--samples"),
+        (
+            &["--method", "span,block-8x4", "--wiring", "feedback:8+8"],
+            2,
+            "block-8x4",
+        ),
     ] {
         let output = lattice(args);
         let stderr = String::from_utf8(output.stderr).unwrap();

@@ -184,6 +184,14 @@ impl WiringKind {
     /// The names that parse.
     pub const NAMES: &'static str = "full, feedback:N+N.., bottom-up:N+N..";
 
+    /// Sizes of its layers; `None` for all connections.
+    pub fn layers(&self) -> Option<&[usize]> {
+        match self {
+            Self::Full => None,
+            Self::Feedback(sizes) | Self::BottomUp(sizes) => Some(sizes),
+        }
+    }
+
     /// The wiring; `None` for all connections.
     ///
     /// # Errors

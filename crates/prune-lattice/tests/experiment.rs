@@ -2,16 +2,19 @@
 
 use prune_lattice::{
     Cancelled, Cell, Error, NoProgress, Progress,
+    calibration::{RecordConfig, record},
     data::{Examples, Inputs, Targets},
     experiment::{
-        CONTROLS, ExperimentConfig, Outcome, Row, Stage, compare, measure_speed, run, verdict,
+        CONTROLS, ExperimentConfig, Outcome, Repair, Row, Stage, Trained, compare, measure_speed,
+        run, run_model, train_dense, verdict,
     },
     order::Cut,
-    prune::{LatticeConfig, Method, PruneConfig},
+    prune::{LatticeConfig, Method, PruneConfig, PruneContext, rank_neurons_in, recurrence_of},
+    repair::{MergeConfig, merge_in},
     rnn::{InputKind, Rnn, RnnConfig, TrainConfig},
     tasks::{Sizes, Task, Vocabulary},
 };
-use std::sync::Mutex;
+use std::{collections::BTreeSet, sync::Mutex};
 
 const SMALL: Sizes = Sizes {
     train: 200,
@@ -105,6 +108,8 @@ fn controls_and_both_stages_are_always_there_and_progress_counts_to_the_end() {
         let expected = match r.method {
             Method::Dense => 0.0,
             Method::ZeroWhh => 1.0,
+            // 8 of 12 neurons.
+            _ if r.repair == Repair::Merge => 1.0 - 64.0 / 144.0,
             _ => 0.5,
         };
         let reached = r.reached.unwrap();
@@ -179,63 +184,90 @@ fn a_degenerate_order_becomes_a_row_that_says_so() {
     );
 }
 
-/// Rows with given accuracies per (method, seed).
-fn rows_with(template: &Row, accuracies: &[(Method, &[f64])]) -> Vec<Row> {
-    let rows = accuracies.iter().flat_map(|(method, values)| {
-        values.iter().zip(0..).map(move |(&a, seed)| Row {
-            method: *method,
-            seed,
-            accuracy: Some(a),
-            stage: Stage::OneShot,
-            ..template.clone()
-        })
+#[test]
+fn a_network_from_a_file_is_pruned_once_by_methods_that_draw_nothing_and_supports_no_verdict() {
+    let config = small().with(|c| {
+        c.tasks = vec![Task::Mod(2)];
+        c.seeds = vec![3, 4, 5];
+        c.sparsities = vec![0.5, 0.75];
     });
-    rows.collect()
+    let trained = train_dense(&config, &Task::Mod(2), Cell::Lstm, 3, &NoProgress).unwrap();
+    let seen = Seen::default();
+    let rows = run_model(
+        "m",
+        &trained.rnn,
+        &trained.data,
+        &config,
+        &trained.training,
+        &seen,
+    )
+    .unwrap();
+    let (announced, done) = seen.steps.into_inner().unwrap();
+    assert_eq!(announced, done);
+    for &method in &config.all_methods() {
+        let of: Vec<&Row> = rows.iter().filter(|r| r.method == method).collect();
+        let seeds: BTreeSet<u64> = of.iter().map(|r| r.seed).collect();
+        let expected: &[u64] = if method.is_random() { &[3, 4, 5] } else { &[3] };
+        assert!(seeds.iter().eq(expected), "{method}: {seeds:?}");
+        assert!(of.iter().all(|r| r.network.is_none()));
+    }
+    for c in compare(&rows) {
+        assert_eq!((c.networks, c.outcome), (1, Outcome::Unclear), "{c:?}");
+    }
+    let lines = verdict(&rows);
+    assert!(
+        lines[0].contains("a single network supports no verdict"),
+        "{lines:?}"
+    );
+    // Rows of trained networks say which network they are of.
+    let rows = run(&config.clone().with(|c| c.seeds = vec![3]), &NoProgress).unwrap();
+    assert!(rows.iter().all(|r| r.network == Some(3)));
 }
 
 #[test]
-fn the_verdict_says_in_words_when_order_does_not_beat_strength_or_chance() {
+fn a_merged_row_says_what_the_smaller_network_lacks_and_how_it_is_connected() {
     let config = small().with(|c| {
         c.tasks = vec![Task::Mod(2)];
-        c.cells = vec![Cell::Tanh];
+        c.methods = vec![Method::Span];
+        c.sparsities = vec![0.75];
         c.seeds = vec![0];
+        c.finetune_epochs = 0;
     });
-    let template = run(&config, &NoProgress)
-        .unwrap()
-        .into_iter()
-        .find(|r| r.method == Method::LatticeContext)
-        .unwrap();
-    use Method::{LatticeContext as L, RandomNeurons as R, Strength as S};
-    let says = |accuracies: &[(Method, &[f64])], words: &str| {
-        let lines = verdict(&rows_with(&template, accuracies));
-        assert!(lines[0].contains(words), "{lines:?}");
+    let trained = train_dense(&config, &Task::Mod(2), Cell::Lstm, 0, &NoProgress).unwrap();
+    let Trained {
+        rnn,
+        data,
+        training,
+        ..
+    } = &trained;
+    let rows = run_model("m", rnn, data, &config, training, &NoProgress).unwrap();
+    let of = |repair: Repair| {
+        let same = |r: &&Row| r.method == Method::Span && r.repair == repair;
+        rows.iter().find(same).unwrap()
     };
-    let (low, mid, high): (&[f64], &[f64], &[f64]) = (&[0.5, 0.6], &[0.7, 0.7], &[0.9, 0.8]);
-    says(
-        &[(L, high), (S, mid), (R, low)],
-        "order beats both chance and plain neuron strength",
-    );
-    says(
-        &[(L, mid), (S, high), (R, low)],
-        "beats chance but not plain neuron strength",
-    );
-    says(
-        &[(L, low), (S, mid), (R, high)],
-        "order does not beat chance or plain neuron strength",
-    );
-    // One seed up, one down: no claim.
-    says(
-        &[(L, &[0.7, 0.7]), (S, &[0.8, 0.6]), (R, &[0.6, 0.8])],
-        "order does not beat chance or plain neuron strength",
-    );
-    says(
-        &[(L, &[0.9]), (S, &[0.1])],
-        "a single seed supports no verdict; it is ahead of strength in 1 of 1",
-    );
-    let c = compare(&rows_with(&template, &[(L, high), (S, mid)]));
-    assert_eq!(c.len(), 1);
-    assert_eq!((c[0].seeds, c[0].outcome), (2, Outcome::Better));
-    assert!((c[0].advantage - 0.15).abs() < 1e-12 && (c[0].range.0 - 0.1).abs() < 1e-12);
+    let calibration = record(rnn, &data.train, &RecordConfig::default(), &NoProgress).unwrap();
+    let context = PruneContext::default().calibrated(&calibration);
+    let prune = PruneConfig::new(Method::Span, 0.75);
+    let keep = rank_neurons_in(rnn, &context, &prune).unwrap();
+    let small = merge_in(rnn, &keep, &context, &MergeConfig::default()).unwrap();
+    let merged = of(Repair::Merge);
+    let reached = merged.reached.unwrap();
+    let (whole, left) = (rnn.params().count(), small.params().count());
+    assert_eq!(merged.params, Some(left));
+    assert!((reached.total - (1.0 - left as f64 / whole as f64)).abs() < 1e-12);
+    // 6 of 12 neurons: a quarter of W_hh, half of W_ih [48, 2].
+    assert_eq!(reached.recurrent, 0.75);
+    let both = 1.0 - (4 * 36 + 4 * 6 * 2) as f64 / (4 * 144 + 4 * 12 * 2) as f64;
+    assert!((reached.recurrent_and_input - both).abs() < 1e-12);
+    assert_eq!(merged.neurons, Some(vec![6]));
+    let layer = recurrence_of(&small, config.lattice.aggregate).unwrap()[0];
+    assert_eq!(merged.spectral_radius, [layer.spectral_radius]);
+    assert_eq!(merged.dead, Some(layer.dead));
+    // Under the mask of W_hh alone the other six neurons have no recurrent connections, and W_ih is whole.
+    let masked = of(Repair::None);
+    assert_eq!(masked.dead, Some(6));
+    assert!(masked.reached.unwrap().recurrent_and_input < both && masked.neurons.is_none());
+    assert_ne!(of(Repair::Refit).spectral_radius, masked.spectral_radius);
 }
 
 #[test]

@@ -4,10 +4,11 @@ use prune_lattice::{
     Cancelled, Cell, Error, NoProgress,
     calibration::{Calibration, RecordConfig, record},
     data::{Dataset, Examples, Inputs, Sequences, Targets},
-    mask::{MaskSet, hard_remove},
-    prune::{Method, PruneConfig, PruneContext, Scope, prune_in, rank_neurons_in},
-    repair::{MergeConfig, RefitConfig, merge, merge_passes, refit},
+    mask::{MaskSet, hard_remove, restrict_masks},
+    prune::{Method, PruneConfig, PruneContext, Scope, prune_in, rank_neurons_in, scores_in},
+    repair::{MergeConfig, RefitConfig, merge, merge_in, merge_passes, refit},
     rnn::{Input, InputKind, ReadOut, Rnn, RnnConfig, Role, State, Tape, evaluate},
+    wiring::Wiring,
 };
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -313,7 +314,8 @@ fn more_passes_return_the_network_with_the_smallest_validation_loss() {
     let loss = |rnn: &Rnn| evaluate(rnn, &data.valid).unwrap().loss;
     let with_passes = |passes| {
         let config = MergeConfig::default().with(|c| c.passes = passes);
-        merge_passes(&rnn, &keep, &calibration, &config, &data, &NoProgress).unwrap()
+        let context = PruneContext::default().calibrated(&calibration);
+        merge_passes(&rnn, &keep, &context, &config, &data, &NoProgress).unwrap()
     };
     let (one, at) = with_passes(1);
     assert_eq!(at, 0);
@@ -324,6 +326,94 @@ fn more_passes_return_the_network_with_the_smallest_validation_loss() {
     let (three, _) = with_passes(3);
     assert_eq!(three.config().hidden, [4]);
     assert!(loss(&three) <= loss(&one));
+}
+
+#[test]
+fn a_merged_network_has_the_connections_of_its_wiring_alone_and_uses_them() {
+    let mut rnn = network(Cell::Lstm, &[12]);
+    let wired = Wiring::bottom_up(&[4, 8]).unwrap().masks(&rnn).unwrap();
+    wired.apply(rnn.params_mut()).unwrap();
+    let calibration = calibrate(&rnn);
+    let context = PruneContext::default()
+        .calibrated(&calibration)
+        .within(&wired);
+    let keep = vec![(0..12).map(|x| x % 3 != 1).collect::<Vec<bool>>()];
+    let small = merge_in(&rnn, &keep, &context, &MergeConfig::default()).unwrap();
+    let masks = restrict_masks(&rnn, &wired, &keep).unwrap();
+    assert!(masks.pruned() > 0);
+    let mut masked = small.clone();
+    masks.apply(masked.params_mut()).unwrap();
+    assert_eq!(masked, small);
+    // Without the wiring, the prediction would use all kept neurons.
+    let free = merge(&rnn, &keep, &calibration, &MergeConfig::default()).unwrap();
+    assert_ne!(free, small);
+    let dense = logits(&rnn);
+    let square = |rnn: &Rnn| -> f32 {
+        let pairs = logits(rnn).into_iter().zip(&dense);
+        pairs.map(|(a, b)| (a - b).powi(2)).sum()
+    };
+    assert!(square(&small) < 0.5 * square(&hard_remove(&rnn, &keep).unwrap()));
+    // A row that reads nobody any more keeps the mean of what it read, in its bias.
+    let keep = vec![(0..12).map(|x| x < 4).collect::<Vec<bool>>()];
+    let cut = merge_in(&rnn, &keep, &context, &MergeConfig::default()).unwrap();
+    let (out, bias) = ("out.weight", "out.bias");
+    assert!(
+        cut.params()
+            .get(out)
+            .unwrap()
+            .data
+            .iter()
+            .all(|w| *w == 0.0)
+    );
+    assert_ne!(
+        cut.params().get(bias).unwrap(),
+        rnn.params().get(bias).unwrap()
+    );
+    // All connections: the same as without a wiring.
+    let none = MaskSet::default();
+    let context = PruneContext::default()
+        .calibrated(&calibration)
+        .within(&none);
+    let config = MergeConfig::default();
+    let keep = vec![(0..12).map(|x| x % 2 == 0).collect::<Vec<bool>>()];
+    assert_eq!(
+        merge_in(&rnn, &keep, &context, &config).unwrap(),
+        merge(&rnn, &keep, &calibration, &config).unwrap()
+    );
+    assert!(merge_in(&rnn, &keep, &PruneContext::default(), &config).is_err());
+}
+
+#[test]
+fn scores_that_are_given_choose_what_scores_of_the_same_call_choose() {
+    let rnn = network(Cell::Gru, &[9, 6]);
+    let calibration = calibrate(&rnn);
+    let context = PruneContext::default().calibrated(&calibration);
+    for &method in Method::ALL.iter().filter(|m| m.ranks_neurons()) {
+        let at = |s: f64| PruneConfig::new(method, s);
+        let scores = scores_in(&rnn, &context, &at(0.0)).unwrap();
+        let scored = context.scored(&scores);
+        for s in [0.3, 0.75] {
+            let (masks, _) = prune_in(&rnn, &context, &at(s)).unwrap();
+            assert_eq!(
+                prune_in(&rnn, &scored, &at(s)).unwrap().0,
+                masks,
+                "{method}"
+            );
+            assert_eq!(
+                rank_neurons_in(&rnn, &scored, &at(s)).unwrap(),
+                rank_neurons_in(&rnn, &context, &at(s)).unwrap()
+            );
+        }
+    }
+    let other = network(Cell::Gru, &[9]);
+    let scores = scores_in(&rnn, &context, &PruneConfig::new(Method::Span, 0.5)).unwrap();
+    let scored = PruneContext::default().scored(&scores);
+    assert!(matches!(
+        prune_in(&other, &scored, &PruneConfig::new(Method::Span, 0.5)),
+        Err(Error::Shape { .. })
+    ));
+    // A method that ranks no neurons has no use for them.
+    assert!(prune_in(&other, &scored, &PruneConfig::new(Method::Magnitude, 0.5)).is_ok());
 }
 
 #[test]

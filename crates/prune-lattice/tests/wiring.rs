@@ -181,6 +181,17 @@ fn a_network_with_feedback_is_trained_and_pruned_within_its_wiring_and_reports_i
     assert!(span.functional.unwrap() < 0.999_999 && span.functional_kept.is_some());
     let merged = one_shot(Method::Span, Repair::Merge);
     assert!(merged.reach.is_none() && merged.functional_kept.is_some());
+    // Budgets and parameters count what exists: 3 of 4 blocks of 6 x 6 in each gate, half of W_ih and of the read-out.
+    for row in rows.iter().filter(|r| r.method == Method::Dense) {
+        assert_eq!(row.params, Some(row.params_dense));
+    }
+    // A merged network has no connection that its wiring lacks, before and after fine-tuning.
+    for row in rows.iter().filter(|r| r.repair == Repair::Merge) {
+        let neurons = row.neurons.as_ref().unwrap();
+        assert_eq!((neurons.len(), neurons.iter().sum::<usize>()), (2, 8));
+        let sparsity = row.reached.unwrap();
+        assert!(sparsity.total > 0.0 && row.params.unwrap() < row.params_dense);
+    }
     let zero = one_shot(Method::ZeroWhh, Repair::None);
     assert_eq!(zero.reach, Some(0.0));
     assert_eq!(config.wiring, WiringKind::Feedback(vec![6, 6]));

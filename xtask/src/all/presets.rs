@@ -5,7 +5,7 @@ use anyhow::{Context, Result};
 use eval_report::{Budget, DENSE, format};
 use lowrank_eora::compress::Compressor;
 use lowrank_eora::repair::Method;
-use prune_lattice::experiment::{ExperimentConfig, Repair};
+use prune_lattice::experiment::{ExperimentConfig, Repair, Treatment};
 use prune_lattice::prune::Method as LatticeMethod;
 use prune_lattice::tasks::Task;
 use prune_structured::{Compensation, Recipe};
@@ -220,10 +220,7 @@ fn lattice(_: &Inputs, settings: &Settings) -> Preset {
     let sparsities = vec![0.5, 0.75, 0.9];
     let at = 0.75;
     let shown = |method: LatticeMethod, repair: Repair| {
-        let name = match repair {
-            Repair::None => method.to_string(),
-            repair => format!("{method} + {repair}"),
-        };
+        let name = Treatment::new(method, repair);
         Shown {
             sparsity: Some(at),
             repair: Some(repair.name()),

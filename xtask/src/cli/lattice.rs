@@ -11,8 +11,9 @@ use prune_lattice::rnn::ReadOut;
 use prune_lattice::tasks::Task;
 use prune_lattice::wiring::WiringKind;
 
-use super::names;
 use super::values::{counted, positive, ratio};
+use super::{CommonArgs, names};
+use crate::settings::Device;
 use crate::suites::lattice;
 
 #[derive(Args)]
@@ -134,6 +135,27 @@ fn wiring(name: &str) -> Result<WiringKind, String> {
 }
 
 impl LatticeArgs {
+    /// Why the flags cannot be used together, or not by this suite.
+    pub(super) fn refused(&self, common: &CommonArgs) -> Option<String> {
+        let wired = (self.wiring.as_ref()).filter(|wiring| **wiring != WiringKind::Full);
+        let whole = self.method.iter().find(|m| m.needs_all_connections());
+        match () {
+            () if common.device != Device::Cpu => Some(format!(
+                "--device {}: eval lattice computes on the processor only",
+                common.device.name()
+            )),
+            () if common.window.is_some() => {
+                Some("--window: eval lattice reads no windows of tokens".into())
+            }
+            () if common.samples.is_some() => {
+                Some("--samples: eval lattice evaluates on the whole test split of a task".into())
+            }
+            () => wired.zip(whole).map(|(wiring, method)| {
+                format!("--method {method}: it chooses among all connections, which --wiring {wiring} does not have")
+            }),
+        }
+    }
+
     pub(super) fn config(self, seed: u64) -> lattice::Config {
         let data = self.vocab.zip(self.text);
         let checkpoint = self.weights.map(|weights| lattice::CheckpointConfig {

@@ -337,6 +337,11 @@ impl EvalArgs {
                 wrong("--calib-shard computes statistics and --shard measures cells: one at a time")
             }
         }
+        if let Some(SuiteArgs::Lattice(args)) = &suite
+            && let Some(reason) = args.refused(&common)
+        {
+            wrong(&reason)
+        }
         let CommonArgs {
             window,
             samples,

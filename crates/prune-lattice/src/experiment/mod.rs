@@ -4,11 +4,14 @@
 //! method prunes that same network; each pruned network is evaluated at once and again after fine-tuning under its mask, on
 //! the test split, which decides nothing. Rows come in a fixed order and do not depend on the number of threads.
 
+mod network;
+mod row;
 mod run;
 mod speed;
 mod structures;
 mod verdict;
 
+pub use row::{Connectivity, Metric, OrderSummary, Row, Stage, Treatment};
 pub use run::{Trained, run, run_model, train_dense};
 pub use speed::{BlockSpeed, SpeedRow, measure_blocks, measure_speed};
 pub use structures::{
@@ -20,7 +23,7 @@ use crate::{
     cell::Cell,
     mask::MaskRule,
     names::{named, with},
-    prune::{Compete, LatticeConfig, Method, PruneConfig, Scope, Sparsity},
+    prune::{Compete, LatticeConfig, Method, PruneConfig, Scope},
     rnn::TrainConfig,
     tasks::{Sizes, Task},
     wiring::WiringKind,
@@ -121,10 +124,10 @@ impl ExperimentConfig {
     /// connections and are left out where a wiring does not have them.
     pub fn all_methods(&self) -> Vec<Method> {
         let wired = self.wiring != WiringKind::Full;
-        let whole =
-            |m: &Method| m.block().is_some() || matches!(m, Method::Ws | Method::Ba | Method::Er);
-        let wanted =
-            |m: &Method| (self.methods.contains(m) || CONTROLS.contains(m)) && !(wired && whole(m));
+        let wanted = |m: &Method| {
+            (self.methods.contains(m) || CONTROLS.contains(m))
+                && !(wired && m.needs_all_connections())
+        };
         Method::ALL.iter().copied().filter(wanted).collect()
     }
 
@@ -138,122 +141,4 @@ impl ExperimentConfig {
             ..PruneConfig::new(method, sparsity)
         }
     }
-}
-
-/// When a row's numbers were taken.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Stage {
-    /// Right after pruning.
-    OneShot,
-    /// After fine-tuning under the mask.
-    FineTuned,
-    /// Trained from fresh weights under the mask, with the full training budget (`zero-whh` only: what the task needs of
-    /// recurrent weights at all).
-    FromScratch,
-}
-
-/// What the order looked like over the cuts of a lattice method.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct OrderSummary {
-    /// Cuts tried.
-    pub cuts: usize,
-    /// Cuts whose order was degenerate and did not count.
-    pub degenerate_cuts: usize,
-    /// Smallest and largest number of classes.
-    pub classes: (usize, usize),
-    /// Smallest and largest size of the largest class.
-    pub largest_class: (usize, usize),
-    /// Smallest and largest number of irreducible neurons.
-    pub irreducible: (usize, usize),
-}
-
-/// What a pruned network keeps of the connectivity of the dense one.
-#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
-pub struct Connectivity {
-    /// Similarity of the correlations between states on test examples, over all neurons that both networks have.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub functional: Option<f64>,
-    /// The same over the neurons that the method keeps.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub functional_kept: Option<f64>,
-    /// Share of the ordered pairs still reachable, at a mean out-degree of 1; absent for networks with removed neurons.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub reach: Option<f64>,
-    /// At a mean out-degree of 2.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub reach_2: Option<f64>,
-}
-
-/// One measurement. A field that was not measured is absent.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Row {
-    /// `lattice`
-    pub suite: String,
-    /// Task, or name of the checkpoint.
-    pub task: String,
-    /// Cell.
-    pub cell: Cell,
-    /// Hidden sizes.
-    pub hidden: Vec<usize>,
-    /// Method.
-    pub method: Method,
-    /// Sparsity asked for.
-    pub sparsity: f64,
-    /// Sparsity reached, over three denominators.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub reached: Option<Sparsity>,
-    /// Seed.
-    pub seed: u64,
-    /// One-shot, fine-tuned or trained from scratch.
-    pub stage: Stage,
-    /// What was done after pruning.
-    #[serde(default)]
-    pub repair: Repair,
-    /// Passes of fine-tuning behind the numbers.
-    pub finetune_epochs: usize,
-    /// Mean cross-entropy in nats, or squared error, on the test split.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub loss: Option<f64>,
-    /// Of the unpruned network.
-    pub loss_dense: f64,
-    /// Cross-entropy in bits per character, for texts.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub bits: Option<f64>,
-    /// Of the unpruned network.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub bits_dense: Option<f64>,
-    /// Share of right answers on the test split; absent for regression.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub accuracy: Option<f64>,
-    /// Of the unpruned network.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub accuracy_dense: Option<f64>,
-    /// Area under the ROC curve on the test split, for decisions at every step.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub auc: Option<f64>,
-    /// Of the unpruned network.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub auc_dense: Option<f64>,
-    /// Weights that are not masked.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub params: Option<usize>,
-    /// Of the unpruned network.
-    pub params_dense: usize,
-    /// Neurons without recurrent connections.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub dead: Option<usize>,
-    /// Spectral radius of the influence matrices after pruning, layer by layer.
-    pub spectral_radius: Vec<f64>,
-    /// What is kept of the connectivity; for rows right after pruning.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub connectivity: Option<Connectivity>,
-    /// The order, for lattice methods.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub order: Option<OrderSummary>,
-    /// Wall-clock time of scoring and choosing, of fine-tuning and of evaluation.
-    pub seconds: f64,
-    /// Why the method could not be carried out (a degenerate order); loss and accuracy are absent then.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub error: Option<String>,
 }

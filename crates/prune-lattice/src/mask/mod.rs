@@ -9,7 +9,7 @@ mod picture;
 mod select;
 
 pub use blocks::Block;
-pub use neurons::{hard_remove, neuron_masks};
+pub use neurons::{hard_remove, neuron_masks, restrict_masks};
 pub use picture::mask_svg;
 pub use select::{MaskRule, Rank, keep_top, tile};
 

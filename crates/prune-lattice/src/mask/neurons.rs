@@ -122,3 +122,34 @@ pub fn hard_remove(rnn: &Rnn, keep: &[Vec<bool>]) -> Result<Rnn> {
         .collect();
     Rnn::from_params(config, ParamSet::new(params))
 }
+
+/// Masks of a network as masks of the smaller one that [`hard_remove`] or merging makes of it.
+///
+/// # Errors
+/// The flags do not fit the layers, or a layer would lose all neurons.
+pub fn restrict_masks(rnn: &Rnn, masks: &MaskSet, keep: &[Vec<bool>]) -> Result<MaskSet> {
+    check(rnn, keep)?;
+    let mut set = MaskSet::default();
+    for (role, p) in rnn.roles().into_iter().zip(rnn.params().iter()) {
+        let Some(mask) = masks.get(&p.name) else {
+            continue;
+        };
+        let (rows, cols) = axes(rnn, role, &p.shape, keep);
+        let set_ones =
+            |flags: &[bool]| -> Vec<usize> { (0..flags.len()).filter(|&i| flags[i]).collect() };
+        let (rows, cols, bits) = (set_ones(&rows), set_ones(&cols), mask.keep());
+        let small = match p.shape.len() {
+            1 => {
+                let flags: Vec<bool> = rows.iter().map(|&i| bits.get(0, i)).collect();
+                Mask::of_bias(&flags)
+            }
+            _ => Mask::of_matrix(BitMatrix::from_fn(rows.len(), cols.len(), |i, j| {
+                bits.get(rows[i], cols[j])
+            })),
+        };
+        if small.pruned() > 0 {
+            set.insert(p.name.clone(), small);
+        }
+    }
+    Ok(set)
+}

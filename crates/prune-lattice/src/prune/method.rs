@@ -66,6 +66,19 @@ impl Method {
         matches!(self, Method::Span | Method::Flow | Method::PivotedCholesky)
     }
 
+    /// Whether it draws by the seed; the others choose the same whatever the seed.
+    pub fn is_random(self) -> bool {
+        matches!(
+            self,
+            Method::RandomNeurons | Method::Random | Method::Ws | Method::Ba | Method::Er
+        )
+    }
+
+    /// Whether it chooses among all connections and cannot stay within a wiring.
+    pub fn needs_all_connections(self) -> bool {
+        self.block().is_some() || matches!(self, Method::Ws | Method::Ba | Method::Er)
+    }
+
     /// Targets and sources of its blocks, for the methods that keep whole blocks.
     pub fn block(self) -> Option<Block> {
         let (rows, cols) = match self {

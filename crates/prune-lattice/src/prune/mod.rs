@@ -6,6 +6,7 @@
 mod config;
 mod masks;
 mod method;
+mod products;
 mod report;
 mod score;
 mod span;
@@ -13,7 +14,10 @@ mod span;
 pub use config::{Compete, LatticeConfig, PruneConfig, Scope};
 pub use masks::LayerMask;
 pub use method::Method;
-pub use report::{LayerReport, PruneReport, Sparsity, sparsity, sparsity_within};
+pub use report::{
+    LayerReport, PruneReport, Recurrence, Sparsity, recurrence_of, sparsity, sparsity_between,
+    sparsity_within,
+};
 pub use score::{Scores, influence_of, neuron_scores};
 
 use crate::{
@@ -206,6 +210,8 @@ pub struct PruneContext<'a> {
     /// The entries that exist (the masks of a wiring): budgets count only them, and the masks lie
     /// within them.
     pub within: Option<&'a MaskSet>,
+    /// The scores of the method, where they are known: they do not depend on the sparsity. Others are computed.
+    pub scores: Option<&'a Scores>,
 }
 
 impl<'a> PruneContext<'a> {
@@ -223,8 +229,26 @@ impl<'a> PruneContext<'a> {
         self
     }
 
+    /// With the scores that [`scores_in`] gave for the same network, method, seed and settings of the lattice.
+    #[must_use]
+    pub fn scored(mut self, scores: &'a Scores) -> Self {
+        self.scores = Some(scores);
+        self
+    }
+
     /// The scores of a method that ranks neurons.
     fn scores(&self, rnn: &Rnn, config: &PruneConfig) -> Result<Scores> {
+        if let (Some(scores), true) = (self.scores, config.method.ranks_neurons()) {
+            let neurons: usize = rnn.config().hidden.iter().sum();
+            return match (scores.values.len(), scores.ties.len()) == (neurons, neurons) {
+                true => Ok(scores.clone()),
+                false => Err(Error::Shape {
+                    tensor: "scores".into(),
+                    expected: format!("[{neurons}]"),
+                    found: vec![scores.values.len()],
+                }),
+            };
+        }
         if config.method.needs_calibration() {
             let calibration = self
                 .calibration
@@ -265,6 +289,16 @@ impl<'a> PruneContext<'a> {
             })
             .collect())
     }
+}
+
+/// The scores of all neurons by a method that ranks them, once for all sparsities
+/// ([`PruneContext::scored`]).
+///
+/// # Errors
+/// Those of [`rank_neurons_in`].
+pub fn scores_in(rnn: &Rnn, context: &PruneContext<'_>, config: &PruneConfig) -> Result<Scores> {
+    check(&layers_of(rnn), rnn.config().cell, config)?;
+    context.scores(rnn, config)
 }
 
 /// Masks of a network's weights by name, with a report. The weights are not changed.
@@ -354,8 +388,7 @@ pub fn rank_neurons_in(
     context: &PruneContext<'_>,
     config: &PruneConfig,
 ) -> Result<Vec<Vec<bool>>> {
-    check(&layers_of(rnn), rnn.config().cell, config)?;
-    let scores = context.scores(rnn, config)?;
+    let scores = scores_in(rnn, context, config)?;
     let mut start = 0;
     Ok(rnn
         .config()

@@ -5,7 +5,7 @@
 //! and the greedy choice of a basis is optimal for additive weights (Rado 1957, Edmonds 1971). With noise the greedy choice is
 //! a pivoted Cholesky factorisation of the covariance of the states, weighted by how the states are read.
 
-use super::{Method, score::Scores};
+use super::{Method, products, score::Scores};
 use crate::{
     calibration::Calibration,
     error::{Error, Result},
@@ -54,21 +54,20 @@ impl<'a> Consumers<'a> {
 
     /// VᵀV, `n * n`.
     fn gram(&self) -> Vec<f64> {
-        let n = self.n;
-        let mut gram = vec![0.0; n * n];
+        products::gram(&self.matrices, self.n)
+    }
+
+    /// Norms of the columns of V.
+    fn norms(&self) -> Vec<f64> {
+        let mut squares = vec![0.0; self.n];
         for (w, factor) in &self.matrices {
-            let square = factor * factor;
-            for row in w.chunks_exact(n) {
-                for (i, &a) in row.iter().enumerate().filter(|(_, a)| **a != 0.0) {
-                    let a = f64::from(a) * square;
-                    let to = &mut gram[i * n..(i + 1) * n];
-                    to.iter_mut()
-                        .zip(row)
-                        .for_each(|(g, &b)| *g += a * f64::from(b));
+            for row in w.chunks_exact(self.n) {
+                for (s, &v) in squares.iter_mut().zip(row) {
+                    *s += (factor * f64::from(v)).powi(2);
                 }
             }
         }
-        gram
+        squares.into_iter().map(f64::sqrt).collect()
     }
 }
 
@@ -82,18 +81,6 @@ fn deviation(w: &[f32]) -> f64 {
     (square / n).sqrt()
 }
 
-/// `a b` for symmetric n x n matrices.
-fn symmetric_product(a: &[f64], b: &[f64], n: usize) -> Vec<f64> {
-    let mut out = vec![0.0; n * n];
-    for (to, row) in out.chunks_exact_mut(n).zip(a.chunks_exact(n)) {
-        for (k, &v) in row.iter().enumerate() {
-            let from = &b[k * n..(k + 1) * n];
-            to.iter_mut().zip(from).for_each(|(t, f)| *t += v * f);
-        }
-    }
-    out
-}
-
 /// All neurons in the order in which they are chosen. Each step takes the state that explains most of what is read:
 /// `argmax_j ‖S_j‖² / C_jj` for `S = V C`, then removes what it explains from `S` and `C`. `‖S_j‖²` is the diagonal of
 /// `T = C G C` with `G = VᵀV`, so that a step costs O(n²) whatever the number of readers. States without remaining variance
@@ -102,8 +89,8 @@ fn greedy(mut c: Vec<f64>, gram: Option<&[f64]>, n: usize) -> Vec<usize> {
     let first: Vec<f64> = (0..n).map(|j| c[j * n + j]).collect();
     let largest = first.iter().copied().fold(0.0, f64::max);
     let mut t = match gram {
-        Some(g) => symmetric_product(&symmetric_product(&c, g, n), &c, n),
-        None => symmetric_product(&c, &c, n),
+        Some(g) => products::product(&products::product(&c, g, n), &c, n),
+        None => products::product(&c, &c, n),
     };
     let mut chosen = Vec::with_capacity(n);
     let mut free = vec![true; n];
@@ -156,19 +143,17 @@ pub(super) fn scores(rnn: &Rnn, method: Method, calibration: &Calibration) -> Re
     for (layer, moments) in calibration.layers.iter().enumerate() {
         let n = shape.hidden[layer];
         let consumers = Consumers::of(rnn, layer);
-        let gram = consumers.gram();
         let deviations = moments.after.deviations();
         match method {
             Method::Flow => {
-                let flow: Vec<f64> = (0..n)
-                    .map(|j| deviations[j] * gram[j * n + j].sqrt())
-                    .collect();
+                let read = consumers.norms().into_iter();
+                let flow: Vec<f64> = deviations.iter().zip(read).map(|(d, v)| d * v).collect();
                 let largest = flow.iter().copied().fold(f64::MIN_POSITIVE, f64::max);
                 values.extend(flow.iter().map(|f| f / largest));
             }
             Method::Span | Method::PivotedCholesky => {
-                let gram = (method == Method::Span).then_some(gram.as_slice());
-                let order = greedy(moments.after.covariance(), gram, n);
+                let gram = (method == Method::Span).then(|| consumers.gram());
+                let order = greedy(moments.after.covariance(), gram.as_deref(), n);
                 let start = values.len();
                 values.resize(start + n, 0.0);
                 for (place, &j) in order.iter().enumerate() {

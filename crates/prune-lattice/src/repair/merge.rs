@@ -6,12 +6,14 @@ use crate::{
     calibration::{Calibration, Moments, RecordConfig, record_joint},
     data::{Dataset, Examples},
     error::{Error, Result},
-    mask::hard_remove,
+    mask::{Mask, MaskSet, hard_remove},
     names::with,
+    prune::PruneContext,
     rnn::{Rnn, Role, evaluate},
 };
 use linalg::faer::Mat;
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 use tensor_io::Progress;
 
 /// How neurons are merged.
@@ -60,11 +62,15 @@ fn regress(
     let diagonal = sources.iter().map(|&i| c[i * n + i]).sum::<f64>() / k.max(1) as f64;
     // States that never vary predict nothing; the offset holds them.
     let lambda = (ridge * diagonal).max(f64::MIN_POSITIVE.sqrt());
-    let a = Mat::from_fn(k, k, |i, j| {
-        c[sources[i] * n + sources[j]] + if i == j { lambda } else { 0.0 }
-    });
-    let b = Mat::from_fn(k, targets.len(), |i, t| c[sources[i] * n + targets[t]]);
-    let matrix = solve(a, b, "states")?.transpose().to_owned();
+    let matrix = if k == 0 {
+        Mat::zeros(targets.len(), 0)
+    } else {
+        let a = Mat::from_fn(k, k, |i, j| {
+            c[sources[i] * n + sources[j]] + if i == j { lambda } else { 0.0 }
+        });
+        let b = Mat::from_fn(k, targets.len(), |i, t| c[sources[i] * n + targets[t]]);
+        solve(a, b, "states")?.transpose().to_owned()
+    };
     let offset = targets
         .iter()
         .enumerate()
@@ -81,7 +87,7 @@ fn regress(
 /// # Errors
 /// The flags do not fit the moments, or keep nothing.
 pub fn predict(moments: &Moments, keep: &[bool], config: &MergeConfig) -> Result<Prediction> {
-    let kept: Vec<usize> = (0..keep.len()).filter(|&i| keep[i]).collect();
+    let kept = numbers(keep);
     if keep.len() != moments.dim() || kept.is_empty() {
         return Err(Error::Shape {
             tensor: "kept neurons".into(),
@@ -89,13 +95,58 @@ pub fn predict(moments: &Moments, keep: &[bool], config: &MergeConfig) -> Result
             found: vec![keep.len(), kept.len()],
         });
     }
-    let all: Vec<usize> = (0..keep.len()).collect();
-    let mut found = regress(moments, &all, &kept, config.ridge)?;
-    for (k, &i) in kept.iter().enumerate() {
+    predict_from(moments, &kept, &kept, config.ridge)
+}
+
+/// The prediction of all states as a matrix over the `kept` ones, of which only `sources` are used.
+fn predict_from(
+    moments: &Moments,
+    kept: &[usize],
+    sources: &[usize],
+    ridge: f64,
+) -> Result<Prediction> {
+    let all: Vec<usize> = (0..moments.dim()).collect();
+    let mut found = regress(moments, &all, sources, ridge)?;
+    for (k, &i) in sources.iter().enumerate() {
         found.offset[i] = 0.0;
-        (0..kept.len()).for_each(|j| found.matrix[(i, j)] = f64::from(u8::from(j == k)));
+        (0..sources.len()).for_each(|j| found.matrix[(i, j)] = f64::from(u8::from(j == k)));
     }
-    Ok(found)
+    Ok(found.spread(kept, sources))
+}
+
+/// The same from joint moments of the states of two networks, the second of which has the `kept` neurons alone: the states of
+/// the first are predicted from those of the second.
+fn predict_jointly(
+    moments: &Moments,
+    kept: &[usize],
+    sources: &[usize],
+    ridge: f64,
+) -> Result<Prediction> {
+    let n = moments.dim() - kept.len();
+    let all: Vec<usize> = (0..n).collect();
+    let places = (0..kept.len()).filter(|&k| sources.contains(&kept[k]));
+    let of_second: Vec<usize> = places.map(|k| n + k).collect();
+    Ok(regress(moments, &all, &of_second, ridge)?.spread(kept, sources))
+}
+
+fn numbers(flags: &[bool]) -> Vec<usize> {
+    (0..flags.len()).filter(|&i| flags[i]).collect()
+}
+
+impl Prediction {
+    /// With a column for each of `kept`, zero for those that are no source.
+    fn spread(self, kept: &[usize], sources: &[usize]) -> Self {
+        if kept == sources {
+            return self;
+        }
+        let mut matrix = Mat::zeros(self.matrix.nrows(), kept.len());
+        for (k, source) in sources.iter().enumerate() {
+            if let Ok(to) = kept.binary_search(source) {
+                matrix.col_mut(to).copy_from(self.matrix.col(k));
+            }
+        }
+        Self { matrix, ..self }
+    }
 }
 
 /// Rows of `w` `[rows, n]` times M, and times d.
@@ -113,37 +164,113 @@ fn fold(w: &[f32], p: &Prediction) -> (Vec<f32>, Vec<f32>) {
     (weights, constant)
 }
 
-/// Rows of the kept neurons in every gate.
-fn kept_rows(w: &[f32], keep: &[bool], cols: usize) -> Vec<f32> {
-    let rows = w.chunks_exact(cols).enumerate();
-    rows.filter(|(r, _)| keep[r % keep.len()])
-        .flat_map(|(_, row)| row.iter().copied())
-        .collect()
+/// Predicts a layer's states over the kept neurons, from sources among them.
+type Predict = fn(&Moments, &[usize], &[usize], f64) -> Result<Prediction>;
+
+/// How the states of every layer, and what the read-out sees, are predicted.
+struct Predictions<'a> {
+    how: Predict,
+    layers: &'a [&'a Moments],
+    read_out: &'a Moments,
+    /// The neurons that stay, of each layer.
+    kept: &'a [Vec<usize>],
+    ridge: f64,
+}
+
+/// A matrix that reads states, `[rows, n]`, of which some rows stay.
+struct Reader<'a> {
+    w: &'a [f32],
+    of_rows: usize,
+    rows: Vec<usize>,
+    /// What it reads: moments of the states, and the neurons that stay.
+    moments: &'a Moments,
+    kept: &'a [usize],
+    /// The entries that exist.
+    within: Option<&'a Mask>,
+}
+
+impl Reader<'_> {
+    /// The rows over the kept neurons, and what is added to their biases. Rows that read the same neurons share a prediction.
+    fn fold(&self, predictions: &Predictions<'_>) -> Result<(Vec<f32>, Vec<f32>)> {
+        let k = self.kept.len();
+        let n = self.w.len() / self.of_rows;
+        let row = |r: usize| &self.w[r * n..(r + 1) * n];
+        let mut groups: BTreeMap<&[u64], Vec<usize>> = BTreeMap::new();
+        for (at, &r) in self.rows.iter().enumerate() {
+            let support = self.within.map_or(&[][..], |mask| mask.keep().row(r));
+            groups.entry(support).or_default().push(at);
+        }
+        let mut weights = vec![0.0; self.rows.len() * k];
+        let mut constants = vec![0.0; self.rows.len()];
+        for places in groups.into_values() {
+            let exists = |j: &usize| {
+                let first = self.rows[places[0]];
+                self.within.is_none_or(|mask| mask.keep().get(first, *j))
+            };
+            let sources: Vec<usize> = self.kept.iter().copied().filter(exists).collect();
+            let Predictions { how, ridge, .. } = predictions;
+            let prediction = how(self.moments, self.kept, &sources, *ridge)?;
+            let w: Vec<f32> = places
+                .iter()
+                .flat_map(|&at| row(self.rows[at]).iter().copied())
+                .collect();
+            let (folded, constant) = fold(&w, &prediction);
+            for (p, &at) in places.iter().enumerate() {
+                weights[at * k..(at + 1) * k].copy_from_slice(&folded[p * k..(p + 1) * k]);
+                constants[at] = constant[p];
+            }
+        }
+        Ok((weights, constants))
+    }
 }
 
 /// The small network whose matrices read the predictions.
 fn build(
     rnn: &Rnn,
     keep: &[Vec<bool>],
-    layers: &[Prediction],
-    read_out: &Prediction,
+    predictions: &Predictions<'_>,
+    within: Option<&MaskSet>,
 ) -> Result<Rnn> {
     let mut small = hard_remove(rnn, keep)?;
-    for (l, keep) in keep.iter().enumerate() {
-        let layer = rnn.layer(l);
-        let (weights, constant) = fold(&kept_rows(layer.w_hh, keep, layer.hidden), &layers[l]);
-        small.set(Role::RecurrentWeight(l), weights);
-        add_constants(&mut small, l, true, &constant);
+    let gates = rnn.config().cell.gates();
+    let kept = predictions.kept;
+    let reader = |role: Role, rows: &[usize], moments, read: usize| {
+        let name = rnn.name_of(role);
+        Reader {
+            w: rnn.get(role),
+            of_rows: match role {
+                Role::OutputWeight => rnn.config().outputs,
+                Role::InputWeight(l) | Role::RecurrentWeight(l) => gates * rnn.config().hidden[l],
+                _ => rows.len(),
+            },
+            rows: rows.to_vec(),
+            moments,
+            kept: &kept[read],
+            within: name.and_then(|name| within?.get(name)),
+        }
+    };
+    for (l, n) in rnn.config().hidden.iter().enumerate() {
+        let gate = |g: usize| kept[l].iter().map(move |i| g * n + i);
+        let rows: Vec<usize> = (0..gates).flat_map(gate).collect();
+        let mut fold = |role: Role, read: usize| -> Result<()> {
+            let moments = predictions.layers[read];
+            let (weights, constants) = reader(role, &rows, moments, read).fold(predictions)?;
+            small.set(role, weights);
+            let recurrent = role == Role::RecurrentWeight(l);
+            add_constants(&mut small, l, recurrent, &constants);
+            Ok(())
+        };
+        fold(Role::RecurrentWeight(l), l)?;
         if let Some(below) = l.checked_sub(1) {
-            let rows = kept_rows(layer.w_ih, keep, layer.width);
-            let (weights, constant) = fold(&rows, &layers[below]);
-            small.set(Role::InputWeight(l), weights);
-            add_constants(&mut small, l, false, &constant);
+            fold(Role::InputWeight(l), below)?;
         }
     }
-    let (weights, constant) = fold(rnn.get(Role::OutputWeight), read_out);
+    let rows: Vec<usize> = (0..rnn.config().outputs).collect();
+    let top = kept.len() - 1;
+    let read_out = reader(Role::OutputWeight, &rows, predictions.read_out, top);
+    let (weights, constants) = read_out.fold(predictions)?;
     small.set(Role::OutputWeight, weights);
-    small.add_to(Role::OutputBias, &constant);
+    small.add_to(Role::OutputBias, &constants);
     Ok(small)
 }
 
@@ -160,55 +287,81 @@ pub fn merge(
     calibration: &Calibration,
     config: &MergeConfig,
 ) -> Result<Rnn> {
-    let shape = rnn.config();
-    calibration.check(shape.input.width(), &shape.hidden)?;
-    if keep.len() != shape.hidden.len() {
-        return Err(Error::Shape {
-            tensor: "kept neurons".into(),
-            expected: format!("flags for {} layers", shape.hidden.len()),
-            found: vec![keep.len()],
-        });
-    }
-    let layers = keep
-        .iter()
-        .zip(&calibration.layers)
-        .map(|(keep, moments)| predict(&moments.after, keep, config))
-        .collect::<Result<Vec<_>>>()?;
-    let read_out = predict(&calibration.read_out, &keep[keep.len() - 1], config)?;
-    build(rnn, keep, &layers, &read_out)
+    let context = PruneContext::default().calibrated(calibration);
+    merge_in(rnn, keep, &context, config)
 }
 
-/// [`merge`], then again until there were `config.passes`, with all states predicted from those that the small network has when it runs by
-/// itself; the pass with the smallest validation loss is returned, with its number (counted from 0).
+/// The same for a network that does not have all connections ([`PruneContext::within`]): every row predicts what it read from
+/// the kept neurons that it is connected with, so that the result has no other connections. Its masks are those of
+/// [`restrict_masks`](crate::mask::restrict_masks).
 ///
 /// # Errors
-/// As [`merge`]; examples that do not fit the network; [`Error::Cancelled`].
+/// Those of [`merge`]; a context without a calibration.
+pub fn merge_in(
+    rnn: &Rnn,
+    keep: &[Vec<bool>],
+    context: &PruneContext<'_>,
+    config: &MergeConfig,
+) -> Result<Rnn> {
+    let calibration = context.calibration.ok_or_else(|| Error::Setting {
+        setting: "calibration",
+        reason: "merging needs one".into(),
+    })?;
+    let shape = rnn.config();
+    calibration.check(shape.input.width(), &shape.hidden)?;
+    let sizes: Vec<usize> = keep.iter().map(Vec::len).collect();
+    if sizes != shape.hidden {
+        return Err(Error::Shape {
+            tensor: "kept neurons".into(),
+            expected: format!("one flag per neuron of the layers {:?}", shape.hidden),
+            found: sizes,
+        });
+    }
+    let kept: Vec<Vec<usize>> = keep.iter().map(|flags| numbers(flags)).collect();
+    let after: Vec<&Moments> = calibration.layers.iter().map(|l| &l.after).collect();
+    let predictions = Predictions {
+        how: predict_from,
+        layers: &after,
+        read_out: &calibration.read_out,
+        kept: &kept,
+        ridge: config.ridge,
+    };
+    build(rnn, keep, &predictions, context.within)
+}
+
+/// [`merge_in`], then again until there were `config.passes`, with all states predicted from those that the small network has
+/// when it runs by itself; the pass with the smallest validation loss is returned, with its number (counted from 0).
+///
+/// # Errors
+/// As [`merge_in`]; examples that do not fit the network; [`Error::Cancelled`].
 pub fn merge_passes(
     rnn: &Rnn,
     keep: &[Vec<bool>],
-    calibration: &Calibration,
+    context: &PruneContext<'_>,
     config: &MergeConfig,
     data: &Dataset,
     progress: &dyn Progress,
 ) -> Result<(Rnn, usize)> {
-    let first = merge(rnn, keep, calibration, config)?;
+    let first = merge_in(rnn, keep, context, config)?;
+    if config.passes <= 1 {
+        return Ok((first, 0));
+    }
+    let kept: Vec<Vec<usize>> = keep.iter().map(|flags| numbers(flags)).collect();
     let loss = |rnn: &Rnn, on: &Examples| Ok::<_, Error>(evaluate(rnn, on)?.loss);
     let mut best = (loss(&first, &data.valid)?, first.clone(), 0);
     let mut current = first;
     for pass in 1..config.passes {
         let (joint, read_out) =
             record_joint(rnn, &current, &data.train, &config.recording, progress)?;
-        let prediction = |moments: &Moments, n: usize| {
-            let (all, kept): (Vec<usize>, Vec<usize>) = (0..moments.dim()).partition(|&i| i < n);
-            regress(moments, &all, &kept, config.ridge)
+        let layers: Vec<&Moments> = joint.iter().collect();
+        let predictions = Predictions {
+            how: predict_jointly,
+            layers: &layers,
+            read_out: &read_out,
+            kept: &kept,
+            ridge: config.ridge,
         };
-        let layers = joint
-            .iter()
-            .zip(&rnn.config().hidden)
-            .map(|(moments, &n)| prediction(moments, n))
-            .collect::<Result<Vec<_>>>()?;
-        let top = rnn.config().hidden[rnn.config().hidden.len() - 1];
-        current = build(rnn, keep, &layers, &prediction(&read_out, top)?)?;
+        current = build(rnn, keep, &predictions, context.within)?;
         let found = loss(&current, &data.valid)?;
         if found < best.0 {
             best = (found, current.clone(), pass);

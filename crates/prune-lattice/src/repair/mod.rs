@@ -8,7 +8,7 @@
 mod merge;
 mod refit;
 
-pub use merge::{MergeConfig, Prediction, merge, merge_passes, predict};
+pub use merge::{MergeConfig, Prediction, merge, merge_in, merge_passes, predict};
 pub use refit::{MatrixRefit, Refit, RefitConfig, RefitReport, refit, refit_matrix};
 
 use crate::error::{Error, Result};

@@ -2,21 +2,21 @@
 
 use anyhow::Result;
 use eval_report::{Axis, Column, DENSE, Plot, Reference, Row, Section, Series, mean_over_seeds};
-use prune_lattice::experiment::{self, OrderSummary, Repair, Stage, verdict};
+use prune_lattice::experiment::{self, Metric, OrderSummary, Repair, Stage, Treatment, verdict};
 use prune_lattice::prune::{Method, Sparsity};
 use serde_json::json;
 
 use super::Config;
 
 /// What the first table shows, in this order: what is recommended, what the paper proposes, what both must beat.
-const SHOWN: [(Method, Repair); 7] = [
-    (Method::Magnitude, Repair::Refit),
-    (Method::Span, Repair::Merge),
-    (Method::LatticeContext, Repair::None),
-    (Method::LatticeContext, Repair::Merge),
-    (Method::Magnitude, Repair::None),
-    (Method::Random, Repair::Refit),
-    (Method::ZeroWhh, Repair::None),
+const SHOWN: [Treatment; 7] = [
+    Treatment::new(Method::Magnitude, Repair::Refit),
+    Treatment::new(Method::Span, Repair::Merge),
+    Treatment::new(Method::LatticeContext, Repair::None),
+    Treatment::new(Method::LatticeContext, Repair::Merge),
+    Treatment::new(Method::Magnitude, Repair::None),
+    Treatment::new(Method::Random, Repair::Refit),
+    Treatment::new(Method::ZeroWhh, Repair::None),
 ];
 
 /// The rows that answer the first questions, and what all rows say in words.
@@ -40,24 +40,22 @@ pub(super) fn overview(rows: &[experiment::Row], sections: &[Section], config: &
                 .filter(|row| row.method == DENSE && one_shot(row) && is(row, "repair", "none"))
                 .cloned(),
         );
-        for (method, repair) in SHOWN {
+        let metric = metric_of(&section.rows);
+        for treatment in SHOWN {
+            let Treatment { method, repair } = treatment;
             let same = |row: &&Row| row.method == method.name() && is(row, "repair", repair.name());
             for row in section.rows.iter().filter(same).filter(one_shot) {
                 let tuned = section.rows.iter().filter(same).find(|other| {
                     is(other, "stage", "fine-tuned") && other.sparsity == row.sparsity
                 });
                 let mut line = row.clone();
-                if repair != Repair::None {
-                    line.method = format!("{method} + {repair}");
-                }
-                if let Some(tuned) = tuned {
-                    let value = match Quality::of_rows(&section.rows) {
-                        Quality::Accuracy => tuned.accuracy.map(|a| format!("{:.2} %", 100.0 * a)),
-                        quality => quality.of(tuned).map(|v| format!("{v:.4}")),
+                line.method = treatment.to_string();
+                if let Some(value) = tuned.and_then(|tuned| value_of(metric, tuned)) {
+                    let text = match metric {
+                        Metric::Accuracy => format!("{:.2} %", 100.0 * value),
+                        _ => format!("{value:.4}"),
                     };
-                    if let Some(value) = value {
-                        line.extra.insert("after fine-tuning".into(), json!(value));
-                    }
+                    line.extra.insert("after fine-tuning".into(), json!(text));
                 }
                 lines.push(line);
             }
@@ -65,7 +63,7 @@ pub(super) fn overview(rows: &[experiment::Row], sections: &[Section], config: &
     }
     let mut qualities: Vec<Column> = Vec::new();
     for section in sections {
-        let column = Quality::of_rows(&section.rows).column();
+        let column = column_of(metric_of(&section.rows));
         if !qualities.contains(&column) {
             qualities.push(column);
         }
@@ -83,49 +81,33 @@ pub(super) fn overview(rows: &[experiment::Row], sections: &[Section], config: &
     .fact("seeds", json!(experiment.seeds))
     .fact("fine-tuning epochs", experiment.finetune_epochs)
     .fact("pruned", json!(experiment.scope))
+    .fact("device", "cpu")
 }
 
-/// Metric of a task.
-#[derive(Clone, Copy)]
-enum Quality {
-    /// Share of right answers.
-    Accuracy,
-    /// Area under the ROC curve.
-    Auc,
-    /// Bits per character of a text.
-    Bits,
-    /// Squared error.
-    Loss,
+/// The metric of a table, by what its rows have.
+fn metric_of(rows: &[Row]) -> Metric {
+    let has = |key: &str| rows.iter().any(|row| row.extra.contains_key(key));
+    match () {
+        () if has("bits") => Metric::Bits,
+        () if has("AUC") => Metric::Auc,
+        () if rows.iter().any(|row| row.accuracy.is_some()) => Metric::Accuracy,
+        () => Metric::Loss,
+    }
 }
 
-impl Quality {
-    /// What rows of one task have.
-    fn of_rows(rows: &[Row]) -> Self {
-        let has = |key: &str| rows.iter().any(|row| row.extra.contains_key(key));
-        match () {
-            () if has("bits") => Quality::Bits,
-            () if has("AUC") => Quality::Auc,
-            () if rows.iter().any(|row| row.accuracy.is_some()) => Quality::Accuracy,
-            () => Quality::Loss,
-        }
+fn value_of(metric: Metric, row: &Row) -> Option<f64> {
+    match metric {
+        Metric::Accuracy => row.accuracy,
+        Metric::Loss => row.nll,
+        other => row.extra.get(other.name())?.as_f64(),
     }
+}
 
-    fn of(self, row: &Row) -> Option<f64> {
-        match self {
-            Quality::Accuracy => row.accuracy,
-            Quality::Auc => row.extra.get("AUC")?.as_f64(),
-            Quality::Bits => row.extra.get("bits")?.as_f64(),
-            Quality::Loss => row.nll,
-        }
-    }
-
-    fn column(self) -> Column {
-        match self {
-            Quality::Accuracy => Column::Accuracy,
-            Quality::Auc => Column::Extra("AUC".into()),
-            Quality::Bits => Column::Extra("bits".into()),
-            Quality::Loss => Column::Nll,
-        }
+fn column_of(metric: Metric) -> Column {
+    match metric {
+        Metric::Accuracy => Column::Accuracy,
+        Metric::Loss => Column::Nll,
+        other => Column::Extra(other.name().into()),
     }
 }
 
@@ -148,11 +130,11 @@ pub(super) fn task_section(task: &str, cell: &str, rows: &[&experiment::Row]) ->
         .into_iter()
         .map(of_cell)
         .collect::<Result<Vec<Row>>>()?;
-    let quality = Quality::of_rows(&rows);
+    let metric = metric_of(&rows);
     let dense = rows
         .iter()
         .find(|row| row.method == DENSE)
-        .and_then(|row| quality.of(row))
+        .and_then(|row| value_of(metric, row))
         .map(|y| Reference {
             name: DENSE.into(),
             y,
@@ -173,17 +155,22 @@ pub(super) fn task_section(task: &str, cell: &str, rows: &[&experiment::Row]) ->
                 row
             })
             .collect();
-        let (y, field) = match quality {
-            Quality::Accuracy => (Axis::linear("accuracy"), "accuracy"),
-            Quality::Auc => (Axis::linear("area under the ROC curve"), "AUC"),
-            Quality::Bits => (Axis::linear("bits per character"), "bits"),
-            Quality::Loss => (Axis::log("loss"), "nll"),
+        let (y, field) = match metric {
+            Metric::Auc => (Axis::linear("area under the ROC curve"), "AUC"),
+            Metric::Bits => (Axis::linear("bits per character"), "bits"),
+            Metric::Loss => (Axis::log("loss"), "nll"),
+            _ => (Axis::linear("accuracy"), "accuracy"),
         };
         Plot {
             title: format!("{task}, {title}"),
             x: Axis::linear("sparsity of the pruned weights"),
             y,
-            series: Series::by_method(&rows, |row| row.sparsity, field, |row| quality.of(row)),
+            series: Series::by_method(
+                &rows,
+                |row| row.sparsity,
+                field,
+                |row| value_of(metric, row),
+            ),
             reference: dense.clone(),
         }
     };
@@ -192,9 +179,9 @@ pub(super) fn task_section(task: &str, cell: &str, rows: &[&experiment::Row]) ->
         Column::Sparsity,
         Column::Extra("repair".into()),
         Column::Extra("stage".into()),
-        quality.column(),
+        column_of(metric),
     ];
-    if matches!(quality, Quality::Auc) {
+    if metric == Metric::Auc {
         columns.push(Column::Accuracy);
     }
     let extra = |name: &str| Column::Extra(name.into());
@@ -203,15 +190,17 @@ pub(super) fn task_section(task: &str, cell: &str, rows: &[&experiment::Row]) ->
         extra("of W_hh"),
         extra("of W_hh and W_ih"),
         extra("of all"),
+        extra("neurons"),
         extra("FC r"),
         extra("FC r of kept"),
         extra("reach kept"),
+        extra("reach kept (2)"),
         extra("order"),
         Column::Seconds,
     ]);
     let prose = "FC r is Pearson's r between the correlations of states before and after pruning, over all pairs of neurons and \
-        over pairs of kept neurons. Reach kept is the share of the ordered pairs of neurons (at a mean out-degree of 1) that \
-        can still be reached.";
+        over pairs of kept neurons. Reach kept is the share of the ordered pairs of neurons (at a mean out-degree of 1; 2 in \
+        the second column) that can still be reached. Neurons are those that a merged network still has, by layers.";
     Ok(Section {
         title: format!("{task}, {cell}"),
         prose: prose.into(),
@@ -295,11 +284,19 @@ fn seed_row(row: &experiment::Row, task: &str, cell: &str) -> Row {
             ("FC r", kept.functional),
             ("FC r of kept", kept.functional_kept),
             ("reach kept", kept.reach),
+            ("reach kept (2)", kept.reach_2),
         ] {
             if let Some(value) = value {
                 out.extra.insert(name.into(), json!(value));
             }
         }
+    }
+    if let Some(neurons) = &row.neurons {
+        let neurons: Vec<String> = neurons.iter().map(usize::to_string).collect();
+        out.extra.insert("neurons".into(), json!(neurons.join("+")));
+    }
+    if let Some(loss) = row.validation {
+        out.extra.insert("validation loss".into(), json!(loss));
     }
     if let Some(bits) = row.bits {
         out.extra.insert("bits".into(), json!(bits));

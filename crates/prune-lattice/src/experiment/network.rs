@@ -1,0 +1,472 @@
+//! One trained network: pruned by every method at every sparsity, repaired, fine-tuned, measured.
+
+use super::{
+    Connectivity, ExperimentConfig, OrderSummary, Repair, Row, Stage,
+    run::{Inner, sparsities},
+};
+use crate::{
+    calibration::{Calibration, Moments, RecordConfig, record},
+    connectivity::{SameNeurons, functional_similarity, reach_kept},
+    data::{Dataset, Examples},
+    error::{Error, Result},
+    influence::Influence,
+    mask::{MaskSet, restrict_masks},
+    order::CutReport,
+    prune::{
+        Method, PruneConfig, PruneContext, PruneReport, influence_of, layers_of, prune_in,
+        rank_neurons_in, recurrence_of, scores_in, sparsity_between,
+    },
+    repair::{MergeConfig, RefitConfig, merge_in, refit},
+    rnn::{Evaluation, Rnn, TrainConfig, evaluate, train},
+};
+use rayon::prelude::*;
+use std::time::Instant;
+use tensor_io::Progress;
+
+/// What all pruned networks of a run share.
+pub(super) struct Session<'a> {
+    pub(super) config: &'a ExperimentConfig,
+    pub(super) training: &'a TrainConfig,
+    pub(super) progress: &'a dyn Progress,
+}
+
+impl Session<'_> {
+    fn inner(&self, name: impl Into<String>) -> Inner<'_> {
+        Inner {
+            outer: self.progress,
+            name: name.into(),
+        }
+    }
+}
+
+/// A network before pruning.
+pub(super) struct Source<'a> {
+    pub(super) name: &'a str,
+    pub(super) rnn: &'a Rnn,
+    pub(super) data: &'a Dataset,
+    /// The entries that exist.
+    pub(super) wired: &'a MaskSet,
+    /// The seed that it was trained with.
+    pub(super) seed: Option<u64>,
+}
+
+/// The network, and what is known of it before anything is pruned.
+pub(super) struct Dense<'a> {
+    source: Source<'a>,
+    test: Evaluation,
+    calibration: Calibration,
+    /// States on test examples, for comparisons of connectivity.
+    states: Vec<Moments>,
+    influence: Influence,
+}
+
+/// Test examples on which connectivity is compared.
+fn connectivity_recording() -> RecordConfig {
+    RecordConfig::default().with(|c| {
+        c.sequences = Some(200);
+        c.symbols = Some(2_000);
+    })
+}
+
+/// Moments of the states of all layers on test examples.
+fn states_of(rnn: &Rnn, data: &Dataset, progress: &dyn Progress) -> Result<Vec<Moments>> {
+    let recorded = record(rnn, &data.test, &connectivity_recording(), progress)?;
+    Ok(recorded.layers.into_iter().map(|l| l.after).collect())
+}
+
+fn influence(rnn: &Rnn, config: &PruneConfig) -> Result<Influence> {
+    influence_of(&layers_of(rnn), rnn.config().cell, &config.lattice)
+}
+
+/// What a method chose at one sparsity.
+struct Chosen {
+    config: PruneConfig,
+    masks: MaskSet,
+    report: PruneReport,
+    /// The neurons that stay, for methods that rank them.
+    keep: Option<Vec<Vec<bool>>>,
+    /// Time of scoring and choosing.
+    seconds: f64,
+}
+
+/// A network that was pruned, and perhaps repaired or trained, with the masks that it is under.
+struct Pruned<'a> {
+    rnn: Rnn,
+    masks: &'a MaskSet,
+    repair: Repair,
+}
+
+/// When and how it was measured.
+struct Done {
+    stage: Stage,
+    epochs: usize,
+    /// Time before the evaluation.
+    seconds: f64,
+}
+
+impl<'a> Dense<'a> {
+    pub(super) fn new(source: Source<'a>, progress: &dyn Progress) -> Result<Self> {
+        let inner = Inner {
+            outer: progress,
+            name: source.name.into(),
+        };
+        let Source { rnn, data, .. } = source;
+        Ok(Self {
+            test: evaluate(rnn, &data.test)?,
+            calibration: record(rnn, &data.train, &RecordConfig::default(), &inner)?,
+            states: states_of(rnn, data, &inner)?,
+            influence: influence(rnn, &PruneConfig::new(Method::Dense, 0.0))?,
+            source,
+        })
+    }
+
+    fn context(&self) -> PruneContext<'_> {
+        let context = PruneContext::default().calibrated(&self.calibration);
+        match self.within() {
+            None => context,
+            Some(wired) => context.within(wired),
+        }
+    }
+
+    /// The entries that exist, where they are not all.
+    fn within(&self) -> Option<&MaskSet> {
+        (!self.source.wired.is_empty()).then_some(self.source.wired)
+    }
+
+    /// What a pruned network keeps; `keep` are the neurons that the method keeps, `removed` whether the others are gone.
+    fn connectivity(
+        &self,
+        rnn: &Rnn,
+        keep: Option<&[Vec<bool>]>,
+        removed: bool,
+        progress: &dyn Progress,
+    ) -> Result<Connectivity> {
+        let after = states_of(rnn, self.source.data, progress)?;
+        let similarity = |of: &dyn Fn(usize) -> Vec<(usize, usize)>| {
+            let layers = self.states.iter().zip(&after).enumerate();
+            let layers: Vec<SameNeurons<'_>> = layers
+                .map(|(l, (before, after))| SameNeurons {
+                    before,
+                    after,
+                    neurons: of(l),
+                })
+                .collect();
+            functional_similarity(&layers)
+        };
+        let kept = |keep: &[Vec<bool>], l: usize| -> Vec<(usize, usize)> {
+            let numbers = (0..keep[l].len()).filter(|&x| keep[l][x]);
+            match removed {
+                true => numbers.enumerate().map(|(k, x)| (x, k)).collect(),
+                false => numbers.map(|x| (x, x)).collect(),
+            }
+        };
+        let functional_kept = keep.and_then(|keep| similarity(&|l| kept(keep, l)));
+        if removed {
+            return Ok(Connectivity {
+                functional: functional_kept,
+                functional_kept,
+                ..Connectivity::default()
+            });
+        }
+        let pruned = influence(rnn, &PruneConfig::new(Method::Dense, 0.0))?;
+        Ok(Connectivity {
+            functional: similarity(&|l| (0..self.states[l].dim()).map(|x| (x, x)).collect()),
+            functional_kept,
+            reach: Some(reach_kept(&self.influence, &pruned, 1.0)?),
+            reach_2: Some(reach_kept(&self.influence, &pruned, 2.0)?),
+        })
+    }
+
+    /// The rows of all `methods`, each at all sparsities.
+    pub(super) fn prune_all(
+        &self,
+        session: &Session<'_>,
+        methods: &[Method],
+        seed: u64,
+    ) -> Result<Vec<Row>> {
+        let rows: Vec<Vec<Row>> = methods
+            .par_iter()
+            .map(|&method| self.prune_by(method, session, seed))
+            .collect::<Result<_>>()?;
+        Ok(rows.into_iter().flatten().collect())
+    }
+
+    /// Neurons are scored once for all sparsities.
+    fn prune_by(&self, method: Method, session: &Session<'_>, seed: u64) -> Result<Vec<Row>> {
+        let start = Instant::now();
+        let sparsities = sparsities(session.config, method);
+        let context = self.context();
+        let base = session.config.prune_config(method, 0.0, seed);
+        let scores = match method.ranks_neurons() {
+            false => None,
+            true => match scores_in(self.source.rnn, &context, &base) {
+                Ok(scores) => Some(scores),
+                Err(e @ Error::DegenerateOrder { .. }) => {
+                    session.progress.advance(sparsities.len() as u64)?;
+                    let refused = |s: &f64| self.refused(method, *s, seed, &e);
+                    return Ok(sparsities.iter().map(refused).collect());
+                }
+                Err(e) => return Err(e),
+            },
+        };
+        let scoring = start.elapsed().as_secs_f64();
+        let context = match &scores {
+            Some(scores) => context.scored(scores),
+            None => context,
+        };
+        let rows: Vec<Vec<Row>> = sparsities
+            .into_par_iter()
+            .map(|sparsity| {
+                let start = Instant::now();
+                let config = session.config.prune_config(method, sparsity, seed);
+                let (masks, report) = prune_in(self.source.rnn, &context, &config)?;
+                let keep = method
+                    .ranks_neurons()
+                    .then(|| rank_neurons_in(self.source.rnn, &context, &config))
+                    .transpose()?;
+                let chosen = Chosen {
+                    config,
+                    masks,
+                    report,
+                    keep,
+                    seconds: scoring + start.elapsed().as_secs_f64(),
+                };
+                let rows = self.repair_all(&chosen, session)?;
+                session.progress.advance(1)?;
+                Ok(rows)
+            })
+            .collect::<Result<_>>()?;
+        Ok(rows.into_iter().flatten().collect())
+    }
+
+    /// The rows of one choice, with every repair that applies to it.
+    fn repair_all(&self, chosen: &Chosen, session: &Session<'_>) -> Result<Vec<Row>> {
+        let (rnn, method) = (self.source.rnn, chosen.config.method);
+        let inner = session.inner(format!("{method} on {}", self.source.name));
+        let mut rows = Vec::new();
+        for &repair in &session.config.repairs {
+            let start = Instant::now();
+            let small;
+            let mut pruned = match (repair, &chosen.keep) {
+                (Repair::Refit, _) if chosen.masks.is_empty() => continue,
+                (Repair::Merge, None) => continue,
+                (Repair::None, _) => {
+                    let mut rnn = rnn.clone();
+                    chosen.masks.apply(rnn.params_mut())?;
+                    Pruned {
+                        rnn,
+                        masks: &chosen.masks,
+                        repair,
+                    }
+                }
+                (Repair::Refit, _) => {
+                    let mut rnn = rnn.clone();
+                    let config = RefitConfig::default();
+                    refit(&mut rnn, &chosen.masks, &self.calibration, &config)?;
+                    Pruned {
+                        rnn,
+                        masks: &chosen.masks,
+                        repair,
+                    }
+                }
+                (Repair::Merge, Some(keep)) => {
+                    small = restrict_masks(rnn, self.source.wired, keep)?;
+                    let config = MergeConfig::default();
+                    Pruned {
+                        rnn: merge_in(rnn, keep, &self.context(), &config)?,
+                        masks: &small,
+                        repair,
+                    }
+                }
+            };
+            let seconds = chosen.seconds + start.elapsed().as_secs_f64();
+            let removed = repair == Repair::Merge;
+            let keep = chosen.keep.as_deref();
+            rows.push(Row {
+                connectivity: Some(self.connectivity(&pruned.rnn, keep, removed, &inner)?),
+                ..self.row(
+                    chosen,
+                    &pruned,
+                    session,
+                    Done {
+                        stage: Stage::OneShot,
+                        epochs: 0,
+                        seconds,
+                    },
+                )?
+            });
+            let epochs = session.config.finetune_epochs;
+            if epochs > 0 {
+                let start = Instant::now();
+                self.tune(&mut pruned, chosen, session)?;
+                let done = Done {
+                    stage: Stage::FineTuned,
+                    epochs,
+                    seconds: start.elapsed().as_secs_f64(),
+                };
+                rows.push(self.row(chosen, &pruned, session, done)?);
+            }
+        }
+        Ok(rows)
+    }
+
+    /// Fine-tuning under the masks.
+    fn tune(&self, pruned: &mut Pruned<'_>, chosen: &Chosen, session: &Session<'_>) -> Result<()> {
+        let (config, training) = (session.config, session.training);
+        let tuning = training.clone().with(|c| {
+            c.epochs = config.finetune_epochs;
+            c.learning_rate = training.learning_rate * config.finetune_rate;
+            c.patience = None;
+            c.target_loss = None;
+            c.seed = chosen.config.seed.wrapping_add(1);
+        });
+        let Source { name, data, .. } = self.source;
+        let inner = session.inner(format!("fine-tuning {name} after {}", chosen.config.method));
+        train(&mut pruned.rnn, data, &tuning, pruned.masks, &inner)?;
+        Ok(())
+    }
+
+    /// A fresh network trained without any recurrent weight.
+    pub(super) fn without_recurrence(&self, session: &Session<'_>, seed: u64) -> Result<Row> {
+        let start = Instant::now();
+        let Source { name, data, .. } = self.source;
+        let mut rnn = Rnn::new(self.source.rnn.config().clone(), seed)?;
+        let config = session.config.prune_config(Method::ZeroWhh, 0.0, seed);
+        let (masks, report) = prune_in(&rnn, &self.context(), &config)?;
+        let inner = session.inner(format!("training {name} without W_hh"));
+        train(&mut rnn, data, session.training, &masks, &inner)?;
+        let chosen = Chosen {
+            config,
+            masks: masks.clone(),
+            report,
+            keep: None,
+            seconds: 0.0,
+        };
+        let pruned = Pruned {
+            rnn,
+            masks: &masks,
+            repair: Repair::None,
+        };
+        let done = Done {
+            stage: Stage::FromScratch,
+            epochs: 0,
+            seconds: start.elapsed().as_secs_f64(),
+        };
+        self.row(&chosen, &pruned, session, done)
+    }
+
+    fn bits(&self, evaluation: &Evaluation) -> Option<f64> {
+        matches!(self.source.data.test, Examples::Text(_)).then(|| evaluation.bits())
+    }
+
+    /// Neurons that stay, by layers of the network or of its wiring.
+    fn neurons(&self, chosen: &Chosen, session: &Session<'_>) -> Option<Vec<usize>> {
+        let flags: Vec<bool> = chosen.keep.as_ref()?.concat();
+        let hidden = &self.source.rnn.config().hidden;
+        let layers = session.config.wiring.layers().unwrap_or(hidden);
+        let mut start = 0;
+        let kept = layers.iter().map(|&n| {
+            let layer = flags.iter().skip(start).take(n);
+            start += n;
+            layer.filter(|&&k| k).count()
+        });
+        Some(kept.collect())
+    }
+
+    /// Measures a network.
+    fn row(
+        &self,
+        chosen: &Chosen,
+        pruned: &Pruned<'_>,
+        session: &Session<'_>,
+        done: Done,
+    ) -> Result<Row> {
+        let start = Instant::now();
+        let Pruned { rnn, masks, repair } = pruned;
+        let config = &chosen.config;
+        let test = evaluate(rnn, &self.source.data.test)?;
+        let seconds = done.seconds + start.elapsed().as_secs_f64();
+        let valid = evaluate(rnn, &self.source.data.valid)?;
+        let recurrence = recurrence_of(rnn, config.lattice.aggregate)?;
+        let reached = sparsity_between(self.source.rnn, rnn, masks, self.within());
+        let merged = *repair == Repair::Merge;
+        Ok(Row {
+            reached: Some(reached),
+            neurons: if merged {
+                self.neurons(chosen, session)
+            } else {
+                None
+            },
+            repair: *repair,
+            finetune_epochs: done.epochs,
+            loss: Some(test.loss),
+            validation: Some(valid.loss),
+            bits: self.bits(&test),
+            accuracy: test.accuracy,
+            auc: test.auc,
+            params: Some(rnn.params().count() - masks.pruned()),
+            dead: Some(recurrence.iter().map(|l| l.dead).sum()),
+            spectral_radius: recurrence.iter().map(|l| l.spectral_radius).collect(),
+            order: summary(&chosen.report.cuts),
+            seconds,
+            ..self.empty(config.method, config.sparsity, config.seed, done.stage)
+        })
+    }
+
+    /// A row without results.
+    fn empty(&self, method: Method, sparsity: f64, seed: u64, stage: Stage) -> Row {
+        let shape = self.source.rnn.config();
+        Row {
+            suite: "lattice".into(),
+            task: self.source.name.into(),
+            cell: shape.cell,
+            hidden: shape.hidden.clone(),
+            method,
+            sparsity,
+            reached: None,
+            neurons: None,
+            seed,
+            network: self.source.seed,
+            stage,
+            finetune_epochs: 0,
+            loss: None,
+            loss_dense: self.test.loss,
+            validation: None,
+            bits: None,
+            bits_dense: self.bits(&self.test),
+            accuracy: None,
+            accuracy_dense: self.test.accuracy,
+            auc: None,
+            auc_dense: self.test.auc,
+            repair: Repair::None,
+            params: None,
+            params_dense: self.source.rnn.params().count() - self.source.wired.pruned(),
+            dead: None,
+            spectral_radius: Vec::new(),
+            connectivity: None,
+            order: None,
+            seconds: 0.0,
+            error: None,
+        }
+    }
+
+    fn refused(&self, method: Method, sparsity: f64, seed: u64, error: &Error) -> Row {
+        Row {
+            error: Some(error.to_string()),
+            ..self.empty(method, sparsity, seed, Stage::OneShot)
+        }
+    }
+}
+
+fn summary(cuts: &[CutReport]) -> Option<OrderSummary> {
+    let range = |of: fn(&CutReport) -> usize| {
+        Some((cuts.iter().map(of).min()?, cuts.iter().map(of).max()?))
+    };
+    Some(OrderSummary {
+        cuts: cuts.len(),
+        degenerate_cuts: cuts.iter().filter(|c| c.order.degenerate).count(),
+        classes: range(|c| c.order.classes)?,
+        largest_class: range(|c| c.order.largest_class)?,
+        irreducible: range(|c| c.order.irreducible_neurons)?,
+    })
+}
