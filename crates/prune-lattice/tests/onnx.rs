@@ -4,7 +4,7 @@ use proptest::prelude::*;
 use prune_lattice::{
     Cell, Error,
     onnx::OnnxFile,
-    rnn::{CheckpointNames, Rnn},
+    rnn::{CheckpointNames, ReadOut, Rnn},
 };
 use std::path::Path;
 
@@ -223,6 +223,7 @@ fn weights_behind_slices_concatenations_and_transpositions_are_found_and_written
     let written = file.with_layer(node, &rnn, 0).unwrap();
     assert_eq!(network(&read(written).unwrap()), rnn);
     // A bias that the file does not have cannot be written.
+    assert!(!node.has_bias());
     for p in rnn
         .params_mut()
         .iter_mut()
@@ -230,7 +231,135 @@ fn weights_behind_slices_concatenations_and_transpositions_are_found_and_written
     {
         p.data[0] = 1.0;
     }
-    assert!(file.with_layer(node, &rnn, 0).is_err());
+    let error = file.with_layer(node, &rnn, 0).unwrap_err().to_string();
+    assert!(error.contains("refit without a constant"), "{error}");
+}
+
+/// A graph as an attribute of a node.
+fn attribute_graph(name: &str, nodes: &[Vec<u8>], initializers: &[Vec<u8>]) -> Vec<u8> {
+    let nodes: Vec<u8> = nodes.iter().flat_map(|n| bytes(1, n)).collect();
+    let tensors: Vec<u8> = initializers.iter().flat_map(|t| bytes(5, t)).collect();
+    let graph = bytes(6, &[nodes, tensors].concat());
+    bytes(5, &[bytes(1, name.as_bytes()), graph].concat())
+}
+
+fn named(node: Vec<u8>, name: &str) -> Vec<u8> {
+    [node, bytes(3, name.as_bytes())].concat()
+}
+
+#[test]
+fn the_read_out_of_a_node_inside_a_branch_is_found_there_and_not_in_the_other_branch() {
+    let lstm = |name: &str| named(node("LSTM", &["x", "w", "r"], "y", &[]), name);
+    let branch = |attribute: &str, name: &str, from: f32| {
+        let read_out = [
+            tensor("head.weight", &[1, 2, 1], &ramp(2, from)),
+            tensor("head.bias", &[1], &[from]),
+            tensor("r", &[1, 8, 2], &ramp(16, from)),
+        ];
+        attribute_graph(attribute, &[lstm(name)], &read_out)
+    };
+    let both = node(
+        "If",
+        &["c"],
+        "out",
+        &[
+            branch("then_branch", "first", 0.5),
+            branch("else_branch", "second", 0.7),
+        ],
+    );
+    // W stands in the graph around both branches.
+    let file = read(model(&[both], &[tensor("w", &[1, 8, 3], &ramp(24, 0.0))])).unwrap();
+    for (name, from) in [("first", 0.5), ("second", 0.7)] {
+        let node = file.node(Some(name)).unwrap();
+        let rnn = file.network(node, Some("head"), ReadOut::Relu).unwrap();
+        assert_eq!(rnn.params().get("out.weight").unwrap().data, ramp(2, from));
+        assert_eq!(rnn.config().read_out, ReadOut::Relu);
+        assert_eq!(file.constant(node, "w").unwrap().1, ramp(24, 0.0));
+        let error = file.network(node, Some("tail"), ReadOut::Linear);
+        let text = error.unwrap_err().to_string();
+        assert!(
+            text.contains(FILE) && text.contains("`tail.weight`"),
+            "{text}"
+        );
+    }
+}
+
+#[test]
+fn a_node_that_is_not_supported_leaves_the_others_of_its_file_usable() {
+    let plain = named(node("LSTM", &["x", "w", "r"], "y", &[]), "plain");
+    let clipped = node("LSTM", &["x", "w", "r"], "z", &[attribute_int("clip", 1)]);
+    let weights = [
+        tensor("w", &[1, 8, 3], &ramp(24, 0.0)),
+        tensor("r", &[1, 8, 2], &ramp(16, 0.0)),
+    ];
+    let file = read(model(&[plain, named(clipped, "clipped")], &weights)).unwrap();
+    assert_eq!(file.nodes().len(), 1);
+    assert_eq!(file.node(Some("plain")).unwrap().hidden, 2);
+    let [other] = file.unsupported() else {
+        panic!("{:?}", file.unsupported())
+    };
+    assert_eq!((&*other.name, &*other.operator), ("clipped", "LSTM"));
+    for (asked, words) in [
+        (
+            Some("clipped"),
+            "LSTM node `clipped`: clip is not supported",
+        ),
+        (
+            None,
+            "plain, clipped (not supported: clip is not supported)",
+        ),
+        (Some("third"), "plain, clipped (not supported"),
+    ] {
+        let text = file.node(asked).unwrap_err().to_string();
+        assert!(text.contains(words), "{text}");
+    }
+}
+
+#[test]
+fn a_weight_that_is_not_finite_names_its_file_and_node() {
+    let mut w = ramp(24, 0.0);
+    w[7] = f32::NAN;
+    let lstm = named(node("LSTM", &["x", "w", "r"], "y", &[]), "cell");
+    let weights = [
+        tensor("w", &[1, 8, 3], &w),
+        tensor("r", &[1, 8, 2], &ramp(16, 0.0)),
+    ];
+    let file = read(model(&[lstm], &weights)).unwrap();
+    let node = file.node(None).unwrap();
+    let text = file
+        .network(node, None, ReadOut::Linear)
+        .unwrap_err()
+        .to_string();
+    for words in [FILE, "`cell`", "weight_ih_l0", "NaN"] {
+        assert!(text.contains(words), "{text}");
+    }
+}
+
+#[test]
+fn operators_that_ask_for_more_than_their_file_holds_are_refused() {
+    let refused = |operators: &[Vec<u8>], initializers: &[Vec<u8>], words: &str| {
+        let lstm = node("LSTM", &["x", "w", "w"], "y", &[]);
+        let nodes = [operators, &[lstm]].concat();
+        let text = read(model(&nodes, initializers)).unwrap_err().to_string();
+        assert!(text.contains(words), "{text}");
+    };
+    // Each doubles what the one before made: 2^40 elements of a file of 3 KB.
+    let names: Vec<String> = (0..=40).map(|k| format!("v{k}")).collect();
+    let double = |k: usize| {
+        let (from, to) = (names[k].as_str(), names[k + 1].as_str());
+        let to = if k == 39 { "w" } else { to };
+        node("Concat", &[from, from], to, &[attribute_int("axis", 0)])
+    };
+    let chain: Vec<Vec<u8>> = (0..40).map(double).collect();
+    let start = [tensor("v0", &[4], &ramp(4, 0.0))];
+    refused(&chain, &start, "for each byte of the file");
+    let many = vec![0i64; 40];
+    let unsqueeze = node("Unsqueeze", &["v0"], "w", &[attribute_ints("axes", &many)]);
+    refused(&[unsqueeze], &start, "41 axes are more than 32");
+    for shape in [&[-1, -1][..], &[3, -5], &[i64::MAX, i64::MAX, -1]] {
+        let reshape = node("Reshape", &["v0"], "w", &[attribute_ints("shape", shape)]);
+        refused(&[reshape], &start, "of 4 elements");
+    }
 }
 
 #[test]
@@ -303,10 +432,7 @@ fn what_the_cells_do_not_compute_is_refused_by_name() {
 
 #[test]
 fn several_nodes_are_told_apart_by_name() {
-    let named = |name: &str| {
-        let lstm = node("LSTM", &["x", "w", "r"], "y", &[]);
-        [lstm, bytes(3, name.as_bytes())].concat()
-    };
+    let named = |name: &str| named(node("LSTM", &["x", "w", "r"], "y", &[]), name);
     let weights = [
         tensor("w", &[1, 8, 3], &ramp(24, 0.0)),
         tensor("r", &[1, 8, 2], &ramp(16, 0.0)),
@@ -326,17 +452,90 @@ fn several_nodes_are_told_apart_by_name() {
     ));
 }
 
+/// A file with most of what is read: weights behind operators, constants of both kinds, graphs inside a graph.
+fn rich() -> Vec<u8> {
+    let before = attribute_int("linear_before_reset", 1);
+    let inner = attribute_graph(
+        "then_branch",
+        &[
+            node("Slice", &["w0", "zero", "six", "zero"], "w1", &[]),
+            node("Unsqueeze", &["w1", "zero"], "w", &[]),
+            node("Reshape", &["r0", "shape"], "r", &[]),
+            node("GRU", &["x", "w", "r"], "y", std::slice::from_ref(&before)),
+        ],
+        &[ints("shape", &[1, 6, -1])],
+    );
+    let nodes = [
+        node(
+            "Transpose",
+            &["wt"],
+            "w0",
+            &[attribute_ints("perm", &[1, 0])],
+        ),
+        node("Concat", &["ra", "rb"], "r0", &[attribute_int("axis", -1)]),
+        node("If", &["c"], "z", &[inner]),
+    ];
+    let initializers = [
+        tensor("wt", &[3, 6], &ramp(18, 1.0)),
+        tensor("ra", &[6, 1], &ramp(6, 2.0)),
+        tensor("rb", &[6, 1], &ramp(6, 3.0)),
+        ints("zero", &[0]),
+        ints("six", &[6]),
+    ];
+    model(&nodes, &initializers)
+}
+
+fn ints(name: &str, values: &[i64]) -> Vec<u8> {
+    let raw: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+    let dims = int(1, values.len() as i64);
+    [dims, int(2, 7), bytes(8, name.as_bytes()), bytes(9, &raw)].concat()
+}
+
+/// Whatever is read is also used: a network, and its weights written back.
+fn use_all(file: &OnnxFile) {
+    for node in file.nodes() {
+        if let Ok(rnn) = file.network(node, None, ReadOut::Linear) {
+            let _ = file.with_layer(node, &rnn, 0);
+        }
+    }
+}
+
+#[test]
+fn the_file_that_is_damaged_below_is_read_when_it_is_whole() {
+    let file = read(rich()).unwrap();
+    assert_eq!((file.nodes().len(), file.nodes()[0].width), (1, 3));
+    use_all(&file);
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(400))]
 
     #[test]
-    fn damaged_files_never_panic(at in 0usize..400, value: u8, cut in 0usize..400) {
-        let mut bytes = gru(&[attribute_int("linear_before_reset", 1)]);
-        let len = bytes.len();
-        bytes[at % len] = value;
-        let _ = read(bytes.clone());
-        bytes.truncate(cut % len);
-        let _ = read(bytes);
+    fn damaged_files_never_panic(
+        changes in proptest::collection::vec((0usize..4000, any::<u8>()), 1..6),
+        cut in 0usize..4000,
+        moved in (0usize..4000, 0usize..4000, 0usize..60),
+    ) {
+        for whole in [gru(&[attribute_int("linear_before_reset", 1)]), rich()] {
+            let len = whole.len();
+            let mut bytes = whole.clone();
+            for &(at, value) in &changes {
+                bytes[at % len] = value;
+            }
+            if let Ok(file) = read(bytes.clone()) {
+                use_all(&file);
+            }
+            bytes.truncate(cut % len);
+            let _ = read(bytes);
+            // A piece of the file copied to another place.
+            let (from, to) = (moved.0 % len, moved.1 % len);
+            let piece = whole[from..(from + moved.2).min(len)].to_vec();
+            let mut bytes = whole;
+            bytes.splice(to..to, piece);
+            if let Ok(file) = read(bytes) {
+                use_all(&file);
+            }
+        }
     }
 }
 
@@ -414,4 +613,26 @@ fn the_three_exports_of_silero_vad_give_the_same_network_and_go_back_byte_for_by
             "{name}"
         );
     }
+}
+
+#[shared_data::needed("models/silero_vad")]
+#[test]
+fn the_shipped_silero_vad_is_read_with_the_read_out_of_its_branch() {
+    let folder = Path::new(shared_data::path!("models/silero_vad"));
+    let names = CheckpointNames::default().with(|c| c.dense_input = true);
+    let expected = Rnn::load(&folder.join("model.safetensors"), &names).unwrap();
+    let file = OnnxFile::open(&folder.join("silero_vad.onnx")).unwrap();
+    let text = file.node(None).unwrap_err().to_string();
+    let name = "If_0_then_branch__Inline_0__/decoder/rnn/LSTM";
+    assert!(text.contains(name), "{text}");
+    let node = file.node(Some(name)).unwrap();
+    let read_out = Some("If_0_then_branch__Inline_0__decoder.decoder.2");
+    let rnn = file.network(node, read_out, ReadOut::Linear).unwrap();
+    let same = |a: &str, b: &str| {
+        let values = |rnn: &Rnn, name: &str| rnn.params().get(name).unwrap().data.clone();
+        assert_eq!(values(&rnn, a), values(&expected, b), "{a}");
+    };
+    same("rnn.weight_hh_l0", "lstm.weight_hh_l0");
+    same("out.weight", "out.weight");
+    same("out.bias", "out.bias");
 }

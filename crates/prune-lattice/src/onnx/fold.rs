@@ -4,10 +4,13 @@
 //! it came from whatever slices and concatenations lie between.
 
 use super::proto::{Graph, Node, TensorData};
-use std::collections::HashMap;
+use std::{cell::Cell, collections::HashMap};
 
-/// Largest number of elements of a tensor.
-const MAX_ELEMENTS: usize = 1 << 28;
+/// Largest number of axes of a tensor.
+const MAX_RANK: usize = 32;
+/// Elements that may be computed for each byte of a file: a weight of four bytes passes through a few operators, and a file that
+/// asks for more only repeats what it has.
+const ELEMENTS_A_BYTE: usize = 8;
 /// Operators between an initializer and a weight.
 const MAX_CHAIN: usize = 64;
 const FLOAT: i32 = 1;
@@ -41,9 +44,16 @@ impl Value {
         }
     }
 
+    fn len(&self) -> usize {
+        match self {
+            Value::Floats(_, v) => v.len(),
+            Value::Ints(_, v) => v.len(),
+        }
+    }
+
     fn reshaped(mut self, to: Vec<usize>) -> Found<Value> {
-        let size = |d: &[usize]| d.iter().product::<usize>();
-        if size(&to) != size(self.dims()) {
+        check_rank(to.len())?;
+        if size_of(&to) != Some(self.len()) {
             return Err(format!("shape {:?} cannot become {to:?}", self.dims()));
         }
         match &mut self {
@@ -60,18 +70,39 @@ impl Value {
     }
 }
 
+/// The elements that may still be computed for a file.
+pub(super) struct Budget(Cell<usize>);
+
+impl Budget {
+    pub(super) fn of(file: &[u8]) -> Self {
+        Self(Cell::new(file.len().saturating_mul(ELEMENTS_A_BYTE)))
+    }
+
+    fn spend(&self, elements: usize) -> Found<()> {
+        let left = self.0.get().checked_sub(elements);
+        self.0.set(left.unwrap_or(0));
+        left.map(|_| ()).ok_or_else(|| {
+            format!(
+                "its constants have more than {ELEMENTS_A_BYTE} elements for each byte of the file"
+            )
+        })
+    }
+}
+
 /// A graph and those around it; names of outer graphs are visible.
 pub(super) struct Scopes<'a> {
     graphs: Vec<&'a Graph>,
     /// Start of the file in memory and its length, to find the place of a slice.
     file: (usize, usize),
+    budget: &'a Budget,
 }
 
 impl<'a> Scopes<'a> {
-    pub(super) fn new(graphs: Vec<&'a Graph>, file: &[u8]) -> Self {
+    pub(super) fn new(graphs: Vec<&'a Graph>, file: &[u8], budget: &'a Budget) -> Self {
         Self {
             graphs,
             file: (file.as_ptr() as usize, file.len()),
+            budget,
         }
     }
 
@@ -122,6 +153,7 @@ impl<'a> Scopes<'a> {
         if t.data_location != 0 || !t.external_data.is_empty() {
             return Err(format!("`{name}` has external data, which is not read"));
         }
+        check_rank(t.dims.len()).map_err(|e| format!("`{name}`: {e}"))?;
         let dims: Vec<usize> = t
             .dims
             .iter()
@@ -129,11 +161,11 @@ impl<'a> Scopes<'a> {
                 usize::try_from(d).map_err(|_| format!("`{name}` has the shape {:?}", t.dims))
             })
             .collect::<Found<_>>()?;
-        let size = dims
-            .iter()
-            .try_fold(1usize, |n, &d| n.checked_mul(d))
-            .filter(|&n| n <= MAX_ELEMENTS)
+        // Elements take a byte of the file at least.
+        let size = size_of(&dims)
+            .filter(|&n| n <= self.file.1)
             .ok_or_else(|| format!("`{name}` has the shape {dims:?}, which is too large"))?;
+        self.budget.spend(size)?;
         let wrong = |found: usize| format!("`{name}` of shape {dims:?} has {found} elements");
         let raw = &t.raw_data;
         let start = (raw.as_ptr() as usize).wrapping_sub(self.file.0);
@@ -222,6 +254,8 @@ impl<'a> Scopes<'a> {
             ));
         }
         let x = input(0)?.ok_or_else(|| label("it has no input".into()))?;
+        // What is made has as many elements as what is read, or fewer; concatenations check their own.
+        self.budget.spend(x.len()).map_err(label)?;
         // Since opset 13 (10 for Slice) lists are inputs, before that attributes.
         let mut list = |name: &str, at: usize| -> Found<Option<Vec<i64>>> {
             match node.attribute(name) {
@@ -241,6 +275,7 @@ impl<'a> Scopes<'a> {
             "Unsqueeze" => {
                 let axes = list("axes", 1)?.ok_or_else(|| label("no axes".into()))?;
                 let rank = x.dims().len() + axes.len();
+                check_rank(rank).map_err(label)?;
                 let new: Vec<usize> = axes
                     .iter()
                     .map(|&a| axis(a, rank))
@@ -271,23 +306,7 @@ impl<'a> Scopes<'a> {
             }
             "Reshape" => {
                 let shape = list("shape", 1)?.ok_or_else(|| label("no shape".into()))?;
-                let size: usize = x.dims().iter().product();
-                let mut dims = Vec::new();
-                for (k, &d) in shape.iter().enumerate() {
-                    dims.push(match d {
-                        0 => x.dims().get(k).copied().unwrap_or(0),
-                        -1 => usize::MAX,
-                        d => usize::try_from(d).map_err(|_| label(format!("shape {shape:?}")))?,
-                    });
-                }
-                let known: usize = dims
-                    .iter()
-                    .filter(|&&d| d != usize::MAX)
-                    .try_fold(1usize, |n, &d| n.checked_mul(d))
-                    .ok_or_else(|| label(format!("shape {shape:?}")))?;
-                for d in dims.iter_mut().filter(|d| **d == usize::MAX) {
-                    *d = size.checked_div(known).unwrap_or(0);
-                }
+                let dims = reshape(&x, &shape).map_err(label)?;
                 x.reshaped(dims).map_err(label)
             }
             "Transpose" => {
@@ -317,12 +336,45 @@ impl<'a> Scopes<'a> {
                 let at = node.attribute("axis").map_or(0, |a| a.i);
                 let mut parts = vec![x];
                 for k in 1..node.input.len() {
-                    parts.extend(input(k)?);
+                    let part = input(k)?;
+                    self.budget.spend(part.as_ref().map_or(0, Value::len))?;
+                    parts.extend(part);
                 }
                 concat(&parts, at).map_err(label)
             }
         }
     }
+}
+
+fn check_rank(rank: usize) -> Found<()> {
+    match rank <= MAX_RANK {
+        true => Ok(()),
+        false => Err(format!("{rank} axes are more than {MAX_RANK}")),
+    }
+}
+
+/// Elements of a shape.
+fn size_of(dims: &[usize]) -> Option<usize> {
+    dims.iter().try_fold(1usize, |n, &d| n.checked_mul(d))
+}
+
+/// The shape that a list of sizes asks for: 0 copies an axis, one -1 takes what is left.
+fn reshape(x: &Value, shape: &[i64]) -> Found<Vec<usize>> {
+    check_rank(shape.len())?;
+    let wrong = || format!("shape {shape:?} of {} elements", x.len());
+    let size = |(k, &d): (usize, &i64)| match d {
+        0 => Ok(Some(x.dims().get(k).copied().unwrap_or(0))),
+        -1 => Ok(None),
+        d => usize::try_from(d).map(Some).map_err(|_| wrong()),
+    };
+    let sizes: Vec<Option<usize>> = shape.iter().enumerate().map(size).collect::<Found<_>>()?;
+    let known: Vec<usize> = sizes.iter().copied().flatten().collect();
+    if known.len() + 1 < sizes.len() {
+        return Err(wrong());
+    }
+    let known = size_of(&known).ok_or_else(wrong)?;
+    let left = x.len().checked_div(known).unwrap_or(0);
+    Ok(sizes.into_iter().map(|d| d.unwrap_or(left)).collect())
 }
 
 fn axis(a: i64, rank: usize) -> Found<usize> {

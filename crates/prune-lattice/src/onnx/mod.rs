@@ -14,7 +14,7 @@ use crate::{
     rnn::{CheckpointNames, ReadOut, Rnn},
 };
 use candle_core::{Device, Tensor};
-use fold::{Element, Found, Scopes, Value};
+use fold::{Budget, Element, Found, Scopes, Value};
 use prost::{Message, bytes::Bytes};
 use proto::{Graph, Model, Node};
 use std::{
@@ -33,6 +33,18 @@ pub struct OnnxFile {
     file: PathBuf,
     bytes: Bytes,
     nodes: Vec<RecurrentNode>,
+    unsupported: Vec<Unsupported>,
+}
+
+/// A recurrent node that this crate's cells do not compute, or whose weights cannot be read.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Unsupported {
+    /// Name of the node.
+    pub name: String,
+    /// Its operator.
+    pub operator: String,
+    /// Why it cannot be used.
+    pub reason: String,
 }
 
 /// A recurrent node, gates in PyTorch's order.
@@ -46,6 +58,8 @@ pub struct RecurrentNode {
     pub hidden: usize,
     /// Width of its input.
     pub width: usize,
+    /// Where its graph is: for each graph inside the one before, the node and its attribute.
+    graph: Vec<(usize, usize)>,
     /// `W`: `[gates * H, width]`.
     weight_ih: Vec<Element>,
     /// `R`: `[gates * H, H]`.
@@ -59,8 +73,8 @@ impl OnnxFile {
     /// Reads a file.
     ///
     /// # Errors
-    /// The file cannot be read or is no ONNX model, has no recurrent node, or one of a kind that is not supported (the error
-    /// names node and reason).
+    /// The file cannot be read or is no ONNX model, or has no recurrent node that is supported (the error names the first one
+    /// and why it is not).
     pub fn open(file: &Path) -> Result<Self> {
         let bytes = std::fs::read(file).map_err(|source| Error::Io {
             file: file.into(),
@@ -90,69 +104,103 @@ impl OnnxFile {
         let graph = model
             .graph
             .ok_or_else(|| wrong("an ONNX model without a graph".into()))?;
-        let mut nodes = Vec::new();
-        collect(&mut vec![&graph], &bytes, &mut nodes).map_err(wrong)?;
-        if nodes.is_empty() {
-            return Err(wrong(
+        let mut found = Nodes {
+            file: &bytes,
+            budget: Budget::of(&bytes),
+            nodes: Vec::new(),
+            unsupported: Vec::new(),
+        };
+        found
+            .collect(&mut vec![&graph], &mut Vec::new())
+            .map_err(wrong)?;
+        let Nodes {
+            nodes, unsupported, ..
+        } = found;
+        match (nodes.as_slice(), unsupported.as_slice()) {
+            ([], []) => Err(wrong(
                 "it has no LSTM, GRU or RNN node; cells that are unrolled into Gemm, Sigmoid and Mul are not recognised"
                     .into(),
-            ));
+            )),
+            ([], [first, ..]) => Err(wrong(first.to_string())),
+            _ => Ok(Self {
+                file: file.into(),
+                bytes,
+                nodes,
+                unsupported,
+            }),
         }
-        Ok(Self {
-            file: file.into(),
-            bytes,
-            nodes,
-        })
     }
 
-    /// All recurrent nodes.
+    /// The recurrent nodes that can be used.
     pub fn nodes(&self) -> &[RecurrentNode] {
         &self.nodes
+    }
+
+    /// The recurrent nodes that cannot.
+    pub fn unsupported(&self) -> &[Unsupported] {
+        &self.unsupported
     }
 
     /// The node of that name, or the only one.
     ///
     /// # Errors
-    /// There is no such node, or there are several and no name is given.
+    /// There is no such node, it is not supported, or there are several and no name is given.
     pub fn node(&self, name: Option<&str>) -> Result<&RecurrentNode> {
-        let names: Vec<&str> = self.nodes.iter().map(|n| n.name.as_str()).collect();
+        let wrong = |reason: String| Error::Data {
+            file: self.file.clone(),
+            reason,
+        };
+        let usable = self.nodes.iter().map(|n| n.name.clone());
+        let others = self.unsupported.iter();
+        let others = others.map(|u| format!("{} (not supported: {})", u.name, u.reason));
+        let list = || -> String {
+            let names: Vec<String> = usable.clone().chain(others.clone()).collect();
+            names.join(", ")
+        };
         match (name, self.nodes.as_slice()) {
-            (None, [one]) => Ok(one),
-            (None, _) => Err(Error::Data {
-                file: self.file.clone(),
-                reason: format!(
-                    "it has several recurrent nodes, give one of: {}",
-                    names.join(", ")
-                ),
-            }),
+            (None, [one]) if self.unsupported.is_empty() => Ok(one),
+            (None, _) => Err(wrong(format!(
+                "it has several recurrent nodes, give one of: {}",
+                list()
+            ))),
             (Some(name), nodes) => {
-                nodes
-                    .iter()
-                    .find(|n| n.name == name)
-                    .ok_or_else(|| Error::UnknownName {
+                if let Some(node) = nodes.iter().find(|n| n.name == name) {
+                    return Ok(node);
+                }
+                Err(match self.unsupported.iter().find(|u| u.name == name) {
+                    Some(node) => wrong(node.to_string()),
+                    None => Error::UnknownName {
                         kind: "recurrent node",
                         name: name.into(),
-                        expected: names.join(", "),
-                    })
+                        expected: list(),
+                    },
+                })
             }
         }
     }
 
-    /// A constant of the outermost graph, by name: its shape and values.
+    /// A constant that a node sees, by name: one of its own graph or of a graph around it. Gives its shape and values.
     ///
     /// # Errors
     /// There is no float constant of that name.
-    pub fn constant(&self, name: &str) -> Result<(Vec<usize>, Vec<f32>)> {
+    pub fn constant(&self, node: &RecurrentNode, name: &str) -> Result<(Vec<usize>, Vec<f32>)> {
         let wrong = |reason: String| Error::Data {
             file: self.file.clone(),
             reason,
         };
         let model = Model::decode(self.bytes.clone()).map_err(|e| wrong(e.to_string()))?;
         let graph = model.graph.unwrap_or_default();
-        match Scopes::new(vec![&graph], &self.bytes).value(name) {
+        let mut graphs = vec![&graph];
+        for &(at, attribute) in &node.graph {
+            let outer = graphs[graphs.len() - 1];
+            let inner = outer.node.get(at).and_then(|n| n.attribute.get(attribute));
+            graphs.extend(inner.and_then(|a| a.g.as_ref()));
+        }
+        let budget = Budget::of(&self.bytes);
+        match Scopes::new(graphs, &self.bytes, &budget).value(name) {
             Ok(Value::Floats(dims, values)) => Ok((dims, values.iter().map(|v| v.0).collect())),
             Ok(Value::Ints(..)) => Err(wrong(format!("`{name}` holds integers"))),
-            Err(reason) => Err(wrong(reason)),
+            Err(reason) => Err(wrong(format!("node `{}`: {reason}", node.name))),
         }
     }
 
@@ -168,7 +216,11 @@ impl OnnxFile {
         read_out: Option<&str>,
         activation: ReadOut,
     ) -> Result<Rnn> {
-        let mut tensors = node.tensors("rnn")?;
+        let wrong = |e: Error| Error::Data {
+            file: self.file.clone(),
+            reason: format!("node `{}`: {e}", node.name),
+        };
+        let mut tensors = node.tensors("rnn").map_err(wrong)?;
         let h = node.hidden;
         let (outputs, weight, bias) = match read_out {
             None => {
@@ -176,8 +228,8 @@ impl OnnxFile {
                 (h, (0..h * h).map(one).collect(), vec![0.0; h])
             }
             Some(name) => {
-                let (dims, weight) = self.constant(&format!("{name}.weight"))?;
-                let (_, bias) = self.constant(&format!("{name}.bias"))?;
+                let (dims, weight) = self.constant(node, &format!("{name}.weight"))?;
+                let (_, bias) = self.constant(node, &format!("{name}.bias"))?;
                 if weight.is_empty() || weight.len() != bias.len() * h {
                     return Err(Error::Shape {
                         tensor: format!("{name}.weight"),
@@ -196,7 +248,7 @@ impl OnnxFile {
             n.dense_input = true;
             n.read_out = activation;
         });
-        Rnn::from_tensors(&tensors, &names)
+        Rnn::from_tensors(&tensors, &names).map_err(wrong)
     }
 
     /// The file with the weights of a node replaced by those of a layer of `rnn`, which must have its shape.
@@ -219,6 +271,19 @@ impl OnnxFile {
             });
         }
         let weights = rnn.layer(layer);
+        let biases = weights
+            .bias
+            .iter()
+            .chain(weights.candidate_bias.into_iter().flatten());
+        if !node.has_bias() && biases.into_iter().any(|b| *b != 0.0) {
+            return Err(Error::Data {
+                file: self.file.clone(),
+                reason: format!(
+                    "node `{}` has no B, so that its biases must stay zero: refit without a constant",
+                    node.name
+                ),
+            });
+        }
         let mut bytes = self.bytes.to_vec();
         let mut written: HashMap<usize, f32> = HashMap::new();
         let mut put = |(old, place): Element, new: f32, what: &str| -> Result<()> {
@@ -277,7 +342,24 @@ impl OnnxFile {
     }
 }
 
+impl std::fmt::Display for Unsupported {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self {
+            name,
+            operator,
+            reason,
+        } = self;
+        write!(f, "{operator} node `{name}`: {reason}")
+    }
+}
+
 impl RecurrentNode {
+    /// Whether the file has biases of its own for it: without, a refitted constant cannot be written back
+    /// ([`RefitConfig::constant`](crate::repair::RefitConfig)).
+    pub fn has_bias(&self) -> bool {
+        !self.bias_ih.is_empty()
+    }
+
     /// Its weights by PyTorch's names under `prefix`: `weight_ih_l0`, `weight_hh_l0`, `bias_ih_l0`, `bias_hh_l0`. With a
     /// read-out beside them, [`Rnn::from_tensors`] makes a network of them.
     ///
@@ -318,35 +400,59 @@ impl RecurrentNode {
     }
 }
 
-/// The recurrent nodes of the innermost graph and of those inside it.
-fn collect(graphs: &mut Vec<&Graph>, file: &[u8], into: &mut Vec<RecurrentNode>) -> Found<()> {
-    if graphs.len() > MAX_DEPTH {
-        return Err(format!("more than {MAX_DEPTH} graphs inside each other"));
-    }
-    let graph = *graphs.last().expect("called with a graph");
-    for (k, node) in graph.node.iter().enumerate() {
-        let cell = match node.op_type.as_str() {
-            "LSTM" => Some(Cell::Lstm),
-            "GRU" => Some(Cell::Gru),
-            "RNN" => Some(Cell::Tanh),
-            _ => None,
-        };
-        if let Some(cell) = cell {
-            let name = match node.name.is_empty() {
-                true => format!("{} {k}", node.op_type),
-                false => node.name.clone(),
+/// The recurrent nodes of a file that were found so far.
+struct Nodes<'a> {
+    file: &'a [u8],
+    budget: Budget,
+    nodes: Vec<RecurrentNode>,
+    unsupported: Vec<Unsupported>,
+}
+
+impl Nodes<'_> {
+    /// Adds those of the innermost graph, which lies at `path`, and of the graphs inside it.
+    fn collect(&mut self, graphs: &mut Vec<&Graph>, path: &mut Vec<(usize, usize)>) -> Found<()> {
+        if graphs.len() > MAX_DEPTH {
+            return Err(format!("more than {MAX_DEPTH} graphs inside each other"));
+        }
+        let graph = *graphs.last().expect("called with a graph");
+        for (k, node) in graph.node.iter().enumerate() {
+            let operator = node.op_type.as_str();
+            let cell = match operator {
+                "LSTM" => Some(Cell::Lstm),
+                "GRU" => Some(Cell::Gru),
+                "RNN" => Some(Cell::Tanh),
+                _ => None,
             };
-            let scopes = Scopes::new(graphs.clone(), file);
-            let read = recurrent(node, cell, &scopes, &name);
-            into.push(read.map_err(|e| format!("{} node `{name}`: {e}", node.op_type))?);
+            if let Some(cell) = cell {
+                let name = match node.name.is_empty() {
+                    true => format!("{operator} {k}"),
+                    false => node.name.clone(),
+                };
+                let scopes = Scopes::new(graphs.clone(), self.file, &self.budget);
+                match recurrent(node, cell, &scopes, &name) {
+                    Ok(node) => self.nodes.push(RecurrentNode {
+                        graph: path.clone(),
+                        ..node
+                    }),
+                    Err(reason) => self.unsupported.push(Unsupported {
+                        name,
+                        operator: operator.into(),
+                        reason,
+                    }),
+                }
+            }
+            for (a, attribute) in node.attribute.iter().enumerate() {
+                if let Some(inner) = &attribute.g {
+                    graphs.push(inner);
+                    path.push((k, a));
+                    self.collect(graphs, path)?;
+                    path.pop();
+                    graphs.pop();
+                }
+            }
         }
-        for inner in node.attribute.iter().filter_map(|a| a.g.as_ref()) {
-            graphs.push(inner);
-            collect(graphs, file, into)?;
-            graphs.pop();
-        }
+        Ok(())
     }
-    Ok(())
 }
 
 /// Reads a node, after refusing by name what the crate's cells do not compute.
@@ -440,6 +546,7 @@ fn recurrent(node: &Node, cell: Cell, scopes: &Scopes<'_>, name: &str) -> Found<
         cell,
         hidden,
         width,
+        graph: Vec::new(),
         weight_ih: reordered(&w, width),
         weight_hh: reordered(&r, hidden),
         bias_ih,
