@@ -1,11 +1,11 @@
 //! Prunes the recurrent node of an ONNX file without training and writes the file back, so that any runtime runs it.
 //!
 //! `cargo run --release -p prune-lattice --example onnx --features experiment,onnx -- IN.onnx OUT.onnx CLIPS [METHOD [SPARSITY
-//! [READ_OUT]]]`
+//! [READ_OUT [NODE [linear|relu]]]]]`
 //!
 //! CLIPS is a folder of the task `vad`: recorded inputs of the node, and labels. READ_OUT is the prefix of the constants of the
-//! read-out, which sees max(0, h). The weights under the mask are solved again; where that is worse on the validation clips, they
-//! stay as they are.
+//! read-out, which sees max(0, h) or (`linear`) h; NODE is the recurrent node of a file that has several. The weights under the mask
+//! are solved again; where that is worse on the validation clips, they stay as they are.
 
 use prune_lattice::{
     NoProgress,
@@ -21,19 +21,23 @@ use std::path::Path;
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let args: Vec<String> = std::env::args().skip(1).collect();
     let [from, to, clips, rest @ ..] = args.as_slice() else {
-        return Err("usage: onnx IN.onnx OUT.onnx CLIPS [METHOD [SPARSITY [READ_OUT]]]".into());
+        return Err(
+            "usage: onnx IN.onnx OUT.onnx CLIPS [METHOD [SPARSITY [READ_OUT [NODE [linear|relu]]]]]"
+                .into(),
+        );
     };
     let method: Method = rest.first().map_or(Ok(Method::Magnitude), |m| m.parse())?;
     let sparsity: f64 = rest.get(1).map_or(Ok(0.75), |s| s.parse())?;
     let read_out = rest.get(2).map_or("output", String::as_str);
 
     let file = OnnxFile::open(Path::new(from))?;
-    let node = file.node(None)?;
+    let node = file.node(rest.get(3).map(String::as_str))?;
+    let activation: ReadOut = rest.get(4).map_or(Ok(ReadOut::Relu), |a| a.parse())?;
     println!(
         "{}: {} of {} inputs, {} neurons",
         node.name, node.cell, node.width, node.hidden
     );
-    let rnn = file.network(node, Some(read_out), ReadOut::Relu)?;
+    let rnn = file.network(node, Some(read_out), activation)?;
     let task = Task::Vad(clips.into());
     let data = task.generate(task.default_sizes(), 0)?;
     let calibration = record(&rnn, &data.train, &RecordConfig::default(), &NoProgress)?;
@@ -41,7 +45,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let (masks, report) = prune_in(&rnn, &context, &PruneConfig::new(method, sparsity))?;
     let (mut plain, mut fitted) = (rnn.clone(), rnn.clone());
     masks.apply(plain.params_mut())?;
-    refit(&mut fitted, &masks, &calibration, &RefitConfig::default())?;
+    // What a file without biases cannot hold is not solved for.
+    let fit = RefitConfig::default().with(|c| c.constant = node.has_bias());
+    refit(&mut fitted, &masks, &calibration, &fit)?;
     let better = evaluate(&fitted, &data.valid)?.loss <= evaluate(&plain, &data.valid)?.loss;
     let chosen = if better { &fitted } else { &plain };
     println!(

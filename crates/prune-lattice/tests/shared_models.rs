@@ -8,6 +8,7 @@ use prune_lattice::{
     prune::{Method, PruneConfig, PruneContext, prune, prune_in, rank_neurons, rank_neurons_in},
     repair::{MergeConfig, RefitConfig, merge, refit},
     rnn::{CheckpointNames, Input, ReadOut, Rnn, State, Tape, evaluate},
+    rnnoise::{Array, BANDS, Clips, FEATURES, HIDDEN, Stored, WeightFile},
     tasks::{Task, Vocabulary},
 };
 use std::path::Path;
@@ -161,4 +162,123 @@ fn a_quarter_of_silero_vad_is_as_good_as_the_whole_after_merging_and_refitting_r
     let removed = auc(&hard_remove(&rnn, &keep).unwrap());
     let merged = auc(&merged);
     assert!(removed < 0.97 && merged > 0.99, "{removed} {merged}");
+}
+
+/// RNNoise's weights as the file that its library reads.
+fn rnnoise() -> WeightFile {
+    use prune_lattice::{io, order::bits::BitMatrix};
+    let folder = Path::new(shared_data::path!("models/rnnoise"));
+    let tensors = io::load(&folder.join("model.safetensors")).unwrap();
+    let of = |name: &str| -> Vec<f32> { tensors[name].flatten_all().unwrap().to_vec1().unwrap() };
+    // The library keeps gates as z, r, h.
+    let gates = |v: Vec<f32>| -> Vec<f32> {
+        let n = v.len() / 3;
+        [&v[n..2 * n], &v[..n], &v[2 * n..]].concat()
+    };
+    let mut file = WeightFile::default();
+    let floats = |file: &mut WeightFile, name: String, values: Vec<f32>| {
+        let data = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+        file.set(Array {
+            name,
+            kind: 0,
+            data,
+        });
+    };
+    for l in 1..=3 {
+        for (side, short) in [("input", "ih"), ("recurrent", "hh")] {
+            let mut w = gates(of(&format!("gru{l}.weight_{short}_l0")));
+            let name = format!("gru{l}_{side}_weights");
+            if side == "recurrent" {
+                let diagonal = |row: usize| std::mem::take(&mut w[row * HIDDEN + row % HIDDEN]);
+                let diagonal = (0..3 * HIDDEN).map(diagonal).collect();
+                floats(&mut file, format!("{name}_diag"), diagonal);
+            }
+            let all = BitMatrix::ones(3 * HIDDEN, HIDDEN);
+            file.set_matrix(&name, &w, &all).unwrap();
+            let bias = gates(of(&format!("gru{l}.bias_{short}_l0")));
+            floats(&mut file, format!("gru{l}_{side}_bias"), bias);
+        }
+    }
+    for (name, inputs, outputs) in [("conv1", FEATURES, 128), ("conv2", 128, HIDDEN)] {
+        let w = of(&format!("{name}.weight"));
+        // [outputs, inputs, 3] to [3, inputs, outputs].
+        let at = |e: usize| {
+            let (o, i, t) = (e % outputs, e / outputs % inputs, e / outputs / inputs);
+            w[(o * inputs + i) * 3 + t]
+        };
+        let moved = (0..w.len()).map(at).collect();
+        floats(&mut file, format!("{name}_weights_float"), moved);
+        floats(
+            &mut file,
+            format!("{name}_bias"),
+            of(&format!("{name}.bias")),
+        );
+    }
+    for (name, outputs) in [("dense_out", BANDS), ("vad_dense", 1)] {
+        let w = of(&format!("{name}.weight"));
+        let inputs = w.len() / outputs;
+        let moved = (0..w.len()).map(|e| w[e % outputs * inputs + e / outputs]);
+        floats(&mut file, format!("{name}_weights_float"), moved.collect());
+        floats(
+            &mut file,
+            format!("{name}_bias"),
+            of(&format!("{name}.bias")),
+        );
+    }
+    file
+}
+
+#[shared_data::needed("models/rnnoise", "data/rnnoise")]
+#[test]
+fn rnnoise_gives_the_gains_of_its_library() {
+    let file = rnnoise();
+    let rnn = file.network().unwrap();
+    let folder = Path::new(shared_data::path!("data/rnnoise"));
+    let path = folder.join("test.safetensors");
+    let tensors = prune_lattice::io::load(&path).unwrap();
+    let of = |name: &str| -> Vec<f32> { tensors[name].flatten_all().unwrap().to_vec1().unwrap() };
+    let (features, expected, voice) = (of("features"), of("gains"), of("vad"));
+    // The first clip: the library's tanh and sigmoid are approximations.
+    let frames = 1600;
+    let (gains, speech) = file.run(&rnn, &features[..frames * FEATURES]).unwrap();
+    let far = |a: &[f32], b: &[f32]| {
+        let pairs = a.iter().zip(b).map(|(a, b)| (a - b).abs());
+        pairs.fold(0.0, f32::max)
+    };
+    assert_eq!((gains.len(), speech.len()), (frames * BANDS, frames));
+    let distance = far(&gains, &expected);
+    assert!(distance < 6e-4, "{distance}");
+    assert!(far(&speech, &voice) < 6e-4);
+    let all = Clips::load(&path).unwrap().quality(&file, &rnn).unwrap();
+    assert_eq!(all.targets, 10_480);
+    assert!((all.auc.unwrap() - 0.997_930).abs() < 2e-5, "{all:?}");
+    assert!(
+        all.loss < 1e-7 && (all.accuracy.unwrap() - 0.980_344).abs() < 5e-4,
+        "{all:?}"
+    );
+}
+
+#[shared_data::needed("models/rnnoise", "data/rnnoise")]
+#[test]
+fn half_of_the_neurons_of_rnnoise_merged_keep_its_gains() {
+    let file = rnnoise();
+    let rnn = file.network().unwrap();
+    let folder = Path::new(shared_data::path!("data/rnnoise"));
+    let train = Clips::load(&folder.join("train.safetensors")).unwrap();
+    let test = Clips::load(&folder.join("test.safetensors")).unwrap();
+    let examples = train.examples(&file).unwrap();
+    let calibration = record(&rnn, &examples, &RecordConfig::default(), &NoProgress).unwrap();
+    let context = PruneContext::default().calibrated(&calibration);
+    let keep = rank_neurons_in(&rnn, &context, &PruneConfig::new(Method::Span, 0.75)).unwrap();
+    let merge = MergeConfig::default();
+    let (merged, padded) = file
+        .merged(&keep, &calibration, &merge, Stored::Floats)
+        .unwrap();
+    assert!(merged.to_bytes().unwrap().len() < file.to_bytes().unwrap().len() / 2);
+    let found = test.quality(&merged, &padded).unwrap();
+    // 192 of 384.
+    assert!(
+        found.loss.sqrt() < 0.13 && found.auc.unwrap() > 0.99,
+        "{found:?}"
+    );
 }

@@ -5,10 +5,18 @@
 //! and the data, padded to 64 bytes.
 //!
 //! [`WeightFile::network`] takes the three GRUs out as an [`Rnn`](crate::rnn::Rnn), [`WeightFile::set_network`] puts a pruned
-//! one back.
+//! one back, `WeightFile::merged` (feature `train`) removes neurons.
 
+#[cfg(feature = "train")]
+mod clips;
+#[cfg(feature = "train")]
+mod merge;
 mod network;
 
+#[cfg(feature = "train")]
+pub use clips::Clips;
+#[cfg(feature = "train")]
+pub use network::refit_config;
 pub use network::{BANDS, FEATURES, HIDDEN, Stored};
 
 use crate::{
@@ -16,6 +24,7 @@ use crate::{
     order::bits::BitMatrix,
 };
 use std::path::{Path, PathBuf};
+use tensor_io::atomic;
 
 const MAGIC: &[u8; 4] = b"DNNw";
 const HEAD: usize = 64;
@@ -35,6 +44,13 @@ pub struct Array {
     pub data: Vec<u8>,
 }
 
+/// The entries of a list of blocks, in their places.
+struct Blocks {
+    matrix: Vec<f32>,
+    /// Whether they are codes of 8 bits.
+    codes: bool,
+}
+
 /// The arrays of a weight file, in order.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct WeightFile {
@@ -43,6 +59,26 @@ pub struct WeightFile {
 }
 
 impl WeightFile {
+    /// Reads a file.
+    ///
+    /// # Errors
+    /// Those of reading, and of [`from_bytes`](Self::from_bytes).
+    pub fn open(file: &Path) -> Result<Self> {
+        let bytes = std::fs::read(file).map_err(|source| Error::Io {
+            file: file.into(),
+            source,
+        })?;
+        Self::from_bytes(&bytes, file)
+    }
+
+    /// Writes a file, which appears under its name when it is complete.
+    ///
+    /// # Errors
+    /// Those of [`to_bytes`](Self::to_bytes), and of writing.
+    pub fn write(&self, to: &Path) -> Result<()> {
+        Ok(atomic::write(to, &self.to_bytes()?)?)
+    }
+
     /// Reads a file from its bytes; `file` is named in errors.
     ///
     /// # Errors
@@ -151,22 +187,37 @@ impl WeightFile {
         }
     }
 
-    /// The matrix `[outputs, inputs]` of the list of f32 blocks `{name}_idx` and `{name}_float`.
+    /// The matrix `[outputs, inputs]` of the list of blocks `{name}_idx`: of the floats `{name}_float`, or where the file has none
+    /// of the codes `{name}_int8`, as codes.
     ///
     /// # Errors
     /// An array is missing or does not fit the sizes.
-    pub fn matrix(&self, name: &str, outputs: usize, inputs: usize) -> Result<Vec<f32>> {
+    fn blocks_of(&self, name: &str, outputs: usize, inputs: usize) -> Result<Blocks> {
+        let has = |kind: &str| {
+            self.arrays
+                .iter()
+                .any(|a| a.name == format!("{name}_{kind}"))
+        };
+        let codes = !has("float") && has("int8");
         let index = words(&self.get(&format!("{name}_idx"))?.data, i32::from_le_bytes);
-        let blocks = words(
-            &self.get(&format!("{name}_float"))?.data,
-            f32::from_le_bytes,
-        );
+        let values = if codes {
+            let data = &self.get(&format!("{name}_int8"))?.data;
+            data.iter().map(|&b| f32::from(b as i8)).collect()
+        } else {
+            let data = &self.get(&format!("{name}_float"))?.data;
+            words(data, f32::from_le_bytes)
+        };
+        // Output and input of an entry of a block.
+        let place = |k: usize| match codes {
+            true => (k / INPUTS, k % INPUTS),
+            false => (k % OUTPUTS, k / OUTPUTS),
+        };
         let wrong = |reason: String| Error::Shape {
             tensor: name.into(),
             expected: format!(
                 "blocks of {OUTPUTS} x {INPUTS} of a [{outputs}, {inputs}] matrix; {reason}"
             ),
-            found: vec![index.len(), blocks.len()],
+            found: vec![index.len(), values.len()],
         };
         let mut matrix = vec![0.0; outputs * inputs];
         let (mut at, mut block) = (0, 0);
@@ -182,22 +233,41 @@ impl WeightFile {
                 let column = usize::try_from(column)
                     .ok()
                     .filter(|c| c + INPUTS <= inputs);
-                let values = blocks.get(block * 32..(block + 1) * 32);
-                let (Some(column), Some(values)) = (column, values) else {
+                let entries = values.get(block * 32..(block + 1) * 32);
+                let (Some(column), Some(entries)) = (column, entries) else {
                     return Err(wrong(format!("block {block} lies outside")));
                 };
-                for (k, &v) in values.iter().enumerate() {
-                    let row = group * OUTPUTS + k % OUTPUTS;
-                    matrix[row * inputs + column + k / OUTPUTS] = v;
+                for (k, &v) in entries.iter().enumerate() {
+                    let (i, j) = place(k);
+                    matrix[(group * OUTPUTS + i) * inputs + column + j] = v;
                 }
                 block += 1;
             }
             at += 1 + count;
         }
-        match at == index.len() && block * 32 == blocks.len() && outputs.is_multiple_of(OUTPUTS) {
-            true => Ok(matrix),
+        match at == index.len() && block * 32 == values.len() && outputs.is_multiple_of(OUTPUTS) {
+            true => Ok(Blocks { matrix, codes }),
             false => Err(wrong("entries are left over".into())),
         }
+    }
+
+    /// The matrix `[outputs, inputs]` of a list of blocks: of its floats, or of its 8-bit codes times the steps of their rows
+    /// where it has no floats.
+    ///
+    /// # Errors
+    /// An array is missing or does not fit the sizes; a weight that is not finite.
+    pub fn matrix(&self, name: &str, outputs: usize, inputs: usize) -> Result<Vec<f32>> {
+        let Blocks { mut matrix, codes } = self.blocks_of(name, outputs, inputs)?;
+        if codes {
+            let short = name.trim_end_matches("_weights");
+            let scales = self.floats(&format!("{short}_scale"), outputs)?;
+            for (row, scale) in matrix.chunks_exact_mut(inputs.max(1)).zip(scales) {
+                // Scales are for inputs that are multiplied by 127.
+                row.iter_mut().for_each(|w| *w *= scale * 127.0);
+            }
+        }
+        check_finite(name, &matrix)?;
+        Ok(matrix)
     }
 
     /// Stores a matrix `[outputs, inputs]` as the list of its blocks in which `keep` has an entry; the int8 form of the array,
@@ -330,6 +400,74 @@ mod tests {
         }
         let index = words(&again.get("gru1_idx").unwrap().data, i32::from_le_bytes);
         assert_eq!(index, [2, 4, 8, 1, 0]);
+    }
+
+    #[test]
+    fn weights_of_8_bits_are_read_where_a_file_has_no_floats() {
+        // One row of codes 1, 2, .. of the first block, with a step of a half.
+        let mut file = WeightFile::default();
+        file.set_index("gru1_input_weights", &[1, 4]);
+        file.set(Array {
+            name: "gru1_input_weights_int8".into(),
+            kind: 3,
+            data: (0..32).map(|k| (k as i8 - 16) as u8).collect(),
+        });
+        let scales: Vec<f32> = (1..=8).map(|r| r as f32 / 127.0).collect();
+        assert!(file.matrix("gru1_input_weights", 8, 8).is_err());
+        file.set_floats("gru1_input_scale", &scales);
+        let matrix = file.matrix("gru1_input_weights", 8, 8).unwrap();
+        for (e, w) in matrix.iter().enumerate() {
+            let (i, j) = (e / 8, e % 8);
+            let expected = match j.checked_sub(4) {
+                None => 0.0,
+                Some(j) => (i as f32 + 1.0) * ((i * 4 + j) as f32 - 16.0),
+            };
+            assert!((w - expected).abs() < 1e-4, "{i} {j}: {w} {expected}");
+        }
+    }
+
+    #[test]
+    fn changed_bytes_never_panic_and_what_is_read_is_written_as_it_was_read() {
+        use rand::Rng;
+        let (mut whole, ..) = file();
+        whole.set_index("gru2", &[1, 0, 0]);
+        whole.set(Array {
+            name: "gru2_int8".into(),
+            kind: 3,
+            data: vec![3; 32],
+        });
+        whole.set_floats("gru2_scale", &[0.5; 16]);
+        let bytes = whole.to_bytes().unwrap();
+        let mut rng = crate::seed::rng(3, "damage");
+        for round in 0..4000 {
+            let mut damaged = bytes.clone();
+            for _ in 0..=round % 4 {
+                // Half of the changes go to heads and lists.
+                let at = match rng.random_bool(0.5) {
+                    true => rng.random_range(0..bytes.len()),
+                    false => {
+                        rng.random_range(0..bytes.len() / HEAD) * HEAD + rng.random_range(0..24)
+                    }
+                };
+                damaged[at.min(bytes.len() - 1)] = rng.random();
+            }
+            if round % 3 == 0 {
+                damaged.truncate(rng.random_range(0..damaged.len()));
+            }
+            let Ok(read) = WeightFile::from_bytes(&damaged, Path::new("w.bin")) else {
+                continue;
+            };
+            let again = read.to_bytes().unwrap();
+            assert_eq!(again.len(), damaged.len());
+            assert_eq!(
+                WeightFile::from_bytes(&again, Path::new("w.bin")).unwrap(),
+                read
+            );
+            for name in ["gru1", "gru2"] {
+                let _ = read.matrix(name, 16, 12);
+            }
+            let _ = read.network();
+        }
     }
 
     #[test]

@@ -7,6 +7,7 @@ use super::{Array, INPUTS, OUTPUTS, WeightFile, blocks};
 use crate::{
     error::{Error, Result},
     mask::MaskSet,
+    names::named,
     order::bits::BitMatrix,
     rnn::{CheckpointNames, Rnn},
 };
@@ -19,22 +20,33 @@ pub const FEATURES: usize = 65;
 pub const BANDS: usize = 32;
 /// Neurons of every GRU, and outputs of the second convolution.
 pub const HIDDEN: usize = 384;
-const LAYERS: usize = 3;
+pub(super) const LAYERS: usize = 3;
 const FIRST: usize = 128;
 const FRAMES: usize = 3;
-const GATES: usize = 3;
+pub(super) const GATES: usize = 3;
 /// Position of each gate (r, z, n) in the library's order (z, r, h).
 const POSITION: [usize; GATES] = [1, 0, 2];
 
-/// How a pruned network is stored.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-#[non_exhaustive]
-pub enum Stored {
-    /// Floats, which the library takes, beside the weights of 8 bits that it asks for.
-    #[default]
-    Floats,
-    /// Weights of 8 bits only: smaller and faster.
-    Integers,
+named! {
+    /// How a pruned network is stored.
+    #[derive(Default)]
+    pub enum Stored as "storage" {
+        /// Floats, which the library takes, beside the weights of 8 bits that it asks for.
+        #[default]
+        Floats = "floats",
+        /// Weights of 8 bits only: smaller and faster.
+        Integers = "int8",
+    }
+}
+
+/// How the weights of this network are best solved again under masks of blocks: a strong pull to the old ones, and biases as they
+/// were.
+#[cfg(feature = "train")]
+pub fn refit_config() -> crate::repair::RefitConfig {
+    crate::repair::RefitConfig::default().with(|c| {
+        c.ridge = 1e-2;
+        c.constant = false;
+    })
 }
 
 /// The two orders of rows are exchanged by the same permutation of gates.
@@ -98,7 +110,7 @@ impl WeightFile {
     }
 
     /// Both read-outs, `[33, 4 * 384]` and `[33]`: gains, then the voice probability.
-    fn read_outs(&self) -> Result<(Vec<f32>, Vec<f32>)> {
+    pub(super) fn read_outs(&self) -> Result<(Vec<f32>, Vec<f32>)> {
         let seen = (LAYERS + 1) * HIDDEN;
         let (mut weights, mut bias) = (Vec::new(), Vec::new());
         for (name, outputs) in [("dense_out", BANDS), ("vad_dense", 1)] {
@@ -363,7 +375,7 @@ fn whole_blocks(name: &str, keep: &BitMatrix, alone: impl Fn(usize, usize) -> bo
 }
 
 #[cfg(all(test, feature = "train"))]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use crate::{
         prune::{Method, PruneConfig, Scope, prune},
@@ -372,7 +384,7 @@ mod tests {
     use rand::Rng;
 
     /// A file of the library's sizes with random weights.
-    fn file() -> WeightFile {
+    pub(in crate::rnnoise) fn file() -> WeightFile {
         let mut rng = seed::rng(1, "rnnoise");
         let mut random = |count: usize| -> Vec<f32> {
             (0..count).map(|_| rng.random_range(-0.3..0.3)).collect()
@@ -467,6 +479,17 @@ mod tests {
             .set_network(&pruned, &masks, Stored::Integers)
             .unwrap();
         assert!(integers.get(&format!("{name}_float")).is_err());
+        // Without floats the codes are read, right to half a step of each row.
+        let read = integers.network().unwrap();
+        for (a, b) in read.params().iter().zip(pruned.params().iter()) {
+            let far = a.data.iter().zip(&b.data).map(|(a, b)| (a - b).abs());
+            let half = if a.name.contains(".weight_") {
+                0.6 / 127.0
+            } else {
+                1e-6
+            };
+            assert!(far.fold(0.0, f32::max) <= half * 0.51 + 1e-6, "{}", a.name);
+        }
         assert!(integers.to_bytes().unwrap().len() < stored.to_bytes().unwrap().len());
         let (scattered, _) = prune(&rnn, &PruneConfig::new(Method::Random, 0.5)).unwrap();
         assert!(matches!(
