@@ -3,22 +3,21 @@
 //! An output pixel at (x, y) in [-1, 1]² takes the bilinear value of the input at A (x, y) + shift (+ displacement), zero
 //! outside the image.
 
-use crate::seed;
+use crate::{names::named, seed};
 use rand::Rng;
-use serde::{Deserialize, Serialize};
 
-/// How images are deformed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-#[non_exhaustive]
-pub enum Augment {
-    /// Not at all.
-    None,
-    /// Rotation up to 12°, scales within 12 %, shear up to 0.2, shifts up to 2 pixels, each uniform.
-    Affine,
-    /// The same, and a displacement of 1.2 pixels standard deviation on a 5 x 5 grid, bicubic in between.
-    #[default]
-    Elastic,
+named! {
+    /// How images are deformed.
+    #[derive(Default)]
+    pub enum Augment as "augmentation" {
+        /// Not at all.
+        None = "none",
+        /// Rotation up to 12°, scales within 12 %, shear up to 0.2, shifts up to 2 pixels, each uniform.
+        Affine = "affine",
+        /// The same, and a displacement of 1.2 pixels standard deviation on a 5 x 5 grid, bicubic in between.
+        #[default]
+        Elastic = "elastic",
+    }
 }
 
 /// Augmentation of sequences that are images, whatever the order of their pixels.
@@ -58,10 +57,9 @@ impl Augmentation {
         }
     }
 
-    /// Pixels of a row.
-    #[cfg(feature = "experiment")]
-    pub(crate) fn width(&self) -> usize {
-        self.width
+    /// The same images deformed in another way.
+    pub(super) fn of_kind(self, kind: Augment) -> Self {
+        Self { kind, ..self }
     }
 
     /// Number of pixels.

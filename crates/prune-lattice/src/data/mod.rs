@@ -319,6 +319,45 @@ pub struct Dataset {
 }
 
 impl Dataset {
+    /// The same with training images deformed in another way.
+    ///
+    /// # Errors
+    /// The training examples are not images that are deformed in training.
+    pub fn with_augment(mut self, kind: Augment) -> Result<Self> {
+        let images = match &mut self.train {
+            Examples::Sequences(s) => s.augmentation.take().map(|a| (s, a)),
+            Examples::Text(_) => None,
+        };
+        let Some((sequences, augmentation)) = images else {
+            return Err(Error::Setting {
+                setting: "augmentation",
+                reason: "the task has no images that are deformed in training".into(),
+            });
+        };
+        sequences.augmentation = Some(augmentation.of_kind(kind));
+        Ok(self)
+    }
+
+    /// Smallest and largest component of the input vectors of all splits; `None` for symbols.
+    pub fn input_range(&self) -> Option<(f32, f32)> {
+        let splits = [&self.train, &self.valid, &self.test].into_iter();
+        let values = splits.filter_map(|split| match split {
+            Examples::Sequences(s) => match s.inputs() {
+                Inputs::Vectors { values, .. } => Some(values),
+                Inputs::Symbols(_) => None,
+            },
+            Examples::Text(_) => None,
+        });
+        let ends = |(low, high): (f32, f32), v: &f32| (low.min(*v), high.max(*v));
+        let mut range = None;
+        for values in values {
+            let start = range.unwrap_or((f32::INFINITY, f32::NEG_INFINITY));
+            range = Some(values.iter().fold(start, ends));
+        }
+        // Steps without input read zeros, and so do images at their borders.
+        range.map(|(low, high)| (low.min(0.0), high.max(0.0)))
+    }
+
     /// The same with `steps` steps without input after each sequence, for a
     /// [`Wiring`](crate::wiring::Wiring) whose outputs come later. Symbols get one more for no input.
     ///

@@ -7,12 +7,13 @@ use crate::{
     mask::MaskSet,
     names::with,
     params::ParamSet,
-    prune::{PruneConfig, prune},
+    prune::{PruneConfig, PruneContext, prune_in},
 };
 use serde::{Deserialize, Serialize};
 
 /// When and how weights are pruned while training. The sparsity at step `t` is
-/// `s (1 - (1 - (t - start) / (stop - start))³)`; after `stop` the masks stay as they are.
+/// `s (1 - (1 - (t - start) / (stop - start))³)`; after `stop` the masks stay as they are. Densities of gates fall from 1 in the
+/// same way. Early stopping chooses among the weights after `stop` only.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct Gradual {
@@ -39,10 +40,26 @@ impl Gradual {
         }
     }
 
+    /// The share of what is to be removed that is removed at a step.
+    fn share(&self, step: u64) -> f64 {
+        let done = step.saturating_sub(self.start) as f64 / (self.stop - self.start) as f64;
+        1.0 - (1.0 - done.min(1.0)).powi(3)
+    }
+
     /// Sparsity at a step.
     pub fn sparsity(&self, step: u64) -> f64 {
-        let done = step.saturating_sub(self.start) as f64 / (self.stop - self.start) as f64;
-        self.prune.sparsity * (1.0 - (1.0 - done.min(1.0)).powi(3))
+        self.prune.sparsity * self.share(step)
+    }
+
+    /// The method at a step.
+    fn at(&self, step: u64) -> PruneConfig {
+        let share = self.share(step);
+        self.prune.clone().with(|c| {
+            c.sparsity *= share;
+            for density in c.densities.iter_mut().flatten() {
+                *density = 1.0 - share * (1.0 - *density);
+            }
+        })
     }
 
     fn chooses_at(&self, step: u64) -> bool {
@@ -60,12 +77,18 @@ pub(super) struct GradualState<'a> {
 }
 
 impl<'a> GradualState<'a> {
-    pub(super) fn new(config: &'a Gradual, rnn: &Rnn, given: &MaskSet) -> Result<Self> {
-        if config.start >= config.stop || config.every == 0 {
+    /// For a run of `updates` steps at most.
+    pub(super) fn new(
+        config: &'a Gradual,
+        rnn: &Rnn,
+        given: &MaskSet,
+        updates: u64,
+    ) -> Result<Self> {
+        if config.start >= config.stop || config.every == 0 || config.stop > updates {
             return Err(Error::Setting {
                 setting: "gradual pruning",
                 reason: format!(
-                    "from step {} to step {} every {} steps",
+                    "from step {} to step {} every {} steps, in a run of {updates}",
                     config.start, config.stop, config.every
                 ),
             });
@@ -76,6 +99,11 @@ impl<'a> GradualState<'a> {
             masks: given.clone(),
             values: rnn.params().clone(),
         })
+    }
+
+    /// Whether the masks after `step` updates are the last ones.
+    pub(super) fn is_final(&self, step: u64) -> bool {
+        step >= self.config.stop
     }
 
     /// New masks where this step chooses some; pruned weights compete with the values they had.
@@ -90,10 +118,13 @@ impl<'a> GradualState<'a> {
             }
         }
         *rnn.params_mut() = self.values.clone();
-        let config = self.config.prune.clone();
-        let sparsity = self.config.sparsity(step);
-        let (masks, _) = prune(rnn, &config.with(|c| c.sparsity = sparsity))?;
-        self.masks = masks.intersection(&self.given);
+        // Budgets count the entries that exist under the masks that were given.
+        let context = match self.given.is_empty() {
+            true => PruneContext::default(),
+            false => PruneContext::default().within(&self.given),
+        };
+        let (masks, _) = prune_in(rnn, &context, &self.config.at(step))?;
+        self.masks = masks;
         Ok(Some(self.masks.clone()))
     }
 }
@@ -111,5 +142,12 @@ mod tests {
         assert!((g.sparsity(500) - 0.8).abs() < 1e-12);
         let steps: Vec<u64> = (0..200).filter(|&t| g.chooses_at(t)).collect();
         assert_eq!(steps, [10, 40, 70, 100, 110]);
+        let by_gate = g.prune.clone().with(|c| c.densities = Some(vec![0.3, 0.5]));
+        let g = Gradual::new(10, 110, 30, by_gate);
+        assert_eq!(g.at(10).densities, Some(vec![1.0, 1.0]));
+        // Half way, 7/8 of what is to go is gone.
+        let half = g.at(60).densities.unwrap();
+        assert!((half[0] - (1.0 - 0.875 * 0.7)).abs() < 1e-12);
+        assert_eq!(g.at(110).densities, Some(vec![0.3, 0.5]));
     }
 }

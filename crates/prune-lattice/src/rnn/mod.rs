@@ -12,6 +12,8 @@ mod adam;
 mod block_sparse;
 #[cfg(feature = "train")]
 mod compact;
+#[cfg(feature = "train")]
+mod evaluate;
 #[cfg(all(test, feature = "train"))]
 mod gradient_tests;
 #[cfg(feature = "train")]
@@ -34,14 +36,17 @@ mod tape;
 mod train;
 
 pub use input::InputKind;
+#[cfg(feature = "train")]
+pub(crate) use loss::auc;
 pub use model::{CheckpointNames, ReadOut, Rnn, RnnConfig, Role};
 #[cfg(feature = "train")]
 pub use {
     block_sparse::{BlockInput, BlockMatrix, BlockRnn, BlockSource, BlockWork},
     compact::CompactRnn,
+    evaluate::{evaluate, evaluate_blocks},
     gradual::Gradual,
     input::Input,
     loss::Evaluation,
     tape::{State, Tape},
-    train::{Decay, Epoch, TrainConfig, TrainReport, evaluate, train},
+    train::{Decay, Epoch, TrainConfig, TrainReport, train},
 };

@@ -2,7 +2,7 @@
 
 use super::{
     adam::Adam,
-    compact::CompactRnn,
+    evaluate::evaluate,
     gradual::{Gradual, GradualState},
     input::Input,
     loss::{Evaluation, Sums, binary_cross_entropy, cross_entropy, squared_error},
@@ -50,7 +50,7 @@ pub struct TrainConfig {
     /// Parts of a batch whose gradients are computed in parallel and then summed. The result depends on this number, not
     /// on the number of threads.
     pub shards: usize,
-    /// Pruning while training.
+    /// Pruning while training; it must end within the run.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub gradual: Option<Gradual>,
     /// For the order of the examples and their augmentation.
@@ -106,6 +106,11 @@ impl TrainConfig {
                 self.learning_rate * share as f32
             }
         }
+    }
+
+    /// Updates of the weights in a whole run on these examples.
+    pub fn updates(&self, train: &Examples) -> u64 {
+        self.epochs as u64 * updates(train, self)
     }
 
     fn check(&self) -> Result<()> {
@@ -172,14 +177,14 @@ pub fn train(
         });
     }
     masks.apply(rnn.params_mut())?;
-    let updates = config.epochs as u64 * updates(&data.train, config);
+    let updates = config.updates(&data.train);
     let mut run = Run {
         adam: Adam::new(rnn.params()),
         engines: vec![Engine::new(rnn); config.shards],
         gradual: config
             .gradual
             .as_ref()
-            .map(|g| GradualState::new(g, rnn, masks))
+            .map(|g| GradualState::new(g, rnn, masks, updates))
             .transpose()?,
         config,
         masks: masks.clone(),
@@ -227,6 +232,10 @@ pub fn train(
             train_loss,
             valid,
         });
+        // Weights from before the last masks are of another sparsity.
+        if !run.is_pruned() {
+            continue;
+        }
         if let Some(patience) = config.patience {
             if best.as_ref().is_none_or(|(_, loss, ..)| valid.loss < *loss) {
                 best = Some((epoch, valid.loss, rnn.params().clone(), run.masks.clone()));
@@ -237,6 +246,15 @@ pub fn train(
         if config.target_loss.is_some_and(|t| valid.loss <= t) {
             break;
         }
+    }
+    if !run.is_pruned() {
+        return Err(Error::Setting {
+            setting: "gradual pruning",
+            reason: format!(
+                "training ended after {} updates, before the last masks",
+                run.step
+            ),
+        });
     }
     let (best, masks) = match best {
         Some((at, _, params, masks)) => {
@@ -254,18 +272,19 @@ pub fn train(
 
 /// Updates of the weights in one epoch.
 fn updates(train: &Examples, config: &TrainConfig) -> u64 {
+    let (batch, window) = (config.batch.max(1), config.window.max(1));
     let updates = match train {
         Examples::Sequences(s) => {
             let windows = match s.targets() {
-                Targets::Binary { .. } => s.longest().div_ceil(config.window),
+                Targets::Binary { .. } => s.longest().div_ceil(window),
                 _ => 1,
             };
-            s.len().div_ceil(config.batch) * windows
+            s.len().div_ceil(batch) * windows
         }
         Examples::Text(text) => {
             let symbols = text.len().saturating_sub(1);
-            let lanes = config.batch.min(symbols.max(1));
-            (symbols / lanes).div_ceil(config.window)
+            let lanes = batch.min(symbols.max(1));
+            (symbols / lanes).div_ceil(window)
         }
     };
     updates as u64
@@ -285,7 +304,7 @@ fn batches(sequences: &Sequences, batch: usize, rng: &mut impl rand::Rng) -> Vec
 
 /// The loss of the logits read at some positions, `chosen` being the indices of their targets; the logits become the gradient
 /// of `scale` times the summed loss.
-fn loss(
+pub(super) fn loss(
     targets: &Targets,
     chosen: &[usize],
     outputs: usize,
@@ -313,7 +332,7 @@ fn loss(
     }
 }
 
-fn check_classes(wanted: &[u32], outputs: usize) -> Result<()> {
+pub(super) fn check_classes(wanted: &[u32], outputs: usize) -> Result<()> {
     match wanted.iter().find(|&&c| c as usize >= outputs) {
         None => Ok(()),
         Some(c) => Err(Error::Setting {
@@ -388,6 +407,12 @@ struct Run<'a> {
 }
 
 impl Run<'_> {
+    /// Whether gradual pruning, where there is any, has reached its final sparsity.
+    fn is_pruned(&self) -> bool {
+        let gradual = self.gradual.as_ref();
+        gradual.is_none_or(|g| g.is_final(self.step))
+    }
+
     /// One step of the optimiser along the sum of the engines' gradients.
     fn update(&mut self, rnn: &mut Rnn) -> Result<()> {
         let (first, others) = self
@@ -527,61 +552,4 @@ impl Run<'_> {
         }
         Ok(total)
     }
-}
-
-/// Sequences per forward pass, and steps of a text, in evaluation.
-const EVALUATION_BATCH: usize = 256;
-
-/// Quality of a network on examples. A text is read once from its start to its end, in one sequence.
-///
-/// # Errors
-/// The examples do not fit the network, or are not finite.
-pub fn evaluate(rnn: &Rnn, examples: &Examples) -> Result<Evaluation> {
-    let mut total = Sums::default();
-    let (mut tape, mut logits) = (Tape::new(), Vec::new());
-    let outputs = rnn.config().outputs;
-    match examples {
-        Examples::Sequences(data) => {
-            let mut order: Vec<usize> = (0..data.len()).collect();
-            order.sort_by_key(|&k| data.length(k));
-            let mut batch = Batch::new(data.inputs());
-            for chosen in order.chunks(EVALUATION_BATCH) {
-                data.batch(chosen, None, &mut batch);
-                let mut state = State::zeros(rnn, chosen.len());
-                tape.forward(rnn, batch.view(0, batch.steps), batch.steps, &mut state)?;
-                tape.read_out(rnn, Some(&batch.rows), &mut logits);
-                total.add(loss(
-                    data.targets(),
-                    &batch.targets,
-                    outputs,
-                    1.0,
-                    &mut logits,
-                )?);
-            }
-        }
-        Examples::Text(text) => {
-            check_classes(text, outputs)?;
-            // Laid out once for the many short passes.
-            let network = CompactRnn::new(rnn, &MaskSet::default())?;
-            let mut state = State::zeros(rnn, 1);
-            let last = text.len().saturating_sub(1);
-            for start in (0..last).step_by(EVALUATION_BATCH) {
-                let end = (start + EVALUATION_BATCH).min(last);
-                network.forward(
-                    &mut tape,
-                    Input::Symbols(&text[start..end]),
-                    end - start,
-                    &mut state,
-                )?;
-                network.read_out(&tape, None, &mut logits);
-                total.add(cross_entropy(
-                    &mut logits,
-                    outputs,
-                    &text[start + 1..=end],
-                    1.0,
-                ));
-            }
-        }
-    }
-    Ok(total.mean(examples.classes()))
 }

@@ -123,6 +123,11 @@ pub struct BlockMatrix {
 }
 
 impl BlockMatrix {
+    /// Whether there are kernels for blocks of that size.
+    pub fn supports(block: Block) -> bool {
+        Kind::of(block).is_ok()
+    }
+
     /// Lays out a matrix. Kept entries must form whole blocks of each gate, cut off at the border where the matrix is no
     /// multiple of them; beside them, entries on the diagonal of each gate of a square matrix may be kept alone.
     ///
