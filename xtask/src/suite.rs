@@ -20,13 +20,13 @@ pub enum Suite {
         hidden_metrics: bool,
     },
     /// Structured pruning.
-    Structured(structured::Config),
+    Structured(Box<structured::Config>),
     /// Low-rank repair.
     Lowrank(Box<lowrank::Config>),
     /// One memory budget over all axes.
     Frontier(Box<frontier::Config>),
     /// Pruning of recurrent networks by order.
-    Lattice(lattice::Config),
+    Lattice(Box<lattice::Config>),
     /// KV-cache eviction.
     Kv(kv::Config),
     /// Multiple choice and generation.

@@ -1,12 +1,17 @@
 //! Prunes a trained character network by every method and prints bits per character over sparsity, one-shot and fine-tuned.
 //!
-//! `cargo run --release -p prune-lattice --example checkpoint -- MODEL.safetensors VOCAB.json TEXT [FINETUNE_CHARACTERS]`
-//! The text is cut 90 / 5 / 5; fine-tuning reads the first so many characters of the first part, evaluation the last part.
+//! `cargo run --release -p prune-lattice --example checkpoint -- MODEL.safetensors VOCAB.json TEXT [FINETUNE_CHARACTERS
+//! [REPAIR,.. [COMPETE]]]`
+//! The text is cut 90 / 5 / 5; fine-tuning reads the first so many characters of the first part, evaluation the last part. Repairs
+//! are those of `ExperimentConfig`, `none` by default; COMPETE is within what magnitudes compete.
 
 use prune_lattice::{
     NoProgress,
     data::{Dataset, Examples},
-    experiment::{ExperimentConfig, Row, Stage, measure_speed, run_model, verdict},
+    experiment::{
+        ExperimentConfig, Row, Stage, Trained, Treatment, measure_speed, run_model, verdict,
+    },
+    mask::MaskSet,
     prune::{Method, PruneConfig},
     rnn::{CheckpointNames, Rnn, TrainConfig, evaluate},
     tasks::Vocabulary,
@@ -17,16 +22,18 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let args: Vec<String> = std::env::args().skip(1).collect();
     let [model, vocab, text, rest @ ..] = args.as_slice() else {
         return Err(
-            "usage: checkpoint MODEL.safetensors VOCAB.json TEXT [FINETUNE_CHARACTERS]".into(),
+            "usage: checkpoint MODEL.safetensors VOCAB.json TEXT [FINETUNE_CHARACTERS [REPAIR,.. [COMPETE]]]"
+                .into(),
         );
     };
     let budget: usize = rest.first().map_or(Ok(100_000), |n| n.parse())?;
     let rnn = Rnn::load(Path::new(model), &CheckpointNames::default())?;
-    let symbols = Vocabulary::load(Path::new(vocab))?.encode(&std::fs::read_to_string(text)?)?;
+    let contents = std::fs::read_to_string(text).map_err(|e| format!("{text}: {e}"))?;
+    let symbols = Vocabulary::load(Path::new(vocab))?.encode(&contents)?;
     let at = |share: f64| (symbols.len() as f64 * share) as usize;
     let data = Dataset {
         train: Examples::Text(symbols[..at(0.9).min(budget)].to_vec()),
-        valid: Examples::Text(symbols[at(0.9)..at(0.9) + 5_000].to_vec()),
+        valid: Examples::Text(symbols[at(0.9)..at(0.95).min(at(0.9) + 5_000)].to_vec()),
         test: Examples::Text(symbols[at(0.95)..].to_vec()),
         input: rnn.config().input,
         outputs: rnn.config().outputs,
@@ -36,43 +43,63 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         rnn.config(),
         evaluate(&rnn, &data.test)?.bits()
     );
-    let config = ExperimentConfig::default().with(|c| c.seeds = vec![0]);
+    let repairs = rest.get(1).map_or("none", String::as_str).split(',');
+    let repairs = repairs.map(str::parse).collect::<Result<_, _>>()?;
+    let compete = rest.get(2).map(|c| c.parse()).transpose()?;
+    let config = ExperimentConfig::default().with(|c| {
+        c.seeds = vec![0];
+        c.repairs = repairs;
+        c.compete = compete.unwrap_or_default();
+    });
     let training = TrainConfig::default().with(|c| {
         c.learning_rate = 1e-3;
         c.batch = 32;
         c.window = 64;
     });
+    let trained = Trained {
+        rnn,
+        data,
+        training,
+        wired: MaskSet::default(),
+    };
     let start = Instant::now();
-    let rows = run_model("checkpoint", &rnn, &data, &config, &training, &NoProgress)?;
-    let bits = |method, sparsity: f64, stage| {
-        let same = |r: &&Row| r.method == method && r.sparsity == sparsity && r.stage == stage;
+    let rows = run_model("checkpoint", &trained, &config, &|_| Ok(()), &NoProgress)?;
+    let bits = |treatment, sparsity: f64, stage| {
+        let same =
+            |r: &&Row| r.treatment() == treatment && r.sparsity == sparsity && r.stage == stage;
         rows.iter()
             .find(same)
             .and_then(|r| r.bits)
             .map_or("-".to_owned(), |b| format!("{b:.3}"))
     };
     println!(
-        "{:<22}{:>18}{:>18}{:>18}   (one-shot -> fine-tuned)",
+        "{:<32}{:>18}{:>18}{:>18}   (one-shot -> fine-tuned)",
         "bits per character", "50 %", "75 %", "90 %"
     );
     for method in config.all_methods() {
-        let fixed = matches!(method, Method::Dense | Method::ZeroWhh);
-        print!("{method:<22}");
-        for s in if fixed {
-            vec![0.0]
-        } else {
-            config.sparsities.clone()
-        } {
-            print!(
-                "{:>18}",
-                format!(
-                    "{} -> {}",
-                    bits(method, s, Stage::OneShot),
-                    bits(method, s, Stage::FineTuned)
-                )
-            );
+        for &repair in &config.repairs {
+            let treatment = Treatment::new(method, repair);
+            if !rows.iter().any(|r| r.treatment() == treatment) {
+                continue;
+            }
+            let fixed = matches!(method, Method::Dense | Method::ZeroWhh);
+            print!("{treatment:<32}");
+            for s in if fixed {
+                vec![0.0]
+            } else {
+                config.sparsities.clone()
+            } {
+                print!(
+                    "{:>18}",
+                    format!(
+                        "{} -> {}",
+                        bits(treatment, s, Stage::OneShot),
+                        bits(treatment, s, Stage::FineTuned)
+                    )
+                );
+            }
+            println!();
         }
-        println!();
     }
     println!("{:.1} s", start.elapsed().as_secs_f64());
     verdict(&rows).iter().for_each(|line| println!("- {line}"));
@@ -80,7 +107,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         println!(
             "{:?}",
             measure_speed(
-                &rnn,
+                &trained.rnn,
                 &PruneConfig::new(Method::LatticeContext, 0.75),
                 batch,
                 0.5

@@ -1,7 +1,7 @@
 //! Runs an experiment and prints means over seeds, with the verdict: does order matter?
 //!
-//! `cargo run --release -p prune-lattice --example suite -- [TASK,.. [CELL,.. [EPOCHS [METHOD,.. [SEED,.. [WIRING [ROWS.json]]]]]]]`,
-//! the default suite without arguments; `-` leaves an argument at its default.
+//! `cargo run --release -p prune-lattice --example suite -- [TASK,.. [CELL,.. [EPOCHS [METHOD,.. [SEED,.. [WIRING [ROWS.json
+//! [REPAIR,.. [COMPETE]]]]]]]]]`, the default suite without arguments; `-` leaves an argument at its default.
 
 use prune_lattice::{
     Cancelled, Progress,
@@ -47,6 +47,12 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     }
     if let Some(wiring) = given(5) {
         config.wiring = wiring.parse()?;
+    }
+    if let Some(repairs) = given(7) {
+        config.repairs = list(repairs)?;
+    }
+    if let Some(compete) = given(8) {
+        config.compete = compete.parse()?;
     }
     let start = Instant::now();
     let rows = run(&config, &Messages(start))?;

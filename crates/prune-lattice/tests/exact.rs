@@ -5,8 +5,8 @@ use prune_lattice::{
     calibration::{RecordConfig, record},
     data::{Examples, Inputs, Sequences, Targets},
     exact::{
-        ExactConfig, Finding, dead_neurons, equitable_partition, find, live_neurons, quotient,
-        remove,
+        Counts, ExactConfig, Finding, dead_neurons, equal_neurons, equitable_partition, find,
+        live_neurons, quotient, remove,
     },
     repair::{MergeConfig, merge},
     rnn::{Input, InputKind, Rnn, RnnConfig, State, Tape},
@@ -109,6 +109,11 @@ fn dead_relu_neurons_are_certified_also_where_they_excite_each_other_and_go_with
         dead_neurons(&rnn, None),
         Err(Error::Setting { .. })
     ));
+    // Without a range nothing is certified, and other findings are still found.
+    let unknown = find(&rnn, &ExactConfig::default()).unwrap();
+    assert!(unknown[0].iter().all(|f| *f != Some(Finding::Dead)));
+    let counts = Counts::of(&findings);
+    assert!(counts.dead >= 3 && counts.unheard == 0, "{counts:?}");
     let tanh = network(Cell::Tanh, &[3]);
     assert!(matches!(
         dead_neurons(&tanh, None),
@@ -263,6 +268,7 @@ fn copies_of_neurons_are_found_as_classes_and_their_quotient_is_the_same_network
         let small = quotient(&rnn, &classes).unwrap();
         assert_eq!(small.config().hidden, [8, 5]);
         assert!(farthest(&logits(&rnn), &logits(&small)) < 1e-5, "{cell}");
+        assert_eq!(equal_neurons(&rnn, 1e-6).unwrap(), 1);
         assert!(quotient(&rnn, &classes[..1]).is_err());
         assert!(equitable_partition(&rnn, 0.0).is_err());
     }

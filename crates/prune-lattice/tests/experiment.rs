@@ -3,13 +3,16 @@
 use prune_lattice::{
     Cancelled, Cell, Error, NoProgress, Progress,
     calibration::{RecordConfig, record},
-    data::{Examples, Inputs, Targets},
+    data::{Augment, Examples, Inputs, Targets},
     experiment::{
-        CONTROLS, ExperimentConfig, Outcome, Repair, Row, Stage, Trained, compare, measure_speed,
-        run, run_model, train_dense, verdict,
+        CONTROLS, ExperimentConfig, Outcome, PrunedNetwork, Ramp, Repair, Row, Stage, Trained,
+        compare, measure_speed, run, run_model, train_dense, verdict,
     },
     order::Cut,
-    prune::{LatticeConfig, Method, PruneConfig, PruneContext, rank_neurons_in, recurrence_of},
+    prune::{
+        Compete, LatticeConfig, Method, PruneConfig, PruneContext, Scope, rank_neurons_in,
+        recurrence_of,
+    },
     repair::{MergeConfig, merge_in},
     rnn::{InputKind, Rnn, RnnConfig, TrainConfig},
     tasks::{Sizes, Task, Vocabulary},
@@ -193,15 +196,17 @@ fn a_network_from_a_file_is_pruned_once_by_methods_that_draw_nothing_and_support
     });
     let trained = train_dense(&config, &Task::Mod(2), Cell::Lstm, 3, &NoProgress).unwrap();
     let seen = Seen::default();
-    let rows = run_model(
-        "m",
-        &trained.rnn,
-        &trained.data,
-        &config,
-        &trained.training,
-        &seen,
-    )
-    .unwrap();
+    let visited = Mutex::new(0);
+    let visit = |network: &PrunedNetwork<'_>| {
+        let hidden = &network.rnn.config().hidden;
+        let merged = network.row.repair == Repair::Merge;
+        assert_eq!(*hidden == [12], !merged);
+        assert!(!merged || network.keep.is_some());
+        *visited.lock().unwrap() += 1;
+        Ok(())
+    };
+    let rows = run_model("m", &trained, &config, &visit, &seen).unwrap();
+    assert_eq!(visited.into_inner().unwrap(), rows.len());
     let (announced, done) = seen.steps.into_inner().unwrap();
     assert_eq!(announced, done);
     for &method in &config.all_methods() {
@@ -234,13 +239,8 @@ fn a_merged_row_says_what_the_smaller_network_lacks_and_how_it_is_connected() {
         c.finetune_epochs = 0;
     });
     let trained = train_dense(&config, &Task::Mod(2), Cell::Lstm, 0, &NoProgress).unwrap();
-    let Trained {
-        rnn,
-        data,
-        training,
-        ..
-    } = &trained;
-    let rows = run_model("m", rnn, data, &config, training, &NoProgress).unwrap();
+    let Trained { rnn, data, .. } = &trained;
+    let rows = run_model("m", &trained, &config, &|_| Ok(()), &NoProgress).unwrap();
     let of = |repair: Repair| {
         let same = |r: &&Row| r.method == Method::Span && r.repair == repair;
         rows.iter().find(same).unwrap()
@@ -268,6 +268,103 @@ fn a_merged_row_says_what_the_smaller_network_lacks_and_how_it_is_connected() {
     assert_eq!(masked.dead, Some(6));
     assert!(masked.reached.unwrap().recurrent_and_input < both && masked.neurons.is_none());
     assert_ne!(of(Repair::Refit).spectral_radius, masked.spectral_radius);
+}
+
+#[test]
+fn options_of_pruning_repair_and_training_reach_the_rows() {
+    let config = small().with(|c| {
+        c.tasks = vec![Task::Mod(2)];
+        c.cells = vec![Cell::Lstm];
+        c.hidden = Some(vec![16]);
+        c.methods = vec![
+            Method::Magnitude,
+            Method::Block8x4,
+            Method::Span,
+            Method::Ws,
+        ];
+        c.seeds = vec![0];
+        c.gradual = Some(Ramp {
+            until: 0.5,
+            every: 2,
+        });
+    });
+    let rows = run(&config, &NoProgress).unwrap();
+    let gradual: Vec<&Row> = rows.iter().filter(|r| r.stage == Stage::Gradual).collect();
+    let methods: Vec<Method> = gradual.iter().map(|r| r.method).collect();
+    assert_eq!(
+        methods,
+        [Method::Magnitude, Method::Block8x4, Method::Threshold]
+    );
+    for row in gradual {
+        assert_eq!(row.reached.unwrap().recurrent, 0.5, "{}", row.method);
+        assert_eq!(row.finetune_epochs, 1);
+    }
+    for row in rows.iter().filter(|r| r.stage == Stage::OneShot) {
+        // Blocks that have a kernel are also run in 8 bits, close to the floats.
+        assert_eq!(row.int8.is_some(), row.method == Method::Block8x4);
+        if let (Some(int8), Some(loss)) = (row.int8, row.loss) {
+            assert!((int8.loss - loss).abs() < 0.05, "{} {loss}", int8.loss);
+        }
+        assert_eq!(row.exact.is_some(), row.repair != Repair::Merge);
+        assert!(row.validation.is_some());
+    }
+    let with = |change: fn(&mut ExperimentConfig)| {
+        let config = config.clone().with(|c| c.gradual = None).with(change);
+        run(&config, &NoProgress).unwrap()
+    };
+    // W_ih is pruned too; without W_hh is still without W_hh alone, and no graph is drawn for W_ih.
+    let both = with(|c| c.scope = Scope::Both);
+    for row in both.iter().filter(|r| r.stage == Stage::OneShot) {
+        let reached = row.reached.unwrap();
+        match row.method {
+            Method::Magnitude => assert_eq!(reached.recurrent_and_input, 0.5),
+            Method::ZeroWhh => {
+                assert!(reached.recurrent == 1.0 && reached.recurrent_and_input < 1.0)
+            }
+            _ => {}
+        }
+    }
+    assert!(both.iter().all(|r| r.method != Method::Ws));
+    let of = |rows: &[Row], method: Method, repair: Repair| -> Row {
+        let same = |r: &&Row| (r.method, r.repair, r.stage) == (method, repair, Stage::OneShot);
+        rows.iter().find(same).unwrap().clone()
+    };
+    type Change = fn(&mut ExperimentConfig);
+    let changes: [(Change, Method, Repair); 9] = [
+        (|c| c.refit.ridge = 0.5, Method::Magnitude, Repair::Refit),
+        (
+            |c| c.refit.constant = false,
+            Method::Magnitude,
+            Repair::Refit,
+        ),
+        (|c| c.merge.ridge = 0.5, Method::Span, Repair::Merge),
+        (
+            |c| c.compete = Compete::Global,
+            Method::Magnitude,
+            Repair::None,
+        ),
+        (
+            |c| c.densities = Some(vec![0.1, 0.3, 0.7, 0.9]),
+            Method::Magnitude,
+            Repair::None,
+        ),
+        (|c| c.keep_diagonal = true, Method::Block8x4, Repair::None),
+        (|c| c.weigh_inputs = true, Method::Magnitude, Repair::None),
+        (|c| c.rewire = 1.0, Method::Ws, Repair::None),
+        (|c| c.epochs = Some(3), Method::Magnitude, Repair::None),
+    ];
+    for (change, method, repair) in changes {
+        let (before, after) = (of(&rows, method, repair), of(&with(change), method, repair));
+        assert_ne!(before.loss, after.loss, "{method} {repair}");
+    }
+    let images = config.clone().with(|c| c.augment = Some(Augment::Affine));
+    assert!(matches!(
+        run(&images, &NoProgress),
+        Err(Error::Setting {
+            setting: "augmentation",
+            ..
+        })
+    ));
 }
 
 #[test]

@@ -104,7 +104,7 @@ fn structured(inputs: &Inputs, settings: &Settings) -> Result<Preset> {
             .with("--compensate", "least-squares")
             .with("--search-samples", MEASURED)
             .finish(settings),
-        suite: Suite::Structured(structured::Config {
+        suite: Suite::Structured(Box::new(structured::Config {
             calib_samples: CALIBRATION,
             recipes,
             ratios,
@@ -113,7 +113,7 @@ fn structured(inputs: &Inputs, settings: &Settings) -> Result<Preset> {
                 ..structured::search::Config::new(settings.seed)
             },
             ..structured::Config::new(inputs.text.clone(), inputs.calib.clone(), settings.seed)
-        }),
+        })),
         shown: vec![
             Shown::new("original model", DENSE),
             shown("rd-dp"),
@@ -236,7 +236,7 @@ fn lattice(_: &Inputs, settings: &Settings) -> Preset {
             .with_all("--sparsity", &sparsities)
             .with("--seeds", NETWORKS)
             .finish(settings),
-        suite: Suite::Lattice(lattice::Config::new(
+        suite: Suite::Lattice(Box::new(lattice::Config::new(
             ExperimentConfig::default().with(|config| {
                 config.tasks = tasks;
                 config.methods = methods.to_vec();
@@ -244,7 +244,7 @@ fn lattice(_: &Inputs, settings: &Settings) -> Preset {
             }),
             settings.seed,
             NETWORKS,
-        )),
+        ))),
         shown: vec![
             Shown::new("dense LSTM", DENSE),
             // What is recommended, what the paper proposes, what both must beat.

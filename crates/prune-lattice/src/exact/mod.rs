@@ -16,7 +16,13 @@ pub use dead::dead_neurons;
 pub use live::{Liveness, live_neurons};
 pub use partition::{equitable_partition, quotient};
 
-use crate::{calibration::Calibration, cell::Cell, error::Result, mask::hard_remove, rnn::Rnn};
+use crate::{
+    calibration::Calibration,
+    cell::Cell,
+    error::Result,
+    mask::hard_remove,
+    rnn::{InputKind, Rnn},
+};
 use serde::{Deserialize, Serialize};
 
 /// Why a neuron can be removed, or what is known of it.
@@ -71,8 +77,9 @@ impl<'a> ExactConfig<'a> {
     }
 }
 
-/// The strongest finding for every neuron, layer by layer; `None` for neurons that the network needs. Masks must have been
-/// applied to the weights.
+/// The strongest finding for every neuron, layer by layer; `None` for neurons that the network needs. Masks (those of a wiring
+/// among them) must have been applied to the weights. Where a ReLU network reads vectors and their range is not known, nothing is
+/// certified as dead.
 ///
 /// # Errors
 /// A calibration that does not fit the network.
@@ -82,8 +89,9 @@ pub fn find(rnn: &Rnn, config: &ExactConfig<'_>) -> Result<Vec<Vec<Option<Findin
         calibration.check(shape.input.width(), &shape.hidden)?;
     }
     let live = live_neurons(rnn);
+    let known = !matches!(shape.input, InputKind::Dense { .. }) || config.input_range.is_some();
     let dead = match shape.cell {
-        Cell::Relu => Some(dead_neurons(rnn, config.input_range)?),
+        Cell::Relu if known => Some(dead_neurons(rnn, config.input_range)?),
         _ => None,
     };
     let finding = |l: usize, x: usize| {
@@ -110,12 +118,52 @@ pub fn find(rnn: &Rnn, config: &ExactConfig<'_>) -> Result<Vec<Vec<Option<Findin
         .collect())
 }
 
-/// The network without the neurons whose removal changes nothing for any input; a layer keeps one neuron at least.
+/// Neurons by what is known of them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Counts {
+    /// [`Finding::Dead`]
+    pub dead: usize,
+    /// [`Finding::Unheard`]
+    pub unheard: usize,
+    /// [`Finding::DeadOnCalibration`]
+    pub dead_on_calibration: usize,
+    /// [`Finding::ConstantOnCalibration`]
+    pub constant_on_calibration: usize,
+    /// [`Finding::Unfed`]
+    pub unfed: usize,
+}
+
+impl Counts {
+    /// Counts findings.
+    pub fn of(findings: &[Vec<Option<Finding>>]) -> Self {
+        let mut counts = Self::default();
+        for finding in findings.iter().flatten().flatten() {
+            let count = match finding {
+                Finding::Dead => &mut counts.dead,
+                Finding::Unheard => &mut counts.unheard,
+                Finding::DeadOnCalibration => &mut counts.dead_on_calibration,
+                Finding::ConstantOnCalibration => &mut counts.constant_on_calibration,
+                Finding::Unfed => &mut counts.unfed,
+            };
+            *count += 1;
+        }
+        counts
+    }
+}
+
+/// How many neurons are equal to another one for ever ([`equitable_partition`]): those that sharing weights makes superfluous.
 ///
 /// # Errors
-/// Findings of another network.
-pub fn remove(rnn: &Rnn, findings: &[Vec<Option<Finding>>]) -> Result<Rnn> {
-    let keep: Vec<Vec<bool>> = findings
+/// A tolerance that is not positive.
+pub fn equal_neurons(rnn: &Rnn, tolerance: f64) -> Result<usize> {
+    let classes = equitable_partition(rnn, tolerance)?;
+    let count = |of: &Vec<usize>| of.len() - of.iter().max().map_or(0, |c| c + 1);
+    Ok(classes.iter().map(count).sum())
+}
+
+/// The neurons that stay when those are removed whose removal changes nothing for any input; a layer keeps one at least.
+pub fn kept(findings: &[Vec<Option<Finding>>]) -> Vec<Vec<bool>> {
+    findings
         .iter()
         .map(|layer| {
             let stays = |f: &Option<Finding>| !f.is_some_and(Finding::is_exact);
@@ -127,6 +175,13 @@ pub fn remove(rnn: &Rnn, findings: &[Vec<Option<Finding>>]) -> Result<Rnn> {
             }
             keep
         })
-        .collect();
-    hard_remove(rnn, &keep)
+        .collect()
+}
+
+/// The network without the neurons whose removal changes nothing for any input; a layer keeps one neuron at least.
+///
+/// # Errors
+/// Findings of another network.
+pub fn remove(rnn: &Rnn, findings: &[Vec<Option<Finding>>]) -> Result<Rnn> {
+    hard_remove(rnn, &kept(findings))
 }

@@ -38,8 +38,13 @@ pub fn equitable_partition(rnn: &Rnn, tolerance: f64) -> Result<Vec<Vec<usize>>>
             let layer = rnn.layer(l);
             let units = [layer.w_ih, layer.w_hh, layer.bias].map(|w| tolerance * largest(w));
             let round = |v: f64, unit: f64| (v / unit).round() as i64;
+            let sizes = sizes(&classes[l]);
             let key = |i: usize| {
                 let mut key = vec![classes[l][i] as i64];
+                // A class of one neuron cannot be divided: in trained networks all are after the first pass.
+                if sizes[classes[l][i]] == 1 {
+                    return key;
+                }
                 for g in 0..gates {
                     let row = g * n + i;
                     key.push(round(f64::from(layer.bias[row]), units[2]));
@@ -72,6 +77,13 @@ pub fn equitable_partition(rnn: &Rnn, tolerance: f64) -> Result<Vec<Vec<usize>>>
 
 fn count(classes: &[usize]) -> usize {
     classes.iter().max().map_or(0, |c| c + 1)
+}
+
+/// Members of each class.
+fn sizes(classes: &[usize]) -> Vec<usize> {
+    let mut sizes = vec![0; count(classes)];
+    classes.iter().for_each(|&c| sizes[c] += 1);
+    sizes
 }
 
 /// Sum of the weights of each class.

@@ -5,13 +5,16 @@
 //! the test split, which decides nothing. Rows come in a fixed order and do not depend on the number of threads.
 
 mod network;
+mod noise;
 mod row;
 mod run;
 mod speed;
 mod structures;
 mod verdict;
 
-pub use row::{Connectivity, Metric, OrderSummary, Row, Stage, Treatment};
+pub use network::{PrunedNetwork, Visit};
+pub use noise::run_rnnoise;
+pub use row::{Connectivity, ExactRemoval, Metric, OrderSummary, Row, Stage, Treatment};
 pub use run::{Trained, run, run_model, train_dense};
 pub use speed::{BlockSpeed, SpeedRow, measure_blocks, measure_speed};
 pub use structures::{
@@ -21,10 +24,13 @@ pub use verdict::{Comparison, Outcome, compare, verdict};
 
 use crate::{
     cell::Cell,
+    data::{Augment, Dataset},
+    error::{Error, Result},
     mask::MaskRule,
     names::{named, with},
     prune::{Compete, LatticeConfig, Method, PruneConfig, Scope},
-    rnn::TrainConfig,
+    repair::{MergeConfig, RefitConfig},
+    rnn::{Gradual, TrainConfig},
     tasks::{Sizes, Task},
     wiring::WiringKind,
 };
@@ -57,6 +63,27 @@ pub struct ExperimentConfig {
     pub rule: MaskRule,
     /// Within what weights compete for magnitude pruning.
     pub compete: Compete,
+    /// The share that each gate keeps, in place of the sparsity, for magnitudes per gate and for blocks.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub densities: Option<Vec<f64>>,
+    /// Whether blocks of `W_hh` leave the diagonal as it is.
+    #[serde(default)]
+    pub keep_diagonal: bool,
+    /// Whether magnitudes are weighed by their inputs, for magnitudes, thresholds and blocks.
+    #[serde(default)]
+    pub weigh_inputs: bool,
+    /// Rewiring probability of the Watts–Strogatz graphs of `ws`.
+    #[serde(default = "default_rewire")]
+    pub rewire: f64,
+    /// How weights under a mask are solved again.
+    #[serde(default)]
+    pub refit: RefitConfig,
+    /// How neurons are merged.
+    #[serde(default)]
+    pub merge: MergeConfig,
+    /// Pruning while fine-tuning, as further rows of the methods that [can](Method::is_gradual).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gradual: Option<Ramp>,
     /// How neurons are scored by order.
     pub lattice: LatticeConfig,
     /// Which connections the networks have before pruning.
@@ -66,8 +93,37 @@ pub struct ExperimentConfig {
     pub hidden: Option<Vec<usize>>,
     /// Sizes of the splits.
     pub sizes: Option<Sizes>,
+    /// How images are deformed in training.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub augment: Option<Augment>,
+    /// Passes of training, in place of those of `training`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub epochs: Option<usize>,
     /// Training.
     pub training: Option<TrainConfig>,
+}
+
+/// Gradual pruning in fine-tuning: the sparsity rises over a share of its updates.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Ramp {
+    /// Share of the updates after which the masks are final, above 0 and at most 1.
+    pub until: f64,
+    /// Updates between two choices of masks.
+    pub every: u64,
+}
+
+impl Ramp {
+    /// The schedule in a run of so many updates.
+    fn schedule(self, updates: u64, prune: PruneConfig) -> Result<Gradual> {
+        let stop = (self.until * updates as f64).round();
+        if !(self.until > 0.0 && self.until <= 1.0 && stop >= 1.0) {
+            return Err(Error::Setting {
+                setting: "gradual pruning",
+                reason: format!("until {} of {updates} updates", self.until),
+            });
+        }
+        Ok(Gradual::new(0, stop as u64, self.every, prune))
+    }
 }
 
 named! {
@@ -88,6 +144,10 @@ named! {
 pub const CONTROLS: [Method; 3] = [Method::ZeroWhh, Method::Random, Method::Threshold];
 
 with!(ExperimentConfig);
+
+fn default_rewire() -> f64 {
+    PruneConfig::new(Method::Ws, 0.5).rewire
+}
 
 fn all_repairs() -> Vec<Repair> {
     Repair::ALL.to_vec()
@@ -110,10 +170,19 @@ impl Default for ExperimentConfig {
             scope: base.scope,
             rule: base.rule,
             compete: base.compete,
+            densities: base.densities,
+            keep_diagonal: base.keep_diagonal,
+            weigh_inputs: base.weigh_inputs,
+            rewire: base.rewire,
+            refit: RefitConfig::default(),
+            merge: MergeConfig::default(),
+            gradual: None,
             lattice: base.lattice,
             wiring: WiringKind::Full,
             hidden: None,
             sizes: None,
+            augment: None,
+            epochs: None,
             training: None,
         }
     }
@@ -121,24 +190,54 @@ impl Default for ExperimentConfig {
 
 impl ExperimentConfig {
     /// The methods with the controls, each once, in the order of [`Method::ALL`]. Blocks and random graphs choose among all
-    /// connections and are left out where a wiring does not have them.
+    /// connections and are left out where a wiring does not have them, random graphs also where `W_ih` is pruned.
     pub fn all_methods(&self) -> Vec<Method> {
         let wired = self.wiring != WiringKind::Full;
         let wanted = |m: &Method| {
             (self.methods.contains(m) || CONTROLS.contains(m))
                 && !(wired && m.needs_all_connections())
+                && !(self.scope.input() && m.draws_graph())
         };
         Method::ALL.iter().copied().filter(wanted).collect()
     }
 
     pub(crate) fn prune_config(&self, method: Method, sparsity: f64, seed: u64) -> PruneConfig {
+        let by_gate = method.block().is_some()
+            || (method, self.compete) == (Method::Magnitude, Compete::PerGate);
         PruneConfig {
-            scope: self.scope,
+            // Without W_hh: that is what the control is, whatever is pruned otherwise.
+            scope: match method {
+                Method::ZeroWhh => Scope::H2h,
+                _ => self.scope,
+            },
             rule: self.rule,
             compete: self.compete,
             lattice: self.lattice.clone(),
+            densities: self.densities.clone().filter(|_| by_gate),
+            keep_diagonal: self.keep_diagonal && method.block().is_some(),
+            weigh_inputs: self.weigh_inputs && method.weighs_inputs(),
+            rewire: self.rewire,
             seed,
             ..PruneConfig::new(method, sparsity)
         }
+    }
+
+    /// The data of a task.
+    ///
+    /// # Errors
+    /// Those of [`Task::generate`]; an augmentation of a task without images.
+    pub fn data(&self, task: &Task, seed: u64) -> Result<Dataset> {
+        let data = task.generate(self.sizes.unwrap_or(task.default_sizes()), seed)?;
+        match self.augment {
+            None => Ok(data),
+            Some(kind) => data.with_augment(kind),
+        }
+    }
+
+    /// How a network is trained on a task.
+    pub fn training(&self, task: &Task, cell: Cell) -> TrainConfig {
+        let training = self.training.clone();
+        let training = training.unwrap_or(task.default_training(cell));
+        training.with(|c| c.epochs = self.epochs.unwrap_or(c.epochs))
     }
 }

@@ -1,7 +1,7 @@
 //! One trained network: pruned by every method at every sparsity, repaired, fine-tuned, measured.
 
 use super::{
-    Connectivity, ExperimentConfig, OrderSummary, Repair, Row, Stage,
+    Connectivity, ExactRemoval, ExperimentConfig, OrderSummary, Ramp, Repair, Row, Stage,
     run::{Inner, sparsities},
 };
 use crate::{
@@ -9,6 +9,7 @@ use crate::{
     connectivity::{SameNeurons, functional_similarity, reach_kept},
     data::{Dataset, Examples},
     error::{Error, Result},
+    exact::{Counts, ExactConfig, equal_neurons, find, kept, remove},
     influence::Influence,
     mask::{MaskSet, restrict_masks},
     order::CutReport,
@@ -16,8 +17,8 @@ use crate::{
         Method, PruneConfig, PruneContext, PruneReport, influence_of, layers_of, prune_in,
         rank_neurons_in, recurrence_of, scores_in, sparsity_between,
     },
-    repair::{MergeConfig, RefitConfig, merge_in, refit},
-    rnn::{Evaluation, Rnn, TrainConfig, evaluate, train},
+    repair::{merge_passes, refit},
+    rnn::{BlockMatrix, BlockRnn, Evaluation, Rnn, TrainConfig, evaluate, evaluate_blocks, train},
 };
 use rayon::prelude::*;
 use std::time::Instant;
@@ -27,6 +28,7 @@ use tensor_io::Progress;
 pub(super) struct Session<'a> {
     pub(super) config: &'a ExperimentConfig,
     pub(super) training: &'a TrainConfig,
+    pub(super) visit: &'a Visit<'a>,
     pub(super) progress: &'a dyn Progress,
 }
 
@@ -39,11 +41,66 @@ impl Session<'_> {
     }
 }
 
+/// A network that was pruned, with the row that says how good it is.
+#[non_exhaustive]
+pub struct PrunedNetwork<'a> {
+    /// What was measured.
+    pub row: &'a Row,
+    /// The network; smaller than the one before pruning where neurons were merged.
+    pub rnn: &'a Rnn,
+    /// The masks that it is under.
+    pub masks: &'a MaskSet,
+    /// The neurons that the method keeps, where it ranks them.
+    pub keep: Option<&'a [Vec<bool>]>,
+    /// What the states of the network before pruning do.
+    pub calibration: &'a Calibration,
+}
+
+/// What is done with every pruned network, from several threads at once.
+pub type Visit<'a> = dyn Fn(&PrunedNetwork<'_>) -> Result<()> + Sync + 'a;
+
+/// How the quality of a network is measured.
+pub(super) trait Judge: Sync {
+    /// On the test split.
+    fn test(&self, network: &Judged<'_>) -> Result<Evaluation>;
+    /// On the validation split.
+    fn valid(&self, network: &Judged<'_>) -> Result<Evaluation>;
+    /// Whether only the top layer is read out, as the network itself says.
+    fn reads_top_alone(&self) -> bool {
+        true
+    }
+    /// On the test split by block kernels, where these can run the network.
+    fn test_blocks(&self, network: &BlockRnn) -> Result<Option<Evaluation>>;
+}
+
+/// A network to be judged.
+pub(super) struct Judged<'a> {
+    pub(super) rnn: &'a Rnn,
+    /// Which neurons of the network before pruning it has, where the others were merged into them.
+    pub(super) merged: Option<&'a [Vec<bool>]>,
+}
+
+/// By the network's own read-out.
+impl Judge for Dataset {
+    fn test(&self, network: &Judged<'_>) -> Result<Evaluation> {
+        evaluate(network.rnn, &self.test)
+    }
+
+    fn valid(&self, network: &Judged<'_>) -> Result<Evaluation> {
+        evaluate(network.rnn, &self.valid)
+    }
+
+    fn test_blocks(&self, network: &BlockRnn) -> Result<Option<Evaluation>> {
+        evaluate_blocks(network, &self.test).map(Some)
+    }
+}
+
 /// A network before pruning.
 pub(super) struct Source<'a> {
     pub(super) name: &'a str,
     pub(super) rnn: &'a Rnn,
     pub(super) data: &'a Dataset,
+    pub(super) judge: &'a dyn Judge,
     /// The entries that exist.
     pub(super) wired: &'a MaskSet,
     /// The seed that it was trained with.
@@ -58,7 +115,12 @@ pub(super) struct Dense<'a> {
     /// States on test examples, for comparisons of connectivity.
     states: Vec<Moments>,
     influence: Influence,
+    /// Range of the components of its input vectors.
+    input_range: Option<(f32, f32)>,
 }
+
+/// Weights that differ by less than this share of the largest one count as equal.
+const EQUAL: f64 = 1e-6;
 
 /// Test examples on which connectivity is compared.
 fn connectivity_recording() -> RecordConfig {
@@ -111,11 +173,13 @@ impl<'a> Dense<'a> {
             name: source.name.into(),
         };
         let Source { rnn, data, .. } = source;
+        let dense = Judged { rnn, merged: None };
         Ok(Self {
-            test: evaluate(rnn, &data.test)?,
+            test: source.judge.test(&dense)?,
             calibration: record(rnn, &data.train, &RecordConfig::default(), &inner)?,
             states: states_of(rnn, data, &inner)?,
             influence: influence(rnn, &PruneConfig::new(Method::Dense, 0.0))?,
+            input_range: data.input_range(),
             source,
         })
     }
@@ -175,6 +239,34 @@ impl<'a> Dense<'a> {
             reach: Some(reach_kept(&self.influence, &pruned, 1.0)?),
             reach_2: Some(reach_kept(&self.influence, &pruned, 2.0)?),
         })
+    }
+
+    /// Quality with weights and states of 8 bits.
+    fn integers(&self, method: Method, pruned: &Pruned<'_>) -> Result<Option<Evaluation>> {
+        let block = method.block().filter(|b| BlockMatrix::supports(*b));
+        let Some(block) = block else { return Ok(None) };
+        let network = BlockRnn::new(&pruned.rnn, pruned.masks, block)?.quantised();
+        self.source.judge.test_blocks(&network)
+    }
+
+    /// What can be removed from a masked network without changing it, for inputs within the range of the data.
+    fn exact(&self, pruned: &Pruned<'_>) -> Result<Option<ExactRemoval>> {
+        if pruned.repair == Repair::Merge || !self.source.judge.reads_top_alone() {
+            return Ok(None);
+        }
+        let config = match self.input_range {
+            Some((low, high)) => ExactConfig::default().input_range(low, high),
+            None => ExactConfig::default(),
+        };
+        let findings = find(&pruned.rnn, &config)?;
+        let keep = kept(&findings);
+        let masks = restrict_masks(&pruned.rnn, pruned.masks, &keep)?;
+        let small = remove(&pruned.rnn, &findings)?;
+        Ok(Some(ExactRemoval {
+            neurons: Counts::of(&findings),
+            params: small.params().count() - masks.pruned(),
+            equal: equal_neurons(&pruned.rnn, EQUAL)?,
+        }))
     }
 
     /// The rows of all `methods`, each at all sparsities.
@@ -261,8 +353,8 @@ impl<'a> Dense<'a> {
                 }
                 (Repair::Refit, _) => {
                     let mut rnn = rnn.clone();
-                    let config = RefitConfig::default();
-                    refit(&mut rnn, &chosen.masks, &self.calibration, &config)?;
+                    let config = &session.config.refit;
+                    refit(&mut rnn, &chosen.masks, &self.calibration, config)?;
                     Pruned {
                         rnn,
                         masks: &chosen.masks,
@@ -271,9 +363,11 @@ impl<'a> Dense<'a> {
                 }
                 (Repair::Merge, Some(keep)) => {
                     small = restrict_masks(rnn, self.source.wired, keep)?;
-                    let config = MergeConfig::default();
+                    let (config, data) = (&session.config.merge, self.source.data);
+                    let context = self.context();
+                    let (merged, _) = merge_passes(rnn, keep, &context, config, data, &inner)?;
                     Pruned {
-                        rnn: merge_in(rnn, keep, &self.context(), &config)?,
+                        rnn: merged,
                         masks: &small,
                         repair,
                     }
@@ -284,6 +378,8 @@ impl<'a> Dense<'a> {
             let keep = chosen.keep.as_deref();
             rows.push(Row {
                 connectivity: Some(self.connectivity(&pruned.rnn, keep, removed, &inner)?),
+                int8: self.integers(method, &pruned)?,
+                exact: self.exact(&pruned)?,
                 ..self.row(
                     chosen,
                     &pruned,
@@ -307,19 +403,55 @@ impl<'a> Dense<'a> {
                 rows.push(self.row(chosen, &pruned, session, done)?);
             }
         }
+        let trains = method.is_gradual() && session.config.finetune_epochs > 0;
+        if let (Some(ramp), true) = (session.config.gradual, trains) {
+            rows.push(self.gradually(ramp, chosen, session)?);
+        }
         Ok(rows)
     }
 
-    /// Fine-tuning under the masks.
-    fn tune(&self, pruned: &mut Pruned<'_>, chosen: &Chosen, session: &Session<'_>) -> Result<()> {
+    /// How networks are trained after pruning.
+    fn tuning(&self, chosen: &Chosen, session: &Session<'_>) -> TrainConfig {
         let (config, training) = (session.config, session.training);
-        let tuning = training.clone().with(|c| {
+        training.clone().with(|c| {
             c.epochs = config.finetune_epochs;
             c.learning_rate = training.learning_rate * config.finetune_rate;
             c.patience = None;
             c.target_loss = None;
             c.seed = chosen.config.seed.wrapping_add(1);
-        });
+        })
+    }
+
+    /// The dense network, trained as long as the others while its sparsity rises.
+    fn gradually(&self, ramp: Ramp, chosen: &Chosen, session: &Session<'_>) -> Result<Row> {
+        let start = Instant::now();
+        let Source {
+            name, data, wired, ..
+        } = self.source;
+        let mut tuning = self.tuning(chosen, session);
+        let updates = tuning.updates(&data.train);
+        // Inputs are weighed by a calibration, which training changes.
+        let prune = chosen.config.clone().with(|c| c.weigh_inputs = false);
+        tuning.gradual = Some(ramp.schedule(updates, prune)?);
+        let inner = session.inner(format!("pruning {name} by {}", chosen.config.method));
+        let mut rnn = self.source.rnn.clone();
+        let masks = train(&mut rnn, data, &tuning, wired, &inner)?.masks;
+        let pruned = Pruned {
+            rnn,
+            masks: &masks,
+            repair: Repair::None,
+        };
+        let done = Done {
+            stage: Stage::Gradual,
+            epochs: tuning.epochs,
+            seconds: start.elapsed().as_secs_f64(),
+        };
+        self.row(chosen, &pruned, session, done)
+    }
+
+    /// Fine-tuning under the masks.
+    fn tune(&self, pruned: &mut Pruned<'_>, chosen: &Chosen, session: &Session<'_>) -> Result<()> {
+        let tuning = self.tuning(chosen, session);
         let Source { name, data, .. } = self.source;
         let inner = session.inner(format!("fine-tuning {name} after {}", chosen.config.method));
         train(&mut pruned.rnn, data, &tuning, pruned.masks, &inner)?;
@@ -384,13 +516,17 @@ impl<'a> Dense<'a> {
         let start = Instant::now();
         let Pruned { rnn, masks, repair } = pruned;
         let config = &chosen.config;
-        let test = evaluate(rnn, &self.source.data.test)?;
+        let merged = *repair == Repair::Merge;
+        let judged = Judged {
+            rnn,
+            merged: chosen.keep.as_deref().filter(|_| merged),
+        };
+        let test = self.source.judge.test(&judged)?;
         let seconds = done.seconds + start.elapsed().as_secs_f64();
-        let valid = evaluate(rnn, &self.source.data.valid)?;
+        let valid = self.source.judge.valid(&judged)?;
         let recurrence = recurrence_of(rnn, config.lattice.aggregate)?;
         let reached = sparsity_between(self.source.rnn, rnn, masks, self.within());
-        let merged = *repair == Repair::Merge;
-        Ok(Row {
+        let row = Row {
             reached: Some(reached),
             neurons: if merged {
                 self.neurons(chosen, session)
@@ -410,7 +546,15 @@ impl<'a> Dense<'a> {
             order: summary(&chosen.report.cuts),
             seconds,
             ..self.empty(config.method, config.sparsity, config.seed, done.stage)
-        })
+        };
+        (session.visit)(&PrunedNetwork {
+            row: &row,
+            rnn,
+            masks,
+            keep: chosen.keep.as_deref(),
+            calibration: &self.calibration,
+        })?;
+        Ok(row)
     }
 
     /// A row without results.
@@ -444,6 +588,8 @@ impl<'a> Dense<'a> {
             dead: None,
             spectral_radius: Vec::new(),
             connectivity: None,
+            int8: None,
+            exact: None,
             order: None,
             seconds: 0.0,
             error: None,

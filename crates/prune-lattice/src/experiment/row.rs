@@ -3,8 +3,10 @@
 use super::Repair;
 use crate::{
     cell::Cell,
+    exact::Counts,
     names::named,
     prune::{Method, Sparsity},
+    rnn::Evaluation,
 };
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -17,6 +19,8 @@ pub enum Stage {
     OneShot,
     /// After fine-tuning under the mask.
     FineTuned,
+    /// After fine-tuning in which the sparsity rose gradually.
+    Gradual,
     /// Trained from fresh weights under the mask, with the full training budget (`zero-whh` only: what the task needs of
     /// recurrent weights at all).
     FromScratch,
@@ -35,6 +39,17 @@ pub struct OrderSummary {
     pub largest_class: (usize, usize),
     /// Smallest and largest number of irreducible neurons.
     pub irreducible: (usize, usize),
+}
+
+/// What can be removed from a network without changing its function.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ExactRemoval {
+    /// Neurons by the reason; dead and unheard ones are removed.
+    pub neurons: Counts,
+    /// Weights that exist and are not masked after the removal.
+    pub params: usize,
+    /// Neurons that are equal to another one for ever.
+    pub equal: usize,
 }
 
 /// What a pruned network keeps of the connectivity of the dense one.
@@ -127,6 +142,12 @@ pub struct Row {
     /// What is kept of the connectivity; for rows right after pruning.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub connectivity: Option<Connectivity>,
+    /// Quality with weights and states of 8 bits, for blocks that have a kernel; for rows right after pruning.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub int8: Option<Evaluation>,
+    /// What can be removed from the masked network without changing it; for rows right after pruning.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub exact: Option<ExactRemoval>,
     /// The order, for lattice methods.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub order: Option<OrderSummary>,
@@ -156,7 +177,7 @@ impl Treatment {
 impl fmt::Display for Treatment {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.repair {
-            Repair::None => self.method.fmt(f),
+            Repair::None => f.pad(self.method.name()),
             repair => f.pad(&format!("{} + {repair}", self.method)),
         }
     }
@@ -199,6 +220,16 @@ impl Metric {
         let found: Vec<Metric> = rows.into_iter().map(of).collect();
         let first = order.into_iter().find(|m| found.contains(m));
         first.unwrap_or(Metric::Loss)
+    }
+
+    /// Its value in an evaluation.
+    pub fn of_evaluation(self, evaluation: &Evaluation) -> Option<f64> {
+        match self {
+            Metric::Accuracy => evaluation.accuracy,
+            Metric::Auc => evaluation.auc,
+            Metric::Bits => Some(evaluation.bits()),
+            Metric::Loss => Some(evaluation.loss),
+        }
     }
 
     /// Its value in a row.

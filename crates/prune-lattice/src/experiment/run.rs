@@ -2,7 +2,7 @@
 
 use super::{
     ExperimentConfig, Row,
-    network::{Dense, Session, Source},
+    network::{Dense, Session, Source, Visit},
 };
 use crate::{
     cell::Cell,
@@ -45,12 +45,14 @@ pub fn run(config: &ExperimentConfig, progress: &dyn Progress) -> Result<Vec<Row
             let session = Session {
                 config,
                 training: &trained.training,
+                visit: &|_| Ok(()),
                 progress,
             };
             let source = Source {
                 name: &name,
                 rnn: &trained.rnn,
                 data: &trained.data,
+                judge: &trained.data,
                 wired: &trained.wired,
                 seed: Some(seed),
             };
@@ -88,15 +90,12 @@ pub fn train_dense(
     progress: &dyn Progress,
 ) -> Result<Trained> {
     let wiring = config.wiring.build()?;
-    let data = task
-        .generate(config.sizes.unwrap_or(task.default_sizes()), seed)?
+    let data = config
+        .data(task, seed)?
         .with_extra_steps(wiring.as_ref().map_or(0, Wiring::extra_steps))?;
     let training = TrainConfig {
         seed,
-        ..config
-            .training
-            .clone()
-            .unwrap_or(task.default_training(cell))
+        ..config.training(task, cell)
     };
     let hidden = match &wiring {
         Some(wiring) => vec![wiring.len()],
@@ -131,43 +130,52 @@ pub(super) fn fresh(shape: RnnConfig, task: &Task, seed: u64) -> Result<Rnn> {
     Ok(rnn)
 }
 
-/// Prunes a trained network by every method at every sparsity, with `training` as the base of the fine-tuning. The seeds of
-/// the configuration are those of methods that draw; the others run once, by the first. Tasks, cells and sizes are not used.
+/// Prunes a trained network by every method at every sparsity; `visit` sees each pruned network. Fine-tuning is by the
+/// network's own way of training. The seeds of the configuration are those of methods that draw; the others run once, by the
+/// first. Tasks, cells and sizes are not used.
 ///
 /// # Errors
-/// As [`run`]; examples that do not fit the network.
+/// As [`run`]; examples that do not fit the network; those of `visit`.
 pub fn run_model(
     name: &str,
-    rnn: &Rnn,
-    data: &Dataset,
+    trained: &Trained,
     config: &ExperimentConfig,
-    training: &TrainConfig,
+    visit: &Visit<'_>,
     progress: &dyn Progress,
 ) -> Result<Vec<Row>> {
+    let source = Source {
+        name,
+        rnn: &trained.rnn,
+        data: &trained.data,
+        judge: &trained.data,
+        wired: &trained.wired,
+        seed: None,
+    };
+    let session = Session {
+        config,
+        training: &trained.training,
+        visit,
+        progress,
+    };
+    prune_one_network(source, &session)
+}
+
+/// The rows of a network that was not trained here: methods that draw nothing run once.
+pub(super) fn prune_one_network(source: Source<'_>, session: &Session<'_>) -> Result<Vec<Row>> {
+    let Session {
+        config, progress, ..
+    } = session;
     let all = config.all_methods();
     let drawn: Vec<Method> = all.iter().copied().filter(|m| m.is_random()).collect();
     let of_seed = |k: usize| if k == 0 { &all } else { &drawn };
     let count = (0..config.seeds.len()).map(|k| steps(config, of_seed(k)));
     progress.begin("pruning", count.sum());
-    let session = Session {
-        config,
-        training,
-        progress,
-    };
-    let wired = MaskSet::default();
-    let source = Source {
-        name,
-        rnn,
-        data,
-        wired: &wired,
-        seed: None,
-    };
-    let dense = Dense::new(source, progress)?;
+    let dense = Dense::new(source, *progress)?;
     let rows: Vec<Vec<Row>> = config
         .seeds
         .iter()
         .enumerate()
-        .map(|(k, &seed)| dense.prune_all(&session, of_seed(k), seed))
+        .map(|(k, &seed)| dense.prune_all(session, of_seed(k), seed))
         .collect::<Result<_>>()?;
     Ok(rows.into_iter().flatten().collect())
 }

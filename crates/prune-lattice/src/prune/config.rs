@@ -5,47 +5,49 @@ use crate::{
     centrality::Centrality,
     influence::{Aggregate, StackEdges},
     mask::MaskRule,
-    names::with,
+    names::{named, with},
     order::{Connected, Cut, RankBy, Verdict, default_cuts},
 };
 use serde::{Deserialize, Serialize};
 
-/// Which matrices are pruned. Biases, embedding and read-out never are.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-#[non_exhaustive]
-pub enum Scope {
-    /// `W_hh`
-    #[default]
-    H2h,
-    /// `W_ih`
-    I2h,
-    /// Both.
-    Both,
+named! {
+    /// Which matrices are pruned. Biases, embedding and read-out never are.
+    #[derive(Default)]
+    pub enum Scope as "scope" {
+        /// `W_hh`
+        #[default]
+        H2h = "h2h",
+        /// `W_ih`
+        I2h = "i2h",
+        /// Both.
+        Both = "both",
+    }
 }
 
 impl Scope {
-    pub(crate) fn recurrent(self) -> bool {
+    /// Whether `W_hh` is pruned.
+    pub fn recurrent(self) -> bool {
         self != Scope::I2h
     }
 
-    pub(crate) fn input(self) -> bool {
+    /// Whether `W_ih` is pruned.
+    pub fn input(self) -> bool {
         self != Scope::H2h
     }
 }
 
-/// Within what weights compete for magnitude pruning.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-#[non_exhaustive]
-pub enum Compete {
-    /// One threshold for all pruned matrices of all layers (as the code of arXiv 2407.20601 does).
-    Global,
-    /// Each matrix keeps its share.
-    PerMatrix,
-    /// Each gate block of each matrix keeps its share.
-    #[default]
-    PerGate,
+named! {
+    /// Within what weights compete for magnitude pruning.
+    #[derive(Default)]
+    pub enum Compete as "competition" {
+        /// One threshold for all pruned matrices of all layers (as the code of arXiv 2407.20601 does).
+        Global = "global",
+        /// Each matrix keeps its share.
+        PerMatrix = "per-matrix",
+        /// Each gate block of each matrix keeps its share.
+        #[default]
+        PerGate = "per-gate",
+    }
 }
 
 /// How neurons are scored by order: `share of cuts + beta * centrality`.

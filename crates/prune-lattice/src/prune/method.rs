@@ -74,9 +74,24 @@ impl Method {
         )
     }
 
+    /// Whether the edges of a random graph are what it keeps of `W_hh`.
+    pub fn draws_graph(self) -> bool {
+        matches!(self, Method::Ws | Method::Ba | Method::Er)
+    }
+
     /// Whether it chooses among all connections and cannot stay within a wiring.
     pub fn needs_all_connections(self) -> bool {
-        self.block().is_some() || matches!(self, Method::Ws | Method::Ba | Method::Er)
+        self.block().is_some() || self.draws_graph()
+    }
+
+    /// Whether it chooses by the size of weights, which may be weighed by their inputs.
+    pub fn weighs_inputs(self) -> bool {
+        self.block().is_some() || matches!(self, Method::Magnitude | Method::Threshold)
+    }
+
+    /// Whether it prunes gradually while a network is trained: by the size of weights, which tells what came back.
+    pub fn is_gradual(self) -> bool {
+        self.weighs_inputs()
     }
 
     /// Targets and sources of its blocks, for the methods that keep whole blocks.

@@ -18,6 +18,7 @@ use tensor_io::Progress;
 
 /// How neurons are merged.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
 #[non_exhaustive]
 pub struct MergeConfig {
     /// Ridge of the regression as a share of the mean variance of the kept neurons.

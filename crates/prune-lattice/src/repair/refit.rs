@@ -22,6 +22,7 @@ use std::collections::BTreeMap;
 
 /// How weights are solved again.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
 #[non_exhaustive]
 pub struct RefitConfig {
     /// λ as a share of the mean diagonal of `C`.

@@ -1,4 +1,4 @@
-//! MNIST from IDX files, plain or gzipped, 28 pixels a step: the rows of the image, or all pixels permuted once.
+//! MNIST from IDX files, plain or gzipped: 28 pixels a step, the rows of the image or all pixels permuted once; or a pixel a step.
 //!
 //! The folder holds `train*-images-idx3-ubyte` and `t10k-images-idx3-ubyte` with the label files of the same names
 //! (`labels-idx1`), each with or without `.gz`. Training images are deformed anew in every epoch.
@@ -16,6 +16,17 @@ use std::{
     io::Read,
     path::{Path, PathBuf},
 };
+
+/// How an image becomes a sequence.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Order {
+    /// A row a step.
+    Rows,
+    /// As many pixels a step, all of them permuted once.
+    Permuted,
+    /// A pixel a step.
+    Pixels,
+}
 
 /// One permutation for all networks, so that they can be compared.
 const PERMUTATION_SEED: u64 = 0;
@@ -105,15 +116,14 @@ fn find(folder: &Path, prefix: &str) -> Result<(PathBuf, PathBuf)> {
 fn examples(
     folder: &Path,
     prefix: &str,
-    from: usize,
-    count: usize,
-    permuted: bool,
+    (from, count): (usize, usize),
+    order: Order,
 ) -> Result<(Sequences, Augmentation)> {
     let (image_file, label_file) = find(folder, prefix)?;
     let (dims, pixels) = read_idx(&image_file, IMAGES_MAGIC, 3)?;
     let (label_dims, labels) = read_idx(&label_file, LABELS_MAGIC, 1)?;
     let (rows, width) = (dims[1], dims[2]);
-    let end = from + count;
+    let end = from.saturating_add(count);
     if rows == 0 || width == 0 || dims[0] < end || label_dims[0] < end {
         return Err(wrong(
             &image_file,
@@ -127,7 +137,11 @@ fn examples(
         return Err(wrong(&label_file, "a label is above 9"));
     }
     let size = rows * width;
-    let order = permuted.then(|| {
+    let (dim, steps) = match order {
+        Order::Pixels => (1, size),
+        Order::Rows | Order::Permuted => (width, rows),
+    };
+    let order = (order == Order::Permuted).then(|| {
         let mut order: Vec<u32> = (0..size as u32).collect();
         order.shuffle(&mut seed::rng(PERMUTATION_SEED, "pixels"));
         order
@@ -143,19 +157,22 @@ fn examples(
     let values = images.flat_map(image).collect();
     let classes = labels[from..end].iter().map(|&l| u32::from(l)).collect();
     let sequences = Sequences::new(
-        Inputs::Vectors { dim: width, values },
-        &vec![rows; count],
+        Inputs::Vectors { dim, values },
+        &vec![steps; count],
         Targets::Classes(classes),
     )?;
     let augmentation = Augmentation::new(Augment::Elastic, rows, width, order);
     Ok((sequences, augmentation))
 }
 
-pub(super) fn dataset(folder: &Path, sizes: Sizes, permuted: bool) -> Result<Dataset> {
-    let (train, augmentation) = examples(folder, "train", 0, sizes.train, permuted)?;
-    let (valid, _) = examples(folder, "train", sizes.train, sizes.valid, permuted)?;
-    let (test, _) = examples(folder, "t10k", 0, sizes.test, permuted)?;
-    let dim = augmentation.width();
+pub(super) fn dataset(folder: &Path, sizes: Sizes, order: Order) -> Result<Dataset> {
+    let (train, augmentation) = examples(folder, "train", (0, sizes.train), order)?;
+    let (valid, _) = examples(folder, "train", (sizes.train, sizes.valid), order)?;
+    let (test, _) = examples(folder, "t10k", (0, sizes.test), order)?;
+    let dim = match train.inputs() {
+        Inputs::Vectors { dim, .. } => *dim,
+        Inputs::Symbols(_) => 1,
+    };
     Ok(Dataset {
         train: Examples::Sequences(train.augmented(augmentation)?),
         valid: Examples::Sequences(valid),
@@ -187,7 +204,7 @@ mod tests {
             test: 1,
         };
         assert!(matches!(
-            dataset(dir.path(), sizes, false),
+            dataset(dir.path(), sizes, Order::Rows),
             Err(Error::Data { .. })
         ));
         let pixels: Vec<u8> = (0..3 * 6).map(|p| p * 10).collect();
@@ -201,7 +218,7 @@ mod tests {
                 idx(LABELS_MAGIC, &[3], &[4, 5, 6]),
             );
         }
-        let data = dataset(dir.path(), sizes, false).unwrap();
+        let data = dataset(dir.path(), sizes, Order::Rows).unwrap();
         let Examples::Sequences(valid) = &data.valid else {
             unreachable!()
         };
@@ -220,8 +237,10 @@ mod tests {
             std::io::Write::write_all(&mut out, &fs::read(path).unwrap()).unwrap();
             out.finish().unwrap();
         }
-        assert_eq!(dataset(zipped.path(), sizes, false).unwrap(), data);
-        let Examples::Sequences(permuted) = dataset(dir.path(), sizes, true).unwrap().valid else {
+        assert_eq!(dataset(zipped.path(), sizes, Order::Rows).unwrap(), data);
+        let Examples::Sequences(permuted) =
+            dataset(dir.path(), sizes, Order::Permuted).unwrap().valid
+        else {
             unreachable!()
         };
         let Inputs::Vectors { values: moved, .. } = permuted.inputs() else {
@@ -233,15 +252,29 @@ mod tests {
             v
         };
         assert_eq!(sorted(moved), sorted(values));
+        // A pixel a step is the same image, longer.
+        let by_pixels = dataset(dir.path(), sizes, Order::Pixels).unwrap();
+        assert_eq!(by_pixels.input, InputKind::Dense { dim: 1 });
+        let Examples::Sequences(valid) = by_pixels.valid else {
+            unreachable!()
+        };
+        assert_eq!(valid.length(0), 6);
+        assert_eq!(
+            valid.inputs(),
+            &Inputs::Vectors {
+                dim: 1,
+                values: values.clone()
+            }
+        );
         assert!(matches!(
-            dataset(dir.path(), Sizes { train: 3, ..sizes }, false),
+            dataset(dir.path(), Sizes { train: 3, ..sizes }, Order::Rows),
             Err(Error::Data { .. })
         ));
         put(
             "t10k-labels-idx1-ubyte",
             idx(IMAGES_MAGIC, &[3], &[4, 5, 6]),
         );
-        match dataset(dir.path(), sizes, false) {
+        match dataset(dir.path(), sizes, Order::Rows) {
             Err(Error::Data { file, reason }) => {
                 assert!(file.ends_with("t10k-labels-idx1-ubyte") && reason.contains("0x803"));
             }
@@ -252,12 +285,12 @@ mod tests {
             idx(LABELS_MAGIC, &[9], &[4, 5, 6]),
         );
         assert!(matches!(
-            dataset(dir.path(), sizes, false),
+            dataset(dir.path(), sizes, Order::Rows),
             Err(Error::Data { .. })
         ));
         put("t10k-labels-idx1-ubyte", vec![0, 0]);
         assert!(matches!(
-            dataset(dir.path(), sizes, false),
+            dataset(dir.path(), sizes, Order::Rows),
             Err(Error::Data { .. })
         ));
     }

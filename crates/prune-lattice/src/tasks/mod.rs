@@ -50,6 +50,8 @@ pub enum Task {
     Mnist(PathBuf),
     /// The same with all pixels permuted once: what needs memory over the whole image.
     MnistPermuted(PathBuf),
+    /// The same, a pixel a step: 784 steps, 28 times the time of rows.
+    MnistPixel(PathBuf),
     /// Decisions at every step of recorded clips: a folder with `train.safetensors` and `test.safetensors`, each with
     /// `features` `[clips, steps, dim]`, `labels` (0, 1, 255: not counted) and `probs` of the original network, which
     /// fine-tuning imitates.
@@ -69,7 +71,7 @@ pub struct Sizes {
 
 impl Task {
     /// The names that parse.
-    pub const NAMES: &'static str = "reber, embedded-reber, row-digits, mod2, mod3, tomita1 to tomita7, adding, char-grammar, text:FILE, mnist:FOLDER, mnist-permuted:FOLDER, vad:FOLDER";
+    pub const NAMES: &'static str = "reber, embedded-reber, row-digits, mod2, mod3, tomita1 to tomita7, adding, char-grammar, text:FILE, mnist:FOLDER, mnist-permuted:FOLDER, mnist-pixel:FOLDER, vad:FOLDER";
 
     /// Examples of every split, drawn from separate streams of the seed. Strings of the same generator may occur in more
     /// than one split.
@@ -86,8 +88,9 @@ impl Task {
             Task::Adding => adding::dataset(sizes, seed),
             Task::CharGrammar => text::grammar_dataset(sizes, seed),
             Task::Text(file) => text::file_dataset(file),
-            Task::Mnist(folder) => mnist::dataset(folder, sizes, false),
-            Task::MnistPermuted(folder) => mnist::dataset(folder, sizes, true),
+            Task::Mnist(folder) => mnist::dataset(folder, sizes, mnist::Order::Rows),
+            Task::MnistPermuted(folder) => mnist::dataset(folder, sizes, mnist::Order::Permuted),
+            Task::MnistPixel(folder) => mnist::dataset(folder, sizes, mnist::Order::Pixels),
             Task::Vad(folder) => vad::dataset(folder),
         }
     }
@@ -96,7 +99,7 @@ impl Task {
     pub fn default_sizes(&self) -> Sizes {
         let (train, valid, test) = match self {
             Task::CharGrammar => (60_000, 6_000, 12_000),
-            Task::Mnist(_) | Task::MnistPermuted(_) => (9_000, 1_000, 10_000),
+            _ if self.has_images() => (9_000, 1_000, 10_000),
             _ => (3_000, 500, 1_000),
         };
         Sizes { train, valid, test }
@@ -108,14 +111,28 @@ impl Task {
         vec![match self {
             Task::Mod(_) | Task::Tomita(_) => 24,
             Task::Text(_) => 64,
-            Task::Mnist(_) | Task::MnistPermuted(_) | Task::Vad(_) => 128,
+            Task::Vad(_) => 128,
+            _ if self.has_images() => 128,
             _ => wide,
         }]
     }
 
     /// Whether networks of ungated cells need an orthogonal `W_hh` to begin with: they do on long sequences.
     pub fn orthogonal_recurrence(&self, cell: Cell) -> bool {
-        cell.gates() == 1 && matches!(self, Task::Mnist(_) | Task::MnistPermuted(_))
+        cell.gates() == 1 && self.has_images()
+    }
+
+    /// Whether its examples are images, which are deformed in training.
+    pub fn has_images(&self) -> bool {
+        matches!(
+            self,
+            Task::Mnist(_) | Task::MnistPermuted(_) | Task::MnistPixel(_)
+        )
+    }
+
+    /// Whether the number of its examples can be chosen; a folder of clips and a text are taken whole.
+    pub fn has_sizes(&self) -> bool {
+        !matches!(self, Task::Text(_) | Task::Vad(_))
     }
 
     /// How the default suite trains.
@@ -162,7 +179,7 @@ impl Task {
                 target_loss: None,
                 ..base
             },
-            Task::Mnist(_) | Task::MnistPermuted(_) => TrainConfig {
+            Task::Mnist(_) | Task::MnistPermuted(_) | Task::MnistPixel(_) => TrainConfig {
                 epochs: 20,
                 batch: 100,
                 learning_rate: if cell.gates() == 1 { 1e-3 } else { 3e-3 },
@@ -199,6 +216,7 @@ impl fmt::Display for Task {
             Task::Text(file) => write!(f, "text:{}", file.display()),
             Task::Mnist(folder) => write!(f, "mnist:{}", folder.display()),
             Task::MnistPermuted(folder) => write!(f, "mnist-permuted:{}", folder.display()),
+            Task::MnistPixel(folder) => write!(f, "mnist-pixel:{}", folder.display()),
             Task::Vad(folder) => write!(f, "vad:{}", folder.display()),
         }
     }
@@ -217,6 +235,7 @@ impl FromStr for Task {
                 "text" => Ok(Task::Text(path.into())),
                 "mnist" => Ok(Task::Mnist(path.into())),
                 "mnist-permuted" => Ok(Task::MnistPermuted(path.into())),
+                "mnist-pixel" => Ok(Task::MnistPixel(path.into())),
                 "vad" => Ok(Task::Vad(path.into())),
                 _ => Err(unknown()),
             };

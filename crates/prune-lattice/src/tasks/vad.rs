@@ -42,11 +42,26 @@ fn read(file: &Path) -> Result<Clips> {
             }),
         }
     };
+    let labels = of_steps("labels")?;
+    if let Some(at) = labels
+        .iter()
+        .position(|&l| ![0.0, 1.0, NOT_COUNTED].contains(&l))
+    {
+        return Err(Error::Data {
+            file: file.into(),
+            reason: format!(
+                "labels: {} in clip {}, step {}; 0, 1 and {NOT_COUNTED} are expected",
+                labels[at],
+                at / steps,
+                at % steps
+            ),
+        });
+    }
     Ok(Clips {
         clips,
         steps,
         dim,
-        labels: of_steps("labels")?,
+        labels,
         probs: tensors
             .contains_key("probs")
             .then(|| of_steps("probs"))
@@ -106,4 +121,49 @@ pub(super) fn dataset(folder: &Path) -> Result<Dataset> {
         input: InputKind::Dense { dim: train.dim },
         outputs: 1,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::{Device, Tensor};
+    use std::collections::HashMap;
+
+    fn folder(label: u8) -> tempfile::TempDir {
+        let dir = tempfile::tempdir().unwrap();
+        for name in ["train", "test"] {
+            let labels: Vec<u8> = vec![0, 1, 255, 1, label, 0];
+            let tensors = HashMap::from([
+                (
+                    "features".to_owned(),
+                    Tensor::zeros((2, 3, 4), candle_core::DType::F32, &Device::Cpu).unwrap(),
+                ),
+                (
+                    "labels".to_owned(),
+                    Tensor::from_vec(labels, (2, 3), &Device::Cpu).unwrap(),
+                ),
+            ]);
+            io::save(&tensors, &dir.path().join(format!("{name}.safetensors"))).unwrap();
+        }
+        dir
+    }
+
+    #[test]
+    fn labels_are_0_1_or_not_counted_and_anything_else_is_named() {
+        let good = folder(255);
+        let Examples::Sequences(test) = dataset(good.path()).unwrap().test else {
+            unreachable!()
+        };
+        let Targets::Binary { targets, counted } = test.targets() else {
+            unreachable!()
+        };
+        assert_eq!(targets, &[0.0, 1.0, 0.0, 1.0, 0.0, 0.0]);
+        assert_eq!(counted, &[true, true, false, true, false, true]);
+        let bad = folder(2);
+        let text = dataset(bad.path()).unwrap_err().to_string();
+        assert!(
+            text.contains("train.safetensors: labels: 2 in clip 1, step 1"),
+            "{text}"
+        );
+    }
 }

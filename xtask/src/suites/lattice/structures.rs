@@ -1,24 +1,39 @@
 //! Networks on random graphs.
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use eval_report::{Column, Row, Section};
 use prune_lattice::experiment::{self, ExperimentConfig, StructureConfig};
+use prune_lattice::tasks::Task;
+use prune_lattice::{Cell, Progress};
 use serde_json::json;
 
-/// Networks on random graphs, trained from fresh weights.
+/// Networks on random graphs, trained from fresh weights: a section for each task and cell.
 pub(super) fn structures(
     experiment: &ExperimentConfig,
     graphs: usize,
-    progress: &dyn prune_lattice::Progress,
+    progress: &dyn Progress,
+) -> Result<Vec<Section>> {
+    let mut sections = Vec::new();
+    for task in &experiment.tasks {
+        for &cell in &experiment.cells {
+            sections.push(section(experiment, (task, cell), graphs, progress)?);
+        }
+    }
+    Ok(sections)
+}
+
+fn section(
+    experiment: &ExperimentConfig,
+    (task, cell): (&Task, Cell),
+    graphs: usize,
+    progress: &dyn Progress,
 ) -> Result<Section> {
-    let (task, cell) = experiment
-        .tasks
-        .first()
-        .zip(experiment.cells.first())
-        .context("--task and --cell name nothing to run")?;
-    let config = StructureConfig::new(task.clone(), *cell).with(|c| {
+    let seed = experiment.seeds.first().copied().unwrap_or_default();
+    let config = StructureConfig::new(task.clone(), cell).with(|c| {
         c.graphs = graphs;
-        c.seed = experiment.seeds.first().copied().unwrap_or_default();
+        c.seed = seed;
+        c.sizes = experiment.sizes;
+        c.training = Some(experiment.training(task, cell));
     });
     let found = experiment::run_structures(&config, progress)?;
     let rows = found.iter().map(|network| {
@@ -60,5 +75,7 @@ pub(super) fn structures(
         rows: rows.collect(),
         remarks: remarks.collect(),
         ..Section::default()
-    })
+    }
+    .fact("graphs of each kind", graphs)
+    .fact("seed", seed))
 }

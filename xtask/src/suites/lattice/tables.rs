@@ -8,6 +8,12 @@ use serde_json::json;
 
 use super::Config;
 
+/// Columns of the tables of tasks.
+const INT8: &str = "int8";
+const REMOVABLE: &str = "removed exactly";
+const UNFED: &str = "unfed";
+const EQUAL: &str = "equal neurons";
+
 /// What the first table shows, in this order: what is recommended, what the paper proposes, what both must beat.
 const SHOWN: [Treatment; 7] = [
     Treatment::new(Method::Magnitude, Repair::Refit),
@@ -182,9 +188,12 @@ pub(super) fn task_section(task: &str, cell: &str, rows: &[&experiment::Row]) ->
         column_of(metric),
     ];
     if metric == Metric::Auc {
-        columns.push(Column::Accuracy);
+        columns.extend([Column::Accuracy, Column::Nll]);
     }
     let extra = |name: &str| Column::Extra(name.into());
+    if rows.iter().any(|row| row.extra.contains_key(INT8)) {
+        columns.push(extra(INT8));
+    }
     columns.extend([
         Column::FinetuneEpochs,
         extra("of W_hh"),
@@ -195,12 +204,17 @@ pub(super) fn task_section(task: &str, cell: &str, rows: &[&experiment::Row]) ->
         extra("FC r of kept"),
         extra("reach kept"),
         extra("reach kept (2)"),
+        extra(REMOVABLE),
+        extra(UNFED),
+        extra(EQUAL),
         extra("order"),
         Column::Seconds,
     ]);
     let prose = "FC r is Pearson's r between the correlations of states before and after pruning, over all pairs of neurons and \
         over pairs of kept neurons. Reach kept is the share of the ordered pairs of neurons (at a mean out-degree of 1; 2 in \
-        the second column) that can still be reached. Neurons are those that a merged network still has, by layers.";
+        the second column) that can still be reached. Neurons are those that a merged network still has, by layers. Removed exactly counts neurons that no output hears and \
+        ReLU neurons that are zero for every input in the range of the data: removing them changes nothing. Unfed neurons are \
+        reached by no input. Equal neurons have the same states as another one for ever, which trained networks hardly have.";
     Ok(Section {
         title: format!("{task}, {cell}"),
         prose: prose.into(),
@@ -259,6 +273,7 @@ fn seed_row(row: &experiment::Row, task: &str, cell: &str) -> Row {
     let stage = match row.stage {
         Stage::OneShot => "one-shot",
         Stage::FineTuned => "fine-tuned",
+        Stage::Gradual => "gradual",
         Stage::FromScratch => "from scratch",
     };
     let mut out = Row {
@@ -290,6 +305,20 @@ fn seed_row(row: &experiment::Row, task: &str, cell: &str) -> Row {
                 out.extra.insert(name.into(), json!(value));
             }
         }
+    }
+    if let Some(exact) = row.exact {
+        let counts = exact.neurons;
+        for (name, count) in [
+            (REMOVABLE, counts.dead + counts.unheard),
+            (UNFED, counts.unfed),
+            (EQUAL, exact.equal),
+        ] {
+            out.extra.insert(name.into(), json!(count));
+        }
+    }
+    let metric = Metric::of_rows([row]);
+    if let Some(value) = row.int8.as_ref().and_then(|e| metric.of_evaluation(e)) {
+        out.extra.insert(INT8.into(), json!(value));
     }
     if let Some(neurons) = &row.neurons {
         let neurons: Vec<String> = neurons.iter().map(usize::to_string).collect();
