@@ -98,8 +98,8 @@ impl<'a> Frontier<'a> {
     /// model and windows goes on where one was stopped, and finds what it shares with other options.
     ///
     /// # Errors
-    /// [`Error::Option`] for options out of range and windows that are in both sets, [`Error::Unsupported`] for models
-    /// that cannot be divided, [`Error::Cancelled`], and what running the model and writing files report.
+    /// [`Error::Option`] for options out of range and windows that are in both sets, [`Error::Experts`] for mixtures that the
+    /// target cannot store, [`Error::Cancelled`], and what running the model and writing files report.
     pub fn measure(
         decoder: &'a Decoder<'a>,
         data: Data<'a>,
@@ -125,7 +125,7 @@ impl<'a> Frontier<'a> {
         options.check()?;
         options.target.check_model(decoder)?;
         disjoint(data)?;
-        let sites = Site::of(decoder)?;
+        let sites = Site::of(decoder);
         let ranks = options.ranks(decoder.config().hidden);
         let largest_rank = ranks.last().copied().unwrap_or(0);
         let hash = decoder.checkpoint().content_hash()?;

@@ -73,14 +73,6 @@ pub enum Error {
         /// Why.
         reason: &'static str,
     },
-    /// A model that cannot be divided.
-    #[error("{model_type} cannot be divided: {reason}")]
-    Unsupported {
-        /// The architecture.
-        model_type: &'static str,
-        /// What is in the way.
-        reason: &'static str,
-    },
     /// Experts that a target cannot store.
     #[error("{target} cannot store the experts of {model_type}: {reason}")]
     Experts {

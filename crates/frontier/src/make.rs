@@ -530,12 +530,45 @@ impl<'a> Maker<'a> {
 
     /// W_c + B A of the linears of a site, f32.
     fn weights(&self, site: Site, treatment: Treatment) -> Result<Vec<(LinearName, Tensor)>> {
-        let layers = self.layers(self.decoder, site, treatment)?;
-        let merged = |layer: RepairedLayer| {
-            let name = layer.report.layer.module().parts[0];
-            Ok((name, to_tensor(layer.merged()?.as_ref(), DType::F32)?))
+        let mut weights = Vec::new();
+        for layer in self.layers(self.decoder, site, treatment)? {
+            let id = layer.report.layer;
+            let merged = to_tensor(layer.merged()?.as_ref(), DType::F32)?;
+            match id.module().parts {
+                [name] => weights.push((*name, merged)),
+                _ => weights.extend(self.split(site, treatment.width, (id, &merged))?),
+            }
+        }
+        Ok(weights)
+    }
+
+    /// The linears whose rows one stored matrix holds, of a site at a width.
+    fn split(
+        &self,
+        site: Site,
+        width: usize,
+        (id, stored): (LayerId, &Tensor),
+    ) -> Result<Vec<(LinearName, Tensor)>> {
+        let (layer, module) = (id.block(), id.module());
+        let plan = self.plan(&[(site, width)])?;
+        let kept = kept_features(self.decoder, &plan, layer, module);
+        let runs = self.decoder.config().runs(layer, module);
+        let mut rows: BTreeMap<LinearName, Vec<u32>> = BTreeMap::new();
+        let mut run = runs.iter().peekable();
+        for (row, dense) in kept.into_iter().enumerate() {
+            while run
+                .next_if(|run| run.at + run.rows.len() <= dense)
+                .is_some()
+            {}
+            if let Some(run) = run.peek() {
+                rows.entry(run.part).or_default().push(row as u32);
+            }
+        }
+        let part = |(name, rows): (LinearName, Vec<u32>)| {
+            let rows = Tensor::new(rows, stored.device())?;
+            Ok((name, stored.index_select(&rows, 0)?))
         };
-        layers.into_iter().map(merged).collect()
+        rows.into_iter().map(part).collect()
     }
 
     fn put(&self, half: &mut Half, weights: Vec<(LinearName, Tensor)>) -> Result<()> {

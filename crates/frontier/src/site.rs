@@ -30,24 +30,8 @@ pub enum Site {
 
 impl Site {
     /// The sites of a model, in the order of the data.
-    ///
-    /// # Errors
-    /// [`Error::Unsupported`] for models that store several linears of a block in one matrix.
-    pub fn of(decoder: &Decoder<'_>) -> Result<Vec<Self>> {
+    pub fn of(decoder: &Decoder<'_>) -> Vec<Self> {
         let config = decoder.config();
-        let unsupported = |reason| Error::Unsupported {
-            model_type: config.model_type,
-            reason,
-        };
-        if config
-            .names
-            .table()
-            .modules
-            .iter()
-            .any(|module| module.parts.len() > 1 && config.module_shape(0, module).is_some())
-        {
-            return Err(unsupported("it stores several linears in one matrix"));
-        }
         let mut sites = vec![Self::Embedding];
         for (layer, widths) in config.widths.iter().enumerate() {
             if widths.heads > 0 {
@@ -66,7 +50,7 @@ impl Site {
         if !config.tied {
             sites.push(Self::Head);
         }
-        Ok(sites)
+        sites
     }
 
     /// Its block and half; `None` for the embedding and the head.
@@ -89,7 +73,7 @@ impl Site {
         }
     }
 
-    /// Its stored linears; none for the embedding and the head, and none for experts, which the modules of a block do not
+    /// Its stored linears, of which one may hold the rows of several, by the first of these; none for the embedding and the head, and none for experts, which the modules of a block do not
     /// list.
     pub(crate) fn linears(
         self,

@@ -3,7 +3,6 @@
 use crate::treatment::Format;
 use crate::{Error, Result};
 use causal_lm::Decoder;
-use causal_lm::gguf::Architecture;
 use lowrank_eora::compress::Mix;
 use prune_structured::gguf;
 use serde::{Deserialize, Serialize};
@@ -139,10 +138,7 @@ impl Target {
         match self {
             Self::Here => false,
             Self::Vllm => true,
-            // The architecture with a width for each block has no norms of q and k, and no experts.
-            Self::Gguf => {
-                decoder.config().model_type == Architecture::Qwen3.name() || has_experts(decoder)
-            }
+            Self::Gguf => !gguf::takes_widths_by_block(decoder),
         }
     }
 

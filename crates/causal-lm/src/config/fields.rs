@@ -129,10 +129,11 @@ impl Fields {
     /// A decoder like Llama with the family's defaults, of which its own function changes what is different.
     pub(crate) fn base(&self, family: &Family) -> Result<ModelConfig> {
         let defaults = &family.defaults;
-        let hidden = self.positive("hidden_size")?;
+        let sizes = defaults.sizes;
+        let hidden = self.positive_or("hidden_size", sizes.map(|sizes| sizes.hidden))?;
         let layers = at_most(
             "num_hidden_layers",
-            self.positive("num_hidden_layers")?,
+            self.positive_or("num_hidden_layers", sizes.map(|sizes| sizes.layers))?,
             MOST_LAYERS,
         )?;
         let head_dim = match (self.text.opt_usize("head_dim")?, defaults.head_dim) {
@@ -140,14 +141,19 @@ impl Fields {
             (None, None) => hidden / self.positive_or("num_attention_heads", defaults.heads)?,
         };
         at_most("head_dim", head_dim, LARGEST)?;
-        let max_positions = match self.text.usize("max_position_embeddings")? {
-            0 => {
+        let max_positions = match self
+            .text
+            .opt_usize("max_position_embeddings")?
+            .or(sizes.map(|sizes| sizes.positions))
+        {
+            Some(0) => {
                 return Err(invalid(
                     "max_position_embeddings",
                     "0, but at least 1 is needed",
                 ));
             }
-            positions => positions,
+            Some(positions) => positions,
+            None => self.text.usize("max_position_embeddings")?,
         };
         let attention = AttentionConfig {
             head_dim,
@@ -295,7 +301,10 @@ impl Fields {
             let uniform = Widths {
                 heads,
                 kv_heads: kv_heads.or(family.defaults.kv_heads).unwrap_or(heads),
-                neurons: self.positive(family.stock.neurons)?,
+                neurons: self.positive_or(
+                    family.stock.neurons,
+                    family.defaults.sizes.map(|sizes| sizes.neurons),
+                )?,
             };
             return Ok(vec![uniform; layers]);
         };

@@ -189,6 +189,52 @@ fn plans_do_not_depend_on_the_number_of_threads() {
 }
 
 #[test]
+fn models_that_store_several_linears_in_one_matrix_are_written_as_they_were_measured() {
+    for (model_type, changes, target) in [
+        ("phi3", json!({}), Target::Here),
+        ("phi3", json!({}), Target::Gguf),
+        ("glm4", json!({}), Target::Here),
+        (
+            "gpt_neox",
+            json!({"hidden_act": "gelu", "rotary_pct": 0.75, "num_key_value_heads": 8}),
+            Target::Here,
+        ),
+        (
+            "gpt_neox",
+            json!({"hidden_act": "gelu", "rotary_pct": 0.75, "num_key_value_heads": 8}),
+            Target::Gguf,
+        ),
+    ] {
+        let mut fields = json!({
+            "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "head_dim": 8, "vocab_size": WORDS,
+        });
+        let both = changes.as_object().unwrap().clone();
+        fields.as_object_mut().unwrap().extend(both);
+        let louder = |_: &str, tensor: candle_core::Tensor| (tensor * 3.0).unwrap();
+        let model = TestModel::with(&config(model_type, fields), DType::BF16, louder);
+        write_tokenizer(model.dir());
+        with_frontier(&model, options(target), |frontier| {
+            for share in [0.1, 0.5] {
+                let plan = frontier.plan(budget(frontier, share), &NoProgress).unwrap();
+                let summary = plan.summary();
+                assert!(summary.bits < 16.0, "{model_type} {target}: {summary:?}");
+                let dst = model.path(&format!("{target}-{share}"));
+                let written = frontier.write(&plan, &dst, &NoProgress).unwrap();
+                assert!(written.bytes <= plan.weight_bytes);
+                let checkpoint = written.open().unwrap();
+                let opened = Decoder::new(&checkpoint, DType::F32, &Device::Cpu).unwrap();
+                let found = frontier.divergence(&opened, &NoProgress).unwrap();
+                let difference = (found.mean - plan.measured.mean).abs();
+                assert!(
+                    difference < 1e-6,
+                    "{model_type} {target} {share}: {difference}"
+                );
+            }
+        });
+    }
+}
+
+#[test]
 fn a_k_quant_mix_has_the_types_of_llama_cpp_and_is_written_as_it_was_measured() {
     // Rows of 256 are whole blocks of the K types.
     let changes = json!({

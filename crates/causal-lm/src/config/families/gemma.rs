@@ -1,7 +1,9 @@
 //! Gemma 2 and the text part of Gemma 3: norms before and after both halves whose weights are stored less 1, scaled
 //! embeddings, GELU; Gemma 2 caps logits, Gemma 3 normalises heads and rotates sliding layers by a base of their own.
 
-use super::{ATTENTION_BIAS, Activation, DEFAULTS, Defaults, Family, Stock, StockHeads, stock};
+use super::{
+    ATTENTION_BIAS, Activation, DEFAULTS, Defaults, Family, Sizes, Stock, StockHeads, stock,
+};
 use crate::Result;
 use crate::config::fields::{Fields, Kind};
 use crate::config::{Biases, ModelConfig, QkNorm};
@@ -42,6 +44,12 @@ pub(super) const GEMMA3: Family = Family {
     stock: gemma_stock("Gemma3ForCausalLM"),
     defaults: Defaults {
         vocab: Some(262_208),
+        sizes: Some(Sizes {
+            hidden: 2304,
+            layers: 26,
+            neurons: 9216,
+            positions: 131_072,
+        }),
         ..GEMMA_DEFAULTS
     },
     read: read3,

@@ -1,7 +1,7 @@
 //! The dense text part of Gemma 4: heads of two widths, values that are keys on full layers, rotation of a part of each
 //! head, and a stored factor on the output of every block.
 
-use super::{ATTENTION_BIAS, Activation, DEFAULTS, Defaults, Family, Stock, stock};
+use super::{ATTENTION_BIAS, Activation, DEFAULTS, Defaults, Family, Sizes, Stock, stock};
 use crate::config::fields::{Fields, Kind, width};
 use crate::config::{Biases, ModelConfig, QkNorm, WIDTHS_KEY, invalid};
 use crate::names;
@@ -14,11 +14,19 @@ const STOCK: Stock = Stock {
     ..stock("Gemma4ForCausalLM")
 };
 
+const SIZES: Sizes = Sizes {
+    hidden: 2304,
+    layers: 30,
+    neurons: 9216,
+    positions: 131_072,
+};
+
 const GEMMA4_DEFAULTS: Defaults = Defaults {
     heads: Some(8),
     kv_heads: Some(4),
     head_dim: Some(256),
     vocab: Some(262_144),
+    sizes: Some(SIZES),
     activation: ("hidden_activation", Activation::GeluTanh),
     tied: true,
     nested_tied: true,
@@ -40,7 +48,13 @@ pub(super) const UNIFIED: Family = Family {
         class: "Gemma4UnifiedForCausalLM",
         ..STOCK
     },
-    defaults: GEMMA4_DEFAULTS,
+    defaults: Defaults {
+        sizes: Some(Sizes {
+            positions: 262_144,
+            ..SIZES
+        }),
+        ..GEMMA4_DEFAULTS
+    },
     read: |fields, model| read(fields, model, 1024),
 };
 

@@ -1,6 +1,6 @@
 //! Ministral 3: Llama with YaRN and queries that grow with their position.
 
-use super::{DEFAULTS, Defaults, Family, stock};
+use super::{DEFAULTS, Defaults, Family, Sizes, stock};
 use crate::Result;
 use crate::config::ModelConfig;
 use crate::config::fields::Fields;
@@ -17,6 +17,13 @@ pub(super) const MINISTRAL3: Family = Family {
         heads: Some(32),
         kv_heads: Some(8),
         head_dim: Some(128),
+        vocab: Some(131_072),
+        sizes: Some(Sizes {
+            hidden: 4096,
+            layers: 34,
+            neurons: 14_336,
+            positions: 262_144,
+        }),
         nested_tied: true,
         ..DEFAULTS
     },

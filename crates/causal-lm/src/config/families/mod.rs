@@ -65,11 +65,22 @@ pub(super) struct Defaults {
     /// `None`: the hidden size divided by the heads.
     pub(super) head_dim: Option<usize>,
     pub(super) vocab: Option<usize>,
+    /// Of families that stand in folders of several modalities, whose configs leave out what their class has anyway.
+    pub(super) sizes: Option<Sizes>,
     /// Field and value of the activation.
     pub(super) activation: (&'static str, Activation),
     pub(super) tied: bool,
     /// The same of the folder of several modalities that the decoder may be part of.
     pub(super) nested_tied: bool,
+}
+
+/// Sizes that a class has when a config does not state them.
+#[derive(Clone, Copy)]
+pub(super) struct Sizes {
+    pub(super) hidden: usize,
+    pub(super) layers: usize,
+    pub(super) neurons: usize,
+    pub(super) positions: usize,
 }
 
 /// Llama's defaults.
@@ -79,6 +90,7 @@ const DEFAULTS: Defaults = Defaults {
     kv_heads: None,
     head_dim: None,
     vocab: None,
+    sizes: None,
     activation: ("hidden_act", Activation::Silu),
     tied: false,
     nested_tied: false,
@@ -116,3 +128,51 @@ const fn like_llama(
 const ATTENTION_BIAS: Option<&str> = Some("attention_bias");
 /// The field that gives biases to the MLP.
 const MLP_BIAS: Option<&str> = Some("mlp_bias");
+
+#[cfg(test)]
+mod tests {
+    use crate::ModelConfig;
+    use serde_json::json;
+    use tensor_io::Config;
+
+    #[test]
+    fn a_decoder_in_a_folder_of_several_modalities_has_the_sizes_of_its_class_where_its_config_is_silent()
+     {
+        // What the published folders of Gemma 3 4B and Ministral 3 state of their decoders.
+        let gemma = json!({
+            "model_type": "gemma3", "text_config": {
+                "model_type": "gemma3_text", "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34,
+                "rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024,
+            },
+        });
+        let ministral = json!({
+            "model_type": "mistral3", "text_config": {"model_type": "ministral3", "hidden_size": 3072, "intermediate_size": 9216},
+        });
+        for (fields, positions, vocab, layers, heads, head_dim) in [
+            (gemma, 131_072, 262_208, 34, 8, 256),
+            (ministral, 262_144, 131_072, 34, 32, 128),
+        ] {
+            let config = Config::new(fields.as_object().unwrap().clone());
+            let model = ModelConfig::new(&config).unwrap();
+            assert_eq!(
+                (
+                    model.max_positions,
+                    model.vocab,
+                    model.layers(),
+                    model.widths[0].heads,
+                    model.head_dim(0)
+                ),
+                (positions, vocab, layers, heads, head_dim)
+            );
+        }
+        // Elsewhere a config that is silent is incomplete.
+        let llama = json!({"model_type": "llama", "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1,
+            "num_attention_heads": 4, "vocab_size": 8});
+        let refused =
+            ModelConfig::new(&Config::new(llama.as_object().unwrap().clone())).unwrap_err();
+        assert!(
+            refused.to_string().contains("max_position_embeddings"),
+            "{refused}"
+        );
+    }
+}

@@ -60,8 +60,17 @@ pub(super) fn has_square_projections(architecture: Architecture) -> bool {
     )
 }
 
+/// Architectures whose blocks may differ in width; models of Llama's become `deci` then.
+pub(super) fn takes_widths_by_block(architecture: Architecture) -> bool {
+    matches!(
+        architecture,
+        Architecture::Llama | Architecture::Deci | Architecture::Gemma4
+    )
+}
+
 fn widths(config: &ModelConfig, architecture: Architecture) -> Result<()> {
-    let by_layer = matches!(architecture, Architecture::Deci | Architecture::Gemma4);
+    // A Llama whose blocks differ is `deci` by now.
+    let by_layer = takes_widths_by_block(architecture) && architecture != Architecture::Llama;
     let (first, dim) = (config.widths[0], config.head_dim(0));
     let model = config.model_type;
     if !by_layer {

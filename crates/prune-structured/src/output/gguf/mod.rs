@@ -132,6 +132,14 @@ pub fn keeps_heads(decoder: &Decoder<'_>) -> bool {
     causal_lm::gguf::Architecture::of(decoder.config()).is_some_and(check::has_square_projections)
 }
 
+/// Whether blocks may differ in width in a file of this decoder.
+pub fn takes_widths_by_block(decoder: &Decoder<'_>) -> bool {
+    let config = decoder.config();
+    let mixed = config.mixtures.iter().any(Option::is_some);
+    let found = causal_lm::gguf::Architecture::of(config);
+    !mixed && found.is_some_and(check::takes_widths_by_block)
+}
+
 /// Writes `decoder` as the GGUF file `dst`, replacing an older one. The tokenizer comes from the decoder's folder; a
 /// step of `progress` is a tensor.
 ///
