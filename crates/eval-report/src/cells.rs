@@ -33,13 +33,11 @@ pub struct RunFacts {
 }
 
 impl RunFacts {
-    /// What the two differ in.
-    fn difference(&self, other: &Self) -> Option<String> {
+    /// What the two differ in; `others` begins what is said of the other.
+    pub(crate) fn difference(&self, other: &Self, others: &str) -> Option<String> {
         let words = |facts: &Self| facts.command.join(" ");
         let changed = |what: &str, here: &str, there: &str| {
-            Some(format!(
-                "{what} is {here:?}, the folder's cells have {there:?}"
-            ))
+            Some(format!("{what} is {here:?}, {others} {there:?}"))
         };
         if self.command != other.command {
             return changed("the command", &words(self), &words(other));
@@ -51,7 +49,7 @@ impl RunFacts {
         let mut names = self.inputs.keys().chain(other.inputs.keys());
         let name = names.find(differs)?;
         Some(format!(
-            "{name} has other contents than the folder's cells were measured with"
+            "{name} has other contents than those that {others}"
         ))
     }
 }
@@ -144,8 +142,8 @@ struct Asked {
 
 /// The file of a cell.
 #[derive(Serialize, Deserialize)]
-struct Stored<T> {
-    cell: String,
+struct Stored<T, S = String> {
+    cell: S,
     value: T,
 }
 
@@ -196,14 +194,14 @@ impl Cells {
         }
         match Self::facts(&dir) {
             Ok(there) => {
-                if let Some(difference) = facts.difference(&there) {
+                if let Some(difference) = facts.difference(&there, "the folder's cells have") {
                     return Err(Error::OtherRun { dir, difference });
                 }
             }
             Err(Error::Read { source, .. })
                 if source.kind() == ErrorKind::NotFound && part != Part::Nothing =>
             {
-                atomic::write_json(dir.join(FACTS), facts)?;
+                write_facts(&dir, facts)?;
             }
             Err(error) => return Err(error),
         }
@@ -275,21 +273,12 @@ impl Cells {
             Err(Error::Read { source, .. }) if source.kind() == ErrorKind::NotFound => {}
             Err(error) => return Err(error.into()),
         }
-        let is_ours = match store.part {
-            Part::All => true,
-            Part::Shard(shard) => shard.has(number),
-            Part::Nothing => false,
-        };
-        if !is_ours {
+        if !store.measures(number) {
             store.asked().missing.push(name.clone());
             return Ok(None);
         }
         let value = measure()?;
-        let stored = Stored {
-            cell: name.clone(),
-            value,
-        };
-        atomic::write_json(&path, &stored).map_err(Error::from)?;
+        write_cell(&store.dir, name, &value)?;
         // What other processes will read, so that all go on with the same.
         Ok(Some(read::<Stored<T>>(&path)?.value))
     }
@@ -310,10 +299,49 @@ impl Cells {
         Ok(whole.map(|sections| sections.into_iter().map(Section::from).collect()))
     }
 
+    /// Which of these cells, asked for in this order from now on, this process will measure.
+    pub fn ours(&self, names: &[String]) -> Vec<bool> {
+        let Some(store) = &self.store else {
+            return vec![true; names.len()];
+        };
+        let first = store.asked().names.len();
+        let is_ours = |(at, name): (usize, &String)| {
+            let done = store.dir.join(file_name(&format!("{}{name}", self.within)));
+            !done.exists() && store.measures(first + at)
+        };
+        names.iter().enumerate().map(is_ours).collect()
+    }
+
     /// The cells that were asked for and are not done: those of other processes.
     pub fn missing(&self) -> Vec<String> {
         let store = self.store.as_ref();
         store.map_or_else(Vec::new, |store| store.asked().missing.clone())
+    }
+
+    /// The cells in the folder by their names; none where no folder keeps them.
+    ///
+    /// # Errors
+    /// Files that cannot be read.
+    pub(crate) fn stored(&self) -> Result<BTreeMap<String, serde_json::Value>> {
+        let Some(dir) = self.dir() else {
+            return Ok(BTreeMap::new());
+        };
+        let folder = |source| Error::Read {
+            path: dir.into(),
+            source,
+        };
+        let mut cells = BTreeMap::new();
+        for entry in fs::read_dir(dir).map_err(folder)? {
+            let path = entry.map_err(folder)?.path();
+            let is_json = path
+                .extension()
+                .is_some_and(|extension| extension == "json");
+            if is_json && !path.ends_with(FACTS) {
+                let stored: Stored<serde_json::Value> = read(&path)?;
+                cells.insert(stored.cell, stored.value);
+            }
+        }
+        Ok(cells)
     }
 
     /// How many cells were asked for.
@@ -330,6 +358,15 @@ impl Store {
         self.asked.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Whether a cell that is not done is this process's to measure.
+    fn measures(&self, number: usize) -> bool {
+        match self.part {
+            Part::All => true,
+            Part::Shard(shard) => shard.has(number),
+            Part::Nothing => false,
+        }
+    }
+
     /// The number of a cell in the order of asking.
     fn ask(&self, name: &str) -> Result<usize> {
         let mut asked = self.asked();
@@ -341,14 +378,26 @@ impl Store {
     }
 }
 
+/// Writes what the cells of a folder are measured by.
+pub(crate) fn write_facts(dir: &Path, facts: &RunFacts) -> Result<()> {
+    Ok(atomic::write_sealed_json(dir.join(FACTS), facts)?)
+}
+
+/// Writes a cell.
+pub(crate) fn write_cell<T: Serialize>(dir: &Path, name: &str, value: &T) -> Result<()> {
+    let stored = Stored { cell: name, value };
+    Ok(atomic::write_sealed_json(
+        dir.join(file_name(name)),
+        &stored,
+    )?)
+}
+
+/// A file with a checksum, so that no number that was damaged or edited enters a report.
 fn read<T: DeserializeOwned>(path: &Path) -> Result<T> {
-    let text = fs::read(path).map_err(|source| Error::Read {
+    let value = atomic::read_sealed_json(path)?;
+    value.ok_or_else(|| Error::Read {
         path: path.into(),
-        source,
-    })?;
-    serde_json::from_slice(&text).map_err(|source| Error::NotAReport {
-        path: path.into(),
-        source: Box::new(source.into()),
+        source: ErrorKind::NotFound.into(),
     })
 }
 
@@ -425,6 +474,42 @@ mod tests {
         assert_eq!(missing.unwrap(), None);
         assert_eq!(merge.missing(), ["chain: dense"]);
         assert_eq!(run(&merge.within("kv")).0, run(&Cells::default()).0);
+    }
+
+    #[test]
+    fn the_cells_that_a_process_measures_are_known_beforehand() {
+        let dir = tempfile::tempdir().unwrap();
+        let names: Vec<String> = (0..6).map(|i| format!("flap at {i}")).collect();
+        let open = |part| Cells::open(dir.path(), &facts(), part).unwrap();
+        let second = open(Part::Shard("2/3".parse().unwrap()));
+        let ours = second.ours(&names);
+        let (_, measured) = run(&second);
+        let expected: Vec<bool> = (0..6).map(|i| measured.contains(&i)).collect();
+        assert_eq!(ours, expected);
+        let left: Vec<bool> = expected.iter().map(|done| !done).collect();
+        assert_eq!(open(Part::All).ours(&names), left);
+        assert_eq!(Cells::default().ours(&names), [true; 6]);
+    }
+
+    #[test]
+    fn a_number_that_was_changed_in_a_cell_is_an_error_that_names_the_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let open = || Cells::open(dir.path(), &facts(), Part::All).unwrap();
+        run(&open());
+        let path = dir.path().join(file_name("flap at 1"));
+        let text = fs::read_to_string(&path).unwrap();
+        fs::write(&path, text.replace("0.25", "0.35")).unwrap();
+        let changed = open().get::<f64, Error>("flap at 1", || Ok(1.0));
+        let error = changed.unwrap_err().to_string();
+        assert!(
+            error.contains("flap-at-1") && error.contains("checksum"),
+            "{error}"
+        );
+        let facts_file = dir.path().join(FACTS);
+        let text = fs::read_to_string(&facts_file).unwrap();
+        fs::write(&facts_file, text.replace("--seed", "--sead")).unwrap();
+        let error = Cells::facts(dir.path()).unwrap_err().to_string();
+        assert!(error.contains("run.json"), "{error}");
     }
 
     #[test]

@@ -67,6 +67,22 @@ pub enum Error {
         /// What the runs differ in.
         difference: String,
     },
+    /// Files of parts that do not fit together.
+    #[error("{} and {}: {difference}", first.display(), second.display())]
+    Parts {
+        /// A part.
+        first: PathBuf,
+        /// Another.
+        second: PathBuf,
+        /// Why not.
+        difference: String,
+    },
+    /// Parts of a run whose files were not given.
+    #[error("the reports of these parts are missing: {0}")]
+    PartsMissing(String),
+    /// A file that is not the report of a part.
+    #[error("{0}")]
+    Part(String),
     /// Two cells of one name.
     #[error("cell {name:?} is measured twice in one run")]
     CellTwice {

@@ -12,6 +12,7 @@ mod html;
 mod json;
 mod machine;
 mod markdown;
+pub mod part_file;
 pub mod plot;
 mod report;
 mod row;

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use tensor_io::Hasher;
-use tensor_io::atomic::{read_json, write_json};
+use tensor_io::atomic::{read_sealed_json, write_sealed_json};
 
 /// Candidates between two writes of the file.
 const BATCH: usize = 64;
@@ -69,7 +69,7 @@ impl<'a> Measurer<'a> {
             windows,
             teacher,
             memory,
-            known: read_json(&path)?.unwrap_or_default(),
+            known: read_sealed_json(&path)?.unwrap_or_default(),
             path,
             passes: 0.0,
         })
@@ -114,7 +114,7 @@ impl<'a> Measurer<'a> {
                 self.passes += passes(self.decoder, menus, &candidates[i], base);
                 self.known.insert(keys[i].clone(), kl);
             }
-            write_json(&self.path, &self.known)?;
+            write_sealed_json(&self.path, &self.known)?;
             progress.advance(batch.len() as u64)?;
         }
         let of = |key: &String| Divergence::of(self.known.get(key).map_or(&[], Vec::as_slice));

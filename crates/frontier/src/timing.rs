@@ -24,7 +24,7 @@ use std::hint::black_box;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
-use tensor_io::atomic::{read_json, write_json};
+use tensor_io::atomic::{read_sealed_json, write_sealed_json};
 
 /// Measurements of each product, of which the middle one counts.
 const ROUNDS: usize = 9;
@@ -55,7 +55,7 @@ impl<'a> Timer<'a> {
         let bytes = maker.decoder.checkpoint().total_bytes() as usize;
         Ok(Self {
             maker,
-            known: read_json(&path)?.unwrap_or_default(),
+            known: read_sealed_json(&path)?.unwrap_or_default(),
             path,
             flush: vec![1; bytes.min(FLUSH) / 8],
         })
@@ -88,7 +88,7 @@ impl<'a> Timer<'a> {
 
     /// Keeps the table.
     pub(crate) fn save(&self) -> Result<()> {
-        Ok(write_json(&self.path, &self.known)?)
+        Ok(write_sealed_json(&self.path, &self.known)?)
     }
 
     /// Shapes and formats of a site's matrices, those with one input together. Rows of an embedding that is no head are looked

@@ -1,46 +1,27 @@
 //! Files of statistics and searches: written whole or not at all, and refused when a byte of them has changed since.
 
 use std::collections::BTreeMap;
-use std::io::ErrorKind;
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
+use serde::Serialize;
 use serde::de::DeserializeOwned;
-use serde::{Deserialize, Serialize};
 use tensor_io::{Checkpoint, ContentHash, Hasher, TensorInfo, atomic};
 
 use crate::{Error, Result};
 
-/// A value and the hash of its JSON text.
-#[derive(Serialize, Deserialize)]
-struct Sealed {
-    blake3: ContentHash,
-    value: serde_json::Value,
-}
-
 /// Writes `value` as JSON with its checksum.
 pub(crate) fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
-    let value = serde_json::to_value(value).map_err(|error| damaged(path, error))?;
-    let sealed = Sealed {
-        blake3: ContentHash::of(value.to_string().as_bytes()),
-        value,
-    };
-    Ok(atomic::write_json(path, &sealed)?)
+    Ok(atomic::write_sealed_json(path, value)?)
 }
 
 /// Reads what [`write_json`] wrote; `None` where there is no such file.
 pub(crate) fn read_json<T: DeserializeOwned>(path: &Path) -> Result<Option<T>> {
-    let bytes = match std::fs::read(path) {
-        Ok(bytes) => bytes,
-        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
-        Err(error) => return Err(damaged(path, error)),
-    };
-    let sealed: Sealed = serde_json::from_slice(&bytes).map_err(|e| damaged(path, e))?;
-    if ContentHash::of(sealed.value.to_string().as_bytes()) != sealed.blake3 {
-        return Err(damaged(path, CHANGED));
-    }
-    let value = serde_json::from_value(sealed.value).map_err(|e| damaged(path, e))?;
-    Ok(Some(value))
+    atomic::read_sealed_json(path).map_err(|error| match error {
+        tensor_io::Error::Io { source, .. } => damaged(path, source),
+        tensor_io::Error::Checksum { .. } => damaged(path, CHANGED),
+        other => other.into(),
+    })
 }
 
 const CHANGED: &str =

@@ -5,11 +5,13 @@
 
 mod file;
 mod folder;
+mod sealed;
 
 use std::path::Path;
 
 pub use file::{PendingFile, read_json, write, write_json};
 pub use folder::{Overwrite, PendingFolder};
+pub use sealed::{read_sealed_json, write_sealed_json};
 
 /// The folder that a path lies in.
 fn parent(path: &Path) -> &Path {

@@ -361,7 +361,7 @@ pub enum Error {
     },
     /// A file does not hold what was written to it.
     #[error(
-        "{}: the checksum is {found}, and {} was written: the file is damaged", path.display(),
+        "{}: the checksum is {found}, and {} was written: the file is damaged; delete it to make it again", path.display(),
         expected.as_deref().unwrap_or("none")
     )]
     Checksum {

@@ -48,6 +48,25 @@ impl WriteOptions {
         self
     }
 
+    /// Sees that a checkpoint can be written to `dst`: an existing folder may be replaced, and nothing stands in the way of
+    /// a new one. Missing parent folders are made; all else stays as it is.
+    ///
+    /// # Errors
+    /// Those of [`CheckpointWriter::create`].
+    pub fn check(&self, dst: impl AsRef<Path>) -> Result<()> {
+        PendingFolder::create(dst, self.replaces()).map(drop)
+    }
+
+    fn replaces(&self) -> Overwrite {
+        match self.overwrite {
+            true => Overwrite::IfHolds {
+                marker: CONFIG_FILE,
+                owns: is_of_checkpoint,
+            },
+            false => Overwrite::Never,
+        }
+    }
+
     /// Bytes of tensors after which a new shard is begun.
     #[must_use]
     pub fn with_max_shard_bytes(mut self, bytes: u64) -> Self {
@@ -97,14 +116,7 @@ impl CheckpointWriter {
         options: &WriteOptions,
     ) -> Result<Self> {
         let plan = plan_shards(&tensors, options.max_shard_bytes)?;
-        let overwrite = match options.overwrite {
-            true => Overwrite::IfHolds {
-                marker: CONFIG_FILE,
-                owns: is_of_checkpoint,
-            },
-            false => Overwrite::Never,
-        };
-        let folder = PendingFolder::create(dst, overwrite)?;
+        let folder = PendingFolder::create(dst, options.replaces())?;
         let mut writer = Self {
             shards: Vec::new(),
             places: HashMap::new(),

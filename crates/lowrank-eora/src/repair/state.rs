@@ -15,7 +15,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use tensor_io::atomic::{read_json, write_json};
+use tensor_io::atomic::{read_sealed_json, write_sealed_json};
 use tensor_io::{Checkpoint, ContentHash, Hasher};
 
 /// Version of the layout of the folder.
@@ -143,7 +143,7 @@ impl Repaired {
             .collect::<Result<_>>()?;
         Ok(Self {
             folder: folder.to_owned(),
-            others: Others::Stored(read_json(folder.join(OTHERS))?.unwrap_or_default()),
+            others: Others::Stored(read_sealed_json(folder.join(OTHERS))?.unwrap_or_default()),
             facts,
             reports,
         })
@@ -297,7 +297,7 @@ pub(super) fn begin(folder: &Path, facts: &Map<String, Value>) -> Result<()> {
         };
     }
     fs::create_dir_all(folder).map_err(tensor_io::Error::io("create", folder))?;
-    Ok(write_json(folder.join(FILE), facts)?)
+    Ok(write_sealed_json(folder.join(FILE), facts)?)
 }
 
 /// What makes two runs the same.
@@ -353,7 +353,7 @@ fn malformed(path: &Path, error: &dyn std::error::Error) -> Error {
 }
 
 fn read_facts(folder: &Path) -> Result<Option<Map<String, Value>>> {
-    Ok(read_json(folder.join(FILE))?)
+    Ok(read_sealed_json(folder.join(FILE))?)
 }
 
 fn block_file(folder: &Path, block: usize) -> PathBuf {
@@ -392,14 +392,14 @@ fn finish_assembly(
     blocks: usize,
     others: &[String],
 ) -> Result<Repaired> {
-    write_json(folder.join(OTHERS), &others)?;
+    write_sealed_json(folder.join(OTHERS), &others)?;
     let mut facts = Map::new();
     facts.insert("version".into(), VERSION.into());
     facts.insert("blocks".into(), blocks.into());
     let model = decoder.checkpoint().content_hash()?.to_string();
     facts.insert("model".into(), model.into());
     facts.insert("source".into(), ASSEMBLED.into());
-    write_json(folder.join(FILE), &facts)?;
+    write_sealed_json(folder.join(FILE), &facts)?;
     Repaired::open(folder)
 }
 
