@@ -90,15 +90,51 @@ pub(crate) struct Defaults {
     pub(crate) max_positions: usize,
 }
 
+/// Kinds of layers that may rotate differently.
+const KINDS: [&str; 2] = ["full_attention", "sliding_attention"];
+
+/// Where the rotation of one kind of layers is stated.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct KindFields<'a> {
+    /// Its object in `rope_parameters`.
+    pub(crate) name: &'a str,
+    /// The field at the top that has its base where the object has none.
+    pub(crate) theta: Option<&'a str>,
+    /// Whether `rope_scaling` is about it.
+    pub(crate) is_scaled: bool,
+}
+
+/// The object that states the rotation of all layers: where both are there the older `rope_scaling` wins, unless it is empty,
+/// and `rope_parameters` is not read at all.
+pub(crate) fn section(config: &Config) -> Result<Option<Config>> {
+    let old = config.opt_section("rope_scaling")?;
+    match old.filter(|section| !section.raw().is_empty()) {
+        Some(section) => Ok(Some(section)),
+        None => Ok(config.opt_section("rope_parameters")?),
+    }
+}
+
+/// What queries are multiplied with, from the object that states the rotation.
+pub(crate) fn query_scale(config: &Config, max_positions: usize) -> Result<QueryScale> {
+    let parameters = Parameters::new(config, section(config)?);
+    let original = match parameters.rule()? {
+        // Only rules that read it take the one at the top.
+        "yarn" | "llama3" | "longrope" => parameters.original()?,
+        _ => parameters.number(ORIGINAL)?,
+    };
+    let beta = parameters.number("llama_4_scaling_beta")?;
+    Ok(QueryScale {
+        beta: beta.unwrap_or(1.0),
+        original: original
+            .map_or(max_positions, |original| original as usize)
+            .max(1),
+    })
+}
+
 impl Rope {
     /// Reads the rotation of a model whose layers all rotate alike.
     pub(crate) fn read(config: &Config, defaults: Defaults) -> Result<Self> {
-        // Where both are there the older field wins, unless it is empty, and the newer one is not read at all.
-        let old = config.opt_section("rope_scaling")?;
-        let parameters = match old.filter(|section| !section.raw().is_empty()) {
-            Some(section) => Some(section),
-            None => config.opt_section("rope_parameters")?,
-        };
+        let parameters = section(config)?;
         if let Some(section) = &parameters
             && let Some((kind, _)) = section.raw().iter().find(|(_, value)| value.is_object())
         {
@@ -109,31 +145,85 @@ impl Rope {
         Parameters::new(config, parameters).rope(defaults)
     }
 
-    /// Reads the rotation of the layers of one kind; `None` when they are not rotated. `old` reads it from a config of
-    /// the oldest form.
+    /// Reads the rotation of one kind of layers of a family that once had `rope_scaling` for full layers. An object of a kind
+    /// that is missing or null is one without scaling; fields that `rope_scaling` has win over those of the object.
     pub(crate) fn read_kind(
+        config: &Config,
+        kind: KindFields<'_>,
+        defaults: Defaults,
+    ) -> Result<Self> {
+        let parameters = config.opt_section("rope_parameters")?;
+        let is_of_kinds = |section: &Config| {
+            let known = KINDS.iter().any(|kind| section.raw().contains_key(*kind));
+            section.raw().is_empty() || known
+        };
+        if let Some(section) = &parameters
+            && !is_of_kinds(section)
+        {
+            return Err(invalid(format!(
+                "expected an object for {} layers each, by these names",
+                KINDS.join(" and ")
+            )));
+        }
+        let own = match &parameters {
+            Some(section) => section.opt_section(kind.name)?,
+            None => None,
+        };
+        let mut own = own.unwrap_or_default();
+        if kind.is_scaled
+            && let Some(scaling) = config.opt_section("rope_scaling")?
+        {
+            let spelt_otherwise = scaling.get("rope_type").or(scaling.get("type")).cloned();
+            for (field, value) in scaling.raw() {
+                own.set(field, value.clone());
+            }
+            if let Some(rule) = spelt_otherwise {
+                own.set("rope_type", rule);
+            }
+        }
+        if own.get("rope_theta").is_none()
+            && let Some(theta) = kind.theta.and_then(|field| config.get(field))
+        {
+            own.set("rope_theta", theta.clone());
+        }
+        // The object of a kind stands for itself: fields at the top of the config are another kind's.
+        Parameters::new(&Config::default(), Some(own)).rope(defaults)
+    }
+
+    /// Reads the rotation of one kind of layers of a family that has `rope_parameters` alone: `None` where these say that the
+    /// kind is not rotated, `absent` where there are none.
+    pub(crate) fn read_new_kind(
         config: &Config,
         kind: &str,
         defaults: Defaults,
-        old: impl FnOnce() -> Result<Self>,
+        absent: impl FnOnce() -> Result<Self>,
     ) -> Result<Option<Self>> {
+        let old = config.opt_section("rope_scaling")?;
+        if old.is_some_and(|section| !section.raw().is_empty()) {
+            return Err(Error::InvalidConfig {
+                field: "rope_scaling",
+                reason:
+                    "this architecture has rope_parameters with an object for each kind of layers"
+                        .into(),
+            });
+        }
         let Some(section) = config.opt_section("rope_parameters")? else {
-            return old().map(Some);
+            return absent().map(Some);
         };
         match section.raw().get(kind) {
             Some(Value::Null) => Ok(None),
             Some(_) => {
-                // The object of a kind stands for itself: fields at the top of the config are another kind's.
-                let of_kind = section.opt_section(kind)?;
-                let alone = Config::default();
-                Parameters::new(&alone, of_kind).rope(defaults).map(Some)
+                let mut own = section.opt_section(kind)?.unwrap_or_default();
+                if own.get("rope_theta").is_none()
+                    && let Some(theta) = config.get("rope_theta")
+                {
+                    own.set("rope_theta", theta.clone());
+                }
+                Parameters::new(&Config::default(), Some(own))
+                    .rope(defaults)
+                    .map(Some)
             }
-            None if section.raw().values().any(Value::is_object) => {
-                Err(invalid(format!("no object for {kind} layers")))
-            }
-            None => Parameters::new(config, Some(section))
-                .rope(defaults)
-                .map(Some),
+            None => Err(invalid(format!("no object for {kind} layers"))),
         }
     }
 
@@ -204,6 +294,9 @@ fn invalid(reason: String) -> Error {
     }
 }
 
+/// Positions that a model was first trained on.
+const ORIGINAL: &str = "original_max_position_embeddings";
+
 /// The scaling rule and its numbers, wherever they are in a config.
 struct Parameters<'a> {
     top: &'a Config,
@@ -263,13 +356,14 @@ impl<'a> Parameters<'a> {
 
     /// Positions that the model was first trained on: the field at the top wins over the one in the object.
     fn original(&self) -> Result<Option<f64>> {
-        const FIELD: &str = "original_max_position_embeddings";
-        let original = match self.top.opt_f64(FIELD)? {
+        let original = match self.top.opt_f64(ORIGINAL)? {
             Some(original) => Some(original),
-            None => self.number(FIELD)?,
+            None => self.number(ORIGINAL)?,
         };
         match original {
-            Some(original) if original < 1.0 => Err(invalid(format!("{FIELD} must be positive"))),
+            Some(original) if original < 1.0 => {
+                Err(invalid(format!("{ORIGINAL} must be positive")))
+            }
             original => Ok(original),
         }
     }
@@ -502,60 +596,4 @@ fn yarn(
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use serde_json::json;
-
-    fn read(fields: Value) -> Rope {
-        let config = Config::new(fields.as_object().unwrap().clone());
-        let defaults = Defaults {
-            theta: 1e4,
-            partial: None,
-            pairs: Pairs::Halves,
-            head_dim: 16,
-            max_positions: 128,
-        };
-        Rope::read(&config, defaults).unwrap()
-    }
-
-    #[test]
-    fn of_two_spellings_the_older_wins_unless_it_is_empty() {
-        let yarn =
-            json!({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32});
-        let scaled = read(json!({"rope_scaling": yarn}));
-        let plain = read(json!({}));
-        assert_ne!(scaled.inv_freq, plain.inv_freq);
-        let default = json!({"rope_type": "default", "rope_theta": 500.0});
-        for newer in [default.clone(), json!({})] {
-            let both = read(json!({"rope_parameters": newer, "rope_scaling": yarn}));
-            assert_eq!(both, scaled);
-        }
-        let newer = read(json!({"rope_parameters": default}));
-        let empty = read(json!({"rope_parameters": default, "rope_scaling": {}}));
-        assert_eq!(empty, newer);
-        assert_eq!(
-            read(json!({"rope_parameters": default, "rope_scaling": null})),
-            newer
-        );
-    }
-
-    #[test]
-    fn the_original_length_at_the_top_wins_over_the_one_in_the_object() {
-        let rules = [
-            json!({"rope_type": "yarn", "factor": 4.0}),
-            json!({"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}),
-            json!({"rope_type": "longrope", "short_factor": vec![1.0; 8], "long_factor": vec![2.0; 8]}),
-        ];
-        for rule in rules {
-            let with = |original: usize| {
-                let mut rule = rule.clone();
-                rule["original_max_position_embeddings"] = json!(original);
-                rule
-            };
-            let expected = read(json!({"rope_scaling": with(16)}));
-            let top = json!({"rope_scaling": with(64), "original_max_position_embeddings": 16});
-            assert_eq!(read(top), expected, "{rule}");
-            assert_ne!(read(json!({"rope_scaling": with(64)})), expected, "{rule}");
-        }
-    }
-}
+mod tests;

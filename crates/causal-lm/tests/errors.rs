@@ -85,6 +85,7 @@ fn configs_that_cannot_be_a_model_are_refused() {
         json!({"head_dim": 5}),
         json!({"hidden_size": 0}),
         json!({"rope_theta": 0.5}),
+        json!({"rms_norm_eps": -1.0}),
         json!({"rope_scaling": {"rope_type": "linear"}}),
         json!({"rope_scaling": {"rope_type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_factor": 1,
             "original_max_position_embeddings": 16}}),
@@ -314,6 +315,10 @@ fn bos_is_what_the_first_file_names_or_what_the_tokenizer_puts_in_front() {
         json!({"bos_token": {"content": "a"}}),
     );
     assert_eq!(bos(), Some(0), "the config first");
+    // A byte-order mark in front of a chat template is no text.
+    std::fs::write(model.join("chat_template.jinja"), "\u{feff}{{ a }}").unwrap();
+    let tokenizer = TextTokenizer::open(&model).unwrap();
+    assert_eq!(tokenizer.chat_template(), Some("{{ a }}"));
 }
 
 #[test]

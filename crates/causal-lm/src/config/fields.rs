@@ -182,7 +182,7 @@ impl Fields {
             attention: vec![attention; layers],
             norm: NormConfig {
                 kind: NormKind::Rms,
-                eps: self.number_or(defaults.eps.0, defaults.eps.1)?,
+                eps: self.epsilon(defaults.eps)?,
                 offset: 0.0,
             },
             qk_norm: QkNorm::None,
@@ -228,13 +228,14 @@ impl Fields {
     }
 
     /// Every `period`-th layer is full and the others slide in `window`, where the config does not list them; each kind has a
-    /// rotation. In the older form theta and scaling at the top are those of full layers.
+    /// rotation. `rope_theta` and `rope_scaling` at the top are those of full layers, the base of the others is in the field
+    /// `sliding_theta` where the family has one.
     pub(crate) fn alternate(
         &self,
         model: &mut ModelConfig,
-        window: Option<usize>,
-        period: usize,
+        (window, period): (Option<usize>, usize),
         [full, sliding]: [rope::Defaults; 2],
+        sliding_theta: Option<&str>,
     ) -> Result<()> {
         let kinds = self.kinds(model.layers(), |layer| {
             match (layer + 1).is_multiple_of(period) {
@@ -242,13 +243,19 @@ impl Fields {
                 false => Kind::Sliding,
             }
         })?;
-        let of_full = Rope::read_kind(&self.text, Kind::Full.name(), full, || {
-            Rope::read(&self.text, full)
-        })?;
-        let of_sliding = Rope::read_kind(&self.text, Kind::Sliding.name(), sliding, || {
-            Rope::plain(sliding)
-        })?;
-        self.rotate(model, &kinds, [of_full, of_sliding]);
+        let of_full = rope::KindFields {
+            name: Kind::Full.name(),
+            theta: Some("rope_theta"),
+            is_scaled: true,
+        };
+        let of_sliding = rope::KindFields {
+            name: Kind::Sliding.name(),
+            theta: sliding_theta,
+            is_scaled: false,
+        };
+        let full = Rope::read_kind(&self.text, of_full, full)?;
+        let sliding = Rope::read_kind(&self.text, of_sliding, sliding)?;
+        self.rotate(model, &kinds, [Some(full), Some(sliding)]);
         for (attention, kind) in model.attention.iter_mut().zip(kinds) {
             attention.sliding_window = window.filter(|_| kind == Kind::Sliding);
         }
@@ -274,6 +281,17 @@ impl Fields {
                 Kind::Full => full,
                 Kind::Sliding => sliding,
             };
+        }
+    }
+
+    /// What norms add to the mean square, or the family's own.
+    fn epsilon(&self, (field, default): (&'static str, f64)) -> Result<f64> {
+        match self.number_or(field, default)? {
+            eps if eps.is_finite() && eps >= 0.0 => Ok(eps),
+            eps => Err(invalid(
+                field,
+                format!("{eps}, but a number of at least 0 is needed"),
+            )),
         }
     }
 

@@ -8,6 +8,7 @@
 //! `{"num_attention_heads": [..], "num_key_value_heads": [..], "intermediate_size": [..]}` with one entry per layer, where
 //! 0 means that the sublayer is absent.
 
+mod block_configs;
 mod families;
 mod fields;
 mod shapes;
@@ -26,7 +27,17 @@ pub const WIDTHS_KEY: &str = "per_layer_widths";
 
 /// Names of the supported architectures, as `model_type` in `config.json` has them.
 pub fn model_types() -> impl Iterator<Item = &'static str> {
-    FAMILIES.iter().map(|family| family.model_type)
+    let families = FAMILIES.iter().map(|family| family.model_type);
+    families.chain([block_configs::MODEL_TYPE])
+}
+
+/// A config whose widths by layer are in [`WIDTHS_KEY`]: that of a Nemotron-NAS folder becomes one of a Llama, others stay as
+/// they are.
+///
+/// # Errors
+/// [`Error::InvalidConfig`] and [`Error::UnsupportedOption`] for block configs that cannot be read.
+pub fn in_own_form(config: &Config) -> Result<Config> {
+    block_configs::as_llama(config)
 }
 
 /// The class of stock transformers that loads a `model_type`.
@@ -235,7 +246,7 @@ impl ModelConfig {
     /// [`Error::InvalidConfig`] for values that contradict each other, and the config's own error
     /// for a missing or mistyped field.
     pub fn new(config: &Config) -> Result<Self> {
-        let fields = Fields::new(config)?;
+        let fields = Fields::new(&in_own_form(config)?)?;
         let model_type = fields.text.str("model_type")?;
         let family = FAMILIES
             .iter()

@@ -102,9 +102,7 @@ fn read3(fields: &Fields, model: &mut ModelConfig) -> Result<()> {
     let pattern = fields.text.opt_usize("sliding_window_pattern")?;
     let pattern = pattern.or(fields.text.opt_usize("_sliding_window_pattern")?);
     let pattern = pattern.unwrap_or(6).max(1);
-    let (full, sliding) = (
-        fields.rope_defaults(model, 1e6),
-        fields.rope_defaults(model, fields.number_or("rope_local_base_freq", 1e4)?),
-    );
-    fields.alternate(model, window, pattern, [full, sliding])
+    let defaults = [1e6, 1e4].map(|theta| fields.rope_defaults(model, theta));
+    let local = Some("rope_local_base_freq");
+    fields.alternate(model, (window, pattern), defaults, local)
 }

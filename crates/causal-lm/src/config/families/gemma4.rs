@@ -113,10 +113,10 @@ fn read(fields: &Fields, model: &mut ModelConfig, default_window: usize) -> Resu
         head_dim: dim_of(Kind::Sliding).unwrap_or(full.head_dim),
         ..fields.rope_defaults(model, 1e4)
     };
-    let of_full = Rope::read_kind(&fields.text, Kind::Full.name(), full, || {
+    let of_full = Rope::read_new_kind(&fields.text, Kind::Full.name(), full, || {
         Rope::proportional(full, 0.25)
     })?;
-    let of_sliding = Rope::read_kind(&fields.text, Kind::Sliding.name(), sliding, || {
+    let of_sliding = Rope::read_new_kind(&fields.text, Kind::Sliding.name(), sliding, || {
         Rope::plain(sliding)
     })?;
     fields.rotate(model, &kinds, [of_full, of_sliding]);

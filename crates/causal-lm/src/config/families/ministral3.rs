@@ -5,7 +5,7 @@ use crate::Result;
 use crate::config::ModelConfig;
 use crate::config::fields::Fields;
 use crate::names;
-use crate::rope::QueryScale;
+use crate::rope::{self, Rope};
 use serde_json::json;
 
 pub(super) const MINISTRAL3: Family = Family {
@@ -40,20 +40,12 @@ fn read(fields: &Fields, model: &mut ModelConfig) -> Result<()> {
     if config.get("rope_parameters").is_none() && config.get("rope_scaling").is_none() {
         config.set(
             "rope_parameters",
-            json!({"rope_type": "yarn", "factor": 16.0, "original_max_position_embeddings": 16384, "beta_fast": 32.0,
+            json!({"rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0, "original_max_position_embeddings": 16384, "beta_fast": 32.0,
                 "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1}),
         );
     }
-    let defaults = fields.rope_defaults(model, 1e6);
-    model.ropes = vec![crate::rope::Rope::read(&config, defaults)?];
-    let section = match config.opt_section("rope_parameters")? {
-        Some(section) => section,
-        None => config.section("rope_scaling")?,
-    };
-    let original = section.opt_usize("original_max_position_embeddings")?;
-    model.query_scale = Some(QueryScale {
-        beta: section.opt_f64("llama_4_scaling_beta")?.unwrap_or(1.0),
-        original: original.unwrap_or(model.max_positions).max(1),
-    });
+    let defaults = fields.rope_defaults(model, 1e4);
+    model.ropes = vec![Rope::read(&config, defaults)?];
+    model.query_scale = Some(rope::query_scale(&config, model.max_positions)?);
     Ok(())
 }

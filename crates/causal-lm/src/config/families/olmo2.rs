@@ -53,5 +53,5 @@ fn read3(fields: &Fields, model: &mut ModelConfig) -> Result<()> {
     common(fields, model)?;
     let window = fields.window(Some(4096))?;
     let defaults = fields.rope_defaults(model, 5e5);
-    fields.alternate(model, window, 4, [defaults, defaults])
+    fields.alternate(model, (window, 4), [defaults, defaults], None)
 }

@@ -31,17 +31,15 @@ fn read(fields: &Fields, model: &mut ModelConfig) -> Result<()> {
     };
     let mut config = fields.text.clone();
     let mut longrope = false;
-    for key in ["rope_parameters", "rope_scaling"] {
-        let Some(section) = config.opt_section(key)? else {
-            continue;
-        };
+    if let Some(section) = rope::section(&config)? {
         let rule = section.opt_str("rope_type")?.or(section.opt_str("type")?);
-        longrope |= matches!(rule, Some("longrope" | "su" | "yarn"));
+        longrope = matches!(rule, Some("longrope" | "su" | "yarn"));
         // Early revisions call longrope yarn.
         if rule == Some("yarn") && section.get("short_factor").is_some() {
             let mut renamed = section.raw().clone();
             renamed.insert("rope_type".into(), json!("longrope"));
-            config.set(key, renamed);
+            config.remove("rope_scaling");
+            config.set("rope_parameters", renamed);
         }
     }
     if longrope && config.get("original_max_position_embeddings").is_none() {
