@@ -10,6 +10,7 @@ use tokenizers::Tokenizer;
 pub struct TextTokenizer {
     tokenizer: Tokenizer,
     bos: Option<u32>,
+    adds_bos: bool,
     eos: Option<u32>,
     /// By name; the one that is used without asking for another is called default.
     chat_templates: Vec<(String, String)>,
@@ -44,8 +45,9 @@ impl TextTokenizer {
             let value = names.get(field)?;
             value.as_str().or_else(|| value["content"].as_str())
         };
+        let in_front = put_in_front(&tokenizer)?;
         let bos = match text("bos_token") {
-            None => put_in_front(&tokenizer)?,
+            None => in_front,
             Some(text) => Some(tokenizer.token_to_id(text).ok_or_else(|| {
                 error(
                     &path,
@@ -56,9 +58,11 @@ impl TextTokenizer {
             })?),
         };
         let eos = text("eos_token").and_then(|text| tokenizer.token_to_id(text));
+        let asked = names["add_bos_token"].as_bool();
         Ok(Self {
             tokenizer,
             bos,
+            adds_bos: bos.is_some() && asked.unwrap_or(in_front == bos),
             eos,
             chat_templates: chat_templates(dir, &names)?,
         })
@@ -67,6 +71,7 @@ impl TextTokenizer {
     fn of_gguf(file: &Gguf) -> Result<Self> {
         match gguf::tokenizer::rebuild(file)? {
             Some(rebuilt) => Ok(Self {
+                adds_bos: rebuilt.bos.is_some() && put_in_front(&rebuilt.tokenizer)? == rebuilt.bos,
                 tokenizer: rebuilt.tokenizer,
                 bos: rebuilt.bos,
                 eos: rebuilt.eos,
@@ -79,6 +84,12 @@ impl TextTokenizer {
     /// The BOS token, where the tokenizer has one.
     pub fn bos(&self) -> Option<u32> {
         self.bos
+    }
+
+    /// Whether the tokenizer is to begin texts with BOS where nobody says otherwise: by `add_bos_token` of its config, or
+    /// because it puts that token in front itself.
+    pub fn adds_bos(&self) -> bool {
+        self.adds_bos
     }
 
     /// The EOS token, where the tokenizer names one of its vocabulary.
@@ -211,7 +222,9 @@ fn chat_templates(dir: &Path, config: &serde_json::Value) -> Result<Vec<(String,
     let mut found = Vec::new();
     let mut read = |name: &str, path: &Path| -> Result<()> {
         let text = std::fs::read_to_string(path).map_err(|e| error(path, e))?;
-        found.push((name.to_string(), text));
+        // The mark that some editors put before UTF-8 is no text.
+        let text = text.strip_prefix('\u{feff}').unwrap_or(&text);
+        found.push((name.to_string(), text.to_string()));
         Ok(())
     };
     let path = dir.join("chat_template.jinja");

@@ -62,22 +62,18 @@ pub(super) fn metadata(
     let mut values = file.vocabulary()?;
     let config = decoder.config();
     let tokenizer = TextTokenizer::open(dir)?;
-    let bos = tokenizer.bos().or(config.bos);
-    let template = std::fs::exists(dir.join("tokenizer_config.json"))
-        .is_ok_and(|exists| exists)
-        .then(|| read_json(&dir.join("tokenizer_config.json")))
-        .transpose()?
-        .unwrap_or_default();
+    let byte_fallback = file.byte_fallback();
     let mut add = |key: &str, value| values.push((format!("tokenizer.ggml.{key}"), value));
-    if let Some(bos) = bos {
-        add("bos_token_id", Value::U32(bos));
+    match tokenizer.bos() {
+        Some(bos) => add("bos_token_id", Value::U32(bos)),
+        // Of such a vocabulary readers take token 1 where the key is left out.
+        None if byte_fallback => add("bos_token_id", Value::U32(u32::MAX)),
+        None => {}
     }
     if let Some(&eos) = config.eos.first() {
         add("eos_token_id", Value::U32(eos));
     }
-    let asked = template["add_bos_token"].as_bool();
-    let adds_bos = asked.unwrap_or_else(|| file.starts_with(bos));
-    add("add_bos_token", Value::Bool(adds_bos && bos.is_some()));
+    add("add_bos_token", Value::Bool(tokenizer.adds_bos()));
     add("add_eos_token", Value::Bool(false));
     values.extend(chat_templates(&tokenizer));
     Ok((name, values))
@@ -129,6 +125,12 @@ impl File<'_> {
         }
     }
 
+    /// Whether it falls back to bytes, as SentencePiece does.
+    fn byte_fallback(&self) -> bool {
+        let model = &self.json["model"];
+        model["byte_fallback"].as_bool().unwrap_or(false)
+    }
+
     fn vocabulary(&self) -> Result<Vec<(String, Value)>> {
         let model = &self.json["model"];
         // Old files leave the type out.
@@ -138,7 +140,7 @@ impl File<'_> {
         }
         splits::plain_model(model).map_err(|reason| self.error(reason))?;
         let merges = self.merges()?;
-        let byte_fallback = model["byte_fallback"].as_bool().unwrap_or(false);
+        let byte_fallback = self.byte_fallback();
         let (tokens, kinds) = self.tokens(byte_fallback)?;
         let mut values: Vec<(&str, Value)> = Vec::new();
         let ignore_merges = model["ignore_merges"].as_bool() == Some(true);
@@ -296,16 +298,6 @@ impl File<'_> {
             [split] if plain && !regex && pattern(split).as_deref() == Some(QWEN2) => Ok("qwen2"),
             _ => Err(unknown(pre.to_string())),
         }
-    }
-
-    /// Whether the tokenizer itself puts BOS in front.
-    fn starts_with(&self, bos: Option<u32>) -> bool {
-        let processors = steps(&self.json["post_processor"], "processors");
-        processors.iter().any(|processor| {
-            let first = processor["single"][0]["SpecialToken"]["id"].as_str();
-            let ids = first.map(|id| &processor["special_tokens"][id]["ids"][0]);
-            ids.is_some_and(|id| id.as_u64().map(|id| id as u32) == bos && bos.is_some())
-        })
     }
 }
 
