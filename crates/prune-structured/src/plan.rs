@@ -118,13 +118,7 @@ impl Plan {
         recipe: &Recipe,
         ratio: f64,
     ) -> Result<Self> {
-        if rankings.is_empty() && ratio > 0.0 {
-            return Err(Error::Unsupported {
-                method: "structured pruning of heads and neurons",
-                model_type: decoder.config().model_type,
-                reason: "no layer has heads or an MLP that could be pruned; prune its experts",
-            });
-        }
+        prunable(decoder, rankings, ratio)?;
         let compensation = recipe.compensation(decoder);
         let added = compensation.added(decoder);
         let mut keep = recipe.allocation.keep(rankings, ratio, added)?;
@@ -235,6 +229,18 @@ impl Plan {
     pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
         let path = path.as_ref();
         tensor_io::atomic::write_json(path, self).map_err(|e| plan_file(path, e))
+    }
+}
+
+/// Refuses to prune what has nothing that could be pruned.
+pub(crate) fn prunable(decoder: &Decoder<'_>, rankings: &[Ranking], ratio: f64) -> Result<()> {
+    match rankings.is_empty() && ratio > 0.0 {
+        false => Ok(()),
+        true => Err(Error::Unsupported {
+            method: "structured pruning of heads and neurons",
+            model_type: decoder.config().model_type,
+            reason: "no layer has heads or an MLP that could be pruned; prune its experts",
+        }),
     }
 }
 

@@ -62,7 +62,7 @@ impl Default for Shape {
 }
 
 /// One step of a ranking: units that are removed together.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Step {
     /// Units (KV heads, query heads or neurons) in the step.
     pub units: usize,
@@ -73,7 +73,7 @@ pub struct Step {
 }
 
 /// The units of one half of a block, best first.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Ranking {
     /// The block.
     pub layer: usize,

@@ -1,10 +1,12 @@
 //! Methods by name: a score, an allocation, a compensation, and the shapes they may result in.
 
+use crate::Result;
 use crate::allocation::{
-    AlAm, Allocation, ClosedForm, FlapCompatCut, RdDp, Searched, Softmax, UlMm,
+    AlAm, Allocation, ClosedForm, FlapCompatCut, RdDp, Searched, Softmax, UlMm, equalise,
 };
 use crate::compensation::{Bias, Compensation, NoCompensation};
-use crate::ranking::Shape;
+use crate::plan::prunable;
+use crate::ranking::{Ranking, Shape};
 use crate::score::{FlapCompat, Magnitude, Obs, Random, Score, WandaSp, Wifv};
 use crate::stats::Needs;
 use causal_lm::Decoder;
@@ -108,6 +110,27 @@ impl Recipe {
             compensation: None,
             shape: Shape::default(),
         }
+    }
+
+    /// Refuses what cannot be asked of this model, before anything is computed: parameters out of range, widths that its
+    /// layers do not have, a ratio that these do not reach, equal widths that nothing comes near. A search over whole
+    /// models is checked by [`crate::tyr::Options::check`] too.
+    ///
+    /// # Errors
+    /// As [`crate::Plan::make`], but for what depends on scores.
+    pub fn check(&self, decoder: &Decoder<'_>, ratio: f64) -> Result<()> {
+        let compensation = self.compensation(decoder);
+        compensation.check()?;
+        let rankings = Ranking::unscored(decoder, &self.shape)?;
+        prunable(decoder, &rankings, ratio)?;
+        let added = compensation.added(decoder);
+        let budget = self.allocation.budget(&rankings, ratio, added)?;
+        if let (true, Some(budget)) = (self.shape.uniform, budget) {
+            // Whether any widths are near enough does not depend on the widths that they are near to.
+            let whole: Vec<usize> = rankings.iter().map(|r| r.steps().len()).collect();
+            equalise(decoder, &rankings, &whole, budget)?;
+        }
+        Ok(())
     }
 
     /// What compensates for the removed units in this model.

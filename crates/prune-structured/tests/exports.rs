@@ -408,6 +408,19 @@ fn block_configs_give_the_widths_and_the_model_runs_with_them() {
         )
         .unwrap();
         assert!(exported.join(nemotron::CONFIG_CLASS_FILE).is_file());
+        // The folder itself opens too, and what is pruned of it has widths in lists.
+        assert!(gap(&logits(&exported), &logits(&folder)) < 1e-6, "{kind}");
+        let again = Checkpoint::open(&exported).unwrap();
+        let opened = decoder(&again);
+        assert_eq!(opened.config().widths, decoder(&checkpoint).config().widths);
+        let collect = Collect::default();
+        let seen = Calibration::run(&opened, &windows(12), &collect, &NoProgress).unwrap();
+        let narrower = Plan::make(&opened, &seen, &recipe, 0.1, &NoProgress).unwrap();
+        let dst = model.path("narrower");
+        let settings = Settings::new(&seen).files(overwrite());
+        write(&opened, &narrower, &dst, &settings, &NoProgress).unwrap();
+        let written = Checkpoint::open(&dst).unwrap();
+        assert_eq!(decoder(&written).config().widths, narrower.widths());
 
         let file = exported.join("config.json");
         let mut config: Json = serde_json::from_slice(&std::fs::read(&file).unwrap()).unwrap();

@@ -6,7 +6,7 @@ use candle_core::{DType, Tensor};
 use causal_lm::testing::TestModel;
 use common::{KINDS, decoder, gap, logits, overwrite, tiny, tiny_with, windows};
 use prune_structured::allocation::UlUm;
-use prune_structured::compensation::{Bias, NoCompensation};
+use prune_structured::compensation::{Bias, LeastSquares, NoCompensation};
 use prune_structured::score::Ifv;
 use prune_structured::stats::{Needs, Part};
 use prune_structured::{
@@ -410,4 +410,49 @@ fn bad_ratios_and_missing_statistics_are_refused() {
     let result = write(&model.decoder(), &plan, &dst, &settings, &NoProgress);
     assert!(matches!(result, Err(Error::Missing { .. })));
     assert!(!dst.exists());
+}
+
+#[test]
+fn what_is_refused_beforehand_is_what_planning_would_refuse() {
+    let mut refused = 0;
+    for kind in ["llama", "qwen2"] {
+        let model = tiny(kind, DType::F32);
+        let calibration = calibrate(&model);
+        for name in Recipe::NAMES.iter().filter(|name| **name != "tyr") {
+            for (min_neurons, align, uniform) in
+                [(1, 1, false), (30, 1, false), (1, 7, true), (38, 1, true)]
+            {
+                let mut recipe = recipe(name);
+                recipe.shape.min_neurons = min_neurons;
+                recipe.shape.align_neurons = align;
+                recipe.shape.uniform = uniform;
+                for ratio in [0.0, 0.1, 0.4, 0.7, 0.95, 1.0] {
+                    let beforehand = recipe.check(&model.decoder(), ratio);
+                    let made = make(&model, &calibration, &recipe, ratio);
+                    refused += usize::from(made.is_err());
+                    assert_eq!(
+                        beforehand.is_ok(),
+                        made.is_ok(),
+                        "{kind} {name} {:?} {ratio}: {beforehand:?}",
+                        recipe.shape
+                    );
+                }
+            }
+        }
+    }
+    assert!(refused > 50, "{refused}");
+    let model = tiny("llama", DType::F32);
+    let mut odd = recipe("rd-dp");
+    for ridge in [f64::NAN, f64::INFINITY, -1.0] {
+        let least_squares = LeastSquares { ridge };
+        odd.compensation = Some(least_squares.into());
+        let error = odd.check(&model.decoder(), 0.2).unwrap_err();
+        assert!(matches!(
+            error,
+            Error::Option {
+                option: "ridge",
+                ..
+            }
+        ));
+    }
 }

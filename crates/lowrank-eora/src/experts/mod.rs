@@ -21,8 +21,9 @@ mod owl;
 mod sums;
 mod write;
 
-use crate::compress::{Compressor, Inputs, Needs, Storage};
+use crate::compress::{Compressor, Inputs, Needs, Storage, SweepReport};
 use crate::matrix::{from_tensor, to_tensor};
+use crate::repair::Damping;
 use crate::solve::{LowRank, Options, Weighting, solve};
 use crate::{Error, Result};
 use adapter::ExpertAdapter;
@@ -143,6 +144,10 @@ pub struct RepairedExperts {
     pub experts: Vec<ExpertReport>,
     /// Share of the choices of tokens that differ from the dense model's.
     pub rerouted: f64,
+    /// Linears of all experts.
+    pub linears: usize,
+    /// The damping that SparseGPT or GPTQ ended with; `None` where nothing swept.
+    pub damping: Option<Damping>,
 }
 
 impl RepairedExperts {
@@ -202,6 +207,8 @@ pub fn repair_experts(
         progress,
         writer: Writer::create(decoder, dst.as_ref(), &options.files)?,
         expert_bytes: 0,
+        linears: 0,
+        sweeps: vec![],
         reports: vec![],
     };
     let mut hidden = Hidden::embed(decoder, windows)?;
@@ -232,6 +239,8 @@ pub fn repair_experts(
         expert_bytes_dense,
         experts: run.reports,
         rerouted: other as f64 / choices.max(1) as f64,
+        linears: run.linears,
+        damping: Damping::of(run.sweeps.into_iter()),
     })
 }
 
@@ -265,6 +274,8 @@ struct Run<'a> {
     compressors: Vec<Option<Compressor>>,
     adapter: Option<ExpertAdapter>,
     expert_bytes: u64,
+    linears: usize,
+    sweeps: Vec<SweepReport>,
     reports: Vec<ExpertReport>,
 }
 
@@ -387,6 +398,8 @@ impl Run<'_> {
         let (rows, columns) = weight.shape();
         let bytes = compressed.storage(width).bytes() + 2 * options.rank * (rows + columns);
         self.expert_bytes += bytes as u64;
+        self.linears += 1;
+        self.sweeps.extend(compressed.sweep);
         let mut left = &weight - &compressed.weight;
         let stored = to_tensor(compressed.weight.as_ref(), like.dtype(), like.device())?;
         let (mut merged, mut factors) = (compressed.weight, None);

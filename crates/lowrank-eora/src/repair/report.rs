@@ -108,7 +108,7 @@ pub struct Damping {
 }
 
 impl Damping {
-    pub(super) fn of(sweeps: impl Iterator<Item = SweepReport>) -> Option<Self> {
+    pub(crate) fn of(sweeps: impl Iterator<Item = SweepReport>) -> Option<Self> {
         sweeps.fold(None, |damping: Option<Self>, sweep| {
             let Self { largest, raised } = damping.unwrap_or(Self {
                 largest: 0.0,

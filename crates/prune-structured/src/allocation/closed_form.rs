@@ -1,6 +1,6 @@
 //! StructPrune's closed form, reconstructed: see [`crate::structprune`].
 
-use super::shares::{energies, keep};
+use super::shares::{check_budget, check_max_ratio, energies, keep};
 use super::{Allocate, Budget};
 use crate::Result;
 use crate::ranking::Ranking;
@@ -22,6 +22,14 @@ impl Default for ClosedForm {
 impl Allocate for ClosedForm {
     fn keep(&self, rankings: &[Ranking], budget: Budget) -> Result<Vec<usize>> {
         keep(rankings, &log_weights(rankings), self.max_ratio, budget)
+    }
+
+    fn check_options(&self) -> Result<()> {
+        check_max_ratio(self.max_ratio)
+    }
+
+    fn check_budget(&self, rankings: &[Ranking], budget: Budget) -> Result<()> {
+        check_budget(rankings, self.max_ratio, budget)
     }
 }
 

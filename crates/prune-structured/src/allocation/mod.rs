@@ -90,6 +90,16 @@ pub(crate) trait Allocate {
     /// Steps that each ranking keeps.
     fn keep(&self, rankings: &[Ranking], budget: Budget) -> Result<Vec<usize>>;
 
+    /// Refuses parameters out of range.
+    fn check_options(&self) -> Result<()> {
+        Ok(())
+    }
+
+    /// Refuses a budget that it cannot meet, whatever the scores are.
+    fn check_budget(&self, _rankings: &[Ranking], _budget: Budget) -> Result<()> {
+        Ok(())
+    }
+
     /// Statistics that it reads.
     fn needs(&self) -> Needs {
         Needs::default()
@@ -120,11 +130,25 @@ impl Allocation {
     /// [`Error::Option`] for an impossible temperature or largest share; [`Error::Missing`] for what rankings alone do
     /// not contain.
     pub fn keep(&self, rankings: &[Ranking], ratio: f64, added: u64) -> Result<Vec<usize>> {
+        match self.budget(rankings, ratio, added)? {
+            None => Ok(rankings.iter().map(|r| r.steps().len()).collect()),
+            Some(budget) => self.method().keep(rankings, budget),
+        }
+    }
+
+    /// What may stay, where anything is to go; refuses what the ratio and the costs alone rule out.
+    pub(crate) fn budget(
+        &self,
+        rankings: &[Ranking],
+        ratio: f64,
+        added: u64,
+    ) -> Result<Option<Budget>> {
         if !(0.0..1.0).contains(&ratio) {
             return Err(Error::Ratio(ratio));
         }
+        self.method().check_options()?;
         if ratio == 0.0 {
-            return Ok(rankings.iter().map(|r| r.steps().len()).collect());
+            return Ok(None);
         }
         let budget = Budget::new(rankings, ratio, added);
         let total = total(rankings);
@@ -134,7 +158,8 @@ impl Allocation {
         if kept as f64 > budget.parameters + largest as f64 {
             return Err(Error::Unreachable { ratio, kept, total });
         }
-        self.method().keep(rankings, budget)
+        self.method().check_budget(rankings, budget)?;
+        Ok(Some(budget))
     }
 
     /// Statistics that it reads.

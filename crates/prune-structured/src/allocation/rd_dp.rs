@@ -61,6 +61,18 @@ impl Allocate for RdDp {
         Ok(kept.into_iter().zip(rankings).map(steps).collect())
     }
 
+    fn check_budget(&self, rankings: &[Ranking], budget: Budget) -> Result<()> {
+        let kept: u64 = rankings.iter().map(|r| r.cost(r.protected)).sum();
+        match kept > budget.parameters.max(0.0) as u64 {
+            false => Ok(()),
+            true => Err(Error::Unreachable {
+                ratio: budget.ratio,
+                kept,
+                total: super::total(rankings),
+            }),
+        }
+    }
+
     fn needs(&self) -> Needs {
         Needs {
             gram: true,

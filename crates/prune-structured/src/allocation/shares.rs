@@ -49,6 +49,46 @@ fn fill(log_weights: &[f64], caps: &[f64], target: f64) -> Vec<f64> {
     filled
 }
 
+/// Refuses a largest share outside `(0, 1]`.
+pub(super) fn check_max_ratio(max_ratio: f64) -> Result<()> {
+    if !(max_ratio > 0.0 && max_ratio <= 1.0) {
+        return Err(Error::Option {
+            option: "max_ratio",
+            value: max_ratio,
+            expected: "it must be above 0 and at most 1",
+        });
+    }
+    Ok(())
+}
+
+/// Parameters that may be removed from each sublayer.
+fn caps(rankings: &[Ranking], max_ratio: f64) -> Vec<f64> {
+    let cap = |r: &Ranking| {
+        let whole = r.total();
+        ((whole - r.cost(r.protected)) as f64).min(whole as f64 * max_ratio)
+    };
+    rankings.iter().map(cap).collect()
+}
+
+/// Refuses a budget that removals of at most `max_ratio` of each sublayer do not reach.
+pub(super) fn check_budget(rankings: &[Ranking], max_ratio: f64, budget: Budget) -> Result<()> {
+    let total = total(rankings);
+    let target = total as f64 - budget.parameters;
+    let removable: f64 = caps(rankings, max_ratio).iter().sum();
+    let costs = rankings
+        .iter()
+        .flat_map(Ranking::steps)
+        .map(|step| step.cost);
+    if target > removable + costs.max().unwrap_or(0) as f64 {
+        return Err(Error::Unreachable {
+            ratio: budget.ratio,
+            kept: total - removable as u64,
+            total,
+        });
+    }
+    Ok(())
+}
+
 /// Steps that each ranking keeps when removals grow with `exp(log_weights)` and `budget` parameters
 /// stay in all.
 ///
@@ -64,35 +104,10 @@ pub(super) fn keep(
     max_ratio: f64,
     budget: Budget,
 ) -> Result<Vec<usize>> {
-    if !(max_ratio > 0.0 && max_ratio <= 1.0) {
-        return Err(Error::Option {
-            option: "max_ratio",
-            value: max_ratio,
-            expected: "it must be above 0 and at most 1",
-        });
-    }
-    let total = total(rankings);
-    let target = total as f64 - budget.parameters;
-    let cap = |r: &Ranking| {
-        let whole = r.total();
-        ((whole - r.cost(r.protected)) as f64).min(whole as f64 * max_ratio)
-    };
-    let caps: Vec<f64> = rankings.iter().map(cap).collect();
-    let removable: f64 = caps.iter().sum();
-    let step = rankings
-        .iter()
-        .flat_map(Ranking::steps)
-        .map(|step| step.cost)
-        .max()
-        .unwrap_or(0);
-    if target > removable + step as f64 {
-        let kept = total - removable as u64;
-        return Err(Error::Unreachable {
-            ratio: budget.ratio,
-            kept,
-            total,
-        });
-    }
+    check_max_ratio(max_ratio)?;
+    check_budget(rankings, max_ratio, budget)?;
+    let target = total(rankings) as f64 - budget.parameters;
+    let caps = caps(rankings, max_ratio);
     let mut due = fill(log_weights, &caps, target);
     let mut keep: Vec<usize> = rankings.iter().map(|r| r.steps().len()).collect();
     let next = |i: usize, keep: &[usize]| {

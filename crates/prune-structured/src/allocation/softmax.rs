@@ -1,6 +1,6 @@
 //! StructPrune's softmax over energies, reconstructed: see [`crate::structprune`].
 
-use super::shares::{energies, keep};
+use super::shares::{check_budget, check_max_ratio, energies, keep};
 use super::{Allocate, Budget};
 use crate::ranking::Ranking;
 use crate::stats::standardise;
@@ -30,10 +30,18 @@ impl Allocate for Softmax {
         let weights = log_weights(rankings, self.temperature)?;
         keep(rankings, &weights, self.max_ratio, budget)
     }
+
+    fn check_options(&self) -> Result<()> {
+        check_temperature(self.temperature)?;
+        check_max_ratio(self.max_ratio)
+    }
+
+    fn check_budget(&self, rankings: &[Ranking], budget: Budget) -> Result<()> {
+        check_budget(rankings, self.max_ratio, budget)
+    }
 }
 
-/// `−E_l / τ`, E standardised over the sublayers: logarithms of the softmax, up to a constant.
-pub(super) fn log_weights(rankings: &[Ranking], temperature: f64) -> Result<Vec<f64>> {
+fn check_temperature(temperature: f64) -> Result<()> {
     if temperature.is_nan() || temperature <= 0.0 {
         return Err(Error::Option {
             option: "temperature",
@@ -41,6 +49,12 @@ pub(super) fn log_weights(rankings: &[Ranking], temperature: f64) -> Result<Vec<
             expected: "it must be above 0",
         });
     }
+    Ok(())
+}
+
+/// `−E_l / τ`, E standardised over the sublayers: logarithms of the softmax, up to a constant.
+pub(super) fn log_weights(rankings: &[Ranking], temperature: f64) -> Result<Vec<f64>> {
+    check_temperature(temperature)?;
     let mut energies = energies(rankings);
     standardise(&mut energies);
     Ok(energies.iter().map(|e| -e / temperature).collect())

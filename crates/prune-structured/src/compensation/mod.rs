@@ -99,6 +99,18 @@ pub(crate) trait Compensate {
     }
 }
 
+/// Refuses a damping that makes no equation solvable.
+pub(crate) fn check_ridge(ridge: f64) -> Result<()> {
+    match ridge.is_finite() && ridge >= 0.0 {
+        true => Ok(()),
+        false => Err(Error::Option {
+            option: "ridge",
+            value: ridge,
+            expected: "it must be a finite number, at least 0",
+        }),
+    }
+}
+
 impl Compensation {
     /// Least squares with the usual damping.
     pub const LEAST_SQUARES: Self = Self::LeastSquares(LeastSquares {
@@ -113,6 +125,14 @@ impl Compensation {
     /// The damping of the Gram matrix, also for what reads it without refitting.
     pub fn ridge(&self) -> f64 {
         self.method().ridge()
+    }
+
+    /// Refuses parameters out of range.
+    ///
+    /// # Errors
+    /// [`Error::Option`].
+    pub fn check(&self) -> Result<()> {
+        check_ridge(self.ridge())
     }
 
     /// Whether it adds a bias to output projections.

@@ -7,6 +7,7 @@ use super::method::{ExpertMethod, RandomExperts, Reap, Representative, Stun};
 use super::neurons::{NeuronOptions, narrow};
 use super::select::{Outcome, plan};
 use super::{ExpertCompensation, ExpertOptions, ExpertPlan, ExpertRefits, Keep, LayerExperts};
+use crate::compensation::check_ridge;
 use crate::{Error, Result};
 use causal_lm::{Decoder, Progress};
 use serde::{Deserialize, Serialize};
@@ -134,6 +135,39 @@ impl ExpertRecipe {
     /// Whether it makes tokens cheaper and the model no smaller.
     pub fn is_fewer(&self) -> bool {
         matches!(self.change, Change::Fewer(_))
+    }
+
+    /// Refuses what cannot be asked of this model, before anything is computed: parameters out of range, experts narrower
+    /// than the alignment, fewer experts than each token goes to.
+    ///
+    /// # Errors
+    /// [`Error::Option`], [`Error::Ratio`], [`Error::Width`], [`Error::Experts`].
+    pub fn check(&self, decoder: &Decoder<'_>, aim: Aim) -> Result<()> {
+        let mixtures = decoder.config().mixtures.iter().enumerate();
+        let mixtures = mixtures.filter_map(|(layer, mixture)| Some((layer, (*mixture)?)));
+        match (self.change, aim) {
+            (Change::Experts(..), Aim::Ratio(ratio)) => {
+                for (layer, mixture) in mixtures {
+                    let kept = Keep::Without(ratio).of(mixture.experts)?;
+                    if kept < mixture.chosen {
+                        return Err(Error::Experts {
+                            layer,
+                            kept,
+                            chosen: mixture.chosen,
+                        });
+                    }
+                }
+                Ok(())
+            }
+            (Change::Neurons | Change::Joint(..), Aim::Ratio(ratio)) => {
+                check_ridge(self.neurons.ridge)?;
+                for (layer, mixture) in mixtures {
+                    self.neurons.width(layer, mixture.width, 1.0 - ratio)?;
+                }
+                Ok(())
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Makes the plan.

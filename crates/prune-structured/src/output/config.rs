@@ -3,7 +3,7 @@
 use super::form::{Form, Loading, NewBiases};
 use crate::plan::Plan;
 use crate::{Error, Result};
-use causal_lm::config::{Mixture, WIDTHS_KEY};
+use causal_lm::config::{Mixture, WIDTHS_KEY, in_own_form};
 use causal_lm::{Decoder, LinearName, ModelConfig, Widths};
 use serde_json::{Map, Value, json};
 use tensor_io::Config;
@@ -23,6 +23,7 @@ pub(crate) fn pruned(
     if plan.is_identity(decoder) {
         return Ok((whole.clone(), vec![]));
     }
+    let whole = &in_own_form(whole)?;
     let model = decoder.config();
     let biases = NewBiases::of(decoder, plan);
     let widths = match form {

@@ -9,7 +9,7 @@
 use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor};
 use causal_lm::config::{QkNorm, WIDTHS_KEY};
-use causal_lm::{Decoder, LinearName, Progress};
+use causal_lm::{Decoder, LinearName, Progress, Widths};
 use serde_json::{Value, json};
 use std::path::Path;
 use tensor_io::{CheckpointWriter, Config, TensorSpec, WriteOptions, Written};
@@ -102,7 +102,11 @@ fn missing_biases(decoder: &Decoder<'_>) -> Result<Vec<TensorSpec>> {
     Ok(specs)
 }
 
-fn config(decoder: &Decoder<'_>) -> Result<Config> {
+/// Whether a model could be exported if its layers had these widths, those that it has or those that a plan keeps.
+///
+/// # Errors
+/// [`Error::Export`] as for [`export`].
+pub fn check(decoder: &Decoder<'_>, widths: &[Widths]) -> Result<()> {
     let model = decoder.config();
     let unsupported = |what: &str, reason: &str| {
         Err(Error::Export {
@@ -126,8 +130,10 @@ fn config(decoder: &Decoder<'_>) -> Result<Config> {
     if !model.is_plain_llama() {
         return unsupported(model.model_type, "the format's blocks are Llama's");
     }
-    let first = model.widths[0];
-    for (layer, widths) in model.widths.iter().enumerate() {
+    let Some(first) = widths.first() else {
+        return Ok(());
+    };
+    for (layer, widths) in widths.iter().enumerate() {
         let same = (widths.heads, widths.kv_heads) == (first.heads, first.kv_heads);
         if !same || widths.heads == 0 || widths.neurons == 0 {
             return unsupported(
@@ -139,6 +145,13 @@ fn config(decoder: &Decoder<'_>) -> Result<Config> {
             );
         }
     }
+    Ok(())
+}
+
+fn config(decoder: &Decoder<'_>) -> Result<Config> {
+    let model = decoder.config();
+    check(decoder, &model.widths)?;
+    let first = model.widths[0];
     let in_multiples = model
         .widths
         .iter()

@@ -50,6 +50,22 @@ pub struct Data<'a> {
     pub options: Measure,
 }
 
+/// Refuses recipes whose curves cannot be measured, before anything is spent on it.
+///
+/// # Errors
+/// [`Error::Search`] for a compensation by bias, which a curve leaves out.
+pub fn check(decoder: &Decoder<'_>, recipe: &Recipe) -> Result<()> {
+    let compensation = recipe.compensation(decoder);
+    match compensation.adds_bias() {
+        false => Ok(()),
+        true => Err(Error::Search {
+            option: "compensation",
+            value: compensation.name().into(),
+            expected: "least squares or none where curves are measured",
+        }),
+    }
+}
+
 /// Gives every ranking the curve of the model's KL divergence from the dense one, in nats per
 /// position, when this sublayer alone is pruned and compensated.
 ///
@@ -72,14 +88,8 @@ pub fn measure(
     }: Data<'_>,
     progress: &dyn Progress,
 ) -> Result<()> {
+    check(decoder, recipe)?;
     let compensation = recipe.compensation(decoder);
-    if compensation.adds_bias() {
-        return Err(Error::Search {
-            option: "compensation",
-            value: compensation.name().into(),
-            expected: "least squares or none where curves are measured",
-        });
-    }
     let store = LevelStore::create(dir)?;
     let place = (dir, decoder.checkpoint().content_hash()?);
     let teacher = Teacher::new(

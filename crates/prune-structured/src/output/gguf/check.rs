@@ -6,12 +6,12 @@ use causal_lm::config::{Activation, Mixture};
 use causal_lm::gguf::Architecture;
 use causal_lm::{Decoder, LinearName, ModelConfig};
 
-/// What the file declares itself to be.
+/// What the file of a model declares itself to be whose configuration is `config`: the decoder's, or the same with other
+/// widths.
 ///
 /// # Errors
 /// [`Error::Export`](crate::Error::Export) for a model of which llama.cpp would compute something else.
-pub(super) fn architecture(decoder: &Decoder<'_>) -> Result<Architecture> {
-    let config = decoder.config();
+pub(super) fn architecture(decoder: &Decoder<'_>, config: &ModelConfig) -> Result<Architecture> {
     let Some(architecture) = Architecture::of(config) else {
         let known = Architecture::ALL.map(Architecture::name).join(", ");
         return Err(unsupported(

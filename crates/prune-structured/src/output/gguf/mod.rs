@@ -29,7 +29,7 @@ mod tensors;
 mod tokenizer;
 
 use crate::{Error, Result};
-use causal_lm::{Decoder, Progress};
+use causal_lm::{Decoder, Progress, Widths};
 use packed::BlockType;
 use std::path::Path;
 use tensor_io::gguf::{BlockLayout, TensorSpec, Writer};
@@ -140,6 +140,17 @@ pub fn takes_widths_by_block(decoder: &Decoder<'_>) -> bool {
     !mixed && found.is_some_and(check::takes_widths_by_block)
 }
 
+/// Whether a model could be exported if its layers had these widths, those that it has or those that a plan keeps.
+///
+/// # Errors
+/// [`Error::Export`] and [`Error::ExportFile`] as for [`export`].
+pub fn check(decoder: &Decoder<'_>, widths: &[Widths]) -> Result<()> {
+    let mut config = decoder.config().clone();
+    config.widths = widths.to_vec();
+    check::architecture(decoder, &config)?;
+    tokenizer::metadata(decoder, String::new()).map(drop)
+}
+
 /// Writes `decoder` as the GGUF file `dst`, replacing an older one. The tokenizer comes from the decoder's folder; a
 /// step of `progress` is a tensor.
 ///
@@ -158,7 +169,7 @@ pub fn export(
 ) -> Result<Exported> {
     let (options, dst) = (options.into(), dst.as_ref());
     let precision = options.precision;
-    let architecture = check::architecture(decoder)?;
+    let architecture = check::architecture(decoder, decoder.config())?;
     let metadata = metadata::metadata(decoder, architecture, &options)?;
     let outputs = tensors::tensors(decoder, architecture)?;
     let mut parameters = 0;
