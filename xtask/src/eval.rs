@@ -6,9 +6,10 @@ use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 use eval_report::cells::{Part, RunFacts};
-use eval_report::{Cells, Machine, Report};
+use eval_report::{Cells, Machine, Report, command_line, part_file};
 use tensor_io::ContentHash;
 
+use crate::scratch::Scratch;
 use crate::settings::Settings;
 use crate::stdout::print;
 use crate::suite::Suite;
@@ -34,8 +35,8 @@ pub struct Run {
 /// A folder of finished cells.
 #[derive(Debug)]
 pub struct CellFolder {
-    /// The folder.
-    pub dir: PathBuf,
+    /// The folder; for the time of the run alone, where the report of a part keeps the cells.
+    pub dir: Option<PathBuf>,
     /// Which cells this process measures.
     pub part: Part,
     /// The words that all processes with the same folder have alike.
@@ -78,9 +79,13 @@ pub(crate) fn run(mut run: Run) -> Result<()> {
     if let Some(adapter) = &run.settings.weights.adapter {
         opened.push((adapter.display().to_string(), adapter.clone()));
     }
+    let scratch = Scratch::new()?;
+    let mut facts = None;
     if let Some(folder) = &run.cells {
-        let facts = folder.facts(opened)?;
-        run.settings.cells = Cells::open(&folder.dir, &facts, folder.part).context("--cells")?;
+        let of_run = folder.facts(opened)?;
+        let dir = folder.dir.as_deref().unwrap_or(scratch.path());
+        run.settings.cells = Cells::open(dir, &of_run, folder.part).context("--cells")?;
+        facts = Some(of_run);
     }
     let settings = &run.settings;
     let mut report = Report {
@@ -105,6 +110,25 @@ pub(crate) fn run(mut run: Run) -> Result<()> {
         Some(folder) => folder.is_whole(&settings.cells)?,
         None => true,
     };
+    if let (
+        Some(CellFolder {
+            dir: None,
+            part: Part::Shard(shard),
+            ..
+        }),
+        Some(facts),
+    ) = (&run.cells, &facts)
+    {
+        // The report of a part has its cells.
+        let json = part_file::to_json(&report, &settings.cells, facts, *shard)?;
+        if let Some(dir) = &run.out {
+            let path = dir.join("report.json");
+            tensor_io::atomic::write(path, json.as_bytes()).context("--out")?;
+        }
+        if run.json {
+            print(&json)?;
+        }
+    }
     let failures: Vec<String> = (sections.iter())
         .flat_map(|section| section.failures.clone())
         .collect();
@@ -171,17 +195,19 @@ impl CellFolder {
         let count = cells.count();
         match self.part {
             Part::Shard(shard) => {
+                let parts = match &self.dir {
+                    Some(dir) => command_line(&[dir.display().to_string()]),
+                    None => "with the report.json of every part".into(),
+                };
                 eprintln!(
-                    "part {shard}: {} of all {count} cells are done; `cargo xtask report --merge {}` makes the report",
+                    "part {shard}: {} of all {count} cells are done; `cargo xtask report --merge {parts}` makes the report",
                     count - missing.len(),
-                    self.dir.display()
                 );
                 Ok(false)
             }
             _ if missing.is_empty() => Ok(true),
             _ => bail!(
-                "--merge {}: {} of {count} cells are missing: {}",
-                self.dir.display(),
+                "--merge: {} of {count} cells are missing: {}",
                 missing.len(),
                 missing.join("; ")
             ),

@@ -137,6 +137,11 @@ pub fn run(config: &Config) -> Result<()> {
     facts.push(bytes("weights", model.weight_bytes()));
     facts.push(bytes("cache", cache.peak_bytes()));
     facts.push(bytes("cache state", cache.state_bytes()));
+    if max_new_tokens < config.max_new_tokens && generated.tokens.len() == max_new_tokens {
+        facts.push(format!(
+            "stopped at the {room} positions that the model was made for"
+        ));
+    }
     facts.push(common.weights.run(&model.weights()));
     let line = facts.join(", ");
     match std::io::stderr().is_terminal() {

@@ -36,7 +36,10 @@ pub(crate) fn naming(error: anyhow::Error, model: &Path) -> anyhow::Error {
     let is_of_a_run = error.chain().filter_map(of_a_model).any(|error| {
         matches!(
             error,
-            Error::NonFinite { .. } | Error::TokenOutOfRange { .. } | Error::Routing { .. }
+            Error::NonFinite { .. }
+                | Error::TokenOutOfRange { .. }
+                | Error::Routing { .. }
+                | Error::Cache(kv_lazy::Error::NonFinite { .. })
         )
     });
     let name = model.display().to_string();
@@ -107,5 +110,13 @@ mod tests {
         let named_already = anyhow::Error::new(token()).context("a/model");
         assert_eq!(named(named_already), expected);
         assert_eq!(named(anyhow::anyhow!("--rank: no")), "--rank: no");
+        let attention = kv_lazy::Error::NonFinite {
+            layer: 3,
+            sequence: 0,
+            head: 1,
+        };
+        let error = named(lm_eval::Error::from(Error::from(attention)).into());
+        assert!(error.starts_with("a/model: non-finite"), "{error}");
+        assert!(error.contains("layer 3"), "{error}");
     }
 }

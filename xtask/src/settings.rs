@@ -1,8 +1,9 @@
 //! What all suites share.
 
+use std::fmt::Display;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use causal_lm::{Adapter, Arithmetic, Level, WeightSummary};
 use clap::ValueEnum;
 use eval_report::{Cells, Row, Section};
@@ -49,6 +50,17 @@ impl Settings {
     ) -> Result<Vec<Section>> {
         Ok(self.cells.sections(cell, measure)?.unwrap_or_default())
     }
+}
+
+/// Each value of a flag may stand once: a repeated one would be computed and saved twice.
+pub(crate) fn once<T: Display>(flag: &str, values: impl Iterator<Item = T>) -> Result<()> {
+    let mut seen: Vec<String> = Vec::new();
+    for value in values {
+        let value = value.to_string();
+        ensure!(!seen.contains(&value), "{flag}: {value} is given twice");
+        seen.push(value);
+    }
+    Ok(())
 }
 
 /// What a process has to show that measured some of the cells: those that failed.

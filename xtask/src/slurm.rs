@@ -37,9 +37,9 @@ pub(crate) struct Config {
 /// Words that are no evaluation of a suite, and a folder that cannot be written.
 pub(crate) fn run(config: &Config) -> Result<()> {
     match config.evaluation.as_slice() {
-        [eval, suite, ..] if eval == "eval" && !suite.starts_with('-') => {}
+        [eval, _, ..] if eval == "eval" => {}
         words => bail!(
-            "expected `eval SUITE ...` behind `--`, found {:?}",
+            "expected `eval SUITE ...`, or `eval --model ..` for all suites, behind `--`, found {:?}",
             words.join(" ")
         ),
     }
@@ -109,7 +109,7 @@ impl<'a> Scripts<'a> {
             format!("time={time}"),
             format!("mem={memory}"),
             format!("cpus-per-task={cores}"),
-            format!("chdir={}", self.here),
+            format!("chdir={}", directive(&self.here)),
         ];
         lines.extend(partition);
         lines.extend_from_slice(more);
@@ -137,7 +137,7 @@ impl<'a> Scripts<'a> {
             format!("array=1-{parts}"),
             "requeue".into(),
             "open-mode=append".into(),
-            format!("output={}", log.display()),
+            format!("output={}", log_file(&log)),
         ];
         format!(
             "{}exec {} {} --threads {} --cells {} {flag} \"$SLURM_ARRAY_TASK_ID/{parts}\"\n",
@@ -153,7 +153,7 @@ impl<'a> Scripts<'a> {
         let log = self.out.join("merge.log");
         format!(
             "{}exec {} report --merge {} --out {}\n",
-            self.head("eval-merge", &[format!("output={}", log.display())]),
+            self.head("eval-merge", &[format!("output={}", log_file(&log))]),
             quoted(Path::new(&self.program)),
             self.path("cells"),
             self.path("report"),
@@ -184,7 +184,43 @@ impl<'a> Scripts<'a> {
     }
 }
 
+/// A value of a directive, which sbatch cuts at spaces outside of quotes.
+fn directive(value: &str) -> String {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "/.-_%=:,@+".contains(c);
+    if value.chars().all(plain) {
+        return value.to_owned();
+    }
+    let escaped: String = value
+        .chars()
+        .flat_map(|c| [Some('\\').filter(|_| matches!(c, '"' | '\\')), Some(c)])
+        .flatten()
+        .collect();
+    format!("\"{escaped}\"")
+}
+
+/// The path of a log: sbatch reads `%` as the beginning of a number, which only the last part of the path has.
+fn log_file(path: &Path) -> String {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let folder = path.parent().unwrap_or(Path::new("")).display();
+    let folder = folder.to_string().replace('%', "%%");
+    directive(&format!("{folder}/{name}"))
+}
+
 /// A path as a word of a shell.
 fn quoted(path: &Path) -> String {
     command_line(&[path.display().to_string()])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn values_with_spaces_are_one_word_for_sbatch() {
+        assert_eq!(directive("/data/sweep"), "/data/sweep");
+        assert_eq!(directive("/a b/c"), "\"/a b/c\"");
+        assert_eq!(directive("/a\"b\\c"), "\"/a\\\"b\\\\c\"");
+        let log = log_file(Path::new("/50% of it/part-%a.log"));
+        assert_eq!(log, "\"/50%% of it/part-%a.log\"");
+    }
 }

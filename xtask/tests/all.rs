@@ -58,6 +58,18 @@ fn all_suites_run_on_a_model_of_ones_own_and_the_summary_fits_a_terminal() {
     for suite in ["structured", "lowrank", "kv", "lattice"] {
         assert!(of(suite).len() > 4, "{suite}");
     }
+    // A verdict for each crate, and on the chain.
+    for name in [
+        "frontier",
+        "prune-structured",
+        "lowrank-eora",
+        "kv-lazy",
+        "prune-lattice",
+        "all in a chain",
+    ] {
+        let verdict = format!("{name}: recommended is ");
+        assert_eq!(stdout.matches(&verdict).count(), 1, "{name}: {stdout}");
+    }
     // Every line of the summary was found among the rows.
     assert_eq!(of("summary").len(), 25);
 
@@ -70,10 +82,10 @@ fn all_suites_run_on_a_model_of_ones_own_and_the_summary_fits_a_terminal() {
         methods,
         [
             "dense",
-            "flap",
-            "flap + gptq-int4-g32",
-            "flap + gptq-int4-g32 + eora",
-            "flap + gptq-int4-g32 + eora + lazy",
+            "rd-dp",
+            "rd-dp + gptq-int4-g32",
+            "rd-dp + gptq-int4-g32 + eora",
+            "rd-dp + gptq-int4-g32 + eora + lazy",
             "random",
             "random + rtn-int4-g32",
             "random + rtn-int4-g32 + svd",
@@ -158,6 +170,39 @@ fn goes_on(scene: &Scene, out: &std::path::Path) {
             assert_eq!(first.get(field), second.get(field), "{field}");
         }
     }
+}
+
+#[test]
+fn suites_that_fail_leave_the_others() {
+    let scene = scene();
+    // One window to calibrate on: none is left to hold out.
+    std::fs::write(scene.path("calib.txt"), "a b c d e f . ".repeat(10)).unwrap();
+    let out = scene.path("report");
+    let output = xtask()
+        .args(["eval", "--samples", "2", "--json", "--model"])
+        .arg(scene.path("model"))
+        .arg("--text")
+        .arg(scene.path("text.txt"))
+        .arg("--calib")
+        .arg(scene.path("calib.txt"))
+        .arg("--out")
+        .arg(&out)
+        .output()
+        .unwrap();
+    let line = error(&output);
+    assert!(
+        line.contains("lowrank") || line.contains("frontier"),
+        "{line}"
+    );
+    assert!(line.contains("the report has the rest"), "{line}");
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    for suite in ["structured", "kv", "lattice"] {
+        let rows = report["rows"].as_array().unwrap();
+        assert!(rows.iter().any(|row| row["suite"] == suite), "{suite}");
+    }
+    let failed = report["sections"].as_array().unwrap().iter();
+    let failed = failed.filter(|section| section["failures"].is_array());
+    assert!(failed.count() > 0);
 }
 
 #[test]

@@ -117,6 +117,61 @@ fn the_merged_report_of_parts_is_that_of_one_run() {
 }
 
 #[test]
+fn the_reports_of_parts_without_a_folder_are_merged_to_that_of_one_run() {
+    let scene = scene();
+    let words = words(
+        &scene,
+        "structured",
+        "--method flap,random --ratio 0.2,0.4 --calib-samples 20",
+    );
+    let mut files = Vec::new();
+    for part in 1..=3 {
+        let out = scene.path(&format!("part-{part}"));
+        let shard = format!("{part}/3");
+        let output = run(&words, &["--shard", &shard, "--out", out.to_str().unwrap()]);
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{stderr}");
+        files.push(out.join("report.json").display().to_string());
+    }
+    let merge =
+        |files: &[&str], more: &[&str]| xtask(&[&["report", "--merge"], files, more].concat());
+    let all: Vec<&str> = files.iter().map(String::as_str).collect();
+    let merged = numbers(&merge(&all, &["--json"]));
+    assert_eq!(merged, numbers(&run(&words, &["--json"])));
+    // Parts that do not fit are refused with the file to blame.
+    let missing = error(&merge(&all[..2], &[]));
+    assert!(missing.contains("3/3"), "{missing}");
+    let twice = error(&merge(&[all[0], all[1], all[1]], &[]));
+    assert!(twice.contains("both are part 2/3"), "{twice}");
+    let out = scene.path("other");
+    let other = [
+        "--shard",
+        "3/3",
+        "--seed",
+        "7",
+        "--out",
+        out.to_str().unwrap(),
+    ];
+    assert!(run(&words, &other).status.success());
+    let other = out.join("report.json").display().to_string();
+    let unfit = error(&merge(&[all[0], all[1], &other], &[]));
+    assert!(
+        unfit.contains("--seed 7") && unfit.contains(&other),
+        "{unfit}"
+    );
+    let text = fs::read_to_string(all[0]).unwrap();
+    let damaged = scene.path("damaged.json");
+    fs::write(
+        &damaged,
+        text.replacen("\"method\":\"calibration", "\"method\":\"calibrated", 1),
+    )
+    .unwrap();
+    let damaged = damaged.display().to_string();
+    let refused = error(&merge(&[&damaged, all[1], all[2]], &[]));
+    assert!(refused.contains("checksum"), "{refused}");
+}
+
+#[test]
 fn cells_of_a_part_of_another_text_are_not_used() {
     let scene = scene();
     let path = |name: &str| scene.path(name).display().to_string();
@@ -202,6 +257,36 @@ fn parts_that_do_not_fit_are_refused_with_what_differs() {
     fs::write(scene.path("text.txt"), "a b c d e f ".repeat(60)).unwrap();
     let message = error(&run(&of(""), &part));
     assert!(message.contains("text.txt has other contents"), "{message}");
+}
+
+#[test]
+fn curves_are_measured_once_for_all_parts() {
+    let scene = scene();
+    let more = "--method rd-dp --ratio 0.2,0.4 --calib-samples 20 --search-samples 4";
+    let words = words(&scene, "structured", more);
+    let folder = scene.path("cells");
+    let dir = folder.to_str().unwrap();
+    for part in ["1/2", "2/2"] {
+        let output = run(&words, &["--cells", dir, "--shard", part]);
+        assert!(output.status.success());
+        assert_eq!(fs::read_dir(folder.join("curves")).unwrap().count(), 1);
+    }
+    let merged = numbers(&xtask(&["report", "--merge", dir, "--json"]));
+    assert_eq!(merged, numbers(&run(&words, &["--json"])));
+    // A part that finds curves reads them: what was changed in them is noticed.
+    let curves = fs::read_dir(folder.join("curves")).unwrap().next();
+    let curves = curves.unwrap().unwrap().path();
+    let text = fs::read_to_string(&curves).unwrap();
+    fs::write(&curves, text.replacen("\"layer\":0", "\"layer\":1", 1)).unwrap();
+    for entry in fs::read_dir(&folder).unwrap() {
+        let path = entry.unwrap().path();
+        let name = path.file_name().unwrap().to_str().unwrap();
+        if name.starts_with("rd-dp") {
+            fs::remove_file(&path).unwrap();
+        }
+    }
+    let refused = error(&run(&words, &["--cells", dir]));
+    assert!(refused.contains("checksum"), "{refused}");
 }
 
 #[test]
@@ -314,7 +399,10 @@ fn slurm_scripts_run_the_parts_and_then_the_merge() {
         String::from_utf8_lossy(&output.stderr)
     );
     let part = fs::read_to_string(out.join("part.sbatch")).unwrap();
+    // A path with spaces is one value.
+    let log = format!("#SBATCH --output=\"{}/part-%a.log\"", out.display());
     for line in [
+        log.as_str(),
         "#SBATCH --array=1-2",
         "#SBATCH --mem=1G",
         "#SBATCH --cpus-per-task=1",
@@ -363,6 +451,11 @@ fn slurm_takes_evaluations_of_a_suite_alone() {
     assert!(refused(&["report", "a", "b"]).contains("expected `eval SUITE"));
     assert!(refused(&["eval"]).contains("expected `eval SUITE"));
     assert!(refused(&["eval", "kv", "--out", "y"]).contains("--out: the scripts set it"));
+    // All suites of a model of one's own are cells as well.
+    let out = scene().path("all");
+    let out = out.to_str().unwrap();
+    let all = xtask(&["slurm", "--out", out, "--", "eval", "--model", "m"]);
+    assert!(all.status.success());
     let calibrated = xtask(&[
         "slurm",
         "--out",

@@ -296,6 +296,28 @@ fn turn(from: &Path, to: &Path) {
 }
 
 #[test]
+fn a_model_that_cannot_be_asked_leaves_the_others() {
+    let scene = llama();
+    let good = json!({"goal": "a", "sol1": "b", "sol2": "c", "label": 0});
+    // Some editors put a byte-order mark in front.
+    let data = scene.path("mine.jsonl");
+    std::fs::write(&data, format!("\u{feff}{good}\n")).unwrap();
+    let (model, none) = (scene.path("model"), scene.path("none"));
+    let output = tasks(&[&none, &model], &[&data], &[]);
+    let line = error(&output);
+    assert!(
+        line.contains("none") && line.contains("the report has the rest"),
+        "{line}"
+    );
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(report["rows"].as_array().unwrap().len(), 1);
+    assert_eq!(report["rows"][0]["model"], "model");
+    let failures = &report["sections"][0]["failures"];
+    assert!(failures[0].as_str().unwrap().contains("none"), "{failures}");
+    assert!(error(&tasks(&[&none], &[&data], &[])).contains("none"));
+}
+
+#[test]
 fn bad_input_is_one_line_that_names_it() {
     let scene = llama();
     let model = scene.path("model");
@@ -327,6 +349,11 @@ fn bad_input_is_one_line_that_names_it() {
     );
     let message = error(&tasks(&[&model], &[&sums], &[]));
     assert!(message.contains("--max-new-tokens 256"), "{message}");
+    let message = error(&tasks(&[&model], &[&data, &data], &[]));
+    assert!(
+        message.contains("--data: ") && message.contains("twice"),
+        "{message}"
+    );
     let absent = scene.path("absent.jsonl");
     assert!(error(&tasks(&[&model], &[&absent], &[])).contains("absent.jsonl"));
 }

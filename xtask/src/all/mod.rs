@@ -70,10 +70,22 @@ pub(crate) fn run(settings: &Settings, config: &Config) -> Result<Vec<Section>> 
     })?;
     let mut parts = Vec::new();
     let mut times = Vec::new();
+    let (count, mut errors) = (presets.len(), Vec::new());
     for preset in presets {
         let started = Instant::now();
         let sections = preset.suite.run(&settings.within(preset.name));
-        let mut sections = sections.with_context(|| preset.name)?;
+        // A suite that fails leaves the others.
+        let mut sections = sections
+            .with_context(|| preset.name)
+            .unwrap_or_else(|error| {
+                let failed = Section {
+                    title: preset.name.into(),
+                    failures: vec![format!("{error:#}")],
+                    ..Section::default()
+                };
+                errors.push(error);
+                vec![failed]
+            });
         if let Some(first) = sections.first_mut() {
             let command = command_line(&preset.command());
             first.protocol.insert("command".into(), command.into());
@@ -82,8 +94,14 @@ pub(crate) fn run(settings: &Settings, config: &Config) -> Result<Vec<Section>> 
         parts.push(Part {
             name: preset.crate_name,
             shown: preset.shown,
+            verdict: preset.verdict,
             sections,
         });
+    }
+    if errors.len() == count
+        && let Some(first) = errors.into_iter().next()
+    {
+        return Err(first);
     }
     if settings.is_part() {
         let sections = parts.into_iter().flat_map(|part| part.sections);

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use eval_report::{Budget, Row};
+use eval_report::{Budget, Row, format};
 use lm_eval::ProtocolKind;
 
 use super::inputs::Inputs;
@@ -21,6 +21,62 @@ pub(crate) struct Preset {
     pub(super) flags: Vec<String>,
     /// The rows of it that the summary shows.
     pub(super) shown: Vec<Shown>,
+    /// What the summary says of them.
+    pub(super) verdict: Verdict,
+}
+
+/// What the summary says of a crate: what to use, and how the method of its paper fares.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Verdict {
+    /// What is recommended by the results in RESULTS.md.
+    pub(super) recommended: String,
+    /// Labels of a method and of the baseline that it is to beat.
+    pub(super) compared: Vec<[String; 2]>,
+}
+
+impl Verdict {
+    /// A recommendation, and the places among `shown` of methods and of their baselines.
+    pub(super) fn new(
+        recommended: impl Into<String>,
+        shown: &[Shown],
+        compared: &[[usize; 2]],
+    ) -> Self {
+        let labels = |pair: &[usize; 2]| pair.map(|at| shown[at].label.clone());
+        Self {
+            recommended: recommended.into(),
+            compared: compared.iter().map(labels).collect(),
+        }
+    }
+
+    /// One line on the rows of the summary, which are called by their labels.
+    pub(super) fn line(&self, crate_name: &str, rows: &[Row]) -> String {
+        let find = |label: &String| rows.iter().find(|row| row.method == *label);
+        let compared = self.compared.iter().filter_map(|[method, baseline]| {
+            let (method, baseline) = (find(method)?, find(baseline)?);
+            let (ours, theirs, falls) = match (method.perplexity, baseline.perplexity) {
+                (Some(ours), Some(theirs)) => (ours, theirs, true),
+                _ => (method.accuracy?, baseline.accuracy?, false),
+            };
+            let verb = match (ours - theirs) * if falls { -1.0 } else { 1.0 } {
+                better if better > 0.0 => "beats",
+                worse if worse < 0.0 => "loses to",
+                _ => "equals",
+            };
+            Some(format!(
+                "{} {verb} {} ({} against {})",
+                method.method,
+                baseline.method,
+                format::real(ours, 3),
+                format::real(theirs, 3)
+            ))
+        });
+        let compared: Vec<String> = compared.collect();
+        let mut line = format!("{crate_name}: recommended is {}", self.recommended);
+        if !compared.is_empty() {
+            line += &format!("; {}", compared.join("; "));
+        }
+        line + "."
+    }
 }
 
 impl Preset {
@@ -122,4 +178,39 @@ impl Flags {
 
 pub(super) fn path(path: &Path) -> String {
     path.display().to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn row(method: &str, perplexity: Option<f64>, accuracy: Option<f64>) -> Row {
+        Row {
+            perplexity,
+            accuracy,
+            ..Row::new("summary", method)
+        }
+    }
+
+    #[test]
+    fn a_verdict_says_where_the_method_loses_to_its_baseline() {
+        let shown = ["new", "old", "plain"].map(|name| Shown::new(name, name));
+        let verdict = Verdict::new("new", &shown, &[[0, 2], [1, 2]]);
+        let rows = [
+            row("new", Some(1.5), None),
+            row("old", Some(2.5), None),
+            row("plain", Some(2.0), None),
+        ];
+        assert_eq!(
+            verdict.line("a crate", &rows),
+            "a crate: recommended is new; new beats plain (1.500 against 2.000); old loses to plain (2.500 against 2.000)."
+        );
+        // Accuracies are better the higher they are, and a row that is not there is not compared.
+        let rows = [row("old", None, Some(0.5)), row("plain", None, Some(0.25))];
+        assert_eq!(
+            verdict.line("a crate", &rows),
+            "a crate: recommended is new; old beats plain (0.500 against 0.250)."
+        );
+        assert_eq!(verdict.line("a crate", &[]), "a crate: recommended is new.");
+    }
 }

@@ -11,7 +11,7 @@ use prune_lattice::tasks::Task;
 use prune_structured::{Compensation, Recipe};
 
 use super::inputs::Inputs;
-use super::preset::{Flags, Preset, Shown, path};
+use super::preset::{Flags, Preset, Shown, Verdict, path};
 use crate::settings::Settings;
 use crate::suite::Suite;
 use crate::suites::frontier::Memory;
@@ -54,6 +54,11 @@ fn frontier(inputs: &Inputs, settings: &Settings) -> Preset {
         ..Shown::new(format!("{method}, {percent} % of the memory"), method)
     };
     let uniform = Baseline::UniformWidth.name();
+    let shown = vec![
+        shown(frontier::JOINT, 50.0),
+        shown(uniform, 50.0),
+        shown(frontier::JOINT, 35.0),
+    ];
     Preset {
         crate_name: "frontier",
         name: "frontier",
@@ -66,11 +71,8 @@ fn frontier(inputs: &Inputs, settings: &Settings) -> Preset {
             .with("--rounds", ROUNDS)
             .finish(settings),
         suite: Suite::Frontier(Box::new(config)),
-        shown: vec![
-            shown(frontier::JOINT, 50.0),
-            shown(uniform, 50.0),
-            shown(frontier::JOINT, 35.0),
-        ],
+        verdict: Verdict::new(frontier::JOINT, &shown, &[[0, 1]]),
+        shown,
     }
 }
 
@@ -93,6 +95,14 @@ fn structured(inputs: &Inputs, settings: &Settings) -> Result<Preset> {
         ratio: Some(at),
         ..Shown::new(format!("{method}, {} pruned", percent(at)), method)
     };
+    let shown = vec![
+        Shown::new("original model", DENSE),
+        shown("rd-dp"),
+        // The paper's.
+        shown("flap"),
+        shown("magnitude"),
+        shown("random"),
+    ];
     Ok(Preset {
         crate_name: "prune-structured",
         name: "structured",
@@ -112,15 +122,11 @@ fn structured(inputs: &Inputs, settings: &Settings) -> Result<Preset> {
                 samples: Some(MEASURED),
                 ..structured::search::Config::new(settings.seed)
             },
+            asked: vec!["--search-samples"],
             ..structured::Config::new(inputs.text.clone(), inputs.calib.clone(), settings.seed)
         })),
-        shown: vec![
-            Shown::new("original model", DENSE),
-            shown("rd-dp"),
-            shown("flap"),
-            shown("magnitude"),
-            shown("random"),
-        ],
+        verdict: Verdict::new("rd-dp", &shown, &[[1, 3], [2, 3]]),
+        shown,
     })
 }
 
@@ -144,6 +150,11 @@ fn lowrank(inputs: &Inputs, settings: &Settings) -> Result<Preset> {
             name(method),
         )
     };
+    let shown: Vec<Shown> = compressors
+        .iter()
+        .flat_map(|compressor| methods.iter().map(move |method| (compressor, method)))
+        .map(shown)
+        .collect();
     Ok(Preset {
         crate_name: "lowrank-eora",
         name: "lowrank",
@@ -155,11 +166,9 @@ fn lowrank(inputs: &Inputs, settings: &Settings) -> Result<Preset> {
             .with_all("--method", methods.iter().map(name))
             .with("--rank", RANK)
             .finish(settings),
-        shown: compressors
-            .iter()
-            .flat_map(|compressor| methods.iter().map(move |method| (compressor, method)))
-            .map(shown)
-            .collect(),
+        // EoRA beside plain SVD, for each compressor.
+        verdict: Verdict::new("eora", &shown, &[[0, 1], [3, 4]]),
+        shown,
         suite: Suite::Lowrank(Box::new(lowrank::Config {
             calib_samples: CALIBRATION,
             held_out_samples: HELD_OUT,
@@ -186,6 +195,11 @@ fn kv(inputs: &Inputs, settings: &Settings) -> Result<Preset> {
         budget: Some(Budget::Share(at)),
         ..Shown::new(format!("{policy}, {} of the window", percent(at)), policy)
     };
+    let shown = vec![
+        Shown::new("full cache, decoding", kv::FULL),
+        shown("lazy"),
+        shown("random"),
+    ];
     Ok(Preset {
         crate_name: "kv-lazy",
         name: "kv",
@@ -200,11 +214,12 @@ fn kv(inputs: &Inputs, settings: &Settings) -> Result<Preset> {
             prompt_rule: PromptRule::Evict,
             ..kv::Config::on_text(inputs.text.clone())
         }),
-        shown: vec![
-            Shown::new("full cache, decoding", kv::FULL),
-            shown("lazy"),
-            shown("random"),
-        ],
+        verdict: Verdict::new(
+            "a cache in 4 bits before eviction, and keydiff for prompts",
+            &shown,
+            &[[1, 2]],
+        ),
+        shown,
     })
 }
 
@@ -227,6 +242,14 @@ fn lattice(_: &Inputs, settings: &Settings) -> Preset {
             ..Shown::new(format!("{name}, {} pruned", percent(at)), method.name())
         }
     };
+    let shown = vec![
+        Shown::new("dense LSTM", DENSE),
+        // What is recommended, what the paper proposes, what both must beat.
+        shown(LatticeMethod::Span, Repair::Merge),
+        shown(LatticeMethod::Magnitude, Repair::Refit),
+        shown(LatticeMethod::LatticeContext, Repair::None),
+        shown(LatticeMethod::Random, Repair::Refit),
+    ];
     Preset {
         crate_name: "prune-lattice",
         name: "lattice",
@@ -245,14 +268,8 @@ fn lattice(_: &Inputs, settings: &Settings) -> Preset {
             settings.seed,
             NETWORKS,
         ))),
-        shown: vec![
-            Shown::new("dense LSTM", DENSE),
-            // What is recommended, what the paper proposes, what both must beat.
-            shown(LatticeMethod::Span, Repair::Merge),
-            shown(LatticeMethod::Magnitude, Repair::Refit),
-            shown(LatticeMethod::LatticeContext, Repair::None),
-            shown(LatticeMethod::Random, Repair::Refit),
-        ],
+        verdict: Verdict::new("span + merge", &shown, &[[1, 4], [3, 4]]),
+        shown,
     }
 }
 
@@ -262,6 +279,11 @@ fn chain(inputs: &Inputs, settings: &Settings) -> Result<Preset> {
         ..chain::Config::new(inputs.text.clone(), inputs.calib.clone())
     };
     let [methods, baselines] = config.wholes()?;
+    let shown = vec![
+        Shown::new("original model, decoding", DENSE),
+        Shown::new("the four methods", methods.clone()),
+        Shown::new("four baselines", baselines),
+    ];
     Ok(Preset {
         crate_name: "all in a chain",
         name: chain::SUITE,
@@ -270,11 +292,8 @@ fn chain(inputs: &Inputs, settings: &Settings) -> Result<Preset> {
             .with("--calib-samples", CALIBRATION)
             .finish(settings),
         suite: Suite::Chain(config),
-        shown: vec![
-            Shown::new("original model, decoding", DENSE),
-            Shown::new("the four methods", methods),
-            Shown::new("four baselines", baselines),
-        ],
+        verdict: Verdict::new(methods, &shown, &[[1, 2]]),
+        shown,
     })
 }
 

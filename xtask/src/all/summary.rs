@@ -5,13 +5,14 @@
 use eval_report::{Column, Role, Row, Section, format};
 use serde_json::json;
 
-use super::preset::Shown;
+use super::preset::{Shown, Verdict};
 
 /// Sections of one run, and which of their rows the summary shows.
 pub(super) struct Part {
     /// The crate whose methods were run.
     pub(super) name: &'static str,
     pub(super) shown: Vec<Shown>,
+    pub(super) verdict: Verdict,
     pub(super) sections: Vec<Section>,
 }
 
@@ -24,12 +25,14 @@ pub(super) fn section(parts: &[Part], model: &str, entropy: Option<f64>) -> Sect
             Some(line(part.name, &shown.label, row))
         })
     });
+    let rows: Vec<Row> = rows.collect();
+    let verdicts = parts.iter().map(|part| part.verdict.line(part.name, &rows));
     let model = match entropy {
         Some(_) => "bundled model",
         None => model,
     };
     let mut prose = String::from(
-        "For each crate its main method and a baseline at the same budget. Which rows appear here is fixed before \
+        "For each crate the recommended method, that of its paper, and baselines at the same budget. Which rows appear here is fixed before \
          measuring; the report has all rows, protocols and plots. Speeds are medians, measured in alternation with the \
          dense model.",
     );
@@ -51,7 +54,8 @@ pub(super) fn section(parts: &[Part], model: &str, entropy: Option<f64>) -> Sect
             Column::KvOverFull,
             Column::Speedup,
         ],
-        rows: rows.collect(),
+        remarks: verdicts.collect(),
+        rows,
         ..Section::default()
     }
 }

@@ -27,8 +27,8 @@ pub(super) struct ChainArgs {
     /// Windows to calibrate on, sampled with --seed
     #[arg(long, value_name = "N", default_value = "32", value_parser = positive)]
     calib_samples: NonZeroUsize,
-    /// Structured pruning method; with a least-squares refit
-    #[arg(long, value_name = "M", default_value = "flap", value_parser = PossibleValuesParser::new(Recipe::NAMES))]
+    /// Structured pruning method, with a least-squares refit; the paper's is flap
+    #[arg(long, value_name = "M", default_value = "rd-dp", value_parser = PossibleValuesParser::new(Recipe::NAMES))]
     prune: String,
     /// Fraction of the blocks' parameters that is pruned
     #[arg(long, value_name = "X", default_value = "0.25", value_parser = ratio)]

@@ -14,8 +14,7 @@ use crate::suites::kv::policy::{ALPHA, Choice, PromptRule};
 
 #[derive(Args)]
 pub(super) struct GenerateArgs {
-    /// Checkpoint folder (floats, GPTQ or compressed-tensors), GGUF file, or hf:OWNER/NAME
-    #[arg(long, value_name = "PATH")]
+    #[arg(long, value_name = "PATH", help = super::MODEL)]
     model: PathBuf,
     /// Text to continue, or to answer where the model has a chat template
     #[arg(long, value_name = "TEXT")]
@@ -38,13 +37,13 @@ pub(super) struct GenerateArgs {
     #[arg(long, value_name = "N", default_value = "256", value_parser = super::values::positive)]
     max_new_tokens: NonZeroUsize,
     /// Temperature of sampling; 0 takes the most likely token
-    #[arg(long, value_name = "X", default_value_t = 0.0)]
+    #[arg(long, value_name = "X", default_value = "0", value_parser = super::values::temperature)]
     temperature: f64,
     /// Sample from the K most likely tokens only
-    #[arg(long, value_name = "K", requires = "temperature")]
-    top_k: Option<usize>,
+    #[arg(long, value_name = "K", requires = "temperature", value_parser = super::values::positive)]
+    top_k: Option<NonZeroUsize>,
     /// Sample from the fewest most likely tokens that reach this probability
-    #[arg(long, value_name = "X", requires = "temperature")]
+    #[arg(long, value_name = "X", requires = "temperature", value_parser = super::values::probability)]
     top_p: Option<f64>,
     /// Seed of sampling and of random policies
     #[arg(long, value_name = "N", default_value_t = 0)]
@@ -73,7 +72,7 @@ impl From<GenerateArgs> for generate::Config {
                 true => Sampling::Greedy,
                 false => Sampling::Random {
                     temperature: args.temperature,
-                    top_k: args.top_k,
+                    top_k: args.top_k.map(NonZeroUsize::get),
                     top_p: args.top_p,
                     seed: args.seed,
                 },

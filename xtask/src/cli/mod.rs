@@ -228,16 +228,26 @@ struct CommonArgs {
     /// Folder of finished cells: those in it are not measured again, others are added, so that a stopped run goes on
     #[arg(long, global = true, value_name = "DIR")]
     cells: Option<PathBuf>,
-    /// Measure only part I of N of the cells; `cargo xtask report --merge DIR` makes the report when all parts are done
+    /// Measure only part I of N of the cells; `cargo xtask report --merge` makes the report of the folder of --cells, or of
+    /// the report.json of every part, when all parts are done
     #[arg(long, global = true, value_name = "I/N")]
     shard: Option<Shard>,
 }
 
+/// What a model may be; names on a hub in a build that fetches them.
+const MODEL: &str = match cfg!(feature = "hub") {
+    true => {
+        "Checkpoint folder in Hugging Face layout (floats, GPTQ or compressed-tensors), GGUF file, or hf:OWNER/NAME"
+    }
+    false => {
+        "Checkpoint folder in Hugging Face layout (floats, GPTQ or compressed-tensors), or GGUF file"
+    }
+};
+
 /// Model and text to measure perplexity with.
 #[derive(Args)]
 struct TextArgs {
-    /// Checkpoint folder in Hugging Face layout (floats, GPTQ or compressed-tensors), GGUF file, or hf:OWNER/NAME
-    #[arg(long, value_name = "PATH")]
+    #[arg(long, value_name = "PATH", help = MODEL)]
     model: PathBuf,
     /// Text to evaluate on, or a part of one, such as FILE[80..100%]
     #[arg(long, value_name = "FILE", default_value_os_t = bundled(EVALUATION))]
@@ -324,8 +334,11 @@ impl EvalArgs {
         if suite.is_some() && all.is_given() {
             wrong("--model, --text and --calib of a suite go behind its name")
         }
-        if common.cells.is_none() && common.shard.is_some() {
-            wrong("--shard: needs --cells, the folder that all parts share")
+        if common.cells.is_none() && common.shard.is_some() && common.out.is_none() && !common.json
+        {
+            wrong(
+                "--shard: needs --cells, the folder that all parts share, or --out or --json for the report of the part",
+            )
         }
         if let Some(SuiteArgs::Structured(args)) = &suite
             && args.calib_shard.is_some()
@@ -353,8 +366,8 @@ impl EvalArgs {
             cells,
             shard,
         } = common;
-        let cells = cells.map(|dir| CellFolder {
-            dir,
+        let cells = (cells.is_some() || shard.is_some()).then(|| CellFolder {
+            dir: cells,
             part: shard.map_or(Part::All, Part::Shard),
             command: shared(&words),
         });

@@ -33,7 +33,7 @@ pub(super) struct SlurmArgs {
     /// Cores of a part
     #[arg(long, value_name = "N", default_value = "4", value_parser = positive)]
     cores: NonZeroUsize,
-    /// The evaluation, behind `--`: `eval SUITE ...`
+    /// The evaluation, behind `--`: `eval SUITE ...`, or `eval --model DIR ...` for all suites
     #[arg(last = true, required = true, value_name = "EVALUATION")]
     evaluation: Vec<String>,
 }

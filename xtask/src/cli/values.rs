@@ -35,6 +35,22 @@ pub(super) fn ratio(text: &str) -> Result<f64, String> {
     }
 }
 
+/// A temperature of sampling.
+pub(super) fn temperature(text: &str) -> Result<f64, String> {
+    match text.parse() {
+        Ok(number) if f64::is_finite(number) && number >= 0.0 => Ok(number),
+        _ => Err("expected a finite number, at least 0".into()),
+    }
+}
+
+/// A probability that is reached.
+pub(super) fn probability(text: &str) -> Result<f64, String> {
+    match text.parse() {
+        Ok(number) if number > 0.0 && number <= 1.0 => Ok(number),
+        _ => Err("expected a probability, above 0 and at most 1".into()),
+    }
+}
+
 /// A number that is not infinite.
 pub(super) fn finite(text: &str) -> Result<f32, String> {
     match text.parse() {

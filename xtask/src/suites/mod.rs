@@ -1,6 +1,7 @@
 //! The suites: a typed description of what to measure, calls of the crates, and rows.
 
 pub mod chain;
+mod damping;
 pub mod frontier;
 mod held_out;
 mod hidden;

@@ -3,15 +3,16 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
-use causal_lm::{Decoder, TextTokenizer};
+use causal_lm::{BATCH_TOKENS, Decoder, TextTokenizer, Windows};
 use eval_report::{Column, DENSE, Row, Section, Stopwatch, format};
 use lm_eval::tasks::{Answers, Evaluator, Examples, Layout, Share, Task, TaskOptions};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use super::perplexity::file_name;
+use super::perplexity::{WINDOW, file_name};
+use crate::estimate::Probe;
 use crate::model;
-use crate::settings::Settings;
+use crate::settings::{Settings, once, part};
 
 /// What to measure.
 #[derive(Debug, Clone)]
@@ -42,8 +43,9 @@ pub struct Shots {
 /// Asks every model every question.
 ///
 /// # Errors
-/// A model or file that cannot be read or run, named.
+/// A file that cannot be read, named, and the failure of the first model where none can be asked.
 pub fn run(settings: &Settings, config: &Config) -> Result<Vec<Section>> {
+    once("--data", config.data.iter().map(|path| path.display()))?;
     let data = config.data.iter().map(Task::read);
     let data: Vec<Task> = data.collect::<Result<_, _>>()?;
     let from = config.shots.from.as_ref().map(Task::read).transpose()?;
@@ -59,43 +61,23 @@ pub fn run(settings: &Settings, config: &Config) -> Result<Vec<Section>> {
         eval_report::prepare(dir).context("--log-samples")?;
     }
     let names = labels(&config.models);
-    let mut dense: Vec<Asked> = Vec::new();
-    let mut rows = Vec::new();
-    let mut bos = false;
+    let tasks: Vec<(&Task, &Examples<'_>)> = data.iter().zip(&examples).collect();
+    let mut asked = AllAsked::default();
+    let mut failures = Vec::new();
     for (number, (path, name)) in config.models.iter().zip(&names).enumerate() {
-        let named = || path.display().to_string();
-        let checkpoint = settings.weights.open(path)?;
-        let decoder = model::decoder(settings, &checkpoint)?;
-        let weights = decoder.weights()?;
-        let evaluator = evaluator(settings, config, path, &decoder)?;
-        bos |= evaluator.bos();
-        for (i, (data, examples)) in data.iter().zip(&examples).enumerate() {
-            let cell = format!("{}: {} {i}", path.display(), data.name());
-            let asked = settings.cells.get(&cell, || {
-                let method = if number == 0 { DENSE } else { name };
-                let mut row = Row::new("tasks", method);
-                row.model = Some(name.clone());
-                let answers = ask(settings, config, &evaluator, data, examples, &mut row)
-                    .with_context(named)?;
-                row.params = Some(checkpoint.parameters());
-                row.bytes = Some(checkpoint.total_bytes());
-                settings.weights.fill(&mut row, &weights);
-                if let Some(dir) = &config.log_samples {
-                    save(dir, name, data, &answers).context("--log-samples")?;
-                }
-                let correct = answers.correct;
-                anyhow::Ok(Asked { row, correct })
-            })?;
-            let Some(mut asked) = asked else { continue };
-            match dense.get(i) {
-                Some(dense) => compare(&mut asked, dense),
-                None => dense.push(asked.clone()),
-            }
-            rows.push((data.layout, asked.row));
+        // A model that cannot be asked leaves the others.
+        let done = asked.add(settings, config, (number, path, name), &tasks);
+        if let Err(error) = done {
+            failures.push(error.context(path.display().to_string()));
         }
     }
+    let AllAsked { rows, bos, .. } = asked;
+    if rows.is_empty() && !failures.is_empty() {
+        return Err(failures.swap_remove(0));
+    }
+    let failures: Vec<String> = failures.iter().map(|error| format!("{error:#}")).collect();
     if settings.is_part() {
-        return Ok(Vec::new());
+        return Ok(part(failures));
     }
     let names: Vec<String> = config.data.iter().map(|path| file_name(path)).collect();
     let facts = |section: Section| {
@@ -121,7 +103,91 @@ pub fn run(settings: &Settings, config: &Config) -> Result<Vec<Section>> {
         generation_section(of_kind(true)).fact("tokens at most", config.max_new_tokens),
     ];
     let asked = |section: &Section| !section.rows.is_empty();
-    Ok(sections.into_iter().filter(asked).map(facts).collect())
+    let mut sections: Vec<Section> = sections.into_iter().filter(asked).map(facts).collect();
+    if let Some(first) = sections.first_mut() {
+        first.failures = failures;
+    }
+    Ok(sections)
+}
+
+/// What all models have answered.
+#[derive(Default)]
+struct AllAsked {
+    rows: Vec<(Layout, Row)>,
+    /// Of the first model that could be asked, by task.
+    dense: Vec<Option<Asked>>,
+    bos: bool,
+}
+
+impl AllAsked {
+    /// Asks a model every question.
+    fn add(
+        &mut self,
+        settings: &Settings,
+        config: &Config,
+        (number, path, name): (usize, &Path, &String),
+        tasks: &[(&Task, &Examples<'_>)],
+    ) -> Result<()> {
+        let checkpoint = settings.weights.open(path)?;
+        let decoder = model::decoder(settings, &checkpoint)?;
+        let weights = decoder.weights()?;
+        let evaluator = evaluator(settings, config, path, &decoder)?;
+        self.bos |= evaluator.bos();
+        self.dense.resize(tasks.len(), None);
+        settings.expect(name, || seconds(settings, config, (path, &decoder), tasks))?;
+        for (i, &(data, examples)) in tasks.iter().enumerate() {
+            let cell = format!("{}: {} {i}", path.display(), data.name());
+            let asked = settings.cells.get(&cell, || {
+                let method = if number == 0 { DENSE } else { name };
+                let mut row = Row::new("tasks", method);
+                row.model = Some(name.clone());
+                let answers = ask(settings, config, &evaluator, data, examples, &mut row)?;
+                row.params = Some(checkpoint.parameters());
+                row.bytes = Some(checkpoint.total_bytes());
+                settings.weights.fill(&mut row, &weights);
+                if let Some(dir) = &config.log_samples {
+                    save(dir, name, data, &answers).context("--log-samples")?;
+                }
+                let correct = answers.correct;
+                anyhow::Ok(Asked { row, correct })
+            })?;
+            let Some(mut asked) = asked else { continue };
+            match &self.dense[i] {
+                Some(dense) => compare(&mut asked, dense),
+                None if number == 0 => self.dense[i] = Some(asked.clone()),
+                None => {}
+            }
+            self.rows.push((data.layout, asked.row));
+        }
+        Ok(())
+    }
+}
+
+/// About how long a model takes: its questions with their examples are read, and answers generated, half of the most tokens.
+fn seconds(
+    settings: &Settings,
+    config: &Config,
+    (path, decoder): (&Path, &Decoder<'_>),
+    tasks: &[(&Task, &Examples<'_>)],
+) -> Result<f64> {
+    let tokenizer = TextTokenizer::open(path)?;
+    let (mut read, mut written, mut sample) = (0, 0, Vec::new());
+    for (data, _) in tasks {
+        let all = data.items.len();
+        let count = settings.samples.unwrap_or(all).min(all);
+        let tokens = tokenizer.encode_file(&data.path)?;
+        read += tokens.len() * count / all * (1 + config.shots.count);
+        if data.layout.is_generated() {
+            written += count * config.max_new_tokens / 2;
+        }
+        sample.extend_from_slice(&tokens[..tokens.len().min(BATCH_TOKENS)]);
+    }
+    if sample.len() < 2 {
+        return Ok(0.0);
+    }
+    let window = WINDOW.min(decoder.config().max_positions).min(sample.len());
+    let probe = Probe::of(decoder, &Windows::cut(&sample, window, None)?)?;
+    Ok(probe.pass(read) + probe.decode(written))
 }
 
 /// A row, and which questions were answered right.

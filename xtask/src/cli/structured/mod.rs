@@ -10,7 +10,6 @@ use clap::{Args, ValueEnum};
 use eval_report::cells::Shard;
 use lowrank_eora::compress::Compressor;
 use lowrank_eora::experts::Owl;
-use prune_structured::compensation::{Alternating, LeastSquares};
 use prune_structured::experts::ExpertRecipe;
 use prune_structured::experts::compensation::ExpertScale;
 use prune_structured::gguf::Precision;
@@ -24,7 +23,7 @@ use toy_lm::bundled::CALIBRATION;
 use super::values::{counted, positive, ratio};
 use super::weights::CalibrationArithmetic;
 use super::{TextArgs, bundled};
-use crate::suites::structured::{self, experts};
+use crate::suites::structured::{self, ExpertMethods};
 
 #[derive(Args)]
 pub(super) struct StructuredArgs {
@@ -55,7 +54,7 @@ pub(super) struct StructuredArgs {
     /// methods and searches
     #[arg(long, value_name = "DIR")]
     save: Option<PathBuf>,
-    /// Replace existing output at --save
+    /// Replace existing output at --save and --save-plans
     #[arg(long)]
     overwrite: bool,
     /// Also export each saved checkpoint into its folder, formats separated by commas: model-PRECISION.gguf for
@@ -146,11 +145,11 @@ struct RecipeArgs {
     #[arg(long, value_name = "T")]
     temperature: Option<f64>,
     /// Rounds of the alternating refinement [default: 1]
-    #[arg(long, value_name = "N", default_value = "1", value_parser = positive)]
-    rounds: NonZeroUsize,
-    /// Damping of least squares and of the alternating refinement, relative to the mean diagonal
-    #[arg(long, value_name = "X", default_value_t = DEFAULT_RIDGE)]
-    ridge: f64,
+    #[arg(long, value_name = "N", value_parser = positive)]
+    rounds: Option<NonZeroUsize>,
+    /// Damping of least squares and of the alternating refinement, relative to the mean diagonal [default: 0.01]
+    #[arg(long, value_name = "X")]
+    ridge: Option<f64>,
     /// Unit of attention [default: KV groups where there are at least 4, else query heads]
     #[arg(long, value_enum)]
     attention_unit: Option<AttentionUnitArg>,
@@ -219,6 +218,27 @@ enum AttentionUnitArg {
 }
 
 impl RecipeArgs {
+    /// The flags that were given and that some methods alone read.
+    fn asked(&self) -> Vec<&'static str> {
+        given([
+            ("--score", self.score.is_some()),
+            ("--allocation", self.allocation.is_some()),
+            ("--max-ratio", self.max_ratio.is_some()),
+            ("--temperature", self.temperature.is_some()),
+            ("--rounds", self.rounds.is_some()),
+            ("--ridge", self.ridge.is_some()),
+            ("--attention-unit", self.attention_unit.is_some()),
+            ("--min-attention", self.min_attention.is_some()),
+            ("--min-neurons", self.min_neurons.is_some()),
+            ("--align", self.align.is_some()),
+            ("--uniform", self.uniform),
+        ])
+    }
+
+    fn ridge(&self) -> f64 {
+        self.ridge.unwrap_or(DEFAULT_RIDGE)
+    }
+
     /// The variants of one method: one for each compensation, named after it where there are several.
     fn variants(&self, name: &str, seed: u64) -> Vec<Recipe> {
         let several = self.compensate.len() > 1;
@@ -244,7 +264,7 @@ impl RecipeArgs {
         let variant = |compensate: &String| {
             let mut recipe = ExpertRecipe::named(name, seed)?;
             recipe.neurons.align = self.align.unwrap_or(recipe.neurons.align);
-            recipe.neurons.ridge = self.ridge;
+            recipe.neurons.ridge = self.ridge();
             recipe.neurons.refit = compensate != "none";
             if let Some(score) = self.score.as_deref().and_then(Score::named) {
                 recipe.neurons.score = score;
@@ -263,12 +283,20 @@ impl RecipeArgs {
 
     /// The compensation of this name with the flags' parameters.
     fn compensation(&self, name: &str) -> Option<Compensation> {
-        let (rounds, ridge) = (self.rounds.get(), self.ridge);
-        Some(match Compensation::named(name)? {
-            Compensation::LeastSquares(_) => LeastSquares { ridge }.into(),
-            Compensation::Alternating(_) => Alternating { rounds, ridge }.into(),
-            other => other,
-        })
+        let mut compensation = Compensation::named(name)?;
+        self.change_compensation(&mut compensation);
+        Some(compensation)
+    }
+
+    fn change_compensation(&self, compensation: &mut Compensation) {
+        match compensation {
+            Compensation::LeastSquares(of) => of.ridge = self.ridge.unwrap_or(of.ridge),
+            Compensation::Alternating(of) => {
+                of.ridge = self.ridge.unwrap_or(of.ridge);
+                of.rounds = self.rounds.map_or(of.rounds, NonZeroUsize::get);
+            }
+            _ => {}
+        }
     }
 
     fn change(&self, recipe: &mut Recipe, seed: u64) {
@@ -291,6 +319,10 @@ impl RecipeArgs {
             }
             _ => {}
         }
+        // The compensation of the method itself takes the flags too.
+        if let Some(compensation) = &mut recipe.compensation {
+            self.change_compensation(compensation);
+        }
         if let Some(unit) = self.attention_unit {
             recipe.shape.attention_unit = Some(match unit {
                 AttentionUnitArg::KvGroup => AttentionUnit::KvGroup,
@@ -307,11 +339,18 @@ impl RecipeArgs {
 
 impl StructuredArgs {
     pub(super) fn config(self, seed: u64) -> structured::Config {
+        let mut asked = self.change.asked();
+        asked.extend(self.search.asked());
+        asked.extend(given([
+            ("--quantise", !self.quantise.is_empty()),
+            ("--then", !self.then.is_empty()),
+            ("--owl", self.owl),
+        ]));
         let variants = |name: &String| self.change.variants(name, seed);
         let mut recipes: Vec<Recipe> = self.method.iter().flat_map(variants).collect();
         recipes.iter_mut().for_each(|r| self.search.change(r));
         let variants = |name: &String| self.change.expert_variants(name, seed);
-        let experts = experts::Methods {
+        let experts = ExpertMethods {
             recipes: self.method.iter().flat_map(variants).collect(),
             compressors: self.quantise,
             then: self.then,
@@ -339,8 +378,15 @@ impl StructuredArgs {
             dry_run: self.dry_run,
             search: self.search.config(seed),
             seeds: self.seeds.get().into(),
+            asked,
         }
     }
+}
+
+/// The names of those flags that were given.
+fn given<const N: usize>(flags: [(&'static str, bool); N]) -> Vec<&'static str> {
+    let given = flags.into_iter().filter(|(_, given)| *given);
+    given.map(|(flag, _)| flag).collect()
 }
 
 #[cfg(test)]

@@ -9,6 +9,7 @@ use prune_structured::rate_distortion::Distortion;
 use prune_structured::tyr::{Accumulation, Options, Stage};
 use prune_structured::{Allocation, Recipe};
 
+use super::given;
 use crate::cli::values::positive;
 use crate::suites::structured::search::Config;
 
@@ -16,9 +17,9 @@ use crate::suites::structured::search::Config;
 #[derive(Args)]
 #[command(next_help_heading = "Search of tyr, curves of rd-dp")]
 pub(super) struct SearchArgs {
-    /// Preset of the search sizes; the flags below override it
-    #[arg(long, value_enum, default_value = "small")]
-    search_size: Size,
+    /// Preset of the search sizes; the flags below override it [default: small]
+    #[arg(long, value_enum)]
+    search_size: Option<Size>,
     /// Supernets, each built around the best candidate of the previous one
     #[arg(long, value_name = "N")]
     iterations: Option<usize>,
@@ -46,15 +47,15 @@ pub(super) struct SearchArgs {
     /// Units removed between two scorings [default: the paper's, fewer in narrow layers]
     #[arg(long, value_enum)]
     elimination: Option<RoundsArg>,
-    /// Widths to start the search from
-    #[arg(long, value_enum, default_value = "uniform")]
-    search_start: StartArg,
+    /// Widths to start the search from [default: uniform]
+    #[arg(long, value_enum)]
+    search_start: Option<StartArg>,
     /// Save the state of searches in this folder and resume from it
     #[arg(long, value_name = "DIR")]
     resume: Option<PathBuf>,
-    /// Distortion that rd-dp minimises, also as the start of a search
-    #[arg(long, value_enum, default_value = "kl")]
-    distortion: DistortionArg,
+    /// Distortion that rd-dp minimises, also as the start of a search [default: kl]
+    #[arg(long, value_enum)]
+    distortion: Option<DistortionArg>,
     /// Replace rd-dp's curves by their convex hulls
     #[arg(long)]
     convex: bool,
@@ -119,11 +120,35 @@ fn stage(text: &str) -> Result<Stage, String> {
 }
 
 impl SearchArgs {
+    /// The flags that were given, which some methods alone read.
+    pub(super) fn asked(&self) -> Vec<&'static str> {
+        given([
+            ("--search-size", self.search_size.is_some()),
+            ("--iterations", self.iterations.is_some()),
+            ("--generations", self.generations.is_some()),
+            ("--offspring", self.offspring.is_some()),
+            ("--stages", !self.stages.is_empty()),
+            ("--top-k", self.top_k.is_some()),
+            ("--search-samples", self.search_samples.is_some()),
+            ("--accumulation", self.accumulation.is_some()),
+            ("--settle", self.settle),
+            ("--elimination", self.elimination.is_some()),
+            ("--search-start", self.search_start.is_some()),
+            ("--resume", self.resume.is_some()),
+            ("--distortion", self.distortion.is_some()),
+            ("--convex", self.convex),
+        ])
+    }
+
+    fn distortion(&self) -> DistortionArg {
+        self.distortion.unwrap_or(DistortionArg::Kl)
+    }
+
     /// Sets what rd-dp adds up where a recipe allocates by it.
     pub(super) fn change(&self, recipe: &mut Recipe) {
         if let Allocation::RdDp(rd_dp) = &mut recipe.allocation {
             rd_dp.convex = self.convex;
-            rd_dp.distortion = match self.distortion {
+            rd_dp.distortion = match self.distortion() {
                 DistortionArg::Output => Distortion::Output,
                 DistortionArg::Relative => Distortion::Relative,
                 // A measurement replaces the curves.
@@ -134,17 +159,18 @@ impl SearchArgs {
 
     pub(super) fn config(self, seed: u64) -> Config {
         let start = match self.search_start {
-            StartArg::Uniform => None,
-            StartArg::RdDp => Recipe::named("rd-dp", seed),
-            StartArg::Flap => Recipe::named("flap", seed),
+            None | Some(StartArg::Uniform) => None,
+            Some(StartArg::RdDp) => Recipe::named("rd-dp", seed),
+            Some(StartArg::Flap) => Recipe::named("flap", seed),
         };
         let start = start.map(|mut recipe| {
             self.change(&mut recipe);
             recipe
         });
+        let measured = self.distortion() == DistortionArg::Kl;
         let mut options = match self.search_size {
-            Size::Small => Options::default(),
-            Size::Paper => Options::paper(),
+            None | Some(Size::Small) => Options::default(),
+            Some(Size::Paper) => Options::paper(),
         };
         options.seed = seed;
         options.iterations = self.iterations.unwrap_or(options.iterations);
@@ -173,7 +199,7 @@ impl SearchArgs {
             samples: self.search_samples.map(NonZeroUsize::get),
             start,
             resume: self.resume,
-            measured: self.distortion == DistortionArg::Kl,
+            measured,
         }
     }
 }

@@ -18,7 +18,9 @@ use frontier::{Files, Target, Written};
 use lowrank_eora::compress::{BlockRounding, Compressor, Rounding, Score};
 use lowrank_eora::repair::{Method, Ranks, Repair, Repaired, Source, Texts};
 use prune_structured::gguf::Precision;
+use prune_structured::rate_distortion::{self, Measure};
 use prune_structured::{Allocation, Calibration, Collect, Compensation, Plan, Recipe};
+use tensor_io::atomic::{Overwrite, PendingFolder};
 use tensor_io::{Checkpoint, NoProgress};
 
 use crate::bar::Bar;
@@ -26,9 +28,12 @@ use crate::estimate::Probe;
 use crate::model;
 use crate::scratch::Scratch;
 use crate::settings::Settings;
+use crate::suites::damping;
 use crate::suites::kv::perplexity::{Decoding, batch, prompt};
 use crate::suites::kv::policy::{self, ALPHA, Choice, PromptRule};
+use crate::suites::lowrank::possible_rank;
 use crate::suites::perplexity::{self, Protocol, file_name, tokens};
+use crate::suites::structured::search::{MEASURED, measured};
 
 /// Name of the suite.
 pub(crate) const SUITE: &str = "chain";
@@ -36,6 +41,8 @@ pub(crate) const SUITE: &str = "chain";
 const DRAWS: u64 = 3;
 /// Rows of one chain, and its pruning.
 const STEPS: u64 = 5;
+/// The recommended method of pruning.
+const RD_DP: &str = "rd-dp";
 /// Columns of a block, and codes of whole words at any width in bits.
 const BLOCK: usize = 32;
 
@@ -69,13 +76,13 @@ pub struct Config {
 }
 
 impl Config {
-    /// The methods that the crates are named after, with the defaults of the command line.
+    /// The recommended methods, with the defaults of the command line.
     pub fn new(perplexity: perplexity::Config, calib: PathBuf) -> Self {
         Self {
             perplexity,
             calib,
             calib_samples: 32,
-            prune: "flap".into(),
+            prune: RD_DP.into(),
             ratio: 0.25,
             compress: None,
             method: Method::Eora,
@@ -136,7 +143,17 @@ impl Config {
         let walk = 2.0 * probe.pass(calibration) + probe.grams(calibration, true) + probe.solves();
         let decoded = (1 + 4 * chains) * evaluation;
         let copies = chains as f64 * 2.0 * (walk + probe.copy());
-        probe.pass(calibration) + copies + probe.decode(decoded)
+        let curves = match self.prune.as_str() {
+            RD_DP => {
+                let windows = self.calib_samples.clamp(1, MEASURED);
+                let compared = calibration * windows / self.calib_samples.max(1);
+                let points = probe.sublayers() * Measure::default().points;
+                // Candidates that prune one sublayer run from there on, half of the model.
+                probe.pass(points * compared / 2)
+            }
+            _ => 0.0,
+        };
+        probe.pass(calibration) + curves + copies + probe.decode(decoded)
     }
 
     /// What is known before anything is computed.
@@ -146,19 +163,19 @@ impl Config {
             settings.device.open()?.is_cpu(),
             "--device: weights as they are stored are multiplied on the CPU alone"
         );
-        if let Some(save) = &self.save {
-            ensure!(!save.exists(), "--save {}: exists already", save.display());
-        }
         let recipe = self.recipe(&self.prune, settings.seed, decoder)?;
         ensure!(
-            !matches!(
-                recipe.allocation,
-                Allocation::Searched(_) | Allocation::RdDp(_)
-            ),
-            "--prune {}: its widths are searched or measured first; prune with eval structured --save, and chain what it wrote \
-             with --ratio 0",
+            !matches!(recipe.allocation, Allocation::Searched(_)),
+            "--prune {}: its widths are searched first; prune with eval structured --save, and chain what it wrote with --ratio 0",
             self.prune
         );
+        let baselines = self.baselines()?;
+        for name in [&self.prune, &baselines.prune] {
+            let recipe = self.recipe(name, settings.seed, decoder)?;
+            let fits = recipe.check(decoder, self.ratio);
+            fits.with_context(|| format!("--ratio {}: {name}", self.ratio))?;
+        }
+        possible_rank(decoder, self.rank)?;
         let compressor = self.compressor()?;
         let fits = compressor.check(decoder);
         fits.with_context(|| format!("--compress {compressor}"))?;
@@ -168,6 +185,11 @@ impl Config {
             "--policy {}: no policy of this name",
             self.policy
         );
+        if let Some(save) = &self.save {
+            // Dropped, it leaves nothing.
+            let new = PendingFolder::create(save, Overwrite::Never);
+            new.map(drop).context("--save")?;
+        }
         Ok(())
     }
 
@@ -238,13 +260,19 @@ pub fn run(settings: &Settings, config: &Config) -> Result<Vec<Section>> {
         let probe = Probe::of(&decoder, &calibration)?;
         Ok(config.seconds(&probe, tokens(&calibration), tokens(&evaluation)))
     })?;
+    let stored = packed(&checkpoint, Arithmetic::Int8)?;
+    let dense = Model::load(&stored)?;
+    let baselines = config.baselines()?;
+    for name in [&config.policy, &baselines.policy] {
+        let choice = Choice::named(name, PromptRule::Evict, ALPHA);
+        let choice = choice.with_context(|| format!("--policy {name}"))?;
+        policy::check(&dense, &[choice], &[config.budget], evaluation.window_len())?;
+    }
     let scratch = Scratch::new()?;
     let bar = settings.bar(SUITE, 1 + STEPS * (1 + DRAWS));
     let collect = Collect::new(Compensation::LEAST_SQUARES.needs(), scratch.path());
     let statistics = Calibration::run(&decoder, &calibration, &collect, &NoProgress)?;
     bar.inc(1);
-    let stored = packed(&checkpoint, Arithmetic::Int8)?;
-    let dense = Model::load(&stored)?;
     let chain = Chain {
         settings,
         config,
@@ -258,7 +286,6 @@ pub fn run(settings: &Settings, config: &Config) -> Result<Vec<Section>> {
     };
     let mut rows = vec![chain.measure(&checkpoint, Row::new(SUITE, DENSE), None)?];
     rows.extend(chain.steps(&config.methods()?, settings.seed)?);
-    let baselines = config.baselines()?;
     let draws = (settings.seed..settings.seed + DRAWS)
         .map(|seed| chain.steps(&baselines, seed))
         .collect::<Result<Vec<_>>>()?;
@@ -333,7 +360,16 @@ impl Chain<'_> {
         name += &format!(" + {}", steps.compressor);
         let quantised = self.repair(&pruned, None, &steps.compressor)?;
         let files = self.write(&pruned, &quantised, None)?;
-        rows.push(self.measure(&files.open()?, row(&name), None)?);
+        let mut quantised_row = row(&name);
+        let compressor = steps.compressor.to_string();
+        let linears = quantised.reports().count();
+        damping::report(
+            &mut quantised_row,
+            &compressor,
+            linears,
+            quantised.damping(),
+        );
+        rows.push(self.measure(&files.open()?, quantised_row, None)?);
         remove(&files)?;
 
         // The same codes, with a correction beside them.
@@ -369,7 +405,20 @@ impl Chain<'_> {
         let ratio = self.config.ratio;
         self.bar.set_label(format!("{} at {ratio}", steps.prune));
         let recipe = self.config.recipe(&steps.prune, seed, self.decoder)?;
-        let plan = Plan::make(self.decoder, self.statistics, &recipe, ratio, &NoProgress)?;
+        let plan = match recipe.allocation {
+            Allocation::RdDp(_) => {
+                let windows = self.calibration.first(MEASURED);
+                let dir = self.scratch.join("curves");
+                let data = rate_distortion::Data {
+                    windows: &windows,
+                    dir: &dir,
+                    options: Measure::default(),
+                };
+                let rankings = measured(self.decoder, self.statistics, &recipe, data, self.bar)?;
+                Plan::allocate(self.decoder, &rankings, &recipe, ratio)?
+            }
+            _ => Plan::make(self.decoder, self.statistics, &recipe, ratio, &NoProgress)?,
+        };
         let settings = prune_structured::Settings::new(self.statistics);
         prune_structured::write(self.decoder, &plan, folder, &settings, &NoProgress)?;
         self.bar.inc(1);

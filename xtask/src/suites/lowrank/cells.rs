@@ -17,6 +17,7 @@ use serde_json::{Value, json};
 use tensor_io::gguf::Gguf;
 use tensor_io::{Checkpoint, NoProgress};
 
+use super::super::damping;
 use super::super::hidden::hidden_metrics;
 use super::super::perplexity;
 use super::config::{Config, method_name};
@@ -252,20 +253,8 @@ impl Lowrank<'_> {
             (None, None) => all - bytes.dense + bytes.compressed,
         };
         row.bytes = Some(compressed + bytes.factors);
-        if let Some(damping) = repaired.damping() {
-            row.extra.insert("damping".into(), json!(damping.largest));
-            row.extra
-                .insert("damping_raised".into(), json!(damping.raised));
-            if damping.raised > 0 {
-                row.notes.push(format!(
-                    "{}: damping had to grow in {} of {} linears, up to {} of the mean diagonal: the calibration tokens are too few",
-                    start.name,
-                    damping.raised,
-                    repaired.reports().count(),
-                    damping.largest,
-                ));
-            }
-        }
+        let linears = repaired.reports().count();
+        damping::report(row, &start.name, linears, repaired.damping());
 
         let mut extra = |name: &str, value: Value| row.extra.insert(name.into(), value);
         extra("loss_calibration", json!(calibration.loss()));

@@ -1,7 +1,6 @@
 //! What is known before anything is computed: combinations that cannot be run or written.
 
 use std::collections::BTreeMap;
-use std::fmt::Display;
 
 use anyhow::{Context, Result, ensure};
 use causal_lm::Decoder;
@@ -14,10 +13,11 @@ use super::config::{Config, method_name};
 use super::output::Output;
 use super::save;
 use super::start::GivenModel;
+use crate::settings::{Settings, once};
 use crate::suites::perplexity;
 
 /// What the flags alone tell.
-pub(super) fn settings(config: &Config) -> Result<()> {
+pub(super) fn settings(settings: &Settings, config: &Config) -> Result<()> {
     perplexity::ensure_unseen(&config.calib, &config.perplexity.text)?;
     once("--compress", config.compressors.iter())?;
     once(
@@ -38,18 +38,7 @@ pub(super) fn settings(config: &Config) -> Result<()> {
         config.imatrix.is_none() || config.compressors.iter().any(weights),
         "--imatrix: no compressor weights by importance; take one such as q4_k-imatrix"
     );
-    save::check_paths(config)
-}
-
-/// Each value may stand once: a repeated one would be computed and saved twice.
-fn once<T: Display>(flag: &str, values: impl Iterator<Item = T>) -> Result<()> {
-    let mut seen: Vec<String> = Vec::new();
-    for value in values {
-        let value = value.to_string();
-        ensure!(!seen.contains(&value), "{flag}: {value} is given twice");
-        seen.push(value);
-    }
-    Ok(())
+    save::check_paths(settings, config)
 }
 
 /// What the shapes of the models tell; of a given model that is to be written as GGUF, the types of its linears there.
@@ -66,15 +55,8 @@ pub(super) fn model(
         let fits = compressor.check(decoder);
         fits.with_context(|| format!("--compress {compressor}"))?;
     }
-    let sides = lowrank_eora::repair::linears(decoder)
-        .into_iter()
-        .map(|(_, [outputs, inputs])| outputs.min(inputs));
-    let largest = sides.max().unwrap_or(0);
     for &rank in &config.ranks {
-        ensure!(
-            rank <= largest,
-            "--rank {rank}: the largest rank of a linear of this model is {largest}"
-        );
+        possible_rank(decoder, rank)?;
     }
     if config.save.is_none() {
         return Ok(None);
@@ -100,6 +82,19 @@ pub(super) fn model(
     Ok(Some(
         types.with_context(|| format!("--save-as {}", Output::Gguf))?,
     ))
+}
+
+/// Refuses a rank that no linear has.
+pub(crate) fn possible_rank(decoder: &Decoder<'_>, rank: usize) -> Result<()> {
+    let sides = lowrank_eora::repair::linears(decoder)
+        .into_iter()
+        .map(|(_, [outputs, inputs])| outputs.min(inputs));
+    let largest = sides.max().unwrap_or(0);
+    ensure!(
+        rank <= largest,
+        "--rank {rank}: the largest rank of a linear of this model is {largest}"
+    );
+    Ok(())
 }
 
 /// Whether an output can hold what the run makes.

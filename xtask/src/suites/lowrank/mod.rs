@@ -26,6 +26,7 @@ use cells::Lowrank;
 use gguf::{Files, Imported};
 use start::{GivenModel, Start, open};
 
+pub(crate) use check::possible_rank;
 pub(crate) use config::method_name;
 pub use config::{Config, NONE, Rest};
 pub use output::Output;
@@ -37,7 +38,7 @@ pub use output::Output;
 /// A model or text that cannot be read or run, what is known beforehand to fail, and the failure of the first combination
 /// where all fail.
 pub fn run(settings: &Settings, config: &Config) -> Result<Vec<Section>> {
-    check::settings(config)?;
+    check::settings(settings, config)?;
     let checkpoint = causal_lm::open(&config.perplexity.model)?;
     let decoder = open(settings, &checkpoint)?;
     // What is measured stays in f32.

@@ -7,6 +7,7 @@ use candle_core::DType;
 use causal_lm::Decoder;
 use causal_lm::gguf::GgufTensors;
 use clap::ValueEnum;
+use eval_report::DENSE;
 use lowrank_eora::output::{
     Adapter, AdapterOptions, AdapterRanks, CheckpointOptions, GgufAdapterOptions, GgufModelOptions,
     Probe, Weights, imatrix, write_checkpoint, write_gguf,
@@ -21,6 +22,7 @@ use super::config::{Config, NONE};
 use super::gguf::{Imported, imatrix_origin};
 use super::output::Output;
 use super::start::GivenModel;
+use crate::settings::Settings;
 use crate::suites::perplexity::file_name;
 
 /// Inputs of each linear in a probe.
@@ -62,10 +64,15 @@ pub(super) fn folder(
 }
 
 /// Sees that nothing is in the way of the results.
-pub(super) fn check_paths(config: &Config) -> Result<()> {
+pub(super) fn check_paths(settings: &Settings, config: &Config) -> Result<()> {
     let given = config.compressed.as_deref().map(file_name);
     let starts = config.compressors.iter().map(ToString::to_string);
-    for start in starts.chain(given) {
+    let starts: Vec<String> = starts.chain(given).collect();
+    // In the order in which the run asks for cells; what is finished is not written again.
+    let cells = [DENSE.to_owned()].into_iter().chain(starts.iter().cloned());
+    let ours = settings.cells.ours(&cells.collect::<Vec<_>>());
+    let starts = starts.into_iter().zip(&ours[1..]);
+    for (start, _) in starts.filter(|(_, ours)| **ours) {
         for &method in &config.methods {
             let cells: Vec<_> = match method {
                 Some(method) => config.ranks.iter().map(|&r| Some((method, r))).collect(),

@@ -1,6 +1,9 @@
 //! How the rows of `eval lowrank` are shown.
 
-use eval_report::{Axis, Column, DENSE, Plot, Point, Reference, Role, Row, Section, Series};
+use eval_report::{
+    Axis, Column, DENSE, Plot, Point, Reference, Role, Row, Section, Series, format,
+};
+use lowrank_eora::compress::Compressor;
 use serde_json::Value;
 
 use super::config::Config;
@@ -50,11 +53,32 @@ pub(super) fn section(config: &Config, starts: &[&str], rows: Vec<Row>) -> Secti
             }
         ),
         columns,
-        remarks: verdict(&rows).into_iter().collect(),
+        remarks: verdict(&rows)
+            .into_iter()
+            .chain(with_zeros(config, &rows))
+            .collect(),
         plots: plots(starts, &rows),
         rows,
         ..Section::default()
     }
+}
+
+/// Of weights that are pruned and not quantised: what the files take that are written, which store the zeros.
+fn with_zeros(config: &Config, rows: &[Row]) -> Option<String> {
+    let pruned = |compressor: &&Compressor| {
+        compressor.prune.is_some() && compressor.quantise.is_none() && compressor.blocks.is_none()
+    };
+    let names: Vec<String> = (config.compressors.iter().filter(pruned))
+        .map(ToString::to_string)
+        .collect();
+    let bytes = rows.iter().find_map(|row| row.bytes_dense)?;
+    (!names.is_empty()).then(|| {
+        format!(
+            "Sizes of {} are those of kept values and their places; the files that --save writes store the zeros too and take {}.",
+            names.join(", "),
+            format::bytes(bytes)
+        )
+    })
 }
 
 /// For each compressed model perplexity over bytes, and loss by layer at the largest rank.

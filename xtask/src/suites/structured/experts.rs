@@ -1,50 +1,34 @@
 //! Mixtures: dropping, merging and narrowing experts, and the same bytes spent on bits of their weights.
 
+mod planned;
 mod table;
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 use causal_lm::{Decoder, Windows};
 use eval_report::{Axis, DENSE, Plot, Reference, Row, Section, Series, Stopwatch, mean_over_seeds};
 use lm_eval::ScoredWindows;
 use lowrank_eora::compress::Compressor;
-use lowrank_eora::experts::{ExpertRepair, Owl, RepairedExperts, repair_experts};
+use lowrank_eora::experts::{ExpertRepair, RepairedExperts, repair_experts};
+use prune_structured::Loading;
 use prune_structured::experts::{
     Aim, ExpertCost, ExpertOptions, ExpertPlan, ExpertRecipe, ExpertSettings, JointData, Keep,
     LayerStatistics, Outcome, method, plan, router_map, write,
 };
-use prune_structured::{Form, Loading};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tensor_io::Checkpoint;
 
-use super::{Config, export, time_blocks};
+use super::cells::{export, survived, time_blocks};
+use super::config::{Config, ExpertMethods};
 use crate::bar::Bar;
-use crate::settings::Settings;
+use crate::settings::{Settings, part};
+use crate::suites::damping;
 use crate::suites::perplexity::{self, Protocol, file_name};
+pub(super) use planned::{aims, planned};
+use planned::{beside, label, saved, seeds};
 use table::{cell_name, counts, ids, layers, section};
-
-/// What to do to mixtures.
-#[derive(Debug, Clone, Default)]
-pub struct Methods {
-    /// Methods.
-    pub recipes: Vec<ExpertRecipe>,
-    /// Compressors of experts, each with a rank of its correction; 0 for none.
-    pub compressors: Vec<(Compressor, usize)>,
-    /// The same for the experts that methods leave.
-    pub then: Vec<(Compressor, usize)>,
-    /// How much of each layer compressors prune; `None` for the same of all.
-    pub owl: Option<Owl>,
-}
-
-/// A compressor as `--quantise` names it.
-fn label((compressor, rank): (Compressor, usize)) -> String {
-    match rank {
-        0 => compressor.to_string(),
-        rank => format!("{compressor}+eora-{rank}"),
-    }
-}
 
 /// What all rows share.
 pub(super) struct Suite<'a> {
@@ -87,22 +71,13 @@ impl Pictures {
 impl Suite<'_> {
     /// Prune by every method at every ratio and measure each.
     pub(super) fn run(&self) -> Result<Vec<Section>> {
-        let Methods {
+        let ExpertMethods {
             recipes,
             compressors,
             ..
         } = &self.config.experts;
-        ensure!(
-            !recipes.is_empty() || !compressors.is_empty(),
-            "{}: none of the methods asked for prunes a mixture of experts; those that do are {}",
-            self.decoder.checkpoint().dir().display(),
-            ExpertRecipe::names().collect::<Vec<_>>().join(", ")
-        );
-        ensure!(
-            self.config.form == Form::Sliced,
-            "--masked: a zeroed expert still takes the place and the gate of another, so that zeroing is not dropping"
-        );
         let mut rows = Vec::new();
+        let mut failures = Vec::new();
         let mut pictures = Pictures::default();
         // The rows of a cell, unless another process measures it, and its pictures.
         let mut take = |cell: &str, measure: &dyn Fn(&mut Pictures) -> Result<Vec<Row>>| {
@@ -110,18 +85,24 @@ impl Suite<'_> {
                 let mut pictures = Pictures::default();
                 anyhow::Ok((measure(&mut pictures)?, pictures))
             });
-            if let Some((of_cell, its)) = taken.with_context(|| cell.to_owned())? {
-                rows.extend(of_cell);
-                pictures.add(its);
+            match taken.with_context(|| cell.to_owned()) {
+                Ok(Some((of_cell, its))) => {
+                    rows.extend(of_cell);
+                    pictures.add(its);
+                }
+                Ok(None) => {}
+                Err(error) => failures.push(error),
             }
-            anyhow::Ok(())
         };
         if !self.config.dry_run {
-            take(DENSE, &|pictures| Ok(vec![self.dense(pictures)?]))?;
+            take(DENSE, &|pictures| Ok(vec![self.dense(pictures)?]));
         }
         let cells: Vec<(&ExpertRecipe, Aim)> = recipes
             .iter()
-            .flat_map(|recipe| self.aims(recipe).into_iter().map(move |aim| (recipe, aim)))
+            .flat_map(|recipe| {
+                let aims = aims(self.config, self.decoder, recipe).into_iter();
+                aims.map(move |aim| (recipe, aim))
+            })
             .collect();
         let bar = self
             .settings
@@ -131,7 +112,7 @@ impl Suite<'_> {
             bar.set_label(name.clone());
             take(&name, &|pictures| {
                 self.measure(recipe, aim, (pictures, &bar))
-            })?;
+            });
             bar.inc(1);
         }
         if !self.config.dry_run {
@@ -140,16 +121,18 @@ impl Suite<'_> {
                 bar.set_label(name.clone());
                 take(&name, &|_| {
                     Ok(vec![self.compressed(compressor, rank, &bar)?])
-                })?;
+                });
                 bar.inc(1);
             }
         }
         bar.finish();
+        let failures = survived(&rows, failures, &self.config.perplexity.model)?;
         if self.settings.is_part() {
-            return Ok(Vec::new());
+            return Ok(part(failures));
         }
         self.compare_with_dense(&mut rows);
-        let section = section(self.config.dry_run, rows, self.plots(&pictures)?);
+        let mut section = section(self.config.dry_run, rows, self.plots(&pictures)?);
+        section.failures = failures;
         Ok(vec![
             self.protocol
                 .facts(
@@ -161,21 +144,6 @@ impl Suite<'_> {
                 .fact("calibration text", file_name(&self.config.calib))
                 .fact("calibration windows", self.calibration.count()),
         ])
-    }
-
-    /// What a recipe is asked for: every ratio, or every smaller number of experts for a token.
-    fn aims(&self, recipe: &ExpertRecipe) -> Vec<Aim> {
-        let mixtures = self.decoder.config().mixtures.iter().flatten();
-        let chosen = mixtures.map(|mixture| mixture.chosen).min().unwrap_or(0);
-        match recipe.is_fewer() {
-            true => (1..chosen).rev().map(Aim::Chosen).collect(),
-            false => self
-                .config
-                .ratios
-                .iter()
-                .map(|&ratio| Aim::Ratio(ratio))
-                .collect(),
-        }
     }
 
     fn dense(&self, pictures: &mut Pictures) -> Result<Row> {
@@ -214,11 +182,7 @@ impl Suite<'_> {
         aim: Aim,
         (pictures, bar): (&mut Pictures, &Bar),
     ) -> Result<Vec<Row>> {
-        let first = self.settings.seed;
-        let seeds: Vec<Option<u64>> = match recipe.draws() {
-            true => (first..first + self.config.seeds).map(Some).collect(),
-            false => vec![None],
-        };
+        let seeds = seeds(self.settings, self.config, recipe);
         let rows = seeds.into_iter().map(|seed| {
             let recipe = match seed {
                 Some(seed) => recipe.clone().seed(seed),
@@ -265,15 +229,15 @@ impl Suite<'_> {
             pictures.clusters = clusters.collect();
             pictures.clustered_by = cell.clone();
         }
-        if let Some(folder) = &self.config.save_plans {
-            std::fs::create_dir_all(folder).with_context(|| folder.display().to_string())?;
-            outcome.plan.save(folder.join(format!("{cell}.json")))?;
+        if let Some(path) = self.config.saved_plan(&cell) {
+            outcome.plan.save(path).context("--save-plans")?;
         }
         if self.config.dry_run {
             watch.stop(&mut row);
             return Ok(vec![row]);
         }
-        let folder = self.folder(&cell, recipe);
+        let saved = saved(self.config, self.decoder, &cell);
+        let folder = saved.unwrap_or_else(|| self.scratch.join(&cell));
         let writing = bar.nested("writing", 0);
         let settings = ExpertSettings::default()
             .refits(refits.as_ref())
@@ -326,10 +290,8 @@ impl Suite<'_> {
         bar: &Bar,
     ) -> Result<Row> {
         let name = label(then);
-        let folder = match &self.config.save {
-            Some(save) => save.join(format!("{cell}+{name}")),
-            None => self.scratch.join(format!("{cell}+{name}")),
-        };
+        let cell = format!("{cell}+{name}");
+        let folder = beside(self.config, &cell).unwrap_or_else(|| self.scratch.join(&cell));
         let mut compressed = row.clone();
         compressed.method = format!("{}+{name}", row.method);
         compressed.layers.clear();
@@ -346,24 +308,6 @@ impl Suite<'_> {
             std::fs::remove_dir_all(folder).with_context(|| folder.display().to_string())?;
         }
         Ok(())
-    }
-
-    /// `--save` itself for a single checkpoint, a folder of its own for each of several.
-    fn folder(&self, cell: &str, recipe: &ExpertRecipe) -> PathBuf {
-        let Methods {
-            recipes,
-            compressors,
-            then,
-            ..
-        } = &self.config.experts;
-        let draws = if recipe.draws() { self.config.seeds } else { 1 };
-        let cells: usize = recipes.iter().map(|recipe| self.aims(recipe).len()).sum();
-        let single = cells + compressors.len() == 1 && draws == 1 && then.is_empty();
-        match &self.config.save {
-            Some(save) if single => save.clone(),
-            Some(save) => save.join(cell),
-            None => self.scratch.join(cell),
-        }
     }
 
     /// What a row says of a plan.
@@ -426,10 +370,7 @@ impl Suite<'_> {
     fn compressed(&self, compressor: Compressor, rank: usize, bar: &Bar) -> Result<Row> {
         let name = label((compressor, rank));
         let mut row = Row::new("structured", &name).control();
-        let folder = match &self.config.save {
-            Some(save) => save.join(&name),
-            None => self.scratch.join(&name),
-        };
+        let folder = beside(self.config, &name).unwrap_or_else(|| self.scratch.join(&name));
         let dense = ExpertCost::of(self.decoder, &ExpertPlan::whole(self.decoder))?;
         row.params = Some(dense.parameters);
         let whole = json!(counts(self.decoder, &ExpertPlan::whole(self.decoder)));
@@ -469,6 +410,8 @@ impl Suite<'_> {
             "compensation",
             json!(if rank > 0 { "eora" } else { "none" }),
         );
+        let name = compressor.to_string();
+        damping::report(row, &name, found.linears, found.damping);
         let checkpoint = Checkpoint::open(folder)?;
         let compressed = perplexity::open(self.settings, &checkpoint)?;
         let steps = bar.nested("perplexity", 0);

@@ -8,7 +8,7 @@ use eval_report::cells::Shard;
 use prune_structured::Calibration;
 use tensor_io::atomic::{Overwrite, PendingFolder};
 
-use super::Cells;
+use super::cells::Cells;
 use crate::bar::Bar;
 
 /// The folder of the parts.

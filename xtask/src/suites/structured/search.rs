@@ -8,6 +8,7 @@ use causal_lm::{Decoder, Windows};
 use prune_structured::rate_distortion::{self, Measure};
 use prune_structured::tyr::{self, Data, Found, Options, Run, Start};
 use prune_structured::{Allocation, Calibration, Plan, Ranking, Recipe};
+use serde::{Deserialize, Serialize};
 
 use crate::bar::Bar;
 
@@ -58,7 +59,7 @@ impl Config {
     }
 
     /// The method that a search by this recipe starts from, for the same units and compensation.
-    fn start_of(&self, recipe: &Recipe) -> Option<Recipe> {
+    pub(super) fn start_of(&self, recipe: &Recipe) -> Option<Recipe> {
         let mut start = self.start.clone()?;
         start.shape = recipe.shape.clone();
         start.compensation = recipe.compensation;
@@ -139,9 +140,6 @@ impl Maker<'_> {
     /// Curves of the whole model's divergence, measured in `dir`, for any ratio.
     pub(super) fn curves(&self, recipe: &Recipe, dir: &Path, bar: &Bar) -> Result<Curves> {
         let start = Instant::now();
-        let bar = bar.nested("measuring curves", 0);
-        let (score, shape) = (recipe.score, &recipe.shape);
-        let mut rankings = score.rank(self.decoder, self.calibration, shape, &bar)?;
         let mut options = Measure::default();
         options.top_k = self.config.options.top_k;
         let data = rate_distortion::Data {
@@ -149,15 +147,7 @@ impl Maker<'_> {
             dir,
             options,
         };
-        rate_distortion::measure(
-            self.decoder,
-            self.calibration,
-            recipe,
-            &mut rankings,
-            data,
-            &bar,
-        )?;
-        bar.finish();
+        let rankings = measured(self.decoder, self.calibration, recipe, data, bar)?;
         Ok(Curves {
             rankings,
             seconds: start.elapsed().as_secs_f64(),
@@ -165,8 +155,37 @@ impl Maker<'_> {
     }
 }
 
+/// The rankings of a method with measured curves, from which [`Plan::allocate`] makes plans of any ratio.
+pub(crate) fn measured(
+    decoder: &Decoder<'_>,
+    calibration: &Calibration,
+    recipe: &Recipe,
+    data: rate_distortion::Data<'_>,
+    bar: &Bar,
+) -> Result<Vec<Ranking>> {
+    let bar = bar.nested("measuring curves", 0);
+    let (score, shape) = (recipe.score, &recipe.shape);
+    let mut rankings = score.rank(decoder, calibration, shape, &bar)?;
+    rate_distortion::measure(decoder, calibration, recipe, &mut rankings, data, &bar)?;
+    bar.finish();
+    Ok(rankings)
+}
+
 /// Measured curves of every sublayer, and the time they took.
+#[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Curves {
     pub(super) rankings: Vec<Ranking>,
     pub(super) seconds: f64,
+}
+
+impl Curves {
+    /// Whether all numbers have a form in JSON.
+    pub(super) fn is_finite(&self) -> bool {
+        let finite = |ranking: &Ranking| {
+            let scores = ranking.steps().iter().map(|step| step.score);
+            let errors = ranking.errors.iter().flatten().copied();
+            ranking.energy.is_finite() && scores.chain(errors).all(f64::is_finite)
+        };
+        self.rankings.iter().all(finite)
+    }
 }

@@ -5,7 +5,7 @@ use eval_report::{Axis, Column, DENSE, Plot, Reference, Row, Section, Series};
 use prune_structured::{Cost, Plan, Recipe};
 use serde_json::json;
 
-use super::Config;
+use super::config::Config;
 
 /// Whether a recipe is there to be compared with.
 pub(super) fn is_control(recipe: &Recipe) -> bool {

@@ -1,0 +1,293 @@
+//! What is known before anything is computed: values out of range, ratios out of reach, flags that nothing reads, and paths
+//! that are taken.
+
+use std::path::Path;
+
+use anyhow::{Context, Result, bail, ensure};
+use causal_lm::Decoder;
+use eval_report::DENSE;
+use prune_structured::experts::ExpertRecipe;
+use prune_structured::{Allocation, Compensation, Error, Form, Recipe, rate_distortion};
+use tensor_io::PendingFile;
+
+use super::config::{CALIBRATION, Config};
+use super::experts::{aims, planned};
+use crate::settings::{Settings, once};
+use crate::suites::perplexity;
+
+/// What the flags alone tell.
+pub(super) fn settings(config: &Config) -> Result<()> {
+    perplexity::ensure_unseen(&config.calib, &config.perplexity.text)?;
+    once("--method", config.recipes.iter().map(|recipe| &recipe.name))?;
+    once(
+        "--method",
+        config.experts.recipes.iter().map(|recipe| &recipe.name),
+    )?;
+    once("--ratio", config.ratios.iter())?;
+    ensure!(
+        !config.dry_run || config.save.is_none(),
+        "--save: --dry-run writes no checkpoint; leave one of the two out"
+    );
+    Ok(())
+}
+
+/// What the shapes of the model tell.
+pub(super) fn model(settings: &Settings, config: &Config, decoder: &Decoder<'_>) -> Result<()> {
+    let is_mixture = decoder.config().mixtures.iter().any(Option::is_some);
+    let model = config.perplexity.model.display();
+    if is_mixture {
+        let experts = &config.experts;
+        ensure!(
+            !experts.recipes.is_empty() || !experts.compressors.is_empty(),
+            "{model}: none of the methods asked for prunes a mixture of experts; those that do are {}",
+            ExpertRecipe::names().collect::<Vec<_>>().join(", ")
+        );
+        ensure!(
+            config.form == Form::Sliced,
+            "--masked: a zeroed expert still takes the place and the gate of another, so that zeroing is not dropping"
+        );
+        ensure!(
+            config.calib_shard.is_none(),
+            "--calib-shard: the statistics of mixtures are not computed in parts"
+        );
+    } else {
+        ensure!(
+            !config.recipes.is_empty(),
+            "{model}: none of the methods asked for prunes a dense model; those that do are {}",
+            Recipe::NAMES.join(", ")
+        );
+    }
+    read_by_any(config, decoder, is_mixture)?;
+    for recipe in config.recipes.iter().filter(|_| !is_mixture) {
+        for &ratio in &config.ratios {
+            asked_of(config, recipe, decoder, ratio)?;
+        }
+    }
+    for recipe in config.experts.recipes.iter().filter(|_| is_mixture) {
+        for aim in aims(config, decoder, recipe) {
+            let fits = recipe.check(decoder, aim);
+            fits.map_err(|error| by_flag(error, &recipe.name))?;
+        }
+    }
+    for export in &config.exports {
+        let fits = export.check(decoder, &decoder.config().widths);
+        fits.context("--export")?;
+    }
+    match is_mixture {
+        true => paths_of_experts(settings, config, decoder),
+        false => paths(settings, config),
+    }
+}
+
+/// What a method cannot do to this model.
+fn asked_of(config: &Config, recipe: &Recipe, decoder: &Decoder<'_>, ratio: f64) -> Result<()> {
+    let blame = |error| by_flag(error, &recipe.name);
+    recipe.check(decoder, ratio).map_err(blame)?;
+    if let Allocation::Searched(_) = recipe.allocation {
+        let options = &config.search.options;
+        options.check(decoder, recipe).map_err(blame)?;
+        if let Some(start) = config.search.start_of(recipe) {
+            start.check(decoder, ratio).map_err(blame)?;
+        }
+    }
+    match config.search.measures_for(recipe) {
+        Some(measured) => rate_distortion::check(decoder, &measured).map_err(blame),
+        None => Ok(()),
+    }
+}
+
+/// An error with the flag to blame for it.
+fn by_flag(error: Error, method: &str) -> anyhow::Error {
+    let flag = match &error {
+        Error::Option { option, .. }
+        | Error::Width { option, .. }
+        | Error::Search { option, .. } => match *option {
+            "temperature" => "--temperature",
+            "max_ratio" => "--max-ratio",
+            "ridge" => "--ridge",
+            "min_neurons" => "--min-neurons",
+            "min_attention" => "--min-attention",
+            "align_neurons" | "align_experts" => "--align",
+            "compensation" => "--compensate",
+            "uniform" => "--uniform",
+            "iterations" => "--iterations",
+            "offspring" => "--offspring",
+            "top_k" => "--top-k",
+            "stages" | "survivors" => "--stages",
+            _ => "--method",
+        },
+        Error::Ratio(_)
+        | Error::Unreachable { .. }
+        | Error::Uniform { .. }
+        | Error::Experts { .. } => "--ratio",
+        Error::NotUniform { .. } => "--uniform",
+        Error::Attention { .. } => "--attention-unit",
+        _ => "--method",
+    };
+    anyhow::Error::new(error).context(format!("{flag}: {method}"))
+}
+
+/// Every flag that was given is one that some method reads.
+fn read_by_any(config: &Config, decoder: &Decoder<'_>, is_mixture: bool) -> Result<()> {
+    for &flag in &config.asked {
+        let read = match is_mixture {
+            true => config
+                .experts
+                .recipes
+                .iter()
+                .any(|recipe| reads_of_mixtures(flag, recipe)),
+            false => config
+                .recipes
+                .iter()
+                .any(|recipe| reads(config, decoder, flag, recipe)),
+        };
+        let compressed = !config.experts.compressors.is_empty() || !config.experts.then.is_empty();
+        if read || is_mixture && flag == "--owl" && compressed {
+            continue;
+        }
+        if !is_mixture && matches!(flag, "--quantise" | "--then" | "--owl") {
+            bail!(
+                "{flag}: {} is no mixture of experts; quantise dense models by eval lowrank or eval chain",
+                config.perplexity.model.display()
+            );
+        }
+        let names: Vec<&str> = match is_mixture {
+            true => config
+                .experts
+                .recipes
+                .iter()
+                .map(|recipe| recipe.name.as_str())
+                .collect(),
+            false => config
+                .recipes
+                .iter()
+                .map(|recipe| recipe.name.as_str())
+                .collect(),
+        };
+        let or = match flag {
+            "--ridge" => ", or ask for --compensate least-squares",
+            _ => "",
+        };
+        bail!(
+            "{flag}: changes nothing for {}; leave it out{or}",
+            names.join(", ")
+        );
+    }
+    Ok(())
+}
+
+/// Whether a method for dense models reads a flag.
+fn reads(config: &Config, decoder: &Decoder<'_>, flag: &str, recipe: &Recipe) -> bool {
+    let searches = matches!(recipe.allocation, Allocation::Searched(_));
+    match flag {
+        "--temperature" => matches!(recipe.allocation, Allocation::Softmax(_)),
+        "--max-ratio" => matches!(
+            recipe.allocation,
+            Allocation::Softmax(_) | Allocation::ClosedForm(_)
+        ),
+        // What suits the architecture has a damping of its own.
+        "--ridge" => recipe
+            .compensation
+            .is_some_and(|compensation| compensation.refits()),
+        "--rounds" => matches!(recipe.compensation(decoder), Compensation::Alternating(_)),
+        "--search-samples" | "--top-k" => searches || config.search.measures_for(recipe).is_some(),
+        "--distortion" | "--convex" => {
+            let start = config.search.start_of(recipe).filter(|_| searches);
+            let allocation = start.map_or(recipe.allocation, |start| start.allocation);
+            matches!(allocation, Allocation::RdDp(_))
+        }
+        "--search-size" | "--iterations" | "--generations" | "--offspring" | "--stages"
+        | "--accumulation" | "--settle" | "--elimination" | "--search-start" | "--resume" => {
+            searches
+        }
+        "--quantise" | "--then" | "--owl" => false,
+        _ => true,
+    }
+}
+
+/// Whether a method for mixtures reads a flag.
+fn reads_of_mixtures(flag: &str, recipe: &ExpertRecipe) -> bool {
+    match flag {
+        "--ridge" | "--align" | "--score" => !recipe.drops() && !recipe.is_fewer(),
+        "--then" => !recipe.is_fewer(),
+        "--search-samples" | "--quantise" => true,
+        _ => false,
+    }
+}
+
+/// Nothing is in the way of what this process writes of a dense model.
+fn paths(settings: &Settings, config: &Config) -> Result<()> {
+    if config.calib_shard.is_some() {
+        return Ok(());
+    }
+    // In the order in which the run asks for cells.
+    let mut names = vec![CALIBRATION.to_owned()];
+    names.extend((!config.dry_run).then(|| DENSE.to_owned()));
+    let first = names.len();
+    let cells: Vec<(&Recipe, f64)> = (config.recipes.iter())
+        .flat_map(|recipe| config.ratios.iter().map(move |&ratio| (recipe, ratio)))
+        .collect();
+    names.extend(
+        cells
+            .iter()
+            .map(|&(recipe, ratio)| Config::cell(recipe, ratio)),
+    );
+    let ours = settings.cells.ours(&names);
+    for (&(recipe, ratio), _) in cells.iter().zip(&ours[first..]).filter(|(_, ours)| **ours) {
+        for draw in config.draws(recipe) {
+            if let Some(folder) = config.saved(&draw, ratio) {
+                checkpoint(config, &folder)?;
+            }
+            plan(config, &draw.name(ratio))?;
+        }
+    }
+    if let Some(resume) = &config.search.resume {
+        std::fs::create_dir_all(resume)
+            .with_context(|| format!("--resume {}", resume.display()))?;
+    }
+    Ok(())
+}
+
+/// The same for a mixture.
+fn paths_of_experts(settings: &Settings, config: &Config, decoder: &Decoder<'_>) -> Result<()> {
+    let cells = planned(settings, config, decoder);
+    let mut asked: Vec<String> = Vec::new();
+    asked.extend((!config.dry_run).then(|| DENSE.to_owned()));
+    let first = asked.len();
+    asked.extend(cells.iter().map(|cell| cell.name.clone()));
+    let ours = settings.cells.ours(&asked);
+    for (cell, _) in cells.iter().zip(&ours[first..]).filter(|(_, ours)| **ours) {
+        for folder in &cell.checkpoints {
+            checkpoint(config, folder)?;
+        }
+        for name in &cell.plans {
+            plan(config, name)?;
+        }
+    }
+    Ok(())
+}
+
+fn checkpoint(config: &Config, folder: &Path) -> Result<()> {
+    let flag = match config.write.overwrite {
+        true => "--save",
+        false => "--save without --overwrite",
+    };
+    config.write.check(folder).context(flag)
+}
+
+fn plan(config: &Config, name: &str) -> Result<()> {
+    let Some(path) = config.saved_plan(name) else {
+        return Ok(());
+    };
+    ensure!(
+        config.write.overwrite || !path.exists(),
+        "--save-plans without --overwrite: {} exists already",
+        path.display()
+    );
+    if let Some(folder) = path.parent() {
+        let made = std::fs::create_dir_all(folder);
+        made.with_context(|| format!("--save-plans {}", folder.display()))?;
+    }
+    // Dropped, it leaves nothing.
+    PendingFile::create(&path).map(drop).context("--save-plans")
+}
