@@ -409,8 +409,12 @@ impl<'a> Maker<'a> {
         }
     }
 
-    /// The format of the embedding or the head, whose weights are rounded: a mix becomes the type that it gives to it.
-    pub(crate) fn format_of_matrix(&self, site: Site, format: Format) -> Result<Format> {
+    /// The format at a site: weights of the embedding and the head are rounded, and a mix becomes the type that it gives to
+    /// them.
+    pub(crate) fn format_at(&self, site: Site, format: Format) -> Result<Format> {
+        if site.half().is_some() {
+            return Ok(format);
+        }
         let Format::Quantised(mut compressor) = format.nearest() else {
             return Ok(format);
         };

@@ -18,7 +18,7 @@ use std::sync::{Arc, Mutex};
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Item {
     pub(crate) treatment: Treatment,
-    /// Bytes of weights and cache; `None` where the target cannot store it.
+    /// Bytes of weights and cache; `None` where the target cannot store it, or as well with more bits.
     pub(crate) bytes: Option<u64>,
     /// Bytes of the cache among them.
     pub(crate) cache: u64,
@@ -92,6 +92,18 @@ impl Menu {
                 true => mixes.as_slice(),
                 false => &[],
             };
+            let plain = |format: &Format| -> Result<Option<u64>> {
+                let format = maker.format_at(site, *format)?;
+                let treatment = Treatment {
+                    width,
+                    format,
+                    rank: 0,
+                    cache: None,
+                };
+                counter.of(site, treatment)
+            };
+            let sizes = formats.iter().map(plain).collect::<Result<Vec<_>>>()?;
+            let worthless = take_as_much_as_more_bits(&sizes);
             for (at, &format) in formats.iter().chain(mixes).enumerate() {
                 let matrix = site.half().is_none();
                 if matrix && format != Format::Stored && !options.target.quantises_matrices() {
@@ -110,15 +122,15 @@ impl Menu {
                 for rank in std::iter::once(0).chain(ranks.iter().copied()) {
                     let plain = Treatment {
                         width,
-                        format: match matrix {
-                            true => maker.format_of_matrix(site, format)?,
-                            false => format,
-                        },
+                        format: maker.format_at(site, format)?,
                         rank,
                         cache: None,
                     };
                     let uncorrected = Treatment { rank: 0, ..plain };
-                    let weight_bytes = counter.of(site, plain)?;
+                    let weight_bytes = match worthless.get(at) {
+                        Some(true) => None,
+                        _ => counter.of(site, plain)?,
+                    };
                     let weights = counter.parameters(site, uncorrected)?;
                     let parameters = counter.parameters(site, plain)?;
                     let fused = counter.saved_by_fusing(site, plain)?;
@@ -168,6 +180,21 @@ impl Menu {
             .iter()
             .position(|item| item.treatment == treatment)
     }
+}
+
+/// Which of the formats, from most bits to fewest, take as many bytes as one with more bits: types that fall back to larger
+/// blocks where rows are no whole blocks.
+fn take_as_much_as_more_bits(sizes: &[Option<u64>]) -> Vec<bool> {
+    let mut least = u64::MAX;
+    let takes_as_much = |size: &Option<u64>| {
+        let Some(size) = *size else {
+            return false;
+        };
+        let found = size >= least;
+        least = least.min(size);
+        found
+    };
+    sizes.iter().map(takes_as_much).collect()
 }
 
 /// Numbers of units that may stay, ascending, the whole number last.
@@ -274,5 +301,26 @@ impl Sites for Choices<'_> {
         let matrix = crate::matrix::to_tensor(matrix.as_ref(), dtype)?;
         *kept = Some(((site, choice), matrix.clone()));
         Ok(Some(matrix))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn formats_that_take_as_much_as_one_with_more_bits_are_found() {
+        let sizes = [
+            Some(64),
+            Some(34),
+            Some(34),
+            None,
+            Some(20),
+            Some(22),
+            Some(18),
+            Some(18),
+        ];
+        let expected = [false, false, true, false, false, true, false, true];
+        assert_eq!(take_as_much_as_more_bits(&sizes), expected);
     }
 }

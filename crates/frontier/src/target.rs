@@ -29,13 +29,14 @@ pub enum Target {
 /// Names of [`Target`]s.
 pub const TARGETS: [&str; 3] = ["here", "gguf", "vllm"];
 
-/// What `here` chooses from: 8.2, 6.6, 5.5, 4.6, 3.3 and 2.6 bits per weight. Groups have no 5 and 6 bits, and other bits in
-/// groups go into rows that are no whole blocks of the K types.
-const HERE: [&str; 6] = [
+/// What `here` chooses from: 8.2, 6.6, 5.5, 4.6, 4.2, 3.3 and 2.6 bits per weight. Groups have no 5 and 6 bits, and other bits
+/// in groups go into rows that are no whole blocks of the K types.
+const HERE: [&str; 7] = [
     "gptq-int8-g128",
     "gptq-q6_k",
     "gptq-q5_k",
     "gptq-int4-g32",
+    "gptq-int4-g128",
     "gptq-int3-g64",
     "gptq-int2-g32",
 ];
