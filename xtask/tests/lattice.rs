@@ -85,7 +85,7 @@ fn wrong_settings_and_files_are_named() {
             "absent.safetensors",
         ),
         (&["--weights", "absent.safetensors"], 2, "--vocab"),
-        (&["--device", "cuda"], 2, "--device cuda"),
+        (&["--device", "cuda"], 2, "--device"),
         (&["--window", "64"], 2, "--window"),
         (&["--samples", "8"], 2, "--samples"),
         (

@@ -246,16 +246,19 @@ fn rnnoise_gives_the_gains_of_its_library() {
         pairs.fold(0.0, f32::max)
     };
     assert_eq!((gains.len(), speech.len()), (frames * BANDS, frames));
-    let distance = far(&gains, &expected);
-    assert!(distance < 6e-4, "{distance}");
-    assert!(far(&speech, &voice) < 6e-4);
+    let square = gains.iter().zip(&expected).map(|(a, b)| (a - b).powi(2));
+    let rms = (square.sum::<f32>() / gains.len() as f32).sqrt();
+    let largest = (far(&gains, &expected), far(&speech, &voice));
+    assert!(
+        rms < 6e-4 && largest.0 < 5e-3 && largest.1 < 5e-3,
+        "{rms} {largest:?}"
+    );
     let all = Clips::load(&path).unwrap().quality(&file, &rnn).unwrap();
     assert_eq!(all.targets, 10_480);
     assert!((all.auc.unwrap() - 0.997_930).abs() < 2e-5, "{all:?}");
-    assert!(
-        all.loss < 1e-7 && (all.accuracy.unwrap() - 0.980_344).abs() < 5e-4,
-        "{all:?}"
-    );
+    assert!((all.accuracy.unwrap() - 0.980_344).abs() < 5e-4, "{all:?}");
+    // Of all clips.
+    assert!(all.loss.sqrt() < 6.5e-4, "{all:?}");
 }
 
 #[shared_data::needed("models/rnnoise", "data/rnnoise")]
@@ -276,9 +279,15 @@ fn half_of_the_neurons_of_rnnoise_merged_keep_its_gains() {
         .unwrap();
     assert!(merged.to_bytes().unwrap().len() < file.to_bytes().unwrap().len() / 2);
     let found = test.quality(&merged, &padded).unwrap();
-    // 192 of 384.
+    // 192 of 384 in each layer, beside the same neurons without predictions of the others.
+    let mut removed = rnn.clone();
+    neuron_masks(&rnn, &keep)
+        .unwrap()
+        .apply(removed.params_mut())
+        .unwrap();
+    let removed = test.quality(&file, &removed).unwrap();
     assert!(
-        found.loss.sqrt() < 0.13 && found.auc.unwrap() > 0.99,
-        "{found:?}"
+        found.loss < 0.25 * removed.loss && found.auc.unwrap() > 0.99,
+        "{found:?} {removed:?}"
     );
 }

@@ -57,7 +57,7 @@ impl Gradual {
         self.prune.clone().with(|c| {
             c.sparsity *= share;
             for density in c.densities.iter_mut().flatten() {
-                *density = 1.0 - share * (1.0 - *density);
+                *density += (1.0 - share) * (1.0 - *density);
             }
         })
     }

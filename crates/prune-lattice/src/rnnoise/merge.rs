@@ -65,8 +65,7 @@ fn padded(whole: &Rnn, small: &Rnn) -> (Rnn, MaskSet) {
 
 impl WeightFile {
     /// The file with only the neurons of its GRUs that are kept, three lists of flags; the states of the others are predicted from
-    /// them ([`merge`](crate::repair::merge())). `calibration` is one of [`network`](Self::network). Returns the file and the smaller network
-    /// in the sizes of the file.
+    /// them ([`merge`](crate::repair::merge())). `calibration` is one of [`network`](Self::network). Returns the file and its network.
     ///
     /// # Errors
     /// Flags or a calibration that do not fit, or a file whose read-outs are not stored as floats alone.
@@ -90,7 +89,8 @@ impl WeightFile {
         let (weights, bias) = self.read_outs()?;
         let (weights, bias) = read_outs(&weights, &bias, &numbers(keep), &predictions);
         file.set_read_outs(&weights, &bias)?;
-        Ok((file, padded))
+        let rnn = file.network()?;
+        Ok((file, rnn))
     }
 
     fn set_read_outs(&mut self, weights: &[f32], bias: &[f32]) -> Result<()> {
@@ -212,7 +212,15 @@ mod tests {
         let (merged, padded) = original
             .merged(&keep, &calibration, &config, Stored::Floats)
             .unwrap();
-        assert_eq!(merged.network().unwrap(), padded);
+        // The hundred that stay come first; the others read and say nothing.
+        for l in 0..LAYERS {
+            let layer = padded.layer(l);
+            for (row, w) in layer.w_hh.chunks_exact(HIDDEN).enumerate() {
+                let stays = row % HIDDEN < 100;
+                assert!(w[100..].iter().all(|w| *w == 0.0));
+                assert_eq!(w.iter().any(|w| *w != 0.0), stays, "{l} {row}");
+            }
+        }
         let (was, now) = (
             original.to_bytes().unwrap().len(),
             merged.to_bytes().unwrap().len(),

@@ -6,11 +6,10 @@ use prune_lattice::experiment::{self, ExperimentConfig, Row, Trained};
 use prune_lattice::mask::MaskSet;
 use prune_lattice::onnx::OnnxFile;
 use prune_lattice::rnn::{CheckpointNames, ReadOut, Rnn, TrainConfig};
-use prune_lattice::rnnoise::{Clips, WeightFile};
+use prune_lattice::rnnoise::{Clips, Stored, WeightFile};
 use prune_lattice::tasks::{Task, Vocabulary};
 use std::path::{Path, PathBuf};
 
-use super::save::{SaveConfig, Saver};
 use crate::bar::Bar;
 
 /// Characters of a text that a checkpoint is fine-tuned on.
@@ -31,6 +30,15 @@ pub struct CheckpointConfig {
     pub characters: Option<Characters>,
     /// Where the pruned networks go.
     pub save: Option<SaveConfig>,
+}
+
+/// Where pruned networks go.
+#[derive(Debug, Clone)]
+pub struct SaveConfig {
+    /// A new folder.
+    pub folder: PathBuf,
+    /// How RNNoise's weights are stored.
+    pub stored: Stored,
 }
 
 /// The text that a character network is tested on.
@@ -58,25 +66,21 @@ pub(super) struct Opened {
 }
 
 impl Opened {
-    /// The rows of all methods.
+    /// The rows of all methods; `visit` sees each pruned network.
     pub(super) fn run(
         &self,
         name: &str,
         config: &CheckpointConfig,
         experiment: &ExperimentConfig,
-        saver: Option<&Saver<'_>>,
+        visit: &experiment::Visit<'_>,
         bar: &Bar,
     ) -> Result<Vec<Row>> {
-        let visit = |network: &experiment::PrunedNetwork<'_>| match saver {
-            Some(saver) => saver.save(network),
-            None => Ok(()),
-        };
         Ok(match &self.origin {
             Origin::Noise(file) => {
                 let folder = clips(config, experiment)?;
-                experiment::run_rnnoise(name, file, folder, experiment, &visit, bar)?
+                experiment::run_rnnoise(name, file, folder, experiment, visit, bar)?
             }
-            _ => experiment::run_model(name, &self.trained, experiment, &visit, bar)?,
+            _ => experiment::run_model(name, &self.trained, experiment, visit, bar)?,
         })
     }
 }

@@ -15,9 +15,8 @@ use super::lazy::Lazy;
 use super::perplexity::file_name;
 use crate::bar::Bar;
 use crate::settings::Settings;
-pub use checkpoint::{Characters, CheckpointConfig};
+pub use checkpoint::{Characters, CheckpointConfig, SaveConfig};
 use pictures::pictures;
-pub use save::SaveConfig;
 use save::Saver;
 use structures::structures;
 use tables::{overview, task_section};
@@ -67,7 +66,11 @@ pub fn run(settings: &Settings, config: &Config) -> Result<Vec<Section>> {
                     Some(save) => Some(Saver::new(save, opened, experiment)?),
                     None => None,
                 };
-                let rows = opened.run(&name, checkpoint, experiment, saver.as_ref(), &bar)?;
+                let visit = |network: &experiment::PrunedNetwork<'_>| match &saver {
+                    Some(saver) => saver.save(network),
+                    None => Ok(()),
+                };
+                let rows = opened.run(&name, checkpoint, experiment, &visit, &bar)?;
                 saver.map_or(Ok(()), Saver::finish)?;
                 anyhow::Ok(rows)
             })?;

@@ -5,19 +5,9 @@ use prune_lattice::experiment::{ExperimentConfig, PrunedNetwork, Repair, Row, St
 use prune_lattice::prune::Method;
 use prune_lattice::repair::MergeConfig;
 use prune_lattice::rnnoise::Stored;
-use std::path::PathBuf;
 use tensor_io::atomic::{Overwrite, PendingFolder};
 
-use super::checkpoint::{Opened, Origin};
-
-/// Where pruned networks go.
-#[derive(Debug, Clone)]
-pub struct SaveConfig {
-    /// A new folder.
-    pub folder: PathBuf,
-    /// How RNNoise's weights are stored.
-    pub stored: Stored,
-}
+use super::checkpoint::{Opened, Origin, SaveConfig};
 
 /// Writes a file for every pruned network: of the kind that the network came from where its format can hold it, as safetensors
 /// otherwise. An ONNX file holds networks of unchanged shape and read-out; RNNoise's weight file holds masks of 8x4 blocks, and
