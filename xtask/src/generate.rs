@@ -1,13 +1,12 @@
 //! `cargo xtask generate`: text from a model, as it comes.
 
 use std::io::{IsTerminal, Write};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use causal_lm::{GenerateOptions, Model, Sampling, TextTokenizer, generate};
 use eval_report::format;
-use kv_lazy::CacheConfig;
 
 use crate::chat;
 use crate::hub;
@@ -37,18 +36,6 @@ pub struct Config {
     pub sampling: Sampling,
     /// Device, seed, adapter and arithmetic.
     pub settings: Settings,
-}
-
-/// The configuration in a file of JSON, such as the cache.json beside a plan.
-fn configured(file: &Path) -> Result<CacheConfig> {
-    let text = std::fs::read_to_string(file);
-    let text = text.with_context(|| format!("--cache {}", file.display()))?;
-    serde_json::from_str(&text).with_context(|| {
-        format!(
-            "--cache {}: expected a configuration of kv-lazy's caches, such as the cache.json beside a plan of eval frontier",
-            file.display()
-        )
-    })
 }
 
 /// Prints the text to stdout while it is generated, then speed and memory to stderr.
@@ -88,7 +75,10 @@ pub fn run(config: &Config) -> Result<()> {
     );
     let model = Model::load(&decoder)?.for_positions(longest.min(room));
     let (cache, flags) = match &config.cache {
-        Some(file) => (configured(file)?, format!("--cache {}", file.display())),
+        Some(file) => (
+            Choice::of_file(file)?.cache(0, common.seed),
+            format!("--cache {}", file.display()),
+        ),
         None => (
             config.policy.cache(config.budget, common.seed),
             format!("--policy {} --budget {}", config.policy.name, config.budget),

@@ -168,8 +168,214 @@ fn every_policy_runs_in_every_storage_and_the_first_full_cache_is_the_reference(
     let exact = run(&["--kv-dtype", "f32"]);
     let gap = number(&exact[0], "nll") - number(&all[0], "nll");
     assert!(gap.abs() < 1e-3 && number(&exact[0], "kv_bytes") > number(&all[0], "kv_bytes"));
-    let trace = kv(&["--task", "trace", "--kv-dtype", "int8"]);
-    assert!(String::from_utf8_lossy(&trace.stderr).contains("--kv-dtype"));
+}
+
+#[test]
+fn traces_are_replayed_in_every_storage() {
+    let flags = [
+        "--task", "trace", "--trace", "planted", "--window", "192", "--seeds", "1",
+    ];
+    let more = [
+        "--policy",
+        "keydiff",
+        "--budget",
+        "96",
+        "--kv-dtype",
+        "f32,int8,int4",
+    ];
+    let rows = rows(&kv(&[&flags[..], &more].concat()));
+    let of = |method: &str| rows.iter().find(|row| row["method"] == method).unwrap();
+    let error = |method: &str| number(of(method), "output_error");
+    assert_eq!(rows.len(), 3 + 3);
+    assert!(error("full") < 1e-5 && error("full") < error("full+int8"));
+    assert!(error("full+int8") < error("full+int4") / 4.0, "{rows:?}");
+    assert!(error("full+int4") < error("keydiff+int4"));
+    for row in &rows {
+        assert_eq!(row["kv_bytes_full"], of("full")["kv_bytes"]);
+    }
+    assert!(number(of("full+int8"), "kv_bytes") < 0.6 * number(of("full"), "kv_bytes"));
+    assert_eq!(
+        number(of("full+int4"), "retained_mass"),
+        number(of("full"), "retained_mass")
+    );
+}
+
+#[test]
+fn a_configuration_in_a_file_is_a_row_of_its_own_in_every_task() {
+    let scene = model();
+    let file = scene.path("per-head.json");
+    let config = json!({
+        "decode": {"policy": "dropkv", "window": 4, "every": 4}, "budget": {"tokens": 24}, "shared-budget": 0.2,
+        "storage": {"keys": "int8", "values": "int8"}, "prompt": "evictable",
+    });
+    std::fs::write(&file, config.to_string()).unwrap();
+    let cache = ["--cache", file.to_str().unwrap()];
+    let alone = rows(&on_scene(&scene, &cache));
+    assert_eq!(alone.len(), 2, "the full cache and the file");
+    assert_eq!(alone[1]["method"], "per-head.json");
+    assert_eq!(
+        (&alone[1]["budget"], &alone[1]["evicts"]),
+        (&json!(24), &json!("while decoding"))
+    );
+    assert!(number(&alone[1], "nll") != number(&alone[0], "nll"));
+    let both = rows(&on_scene(
+        &scene,
+        &[&cache[..], &["--policy", "knorm", "--budget", "16,32"]].concat(),
+    ));
+    assert_eq!(both.len(), 4);
+    let task = |more: &[&str]| rows(&kv(&[more, &cache].concat()));
+    let own = |rows: &[Value]| {
+        rows.iter()
+            .filter(|row| row["method"] == "per-head.json")
+            .count()
+    };
+    let (dir, text) = (scene.path("model"), scene.path("text.txt"));
+    let traces = [
+        "--task",
+        "trace",
+        "--model",
+        dir.to_str().unwrap(),
+        "--text",
+        text.to_str().unwrap(),
+        "--samples",
+        "1",
+    ];
+    assert_eq!(own(&task(&traces)), 1);
+    let model = concat!(env!("CARGO_MANIFEST_DIR"), "/model");
+    let long = [
+        "--task",
+        "long-context",
+        "--model",
+        model,
+        "--questions",
+        "copy",
+        "--context",
+        "400",
+        "--samples",
+        "1",
+        "--seeds",
+        "1",
+    ];
+    assert_eq!(own(&task(&long)), 1);
+    std::fs::write(&file, "{\"decode\": 3}").unwrap();
+    let output = on_scene(&scene, &cache);
+    assert_eq!(output.status.code(), Some(2));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("per-head.json"));
+}
+
+#[test]
+fn statistics_of_a_text_are_taken_in_every_task_that_runs_the_model() {
+    let scene = model();
+    let short = scene.path("short.txt");
+    std::fs::write(&short, "a b c d").unwrap();
+    let flags = ["--policy", "tri-attention", "--budget", "24"];
+    let refused = error(&on_scene(
+        &scene,
+        &[&flags[..], &["--calib", short.to_str().unwrap()]].concat(),
+    ));
+    assert!(
+        refused.contains("short.txt") && refused.contains("512"),
+        "{refused}"
+    );
+    let recall = kv(&["--task", "recall", "--calib", "text.txt"]);
+    assert!(String::from_utf8_lossy(&recall.stderr).contains("--calib"));
+    let text = scene.path("calib.txt");
+    for (task, field) in [
+        (&[][..], "nll"),
+        (&["--task", "trace"], "output_error"),
+        (&["--task", "trace", "--kv-dtype", "int8"], "output_error"),
+    ] {
+        let run = |more: &[&str]| rows(&on_scene(&scene, &[&flags[..], task, more].concat()));
+        let own = run(&[]);
+        let of_text = run(&["--calib", text.to_str().unwrap()]);
+        assert_eq!(own[0][field], of_text[0][field]);
+        assert_ne!(own[1][field], of_text[1][field]);
+        assert!(number(&own[1], "state_bytes") > 0.0);
+        // Nothing is gathered while decoding.
+        assert_eq!(number(&of_text[1], "state_bytes"), 0.0);
+    }
+}
+
+#[test]
+fn long_contexts_are_cells_that_can_be_shared_and_saved() {
+    let scene = tempfile::tempdir().unwrap();
+    let (cells, save) = (scene.path().join("cells"), scene.path().join("texts"));
+    let model = concat!(env!("CARGO_MANIFEST_DIR"), "/model");
+    let flags = [
+        "--task",
+        "long-context",
+        "--model",
+        model,
+        "--questions",
+        "copy,frequent",
+        "--context",
+        "400",
+        "--samples",
+        "2",
+        "--seeds",
+        "1",
+        "--policy",
+        "keydiff",
+        "--budget",
+        "0.5",
+    ];
+    let whole = rows(&kv(
+        &[&flags[..], &["--save", save.to_str().unwrap()]].concat()
+    ));
+    let controls = ["full+int8", "full+k8v4", "full+int4"];
+    assert!(
+        controls
+            .iter()
+            .all(|name| whole.iter().any(|row| row["method"] == *name))
+    );
+    let saved = std::fs::read_to_string(save.join("frequent-400.jsonl")).unwrap();
+    let lines: Vec<Value> = saved
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect();
+    assert_eq!(lines.len(), 2);
+    assert_eq!(
+        lines[0]["questions"][0]["others"][0]
+            .as_array()
+            .unwrap()
+            .len(),
+        4
+    );
+    let folder = ["--cells", cells.to_str().unwrap()];
+    for part in ["1/3", "2/3", "3/3"] {
+        let output = kv(&[&flags[..], &folder, &["--shard", part]].concat());
+        assert!(
+            output.status.success(),
+            "{}",
+            String::from_utf8_lossy(&output.stderr)
+        );
+    }
+    let count = std::fs::read_dir(&cells).unwrap().count();
+    assert_eq!(
+        count,
+        4 + 1,
+        "a cell for each context of each question, and run.json"
+    );
+    let again = rows(&kv(&[&flags[..], &folder].concat()));
+    assert_eq!(again.len(), whole.len());
+    for (whole, again) in whole.iter().zip(&again) {
+        for field in [
+            "method",
+            "accuracy",
+            "choice",
+            "nll",
+            "recovery_low",
+            "bytes_over_full",
+        ] {
+            assert_eq!(whole[field], again[field], "{field}");
+        }
+    }
+    let short = kv(&[&flags[..7], &["100,400"], &flags[8..]].concat());
+    let short = error(&short);
+    assert!(
+        short.contains("--context 100") && short.contains("too short"),
+        "{short}"
+    );
 }
 
 #[test]
@@ -214,6 +420,7 @@ fn flags_that_long_contexts_do_not_read_are_refused_by_name() {
         (&["--prompt", "4"], "--prompt"),
         (&["--no-bos"], "--no-bos"),
         (&["--window", "64"], "--window"),
+        (&["--trace", "drift"], "--trace"),
         (
             &["--policy", "keydiff", "--calib", "calib.txt"],
             "--calib calib.txt: none of the policies",
@@ -281,6 +488,9 @@ fn questions_about_long_contexts_have_rows_for_policies_and_storage() {
         assert!(number(half, "bytes_over_full") < 0.65, "{half}");
         assert!(number(half, "recovery_low") <= number(half, "recovery"));
         assert!(half["over_random_low"].is_number());
+        assert!(half["peak_over_full"].is_number());
+        let summary = of("keydiff").into_iter().find(|row| row["nll"].is_null());
+        assert!(summary.is_none_or(|row| row["over_random_low"].is_number()));
     }
     let elsewhere = kv(&["--task", "trace", "--context", "400"]);
     assert!(String::from_utf8_lossy(&elsewhere.stderr).contains("--context"));

@@ -35,7 +35,7 @@ fn contexts_have_the_length_asked_for_and_hold_the_answers() {
             let held = example.context.len();
             assert!((3700..=4000).contains(&held), "{kind:?} {held}");
             let context = text(&example.context);
-            for Question { tokens, parts } in &example.questions {
+            for Question { tokens, parts, .. } in &example.questions {
                 for part in parts {
                     let answer = text(&tokens[part.clone()]);
                     assert!(answer.starts_with(' '), "{kind:?} {answer:?}");
@@ -68,10 +68,7 @@ fn examples_follow_from_seed_index_and_kind() {
 
 #[test]
 fn an_answer_is_exact_where_its_tokens_are_the_most_likely_ones() {
-    let question = Question {
-        tokens: vec![1, 2, 3, 0, 2],
-        parts: vec![2..4, 4..5],
-    };
+    let question = Question::new(vec![1, 2, 3, 0, 2], vec![2..4, 4..5]);
     // Row i predicts token i + 1: the first part is right, the second wrong.
     let likely = [0, 3, 0, 1];
     let logits: Vec<f32> = likely
@@ -80,8 +77,67 @@ fn an_answer_is_exact_where_its_tokens_are_the_most_likely_ones() {
         .collect();
     let logits = Tensor::from_vec(logits, (4, 4), &Device::Cpu).unwrap();
     let answer = question.score(&logits).unwrap();
-    assert_eq!((answer.exact, answer.tokens), (0.5, 3));
+    assert_eq!((answer.exact, answer.choice, answer.tokens), (0.5, None, 3));
     let sum = 3f64.exp() + 3.0;
     let nats = 2.0 * (sum.ln() - 3.0) + sum.ln();
     assert!((answer.nats - nats).abs() < 1e-5);
+}
+
+#[test]
+fn an_answer_is_chosen_where_decoding_among_the_candidates_gives_it() {
+    // Scores of the five tokens after each token.
+    let logits = |rows: [[f32; 5]; 4]| Tensor::new(&rows, &Device::Cpu).unwrap();
+    let question = Question::new(vec![0, 1, 2, 3, 4], vec![1..3]);
+    let chosen = |others: &[&[u32]], rows| {
+        let others = others.iter().map(|other| other.to_vec()).collect();
+        let question = question.clone().among(vec![others]);
+        question.score(&logits(rows)).unwrap().choice
+    };
+    // Token 0 is the most likely everywhere: nothing is exact. Of 1 and 4, then of 2 and 3, then of 3 and 4 the first is the likelier.
+    let rows = [
+        [9.0, 3.0, 0.0, 0.0, 2.0],
+        [9.0, 0.0, 3.0, 2.0, 0.0],
+        [9.0, 0.0, 0.0, 3.0, 2.0],
+        [9.0, 0.0, 0.0, 0.0, 3.0],
+    ];
+    assert_eq!(chosen(&[&[4, 2, 3]], rows), Some(1.0));
+    assert_eq!(
+        chosen(&[&[4, 2, 3], &[1, 3, 3], &[1, 2, 4, 3]], rows),
+        Some(1.0)
+    );
+    // One candidate is likelier at the first token, another at the second; a longer one beats the end of the answer.
+    assert_eq!(chosen(&[&[0, 2, 3]], rows), Some(0.0));
+    assert_eq!(chosen(&[&[1, 0, 3]], rows), Some(0.0));
+    assert_eq!(chosen(&[&[1, 2, 0, 3]], rows), Some(0.0));
+    // What begins otherwise is out of the running, however likely it goes on.
+    assert_eq!(chosen(&[&[4, 0, 0]], rows), Some(1.0));
+}
+
+#[test]
+fn candidates_are_other_answers_and_never_the_right_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let tokenizer = tokenizer(dir.path());
+    for kind in Questions::ALL {
+        let example = example(kind, &tokenizer, 4000, 2, 3).unwrap();
+        for question in &example.questions {
+            if kind == Questions::Copy {
+                assert!(question.others.is_empty());
+                continue;
+            }
+            let wanted = match kind {
+                Questions::Frequent => 4,
+                Questions::Gather => 2,
+                _ => 3,
+            };
+            assert_eq!(question.others.len(), question.parts.len());
+            for (part, others) in question.parts.iter().zip(&question.others) {
+                let right = &question.tokens[part.start..=part.end];
+                assert_eq!(others.len(), wanted, "{kind:?}");
+                for (i, other) in others.iter().enumerate() {
+                    assert!(text(other).starts_with(' ') && other.last() == right.last());
+                    assert!(other != right && !others[..i].contains(other), "{kind:?}");
+                }
+            }
+        }
+    }
 }

@@ -30,8 +30,12 @@ pub(super) struct GenerateArgs {
     /// Tokens that the cache keeps per layer and KV head
     #[arg(long, value_name = "N", default_value = "512", value_parser = super::values::positive)]
     budget: NonZeroUsize,
-    /// JSON file with a cache for each layer, in place of --policy and --budget: the cache.json that eval frontier saves
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["policy", "budget"])]
+    /// What keys and values are stored as: f32, f16, bf16, int8, k8v4 (8-bit keys, 4-bit values), int4 or int4-per-channel (with --policy full alone)
+    /// [default: as the model computes]
+    #[arg(long, value_name = "T", value_parser = PossibleValuesParser::new(kv_lazy::StorageConfig::PRESETS))]
+    kv_dtype: Option<String>,
+    /// JSON file with a configuration of caches, in place of --policy, --budget and --kv-dtype: such as the cache.json that eval frontier saves
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["policy", "budget", "kv_dtype"])]
     cache: Option<PathBuf>,
     /// Maximum number of tokens generated
     #[arg(long, value_name = "N", default_value = "256", value_parser = super::values::positive)]
@@ -62,9 +66,7 @@ impl From<GenerateArgs> for generate::Config {
             model: args.model,
             prompt: args.prompt,
             raw: args.raw,
-            // clap has admitted no other name.
-            policy: Choice::named(&args.policy, PromptRule::Own, ALPHA)
-                .expect("the parser knows the same names"),
+            policy: stored(&args.policy, args.kv_dtype.as_deref()),
             cache: args.cache,
             budget: args.budget.get(),
             max_new_tokens: args.max_new_tokens.get(),
@@ -84,5 +86,16 @@ impl From<GenerateArgs> for generate::Config {
                 ..Settings::default()
             },
         }
+    }
+}
+
+/// A policy with its storage.
+fn stored(policy: &str, storage: Option<&str>) -> Choice {
+    // clap has admitted no other names.
+    let known = "the parser knows the same names";
+    let choice = Choice::named(policy, PromptRule::Own, ALPHA).expect(known);
+    match storage {
+        Some(preset) => choice.stored_as(preset, true).expect(known),
+        None => choice,
     }
 }

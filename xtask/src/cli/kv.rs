@@ -41,9 +41,12 @@ pub(super) struct KvArgs {
     /// Do not begin windows with the tokenizer's BOS token
     #[arg(long, conflicts_with = "protocol")]
     no_bos: bool,
-    /// Policies, separated by commas; the full cache is always measured; lagged-P evicts every W steps [default: all]
+    /// Policies, separated by commas; the full cache is always measured; lagged-P evicts every W steps [default: all; none with --cache]
     #[arg(long, value_delimiter = ',', value_name = "P[,P..]", value_parser = PossibleValuesParser::new(Choice::known().iter().map(String::as_str)))]
     policy: Vec<String>,
+    /// JSON files with a configuration of caches each, separated by commas: rows of their own beside the policies, with the budgets, storage and all else of the file
+    #[arg(long, value_delimiter = ',', value_name = "FILE[,FILE..]")]
+    cache: Vec<PathBuf>,
     /// Budgets per layer, sequence and KV head, separated by commas: number of tokens, or with a decimal point a fraction
     /// of the window
     #[arg(long, value_delimiter = ',', value_name = "B[,B..]", default_value = "0.25,0.5", value_parser = super::values::budget)]
@@ -70,7 +73,7 @@ pub(super) struct KvArgs {
     /// How --task long-context reads contexts
     #[arg(long, value_enum, default_value_t = Feed::Whole)]
     feed: Feed,
-    /// Text from which --task long-context takes statistics of queries, for tri-attention [default: the sequence itself]
+    /// Text from which statistics of the model's queries are taken, for tri-attention; not for --task recall [default: the sequence itself]
     #[arg(long, value_name = "FILE")]
     calib: Option<PathBuf>,
     /// Tokens of each window to prefill [default: a quarter]
@@ -85,7 +88,7 @@ pub(super) struct KvArgs {
     /// Traces, separated by commas: planted, drift, heavy-hitters, or a file; without --model all three generators
     #[arg(long, value_delimiter = ',', value_name = "T[,T..]")]
     trace: Vec<String>,
-    /// Save recorded traces or the model trained to recall to this folder
+    /// Save recorded traces, the model trained to recall, or the tokens of long contexts with their questions to this folder
     #[arg(long, value_name = "DIR")]
     save: Option<PathBuf>,
     /// Training steps of the recall model
@@ -117,7 +120,8 @@ impl KvArgs {
     pub(super) fn config(mut self) -> Config {
         self.model = super::names::paths(self.model);
         let makes = match self.task {
-            KvTask::Perplexity | KvTask::Speed | KvTask::LongContext => false,
+            KvTask::Perplexity | KvTask::Speed => false,
+            KvTask::LongContext => true,
             KvTask::Trace => !self.model.is_empty(),
             KvTask::Recall => self.model.is_empty(),
         };
@@ -126,7 +130,7 @@ impl KvArgs {
         }
         if self.save.is_some() && !makes {
             wrong(
-                "--save: this task makes nothing to keep (it keeps traces of --model, or a model trained to recall)",
+                "--save: this task makes nothing to keep (it keeps traces of --model, a model trained to recall, or long contexts)",
             );
         }
         if !self.trace.is_empty() && self.task != KvTask::Trace {
@@ -142,19 +146,15 @@ impl KvArgs {
             );
         }
         if !long_context
-            && (!self.questions.is_empty()
-                || !self.context.is_empty()
-                || self.feed != Feed::Whole
-                || self.calib.is_some())
+            && (!self.questions.is_empty() || !self.context.is_empty() || self.feed != Feed::Whole)
         {
-            wrong("--questions, --context, --feed and --calib belong to --task long-context");
+            wrong("--questions, --context and --feed belong to --task long-context");
         }
-        if self.task == KvTask::Trace
-            && (!self.kv_dtype.is_empty() || self.budget_of == BudgetOf::Bytes)
-        {
-            wrong(
-                "--kv-dtype and --budget-of bytes need a model that runs: traces are replayed as they were recorded",
-            );
+        if self.calib.is_some() && (self.task == KvTask::Recall || self.model.is_empty()) {
+            wrong("--calib takes statistics of the queries of --model, in every task but recall");
+        }
+        if self.task == KvTask::Trace && self.budget_of == BudgetOf::Bytes {
+            wrong("--budget-of bytes needs a model that runs: traces have tokens alone");
         }
         // Contexts are read as a prompt and must be evictable.
         let prompt_rule = match self.prompt_rule {
@@ -166,13 +166,21 @@ impl KvArgs {
             Choice::named(name, prompt_rule, self.alpha).expect("the parser knows the same names")
         };
         let policies: Vec<Choice> = match &self.policy[..] {
+            [] if !self.cache.is_empty() => Vec::new(),
             [] if self.task == KvTask::Speed => Speed::POLICIES.into_iter().map(choice).collect(),
             [] => Choice::names(matches!(self.task, KvTask::Trace | KvTask::Recall))
                 .map(choice)
                 .collect(),
             named => named.iter().map(String::as_str).map(choice).collect(),
         };
-        let (full, policies) = self.stored(policies);
+        let (full, mut policies) = self.stored(policies);
+        for file in &self.cache {
+            let choice = Choice::of_file(file).unwrap_or_else(|e| wrong(&format!("{e:#}")));
+            if policies.iter().any(|other| other.name == choice.name) {
+                wrong(&format!("--cache: two rows would be named {}", choice.name));
+            }
+            policies.push(choice);
+        }
         let prompt = self.prompt.map(NonZeroUsize::get);
         let task = match self.task {
             KvTask::Perplexity => {
@@ -224,7 +232,7 @@ impl KvArgs {
                         lengths
                     },
                     feed: self.feed,
-                    calibration: self.calib,
+                    save: self.save,
                 })
             }
             KvTask::Speed => Task::Speed(Speed {
@@ -243,6 +251,7 @@ impl KvArgs {
             full,
             by_bytes: self.budget_of == BudgetOf::Bytes,
             alpha: self.alpha,
+            calibration: self.calib,
             budgets: self.budget,
             seeds: self.seeds.get(),
             prompt_rule,

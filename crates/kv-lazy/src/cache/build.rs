@@ -57,13 +57,33 @@ impl CacheSet {
         Self::of(&whole, config)
     }
 
+    /// The cache of one layer alone, of that index, for one sequence in f32; `policy` stands in for the one that `config` names.
+    #[cfg(feature = "trace")]
+    pub(crate) fn replaying(
+        layer: usize,
+        shape: LayerShape,
+        config: &CacheConfig,
+        policy: Option<&dyn Policy>,
+    ) -> Result<Self> {
+        let layers = [shape];
+        let whole = Whole {
+            first: layer,
+            policy,
+            ..Whole::of(&layers, 1, DType::F32, &Device::Cpu)
+        };
+        Self::of(&whole, config)
+    }
+
     fn of(whole: &Whole<'_>, config: &CacheConfig) -> Result<Self> {
         let evictors = |layer: usize, shape: &LayerShape| {
             if config.keeps_all() {
                 return Ok(Vec::new());
             }
             let budget = config.layer_budget(layer)?;
-            let policy = config.build(budget)?;
+            let policy = match whole.policy {
+                Some(policy) => config.combine(policy.boxed_clone(), budget)?,
+                None => config.build(budget)?,
+            };
             let shared = config.shared_budget;
             Evictor::for_batch(policy.as_ref(), budget, layer, whole.batch, shape, shared)
         };
@@ -265,6 +285,8 @@ struct Whole<'a> {
     external: bool,
     /// What it is built from, unless the policies are the caller's own.
     config: Option<&'a CacheConfig>,
+    /// A policy in place of the one that the configuration names.
+    policy: Option<&'a dyn Policy>,
 }
 
 impl<'a> Whole<'a> {
@@ -277,6 +299,7 @@ impl<'a> Whole<'a> {
             device,
             external: false,
             config: None,
+            policy: None,
         }
     }
 }

@@ -12,6 +12,7 @@ use crate::store::{Call, Layout, Relocation, Store};
 use candle_core::Tensor;
 use rayon::prelude::*;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 /// Tokens that left a sliding window are dropped once they are this many.
 const DEAD: usize = 64;
@@ -47,6 +48,8 @@ pub(super) struct Layer {
     queries: Option<QueryRing>,
     rotary: Option<Arc<Rotary>>,
     sinks: Option<MovingSinks>,
+    /// Time spent in the policies; none where it is not measured.
+    spent: Option<Duration>,
 }
 
 /// A sequence's rows of a layer, as policies see them.
@@ -109,6 +112,31 @@ impl Layer {
             queries,
             rotary: None,
             sinks: None,
+            spent: None,
+        }
+    }
+
+    /// Measures the time that the policies take from now on.
+    #[cfg(feature = "trace")]
+    pub(super) fn measure_policy(&mut self) {
+        self.spent = Some(Duration::ZERO);
+    }
+
+    /// The time that the policies took while it was measured.
+    #[cfg(feature = "trace")]
+    pub(super) fn policy_time(&self) -> Duration {
+        self.spent.unwrap_or_default()
+    }
+
+    /// The time at which the policies begin something, where it is measured.
+    fn policy_begins(&self) -> Option<Instant> {
+        self.spent.map(|_| Instant::now())
+    }
+
+    /// The policies have done what they began.
+    fn policy_ends(&mut self, begun: Option<Instant>) {
+        if let (Some(spent), Some(begun)) = (&mut self.spent, begun) {
+            *spent += begun.elapsed();
         }
     }
 
@@ -265,6 +293,7 @@ impl Layer {
 
     /// Shows the policies the weights of the attention just computed.
     fn observe(&mut self, clock: &Clock) {
+        let begun = self.policy_begins();
         let (heads, exported) = (self.heads, self.store.exported());
         let observe = |(part, evictor): (usize, &mut Evictor)| {
             for block in 0..exported.blocks() {
@@ -285,6 +314,7 @@ impl Layer {
         } else {
             self.evictors.iter_mut().enumerate().for_each(observe);
         }
+        self.policy_ends(begun);
     }
 
     /// Appends the step's keys and values, after making room where the policy evicts ahead.
@@ -301,6 +331,7 @@ impl Layer {
                 what,
             })?;
         let tokens = clock.tokens as usize;
+        let begun = self.policy_begins();
         for (part, evictor) in self.evictors.iter_mut().enumerate() {
             evictor.append(clock);
             for head in 0..self.heads {
@@ -313,6 +344,7 @@ impl Layer {
         if self.needs.new_values {
             self.joined()?;
         }
+        self.policy_ends(begun);
         if let (Some(sinks), Some(rotary)) = (&mut self.sinks, &self.rotary) {
             sinks.append(k, position, rotary)?;
             sinks.place(self.store.as_mut(), rotary)?;
@@ -372,6 +404,7 @@ impl Layer {
         &mut self,
         plan: impl Fn(&mut Evictor, &dyn Rows) -> Result<Option<Plan>> + Sync,
     ) -> Result<Option<Vec<Plan>>> {
+        let begun = self.policy_begins();
         let (store, queries) = (self.store.as_ref(), self.queries.as_ref());
         let rotary = self.rotary.as_deref();
         let (heads, head_dim, len) = (self.heads, self.shape.head_dim, self.physical_len());
@@ -406,6 +439,7 @@ impl Layer {
                 .map(plan_of)
                 .collect::<Result<_>>()?
         };
+        self.policy_ends(begun);
         if shares {
             let any = plans.iter().any(Option::is_some);
             let none = || Plan {
@@ -451,11 +485,13 @@ impl Layer {
     /// Evicts slots of every row from the store and from the policies' state.
     fn evict_slots(&mut self, evict: &[Vec<u32>], layout: Layout, room: usize) -> Result<()> {
         let moves = self.store.evict(evict, layout, room)?;
+        let begun = self.policy_begins();
         for (row, moves) in moves.iter().enumerate() {
             if let Some(evictor) = self.evictors.get_mut(row / self.heads) {
                 evictor.relocate(row % self.heads, moves);
             }
         }
+        self.policy_ends(begun);
         Ok(())
     }
 

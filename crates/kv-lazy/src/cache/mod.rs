@@ -174,7 +174,17 @@ impl CacheSet {
         v: &Tensor,
         scores: impl Into<Scores>,
     ) -> Result<Tensor> {
-        let scores = scores.into();
+        self.attend_shown(layer, [q, k, v], scores.into(), |_| ())
+    }
+
+    /// As [`attend`](Self::attend); `show` is given the set when the step's tokens have joined and before they are attended to.
+    pub(crate) fn attend_shown(
+        &mut self,
+        layer: usize,
+        [q, k, v]: [&Tensor; 3],
+        scores: Scores,
+        show: impl FnOnce(&Self),
+    ) -> Result<Tensor> {
         self.check(layer, [("q", q), ("k", k), ("v", v)])?;
         #[cfg(feature = "trace")]
         if let Some(recorder) = &mut self.recorder {
@@ -182,6 +192,7 @@ impl CacheSet {
         }
         let clock = self.clock;
         self.append(layer, k, v)?;
+        show(self);
         let at = &mut self.layers[layer];
         let out = at.attend(q, scores, &clock)?;
         at.evict(&clock)?;
@@ -336,6 +347,18 @@ impl CacheSet {
     #[cfg(feature = "trace")]
     pub fn take_recorder(&mut self) -> Option<Recorder> {
         self.recorder.take()
+    }
+
+    /// Measures the time that policies take from now on.
+    #[cfg(feature = "trace")]
+    pub(crate) fn measure_policies(&mut self) {
+        self.layers.iter_mut().for_each(Layer::measure_policy);
+    }
+
+    /// The time that policies took while it was measured.
+    #[cfg(feature = "trace")]
+    pub(crate) fn policy_time(&self) -> std::time::Duration {
+        self.layers.iter().map(Layer::policy_time).sum()
     }
 
     /// Positions seen so far, evicted or not: where RoPE goes on.

@@ -10,7 +10,7 @@ mod record;
 pub mod replay;
 pub mod synth;
 
-pub use record::Recorder;
+pub use record::{Recorded, Recorder};
 
 use crate::attention::decode::{DecodeQuery, DecodeScratch, Export, decode};
 use crate::attention::{Elements, Exported, Geometry, Reduce, RowView, WeightKinds};

@@ -1,13 +1,13 @@
 //! Traces: files, recording, replay against a live cache, generators.
 
 use candle_core::{DType, Device, Tensor};
-use kv_lazy::attention::Reduce;
+use kv_lazy::attention::{Reduce, Scores};
 use kv_lazy::calibrate::{ALPHAS, calibrate};
 use kv_lazy::policy::{NAMES, Threshold, lazy, oracle, streaming};
 use kv_lazy::trace::replay::{LayerReport, ReplayOptions, Summary, replay, replay_all};
 use kv_lazy::trace::synth::{Drifting, HeavyHitters, Planted, Sizes};
 use kv_lazy::trace::{LayerTrace, Recorder, Trace, TraceMeta, file, mri};
-use kv_lazy::{Budget, CacheConfig, CacheSet, Error, LayerShape, PolicyConfig, Rotary};
+use kv_lazy::{Budget, CacheConfig, CacheSet, Error, LayerShape, PolicyConfig, Positions, Rotary};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -92,46 +92,109 @@ fn shape(layer: &LayerTrace) -> LayerShape {
     }
 }
 
+/// Relative errors of the outputs that a live cache of `config` gives, mean over steps and group, of each KV head.
+fn live_errors(trace: &Trace, config: &CacheConfig) -> Vec<f64> {
+    let layer = &trace.layers[&0];
+    let shapes = [shape(layer)];
+    let mut full = CacheSet::full(&shapes, 1, DType::F32, &Device::Cpu).unwrap();
+    let reference = live(trace, &mut full);
+    let mut cache = CacheSet::new(&shapes, 1, DType::F32, &Device::Cpu, config).unwrap();
+    let outputs = live(trace, &mut cache);
+    let head = |head: usize| {
+        let mut error = 0.0;
+        for (full, here) in reference.iter().zip(&outputs) {
+            for g in 0..layer.group() {
+                let at = (head * layer.group() + g) * layer.head_dim;
+                let range = at..at + layer.head_dim;
+                let square = |x: f32| f64::from(x) * f64::from(x);
+                let size: f64 = full[range.clone()].iter().map(|&x| square(x)).sum();
+                let gap: f64 = full[range.clone()]
+                    .iter()
+                    .zip(&here[range])
+                    .map(|(a, b)| square(a - b))
+                    .sum();
+                error += (gap / size).sqrt() / layer.group() as f64;
+            }
+        }
+        error / outputs.len() as f64
+    };
+    (0..layer.kv_heads).map(head).collect()
+}
+
+fn replays_as_it_runs(trace: &Trace, config: &CacheConfig) -> LayerReport {
+    let report = run(trace, config);
+    for (head, error) in report.heads.iter().zip(live_errors(trace, config)) {
+        let got = head.output_error;
+        // Rounding can turn a tie; a policy that chose differently would be far off.
+        assert!(
+            (got - error).abs() < 1e-3 + 0.01 * error,
+            "{} {} head {}: {got} {error}",
+            trace.meta.model,
+            config.decode,
+            head.head
+        );
+    }
+    report
+}
+
 #[test]
 fn replay_loses_exactly_what_a_live_cache_loses() {
     for trace in generators() {
-        let layer = &trace.layers[&0];
-        let shapes = [shape(layer)];
-        let mut full = CacheSet::full(&shapes, 1, DType::F32, &Device::Cpu).unwrap();
-        let reference = live(&trace, &mut full);
         for &name in NAMES.iter().filter(|name| **name != "oracle") {
             let mut config = CacheConfig::new(name.parse().unwrap(), Budget::Tokens(96));
             config.rotary = Some(Rotary::plain(10_000.0, 4));
-            let mut cache = CacheSet::new(&shapes, 1, DType::F32, &Device::Cpu, &config).unwrap();
-            let outputs = live(&trace, &mut cache);
-            let report = run(&trace, &config);
-            for (head, report) in report.heads.iter().enumerate() {
-                let mut error = 0.0;
-                for (full, here) in reference.iter().zip(&outputs) {
-                    for g in 0..layer.group() {
-                        let at = (head * layer.group() + g) * layer.head_dim;
-                        let range = at..at + layer.head_dim;
-                        let square = |x: f32| f64::from(x) * f64::from(x);
-                        let size: f64 = full[range.clone()].iter().map(|&x| square(x)).sum();
-                        let gap: f64 = full[range.clone()]
-                            .iter()
-                            .zip(&here[range])
-                            .map(|(a, b)| square(a - b))
-                            .sum();
-                        error += (gap / size).sqrt() / layer.group() as f64;
-                    }
-                }
-                error /= outputs.len() as f64;
-                let got = report.output_error;
-                // Rounding can turn a tie; a policy that chose differently would be far off.
-                assert!(
-                    (got - error).abs() < 1e-3 + 0.01 * error,
-                    "{} {name} head {head}: {got} {error}",
-                    trace.meta.model
-                );
-            }
+            replays_as_it_runs(&trace, &config);
         }
     }
+}
+
+#[test]
+fn replay_has_the_storage_budgets_and_positions_of_its_configuration() {
+    let trace = planted().trace(9);
+    let of = |name: &str| CacheConfig::new(name.parse().unwrap(), Budget::Tokens(96));
+    let stored = |name: &str, storage: &str| {
+        let mut config = of(name);
+        config.storage = storage.parse().unwrap();
+        replays_as_it_runs(&trace, &config)
+    };
+    let error = |report: &LayerReport| report.mean(|head| head.output_error);
+    let [f32, int8, int4] = ["f32", "int8", "int4"].map(|storage| stored("full", storage));
+    assert!(error(&f32) < 1e-5 && error(&int8) > 1e-4 && error(&int4) > 2.0 * error(&int8));
+    assert!(int4.kv_bytes < int8.kv_bytes && 3 * int8.kv_bytes < f32.kv_bytes);
+    assert_eq!(
+        int4.mean(|h| h.retained_mass),
+        f32.mean(|h| h.retained_mass)
+    );
+    let evicted = stored("keydiff", "int4");
+    assert!(error(&evicted) > error(&int4) && evicted.kv_bytes < int4.kv_bytes);
+
+    // Heads that share their budgets hold different numbers of tokens, together no more.
+    let mut shared = of("dropkv");
+    shared.shared_budget = Some(0.2);
+    let shared = replays_as_it_runs(&trace, &shared);
+    let alone = replays_as_it_runs(&trace, &of("dropkv"));
+    assert!(shared.peak_tokens > alone.peak_tokens);
+    assert!(shared.mean_tokens <= alone.mean_tokens + 1.0);
+
+    let mut consecutive = of("streaming");
+    consecutive.rotary = Some(Rotary::plain(10_000.0, 32));
+    let kept = replays_as_it_runs(&trace, &consecutive);
+    consecutive.positions = Positions::Consecutive;
+    let moved = replays_as_it_runs(&trace, &consecutive);
+    assert_ne!(error(&moved), error(&kept));
+    assert_eq!(
+        moved.mean(|h| h.retained_mass),
+        kept.mean(|h| h.retained_mass)
+    );
+    consecutive.shared_budget = Some(0.2);
+    let refused = replay(
+        &trace,
+        0,
+        &consecutive,
+        &ReplayOptions::default(),
+        &NoProgress,
+    );
+    assert!(matches!(refused, Err(Error::Setting { .. })));
 }
 
 #[test]
@@ -337,6 +400,59 @@ fn a_recorder_hands_back_what_the_cache_was_given() {
             .into_trace(TraceMeta::new("x", 1, 1.0), vec![0])
             .is_err()
     );
+}
+
+#[test]
+fn what_a_recorder_hands_back_fills_another_cache_exactly() {
+    let trace = planted().trace(4);
+    let layer = &trace.layers[&0];
+    let shapes = [shape(layer)];
+    let full = || CacheSet::full(&shapes, 1, DType::F32, &Device::Cpu).unwrap();
+    let tensor = |numbers: &[f32], heads| {
+        let shape = (1, heads, layer.tokens, layer.head_dim);
+        Tensor::from_slice(numbers, shape, &Device::Cpu).unwrap()
+    };
+    // Beyond f16, and with logits that are capped.
+    let k: Vec<f32> = layer.k.iter().map(|x| 1e5 * x).collect();
+    let (q, k, v) = (
+        tensor(&layer.q, layer.query_heads),
+        tensor(&k, layer.kv_heads),
+        tensor(&layer.v, layer.kv_heads),
+    );
+    let scores = Scores {
+        scale: 1e-5 * trace.meta.scale,
+        softcap: Some(30.0),
+    };
+    let mut cache = full();
+    cache.record(Recorder::new()).unwrap();
+    cache.begin(layer.tokens).unwrap();
+    cache.attend(0, &q, &k, &v, scores).unwrap();
+    let recorder = cache.take_recorder().unwrap();
+    let refused = recorder
+        .clone()
+        .into_trace(trace.meta.clone(), trace.tokens.clone());
+    assert!(refused.unwrap_err().to_string().contains("caps attention"));
+    let layers = recorder.into_layers().unwrap();
+    assert_eq!(
+        (layers.len(), layers[0].layer, layers[0].scores),
+        (1, 0, scores)
+    );
+    let mut fed = full();
+    fed.begin(layer.tokens).unwrap();
+    let given = &layers[0];
+    fed.feed(0, &given.q, &given.k, &given.v, given.scores)
+        .unwrap();
+    let step = |tensor: &Tensor| tensor.narrow(2, 7, 1).unwrap();
+    let next = |cache: &mut CacheSet| {
+        cache.begin(1).unwrap();
+        let out = cache.attend(0, &step(&q), &step(&k), &step(&v), scores);
+        out.unwrap()
+            .flatten_all()
+            .unwrap()
+            .to_vec1::<f32>()
+            .unwrap()
+    };
+    assert_eq!(next(&mut cache), next(&mut fed));
 }
 
 #[test]

@@ -1,7 +1,8 @@
 //! Questions about long contexts that a small chat model can answer as long as it sees all of it: relatives of RULER's tasks (arXiv 2404.06654).
 //!
 //! A context is lines of dull sentences with the facts on lines of their own. Questions come after it, so that whatever compresses a cache of the context
-//! has not seen them. Answers are teacher-forced: an answer is exact where every token of it is the most likely one, which is when greedy decoding would give it.
+//! has not seen them. Answers are teacher-forced: an answer is exact where every token of it is the most likely one, which is when greedy decoding would give it. It is
+//! chosen where greedy decoding gives it that may only spell one of the candidates: what else the text could have answered.
 
 mod text;
 
@@ -12,6 +13,7 @@ use causal_lm::{TextTokenizer, cross_entropy};
 use rand::seq::{IndexedRandom, SliceRandom, index};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
+use serde::Serialize;
 
 use crate::{Error, Result};
 use text::{NOUNS, SENTENCES};
@@ -85,7 +87,8 @@ impl Questions {
 }
 
 /// A context and the questions about it.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
 pub struct Example {
     /// Tokens of the context, from the first of the text on.
     pub context: Vec<u32>,
@@ -94,19 +97,25 @@ pub struct Example {
 }
 
 /// A question with its answer.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize)]
+#[non_exhaustive]
 pub struct Question {
     /// Tokens of the question, the beginning of the answer and the answer.
     pub tokens: Vec<u32>,
     /// Tokens of each part of the answer that counts.
     pub parts: Vec<Range<usize>>,
+    /// What else each part could have been, as the tokens in its place and the one that follows; empty where there is nothing to choose between.
+    pub others: Vec<Vec<Vec<u32>>>,
 }
 
 /// How a question was answered.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
+#[non_exhaustive]
 pub struct Answer {
     /// Share of the parts whose every token is the most likely one.
     pub exact: f64,
+    /// Share of the parts that are chosen among the candidates; none where there are no others.
+    pub choice: Option<f64>,
     /// Cross-entropy of the answer's tokens, summed, in nats.
     pub nats: f64,
     /// Tokens of the answer.
@@ -114,6 +123,41 @@ pub struct Answer {
 }
 
 impl Question {
+    /// A question of those tokens, with the parts of its answer.
+    pub fn new(tokens: Vec<u32>, parts: Vec<Range<usize>>) -> Self {
+        Self {
+            tokens,
+            parts,
+            others: Vec::new(),
+        }
+    }
+
+    /// The same where each part could have been one of `others` instead.
+    #[must_use]
+    pub fn among(mut self, others: Vec<Vec<Vec<u32>>>) -> Self {
+        self.others = others;
+        self
+    }
+
+    /// Whether a part is chosen: at every token, it is more likely than what the candidates that agree so far go on with. `rows` predict the part's tokens and the one
+    /// that follows.
+    fn chooses(&self, part: &Range<usize>, others: &[Vec<u32>], rows: &[Vec<f32>]) -> bool {
+        let right = &self.tokens[part.start..];
+        let mut agree: Vec<&[u32]> = others.iter().map(Vec::as_slice).collect();
+        rows.iter()
+            .zip(right)
+            .enumerate()
+            .all(|(i, (row, &token))| {
+                let score = |token: u32| row.get(token as usize).copied();
+                let beaten = agree
+                    .iter()
+                    .filter_map(|other| other.get(i))
+                    .all(|&other| other == token || score(token) > score(other));
+                agree.retain(|other| other.get(i) == Some(&token));
+                beaten
+            })
+    }
+
     /// Scores `logits` `[tokens − 1, vocab]`, of which row i predicts token i + 1.
     ///
     /// # Errors
@@ -136,6 +180,16 @@ impl Question {
             answer.nats += nats;
             answer.tokens += part.len();
         }
+        if !self.others.is_empty() {
+            let rows = logits.dim(0)?;
+            let mut chosen = 0;
+            for (part, others) in self.parts.iter().zip(&self.others) {
+                let count = (part.len() + 1).min(rows + 1 - part.start);
+                let rows = logits.narrow(0, part.start - 1, count)?.to_vec2::<f32>()?;
+                chosen += usize::from(self.chooses(part, others, &rows));
+            }
+            answer.choice = Some(chosen as f64 / self.parts.len() as f64);
+        }
         Ok(answer)
     }
 }
@@ -146,6 +200,8 @@ struct Asked {
     begin: String,
     parts: Vec<String>,
     between: &'static str,
+    /// What each part could have been instead.
+    others: Vec<String>,
 }
 
 impl Asked {
@@ -155,7 +211,35 @@ impl Asked {
             begin,
             parts: vec![answer],
             between: "",
+            others: Vec::new(),
         }
+    }
+}
+
+/// Candidates of a number, itself included.
+const CANDIDATES: usize = 4;
+
+/// Gives every question three other numbers: those that the other questions ask for and, where these do not suffice, some that the text does not have.
+fn choose_among(asked: &mut [Asked], rng: &mut ChaCha8Rng) {
+    let all: Vec<String> = asked.iter().flat_map(|asked| asked.parts.clone()).collect();
+    for asked in asked {
+        let mut others: Vec<String> = Vec::with_capacity(CANDIDATES - 1);
+        let digits = asked.parts[0].len() as u32;
+        let is_new = |number: &String, others: &[String], answer: &String| {
+            number != answer && !others.contains(number)
+        };
+        for number in &all {
+            if others.len() + 1 < CANDIDATES && is_new(number, &others, &asked.parts[0]) {
+                others.push(number.clone());
+            }
+        }
+        while others.len() + 1 < CANDIDATES {
+            let number = number(rng, digits);
+            if is_new(&number, &others, &asked.parts[0]) && !all.contains(&number) {
+                others.push(number);
+            }
+        }
+        asked.others = others;
     }
 }
 
@@ -241,7 +325,11 @@ fn frequent(rng: &mut ChaCha8Rng) -> Facts {
         .collect();
     lines.shuffle(rng);
     let question = "Which word is given most often in the text?".to_owned();
-    let asked = vec![Asked::one(question, "The word is".into(), words[0].into())];
+    let others = words[1..].iter().map(|&word| word.to_owned()).collect();
+    let asked = vec![Asked {
+        others,
+        ..Asked::one(question, "The word is".into(), words[0].into())
+    }];
     Facts {
         lines,
         first: false,
@@ -259,12 +347,17 @@ fn gather(rng: &mut ChaCha8Rng) -> Facts {
     lines.shuffle(rng);
     let boxes = ["red", "blue"];
     let asked = (0..2).map(|which| {
-        let own = lines.iter().filter(|(b, _)| *b == which);
+        let of = |other: bool| {
+            let own = lines.iter().filter(move |(b, _)| (*b == which) != other);
+            own.map(|(_, thing)| (*thing).to_owned()).collect()
+        };
         Asked {
             question: format!("Which things are in the {} box?", boxes[which]),
             begin: format!("The things in the {} box are the", boxes[which]),
-            parts: own.map(|(_, thing)| (*thing).to_owned()).collect(),
+            parts: of(false),
             between: " and the",
+            // The things of the other box.
+            others: of(true),
         }
     });
     let asked = asked.collect();
@@ -287,6 +380,7 @@ fn copy(rng: &mut ChaCha8Rng) -> Facts {
             begin: "The words are:".into(),
             parts: words.into_iter().map(str::to_owned).collect(),
             between: "",
+            others: Vec::new(),
         }],
     }
 }
@@ -327,7 +421,7 @@ pub fn example(
 ) -> Result<Example> {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     rng.set_stream(index << 8 | kind as u64);
-    let facts = match kind {
+    let mut facts = match kind {
         Questions::Needle2 => needles(&mut rng, 2),
         Questions::Needle4 => needles(&mut rng, 4),
         Questions::Needle8 => needles(&mut rng, 8),
@@ -336,6 +430,15 @@ pub fn example(
         Questions::Gather => gather(&mut rng),
         Questions::Copy => copy(&mut rng),
     };
+    if matches!(
+        kind,
+        Questions::Needle2 | Questions::Needle4 | Questions::Needle8 | Questions::Track
+    ) {
+        // From a stream of its own, so that candidates change no text.
+        let mut rng = ChaCha8Rng::seed_from_u64(seed);
+        rng.set_stream(1 << 63 | index << 8 | kind as u64);
+        choose_among(&mut facts.asked, &mut rng);
+    }
     let markers = tokenizer.encode("<|im_start|>")?.len() == 1;
     let chat = if markers { CHAT } else { PLAIN };
     let start = format!("{}{INSTRUCTION}", chat.before);
@@ -434,5 +537,20 @@ fn question(asked: &Asked, chat: &Chat, tokenizer: &TextTokenizer) -> Result<Que
             asked.parts
         )));
     }
-    Ok(Question { tokens, parts })
+    let instead = |(part, span): (&Range<usize>, &Range<usize>)| -> Result<Vec<Vec<u32>>> {
+        let follows = tokens.get(part.end).copied();
+        let one = |other: &String| -> Result<Vec<u32>> {
+            let (mut other, _) =
+                tokenizer.encode_with_ends(&format!("{} {other}", &text[..span.start]))?;
+            let mut other = other.split_off(part.start.min(other.len()));
+            other.extend(follows);
+            Ok(other)
+        };
+        asked.others.iter().map(one).collect()
+    };
+    let others = match asked.others.is_empty() {
+        true => Vec::new(),
+        false => (parts.iter().zip(&spans).map(instead)).collect::<Result<_>>()?,
+    };
+    Ok(Question::new(tokens, parts).among(others))
 }

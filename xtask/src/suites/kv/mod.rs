@@ -2,11 +2,13 @@
 //! questions about long contexts; and what they save in time.
 
 mod bootstrap;
+mod calibration;
 pub mod long_context;
 mod peak;
 pub mod perplexity;
 pub mod policy;
 pub mod recall;
+mod recording;
 mod rows;
 mod several;
 pub mod speed;
@@ -42,6 +44,8 @@ pub struct Config {
     pub prompt_rule: PromptRule,
     /// α: the weight from which LazyEviction, RaaS and the statistics of recurrence take a token as active.
     pub alpha: f32,
+    /// Text that statistics of the model's queries are taken from; a sequence's own queries where there is none.
+    pub calibration: Option<PathBuf>,
     /// On what.
     pub task: Task,
 }
@@ -72,6 +76,7 @@ impl Config {
             seeds: 3,
             prompt_rule: PromptRule::Own,
             alpha: policy::ALPHA,
+            calibration: None,
             task: Task::Perplexity(vec![perplexity::Text {
                 text,
                 prompt: None,
@@ -104,12 +109,12 @@ impl Config {
             .sum()
     }
 
-    /// Every cell but the full cache's own: what evicts at each budget, what keeps all in another storage once.
+    /// Every cell but the full cache's own: what evicts at each budget, what keeps all in another storage or has a budget of its own once.
     fn cells(&self) -> Vec<(&Choice, Option<Budget>)> {
         let own = |choice: &&Choice| choice.name != FULL;
         let budgets = |choice| -> Vec<(&Choice, Option<Budget>)> {
-            if Choice::is_full(choice) {
-                return vec![(choice, None)];
+            if Choice::is_full(choice) || Choice::is_fixed(choice) {
+                return vec![(choice, choice.own_budget())];
             }
             self.budgets.iter().map(|&b| (choice, Some(b))).collect()
         };
@@ -133,7 +138,7 @@ impl Config {
             return Ok(window);
         };
         let tokens = policy::tokens(budget, window);
-        if self.by_bytes {
+        if self.by_bytes && !choice.is_fixed() {
             choice.tokens_in_bytes_of(&self.full, tokens, window, model)
         } else {
             Ok(tokens)

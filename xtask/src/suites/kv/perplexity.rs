@@ -84,6 +84,7 @@ fn one(settings: &Settings, config: &Config, text: &Text, among: bool) -> Result
         prompt_name(text.prompt, prompt)
     );
     let model = Model::load(&decoder)?;
+    let (config, statistics) = &config.calibrated(&model, &text.text.model)?;
     policy::check(&model, &config.policies, &config.budgets, window)?;
     let batch = text.batch.unwrap_or(batch(&decoder, window));
     let cells = Decoding {
@@ -139,7 +140,8 @@ fn one(settings: &Settings, config: &Config, text: &Text, among: bool) -> Result
         .fact("targets", windows.count() * (window - prompt))
         .fact("batch", batch)
         .fact("keys and values", config.stored(decoder.dtype()))
-        .fact("prompt", config.prompt_rule.label());
+        .fact("prompt", config.prompt_rule.label())
+        .fact("query statistics", statistics.as_str());
     Ok((settings.weights.facts(section, Some(&weights)), window))
 }
 

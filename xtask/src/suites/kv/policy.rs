@@ -1,17 +1,17 @@
 //! Policies by name, budgets by tokens, and caches whose sequences know their place in the whole run.
 
+use std::path::Path;
 use std::sync::LazyLock;
 
 use anyhow::{Context, Result};
 use causal_lm::{Model, ModelConfig};
 use clap::ValueEnum;
 use kv_lazy::policy::tri_attention::QueryStatistics;
-use kv_lazy::policy::{Budget, Evicts, Phase, Threshold, full};
-use kv_lazy::{
-    CacheConfig, CacheSet, NumberFormat, Pairs, PolicyConfig, Prompt, Rotary, StorageConfig,
-};
+use kv_lazy::policy::{Budget, Evicts, Phase, Policy, Threshold, full};
+use kv_lazy::{CacheConfig, CacheSet, NumberFormat, Pairs, PolicyConfig, Prompt, Rotary};
 
 use super::rows::FULL;
+use crate::suites::perplexity::file_name;
 
 /// Prefix of a policy that evicts at windows of the same length as LazyEviction's.
 const LAGGED: &str = "lagged-";
@@ -19,17 +19,16 @@ const LAGGED: &str = "lagged-";
 /// The weight from which a token counts as active in the LazyEviction paper, for most models.
 pub const ALPHA: f32 = 1e-4;
 
-/// A policy as the command line names it, and what it stores keys and values as.
+/// A policy as the command line names it and what it stores keys and values as, or a configuration of caches in a file.
 #[derive(Debug, Clone)]
 pub struct Choice {
-    /// Name, prefix and storage included.
+    /// Name, prefix and storage included; that of the file.
     pub name: String,
-    policy: PolicyConfig,
+    /// All but what follows from the budget of a cell, unless it is `fixed`.
+    config: CacheConfig,
     lagged: bool,
-    prompt: PromptRule,
-    storage: StorageConfig,
-    /// First and newest tokens that are kept whatever the policy.
-    protected: (usize, usize),
+    /// Whether the configuration has a budget of its own.
+    fixed: bool,
 }
 
 /// What happens to the prompt under every policy of a run.
@@ -99,25 +98,49 @@ impl Choice {
         if let Some(threshold) = policy.threshold_mut() {
             *threshold = Threshold::Absolute(alpha);
         }
+        let mut config = CacheConfig::new(policy, Budget::Ratio(1.0));
+        config.prompt = match prompt {
+            PromptRule::Own => None,
+            PromptRule::Keep => Some(Prompt::Keep),
+            PromptRule::Evict => Some(Prompt::Evictable),
+        };
         Some(Choice {
             name: Self::known().iter().find(|known| *known == name)?.clone(),
-            policy,
+            config,
             lagged,
-            prompt,
-            storage: StorageConfig::default(),
-            protected: (0, 0),
+            fixed: false,
+        })
+    }
+
+    /// A configuration of caches in a file of JSON, such as the cache.json beside a plan: budgets, storage and all else are the file's.
+    ///
+    /// # Errors
+    /// A file that cannot be read or holds something else.
+    pub fn of_file(file: &Path) -> Result<Self> {
+        let text = std::fs::read_to_string(file);
+        let text = text.with_context(|| format!("--cache {}", file.display()))?;
+        let config = serde_json::from_str(&text).with_context(|| {
+            format!(
+                "--cache {}: expected a configuration of kv-lazy's caches, such as the cache.json beside a plan of eval frontier",
+                file.display()
+            )
+        })?;
+        Ok(Choice {
+            name: file_name(file),
+            config,
+            lagged: false,
+            fixed: true,
         })
     }
 
     /// The full cache.
     pub(crate) fn full() -> Self {
+        let policy = PolicyConfig::Full(full::Settings::default());
         Choice {
             name: FULL.into(),
-            policy: PolicyConfig::Full(full::Settings::default()),
+            config: CacheConfig::new(policy, Budget::Ratio(1.0)),
             lagged: false,
-            prompt: PromptRule::Own,
-            storage: StorageConfig::default(),
-            protected: (0, 0),
+            fixed: false,
         }
     }
 
@@ -126,7 +149,7 @@ impl Choice {
     /// # Errors
     /// No such preset.
     pub fn stored_as(mut self, preset: &str, first: bool) -> Result<Self> {
-        self.storage = preset.parse()?;
+        self.config.storage = preset.parse()?;
         if !first {
             self.name = format!("{}+{preset}", self.name);
         }
@@ -135,7 +158,7 @@ impl Choice {
 
     /// What keys and values are stored as, where the model computes in `dtype`.
     pub(crate) fn stored(&self, dtype: candle_core::DType) -> String {
-        let StorageConfig { keys, values, .. } = self.storage;
+        let (keys, values) = (self.config.storage.keys, self.config.storage.values);
         let name = |format: Option<NumberFormat>| match format {
             Some(format) => format!("{format:?}"),
             None => format!("{dtype:?}"),
@@ -148,91 +171,122 @@ impl Choice {
 
     /// The same with the first and newest tokens kept.
     pub(crate) fn protecting(mut self, sinks: usize, recent: usize) -> Self {
-        self.protected = (sinks, recent);
+        (self.config.sinks, self.config.recent) = (sinks, recent);
         self
     }
 
     /// The same with statistics of the model's queries, where the policy uses them.
     pub(crate) fn calibrated(mut self, statistics: &QueryStatistics) -> Self {
-        if let Some(calibration) = self.policy.calibration_mut() {
-            *calibration = Some(statistics.clone());
+        for policy in policies(&mut self.config) {
+            if let Some(calibration) = policy.calibration_mut() {
+                calibration.get_or_insert_with(|| statistics.clone());
+            }
         }
         self
     }
 
-    /// Whether the policy can use statistics of the model's queries.
+    /// Whether the policy can use statistics of the model's queries, and has none.
     pub(crate) fn takes_calibration(&self) -> bool {
-        self.policy.clone().calibration_mut().is_some()
+        let mut config = self.config.clone();
+        policies(&mut config).any(|policy| matches!(policy.calibration_mut(), Some(None)))
+    }
+
+    /// The policy within some budget.
+    fn built(&self) -> kv_lazy::Result<Box<dyn Policy>> {
+        self.config.build(Budget::Tokens(64))
     }
 
     /// Whether the policy must know how the model rotates keys.
     pub(crate) fn needs_rotary(&self) -> bool {
-        let policy = self.policy.build(Budget::Tokens(64));
-        policy.is_ok_and(|policy| policy.needs().rotary)
+        let consecutive = self.config.positions == kv_lazy::Positions::Consecutive;
+        consecutive || self.built().is_ok_and(|policy| policy.needs().rotary)
     }
 
     /// When the policy evicts, in words.
     pub(crate) fn evicts(&self) -> &'static str {
-        match self.policy.evicts() {
-            Evicts::Nothing => "never",
-            Evicts::AfterPrompt if !self.lagged => "after the prompt",
+        let at = self.config.decode.evicts();
+        let cut = self.config.prefill.as_ref().map(PolicyConfig::evicts);
+        match (at, cut.unwrap_or(Evicts::Nothing)) {
+            (Evicts::Nothing, Evicts::Nothing) => "never",
+            (Evicts::Nothing, _) => "after the prompt",
+            (Evicts::AfterPrompt, _) if !self.lagged && self.config.evict_every.is_none() => {
+                "after the prompt"
+            }
             _ => "while decoding",
         }
     }
 
     /// Whether nothing is evicted.
     pub(crate) fn is_full(&self) -> bool {
-        matches!(self.policy, PolicyConfig::Full(_))
+        self.config.keeps_all()
+    }
+
+    /// Whether both keep everything in the same storage.
+    pub(crate) fn stores_all_as(&self, other: &Self) -> bool {
+        self.is_full() && other.is_full() && self.config.storage == other.config.storage
+    }
+
+    /// Whether it has a budget of its own.
+    pub(crate) fn is_fixed(&self) -> bool {
+        self.fixed
+    }
+
+    /// The budget of its own, where it has one for all layers.
+    pub(crate) fn own_budget(&self) -> Option<eval_report::Budget> {
+        if !self.fixed || self.is_full() || !self.config.layer_budgets.is_empty() {
+            return None;
+        }
+        match self.config.budget {
+            Budget::Tokens(tokens) => Some(eval_report::Budget::Tokens(tokens as u64)),
+            Budget::Ratio(share) => Some(eval_report::Budget::Share(share)),
+            _ => None,
+        }
     }
 
     /// Whether the policy needs the future.
     pub(crate) fn is_oracle(&self) -> bool {
-        matches!(self.policy, PolicyConfig::Oracle(_))
+        matches!(self.config.decode, PolicyConfig::Oracle(_))
     }
 
     /// Whether it is the control that draws alone.
     pub(crate) fn is_random(&self) -> bool {
-        matches!(self.policy, PolicyConfig::Random(_))
+        matches!(self.config.decode, PolicyConfig::Random(_))
     }
 
-    /// Whether the policy draws.
+    /// Whether the policy draws, from a seed that is not its own.
     pub(crate) fn draws(&self) -> bool {
-        self.policy.clone().seed_mut().is_some()
+        !self.fixed && self.config.decode.clone().seed_mut().is_some()
     }
 
-    /// The configuration within `budget` tokens. Draws come from `seed`; the window of a lagged policy is the one that LazyEviction
+    /// The configuration within `budget` tokens, or in its own budget. Draws come from `seed`; the window of a lagged policy is the one that LazyEviction
     /// has by default.
     pub(crate) fn cache(&self, budget: usize, seed: u64) -> CacheConfig {
-        let mut config = CacheConfig::new(self.policy.clone(), Budget::Tokens(budget));
+        let mut config = self.config.clone();
+        if self.fixed {
+            return config;
+        }
+        config.budget = Budget::Tokens(budget);
         if let Some(own) = config.decode.seed_mut() {
             *own = seed;
         }
-        config.storage = self.storage;
-        (config.sinks, config.recent) = self.protected;
         config.evict_every = self.lagged.then(|| lag(budget));
-        config.prompt = match self.prompt {
-            PromptRule::Own => None,
-            PromptRule::Keep => Some(Prompt::Keep),
-            PromptRule::Evict => Some(Prompt::Evictable),
-        };
         config
     }
 
     /// Whether the prompt stays.
     pub(crate) fn keeps_prompt(&self) -> bool {
-        let policy = self.policy.build(Budget::Tokens(64));
-        let own = policy.is_ok_and(|policy| {
+        self.built().is_ok_and(|policy| {
             matches!(
                 policy.rule(Phase::Decode).prompt,
                 Prompt::Keep | Prompt::KeepBeside
             )
-        });
-        self.prompt == PromptRule::Keep || self.prompt == PromptRule::Own && own
+        })
     }
 
     /// The flags that an error about this policy at this budget is about.
     pub(crate) fn flags(&self, budget: Option<eval_report::Budget>) -> String {
         match budget {
+            _ if self.fixed => format!("--cache {}", self.name),
             Some(budget) => format!("--policy {} --budget {}", self.name, label(budget)),
             None => format!("--policy {}", self.name),
         }
@@ -259,9 +313,7 @@ impl Choice {
             let mut config = choice.cache(tokens, 0);
             config.rotary = Some(rotary.clone());
             // One layer's calibration would be asked for; it takes no bytes of the cache.
-            if let Some(calibration) = config.decode.calibration_mut()
-                && let Some(statistics) = calibration
-            {
+            if let Some(Some(statistics)) = config.decode.calibration_mut() {
                 let first = statistics.layers.values().next().cloned();
                 statistics.layers = first.map(|layer| (0, layer)).into_iter().collect();
             }
@@ -271,6 +323,11 @@ impl Choice {
         let of = |tokens| config(self, tokens);
         Ok(CacheConfig::budget_within(bytes, window, shape, dtype, of)?)
     }
+}
+
+/// The policies of a configuration.
+fn policies(config: &mut CacheConfig) -> impl Iterator<Item = &mut PolicyConfig> {
+    std::iter::once(&mut config.decode).chain(&mut config.prefill)
 }
 
 /// Whether a policy evicts at every decode step.
@@ -324,9 +381,14 @@ pub(crate) fn check(
     window: usize,
 ) -> Result<()> {
     for choice in choices.iter().filter(|choice| !choice.is_oracle()) {
-        for &budget in budgets {
-            let config = choice.cache(tokens(budget, window), 0);
-            caches(model, Some(&config), 0, 1).with_context(|| choice.flags(Some(budget)))?;
+        let budgets = match choice.is_fixed() || choice.is_full() {
+            true => vec![choice.own_budget()],
+            false => budgets.iter().copied().map(Some).collect(),
+        };
+        for budget in budgets {
+            let held = budget.map_or(window, |budget| tokens(budget, window));
+            caches(model, Some(&choice.cache(held, 0)), 0, 1)
+                .with_context(|| choice.flags(budget))?;
         }
     }
     Ok(())
@@ -343,7 +405,9 @@ pub(crate) fn caches(
         return Ok(model.full_cache(batch)?);
     };
     let mut config = config.clone();
-    config.layer_rotary = rotary(model.decoder().config());
+    if config.rotary.is_none() && config.layer_rotary.is_empty() {
+        config.layer_rotary = rotary(model.decoder().config());
+    }
     let (dtype, device) = (model.decoder().dtype(), model.decoder().device());
     let caches = CacheSet::new(&model.cache_shapes(), batch, dtype, device, &config)?;
     // Draws do not depend on how sequences are batched.

@@ -81,6 +81,7 @@ pub(crate) fn run(settings: &Settings, config: &Config, speed: &Speed) -> Result
         prompt_name(speed.prompt, prompt)
     );
     let model = Model::load(&decoder)?;
+    let (config, statistics) = &config.calibrated(&model, &dir)?;
     policy::check(&model, &config.policies, &config.budgets, prompt)?;
 
     let mut rng = ChaCha8Rng::seed_from_u64(settings.seed);
@@ -161,7 +162,8 @@ pub(crate) fn run(settings: &Settings, config: &Config, speed: &Speed) -> Result
         .fact("generated before the clock runs", WARM)
         .fact("generated", steps)
         .fact("weights read per step (bytes)", weights.bytes)
-        .fact("keys and values", config.stored(decoder.dtype()));
+        .fact("keys and values", config.stored(decoder.dtype()))
+        .fact("query statistics", statistics.as_str());
     Ok(vec![section])
 }
 

@@ -15,15 +15,16 @@ use kv_lazy::policy::Threshold;
 use kv_lazy::trace::mri::{self, MriHistogram};
 use kv_lazy::trace::replay::{LayerReport, ReplayOptions, replay_all};
 use kv_lazy::trace::synth::{Drifting, HeavyHitters, Planted, Sizes};
-use kv_lazy::trace::{LayerTrace, Recorder, Trace, TraceMeta, file};
+use kv_lazy::trace::{LayerTrace, Trace, TraceMeta, file};
 use kv_lazy::{CacheSet, LayerShape, Rotary};
 use serde_json::json;
 use tensor_io::NoProgress;
 
+use super::calibration::OWN_QUERIES;
 use super::policy::{self, Choice};
 use super::rows::{FULL, SUITE, over_budget, over_bytes, reference};
 use super::verdict::{Metric, verdict};
-use super::{Config, prompt_name};
+use super::{Config, prompt_name, recording};
 use crate::model;
 use crate::settings::Settings;
 use crate::suites::perplexity::{self, Protocol, file_name};
@@ -89,6 +90,8 @@ struct Kind {
     traces: Vec<Trace>,
     /// How the model rotated keys, layer by layer; empty where no model did.
     rotary: Vec<Option<Rotary>>,
+    /// Where statistics of queries come from, in words.
+    statistics: String,
 }
 
 /// Replay every policy at every budget on every kind of traces, one section a kind.
@@ -97,11 +100,11 @@ pub(crate) fn run(settings: &Settings, config: &Config, traces: &Traces) -> Resu
     if let Some(text) = &traces.recorded {
         let cell = format!("trace of {}", text.model.display());
         sections.extend(settings.whole(&cell, || {
-            let kind = record(settings, text, traces.prompt)?;
+            let (kind, config) = record(settings, config, text, traces.prompt)?;
             if let Some(dir) = &traces.save {
                 save(&kind.traces, dir)?;
             }
-            Ok(vec![replay(settings, config, &kind)?])
+            Ok(vec![replay(settings, &config, &kind)?])
         })?);
     }
     for (index, source) in traces.sources.iter().enumerate() {
@@ -113,8 +116,13 @@ pub(crate) fn run(settings: &Settings, config: &Config, traces: &Traces) -> Resu
     Ok(sections)
 }
 
-/// The attention of the model on the windows of a text.
-fn record(settings: &Settings, text: &perplexity::Config, prompt: Option<usize>) -> Result<Kind> {
+/// The attention of the model on the windows of a text, and the policies with statistics of its queries where they use them.
+fn record(
+    settings: &Settings,
+    config: &Config,
+    text: &perplexity::Config,
+    prompt: Option<usize>,
+) -> Result<(Kind, Config)> {
     let checkpoint = settings.weights.open(&text.model)?;
     let decoder = model::decoder(settings, &checkpoint)?;
     let protocol = Protocol::new(settings, text, &decoder)?;
@@ -131,21 +139,21 @@ fn record(settings: &Settings, text: &perplexity::Config, prompt: Option<usize>)
     let model = Model::load(&decoder)?;
     let name = file_name(&text.model);
     let one = |window: &[u32]| -> Result<Trace> {
-        let mut cache = model.full_cache(1)?;
-        cache.record(Recorder::new())?;
-        model.forward(&[window], &mut cache)?;
-        let recorder = cache.take_recorder().context("a recording was begun")?;
+        let recorder = recording::record(&model, model.full_cache(1)?, window)?;
         // The scale comes with the recorded calls.
         let meta = TraceMeta::new(&name, prompt, 1.0);
         Ok(recorder.into_trace(meta, window.to_vec())?)
     };
     let traces = windows.iter().map(one).collect::<Result<_>>()?;
     let rotary = policy::rotary(decoder.config());
-    Ok(Kind {
+    let (config, statistics) = config.calibrated(&model, &text.model)?;
+    let kind = Kind {
         name,
         traces,
         rotary,
-    })
+        statistics,
+    };
+    Ok((kind, config))
 }
 
 fn save(traces: &[Trace], dir: &Path) -> Result<()> {
@@ -226,6 +234,7 @@ fn generate(
             return Ok(Kind {
                 name: file_name(path),
                 rotary: theta.map(plain).unwrap_or_default(),
+                statistics: OWN_QUERIES.into(),
                 traces: vec![trace],
             });
         }
@@ -234,6 +243,7 @@ fn generate(
         name: name.into(),
         traces,
         rotary: Vec::new(),
+        statistics: OWN_QUERIES.into(),
     })
 }
 
@@ -272,22 +282,25 @@ fn replay(settings: &Settings, config: &Config, kind: &Kind) -> Result<Section> 
     }
 
     // The oracle first: the others are measured against it.
-    let mut choices: Vec<&Choice> = config.policies.iter().filter(|c| !c.is_full()).collect();
-    let rotated = |choice: &&Choice| !choice.needs_rotary() || !kind.rotary.is_empty();
-    let skipped: Vec<&str> = choices
-        .iter()
+    let rotated = |choice: &Choice| !choice.needs_rotary() || !kind.rotary.is_empty();
+    let mut skipped: Vec<&str> = (config.policies.iter())
         .filter(|choice| !rotated(choice))
         .map(|choice| choice.name.as_str())
         .collect();
-    choices.retain(rotated);
-    choices.sort_by_key(|choice| !choice.is_oracle());
-    let cells = 1 + choices.len() * config.budgets.len();
+    skipped.dedup();
+    let mut planned = config.cells();
+    planned.retain(|(choice, _)| rotated(choice));
+    planned.sort_by_key(|(choice, _)| !choice.is_oracle());
+    let cells = 1 + planned.len();
     let bar = settings.bar(kind.name.clone(), (cells * kind.traces.len()) as u64);
-    let replayed = |choice: &Choice, budget: Budget, row: &Row| -> Result<Vec<Replayed>> {
+    let replayed = |choice: &Choice, budget: Option<Budget>, row: &Row| -> Result<Vec<Replayed>> {
         let one = |(index, trace): (usize, &Trace)| -> Result<Replayed> {
-            let tokens = policy::tokens(budget, trace.tokens.len());
+            let len = trace.tokens.len();
+            let tokens = budget.map_or(len, |budget| policy::tokens(budget, len));
             let mut cache = choice.cache(tokens, settings.seed + index as u64);
-            cache.layer_rotary = kind.rotary.clone();
+            if cache.rotary.is_none() && cache.layer_rotary.is_empty() {
+                cache.layer_rotary = kind.rotary.clone();
+            }
             let options = ReplayOptions::default()
                 .with_gap(policy::lag(tokens))
                 .with_threshold(config.threshold());
@@ -304,43 +317,42 @@ fn replay(settings: &Settings, config: &Config, kind: &Kind) -> Result<Section> 
             .enumerate()
             .map(one)
             .collect::<Result<Vec<_>>>()
-            .with_context(|| choice.flags(Some(budget)))
+            .with_context(|| choice.flags(budget))
     };
     let mean = |runs: &[Replayed]| {
         let rows: Vec<Row> = runs.iter().map(|run| run.row.clone()).collect();
         mean_over_seeds(&rows)
     };
 
-    let full = Choice::full();
     let row = reference(Row::new(SUITE, FULL));
-    let mut full = mean(&replayed(&full, Budget::Share(1.0), &row)?)?;
+    let mut full = mean(&replayed(&config.full, None, &row)?)?;
     full.kv_bytes_full = full.kv_bytes;
+    let bytes = full.kv_bytes;
     let mut rows = vec![full];
-    let mut oracles: Vec<(Budget, Vec<Replayed>)> = Vec::new();
-    for choice in choices {
-        for &budget in &config.budgets {
-            bar.set_label(format!("{} at {}", choice.name, policy::label(budget)));
-            let row = config.row(choice, Some(budget), window, prompt);
-            let mut runs = replayed(choice, budget, &row)?;
-            if choice.is_oracle() {
-                rows.push(mean(&runs)?);
-                oracles.push((budget, runs));
-                continue;
-            }
-            if let Some((_, oracle)) = oracles.iter().find(|(at, _)| *at == budget) {
-                for (run, oracle) in runs.iter_mut().zip(oracle) {
-                    let pairs = run.layers.iter().zip(&oracle.layers);
-                    let gap: f64 = pairs.map(|(layer, oracle)| layer.oracle_gap(oracle)).sum();
-                    let gap = gap / run.layers.len().max(1) as f64;
-                    run.row.extra.insert("oracle_gap".into(), json!(gap));
-                }
-            }
+    let mut oracles: Vec<(Option<Budget>, Vec<Replayed>)> = Vec::new();
+    for (choice, budget) in planned {
+        bar.set_label(choice.flags(budget));
+        let row = config.row(choice, budget, window, prompt);
+        let mut runs = replayed(choice, budget, &row)?;
+        if choice.is_oracle() {
             rows.push(mean(&runs)?);
+            oracles.push((budget, runs));
+            continue;
         }
+        if let Some((_, oracle)) = oracles.iter().find(|(at, _)| *at == budget) {
+            for (run, oracle) in runs.iter_mut().zip(oracle) {
+                let pairs = run.layers.iter().zip(&oracle.layers);
+                let gap: f64 = pairs.map(|(layer, oracle)| layer.oracle_gap(oracle)).sum();
+                let gap = gap / run.layers.len().max(1) as f64;
+                run.row.extra.insert("oracle_gap".into(), json!(gap));
+            }
+        }
+        rows.push(mean(&runs)?);
     }
     bar.finish();
     for row in &mut rows {
         row.model = Some(kind.name.clone());
+        row.kv_bytes_full = bytes;
         let extra = &mut row.extra;
         extra.insert("mri_above_1".into(), json!(recurrence.recurring_share()));
         if let Some(p80) = recurrence.percentile(0.8) {
@@ -352,7 +364,9 @@ fn replay(settings: &Settings, config: &Config, kind: &Kind) -> Result<Section> 
         .fact("positions", window)
         .fact("prompt", prompt)
         .fact("layers", kind.traces.iter().map(|t| t.layers.len()).max())
+        .fact("keys and values", config.full.stored(DType::F16))
         .fact("prompt rule", config.prompt_rule.label())
+        .fact("query statistics", kind.statistics.as_str())
         .fact("α", f64::from(config.alpha))
         .fact("k of recall", ReplayOptions::default().top)
         .fact(
@@ -473,7 +487,7 @@ fn section(kind: &Kind, rows: Vec<Row>, window: usize, recurrence: &MriHistogram
          attention on the tokens that it still holds, mean over heads, layers and traces with the range over traces. Recall counts the most \
          attended tokens still held, recurring hits the activations after a gap longer than W, a quarter of the budget, regret the \
          attention on evicted tokens per step, the oracle gap what an oracle in the same budget retains beyond. Output error is relative. \
-         Policy time is a share of decode attention over as many tokens. Bytes count keys and values as 16-bit numbers. Of the active \
+         Policy time is a share of decode attention over as many tokens. Bytes are those of the storage, or of 16-bit numbers where --kv-dtype names none. Of the active \
          tokens {:.1} % have an MRI above 1{}. {}",
         match &kind.traces[..] {
             [_] => format!("one trace ({})", kind.name),

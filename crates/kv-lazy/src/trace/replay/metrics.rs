@@ -2,9 +2,10 @@
 //!
 //! With S the resident tokens, a the full-cache weights and A = Σ_S a the retained mass, the outputs of the full and of the evicting
 //! cache differ by exactly o − o_S = u − (1 − A)·o_S with u = Σ_{i∉S} a_i v_i: what the lost values would have added, and what
-//! renormalisation adds in their place. Mass alone hides values of large norm.
+//! renormalisation adds in their place. Mass alone hides values of large norm. The error of the output is measured on what the cache gave, so that it has what quantised
+//! storage adds.
 
-use super::{ReplayOptions, TraceRows};
+use super::ReplayOptions;
 use crate::trace::LayerTrace;
 use serde::Serialize;
 use std::time::Duration;
@@ -50,7 +51,7 @@ pub struct HeadReport {
     pub regret: AgeHistogram,
     /// Evicted tokens by the steps they were resident.
     pub residency: AgeHistogram,
-    /// ‖o − o_S‖ / ‖o‖.
+    /// ‖o − ô‖ / ‖o‖ with ô what the cache gave; o_S where nothing is quantised.
     pub output_error: f64,
     /// ‖u‖ / ‖o‖: the part of the error from the lost values.
     pub lost_values: f64,
@@ -69,17 +70,17 @@ pub struct LayerReport {
     pub heads: Vec<HeadReport>,
     /// Decode steps replayed.
     pub steps: usize,
-    /// Most tokens held at a step's attention.
+    /// Most tokens that a head held at a step's attention.
     pub peak_tokens: usize,
-    /// Tokens held at a step's attention on average.
+    /// Tokens held at a step's attention on average; over the heads where they differ.
     pub mean_tokens: f64,
-    /// Tokens times steps.
+    /// Tokens times steps; over the heads where they differ.
     pub footprint: u64,
-    /// Most bytes of keys and values, all heads, stored as 16-bit numbers.
+    /// Most bytes of keys and values, all heads: what the configured storage occupied, or what was attended as 16-bit numbers where none is configured.
     pub kv_bytes: usize,
-    /// The same for the full cache.
+    /// Bytes of all tokens' keys and values as 16-bit numbers.
     pub kv_bytes_full: usize,
-    /// Most bytes of the policy's state.
+    /// Most bytes of the policy's state and queries.
     pub state_bytes: usize,
     /// Seconds spent in the policy.
     pub policy_seconds: f64,
@@ -142,6 +143,7 @@ struct Positions {
     /// Position at which the token was evicted.
     evicted: Vec<Option<usize>>,
     resident: Vec<bool>,
+    held: usize,
 }
 
 /// Gathers the metrics of a run.
@@ -154,7 +156,10 @@ pub(super) struct Observer {
     tokens: usize,
     steps: usize,
     peak: usize,
+    /// Most tokens of all heads together.
+    most: usize,
     footprint: u64,
+    state: usize,
 }
 
 #[derive(Default)]
@@ -171,6 +176,7 @@ impl Observer {
                 active: (0..data.tokens).map(|id| id.max(prompt - 1)).collect(),
                 evicted: vec![None; data.tokens],
                 resident: vec![false; data.tokens],
+                held: 0,
             };
             (
                 HeadReport {
@@ -192,48 +198,57 @@ impl Observer {
             tokens: data.tokens,
             steps: 0,
             peak: 0,
+            most: 0,
             footprint: 0,
+            state: 0,
         }
     }
 
-    /// Notes which of a head's tokens leave.
-    pub(super) fn evicted(&mut self, head: usize, ids: impl Iterator<Item = u32>, now: usize) {
-        let (report, positions, _) = &mut self.heads[head];
-        for id in ids {
-            positions.evicted[id as usize] = Some(now);
-            report.residency.add(now - id as usize, 1.0);
-        }
-    }
-
-    /// Measures the step at position `t`: full-cache weights and output per query head.
-    pub(super) fn step(
-        &mut self,
-        t: usize,
-        rows: &TraceRows<'_>,
-        attention: &[(Vec<f32>, Vec<f32>)],
-    ) {
-        self.steps += 1;
-        let held = rows.ids_of(0).len();
-        self.peak = self.peak.max(held);
-        self.footprint += held as u64;
-        for head in 0..self.heads.len() {
-            let ids = rows.ids_of(head);
-            let (_, positions, _) = &mut self.heads[head];
-            positions.resident.fill(false);
+    /// Takes in what each head holds when the next token is at `now`; what it held before and does not hold now was evicted.
+    pub(super) fn hold<'b>(&mut self, held: impl Fn(usize) -> &'b [u32], now: usize) {
+        for (head, (report, positions, _)) in self.heads.iter_mut().enumerate() {
+            let ids = held(head);
+            let before = std::mem::replace(&mut positions.resident, vec![false; self.tokens]);
             for &id in ids {
                 positions.resident[id as usize] = true;
             }
+            positions.held = ids.len();
+            let pairs = before.iter().zip(&positions.resident).enumerate();
+            for (id, _) in pairs.filter(|(_, (before, now))| **before && !**now) {
+                positions.evicted[id] = Some(now);
+                report.residency.add(now - id, 1.0);
+            }
+        }
+    }
+
+    /// Takes in the bytes of the policy's state.
+    pub(super) fn state(&mut self, bytes: usize) {
+        self.state = self.state.max(bytes);
+    }
+
+    /// Measures the step at position `t` over what was [held](Self::hold) last: full-cache weights and output per query head, and the outputs `[query heads, d]` of the cache.
+    pub(super) fn step(&mut self, t: usize, attention: &[(Vec<f32>, Vec<f32>)], outputs: &[f32]) {
+        self.steps += 1;
+        let held = || self.heads.iter().map(|(_, positions, _)| positions.held);
+        let all: usize = held().sum();
+        self.peak = self.peak.max(held().max().unwrap_or(0));
+        self.most = self.most.max(all);
+        self.footprint += (all / self.heads.len().max(1)) as u64;
+        let width = self.group * self.head_dim;
+        for head in 0..self.heads.len() {
             let queries = &attention[head * self.group..(head + 1) * self.group];
-            for query in queries {
-                self.query(head, t, ids.len(), query);
+            let outputs = outputs[head * width..(head + 1) * width].chunks_exact(self.head_dim);
+            for (query, output) in queries.iter().zip(outputs) {
+                self.query(head, query, output);
             }
             self.recurrence(head, t, queries);
         }
     }
 
     /// Mass, recall, regret and output error of one query.
-    fn query(&mut self, head: usize, t: usize, held: usize, (weights, out): &(Vec<f32>, Vec<f32>)) {
+    fn query(&mut self, head: usize, (weights, out): &(Vec<f32>, Vec<f32>), output: &[f32]) {
         let (report, positions, sums) = &mut self.heads[head];
+        let (t, held) = (weights.len() - 1, positions.held);
         let share = 1.0 / self.group as f64;
         let d = self.head_dim;
         let (mut kept, mut lost) = (vec![0.0f64; d], vec![0.0f64; d]);
@@ -276,7 +291,8 @@ impl Observer {
             .iter()
             .map(|x| x / mass.max(f64::MIN_POSITIVE))
             .collect();
-        let error: Vec<f64> = full.iter().zip(&here).map(|(o, s)| o - s).collect();
+        let given = output.iter().map(|&x| f64::from(x));
+        let error: Vec<f64> = full.iter().zip(given).map(|(o, x)| o - x).collect();
         report.output_error += share * norm(&error) / size;
         report.lost_values += share * norm(&lost) / size;
         report.renormalisation += share * (1.0 - mass).max(0.0) * norm(&here) / size;
@@ -310,7 +326,13 @@ impl Observer {
         }
     }
 
-    pub(super) fn report(self, layer: usize, policy: Duration, state_bytes: usize) -> LayerReport {
+    /// The report; `occupied` are the bytes that a configured storage took at most.
+    pub(super) fn report(
+        self,
+        layer: usize,
+        policy: Duration,
+        occupied: Option<usize>,
+    ) -> LayerReport {
         let steps = self.steps.max(1) as f64;
         let heads: Vec<HeadReport> = self
             .heads
@@ -333,16 +355,16 @@ impl Observer {
                 report
             })
             .collect();
-        let bytes = |tokens: usize| tokens * heads.len() * self.head_dim * 2 * 2;
+        let bytes = |tokens: usize| tokens * self.head_dim * 2 * 2;
         LayerReport {
             layer,
             steps: self.steps,
             peak_tokens: self.peak,
             mean_tokens: self.footprint as f64 / steps,
             footprint: self.footprint,
-            kv_bytes: bytes(self.peak),
-            kv_bytes_full: bytes(self.tokens),
-            state_bytes,
+            kv_bytes: occupied.unwrap_or_else(|| bytes(self.most)),
+            kv_bytes_full: bytes(self.tokens * heads.len()),
+            state_bytes: self.state,
             policy_seconds: policy.as_secs_f64(),
             heads,
         }

@@ -1,31 +1,25 @@
 //! Open-loop replay: a policy runs on a recorded full-cache run, and what it would have lost is measured.
 //!
-//! Each recorded decode step's attention is recomputed, restricted to what the policy still holds and renormalised; the policy sees those
-//! weights and evicts. This is exact for one layer given the recorded hidden states; in a live model the loss would feed
+//! The recorded queries, keys and values of a layer run through a cache of the configuration, with its policy, storage, positions and budgets; beside it each decode step's
+//! attention is recomputed over all tokens. This is exact for one layer given the recorded hidden states; in a live model the loss would feed
 //! back, so the ranking is cheap here and decided there. The oracle sees the trace as its future.
 
 mod future;
 mod metrics;
-mod rows;
 
 pub use future::FutureAttention;
 pub use metrics::{AgeHistogram, HeadReport, LayerReport, Summary};
 
 use super::{LayerTrace, Trace};
-use crate::LayerShape;
-use crate::attention::{Reduce, WeightKind};
 use crate::error::{Error, Result};
 use crate::policy::oracle::Oracle;
-use crate::policy::{
-    CacheConfig, Clock, Evictor, Needs, Phase, Place, Plan, PolicyConfig, Seen, Threshold, quarter,
-};
-use crate::rotary::Rotary;
-use crate::store::Relocation;
+use crate::policy::{CacheConfig, Policy, PolicyConfig, Threshold, quarter};
+use crate::quantise::StorageConfig;
+use crate::{CacheSet, LayerShape};
+use candle_core::{Device, Tensor};
 use metrics::Observer;
 use rayon::prelude::*;
-use rows::TraceRows;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 use tensor_io::Progress;
 
 /// What is measured beside the losses themselves.
@@ -139,9 +133,16 @@ fn replay_layer(
         });
     }
     let run = |config: &CacheConfig| {
-        let evictor = build(config, data, trace.meta.scale, layer)?;
-        let rotary = config.rotary_of(layer);
-        Run::new(data, trace, (evictor, rotary), layer, *options).finish(progress)
+        let mut cache = build(config, data, trace.meta.scale, layer)?;
+        cache.measure_policies();
+        let run = Run {
+            data,
+            scale: trace.meta.scale,
+            cache,
+            observer: Observer::new(data, trace.meta.prompt_len, *options),
+        };
+        let stored = *config.storage_of(layer)? != StorageConfig::default();
+        run.finish(layer, trace.meta.prompt_len, stored, progress)
     };
     let oracle = match &config.decode {
         PolicyConfig::Oracle(oracle) if oracle.horizon.is_none() => oracle,
@@ -168,226 +169,97 @@ fn replay_layer(
     Ok(best.expect("four horizons were replayed"))
 }
 
+/// The cache that a layer of a trace runs through.
 fn build(
     config: &CacheConfig,
     data: &Arc<LayerTrace>,
     scale: f64,
     layer: usize,
-) -> Result<Evictor> {
-    let budget = config.layer_budget(layer)?;
-    let place = Place {
-        layer,
-        heads: data.kv_heads,
-        kv_heads: data.kv_heads,
-        group: data.query_heads / data.kv_heads.max(1),
-        head_dim: data.head_dim,
-        ..Place::default()
-    };
-    let policy = match &config.decode {
-        PolicyConfig::Oracle(oracle) => {
-            let window = oracle.window.unwrap_or_else(|| quarter(budget, 128));
-            let horizon = oracle.horizon.unwrap_or(window.saturating_mul(4));
-            let future = Arc::new(FutureAttention::new(data.clone(), scale));
-            config.combine(Box::new(Oracle::new(window, horizon, future)), budget)?
-        }
-        _ => config.build(budget)?,
-    };
+) -> Result<CacheSet> {
     let shape = LayerShape {
         query_heads: data.query_heads,
         kv_heads: data.kv_heads,
         head_dim: data.head_dim,
         sliding_window: None,
     };
-    policy.admits(layer, &shape)?;
-    match config.rotary_of(layer) {
-        Some(rotary) => rotary.check(data.head_dim)?,
-        None if policy.needs().rotary => {
-            return Err(Error::NeedUnavailable {
-                policy: policy.name().into(),
-                need: "the model's rotation (`rotary`)",
-                path: "this configuration",
-            });
+    let oracle = match &config.decode {
+        PolicyConfig::Oracle(oracle) => {
+            let budget = config.layer_budget(layer)?;
+            let window = oracle.window.unwrap_or_else(|| quarter(budget, 128));
+            let horizon = oracle.horizon.unwrap_or(window.saturating_mul(4));
+            let future = Arc::new(FutureAttention::new(data.clone(), scale));
+            Some(Oracle::new(window, horizon, future))
         }
-        None => {}
-    }
-    Evictor::new(policy, budget, place)
+        _ => None,
+    };
+    let policy = oracle.as_ref().map(|oracle| oracle as &dyn Policy);
+    CacheSet::replaying(layer, shape, config, policy)
 }
 
 /// The replay of one layer.
 struct Run<'a> {
     data: &'a LayerTrace,
     scale: f64,
-    prompt: usize,
-    layer: usize,
-    evictor: Evictor,
-    needs: Needs,
-    rows: TraceRows<'a>,
+    cache: CacheSet,
     observer: Observer,
-    policy_time: Duration,
-    peak_state: usize,
 }
 
-impl<'a> Run<'a> {
-    fn new(
-        data: &'a LayerTrace,
-        trace: &Trace,
-        (evictor, rotary): (Evictor, Option<&'a Rotary>),
+impl Run<'_> {
+    /// Replays all steps; `stored` says whether the configuration names what keys and values are stored as.
+    fn finish(
+        mut self,
         layer: usize,
-        options: ReplayOptions,
-    ) -> Self {
-        let needs = evictor.needs();
-        Self {
-            data,
-            scale: trace.meta.scale,
-            prompt: trace.meta.prompt_len,
-            layer,
-            evictor,
-            needs,
-            rows: TraceRows::new(data, trace.meta.scale, needs.queries, rotary),
-            observer: Observer::new(data, trace.meta.prompt_len, options),
-            policy_time: Duration::ZERO,
-            peak_state: 0,
-        }
-    }
-
-    fn finish(mut self, progress: &dyn Progress) -> Result<LayerReport> {
-        self.prefill()?;
-        for t in self.prompt..self.data.tokens {
-            self.step(t)?;
+        prompt: usize,
+        stored: bool,
+        progress: &dyn Progress,
+    ) -> Result<LayerReport> {
+        self.cache.begin_prompt(prompt)?;
+        self.attend(0, prompt)?;
+        for t in prompt..self.data.tokens {
+            self.cache.begin(1)?;
+            self.attend(t, 1)?;
             progress.advance(1)?;
         }
-        let Self {
-            layer,
-            observer,
-            policy_time,
-            peak_state,
-            ..
-        } = self;
-        Ok(observer.report(layer, policy_time, peak_state))
+        let occupied = stored.then(|| self.cache.peak_bytes());
+        let spent = self.cache.policy_time();
+        Ok(self.observer.report(layer, spent, occupied))
     }
 
-    fn prefill(&mut self) -> Result<()> {
-        let prompt = self.prompt as u32;
-        let clock = Clock {
-            next: prompt,
-            step: 0,
-            tokens: prompt,
-            prompt,
-            phase: Phase::Prefill,
-        };
-        self.rows.append(0, self.prompt);
-        self.evictor.append(&clock);
-        self.joined()?;
-        let wanted = self.needs.prefill;
-        for kind in wanted.iter() {
-            let (first, reduce) = match kind {
-                WeightKind::Columns => (0, Reduce::Sum),
-                WeightKind::Last(reduce) => (self.prompt - 1, reduce),
+    /// A step of `count` positions from `first` on; the first step is the prompt.
+    fn attend(&mut self, first: usize, count: usize) -> Result<()> {
+        let (data, scale, d) = (self.data, self.scale, self.data.head_dim);
+        let part = |numbers: &[f32], heads: usize| -> Result<Tensor> {
+            let head = |head: usize| {
+                let from = (head * data.tokens + first) * d;
+                &numbers[from..from + count * d]
             };
-            for head in 0..self.data.kv_heads {
-                let group = self.data.group();
-                let mut sum = vec![0.0; self.prompt];
-                for t in first..self.prompt {
-                    for query_head in head * group..(head + 1) * group {
-                        let (weights, _) = self.data.attention(query_head, t, self.scale)?;
-                        reduce.accumulate(&mut sum[..=t], &weights, group);
-                    }
-                }
-                let seen = Seen {
-                    kind,
-                    weights: &sum,
-                };
-                self.evictor.observe(head, seen, &clock)?;
-            }
-        }
-        self.evict(&clock)
-    }
-
-    fn step(&mut self, t: usize) -> Result<()> {
-        let clock = Clock {
-            next: t as u32 + 1,
-            step: (t - self.prompt + 1) as u32,
-            tokens: 1,
-            prompt: self.prompt as u32,
-            phase: Phase::Decode,
+            let step: Vec<f32> = (0..heads).flat_map(head).copied().collect();
+            Ok(Tensor::from_vec(step, (1, heads, count, d), &Device::Cpu)?)
         };
-        let started = Instant::now();
-        if let Some(plan) = self.evictor.plan_ahead(&self.rows, &clock)? {
-            self.apply(&plan, t)?;
+        let (q, k, v) = (
+            part(&data.q, data.query_heads)?,
+            part(&data.k, data.kv_heads)?,
+            part(&data.v, data.kv_heads)?,
+        );
+        let observer = &mut self.observer;
+        let joined = |cache: &CacheSet| {
+            observer.hold(|head| cache.positions(0, 0, head), first);
+            observer.state(cache.state_bytes());
+        };
+        let out = self
+            .cache
+            .attend_shown(0, [&q, &k, &v], scale.into(), joined)?;
+        if first > 0 {
+            let attention: Vec<(Vec<f32>, Vec<f32>)> = (0..data.query_heads)
+                .into_par_iter()
+                .map(|head| data.attention(head, first, scale))
+                .collect::<Result<_>>()?;
+            let out = out.flatten_all()?.to_vec1::<f32>()?;
+            self.observer.step(first, &attention, &out);
         }
-        self.rows.append(t, 1);
-        self.evictor.append(&clock);
-        self.joined()?;
-        self.policy_time += started.elapsed();
-
-        let (data, scale) = (self.data, self.scale);
-        let attention: Vec<(Vec<f32>, Vec<f32>)> = (0..data.query_heads)
-            .into_par_iter()
-            .map(|head| data.attention(head, t, scale))
-            .collect::<Result<_>>()?;
-        self.observer.step(t, &self.rows, &attention);
-        let group = data.group();
-        for kind in self.needs.decode.iter() {
-            let reduce = match kind {
-                // With one query per step the column sums are its weights, summed over the group.
-                WeightKind::Columns => Reduce::Sum,
-                WeightKind::Last(reduce) => reduce,
-            };
-            for head in 0..data.kv_heads {
-                let ids = self.rows.ids_of(head);
-                let mut sum = vec![0.0; ids.len()];
-                for (weights, _) in &attention[head * group..(head + 1) * group] {
-                    let held: Vec<f32> = ids.iter().map(|&id| weights[id as usize]).collect();
-                    let mass: f32 = held.iter().sum();
-                    let renormalised: Vec<f32> = held
-                        .iter()
-                        .map(|w| w / mass.max(f32::MIN_POSITIVE))
-                        .collect();
-                    reduce.accumulate(&mut sum, &renormalised, group);
-                }
-                let started = Instant::now();
-                let seen = Seen {
-                    kind,
-                    weights: &sum,
-                };
-                self.evictor.observe(head, seen, &clock)?;
-                self.policy_time += started.elapsed();
-            }
-        }
-        self.evict(&clock)
-    }
-
-    fn joined(&mut self) -> Result<()> {
-        if self.needs.new_values {
-            self.evictor.joined(&self.rows)?;
-        }
-        Ok(())
-    }
-
-    fn evict(&mut self, clock: &Clock) -> Result<()> {
-        self.peak_state = self.peak_state.max(self.evictor.state_bytes());
-        let started = Instant::now();
-        let plan = self.evictor.plan(&self.rows, clock)?;
-        self.policy_time += started.elapsed();
-        match plan {
-            Some(plan) => self.apply(&plan, clock.next as usize),
-            None => Ok(()),
-        }
-    }
-
-    fn apply(&mut self, plan: &Plan, now: usize) -> Result<()> {
-        let len = self.rows.ids_of(0).len();
-        plan.check(len)?;
-        for (head, evict) in plan.evict.iter().enumerate() {
-            let moves = Relocation::compact(evict, len);
-            let ids = self.rows.ids_of(head);
-            self.observer
-                .evicted(head, evict.iter().map(|&slot| ids[slot as usize]), now);
-            self.rows.relocate(head, &moves);
-            let started = Instant::now();
-            self.evictor.relocate(head, &moves);
-            self.policy_time += started.elapsed();
-        }
+        let cache = &self.cache;
+        self.observer
+            .hold(|head| cache.positions(0, 0, head), first + count);
         Ok(())
     }
 }

@@ -1,37 +1,38 @@
 //! Questions about long contexts, put to a chat model whose cache is evicted, quantised or both.
 //!
-//! A context is read by the model once, with the full cache; its queries, keys and values then fill the cache of every cell, which is exact, because a policy evicts
-//! when the prompt has been read. Fed in steps, each cell reads the context itself, under eviction. Questions are put one at a time to a copy of the cache.
+//! A context is read by the model once, through the full cache that all are compared with; its queries, keys and values then fill the cache of every cell. For that full cache this
+//! is what reading itself would give, for the others too as far as they attend to a prompt as it does: policies evict when the prompt has been read. Fed in steps, each cell reads
+//! the context itself, under eviction. Questions are put one at a time to a copy of the cache.
 
+mod outcome;
+mod saved;
 mod table;
 
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, ensure};
-use candle_core::{Device, Tensor};
 use causal_lm::{CacheSet, Model, TextTokenizer};
 use clap::ValueEnum;
-use eval_report::{Budget, Section, Stopwatch, format};
+use eval_report::{Budget, Section, Stopwatch};
 use kv_lazy::CacheConfig;
-use kv_lazy::policy::tri_attention::QueryStatistics;
-use kv_lazy::trace::{Recorder, Trace, TraceMeta};
-use lm_eval::long_context::{Answer, Example, Questions, example};
+use kv_lazy::trace::Recorded;
+use lm_eval::long_context::{Example, Questions, example};
 
-use super::Config;
 use super::policy::{self, Choice};
+use super::{Config, recording};
+use crate::bar::Bar;
 use crate::model;
 use crate::settings::Settings;
 use crate::suites::perplexity::file_name;
-use table::{Cell, NOTHING, Outcome, Task};
+use outcome::{Answered, Outcome};
+use table::{Cell, NOTHING, Task};
 
 /// Contexts of each seed where --samples does not say.
 const CONTEXTS: usize = 16;
-/// Tokens of the calibration text.
-const CALIBRATION: usize = 1024;
-/// Fewest of them that are enough for statistics.
-const FEWEST: usize = 512;
 /// Tokens of a decode step up to which policies see the weights of each of its queries.
 const STEP: usize = 16;
+/// Storage of the full cache that is measured beside every policy.
+const CONTROLS: [&str; 3] = ["int8", "k8v4", "int4"];
 
 /// How contexts are read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -62,8 +63,25 @@ pub struct LongContext {
     pub lengths: Vec<usize>,
     /// How they are read.
     pub feed: Feed,
-    /// Text that query statistics are taken from.
-    pub calibration: Option<PathBuf>,
+    /// Folder for the tokens of contexts and questions.
+    pub save: Option<PathBuf>,
+}
+
+/// All contexts of one kind and length, in the order of their numbers.
+struct Asked {
+    kind: Questions,
+    length: usize,
+    examples: Vec<Numbered>,
+}
+
+/// A context and what it follows from.
+struct Numbered {
+    /// Among all seeds' contexts.
+    number: usize,
+    seed: u64,
+    /// Among the seed's contexts.
+    index: u64,
+    example: Example,
 }
 
 /// Ask all questions at all lengths, one section each, and a summary for each length.
@@ -76,187 +94,247 @@ pub(crate) fn run(
         settings.window.is_none(),
         "--window: the lengths of --task long-context are those of --context"
     );
-    if let Some(text) = &task.calibration {
-        ensure!(
-            config.policies.iter().any(Choice::takes_calibration),
-            "--calib {}: none of the policies takes statistics of queries",
-            text.display()
-        );
-    }
+    config.check_calibration()?;
     let checkpoint = settings.weights.open(&task.model)?;
     let decoder = model::decoder(settings, &checkpoint)?;
     let tokenizer = TextTokenizer::open(&task.model)?;
-    let model = Model::load(&decoder)?;
     let reach = decoder.config().max_positions;
-    for &length in &task.lengths {
-        ensure!(
-            length + 64 <= reach,
-            "--context {length}: the model was made for {reach} positions, questions and answers included"
-        );
-        policy::check(&model, &config.policies, &config.budgets, length)?;
+    // All of them before the model is loaded, so that a length that is too short or too long is found before anything is measured.
+    let asked = asked(settings, config, task, &tokenizer, reach)?;
+    if let Some(dir) = &task.save {
+        saved::write(dir, &asked)?;
     }
-    let mut config = config.clone();
-    let mut statistics_of = "the sequence's own".to_string();
-    if let Some(text) = &task.calibration {
-        let (statistics, tokens) = calibrate(&model, &tokenizer, text)?;
-        statistics_of = format!("{tokens} tokens of {}", file_name(text));
-        let policies = config.policies.into_iter();
-        config.policies = policies
-            .map(|choice| choice.calibrated(&statistics))
-            .collect();
+    let model = Model::load(&decoder)?;
+    let (mut config, statistics) = config.calibrated(&model, &task.model)?;
+    let refused = add_controls(&mut config, &model)?;
+    for &length in &task.lengths {
+        policy::check(&model, &config.policies, &config.budgets, length)?;
     }
     let run = Run {
         settings,
         config: &config,
         model: &model,
-        tokenizer: &tokenizer,
         feed: task.feed,
-        contexts: settings.samples.unwrap_or(CONTEXTS),
     };
+    let mut tasks = Vec::with_capacity(asked.len());
+    for asked in &asked {
+        tasks.extend(run.task(asked)?);
+    }
+    if settings.is_part() {
+        return Ok(Vec::new());
+    }
+    let contexts = settings.samples.unwrap_or(CONTEXTS);
     let mut sections = Vec::new();
-    for &length in &task.lengths {
+    for (tasks, &length) in tasks.chunks(task.questions.len()).zip(&task.lengths) {
         let facts = |section: Section| {
+            let section = match refused.is_empty() {
+                true => section,
+                false => section.fact(
+                    "full caches not run, because the heads do not admit them",
+                    refused.join(", "),
+                ),
+            };
             section
                 .fact("model", file_name(&task.model))
                 .fact(
                     "contexts",
                     format!(
-                        "{} for each of {} seeds from {}",
-                        run.contexts, config.seeds, settings.seed
+                        "{contexts} for each of {} seeds from {}",
+                        config.seeds, settings.seed
                     ),
                 )
                 .fact("contexts are", task.feed.label())
                 .fact("full cache stored as", config.stored(decoder.dtype()))
                 .fact("prompt", config.prompt_rule.label())
                 .fact("question seen while evicting", "no")
-                .fact("query statistics", statistics_of.as_str())
+                .fact("query statistics", statistics.as_str())
         };
-        sections.extend(settings.whole(&format!("context of {length}"), || {
-            let tasks = task.questions.iter().map(|&kind| run.task(kind, length));
-            let tasks = tasks.collect::<Result<Vec<_>>>()?;
-            let summary = table::summary(&tasks, length, settings.seed);
-            let tables = tasks
-                .iter()
-                .map(|task| table::section(task, length, settings.seed));
-            Ok([summary].into_iter().chain(tables).map(facts).collect())
-        })?);
+        let summary = table::summary(tasks, length, settings.seed);
+        let tables = (tasks.iter()).map(|task| table::section(task, length, settings.seed));
+        sections.extend([summary].into_iter().chain(tables).map(facts));
     }
     Ok(sections)
 }
 
-/// Statistics of the model's queries on the beginning of a text, and of how many tokens.
-fn calibrate(
-    model: &Model<'_>,
+/// The contexts of all lengths and kinds, checked against the model's reach.
+fn asked(
+    settings: &Settings,
+    config: &Config,
+    task: &LongContext,
     tokenizer: &TextTokenizer,
-    text: &std::path::Path,
-) -> Result<(QueryStatistics, usize)> {
-    let mut tokens = tokenizer.encode_file(text).context("--calib")?;
-    tokens.truncate(CALIBRATION);
-    ensure!(
-        tokens.len() >= FEWEST,
-        "--calib {}: {}, where statistics of queries need {FEWEST}",
-        text.display(),
-        format::counted(tokens.len(), "token")
-    );
-    let trace = record(model, &tokens)?;
-    let rotary = policy::rotary(model.decoder().config());
-    let of = |layer: usize| rotary.get(layer).and_then(Option::as_ref);
-    Ok((kv_lazy::calibrate::queries(&[trace], of)?, tokens.len()))
+    reach: usize,
+) -> Result<Vec<Asked>> {
+    let contexts = settings.samples.unwrap_or(CONTEXTS);
+    let mut all = Vec::new();
+    for &length in &task.lengths {
+        for &kind in &task.questions {
+            let one = |number: usize| {
+                let seed = settings.seed + (number / contexts) as u64;
+                let index = (number % contexts) as u64;
+                Ok(Numbered {
+                    number,
+                    seed,
+                    index,
+                    example: example(kind, tokenizer, length, seed, index)?,
+                })
+            };
+            let examples = (0..config.seeds * contexts).map(one);
+            let examples: Vec<Numbered> = examples
+                .collect::<lm_eval::Result<_>>()
+                .with_context(|| format!("--context {length}"))?;
+            let longest = |one: &Numbered| {
+                let asked = one.example.questions.iter().map(|q| q.tokens.len()).max();
+                one.example.context.len() + asked.unwrap_or(0)
+            };
+            let longest = examples.iter().map(longest).max().unwrap_or(0);
+            ensure!(
+                longest <= reach,
+                "--context {length}: the model was made for {reach} positions, questions and answers of {} included make {longest}",
+                kind.name()
+            );
+            all.push(Asked {
+                kind,
+                length,
+                examples,
+            });
+        }
+    }
+    Ok(all)
 }
 
-/// Queries, keys and values of a text under the full cache.
-fn record(model: &Model<'_>, tokens: &[u32]) -> Result<Trace> {
-    let mut cache = model.full_cache(1)?;
-    cache.record(Recorder::new())?;
-    model.forward(&[tokens], &mut cache)?;
-    let recorder = cache.take_recorder().context("a recording was begun")?;
-    Ok(recorder.into_trace(TraceMeta::new("", tokens.len(), 1.0), tokens.to_vec())?)
+/// Adds the full cache in integers, where it is not measured anyway, before the policies; returns those that the model's heads do not admit.
+fn add_controls(config: &mut Config, model: &Model<'_>) -> Result<Vec<&'static str>> {
+    let (mut controls, mut refused) = (Vec::new(), Vec::new());
+    for preset in CONTROLS {
+        let control = Choice::full().stored_as(preset, false)?;
+        let measured = (config.policies.iter().chain([&config.full]))
+            .any(|choice| choice.name == control.name || choice.stores_all_as(&control));
+        if measured {
+            continue;
+        }
+        match policy::caches(model, Some(&control.cache(1, 0)), 0, 1) {
+            Ok(_) => controls.push(control),
+            Err(_) => refused.push(preset),
+        }
+    }
+    config.policies.splice(0..0, controls);
+    Ok(refused)
 }
 
-/// One layer's queries, keys and values of a context.
-struct Filling {
-    layer: usize,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-}
-
-/// What all tasks share.
+/// What all contexts share.
 struct Run<'a> {
     settings: &'a Settings,
     config: &'a Config,
     model: &'a Model<'a>,
-    tokenizer: &'a TextTokenizer,
     feed: Feed,
-    contexts: usize,
 }
 
+/// The rows of a context: the full cache's first.
+type Rows<'a> = Vec<(&'a Choice, Option<Budget>)>;
+
 impl Run<'_> {
-    /// All cells on all contexts of one kind and length.
-    fn task(&self, kind: Questions, length: usize) -> Result<Task> {
-        let config = self.config;
-        let full = [(&config.full, None)];
-        let choices: Vec<(&Choice, Option<Budget>)> =
-            full.into_iter().chain(config.cells()).collect();
-        let mut cells = Vec::with_capacity(choices.len() + 1);
-        cells.push(Cell::new(NOTHING, None, "never"));
-        let mut tokens = Vec::with_capacity(choices.len());
-        for &(choice, budget) in &choices {
-            cells.push(Cell::of(choice, budget));
-            let fit = config.tokens(choice, budget, length, self.model);
-            tokens.push(fit.with_context(|| choice.flags(budget))?);
-        }
-        let count = config.seeds * self.contexts;
-        let bar = self.settings.bar(kind.name(), (count * cells.len()) as u64);
-        for index in 0..count {
-            let seed = self.settings.seed + (index / self.contexts) as u64;
-            let number = (index % self.contexts) as u64;
-            let example = example(kind, self.tokenizer, length, seed, number)?;
-            let mut nothing = self.model.full_cache(1)?;
-            self.model.forward(&[&example.context[..1]], &mut nothing)?;
-            cells[0].push(self.ask(&mut nothing, &example)?);
-            bar.inc(1);
-            let filling = match self.feed {
-                Feed::Whole => fill_with(record(self.model, &example.context)?)?,
-                Feed::Steps => (Vec::new(), 1.0),
-            };
-            for (cell, (&(choice, budget), &tokens)) in
-                cells[1..].iter_mut().zip(choices.iter().zip(&tokens))
-            {
-                bar.set_label(format!("{} {}", kind.name(), choice.flags(budget)));
-                let watch = Stopwatch::start();
-                let cache = choice.cache(tokens, seed);
-                let mut cache = self
-                    .read(&cache, index, &example, &filling)
-                    .with_context(|| choice.flags(budget))?;
-                cell.push(self.ask(&mut cache, &example)?);
-                cell.took(watch);
-                bar.inc(1);
+    /// All rows on all contexts of one kind and length; none where other processes measure some of them.
+    fn task(&self, asked: &Asked) -> Result<Option<Task>> {
+        let (config, name) = (self.config, asked.kind.name());
+        let rows: Rows<'_> = [(&config.full, None)]
+            .into_iter()
+            .chain(config.cells())
+            .collect();
+        let tokens = |(choice, budget): &(&Choice, Option<Budget>)| {
+            let fit = config.tokens(choice, *budget, asked.length, self.model);
+            fit.with_context(|| choice.flags(*budget))
+        };
+        let tokens: Vec<usize> = rows.iter().map(tokens).collect::<Result<_>>()?;
+        let mut cells = vec![Cell::new(NOTHING, None, "never")];
+        cells.extend(
+            rows.iter()
+                .map(|&(choice, budget)| Cell::of(choice, budget)),
+        );
+        let count = asked.examples.len();
+        let bar = self.settings.bar(name, (count * cells.len()) as u64);
+        let mut whole = true;
+        for one in &asked.examples {
+            let cell = format!("context of {}: {name} {}", asked.length, one.number);
+            let answered = self
+                .settings
+                .cells
+                .get(&cell, || self.context(asked, one, (&rows, &tokens), &bar))?;
+            match answered {
+                Some(answered) => {
+                    for (cell, answered) in cells.iter_mut().zip(answered) {
+                        cell.push(answered);
+                    }
+                }
+                None => whole = false,
             }
         }
         bar.finish();
-        Ok(Task { kind, cells })
+        Ok(whole.then_some(Task {
+            kind: asked.kind,
+            cells,
+        }))
+    }
+
+    /// What all rows answer about one context; the first token alone before them.
+    fn context(
+        &self,
+        asked: &Asked,
+        one: &Numbered,
+        (rows, tokens): (&Rows<'_>, &[usize]),
+        bar: &Bar,
+    ) -> Result<Vec<Answered>> {
+        let example = &one.example;
+        let watch = Stopwatch::start();
+        let mut nothing = self.model.full_cache(1)?;
+        self.model.forward(&[&example.context[..1]], &mut nothing)?;
+        let mut all = vec![Answered::new(self.ask(&mut nothing, example)?, watch)];
+        bar.inc(1);
+        let filling = match self.feed {
+            Feed::Whole => self.filling(asked.length, one)?,
+            Feed::Steps => Vec::new(),
+        };
+        for (&(choice, budget), &tokens) in rows.iter().zip(tokens) {
+            bar.set_label(format!("{} {}", asked.kind.name(), choice.flags(budget)));
+            let watch = Stopwatch::start();
+            let cache = choice.cache(tokens, one.seed);
+            let mut cache = self
+                .read(&cache, one, &filling)
+                .with_context(|| choice.flags(budget))?;
+            all.push(Answered::new(self.ask(&mut cache, example)?, watch));
+            bar.inc(1);
+        }
+        Ok(all)
+    }
+
+    /// What the caches of a context are given, as the full cache computes it in its own storage.
+    fn filling(&self, length: usize, one: &Numbered) -> Result<Vec<Recorded>> {
+        let full = self.config.full.cache(length, one.seed);
+        let cache = policy::caches(self.model, Some(&full), one.number, 1)?;
+        let recorder = recording::record(self.model, cache, &one.example.context)?;
+        let device = self.model.decoder().device();
+        let mut layers = recorder.into_layers()?;
+        for Recorded { q, k, v, .. } in &mut layers {
+            for tensor in [q, k, v] {
+                *tensor = tensor.to_device(device)?;
+            }
+        }
+        Ok(layers)
     }
 
     /// A cache that has read a context.
-    fn read(
-        &self,
-        config: &CacheConfig,
-        index: usize,
-        example: &Example,
-        (filling, scale): &(Vec<Filling>, f64),
-    ) -> Result<CacheSet> {
-        let mut cache = policy::caches(self.model, Some(config), index, 1)?;
+    fn read(&self, config: &CacheConfig, one: &Numbered, filling: &[Recorded]) -> Result<CacheSet> {
+        let context = &one.example.context;
+        let mut cache = policy::caches(self.model, Some(config), one.number, 1)?;
         match self.feed {
             Feed::Whole => {
-                cache.begin(example.context.len())?;
-                for Filling { layer, q, k, v } in filling {
-                    cache.feed(*layer, q, k, v, *scale)?;
+                cache.begin(context.len())?;
+                for given in filling {
+                    cache.feed(given.layer, &given.q, &given.k, &given.v, given.scores)?;
                 }
                 cache.end()?;
             }
             Feed::Steps => {
-                let (first, rest) = example.context.split_at(2.min(example.context.len()));
+                let (first, rest) = context.split_at(2.min(context.len()));
                 // From the second token on it is generation.
                 for step in first.chunks(1).chain(rest.chunks(STEP)) {
                     self.model.forward(&[step], &mut cache)?;
@@ -275,30 +353,10 @@ impl Run<'_> {
             let logits = self
                 .model
                 .forward_all(&[&tokens[..tokens.len() - 1]], cache)?;
-            let answer: Answer = question.score(&logits.squeeze(0)?)?;
-            outcome.exact += answer.exact / example.questions.len() as f64;
-            outcome.nats += answer.nats;
-            outcome.tokens += answer.tokens;
+            let answer = question.score(&logits.squeeze(0)?)?;
+            outcome.answered(&answer, example.questions.len());
             cache.restore(&held)?;
         }
         Ok(outcome)
     }
-}
-
-/// A context's tensors, layer by layer, and the factor on q·k.
-fn fill_with(trace: Trace) -> Result<(Vec<Filling>, f64)> {
-    let scale = trace.meta.scale;
-    let filling = trace.layers.into_iter().map(|(layer, data)| {
-        let tensor = |numbers: &[f32], heads| {
-            let shape = (1, heads, data.tokens, data.head_dim);
-            Tensor::from_slice(numbers, shape, &Device::Cpu)
-        };
-        Ok(Filling {
-            layer,
-            q: tensor(&data.q, data.query_heads)?,
-            k: tensor(&data.k, data.kv_heads)?,
-            v: tensor(&data.v, data.kv_heads)?,
-        })
-    });
-    Ok((filling.collect::<Result<_>>()?, scale))
 }

@@ -1,9 +1,7 @@
 //! Rows, intervals and words of the long-context task.
 
-use causal_lm::CacheSet;
 use eval_report::{
-    Axis, Budget, Column, Plot, Reference, Role, Row, Section, Series, Spread, SpreadOver,
-    Stopwatch, format,
+    Axis, Budget, Column, Plot, Reference, Role, Row, Section, Series, Spread, SpreadOver, format,
 };
 use lm_eval::long_context::Questions;
 use serde_json::json;
@@ -11,6 +9,7 @@ use serde_json::json;
 use super::super::bootstrap;
 use super::super::policy::Choice;
 use super::super::rows::{FULL, SUITE};
+use super::outcome::{Answered, Outcome};
 
 /// The control that keeps the first token alone.
 pub(super) const NOTHING: &str = "first token";
@@ -22,42 +21,8 @@ const ADMITTED_EXACT: (f64, f64) = (0.25, 2.0);
 
 /// Share of the full cache's bytes from which a row counts as having evicted nothing.
 const UNEVICTED: f64 = 0.95;
-
-/// The questions of one context.
-#[derive(Debug, Clone, Copy, Default)]
-pub(super) struct Outcome {
-    pub(super) exact: f64,
-    pub(super) nats: f64,
-    pub(super) tokens: usize,
-    context: usize,
-    kv_bytes: usize,
-    peak_bytes: usize,
-    state_bytes: usize,
-    position_bytes: usize,
-    held: usize,
-}
-
-impl Outcome {
-    /// What a cache holds after a context.
-    pub(super) fn of(cache: &CacheSet, context: usize) -> Self {
-        let layers = cache.shapes().len();
-        let held = (0..layers).map(|layer| cache.physical_len(layer)).max();
-        Self {
-            context,
-            kv_bytes: cache.bytes(),
-            peak_bytes: cache.peak_bytes(),
-            state_bytes: cache.state_bytes(),
-            position_bytes: cache.position_bytes(),
-            held: held.unwrap_or(0),
-            ..Self::default()
-        }
-    }
-
-    /// Everything that stays in memory.
-    fn bytes(&self) -> usize {
-        self.kv_bytes + self.state_bytes + self.position_bytes
-    }
-}
+/// Rows that a sentence names.
+const NAMED: usize = 5;
 
 /// A policy, storage and budget on all contexts.
 pub(super) struct Cell {
@@ -66,7 +31,8 @@ pub(super) struct Cell {
     evicts: &'static str,
     control: bool,
     outcomes: Vec<Outcome>,
-    timed: Row,
+    seconds: f64,
+    peak_rss_bytes: Option<u64>,
 }
 
 impl Cell {
@@ -77,7 +43,8 @@ impl Cell {
             evicts,
             control: false,
             outcomes: Vec::new(),
-            timed: Row::default(),
+            seconds: 0.0,
+            peak_rss_bytes: None,
         }
     }
 
@@ -88,15 +55,11 @@ impl Cell {
         }
     }
 
-    pub(super) fn push(&mut self, outcome: Outcome) {
-        self.outcomes.push(outcome);
-    }
-
-    /// Adds the time that a context took.
-    pub(super) fn took(&mut self, watch: Stopwatch) {
-        let seconds = self.timed.seconds;
-        watch.stop(&mut self.timed);
-        self.timed.seconds += seconds;
+    /// Adds what a context was answered like.
+    pub(super) fn push(&mut self, answered: Answered) {
+        self.outcomes.push(answered.outcome);
+        self.seconds += answered.seconds;
+        self.peak_rss_bytes = self.peak_rss_bytes.max(answered.peak_rss_bytes);
     }
 
     fn mean(&self, of: impl Fn(&Outcome) -> usize) -> u64 {
@@ -107,6 +70,13 @@ impl Cell {
     fn exact(&self, drawn: &[usize]) -> f64 {
         let sum: f64 = drawn.iter().map(|&i| self.outcomes[i].exact).sum();
         sum / drawn.len().max(1) as f64
+    }
+
+    /// Share of answers chosen among the candidates; none where there are none.
+    fn choice(&self) -> Option<f64> {
+        let chosen: Option<Vec<f64>> = self.outcomes.iter().map(|o| o.choice).collect();
+        let chosen = chosen.filter(|chosen| !chosen.is_empty())?;
+        Some(chosen.iter().sum::<f64>() / chosen.len() as f64)
     }
 
     /// Nats a token.
@@ -144,6 +114,13 @@ impl Task {
             && full.exact(&all) >= least.max(times * nothing.exact(&all))
     }
 
+    /// The place of another cell's control.
+    fn control_of(&self, at: usize) -> Option<usize> {
+        let own = self.control(&self.cells[at])?;
+        let place = self.cells.iter().position(|cell| std::ptr::eq(cell, own));
+        place.filter(|&place| place != at)
+    }
+
     /// The control of a cell: random eviction at its budget in the same storage, or in the first.
     fn control(&self, cell: &Cell) -> Option<&Cell> {
         let storage = |cell: &Cell| cell.name.split_once('+').map(|(_, s)| s.to_owned());
@@ -169,47 +146,62 @@ impl Task {
                 kv_bytes: Some(cell.mean(|o| o.kv_bytes)),
                 kv_bytes_full: Some(full.mean(|o| o.kv_bytes)),
                 state_bytes: Some(cell.mean(|o| o.state_bytes)),
-                seconds: cell.timed.seconds,
-                peak_rss_bytes: cell.timed.peak_rss_bytes,
+                seconds: cell.seconds,
+                peak_rss_bytes: cell.peak_rss_bytes,
                 ..Row::new(SUITE, &cell.name)
             };
-            row.role = match cell.name.as_str() {
-                FULL => Role::Reference,
-                NOTHING => Role::Control,
-                _ if cell.control => Role::Control,
-                _ => Role::Method,
-            };
-            let (low, high) = bootstrap::interval(count, seed, |drawn| cell.exact(drawn));
+            row.role = role(cell);
+            let exact = bootstrap::interval(count, seed, |drawn| cell.exact(drawn));
             let recovery = |drawn: &[usize]| self.recovery(cell, drawn);
-            let (least, most) = bootstrap::interval(count, seed, recovery);
+            let interval = bootstrap::interval(count, seed, recovery);
             let extra = &mut row.extra;
             extra.insert("evicts".into(), json!(cell.evicts));
-            extra.insert("exact_low".into(), json!(low));
-            extra.insert("exact_high".into(), json!(high));
             extra.insert("recovery".into(), json!(recovery(&all)));
-            extra.insert("recovery_low".into(), json!(least));
-            extra.insert("recovery_high".into(), json!(most));
+            if let Some(choice) = cell.choice() {
+                extra.insert("choice".into(), json!(choice));
+            }
             let share = cell.mean(|o| o.bytes()) as f64 / full_bytes;
             extra.insert("bytes_over_full".into(), json!(share));
-            extra.insert("kv_bytes_peak".into(), json!(cell.mean(|o| o.peak_bytes)));
+            let peak = cell.mean(|o| o.peak_bytes);
+            extra.insert("kv_bytes_peak".into(), json!(peak));
+            let peak_share = peak as f64 / full.mean(|o| o.peak_bytes).max(1) as f64;
+            extra.insert("peak_over_full".into(), json!(peak_share));
             extra.insert("tokens_held".into(), json!(cell.mean(|o| o.held)));
+            bootstrap::note(&mut row, "exact", exact);
+            bootstrap::note(&mut row, "recovery", interval);
             if let Some(control) = self.control(cell).filter(|c| c.name != cell.name) {
                 let gain =
                     |drawn: &[usize]| self.recovery(cell, drawn) - self.recovery(control, drawn);
-                let (low, high) = bootstrap::interval(count, seed, gain);
-                extra.insert("over_random_low".into(), json!(low));
-                extra.insert("over_random_high".into(), json!(high));
+                let interval = bootstrap::interval(count, seed, gain);
+                bootstrap::note(&mut row, "over_random", interval);
             }
-            let spread = Spread {
-                runs: count,
-                min: least,
-                max: most,
-                over: SpreadOver::default(),
-            };
-            row.spread.insert("recovery".into(), spread);
+            spread(&mut row, count, interval);
             row
         };
         self.cells.iter().map(row).collect()
+    }
+}
+
+fn role(cell: &Cell) -> Role {
+    match cell.name.as_str() {
+        FULL => Role::Reference,
+        NOTHING => Role::Control,
+        _ if cell.control => Role::Control,
+        _ => Role::Method,
+    }
+}
+
+/// Notes an interval of recovery where plots look for it.
+fn spread(row: &mut Row, runs: usize, interval: Option<(f64, f64)>) {
+    if let Some((min, max)) = interval {
+        let over = SpreadOver::default();
+        let spread = Spread {
+            runs,
+            min,
+            max,
+            over,
+        };
+        row.spread.insert("recovery".into(), spread);
     }
 }
 
@@ -266,6 +258,7 @@ pub(super) fn section(task: &Task, length: usize, seed: u64) -> Section {
             Column::Accuracy,
             Column::Extra("exact_low".into()),
             Column::Extra("exact_high".into()),
+            Column::Extra("choice".into()),
             Column::Nll,
             Column::Extra("recovery".into()),
             Column::Extra("recovery_low".into()),
@@ -273,6 +266,7 @@ pub(super) fn section(task: &Task, length: usize, seed: u64) -> Section {
             Column::Extra("over_random_low".into()),
             Column::Extra("over_random_high".into()),
             Column::ExtraShare("bytes_over_full".into()),
+            Column::ExtraShare("peak_over_full".into()),
             Column::KvBytes,
             Column::StateBytes,
             Column::Extra("tokens_held".into()),
@@ -296,6 +290,14 @@ pub(super) fn summary(tasks: &[Task], length: usize, seed: u64) -> Section {
     let cells = admitted.first().map_or(0, |task| task.cells.len());
     let share = 1.0 / admitted.len().max(1) as f64;
     let all: Vec<usize> = (0..count).collect();
+    // What the row `a` recovers beyond the row `b` on the same contexts.
+    let gain = |a: usize, b: usize, drawn: &[usize]| -> f64 {
+        let of = |task: &&Task| {
+            let [a, b] = [a, b].map(|at| task.recovery(&task.cells[at], drawn));
+            share * (a - b)
+        };
+        admitted.iter().map(of).sum()
+    };
     let rows: Vec<Row> = (0..cells)
         .map(|at| {
             let own = |of: &dyn Fn(&Task, &Cell) -> f64| -> f64 {
@@ -321,37 +323,34 @@ pub(super) fn summary(tasks: &[Task], length: usize, seed: u64) -> Section {
                 ),
                 ..Row::new(SUITE, &cell.name)
             };
-            row.role = match cell.name.as_str() {
-                FULL => Role::Reference,
-                NOTHING => Role::Control,
-                _ if cell.control => Role::Control,
-                _ => Role::Method,
-            };
-            let (low, high) = bootstrap::interval(count, seed, recovery);
+            row.role = role(cell);
+            let interval = bootstrap::interval(count, seed, recovery);
             row.extra.insert("evicts".into(), json!(cell.evicts));
             row.extra.insert("recovery".into(), json!(recovery(&all)));
-            row.extra.insert("recovery_low".into(), json!(low));
-            row.extra.insert("recovery_high".into(), json!(high));
             row.extra.insert("bytes_over_full".into(), json!(bytes));
-            let spread = Spread {
-                runs: count,
-                min: low,
-                max: high,
-                over: SpreadOver::default(),
-            };
-            row.spread.insert("recovery".into(), spread);
+            bootstrap::note(&mut row, "recovery", interval);
+            if let Some(control) = admitted[0].control_of(at) {
+                let gain = bootstrap::interval(count, seed, |drawn| gain(at, control, drawn));
+                bootstrap::note(&mut row, "over_random", gain);
+            }
+            spread(&mut row, count, interval);
             row
         })
         .collect();
-    let best: Vec<String> = ranking(&rows);
+    let apart = |a: usize, b: usize| {
+        let interval = bootstrap::interval(count, seed, |drawn| gain(a, b, drawn));
+        interval.map(|(low, _)| low > 0.0)
+    };
+    let best: Vec<String> = ranking(&rows, apart);
     let names: Vec<&str> = admitted.iter().map(|task| task.kind.name()).collect();
     let prose = format!(
-        "Means over {}. {} {}",
+        "Means over {}.{} {} {}",
         if names.is_empty() {
             "no task".to_owned()
         } else {
             names.join(", ")
         },
+        few(count),
         if refused.is_empty() {
             "All tasks were admitted.".to_owned()
         } else {
@@ -373,6 +372,8 @@ pub(super) fn summary(tasks: &[Task], length: usize, seed: u64) -> Section {
             Column::Extra("recovery".into()),
             Column::Extra("recovery_low".into()),
             Column::Extra("recovery_high".into()),
+            Column::Extra("over_random_low".into()),
+            Column::Extra("over_random_high".into()),
             Column::Accuracy,
         ],
         plots: vec![plot("Recovery, mean over tasks", &rows)],
@@ -381,8 +382,18 @@ pub(super) fn summary(tasks: &[Task], length: usize, seed: u64) -> Section {
     }
 }
 
-/// The best method at each budget, in a sentence.
-fn ranking(rows: &[Row]) -> Vec<String> {
+/// What has to be said of intervals over few contexts.
+fn few(contexts: usize) -> String {
+    match contexts {
+        0 | 1 => " One context has no interval.".into(),
+        2..=9 => format!(" Intervals over {contexts} contexts are rough."),
+        _ => String::new(),
+    }
+}
+
+/// What recovers most at each budget, in a sentence: several where the differences between them may be chance. `apart` says whether one row recovers more than another on
+/// the same contexts, beyond chance; none where one context cannot tell.
+fn ranking(rows: &[Row], apart: impl Fn(usize, usize) -> Option<bool>) -> Vec<String> {
     let mut budgets: Vec<Option<Budget>> = Vec::new();
     for row in rows.iter().filter(|row| row.budget.is_some()) {
         if !budgets.contains(&row.budget) {
@@ -390,39 +401,197 @@ fn ranking(rows: &[Row]) -> Vec<String> {
         }
     }
     // What has not evicted, as policies that leave a prompt alone, is not compared.
-    let evicted = |row: &&Row| {
+    let evicted = |row: &Row| {
         let share = row.extra.get("bytes_over_full").and_then(|x| x.as_f64());
         share.is_some_and(|share| share < UNEVICTED)
     };
+    let name = |&at: &usize| {
+        let value = recovered(&rows[at]).map(|x| format::real(x, 2));
+        format!("{} {}", rows[at].method, value.unwrap_or_default())
+    };
     let sentence = |budget: Option<Budget>| {
-        let at = |row: &&Row| row.budget == budget;
-        let mut own: Vec<&Row> = rows.iter().filter(at).filter(evicted).collect();
-        let whole = rows.iter().filter(at).filter(|row| !evicted(row));
-        let whole: Vec<&str> = whole.map(|row| row.method.as_str()).collect();
+        let at: Vec<usize> = (0..rows.len())
+            .filter(|&at| rows[at].budget == budget)
+            .collect();
+        let whole = at.iter().filter(|&&at| !evicted(&rows[at]));
+        let whole: Vec<&str> = whole.map(|&at| rows[at].method.as_str()).collect();
         let whole = match &whole[..] {
             [] => String::new(),
             names => format!(" Evicted nothing: {}.", names.join(", ")),
         };
-        own.sort_by(|a, b| {
-            recovered(b)
-                .partial_cmp(&recovered(a))
-                .unwrap_or(std::cmp::Ordering::Equal)
+        let mut own: Vec<usize> = at.into_iter().filter(|&at| evicted(&rows[at])).collect();
+        own.sort_by(|&a, &b| {
+            let [a, b] = [a, b].map(|at| recovered(&rows[at]).unwrap_or(f64::NEG_INFINITY));
+            b.total_cmp(&a)
         });
-        let name = |row: &&Row| {
-            let value = recovered(row)
-                .map(|x| format::real(x, 2))
-                .unwrap_or_default();
-            format!("{} {value}", row.method)
+        let Some(&first) = own.first() else {
+            return whole.trim_start().to_owned();
         };
-        let best: Vec<String> = own.iter().take(3).map(name).collect();
-        let budget = own
-            .first()
-            .and_then(|row| Column::Budget.cell(row))
-            .unwrap_or_default();
-        format!(
-            "Budget {budget}: most is recovered by {}.{whole}",
-            best.join(", ")
-        )
+        let label = Column::Budget.cell(&rows[first]).unwrap_or_default();
+        let alike: Vec<usize> = (own.iter().copied())
+            .take_while(|&at| at == first || apart(first, at) != Some(true))
+            .collect();
+        let named = |from: usize, to: usize| {
+            let names: Vec<String> = own[from..to.min(own.len())].iter().map(name).collect();
+            names.join(", ")
+        };
+        let found = match alike.len() {
+            1 if own.len() == 1 => named(0, 1),
+            1 => format!(
+                "most is recovered by {}, beyond chance; then {}",
+                named(0, 1),
+                named(1, 3)
+            ),
+            count => {
+                let others = count.saturating_sub(NAMED);
+                let others = match others {
+                    0 => String::new(),
+                    others => format!(" and {others} more"),
+                };
+                format!(
+                    "{}{others} recover most, and what lies between them may be chance",
+                    named(0, count.min(NAMED))
+                )
+            }
+        };
+        format!("Budget {label}: {found}.{whole}")
     };
     budgets.into_iter().map(sentence).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A cell with exact answers and nats of each context, one token each.
+    fn cell(name: &str, outcomes: &[(f64, f64)]) -> Cell {
+        let mut cell = Cell::new(
+            name,
+            (name != NOTHING && name != FULL).then_some(Budget::Share(0.5)),
+            "never",
+        );
+        cell.control = name == "random";
+        for &(exact, nats) in outcomes {
+            let bytes = if name == FULL { 100 } else { 50 };
+            cell.push(Answered {
+                outcome: Outcome {
+                    exact,
+                    choice: Some(exact),
+                    nats,
+                    tokens: 1,
+                    kv_bytes: bytes,
+                    peak_bytes: 2 * bytes,
+                    ..Outcome::default()
+                },
+                seconds: 1.0,
+                peak_rss_bytes: None,
+            });
+        }
+        cell
+    }
+
+    fn task(cells: Vec<Cell>) -> Task {
+        Task {
+            kind: Questions::Needle4,
+            cells,
+        }
+    }
+
+    #[test]
+    fn a_task_is_admitted_where_the_full_cache_beats_the_first_token_in_nats_and_in_exact_answers()
+    {
+        let admitted = |nothing: (f64, f64), full: (f64, f64)| {
+            task(vec![cell(NOTHING, &[nothing; 3]), cell(FULL, &[full; 3])]).is_admitted()
+        };
+        assert!(admitted((0.1, 2.0), (0.5, 1.0)));
+        assert!(!admitted((0.1, 2.0), (0.5, 1.6)), "0.4 nats");
+        assert!(!admitted((0.1, 2.0), (0.24, 1.0)), "too few");
+        assert!(!admitted((0.3, 2.0), (0.5, 1.0)), "not twice as many");
+    }
+
+    #[test]
+    fn recovery_is_1_with_the_full_cache_0_with_the_first_token_and_between_in_proportion() {
+        let task = task(vec![
+            cell(NOTHING, &[(0.0, 4.0), (0.0, 6.0)]),
+            cell(FULL, &[(1.0, 1.0), (1.0, 1.0)]),
+            cell("keydiff", &[(0.5, 2.0), (0.5, 3.0)]),
+            cell("random", &[(0.0, 3.0), (0.0, 4.0)]),
+        ]);
+        let rows = task.rows(0);
+        let values: Vec<f64> = rows.iter().filter_map(recovered).collect();
+        assert_eq!(values, [0.0, 1.0, 0.625, 0.375]);
+        let number = |name: &str| rows[2].extra[name].as_f64().unwrap();
+        assert_eq!(
+            [
+                number("choice"),
+                number("bytes_over_full"),
+                number("peak_over_full")
+            ],
+            [0.5, 0.5, 0.5]
+        );
+        // 2 of 3 and 3 of 5 nats: between the two contexts alone.
+        assert!((number("recovery_low") - 0.6).abs() < 1e-9);
+        assert!((number("recovery_high") - 2.0 / 3.0).abs() < 1e-9);
+        // Each context gains more than random does.
+        assert!(number("over_random_low") > 0.19 && number("over_random_high") < 0.34);
+        assert!(!rows[3].extra.contains_key("over_random_low"));
+    }
+
+    #[test]
+    fn one_context_has_no_intervals() {
+        let task = task(vec![
+            cell(NOTHING, &[(0.0, 4.0)]),
+            cell(FULL, &[(1.0, 1.0)]),
+        ]);
+        let rows = task.rows(0);
+        assert!(
+            rows.iter()
+                .all(|row| !row.extra.contains_key("recovery_low"))
+        );
+        assert!(rows.iter().all(|row| row.spread.is_empty()));
+        let prose = section(&task, 100, 0).prose;
+        assert!(prose.contains("One context has no interval"), "{prose}");
+    }
+
+    #[test]
+    fn no_best_is_named_where_the_paired_difference_may_be_chance() {
+        let nothing = cell(NOTHING, &[(0.0, 4.0); 6]);
+        let full = cell(FULL, &[(1.0, 1.0); 6]);
+        let steady = cell("keydiff", &[(0.5, 2.0); 6]);
+        let worse = cell("random", &[(0.0, 3.0); 6]);
+        let varying: Vec<(f64, f64)> = (0..6).map(|i| (0.5, [1.5, 2.7][i % 2])).collect();
+        let of = |more: Cell| {
+            let cells = vec![
+                cell(NOTHING, &[(0.0, 4.0); 6]),
+                cell(FULL, &[(1.0, 1.0); 6]),
+                cell("keydiff", &[(0.5, 2.0); 6]),
+                more,
+            ];
+            summary(&[task(cells)], 100, 0).prose
+        };
+        let clear = of(worse);
+        assert!(
+            clear.contains("most is recovered by keydiff 0.67, beyond chance; then random 0.33"),
+            "{clear}"
+        );
+        let open = of(cell("vase-dkv", &varying));
+        assert!(
+            open.contains(
+                "keydiff 0.67, vase-dkv 0.63 recover most, and what lies between them may be chance"
+            ),
+            "{open}"
+        );
+        let rows = summary(
+            &[task(vec![
+                nothing,
+                full,
+                steady,
+                cell("random", &[(0.0, 3.0); 6]),
+            ])],
+            100,
+            0,
+        )
+        .rows;
+        assert!((rows[2].extra["over_random_low"].as_f64().unwrap() - 1.0 / 3.0).abs() < 1e-9);
+    }
 }

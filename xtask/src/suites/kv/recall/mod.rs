@@ -231,11 +231,10 @@ impl<'a> Cells<'a> {
         }
         let everyone: Vec<usize> = (0..scores.len()).collect();
         row.accuracy = Some(bootstrap::mean(&scores, &everyone));
-        let (low, high) = bootstrap::interval(scores.len(), self.settings.seed, |drawn| {
+        let interval = bootstrap::interval(scores.len(), self.settings.seed, |drawn| {
             bootstrap::mean(&scores, drawn)
         });
-        row.extra.insert("accuracy_low".into(), json!(low));
-        row.extra.insert("accuracy_high".into(), json!(high));
+        bootstrap::note(&mut row, "accuracy", interval);
         held.fill(&mut row);
         watch.stop(&mut row);
         Ok((row, scores))
@@ -385,7 +384,9 @@ fn areas(
     }
     let x: Vec<f64> = budgets.iter().map(|(tokens, _)| *tokens).collect();
     let mut rows = Vec::new();
-    for choice in config.policies.iter().filter(|choice| !choice.is_full()) {
+    // What comes with a budget of its own has no curve.
+    let varied = |choice: &&Choice| !choice.is_full() && !choice.is_fixed();
+    for choice in config.policies.iter().filter(varied) {
         let mut row = Row::new(SUITE, &choice.name);
         if choice.is_random() {
             row = row.control();
@@ -405,10 +406,9 @@ fn areas(
             };
             let count = curve.first().map_or(0, |scores| scores.len());
             let everyone: Vec<usize> = (0..count).collect();
-            let (low, high) = bootstrap::interval(count, seed, area);
+            let interval = bootstrap::interval(count, seed, area);
             let name = format!("area_{}", kind.name());
-            row.extra.insert(format!("{name}_low"), json!(low));
-            row.extra.insert(format!("{name}_high"), json!(high));
+            bootstrap::note(&mut row, &name, interval);
             row.extra.insert(name, json!(area(&everyone)));
         }
         rows.push(row);

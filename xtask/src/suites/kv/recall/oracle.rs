@@ -5,24 +5,21 @@
 
 use std::sync::Arc;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use causal_lm::{CacheSet, Model};
-use kv_lazy::CacheConfig;
 use kv_lazy::policy::oracle::Oracle;
 use kv_lazy::policy::{Budget, Needs, Phase, Place, Policy, Rule};
 use kv_lazy::trace::replay::FutureAttention;
-use kv_lazy::trace::{Recorder, Trace, TraceMeta};
+use kv_lazy::trace::{Trace, TraceMeta};
+use kv_lazy::{CacheConfig, StorageConfig};
 
 use super::Sample;
-use crate::suites::kv::policy;
+use crate::suites::kv::{policy, recording};
 
 /// Records every sequence's attention under the full cache.
 pub(super) fn record(model: &Model<'_>, samples: &[Sample], prompt: usize) -> Result<Vec<Trace>> {
     let one = |sample: &Sample| -> Result<Trace> {
-        let mut cache = model.full_cache(1)?;
-        cache.record(Recorder::new())?;
-        model.forward(&[&sample.tokens], &mut cache)?;
-        let recorder = cache.take_recorder().context("a recording was begun")?;
+        let recorder = recording::record(model, model.full_cache(1)?, &sample.tokens)?;
         let meta = TraceMeta::new("recall", prompt, 1.0);
         Ok(recorder.into_trace(meta, sample.tokens.clone())?)
     };
@@ -36,17 +33,17 @@ pub(super) fn caches(
     traces: &Arc<Vec<Trace>>,
 ) -> Result<CacheSet> {
     let (dtype, device) = (model.decoder().dtype(), model.decoder().device());
-    let oracle = |layer| -> kv_lazy::Result<(Box<dyn Policy>, Budget)> {
+    let oracle = |layer| -> kv_lazy::Result<(Box<dyn Policy>, Budget, StorageConfig)> {
         let budget = config.layer_budget(layer)?;
         let policy = TraceOracle {
             traces: traces.clone(),
             window: policy::lag(budget.tokens(0)),
             oracle: None,
         };
-        Ok((Box::new(policy), budget))
+        Ok((Box::new(policy), budget, *config.storage_of(layer)?))
     };
     let shapes = model.cache_shapes();
-    Ok(CacheSet::with_policies(
+    Ok(CacheSet::with_policies_and_storage(
         &shapes,
         traces.len(),
         dtype,
