@@ -1,13 +1,14 @@
 //! What eviction costs beside attention itself, each figure beside its bound.
 //!
-//! One layer of an 8B model (32 query heads, 8 KV heads of 128), f32 and bf16, by one thread and by all. The static cache is the full one, at each
+//! One layer of an 8B model (32 query heads, 8 KV heads of 128), by one thread and by all: LazyEviction in f32 and bf16, every policy that scores by keys, values or the last queries in f32, f16
+//! and quantised. The static cache is the full one, at each
 //! step at the same length. Steps of all configurations are interleaved and the fastest of each kept, so that a busy machine disturbs
 //! them alike; criterion's own figures per step follow.
 
 use candle_core::{DType, Device, Tensor};
 use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
 use kv_lazy::policy::lazy;
-use kv_lazy::{Budget, CacheConfig, CacheSet, LayerShape, PolicyConfig, Prompt, attention};
+use kv_lazy::{Budget, CacheConfig, CacheSet, LayerShape, PolicyConfig, Prompt, Rotary, attention};
 use std::hint::black_box;
 use std::time::Instant;
 
@@ -51,22 +52,22 @@ fn every_window(budget: usize) -> CacheConfig {
 }
 
 /// Seconds of each step of two windows, after a window to warm up: the fastest of several rounds.
-fn seconds(caches: &mut [CacheSet], rounds: usize) -> Vec<Vec<f64>> {
+fn seconds(caches: &mut [CacheSet], window: usize, rounds: usize) -> Vec<Vec<f64>> {
     let (q, k) = (random(32, 1), random(8, 1));
     let fresh: Vec<_> = caches.iter().map(CacheSet::snapshot).collect();
-    let steps = 2 * WINDOW;
+    let steps = 2 * window;
     let mut best = vec![vec![f64::INFINITY; steps]; caches.len()];
     for _ in 0..rounds {
         for (cache, fresh) in caches.iter_mut().zip(&fresh) {
             cache.restore(fresh).expect("the same cache");
         }
         // Storage grows when a restored cache goes on, and takes its size at the first eviction.
-        for step in 0..WINDOW + steps {
+        for step in 0..window + steps {
             for (cache, best) in caches.iter_mut().zip(&mut best) {
                 let started = Instant::now();
                 cache.begin(1).expect("a step");
                 black_box(cache.attend(0, &q, &k, &k, SCALE).expect("attention"));
-                if let Some(step) = step.checked_sub(WINDOW) {
+                if let Some(step) = step.checked_sub(window) {
                     best[step] = best[step].min(started.elapsed().as_secs_f64());
                 }
             }
@@ -87,8 +88,118 @@ fn row(name: &str, measured: f64, bound: f64) {
 
 fn table(_: &mut Criterion) {
     let one = rayon::ThreadPoolBuilder::new().num_threads(1).build();
-    one.expect("a thread").install(figures);
+    let one = one.expect("a thread");
+    one.install(figures);
     figures();
+    one.install(scorers);
+    scorers();
+}
+
+/// A policy that scores what is held every `every` steps.
+struct Scorer {
+    name: &'static str,
+    every: usize,
+    /// Multiply-adds of an event for each KV head, token and element, at `n` tokens under `g` query heads.
+    work: fn(n: f64, g: f64) -> f64,
+}
+
+/// Multiply-adds follow from the formulas: a product of d elements for each term that they have.
+const SCORERS: [Scorer; 9] = [
+    Scorer {
+        name: "knorm",
+        every: 64,
+        work: |_, _| 1.0,
+    },
+    Scorer {
+        name: "keydiff",
+        every: 64,
+        work: |_, _| 3.0,
+    },
+    // A product with elements and magnitudes of pairs.
+    Scorer {
+        name: "tri-attention",
+        every: 128,
+        work: |_, g| 1.5 * g + 1.0,
+    },
+    Scorer {
+        name: "lagkv",
+        every: 128,
+        work: |_, _| 8.0,
+    },
+    Scorer {
+        name: "vase-dkv",
+        every: 64,
+        work: |_, _| 40.0,
+    },
+    // Logits of 8 queries, their outputs, and the outputs' products with values.
+    Scorer {
+        name: "dropkv",
+        every: 64,
+        work: |_, g| 24.0 * g,
+    },
+    Scorer {
+        name: "vase-attnv",
+        every: 64,
+        work: |_, g| 64.0 * g,
+    },
+    Scorer {
+        name: "snapkv",
+        every: 64,
+        work: |_, g| 32.0 * g,
+    },
+    // Keys with each other, and logits of 8 queries.
+    Scorer {
+        name: "r-kv",
+        every: 128,
+        work: |n, g| n + 8.0 * g,
+    },
+];
+
+/// Eviction of each scorer and what it does between evictions, in every storage. Where an event has more multiply-adds than 3 % of those of attention, its share of them is the bound: as products of matrices
+/// they are faster than attention's, which reads every key and value anew for each step.
+fn scorers() {
+    let (n, threads) = (2048, rayon::current_num_threads());
+    let (window, steps) = (128, 256);
+    let groups = SHAPE.query_heads as f64 / SHAPE.kv_heads as f64;
+    for storage in ["f32", "f16", "int8", "int4"] {
+        let with = |mut config: CacheConfig| {
+            config.storage = storage.parse().expect("a preset");
+            config.rotary = Some(Rotary::plain(1e4, SHAPE.head_dim));
+            config
+        };
+        let mut caches = vec![filled(&with(named("full", 1)), n, DType::F32)];
+        for scorer in &SCORERS {
+            let mut config = with(named(scorer.name, n));
+            if scorer.name == "snapkv" {
+                config.evict_every = Some(scorer.every);
+            }
+            caches.push(filled(&config, n, DType::F32));
+        }
+        let times = seconds(&mut caches, window, 5);
+        let full = &times[0];
+        let attention: f64 = full.iter().sum();
+        for (scorer, times) in SCORERS.iter().zip(&times[1..]) {
+            // After the steps to warm up, which are whole periods, an event ends every period.
+            let events = (1..=steps / scorer.every).map(|event| event * scorer.every - 1);
+            let evicting: f64 = events.map(|at| times[at] - times[at - 1]).sum();
+            let share = (scorer.work)(n as f64, groups) / (2.0 * groups * scorer.every as f64);
+            let at = format!("{storage} n={n} threads={threads} {}", scorer.name);
+            row(
+                &format!("{at} eviction"),
+                evicting / attention,
+                share.max(0.03),
+            );
+            // In a period the row grows from its budget on, as the static cache does, which started a period ahead.
+            let quiet: f64 = times[..scorer.every - 1].iter().sum();
+            let beside: f64 = full[..scorer.every - 1].iter().sum();
+            let longer = (n + window) as f64 / n as f64;
+            row(
+                &format!("{at} bookkeeping"),
+                longer * quiet / beside - 1.0,
+                0.05,
+            );
+        }
+    }
 }
 
 fn figures() {
@@ -103,7 +214,7 @@ fn figures() {
                 filled(&every_window(1 << 30), n - WINDOW, dtype),
                 filled(&every_window(n), n, dtype),
             ];
-            let times = seconds(&mut caches, 15);
+            let times = seconds(&mut caches, WINDOW, 15);
             let sum = |times: &[f64]| times.iter().sum::<f64>();
             let bookkeeping = sum(&times[1]) / sum(&times[0]) - 1.0;
             // The second window has the lengths of the first again.

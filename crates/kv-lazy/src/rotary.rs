@@ -65,6 +65,24 @@ impl Rotary {
         }
     }
 
+    /// Absolute values of the rotated pairs of a key or query.
+    pub(crate) fn magnitudes(&self, row: &[f32], out: &mut [f32]) {
+        let pairs = self.frequencies.len();
+        match self.pairs {
+            Pairs::Halves => {
+                let (first, second) = (&row[..pairs], &row[pairs..2 * pairs]);
+                for (out, (a, b)) in out.iter_mut().zip(first.iter().zip(second)) {
+                    *out = (a * a + b * b).sqrt();
+                }
+            }
+            Pairs::Neighbours => {
+                for (out, [a, b]) in out.iter_mut().zip(row[..2 * pairs].as_chunks().0) {
+                    *out = (a * a + b * b).sqrt();
+                }
+            }
+        }
+    }
+
     /// Elements that are rotated; they are the first.
     pub(crate) fn rotated(&self) -> usize {
         2 * self.frequencies.len()

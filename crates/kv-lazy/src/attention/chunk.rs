@@ -242,7 +242,7 @@ impl WithSimd for Softmax<'_> {
 
 /// The largest of `scores`; what it makes of NaN depends on the machine.
 #[inline(always)]
-fn maximum<S: Simd>(simd: S, scores: &[f32]) -> f32 {
+pub(super) fn maximum<S: Simd>(simd: S, scores: &[f32]) -> f32 {
     let (head, tail) = S::as_simd_f32s(scores);
     let mut max = simd.splat_f32s(f32::NEG_INFINITY);
     for &x in head {

@@ -13,6 +13,7 @@ mod exp;
 mod machine;
 mod packed;
 pub(crate) mod prefill;
+pub(crate) mod products;
 mod rows;
 mod scores;
 mod tensors;

@@ -181,15 +181,7 @@ impl CacheSet {
         };
         let set = Self::of(&whole, config)?;
         for layer in &set.layers {
-            let Some(need) = layer.needs().attention() else {
-                continue;
-            };
-            let policy = config.decode.to_string();
-            return Err(Error::NeedUnavailable {
-                policy,
-                need,
-                path: "attention computed elsewhere",
-            });
+            layer.check_elsewhere(|| config.decode.to_string())?;
         }
         Ok(set)
     }
@@ -236,20 +228,17 @@ impl CacheSet {
                 if let (Some(config), []) = (whole.config, evictors.as_slice()) {
                     most = config.expected(index);
                 }
-                if layout.shares_scales()
-                    && (!evictors.is_empty() || shape.sliding_window.is_some())
-                {
+                let evicts = !evictors.is_empty() || shape.sliding_window.is_some();
+                if layout.shares_scales() && (evicts || !device.is_cpu()) {
                     return Err(Error::Setting {
                         name: "key-groups",
                         value: format!("per-channel in layer {index}"),
-                        expected: "per-token wherever tokens are evicted or leave a sliding window",
-                    });
-                }
-                if layout.shares_scales() && !device.is_cpu() {
-                    return Err(Error::Setting {
-                        name: "key-groups",
-                        value: "per-channel".into(),
-                        expected: "per-token on devices other than the CPU",
+                        expected: match evicts {
+                            true => {
+                                "per-token wherever tokens are evicted or leave a sliding window"
+                            }
+                            false => "per-token on devices other than the CPU",
+                        },
                     });
                 }
                 let store = new_store(index, shape, (layout, most), whole)?;

@@ -4,12 +4,13 @@ use super::LayerShape;
 use super::build::laid_out;
 use crate::error::Result;
 use crate::policy::{CacheConfig, Clock, Evictor, Phase, Positions, count};
+use crate::store;
 use candle_core::DType;
 
 impl CacheConfig {
     /// The most bytes that `layer` occupies for one sequence within a budget of `tokens` tokens per KV head, once a prompt has been cut to it and
     /// tokens join one by one: keys, values, positions, the policy's state and its queries, with room for the tokens that join until the next
-    /// eviction. Under `full`: after a prompt of `tokens` tokens. Policies that do not cut the prompt at once hold more before they do.
+    /// eviction, under a ratio also to grow by a quarter. Under `full`: after a prompt of `tokens` tokens. Policies that do not cut the prompt at once hold more before they do.
     ///
     /// # Errors
     /// As for a cache of this configuration.
@@ -35,7 +36,10 @@ impl CacheConfig {
         }
         let (layout, _) = laid_out(&evictors, self.storage_of(layer)?, shape, dtype)?;
         let rule = evictors.first().map(|e| e.rule(Phase::Decode));
-        let most = tokens.saturating_add(rule.map_or(0, |rule| rule.headroom()));
+        let mut most = tokens.saturating_add(rule.map_or(0, |rule| rule.headroom()));
+        if evictors.first().is_some_and(Evictor::grows) {
+            most = most.saturating_add(store::growth(tokens));
+        }
         let room = match evictors.first().map(|e| e.rule(Phase::Prefill)) {
             Some(rule) if !rule.after_prefill => layout.room_after_more(most),
             _ => layout.room(most),

@@ -8,7 +8,7 @@ use crate::error::{Error, Result};
 use crate::policy::{Clock, Evictor, Needs, Phase, Plan, RecentQueries, Rows, Seen};
 use crate::quantise::{self, StorageConfig};
 use crate::rotary::Rotary;
-use crate::store::{Call, Layout, Relocation, Store};
+use crate::store::{self, Call, Layout, Relocation, Store};
 use candle_core::Tensor;
 use rayon::prelude::*;
 use std::sync::Arc;
@@ -208,8 +208,16 @@ impl Layer {
         self.configuration == other.configuration
     }
 
-    pub(super) fn needs(&self) -> Needs {
-        self.needs
+    /// Refuses a policy that needs what attention computed elsewhere cannot give; `policy` names it.
+    pub(super) fn check_elsewhere(&self, policy: impl FnOnce() -> String) -> Result<()> {
+        match self.needs.attention() {
+            None => Ok(()),
+            Some(need) => Err(Error::NeedUnavailable {
+                policy: policy(),
+                need,
+                path: "attention computed elsewhere",
+            }),
+        }
     }
 
     /// Numbers the sequences from `first` on; before the first token.
@@ -474,7 +482,12 @@ impl Layer {
         }
         // Some plans go below the budget, to which the row grows again.
         let held = self.physical_len().saturating_sub(plan.evicted()) + coming;
-        room.saturating_add(evictor.budget(clock).saturating_sub(held))
+        let room = room.saturating_add(evictor.budget(clock).saturating_sub(held));
+        match evictor.grows() {
+            // The row outgrows any room for its present budget within some steps.
+            true => room.saturating_add(store::growth(held)),
+            false => room,
+        }
     }
 
     fn apply(&mut self, plans: Vec<Plan>, layout: Layout, room: usize) -> Result<()> {

@@ -236,13 +236,7 @@ impl CacheSet {
     pub fn extend(&mut self, layer: usize, k: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
         self.check(layer, [("k", k), ("v", v)])?;
         let (clock, batch) = (self.clock, self.batch);
-        if let Some(need) = self.layers[layer].needs().attention() {
-            return Err(Error::NeedUnavailable {
-                policy: format!("of layer {layer}"),
-                need,
-                path: "attention computed elsewhere",
-            });
-        }
+        self.layers[layer].check_elsewhere(|| format!("of layer {layer}"))?;
         self.append(layer, k, v)?;
         let at = &mut self.layers[layer];
         let tensors = at.store.tensors(batch)?;

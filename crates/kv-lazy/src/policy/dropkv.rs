@@ -6,8 +6,9 @@
 
 use super::config::quarter;
 use super::snapkv::{Pooling, check_window};
-use super::window::{WindowLogits, dot, softmax};
+use super::window::WindowLogits;
 use super::{Budget, Clock, Needs, Phase, Policy, Rows, Rule, Score, Tunable};
+use crate::attention::products::{mixes, products, softmax, squares};
 use crate::error::Result;
 use crate::store::Layout;
 use serde::{Deserialize, Serialize};
@@ -83,21 +84,17 @@ fn displacement(window: WindowLogits, values: &[f32], d: usize) -> Vec<f32> {
         len,
         ..
     } = window;
-    let squares: Vec<f32> = values.chunks_exact(d).map(|v| dot(v, v)).collect();
+    let rows = len.max(1);
+    logits.chunks_exact_mut(rows).for_each(softmax);
+    let outputs = mixes(&logits, values, d);
+    let along = products(&outputs, values, d);
+    let (lengths, own) = (squares(values, d), squares(&outputs, d));
     let mut moved = vec![0.0f64; len];
-    let mut output = vec![0.0f32; d];
-    for weights in logits.chunks_exact_mut(len.max(1)) {
-        softmax(weights);
-        output.fill(0.0);
-        for (value, &p) in values.chunks_exact(d).zip(&*weights) {
-            for (sum, x) in output.iter_mut().zip(value) {
-                *sum += p * x;
-            }
-        }
-        let own = dot(&output, &output);
-        let tokens = values.chunks_exact(d).zip(&squares).zip(&*weights);
-        for (moved, ((value, square), &p)) in moved.iter_mut().zip(tokens) {
-            let distance = (square - 2.0 * dot(value, &output) + own).max(0.0);
+    let queries = logits.chunks_exact(rows).zip(along.chunks_exact(rows));
+    for ((weights, along), &own) in queries.zip(&own) {
+        let tokens = weights.iter().zip(along).zip(&lengths);
+        for (moved, ((&p, &along), &length)) in moved.iter_mut().zip(tokens) {
+            let distance = (length - 2.0 * along + own).max(0.0);
             let odds = p / (1.0 - p + EPSILON);
             *moved += f64::from(odds * odds * distance);
         }

@@ -210,6 +210,11 @@ impl Evictor {
         }
     }
 
+    /// Whether the budget grows with the text.
+    pub(crate) fn grows(&self) -> bool {
+        matches!(self.budget, Budget::Ratio(_))
+    }
+
     /// What distinguishes it from an evictor with other rules, needs or budget.
     pub(crate) fn describe(&self) -> String {
         let rules = [Phase::Prefill, Phase::Decode].map(|phase| self.policy.rule(phase));

@@ -6,8 +6,9 @@
 //! authors scale by the *next* chunk, which is not known while decoding. The newest whole chunk and what follows it stay.
 
 use super::config::quarter;
-use super::window::softmax;
+use super::window::dot;
 use super::{Budget, Clock, Needs, Phase, Policy, Rows, Rule, Score, Tunable};
+use crate::attention::products::softmax;
 use crate::error::{Error, Result};
 use crate::store::Layout;
 use serde::{Deserialize, Serialize};
@@ -68,24 +69,27 @@ fn spreads(chunk: &[f32], reference: &[f32], d: usize) -> Vec<f32> {
             (*low, *high) = (low.min(x), high.max(x));
         }
     }
+    // A channel that is constant in the reference says nothing.
+    let range = |(&low, &high): (&f32, &f32)| {
+        if high > low {
+            high - low
+        } else {
+            f32::INFINITY
+        }
+    };
+    let ranges: Vec<f32> = low.iter().zip(&high).map(range).collect();
+    let mut scaled = vec![0.0f32; d];
+    let ones = vec![1.0f32; d];
     let mut spreads: Vec<f32> = chunk
         .chunks_exact(d)
         .map(|row| {
-            let scaled: Vec<f64> = row
-                .iter()
-                .zip(low.iter().zip(&high))
-                .map(|(&x, (&low, &high))| {
-                    // A channel that is constant in the reference says nothing.
-                    if high > low {
-                        f64::from(x - low) / f64::from(high - low)
-                    } else {
-                        0.0
-                    }
-                })
-                .collect();
-            let mean = scaled.iter().sum::<f64>() / d as f64;
-            let squares: f64 = scaled.iter().map(|x| (x - mean).powi(2)).sum();
-            (squares / (d.max(2) - 1) as f64).sqrt() as f32
+            let channels = row.iter().zip(&low).zip(&ranges);
+            for (scaled, ((x, low), range)) in scaled.iter_mut().zip(channels) {
+                *scaled = (x - low) / range;
+            }
+            let mean = dot(&scaled, &ones) / d as f32;
+            scaled.iter_mut().for_each(|x| *x -= mean);
+            (dot(&scaled, &scaled) / (d.max(2) - 1) as f32).sqrt()
         })
         .collect();
     softmax(&mut spreads);

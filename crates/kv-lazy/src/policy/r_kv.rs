@@ -2,13 +2,14 @@
 //!
 //! Importance: logits of the last queries, maximum over the group, softmax over the tokens before the window, mean over the queries,
 //! max-pooled. Redundancy: cosine similarity between keys, where each row forgives the most recent of its near copies; mean
-//! over rows, softmax. Z = λ·importance − (1 − λ)·redundancy. One evaluation costs n²·d multiply-adds per KV head, about as much
-//! as the attention of the steps between two of them.
+//! over rows, softmax. Z = λ·importance − (1 − λ)·redundancy. One evaluation costs n²·d multiply-adds per KV head, at a budget of B tokens B / (2·G·W) of those that G query heads'
+//! attention takes in the W steps between two of them; as a product of matrices they are several times faster than there, where every key and value is read anew.
 
 use super::config::quarter;
 use super::snapkv::{Pooling, check_window};
-use super::window::{WindowLogits, dot, softmax};
+use super::window::{WindowLogits, dot};
 use super::{Budget, Clock, Needs, Phase, Policy, Rows, Rule, Score, Tunable, count};
+use crate::attention::products::{products, softmax};
 use crate::error::{Error, Result};
 use crate::store::Layout;
 use serde::{Deserialize, Serialize};
@@ -108,6 +109,22 @@ fn importance(window: &WindowLogits, prefix: usize, kernel: usize) -> Vec<f32> {
     Pooling::Max.apply(&mean, kernel)
 }
 
+/// Rows of similarities that are computed at once.
+const BLOCK: usize = 64;
+
+/// The last of the similarities that make a copy.
+fn newest_copy(similarities: &[f32]) -> Option<usize> {
+    let mut first = similarities.len();
+    for part in similarities.rchunks(BLOCK) {
+        first -= part.len();
+        // Without an early end, which would keep the comparison from being vectorised.
+        if part.iter().fold(false, |any, &s| any | (s > COPY)) {
+            return part.iter().rposition(|&s| s > COPY).map(|at| first + at);
+        }
+    }
+    None
+}
+
 /// Redundancy of all keys `[n, d]`, oldest first.
 fn redundancy(keys: &[f32], d: usize) -> Vec<f32> {
     let mut unit = keys.to_vec();
@@ -116,19 +133,19 @@ fn redundancy(keys: &[f32], d: usize) -> Vec<f32> {
         key.iter_mut().for_each(|x| *x /= norm);
     }
     let n = keys.len() / d;
+    let share = 1.0 / n.max(1) as f32;
     let mut mean = vec![0.0; n];
-    let mut row = vec![0.0; n];
-    for (i, key) in unit.chunks_exact(d).enumerate() {
-        for (similarity, other) in row.iter_mut().zip(unit.chunks_exact(d)) {
-            *similarity = dot(key, other);
+    for (block, rows) in unit.chunks(BLOCK * d).enumerate() {
+        let mut similarities = products(rows, &unit, d);
+        for (i, row) in (block * BLOCK..).zip(similarities.chunks_exact_mut(n)) {
+            row[i] = 0.0;
+            if let Some(newest) = newest_copy(row) {
+                row[newest] = 0.0;
+            }
+            mean.iter_mut()
+                .zip(&*row)
+                .for_each(|(sum, s)| *sum += s * share);
         }
-        row[i] = 0.0;
-        if let Some(newest) = row.iter().rposition(|&s| s > COPY) {
-            row[newest] = 0.0;
-        }
-        mean.iter_mut()
-            .zip(&row)
-            .for_each(|(sum, s)| *sum += s / n as f32);
     }
     softmax(&mut mean);
     mean

@@ -5,8 +5,9 @@
 //! asks for the same again every so many steps over the last w queries.
 
 use super::config::quarter;
-use super::window::{WindowLogits, softmax};
+use super::window::WindowLogits;
 use super::{Budget, Clock, Needs, Phase, Policy, Rows, Rule, Score, Trigger, Tunable, count};
+use crate::attention::products::softmax;
 use crate::error::{Error, Result};
 use crate::store::Layout;
 use serde::{Deserialize, Serialize};

@@ -12,6 +12,7 @@ use super::config::quarter;
 use super::periodic::Periodic;
 use super::{Budget, Clock, Needs, Phase, Place, Policy, Rows, Rule, Score, Tunable, count};
 use crate::LayerShape;
+use crate::attention::products::products;
 use crate::error::{Error, Result};
 use crate::rotary::Rotary;
 use serde::{Deserialize, Serialize};
@@ -176,12 +177,11 @@ pub(crate) fn mean(sums: &[f64], count: usize, d: usize) -> HeadStatistics {
 /// Offsets of future queries: powers of two.
 const OFFSETS: u32 = 17;
 
-/// Scores of keys `[n, d]`, as cached, for one query head at length `t`.
-fn scores(keys: &[f32], head: &HeadStatistics, rotary: &Rotary, t: u32) -> Vec<f64> {
+/// What an element of a key and the magnitude of each of its pairs are multiplied by for one query head at length `t`: `[d + pairs]`.
+fn weights(head: &HeadStatistics, rotary: &Rotary, t: u32) -> Vec<f32> {
     let d = head.mean.len();
-    // One weight per element for the product, one per pair for the magnitude.
-    let mut product = vec![0.0f64; d];
-    let mut magnitude = vec![0.0f64; rotary.frequencies.len()];
+    let mut weights = vec![0.0f32; d + rotary.frequencies.len()];
+    let (product, magnitude) = weights.split_at_mut(d);
     for (f, &frequency) in rotary.frequencies.iter().enumerate() {
         let (i, j) = rotary.pair(f);
         let (re, im) = (f64::from(head.mean[i]), f64::from(head.mean[j]));
@@ -191,41 +191,39 @@ fn scores(keys: &[f32], head: &HeadStatistics, rotary: &Rotary, t: u32) -> Vec<f
             cos += angle.cos() / f64::from(OFFSETS);
             sin += angle.sin() / f64::from(OFFSETS);
         }
-        (product[i], product[j]) = (re * cos - im * sin, re * sin + im * cos);
-        magnitude[f] = f64::from(head.magnitude[f]) - re.hypot(im);
+        product[i] = (re * cos - im * sin) as f32;
+        product[j] = (re * sin + im * cos) as f32;
+        magnitude[f] = (f64::from(head.magnitude[f]) - re.hypot(im)) as f32;
     }
     let rest = rotary.rotated();
-    for (product, &mean) in product[rest..].iter_mut().zip(&head.mean[rest..]) {
-        *product = f64::from(mean);
+    product[rest..].copy_from_slice(&head.mean[rest..]);
+    weights
+}
+
+/// Scores `[heads, n]` of keys `[n, d]`, as cached, for each query head at length `t`. The magnitudes of a key's pairs are the same for all heads.
+fn scores(keys: &[f32], heads: &[HeadStatistics], rotary: &Rotary, t: u32) -> Vec<f32> {
+    let Some(d) = heads.first().map(|head| head.mean.len()) else {
+        return Vec::new();
+    };
+    let pairs = rotary.frequencies.len();
+    let mut wide = vec![0.0f32; keys.len() / d * (d + pairs)];
+    for (key, wide) in keys.chunks_exact(d).zip(wide.chunks_exact_mut(d + pairs)) {
+        let (elements, magnitudes) = wide.split_at_mut(d);
+        elements.copy_from_slice(key);
+        rotary.magnitudes(key, magnitudes);
     }
-    keys.chunks_exact(d)
-        .map(|key| {
-            let near: f64 = key
-                .iter()
-                .zip(&product)
-                .map(|(&k, u)| f64::from(k) * u)
-                .sum();
-            let rest: f64 = magnitude
-                .iter()
-                .enumerate()
-                .map(|(f, weight)| {
-                    let (i, j) = rotary.pair(f);
-                    weight * f64::from(key[i]).hypot(f64::from(key[j]))
-                })
-                .sum();
-            near + rest
-        })
-        .collect()
+    let weights = heads.iter().flat_map(|head| weights(head, rotary, t));
+    products(&weights.collect::<Vec<f32>>(), &wide, d + pairs)
 }
 
 /// Standardises by the mean and deviation of the slots in `free`.
-fn standardise(scores: &mut [f64], free: &[bool]) {
+fn standardise(scores: &mut [f32], free: &[bool]) {
     let own = || {
         scores
             .iter()
             .zip(free)
             .filter(|(_, free)| **free)
-            .map(|(x, _)| *x)
+            .map(|(&x, _)| f64::from(x))
     };
     let count = own().count().max(1) as f64;
     let mean = own().sum::<f64>() / count;
@@ -235,7 +233,9 @@ fn standardise(scores: &mut [f64], free: &[bool]) {
     } else {
         0.0
     };
-    scores.iter_mut().for_each(|x| *x = (*x - mean) * factor);
+    scores
+        .iter_mut()
+        .for_each(|x| *x = ((f64::from(*x) - mean) * factor) as f32);
 }
 
 impl TriAttention {
@@ -327,11 +327,11 @@ impl Policy for TriAttention {
         for score in out.iter_mut() {
             score.value = f32::NEG_INFINITY;
         }
-        for statistics in &statistics {
-            let mut own = scores(&keys, statistics, rotary, clock.next);
-            standardise(&mut own, &free);
-            for (score, x) in out.iter_mut().zip(own) {
-                score.value = score.value.max(x as f32);
+        let mut all = scores(&keys, &statistics, rotary, clock.next);
+        for own in all.chunks_exact_mut(free.len().max(1)) {
+            standardise(own, &free);
+            for (score, &x) in out.iter_mut().zip(&*own) {
+                score.value = score.value.max(x);
             }
         }
         Ok(())
@@ -377,8 +377,7 @@ mod tests {
         };
         let want = [0.770_526_993, 0.694_876_58, 0.761_870_83, 0.744_863_633];
         golden::close(&[0, 1, 2, 3].map(length), &want, 1e-6);
-        let mut all = heads.map(|head| scores(&keys, &head, &rotary, TOKENS as u32));
-        let raw: Vec<f32> = all[0][..6].iter().map(|&x| x as f32).collect();
+        let mut all = scores(&keys, &heads, &rotary, TOKENS as u32);
         let want = [
             9.238_042_9,
             6.418_547_48,
@@ -387,13 +386,11 @@ mod tests {
             7.939_729_76,
             7.550_615_72,
         ];
-        golden::close(&raw, &want, 1e-5);
-        for own in &mut all {
+        golden::close(&all[..6], &want, 1e-5);
+        for own in all.chunks_exact_mut(TOKENS) {
             standardise(own, &[true; TOKENS]);
         }
-        let z: Vec<f32> = (0..TOKENS)
-            .map(|i| all[0][i].max(all[1][i]) as f32)
-            .collect();
+        let z: Vec<f32> = (0..TOKENS).map(|i| all[i].max(all[TOKENS + i])).collect();
         let want = [
             1.142_438_15,
             -0.425_515_373,
@@ -435,9 +432,9 @@ mod tests {
                         .sum::<f64>()
                 });
                 let want = logits.sum::<f64>() / f64::from(OFFSETS);
-                let got = scores(&key, &head, &rotary, 100)[0];
+                let got = scores(&key, std::slice::from_ref(&head), &rotary, 100)[0];
                 assert!(
-                    (got - want).abs() < 1e-4,
+                    (f64::from(got) - want).abs() < 1e-4,
                     "{pairs:?} {position}: {got} {want}"
                 );
             }

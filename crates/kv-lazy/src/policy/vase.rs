@@ -9,8 +9,9 @@ use super::config::quarter;
 use super::draw::Draw;
 use super::snapkv::Pooling;
 use super::value_guard::{Outlier, ValueNumbers, largest};
-use super::window::{WindowLogits, softmax};
+use super::window::WindowLogits;
 use super::{Budget, Clock, Needs, Phase, Place, Policy, Rows, Rule, Score, Tunable, count};
+use crate::attention::products::{products, softmax};
 use crate::error::{Error, Result};
 use crate::store::{Layout, Relocation};
 use serde::{Deserialize, Serialize};
@@ -204,30 +205,25 @@ pub struct VaseProducts {
     place: Place,
 }
 
-/// ‖Gᵀx‖² of each row; `projection` is `[d, 20]`.
-fn projected(rows: &[f32], d: usize, projection: &[f64]) -> Vec<f64> {
-    let mut sums = [0.0; COLUMNS];
-    rows.chunks_exact(d)
-        .map(|row| {
-            sums.fill(0.0);
-            for (&x, weights) in row.iter().zip(projection.chunks_exact(COLUMNS)) {
-                for (sum, w) in sums.iter_mut().zip(weights) {
-                    *sum += f64::from(x) * w;
-                }
-            }
-            sums.iter().map(|x| x * x).sum()
-        })
-        .collect()
+/// ‖Gᵀx‖² of each row; `columns` is Gᵀ `[20, d]`.
+fn projected(rows: &[f32], d: usize, columns: &[f32]) -> Vec<f32> {
+    let n = rows.len() / d;
+    let mut sums = vec![0.0; n];
+    for column in products(columns, rows, d).chunks_exact(n.max(1)) {
+        for (sum, x) in sums.iter_mut().zip(column) {
+            *sum += x * x;
+        }
+    }
+    sums
 }
 
-/// ‖Gᵀk‖² · ‖Gᵀv‖² of each token. The paper divides by the sum, which changes no order.
-fn products(keys: &[f32], values: &[f32], d: usize, projection: &[f64]) -> Vec<f32> {
-    let keys = projected(keys, d, projection);
-    let values = projected(values, d, projection);
-    keys.iter()
-        .zip(&values)
-        .map(|(k, v)| (k * v) as f32)
-        .collect()
+/// ‖Gᵀk‖² · ‖Gᵀv‖² of each token; `projection` is G `[d, 20]`. The paper divides by the sum, which changes no order.
+fn sizes(keys: &[f32], values: &[f32], d: usize, projection: &[f64]) -> Vec<f32> {
+    let column = |c: usize| projection.iter().skip(c).step_by(COLUMNS);
+    let columns: Vec<f32> = (0..COLUMNS).flat_map(column).map(|&x| x as f32).collect();
+    let keys = projected(keys, d, &columns);
+    let values = projected(values, d, &columns);
+    keys.iter().zip(&values).map(|(k, v)| k * v).collect()
 }
 
 impl Policy for VaseProducts {
@@ -253,8 +249,8 @@ impl Policy for VaseProducts {
         let d = rows.head_dim();
         let mut draw = Draw::new(self.settings.seed, self.place, head, clock);
         let projection = draw.normals(d * COLUMNS, 1.0 / COLUMNS as f64);
-        let products = products(&rows.keys(head, 0)?, &rows.values(head, 0)?, d, &projection);
-        for (score, value) in out.iter_mut().zip(products) {
+        let sizes = sizes(&rows.keys(head, 0)?, &rows.values(head, 0)?, d, &projection);
+        for (score, value) in out.iter_mut().zip(sizes) {
             score.value = value;
         }
         Ok(())
@@ -304,7 +300,7 @@ mod tests {
             .iter()
             .map(|&e| f64::from(e) * (3.0f64 / 20.0).sqrt())
             .collect();
-        let got = products(&golden::all_keys(), &golden::all_values(), D, &projection);
+        let got = sizes(&golden::all_keys(), &golden::all_values(), D, &projection);
         // The golden numbers are shares of a sum.
         let ratio = f64::from(got[4]) / f64::from(got[5]);
         let want = 0.038_583_461_5 / 0.005_761_766_24;

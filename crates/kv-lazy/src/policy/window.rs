@@ -2,6 +2,7 @@
 //! rarely.
 
 use super::{RecentQueries, Rows};
+use crate::attention::products::{cap, products};
 use crate::error::Result;
 
 /// Logits of a head's recent queries.
@@ -26,23 +27,23 @@ impl WindowLogits {
             positions,
             softcap,
         } = rows.queries(head);
-        let capped = |x: f32| softcap.map_or(x, |cap| cap * (x / cap).tanh());
         let d = rows.head_dim();
         let keys = rows.keys(head, 0)?;
         let ids = rows.ids(head);
         let group = (queries.len() / d)
             .checked_div(positions.len())
             .unwrap_or(1);
-        let mut logits = Vec::with_capacity(queries.len() / d * ids.len());
-        for (i, query) in queries.chunks_exact(d).enumerate() {
+        let mut logits = products(queries, &keys, d);
+        if let Some(most) = softcap {
+            cap(&mut logits, most);
+        }
+        for (i, row) in logits.chunks_exact_mut(ids.len().max(1)).enumerate() {
             let position = positions[i / group];
-            logits.extend(keys.chunks_exact(d).zip(ids).map(|(key, &id)| {
-                if id <= position {
-                    capped(dot(query, key))
-                } else {
-                    f32::NEG_INFINITY
+            for (logit, &id) in row.iter_mut().zip(ids) {
+                if id > position {
+                    *logit = f32::NEG_INFINITY;
                 }
-            }));
+            }
         }
         Ok(Self {
             logits,
@@ -70,21 +71,4 @@ pub(super) fn dot(a: &[f32], b: &[f32]) -> f32 {
         .map(|(x, y)| x * y)
         .sum();
     lanes.iter().sum::<f32>() + tail
-}
-
-/// Softmax in place; −∞ weighs nothing. A row of nothing but −∞ becomes zero.
-pub(super) fn softmax(row: &mut [f32]) {
-    let max = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    if max == f32::NEG_INFINITY {
-        row.fill(0.0);
-        return;
-    }
-    let mut sum = 0.0;
-    for x in row.iter_mut() {
-        *x = (*x - max).exp();
-        sum += *x;
-    }
-    for x in row {
-        *x /= sum;
-    }
 }

@@ -291,20 +291,44 @@ impl<'a> PackedView<'a> {
         } = self.format;
         let scales = self.scales.to_f32_vec();
         let lows = self.lows.to_f32_vec();
+        let line = |at: usize| {
+            let low = lows.get(at).copied().unwrap_or(0.0);
+            self.format.line(scales[at], low)
+        };
         let first = out.len();
-        for token in 0..self.tokens() {
-            for element in 0..d {
-                let at = match (self.skip + token).checked_div(channel) {
-                    Some(group) => group * d + element,
-                    None => token * self.format.groups() + element / group,
-                };
-                let low = lows.get(at).copied().unwrap_or(0.0);
-                let (factor, offset) = self.format.line(scales[at], low);
-                out.push(factor * self.code(token, element) as f32 + offset);
+        if channel > 0 {
+            for token in 0..self.tokens() {
+                let group = (self.skip + token) / channel;
+                for element in 0..d {
+                    let (factor, offset) = line(group * d + element);
+                    out.push(factor * self.code(token, element) as f32 + offset);
+                }
+            }
+        } else {
+            out.resize(first + self.tokens() * d, 0.0);
+            let words = self.words.chunks_exact(group / self.format.per_word());
+            let groups = out[first..].chunks_exact_mut(group).zip(words);
+            for (at, (wide, words)) in groups.enumerate() {
+                match self.format.bits {
+                    4 => widen_group::<8>(words, line(at), wide),
+                    _ => widen_group::<4>(words, line(at), wide),
+                }
             }
         }
         for row in out[first..].chunks_exact_mut(d) {
             hadamard::rotate(row, rotation);
+        }
+    }
+}
+
+/// The elements of a group of tokens' words with `N` codes each.
+#[inline]
+fn widen_group<const N: usize>(words: &[u32], (factor, offset): (f32, f32), wide: &mut [f32]) {
+    let bits = 32 / N;
+    for (word, wide) in words.iter().zip(wide.as_chunks_mut::<N>().0) {
+        for (k, x) in wide.iter_mut().enumerate() {
+            let code = word >> (bits * k) & ((1 << bits) - 1);
+            *x = factor * code as f32 + offset;
         }
     }
 }

@@ -11,9 +11,6 @@ use crate::error::Result;
 use crate::quantise;
 use candle_core::{DType, Device, Tensor};
 
-/// Tokens that storage grows by at least when it is full.
-const GROWTH: usize = 32;
-
 /// One layer's tensors.
 #[derive(Debug)]
 pub(crate) struct DeviceStore {
@@ -68,7 +65,7 @@ impl DeviceStore {
             held.slice_set(&new, 2, len)?;
             return Ok(held.clone());
         }
-        let capacity = wanted.max(len + (len / 4).max(GROWTH));
+        let capacity = wanted.max(len + super::growth(len));
         let grown = Tensor::zeros((batch, heads, capacity, d), held.dtype(), held.device())?;
         if len > 0 {
             grown.slice_set(&held.narrow(2, 0, len)?.contiguous()?, 2, 0)?;

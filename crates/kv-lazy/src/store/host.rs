@@ -14,9 +14,6 @@ use candle_core::{DType, Device, Tensor};
 use half::{bf16, f16};
 use rayon::prelude::*;
 
-/// Tokens a row grows by at least when it is full.
-const GROWTH: usize = 32;
-
 /// Tokens stored alike.
 #[derive(Debug, Clone)]
 struct Segment {
@@ -80,7 +77,7 @@ impl Segment {
 
 /// Tokens for which a vector of `len` that is to hold `most` makes room when `tokens` more do not fit: a quarter of what it holds, up to `most`.
 fn growth(len: usize, tokens: usize, most: usize) -> usize {
-    let more = (len / 4).max(GROWTH);
+    let more = super::growth(len);
     match most.checked_sub(len) {
         Some(left) if tokens <= left => more.min(left).max(tokens),
         _ => more.max(tokens),

@@ -19,6 +19,11 @@ use crate::error::{Error, Result};
 use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 
+/// Tokens by which storage that holds `len` grows when it is full: a quarter, but not by too few.
+pub(crate) fn growth(len: usize) -> usize {
+    (len / 4).max(32)
+}
+
 /// How slots are freed when tokens leave.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
