@@ -13,6 +13,7 @@ use crate::hub;
 use crate::model;
 use crate::settings::Settings;
 use crate::stdout::print;
+use crate::suites::kv::calibration;
 use crate::suites::kv::policy::{self, Choice};
 
 /// What to generate.
@@ -28,6 +29,8 @@ pub struct Config {
     pub policy: Choice,
     /// A file with a configuration of the cache, in place of policy and budget.
     pub cache: Option<PathBuf>,
+    /// A file of statistics of the model's queries.
+    pub statistics: Option<PathBuf>,
     /// Tokens that the cache keeps per layer and KV head.
     pub budget: usize,
     /// Tokens generated at most.
@@ -74,16 +77,25 @@ pub fn run(config: &Config) -> Result<()> {
         format::counted(prompt.len(), "token")
     );
     let model = Model::load(&decoder)?.for_positions(longest.min(room));
-    let (cache, flags) = match &config.cache {
+    let (mut choice, flags) = match &config.cache {
         Some(file) => (
-            Choice::of_file(file)?.cache(0, common.seed),
+            Choice::of_file(file)?,
             format!("--cache {}", file.display()),
         ),
         None => (
-            config.policy.cache(config.budget, common.seed),
+            config.policy.clone(),
             format!("--policy {} --budget {}", config.policy.name, config.budget),
         ),
     };
+    if let Some(file) = &config.statistics {
+        ensure!(
+            choice.takes_calibration(),
+            "--statistics {}: the policy takes no statistics of queries",
+            file.display()
+        );
+        choice = choice.calibrated(&calibration::read(file, &path)?);
+    }
+    let cache = choice.cache(config.budget, common.seed);
     let mut cache = policy::caches(&model, Some(&cache), 0, 1).with_context(|| flags)?;
     let mut stop = decoder.config().eos.clone();
     stop.extend(tokenizer.eos());

@@ -297,6 +297,55 @@ fn statistics_of_a_text_are_taken_in_every_task_that_runs_the_model() {
 }
 
 #[test]
+fn statistics_are_saved_and_serve_again_for_the_same_model_alone() {
+    let scene = model();
+    let file = scene.path("statistics.safetensors");
+    let (file, text) = (file.to_str().unwrap(), scene.path("calib.txt"));
+    let flags = ["--policy", "tri-attention", "--budget", "24"];
+    let run = |more: &[&str]| on_scene(&scene, &[&flags[..], more].concat());
+    let calib = ["--calib", text.to_str().unwrap()];
+    let measured = rows(&run(&[&calib[..], &["--save-statistics", file]].concat()));
+    let again = rows(&run(&["--statistics", file]));
+    assert_eq!(measured[1]["nll"], again[1]["nll"]);
+    assert_ne!(measured[1]["nll"], rows(&run(&[]))[1]["nll"]);
+    let generated = |policy: &str| {
+        let model = scene.path("model");
+        let mut command = Command::new(env!("CARGO_BIN_EXE_xtask"));
+        let flags = [
+            "generate",
+            "--raw",
+            "--prompt",
+            "a b c",
+            "--max-new-tokens",
+            "4",
+        ];
+        let flags = command
+            .args(flags)
+            .args(["--policy", policy, "--statistics", file]);
+        flags.arg("--model").arg(model).output().unwrap()
+    };
+    let output = generated("tri-attention");
+    assert!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    assert!(error(&generated("h2o")).contains("--statistics"));
+    let other = Scene::new(json!({
+        "model_type": "llama", "hidden_size": 32, "intermediate_size": 60, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 8, "max_position_embeddings": 64,
+    }));
+    let refused = error(&on_scene(
+        &other,
+        &[&flags[..], &["--statistics", file]].concat(),
+    ));
+    assert!(
+        refused.contains("--statistics") && refused.contains("another model"),
+        "{refused}"
+    );
+}
+
+#[test]
 fn long_contexts_are_cells_that_can_be_shared_and_saved() {
     let scene = tempfile::tempdir().unwrap();
     let (cells, save) = (scene.path().join("cells"), scene.path().join("texts"));
@@ -307,7 +356,7 @@ fn long_contexts_are_cells_that_can_be_shared_and_saved() {
         "--model",
         model,
         "--questions",
-        "copy,frequent",
+        "copy,gather",
         "--context",
         "400",
         "--samples",
@@ -328,7 +377,7 @@ fn long_contexts_are_cells_that_can_be_shared_and_saved() {
             .iter()
             .all(|name| whole.iter().any(|row| row["method"] == *name))
     );
-    let saved = std::fs::read_to_string(save.join("frequent-400.jsonl")).unwrap();
+    let saved = std::fs::read_to_string(save.join("gather-400.jsonl")).unwrap();
     let lines: Vec<Value> = saved
         .lines()
         .map(|line| serde_json::from_str(line).unwrap())
@@ -339,7 +388,7 @@ fn long_contexts_are_cells_that_can_be_shared_and_saved() {
             .as_array()
             .unwrap()
             .len(),
-        4
+        2
     );
     let folder = ["--cells", cells.to_str().unwrap()];
     for part in ["1/3", "2/3", "3/3"] {

@@ -166,6 +166,47 @@ fn table(_: &mut Criterion) {
     }
 }
 
+/// A step of four tokens, as speculative decoding verifies, beside two steps of one.
+fn several(_: &mut Criterion) {
+    let (group, n, tokens) = (4, 8192, 4);
+    println!(
+        "{:<22} {:>10} {:>12}   bound and verdict, {} threads",
+        "seconds of a step",
+        "one token",
+        "four tokens",
+        rayon::current_num_threads()
+    );
+    for (name, _) in STORAGE {
+        let mut cache = filled(group, n, name);
+        let step = |t: usize| {
+            let (q, k) = (
+                random(group * KV_HEADS, t, HEAD_DIM),
+                random(KV_HEADS, t, HEAD_DIM),
+            );
+            move |cache: &mut CacheSet| {
+                let started = Instant::now();
+                cache.begin(t).expect("a step");
+                black_box(cache.attend(0, &q, &k, &k, 0.088).expect("attention"));
+                started.elapsed().as_secs_f64()
+            }
+        };
+        let (one, four) = (step(1), step(tokens));
+        let mut best = [f64::INFINITY; 2];
+        for _ in 0..40 {
+            best[0] = best[0].min(one(&mut cache));
+            best[1] = best[1].min(four(&mut cache));
+        }
+        let share = best[1] / best[0];
+        let verdict = if share <= 2.0 { "within" } else { "above" };
+        println!(
+            "{:<22} {:>10.6} {:>12.6}   {share:.2} ≤ 2 steps of one: {verdict}",
+            format!("{name} {group}:1 n={n}"),
+            best[0],
+            best[1]
+        );
+    }
+}
+
 fn decode(c: &mut Criterion) {
     let (group, n) = (4, 4096);
     let mut bench = c.benchmark_group(format!("decode {group}:1 n={n}"));
@@ -217,5 +258,5 @@ fn prefill(c: &mut Criterion) {
     }
 }
 
-criterion_group!(benches, table, decode, prefill);
+criterion_group!(benches, table, several, decode, prefill);
 criterion_main!(benches);

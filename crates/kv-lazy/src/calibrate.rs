@@ -14,6 +14,7 @@ use crate::tensor_file::{self, Named, TensorFile};
 use crate::trace::Trace;
 use crate::trace::mri::{self, MriHistogram};
 use safetensors::Dtype;
+use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::path::Path;
 use tensor_io::Progress;
@@ -104,7 +105,8 @@ fn at(
     }))
 }
 
-/// Means of each query head before rotation, over all positions of `traces`; `rotary` gives each layer's rotation, none where a layer has none.
+/// Means of each query head before rotation, over all positions of `traces`; `rotary` gives each layer's rotation, none where a layer has none. The model's hash is that of the
+/// traces, where all have the same.
 ///
 /// # Errors
 /// Traces of different shapes; a rotation that does not fit the heads.
@@ -113,6 +115,7 @@ pub fn queries<'a>(
     rotary: impl Fn(usize) -> Option<&'a Rotary>,
 ) -> Result<QueryStatistics> {
     let mut sums: BTreeMap<usize, (usize, usize, Vec<Vec<f64>>)> = BTreeMap::new();
+    let mut rotations = BTreeMap::new();
     for trace in traces {
         for (&index, layer) in &trace.layers {
             let Some(rotary) = rotary(index) else {
@@ -120,6 +123,7 @@ pub fn queries<'a>(
             };
             let d = layer.head_dim;
             rotary.check(d)?;
+            rotations.entry(index).or_insert_with(|| rotary.clone());
             let (count, width, heads) = sums.entry(index).or_insert_with(|| {
                 let zero = vec![0.0; d + rotary.frequencies.len()];
                 (0, d, vec![zero; layer.query_heads])
@@ -145,13 +149,34 @@ pub fn queries<'a>(
         let heads = heads.iter().map(|sums| tri_attention::mean(sums, count, d));
         (index, heads.collect())
     });
+    let mut hashes = traces.iter().map(|trace| &trace.meta.model_hash);
+    let first = hashes.next().cloned().flatten();
     Ok(QueryStatistics {
         layers: layers.collect(),
+        rotary: rotations,
+        model_hash: first.filter(|first| hashes.all(|hash| hash.as_ref() == Some(first))),
     })
 }
 
+/// Metadata key of what statistics were taken from.
+const KEY: &str = "statistics";
+
+/// What stands in a file beside the numbers.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Description {
+    schema: u32,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    model_hash: Option<String>,
+    rotary: BTreeMap<usize, Rotary>,
+}
+
+/// Version of the file format.
+const SCHEMA: u32 = 1;
+
 impl QueryStatistics {
-    /// Writes the statistics as safetensors: `l{L}.mean` `[heads, d]` and `l{L}.abs` `[heads, pairs]` in f32. The file appears whole or not at all.
+    /// Writes the statistics as safetensors: `l{L}.mean` `[heads, d]` and `l{L}.abs` `[heads, pairs]` in f32, and as JSON under the metadata key `statistics` the rotation of each
+    /// layer (frequencies, and which elements are pairs) and the model's hash. The file appears whole or not at all.
     ///
     /// # Errors
     /// Heads of different sizes, failed writing.
@@ -178,7 +203,16 @@ impl QueryStatistics {
             push("mean", first.0, &|head| &head.mean);
             push("abs", first.1, &|head| &head.magnitude);
         }
-        tensor_file::write(path, &tensors, None)
+        let description = Description {
+            schema: SCHEMA,
+            model_hash: self.model_hash.clone(),
+            rotary: self.rotary.clone(),
+        };
+        let text = serde_json::to_string(&description).map_err(|e| Error::Trace {
+            path: path.display().to_string(),
+            problem: e.to_string(),
+        })?;
+        tensor_file::write(path, &tensors, Some((KEY, text)))
     }
 
     /// Reads statistics.
@@ -187,6 +221,17 @@ impl QueryStatistics {
     /// A file that cannot be read or holds something else.
     pub fn read(path: &Path) -> Result<Self> {
         let file = TensorFile::read(path)?;
+        let text = file.metadata(KEY)?;
+        let text = text
+            .ok_or_else(|| file.bad(format!("no metadata `{KEY}`: not statistics of queries")))?;
+        let Description {
+            schema,
+            model_hash,
+            rotary,
+        } = serde_json::from_str(&text).map_err(|e| file.bad(format!("metadata `{KEY}`: {e}")))?;
+        if schema != SCHEMA {
+            return Err(file.bad(format!("schema {schema}, expected {SCHEMA}")));
+        }
         let tensors = file.open()?;
         let rows = |name: String| -> Result<Vec<Vec<f32>>> {
             let found = tensors.get(&name, Dtype::F32, 2)?;
@@ -216,6 +261,13 @@ impl QueryStatistics {
         if layers.is_empty() {
             return Err(file.bad("no `l{L}.mean`: not statistics of queries"));
         }
-        Ok(Self { layers })
+        if layers.keys().ne(rotary.keys()) {
+            return Err(file.bad("other layers are rotated than have statistics"));
+        }
+        Ok(Self {
+            layers,
+            rotary,
+            model_hash,
+        })
     }
 }

@@ -2,7 +2,7 @@
 
 pub mod attention;
 mod cache;
-#[cfg(feature = "trace")]
+#[cfg(feature = "calibrate")]
 pub mod calibrate;
 mod error;
 #[cfg(test)]

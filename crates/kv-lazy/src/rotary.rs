@@ -57,6 +57,14 @@ impl Rotary {
         Ok(())
     }
 
+    /// Whether the two rotate alike, up to the rounding of frequencies in f32.
+    pub(crate) fn is_like(&self, other: &Self) -> bool {
+        let near = |(a, b): (&f64, &f64)| (a - b).abs() <= 1e-6 * a.abs();
+        self.pairs == other.pairs
+            && self.frequencies.len() == other.frequencies.len()
+            && self.frequencies.iter().zip(&other.frequencies).all(near)
+    }
+
     /// The elements of pair `f`.
     pub(crate) fn pair(&self, f: usize) -> (usize, usize) {
         match self.pairs {
@@ -121,6 +129,49 @@ mod tests {
                 1e-5,
             );
         }
+    }
+
+    #[test]
+    fn a_key_moved_from_31_to_5_equals_golden_values() {
+        let rotary = Rotary::plain(10_000.0, golden::D);
+        let mut key = golden::keys(31);
+        rotary.rotate(&mut key, 31);
+        rotary.rotate(&mut key, 5 - 31);
+        let want = [
+            -0.014_167_488_5,
+            0.631_144_624,
+            0.576_610_462,
+            -0.975_697_02,
+        ];
+        golden::close(&key[..4], &want, 1e-5);
+        let mut query = golden::queries()[7 * golden::D..8 * golden::D].to_vec();
+        rotary.rotate(&mut query, 8);
+        let products = query.iter().zip(&key).map(|(q, k)| f64::from(q * k));
+        let logit = products.sum::<f64>() / 8.0;
+        assert!((logit + 0.648_504_203).abs() < 1e-5, "{logit}");
+    }
+
+    #[test]
+    fn a_thousand_rotations_by_one_are_exact_in_f32_and_not_in_f16() {
+        let rotary = Rotary::plain(10_000.0, golden::D);
+        let (start, mut once) = (golden::keys(31), golden::keys(31));
+        rotary.rotate(&mut once, 1000);
+        let far = |rounded: &dyn Fn(f32) -> f32| {
+            let mut key = start.clone();
+            for _ in 0..1000 {
+                rotary.rotate(&mut key, 1);
+                key.iter_mut().for_each(|x| *x = rounded(*x));
+            }
+            let norm = |of: &dyn Fn(usize) -> f32| {
+                let squares = (0..golden::D).map(|i| f64::from(of(i)).powi(2));
+                squares.sum::<f64>().sqrt()
+            };
+            norm(&|i| key[i] - once[i]) / norm(&|i| once[i])
+        };
+        // 7.8e-7 and 3.9e-2 of the golden values.
+        let (wide, half) = (far(&|x| x), far(&|x| half::f16::from_f32(x).to_f32()));
+        assert!(wide < 2e-6, "{wide}");
+        assert!((0.01..0.1).contains(&half), "{half}");
     }
 
     #[test]

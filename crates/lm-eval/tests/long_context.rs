@@ -87,7 +87,7 @@ fn an_answer_is_exact_where_its_tokens_are_the_most_likely_ones() {
 fn an_answer_is_chosen_where_decoding_among_the_candidates_gives_it() {
     // Scores of the five tokens after each token.
     let logits = |rows: [[f32; 5]; 4]| Tensor::new(&rows, &Device::Cpu).unwrap();
-    let question = Question::new(vec![0, 1, 2, 3, 4], vec![1..3]);
+    let question = Question::new(vec![0, 1, 2, 3, 4], std::iter::once(1..3).collect());
     let chosen = |others: &[&[u32]], rows| {
         let others = others.iter().map(|other| other.to_vec()).collect();
         let question = question.clone().among(vec![others]);

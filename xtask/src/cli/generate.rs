@@ -34,6 +34,9 @@ pub(super) struct GenerateArgs {
     /// [default: as the model computes]
     #[arg(long, value_name = "T", value_parser = PossibleValuesParser::new(kv_lazy::StorageConfig::PRESETS))]
     kv_dtype: Option<String>,
+    /// Statistics of the model's queries for --policy tri-attention, as eval kv --save-statistics makes them [default: the sequence itself]
+    #[arg(long, value_name = "FILE")]
+    statistics: Option<PathBuf>,
     /// JSON file with a configuration of caches, in place of --policy, --budget and --kv-dtype: such as the cache.json that eval frontier saves
     #[arg(long, value_name = "FILE", conflicts_with_all = ["policy", "budget", "kv_dtype"])]
     cache: Option<PathBuf>,
@@ -68,6 +71,7 @@ impl From<GenerateArgs> for generate::Config {
             raw: args.raw,
             policy: stored(&args.policy, args.kv_dtype.as_deref()),
             cache: args.cache,
+            statistics: args.statistics,
             budget: args.budget.get(),
             max_new_tokens: args.max_new_tokens.get(),
             sampling: match args.temperature == 0.0 {

@@ -18,7 +18,7 @@ use crate::suites::kv::policy::{ALPHA, Choice, PromptRule};
 use crate::suites::kv::recall::Recall;
 use crate::suites::kv::speed::Speed;
 use crate::suites::kv::trace::{Source, Traces};
-use crate::suites::kv::{Config, Task};
+use crate::suites::kv::{Calibration, Config, Task};
 use crate::suites::perplexity;
 
 #[derive(Args)]
@@ -74,8 +74,14 @@ pub(super) struct KvArgs {
     #[arg(long, value_enum, default_value_t = Feed::Whole)]
     feed: Feed,
     /// Text from which statistics of the model's queries are taken, for tri-attention; not for --task recall [default: the sequence itself]
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", conflicts_with = "statistics")]
     calib: Option<PathBuf>,
+    /// Save the statistics that --calib takes to this file
+    #[arg(long, value_name = "FILE", requires = "calib")]
+    save_statistics: Option<PathBuf>,
+    /// File of statistics that --save-statistics has made of the same model, in place of --calib
+    #[arg(long, value_name = "FILE")]
+    statistics: Option<PathBuf>,
     /// Tokens of each window to prefill [default: a quarter]
     #[arg(long, value_name = "N", value_parser = super::values::positive)]
     prompt: Option<NonZeroUsize>,
@@ -150,8 +156,21 @@ impl KvArgs {
         {
             wrong("--questions, --context and --feed belong to --task long-context");
         }
-        if self.calib.is_some() && (self.task == KvTask::Recall || self.model.is_empty()) {
-            wrong("--calib takes statistics of the queries of --model, in every task but recall");
+        let calibration = match (self.calib.take(), self.statistics.take()) {
+            (Some(text), _) => Some(Calibration::Text {
+                text,
+                save: self.save_statistics.take(),
+            }),
+            (None, file) => file.map(Calibration::Statistics),
+        };
+        if calibration.is_some() && (self.task == KvTask::Recall || self.model.is_empty()) {
+            wrong(
+                "--calib and --statistics are of the queries of --model, in every task but recall",
+            );
+        }
+        let saves = matches!(calibration, Some(Calibration::Text { save: Some(_), .. }));
+        if saves && self.model.len() > 1 {
+            wrong("--save-statistics: one file has the statistics of one --model");
         }
         if self.task == KvTask::Trace && self.budget_of == BudgetOf::Bytes {
             wrong("--budget-of bytes needs a model that runs: traces have tokens alone");
@@ -251,7 +270,7 @@ impl KvArgs {
             full,
             by_bytes: self.budget_of == BudgetOf::Bytes,
             alpha: self.alpha,
-            calibration: self.calib,
+            calibration,
             budgets: self.budget,
             seeds: self.seeds.get(),
             prompt_rule,

@@ -106,7 +106,14 @@ fn command(words: Vec<String>) -> Vec<String> {
 
 /// The words that all parts of an evaluation have alike: not where results go, nor which part is measured and how fast.
 fn shared(words: &[String]) -> Vec<String> {
-    const VALUES: [&str; 5] = ["--cells", "--shard", "--calib-shard", "--out", "--threads"];
+    const VALUES: [&str; 6] = [
+        "--cells",
+        "--shard",
+        "--calib-shard",
+        "--out",
+        "--threads",
+        "--save-statistics",
+    ];
     let mut shared = Vec::new();
     let mut words = words.iter();
     while let Some(word) = words.next() {

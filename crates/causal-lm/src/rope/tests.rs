@@ -52,3 +52,29 @@ fn the_original_length_at_the_top_wins_over_the_one_in_the_object() {
         assert_ne!(read(json!({"rope_scaling": with(64)})), expected, "{rule}");
     }
 }
+
+#[test]
+fn the_frequencies_of_llama_3_equal_golden_values() {
+    let rule = json!({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192});
+    let fields = json!({"rope_theta": 5e5, "rope_scaling": rule});
+    let config = Config::new(fields.as_object().unwrap().clone());
+    let defaults = Defaults {
+        theta: 1e4,
+        partial: None,
+        pairs: Pairs::Halves,
+        head_dim: 64,
+        max_positions: 131_072,
+    };
+    let rope = Rope::read(&config, defaults).unwrap();
+    let want = [
+        (0, 1.0),
+        (10, 0.016_560_440_1),
+        (20, 3.428_102_2e-5),
+        (31, 3.767_322_69e-7),
+    ];
+    for (pair, want) in want {
+        let got = rope.inv_freq[pair];
+        assert!((got / want - 1.0).abs() < 1e-8, "{pair}: {got} {want}");
+    }
+}

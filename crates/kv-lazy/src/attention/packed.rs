@@ -556,3 +556,65 @@ fn mix<S: Simd, const N: usize, const H: usize, const K: usize>(
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::golden::{self, D};
+    use crate::quantise::{Format, Packed};
+
+    #[test]
+    fn a_score_by_bits_of_the_mantissa_equals_the_golden_value() {
+        let format = Format {
+            head_dim: D,
+            bits: 4,
+            symmetric: false,
+            group: 32,
+            rotation: 1,
+            channel: 0,
+        };
+        let mut packed = Packed::new(format);
+        assert!(packed.push(&golden::keys(0)));
+        let (mut scores, mut room) = ([0.0], vec![0.0; scratch(D)]);
+        let query = &golden::queries()[..D];
+        PackedScores {
+            queries: query,
+            keys: packed.view(),
+            next: &[],
+            stride: 1,
+            scores: &mut scores,
+            scratch: &mut room,
+        }
+        .run();
+        // Of the terms 16·s·q·f with f below 2, each of which is rounded, -0.96 is left.
+        let terms = query.chunks_exact(32).zip(packed.view().scales);
+        let terms: f64 = terms
+            .map(|(q, s)| 32.0 * s.to_f64() * q.iter().map(|q| f64::from(q.abs())).sum::<f64>())
+            .sum();
+        let error = (f64::from(scores[0]) + 0.959_265_684).abs();
+        assert!(
+            error < terms * f64::from(f32::EPSILON) / 2.0,
+            "{error} {terms}"
+        );
+        assert!(error < 5e-5, "a ten-thousandth of the quantisation's own");
+    }
+
+    struct Bit(u32, u32);
+
+    impl WithSimd for Bit {
+        type Output = ();
+        fn with_simd<S: Simd>(self, simd: S) {
+            let bits =
+                |x: S::f32s| -> u32 { pulp::bytemuck::cast_slice(std::slice::from_ref(&x))[0] };
+            let word = |word: u32| simd.splat_u32s(word);
+            // Code 9 in the second of eight places, code 200 in the third of four.
+            assert_eq!(bits(code::<S, 8>(simd, word(9 << 4), 1)), self.0);
+            assert_eq!(bits(code::<S, 4>(simd, word(200 << 16), 2)), self.1);
+        }
+    }
+
+    #[test]
+    fn codes_have_the_golden_bits() {
+        dispatch(Bit(0x3fc8_0000, 0x3fe4_0000));
+    }
+}

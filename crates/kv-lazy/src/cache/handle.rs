@@ -5,6 +5,7 @@ use crate::attention::Scores;
 use crate::error::{Error, Result};
 use crate::policy::{CacheConfig, Phase};
 use candle_core::{DType, Device, Tensor};
+use std::sync::Arc;
 
 /// The cache of one layer: a field of an attention block, in place of candle-nn's `KvCache` or `ConcatKvCache`.
 ///
@@ -13,14 +14,18 @@ use candle_core::{DType, Device, Tensor};
 /// call of several tokens is the prompt. Cloning copies everything.
 #[derive(Debug, Clone)]
 pub struct LayerCache {
-    config: CacheConfig,
+    config: Arc<CacheConfig>,
     layer: usize,
-    set: Option<CacheSet>,
+    set: Option<Box<CacheSet>>,
     bottom_right: bool,
     sliding_window: Option<usize>,
     append_only: bool,
+    /// Positions of the prompt, where they are known before.
+    prompt: Option<usize>,
     /// The call that is in use.
     path: Option<Path>,
+    /// Tokens that the last call attended to or returned.
+    visible: usize,
 }
 
 /// Who computes the attention.
@@ -70,17 +75,53 @@ impl LayerCache {
                     path: "this configuration",
                 });
             }
+            if let Some(rotary) = config.rotary_of(layer) {
+                policy.admits_rotary(layer, rotary)?;
+            }
             crate::policy::Evictor::new(policy, budget, Default::default())?;
         }
         Ok(Self {
-            config: config.clone(),
+            config: Arc::new(config.clone()),
             layer,
             set: None,
             bottom_right: false,
             sliding_window: None,
             append_only: false,
+            prompt: None,
             path: None,
+            visible: 0,
         })
+    }
+
+    /// Checks that the cache can serve `batch` sequences of a layer of this shape, which the first call would find out otherwise: heads that the storage does not divide, statistics or a rotation of other
+    /// heads, a device without what the configuration needs.
+    ///
+    /// # Errors
+    /// As [`CacheSet::new`].
+    pub fn with_shape(
+        self,
+        batch: usize,
+        shape: LayerShape,
+        dtype: DType,
+        device: &Device,
+    ) -> Result<Self> {
+        let shape = LayerShape {
+            sliding_window: self.sliding_window.or(shape.sliding_window),
+            ..shape
+        };
+        let of = (batch, dtype, device);
+        CacheSet::of_layer(self.layer, shape, of, &self.config, self.append_only)?;
+        Ok(Self {
+            sliding_window: shape.sliding_window,
+            ..self
+        })
+    }
+
+    /// The prompt has so many positions, in however many calls of however many tokens. Otherwise the prompt ends with the first call of a single token that is not the very
+    /// first.
+    pub fn with_prompt_len(mut self, positions: usize) -> Self {
+        self.prompt = Some(positions);
+        self
     }
 
     /// The same for [`append`](Self::append) alone.
@@ -111,7 +152,7 @@ impl LayerCache {
     }
 
     /// The caller aligns causal masks to the last key, as flash attention and [`bottom_right_mask`] do, and not to the position: then [`append`](Self::append) takes
-    /// several tokens also after an eviction.
+    /// several tokens also after an eviction. [`mask`](Self::mask) makes such a mask of the last call.
     pub fn with_bottom_right_masks(mut self) -> Self {
         self.bottom_right = true;
         self
@@ -158,13 +199,13 @@ impl LayerCache {
                 self.check_append()?;
             }
             let set = CacheSet::of_layer(self.layer, shape, of, &self.config, external)?;
-            (self.set, self.path) = (Some(set), Some(path));
+            (self.set, self.path) = (Some(Box::new(set)), Some(path));
         }
-        Ok(self.set.as_mut().expect("made above"))
+        Ok(self.set.as_deref_mut().expect("made above"))
     }
 
-    /// Appends `k` and `v` `[B, Hkv, T, d]`, keys after RoPE, and returns the keys and values `[B, Hkv, n, d]` that the step's queries attend; the
-    /// new ones are the last T, except that a policy which drops as many as come (`streaming`, `random`) puts them in the places of those. The policy evicts afterwards, for the next step. Of floats the tensors are views; of quantised storage they are
+    /// Appends `k` and `v` `[B, Hkv, T, d]`, keys after RoPE, and returns the keys and values `[B, Hkv, n, d]` that the step's queries attend; of
+    /// several tokens the new ones are the last T, for which [`mask`](Self::mask) makes the causal mask, and a single one may stand in the place of a token that the policy gave up for it (`streaming`). The policy evicts afterwards, for the next step. Of floats the tensors are views; of quantised storage they are
     /// copies.
     ///
     /// # Errors
@@ -172,7 +213,7 @@ impl LayerCache {
     /// [aligned to the last key](Self::with_bottom_right_masks).
     pub fn append(&mut self, k: &Tensor, v: &Tensor) -> candle_core::Result<(Tensor, Tensor)> {
         let tokens = k.dim(2)?;
-        let (layer, bottom_right) = (self.layer, self.bottom_right);
+        let (layer, bottom_right, prompt) = (self.layer, self.bottom_right, self.prompt);
         let set = self.set(Path::Append, None, k)?;
         if tokens > 1 && !bottom_right && set.physical_len(0) < set.logical_len() {
             return Err(Error::Step {
@@ -181,8 +222,24 @@ impl LayerCache {
             }
             .into());
         }
-        set.begin(tokens)?;
-        Ok(set.extend(0, k, v)?)
+        set.begin_within(prompt, tokens)?;
+        let (k, v) = set.extend(0, k, v)?;
+        self.visible = k.dim(2)?;
+        Ok((k, v))
+    }
+
+    /// The causal mask of the `tokens` that came with the last call, the last of the keys which that call returned: `[tokens, n]`, 1 where a token may not look, as
+    /// [`bottom_right_mask`]. None for a single token, which may look everywhere.
+    ///
+    /// # Errors
+    /// When the device refuses.
+    pub fn mask(&self, tokens: usize) -> candle_core::Result<Option<Tensor>> {
+        match &self.set {
+            Some(set) if tokens > 1 => {
+                Ok(Some(bottom_right_mask(tokens, self.visible, &set.device)?))
+            }
+            _ => Ok(None),
+        }
     }
 
     /// Appends `k` and `v` `[B, Hkv, T, d]` and attends `q` `[B, Hq, T, d]`: replaces cache, `repeat_kv`, mask and softmax. `scores` is the factor on q·k, usually 1/√d.
@@ -196,20 +253,20 @@ impl LayerCache {
         v: &Tensor,
         scores: impl Into<Scores>,
     ) -> candle_core::Result<Tensor> {
-        let heads = q.dim(1)?;
+        let (heads, prompt) = (q.dim(1)?, self.prompt);
         let set = self.set(Path::Attend, Some(heads), k)?;
-        set.begin(k.dim(2)?)?;
+        set.begin_within(prompt, k.dim(2)?)?;
         Ok(set.attend(0, q, k, v, scores)?)
     }
 
     /// Positions so far, evicted or not: where RoPE goes on. The name is that of candle-nn.
     pub fn current_seq_len(&self) -> usize {
-        self.set.as_ref().map_or(0, CacheSet::logical_len)
+        self.set.as_deref().map_or(0, CacheSet::logical_len)
     }
 
     /// Tokens held per sequence and head: what masks are made for.
     pub fn len(&self) -> usize {
-        self.set.as_ref().map_or(0, |set| set.physical_len(0))
+        self.set.as_deref().map_or(0, |set| set.physical_len(0))
     }
 
     /// Whether nothing is held.
@@ -220,25 +277,25 @@ impl LayerCache {
     /// Positions that a KV head holds, in physical order.
     pub fn positions(&self, sequence: usize, head: usize) -> &[u32] {
         self.set
-            .as_ref()
+            .as_deref()
             .map_or(&[], |set| set.positions(0, sequence, head))
     }
 
     /// Bytes of keys and values, as allocated.
     pub fn bytes(&self) -> usize {
-        self.set.as_ref().map_or(0, CacheSet::bytes)
+        self.set.as_deref().map_or(0, CacheSet::bytes)
     }
 
     /// Bytes of the policy's state and of positions.
     pub fn state_bytes(&self) -> usize {
         let of = |set: &CacheSet| set.state_bytes() + set.position_bytes();
-        self.set.as_ref().map_or(0, of)
+        self.set.as_deref().map_or(0, of)
     }
 
     /// Whether generation has begun: a step of one token after the prompt.
     pub fn is_decoding(&self) -> bool {
         let decodes = |set: &CacheSet| set.clock.phase == Phase::Decode;
-        self.set.as_ref().is_some_and(decodes)
+        self.set.as_deref().is_some_and(decodes)
     }
 
     /// The keys held, `[B, Hkv, n, d]`; none before the first call. The name is that of candle-nn.
@@ -258,18 +315,18 @@ impl LayerCache {
     }
 
     fn tensors(&self) -> Result<Option<(Tensor, Tensor)>> {
-        self.set.as_ref().map(|set| set.tensors(0)).transpose()
+        self.set.as_deref().map(|set| set.tensors(0)).transpose()
     }
 
     /// Forgets everything and frees the storage. The next call may have another batch, and be the other of
     /// [`append`](Self::append) and [`attend`](Self::attend).
     pub fn reset(&mut self) {
-        (self.set, self.path) = (None, None);
+        (self.set, self.path, self.visible) = (None, None, 0);
     }
 
     /// A copy of everything, to return to.
     pub fn snapshot(&self) -> LayerSnapshot {
-        let held = self.set.as_ref().map(|set| (set.snapshot(), self.path));
+        let held = self.set.as_deref().map(|set| (set.snapshot(), self.path));
         LayerSnapshot {
             layer: self.layer,
             held,
@@ -292,8 +349,8 @@ impl LayerCache {
         };
         match &mut self.set {
             Some(set) => set.restore(held)?,
-            None if held.0.config.as_ref() == Some(&self.config) => {
-                self.set = Some(held.0.clone());
+            None if held.0.config.as_ref() == Some(&*self.config) => {
+                self.set = Some(Box::new(held.0.clone()));
             }
             None => {
                 return Err(Error::Snapshot {

@@ -172,7 +172,12 @@ impl Layer {
     /// Tells the layer how the model rotates its keys.
     pub(super) fn set_rotary(&mut self, rotary: Option<&Rotary>) -> Result<()> {
         match rotary {
-            Some(rotary) => rotary.check(self.shape.head_dim)?,
+            Some(rotary) => {
+                rotary.check(self.shape.head_dim)?;
+                if let Some(evictor) = self.evictors.first() {
+                    evictor.admits_rotary(rotary)?;
+                }
+            }
             None if self.needs.rotary => {
                 return Err(Error::NeedUnavailable {
                     policy: format!("of layer {}", self.index),

@@ -101,6 +101,14 @@ impl CacheSet {
         self.start(tokens, true)
     }
 
+    /// As [`begin`](Self::begin) where the prompt is known to have so many positions.
+    fn begin_within(&mut self, prompt: Option<usize>, tokens: usize) -> Result<Step> {
+        match prompt {
+            None => self.begin(tokens),
+            Some(prompt) => self.start(tokens, self.logical_len() < prompt),
+        }
+    }
+
     /// As [`begin`](Self::begin), for callers that count positions themselves.
     ///
     /// # Errors
@@ -228,8 +236,8 @@ impl CacheSet {
     }
 
     /// Appends the step's `k` and `v` `[B, Hkv, T, d]` and returns all keys and values `[B, Hkv, n, d]` that the step's queries
-    /// are to attend, for attention computed elsewhere. The new tokens are the last T of n; a causal mask's offset is n − T. The policy
-    /// evicts afterwards.
+    /// are to attend, for attention computed elsewhere. Of a step of several tokens the new ones are the last T of n, and a causal mask's offset is n − T; a single one needs no mask, and
+    /// where a policy gives up a token for it (`streaming`) it stands in that token's place. The policy evicts afterwards.
     ///
     /// # Errors
     /// As [`attend`](Self::attend).

@@ -167,6 +167,21 @@ mod tests {
     }
 
     #[test]
+    fn what_leaving_a_token_out_moves_equals_the_golden_value() {
+        let rows = golden::Observed::new();
+        let mut window = WindowLogits::of(&rows, 0).unwrap();
+        // Of eight positions and two heads, the first head's query at the fourth position.
+        let from = 6 * window.len;
+        window.logits = window.logits[from..from + window.len].to_vec();
+        (window.group, window.positions) = (1, 1);
+        let moved = displacement(window, &golden::all_values(), D)[11];
+        assert!(
+            (f64::from(moved) / 4.921_114_69e-5 - 1.0).abs() < 1e-4,
+            "{moved}"
+        );
+    }
+
+    #[test]
     fn one_token_s_score_is_the_square_of_what_its_removal_moves() {
         let rows = golden::Observed::new();
         let (values, removed) = (golden::all_values(), 17);

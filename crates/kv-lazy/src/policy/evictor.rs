@@ -8,6 +8,7 @@ use super::{
 };
 use crate::LayerShape;
 use crate::error::{Error, Result};
+use crate::rotary::Rotary;
 use crate::store::Relocation;
 use std::ops::Range;
 
@@ -114,7 +115,7 @@ impl Evictor {
             return Err(Error::Setting {
                 name: "shared-budget",
                 value: format!("policy {}", self.policy.name()),
-                expected: "a policy whose scores are comparable between heads: snapkv, dropkv, or h2o with `normalise: mean`",
+                expected: "a policy whose scores are comparable between heads: snapkv, dropkv, vase-attnv, or h2o with `normalise: mean`",
             });
         }
         if !(0.0..=1.0).contains(&floor) {
@@ -174,6 +175,14 @@ impl Evictor {
     pub(crate) fn renumber(&mut self, sequence: usize) {
         self.place.sequence = sequence;
         self.policy.start(self.place);
+    }
+
+    /// Whether the policy fits the rotation of its layer's keys.
+    ///
+    /// # Errors
+    /// Settings made for another rotation.
+    pub(crate) fn admits_rotary(&self, rotary: &Rotary) -> Result<()> {
+        self.policy.admits_rotary(self.place.layer, rotary)
     }
 
     /// What the policy must be given.

@@ -379,6 +379,14 @@ pub trait Policy: std::fmt::Debug + Send + Sync {
         self.inner()
             .map_or(Ok(()), |inner| inner.admits(layer, shape))
     }
+    /// Whether the policy's settings fit the model's rotation of a layer's keys; asked once, when the cache is told of it.
+    ///
+    /// # Errors
+    /// Settings made for another rotation.
+    fn admits_rotary(&self, layer: usize, rotary: &Rotary) -> Result<()> {
+        self.inner()
+            .map_or(Ok(()), |inner| inner.admits_rotary(layer, rotary))
+    }
     /// Whether the scores of different KV heads are in the same unit, so that heads can compete for slots.
     fn comparable(&self) -> bool {
         self.inner().is_some_and(|inner| inner.comparable())

@@ -1,6 +1,6 @@
 //! Oracle: keeps what will be attended most. For replay only, where future attention is known.
 
-use super::{Budget, Clock, Phase, Policy, Rows, Rule, Score, Tunable};
+use super::{Budget, Clock, Phase, Place, Policy, Rows, Rule, Score, Tunable};
 use crate::error::{Error, Result};
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
@@ -41,6 +41,8 @@ pub struct Oracle {
     /// Steps looked ahead.
     pub horizon: usize,
     future: Arc<dyn Future>,
+    /// The KV head that is the first here.
+    first_head: usize,
     buffer: Vec<f32>,
 }
 
@@ -51,6 +53,7 @@ impl Oracle {
             window,
             horizon,
             future,
+            first_head: 0,
             buffer: Vec::new(),
         }
     }
@@ -66,6 +69,9 @@ impl Policy for Oracle {
             ..Rule::every(self.window)
         }
     }
+    fn start(&mut self, place: Place) {
+        self.first_head = place.first_head;
+    }
     fn score(
         &mut self,
         head: usize,
@@ -76,8 +82,13 @@ impl Policy for Oracle {
         self.buffer.clear();
         self.buffer.resize(scores.len(), 0.0);
         let ids = rows.ids(head);
-        self.future
-            .mass(head, clock.next, self.horizon, ids, &mut self.buffer);
+        self.future.mass(
+            self.first_head + head,
+            clock.next,
+            self.horizon,
+            ids,
+            &mut self.buffer,
+        );
         for (score, &mass) in scores.iter_mut().zip(&self.buffer) {
             score.value = mass;
         }

@@ -5,6 +5,7 @@
 use super::{Clock, Needs, Phase, Place, Policy, Rows, Rule, Score, Seen};
 use crate::LayerShape;
 use crate::error::Result;
+use crate::rotary::Rotary;
 use crate::store::Relocation;
 
 /// `prefill` evicts while the prompt is read, `decode` afterwards.
@@ -31,6 +32,10 @@ impl<A: Policy + Clone + 'static, B: Policy + Clone + 'static> Policy for PerPha
     fn admits(&self, layer: usize, shape: &LayerShape) -> Result<()> {
         self.prefill.admits(layer, shape)?;
         self.decode.admits(layer, shape)
+    }
+    fn admits_rotary(&self, layer: usize, rotary: &Rotary) -> Result<()> {
+        self.prefill.admits_rotary(layer, rotary)?;
+        self.decode.admits_rotary(layer, rotary)
     }
     fn comparable(&self) -> bool {
         self.prefill.comparable() && self.decode.comparable()

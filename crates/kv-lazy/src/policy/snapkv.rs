@@ -171,3 +171,35 @@ impl Policy for SnapKv {
         Box::new(*self)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::golden::{self, TOKENS};
+
+    #[test]
+    fn scores_equal_golden_values() {
+        let mut policy = SnapKv::new(8, 5, Pooling::Mean, None).unwrap();
+        let clock = Clock {
+            next: TOKENS as u32,
+            step: 0,
+            tokens: 1,
+            prompt: TOKENS as u32,
+            phase: Phase::Prefill,
+        };
+        let mut scores = vec![Score::default(); TOKENS];
+        let rows = golden::Observed::new();
+        policy.score(0, &rows, &clock, &mut scores).unwrap();
+        // The golden values are means over the eight queries.
+        let means: Vec<f32> = scores[..6].iter().map(|score| score.value / 8.0).collect();
+        let want = [
+            0.012_633_759_5,
+            0.017_581_175_7,
+            0.026_885_609_8,
+            0.026_753_329_5,
+            0.026_888_986_8,
+            0.024_029_168,
+        ];
+        golden::close(&means, &want, 1e-5);
+    }
+}

@@ -30,9 +30,16 @@ pub struct HeadStatistics {
 
 /// Statistics of all layers' queries; the module `calibrate` takes them from traces.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct QueryStatistics {
     /// Query heads of each layer.
     pub layers: BTreeMap<usize, Vec<HeadStatistics>>,
+    /// How the model rotated the queries of each layer; another rotation is refused where this is known.
+    #[serde(default)]
+    pub rotary: BTreeMap<usize, Rotary>,
+    /// Hash of the model's weights, for callers that know models.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub model_hash: Option<String>,
 }
 
 /// Settings of [`TriAttention`].
@@ -293,6 +300,25 @@ impl Policy for TriAttention {
             expected: "statistics of each of the layer's query heads",
         })
     }
+    fn admits_rotary(&self, layer: usize, rotary: &Rotary) -> Result<()> {
+        let Some(calibration) = &self.calibration else {
+            return Ok(());
+        };
+        let heads = calibration.layers.get(&layer).into_iter().flatten();
+        let pairs = rotary.frequencies.len();
+        let counts = heads.map(|head| head.magnitude.len());
+        let other = calibration.rotary.get(&layer);
+        if counts.into_iter().all(|count| count == pairs)
+            && other.is_none_or(|other| other.is_like(rotary))
+        {
+            return Ok(());
+        }
+        Err(Error::Setting {
+            name: "calibration",
+            value: format!("statistics of layer {layer} under another rotation"),
+            expected: "statistics under the cache's own rotation",
+        })
+    }
     fn start(&mut self, place: Place) {
         self.place = place;
         self.own = vec![Own::default(); place.heads];
@@ -311,15 +337,8 @@ impl Policy for TriAttention {
                 path: "this cache",
             });
         };
+        self.admits_rotary(self.place.layer, rotary)?;
         let statistics = self.statistics(rows, head, rotary);
-        let fits = |head: &HeadStatistics| head.magnitude.len() == rotary.frequencies.len();
-        if !statistics.iter().all(fits) {
-            return Err(Error::Setting {
-                name: "calibration",
-                value: "another number of rotated pairs".into(),
-                expected: "statistics under the cache's own rotation",
-            });
-        }
         let Periodic { sinks, recent, .. } = self.periods;
         let free = count(sinks)..clock.next.saturating_sub(count(recent));
         let free: Vec<bool> = rows.ids(head).iter().map(|id| free.contains(id)).collect();

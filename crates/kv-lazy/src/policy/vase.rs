@@ -2,7 +2,8 @@
 //!
 //! Every B steps, with the newest B tokens untouched. *AttnV* reserves a share of the slots for the values of largest range; the others are drawn without
 //! replacement in proportion to the attention of the last B queries over the older tokens, averaged over queries, pooled over five tokens and averaged over the
-//! group (Gumbel top-k: the largest of ln ᾱ − ln(−ln u)). The paper reserves by range alone, the reference code puts the first four tokens among the reserved; `sinks` does.
+//! group (Gumbel top-k: the largest of ln ᾱ − ln(−ln u)). The paper reserves by range alone, the reference code puts the first four tokens among the reserved; `sinks` does,
+//! for DKV too, where the paper keeps one.
 //! *DKV* keeps the largest ‖Gᵀk‖² · ‖Gᵀv‖² with a random G of 20 columns, drawn anew at each eviction.
 
 use super::config::quarter;
@@ -139,6 +140,10 @@ fn gumbel(attention: f32, uniform: f64) -> f32 {
 impl Policy for VaseAttention {
     fn name(&self) -> &'static str {
         "vase-attnv"
+    }
+    // Drawn by shares of a softmax, in every head over the tokens before the newest.
+    fn comparable(&self) -> bool {
+        true
     }
     fn needs(&self) -> Needs {
         Needs::keys().with_new_values().with_queries(self.buffer)
@@ -305,6 +310,13 @@ mod tests {
         let ratio = f64::from(got[4]) / f64::from(got[5]);
         let want = 0.038_583_461_5 / 0.005_761_766_24;
         assert!((ratio / want - 1.0).abs() < 1e-5, "{ratio} {want}");
+        // It is that of the tokens before the newest eight; the four sinks have 1 in place of theirs.
+        let sum: f64 = got[..TOKENS - 8].iter().map(|&x| f64::from(x)).sum();
+        let shares: Vec<f32> = got[4..6]
+            .iter()
+            .map(|&x| (f64::from(x) / sum) as f32)
+            .collect();
+        golden::close(&shares, &[0.038_583_461_5, 0.005_761_766_24], 1e-5);
     }
 
     #[test]

@@ -378,6 +378,24 @@ mod tests {
         // 4000 of the 4028 that the formula packs.
         assert_eq!(of("int4", 4, 64), 922_272 + 3 * 28 * (256 - 72));
         assert_eq!(of("k8v4", 4, 64), 1_284_792 + 3 * 28 * (256 - 102));
+        // 16,384 tokens in 8 KV heads of 128 elements.
+        let wide = |name: &str, group, sinks| {
+            let mut config: StorageConfig = name.parse().unwrap();
+            (config.group, config.sinks, config.residual) = (Some(group), sinks, 128);
+            let layout = config.layout(128, DType::F16, 0).unwrap();
+            let packed = (16_384 - sinks - 128) / BLOCK * BLOCK;
+            let recent = 16_384 - sinks - packed;
+            let room = Room {
+                sinks,
+                packed,
+                recent,
+            };
+            8 * layout.bytes(128, room)
+        };
+        assert_eq!(wide("int4", 32, 0), 21_331_968);
+        // 16,224 of the 16,252 that the formula packs.
+        assert_eq!(wide("int4", 64, 4), 19_262_976 + 8 * 28 * (512 - 144));
+        assert_eq!(wide("k8v4", 64, 4), 27_063_936 + 8 * 28 * (512 - 204));
     }
 
     #[test]

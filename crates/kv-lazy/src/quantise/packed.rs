@@ -8,6 +8,7 @@ use super::hadamard;
 use crate::store::Relocation;
 use half::f16;
 use half::slice::HalfFloatSliceExt;
+use std::num::NonZeroUsize;
 
 /// How one side of a cache, its keys or its values, is packed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -296,7 +297,7 @@ impl<'a> PackedView<'a> {
             self.format.line(scales[at], low)
         };
         let first = out.len();
-        if channel > 0 {
+        if let Some(channel) = NonZeroUsize::new(channel) {
             for token in 0..self.tokens() {
                 let group = (self.skip + token) / channel;
                 for element in 0..d {

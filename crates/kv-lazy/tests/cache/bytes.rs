@@ -2,7 +2,7 @@
 
 use crate::common::{Qkv, all_policies, named, steps, with};
 use candle_core::{DType, Device};
-use kv_lazy::{CacheConfig, CacheSet, LayerShape, Prompt};
+use kv_lazy::{Budget, CacheConfig, CacheSet, LayerShape, Prompt};
 
 const SHAPE: LayerShape = LayerShape {
     query_heads: 6,
@@ -132,4 +132,35 @@ fn a_quantised_cache_reserves_its_first_tokens_exactly_and_one_block_beside_the_
     // Room for a quarter more codes.
     let grown = 2 * (68 * 2 * 64 * 2 + (352 + 88) * 2 * (64 + 2));
     assert_eq!(cache.bytes(), grown);
+}
+
+#[test]
+fn storage_under_a_ratio_grows_by_quarters_and_not_step_by_step() {
+    let all = steps(23, 1, SHAPE, &[&[64][..], &[1; 400]].concat());
+    for (name, storage) in [
+        ("streaming", "f16"),
+        ("h2o", "f16"),
+        ("random", "f32"),
+        ("tova", "int8"),
+    ] {
+        let config = with(named(name, 1), |c| {
+            c.budget = Budget::Ratio(0.5);
+            c.storage = storage.parse().unwrap();
+            c.prompt = Some(Prompt::Evictable);
+        });
+        let mut cache = build(&config);
+        let (mut held, mut changes) = (0, 0);
+        for (i, qkv) in all.iter().enumerate() {
+            step(&mut cache, qkv);
+            changes += usize::from(cache.bytes() != held);
+            held = cache.bytes();
+            let tokens = cache.physical_len(0);
+            assert!(tokens <= (64 + i).div_ceil(2) + 8, "{name} {i}: {tokens}");
+            let cost = config.bytes(0, SHAPE, DType::F16, tokens.max(32)).unwrap();
+            assert!(i < 32 || occupied(&cache) <= cost, "{name} {storage} {i}");
+        }
+        // From 32 tokens to 232, and quantised rows have three parts.
+        let most = if storage == "int8" { 40 } else { 12 };
+        assert!(changes <= most, "{name} {storage}: {changes}");
+    }
 }

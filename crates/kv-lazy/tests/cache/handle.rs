@@ -2,7 +2,9 @@
 
 use crate::common::{named, steps, with};
 use candle_core::{DType, Device, Tensor};
-use kv_lazy::{Budget, CacheConfig, CacheSet, Error, LayerCache, LayerShape, bottom_right_mask};
+use kv_lazy::{
+    Budget, CacheConfig, CacheSet, Error, LayerCache, LayerShape, Prompt, bottom_right_mask,
+};
 
 const SHAPE: LayerShape = LayerShape {
     query_heads: 4,
@@ -275,4 +277,79 @@ fn keys_and_values_can_be_looked_at() {
     let (keys, values) = last.unwrap();
     assert_eq!(bits(&cache.k().unwrap().unwrap()), bits(&keys));
     assert_eq!(bits(&cache.v().unwrap().unwrap()), bits(&values));
+}
+
+#[test]
+fn a_prompt_of_known_length_comes_in_any_calls() {
+    let config = with(named("streaming", 24), |c| c.prompt = Some(Prompt::Keep));
+    let run = |prompt: Option<usize>, tokens: &[usize]| -> (Vec<u32>, bool) {
+        let mut cache = LayerCache::new(&config, 0).unwrap();
+        if let Some(prompt) = prompt {
+            cache = cache.with_prompt_len(prompt);
+        }
+        for (q, k, v) in steps(12, 1, SHAPE, tokens) {
+            cache.attend(&q, &k, &v, 0.25).unwrap();
+        }
+        (cache.positions(0, 0).to_vec(), cache.is_decoding())
+    };
+    let (kept, decoding) = run(Some(12), &[&[5, 1, 1, 4, 1][..], &[1; 40]].concat());
+    assert!(decoding && (0..12).all(|id| kept.contains(&id)), "{kept:?}");
+    assert!(!run(Some(12), &[5, 1, 1, 4]).1, "the prompt goes on");
+    // What follows a prompt of known length is no prompt, however many tokens come at once.
+    assert!(run(Some(12), &[12, 3]).1 && !run(None, &[12, 3]).1);
+    let (guessed, _) = run(None, &[&[5, 1, 1, 4, 1][..], &[1; 40]].concat());
+    assert!((5..12).any(|id| !guessed.contains(&id)), "{guessed:?}");
+}
+
+#[test]
+fn masks_are_those_of_what_the_last_call_returned() {
+    let kv = |t| Tensor::randn(0f32, 1.0, (1, 2, t, 16), &Device::Cpu).unwrap();
+    let mut cache = LayerCache::new(&named("keydiff", 12), 0)
+        .unwrap()
+        .with_bottom_right_masks();
+    assert!(cache.mask(3).unwrap().is_none(), "nothing has come yet");
+    for tokens in [30, 3, 1, 5] {
+        let (k, _) = cache.append(&kv(tokens), &kv(tokens)).unwrap();
+        match cache.mask(tokens).unwrap() {
+            None => assert_eq!(tokens, 1),
+            Some(mask) => {
+                let want = bottom_right_mask(tokens, k.dim(2).unwrap(), &Device::Cpu).unwrap();
+                assert_eq!(mask.to_vec2::<u8>().unwrap(), want.to_vec2::<u8>().unwrap());
+            }
+        }
+    }
+}
+
+#[test]
+fn a_shape_that_cannot_be_served_is_found_before_the_first_token() {
+    let config = with(named("keydiff", 24), |c| {
+        c.storage = "int8".parse().unwrap()
+    });
+    let of = |shape: LayerShape| {
+        LayerCache::new(&config, 0)
+            .unwrap()
+            .with_shape(1, shape, DType::F32, &Device::Cpu)
+    };
+    assert!(of(SHAPE).is_ok());
+    let odd = LayerShape {
+        head_dim: 12,
+        ..SHAPE
+    };
+    assert!(matches!(of(odd), Err(Error::Setting { name: "group", .. })));
+    let uneven = LayerShape {
+        query_heads: 3,
+        ..SHAPE
+    };
+    assert!(matches!(of(uneven), Err(Error::HeadGroups { .. })));
+    // A window of the shape is that of the cache.
+    let sliding = LayerShape {
+        sliding_window: Some(8),
+        ..SHAPE
+    };
+    let full = LayerCache::new(&named("full", 24), 0).unwrap();
+    let mut cache = (full.with_shape(1, sliding, DType::F32, &Device::Cpu)).unwrap();
+    for (q, k, v) in steps(13, 1, SHAPE, &[&[30][..], &[1; 200]].concat()) {
+        cache.attend(&q, &k, &v, 0.25).unwrap();
+    }
+    assert!(cache.len() < 150, "what no token attends is dropped");
 }

@@ -146,6 +146,7 @@ fn heads_that_share_budgets_hold_what_they_need_and_no_more_in_all() {
     for (name, storage) in [
         ("snapkv", "f32"),
         ("dropkv", "f32"),
+        ("vase-attnv", "f32"),
         ("h2o", "f32"),
         ("snapkv", "int8"),
         ("h2o", "int4"),

@@ -2,12 +2,15 @@
 
 use candle_core::{DType, Device, Tensor};
 use kv_lazy::attention::{Reduce, Scores};
-use kv_lazy::calibrate::{ALPHAS, calibrate};
+use kv_lazy::calibrate::{ALPHAS, calibrate, queries};
+use kv_lazy::policy::tri_attention::QueryStatistics;
 use kv_lazy::policy::{NAMES, Threshold, lazy, oracle, streaming};
 use kv_lazy::trace::replay::{LayerReport, ReplayOptions, Summary, replay, replay_all};
 use kv_lazy::trace::synth::{Drifting, HeavyHitters, Planted, Sizes};
 use kv_lazy::trace::{LayerTrace, Recorder, Trace, TraceMeta, file, mri};
-use kv_lazy::{Budget, CacheConfig, CacheSet, Error, LayerShape, PolicyConfig, Positions, Rotary};
+use kv_lazy::{
+    Budget, CacheConfig, CacheSet, Error, LayerShape, Pairs, PolicyConfig, Positions, Rotary,
+};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -516,6 +519,42 @@ fn calibration_finds_the_planted_period() {
     .unwrap();
     assert_eq!(again.percentile(0.8), Some(found.window as u32));
     assert!(calibrate(&[], &ALPHAS, Reduce::Max, &NoProgress).is_err());
+}
+
+#[test]
+fn statistics_of_queries_survive_their_file_and_serve_under_the_same_rotation_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("statistics.safetensors");
+    let mut trace = planted().trace(2);
+    trace.meta.model_hash = Some("a1b2".into());
+    let rotary = Rotary::plain(10_000.0, 32);
+    let statistics = queries(std::slice::from_ref(&trace), |_| Some(&rotary)).unwrap();
+    assert_eq!(statistics.model_hash.as_deref(), Some("a1b2"));
+    statistics.write(&path).unwrap();
+    assert_eq!(QueryStatistics::read(&path).unwrap(), statistics);
+    let with = |rotary: &Rotary| {
+        let mut config = CacheConfig::new("tri-attention".parse().unwrap(), Budget::Tokens(96));
+        *config.decode.calibration_mut().unwrap() = Some(statistics.clone());
+        config.rotary = Some(rotary.clone());
+        replay(&trace, 0, &config, &ReplayOptions::default(), &NoProgress)
+    };
+    assert!(with(&rotary).is_ok());
+    let neighbours = Rotary::new(rotary.frequencies.clone(), Pairs::Neighbours);
+    for other in [
+        Rotary::plain(1e6, 32),
+        Rotary::plain(10_000.0, 16),
+        neighbours,
+    ] {
+        let refused = with(&other).unwrap_err().to_string();
+        assert!(refused.contains("another rotation"), "{refused}");
+    }
+    let mut other = trace.clone();
+    other.meta.model_hash = None;
+    let mixed = queries(&[trace.clone(), other], |_| Some(&rotary)).unwrap();
+    assert_eq!(mixed.model_hash, None, "traces of different models");
+    file::write(&trace, &path).unwrap();
+    let refused = QueryStatistics::read(&path).unwrap_err().to_string();
+    assert!(refused.contains("not statistics of queries"), "{refused}");
 }
 
 #[test]

@@ -2,7 +2,7 @@
 //! questions about long contexts; and what they save in time.
 
 mod bootstrap;
-mod calibration;
+pub(crate) mod calibration;
 pub mod long_context;
 mod peak;
 pub mod perplexity;
@@ -22,6 +22,7 @@ use causal_lm::Model;
 use serde_json::json;
 
 use crate::settings::Settings;
+pub use calibration::Calibration;
 use eval_report::{Budget, Row, Section, format};
 use policy::{Choice, PromptRule};
 pub use rows::FULL;
@@ -44,8 +45,8 @@ pub struct Config {
     pub prompt_rule: PromptRule,
     /// α: the weight from which LazyEviction, RaaS and the statistics of recurrence take a token as active.
     pub alpha: f32,
-    /// Text that statistics of the model's queries are taken from; a sequence's own queries where there is none.
-    pub calibration: Option<PathBuf>,
+    /// Where statistics of the model's queries come from; the sequence's own queries where nothing is said.
+    pub calibration: Option<Calibration>,
     /// On what.
     pub task: Task,
 }

@@ -6,6 +6,8 @@ use super::verdict::Metric;
 
 /// Name of the suite in rows.
 pub(super) const SUITE: &str = "kv";
+/// Where statistics of queries come from where nothing is said.
+pub(super) const OWN_QUERIES: &str = "the sequence's own";
 /// Method of the row that keeps everything.
 pub const FULL: &str = "full";
 

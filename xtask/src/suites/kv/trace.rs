@@ -20,9 +20,8 @@ use kv_lazy::{CacheSet, LayerShape, Rotary};
 use serde_json::json;
 use tensor_io::NoProgress;
 
-use super::calibration::OWN_QUERIES;
 use super::policy::{self, Choice};
-use super::rows::{FULL, SUITE, over_budget, over_bytes, reference};
+use super::rows::{FULL, OWN_QUERIES, SUITE, over_budget, over_bytes, reference};
 use super::verdict::{Metric, verdict};
 use super::{Config, prompt_name, recording};
 use crate::model;

@@ -243,8 +243,10 @@ pub(super) fn section(task: &Task, length: usize, seed: u64) -> Section {
     let prose = format!(
         "{} {admitted} Exact: answers that greedy decoding would give. Recovery: how much of what the context is worth in nats per answer token is left, 0 with the \
          first token alone and 1 with the full cache. Intervals are 95 % by bootstrap over contexts; over random is the paired difference in recovery from random eviction at the \
-         same budget. Bytes are what is held when the question comes, with positions and the policy's state.",
-        task.kind.about()
+         same budget.{} Choice: answers that greedy decoding gives which may only spell one of the candidates. Bytes are what is held when the question comes, with positions and the \
+         policy's state; the peak is the most that keys and values took while the context was read.",
+        task.kind.about(),
+        few(task.count())
     );
     let title = format!("KV cache: {} at {length} tokens", task.kind.name());
     Section {
