@@ -25,7 +25,7 @@ pub struct Choice {
     /// Name, prefix and storage included; that of the file.
     pub name: String,
     /// All but what follows from the budget of a cell, unless it is `fixed`.
-    config: CacheConfig,
+    config: Box<CacheConfig>,
     lagged: bool,
     /// Whether the configuration has a budget of its own.
     fixed: bool,
@@ -106,7 +106,7 @@ impl Choice {
         };
         Some(Choice {
             name: Self::known().iter().find(|known| *known == name)?.clone(),
-            config,
+            config: Box::new(config),
             lagged,
             fixed: false,
         })
@@ -138,7 +138,7 @@ impl Choice {
         let policy = PolicyConfig::Full(full::Settings::default());
         Choice {
             name: FULL.into(),
-            config: CacheConfig::new(policy, Budget::Ratio(1.0)),
+            config: Box::new(CacheConfig::new(policy, Budget::Ratio(1.0))),
             lagged: false,
             fixed: false,
         }
@@ -261,7 +261,7 @@ impl Choice {
     /// The configuration within `budget` tokens, or in its own budget. Draws come from `seed`; the window of a lagged policy is the one that LazyEviction
     /// has by default.
     pub(crate) fn cache(&self, budget: usize, seed: u64) -> CacheConfig {
-        let mut config = self.config.clone();
+        let mut config = CacheConfig::clone(&self.config);
         if self.fixed {
             return config;
         }
