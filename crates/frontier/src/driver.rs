@@ -19,7 +19,8 @@ use std::path::{Path, PathBuf};
 use tensor_io::{ContentHash, Hasher};
 
 /// Layout of the folder of a run; folders of another one are not read.
-const VERSION: u64 = 3;
+const VERSION: u64 = 4;
+
 /// The windows that a division reads; evaluation should see others.
 #[derive(Clone, Copy, Debug)]
 pub struct Data<'a> {

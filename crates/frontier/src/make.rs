@@ -88,14 +88,14 @@ impl<'a> Maker<'a> {
         let needs = recipe.score.needs() | Compensation::LEAST_SQUARES.needs();
         let collect = Collect::new(needs, dir);
         let saved = dir.join("calibration.json");
-        let calibration = match tensor_io::atomic::read_json(&saved)? {
+        let calibration = match tensor_io::atomic::read_sealed_json(&saved)? {
             Some(layers) => Calibration {
                 layers,
                 gram: collect.gram.clone(),
             },
             None => {
                 let calibration = Calibration::run(decoder, windows, &collect, progress)?;
-                tensor_io::atomic::write_json(&saved, &calibration.layers)?;
+                tensor_io::atomic::write_sealed_json(&saved, &calibration.layers)?;
                 calibration
             }
         };
