@@ -31,6 +31,21 @@ pub(crate) fn decoded<'a>(common: &Settings, checkpoint: &'a Checkpoint) -> Resu
     })
 }
 
+/// What a suite that compresses the linears of blocks alone leaves of a mixture of experts, in words; `None` where a model has no
+/// experts.
+pub(crate) fn experts_left(decoder: &Decoder<'_>) -> Option<String> {
+    let config = decoder.config();
+    let mixtures = config.mixtures.iter().flatten();
+    let parameters = mixtures.map(|mixture| 3 * mixture.experts * mixture.width * config.hidden);
+    let parameters: usize = parameters.sum();
+    let share = 100.0 * parameters as f64 / decoder.checkpoint().parameters().max(1) as f64;
+    (parameters > 0).then(|| {
+        format!(
+            "left as they are, {share:.0} % of the parameters; `eval structured --quantise` and `eval frontier` compress them"
+        )
+    })
+}
+
 /// The error of a run of `model`, which it names where the error is one of activations or tokens and would not tell.
 pub(crate) fn naming(error: anyhow::Error, model: &Path) -> anyhow::Error {
     let is_of_a_run = error.chain().filter_map(of_a_model).any(|error| {

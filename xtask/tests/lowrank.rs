@@ -447,6 +447,48 @@ fn reported_sizes_are_those_of_the_files() {
 }
 
 #[test]
+fn experts_of_a_mixture_are_said_to_be_left_and_folders_that_would_hide_it_are_refused() {
+    let scene = Scene::new(json!({
+        "model_type": "mixtral", "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 8, "max_position_embeddings": 16,
+        "num_local_experts": 4,
+    }));
+    let run = ["--compress", "rtn-int4-g32", "--method", "none"];
+    let output = lowrank(&scene, &run);
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let fact = report["sections"][0]["protocol"]["experts"]
+        .as_str()
+        .unwrap();
+    // 2 x 4 experts of 3 x 32 x 32 weights, beside 2 x 3,072 of attention, 2 x 128 of routers, 160 of norms and 512 of
+    // embedding and head.
+    let share = 100.0 * 24_576.0 / f64::from(24_576 + 6_144 + 256 + 160 + 512);
+    assert!(
+        fact.starts_with(&format!("left as they are, {share:.0} % of the parameters")),
+        "{fact}"
+    );
+    let save = scene.path("saved").display().to_string();
+    for form in ["gptq", "gptq-v2", "compressed-tensors"] {
+        let refused = error(&lowrank(
+            &scene,
+            &[&run[..], &["--save", &save, "--save-as", form]].concat(),
+        ));
+        assert!(
+            refused.contains(form) && refused.contains("experts stay floats"),
+            "{refused}"
+        );
+    }
+    let kept = lowrank(
+        &scene,
+        &[&run[..], &["--save", &save, "--save-as", "compressed"]].concat(),
+    );
+    assert!(
+        kept.status.success(),
+        "{}",
+        String::from_utf8_lossy(&kept.stderr)
+    );
+}
+
+#[test]
 fn a_cell_that_fails_leaves_the_report_of_the_others() {
     let scene = llama();
     let state = scene.path("state");

@@ -302,7 +302,7 @@ pub fn run(settings: &Settings, config: &Config) -> Result<Vec<Section>> {
         row.kv_bytes_full = dense.kv_bytes;
     }
     let window = evaluation.window_len();
-    let section = protocol
+    let mut section = protocol
         .facts(
             section(rows, config),
             &config.perplexity.text,
@@ -318,6 +318,9 @@ pub fn run(settings: &Settings, config: &Config) -> Result<Vec<Section>> {
         .fact("target", config.target.name())
         .fact("arithmetic of quality", "f32")
         .fact("arithmetic of speed", "int8");
+    if let Some(experts) = model::experts_left(&decoder) {
+        section = section.fact("experts", experts);
+    }
     Ok(vec![section])
 }
 

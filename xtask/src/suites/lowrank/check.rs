@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use anyhow::{Context, Result, ensure};
 use causal_lm::Decoder;
 use lowrank_eora::compress::Compressor;
-use lowrank_eora::output::{Adapter, check_layout, gguf_types};
+use lowrank_eora::output::{Adapter, Layout, check_layout, gguf_types};
 use lowrank_eora::packed::BlockType;
 use lowrank_eora::repair::{LayerId, Source};
 
@@ -13,6 +13,7 @@ use super::config::{Config, method_name};
 use super::output::Output;
 use super::save;
 use super::start::GivenModel;
+use crate::model::experts_left;
 use crate::settings::{Settings, once};
 use crate::suites::perplexity;
 
@@ -119,6 +120,16 @@ fn storable(
             .dir()
             .display()
             .to_string())
+    );
+    // Runtimes take every linear of such a folder for packed.
+    let packed = output
+        .layout()
+        .is_some_and(|layout| !matches!(layout, Layout::Dense { .. }));
+    ensure!(
+        !packed || experts_left(decoder).is_none(),
+        "its experts stay floats, and runtimes would look for packed ones; save it as {} or {}",
+        Output::Compressed,
+        Output::Gguf
     );
     match output {
         Output::Gguf => {

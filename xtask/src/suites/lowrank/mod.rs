@@ -18,7 +18,7 @@ use lowrank_eora::repair::{Source, WithImportance};
 use super::held_out;
 use super::perplexity::{Protocol, file_name, tokens};
 use crate::estimate::Probe;
-use crate::model::naming;
+use crate::model::{experts_left, naming};
 use crate::scratch::Scratch;
 use crate::settings::{Settings, part};
 
@@ -87,6 +87,10 @@ pub fn run(settings: &Settings, config: &Config) -> Result<Vec<Section>> {
         for (name, types) in start::types(&starts) {
             eprintln!("{name}: {types}");
         }
+    }
+    let experts = experts_left(&decoder);
+    if let Some(experts) = &experts {
+        settings.note(&format!("experts: {experts}"));
     }
     let protocol = Protocol::new(settings, &config.perplexity, &decoder)?;
     let evaluation = protocol.evaluation(settings, &config.perplexity.text)?;
@@ -168,6 +172,9 @@ pub fn run(settings: &Settings, config: &Config) -> Result<Vec<Section>> {
         )
         .fact("factors", config.repair.factors.to_string());
     section.failures = failures;
+    if let Some(experts) = experts {
+        section = section.fact("experts", experts);
+    }
     for (name, types) in start::types(&starts) {
         section = section.fact(format!("tensors of {name}"), types);
     }
