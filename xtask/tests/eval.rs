@@ -133,6 +133,35 @@ fn mixtures_are_pruned_by_methods_of_their_own() {
 }
 
 #[test]
+fn variants_of_narrower_experts_have_names_and_say_how_they_compensate_and_what_they_removed() {
+    let scene = mixtral();
+    let more = [
+        "--method",
+        "neurons,reap",
+        "--ratio",
+        "0.4",
+        "--align",
+        "8",
+        "--compensate",
+        "auto,none",
+    ];
+    let rows = rows(&structured(&scene, &more));
+    let of = |name: &str| rows.iter().find(|row| row["method"] == name).unwrap();
+    assert_eq!(rows.len(), 4);
+    assert_eq!(of("neurons")["compensation"], "least squares");
+    assert_eq!(of("neurons+none")["compensation"], "none");
+    assert_ne!(
+        of("neurons")["perplexity"],
+        of("neurons+none")["perplexity"]
+    );
+    // 24 of 32 neurons stay: blocks of 8 are whole.
+    assert_eq!(of("neurons")["removed"], 0.25);
+    let alone = [&more[..6], &["--compensate", "least-squares"]].concat();
+    let alone = scene::rows(&structured(&scene, &alone));
+    assert_eq!(alone[1]["perplexity"], of("neurons")["perplexity"]);
+}
+
+#[test]
 fn what_dropping_leaves_is_compressed_in_the_same_run() {
     let scene = mixtral();
     let save = scene.path("pruned");

@@ -127,6 +127,11 @@ impl ExpertRecipe {
         )
     }
 
+    /// Whether it removes neurons of experts, whose down projections it refits where [`NeuronOptions::refit`] is on.
+    pub fn narrows(&self) -> bool {
+        matches!(self.change, Change::Neurons | Change::Joint(..))
+    }
+
     /// Whether it drops or merges experts and nothing else.
     pub fn drops(&self) -> bool {
         matches!(self.change, Change::Experts(..))

@@ -259,8 +259,10 @@ impl RecipeArgs {
         self.compensate.iter().filter_map(variant).collect()
     }
 
-    /// The variants of one method for mixtures: with and without a factor for each expert.
+    /// The variants of one method for mixtures: with and without a factor for each expert, or a refit of narrower ones.
     fn expert_variants(&self, name: &str, seed: u64) -> Vec<ExpertRecipe> {
+        let several = self.compensate.len() > 1;
+        let is_plain = |compensate: &String| compensate == AUTO;
         let variant = |compensate: &String| {
             let mut recipe = ExpertRecipe::named(name, seed)?;
             recipe.neurons.align = self.align.unwrap_or(recipe.neurons.align);
@@ -274,7 +276,15 @@ impl RecipeArgs {
                     recipe.name = format!("{name}+{EXPERT_SCALE}");
                     Some(recipe.compensation(ExpertScale::default()))
                 }
-                AUTO | "none" => Some(recipe),
+                AUTO => Some(recipe),
+                "none" | "least-squares" if recipe.narrows() => {
+                    if several {
+                        recipe.name = format!("{name}+{compensate}");
+                    }
+                    Some(recipe)
+                }
+                // Methods that drop whole experts compensate for nothing as they are.
+                "none" if !self.compensate.iter().any(is_plain) => Some(recipe),
                 _ => None,
             }
         };

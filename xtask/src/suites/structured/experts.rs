@@ -11,11 +11,11 @@ use eval_report::{Axis, DENSE, Plot, Reference, Row, Section, Series, Stopwatch,
 use lm_eval::ScoredWindows;
 use lowrank_eora::compress::Compressor;
 use lowrank_eora::experts::{ExpertRepair, RepairedExperts, repair_experts};
-use prune_structured::Loading;
 use prune_structured::experts::{
     Aim, ExpertCost, ExpertOptions, ExpertPlan, ExpertRecipe, ExpertSettings, JointData, Keep,
     LayerStatistics, Outcome, method, plan, router_map, write,
 };
+use prune_structured::{Compensation, Loading};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tensor_io::Checkpoint;
@@ -354,10 +354,11 @@ impl Suite<'_> {
         if let Some(divergence) = outcome.divergence {
             extra("kl", json!(divergence));
         }
-        extra(
-            "compensation",
-            json!(plan.compensation.name().replace('-', " ")),
-        );
+        let compensation = match recipe.narrows() && recipe.neurons.refit {
+            true => Compensation::LEAST_SQUARES.name(),
+            false => plan.compensation.name(),
+        };
+        extra("compensation", json!(compensation.replace('-', " ")));
         let loading = match plan.loading(self.decoder) {
             Loading::Stock => "stock",
             _ => "loader",
@@ -379,7 +380,9 @@ impl Suite<'_> {
             .insert("params_active".into(), json!(dense.active));
         let then = (compressor, rank);
         let found = self.compress(self.decoder, then, &folder, (&mut row, bar))?;
-        row.ratio = Some(1.0 - found.expert_bytes as f64 / found.expert_bytes_dense as f64);
+        let removed = 1.0 - found.expert_bytes as f64 / found.expert_bytes_dense as f64;
+        row.ratio = Some(removed);
+        row.extra.insert("removed".into(), json!(removed));
         Ok(row)
     }
 

@@ -71,6 +71,11 @@ pub(super) fn cell_name(recipe: &ExpertRecipe, seed: Option<u64>, aim: Aim) -> S
     }
 }
 
+/// The share of the experts' bytes that a row has less.
+fn removed(row: &Row) -> Option<f64> {
+    row.extra.get("removed").and_then(Value::as_f64)
+}
+
 pub(super) fn section(is_dry_run: bool, rows: Vec<Row>, mut plots: Vec<Plot>) -> Section {
     let dense = rows.iter().find(|row| row.method == DENSE);
     let reference = dense.and_then(|row| row.perplexity).map(|y| Reference {
@@ -81,7 +86,7 @@ pub(super) fn section(is_dry_run: bool, rows: Vec<Row>, mut plots: Vec<Plot>) ->
         title: "Perplexity over the share of the experts' bytes removed".into(),
         x: Axis::linear("share of the experts' bytes removed"),
         y: Axis::log("perplexity"),
-        series: Series::by_method(&rows, |row| row.ratio, "perplexity", |row| row.perplexity),
+        series: Series::by_method(&rows, removed, "perplexity", |row| row.perplexity),
         reference,
     };
     plots.insert(0, quality);
@@ -89,7 +94,8 @@ pub(super) fn section(is_dry_run: bool, rows: Vec<Row>, mut plots: Vec<Plot>) ->
         "Plans only: nothing is written or measured. A ratio counts the weights of routed experts."
     } else {
         "Each row is a checkpoint, written, loaded again and evaluated on text not used for calibration. A ratio counts the \
-         bytes of routed experts; routers, shared experts, attention and embeddings are not pruned. Merged rows keep one \
+         bytes of routed experts: that which was asked for, and beside it the share that was removed, for experts and blocks of \
+         neurons are whole; routers, shared experts, attention and embeddings are not pruned. Merged rows keep one \
          router row for each merged expert. topk rows send each token to fewer experts: they cost less work and as many \
          bytes. Quantised rows are all experts compressed, with the bytes that their format needs; their ratio is that of \
          bytes. random is a mean over seeds. Promoted is the share of choices that went to experts which are gone. Time and \
@@ -102,6 +108,7 @@ pub(super) fn section(is_dry_run: bool, rows: Vec<Row>, mut plots: Vec<Plot>) ->
         columns: vec![
             Column::Method,
             Column::Ratio,
+            Column::Extra("removed".into()),
             Column::Perplexity,
             Column::PerplexityOverDense,
             Column::Extra("experts".into()),
