@@ -101,6 +101,20 @@ fn pieces_are_merged_in_the_file_as_in_the_folder_or_refused() {
 }
 
 #[test]
+fn spaces_are_written_as_gemma_writes_them() {
+    let model = model();
+    let mut tokenizer = sentence_piece(&PIECES, &JOINS);
+    tokenizer["normalizer"] =
+        json!({"type": "Replace", "pattern": {"String": " "}, "content": "▁"});
+    tokenizer["pre_tokenizer"] = json!({"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": false});
+    // No space comes before a text.
+    assert_alike(&model, &tokenizer, &["ab", " ab", "aba b", "b  ab", "x"]);
+    tokenizer["pre_tokenizer"]["pattern"] = json!({"String": "a"});
+    let reason = export(&model, &tokenizer).unwrap_err();
+    assert!(reason.contains("spaces"), "{reason}");
+}
+
+#[test]
 fn whole_pieces_are_looked_up_before_merging_where_the_folder_does() {
     let model = model();
     // No merge makes `ab`.

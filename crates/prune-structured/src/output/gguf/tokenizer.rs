@@ -258,8 +258,12 @@ impl File<'_> {
         let replaces = steps.iter().any(|step| {
             step["pattern"]["String"].as_str() == Some(" ") && step["content"].as_str() == Some("▁")
         });
+        let prepends = steps.iter().any(|s| s["type"].as_str() == Some("Prepend"));
+        // Gemma splits at spaces, of which the normalizer leaves none.
+        let finds_nothing = pre["pattern"]["String"].as_str() == Some(" ");
         match pre["type"].as_str() {
-            None if replaces => Ok(steps.iter().any(|s| s["type"].as_str() == Some("Prepend"))),
+            None if replaces => Ok(prepends),
+            Some("Split") if replaces && finds_nothing => Ok(prepends),
             Some("Metaspace") => Ok(pre["prepend_scheme"].as_str() != Some("never")
                 && pre["add_prefix_space"].as_bool() != Some(false)),
             _ => Err(self.error(
