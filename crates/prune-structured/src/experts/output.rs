@@ -90,15 +90,19 @@ impl ExpertCost {
                 cost.active += rows * dense.hidden as u64;
                 cost.bytes += rows * (info.bytes / info.shape[0]) as u64;
             }
-            let weights = 3 * (mixture.width * dense.hidden) as u64;
-            let Some(part) = dense.expert_part(layer, 0, LinearName::Up) else {
-                continue;
-            };
-            let bytes = checkpoint.info(&part.tensor)?.dtype.bitsize() as u64 / 8;
-            cost.parameters += mixture.experts as u64 * weights;
-            cost.active += mixture.chosen as u64 * weights;
-            cost.bytes += mixture.experts as u64 * weights * bytes;
-            cost.expert_bytes += mixture.experts as u64 * weights * bytes;
+            // Files in blocks may hold one linear in other types than the others.
+            for name in LINEARS {
+                let Some(part) = dense.expert_part(layer, 0, name) else {
+                    continue;
+                };
+                let weights = (mixture.width * dense.hidden) as u64;
+                let bits = checkpoint.info(&part.tensor)?.dtype.bitsize() as u64;
+                let bytes = mixture.experts as u64 * weights * bits / 8;
+                cost.parameters += mixture.experts as u64 * weights;
+                cost.active += mixture.chosen as u64 * weights;
+                cost.bytes += bytes;
+                cost.expert_bytes += bytes;
+            }
         }
         Ok(cost)
     }

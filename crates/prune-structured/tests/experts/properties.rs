@@ -3,7 +3,7 @@
 use super::common::{
     KINDS, Mixture, config, decoder, gap, logits, logits_of, options, restricted, tensors, windows,
 };
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use causal_lm::config::WIDTHS_KEY;
 use causal_lm::names::ExpertLayout;
 use causal_lm::{Decoder, Windows, synthetic};
@@ -18,6 +18,7 @@ use prune_structured::{
     Calibration, Collect, Compensation, Error, Form, Loading, NoProgress, Plan, Recipe, Settings,
 };
 use serde_json::json;
+use std::collections::HashMap;
 use tensor_io::Checkpoint;
 
 fn each(test: impl Fn(&str, &Mixture)) {
@@ -163,6 +164,37 @@ fn rows_of_routers_and_weights_of_experts_are_the_source_s_bytes() {
             }
         }
     });
+}
+
+#[test]
+fn linears_of_experts_with_types_of_their_own_are_counted_as_they_are_written() {
+    let model = Mixture::random(&config("mixtral", json!({})), ExpertLayout::Alone);
+    let dir = model.path("mixed");
+    std::fs::create_dir(&dir).unwrap();
+    let mut mixed = HashMap::new();
+    for name in model.checkpoint.names() {
+        let tensor = model.checkpoint.tensor(name, &Device::Cpu).unwrap();
+        let dtype = match name.ends_with("w2.weight") {
+            true => DType::F16,
+            false => DType::F32,
+        };
+        mixed.insert(name.to_string(), tensor.to_dtype(dtype).unwrap());
+    }
+    candle_core::safetensors::save(&mixed, dir.join("model.safetensors")).unwrap();
+    let config = model.checkpoint.dir().join("config.json");
+    std::fs::copy(config, dir.join("config.json")).unwrap();
+    let checkpoint = Checkpoint::open(&dir).unwrap();
+    let decoder = decoder(&checkpoint);
+    let options = options("reap", Keep::Experts(3));
+    let found = plan(&decoder, &windows(), &options, &NoProgress).unwrap();
+    let cost = ExpertCost::of(&decoder, &found.plan).unwrap();
+    let folder = model.path("pruned");
+    let settings = ExpertSettings::default();
+    prune_structured::experts::write(&decoder, &found.plan, &folder, &settings, &NoProgress)
+        .unwrap();
+    let pruned = Checkpoint::open(&folder).unwrap();
+    assert_eq!(cost.parameters, pruned.parameters());
+    assert_eq!(cost.bytes, pruned.total_bytes());
 }
 
 #[test]
