@@ -453,8 +453,20 @@ fn experts_of_a_mixture_are_said_to_be_left_and_folders_that_would_hide_it_are_r
         "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 8, "max_position_embeddings": 16,
         "num_local_experts": 4,
     }));
-    let run = ["--compress", "rtn-int4-g32", "--method", "none"];
+    let run = [
+        "--compress",
+        "rtn-int4-g32",
+        "--method",
+        "none",
+        "--rank",
+        "2",
+    ];
     let output = lowrank(&scene, &run);
+    assert!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
     let report: Value = serde_json::from_slice(&output.stdout).unwrap();
     let fact = report["sections"][0]["protocol"]["experts"]
         .as_str()
