@@ -141,20 +141,8 @@ impl Fields {
             (None, None) => hidden / self.positive_or("num_attention_heads", defaults.heads)?,
         };
         at_most("head_dim", head_dim, LARGEST)?;
-        let max_positions = match self
-            .text
-            .opt_usize("max_position_embeddings")?
-            .or(sizes.map(|sizes| sizes.positions))
-        {
-            Some(0) => {
-                return Err(invalid(
-                    "max_position_embeddings",
-                    "0, but at least 1 is needed",
-                ));
-            }
-            Some(positions) => positions,
-            None => self.text.usize("max_position_embeddings")?,
-        };
+        let positions = sizes.map(|sizes| sizes.positions);
+        let max_positions = self.positive_or("max_position_embeddings", positions)?;
         let attention = AttentionConfig {
             head_dim,
             sliding_window: None,
