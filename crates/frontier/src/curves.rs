@@ -73,7 +73,7 @@ impl Distortions {
 
     /// Before anything is measured: as if no treatment did anything.
     pub(crate) fn unknown(menu: &Menu) -> Self {
-        let chosen_from = |item: &Item| (item.format < menu.formats).then_some(0.0);
+        let chosen_from = |item: &Item| (!menu.is_mix(item)).then_some(0.0);
         Self {
             measured: menu.items.iter().map(chosen_from).collect(),
             shares: vec![1.0; menu.levels],
@@ -235,9 +235,7 @@ pub(crate) fn axes(menu: &Menu) -> Vec<usize> {
         }
         match of.format {
             0 => of.treatment.rank == 0,
-            format if format < menu.formats => axis(menu, format) == Some(of.level),
-            // Mixes are measured as whole plans.
-            _ => false,
+            format => !menu.is_mix(&of) && axis(menu, format) == Some(of.level),
         }
     };
     (0..menu.items.len())
@@ -256,7 +254,7 @@ pub(crate) fn combinations(menu: &Menu) -> Vec<usize> {
         .filter(|item| *item != menu.dense && menu.items[*item].bytes.is_some())
         .filter(either)
         .filter(|&item| menu.items[item].format > 0 || menu.items[item].treatment.rank == 0)
-        .filter(|&item| menu.items[item].format < menu.formats)
+        .filter(|&item| !menu.is_mix(&menu.items[item]))
         .filter(|item| !axes.contains(item))
         .collect()
 }

@@ -174,6 +174,11 @@ impl Menu {
         self.caches.iter().position(usual).unwrap_or(0)
     }
 
+    /// Whether an item is one that all sites take or none; such are measured as whole plans.
+    pub(crate) fn is_mix(&self, item: &Item) -> bool {
+        item.format >= self.formats
+    }
+
     /// Place of a treatment.
     pub(crate) fn position(&self, treatment: Treatment) -> Option<usize> {
         self.items
@@ -182,19 +187,11 @@ impl Menu {
     }
 }
 
-/// Which of the formats, from most bits to fewest, take as many bytes as one with more bits: types that fall back to larger
-/// blocks where rows are no whole blocks.
+/// Which of the formats, from most bits to fewest, take exactly the bytes of one with more bits: types that fall back to the
+/// same blocks where rows are no whole blocks. What takes more may still lose less, as smaller groups do.
 fn take_as_much_as_more_bits(sizes: &[Option<u64>]) -> Vec<bool> {
-    let mut least = u64::MAX;
-    let takes_as_much = |size: &Option<u64>| {
-        let Some(size) = *size else {
-            return false;
-        };
-        let found = size >= least;
-        least = least.min(size);
-        found
-    };
-    sizes.iter().map(takes_as_much).collect()
+    let before = |(at, size): (usize, &Option<u64>)| size.is_some() && sizes[..at].contains(size);
+    sizes.iter().enumerate().map(before).collect()
 }
 
 /// Numbers of units that may stay, ascending, the whole number last.
@@ -320,7 +317,7 @@ mod tests {
             Some(18),
             Some(18),
         ];
-        let expected = [false, false, true, false, false, true, false, true];
+        let expected = [false, false, true, false, false, false, false, true];
         assert_eq!(take_as_much_as_more_bits(&sizes), expected);
     }
 }
