@@ -57,17 +57,17 @@ impl Verdict {
                 (Some(ours), Some(theirs)) => (ours, theirs, true),
                 _ => (method.accuracy?, baseline.accuracy?, false),
             };
-            let verb = match (ours - theirs) * if falls { -1.0 } else { 1.0 } {
-                better if better > 0.0 => "beats",
-                worse if worse < 0.0 => "loses to",
-                _ => "equals",
+            let shown = [ours, theirs].map(|value| format::real(value, 3));
+            // What looks equal is called equal.
+            let verb = match (shown[0] == shown[1], (ours < theirs) == falls) {
+                (true, _) => "equals",
+                (_, true) => "beats",
+                (_, false) => "loses to",
             };
+            let [ours, theirs] = shown;
+            let (method, baseline) = (&method.method, &baseline.method);
             Some(format!(
-                "{} {verb} {} ({} against {})",
-                method.method,
-                baseline.method,
-                format::real(ours, 3),
-                format::real(theirs, 3)
+                "{method} {verb} {baseline} ({ours} against {theirs})"
             ))
         });
         let compared: Vec<String> = compared.collect();

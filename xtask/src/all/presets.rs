@@ -268,7 +268,7 @@ fn lattice(_: &Inputs, settings: &Settings) -> Preset {
             settings.seed,
             NETWORKS,
         ))),
-        verdict: Verdict::new("span + merge", &shown, &[[1, 4], [3, 4]]),
+        verdict: Verdict::new("span + merge", &shown, &[[1, 2], [1, 4], [3, 4]]),
         shown,
     }
 }
