@@ -257,14 +257,14 @@ impl<'a> Decoder<'a> {
         })
     }
 
-    /// Lets go of the mapped pages of an expert that has tensors of its own.
+    /// Lets go of the mapped pages of an expert.
     pub fn release_expert(&self, layer: usize, expert: usize) {
-        if self.config.names.layout() == ExpertLayout::Fused {
-            return;
-        }
         for name in [LinearName::Gate, LinearName::Up, LinearName::Down] {
             if let Some(part) = self.config.expert_part(layer, expert, name) {
-                self.checkpoint.release([part.tensor.as_str()]);
+                match self.config.names.layout() {
+                    ExpertLayout::Alone => self.checkpoint.release([part.tensor.as_str()]),
+                    ExpertLayout::Fused => self.checkpoint.release_rows(&part.tensor, part.rows),
+                }
             }
         }
     }

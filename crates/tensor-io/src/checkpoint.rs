@@ -436,6 +436,24 @@ impl Checkpoint {
         }
     }
 
+    /// As [`Checkpoint::release`], for rows of a tensor, all dimensions but the last counted as such: one matrix of several.
+    /// Unknown names and rows are passed over.
+    pub fn release_rows(&self, name: &str, rows: Range<usize>) {
+        let Ok(info) = self.info(name) else { return };
+        let Ok(count) = self.check_rows(name, info, &rows) else {
+            return;
+        };
+        match self.source() {
+            Some(source) => source.release_rows(name, rows),
+            None => {
+                let row_bytes = info.bytes.checked_div(count).unwrap_or(0);
+                let first = info.range().start;
+                let range = first + rows.start * row_bytes..first + rows.end * row_bytes;
+                self.shards[info.shard].release(name, range);
+            }
+        }
+    }
+
     /// Size of all tensors as stored, in bytes; of a source, before decoding.
     pub fn total_bytes(&self) -> u64 {
         if let Some(source) = self.source() {

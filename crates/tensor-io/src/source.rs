@@ -48,6 +48,10 @@ pub trait TensorSource: Any + Send + Sync {
     /// Lets go of the memory behind the tensor.
     fn release(&self, name: &str);
 
+    /// As [`TensorSource::release`], for neighbouring rows, all dimensions but the last counted as such. Where rows cannot be
+    /// let go of by themselves they stay until their tensor is released.
+    fn release_rows(&self, _name: &str, _rows: Range<usize>) {}
+
     /// Tokenizer and generation files by name, for a folder in the layout of Hugging Face.
     ///
     /// # Errors

@@ -7,6 +7,7 @@ use tensor_io::{Checkpoint, CheckpointWriter, Config, Dtype, TensorSpec, WriteOp
 
 const TENSORS: usize = 16;
 const TENSOR_BYTES: usize = 8 << 20;
+const ROWS: usize = 64;
 
 /// Resident memory of this process, mapped files included.
 fn resident_bytes() -> usize {
@@ -16,12 +17,12 @@ fn resident_bytes() -> usize {
 }
 
 #[test]
-fn a_copy_holds_about_one_tensor_and_released_tensors_hold_nothing() {
+fn a_copy_holds_about_one_tensor_and_released_tensors_and_rows_hold_nothing() {
     let dir = tempfile::tempdir().unwrap();
     let names: Vec<String> = (0..TENSORS).map(|i| format!("t{i}")).collect();
     let specs: Vec<_> = names
         .iter()
-        .map(|name| TensorSpec::new(name, Dtype::F32, [TENSOR_BYTES / 4]))
+        .map(|name| TensorSpec::new(name, Dtype::F32, [ROWS, TENSOR_BYTES / 4 / ROWS]))
         .collect();
     let create = |name: &str| {
         CheckpointWriter::create(
@@ -67,6 +68,15 @@ fn a_copy_holds_about_one_tensor_and_released_tensors_hold_nothing() {
     let released = resident_bytes();
     assert!(released < start + TENSOR_BYTES, "{start} {released}");
     assert!(source.bytes("t7").unwrap().iter().all(|&byte| byte == 7));
+    let whole = resident_bytes();
+    source.release_rows("t7", ROWS / 4..ROWS);
+    source.release_rows("t7", 0..ROWS + 1);
+    source.release_rows("none", 0..1);
+    let quarter = resident_bytes();
+    assert!(quarter + TENSOR_BYTES * 2 / 3 < whole, "{whole} {quarter}");
+    assert!(quarter + TENSOR_BYTES * 5 / 6 > whole, "{whole} {quarter}");
+    assert!(source.bytes("t7").unwrap().iter().all(|&byte| byte == 7));
+    source.release(["t7"]);
 
     let mut peak = 0;
     let mut writer = create("copy");

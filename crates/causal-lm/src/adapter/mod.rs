@@ -11,6 +11,7 @@ mod peft;
 use std::any::Any;
 use std::borrow::Cow;
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device};
@@ -351,6 +352,10 @@ impl TensorSource for Adapted {
         if let Some(place) = self.adapter.places.get(name) {
             self.adapter.release(place);
         }
+    }
+
+    fn release_rows(&self, name: &str, rows: Range<usize>) {
+        self.base.release_rows(name, rows);
     }
 
     fn files(&self) -> tensor_io::Result<Vec<(String, Vec<u8>)>> {

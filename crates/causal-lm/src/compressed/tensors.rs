@@ -3,6 +3,7 @@
 use std::any::Any;
 use std::borrow::Cow;
 use std::collections::{BTreeMap, HashSet};
+use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use packed::{BlockType, QuantRows};
@@ -360,6 +361,12 @@ impl TensorSource for CompressedTensors {
                 self.folder.release(parts.iter().map(String::as_str));
             }
             None => self.folder.release([name]),
+        }
+    }
+
+    fn release_rows(&self, name: &str, rows: Range<usize>) {
+        if !self.modules.contains_key(name) {
+            self.folder.release_rows(name, rows);
         }
     }
 

@@ -461,6 +461,16 @@ impl TensorSource for GgufTensors {
         }
     }
 
+    fn release_rows(&self, name: &str, rows: Range<usize>) {
+        if let Some(Stored::Pieces { pieces, .. }) = self.stored.get(name) {
+            let in_order = within(pieces, &rows).filter(|(piece, _)| piece.order.is_none());
+            for (piece, rows) in in_order {
+                let rows = piece.first + rows.start..piece.first + rows.end;
+                self.file.release_rows(&piece.name, rows);
+            }
+        }
+    }
+
     fn files(&self) -> tensor_io::Result<Vec<(String, Vec<u8>)>> {
         tokenizer::files(&self.file)
     }

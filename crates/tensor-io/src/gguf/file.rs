@@ -372,6 +372,21 @@ impl Gguf {
         }
     }
 
+    /// As [`Gguf::release`], for neighbouring rows of a tensor, all dimensions but the last counted as such. Unknown names and rows
+    /// are passed over.
+    pub fn release_rows(&self, name: &str, rows: Range<usize>) {
+        let Ok(info) = self.info(name) else { return };
+        let Content::Mapped(map) = &self.parts[info.part].content else {
+            return;
+        };
+        let row_bytes = info.row_bytes();
+        let count = info.bytes.checked_div(row_bytes).unwrap_or(0);
+        if rows.start <= rows.end && rows.end <= count {
+            let first = info.range().start;
+            map.release(first + rows.start * row_bytes..first + rows.end * row_bytes);
+        }
+    }
+
     /// Size of all tensors as stored, in bytes.
     pub fn total_bytes(&self) -> u64 {
         self.tensors.iter().map(|info| info.bytes as u64).sum()

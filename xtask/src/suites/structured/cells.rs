@@ -1,6 +1,7 @@
 //! The rows of dense models: a plan, the checkpoint that it makes, and what that is worth.
 
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Error, Result};
 use causal_lm::{BATCH_TOKENS, Decoder, Hidden, NoTap, Windows};
@@ -333,7 +334,8 @@ pub(super) fn survived(
     Ok(failures.map(|error| format!("{error:#}")).collect())
 }
 
-/// Times the blocks of models on one batch, in alternation block by block.
+/// Times the blocks of models on one batch, in alternation block by block. Experts are in memory one at a time; loading them is not
+/// part of the time.
 pub(super) fn time_blocks(decoders: &[&Decoder<'_>], windows: &Windows) -> Result<Vec<Rounds>> {
     let batch = windows.first((BATCH_TOKENS / windows.window_len()).max(1));
     let layers = decoders[0].config().layers();
@@ -342,16 +344,26 @@ pub(super) fn time_blocks(decoders: &[&Decoder<'_>], windows: &Windows) -> Resul
     let embed = |decoder: &&Decoder<'_>| Hidden::embed(decoder, &batch);
     let mut hidden = decoders.iter().map(embed).collect::<Result<Vec<_>, _>>()?;
     for layer in 0..layers {
-        let mut blocks = Vec::with_capacity(decoders.len());
+        let mut frames = Vec::with_capacity(decoders.len());
         for decoder in decoders {
-            blocks.push(decoder.block(layer)?);
+            frames.push(decoder.frame(layer)?);
             decoder.release(layer);
         }
         let inputs = hidden.clone();
         for _ in 0..ROUNDS {
             hidden = inputs.clone();
-            for ((hidden, block), time) in hidden.iter_mut().zip(&blocks).zip(&mut times) {
-                time.time(tokens, || hidden.advance(block, &mut NoTap))?;
+            for (at, decoder) in decoders.iter().enumerate() {
+                let mut loading = Duration::ZERO;
+                let mut expert = |id| {
+                    let started = Instant::now();
+                    let expert = decoder.expert(layer, id)?;
+                    decoder.release_expert(layer, id);
+                    loading += started.elapsed();
+                    Ok(expert)
+                };
+                let started = Instant::now();
+                hidden[at].advance_experts(&frames[at], &mut expert, &mut NoTap)?;
+                times[at].add(tokens, started.elapsed().saturating_sub(loading));
             }
         }
     }

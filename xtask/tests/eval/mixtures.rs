@@ -1,0 +1,151 @@
+//! `eval structured` on mixtures of experts.
+
+use crate::scene::{Scene, error, rows};
+use crate::{llama, mixtral, structured, weights};
+use tensor_io::Checkpoint;
+
+#[test]
+fn mixtures_are_pruned_by_methods_of_their_own() {
+    let scene = mixtral();
+    let save = scene.path("pruned");
+    let methods = "reap,stun,hc-smoe,neurons,random,joint,topk-scale";
+    let more = [
+        "--method",
+        methods,
+        "--ratio",
+        "0.5",
+        "--align",
+        "8",
+        "--quantise",
+        "rtn-int4,gptq-int4+eora-2",
+        "--save",
+        save.to_str().unwrap(),
+    ];
+    let rows = rows(&structured(&scene, &more));
+    assert_eq!(rows.len(), 1 + 7 + 2);
+    let names: Vec<&str> = rows
+        .iter()
+        .map(|row| row["method"].as_str().unwrap())
+        .collect();
+    assert_eq!(names[7], "topk-scale, 1 for each token");
+    for row in &rows {
+        assert!(row["perplexity"].as_f64().unwrap() > 1.0);
+        assert!(row["params_active"].as_u64() < row["params"].as_u64());
+        assert!(row["experts"].is_string(), "{row}");
+    }
+    assert_eq!(rows[1]["experts"], "3 of 32, 2 chosen");
+    assert_eq!(rows[4]["experts"], "6 of 16, 2 chosen");
+    for (row, folder) in [(&rows[1], "reap-0.5"), (&rows[4], "neurons-0.5")] {
+        let pruned = Checkpoint::open(save.join(folder)).unwrap();
+        assert_eq!(row["params"].as_u64(), Some(pruned.parameters()));
+        assert_eq!(row["bytes"].as_u64(), Some(pruned.total_bytes()));
+        assert_eq!(row["removed"], 0.5);
+        assert_eq!(row["loads_in"], "stock");
+    }
+    assert_eq!(rows[5]["spread"]["perplexity"]["runs"], 3);
+    assert!(rows[8]["bytes"].as_u64() < rows[1]["bytes"].as_u64());
+    assert!(rows[9]["loss"].as_f64() < rows[8]["loss"].as_f64());
+}
+
+#[test]
+fn variants_of_narrower_experts_have_names_and_say_how_they_compensate_and_what_they_removed() {
+    let scene = mixtral();
+    let more = [
+        "--method",
+        "neurons,reap",
+        "--ratio",
+        "0.4",
+        "--align",
+        "8",
+        "--compensate",
+        "auto,none",
+    ];
+    let rows = rows(&structured(&scene, &more));
+    let of = |name: &str| rows.iter().find(|row| row["method"] == name).unwrap();
+    assert_eq!(rows.len(), 4);
+    assert_eq!(of("neurons")["compensation"], "least squares");
+    assert_eq!(of("neurons+none")["compensation"], "none");
+    assert_ne!(
+        of("neurons")["perplexity"],
+        of("neurons+none")["perplexity"]
+    );
+    // 16 of 32 neurons stay: blocks of 8 are whole.
+    assert_eq!(of("neurons")["removed"], 0.5);
+    let alone = [&more[..6], &["--compensate", "least-squares"]].concat();
+    let alone = scene::rows(&structured(&scene, &alone));
+    assert_eq!(alone[1]["perplexity"], of("neurons")["perplexity"]);
+}
+
+#[test]
+fn what_dropping_leaves_is_compressed_in_the_same_run() {
+    let scene = mixtral();
+    let save = scene.path("pruned");
+    let more = [
+        "--method",
+        "stun,random",
+        "--ratio",
+        "0.5",
+        "--then",
+        "wanda-50,gptq-int4+eora-2",
+        "--save",
+        save.to_str().unwrap(),
+    ];
+    let rows = rows(&structured(&scene, &more));
+    let names: Vec<&str> = rows
+        .iter()
+        .map(|row| row["method"].as_str().unwrap())
+        .collect();
+    assert_eq!(
+        names,
+        [
+            "dense",
+            "stun",
+            "stun+wanda-50",
+            "stun+gptq-int4+eora-2",
+            "random",
+            "random+wanda-50",
+            "random+gptq-int4+eora-2"
+        ]
+    );
+    for (dropped, quantised) in [(1, 3), (4, 6)] {
+        let [dropped, quantised] = [dropped, quantised].map(|row: usize| &rows[row]);
+        assert!(quantised["bytes"].as_u64() < dropped["bytes"].as_u64());
+        assert_eq!(quantised["params"], dropped["params"]);
+        assert!(quantised["ratio"].as_f64() > Some(0.5));
+    }
+    assert_eq!(rows[5]["spread"]["perplexity"]["runs"], 3);
+    // Half of the weights that are left are zeros.
+    let sparse = Checkpoint::open(save.join("stun-0.5+wanda-50")).unwrap();
+    assert_eq!(rows[2]["bytes_saved"]["compressed"], sparse.total_bytes());
+    let name = "model.layers.0.block_sparse_moe.experts.0.w1.weight";
+    let weight = sparse.bytes(name).unwrap();
+    let width = sparse.info(name).unwrap().bytes / sparse.info(name).unwrap().elements();
+    let zeros = weight.chunks(width).filter(|x| x.iter().all(|b| *b == 0));
+    assert_eq!(zeros.count() * 2, sparse.info(name).unwrap().elements());
+    let more = ["--method", "stun", "--ratio", "0.5", "--owl", "--then"];
+    let with = |then| structured(&scene, &[&more[..], &[then]].concat());
+    assert!(
+        self::rows(&with("wanda-50"))[2]["perplexity"]
+            .as_f64()
+            .unwrap()
+            > 1.0
+    );
+    assert!(error(&with("rtn-int4")).contains("OWL"));
+}
+
+#[test]
+fn what_a_mixture_cannot_do_is_one_line() {
+    let (mixture, dense) = (mixtral(), llama());
+    let with = |scene: &Scene, more: &[&str]| {
+        error(&structured(
+            scene,
+            &[&["--ratio", "0.5", "--method"], more].concat(),
+        ))
+    };
+    assert!(with(&mixture, &["flap"]).contains("mixture of experts"));
+    assert!(with(&dense, &["reap"]).contains("dense model"));
+    assert!(with(&mixture, &["reap", "--masked"]).contains("--masked"));
+    assert!(with(&mixture, &["neurons", "--align", "64"]).contains("align"));
+    let scarce = structured(&mixture, &["--method", "reap", "--ratio", "0.9"]);
+    assert!(error(&scarce).contains("each token goes to 2"));
+}
