@@ -187,7 +187,7 @@ impl Frontier<'_> {
         Ok(best.map(|best| {
             let (items, measured) = (&candidates[best], measured[best]);
             let round = Round {
-                predicted: self.sum(items),
+                predicted: self.predicted_of(items),
                 measured,
                 kept: true,
             };
@@ -247,7 +247,12 @@ impl Frontier<'_> {
         stored.then(|| self.bytes_of(items))
     }
 
-    /// Sum of the divergences of single sites.
+    /// Sum of the divergences of single sites, where all were measured.
+    pub(crate) fn predicted_of(&self, items: &[usize]) -> Option<f64> {
+        Some(self.sum(items)).filter(|sum| sum.is_finite())
+    }
+
+    /// Sum of the divergences of single sites; infinite with one that was not measured.
     pub(crate) fn sum(&self, items: &[usize]) -> f64 {
         let of = |site: usize| self.distortions[site].of(&self.menus[site], items[site]);
         (0..items.len()).map(of).sum()

@@ -379,7 +379,7 @@ impl<'a> Frontier<'a> {
             weight_bytes: self.bytes_of(items) - cache_bytes,
             parameters: self.parameters_of(items),
             cache_bytes,
-            predicted: self.sum(items),
+            predicted: self.predicted_of(items),
             measured,
             rounds,
             sites,

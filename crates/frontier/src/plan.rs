@@ -33,8 +33,10 @@ pub struct SitePlan {
 /// A round of measuring around a plan.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Round {
-    /// Divergence that the division predicted: the sum over sites first, later what the moves were to change.
-    pub predicted: f64,
+    /// Divergence that the division predicted: the sum over sites first, later what the moves were to change. `None` where
+    /// treatments were not measured by themselves.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub predicted: Option<f64>,
     /// Divergence of the whole plan.
     pub measured: Divergence,
     /// Whether it was better than the plan before.
@@ -59,8 +61,9 @@ pub struct Plan {
     /// The caches of all layers for the context, where they are chosen.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cache: Option<CacheConfig>,
-    /// Sum of the divergences of single sites, in nats per token.
-    pub predicted: f64,
+    /// Sum of the divergences of single sites, in nats per token; `None` where not all of them were measured.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub predicted: Option<f64>,
     /// Divergence of the whole plan from the dense model.
     pub measured: Divergence,
     /// The division and the rounds after it, those of drawn exchanges that were kept among them.

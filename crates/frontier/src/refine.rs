@@ -67,7 +67,9 @@ impl Frontier<'_> {
                 continue;
             };
             rounds.push(Round {
-                predicted: (measured.mean + self.sum(&best.candidate) - self.sum(&now)).max(0.0),
+                predicted: Some(
+                    (measured.mean + self.sum(&best.candidate) - self.sum(&now)).max(0.0),
+                ),
                 measured: of_best,
                 kept,
             });

@@ -18,7 +18,7 @@ impl Frontier<'_> {
         let mut now = choice.items;
         let mut measured = self.measure_plans(std::slice::from_ref(&now), progress)?[0];
         let mut rounds = vec![Round {
-            predicted: choice.predicted,
+            predicted: Some(choice.predicted),
             measured,
             kept: true,
         }];
@@ -38,7 +38,7 @@ impl Frontier<'_> {
                 let of_next = self.measure_plans(std::slice::from_ref(&next), progress)?[0];
                 better = of_next.mean < measured.mean;
                 rounds.push(Round {
-                    predicted: (before + change).max(0.0),
+                    predicted: Some((before + change).max(0.0)),
                     measured: of_next,
                     kept: better,
                 });

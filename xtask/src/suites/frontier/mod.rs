@@ -381,12 +381,14 @@ impl Suite<'_> {
         for (name, value) in [
             ("kl", opened.mean),
             ("kl_error", opened.error),
-            ("kl_predicted", plan.predicted),
             ("pruned", summary.pruned),
             ("bits", summary.bits),
             ("mean_rank", summary.rank),
         ] {
             row.extra.insert(name.into(), value.into());
+        }
+        if let Some(predicted) = plan.predicted {
+            row.extra.insert("kl_predicted".into(), predicted.into());
         }
         drop(decoder);
         drop(checkpoint);
