@@ -94,6 +94,14 @@ pub enum Error {
         /// What was found.
         what: &'static str,
     },
+    /// A state that a layer does not have, or has in another size.
+    #[error("layer {layer}: {problem}")]
+    State {
+        /// Layer index.
+        layer: usize,
+        /// What is wrong.
+        problem: String,
+    },
     /// A sequence continues a cache that already holds another one.
     #[error("cache already holds {held} positions: reset() it before a new sequence")]
     NotReset {

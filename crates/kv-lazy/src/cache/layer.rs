@@ -35,6 +35,8 @@ pub(super) struct Layer {
     pub(super) shape: LayerShape,
     pub(super) store: Box<dyn Store>,
     pub(super) attended: bool,
+    /// What a layer without KV heads carries from token to token; empty where it carries nothing.
+    pub(super) state: Vec<f32>,
     pub(super) index: usize,
     /// What distinguishes the layer from one with another policy or storage.
     configuration: String,
@@ -103,6 +105,7 @@ impl Layer {
             configuration: format!("{policy:?} {layout:?}"),
             store,
             attended: true,
+            state: Vec::new(),
             index,
             bytes: 0,
             fresh: evictors.clone(),
@@ -553,6 +556,7 @@ impl Layer {
             .sum::<usize>()
             + self.queries.as_ref().map_or(0, QueryRing::bytes)
             + self.sinks.as_ref().map_or(0, MovingSinks::bytes)
+            + size_of_val(self.state.as_slice())
     }
 
     pub(super) fn reset(&mut self) {
@@ -564,6 +568,7 @@ impl Layer {
         if let Some(sinks) = &mut self.sinks {
             sinks.clear();
         }
+        self.state = Vec::new();
         self.attended = true;
         self.bytes = 0;
     }

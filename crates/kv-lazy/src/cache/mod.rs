@@ -8,6 +8,7 @@ mod cost;
 mod handle;
 mod layer;
 mod queries;
+mod recurrent;
 mod sinks;
 
 pub use handle::{LayerCache, LayerSnapshot, bottom_right_mask};
@@ -25,7 +26,7 @@ use layer::Layer;
 pub struct LayerShape {
     /// Query heads; a multiple of `kv_heads`.
     pub query_heads: usize,
-    /// KV heads; 0 for a layer without attention, which is never attended.
+    /// KV heads; 0 for a layer without attention, which is never attended. It may have a [state](CacheSet::state).
     pub kv_heads: usize,
     /// Elements of a head.
     pub head_dim: usize,
@@ -149,7 +150,7 @@ impl CacheSet {
             clock.step += clock.tokens;
         }
         for layer in &mut self.layers {
-            layer.attended = layer.shape.kv_heads == 0;
+            layer.attended = layer.shape.kv_heads == 0 && layer.state.is_empty();
         }
         Ok(Step { position, tokens })
     }
@@ -410,7 +411,7 @@ impl CacheSet {
         self.peak
     }
 
-    /// Bytes that the policies remember beside keys and values.
+    /// Bytes that the policies remember beside keys and values, and those of the [states](Self::state) of layers without.
     pub fn state_bytes(&self) -> usize {
         self.layers.iter().map(Layer::state_bytes).sum()
     }

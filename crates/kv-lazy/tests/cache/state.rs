@@ -229,3 +229,74 @@ fn positions_and_a_policys_memory_move_with_keys_and_values_in_every_layout() {
         }
     }
 }
+
+#[test]
+fn a_layer_without_heads_carries_a_state_that_snapshots_and_resets_know() {
+    let shapes = [LayerShape {
+        kv_heads: 0,
+        query_heads: 0,
+        ..SHAPE
+    }; 2];
+    let mut cache = CacheSet::new(
+        &shapes,
+        2,
+        DType::F32,
+        &Device::Cpu,
+        &named("streaming", 20),
+    )
+    .unwrap();
+    let step = |cache: &mut CacheSet, tokens: usize| -> Vec<f32> {
+        cache.begin(tokens).unwrap();
+        let state = cache.state(1, 3).unwrap();
+        let before = state.to_vec();
+        state.iter_mut().for_each(|x| *x += tokens as f32);
+        before
+    };
+    assert_eq!(step(&mut cache, 5), [0.0; 6]);
+    let snapshot = cache.snapshot();
+    assert_eq!(step(&mut cache, 1), [5.0; 6]);
+    // Layer 0 never asks for one.
+    assert_eq!((cache.recurrent_bytes(), cache.state_bytes()), (24, 24));
+    assert_eq!((cache.bytes(), cache.peak_bytes()), (0, 0));
+    cache.restore(&snapshot).unwrap();
+    assert_eq!(step(&mut cache, 2), [5.0; 6]);
+    cache.reset();
+    assert_eq!(cache.recurrent_bytes(), 0);
+    assert_eq!(step(&mut cache, 1), [0.0; 6]);
+}
+
+#[test]
+fn a_state_is_brought_forward_once_in_every_step() {
+    let none = LayerShape {
+        kv_heads: 0,
+        query_heads: 0,
+        ..SHAPE
+    };
+    let build = || CacheSet::full(&[none, SHAPE], 1, DType::F32, &Device::Cpu).unwrap();
+    let refused = |cache: &mut CacheSet, (layer, numbers), says: &str| {
+        let error = cache.state(layer, numbers).unwrap_err().to_string();
+        assert!(error.contains(says), "{error}");
+    };
+    let mut cache = build();
+    refused(&mut cache, (0, 4), "before begin");
+    cache.begin(3).unwrap();
+    refused(&mut cache, (1, 4), "layer 1: it has keys and values");
+    refused(&mut cache, (2, 4), "2 layers");
+    cache.state(0, 4).unwrap();
+    refused(&mut cache, (0, 4), "twice");
+    for (q, k, v) in &steps(1, 1, SHAPE, &[3]) {
+        cache.attend(1, q, k, v, 0.25).unwrap();
+    }
+    cache.begin(1).unwrap();
+    refused(&mut cache, (0, 5), "4 numbers for each sequence, not 5");
+    let missed = cache.end().unwrap_err().to_string();
+    assert!(missed.contains("layer 0"), "{missed}");
+
+    let mut cache = build();
+    for (q, k, v) in &steps(1, 1, SHAPE, &[3]) {
+        cache.begin(3).unwrap();
+        cache.attend(1, q, k, v, 0.25).unwrap();
+    }
+    cache.begin(1).unwrap();
+    refused(&mut cache, (0, 4), "after the first step");
+}
