@@ -48,13 +48,14 @@ impl Probe {
 
         let config = decoder.config();
         let shape = |name| config.linear_shape(0, name);
-        let weights: usize = LinearName::ALL
-            .iter()
-            .filter_map(|&name| shape(name))
-            .map(|[m, n]| m * n)
-            .sum();
+        let linears = LinearName::ALL.into_iter().chain(LinearName::DELTA_NET);
+        let weights: usize = linears.filter_map(shape).map(|[m, n]| m * n).sum();
         let weights = weights.max(1) as f64;
-        let input = |name| shape(name).map_or(0.0, |[_, n]| n as f64);
+        // Before the MLP stands attention or a delta net.
+        let input = |names: &[LinearName]| {
+            let shape = names.iter().find_map(|&name| shape(name));
+            shape.map_or(0.0, |[_, n]| n as f64)
+        };
         let layers = config.layers() as f64;
         let head = (config.vocab * config.hidden) as f64 / weights;
         Ok(Self {
@@ -63,12 +64,11 @@ impl Probe {
             token: seconds / tokens * (layers + head),
             rate: 2.0 * weights * tokens / seconds,
             inputs: [
-                LinearName::Q,
-                LinearName::O,
-                LinearName::Gate,
-                LinearName::Down,
-            ]
-            .map(input),
+                input(&[LinearName::Q, LinearName::DeltaQkv]),
+                input(&[LinearName::O, LinearName::DeltaOut]),
+                input(&[LinearName::Gate]),
+                input(&[LinearName::Down]),
+            ],
         })
     }
 

@@ -13,7 +13,8 @@ pub enum Mixer<'a> {
     Windows,
     /// The one batch entry is packed with sequences that begin alike; nothing is kept.
     Forest(&'a Forest),
-    /// Keys and values are added to a cache, which decides what stays and computes attention.
+    /// Keys and values are added to a cache, which decides what stays and computes attention; it also holds what a delta net
+    /// carries from token to token.
     Cache(&'a mut CacheSet),
 }
 

@@ -1,4 +1,4 @@
-//! One decoder block: norms, grouped-query attention and an MLP.
+//! One decoder block: norms, grouped-query attention or a delta net, and an MLP.
 //!
 //! A block is plain data. Its widths are those of its tensors, so that a pruned block, one without attention or one
 //! without an MLP runs through the same code, and a compressor may replace any tensor between loading and running. What
@@ -6,12 +6,14 @@
 
 use crate::attention::{Mixer, decoded};
 use crate::config::{Activation, NormKind};
+pub use crate::delta_net::DeltaNet;
 use crate::linear::Linear;
 use crate::mixture::{MixturePass, Moe};
 use crate::names::LinearName;
 use crate::ops;
 use crate::rope::Pairs;
 use crate::tap::{Site, Tap};
+pub use crate::token_mixer::TokenMixer;
 use crate::{Error, Result};
 use candle_core::Tensor;
 use kv_lazy::CacheConfig;
@@ -143,7 +145,7 @@ impl Mlp {
     }
 }
 
-/// Attention or MLP with the norms around it: adds `scale · after(body(before(x)))` to the residual stream.
+/// Attention, a delta net or an MLP with the norms around it: adds `scale · after(body(before(x)))` to the residual stream.
 #[derive(Clone, Debug)]
 pub struct Half<T> {
     /// Norm of its input.
@@ -195,8 +197,8 @@ impl<T> Half<T> {
 pub struct Block {
     /// Index in the model.
     pub layer: usize,
-    /// Attention.
-    pub attention: Half<Attention>,
+    /// Attention, or the delta net in its place.
+    pub attention: Half<TokenMixer>,
     /// MLP; without a body where the block has experts in its place.
     pub mlp: Half<Mlp>,
     /// Experts, between the norms of `mlp`.
@@ -354,7 +356,7 @@ impl Block {
             })
     }
 
-    /// `x`, `[batch * tokens, hidden]`, with what attention adds.
+    /// `x`, `[batch * tokens, hidden]`, with what attention or a delta net adds.
     fn after_attention(
         &self,
         x: &Tensor,
@@ -363,14 +365,19 @@ impl Block {
         mixer: &mut Mixer<'_>,
         tap: &mut dyn Tap,
     ) -> Result<Tensor> {
-        let Some(attention) = &self.attention.body else {
+        let Some(body) = &self.attention.body else {
             return self.attention.without_body(x.clone());
         };
         let input = self.attention.input(x)?;
         self.observe(tap, Site::Qkv, &input)?;
-        let heads = attention.mix(&input, (batch, tokens), self.layer, rope, mixer)?;
+        let heads = match body {
+            TokenMixer::Attention(attention) => {
+                attention.mix(&input, (batch, tokens), self.layer, rope, mixer)?
+            }
+            TokenMixer::DeltaNet(net) => net.mix(&input, tokens, self.layer, mixer)?,
+        };
         self.observe(tap, Site::O, &heads)?;
-        Ok((x + self.attention.normed(attention.o.forward(&heads)?)?)?)
+        Ok((x + self.attention.normed(body.output().forward(&heads)?)?)?)
     }
 
     fn scaled(&self, y: Tensor) -> Result<Tensor> {
@@ -407,12 +414,7 @@ impl Block {
 
     /// Bytes of its weights in memory: linears, norms and the experts that are loaded.
     pub fn bytes(&self) -> usize {
-        let attention = self.attention.body.as_ref().map_or(0, |a| {
-            let linears = [Some(&a.q), Some(&a.k), a.v.as_ref(), Some(&a.o)];
-            let linears: usize = linears.iter().flatten().map(|linear| linear.bytes()).sum();
-            let norms = [&a.q_norm, &a.k_norm, &a.v_norm];
-            linears + norms.into_iter().flatten().map(Norm::bytes).sum::<usize>()
-        });
+        let attention = self.attention.body.as_ref().map_or(0, TokenMixer::bytes);
         let norms = [
             &self.attention.before,
             &self.attention.after,
@@ -426,39 +428,35 @@ impl Block {
 
     /// A linear of the block; `None` where it has none.
     pub fn linear(&self, name: LinearName) -> Option<&Linear> {
-        let (attention, mlp) = (self.attention.body.as_ref(), self.mlp.body.as_ref());
+        let (mixer, mlp) = (self.attention.body.as_ref(), self.mlp.body.as_ref());
         let shared = self.experts.as_ref().and_then(|e| e.shared.as_ref());
         let shared = shared.map(|shared| &shared.mlp);
         match name {
-            LinearName::Q => attention.map(|a| &a.q),
-            LinearName::K => attention.map(|a| &a.k),
-            LinearName::V => attention.and_then(|a| a.v.as_ref()),
-            LinearName::O => attention.map(|a| &a.o),
+            name if name.is_attention() => mixer.and_then(|mixer| mixer.linear(name)),
             LinearName::Gate => mlp.and_then(|m| m.gate.as_ref()),
             LinearName::Up => mlp.map(|m| &m.up),
             LinearName::Down => mlp.map(|m| &m.down),
             LinearName::SharedGate => shared.and_then(|m| m.gate.as_ref()),
             LinearName::SharedUp => shared.map(|m| &m.up),
             LinearName::SharedDown => shared.map(|m| &m.down),
+            _ => None,
         }
     }
 
     /// A linear of the block, to be changed.
     pub fn linear_mut(&mut self, name: LinearName) -> Option<&mut Linear> {
-        let (attention, mlp) = (self.attention.body.as_mut(), self.mlp.body.as_mut());
+        let (mixer, mlp) = (self.attention.body.as_mut(), self.mlp.body.as_mut());
         let shared = self.experts.as_mut().and_then(|e| e.shared.as_mut());
         let shared = shared.map(|shared| &mut shared.mlp);
         match name {
-            LinearName::Q => attention.map(|a| &mut a.q),
-            LinearName::K => attention.map(|a| &mut a.k),
-            LinearName::V => attention.and_then(|a| a.v.as_mut()),
-            LinearName::O => attention.map(|a| &mut a.o),
+            name if name.is_attention() => mixer.and_then(|mixer| mixer.linear_mut(name)),
             LinearName::Gate => mlp.and_then(|m| m.gate.as_mut()),
             LinearName::Up => mlp.map(|m| &mut m.up),
             LinearName::Down => mlp.map(|m| &mut m.down),
             LinearName::SharedGate => shared.and_then(|m| m.gate.as_mut()),
             LinearName::SharedUp => shared.map(|m| &mut m.up),
             LinearName::SharedDown => shared.map(|m| &mut m.down),
+            _ => None,
         }
     }
 }

@@ -1,8 +1,9 @@
 //! A checkpoint seen as a decoder whose parts are loaded one at a time.
 
+mod delta_net;
 mod linears;
 
-use crate::block::{Attention, Block, Half, Mlp, Norm, RopeTable, RopeTables};
+use crate::block::{Attention, Block, Half, Mlp, Norm, RopeTable, RopeTables, TokenMixer};
 use crate::config::{LAYER_SCALAR, ModelConfig, NormConfig, NormKind, QkNorm};
 use crate::linear::Linear;
 use crate::mixture::{Moe, RoutingRule, SharedExpert};
@@ -174,7 +175,7 @@ impl<'a> Decoder<'a> {
             buffers.iter().any(|buffer| name.ends_with(buffer)) || name == names.head()
         };
         // Beside the decoder of a folder for several modalities is whatever the others need.
-        let foreign = |name: &str| self.config.nested && !name.starts_with(names.prefix());
+        let foreign = |name: &str| names.is_beside(name, self.config.nested);
         match self
             .checkpoint
             .names()
@@ -285,14 +286,19 @@ impl<'a> Decoder<'a> {
             }
         }
         let attention_config = &config.attention[layer];
-        let attention = match widths.heads {
-            0 => None,
+        let attention = match (widths.heads, config.delta_nets[layer]) {
+            (_, Some(shape)) => Some(TokenMixer::DeltaNet(self.delta_net(
+                layer,
+                shape,
+                &mut linears,
+            )?)),
+            (0, None) => None,
             _ => {
                 let head_norm = |path: &'static str| {
                     let path = (config.qk_norm != QkNorm::None).then_some(path);
                     self.block_norm(layer, path)
                 };
-                Some(Attention {
+                Some(TokenMixer::Attention(Attention {
                     q: taken(&mut linears, LinearName::Q)?,
                     k: taken(&mut linears, LinearName::K)?,
                     v: linears.remove(&LinearName::V),
@@ -316,7 +322,7 @@ impl<'a> Decoder<'a> {
                         None => None,
                         Some(config) => Some(Arc::new(config.of_layer(layer)?)),
                     },
-                })
+                }))
             }
         };
         let mlp = match widths.neurons {

@@ -4,6 +4,10 @@
 //! tensor (`qkv_proj`, `gate_up_proj`) or interleave them head by head (`query_key_value`). Everything that reads or
 //! writes tensors goes through the tables here; no other file knows a name.
 
+mod tables;
+
+pub(crate) use tables::*;
+
 use std::fmt;
 use std::ops::Range;
 
@@ -19,6 +23,16 @@ pub enum LinearName {
     V,
     /// Attention output, `[hidden, heads * head_dim]`.
     O,
+    /// Queries, keys and values of a delta net, `[2 * key_heads * key_dim + value_heads * value_dim, hidden]`.
+    DeltaQkv,
+    /// Gate of a delta net's output, `[value_heads * value_dim, hidden]`.
+    DeltaZ,
+    /// How much of a value a delta net writes, `[value_heads, hidden]`.
+    DeltaB,
+    /// How much of its state a delta net forgets, `[value_heads, hidden]`.
+    DeltaA,
+    /// Output of a delta net, `[hidden, value_heads * value_dim]`.
+    DeltaOut,
     /// Gate of the MLP, `[neurons, hidden]`.
     Gate,
     /// Up projection of the MLP, `[neurons, hidden]`.
@@ -45,14 +59,31 @@ impl LinearName {
         Self::Down,
     ];
 
-    /// Whether it writes to the residual stream: o_proj and down_proj.
+    /// Those of a delta net, in the order of the data.
+    pub const DELTA_NET: [Self; 5] = [
+        Self::DeltaQkv,
+        Self::DeltaZ,
+        Self::DeltaB,
+        Self::DeltaA,
+        Self::DeltaOut,
+    ];
+
+    /// Whether it writes to the residual stream: o_proj, out_proj and down_proj.
     pub fn is_output(self) -> bool {
-        matches!(self, Self::O | Self::Down | Self::SharedDown)
+        matches!(
+            self,
+            Self::O | Self::DeltaOut | Self::Down | Self::SharedDown
+        )
     }
 
-    /// Whether it belongs to attention, not to the MLP.
+    /// Whether it belongs to attention, or to the delta net in its place, and not to the MLP.
     pub fn is_attention(self) -> bool {
-        matches!(self, Self::Q | Self::K | Self::V | Self::O)
+        matches!(self, Self::Q | Self::K | Self::V | Self::O) || self.is_delta_net()
+    }
+
+    /// Whether it belongs to a delta net.
+    pub fn is_delta_net(self) -> bool {
+        Self::DELTA_NET.contains(&self)
     }
 
     /// Whether it belongs to the expert that every token passes through.
@@ -68,6 +99,11 @@ impl fmt::Display for LinearName {
             Self::K => "k_proj",
             Self::V => "v_proj",
             Self::O => "o_proj",
+            Self::DeltaQkv => "in_proj_qkv",
+            Self::DeltaZ => "in_proj_z",
+            Self::DeltaB => "in_proj_b",
+            Self::DeltaA => "in_proj_a",
+            Self::DeltaOut => "out_proj",
             Self::Gate => "gate_proj",
             Self::Up => "up_proj",
             Self::Down => "down_proj",
@@ -120,9 +156,14 @@ impl Module {
         self.parts[0].is_output()
     }
 
-    /// Whether it belongs to attention.
+    /// Whether it belongs to attention, or to the delta net in its place.
     pub fn is_attention(&self) -> bool {
         self.parts[0].is_attention()
+    }
+
+    /// Whether it belongs to a delta net.
+    pub fn is_delta_net(&self) -> bool {
+        self.parts[0].is_delta_net()
     }
 }
 
@@ -168,8 +209,25 @@ pub struct Table {
     pub q_norm: &'static str,
     /// Norm of keys.
     pub k_norm: &'static str,
+    /// What delta nets have beside linears.
+    pub delta: Option<DeltaNames>,
     /// Experts of a mixture.
     pub experts: Option<ExpertNames>,
+    /// What the names of tensors begin with that stand beside the decoder in a checkpoint of its own too, and are not read.
+    pub beside: &'static [&'static str],
+}
+
+/// Names of the tensors that delta nets have beside linears.
+#[derive(Debug, PartialEq, Eq)]
+pub struct DeltaNames {
+    /// Causal convolution of each channel, `[channels, 1, kernel]`.
+    pub conv: &'static str,
+    /// Logarithm of the rate at which a head forgets, `[value_heads]`.
+    pub log_decay: &'static str,
+    /// What is added to the time step of a head, `[value_heads]`.
+    pub dt_bias: &'static str,
+    /// Weight of the norm of a head's output, `[value_dim]`.
+    pub norm: &'static str,
 }
 
 /// Names of the experts of a block.
@@ -224,166 +282,6 @@ pub struct ExpertPart {
     /// Length of a row.
     pub columns: usize,
 }
-
-const Q: Module = Module::one("self_attn.q_proj", &[LinearName::Q]);
-const K: Module = Module::one("self_attn.k_proj", &[LinearName::K]);
-const V: Module = Module::one("self_attn.v_proj", &[LinearName::V]);
-const O: Module = Module::one("self_attn.o_proj", &[LinearName::O]);
-const GATE: Module = Module::one("mlp.gate_proj", &[LinearName::Gate]);
-const UP: Module = Module::one("mlp.up_proj", &[LinearName::Up]);
-const DOWN: Module = Module::one("mlp.down_proj", &[LinearName::Down]);
-const QKV: Module = Module::stacked(
-    "self_attn.qkv_proj",
-    &[LinearName::Q, LinearName::K, LinearName::V],
-);
-const GATE_UP: Module = Module::stacked("mlp.gate_up_proj", &[LinearName::Gate, LinearName::Up]);
-
-/// Llama's names, which most architectures have.
-pub(crate) const LLAMA: Table = Table {
-    prefix: "model.",
-    embedding: "embed_tokens.weight",
-    final_norm: "norm",
-    heads: &["lm_head.weight"],
-    modules: &[Q, K, V, O, GATE, UP, DOWN],
-    attention_before: Some("input_layernorm"),
-    attention_after: None,
-    mlp_before: Some("post_attention_layernorm"),
-    mlp_after: None,
-    q_norm: "self_attn.q_norm",
-    k_norm: "self_attn.k_norm",
-    experts: None,
-};
-
-const QWEN_EXPERTS: ExpertNames = ExpertNames {
-    alone: Some(AloneNames {
-        router: "mlp.gate",
-        before: "mlp.experts.",
-        linears: ["gate_proj", "up_proj", "down_proj"],
-    }),
-    fused: FusedNames {
-        router: "mlp.gate",
-        gate_up: "mlp.experts.gate_up_proj",
-        down: "mlp.experts.down_proj",
-    },
-    shared_gate: "mlp.shared_expert_gate",
-};
-
-/// OLMoE and Qwen3's mixtures.
-pub(crate) const OLMOE: Table = Table {
-    experts: Some(QWEN_EXPERTS),
-    ..LLAMA
-};
-
-/// Qwen2's mixtures, with an expert for every token.
-pub(crate) const QWEN2_MOE: Table = Table {
-    modules: &[
-        Q,
-        K,
-        V,
-        O,
-        GATE,
-        UP,
-        DOWN,
-        Module::one("mlp.shared_expert.gate_proj", &[LinearName::SharedGate]),
-        Module::one("mlp.shared_expert.up_proj", &[LinearName::SharedUp]),
-        Module::one("mlp.shared_expert.down_proj", &[LinearName::SharedDown]),
-    ],
-    experts: Some(QWEN_EXPERTS),
-    ..LLAMA
-};
-
-/// Mixtral.
-pub(crate) const MIXTRAL: Table = Table {
-    experts: Some(ExpertNames {
-        alone: Some(AloneNames {
-            router: "block_sparse_moe.gate",
-            before: "block_sparse_moe.experts.",
-            linears: ["w1", "w3", "w2"],
-        }),
-        ..QWEN_EXPERTS
-    }),
-    ..LLAMA
-};
-
-/// Granite's mixtures.
-pub(crate) const GRANITE_MOE: Table = Table {
-    experts: Some(ExpertNames {
-        alone: None,
-        fused: FusedNames {
-            router: "block_sparse_moe.router.layer",
-            gate_up: "block_sparse_moe.input_linear.weight",
-            down: "block_sparse_moe.output_linear.weight",
-        },
-        ..QWEN_EXPERTS
-    }),
-    ..LLAMA
-};
-
-/// Gemma: norms before and after both halves.
-pub(crate) const GEMMA: Table = Table {
-    attention_after: Some("post_attention_layernorm"),
-    mlp_before: Some("pre_feedforward_layernorm"),
-    mlp_after: Some("post_feedforward_layernorm"),
-    ..LLAMA
-};
-
-/// OLMo 2: norms after both halves.
-pub(crate) const OLMO2: Table = Table {
-    attention_before: None,
-    attention_after: Some("post_attention_layernorm"),
-    mlp_before: None,
-    mlp_after: Some("post_feedforward_layernorm"),
-    ..LLAMA
-};
-
-/// Phi-3: stacked projections.
-pub(crate) const PHI3: Table = Table {
-    modules: &[QKV, O, GATE_UP, DOWN],
-    ..LLAMA
-};
-
-/// GLM-4: norms before and after both halves, gate and up stacked.
-pub(crate) const GLM4: Table = Table {
-    modules: &[Q, K, V, O, GATE_UP, DOWN],
-    attention_after: Some("post_self_attn_layernorm"),
-    mlp_after: Some("post_mlp_layernorm"),
-    ..LLAMA
-};
-
-/// Granite 4 without experts.
-pub(crate) const GRANITE_HYBRID: Table = Table {
-    modules: &[
-        Q,
-        K,
-        V,
-        O,
-        Module::stacked(
-            "shared_mlp.input_linear",
-            &[LinearName::Gate, LinearName::Up],
-        ),
-        Module::one("shared_mlp.output_linear", &[LinearName::Down]),
-    ],
-    ..LLAMA
-};
-
-/// GPT-NeoX and Pythia.
-pub(crate) const GPT_NEOX: Table = Table {
-    prefix: "gpt_neox.",
-    embedding: "embed_in.weight",
-    final_norm: "final_layer_norm",
-    heads: &["embed_out.weight", "lm_head.weight"],
-    modules: &[
-        Module {
-            path: "attention.query_key_value",
-            parts: &[LinearName::Q, LinearName::K, LinearName::V],
-            rows: Rows::PerHead,
-        },
-        Module::one("attention.dense", &[LinearName::O]),
-        Module::one("mlp.dense_h_to_4h", &[LinearName::Up]),
-        Module::one("mlp.dense_4h_to_h", &[LinearName::Down]),
-    ],
-    ..LLAMA
-};
 
 /// Where the text decoder is in the folder of a model of several modalities.
 const PREFIXES: [&str; 2] = ["language_model.model.", "model.language_model."];
@@ -485,6 +383,20 @@ impl Names {
         Some(format!("{}{inside}", self.table.prefix))
     }
 
+    /// Whether a tensor stands beside the decoder: in a folder of several modalities all but the decoder's own, elsewhere those
+    /// that the architecture's checkpoints carry along.
+    pub fn is_beside(&self, name: &str, nested: bool) -> bool {
+        let of_others = nested && !name.starts_with(self.prefix);
+        of_others || self.is_extra(name)
+    }
+
+    /// Whether a tensor belongs to what an architecture carries beside its decoder and that shares the decoder's widths, such as
+    /// blocks that predict several tokens.
+    pub fn is_extra(&self, name: &str) -> bool {
+        let beside = self.table.beside.iter();
+        beside.into_iter().any(|prefix| name.starts_with(prefix))
+    }
+
     /// Names within blocks.
     pub fn table(&self) -> &'static Table {
         self.table
@@ -568,18 +480,6 @@ pub struct ModuleId {
     module: &'static Module,
     prefix: &'static str,
 }
-
-/// All tables, to find a module by its path alone.
-const TABLES: [&Table; 8] = [
-    &LLAMA,
-    &GEMMA,
-    &OLMO2,
-    &PHI3,
-    &GLM4,
-    &GRANITE_HYBRID,
-    &GPT_NEOX,
-    &QWEN2_MOE,
-];
 
 impl ModuleId {
     /// The module with this path, in whatever architecture has one.

@@ -65,6 +65,18 @@ pub(crate) fn activate(
     Ok(Tensor::from_vec(out, x.shape(), x.device())?)
 }
 
+/// SiLU of each element of `x`.
+pub(crate) fn silu(x: &[f32], out: &mut [f32]) {
+    let chunks = out.par_chunks_mut(CHUNK).zip(x.par_chunks(CHUNK));
+    chunks.for_each(|(out, x)| {
+        Arch::new().dispatch(Gate {
+            x,
+            out,
+            gelu: false,
+        });
+    });
+}
+
 /// `x` squeezed into ± `cap`: `cap · tanh(x / cap)`.
 pub(crate) fn softcap(x: &Tensor, cap: f64) -> Result<Tensor> {
     if !matches!(x.device(), Device::Cpu) || x.dtype() != DType::F32 {

@@ -9,9 +9,9 @@ use candle_core::Tensor;
 /// Which input is being handed over.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Site {
-    /// Input of q_proj, k_proj and v_proj, `[rows, hidden]`.
+    /// Input of q_proj, k_proj and v_proj, or of a delta net's in_proj_qkv, in_proj_z, in_proj_b and in_proj_a, `[rows, hidden]`.
     Qkv,
-    /// Input of o_proj: the heads' outputs side by side, `[rows, heads * head_dim]`.
+    /// Input of o_proj: the heads' outputs side by side, `[rows, heads * head_dim]`; or of a delta net's out_proj.
     O,
     /// Input of gate_proj and up_proj, `[rows, hidden]`.
     GateUp,

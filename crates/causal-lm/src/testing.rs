@@ -167,6 +167,11 @@ pub fn configs() -> Vec<Config> {
                 "shared_expert_intermediate_size": 24, "mlp_only_layers": [1]}),
         ),
         ("mixtral", json!({"num_local_experts": 4})),
+        (
+            "qwen3_5_text",
+            json!({"head_dim": 8, "layer_types": ["full_attention", "linear_attention", "linear_attention"],
+                "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 6, "linear_value_head_dim": 5, "linear_conv_kernel_dim": 3}),
+        ),
     ]
     .map(|(model_type, changes)| config(model_type, changes))
     .into()

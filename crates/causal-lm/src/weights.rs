@@ -133,7 +133,8 @@ impl WeightSummary {
             LinearName::SharedUp,
             LinearName::SharedDown,
         ];
-        let names = LinearName::ALL.into_iter().chain(shared);
+        let names = LinearName::ALL.into_iter().chain(LinearName::DELTA_NET);
+        let names = names.chain(shared);
         let linears = names.filter_map(|name| block.linear(name));
         linears.for_each(|linear| self.add(linear));
         let experts = block.experts.iter().flat_map(|moe| &moe.experts);

@@ -168,6 +168,7 @@ impl Fields {
             widths: self.widths(layers, family)?,
             mixtures: vec![None; layers],
             attention: vec![attention; layers],
+            delta_nets: vec![None; layers],
             norm: NormConfig {
                 kind: NormKind::Rms,
                 eps: self.epsilon(defaults.eps)?,
@@ -347,6 +348,22 @@ impl Fields {
 
     /// The kind of each layer: `layer_types` where the config has it, else by a rule.
     pub(crate) fn kinds(&self, layers: usize, rule: impl Fn(usize) -> Kind) -> Result<Vec<Kind>> {
+        let kind = |name: &str| match name {
+            "full_attention" | "attention" => Some(Kind::Full),
+            "sliding_attention" => Some(Kind::Sliding),
+            _ => None,
+        };
+        self.layer_types(layers, rule, kind, "full_attention, sliding_attention")
+    }
+
+    /// The same of an architecture with kinds of its own, by their names, of which `supported` lists the usual ones.
+    pub(crate) fn layer_types<K>(
+        &self,
+        layers: usize,
+        rule: impl Fn(usize) -> K,
+        kind: impl Fn(&str) -> Option<K>,
+        supported: &'static str,
+    ) -> Result<Vec<K>> {
         let Some(types) = self.text.get("layer_types") else {
             return Ok((0..layers).map(rule).collect());
         };
@@ -359,17 +376,16 @@ impl Fields {
                     format!("must be a list of {layers} entries, one for each layer"),
                 )
             })?;
-        list.iter()
-            .map(|kind| match kind.as_str() {
-                Some("full_attention" | "attention") => Ok(Kind::Full),
-                Some("sliding_attention") => Ok(Kind::Sliding),
-                _ => Err(Error::UnsupportedOption {
+        let found = list.iter().map(|name| {
+            name.as_str()
+                .and_then(&kind)
+                .ok_or_else(|| Error::UnsupportedOption {
                     field: "layer_types",
-                    value: kind.to_string(),
-                    supported: "full_attention, sliding_attention",
-                }),
-            })
-            .collect()
+                    value: name.to_string(),
+                    supported,
+                })
+        });
+        found.collect()
     }
 
     /// A token id of the text part, or of the whole.

@@ -106,6 +106,43 @@ pub struct AttentionConfig {
     pub clip: Option<f64>,
 }
 
+/// The delta net that stands in the place of a block's attention.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DeltaNetConfig {
+    /// Heads of queries and keys.
+    pub key_heads: usize,
+    /// Heads of values, a multiple of them: value head `h` has the query and key `h / (value_heads / key_heads)`.
+    pub value_heads: usize,
+    /// Width of a query and of a key.
+    pub key_dim: usize,
+    /// Width of a value.
+    pub value_dim: usize,
+    /// Tokens that the convolution before the heads sees, the newest included.
+    pub kernel: usize,
+}
+
+impl DeltaNetConfig {
+    /// Width of all queries, which is that of all keys.
+    pub fn keys(&self) -> usize {
+        self.key_heads * self.key_dim
+    }
+
+    /// Width of all values.
+    pub fn values(&self) -> usize {
+        self.value_heads * self.value_dim
+    }
+
+    /// Channels of the convolution: queries, keys and values.
+    pub fn channels(&self) -> usize {
+        2 * self.keys() + self.values()
+    }
+
+    /// Numbers that a sequence carries from token to token: a matrix for each value head, and what the convolution still sees.
+    pub fn state(&self) -> usize {
+        self.key_dim * self.values() + (self.kernel - 1) * self.channels()
+    }
+}
+
 /// What norms compute.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct NormConfig {
@@ -165,6 +202,8 @@ pub struct Stock {
     pub experts: &'static [&'static str],
     /// The config field of an expert's width.
     pub expert_width: &'static str,
+    /// The config field that counts blocks beside the decoder which share its widths, such as those that predict several tokens.
+    pub extra_blocks: Option<&'static str>,
 }
 
 /// Numbers of heads that a config class of transformers accepts.
@@ -200,6 +239,8 @@ pub struct ModelConfig {
     pub mixtures: Vec<Option<Mixture>>,
     /// Attention of every block.
     pub attention: Vec<AttentionConfig>,
+    /// The delta net of every block that has one in the place of attention; such a block has no heads of attention.
+    pub delta_nets: Vec<Option<DeltaNetConfig>>,
     /// Every norm but those of heads without a weight.
     pub norm: NormConfig,
     /// Norms of queries and keys.

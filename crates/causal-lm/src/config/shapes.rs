@@ -18,6 +18,7 @@ impl ModelConfig {
             true => 2 * head_dim,
             false => head_dim,
         };
+        let delta = self.delta_nets[layer].filter(|_| name.is_delta_net());
         let shape = match name {
             LinearName::Q => [heads * q_rows, hidden],
             LinearName::V if attention.value_is_key => return None,
@@ -28,6 +29,10 @@ impl ModelConfig {
             LinearName::Down => [hidden, neurons],
             LinearName::SharedGate | LinearName::SharedUp => [self.shared(layer), hidden],
             LinearName::SharedDown => [hidden, self.shared(layer)],
+            LinearName::DeltaQkv => [delta?.channels(), hidden],
+            LinearName::DeltaZ => [delta?.values(), hidden],
+            LinearName::DeltaB | LinearName::DeltaA => [delta?.value_heads, hidden],
+            LinearName::DeltaOut => [hidden, delta?.values()],
         };
         (shape[0] > 0 && shape[1] > 0).then_some(shape)
     }
@@ -39,6 +44,11 @@ impl ModelConfig {
             LinearName::O => self.biases.o,
             LinearName::Gate | LinearName::Up | LinearName::Down => self.biases.mlp,
             LinearName::SharedGate | LinearName::SharedUp | LinearName::SharedDown => false,
+            LinearName::DeltaQkv
+            | LinearName::DeltaZ
+            | LinearName::DeltaB
+            | LinearName::DeltaA
+            | LinearName::DeltaOut => false,
         }
     }
 
@@ -122,6 +132,7 @@ impl ModelConfig {
     /// Whether stock classes have, or can be told to have, a bias there.
     pub fn has_bias_slot(&self, name: LinearName) -> bool {
         let slot = match name.is_attention() {
+            _ if name.is_delta_net() => None,
             true => self.stock.attention_bias,
             false => self.stock.mlp_bias,
         };
@@ -248,6 +259,7 @@ impl ModelConfig {
             norm(table.attention_after, hidden);
             norm(table.mlp_before, hidden);
             norm(table.mlp_after, hidden);
+            tensors.extend(self.delta_tensors(layer));
             for module in table.modules {
                 let shape = self.module_shape(layer, module);
                 if let Some(shape) = shape {
@@ -273,10 +285,29 @@ impl ModelConfig {
         tensors
     }
 
+    /// Name and shape of what a block's delta net has beside linears.
+    fn delta_tensors(&self, layer: usize) -> Vec<(String, Vec<usize>)> {
+        let (Some(delta), Some(names)) = (self.delta_nets[layer], &self.names.table().delta) else {
+            return vec![];
+        };
+        let of_heads = vec![delta.value_heads];
+        [
+            (names.conv, vec![delta.channels(), 1, delta.kernel]),
+            (names.log_decay, of_heads.clone()),
+            (names.dt_bias, of_heads),
+            (names.norm, vec![delta.value_dim]),
+        ]
+        .map(|(path, shape)| (self.names.block(layer, path), shape))
+        .into()
+    }
+
     /// Length of a module's bias, where it may have one: that of an output projection stays when all its inputs are gone.
     pub fn bias_rows(&self, layer: usize, module: &Module) -> Option<usize> {
         let rows = self.module_shape(layer, module).map(|[rows, _]| rows);
-        rows.or(module.is_output().then_some(self.hidden))
+        // A block has attention or a delta net, and no output projection of the other.
+        let is_of_the_other =
+            module.is_attention() && module.is_delta_net() != self.delta_nets[layer].is_some();
+        rows.or((module.is_output() && !is_of_the_other).then_some(self.hidden))
     }
 }
 

@@ -12,6 +12,7 @@ mod mixture;
 mod olmo2;
 mod phi3;
 mod qwen;
+mod qwen3_5;
 mod smollm3;
 
 use super::fields::Fields;
@@ -25,6 +26,7 @@ pub(super) const FAMILIES: &[Family] = &[
     mistral::MISTRAL,
     qwen::QWEN2,
     qwen::QWEN3,
+    qwen3_5::QWEN3_5,
     gemma::GEMMA2,
     gemma::GEMMA3,
     gemma4::GEMMA4,
@@ -106,6 +108,7 @@ const fn stock(class: &'static str) -> Stock {
         heads: StockHeads::Any,
         experts: &[],
         expert_width: "intermediate_size",
+        extra_blocks: None,
     }
 }
 
