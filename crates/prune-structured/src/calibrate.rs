@@ -125,7 +125,7 @@ impl Collector {
         };
         Ok(Self {
             window_len,
-            attention: part(attention.body.as_ref().map(|a| &a.o), &attention.after)?,
+            attention: part(attention.attention().map(|a| &a.o), &attention.after)?,
             mlp: part(mlp.body.as_ref().map(|m| &m.down), &mlp.after)?,
         })
     }

@@ -4,9 +4,10 @@ use candle_core::{DType, Device, Tensor};
 use causal_lm::testing::{self, gap};
 use causal_lm::{Decoder, ModelConfig, Windows, synthetic};
 use prune_structured::compensation::{Bias, NoCompensation};
+use prune_structured::stats::Part;
 use prune_structured::{
-    Calibration, Collect, Compensation, Cost, Error, Form, Loading, NoProgress, Plan, Recipe,
-    Settings, write,
+    AttentionUnit, Calibration, Collect, Compensation, Cost, Error, Form, Loading, NoProgress,
+    Plan, Recipe, Settings, gguf, write,
 };
 use serde_json::Value;
 use std::collections::BTreeSet;
@@ -194,14 +195,12 @@ fn tensors_keep_their_names_and_fused_ones_stay_fused() {
             family.name
         );
         let sliced = family.written(&plan, &calibration, Form::Sliced).unwrap();
-        assert_eq!(
-            names(&sliced),
-            names(family.checkpoint.dir()),
-            "{}",
-            family.name
-        );
+        let mut kept = names(family.checkpoint.dir());
+        // What shares the decoder's widths is left out.
+        kept.retain(|name| !name.starts_with("mtp."));
+        assert_eq!(names(&sliced), kept, "{}", family.name);
         let written = Checkpoint::open(&sliced).unwrap();
-        for name in &family.foreign {
+        for name in family.foreign.iter().filter(|name| kept.contains(*name)) {
             let bytes = family.checkpoint.bytes(name).unwrap();
             assert_eq!(written.bytes(name).unwrap(), bytes, "{name}");
         }
@@ -253,6 +252,91 @@ fn heads_that_are_normalised_together_are_not_pruned() {
             .written(&plan, &calibration, Form::Sliced)
             .unwrap_err();
         assert!(matches!(*refused, Error::Attention { .. }));
+    });
+}
+
+#[test]
+fn blocks_beside_the_decoder_that_share_its_widths_are_left_out_when_these_change() {
+    each(|family| {
+        if family.name != "qwen3_5" {
+            return;
+        }
+        let (calibration, decoder) = (family.calibrated("grams"), family.decoder());
+        let extra = "mtp.layers.0.mlp.up_proj.weight";
+        for uniform in [true, false] {
+            let mut recipe = Recipe::named("wanda-sp", 0).unwrap();
+            recipe.shape.uniform = uniform;
+            let plan = Plan::make(&decoder, &calibration, &recipe, 0.3, &NoProgress).unwrap();
+            let stored = |form| {
+                let dir = family.written(&plan, &calibration, form).unwrap();
+                let checkpoint = Checkpoint::open(&dir).unwrap();
+                let text = checkpoint.config().opt_section("text_config").unwrap();
+                let text = text.unwrap_or_else(|| checkpoint.config().clone());
+                let blocks = text.usize("mtp_num_hidden_layers").unwrap();
+                (checkpoint.contains(extra), blocks)
+            };
+            assert_eq!(stored(Form::Sliced), (false, 0));
+            assert_eq!(stored(Form::Masked), (true, 1));
+            let left_out = Cost::of(&decoder, &plan).unwrap().left_out.parameters;
+            let vision = if uniform { 0 } else { 8 * 3 };
+            assert_eq!(left_out, 48 * 32 + vision);
+        }
+    });
+}
+
+#[test]
+fn units_of_gated_attention_cost_their_gate_and_delta_nets_have_none() {
+    each(|family| {
+        if family.name != "qwen3_5_text" {
+            return;
+        }
+        let (calibration, decoder) = (family.calibrated("grams"), family.decoder());
+        let mut recipe = Recipe::named("flap", 0).unwrap();
+        recipe.shape.attention_unit = Some(AttentionUnit::KvGroup);
+        let rankings = recipe
+            .score
+            .rank(&decoder, &calibration, &recipe.shape, &NoProgress)
+            .unwrap();
+        let parts: Vec<(usize, Part)> = rankings.iter().map(|r| (r.layer, r.part)).collect();
+        let mlp = |layer| (layer, Part::Mlp);
+        assert_eq!(
+            parts,
+            [mlp(0), mlp(1), (2, Part::Attention), mlp(2), mlp(3)]
+        );
+        // Two query heads with their gates, a key, a value and two columns of o, each 16 channels wide.
+        assert_eq!(rankings[2].steps()[0].cost, (3 * 2 + 2) * 16 * 32);
+        let mut plan = Plan::make(&decoder, &calibration, &recipe, 0.0, &NoProgress).unwrap();
+        plan.layers[2].kv_heads = vec![1];
+        plan.layers[2].heads = vec![2, 3];
+        let sliced = family.written(&plan, &calibration, Form::Sliced).unwrap();
+        let written = Checkpoint::open(&sliced).unwrap();
+        let name = "model.layers.2.self_attn.q_proj.weight";
+        let rows = |checkpoint: &Checkpoint| -> Vec<Vec<f32>> {
+            let weight = checkpoint.tensor(name, &Device::Cpu).unwrap();
+            weight.to_vec2().unwrap()
+        };
+        // Rows of a head are its query and then its gate.
+        assert_eq!(rows(&written), rows(&family.checkpoint)[2 * 32..]);
+        for (layer, path) in [(0, "in_proj_qkv"), (3, "out_proj"), (1, "in_proj_a")] {
+            let name = format!("model.layers.{layer}.linear_attn.{path}.weight");
+            let bytes = family.checkpoint.bytes(&name).unwrap();
+            assert_eq!(written.bytes(&name).unwrap(), bytes);
+        }
+        let model = ModelConfig::new(written.config()).unwrap();
+        assert_eq!(model.widths, plan.widths());
+    });
+}
+
+#[test]
+fn models_without_an_architecture_in_gguf_are_refused_by_their_type() {
+    each(|family| {
+        if !family.name.starts_with("qwen3_5") {
+            return;
+        }
+        let decoder = family.decoder();
+        let refused = gguf::check(&decoder, &decoder.config().widths).unwrap_err();
+        assert!(matches!(&refused, Error::Export { format: "GGUF", .. }));
+        assert!(refused.to_string().contains("qwen3_5_text"), "{refused}");
     });
 }
 

@@ -8,8 +8,8 @@ use super::Budget;
 use crate::ranking::Ranking;
 use crate::stats::Part;
 use crate::{Error, Result};
-use causal_lm::Decoder;
 use causal_lm::config::StockHeads;
+use causal_lm::{Decoder, Widths};
 
 /// Steps that each ranking keeps with equal widths everywhere, as near to `keep` as the budget
 /// allows.
@@ -23,23 +23,41 @@ pub(crate) fn equalise(
     keep: &[usize],
     budget: Budget,
 ) -> Result<Vec<usize>> {
-    let dense = &decoder.config().widths;
-    if let Some(layer) = dense.iter().position(|w| *w != dense[0]) {
+    let config = decoder.config();
+    let dense = &config.widths;
+    // Layers with a delta net have no heads.
+    let has_heads = |layer: usize| config.delta_nets[layer].is_none();
+    let whole = (0..dense.len()).find(|&layer| has_heads(layer));
+    let whole = whole.map_or(dense[0], |layer| dense[layer]);
+    let differs = |&layer: &usize| {
+        let like = match has_heads(layer) {
+            true => whole,
+            false => Widths {
+                neurons: whole.neurons,
+                ..dense[layer]
+            },
+        };
+        dense[layer] != like
+    };
+    if let Some(layer) = (0..dense.len()).find(differs) {
         return Err(Error::NotUniform { layer });
     }
-    let first = |part| rankings.iter().find(|r| r.part == part);
+    let of_part = |part| rankings.iter().filter(move |r| r.part == part);
+    let first = |part| of_part(part).next();
     let Some(mlp) = first(Part::Mlp) else {
         return Err(Error::NotUniform { layer: 0 });
     };
     let layers = dense.len() as f64;
+    // Attention sublayers for each MLP.
+    let share = of_part(Part::Attention).count() as f64 / layers;
     // Where heads cannot be removed, all of them are kept.
     let Some(attention) = first(Part::Attention) else {
         let steps = mlp.nearest(budget.parameters / layers).max(1);
         return Ok(vec![steps; rankings.len()]);
     };
-    let heads = |steps: usize| match attention.order().len() == dense[0].kv_heads {
-        true => steps * dense[0].heads / dense[0].kv_heads,
-        false => steps * dense[0].kv_heads,
+    let heads = |steps: usize| match attention.order().len() == whole.kv_heads {
+        true => steps * whole.heads / whole.kv_heads,
+        false => steps * whole.kv_heads,
     };
     let opens = |&steps: &usize| accepts_heads(decoder, heads(steps));
     let mean = rankings
@@ -48,7 +66,7 @@ pub(crate) fn equalise(
         .filter(|(r, _)| r.part == Part::Attention)
         .map(|(_, &steps)| steps as f64)
         .sum::<f64>()
-        / layers;
+        / (share * layers);
     let mut choices: Vec<usize> = (attention.protected.max(1)..=attention.steps().len())
         .filter(opens)
         .collect();
@@ -58,12 +76,12 @@ pub(crate) fn equalise(
     });
     let each = budget.parameters / layers;
     let neurons = |steps: usize| -> usize {
-        let left = each - attention.cost(steps) as f64;
+        let left = each - share * attention.cost(steps) as f64;
         mlp.nearest(left).max(1)
     };
     let step = mlp.steps().iter().map(|s| s.cost).max().unwrap_or(0) as f64;
-    let gap =
-        |&(a, n): &(usize, usize)| (attention.cost(a) as f64 + mlp.cost(n) as f64 - each).abs();
+    let cost = |a: usize, n: usize| share * attention.cost(a) as f64 + mlp.cost(n) as f64;
+    let gap = |&(a, n): &(usize, usize)| (cost(a, n) - each).abs();
     let pairs: Vec<(usize, usize)> = choices.into_iter().map(|a| (a, neurons(a))).collect();
     let chosen = pairs.iter().find(|pair| gap(pair) <= step);
     let Some(&(attention_steps, mlp_steps)) = chosen else {
@@ -71,10 +89,10 @@ pub(crate) fn equalise(
         let (a, n) = nearest
             .copied()
             .unwrap_or((attention.steps().len(), mlp.steps().len()));
-        let whole = (attention.total() + mlp.total()) as f64;
+        let all = cost(attention.steps().len(), mlp.steps().len());
         return Err(Error::Uniform {
             ratio: budget.ratio,
-            reached: 1.0 - (attention.cost(a) + mlp.cost(n)) as f64 / whole,
+            reached: 1.0 - cost(a, n) / all,
             heads: heads(a),
             neurons: mlp.units_in(n),
         });

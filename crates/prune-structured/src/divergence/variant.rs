@@ -6,14 +6,14 @@ use crate::plan::LayerPlan;
 use crate::ranking::Ranking;
 use crate::stats::Part;
 use candle_core::{Device, Tensor};
-use causal_lm::block::{self, Attention, Mlp};
+use causal_lm::block::{self, Attention, Mlp, TokenMixer};
 use causal_lm::{Block, Linear, LinearName, Widths};
 
 /// One half of a block, dense or at another width.
 #[derive(Clone, Debug)]
 pub enum Half {
     /// Attention.
-    Attention(Box<block::Half<Attention>>),
+    Attention(Box<block::Half<TokenMixer>>),
     /// The MLP.
     Mlp(block::Half<Mlp>),
     /// The expert that every token passes through, beside the other experts of a block.
@@ -42,15 +42,14 @@ impl Half {
         Ok(match ranking.part {
             Part::Attention => {
                 let mut half = block.attention.clone();
-                if let (Some(weight), Some(dense)) = (weight, half.body.take()) {
+                if let (Some(weight), Some(dense)) = (weight, block.attention.attention()) {
                     match weight {
                         Some(weight) => {
-                            half.body = Some(narrowed_attention(&dense, &plan, weight)?)
+                            let narrow = narrowed_attention(dense, &plan, weight)?;
+                            half.body = Some(TokenMixer::Attention(narrow));
                         }
-                        None => half.constant = dense.o.bias().cloned(),
+                        None => (half.body, half.constant) = (None, dense.o.bias().cloned()),
                     }
-                } else {
-                    half.body = block.attention.body.clone();
                 }
                 Self::Attention(Box::new(half))
             }
@@ -72,16 +71,7 @@ impl Half {
     /// One of its linears; `None` where it has no such linear.
     pub fn linear_mut(&mut self, name: LinearName) -> Option<&mut Linear> {
         match self {
-            Self::Attention(half) => {
-                let attention = half.body.as_mut()?;
-                match name {
-                    LinearName::Q => Some(&mut attention.q),
-                    LinearName::K => Some(&mut attention.k),
-                    LinearName::V => attention.v.as_mut(),
-                    LinearName::O => Some(&mut attention.o),
-                    _ => None,
-                }
-            }
+            Self::Attention(half) => half.body.as_mut()?.linear_mut(name),
             Self::SharedExpert(mlp) => match name {
                 LinearName::SharedGate => mlp.gate.as_mut(),
                 LinearName::SharedUp => Some(&mut mlp.up),

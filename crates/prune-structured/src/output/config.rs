@@ -1,6 +1,7 @@
 //! The config of a pruned checkpoint, and the loader beside it.
 
 use super::form::{Form, Loading, NewBiases};
+use super::layout::keeps_extras;
 use crate::plan::Plan;
 use crate::{Error, Result};
 use causal_lm::config::{Mixture, WIDTHS_KEY, in_own_form};
@@ -31,7 +32,15 @@ pub(crate) fn pruned(
         Form::Masked => model.widths.clone(),
     };
     let loading = Loading::of(decoder, plan, form);
-    let text = || Config::new(text_fields(whole, model.nested));
+    let extras = model.stock.extra_blocks;
+    let extras = extras.filter(|_| !keeps_extras(decoder, plan, form));
+    let text = || {
+        let mut config = Config::new(text_fields(whole, model.nested));
+        if let Some(field) = extras.filter(|field| config.get(field).is_some()) {
+            config.set(field, 0);
+        }
+        config
+    };
     match loading {
         Loading::Stock => {
             let mut config = text();
@@ -47,9 +56,12 @@ pub(crate) fn pruned(
             if form == Form::Sliced {
                 let heads = |w: &Widths| (w.heads, w.kv_heads);
                 let dense = model.widths.iter().map(heads);
-                if !widths.iter().map(heads).eq(dense) {
-                    config.set("num_attention_heads", widths[0].heads);
-                    config.set("num_key_value_heads", widths[0].kv_heads);
+                let changed = !widths.iter().map(heads).eq(dense);
+                let mut of_attention = widths.iter().zip(&model.delta_nets);
+                let first = of_attention.find(|(_, net)| net.is_none());
+                if let Some((first, _)) = first.filter(|_| changed) {
+                    config.set("num_attention_heads", first.heads);
+                    config.set("num_key_value_heads", first.kv_heads);
                     config.set("head_dim", model.head_dim(0));
                 }
                 if let Some(dense) = widths
@@ -108,8 +120,9 @@ impl PerLayer<'_> {
         model: &ModelConfig,
     ) -> Result<(&'static str, String)> {
         let first = model.head_dim(0);
+        let gated = model.attention[0].gated;
         let ordinary = |a: &causal_lm::config::AttentionConfig| {
-            a.head_dim == first && !a.value_is_key && !a.gated
+            a.head_dim == first && !a.value_is_key && a.gated == gated
         };
         if !model.attention.iter().all(ordinary) {
             return Err(Error::Unsupported {
@@ -142,16 +155,20 @@ impl PerLayer<'_> {
         );
         let modules = model.names.table().modules.iter();
         let modules: Map<String, Value> = modules
-            .filter(|module| !module.parts[0].is_shared())
+            .filter(|module| !module.parts[0].is_shared() && !module.is_delta_net())
             .map(|module| {
                 let parts: Vec<&str> = module.parts.iter().map(|&part| part_name(part)).collect();
                 (module.path.to_string(), json!(parts))
             })
             .collect();
-        let loader = LOADER.replace("BASE", model.stock.class).replace(
-            "MODULES = {}",
-            &format!("MODULES = {}", Value::Object(modules)),
-        );
+        let modules = format!("MODULES = {}", Value::Object(modules));
+        let loader = LOADER
+            .replace("BASE", model.stock.class)
+            .replace("MODULES = {}", &modules);
+        let loader = match gated {
+            true => loader.replace("GATED = False", "GATED = True"),
+            false => loader,
+        };
         Ok((LOADER_FILE, loader))
     }
 }

@@ -43,8 +43,15 @@ impl Loading {
             let heads = |w: &Widths| (w.heads, w.kv_heads);
             let dense = config.widths.iter().map(heads);
             let untouched = widths.iter().map(heads).eq(dense);
-            let equal = widths.iter().all(|w| heads(w) == heads(&widths[0]));
-            untouched || equal && widths[0].heads > 0 && accepts_heads(decoder, widths[0].heads)
+            // Layers with a delta net have no attention beside it.
+            let of_attention = widths.iter().zip(&config.delta_nets);
+            let of_attention = of_attention.filter(|(_, net)| net.is_none());
+            let mut kept = of_attention.map(|(widths, _)| heads(widths));
+            let equal = kept.next().is_none_or(|first| {
+                let fits = first.0 > 0 && accepts_heads(decoder, first.0);
+                fits && kept.all(|other| other == first)
+            });
+            untouched || equal
         };
         // Layers with experts have no MLP beside them.
         let of_mlps = widths.iter().zip(&config.mixtures);
@@ -93,6 +100,7 @@ impl NewBiases {
     /// get zeros; elsewhere only the output projection has one.
     pub(super) fn covers(self, loading: Loading, module: &Module) -> bool {
         let half = match module.is_attention() {
+            _ if module.is_delta_net() => false,
             true => self.attention,
             false => self.mlp && !module.parts[0].is_shared(),
         };

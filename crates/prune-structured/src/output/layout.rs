@@ -36,9 +36,10 @@ pub(crate) fn outputs(
     let new_biases = NewBiases::of(decoder, plan);
     let loading = Loading::of(decoder, plan, form);
     let (config, names) = (decoder.config(), decoder.config().names);
-    // Widths for each layer go into a folder of the decoder's own, whose names have its own prefix.
-    let moved = config.nested && loading == Loading::PerLayer && !plan.is_identity(decoder);
+    let moved = moves(decoder, plan, loading);
+    let keeps_extras = keeps_extras(decoder, plan, form);
     let renamed = |name: &str| match moved {
+        _ if !keeps_extras && names.is_extra(name) => None,
         false => Some(name.to_string()),
         true => names.alone(name),
     };
@@ -119,6 +120,18 @@ pub(crate) fn outputs(
     Ok(outputs)
 }
 
+/// Whether the decoder goes into a folder of its own, whose names have its own prefix: where widths differ by layer.
+fn moves(decoder: &Decoder<'_>, plan: &Plan, loading: Loading) -> bool {
+    decoder.config().nested && loading == Loading::PerLayer && !plan.is_identity(decoder)
+}
+
+/// Whether tensors beside the decoder that share its widths stay ([`Names::is_extra`](causal_lm::names::Names::is_extra)): they
+/// would not fit once these change.
+pub(crate) fn keeps_extras(decoder: &Decoder<'_>, plan: &Plan, form: Form) -> bool {
+    let loading = Loading::of(decoder, plan, form);
+    plan.is_identity(decoder) || form == Form::Masked && !moves(decoder, plan, loading)
+}
+
 /// Which half of a block a module belongs to.
 pub(crate) fn part_of(module: &Module) -> Part {
     match module.is_attention() {
@@ -176,7 +189,7 @@ pub(crate) fn kept_of(
         LinearName::Q | LinearName::O => of_heads(&plan.heads, d),
         LinearName::K | LinearName::V => of_heads(&plan.kv_heads, d),
         LinearName::Gate | LinearName::Up | LinearName::Down => plan.neurons.clone(),
-        // The expert that every token passes through is not pruned.
+        // Delta nets and the expert that every token passes through are not pruned.
         other => {
             let shape = decoder.config().linear_shape(layer, other);
             let width = shape.map_or(0, |[rows, columns]| match other.is_output() {

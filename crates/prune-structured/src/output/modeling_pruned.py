@@ -14,6 +14,8 @@ from transformers import BASE
 
 # Modules of a layer, and the projections that each of them stacks.
 MODULES = {}
+# Whether queries come with as many rows of a gate.
+GATED = False
 
 
 def split(layer, path):
@@ -92,12 +94,16 @@ def attention(layer, config, heads, kv_heads, bias):
     output = module_of("o")
     holder, name = output.rsplit(".", 1)
     parent, child = split(layer, holder)
-    old = getattr(parent, child)
+    old = getattr(parent, child, None)
+    if old is None:
+        # A layer with linear attention in its place.
+        return
     if heads == 0:
         setattr(parent, child, NoAttention(old, name, bias))
         return
     size = config.head_dim
-    rows = {"q": heads * size, "k": kv_heads * size, "v": kv_heads * size, "o": heads * size}
+    per_query = 2 * size if GATED else size
+    rows = {"q": heads * per_query, "k": kv_heads * size, "v": kv_heads * size, "o": heads * size}
     resize(layer, ("q", "k", "v", "o"), rows, {"o": bias})
     old.config = copy.copy(old.config)
     old.config.num_attention_heads, old.config.num_key_value_heads = heads, kv_heads

@@ -17,7 +17,7 @@ use crate::plan::Plan;
 use crate::stats::GramCollector;
 use crate::{Error, Result};
 use candle_core::{DType, Tensor};
-use causal_lm::block::Mlp;
+use causal_lm::block::{Mlp, TokenMixer};
 use causal_lm::config::Activation;
 use causal_lm::{
     Block, Decoder, Hidden, Linear, LinearName, NoTap, Progress, Site, Tap, TapResult, Windows,
@@ -58,7 +58,7 @@ pub fn refine(
         let mut weights: Vec<(String, Tensor)> = Vec::new();
 
         let (mut attention, mut mlp) = halves(&block);
-        if let Some(dense) = &block.attention.body
+        if let Some(dense) = block.attention.attention()
             && plan.layers[layer].heads.len() < dense.heads()
         {
             let half = &mut attention.attention;
@@ -73,7 +73,7 @@ pub fn refine(
                     let o = refit(&weight, &gram, &kept, &removed, ridge, layer)?;
                     let narrow = narrowed_attention(dense, &plan.layers[layer], o)?;
                     weights.push((LinearName::O.to_string(), f32_of(&narrow.o)?));
-                    (Some(narrow), None)
+                    (Some(TokenMixer::Attention(narrow)), None)
                 }
                 _ => (None, dense.o.bias().cloned()),
             };

@@ -94,7 +94,7 @@ fn prune(
     let (linear, after) = match ranking.part {
         Part::Attention => {
             let half = &block.attention;
-            (half.body.as_ref().map(|a| &a.o), &half.after)
+            (half.attention().map(|a| &a.o), &half.after)
         }
         Part::Mlp => {
             let half = &block.mlp;
