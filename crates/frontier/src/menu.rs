@@ -9,7 +9,7 @@ use crate::site::Site;
 use crate::treatment::{Format, Treatment};
 use candle_core::Tensor;
 use causal_lm::Block;
-use causal_lm::block::Mlp;
+use causal_lm::block::{Mlp, TokenMixer};
 use prune_structured::Ranking;
 use prune_structured::divergence::{Half, Place, Sites};
 use std::sync::{Arc, Mutex};
@@ -82,7 +82,10 @@ impl Menu {
         let ranks = options.ranks(maker.decoder.config().hidden);
         let widths = widths(maker, options, site)?;
         let caches = match site {
-            Site::Attention(_) => options.caches(),
+            // A delta net has no keys and values.
+            Site::Attention(layer) if maker.decoder.config().widths[layer].heads > 0 => {
+                options.caches()
+            }
             _ => Vec::new(),
         };
         let mixes = options.target.mixes(maker.decoder);
@@ -255,7 +258,7 @@ impl Sites for Choices<'_> {
         let treatment = menu.items[choice].treatment;
         let mut half = self.maker.half(block, menu.site, treatment)?;
         if let (Half::Attention(half), Some(cache)) = (&mut half, treatment.cache)
-            && let Some(attention) = &mut half.body
+            && let Some(attention) = half.body.as_mut().and_then(TokenMixer::attention_mut)
             && let (Some(caching), len) = self.caching
         {
             attention.cache = caching.within(cache, len).map(Arc::new);

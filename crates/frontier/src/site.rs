@@ -16,7 +16,7 @@ use std::fmt;
 pub enum Site {
     /// The embedding, which is also the head where the two are tied.
     Embedding,
-    /// q, k, v and o of a block.
+    /// q, k, v and o of a block, or the linears of the delta net in its place.
     Attention(usize),
     /// gate, up and down of a block.
     Mlp(usize),
@@ -34,7 +34,7 @@ impl Site {
         let config = decoder.config();
         let mut sites = vec![Self::Embedding];
         for (layer, widths) in config.widths.iter().enumerate() {
-            if widths.heads > 0 {
+            if widths.heads > 0 || config.delta_nets[layer].is_some() {
                 sites.push(Self::Attention(layer));
             }
             if widths.neurons > 0 {

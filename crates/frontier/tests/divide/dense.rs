@@ -194,6 +194,36 @@ fn plans_do_not_depend_on_the_number_of_threads() {
     assert_eq!(plan(1), plan(3));
 }
 
+/// Divides a small model over two budgets and checks what is written against what was measured.
+fn is_written_as_it_was_measured(model_type: &str, changes: &serde_json::Value, target: Target) {
+    let mut fields = json!({
+        "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "head_dim": 8, "vocab_size": WORDS,
+    });
+    let both = changes.as_object().unwrap().clone();
+    fields.as_object_mut().unwrap().extend(both);
+    let louder = |_: &str, tensor: candle_core::Tensor| (tensor * 3.0).unwrap();
+    let model = TestModel::with(&config(model_type, fields), DType::BF16, louder);
+    write_tokenizer(model.dir());
+    with_frontier(&model, options(target), |frontier| {
+        for share in [0.1, 0.5] {
+            let plan = frontier.plan(budget(frontier, share), &NoProgress).unwrap();
+            let summary = plan.summary();
+            assert!(summary.bits < 16.0, "{model_type} {target}: {summary:?}");
+            let dst = model.path(&format!("{target}-{share}"));
+            let written = frontier.write(&plan, &dst, &NoProgress).unwrap();
+            assert!(written.bytes <= plan.weight_bytes);
+            let checkpoint = written.open().unwrap();
+            let opened = Decoder::new(&checkpoint, DType::F32, &Device::Cpu).unwrap();
+            let found = frontier.divergence(&opened, &NoProgress).unwrap();
+            let difference = (found.mean - plan.measured.mean).abs();
+            assert!(
+                difference < 1e-6,
+                "{model_type} {target} {share}: {difference}"
+            );
+        }
+    });
+}
+
 #[test]
 fn models_that_store_several_linears_in_one_matrix_are_written_as_they_were_measured() {
     for (model_type, changes, target) in [
@@ -211,33 +241,18 @@ fn models_that_store_several_linears_in_one_matrix_are_written_as_they_were_meas
             Target::Gguf,
         ),
     ] {
-        let mut fields = json!({
-            "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "head_dim": 8, "vocab_size": WORDS,
-        });
-        let both = changes.as_object().unwrap().clone();
-        fields.as_object_mut().unwrap().extend(both);
-        let louder = |_: &str, tensor: candle_core::Tensor| (tensor * 3.0).unwrap();
-        let model = TestModel::with(&config(model_type, fields), DType::BF16, louder);
-        write_tokenizer(model.dir());
-        with_frontier(&model, options(target), |frontier| {
-            for share in [0.1, 0.5] {
-                let plan = frontier.plan(budget(frontier, share), &NoProgress).unwrap();
-                let summary = plan.summary();
-                assert!(summary.bits < 16.0, "{model_type} {target}: {summary:?}");
-                let dst = model.path(&format!("{target}-{share}"));
-                let written = frontier.write(&plan, &dst, &NoProgress).unwrap();
-                assert!(written.bytes <= plan.weight_bytes);
-                let checkpoint = written.open().unwrap();
-                let opened = Decoder::new(&checkpoint, DType::F32, &Device::Cpu).unwrap();
-                let found = frontier.divergence(&opened, &NoProgress).unwrap();
-                let difference = (found.mean - plan.measured.mean).abs();
-                assert!(
-                    difference < 1e-6,
-                    "{model_type} {target} {share}: {difference}"
-                );
-            }
-        });
+        is_written_as_it_was_measured(model_type, &changes, target);
     }
+}
+
+#[test]
+fn models_with_delta_nets_are_written_as_they_were_measured() {
+    // The second block has attention with a gate.
+    let changes = json!({
+        "full_attention_interval": 2, "linear_num_key_heads": 8, "linear_num_value_heads": 16,
+        "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+    });
+    is_written_as_it_was_measured("qwen3_5_text", &changes, Target::Here);
 }
 
 #[test]

@@ -90,8 +90,16 @@ pub(super) fn modules_at(
 /// The linears that read an input, however they are stored.
 pub(super) fn linears_at(site: Site) -> &'static [LinearName] {
     match site {
-        Site::Qkv => &[LinearName::Q, LinearName::K, LinearName::V],
-        Site::O => &[LinearName::O],
+        Site::Qkv => &[
+            LinearName::Q,
+            LinearName::K,
+            LinearName::V,
+            LinearName::DeltaQkv,
+            LinearName::DeltaZ,
+            LinearName::DeltaB,
+            LinearName::DeltaA,
+        ],
+        Site::O => &[LinearName::O, LinearName::DeltaOut],
         Site::GateUp => &[LinearName::Gate, LinearName::Up],
         Site::Down => &[LinearName::Down],
     }
@@ -119,13 +127,8 @@ pub(super) fn site_index(site: Site) -> usize {
 
 /// Width of the input at a site, unless the block lacks that half.
 pub(super) fn width(block: &Block, site: Site) -> Option<usize> {
-    let (attention, mlp) = (block.attention.body.as_ref(), block.mlp.body.as_ref());
-    let linear = match site {
-        Site::Qkv => attention.map(|a| &a.q),
-        Site::O => attention.map(|a| &a.o),
-        Site::GateUp => mlp.map(|m| &m.up),
-        Site::Down => mlp.map(|m| &m.down),
-    };
+    let mut linears = linears_at(site).iter();
+    let linear = linears.find_map(|&name| block.linear(name));
     linear.map(|linear| linear.inputs())
 }
 
@@ -141,6 +144,11 @@ mod tests {
             ("gpt_neox.layers.11.attention.dense", Site::O),
             ("model.layers.11.shared_mlp.input_linear", Site::GateUp),
             ("language_model.model.layers.11.mlp.down_proj", Site::Down),
+            ("model.layers.11.linear_attn.in_proj_b", Site::Qkv),
+            (
+                "model.language_model.layers.11.linear_attn.out_proj",
+                Site::O,
+            ),
         ] {
             let id = LayerId::parse(path).unwrap();
             assert_eq!((id.block(), site_of(id.module())), (11, site));
