@@ -3,13 +3,16 @@
 //! The allocation decides how much of the budget attention keeps and how much the MLPs; every layer
 //! then keeps the same number of steps of its own ranking. Neurons, the finer unit, make up for
 //! what attention's rounding missed, so that the ratio is met within one step of every layer.
+//!
+//! Where an architecture has attention of two kinds, with heads of two widths, no number of heads is one for both: attention stays
+//! whole there, and the MLPs take the whole ratio.
 
 use super::Budget;
 use crate::ranking::Ranking;
 use crate::stats::Part;
 use crate::{Error, Result};
 use causal_lm::config::StockHeads;
-use causal_lm::{Decoder, Widths};
+use causal_lm::{Decoder, ModelConfig, Widths};
 
 /// Steps that each ranking keeps with equal widths everywhere, as near to `keep` as the budget
 /// allows.
@@ -39,6 +42,9 @@ pub(crate) fn equalise(
         };
         dense[layer] != like
     };
+    if (0..dense.len()).any(|layer| kind(config, layer) != kind(config, 0)) {
+        return equal_mlps(config, rankings, budget);
+    }
     if let Some(layer) = (0..dense.len()).find(differs) {
         return Err(Error::NotUniform { layer });
     }
@@ -102,6 +108,49 @@ pub(crate) fn equalise(
         Part::Mlp => mlp_steps,
     };
     Ok(rankings.iter().map(steps).collect())
+}
+
+/// What makes attention of one kind.
+fn kind(config: &ModelConfig, layer: usize) -> (usize, bool) {
+    let attention = &config.attention[layer];
+    (attention.head_dim, attention.value_is_key)
+}
+
+/// Steps of rankings with attention as it is and as many neurons in every layer.
+fn equal_mlps(config: &ModelConfig, rankings: &[Ranking], budget: Budget) -> Result<Vec<usize>> {
+    let widths = &config.widths;
+    // Layers of one kind have to be alike, and all in their MLPs.
+    let differs = |&layer: &usize| {
+        let like = (0..layer).find(|&other| kind(config, other) == kind(config, layer));
+        let like = like.map_or(widths[layer], |other| widths[other]);
+        widths[layer] != like || widths[layer].neurons != widths[0].neurons
+    };
+    if let Some(layer) = (0..widths.len()).find(differs) {
+        return Err(Error::NotUniform { layer });
+    }
+    let of_part = |part| rankings.iter().filter(move |r| r.part == part);
+    let Some(mlp) = of_part(Part::Mlp).next() else {
+        return Err(Error::NotUniform { layer: 0 });
+    };
+    let mlps = of_part(Part::Mlp).count() as f64;
+    let attention: u64 = of_part(Part::Attention).map(Ranking::total).sum();
+    let each = (budget.parameters - attention as f64) / mlps;
+    let steps = mlp.nearest(each).max(1);
+    let step = mlp.steps().iter().map(|s| s.cost).max().unwrap_or(0) as f64;
+    if (mlp.cost(steps) as f64 - each).abs() > step {
+        let cost = |steps| attention as f64 + mlps * mlp.cost(steps) as f64;
+        return Err(Error::Uniform {
+            ratio: budget.ratio,
+            reached: 1.0 - cost(steps) / cost(mlp.steps().len()),
+            heads: config.widths[0].heads,
+            neurons: mlp.units_in(steps),
+        });
+    }
+    let kept = rankings.iter().map(|ranking| match ranking.part {
+        Part::Attention => ranking.steps().len(),
+        Part::Mlp => steps,
+    });
+    Ok(kept.collect())
 }
 
 /// Whether the config class of stock transformers accepts this number of heads in every layer.

@@ -119,19 +119,19 @@ impl PerLayer<'_> {
         config: &mut Config,
         model: &ModelConfig,
     ) -> Result<(&'static str, String)> {
-        let first = model.head_dim(0);
         let gated = model.attention[0].gated;
-        let ordinary = |a: &causal_lm::config::AttentionConfig| {
-            a.head_dim == first && !a.value_is_key && a.gated == gated
-        };
-        if !model.attention.iter().all(ordinary) {
+        if model.attention.iter().any(|a| a.gated != gated) {
             return Err(Error::Unsupported {
                 method: "the Python loader for widths by layer",
                 model_type: model.model_type,
-                reason: "its attention differs by layer in more than the number of heads; keep widths equal",
+                reason: "some layers have attention with a gate and some without; keep widths equal",
             });
         }
-        config.set("head_dim", first);
+        // Heads of several widths are stated by the architecture's own fields, by kinds of layers.
+        let first = model.head_dim(0);
+        if model.attention.iter().all(|a| a.head_dim == first) {
+            config.set("head_dim", first);
+        }
         let mut lists = Map::new();
         let mut list = |field: &str, of: &dyn Fn(usize) -> usize| {
             let values: Vec<usize> = (0..self.widths.len()).map(of).collect();

@@ -83,6 +83,9 @@ def resize(layer, half, widths, biases):
             continue
         parent, name = split(layer, path)
         old = getattr(parent, name)
+        if old is None:
+            # Values that are the keys have no projection.
+            continue
         if parts[0] in biases:
             new = resized(old, widths[parts[0]], old.out_features, biases[parts[0]])
         else:
@@ -101,7 +104,7 @@ def attention(layer, config, heads, kv_heads, bias):
     if heads == 0:
         setattr(parent, child, NoAttention(old, name, bias))
         return
-    size = config.head_dim
+    size = getattr(old, "head_dim", config.head_dim)
     per_query = 2 * size if GATED else size
     rows = {"q": heads * per_query, "k": kv_heads * size, "v": kv_heads * size, "o": heads * size}
     resize(layer, ("q", "k", "v", "o"), rows, {"o": bias})
