@@ -1,7 +1,7 @@
 //! `eval structured` on mixtures of experts.
 
 use crate::scene::{Scene, error, rows};
-use crate::{llama, mixtral, structured, weights};
+use crate::{llama, mixtral, structured};
 use tensor_io::Checkpoint;
 
 #[test]
@@ -72,7 +72,7 @@ fn variants_of_narrower_experts_have_names_and_say_how_they_compensate_and_what_
     // 16 of 32 neurons stay: blocks of 8 are whole.
     assert_eq!(of("neurons")["removed"], 0.5);
     let alone = [&more[..6], &["--compensate", "least-squares"]].concat();
-    let alone = scene::rows(&structured(&scene, &alone));
+    let alone = crate::scene::rows(&structured(&scene, &alone));
     assert_eq!(alone[1]["perplexity"], of("neurons")["perplexity"]);
 }
 

@@ -2,7 +2,6 @@
 
 use crate::llama;
 use crate::scene::rows;
-use serde_json::json;
 use std::path::Path;
 use std::process::Command;
 

@@ -1,7 +1,7 @@
 //! What is refused, and when.
 
 use crate::scene::{Scene, error, rows};
-use crate::{llama, mixtral, structured, weights};
+use crate::{llama, mixtral, structured};
 use serde_json::json;
 use std::process::Command;
 

@@ -2,7 +2,6 @@
 
 use crate::scene::rows;
 use crate::{llama, mixtral, structured, weights};
-use serde_json::json;
 use std::path::Path;
 use std::process::Command;
 use tensor_io::Checkpoint;

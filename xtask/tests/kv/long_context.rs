@@ -1,8 +1,8 @@
 //! Questions about long contexts.
 
 use crate::scene::{error, rows};
-use crate::{kv, model, number};
-use serde_json::{Value, json};
+use crate::{kv, number};
+use serde_json::Value;
 use std::process::Command;
 
 #[test]

@@ -1,7 +1,7 @@
 //! Models that another tool compressed, and mixtures.
 
 use crate::scene::{Scene, error, rows};
-use crate::{eval, llama, lowrank, number};
+use crate::{llama, lowrank, number, odd_width};
 use serde_json::{Value, json};
 use std::path::Path;
 use std::process::Command;

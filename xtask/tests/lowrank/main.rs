@@ -46,3 +46,11 @@ fn number(row: &Value, field: &str) -> f64 {
         .as_f64()
         .unwrap_or_else(|| panic!("{field} in {row}"))
 }
+
+/// A scene whose MLP is 172 wide, which is no multiple of 8 codes of 4 bits in a word.
+fn odd_width() -> Scene {
+    Scene::new(json!({
+        "model_type": "llama", "hidden_size": 32, "intermediate_size": 172, "num_hidden_layers": 1,
+        "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 8, "max_position_embeddings": 16,
+    }))
+}

@@ -1,8 +1,7 @@
 //! What is refused.
 
-use crate::scene::{Scene, error};
-use crate::{eval, llama, lowrank};
-use serde_json::json;
+use crate::scene::error;
+use crate::{eval, llama, lowrank, odd_width};
 
 #[test]
 fn wrong_names_and_texts_are_one_clear_line() {
@@ -48,14 +47,6 @@ fn wrong_names_and_texts_are_one_clear_line() {
     let odd = ["--compress", "wanda-2:5", "--method", "eora", "--rank", "2"];
     let odd = error(&lowrank(&scene, &odd));
     assert!(odd.contains("model.layers.0.self_attn.q_proj"), "{odd}");
-}
-
-/// A scene whose MLP is 172 wide, which is no multiple of 8 codes of 4 bits in a word.
-fn odd_width() -> Scene {
-    Scene::new(json!({
-        "model_type": "llama", "hidden_size": 32, "intermediate_size": 172, "num_hidden_layers": 1,
-        "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 8, "max_position_embeddings": 16,
-    }))
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 use crate::scene::{error, rows};
 use crate::{eval, llama, lowrank, number};
-use serde_json::{Value, json};
+use serde_json::Value;
 use std::path::Path;
 use std::process::Command;
 use tensor_io::Checkpoint;
