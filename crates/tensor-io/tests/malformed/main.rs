@@ -18,6 +18,17 @@ fn open_folder(files: &[(&str, &[u8])]) -> Result<Checkpoint, Error> {
     Checkpoint::open(dir.path())
 }
 
+fn open_one(dtype: &str, shape: &[usize], data: &[u8]) -> Checkpoint {
+    let dir = tempfile::tempdir().unwrap();
+    let text = format!(
+        r#"{{"w":{{"dtype":"{dtype}","shape":{shape:?},"data_offsets":[0,{}]}}}}"#,
+        data.len()
+    );
+    let path = dir.path().join("one.safetensors");
+    fs::write(&path, safetensors(&text, data)).unwrap();
+    Checkpoint::open_file(path).unwrap()
+}
+
 #[test]
 fn what_is_no_checkpoint_folder_says_what_is_missing() {
     let dir = tempfile::tempdir().unwrap();

@@ -1,7 +1,7 @@
 //! Shards and their index.
 
-use crate::common::{folder, safetensors, vectors};
-use tensor_io::{Checkpoint, Error, Header, HeaderError, Index, IndexError};
+use crate::common::{folder, vectors};
+use tensor_io::{Checkpoint, Error, HeaderError, Index, IndexError};
 
 const INDEX: &str = r#"{"metadata":{"total_size":12},"weight_map":{"a":"model-00001-of-00002.safetensors","b":"model-00002-of-00002.safetensors"}}"#;
 const FIRST: &str = "model-00001-of-00002.safetensors";

@@ -1,20 +1,9 @@
 //! Values and shapes of tensors.
 
 use crate::common::{f32_bytes, folder, safetensors};
+use crate::open_one;
 use candle_core::{DType, Device};
-use std::fs;
 use tensor_io::{Checkpoint, Dtype, Error};
-
-fn open_one(dtype: &str, shape: &[usize], data: &[u8]) -> Checkpoint {
-    let dir = tempfile::tempdir().unwrap();
-    let text = format!(
-        r#"{{"w":{{"dtype":"{dtype}","shape":{shape:?},"data_offsets":[0,{}]}}}}"#,
-        data.len()
-    );
-    let path = dir.path().join("one.safetensors");
-    fs::write(&path, safetensors(&text, data)).unwrap();
-    Checkpoint::open_file(path).unwrap()
-}
 
 #[test]
 fn the_first_value_that_is_not_finite_is_located() {
