@@ -104,7 +104,7 @@ def attention(layer, config, heads, kv_heads, bias):
     if heads == 0:
         setattr(parent, child, NoAttention(old, name, bias))
         return
-    size = getattr(old, "head_dim", config.head_dim)
+    size = old.head_dim if hasattr(old, "head_dim") else config.head_dim
     per_query = 2 * size if GATED else size
     rows = {"q": heads * per_query, "k": kv_heads * size, "v": kv_heads * size, "o": heads * size}
     resize(layer, ("q", "k", "v", "o"), rows, {"o": bias})
