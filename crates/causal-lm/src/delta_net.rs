@@ -99,14 +99,15 @@ impl DeltaNet {
 
     /// α and β of every token and head, from `[rows, value_heads]` each.
     fn rates(&self, b: &Tensor, a: &Tensor) -> Result<Vec<[f32; 2]>> {
-        let log_decay = self.log_decay.to_vec1::<f32>()?;
+        let decay = self.log_decay.to_vec1::<f32>()?;
+        let decay: Vec<f32> = decay.into_iter().map(|log| -log.exp()).collect();
         let dt_bias = self.dt_bias.to_vec1::<f32>()?;
         let (a, b) = (a.flatten_all()?, b.flatten_all()?);
         let (a, b) = (a.to_vec1::<f32>()?, b.to_vec1::<f32>()?);
-        let of_heads = log_decay.iter().zip(&dt_bias).cycle();
+        let of_heads = decay.iter().zip(&dt_bias).cycle();
         let rates = a.iter().zip(&b).zip(of_heads);
-        let rate = |((a, b), (log_decay, dt_bias)): ((&f32, &f32), (&f32, &f32))| {
-            let alpha = (-log_decay.exp() * softplus(a + dt_bias)).exp();
+        let rate = |((a, b), (decay, dt_bias)): ((&f32, &f32), (&f32, &f32))| {
+            let alpha = (decay * softplus(a + dt_bias)).exp();
             [alpha, 1.0 / (1.0 + (-b).exp())]
         };
         Ok(rates.map(rate).collect())

@@ -31,14 +31,6 @@ impl TokenMixer {
         }
     }
 
-    /// The delta net; `None` for attention.
-    pub fn delta_net(&self) -> Option<&DeltaNet> {
-        match self {
-            Self::Attention(_) => None,
-            Self::DeltaNet(net) => Some(net),
-        }
-    }
-
     /// The projection that writes to the residual stream.
     pub fn output(&self) -> &Linear {
         match self {
@@ -99,10 +91,5 @@ impl Half<TokenMixer> {
     /// The attention; `None` where there is none, or a delta net in its place.
     pub fn attention(&self) -> Option<&Attention> {
         self.body.as_ref()?.attention()
-    }
-
-    /// The delta net; `None` where there is none.
-    pub fn delta_net(&self) -> Option<&DeltaNet> {
-        self.body.as_ref()?.delta_net()
     }
 }
