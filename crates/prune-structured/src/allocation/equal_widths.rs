@@ -28,6 +28,9 @@ pub(crate) fn equalise(
 ) -> Result<Vec<usize>> {
     let config = decoder.config();
     let dense = &config.widths;
+    if (0..dense.len()).any(|layer| kind(config, layer) != kind(config, 0)) {
+        return equal_mlps(config, rankings, budget);
+    }
     // Layers with a delta net have no heads.
     let has_heads = |layer: usize| config.delta_nets[layer].is_none();
     let whole = (0..dense.len()).find(|&layer| has_heads(layer));
@@ -42,9 +45,6 @@ pub(crate) fn equalise(
         };
         dense[layer] != like
     };
-    if (0..dense.len()).any(|layer| kind(config, layer) != kind(config, 0)) {
-        return equal_mlps(config, rankings, budget);
-    }
     if let Some(layer) = (0..dense.len()).find(differs) {
         return Err(Error::NotUniform { layer });
     }
