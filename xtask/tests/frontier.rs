@@ -120,6 +120,37 @@ fn saved_models_are_the_rows_and_open_again() {
 }
 
 #[test]
+fn baselines_are_saved_beside_the_joint_plan() {
+    let scene = llama();
+    let save = scene.path("saved");
+    let saved = save.display().to_string();
+    let more = ["--memory", "60%", "--save", &saved, "--save-baselines"];
+    let found = rows(&frontier(&scene, &more));
+    let names = std::fs::read_dir(&save).unwrap();
+    let names: Vec<String> = names
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    let budget = names.iter().find(|name| name.parse::<u64>().is_ok());
+    let budget = budget.expect("the joint plan's folder");
+    let controls = found.iter().filter(|row| row["role"] == "control");
+    let mut saved = 0;
+    for row in controls.filter(|row| row["method"] != "dense") {
+        let method = row["method"].as_str().unwrap();
+        let method = method.replace(", ", "-").replace(' ', "-");
+        let folder = save.join(format!("{budget}-{method}"));
+        let checkpoint = causal_lm::open(folder.join("model")).unwrap();
+        assert!(checkpoint.total_bytes() as f64 <= number(row, "bytes"));
+        saved += 1;
+    }
+    assert!(saved > 2);
+    assert_eq!(names.len(), saved + 1, "{names:?}");
+    let alone = frontier(&scene, &["--memory", "60%", "--save-baselines"]);
+    assert_eq!(alone.status.code(), Some(2));
+    let refused = String::from_utf8(alone.stderr).unwrap();
+    assert!(refused.contains("--save <DIR>"), "{refused}");
+}
+
+#[test]
 fn plans_for_other_runtimes_are_saved_as_their_files_and_open_again() {
     let scene = Scene::new(json!({
         "model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,

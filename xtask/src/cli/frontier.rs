@@ -46,6 +46,9 @@ pub(super) struct FrontierArgs {
     /// Write the models to this new folder, each to a subfolder named after its budget in bytes
     #[arg(long, value_name = "DIR")]
     save: Option<PathBuf>,
+    /// Also write the models of the baselines there, each to a subfolder named after its budget and its method
+    #[arg(long, requires = "save", conflicts_with = "no_baselines")]
+    save_baselines: bool,
     /// Keep what is made and measured in this folder and resume from it
     #[arg(long, value_name = "DIR")]
     resume: Option<PathBuf>,
@@ -122,6 +125,7 @@ impl FrontierArgs {
             tokens_per_second,
             target,
             save,
+            save_baselines,
             resume,
             no_baselines,
             search,
@@ -155,6 +159,7 @@ impl FrontierArgs {
             options,
             baselines: !no_baselines,
             save,
+            save_baselines,
             resume,
             ..suite::Config::new(text.into(), calib)
         }

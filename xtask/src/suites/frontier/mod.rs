@@ -55,6 +55,8 @@ pub struct Config {
     pub baselines: bool,
     /// Folder for the models of the joint plans.
     pub save: Option<PathBuf>,
+    /// Whether the models of the other plans are kept there too.
+    pub save_baselines: bool,
     /// Folder for what is made and measured.
     pub resume: Option<PathBuf>,
 }
@@ -71,6 +73,7 @@ impl Config {
             options: Options::default(),
             baselines: true,
             save: None,
+            save_baselines: false,
             resume: None,
         }
     }
@@ -312,12 +315,17 @@ impl Suite<'_> {
         plan: &Plan,
         start: Instant,
     ) -> Result<Row> {
-        let name = format!("{}-{}", method.replace([' ', ','], "_"), plan.budget);
-        let kept = self.config.save.as_ref().filter(|_| method == JOINT);
-        let dst = kept.map_or_else(
-            || self.scratch.join(&name),
-            |save| save.join(plan.budget.to_string()),
-        );
+        let name = match method {
+            JOINT => plan.budget.to_string(),
+            _ => format!(
+                "{}-{}",
+                plan.budget,
+                method.replace(", ", "-").replace(' ', "-")
+            ),
+        };
+        let (all, joint) = (self.config.save_baselines, method == JOINT);
+        let kept = self.config.save.as_deref().filter(|_| all || joint);
+        let dst = kept.unwrap_or(self.scratch).join(&name);
         let bar = self.bar.nested(method, 0);
         let written = match frontier.written(plan, &dst)? {
             Some(finished) => finished,
