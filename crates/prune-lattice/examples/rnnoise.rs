@@ -64,7 +64,10 @@ fn main() -> Result<(), Error> {
     show("whole network", &file, &rnn)?;
 
     let sparsity = shares.iter().sum::<f64>() / shares.len() as f64;
-    let context = PruneContext::default().calibrated(&calibration);
+    let readers = file.readers()?;
+    let context = PruneContext::default()
+        .calibrated(&calibration)
+        .read_by(&readers);
     if repair == "merge" {
         let keep = rank_neurons_in(&rnn, &context, &PruneConfig::new(Method::Span, sparsity))?;
         let config = MergeConfig::default();

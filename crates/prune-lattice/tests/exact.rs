@@ -218,8 +218,7 @@ fn states_that_do_not_vary_on_the_calibration_are_found_and_merging_moves_them_i
         &NoProgress,
     )
     .unwrap();
-    let mut config = ExactConfig::default().calibrated(&calibration);
-    config.constant_below = 1e-6;
+    let config = ExactConfig::default().calibrated(&calibration);
     let findings = find(&rnn, &config).unwrap();
     assert_eq!(findings[0][4], Some(Finding::ConstantOnCalibration));
     assert!(

@@ -417,6 +417,66 @@ fn scores_that_are_given_choose_what_scores_of_the_same_call_choose() {
 }
 
 #[test]
+fn flow_is_the_deviation_of_a_state_times_the_weights_that_read_it_those_outside_the_network_too() {
+    let rnn = network(Cell::Gru, &[6, 4]);
+    let calibration = calibrate(&rnn);
+    let context = PruneContext::default().calibrated(&calibration);
+    let config = PruneConfig::new(Method::Flow, 0.0);
+    let value = |role: Role| -> Vec<f64> {
+        let at = rnn.roles().iter().position(|&r| r == role).unwrap();
+        let param = rnn.params().iter().nth(at).unwrap();
+        param.data.iter().map(|&v| f64::from(v)).collect()
+    };
+    let deviation = |w: &[f64]| {
+        let mean = w.iter().sum::<f64>() / w.len() as f64;
+        (w.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / w.len() as f64).sqrt()
+    };
+    // Matrices that read a layer, and whether they are read-outs.
+    let flow = |layer: usize, n: usize, readers: &[(Vec<f64>, bool)]| -> Vec<f64> {
+        let w_hh = readers[0].0.len();
+        let moments = &calibration.layers[layer].after;
+        let of = |j: usize| {
+            let squares = readers.iter().map(|(w, read_out)| {
+                let column: f64 = w.iter().skip(j).step_by(n).map(|v| v * v).sum();
+                let rows = match read_out {
+                    true => w_hh as f64 / w.len() as f64,
+                    false => 1.0,
+                };
+                rows * column / deviation(w).powi(2)
+            });
+            squares.sum::<f64>().sqrt() * moments.deviations()[j]
+        };
+        let flow: Vec<f64> = (0..n).map(of).collect();
+        let largest = flow.iter().copied().fold(0.0, f64::max);
+        flow.iter().map(|f| f / largest).collect()
+    };
+    let lower = vec![
+        (value(Role::RecurrentWeight(0)), false),
+        (value(Role::InputWeight(1)), false),
+    ];
+    let upper = vec![
+        (value(Role::RecurrentWeight(1)), false),
+        (value(Role::OutputWeight), true),
+    ];
+    let outside = vec![vectors(12), Vec::new()];
+    let mut read = lower.clone();
+    read.push((outside[0].iter().map(|&v| f64::from(v)).collect(), true));
+    for (context, lower) in [(context, lower), (context.read_by(&outside), read)] {
+        let found = scores_in(&rnn, &context, &config).unwrap().values;
+        let expected = [flow(0, 6, &lower), flow(1, 4, &upper)].concat();
+        for (a, b) in found.iter().zip(&expected) {
+            assert!((a - b).abs() < 1e-9, "{found:?}, expected {expected:?}");
+        }
+    }
+    for wrong in [vec![Vec::new()], vec![vectors(7), Vec::new()]] {
+        assert!(matches!(
+            scores_in(&rnn, &context.read_by(&wrong), &config),
+            Err(Error::Shape { .. })
+        ));
+    }
+}
+
+#[test]
 fn a_calibration_that_is_missing_or_of_another_network_is_an_error() {
     let rnn = network(Cell::Lstm, &[8]);
     let other = calibrate(&network(Cell::Lstm, &[7]));

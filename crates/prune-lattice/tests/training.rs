@@ -224,6 +224,26 @@ fn shards_of_a_batch_change_nothing_but_rounding_and_not_with_the_number_of_thre
     }
 }
 
+#[test]
+fn a_short_run_of_a_training_is_not_all_warm_up() {
+    let data = memory_task();
+    let long = TrainConfig::default().with(|c| {
+        c.epochs = 30;
+        c.warmup = 100;
+        c.decay = Decay::Cosine;
+    });
+    assert_eq!(long.over(30, &data.train), long);
+    let short = long.over(1, &data.train);
+    assert_eq!((short.updates(&data.train), short.warmup), (47, 4));
+    assert_eq!(
+        short,
+        long.with(|c| {
+            c.epochs = 1;
+            c.warmup = 4;
+        })
+    );
+}
+
 /// At every step, whether the number seen two steps before was positive.
 fn delayed_sign(count: usize, seed: u64) -> Examples {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);

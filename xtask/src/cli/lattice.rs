@@ -65,9 +65,9 @@ pub(super) struct LatticeArgs {
         )
     )]
     repair: Vec<Repair>,
-    /// Epochs of fine-tuning under the mask
-    #[arg(long, value_name = "N", default_value_t = 1)]
-    finetune_epochs: usize,
+    /// Epochs of fine-tuning under the mask [default: 1; 0 for RNNoise, which is not trained here]
+    #[arg(long, value_name = "N")]
+    finetune_epochs: Option<usize>,
     #[command(flatten)]
     pruning: PruningArgs,
     #[command(flatten)]
@@ -378,7 +378,7 @@ impl LatticeArgs {
                 "--merge-passes: no method that ranks neurons runs with the repair merge",
             ),
             (
-                pruning.gradual.is_some() && self.finetune_epochs == 0,
+                pruning.gradual.is_some() && self.finetune_epochs == Some(0),
                 "--gradual: there is no fine-tuning",
             ),
             (
@@ -464,7 +464,8 @@ impl LatticeArgs {
             if !self.repair.is_empty() {
                 c.repairs = self.repair;
             }
-            c.finetune_epochs = self.finetune_epochs;
+            let epochs = if noise { 0 } else { c.finetune_epochs };
+            c.finetune_epochs = self.finetune_epochs.unwrap_or(epochs);
             c.scope = pruning.scope.unwrap_or_default();
             c.compete = pruning.compete.unwrap_or_default();
             c.densities = pruning.densities;

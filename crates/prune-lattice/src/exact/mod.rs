@@ -50,15 +50,25 @@ impl Finding {
 }
 
 /// What is known of the inputs, and of the states.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Copy)]
 #[non_exhaustive]
 pub struct ExactConfig<'a> {
     /// Smallest and largest value of a component of an input vector, for networks that read vectors.
     pub input_range: Option<(f32, f32)>,
     /// States on examples.
     pub calibration: Option<&'a Calibration>,
-    /// Standard deviation below which a state counts as constant.
+    /// Standard deviation up to which a state counts as constant; by default 1e-6, about what rounding makes of a constant.
     pub constant_below: f64,
+}
+
+impl Default for ExactConfig<'_> {
+    fn default() -> Self {
+        Self {
+            input_range: None,
+            calibration: None,
+            constant_below: 1e-6,
+        }
+    }
 }
 
 impl<'a> ExactConfig<'a> {

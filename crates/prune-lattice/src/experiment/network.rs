@@ -65,10 +65,6 @@ pub(super) trait Judge: Sync {
     fn test(&self, network: &Judged<'_>) -> Result<Evaluation>;
     /// On the validation split.
     fn valid(&self, network: &Judged<'_>) -> Result<Evaluation>;
-    /// Whether only the top layer is read out, as the network itself says.
-    fn reads_top_alone(&self) -> bool {
-        true
-    }
     /// On the test split by block kernels, where these can run the network.
     fn test_blocks(&self, network: &BlockRnn) -> Result<Option<Evaluation>>;
 }
@@ -101,6 +97,8 @@ pub(super) struct Source<'a> {
     pub(super) rnn: &'a Rnn,
     pub(super) data: &'a Dataset,
     pub(super) judge: &'a dyn Judge,
+    /// Weights of readers outside the network, by layer ([`PruneContext::readers`]).
+    pub(super) readers: &'a [Vec<f32>],
     /// The entries that exist.
     pub(super) wired: &'a MaskSet,
     /// The seed that it was trained with.
@@ -122,7 +120,7 @@ pub(super) struct Dense<'a> {
 /// Weights that differ by less than this share of the largest one count as equal.
 const EQUAL: f64 = 1e-6;
 
-/// Test examples on which connectivity is compared.
+/// Examples on which connectivity is compared and states are looked at.
 fn connectivity_recording() -> RecordConfig {
     RecordConfig::default().with(|c| {
         c.sequences = Some(200);
@@ -185,7 +183,9 @@ impl<'a> Dense<'a> {
     }
 
     fn context(&self) -> PruneContext<'_> {
-        let context = PruneContext::default().calibrated(&self.calibration);
+        let context = PruneContext::default()
+            .calibrated(&self.calibration)
+            .read_by(self.source.readers);
         match self.within() {
             None => context,
             Some(wired) => context.within(wired),
@@ -249,14 +249,18 @@ impl<'a> Dense<'a> {
         self.source.judge.test_blocks(&network)
     }
 
-    /// What can be removed from a masked network without changing it, for inputs within the range of the data.
-    fn exact(&self, pruned: &Pruned<'_>) -> Result<Option<ExactRemoval>> {
-        if pruned.repair == Repair::Merge || !self.source.judge.reads_top_alone() {
+    /// What can be removed from a masked network without changing it, for inputs within the range of the data; and which of its
+    /// states were constant on some of the training examples.
+    fn exact(&self, pruned: &Pruned<'_>, progress: &dyn Progress) -> Result<Option<ExactRemoval>> {
+        if pruned.repair == Repair::Merge || !self.source.readers.is_empty() {
             return Ok(None);
         }
+        let train = &self.source.data.train;
+        let states = record(&pruned.rnn, train, &connectivity_recording(), progress)?;
+        let config = ExactConfig::default().calibrated(&states);
         let config = match self.input_range {
-            Some((low, high)) => ExactConfig::default().input_range(low, high),
-            None => ExactConfig::default(),
+            Some((low, high)) => config.input_range(low, high),
+            None => config,
         };
         let findings = find(&pruned.rnn, &config)?;
         let keep = kept(&findings);
@@ -379,7 +383,7 @@ impl<'a> Dense<'a> {
             rows.push(Row {
                 connectivity: Some(self.connectivity(&pruned.rnn, keep, removed, &inner)?),
                 int8: self.integers(method, &pruned)?,
-                exact: self.exact(&pruned)?,
+                exact: self.exact(&pruned, &inner)?,
                 ..self.row(
                     chosen,
                     &pruned,
@@ -413,8 +417,8 @@ impl<'a> Dense<'a> {
     /// How networks are trained after pruning.
     fn tuning(&self, chosen: &Chosen, session: &Session<'_>) -> TrainConfig {
         let (config, training) = (session.config, session.training);
-        training.clone().with(|c| {
-            c.epochs = config.finetune_epochs;
+        let tuning = training.over(config.finetune_epochs, &self.source.data.train);
+        tuning.with(|c| {
             c.learning_rate = training.learning_rate * config.finetune_rate;
             c.patience = None;
             c.target_loss = None;

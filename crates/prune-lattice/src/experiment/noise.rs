@@ -32,11 +32,20 @@ pub fn run_rnnoise(
     visit: &Visit<'_>,
     progress: &dyn Progress,
 ) -> Result<Vec<Row>> {
-    if config.finetune_epochs > 0 || config.merge.passes > 1 {
-        return Err(Error::Setting {
-            setting: "fine-tuning",
-            reason: "RNNoise is not trained here, and merged in one pass".into(),
-        });
+    let refuse = |setting, reason: &str| {
+        Err(Error::Setting {
+            setting,
+            reason: reason.into(),
+        })
+    };
+    if config.finetune_epochs > 0 {
+        return refuse(
+            "fine-tuning epochs",
+            "RNNoise is not trained here, so that they must be 0",
+        );
+    }
+    if config.merge.passes > 1 {
+        return refuse("passes of merge", "RNNoise is merged in one pass");
     }
     let clips = Clips::load(&folder.join("train.safetensors"))?;
     let (train, valid) = clips.split();
@@ -58,11 +67,13 @@ pub fn run_rnnoise(
         merge: &config.merge,
     };
     let wired = MaskSet::default();
+    let readers = file.readers()?;
     let source = Source {
         name,
         rnn: &rnn,
         data: &data,
         judge: &judge,
+        readers: &readers,
         wired: &wired,
         seed: None,
     };
@@ -104,10 +115,6 @@ impl Judge for Noise<'_> {
 
     fn valid(&self, network: &Judged<'_>) -> Result<Evaluation> {
         self.quality(network, self.valid)
-    }
-
-    fn reads_top_alone(&self) -> bool {
-        false
     }
 
     /// Kernels give the states of the top layer, the read-outs see all.

@@ -53,6 +53,7 @@ pub fn run(config: &ExperimentConfig, progress: &dyn Progress) -> Result<Vec<Row
                 rnn: &trained.rnn,
                 data: &trained.data,
                 judge: &trained.data,
+                readers: &[],
                 wired: &trained.wired,
                 seed: Some(seed),
             };
@@ -148,6 +149,7 @@ pub fn run_model(
         rnn: &trained.rnn,
         data: &trained.data,
         judge: &trained.data,
+        readers: &[],
         wired: &trained.wired,
         seed: None,
     };

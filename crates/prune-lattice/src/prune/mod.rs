@@ -210,6 +210,9 @@ pub struct PruneContext<'a> {
     /// The entries that exist (the masks of a wiring): budgets count only them, and the masks lie
     /// within them.
     pub within: Option<&'a MaskSet>,
+    /// Weights with which something outside the network reads the states of a layer, `[rows, neurons]` by rows, for each layer; no
+    /// rows where nothing does. Methods `span` and `flow` take them for read-outs.
+    pub readers: &'a [Vec<f32>],
     /// The scores of the method, where they are known: they do not depend on the sparsity. Others are computed.
     pub scores: Option<&'a Scores>,
 }
@@ -226,6 +229,13 @@ impl<'a> PruneContext<'a> {
     #[must_use]
     pub fn within(mut self, masks: &'a MaskSet) -> Self {
         self.within = Some(masks);
+        self
+    }
+
+    /// With readers outside the network.
+    #[must_use]
+    pub fn read_by(mut self, readers: &'a [Vec<f32>]) -> Self {
+        self.readers = readers;
         self
     }
 
@@ -253,7 +263,7 @@ impl<'a> PruneContext<'a> {
             let calibration = self
                 .calibration
                 .ok_or_else(|| no_calibration(config.method))?;
-            return span::scores(rnn, config.method, calibration);
+            return span::scores(rnn, config.method, calibration, self.readers);
         }
         let layers = layers_of(rnn);
         let influence = influence_of(&layers, rnn.config().cell, &config.lattice)?;

@@ -22,9 +22,9 @@ struct Consumers<'a> {
 }
 
 impl<'a> Consumers<'a> {
-    /// `W_hh`, and `W_ih` of the layer above or the read-out; each divided by the deviation of its entries, the read-out
-    /// also weighted up to as many rows as `W_hh` has.
-    fn of(rnn: &'a Rnn, layer: usize) -> Self {
+    /// `W_hh`, `W_ih` of the layer above or the read-out, and readers outside the network; each divided by the deviation of its
+    /// entries, read-outs also weighted up to as many rows as `W_hh` has.
+    fn of(rnn: &'a Rnn, layer: usize, outside: &'a [f32]) -> Self {
         let shape = rnn.config();
         let n = shape.hidden[layer];
         let value = |role: Role| {
@@ -34,12 +34,13 @@ impl<'a> Consumers<'a> {
         };
         let w_hh = value(Role::RecurrentWeight(layer));
         let mut matrices = vec![(w_hh, 1.0)];
-        if layer + 1 < shape.hidden.len() {
-            matrices.push((value(Role::InputWeight(layer + 1)), 1.0));
-        } else {
-            let w_out = value(Role::OutputWeight);
-            let rows = w_hh.len() as f64 / w_out.len().max(1) as f64;
-            matrices.push((w_out, rows.sqrt()));
+        let mut read_outs = vec![outside];
+        match layer + 1 < shape.hidden.len() {
+            true => matrices.push((value(Role::InputWeight(layer + 1)), 1.0)),
+            false => read_outs.push(value(Role::OutputWeight)),
+        }
+        for w in read_outs.into_iter().filter(|w| !w.is_empty()) {
+            matrices.push((w, (w_hh.len() as f64 / w.len() as f64).sqrt()));
         }
         for (w, factor) in &mut matrices {
             let deviation = deviation(w);
@@ -134,15 +135,35 @@ fn greedy(mut c: Vec<f64>, gram: Option<&[f64]>, n: usize) -> Vec<usize> {
     chosen
 }
 
+fn check_readers(readers: &[Vec<f32>], hidden: &[usize]) -> Result<()> {
+    let whole = |(read, n): (&Vec<f32>, &usize)| read.len().is_multiple_of(*n);
+    let fits = readers.len() == hidden.len() && readers.iter().zip(hidden).all(whole);
+    if readers.is_empty() || fits {
+        return Ok(());
+    }
+    Err(Error::Shape {
+        tensor: "readers".into(),
+        expected: format!("rows of {hidden:?} weights, a list for each layer"),
+        found: readers.iter().map(Vec::len).collect(),
+    })
+}
+
 /// Scores of all neurons of a network by [`Method::Span`], [`Method::Flow`] or [`Method::PivotedCholesky`]. For the greedy
-/// methods a score is the share of the neurons of its layer that are chosen later.
-pub(super) fn scores(rnn: &Rnn, method: Method, calibration: &Calibration) -> Result<Scores> {
+/// methods a score is the share of the neurons of its layer that are chosen later. `readers` is none at all or one for each layer.
+pub(super) fn scores(
+    rnn: &Rnn,
+    method: Method,
+    calibration: &Calibration,
+    readers: &[Vec<f32>],
+) -> Result<Scores> {
     let shape = rnn.config();
     calibration.check(shape.input.width(), &shape.hidden)?;
+    check_readers(readers, &shape.hidden)?;
     let (mut values, mut ties) = (Vec::new(), Vec::new());
     for (layer, moments) in calibration.layers.iter().enumerate() {
         let n = shape.hidden[layer];
-        let consumers = Consumers::of(rnn, layer);
+        let outside = readers.get(layer).map_or(&[][..], Vec::as_slice);
+        let consumers = Consumers::of(rnn, layer, outside);
         let deviations = moments.after.deviations();
         match method {
             Method::Flow => {

@@ -108,6 +108,15 @@ impl TrainConfig {
         }
     }
 
+    /// The same training in another number of epochs. Of few epochs the warm-up is a tenth of the updates at most: one that was
+    /// meant for a long run would leave nothing else of a short one.
+    #[must_use]
+    pub fn over(&self, epochs: usize, train: &Examples) -> Self {
+        let run = self.clone().with(|c| c.epochs = epochs);
+        let tenth = usize::try_from(run.updates(train) / 10).unwrap_or(usize::MAX);
+        run.with(|c| c.warmup = c.warmup.min(tenth))
+    }
+
     /// Updates of the weights in a whole run on these examples.
     pub fn updates(&self, train: &Examples) -> u64 {
         self.epochs as u64 * updates(train, self)

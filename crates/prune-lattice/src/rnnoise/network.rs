@@ -109,6 +109,25 @@ impl WeightFile {
         )
     }
 
+    /// What the read-outs of [`network`](Self::network) do not hold: for each GRU the weights, `[33, 384]`, with which the gains
+    /// and the voice probability read it directly, none for the last one. As
+    /// [`PruneContext::readers`](crate::prune::PruneContext::readers).
+    ///
+    /// # Errors
+    /// An array is missing or has another size.
+    pub fn readers(&self) -> Result<Vec<Vec<f32>>> {
+        let (weights, _) = self.read_outs()?;
+        let rows = || weights.chunks_exact((LAYERS + 1) * HIDDEN);
+        let of = |l: usize| match l + 1 < LAYERS {
+            true => rows()
+                .flat_map(|row| &row[(l + 1) * HIDDEN..(l + 2) * HIDDEN])
+                .copied()
+                .collect(),
+            false => Vec::new(),
+        };
+        Ok((0..LAYERS).map(of).collect())
+    }
+
     /// Both read-outs, `[33, 4 * 384]` and `[33]`: gains, then the voice probability.
     pub(super) fn read_outs(&self) -> Result<(Vec<f32>, Vec<f32>)> {
         let seen = (LAYERS + 1) * HIDDEN;
