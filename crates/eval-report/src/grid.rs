@@ -125,7 +125,7 @@ fn notation(columns: &[&Column], rows: &[Row]) -> Vec<String> {
     }
     if let Some(runs) = runs(SpreadOver::Repeats) {
         notes.push(format!(
-            "Speeds are medians. Brackets: smallest and largest of {runs} measurements in alternation with the dense model."
+            "Speeds are medians. Brackets: smallest and largest of {runs} measurements."
         ));
     }
     let is_bound = |row: &Row| columns.iter().any(|column| column.is_bound(row));

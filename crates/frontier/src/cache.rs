@@ -18,7 +18,7 @@ use std::str::FromStr;
 /// Names of [`CacheFormat`]s beside that of the model.
 pub const CACHE_FORMATS: [&str; 4] = ["f16", "int8", "k8v4", "int4"];
 /// Tokens that a layer keeps at least: the first and the newest, which the policy protects, and some to choose from.
-const LEAST: usize = 8;
+pub(crate) const LEAST: usize = 8;
 
 /// What keys and values are stored as.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]

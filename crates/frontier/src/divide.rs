@@ -158,6 +158,15 @@ impl Division {
         best.map(|(_, choice)| choice)
     }
 
+    /// The largest unit in which costs are counted, in bytes.
+    pub(crate) fn unit(&self) -> u64 {
+        let units = self
+            .classes
+            .iter()
+            .map(|class| class.knapsack.rounding() + 1);
+        units.max().unwrap_or(1)
+    }
+
     /// The least budget that any choice fits; `None` where the rules leave a site without a treatment.
     pub(crate) fn smallest(&self) -> Option<u64> {
         self.smallest

@@ -124,6 +124,7 @@ impl<'a> Frontier<'a> {
         progress: &dyn Progress,
     ) -> Result<Prepared<'a>> {
         options.check()?;
+        options.check_shares(data.comparison.window_len())?;
         options.target.check_model(decoder)?;
         disjoint(data)?;
         let sites = Site::of(decoder);
@@ -321,6 +322,13 @@ impl<'a> Frontier<'a> {
             (self.fixed, largest),
             &rules,
         )
+    }
+
+    /// The unit in bytes in which the division counts up to the dense model's, where bytes would be too many states: each site's are
+    /// rounded up to it, so that a plan leaves at most so much unspent for every site.
+    pub fn unit(&self) -> u64 {
+        let dense = self.dense_bytes();
+        self.divide(dense, Price::default(), &|_, _| true).unit()
     }
 
     /// The predicted divergences that budgets up to the dense model's buy, by one dynamic programme: bytes and nats per

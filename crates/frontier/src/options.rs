@@ -1,10 +1,13 @@
 //! What is chosen from, and how carefully it is measured.
 
-use crate::cache::{Cache, CacheFormat, Caching};
+use crate::cache::{Cache, CacheFormat, Caching, LEAST};
 use crate::error::{Error, Result};
 use crate::target::Target;
 use crate::treatment::Format;
 use serde::{Deserialize, Serialize};
+
+/// Most tokens of all contexts together.
+const MOST_TOKENS: usize = 1_000_000_000;
 
 /// How a model is measured and divided.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -158,6 +161,24 @@ impl Options {
         caches
     }
 
+    /// Checks that shares of the caches are the same in the context and in the windows that they are measured on: a cache keeps
+    /// some tokens at least.
+    pub(crate) fn check_shares(&self, window: usize) -> Result<()> {
+        if self.context == 0 {
+            return Ok(());
+        }
+        let shortest = window.min(self.context);
+        let fits = |share: &&f64| **share * shortest as f64 >= LEAST as f64 || **share == 1.0;
+        match self.cache_shares.iter().find(|share| !fits(share)) {
+            None => Ok(()),
+            Some(share) => Err(Error::Option {
+                option: "cache_shares",
+                value: format!("{share} of {shortest} tokens"),
+                expected: "a cache keeps 8 tokens at least: take longer windows or a larger share",
+            }),
+        }
+    }
+
     /// Ranks beside 0, ascending.
     pub fn ranks(&self, hidden: usize) -> Vec<usize> {
         let mut ranks = match &self.ranks {
@@ -187,6 +208,14 @@ impl Options {
                 "widths",
                 width.to_string(),
                 "a share is above 0 and at most 1",
+            );
+        }
+        let in_all = self.context.checked_mul(self.batch);
+        if in_all.is_none_or(|tokens| tokens > MOST_TOKENS) {
+            return refuse(
+                "context",
+                format!("{} in {} sequences", self.context, self.batch),
+                "at most 1,000,000,000 tokens in all",
             );
         }
         if let Some(share) = self

@@ -34,7 +34,7 @@ pub struct SitePlan {
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Round {
     /// Divergence that the division predicted: the sum over sites first, later what the moves were to change. `None` where
-    /// treatments were not measured by themselves.
+    /// treatments were not measured by themselves, and where the changes add up to more than the divergence.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub predicted: Option<f64>,
     /// Divergence of the whole plan.

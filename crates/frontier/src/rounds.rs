@@ -1,6 +1,7 @@
 //! The plan of a budget, and measuring around it: divergences of sites add up only nearly, so that each site of a plan is moved
 //! with all others as planned, and the budget divided again within a few steps of it.
 
+use crate::divide::Choice;
 use crate::driver::Frontier;
 use crate::error::Result;
 use crate::menu::{Menu, Price};
@@ -15,13 +16,9 @@ impl Frontier<'_> {
     /// [`crate::Error::Budget`] below the smallest plan, [`crate::Error::Cancelled`], and what making and measuring report.
     pub fn plan(&mut self, budget: u64, progress: &dyn Progress) -> Result<Plan> {
         let choice = self.choose(budget, &|_, _| true)?;
-        let mut now = choice.items;
-        let mut measured = self.measure_plans(std::slice::from_ref(&now), progress)?[0];
-        let mut rounds = vec![Round {
-            predicted: Some(choice.predicted),
-            measured,
-            kept: true,
-        }];
+        let (mut now, first) = self.first(&choice, progress)?;
+        let mut measured = first.measured;
+        let mut rounds = vec![first];
         for _ in 0..self.options.rounds {
             if now == self.dense {
                 break;
@@ -37,8 +34,9 @@ impl Frontier<'_> {
                 };
                 let of_next = self.measure_plans(std::slice::from_ref(&next), progress)?[0];
                 better = of_next.mean < measured.mean;
+                // A sum of gains beyond all that there is to gain predicts nothing.
                 rounds.push(Round {
-                    predicted: Some((before + change).max(0.0)),
+                    predicted: Some(before + change).filter(|sum| *sum >= 0.0),
                     measured: of_next,
                     kept: better,
                 });
@@ -58,6 +56,28 @@ impl Frontier<'_> {
             rounds.extend(more);
         }
         Ok(self.to_plan(budget, &now, measured, rounds))
+    }
+
+    /// The plan of a budget in bytes as the division of the curves gives it, measured, without rounds around it.
+    ///
+    /// # Errors
+    /// As [`plan`](Self::plan).
+    pub fn divided_plan(&mut self, budget: u64, progress: &dyn Progress) -> Result<Plan> {
+        let choice = self.choose(budget, &|_, _| true)?;
+        let (items, first) = self.first(&choice, progress)?;
+        Ok(self.to_plan(budget, &items, first.measured, vec![first]))
+    }
+
+    /// A choice, measured.
+    fn first(&mut self, choice: &Choice, progress: &dyn Progress) -> Result<(Vec<usize>, Round)> {
+        let items = choice.items.clone();
+        let measured = self.measure_plans(std::slice::from_ref(&items), progress)?[0];
+        let round = Round {
+            predicted: Some(choice.predicted),
+            measured,
+            kept: true,
+        };
+        Ok((items, round))
     }
 
     /// What moving each site up to the reach from a plan would change: for each site its choices around the present one,

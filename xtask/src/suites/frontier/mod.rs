@@ -197,6 +197,7 @@ pub fn run(settings: &Settings, config: &Config) -> Result<Vec<Section>> {
         .fact("caches", caches_counted(frontier.options()))
         .fact("tokens of curves", coarse)
         .fact("tokens of plans", fine)
+        .fact("unit of the division", format::bytes(frontier.unit()))
         .fact("seconds to measure curves", measured.0.round())
         .fact("passes to measure curves", measured.1.round())
         .fact("passes in all", frontier.passes().round())
@@ -227,6 +228,7 @@ fn in_flags(error: frontier::Error) -> anyhow::Error {
         frontier::Error::Option { option, .. } => match *option {
             "widths" => "--widths",
             "cache_shares" => "--cache-tokens",
+            "context" => "--context",
             "cache_formats" => "--cache-formats",
             "tokens_per_second" => "--tokens-per-second",
             "comparison windows" => "--calib",
@@ -285,9 +287,7 @@ impl Suite<'_> {
         row.extra.insert("passes".into(), passes.into());
         let rounds = serde_json::to_value(&plan.rounds)?;
         row.extra.insert("rounds".into(), rounds);
-        for site in &plan.sites {
-            row.layers.push(serde_json::to_value(site)?);
-        }
+        row.layers = plan.sites.iter().map(table::site).collect();
         Ok((row, plan))
     }
 
@@ -303,8 +303,21 @@ impl Suite<'_> {
             return Ok(None);
         };
         bar.finish();
-        self.measure(frontier, baseline.name(), &plan, start)
-            .map(|row| Some(row.control()))
+        let mut row = self.measure(frontier, baseline.name(), &plan, start)?;
+        // A budget that one axis cannot spend is compared at what it does spend.
+        let spent = row.bytes.unwrap_or(0) + row.kv_bytes.unwrap_or(0);
+        let bar = self.bar.nested("joint plan of the same bytes", 0);
+        match frontier.divided_plan(spent, &bar) {
+            Ok(joint) => {
+                let kl = joint.measured.mean;
+                row.extra.insert("joint_kl".into(), kl.into());
+            }
+            // The smallest plan is counted with a header that is longer than that of its file.
+            Err(frontier::Error::Budget { .. }) => {}
+            Err(error) => return Err(in_flags(error)),
+        }
+        bar.finish();
+        Ok(Some(row.control()))
     }
 
     /// Writes a plan, opens the files packed and measures what they hold.

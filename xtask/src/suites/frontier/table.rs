@@ -3,7 +3,8 @@
 use eval_report::{
     Axis, Budget, Column, DENSE, Plot, Point, Reference, Role, Row, Section, Series, format,
 };
-use frontier::{Frontier, Plan};
+use frontier::{Frontier, Plan, SitePlan};
+use serde_json::{Value, json};
 
 use super::{JOINT, strip};
 
@@ -25,7 +26,7 @@ pub(super) fn section(
         Column::KvBytes,
         Column::ExtraShare("cache_share".into()),
     ];
-    let extra = ["kl", "kl_error", "kl_predicted"];
+    let extra = ["kl", "kl_error", "joint_kl", "kl_predicted"];
     columns.extend(extra.map(|name| Column::Extra(name.into())));
     columns.extend([Column::Perplexity, Column::ExtraShare("pruned".into())]);
     let extra = [
@@ -45,7 +46,8 @@ pub(super) fn section(
                 with its weights as they are stored: size is that of the files of weights, kl the mean divergence from the dense \
                 model's predictions in nats per token on windows that neither calibration nor evaluation used, with its standard \
                 error. Caches are part of both: windows are decoded through them, and their size is what they allocate for the \
-                context. A plan saved with --save has them in cache.json, which generate takes with --cache. The other rows spend the same bytes along one axis. Speed is that of decoding one token at a time, the median of three interleaved rounds; the \
+                context. A plan saved with --save has them in cache.json, which generate takes with --cache. The other rows are the best along one axis that fits the budget; joint_kl is what the joint plan has with the bytes that they \
+                spend, before rounds of measuring around it. Speed is that of decoding one token at a time, the median of three interleaved rounds; the \
                 prefill's is beside it, and with --tokens-per-second the one by the table of what each treatment takes on this \
                 machine. kl_predicted is the sum over the plan's sites, each measured alone; \
                 the last plot compares it with whole plans."
@@ -57,6 +59,26 @@ pub(super) fn section(
         rows,
         ..Section::default()
     }
+}
+
+/// What a plan does with a site.
+pub(super) fn site(plan: &SitePlan) -> Value {
+    let treatment = plan.treatment;
+    let mut row = json!({
+        "site": plan.site.to_string(),
+        "kept": plan.share,
+        "units": treatment.width,
+        "format": treatment.format.to_string(),
+        "rank": treatment.rank,
+        "bytes": plan.bytes,
+        "parameters": plan.parameters,
+        "bits": plan.bits,
+    });
+    if let Some(cache) = treatment.cache {
+        row["cache"] = cache.to_string().into();
+        row["cache_bytes"] = plan.cache_bytes.into();
+    }
+    row
 }
 
 /// Fills in what the dense row has.
