@@ -93,6 +93,16 @@ pub enum Error {
         /// What is wrong with it.
         reason: String,
     },
+    /// A tensor that should be overwritten is also read by another part of its file, which would change with it.
+    #[error("{}: `{tensor}` is also read by {reader}, which would change with it", file.display())]
+    SharedTensor {
+        /// The file.
+        file: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// Who else reads it.
+        reader: String,
+    },
     /// A safetensors file cannot be read or written, or is malformed.
     #[error(transparent)]
     Tensors(#[from] tensor_io::Error),

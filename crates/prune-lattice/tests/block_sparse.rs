@@ -261,3 +261,13 @@ fn a_scattered_mask_and_a_state_of_two_sequences_are_refused() {
             .is_ok()
     );
 }
+
+#[test]
+#[should_panic(expected = "columns")]
+fn a_vector_of_another_width_is_not_multiplied() {
+    let w = integers(8 * 12, 9);
+    let matrix = BlockMatrix::new(&source(&w, 8, 12, None), BLOCKS[0]).unwrap();
+    let mut x = BlockInput::new();
+    x.set(&integers(11, 5));
+    matrix.add_product(&x, &mut [0.0; 8]);
+}

@@ -6,7 +6,7 @@ use prune_lattice::{
     data::{Dataset, Examples, Inputs, Sequences, Targets},
     mask::{MaskSet, hard_remove, restrict_masks},
     prune::{Method, PruneConfig, PruneContext, Scope, prune_in, rank_neurons_in, scores_in},
-    repair::{MergeConfig, RefitConfig, merge, merge_in, merge_passes, refit},
+    repair::{MergeConfig, RefitConfig, merge, merge_in, merge_passes, predict, refit},
     rnn::{Input, InputKind, ReadOut, Rnn, RnnConfig, Role, State, Tape, evaluate},
     wiring::Wiring,
 };
@@ -501,4 +501,85 @@ fn a_calibration_that_is_missing_or_of_another_network_is_an_error() {
     let own = calibrate(&rnn);
     assert!(merge(&rnn, &[vec![false; 8]], &own, &MergeConfig::default()).is_err());
     assert!(merge(&rnn, &[], &own, &MergeConfig::default()).is_err());
+}
+
+#[test]
+fn states_that_never_vary_are_held_by_the_constant() {
+    for bias in [0.1, 0.3, 0.5, 0.7, 0.9, 1.1, 1.3] {
+        // All neurons the same, and each at a value of its own; the last two may also vary.
+        for (apart, varying) in [(0.0, false), (0.07, false), (0.07, true)] {
+            let mut rnn = network(Cell::Tanh, &[8]);
+            let still = if varying { 6 } else { 8 };
+            // Nothing reads the state before, which is zero at the first step.
+            change(&mut rnn, Role::RecurrentWeight(0), |w| w.fill(0.0));
+            change(&mut rnn, Role::InputWeight(0), |w| {
+                w[..still * DIM].fill(0.0);
+            });
+            change(&mut rnn, Role::Bias(0), |b| {
+                for (i, b) in b.iter_mut().enumerate() {
+                    *b = bias + apart * i as f32;
+                }
+            });
+            let calibration = calibrate(&rnn);
+            let keep = vec![vec![true, true, true, false, false, true, true, true]];
+            let small = merge(&rnn, &keep, &calibration, &MergeConfig::default()).unwrap();
+            let far = farthest(&logits(&small), &logits(&rnn));
+            assert!(far < 1e-5, "{bias} {apart} {varying}: {far}");
+        }
+    }
+}
+
+#[test]
+fn a_ridge_that_is_no_share_is_an_error() {
+    let rnn = network(Cell::Gru, &[6]);
+    let calibration = calibrate(&rnn);
+    let keep = [true, false, true, true, false, true];
+    let refused = |found: Option<Error>, ridge: f64| {
+        let ok = matches!(
+            found,
+            Some(Error::Setting {
+                setting: "ridge",
+                ..
+            })
+        );
+        assert!(ok, "{ridge}: {found:?}");
+    };
+    for ridge in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY, -1e-9] {
+        let merging = MergeConfig::default().with(|c| c.ridge = ridge);
+        let found = merge(&rnn, &[keep.to_vec()], &calibration, &merging);
+        refused(found.err(), ridge);
+        let found = predict(&calibration.layers[0].after, &keep, &merging);
+        refused(found.err(), ridge);
+        let fitting = RefitConfig::default().with(|c| c.ridge = ridge);
+        let found = refit(
+            &mut rnn.clone(),
+            &MaskSet::default(),
+            &calibration,
+            &fitting,
+        );
+        refused(found.err(), ridge);
+    }
+}
+
+#[test]
+fn stored_moments_of_sizes_that_do_not_fit_are_refused() {
+    let calibration = calibrate(&network(Cell::Gru, &[6]));
+    let stored = serde_json::to_value(&calibration).unwrap();
+    let read = |change: &dyn Fn(&mut serde_json::Value)| {
+        let mut changed = stored.clone();
+        change(&mut changed["layers"][0]["after"]);
+        serde_json::from_value::<Calibration>(changed)
+    };
+    assert_eq!(read(&|_| ()).unwrap(), calibration);
+    let shorter = |list: &mut serde_json::Value| list.as_array_mut().unwrap().truncate(5);
+    let changes: [&dyn Fn(&mut serde_json::Value); 4] = [
+        &|m| shorter(&mut m["second"]),
+        &|m| shorter(&mut m["sum"]),
+        &|m| m["dim"] = 7.into(),
+        &|m| m["dim"] = (1u64 << 40).into(),
+    ];
+    for change in changes {
+        let text = read(change).unwrap_err().to_string();
+        assert!(text.contains("moments: expected shape"), "{text}");
+    }
 }

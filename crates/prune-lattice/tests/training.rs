@@ -290,3 +290,30 @@ fn decisions_at_every_step_are_learned_in_windows_with_the_state_carried() {
         assert!(found.accuracy.unwrap() > 0.9);
     }
 }
+
+#[test]
+fn sequences_whose_values_are_no_vectors_are_refused() {
+    let new = |dim: usize, count: usize, lengths: &[usize]| {
+        let values = vec![0.5; count];
+        let targets = Targets::Classes(vec![0; lengths.len()]);
+        Sequences::new(Inputs::Vectors { dim, values }, lengths, targets)
+    };
+    assert!(new(3, 12, &[1, 3]).is_ok());
+    let (none, one, two): (&[usize], &[usize], &[usize]) = (&[], &[4], &[1, 3]);
+    for (dim, count, lengths) in [(3, 13, two), (0, 0, none), (0, 4, one), (5, 4, none)] {
+        let found = new(dim, count, lengths);
+        let Err(Error::Setting {
+            setting: "sequences",
+            reason,
+        }) = &found
+        else {
+            panic!("{dim} {count}: {found:?}")
+        };
+        assert!(
+            reason.contains(&format!("no vectors of {dim} components")),
+            "{reason}"
+        );
+    }
+    // Lengths that do not fit a number.
+    assert!(new(1, 4, &[usize::MAX, 5]).is_err());
+}

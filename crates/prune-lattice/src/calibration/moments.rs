@@ -1,15 +1,52 @@
 //! First and second moments of vectors, accumulated in f64.
 
+use crate::error::Error;
 use serde::{Deserialize, Serialize};
 
 /// Sums over vectors of one width: how many there were, their sum, and the sum of their outer products.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(try_from = "Unchecked")]
 pub struct Moments {
     dim: usize,
     count: u64,
     sum: Vec<f64>,
     /// `dim * dim`, symmetric.
     second: Vec<f64>,
+}
+
+/// Moments as they are stored.
+#[derive(Deserialize)]
+struct Unchecked {
+    dim: usize,
+    count: u64,
+    sum: Vec<f64>,
+    second: Vec<f64>,
+}
+
+impl TryFrom<Unchecked> for Moments {
+    type Error = Error;
+
+    fn try_from(stored: Unchecked) -> Result<Self, Error> {
+        let Unchecked {
+            dim,
+            count,
+            sum,
+            second,
+        } = stored;
+        if sum.len() != dim || Some(second.len()) != dim.checked_mul(dim) {
+            return Err(Error::Shape {
+                tensor: "moments".into(),
+                expected: format!("sums of [{dim}] and [{dim}, {dim}]"),
+                found: vec![sum.len(), second.len()],
+            });
+        }
+        Ok(Self {
+            dim,
+            count,
+            sum,
+            second,
+        })
+    }
 }
 
 impl Moments {
@@ -35,6 +72,15 @@ impl Moments {
     /// Mean of the product of components `i` and `j`, not centred.
     pub fn second(&self, i: usize, j: usize) -> f64 {
         self.second[i * self.dim + j] * self.scale()
+    }
+
+    /// Whether the variance of component `i` is no larger than what rounding of the sums can leave of a constant.
+    #[cfg(feature = "train")]
+    pub(crate) fn is_constant(&self, i: usize) -> bool {
+        let group = GROUP as f64;
+        let rounding = (group + self.count as f64 / group) * f64::EPSILON;
+        let (square, mean) = (self.second(i, i), self.sum[i] * self.scale());
+        square - mean * mean <= rounding * square
     }
 
     /// Covariance matrix (divided by the count), `dim * dim`, symmetric, row-major.
@@ -64,11 +110,11 @@ impl Moments {
     /// # Errors
     /// Moments that are not those of any vectors (not finite).
     #[cfg(feature = "train")]
-    pub fn spectrum(&self) -> crate::error::Result<Vec<f64>> {
+    pub fn spectrum(&self) -> Result<Vec<f64>, Error> {
         use linalg::faer::MatRef;
         let covariance = self.covariance();
         let matrix = MatRef::from_row_major_slice(&covariance, self.dim, self.dim);
-        let found = linalg::eigen(matrix).map_err(|e| crate::error::Error::LeastSquares {
+        let found = linalg::eigen(matrix).map_err(|e| Error::LeastSquares {
             what: "covariance of states".into(),
             reason: e.to_string(),
         })?;

@@ -1,9 +1,11 @@
 //! Examples to train and evaluate on.
 
 mod augment;
+mod labels;
 
 pub(crate) use augment::Draw;
 pub use augment::{Augment, Augmentation};
+pub(crate) use labels::step_labels;
 
 use crate::{
     error::{Error, Result},
@@ -60,17 +62,29 @@ impl Sequences {
     /// From concatenated inputs, the length of each sequence, and the targets.
     ///
     /// # Errors
-    /// The lengths do not add up to the inputs, a length is 0, or there are not as many targets as sequences (for
-    /// [`Targets::Binary`], as steps).
+    /// The values are no whole vectors (of one component at least), the lengths do not add up to the inputs, a length is 0, or
+    /// there are not as many targets as sequences (for [`Targets::Binary`], as steps).
     pub fn new(inputs: Inputs, lengths: &[usize], targets: Targets) -> Result<Self> {
         let mut starts = vec![0];
-        starts.extend(lengths.iter().scan(0, |at, n| {
-            *at += n;
+        starts.extend(lengths.iter().scan(0usize, |at, n| {
+            *at = at.saturating_add(*n);
             Some(*at)
         }));
+        let wrong = |reason: String| Error::Setting {
+            setting: "sequences",
+            reason,
+        };
         let steps = match &inputs {
             Inputs::Symbols(s) => s.len(),
-            Inputs::Vectors { dim, values } => values.len() / (*dim).max(1),
+            Inputs::Vectors { dim, values } => {
+                if *dim == 0 || !values.len().is_multiple_of(*dim) {
+                    return Err(wrong(format!(
+                        "{} values are no vectors of {dim} components",
+                        values.len()
+                    )));
+                }
+                values.len() / dim
+            }
         };
         let (count, wanted) = match &targets {
             Targets::Classes(c) => (c.len(), lengths.len()),
@@ -81,15 +95,11 @@ impl Sequences {
             Targets::Binary { counted, .. } => (counted.len(), usize::MAX),
         };
         if starts[lengths.len()] != steps || lengths.contains(&0) || count != wanted {
-            let reason = format!(
+            return Err(wrong(format!(
                 "{} lengths that sum to {}, {steps} steps, {count} targets",
                 lengths.len(),
                 starts[lengths.len()]
-            );
-            return Err(Error::Setting {
-                setting: "sequences",
-                reason,
-            });
+            )));
         }
         Ok(Self {
             inputs,

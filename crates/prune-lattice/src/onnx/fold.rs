@@ -16,6 +16,17 @@ const MAX_CHAIN: usize = 64;
 const FLOAT: i32 = 1;
 const INT32: i32 = 6;
 const INT64: i32 = 7;
+/// Operators beside `Constant` that are folded: they move elements and change none.
+pub(super) const FOLDED: [&str; 8] = [
+    "Identity",
+    "Cast",
+    "Unsqueeze",
+    "Squeeze",
+    "Reshape",
+    "Transpose",
+    "Slice",
+    "Concat",
+];
 
 /// One element: its value and where in the file it stands (`None`: not in place, such as `float_data`).
 pub(super) type Element = (f32, Option<usize>);
@@ -53,7 +64,7 @@ impl Value {
 
     fn reshaped(mut self, to: Vec<usize>) -> Found<Value> {
         check_rank(to.len())?;
-        if size_of(&to) != Some(self.len()) {
+        if elements(&to)? != self.len() {
             return Err(format!("shape {:?} cannot become {to:?}", self.dims()));
         }
         match &mut self {
@@ -162,23 +173,22 @@ impl<'a> Scopes<'a> {
             })
             .collect::<Found<_>>()?;
         // Elements take a byte of the file at least.
-        let size = size_of(&dims)
-            .filter(|&n| n <= self.file.1)
-            .ok_or_else(|| format!("`{name}` has the shape {dims:?}, which is too large"))?;
+        let size = elements(&dims).map_err(|e| format!("`{name}`: {e}"))?;
+        if size > self.file.1 {
+            return Err(format!(
+                "`{name}` has the shape {dims:?}, which is too large"
+            ));
+        }
         self.budget.spend(size)?;
         let wrong = |found: usize| format!("`{name}` of shape {dims:?} has {found} elements");
         let raw = &t.raw_data;
-        let start = (raw.as_ptr() as usize).wrapping_sub(self.file.0);
-        // Fields are slices of the file; one that was copied has no place in it.
-        let in_place = start
-            .checked_add(raw.len())
-            .is_some_and(|end| end <= self.file.1);
+        let start = place(raw, self.file);
         match t.data_type {
             FLOAT if !raw.is_empty() => {
                 let words = raw.chunks_exact(4).enumerate();
                 let read = |(k, w): (usize, &[u8])| {
                     let value = f32::from_le_bytes([w[0], w[1], w[2], w[3]]);
-                    (value, in_place.then_some(start + 4 * k))
+                    (value, start.map(|start| start + 4 * k))
                 };
                 let values: Vec<Element> = words.map(read).collect();
                 match values.len() == size && raw.len() == 4 * size {
@@ -238,17 +248,7 @@ impl<'a> Scopes<'a> {
                 _ => Err(label("its value is no tensor".into())),
             };
         }
-        let folded = [
-            "Identity",
-            "Cast",
-            "Unsqueeze",
-            "Squeeze",
-            "Reshape",
-            "Transpose",
-            "Slice",
-            "Concat",
-        ];
-        if !folded.contains(&op) {
+        if !FOLDED.contains(&op) {
             return Err(label(
                 "it is not among the operators that are folded".into(),
             ));
@@ -353,7 +353,26 @@ fn check_rank(rank: usize) -> Found<()> {
     }
 }
 
-/// Elements of a shape.
+/// Where a piece of the file, which begins at an address and has a length, stands in it. Fields of messages are slices of the
+/// file; one that was copied has no place.
+pub(super) fn place(piece: &[u8], (file, len): (usize, usize)) -> Option<usize> {
+    let start = (piece.as_ptr() as usize).wrapping_sub(file);
+    let end = start.checked_add(piece.len())?;
+    (end <= len).then_some(start)
+}
+
+/// Elements of a constant of a shape. The one empty constant that graphs have a use for here is the list without entries (the
+/// shape of a scalar). Other shapes with an axis of 0 are refused: so no axis, and no product of some of the axes, is larger than
+/// the number of elements.
+fn elements(dims: &[usize]) -> Found<usize> {
+    match dims {
+        [0] => Ok(0),
+        _ if dims.contains(&0) => Err(format!("shape {dims:?} has an empty axis")),
+        _ => size_of(dims).ok_or_else(|| format!("shape {dims:?} is too large")),
+    }
+}
+
+/// Product of sizes.
 fn size_of(dims: &[usize]) -> Option<usize> {
     dims.iter().try_fold(1usize, |n, &d| n.checked_mul(d))
 }
@@ -435,6 +454,7 @@ fn slice(x: &Value, list: &mut Lists<'_>) -> Found<Value> {
     }
     let from = strides(&dims);
     let shape: Vec<usize> = ranges.iter().map(|(s, e)| e - s).collect();
+    elements(&shape)?;
     let at = positions(&shape, |k, i| from[k] * (ranges[k].0 + i));
     Ok(x.gather(shape, &at))
 }
@@ -463,9 +483,10 @@ fn concat(parts: &[Value], at: i64) -> Found<Value> {
             }
         }
     }
-    match (floats.is_empty(), ints.is_empty()) {
-        (_, true) => Ok(Value::Floats(dims, floats)),
-        (true, false) => Ok(Value::Ints(dims, ints)),
-        (false, false) => Err("floats beside integers".into()),
+    let integers = parts.iter().filter(|v| matches!(v, Value::Ints(..)));
+    match integers.count() {
+        0 => Ok(Value::Floats(dims, floats)),
+        n if n == parts.len() => Ok(Value::Ints(dims, ints)),
+        _ => Err("floats beside integers".into()),
     }
 }

@@ -6,26 +6,28 @@
 //! the file stays as it is.
 
 mod fold;
+mod nodes;
 mod proto;
+mod readers;
 
 use crate::{
-    cell::{Cell, GateLayout},
+    cell::Cell,
     error::{Error, Result, check_finite},
     rnn::{CheckpointNames, ReadOut, Rnn},
 };
 use candle_core::{Device, Tensor};
-use fold::{Budget, Element, Found, Scopes, Value};
+use fold::{Budget, Element, Scopes, Value};
+use nodes::Nodes;
 use prost::{Message, bytes::Bytes};
-use proto::{Graph, Model, Node};
+use proto::Model;
+use readers::Shared;
 use std::{
-    collections::HashMap,
+    collections::{BTreeSet, HashMap},
     path::{Path, PathBuf},
 };
 
 /// Bytes of a file at most: protobuf's own limit.
 const MAX_BYTES: usize = 1 << 31;
-/// Graphs inside graphs.
-const MAX_DEPTH: usize = 16;
 
 /// An ONNX file with its recurrent nodes.
 #[derive(Debug, Clone)]
@@ -50,7 +52,8 @@ pub struct Unsupported {
 /// A recurrent node, gates in PyTorch's order.
 #[derive(Debug, Clone)]
 pub struct RecurrentNode {
-    /// Name of the node.
+    /// Name of the node. One without a name is called by its operator and its number among the nodes of its graph (`LSTM 3`); in
+    /// a graph inside another, the way there stands between them (`LSTM 2.then_branch.0`).
     pub name: String,
     /// Its cell.
     pub cell: Cell,
@@ -60,6 +63,8 @@ pub struct RecurrentNode {
     pub width: usize,
     /// Where its graph is: for each graph inside the one before, the node and its attribute.
     graph: Vec<(usize, usize)>,
+    /// Its number among the nodes of that graph.
+    at: usize,
     /// `W`: `[gates * H, width]`.
     weight_ih: Vec<Element>,
     /// `R`: `[gates * H, H]`.
@@ -104,18 +109,9 @@ impl OnnxFile {
         let graph = model
             .graph
             .ok_or_else(|| wrong("an ONNX model without a graph".into()))?;
-        let mut found = Nodes {
-            file: &bytes,
-            budget: Budget::of(&bytes),
-            nodes: Vec::new(),
-            unsupported: Vec::new(),
-        };
-        found
-            .collect(&mut vec![&graph], &mut Vec::new())
-            .map_err(wrong)?;
         let Nodes {
             nodes, unsupported, ..
-        } = found;
+        } = Nodes::of(&graph, &bytes).map_err(wrong)?;
         match (nodes.as_slice(), unsupported.as_slice()) {
             ([], []) => Err(wrong(
                 "it has no LSTM, GRU or RNN node; cells that are unrolled into Gemm, Sigmoid and Mul are not recognised"
@@ -253,8 +249,11 @@ impl OnnxFile {
 
     /// The file with the weights of a node replaced by those of a layer of `rnn`, which must have its shape.
     ///
+    /// A node in another branch of the same `If` whose weights stand in the same places is the same layer, and changes with it.
+    ///
     /// # Errors
-    /// The shapes differ, or a changed weight has no place of its own in the file.
+    /// The shapes differ, or a changed weight has no place of its own in the file: [`Error::SharedTensor`] where anything else
+    /// in the file reads it too.
     pub fn with_layer(&self, node: &RecurrentNode, rnn: &Rnn, layer: usize) -> Result<Vec<u8>> {
         let shape = rnn.config();
         if layer >= shape.hidden.len()
@@ -286,6 +285,7 @@ impl OnnxFile {
         }
         let mut bytes = self.bytes.to_vec();
         let mut written: HashMap<usize, f32> = HashMap::new();
+        let mut changed = BTreeSet::new();
         let mut put = |(old, place): Element, new: f32, what: &str| -> Result<()> {
             let wrong = |reason: &str| Error::Data {
                 file: self.file.clone(),
@@ -305,7 +305,11 @@ impl OnnxFile {
                 }
                 _ => {}
             }
-            bytes[place..place + 4].copy_from_slice(&new.to_le_bytes());
+            let stored = &mut bytes[place..place + 4];
+            if *stored != new.to_le_bytes() {
+                stored.copy_from_slice(&new.to_le_bytes());
+                changed.insert(place);
+            }
             Ok(())
         };
         for (&e, &w) in node.weight_ih.iter().zip(weights.w_ih) {
@@ -329,7 +333,14 @@ impl OnnxFile {
             put(ih, new_ih, "B")?;
             put(hh, new_hh, "B")?;
         }
-        Ok(bytes)
+        match self.other_reader(node, &changed) {
+            None => Ok(bytes),
+            Some(Shared { tensor, reader }) => Err(Error::SharedTensor {
+                file: self.file.clone(),
+                tensor,
+                reader,
+            }),
+        }
     }
 
     /// Writes [`with_layer`](Self::with_layer) to a file, which appears under its name when it is complete.
@@ -398,158 +409,4 @@ impl RecurrentNode {
         })
         .collect()
     }
-}
-
-/// The recurrent nodes of a file that were found so far.
-struct Nodes<'a> {
-    file: &'a [u8],
-    budget: Budget,
-    nodes: Vec<RecurrentNode>,
-    unsupported: Vec<Unsupported>,
-}
-
-impl Nodes<'_> {
-    /// Adds those of the innermost graph, which lies at `path`, and of the graphs inside it.
-    fn collect(&mut self, graphs: &mut Vec<&Graph>, path: &mut Vec<(usize, usize)>) -> Found<()> {
-        if graphs.len() > MAX_DEPTH {
-            return Err(format!("more than {MAX_DEPTH} graphs inside each other"));
-        }
-        let graph = *graphs.last().expect("called with a graph");
-        for (k, node) in graph.node.iter().enumerate() {
-            let operator = node.op_type.as_str();
-            let cell = match operator {
-                "LSTM" => Some(Cell::Lstm),
-                "GRU" => Some(Cell::Gru),
-                "RNN" => Some(Cell::Tanh),
-                _ => None,
-            };
-            if let Some(cell) = cell {
-                let name = match node.name.is_empty() {
-                    true => format!("{operator} {k}"),
-                    false => node.name.clone(),
-                };
-                let scopes = Scopes::new(graphs.clone(), self.file, &self.budget);
-                match recurrent(node, cell, &scopes, &name) {
-                    Ok(node) => self.nodes.push(RecurrentNode {
-                        graph: path.clone(),
-                        ..node
-                    }),
-                    Err(reason) => self.unsupported.push(Unsupported {
-                        name,
-                        operator: operator.into(),
-                        reason,
-                    }),
-                }
-            }
-            for (a, attribute) in node.attribute.iter().enumerate() {
-                if let Some(inner) = &attribute.g {
-                    graphs.push(inner);
-                    path.push((k, a));
-                    self.collect(graphs, path)?;
-                    path.pop();
-                    graphs.pop();
-                }
-            }
-        }
-        Ok(())
-    }
-}
-
-/// Reads a node, after refusing by name what the crate's cells do not compute.
-fn recurrent(node: &Node, cell: Cell, scopes: &Scopes<'_>, name: &str) -> Found<RecurrentNode> {
-    let text = |b: &Bytes| String::from_utf8_lossy(b).into_owned();
-    let direction = node.attribute("direction").map(|a| text(&a.s));
-    if direction.as_deref().is_some_and(|d| d != "forward") {
-        return Err(format!(
-            "direction `{}` is not supported",
-            direction.unwrap_or_default()
-        ));
-    }
-    if node.attribute("clip").is_some() {
-        return Err("clip is not supported".into());
-    }
-    if node.attribute("input_forget").is_some_and(|a| a.i != 0) {
-        return Err("input_forget = 1 is not supported".into());
-    }
-    if cell == Cell::Lstm && node.input(7).is_some() {
-        return Err("peepholes (P) are not supported".into());
-    }
-    if cell == Cell::Gru
-        && node
-            .attribute("linear_before_reset")
-            .is_none_or(|a| a.i == 0)
-    {
-        return Err("linear_before_reset = 0 is another cell; only 1 is supported".into());
-    }
-    let activations: Vec<String> = node
-        .attribute("activations")
-        .map(|a| a.strings.iter().map(|s| text(s).to_lowercase()).collect())
-        .unwrap_or_default();
-    let (cell, usual): (Cell, &[&str]) = match cell {
-        Cell::Lstm => (cell, &["sigmoid", "tanh", "tanh"]),
-        Cell::Gru => (cell, &["sigmoid", "tanh"]),
-        _ if activations == ["relu"] => (Cell::Relu, &["relu"]),
-        _ => (cell, &["tanh"]),
-    };
-    if !activations.is_empty() && activations != usual {
-        return Err(format!("activations {activations:?} are not supported"));
-    }
-    let gates = cell.gates();
-    // Without the axis of directions.
-    let matrix = |at: usize, role: &str| -> Found<(Vec<usize>, Vec<Element>)> {
-        let input = node.input(at).ok_or_else(|| format!("it has no {role}"))?;
-        match scopes.value(input).map_err(|e| format!("{role}: {e}"))? {
-            Value::Floats(dims, values) if dims.first() == Some(&1) => {
-                Ok((dims[1..].to_vec(), values))
-            }
-            Value::Floats(dims, _) | Value::Ints(dims, _) => Err(format!(
-                "{role} has the shape {dims:?}; a first axis of 1 is expected"
-            )),
-        }
-    };
-    let (w_shape, w) = matrix(1, "W")?;
-    let (r_shape, r) = matrix(2, "R")?;
-    let (&[rows, width], &[r_rows, hidden]) = (w_shape.as_slice(), r_shape.as_slice()) else {
-        return Err(format!("W {w_shape:?} and R {r_shape:?} are no matrices"));
-    };
-    if hidden == 0 || width == 0 || rows != gates * hidden || r_rows != rows {
-        return Err(format!(
-            "W {w_shape:?} and R {r_shape:?} do not fit {gates} gates"
-        ));
-    }
-    let stated = node.attribute("hidden_size").map(|a| a.i);
-    if stated.is_some_and(|s| s != hidden as i64) {
-        return Err(format!("hidden_size is {stated:?}, R has {hidden} columns"));
-    }
-    let reordered = |values: &[Element], cols: usize| -> Vec<Element> {
-        let block = hidden * cols;
-        let positions = GateLayout::Onnx.positions(cell).iter();
-        positions
-            .flat_map(|&p| values[p * block..(p + 1) * block].iter().copied())
-            .collect()
-    };
-    let (bias_ih, bias_hh) = match node.input(3) {
-        None => (Vec::new(), Vec::new()),
-        Some(_) => {
-            let (shape, b) = matrix(3, "B")?;
-            if shape != [2 * rows] {
-                return Err(format!(
-                    "B has {shape:?} entries, {} are expected",
-                    2 * rows
-                ));
-            }
-            (reordered(&b[..rows], 1), reordered(&b[rows..], 1))
-        }
-    };
-    Ok(RecurrentNode {
-        name: name.to_owned(),
-        cell,
-        hidden,
-        width,
-        graph: Vec::new(),
-        weight_ih: reordered(&w, width),
-        weight_hh: reordered(&r, hidden),
-        bias_ih,
-        bias_hh,
-    })
 }

@@ -14,6 +14,14 @@ pub(super) struct Graph {
     pub(super) node: Vec<Node>,
     #[prost(message, repeated, tag = "5")]
     pub(super) initializer: Vec<TensorData>,
+    #[prost(message, repeated, tag = "12")]
+    pub(super) output: Vec<Output>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub(super) struct Output {
+    #[prost(string, tag = "1")]
+    pub(super) name: String,
 }
 
 #[derive(Clone, PartialEq, Message)]

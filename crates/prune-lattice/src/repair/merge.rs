@@ -1,7 +1,7 @@
 //! Neurons merged into those that are kept: a linear prediction of all states from the kept ones, folded into the weights
 //! that read them. The result is a smaller dense network.
 
-use super::{refit::add_constants, solve};
+use super::{by_support, check_ridge, refit::add_constants, solve};
 use crate::{
     calibration::{Calibration, Moments, RecordConfig, record_joint},
     data::{Dataset, Examples},
@@ -13,7 +13,6 @@ use crate::{
 };
 use linalg::faer::Mat;
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeMap;
 use tensor_io::Progress;
 
 /// How neurons are merged.
@@ -21,7 +20,7 @@ use tensor_io::Progress;
 #[serde(default)]
 #[non_exhaustive]
 pub struct MergeConfig {
-    /// Ridge of the regression as a share of the mean variance of the kept neurons.
+    /// Ridge of the regression as a share of the mean variance of the kept neurons: finite and not negative.
     pub ridge: f64,
     /// Passes of [`merge_passes`].
     pub passes: usize,
@@ -61,17 +60,26 @@ fn regress(
     let c = moments.covariance();
     let k = sources.len();
     let diagonal = sources.iter().map(|&i| c[i * n + i]).sum::<f64>() / k.max(1) as f64;
-    // States that never vary predict nothing; the offset holds them.
     let lambda = (ridge * diagonal).max(f64::MIN_POSITIVE.sqrt());
-    let matrix = if k == 0 {
-        Mat::zeros(targets.len(), 0)
-    } else {
-        let a = Mat::from_fn(k, k, |i, j| {
-            c[sources[i] * n + sources[j]] + if i == j { lambda } else { 0.0 }
+    // States that never vary predict nothing; the offset holds them. What rounding leaves of their covariances is no matrix of
+    // any states, and need not be positive definite.
+    let varying: Vec<usize> = (0..k)
+        .filter(|&i| !moments.is_constant(sources[i]))
+        .collect();
+    let mut matrix: Mat<f64> = Mat::zeros(targets.len(), k);
+    if !varying.is_empty() {
+        let source = |i: usize| sources[varying[i]];
+        let a = Mat::from_fn(varying.len(), varying.len(), |i, j| {
+            c[source(i) * n + source(j)] + if i == j { lambda } else { 0.0 }
         });
-        let b = Mat::from_fn(k, targets.len(), |i, t| c[sources[i] * n + targets[t]]);
-        solve(a, b, "states")?.transpose().to_owned()
-    };
+        let b = Mat::from_fn(varying.len(), targets.len(), |i, t| {
+            c[source(i) * n + targets[t]]
+        });
+        let solved = solve(a, b, "states")?;
+        for (i, &column) in varying.iter().enumerate() {
+            (0..targets.len()).for_each(|t| matrix[(t, column)] = solved[(i, t)]);
+        }
+    }
     let offset = targets
         .iter()
         .enumerate()
@@ -86,8 +94,9 @@ fn regress(
 /// The prediction of all states from the kept ones; kept states predict themselves exactly.
 ///
 /// # Errors
-/// The flags do not fit the moments, or keep nothing.
+/// The flags do not fit the moments, or keep nothing; a ridge that is negative or not finite.
 pub fn predict(moments: &Moments, keep: &[bool], config: &MergeConfig) -> Result<Prediction> {
+    check_ridge(config.ridge)?;
     let kept = numbers(keep);
     if keep.len() != moments.dim() || kept.is_empty() {
         return Err(Error::Shape {
@@ -130,7 +139,8 @@ fn predict_jointly(
     Ok(regress(moments, &all, &of_second, ridge)?.spread(kept, sources))
 }
 
-fn numbers(flags: &[bool]) -> Vec<usize> {
+/// The neurons whose flags are set.
+pub(crate) fn numbers(flags: &[bool]) -> Vec<usize> {
     (0..flags.len()).filter(|&i| flags[i]).collect()
 }
 
@@ -196,14 +206,10 @@ impl Reader<'_> {
         let k = self.kept.len();
         let n = self.w.len() / self.of_rows;
         let row = |r: usize| &self.w[r * n..(r + 1) * n];
-        let mut groups: BTreeMap<&[u64], Vec<usize>> = BTreeMap::new();
-        for (at, &r) in self.rows.iter().enumerate() {
-            let support = self.within.map_or(&[][..], |mask| mask.keep().row(r));
-            groups.entry(support).or_default().push(at);
-        }
+        let groups = by_support(self.within.map(Mask::keep), &self.rows);
         let mut weights = vec![0.0; self.rows.len() * k];
         let mut constants = vec![0.0; self.rows.len()];
-        for places in groups.into_values() {
+        for places in groups {
             let exists = |j: &usize| {
                 let first = self.rows[places[0]];
                 self.within.is_none_or(|mask| mask.keep().get(first, *j))
@@ -281,7 +287,7 @@ fn build(
 /// affine functions of the kept ones.
 ///
 /// # Errors
-/// Flags or a calibration that do not fit the network, or a layer without neurons.
+/// Flags or a calibration that do not fit the network, a layer without neurons, or a ridge that is negative or not finite.
 pub fn merge(
     rnn: &Rnn,
     keep: &[Vec<bool>],
@@ -304,6 +310,7 @@ pub fn merge_in(
     context: &PruneContext<'_>,
     config: &MergeConfig,
 ) -> Result<Rnn> {
+    check_ridge(config.ridge)?;
     let calibration = context.calibration.ok_or_else(|| Error::Setting {
         setting: "calibration",
         reason: "merging needs one".into(),

@@ -8,11 +8,37 @@
 mod merge;
 mod refit;
 
+pub(crate) use merge::numbers;
 pub use merge::{MergeConfig, Prediction, merge, merge_in, merge_passes, predict};
 pub use refit::{MatrixRefit, Refit, RefitConfig, RefitReport, refit, refit_matrix};
 
-use crate::error::{Error, Result};
+use crate::{
+    error::{Error, Result},
+    order::bits::BitMatrix,
+};
 use linalg::{Cholesky, faer::Mat};
+use std::collections::BTreeMap;
+
+/// Checks that a ridge is a share: finite and not negative.
+fn check_ridge(ridge: f64) -> Result<()> {
+    match ridge.is_finite() && ridge >= 0.0 {
+        true => Ok(()),
+        false => Err(Error::Setting {
+            setting: "ridge",
+            reason: format!("{ridge} is no finite number of at least 0"),
+        }),
+    }
+}
+
+/// Groups of the given rows of `keep` with the same entries, as places in `rows`; without `keep`, all rows are one group.
+fn by_support(keep: Option<&BitMatrix>, rows: &[usize]) -> Vec<Vec<usize>> {
+    let mut groups: BTreeMap<&[u64], Vec<usize>> = BTreeMap::new();
+    for (place, &row) in rows.iter().enumerate() {
+        let support = keep.map_or(&[][..], |keep| keep.row(row));
+        groups.entry(support).or_default().push(place);
+    }
+    groups.into_values().collect()
+}
 
 /// Solves `a x = b` for a symmetric positive definite `a`.
 fn solve(a: Mat<f64>, b: Mat<f64>, what: &str) -> Result<Mat<f64>> {

@@ -5,7 +5,7 @@
 //! allows, with a pull towards the old weights. The constant goes into the bias. Rows with the same support share one
 //! factorisation.
 
-use super::solve;
+use super::{by_support, check_ridge, solve};
 use crate::{
     calibration::{Calibration, Moments},
     cell::Cell,
@@ -18,14 +18,13 @@ use crate::{
 use linalg::faer::{Mat, MatRef};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeMap;
 
 /// How weights are solved again.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 #[non_exhaustive]
 pub struct RefitConfig {
-    /// λ as a share of the mean diagonal of `C`.
+    /// λ as a share of the mean diagonal of `C`: finite and not negative.
     pub ridge: f64,
     /// Whether a constant is added to the bias.
     pub constant: bool,
@@ -94,12 +93,9 @@ struct Group {
 }
 
 fn groups(keep: &BitMatrix) -> Vec<Group> {
-    let mut by_support: BTreeMap<&[u64], Vec<usize>> = BTreeMap::new();
-    for row in 0..keep.rows() {
-        by_support.entry(keep.row(row)).or_default().push(row);
-    }
-    by_support
-        .into_values()
+    let all: Vec<usize> = (0..keep.rows()).collect();
+    by_support(Some(keep), &all)
+        .into_iter()
         .map(|rows| Group {
             support: keep.row_ones(rows[0]).collect(),
             rows,
@@ -110,7 +106,8 @@ fn groups(keep: &BitMatrix) -> Vec<Group> {
 /// Solves a matrix `w` `[keep.rows, keep.cols]` again under a mask.
 ///
 /// # Errors
-/// Sizes that do not fit, or moments that are not those of any inputs (not positive semidefinite).
+/// Sizes that do not fit, a ridge that is negative or not finite, or moments that are not those of any inputs (not positive
+/// semidefinite).
 pub fn refit_matrix(
     name: &str,
     w: &[f32],
@@ -118,6 +115,7 @@ pub fn refit_matrix(
     inputs: &Moments,
     config: &RefitConfig,
 ) -> Result<Refit> {
+    check_ridge(config.ridge)?;
     let (rows, cols) = (keep.rows(), keep.cols());
     if w.len() != rows * cols || inputs.dim() != cols || inputs.count() == 0 {
         return Err(Error::Shape {
@@ -240,7 +238,7 @@ fn errors(dense: &Mat<f64>, keep: &BitMatrix, refit: &Refit, c: &Mat<f64>) -> (f
 /// applied as they are. The result is masked.
 ///
 /// # Errors
-/// Masks or a calibration that do not fit the network.
+/// Masks or a calibration that do not fit the network, or a ridge that is negative or not finite.
 pub fn refit(
     rnn: &mut Rnn,
     masks: &MaskSet,
@@ -248,6 +246,7 @@ pub fn refit(
     config: &RefitConfig,
 ) -> Result<RefitReport> {
     let start = std::time::Instant::now();
+    check_ridge(config.ridge)?;
     let shape = rnn.config().clone();
     calibration.check(shape.input.width(), &shape.hidden)?;
     let mut masked = rnn.clone();

@@ -3,7 +3,7 @@
 use super::{BANDS, FEATURES, HIDDEN, WeightFile};
 use crate::{
     cell::values,
-    data::{Examples, Inputs, Sequences, Targets},
+    data::{Examples, Inputs, Sequences, Targets, step_labels},
     error::{Error, Result},
     io,
     rnn::{Evaluation, Rnn, auc},
@@ -11,20 +11,20 @@ use crate::{
 use std::path::Path;
 
 /// Clips of one length: features `[clips, frames, 65]` of a safetensors file, with `gains` `[clips, frames, 32]` and `labels`
-/// `[clips, frames]` (1 voice, 0 none, others not counted).
+/// `[clips, frames]` (1 voice, 0 none, 255 not counted).
 #[derive(Debug, Clone)]
 pub struct Clips {
     frames: usize,
     features: Vec<f32>,
     gains: Vec<f32>,
-    labels: Vec<f32>,
+    labels: Vec<Option<bool>>,
 }
 
 impl Clips {
     /// Reads a file.
     ///
     /// # Errors
-    /// A file that cannot be read, a tensor that is missing or has another shape.
+    /// A file that cannot be read, a tensor that is missing or has another shape, another label.
     pub fn load(file: &Path) -> Result<Self> {
         let tensors = io::load(file)?;
         let wrong = |reason: String| Error::Data {
@@ -58,7 +58,7 @@ impl Clips {
             frames,
             features: of("features", &[clips, frames, FEATURES])?,
             gains: of("gains", &[clips, frames, BANDS])?,
-            labels: of("labels", &[clips, frames])?,
+            labels: step_labels(&of("labels", &[clips, frames])?, frames, file)?,
         })
     }
 
@@ -87,7 +87,7 @@ impl Clips {
             frames: self.frames,
             features: of(&self.features, FEATURES),
             gains: of(&self.gains, BANDS),
-            labels: of(&self.labels, 1),
+            labels: self.labels[from * self.frames..to * self.frames].to_vec(),
         }
     }
 
@@ -132,9 +132,9 @@ impl Clips {
             let pairs = gains.iter().zip(expected);
             square += pairs.map(|(a, b)| f64::from(a - b).powi(2)).sum::<f64>();
             for (&v, &label) in voice.iter().zip(labels) {
-                if label == 0.0 || label == 1.0 {
-                    right += usize::from((v > 0.5) == (label == 1.0));
-                    decisions.push((v, label));
+                if let Some(label) = label {
+                    right += usize::from((v > 0.5) == label);
+                    decisions.push((v, f32::from(u8::from(label))));
                 }
             }
         }
@@ -144,5 +144,39 @@ impl Clips {
             auc: auc(&decisions),
             targets: decisions.len(),
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::{DType, Device, Tensor};
+    use std::collections::HashMap;
+
+    #[test]
+    fn labels_of_clips_are_0_1_or_not_counted_and_anything_else_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("clips.safetensors");
+        let write = |label: u8| {
+            let zeros =
+                |width: usize| Tensor::zeros((2, 3, width), DType::F32, &Device::Cpu).unwrap();
+            let labels = vec![0u8, 1, 255, 1, label, 0];
+            let labels = Tensor::from_vec(labels, (2, 3), &Device::Cpu).unwrap();
+            let tensors = HashMap::from([
+                ("features".to_owned(), zeros(FEATURES)),
+                ("gains".to_owned(), zeros(BANDS)),
+                ("labels".to_owned(), labels),
+            ]);
+            io::save(&tensors, &file).unwrap();
+            Clips::load(&file)
+        };
+        let counted = write(255).unwrap().labels;
+        let expected = [Some(false), Some(true), None, Some(true), None, Some(false)];
+        assert_eq!(counted, expected);
+        let text = write(2).unwrap_err().to_string();
+        assert!(
+            text.contains("clips.safetensors: labels: 2 in clip 1, step 1"),
+            "{text}"
+        );
     }
 }

@@ -10,15 +10,9 @@ use crate::{
     error::{Error, Result},
     mask::{Mask, MaskSet},
     order::bits::BitMatrix,
-    repair::{MergeConfig, Prediction, merge, predict},
+    repair::{MergeConfig, Prediction, merge, numbers, predict},
     rnn::{Rnn, Role},
 };
-
-/// The neurons that stay, of each layer.
-fn numbers(keep: &[Vec<bool>]) -> Vec<Vec<usize>> {
-    let of = |flags: &Vec<bool>| (0..flags.len()).filter(|&i| flags[i]).collect();
-    keep.iter().map(of).collect()
-}
 
 /// A small network in the sizes of the file: its neurons first, the others zero. Also the masks of the blocks that hold weights.
 fn padded(whole: &Rnn, small: &Rnn) -> (Rnn, MaskSet) {
@@ -87,7 +81,8 @@ impl WeightFile {
             .map(|(keep, layer)| predict(&layer.after, keep, config))
             .collect::<Result<Vec<_>>>()?;
         let (weights, bias) = self.read_outs()?;
-        let (weights, bias) = read_outs(&weights, &bias, &numbers(keep), &predictions);
+        let kept: Vec<Vec<usize>> = keep.iter().map(|flags| numbers(flags)).collect();
+        let (weights, bias) = read_outs(&weights, &bias, &kept, &predictions);
         file.set_read_outs(&weights, &bias)?;
         let rnn = file.network()?;
         Ok((file, rnn))

@@ -1,8 +1,8 @@
 //! Weight files of RNNoise: named arrays, and matrices as lists of blocks of 8 outputs by 4 inputs.
 //!
 //! The library loads such a file at run time and skips blocks that are not listed, so that a pruned matrix makes the original
-//! program faster. A record is `DNNw`, version, type, size and padded size (32 bits each, little endian), a name of 44 bytes,
-//! and the data, padded to 64 bytes.
+//! program faster. A record is `DNNw`, version, type, size and padded size (32 bits each, little endian), a name of 44 bytes of
+//! which the last is zero, and the data, padded to 64 bytes.
 //!
 //! [`WeightFile::network`] takes the three GRUs out as an [`Rnn`](crate::rnn::Rnn), [`WeightFile::set_network`] puts a pruned
 //! one back, `WeightFile::merged` (feature `train`) removes neurons.
@@ -29,6 +29,10 @@ use tensor_io::atomic;
 const MAGIC: &[u8; 4] = b"DNNw";
 const HEAD: usize = 64;
 const NAME: usize = 44;
+/// Types of elements.
+const FLOAT: i32 = 0;
+const INT: i32 = 1;
+const INT8: i32 = 3;
 /// Outputs and inputs of a block.
 const OUTPUTS: usize = 8;
 const INPUTS: usize = 4;
@@ -42,6 +46,29 @@ pub struct Array {
     pub kind: i32,
     /// Its bytes, little endian, without padding.
     pub data: Vec<u8>,
+}
+
+impl Array {
+    /// Checks that the type is known and the data are whole elements of it; the error says what is wrong.
+    fn check(&self) -> Result<(), String> {
+        let Self { name, kind, data } = self;
+        let size = match *kind {
+            FLOAT | INT => 4,
+            INT8 => 1,
+            _ => {
+                return Err(format!(
+                    "`{name}` has elements of type {kind}; {FLOAT} (f32), {INT} (i32) and {INT8} (int8) are known"
+                ));
+            }
+        };
+        match data.len().is_multiple_of(size) {
+            true => Ok(()),
+            false => Err(format!(
+                "`{name}` has {} bytes, elements of type {kind} have {size}",
+                data.len()
+            )),
+        }
+    }
 }
 
 /// The entries of a list of blocks, in their places.
@@ -82,7 +109,8 @@ impl WeightFile {
     /// Reads a file from its bytes; `file` is named in errors.
     ///
     /// # Errors
-    /// A record is cut off, has another mark or version, sizes that do not fit, or a name that is no text.
+    /// A record is cut off, has another mark or version, sizes that do not fit, a type that is not known, or a name that is no
+    /// text or does not end inside the 44 bytes.
     pub fn from_bytes(bytes: &[u8], file: &Path) -> Result<Self> {
         let wrong = |at: usize, reason: String| Error::Data {
             file: PathBuf::from(file),
@@ -116,6 +144,13 @@ impl WeightFile {
                     format!("size {} padded to {}", word(12), word(16)),
                 ));
             };
+            if head[HEAD - 1] != 0 {
+                let name = head[HEAD - NAME..].escape_ascii();
+                return Err(wrong(
+                    at,
+                    format!("the last of the {NAME} bytes of the name `{name}` is not zero"),
+                ));
+            }
             let name = head[HEAD - NAME..]
                 .split(|&b| b == 0)
                 .next()
@@ -127,32 +162,38 @@ impl WeightFile {
                 let found = bytes.len() - start;
                 return Err(wrong(at, format!("`{name}` has {found} of {room} bytes")));
             };
-            arrays.push(Array {
+            let array = Array {
                 name: name.to_owned(),
                 kind: word(8),
                 data: data[..size].to_vec(),
-            });
+            };
+            array.check().map_err(|reason| wrong(at, reason))?;
+            arrays.push(array);
             at = start + room;
         }
         Ok(Self { arrays })
     }
 
-    /// The bytes of the file: what was read and not changed is the same byte for byte.
+    /// The bytes of the file: what was read and not changed is the same byte for byte, but for the bytes behind the end of a name
+    /// and behind the data of a record. Those mean nothing, and are written as zeros.
     ///
     /// # Errors
-    /// A name that is too long, or an array of 2 GiB or more.
+    /// A name that is too long or contains a zero, an array of 2 GiB or more, a type that is not known, or data that are no whole
+    /// elements of it.
     pub fn to_bytes(&self) -> Result<Vec<u8>> {
         let mut out = Vec::new();
         for array in &self.arrays {
+            array.check().map_err(setting)?;
             let room = array.data.len().next_multiple_of(64);
             let sizes = i32::try_from(array.data.len())
                 .ok()
                 .zip(i32::try_from(room).ok());
-            let Some((size, padded)) = sizes.filter(|_| array.name.len() < NAME) else {
-                return Err(Error::Setting {
-                    setting: "weight file",
-                    reason: format!("`{}` has a name or data that are too long", array.name),
-                });
+            let fits = array.name.len() < NAME && !array.name.contains('\0');
+            let Some((size, padded)) = sizes.filter(|_| fits) else {
+                return Err(setting(format!(
+                    "`{}` has a name or data that do not fit a record",
+                    array.name
+                )));
             };
             out.extend_from_slice(MAGIC);
             for word in [0, array.kind, size, padded] {
@@ -179,6 +220,22 @@ impl WeightFile {
             .ok_or_else(|| Error::MissingTensor { name: name.into() })
     }
 
+    /// The data of the array of that name.
+    ///
+    /// # Errors
+    /// There is no such array, it has elements of another type, or no whole ones.
+    fn data(&self, name: &str, kind: i32) -> Result<&[u8]> {
+        let array = self.get(name)?;
+        array.check().map_err(setting)?;
+        match array.kind == kind {
+            true => Ok(&array.data),
+            false => Err(setting(format!(
+                "`{name}` has elements of type {}, {kind} is expected",
+                array.kind
+            ))),
+        }
+    }
+
     /// Replaces an array, or appends it.
     pub fn set(&mut self, array: Array) {
         match self.arrays.iter_mut().find(|a| a.name == array.name) {
@@ -199,12 +256,13 @@ impl WeightFile {
                 .any(|a| a.name == format!("{name}_{kind}"))
         };
         let codes = !has("float") && has("int8");
-        let index = words(&self.get(&format!("{name}_idx"))?.data, i32::from_le_bytes);
+        let index = self.data(&format!("{name}_idx"), INT)?;
+        let index = words(index, i32::from_le_bytes);
         let values = if codes {
-            let data = &self.get(&format!("{name}_int8"))?.data;
+            let data = self.data(&format!("{name}_int8"), INT8)?;
             data.iter().map(|&b| f32::from(b as i8)).collect()
         } else {
-            let data = &self.get(&format!("{name}_float"))?.data;
+            let data = self.data(&format!("{name}_float"), FLOAT)?;
             words(data, f32::from_le_bytes)
         };
         // Output and input of an entry of a block.
@@ -286,7 +344,7 @@ impl WeightFile {
     fn set_index(&mut self, name: &str, index: &[i32]) {
         self.set(Array {
             name: format!("{name}_idx"),
-            kind: 1,
+            kind: INT,
             data: index.iter().flat_map(|v| v.to_le_bytes()).collect(),
         });
     }
@@ -294,14 +352,14 @@ impl WeightFile {
     fn set_floats(&mut self, name: &str, values: &[f32]) {
         self.set(Array {
             name: name.into(),
-            kind: 0,
+            kind: FLOAT,
             data: values.iter().flat_map(|v| v.to_le_bytes()).collect(),
         });
     }
 
     /// The numbers of a float array of known size.
     fn floats(&self, name: &str, count: usize) -> Result<Vec<f32>> {
-        let values = words(&self.get(name)?.data, f32::from_le_bytes);
+        let values = words(self.data(name, FLOAT)?, f32::from_le_bytes);
         if values.len() != count {
             return Err(Error::Shape {
                 tensor: name.into(),
@@ -357,6 +415,13 @@ fn blocks<T: Copy>(
     Ok((index, values))
 }
 
+fn setting(reason: String) -> Error {
+    Error::Setting {
+        setting: "weight file",
+        reason,
+    }
+}
+
 fn words<T>(data: &[u8], read: impl Fn([u8; 4]) -> T) -> Vec<T> {
     data.chunks_exact(4)
         .map(|w| read([w[0], w[1], w[2], w[3]]))
@@ -364,137 +429,4 @@ fn words<T>(data: &[u8], read: impl Fn([u8; 4]) -> T) -> Vec<T> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn file() -> (WeightFile, Vec<f32>, BitMatrix) {
-        let matrix: Vec<f32> = (0..16 * 12).map(|k| k as f32 + 1.0).collect();
-        // Blocks (0, 1), (0, 2) and (1, 0).
-        let keep = BitMatrix::from_fn(16, 12, |i, j| matches!((i / 8, j / 4), (0, 1 | 2) | (1, 0)));
-        let mut file = WeightFile::default();
-        file.set(Array {
-            name: "gru1_bias".into(),
-            kind: 0,
-            data: vec![7; 20],
-        });
-        file.set_matrix("gru1", &matrix, &keep).unwrap();
-        (file, matrix, keep)
-    }
-
-    #[test]
-    fn a_file_is_written_as_it_was_read_byte_for_byte_and_blocks_stand_in_their_places() {
-        let (file, matrix, keep) = file();
-        let bytes = file.to_bytes().unwrap();
-        assert!(bytes.len().is_multiple_of(64));
-        let again = WeightFile::from_bytes(&bytes, Path::new("w.bin")).unwrap();
-        assert_eq!(again, file);
-        assert_eq!(again.to_bytes().unwrap(), bytes);
-        let read = again.matrix("gru1", 16, 12).unwrap();
-        for (e, v) in read.iter().enumerate() {
-            let expected = if keep.get(e / 12, e % 12) {
-                matrix[e]
-            } else {
-                0.0
-            };
-            assert_eq!(*v, expected);
-        }
-        let index = words(&again.get("gru1_idx").unwrap().data, i32::from_le_bytes);
-        assert_eq!(index, [2, 4, 8, 1, 0]);
-    }
-
-    #[test]
-    fn weights_of_8_bits_are_read_where_a_file_has_no_floats() {
-        // One row of codes 1, 2, .. of the first block, with a step of a half.
-        let mut file = WeightFile::default();
-        file.set_index("gru1_input_weights", &[1, 4]);
-        file.set(Array {
-            name: "gru1_input_weights_int8".into(),
-            kind: 3,
-            data: (0..32).map(|k| (k as i8 - 16) as u8).collect(),
-        });
-        let scales: Vec<f32> = (1..=8).map(|r| r as f32 / 127.0).collect();
-        assert!(file.matrix("gru1_input_weights", 8, 8).is_err());
-        file.set_floats("gru1_input_scale", &scales);
-        let matrix = file.matrix("gru1_input_weights", 8, 8).unwrap();
-        for (e, w) in matrix.iter().enumerate() {
-            let (i, j) = (e / 8, e % 8);
-            let expected = match j.checked_sub(4) {
-                None => 0.0,
-                Some(j) => (i as f32 + 1.0) * ((i * 4 + j) as f32 - 16.0),
-            };
-            assert!((w - expected).abs() < 1e-4, "{i} {j}: {w} {expected}");
-        }
-    }
-
-    #[test]
-    fn changed_bytes_never_panic_and_what_is_read_is_written_as_it_was_read() {
-        use rand::Rng;
-        let (mut whole, ..) = file();
-        whole.set_index("gru2", &[1, 0, 0]);
-        whole.set(Array {
-            name: "gru2_int8".into(),
-            kind: 3,
-            data: vec![3; 32],
-        });
-        whole.set_floats("gru2_scale", &[0.5; 16]);
-        let bytes = whole.to_bytes().unwrap();
-        let mut rng = crate::seed::rng(3, "damage");
-        for round in 0..4000 {
-            let mut damaged = bytes.clone();
-            for _ in 0..=round % 4 {
-                // Half of the changes go to heads and lists.
-                let at = match rng.random_bool(0.5) {
-                    true => rng.random_range(0..bytes.len()),
-                    false => {
-                        rng.random_range(0..bytes.len() / HEAD) * HEAD + rng.random_range(0..24)
-                    }
-                };
-                damaged[at.min(bytes.len() - 1)] = rng.random();
-            }
-            if round % 3 == 0 {
-                damaged.truncate(rng.random_range(0..damaged.len()));
-            }
-            let Ok(read) = WeightFile::from_bytes(&damaged, Path::new("w.bin")) else {
-                continue;
-            };
-            let again = read.to_bytes().unwrap();
-            assert_eq!(again.len(), damaged.len());
-            assert_eq!(
-                WeightFile::from_bytes(&again, Path::new("w.bin")).unwrap(),
-                read
-            );
-            for name in ["gru1", "gru2"] {
-                let _ = read.matrix(name, 16, 12);
-            }
-            let _ = read.network();
-        }
-    }
-
-    #[test]
-    fn files_that_are_cut_off_or_damaged_are_one_clear_error_each() {
-        let bytes = file().0.to_bytes().unwrap();
-        let first = |bytes: &[u8]| WeightFile::from_bytes(bytes, Path::new("w.bin"));
-        for cut in [1, 63, 64, 100, bytes.len() - 1] {
-            let text = first(&bytes[..cut]).unwrap_err().to_string();
-            assert!(text.starts_with("w.bin: record at byte"), "{text}");
-        }
-        for (at, value) in [(0, b'X'), (4, 1), (12, 255), (15, 128), (16, 1), (20, 0xff)] {
-            let mut damaged = bytes.clone();
-            damaged[at] = value;
-            assert!(first(&damaged).is_err(), "{at}");
-        }
-        let (mut file, ..) = file();
-        assert!(file.matrix("gru1", 24, 12).is_err());
-        assert!(file.matrix("gru1", 16, 8).is_err());
-        assert!(matches!(
-            file.matrix("gru2", 16, 12),
-            Err(Error::MissingTensor { .. })
-        ));
-        assert!(
-            file.set_matrix("gru1", &[0.0; 9], &BitMatrix::ones(3, 3))
-                .is_err()
-        );
-        file.arrays[0].name = "n".repeat(44);
-        assert!(file.to_bytes().is_err());
-    }
-}
+mod tests;

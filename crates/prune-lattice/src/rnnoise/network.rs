@@ -3,7 +3,7 @@
 //! The library keeps gates as z, r, h and the diagonals of the recurrent matrices apart from their blocks; here they are r, z,
 //! n with the diagonal in its place, as everywhere in this crate.
 
-use super::{Array, INPUTS, OUTPUTS, WeightFile, blocks};
+use super::{Array, INPUTS, INT, INT8, OUTPUTS, WeightFile, blocks};
 use crate::{
     error::{Error, Result},
     mask::MaskSet,
@@ -240,7 +240,7 @@ impl WeightFile {
         self.set_index(&name, &index);
         self.set(Array {
             name: format!("{name}_int8"),
-            kind: 3,
+            kind: INT8,
             data: blocks.iter().map(|c| *c as u8).collect(),
         });
         let short = name.trim_end_matches("_weights");
@@ -248,16 +248,19 @@ impl WeightFile {
         Ok(())
     }
 
-    /// The bias less what inputs shifted by 127 add to a product of integers.
+    /// The bias less what inputs shifted by 127 add to a product of integers. A file without the 8-bit form of the matrix has no
+    /// such products.
     fn set_offset(&mut self, layer: usize, side: &str) -> Result<()> {
         let name = format!("gru{}_{side}", layer + 1);
+        let codes = format!("{name}_weights_int8");
+        if self.arrays.iter().all(|a| a.name != codes) {
+            return Ok(());
+        }
         let scales = self.floats(&format!("{name}_scale"), GATES * HIDDEN)?;
         let mut offset = self.floats(&format!("{name}_bias"), GATES * HIDDEN)?;
-        let codes = &self.get(&format!("{name}_weights_int8"))?.data;
-        let index = super::words(
-            &self.get(&format!("{name}_weights_idx"))?.data,
-            i32::from_le_bytes,
-        );
+        let codes = self.data(&codes, INT8)?;
+        let index = self.data(&format!("{name}_weights_idx"), INT)?;
+        let index = super::words(index, i32::from_le_bytes);
         let mut blocks = codes.chunks_exact(OUTPUTS * INPUTS);
         let mut at = 0;
         for group in 0..GATES * HIDDEN / OUTPUTS {
@@ -398,6 +401,7 @@ pub(super) mod tests {
     use super::*;
     use crate::{
         prune::{Method, PruneConfig, Scope, prune},
+        rnn::Role,
         seed,
     };
     use rand::Rng;
@@ -435,6 +439,34 @@ pub(super) mod tests {
             file.set_floats(&format!("{name}_bias"), &random(o));
         }
         file
+    }
+
+    #[test]
+    fn biases_alone_can_change_in_a_file_of_floats() {
+        let original = file();
+        let mut rnn = original.network().unwrap();
+        let shifted = |role: Role, rnn: &Rnn| -> Vec<f32> {
+            rnn.get(role).iter().map(|b| b + 0.25).collect()
+        };
+        for l in [0, 2] {
+            for role in [Role::Bias(l), Role::CandidateBias(l)] {
+                let bias = shifted(role, &rnn);
+                rnn.set(role, bias);
+            }
+        }
+        let mut stored = original.clone();
+        stored
+            .set_network(&rnn, &MaskSet::default(), Stored::Floats)
+            .unwrap();
+        let names = |file: &WeightFile| -> Vec<String> {
+            file.arrays.iter().map(|a| a.name.clone()).collect()
+        };
+        assert_eq!(names(&stored), names(&original));
+        let again = stored.network().unwrap();
+        for (a, b) in again.params().iter().zip(rnn.params().iter()) {
+            let far = a.data.iter().zip(&b.data).map(|(a, b)| (a - b).abs());
+            assert!(far.fold(0.0, f32::max) < 1e-6, "{}", a.name);
+        }
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! Voice activity: decisions at every step of recorded clips, from safetensors files.
 
 use crate::{
-    data::{Dataset, Examples, Inputs, Sequences, Targets},
+    data::{Dataset, Examples, Inputs, Sequences, Targets, step_labels},
     error::{Error, Result},
     io,
     params::take_any,
@@ -9,15 +9,12 @@ use crate::{
 };
 use std::path::Path;
 
-/// A label that is not counted.
-const NOT_COUNTED: f32 = 255.0;
-
 struct Clips {
     clips: usize,
     steps: usize,
     dim: usize,
     features: Vec<f32>,
-    labels: Vec<f32>,
+    labels: Vec<Option<bool>>,
     probs: Option<Vec<f32>>,
 }
 
@@ -42,21 +39,7 @@ fn read(file: &Path) -> Result<Clips> {
             }),
         }
     };
-    let labels = of_steps("labels")?;
-    if let Some(at) = labels
-        .iter()
-        .position(|&l| ![0.0, 1.0, NOT_COUNTED].contains(&l))
-    {
-        return Err(Error::Data {
-            file: file.into(),
-            reason: format!(
-                "labels: {} in clip {}, step {}; 0, 1 and {NOT_COUNTED} are expected",
-                labels[at],
-                at / steps,
-                at % steps
-            ),
-        });
-    }
+    let labels = step_labels(&of_steps("labels")?, steps, file)?;
     Ok(Clips {
         clips,
         steps,
@@ -75,15 +58,12 @@ impl Clips {
     fn examples(&self, from: usize, to: usize, imitate: bool) -> Result<Examples> {
         let range = from * self.steps..to * self.steps;
         let labels = &self.labels[range.clone()];
-        let counted = labels
-            .iter()
-            .map(|&l| imitate || l != NOT_COUNTED)
-            .collect();
+        let counted = labels.iter().map(|l| imitate || l.is_some()).collect();
         let targets = match &self.probs {
             Some(probs) if imitate => probs[range.clone()].to_vec(),
             _ => labels
                 .iter()
-                .map(|&l| f32::from(u8::from(l == 1.0)))
+                .map(|&l| f32::from(u8::from(l == Some(true))))
                 .collect(),
         };
         let values = &self.features[range.start * self.dim..range.end * self.dim];

@@ -16,6 +16,8 @@ pub struct BlockInput {
     pub(super) codes: Box<[[i16; 4]; QUADS]>,
     /// What a code of 1 stands for.
     pub(super) step: f32,
+    /// Components that were set.
+    pub(super) len: usize,
     /// Groups that may hold something.
     quads: usize,
     coded: usize,
@@ -28,6 +30,7 @@ impl Default for BlockInput {
             pairs: zeros(),
             codes: zeros(),
             step: 0.0,
+            len: 0,
             quads: 0,
             coded: 0,
         }
@@ -40,7 +43,7 @@ fn zeros<T: Copy + Default, const N: usize>() -> Box<[[T; N]; QUADS]> {
 }
 
 impl BlockInput {
-    /// A vector of zeros.
+    /// A vector without components.
     pub fn new() -> Self {
         Self::default()
     }
@@ -58,6 +61,7 @@ impl BlockInput {
             floats[x.len()..end].fill(0.0);
         }
         self.quads = x.len().div_ceil(4);
+        self.len = x.len();
     }
 
     /// Rounds the components to codes, `largest` being the largest magnitude that they can have (`None`: that they do have).

@@ -361,8 +361,9 @@ impl BlockMatrix {
     /// Adds the product with `x` to `y`. Weights of 8 bits read the codes of `x`.
     ///
     /// # Panics
-    /// `y` has another length than the matrix has rows.
+    /// `x` has another number of components than the matrix has columns, or `y` another length than it has rows.
     pub fn add_product(&self, x: &BlockInput, y: &mut [f32]) {
+        assert_eq!(x.len, self.cols, "columns");
         assert_eq!(y.len(), self.rows, "rows");
         for (gate, d) in y
             .chunks_exact_mut(self.gate)
