@@ -32,6 +32,8 @@ const NAME: usize = 44;
 /// Types of elements.
 const FLOAT: i32 = 0;
 const INT: i32 = 1;
+/// Quantised weights, which RNNoise's library knows and its files do not have: kept as they are.
+const QUANTISED: i32 = 2;
 const INT8: i32 = 3;
 /// Outputs and inputs of a block.
 const OUTPUTS: usize = 8;
@@ -42,7 +44,7 @@ const INPUTS: usize = 4;
 pub struct Array {
     /// Its name, 43 bytes at most.
     pub name: String,
-    /// Type of its elements: 0 f32, 1 i32, 3 int8.
+    /// Type of its elements: 0 f32, 1 i32, 2 bytes without a meaning here, 3 int8.
     pub kind: i32,
     /// Its bytes, little endian, without padding.
     pub data: Vec<u8>,
@@ -54,10 +56,10 @@ impl Array {
         let Self { name, kind, data } = self;
         let size = match *kind {
             FLOAT | INT => 4,
-            INT8 => 1,
+            QUANTISED | INT8 => 1,
             _ => {
                 return Err(format!(
-                    "`{name}` has elements of type {kind}; {FLOAT} (f32), {INT} (i32) and {INT8} (int8) are known"
+                    "`{name}` has elements of type {kind}; {FLOAT} (f32), {INT} (i32), {QUANTISED} (quantised) and {INT8} (int8) are known"
                 ));
             }
         };

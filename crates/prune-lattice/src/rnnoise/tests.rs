@@ -158,7 +158,7 @@ fn what_can_be_read_can_be_written_and_only_bytes_without_a_meaning_become_zeros
     );
     // A type that is not known, and sizes of no whole elements.
     for (changes, words) in [
-        ([(8, 2), (12, 20)], "`gru1_bias` has elements of type 2"),
+        ([(8, 4), (12, 20)], "`gru1_bias` has elements of type 4"),
         ([(8, 0), (12, 19)], "`gru1_bias` has 19 bytes"),
         ([(8, 1), (12, 21)], "`gru1_bias` has 21 bytes"),
     ] {
