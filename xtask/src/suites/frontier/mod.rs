@@ -304,18 +304,13 @@ impl Suite<'_> {
         };
         bar.finish();
         let mut row = self.measure(frontier, baseline.name(), &plan, start)?;
-        // A budget that one axis cannot spend is compared at what it does spend.
-        let spent = row.bytes.unwrap_or(0) + row.kv_bytes.unwrap_or(0);
+        // What a budget buys along one axis may be much less than all of it: compared at what it does spend.
         let bar = self.bar.nested("joint plan of the same bytes", 0);
-        match frontier.divided_plan(spent, &bar) {
-            Ok(joint) => {
-                let kl = joint.measured.mean;
-                row.extra.insert("joint_kl".into(), kl.into());
-            }
-            // The smallest plan is counted with a header that is longer than that of its file.
-            Err(frontier::Error::Budget { .. }) => {}
-            Err(error) => return Err(in_flags(error)),
-        }
+        let joint = frontier
+            .divided_plan(plan.bytes(), &bar)
+            .map_err(in_flags)?;
+        row.extra
+            .insert("joint_kl".into(), joint.measured.mean.into());
         bar.finish();
         Ok(Some(row.control()))
     }
