@@ -124,17 +124,7 @@ impl Frontier<'_> {
                 };
                 (0..formats).filter_map(of).collect()
             }
-            Baseline::KQuantMix => {
-                let mixes = self.options.target.mixes(self.decoder).len();
-                let of = |mix: usize| self.everywhere(formats + mix);
-                let stored = (0..mixes).filter_map(of);
-                let fits = stored.filter(|items| self.bytes_of(items) <= budget);
-                // Their sites are not measured by themselves; the largest are the best as a rule.
-                let mut fits: Vec<Vec<usize>> = fits.collect();
-                fits.sort_by_key(|items| std::cmp::Reverse(self.bytes_of(items)));
-                fits.truncate(MIXES);
-                fits
-            }
+            Baseline::KQuantMix => self.mixes(budget)?,
             Baseline::Widths => {
                 let stored = |site: Site, item: &Item| {
                     item.format == 0 && item.treatment.rank == 0 && usual(site, item)
@@ -193,6 +183,21 @@ impl Frontier<'_> {
             };
             self.to_plan(budget, items, measured, vec![round])
         }))
+    }
+
+    /// The mixes of block types that a budget allows.
+    pub(crate) fn mixes(&self, budget: u64) -> Result<Vec<Vec<usize>>> {
+        let formats = self.options.formats()?.len();
+        let mixes = self.options.target.mixes(self.decoder).len();
+        let of = |mix: usize| self.everywhere(formats + mix);
+        let fits = |items: &Vec<usize>| {
+            self.bytes(items).is_some_and(|bytes| bytes <= budget) && self.meets(items)
+        };
+        // Their sites are not measured by themselves; the largest are the best as a rule.
+        let mut mixes: Vec<Vec<usize>> = (0..mixes).filter_map(of).filter(fits).collect();
+        mixes.sort_by_key(|items| std::cmp::Reverse(self.bytes_of(items)));
+        mixes.truncate(MIXES);
+        Ok(mixes)
     }
 
     /// The widest place of each site.

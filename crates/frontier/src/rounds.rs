@@ -10,7 +10,8 @@ use causal_lm::Progress;
 use prune_structured::rate_distortion::{Point, knapsack};
 
 impl Frontier<'_> {
-    /// The best plan for a budget in bytes, measured, with rounds of measuring around it.
+    /// The best plan for a budget in bytes, measured, with rounds of measuring around it. Where one of llama.cpp's mixes of block types
+    /// is better, it is the plan.
     ///
     /// # Errors
     /// [`crate::Error::Budget`] below the smallest plan, [`crate::Error::Cancelled`], and what making and measuring report.
@@ -54,6 +55,22 @@ impl Frontier<'_> {
             let (better, of_better, more) = self.refine((now, measured), of, progress)?;
             (now, measured) = (better, of_better);
             rounds.extend(more);
+        }
+        // In a mix the linears of a site have different types, which no treatment has: the best is tried as a whole.
+        let mixes = match now == self.dense {
+            true => Vec::new(),
+            false => self.mixes(budget)?,
+        };
+        let of_mixes = self.measure_plans(&mixes, progress)?;
+        for (mix, of_mix) in mixes.into_iter().zip(of_mixes) {
+            if of_mix.mean < measured.mean {
+                (now, measured) = (mix, of_mix);
+                rounds.push(Round {
+                    predicted: self.predicted_of(&now),
+                    measured,
+                    kept: true,
+                });
+            }
         }
         Ok(self.to_plan(budget, &now, measured, rounds))
     }

@@ -106,7 +106,8 @@ fn rounds_never_make_a_plan_worse_and_a_larger_budget_is_not_predicted_worse() {
                 .collect();
             assert!(kept.windows(2).all(|pair| pair[1] < pair[0]), "{kept:?}");
             assert_eq!(kept.last().copied(), Some(plan.measured.mean));
-            let predicted = plan.predicted.unwrap();
+            // None of a mix.
+            let predicted = plan.predicted.unwrap_or(plan.rounds[0].predicted.unwrap());
             assert!(predicted <= last + 1e-12);
             last = predicted;
             for baseline in Baseline::ALL {
@@ -114,6 +115,9 @@ fn rounds_never_make_a_plan_worse_and_a_larger_budget_is_not_predicted_worse() {
                     continue;
                 };
                 assert!(other.bytes() <= budget, "{baseline}");
+                if baseline == Baseline::KQuantMix {
+                    assert!(plan.measured.mean <= other.measured.mean);
+                }
                 // The joint division could have chosen it, and with its bytes alone can, up to what the units of bytes leave.
                 let spent = other.bytes() + frontier.unit() * plan.sites.len() as u64;
                 let joint = frontier.divided_plan(spent, &NoProgress).unwrap();

@@ -198,9 +198,9 @@ pub fn run(settings: &Settings, config: &Config) -> Result<Vec<Section>> {
         .fact("tokens of curves", coarse)
         .fact("tokens of plans", fine)
         .fact("unit of the division", format::bytes(frontier.unit()))
-        .fact("seconds to measure curves", measured.0.round())
-        .fact("passes to measure curves", measured.1.round())
-        .fact("passes in all", frontier.passes().round())
+        .fact("seconds to measure curves", measured.0.round() as u64)
+        .fact("passes to measure curves", measured.1.round() as u64)
+        .fact("passes in all", frontier.passes().round() as u64)
         .fact("sums of single sites against whole plans", additivity)
         .fact(
             "combined treatments",
