@@ -220,6 +220,14 @@ impl WeightFile {
             keep.get(rows[row], j) && !alone(row, j)
         });
         whole_blocks(&name, &stay, alone)?;
+        // The library takes an array without elements for one that is missing: a matrix without blocks has one of zeros.
+        let stay = match stay.count() {
+            0 => {
+                matrix.fill(0.0);
+                BitMatrix::from_fn(GATES * HIDDEN, HIDDEN, |row, j| row < OUTPUTS && j < INPUTS)
+            }
+            _ => stay,
+        };
         if recurrent {
             self.set_floats(&format!("{name}_diag"), &diagonal);
         }
@@ -466,6 +474,29 @@ pub(super) mod tests {
         for (a, b) in again.params().iter().zip(rnn.params().iter()) {
             let far = a.data.iter().zip(&b.data).map(|(a, b)| (a - b).abs());
             assert!(far.fold(0.0, f32::max) < 1e-6, "{}", a.name);
+        }
+    }
+
+    #[test]
+    fn a_matrix_without_blocks_has_one_of_zeros_because_the_library_refuses_empty_arrays() {
+        let original = file();
+        let mut rnn = original.network().unwrap();
+        let config = PruneConfig::new(Method::ZeroWhh, 0.0);
+        let (masks, _) = prune(&rnn, &config).unwrap();
+        masks.apply(rnn.params_mut()).unwrap();
+        for stored in [Stored::Floats, Stored::Integers] {
+            let mut file = original.clone();
+            file.set_network(&rnn, &masks, stored).unwrap();
+            for array in &file.arrays {
+                assert!(!array.data.is_empty(), "{}", array.name);
+            }
+            let codes = file.get("gru2_recurrent_weights_int8").unwrap();
+            assert_eq!(codes.data, vec![0; OUTPUTS * INPUTS]);
+            let again = file.network().unwrap();
+            for l in 0..LAYERS {
+                let weights = again.get(Role::RecurrentWeight(l));
+                assert!(weights.iter().all(|w| *w == 0.0));
+            }
         }
     }
 
