@@ -174,6 +174,7 @@ fn quantised_weights_are_an_error_where_no_kernel_runs_and_floats_are_not() {
     assert_eq!(reason, Some(DenseReason::Device));
 }
 
+#[test]
 fn logits_do_not_depend_on_the_number_of_threads() {
     let model = TestModel::with(&wide(), DType::BF16, |_, tensor| tensor);
     let dir = model.path("groups");
