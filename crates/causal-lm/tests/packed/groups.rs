@@ -1,16 +1,15 @@
 //! Weights in groups: the logits of the decoded weights, and tensors that do not fit.
 
-use std::collections::BTreeMap;
 use std::path::Path;
 
 use candle_core::{DType, Device};
 use packed::Kind;
-use tensor_io::{Checkpoint, Dtype, TensorData, write_file};
+use tensor_io::{Checkpoint, Dtype};
 
 use causal_lm::testing::TestModel;
 use causal_lm::{Decoder, Execution, LinearName};
 
-use crate::stored::{STORED, Stored, write_compressed};
+use crate::stored::{STORED, Stored, write_compressed, write_tensors};
 use crate::{decoder, gap, kind, logits, wide};
 
 #[test]
@@ -75,22 +74,11 @@ pub(crate) fn with_scale(dir: &Path, module: &str, scale: f32, to: &Path) {
             dtype = Dtype::F32;
             bytes = values.iter().flat_map(|x| x.to_le_bytes()).collect();
         }
-        tensors.push((name, dtype, info.shape.clone(), bytes));
+        tensors.push((name.to_string(), dtype, info.shape.clone(), bytes));
     }
     std::fs::create_dir(to).unwrap();
     std::fs::copy(dir.join("config.json"), to.join("config.json")).unwrap();
-    let data = tensors.iter().map(|(name, dtype, shape, bytes)| {
-        let dtype = *dtype;
-        (
-            *name,
-            TensorData::Bytes {
-                dtype,
-                shape,
-                bytes,
-            },
-        )
-    });
-    write_file(to.join("model.safetensors"), data, &BTreeMap::new()).unwrap();
+    write_tensors(to, &tensors);
 }
 
 #[test]
@@ -133,7 +121,7 @@ fn a_folder_whose_tensors_do_not_fit_is_refused_by_tensor() {
             let (mut shape, mut bytes) =
                 (info.shape.clone(), file.bytes(name).unwrap().into_owned());
             if change(name, &mut shape, &mut bytes) {
-                tensors.push((name, info.dtype, shape, bytes));
+                tensors.push((name.to_string(), info.dtype, shape, bytes));
             }
         }
         let dir = model.path(says);
@@ -143,18 +131,7 @@ fn a_folder_whose_tensors_do_not_fit_is_refused_by_tensor() {
             dir.join("config.json"),
         )
         .unwrap();
-        let data = tensors.iter().map(|(name, dtype, shape, bytes)| {
-            let dtype = *dtype;
-            (
-                *name,
-                TensorData::Bytes {
-                    dtype,
-                    shape,
-                    bytes,
-                },
-            )
-        });
-        write_file(dir.join("model.safetensors"), data, &BTreeMap::new()).unwrap();
+        write_tensors(&dir, &tensors);
         for execution in [None, Some(Execution::default())] {
             let opened = causal_lm::open(&dir).and_then(|checkpoint| {
                 let decoder = Decoder::new(&checkpoint, DType::F32, &Device::Cpu)?;

@@ -39,7 +39,7 @@ impl Stored {
     }
 
     /// The tensors of a matrix, rounded to the nearest codes.
-    fn tensors(self, module: &str, weight: &Tensor) -> Vec<(String, Dtype, Vec<usize>, Vec<u8>)> {
+    fn tensors(self, module: &str, weight: &Tensor) -> Vec<Raw> {
         let (m, n) = weight.dims2().unwrap();
         let rows: Vec<Vec<f32>> = weight.to_vec2().unwrap();
         let Self { bits: b, .. } = self;
@@ -203,6 +203,14 @@ pub(crate) fn write_compressed(model: &TestModel, stored: Stored, dir: &Path) {
             }
         }
     }
+    write_tensors(dir, &tensors);
+}
+
+/// A tensor as it is stored.
+pub(crate) type Raw = (String, Dtype, Vec<usize>, Vec<u8>);
+
+/// Writes the tensors of a folder.
+pub(crate) fn write_tensors(dir: &Path, tensors: &[Raw]) {
     let data = tensors.iter().map(|(name, dtype, shape, bytes)| {
         let dtype = *dtype;
         (

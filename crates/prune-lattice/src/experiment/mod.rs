@@ -4,6 +4,7 @@
 //! method prunes that same network; each pruned network is evaluated at once and again after fine-tuning under its mask, on
 //! the test split, which decides nothing. Rows come in a fixed order and do not depend on the number of threads.
 
+mod judge;
 mod network;
 mod noise;
 mod row;

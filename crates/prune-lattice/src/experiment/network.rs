@@ -2,6 +2,7 @@
 
 use super::{
     Connectivity, ExactRemoval, ExperimentConfig, OrderSummary, Ramp, Repair, Row, Stage,
+    judge::{Judge, Judged},
     run::{Inner, sparsities},
 };
 use crate::{
@@ -18,7 +19,7 @@ use crate::{
         rank_neurons_in, recurrence_of, scores_in, sparsity_between,
     },
     repair::{merge_passes, refit},
-    rnn::{BlockMatrix, BlockRnn, Evaluation, Rnn, TrainConfig, evaluate, evaluate_blocks, train},
+    rnn::{BlockMatrix, BlockRnn, Evaluation, Rnn, TrainConfig, train},
 };
 use rayon::prelude::*;
 use std::time::Instant;
@@ -58,38 +59,6 @@ pub struct PrunedNetwork<'a> {
 
 /// What is done with every pruned network, from several threads at once.
 pub type Visit<'a> = dyn Fn(&PrunedNetwork<'_>) -> Result<()> + Sync + 'a;
-
-/// How the quality of a network is measured.
-pub(super) trait Judge: Sync {
-    /// On the test split.
-    fn test(&self, network: &Judged<'_>) -> Result<Evaluation>;
-    /// On the validation split.
-    fn valid(&self, network: &Judged<'_>) -> Result<Evaluation>;
-    /// On the test split by block kernels, where these can run the network.
-    fn test_blocks(&self, network: &BlockRnn) -> Result<Option<Evaluation>>;
-}
-
-/// A network to be judged.
-pub(super) struct Judged<'a> {
-    pub(super) rnn: &'a Rnn,
-    /// Which neurons of the network before pruning it has, where the others were merged into them.
-    pub(super) merged: Option<&'a [Vec<bool>]>,
-}
-
-/// By the network's own read-out.
-impl Judge for Dataset {
-    fn test(&self, network: &Judged<'_>) -> Result<Evaluation> {
-        evaluate(network.rnn, &self.test)
-    }
-
-    fn valid(&self, network: &Judged<'_>) -> Result<Evaluation> {
-        evaluate(network.rnn, &self.valid)
-    }
-
-    fn test_blocks(&self, network: &BlockRnn) -> Result<Option<Evaluation>> {
-        evaluate_blocks(network, &self.test).map(Some)
-    }
-}
 
 /// A network before pruning.
 pub(super) struct Source<'a> {

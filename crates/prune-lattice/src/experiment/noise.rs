@@ -2,7 +2,8 @@
 
 use super::{
     ExperimentConfig, Row,
-    network::{Judge, Judged, Session, Source, Visit},
+    judge::{Judge, Judged},
+    network::{Session, Source, Visit},
     run::prune_one_network,
 };
 use crate::{

@@ -46,8 +46,9 @@ pub(super) fn section(
                 with its weights as they are stored: size is that of the files of weights, kl the mean divergence from the dense \
                 model's predictions in nats per token on windows that neither calibration nor evaluation used, with its standard \
                 error. Caches are part of both: windows are decoded through them, and their size is what they allocate for the \
-                context. A plan saved with --save has them in cache.json, which generate takes with --cache. The other rows are the best along one axis that fits the budget; joint_kl is what the joint plan has with the bytes that they \
-                spend, before rounds of measuring around it. Speed is that of decoding one token at a time, the median of three interleaved rounds; the \
+                context. A plan saved with --save has them in cache.json, which generate takes with --cache. The other rows are the best \
+                along one axis that fits the budget; joint_kl is what the joint plan has with the bytes that they spend, before rounds \
+                of measuring around it. Speed is that of decoding one token at a time, the median of three interleaved rounds; the \
                 prefill's is beside it, and with --tokens-per-second the one by the table of what each treatment takes on this \
                 machine. kl_predicted is the sum over the plan's sites, each measured alone; \
                 the last plot compares it with whole plans."
