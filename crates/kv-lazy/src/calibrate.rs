@@ -235,14 +235,17 @@ impl QueryStatistics {
         let tensors = file.open()?;
         let rows = |name: String| -> Result<Vec<Vec<f32>>> {
             let found = tensors.get(&name, Dtype::F32, 2)?;
-            if found.shape.contains(&0) {
+            let (heads, width) = (found.shape[0], found.shape[1]);
+            let numbers = found.map4(f32::from_le_bytes);
+            if heads == 0 {
                 return Err(file.bad(format!("`{name}` is empty")));
             }
-            let numbers = found.map4(f32::from_le_bytes);
-            Ok(numbers
-                .chunks(found.shape[1])
-                .map(<[f32]>::to_vec)
-                .collect())
+            if numbers.iter().any(|x| !x.is_finite()) {
+                return Err(file.bad(format!("`{name}` is not finite")));
+            }
+            // A layer that does not rotate has no pairs.
+            let row = |head: usize| numbers[head * width..(head + 1) * width].to_vec();
+            Ok((0..heads).map(row).collect())
         };
         let mut layers = BTreeMap::new();
         for index in tensors.layers("mean")? {

@@ -25,7 +25,8 @@ pub enum Pairs {
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 #[non_exhaustive]
 pub struct Rotary {
-    /// Radians per position of each pair, as the model scales them. Fewer pairs than half the head: the other elements are not rotated.
+    /// Radians per position of each pair, as the model scales them. Fewer pairs than half the head: the other elements are not rotated. None: a layer that does not rotate
+    /// its keys (NoPE).
     pub frequencies: Vec<f64>,
     /// Which elements are pairs.
     #[serde(default)]
@@ -47,11 +48,11 @@ impl Rotary {
     /// Checks that the pairs fit a head and that the frequencies are numbers.
     pub(crate) fn check(&self, head_dim: usize) -> Result<()> {
         let pairs = self.frequencies.len();
-        if pairs == 0 || 2 * pairs > head_dim || self.frequencies.iter().any(|f| !f.is_finite()) {
+        if 2 * pairs > head_dim || self.frequencies.iter().any(|f| !f.is_finite()) {
             return Err(Error::Setting {
                 name: "rotary",
                 value: format!("{pairs} frequencies for heads of {head_dim}"),
-                expected: "finite frequencies, at least one and at most one per two elements",
+                expected: "finite frequencies, at most one per two elements",
             });
         }
         Ok(())

@@ -75,6 +75,7 @@ impl CacheSet {
     }
 
     fn of(whole: &Whole<'_>, config: &CacheConfig) -> Result<Self> {
+        config.check()?;
         let evictors = |layer: usize, shape: &LayerShape| {
             if config.keeps_all() {
                 return Ok(Vec::new());
@@ -115,6 +116,14 @@ impl CacheSet {
                     name: "positions",
                     value: "consecutive".into(),
                     expected: "the policy `streaming` without values or a prompt kept, in a cache on the CPU that computes the attention itself",
+                });
+            }
+            let mut windows = whole.layers.iter().filter_map(|layer| layer.sliding_window);
+            if let Some(window) = windows.next() {
+                return Err(Error::Setting {
+                    name: "positions",
+                    value: format!("consecutive, with a sliding window of {window}"),
+                    expected: "layers without a sliding window, which masks by the positions of the text",
                 });
             }
         }
@@ -350,11 +359,16 @@ fn new_store(
             kv_heads,
         });
     }
-    let rows = batch.checked_mul(kv_heads).ok_or(Error::Setting {
-        name: "batch",
-        value: batch.to_string(),
-        expected: "fewer sequences",
-    })?;
+    let rows = match batch.checked_mul(kv_heads) {
+        Some(rows) if batch > 0 => rows,
+        _ => {
+            return Err(Error::Setting {
+                name: "batch",
+                value: batch.to_string(),
+                expected: "at least one sequence, and no more than can be counted with their heads",
+            });
+        }
+    };
     let geometry = Geometry {
         group: query_heads.checked_div(kv_heads).unwrap_or(1),
         head_dim,
@@ -362,7 +376,7 @@ fn new_store(
     Ok(match device {
         // What is handed out as tensors is best kept as tensors.
         device if external && layout.residual.is_none() => {
-            Box::new(DeviceStore::new(rows, geometry, layout, device))
+            Box::new(DeviceStore::new(rows, geometry, layout, dtype, device))
         }
         Device::Cpu => {
             let store = HostStore::new(rows, geometry, layout, dtype, most);
@@ -374,6 +388,6 @@ fn new_store(
         device if layout.residual.is_some() => Box::new(PackedDeviceStore::new(
             rows, geometry, layout, dtype, device,
         )),
-        device => Box::new(DeviceStore::new(rows, geometry, layout, device)),
+        device => Box::new(DeviceStore::new(rows, geometry, layout, dtype, device)),
     })
 }

@@ -39,7 +39,15 @@ enum Path {
 #[derive(Debug, Clone)]
 pub struct LayerSnapshot {
     layer: usize,
-    held: Option<(Snapshot, Option<Path>)>,
+    held: Option<Held>,
+}
+
+/// A cache after its first call.
+#[derive(Debug, Clone)]
+struct Held {
+    set: Snapshot,
+    path: Option<Path>,
+    visible: usize,
 }
 
 /// A causal mask of `tokens` new tokens, the last of `len`: `[tokens, len]`, 1 where a token may not look.
@@ -64,6 +72,7 @@ impl LayerCache {
     /// # Errors
     /// Settings out of range, a budget below sinks + recent + 1, a layer without budget, storage or rotation of its own where these are given per layer.
     pub fn new(config: &CacheConfig, layer: usize) -> Result<Self> {
+        config.check()?;
         let budget = config.layer_budget(layer)?;
         config.storage_of(layer)?;
         if !config.keeps_all() {
@@ -326,7 +335,11 @@ impl LayerCache {
 
     /// A copy of everything, to return to.
     pub fn snapshot(&self) -> LayerSnapshot {
-        let held = self.set.as_deref().map(|set| (set.snapshot(), self.path));
+        let held = self.set.as_deref().map(|set| Held {
+            set: set.snapshot(),
+            path: self.path,
+            visible: self.visible,
+        });
         LayerSnapshot {
             layer: self.layer,
             held,
@@ -336,29 +349,35 @@ impl LayerCache {
     /// Returns to `snapshot`.
     ///
     /// # Errors
-    /// A snapshot of a cache of another layer, shape or configuration.
+    /// A snapshot of a cache of another layer, shape, sliding window or configuration; one that was attended, into a cache [for `append`](Self::for_append).
     pub fn restore(&mut self, snapshot: &LayerSnapshot) -> Result<()> {
         if snapshot.layer != self.layer {
             return Err(Error::Snapshot {
                 problem: "another layer",
             });
         }
-        let Some((held, path)) = &snapshot.held else {
+        let Some(held) = &snapshot.held else {
             self.reset();
             return Ok(());
         };
-        match &mut self.set {
-            Some(set) => set.restore(held)?,
-            None if held.0.config.as_ref() == Some(&*self.config) => {
-                self.set = Some(Box::new(held.0.clone()));
+        let windows = held.set.0.shapes().into_iter().map(|s| s.sliding_window);
+        let problem = if windows
+            .into_iter()
+            .any(|window| window != self.sliding_window)
+        {
+            "another sliding window"
+        } else if self.append_only && held.path == Some(Path::Attend) {
+            "attention computed by the cache, where this one is for `append`"
+        } else if held.set.0.config.as_ref() != Some(&*self.config) {
+            "another policy, budget or storage"
+        } else {
+            match &mut self.set {
+                Some(set) => set.restore(&held.set)?,
+                None => self.set = Some(Box::new(held.set.0.clone())),
             }
-            None => {
-                return Err(Error::Snapshot {
-                    problem: "another policy, budget or storage",
-                });
-            }
-        }
-        self.path = *path;
-        Ok(())
+            (self.path, self.visible) = (held.path, held.visible);
+            return Ok(());
+        };
+        Err(Error::Snapshot { problem })
     }
 }

@@ -95,7 +95,7 @@ impl CacheSet {
     pub fn begin_prompt(&mut self, tokens: usize) -> Result<Step> {
         if self.clock.phase == Phase::Decode {
             return Err(Error::Step {
-                layer: 0,
+                layer: self.first_layer(),
                 what: "a prompt after generation has begun",
             });
         }
@@ -128,7 +128,7 @@ impl CacheSet {
         self.end()?;
         if tokens == 0 {
             return Err(Error::Step {
-                layer: 0,
+                layer: self.first_layer(),
                 what: "a step of no tokens",
             });
         }
@@ -136,7 +136,7 @@ impl CacheSet {
         let next = count(position.saturating_add(tokens));
         if next == u32::MAX {
             return Err(Error::Step {
-                layer: 0,
+                layer: self.first_layer(),
                 what: "more positions than 4294967294",
             });
         }
@@ -155,6 +155,11 @@ impl CacheSet {
         Ok(Step { position, tokens })
     }
 
+    /// Index of the set's first layer.
+    fn first_layer(&self) -> usize {
+        self.layers.first().map_or(0, |layer| layer.index)
+    }
+
     /// Checks that every layer took part in the step; `begin` does so too.
     ///
     /// # Errors
@@ -163,7 +168,7 @@ impl CacheSet {
         match self.layers.iter().position(|layer| !layer.attended) {
             None => Ok(()),
             Some(layer) => Err(Error::Step {
-                layer,
+                layer: self.layers[layer].index,
                 what: "not attended in this step",
             }),
         }
@@ -311,7 +316,7 @@ impl CacheSet {
         }
         if at.attended {
             return Err(Error::Step {
-                layer,
+                layer: at.index,
                 what: "attended twice, or before begin",
             });
         }

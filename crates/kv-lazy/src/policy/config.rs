@@ -327,6 +327,27 @@ impl CacheConfig {
         matches!(self.decode, PolicyConfig::Full(_)) && self.prefill.is_none()
     }
 
+    /// Refuses settings that a cache of every token would not heed.
+    ///
+    /// # Errors
+    /// A prompt to be cut, values to be guarded or budgets to be shared where nothing is evicted.
+    pub(crate) fn check(&self) -> Result<()> {
+        let unheeded = match self.prompt {
+            Some(Prompt::CompressOnce(_)) => Some("prompt"),
+            _ if self.guard_values > 0 => Some("guard-values"),
+            _ if self.shared_budget.is_some() => Some("shared-budget"),
+            _ => None,
+        };
+        match unheeded {
+            Some(name) if self.keeps_all() => Err(Error::Setting {
+                name,
+                value: "under the policy `full`".into(),
+                expected: "a policy that evicts",
+            }),
+            _ => Ok(()),
+        }
+    }
+
     /// The policy of a layer with `budget`, combined as configured.
     ///
     /// # Errors

@@ -4,7 +4,8 @@
 //! by score, and the slots of the lowest are the plan. All heads keep the same number of tokens.
 
 use super::{
-    Budget, Clock, Needs, Phase, Place, Policy, Prompt, Rows, Rule, Score, Seen, Trigger, count,
+    Budget, Clock, Needs, Phase, Place, Policy, Prompt, RecentQueries, Rows, Rule, Score, Seen,
+    Trigger, count,
 };
 use crate::LayerShape;
 use crate::error::{Error, Result};
@@ -85,15 +86,27 @@ impl Evictor {
                 continue;
             }
             budget.check(rule.sinks, rule.recent)?;
-            if let (Prompt::CompressOnce(tokens), Budget::Tokens(budget)) = (rule.prompt, budget)
-                && tokens.saturating_add(rule.recent) >= budget
-            {
-                return Err(Error::BudgetTooSmall {
-                    budget,
-                    sinks: tokens,
-                    recent: rule.recent,
-                });
+            if let Prompt::CompressOnce(tokens) = rule.prompt {
+                // The first tokens stay when the prompt is cut.
+                Budget::Tokens(tokens).check(rule.sinks, 0)?;
+                if let Budget::Tokens(budget) = budget
+                    && tokens.saturating_add(rule.recent) >= budget
+                {
+                    return Err(Error::BudgetTooSmall {
+                        budget,
+                        sinks: tokens,
+                        recent: rule.recent,
+                    });
+                }
             }
+        }
+        let queries = policy.needs().queries;
+        if u32::try_from(queries).is_err() {
+            return Err(Error::Setting {
+                name: "queries",
+                value: queries.to_string(),
+                expected: "at most 4294967295",
+            });
         }
         policy.start(place);
         Ok(Self {
@@ -198,8 +211,8 @@ impl Evictor {
 
     /// The newest tokens that it never evicts.
     pub(crate) fn protected(&self) -> usize {
-        let rules = [Phase::Prefill, Phase::Decode].map(|phase| self.policy.rule(phase).recent);
-        rules[0].min(rules[1])
+        let newest = [Phase::Prefill, Phase::Decode].map(|p| self.policy.rule(p).newest(p));
+        newest[0].min(newest[1])
     }
 
     /// The budget at a clock.
@@ -346,7 +359,8 @@ impl Evictor {
         }
         // What is never evicted is a prefix and a suffix of the positions.
         let prompt = if prompt_stays { clock.prompt } else { 0 };
-        let free = prompt.max(count(rule.sinks))..clock.next.saturating_sub(count(rule.recent));
+        let newest = count(rule.newest(clock.phase));
+        let free = prompt.max(count(rule.sinks))..clock.next.saturating_sub(newest);
         if let Some(floor) = self.floor {
             return self.choose_jointly((budget, rule.release, floor), &free, rows, clock);
         }
@@ -362,6 +376,7 @@ impl Evictor {
         }
         let released = (rule.release * budget as f64) as usize;
         let leaving = len - limit.saturating_sub(released).max(held);
+        let rows: &dyn Rows = &Ranked { rows, free: &free };
         let mut evict = Vec::with_capacity(heads.len());
         for head in heads {
             self.scores.clear();
@@ -385,6 +400,7 @@ impl Evictor {
         if held <= heads.saturating_mul(budget) {
             return Ok(None);
         }
+        let rows: &dyn Rows = &Ranked { rows, free };
         let mut scores = Vec::with_capacity(heads);
         for head in 0..heads {
             let mut own = vec![Score::default(); rows.len(head)];
@@ -408,6 +424,36 @@ impl Evictor {
     /// Bytes of per-token state.
     pub fn state_bytes(&self) -> usize {
         self.policy.state_bytes()
+    }
+}
+
+/// Rows of which some tokens may leave.
+struct Ranked<'a> {
+    rows: &'a dyn Rows,
+    free: &'a Range<u32>,
+}
+
+impl Rows for Ranked<'_> {
+    fn head_dim(&self) -> usize {
+        self.rows.head_dim()
+    }
+    fn ids(&self, head: usize) -> &[u32] {
+        self.rows.ids(head)
+    }
+    fn candidates(&self) -> Range<u32> {
+        self.free.clone()
+    }
+    fn keys(&self, head: usize, from: usize) -> Result<Vec<f32>> {
+        self.rows.keys(head, from)
+    }
+    fn values(&self, head: usize, from: usize) -> Result<Vec<f32>> {
+        self.rows.values(head, from)
+    }
+    fn queries(&self, head: usize) -> RecentQueries<'_> {
+        self.rows.queries(head)
+    }
+    fn rotary(&self) -> Option<&Rotary> {
+        self.rows.rotary()
     }
 }
 

@@ -55,6 +55,7 @@ use crate::attention::{WeightKind, WeightKinds};
 use crate::error::Result;
 use crate::rotary::Rotary;
 use crate::store::Relocation;
+use std::ops::Range;
 
 /// Whether a step belongs to the prompt or to generation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -286,6 +287,10 @@ pub trait Rows {
     fn head_dim(&self) -> usize;
     /// Logical positions of a head's tokens in physical order.
     fn ids(&self, head: usize) -> &[u32];
+    /// Logical positions whose tokens may leave at this eviction: all but what is protected.
+    fn candidates(&self) -> Range<u32> {
+        0..u32::MAX
+    }
     /// Keys of a head from slot `from` on: `[n − from, d]`.
     ///
     /// # Errors

@@ -1,5 +1,6 @@
 //! When a policy evicts and what it never evicts, as data.
 
+use super::Phase;
 use crate::error::{Error, Result};
 use crate::store::Layout;
 use serde::{Deserialize, Serialize};
@@ -122,6 +123,16 @@ impl Rule {
             sinks,
             recent,
             ..Self::STEPWISE
+        }
+    }
+
+    /// The newest positions that an eviction in `phase` leaves alone: of a prompt that is cut to a few, no more than leave room for one that is chosen.
+    pub(crate) fn newest(&self, phase: Phase) -> usize {
+        match (self.prompt, phase) {
+            (Prompt::CompressOnce(tokens), Phase::Prefill) => {
+                self.recent.min(tokens.saturating_sub(self.sinks + 1))
+            }
+            _ => self.recent,
         }
     }
 

@@ -10,7 +10,7 @@
 
 use super::config::quarter;
 use super::periodic::Periodic;
-use super::{Budget, Clock, Needs, Phase, Place, Policy, Rows, Rule, Score, Tunable, count};
+use super::{Budget, Clock, Needs, Phase, Place, Policy, Rows, Rule, Score, Tunable};
 use crate::LayerShape;
 use crate::attention::products::products;
 use crate::error::{Error, Result};
@@ -286,7 +286,11 @@ impl Policy for TriAttention {
             .get(&layer)
             .map_or(&[][..], Vec::as_slice);
         let fits = |head: &HeadStatistics| {
-            head.mean.len() == shape.head_dim && 2 * head.magnitude.len() <= shape.head_dim
+            let finite = |numbers: &[f32]| numbers.iter().all(|x| x.is_finite());
+            head.mean.len() == shape.head_dim
+                && 2 * head.magnitude.len() <= shape.head_dim
+                && finite(&head.mean)
+                && finite(&head.magnitude)
         };
         if heads.len() == shape.query_heads && heads.iter().all(fits) {
             return Ok(());
@@ -297,7 +301,7 @@ impl Policy for TriAttention {
                 "statistics of {} query heads for layer {layer}",
                 heads.len()
             ),
-            expected: "statistics of each of the layer's query heads",
+            expected: "finite statistics of each of the layer's query heads",
         })
     }
     fn admits_rotary(&self, layer: usize, rotary: &Rotary) -> Result<()> {
@@ -339,8 +343,7 @@ impl Policy for TriAttention {
         };
         self.admits_rotary(self.place.layer, rotary)?;
         let statistics = self.statistics(rows, head, rotary);
-        let Periodic { sinks, recent, .. } = self.periods;
-        let free = count(sinks)..clock.next.saturating_sub(count(recent));
+        let free = rows.candidates();
         let free: Vec<bool> = rows.ids(head).iter().map(|id| free.contains(id)).collect();
         let keys = rows.keys(head, 0)?;
         for score in out.iter_mut() {

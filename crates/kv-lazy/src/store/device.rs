@@ -19,8 +19,10 @@ pub(crate) struct DeviceStore {
     ids: Vec<Vec<u32>>,
     exported: Exported,
     geometry: Geometry,
-    /// Types of keys and values.
+    /// Types in which keys and values are stored.
     dtypes: (DType, DType),
+    /// Type of the tensors that are handed out.
+    dtype: DType,
     device: Device,
 }
 
@@ -29,6 +31,7 @@ impl DeviceStore {
         rows: usize,
         geometry: Geometry,
         layout: quantise::Layout,
+        dtype: DType,
         device: &Device,
     ) -> Self {
         Self {
@@ -37,6 +40,7 @@ impl DeviceStore {
             exported: Exported::default(),
             geometry,
             dtypes: (layout.keys.dtype(), layout.values.dtype()),
+            dtype,
             device: device.clone(),
         }
     }
@@ -240,12 +244,12 @@ impl Store for DeviceStore {
 
     fn tensors(&self, batch: usize) -> Result<(Tensor, Tensor)> {
         match self.filled()? {
-            Some(kv) => Ok(kv),
+            Some((k, v)) => Ok((k.to_dtype(self.dtype)?, v.to_dtype(self.dtype)?)),
             None => {
                 let heads = self.ids.len().checked_div(batch).unwrap_or(0);
                 let shape = (batch, heads, 0, self.geometry.head_dim);
-                let empty = |dtype| Tensor::zeros(shape, dtype, &self.device);
-                Ok((empty(self.dtypes.0)?, empty(self.dtypes.1)?))
+                let empty = Tensor::zeros(shape, self.dtype, &self.device)?;
+                Ok((empty.clone(), empty))
             }
         }
     }
@@ -293,6 +297,7 @@ impl Clone for DeviceStore {
             exported: self.exported.clone(),
             geometry: self.geometry,
             dtypes: self.dtypes,
+            dtype: self.dtype,
             device: self.device.clone(),
         }
     }
@@ -317,7 +322,7 @@ mod tests {
         };
         let layout = StorageConfig::default().layout(16, DType::F32, 0).unwrap();
         let mut host = HostStore::new(4, geometry, layout, DType::F32, usize::MAX);
-        let mut device = DeviceStore::new(4, geometry, layout, &Device::Cpu);
+        let mut device = DeviceStore::new(4, geometry, layout, DType::F32, &Device::Cpu);
         let mut position = 0u32;
         for (i, tokens) in [9, 1, 1, 4, 1, 1, 3, 1, 1].into_iter().enumerate() {
             let mut random = |heads: usize| {
@@ -417,7 +422,7 @@ mod tests {
         let tensor =
             |tokens: usize| Tensor::randn(0f32, 1.0, (1, 2, tokens, 8), &Device::Cpu).unwrap();
         let layout = StorageConfig::default().layout(8, DType::F32, 0).unwrap();
-        let mut store = DeviceStore::new(2, geometry, layout, &Device::Cpu);
+        let mut store = DeviceStore::new(2, geometry, layout, DType::F32, &Device::Cpu);
         let (budget, every) = (100u32, 10u32);
         let append = |store: &mut DeviceStore, tokens: u32, at: u32| {
             let (k, v) = (tensor(tokens as usize), tensor(tokens as usize));
@@ -454,7 +459,7 @@ mod tests {
             Tensor::randn(0f32, 1.0, (1, 2, tokens, d), &Device::Cpu).unwrap()
         };
         let layout = StorageConfig::default().layout(8, DType::F32, 0).unwrap();
-        let mut store = DeviceStore::new(2, geometry, layout, &Device::Cpu);
+        let mut store = DeviceStore::new(2, geometry, layout, DType::F32, &Device::Cpu);
         store
             .append(&tensor(5, 8), &tensor(5, 8), 0, &[])
             .unwrap()

@@ -176,6 +176,9 @@ impl LayerTrace {
                 self.query_heads, self.kv_heads
             ));
         }
+        if self.head_dim == 0 {
+            return Err("heads of no elements".into());
+        }
         let width = self.tokens * self.head_dim;
         for (name, data, heads) in [
             ("q", &self.q, self.query_heads),

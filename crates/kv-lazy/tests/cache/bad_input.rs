@@ -58,13 +58,27 @@ fn a_budget_must_hold_sinks_and_recent_tokens_and_one_more_under_every_policy() 
             if config.keeps_all() {
                 continue;
             }
-            // A prompt compressed to as much as fits beside the recent tokens, and to one token more.
+            // A prompt compressed to its sinks alone, to one token more, to as much as fits beside the recent tokens, and to one token more.
             let once = |tokens| {
                 with(within(120), |c| {
                     c.prompt = Some(Prompt::CompressOnce(tokens))
                 })
             };
-            build(&once(45), 16).unwrap();
+            let error = build(&once(40), 16);
+            assert!(
+                matches!(error, Err(Error::BudgetTooSmall { budget: 40, .. })),
+                "{config:?}"
+            );
+            for tokens in [41, 59] {
+                let mut cache = build(&once(tokens), 16).unwrap();
+                run(&mut cache, &steps(3, 1, shape(16), &[150]));
+                // Scissorhands goes below its budget.
+                let held = cache.physical_len(0);
+                assert!((40..=tokens).contains(&held), "{held} {config:?}");
+                if config.decode.name() != "scissorhands" {
+                    assert_eq!(held, tokens, "{config:?}");
+                }
+            }
             let error = build(&once(60), 16);
             assert!(
                 matches!(error, Err(Error::BudgetTooSmall { budget: 120, .. })),
@@ -87,7 +101,6 @@ fn rotations_that_do_not_fit_a_head_are_refused() {
     for (rotary, head_dim) in [
         (pairs(5), 9),
         (pairs(9), 16),
-        (pairs(0), 16),
         (Rotary::new(vec![f64::NAN], Pairs::Neighbours), 16),
     ] {
         for config in [streaming(rotary.clone()), tri(rotary.clone())] {
@@ -104,9 +117,11 @@ fn rotations_that_do_not_fit_a_head_are_refused() {
             assert!(error.to_string().contains("`rotary`"), "{error}");
         }
     }
-    // An odd head whose even part is rotated is fine.
-    build(&streaming(pairs(4)), 9).unwrap();
-    build(&tri(pairs(4)), 9).unwrap();
+    // An odd head whose even part is rotated is fine, and a layer that does not rotate.
+    for count in [0, 4] {
+        build(&streaming(pairs(count)), 9).unwrap();
+        build(&tri(pairs(count)), 9).unwrap();
+    }
     for storage in [
         StorageConfig::int8(),
         StorageConfig::k8v4(),
@@ -126,6 +141,66 @@ fn rotations_that_do_not_fit_a_head_are_refused() {
             }
         }
     }
+}
+
+#[test]
+fn settings_that_a_cache_of_every_token_would_not_heed_are_refused() {
+    for (name, change) in [
+        (
+            "prompt",
+            (|c| c.prompt = Some(Prompt::CompressOnce(100))) as fn(&mut CacheConfig),
+        ),
+        ("guard-values", |c| c.guard_values = 3),
+        ("shared-budget", |c| c.shared_budget = Some(0.2)),
+    ] {
+        let config = with(named("full", 64), change);
+        for error in [
+            build(&config, 16).map(|_| ()),
+            LayerCache::new(&config, 0).map(|_| ()),
+        ] {
+            assert!(
+                matches!(error, Err(Error::Setting { name: of, .. }) if of == name),
+                "{error:?}"
+            );
+        }
+    }
+    // What a full cache does anyway may be asked for.
+    let kept = with(named("full", 64), |c| {
+        (c.prompt, c.sinks) = (Some(Prompt::Keep), 4);
+    });
+    build(&kept, 16).unwrap();
+}
+
+#[test]
+fn no_sequences_and_more_queries_than_positions_are_refused() {
+    let none = CacheSet::new(
+        &[shape(16)],
+        0,
+        DType::F32,
+        &Device::Cpu,
+        &named("random", 20),
+    );
+    assert!(matches!(none, Err(Error::Setting { name: "batch", .. })));
+    let empty = Tensor::zeros((0, 2, 3, 16), DType::F32, &Device::Cpu).unwrap();
+    let mut cache = LayerCache::new(&named("full", 20), 0).unwrap();
+    let error = cache.append(&empty, &empty).unwrap_err().to_string();
+    assert!(error.contains("batch"), "{error}");
+    let many: CacheConfig = serde_json::from_str(
+        r#"{"decode": {"policy": "tri-attention", "queries": 18446744073709551615}, "budget": {"tokens": 64}}"#,
+    )
+    .unwrap();
+    let many = with(many, |c| c.rotary = Some(Rotary::plain(1e4, 16)));
+    let error = build(&many, 16);
+    assert!(
+        matches!(
+            error,
+            Err(Error::Setting {
+                name: "queries",
+                ..
+            })
+        ),
+        "{error:?}"
+    );
 }
 
 #[test]

@@ -3,7 +3,8 @@
 use crate::common::{named, steps, with};
 use candle_core::{DType, Device, Tensor};
 use kv_lazy::{
-    Budget, CacheConfig, CacheSet, Error, LayerCache, LayerShape, Prompt, bottom_right_mask,
+    Budget, CacheConfig, CacheSet, Error, LayerCache, LayerShape, LayerSnapshot, Prompt,
+    bottom_right_mask,
 };
 
 const SHAPE: LayerShape = LayerShape {
@@ -48,14 +49,18 @@ fn attend_on_single_layers_equals_a_set_of_all_layers() {
 
 #[test]
 fn append_returns_what_the_policy_holds_and_leaves_earlier_tensors_alone() {
-    for (name, storage) in [
-        ("full", "f32"),
-        ("streaming", "f32"),
-        ("keydiff", "f16"),
-        ("lagkv", "f32"),
-        ("random", "int8"),
+    for (name, storage, budget) in [
+        ("full", "f32", 24),
+        ("streaming", "f32", 24),
+        ("keydiff", "f16", 24),
+        ("lagkv", "f32", 24),
+        ("random", "int8", 120),
     ] {
-        let config = with(named(name, 24), |c| c.storage = storage.parse().unwrap());
+        let tokens = [vec![budget + 6], vec![1; 40]].concat();
+        let config = with(named(name, budget), |c| {
+            c.storage = storage.parse().unwrap();
+            c.storage.residual = 8;
+        });
         let mut cache = LayerCache::new(&config, 0).unwrap().for_append().unwrap();
         let mut set = CacheSet::new(
             &[LayerShape {
@@ -69,11 +74,14 @@ fn append_returns_what_the_policy_holds_and_leaves_earlier_tensors_alone() {
         )
         .unwrap();
         let mut earlier: Option<(Tensor, Vec<f32>)> = None;
-        for (_, k, v) in steps(6, 2, SHAPE, &tokens()) {
+        for (_, k, v) in steps(6, 2, SHAPE, &tokens) {
             let t = k.dim(2).unwrap();
             let (keys, values) = cache.append(&k, &v).unwrap();
             set.begin(t).unwrap();
             let (want_keys, want_values) = set.extend(0, &k, &v).unwrap();
+            for tensor in [&keys, &values, &want_keys, &want_values] {
+                assert_eq!(tensor.dtype(), DType::F32, "{name} {storage}");
+            }
             let f32 = |x: &Tensor| x.to_dtype(DType::F32).unwrap();
             assert_eq!(
                 bits(&f32(&keys)),
@@ -102,10 +110,14 @@ fn append_returns_what_the_policy_holds_and_leaves_earlier_tensors_alone() {
             earlier = Some((keys.clone(), bits(&f32(&keys))));
         }
         assert!(
-            cache.len() == 70 || cache.len() <= 32,
+            cache.len() == 70 || cache.len() <= budget + 8,
             "{name} {}",
             cache.len()
         );
+        if storage == "int8" {
+            let f16 = 2 * 2 * cache.len() * 2 * 16 * 2;
+            assert!(cache.bytes() < f16, "{} of {f16}", cache.bytes());
+        }
     }
 }
 
@@ -264,6 +276,53 @@ fn a_sliding_window_is_attended_as_in_a_set_of_such_layers() {
         "what no token attends is dropped"
     );
     assert!(matches!(sliding(0), Err(Error::Setting { .. })));
+}
+
+#[test]
+fn snapshots_of_another_window_or_path_are_refused_and_masks_come_back() {
+    let config = named("full", 24);
+    let handle = || LayerCache::new(&config, 0).unwrap();
+    let all = steps(14, 1, SHAPE, &[20, 4, 9]);
+    let mut sliding = handle().with_sliding_window(8).unwrap();
+    let mut attended = handle();
+    for (q, k, v) in &all {
+        sliding.attend(q, k, v, 0.25).unwrap();
+        attended.attend(q, k, v, 0.25).unwrap();
+    }
+    let problem = |mut cache: LayerCache, snapshot: &LayerSnapshot| match cache.restore(snapshot) {
+        Err(Error::Snapshot { problem }) => problem.to_owned(),
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(
+        problem(handle(), &sliding.snapshot()),
+        "another sliding window"
+    );
+    let for_append = handle().for_append().unwrap();
+    assert!(problem(for_append, &attended.snapshot()).contains("append"));
+    let mut appended = handle().with_bottom_right_masks();
+    appended.append(&all[0].1, &all[0].2).unwrap();
+    appended.append(&all[1].1, &all[1].2).unwrap();
+    let (snapshot, mask) = (appended.snapshot(), appended.mask(4).unwrap().unwrap());
+    appended.append(&all[2].1, &all[2].2).unwrap();
+    for mut cache in [appended, handle()] {
+        cache.restore(&snapshot).unwrap();
+        let again = cache.mask(4).unwrap().unwrap();
+        assert_eq!(
+            again.to_vec2::<u8>().unwrap(),
+            mask.to_vec2::<u8>().unwrap()
+        );
+    }
+}
+
+#[test]
+fn errors_name_the_layer_of_the_handle() {
+    let mut cache = LayerCache::new(&named("full", 24), 7).unwrap();
+    let (q, k, v) = &steps(15, 1, SHAPE, &[3])[0];
+    let wide = Tensor::cat(&[q, q], 1).unwrap();
+    cache.attend(q, k, v, 0.25).unwrap();
+    cache.attend(&wide, k, v, 0.25).unwrap_err();
+    let error = cache.attend(q, k, v, 0.25).unwrap_err().to_string();
+    assert!(error.contains("layer 7"), "{error}");
 }
 
 #[test]

@@ -373,8 +373,10 @@ fn quantised_caches_do_not_depend_on_batches_or_threads_and_restore_exactly() {
     let mut configs = Vec::new();
     for storage in ["int8", "k8v4", "int4"] {
         for name in ["full", "h2o", "lazy", "r-kv", "streaming"] {
-            configs.push(with(named(name, 60), |c| {
-                c.storage = storage.parse().unwrap()
+            // Enough tokens and few enough in f16 for blocks to be quantised.
+            configs.push(with(named(name, 120), |c| {
+                c.storage = storage.parse().unwrap();
+                c.storage.residual = 8;
             }));
         }
     }
@@ -385,6 +387,10 @@ fn quantised_caches_do_not_depend_on_batches_or_threads_and_restore_exactly() {
         let both = steps(9, 2, shape, &tokens());
         let mut cache = build(shape, &config, 2);
         let want = run(&mut cache, &both[..30]);
+        let floats = with(config.clone(), |c| c.storage = "f16".parse().unwrap());
+        let mut floats = build(shape, &floats, 2);
+        run(&mut floats, &both[..30]);
+        assert!(cache.bytes() < floats.bytes(), "{config:?}");
         let snapshot = cache.snapshot();
         let rest = run(&mut cache, &both[30..]);
         cache.restore(&snapshot).unwrap();
@@ -475,6 +481,24 @@ fn what_cannot_be_quantised_is_a_typed_error_and_changes_nothing() {
         cache.reset();
         run(&mut cache, &all[..1]);
     }
+    // Large, but within what a scale in f16 can say.
+    let (q, k, v) = &all[1];
+    let large = [k, v].map(|x| {
+        ((x / x
+            .abs()
+            .unwrap()
+            .max_all()
+            .unwrap()
+            .to_scalar::<f32>()
+            .unwrap() as f64)
+            .unwrap()
+            * 3e4)
+            .unwrap()
+    });
+    cache.begin(1).unwrap();
+    cache
+        .attend(0, &(q * 1e-4).unwrap(), &large[0], &large[1], 0.3)
+        .unwrap();
     let refused = |config: CacheConfig, shape: LayerShape| {
         let error = CacheSet::new(&[shape], 1, DType::F32, &Device::Cpu, &config).unwrap_err();
         assert!(matches!(error, Error::Setting { .. }), "{error}");
