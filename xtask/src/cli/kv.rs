@@ -35,9 +35,9 @@ pub(super) struct KvArgs {
     /// Text to decode
     #[arg(long, value_name = "FILE")]
     text: Option<PathBuf>,
-    /// How the text becomes windows: each with BOS in front; or gptq, cut from the text with the tokenizer's own special tokens
-    #[arg(long, value_name = "NAME", default_value = "windows", value_parser = super::protocol(super::DECODED))]
-    protocol: ProtocolKind,
+    /// How the text becomes windows: each with BOS in front; or gptq, cut from the text with the tokenizer's own special tokens [default: windows]
+    #[arg(long, value_name = "NAME", value_parser = super::protocol(super::DECODED))]
+    protocol: Option<ProtocolKind>,
     /// Do not begin windows with the tokenizer's BOS token
     #[arg(long, conflicts_with = "protocol")]
     no_bos: bool,
@@ -70,9 +70,9 @@ pub(super) struct KvArgs {
     /// Tokens of the contexts of --task long-context, separated by commas [default: 1024]
     #[arg(long, value_delimiter = ',', value_name = "N[,N..]", value_parser = super::values::positive)]
     context: Vec<NonZeroUsize>,
-    /// How --task long-context reads contexts
-    #[arg(long, value_enum, default_value_t = Feed::Whole)]
-    feed: Feed,
+    /// How --task long-context reads contexts [default: whole]
+    #[arg(long, value_enum)]
+    feed: Option<Feed>,
     /// Text from which statistics of the model's queries are taken, for tri-attention; not for --task recall [default: the sequence itself]
     #[arg(long, value_name = "FILE", conflicts_with = "statistics")]
     calib: Option<PathBuf>,
@@ -85,9 +85,9 @@ pub(super) struct KvArgs {
     /// Tokens of each window to prefill [default: a quarter]
     #[arg(long, value_name = "N", value_parser = super::values::positive)]
     prompt: Option<NonZeroUsize>,
-    /// What happens to the prompt
-    #[arg(long, value_enum, default_value_t = PromptRule::Own)]
-    prompt_rule: PromptRule,
+    /// What happens to the prompt [default: own; evict for --task long-context, whose contexts are prompts]
+    #[arg(long, value_enum)]
+    prompt_rule: Option<PromptRule>,
     /// Attention weight at which a token counts as active, for LazyEviction, RaaS and recurrence statistics
     #[arg(long, value_name = "X", default_value_t = ALPHA, value_parser = alpha)]
     alpha: f32,
@@ -97,12 +97,12 @@ pub(super) struct KvArgs {
     /// Save recorded traces, the model trained to recall, or the tokens of long contexts with their questions to this folder
     #[arg(long, value_name = "DIR")]
     save: Option<PathBuf>,
-    /// Training steps of the recall model
-    #[arg(long, value_name = "N", default_value = "200", value_parser = super::values::positive)]
-    train_steps: NonZeroUsize,
-    /// Seeds of random policies and generated traces, counted from --seed
-    #[arg(long, value_name = "N", default_value = "3", value_parser = super::values::positive)]
-    seeds: NonZeroUsize,
+    /// Training steps of the recall model [default: 200]
+    #[arg(long, value_name = "N", value_parser = super::values::positive)]
+    train_steps: Option<NonZeroUsize>,
+    /// Seeds of random policies, generated traces and long contexts, counted from --seed [default: 3]
+    #[arg(long, value_name = "N", value_parser = super::values::positive)]
+    seeds: Option<NonZeroUsize>,
     /// Windows per batch [default: as memory allows, at most 32]
     #[arg(long, value_name = "N", value_parser = super::values::positive)]
     batch: Option<NonZeroUsize>,
@@ -139,23 +139,8 @@ impl KvArgs {
                 "--save: this task makes nothing to keep (it keeps traces of --model, a model trained to recall, or long contexts)",
             );
         }
-        if !self.trace.is_empty() && self.task != KvTask::Trace {
-            wrong("--trace belongs to --task trace");
-        }
-        if self.batch.is_some() && self.task != KvTask::Perplexity {
-            wrong("--batch belongs to --task perplexity");
-        }
+        self.check_flags();
         let long_context = self.task == KvTask::LongContext;
-        if long_context && (self.text.is_some() || self.prompt.is_some() || self.no_bos) {
-            wrong(
-                "--text, --prompt and --no-bos: --task long-context makes its texts and asks with the chat template",
-            );
-        }
-        if !long_context
-            && (!self.questions.is_empty() || !self.context.is_empty() || self.feed != Feed::Whole)
-        {
-            wrong("--questions, --context and --feed belong to --task long-context");
-        }
         let calibration = match (self.calib.take(), self.statistics.take()) {
             (Some(text), _) => Some(Calibration::Text {
                 text,
@@ -176,10 +161,10 @@ impl KvArgs {
             wrong("--budget-of bytes needs a model that runs: traces have tokens alone");
         }
         // Contexts are read as a prompt and must be evictable.
-        let prompt_rule = match self.prompt_rule {
-            PromptRule::Own if long_context => PromptRule::Evict,
-            rule => rule,
-        };
+        let prompt_rule = self.prompt_rule.unwrap_or(match long_context {
+            true => PromptRule::Evict,
+            false => PromptRule::Own,
+        });
         let choice = |name: &str| {
             // clap has admitted no other name.
             Choice::named(name, prompt_rule, self.alpha).expect("the parser knows the same names")
@@ -190,7 +175,14 @@ impl KvArgs {
             [] => Choice::names(matches!(self.task, KvTask::Trace | KvTask::Recall))
                 .map(choice)
                 .collect(),
-            named => named.iter().map(String::as_str).map(choice).collect(),
+            named => {
+                let mut named: Vec<Choice> = named.iter().map(String::as_str).map(choice).collect();
+                // What a context is worth under eviction is told by a draw at the same bytes.
+                if long_context && !named.iter().any(Choice::is_random) {
+                    named.push(choice("random"));
+                }
+                named
+            }
         };
         let (full, mut policies) = self.stored(policies);
         for file in &self.cache {
@@ -250,7 +242,7 @@ impl KvArgs {
                     } else {
                         lengths
                     },
-                    feed: self.feed,
+                    feed: self.feed.unwrap_or(Feed::Whole),
                     save: self.save,
                 })
             }
@@ -261,7 +253,7 @@ impl KvArgs {
             KvTask::Recall => Task::Recall(Recall {
                 model: self.model.into_iter().next(),
                 save: self.save,
-                steps: self.train_steps.get(),
+                steps: self.train_steps.map_or(200, NonZeroUsize::get),
                 prompt,
             }),
         };
@@ -272,9 +264,59 @@ impl KvArgs {
             alpha: self.alpha,
             calibration,
             budgets: self.budget,
-            seeds: self.seeds.get(),
+            seeds: self.seeds.map_or(3, NonZeroUsize::get),
             prompt_rule,
             task,
+        }
+    }
+
+    /// Refuses flags that the task would not heed.
+    fn check_flags(&self) {
+        use KvTask::{LongContext, Perplexity, Recall, Speed, Trace};
+        let texts = &[Perplexity, Trace][..];
+        let belongs: [(&str, bool, &[KvTask]); 12] = [
+            ("--text", self.text.is_some(), texts),
+            ("--protocol", self.protocol.is_some(), texts),
+            ("--no-bos", self.no_bos, texts),
+            ("--trace", !self.trace.is_empty(), &[Trace]),
+            ("--batch", self.batch.is_some(), &[Perplexity]),
+            ("--questions", !self.questions.is_empty(), &[LongContext]),
+            ("--context", !self.context.is_empty(), &[LongContext]),
+            ("--feed", self.feed.is_some(), &[LongContext]),
+            (
+                "--prompt",
+                self.prompt.is_some(),
+                &[Perplexity, Trace, Recall, Speed],
+            ),
+            (
+                "--prompt-rule",
+                self.prompt_rule.is_some(),
+                &[Perplexity, Trace, Recall, LongContext],
+            ),
+            (
+                "--seeds",
+                self.seeds.is_some(),
+                &[Perplexity, Trace, Recall, LongContext],
+            ),
+            ("--train-steps", self.train_steps.is_some(), &[Recall]),
+        ];
+        for (flag, given, tasks) in belongs {
+            if given && !tasks.contains(&self.task) {
+                let names = tasks.iter().filter_map(|task| task.to_possible_value());
+                let names: Vec<String> = names.map(|name| name.get_name().to_owned()).collect();
+                wrong(&format!("{flag} belongs to --task {}", names.join(", ")));
+            }
+        }
+        if self.train_steps.is_some() && !self.model.is_empty() {
+            wrong("--train-steps: --model has been trained");
+        }
+        let generated = |name: &String| {
+            let source = Source::from(name.as_str());
+            Source::GENERATORS.contains(&source)
+        };
+        let files = !self.trace.is_empty() && !self.trace.iter().any(generated);
+        if files && self.model.is_empty() && self.prompt.is_some() {
+            wrong("--prompt: traces in files know their own prompts");
         }
     }
 
@@ -313,7 +355,10 @@ impl KvArgs {
                 let of = |model: &PathBuf| perplexity::Config {
                     model: model.clone(),
                     text: text.clone(),
-                    protocol: super::with_bos(self.protocol, !self.no_bos),
+                    protocol: super::with_bos(
+                        self.protocol.unwrap_or(ProtocolKind::Windows),
+                        !self.no_bos,
+                    ),
                 };
                 self.model.iter().map(of).collect()
             }

@@ -10,7 +10,8 @@ use candle_core::DType;
 impl CacheConfig {
     /// The most bytes that `layer` occupies for one sequence within a budget of `tokens` tokens per KV head, once a prompt has been cut to it and
     /// tokens join one by one: keys, values, positions, the policy's state and its queries, with room for the tokens that join until the next
-    /// eviction, under a ratio also to grow by a quarter. Under `full`: after a prompt of `tokens` tokens. Policies that do not cut the prompt at once hold more before they do.
+    /// eviction, under a ratio also to grow by a quarter. Under `full`: after a prompt of `tokens` tokens. Policies that do not cut the prompt at once hold more before they do;
+    /// on devices other than the CPU quantised storage keeps the newest tokens twice.
     ///
     /// # Errors
     /// As for a cache of this configuration.
@@ -66,19 +67,29 @@ impl CacheConfig {
         Ok(shape.kv_heads * per_head + state + queries)
     }
 
-    /// The largest budget, up to `most` tokens, at which layer 0 of the configuration that `config` gives for it holds at most `bytes` for one sequence,
-    /// by [`bytes`](Self::bytes); at least one token. Settings that follow from the budget follow.
+    /// [`bytes`](Self::bytes) of all `layers`.
+    ///
+    /// # Errors
+    /// As for a cache of this configuration.
+    pub fn bytes_of(&self, layers: &[LayerShape], dtype: DType, tokens: usize) -> Result<usize> {
+        let own = layers.iter().enumerate().filter(|(_, s)| s.kv_heads > 0);
+        own.map(|(layer, &shape)| self.bytes(layer, shape, dtype, tokens))
+            .sum()
+    }
+
+    /// The largest budget, up to `most` tokens, at which all `layers` of the configuration that `config` gives for it hold at most `bytes` for one sequence,
+    /// by [`bytes_of`](Self::bytes_of); at least one token. Settings that follow from the budget follow.
     ///
     /// # Errors
     /// A configuration that cannot be built within that budget.
     pub fn budget_within(
         bytes: usize,
         most: usize,
-        shape: LayerShape,
+        layers: &[LayerShape],
         dtype: DType,
         config: impl Fn(usize) -> Self,
     ) -> Result<usize> {
-        let cost = |tokens: usize| config(tokens).bytes(0, shape, dtype, tokens);
+        let cost = |tokens: usize| config(tokens).bytes_of(layers, dtype, tokens);
         let (mut low, mut high) = (1, most.max(1) + 1);
         while high - low > 1 {
             let middle = low + (high - low) / 2;
@@ -119,7 +130,8 @@ mod tests {
         assert_eq!(half, 512 * 3 * (2 * 2 * 64 + 4));
         let fit = |name: &str, storage: &str| {
             let config = |tokens| of(name, storage, tokens);
-            let tokens = CacheConfig::budget_within(half, 1024, SHAPE, DType::F16, config).unwrap();
+            let tokens =
+                CacheConfig::budget_within(half, 1024, &[SHAPE], DType::F16, config).unwrap();
             let bytes = |tokens| config(tokens).bytes(0, SHAPE, DType::F16, tokens).unwrap();
             assert!(bytes(tokens) <= half, "{name} {storage}");
             assert!(
@@ -134,5 +146,16 @@ mod tests {
         assert!(fit("h2o", "f16") < 511 && fit("snapkv", "f16") < 480);
         assert!(fit("knorm", "int8") > 800 && fit("knorm", "int4") == 1024);
         assert!(StorageConfig::int4().is_quantised());
+        // Layers differ in size: a budget for all of them is one by their sum.
+        let wide = LayerShape {
+            head_dim: 128,
+            ..SHAPE
+        };
+        let layers = [SHAPE, wide];
+        let both = full.bytes_of(&layers, DType::F16, 512).unwrap();
+        assert_eq!(both, 512 * 3 * (2 * 2 * (64 + 128) + 2 * 4));
+        let config = |tokens| of("random", "f16", tokens);
+        let tokens = CacheConfig::budget_within(both, 1024, &layers, DType::F16, config);
+        assert_eq!(tokens.unwrap(), 511);
     }
 }

@@ -3,7 +3,7 @@
 use super::{
     Connectivity, ExactRemoval, ExperimentConfig, OrderSummary, Ramp, Repair, Row, Stage,
     judge::{Judge, Judged},
-    run::{Inner, sparsities},
+    run::{Inner, sparsities, steps},
 };
 use crate::{
     calibration::{Calibration, Moments, RecordConfig, record},
@@ -35,10 +35,12 @@ pub(super) struct Session<'a> {
 
 impl Session<'_> {
     fn inner(&self, name: impl Into<String>) -> Inner<'_> {
-        Inner {
-            outer: self.progress,
-            name: name.into(),
-        }
+        Inner::new(self.progress, name)
+    }
+
+    /// As [`inner`](Self::inner), for training.
+    fn training(&self, name: impl Into<String>, config: &TrainConfig) -> Inner<'_> {
+        Inner::of_training(self.progress, name, config.epochs)
     }
 }
 
@@ -135,10 +137,7 @@ struct Done {
 
 impl<'a> Dense<'a> {
     pub(super) fn new(source: Source<'a>, progress: &dyn Progress) -> Result<Self> {
-        let inner = Inner {
-            outer: progress,
-            name: source.name.into(),
-        };
+        let inner = Inner::new(progress, source.name);
         let Source { rnn, data, .. } = source;
         let dense = Judged { rnn, merged: None };
         Ok(Self {
@@ -267,7 +266,7 @@ impl<'a> Dense<'a> {
             true => match scores_in(self.source.rnn, &context, &base) {
                 Ok(scores) => Some(scores),
                 Err(e @ Error::DegenerateOrder { .. }) => {
-                    session.progress.advance(sparsities.len() as u64)?;
+                    session.progress.advance(steps(session.config, &[method]))?;
                     let refused = |s: &f64| self.refused(method, *s, seed, &e);
                     return Ok(sparsities.iter().map(refused).collect());
                 }
@@ -406,9 +405,11 @@ impl<'a> Dense<'a> {
         // Inputs are weighed by a calibration, which training changes.
         let prune = chosen.config.clone().with(|c| c.weigh_inputs = false);
         tuning.gradual = Some(ramp.schedule(updates, prune)?);
-        let inner = session.inner(format!("pruning {name} by {}", chosen.config.method));
+        let name = format!("pruning {name} by {}", chosen.config.method);
+        let inner = session.training(name, &tuning);
         let mut rnn = self.source.rnn.clone();
         let masks = train(&mut rnn, data, &tuning, wired, &inner)?.masks;
+        inner.finish()?;
         let pruned = Pruned {
             rnn,
             masks: &masks,
@@ -426,9 +427,10 @@ impl<'a> Dense<'a> {
     fn tune(&self, pruned: &mut Pruned<'_>, chosen: &Chosen, session: &Session<'_>) -> Result<()> {
         let tuning = self.tuning(chosen, session);
         let Source { name, data, .. } = self.source;
-        let inner = session.inner(format!("fine-tuning {name} after {}", chosen.config.method));
+        let name = format!("fine-tuning {name} after {}", chosen.config.method);
+        let inner = session.training(name, &tuning);
         train(&mut pruned.rnn, data, &tuning, pruned.masks, &inner)?;
-        Ok(())
+        Ok(inner.finish()?)
     }
 
     /// A fresh network trained without any recurrent weight.
@@ -438,8 +440,9 @@ impl<'a> Dense<'a> {
         let mut rnn = Rnn::new(self.source.rnn.config().clone(), seed)?;
         let config = session.config.prune_config(Method::ZeroWhh, 0.0, seed);
         let (masks, report) = prune_in(&rnn, &self.context(), &config)?;
-        let inner = session.inner(format!("training {name} without W_hh"));
+        let inner = session.training(format!("training {name} without W_hh"), session.training);
         train(&mut rnn, data, session.training, &masks, &inner)?;
+        inner.finish()?;
         let chosen = Chosen {
             config,
             masks: masks.clone(),

@@ -1,7 +1,7 @@
 //! The driver.
 
 use super::{
-    ExperimentConfig, Row,
+    ExperimentConfig, Repair, Row,
     network::{Dense, Session, Source, Visit},
 };
 use crate::{
@@ -15,10 +15,11 @@ use crate::{
     wiring::{Wiring, WiringKind},
 };
 use rayon::prelude::*;
+use std::sync::{Mutex, PoisonError};
 use tensor_io::{Cancelled, Progress};
 
 /// Trains a dense network for every task, cell and seed, prunes it by every method at every sparsity, and evaluates it. A
-/// step of `progress` is a pruned network; epochs of training are messages.
+/// step of `progress` is a pruned network or an epoch of training, which take about as long.
 ///
 /// # Errors
 /// Settings or files that cannot be used, a diverging run, or [`Error::Cancelled`](crate::Error::Cancelled). A degenerate order is no error here: its
@@ -33,7 +34,11 @@ pub fn run(config: &ExperimentConfig, progress: &dyn Progress) -> Result<Vec<Row
         }
     }
     let methods = config.all_methods();
-    progress.begin("pruning", networks.len() as u64 * steps(config, &methods));
+    let of_network = |&(task, cell, _): &(&Task, Cell, u64)| {
+        // The dense network, and the one that never had recurrent weights.
+        2 * config.training(task, cell).epochs as u64 + steps(config, &methods)
+    };
+    progress.begin("pruning", networks.iter().map(of_network).sum());
     let rows: Vec<Vec<Row>> = networks
         .into_par_iter()
         .map(|(task, cell, seed)| {
@@ -108,11 +113,10 @@ pub fn train_dense(
         Some(wiring) => wiring.masks(&rnn)?,
         None => MaskSet::default(),
     };
-    let inner = Inner {
-        outer: progress,
-        name: format!("training {task} {cell}, seed {seed}"),
-    };
+    let name = format!("training {task} {cell}, seed {seed}");
+    let inner = Inner::of_training(progress, name, training.epochs);
     train(&mut rnn, &data, &training, &wired, &inner)?;
+    inner.finish()?;
     Ok(Trained {
         rnn,
         data,
@@ -182,15 +186,56 @@ pub(super) fn prune_one_network(source: Source<'_>, session: &Session<'_>) -> Re
     Ok(rows.into_iter().flatten().collect())
 }
 
-/// The progress of a call inside a step: it can cancel and its messages are passed on, its steps do not count.
+/// The progress of a call inside a step: it can cancel, and its messages are passed on. Of its steps only epochs of training count.
 pub(super) struct Inner<'a> {
-    pub(super) outer: &'a dyn Progress,
-    pub(super) name: String,
+    outer: &'a dyn Progress,
+    name: String,
+    epochs: u64,
+    /// Updates in all and done, and the epochs that `outer` knows of.
+    updates: Mutex<[u64; 3]>,
+}
+
+impl<'a> Inner<'a> {
+    /// A call that counts nothing.
+    pub(super) fn new(outer: &'a dyn Progress, name: impl Into<String>) -> Self {
+        Self::of_training(outer, name, 0)
+    }
+
+    /// Training for `epochs` epochs.
+    pub(super) fn of_training(
+        outer: &'a dyn Progress,
+        name: impl Into<String>,
+        epochs: usize,
+    ) -> Self {
+        Self {
+            outer,
+            name: name.into(),
+            epochs: epochs as u64,
+            updates: Mutex::default(),
+        }
+    }
+
+    /// Counts the epochs that training has not needed.
+    pub(super) fn finish(self) -> std::result::Result<(), Cancelled> {
+        let [.., told] = *self.updates.lock().unwrap_or_else(PoisonError::into_inner);
+        self.outer.advance(self.epochs.saturating_sub(told))
+    }
 }
 
 impl Progress for Inner<'_> {
-    fn advance(&self, _steps: u64) -> std::result::Result<(), Cancelled> {
-        self.outer.advance(0)
+    fn begin(&self, _stage: &str, steps: u64) {
+        *self.updates.lock().unwrap_or_else(PoisonError::into_inner) = [steps, 0, 0];
+    }
+
+    fn advance(&self, steps: u64) -> std::result::Result<(), Cancelled> {
+        let new = {
+            let mut updates = self.updates.lock().unwrap_or_else(PoisonError::into_inner);
+            let [total, done, told] = &mut *updates;
+            *done = (*done + steps).min(*total);
+            let epochs = (*done * self.epochs).checked_div(*total).unwrap_or(0);
+            epochs - std::mem::replace(told, epochs)
+        };
+        self.outer.advance(new)
     }
 
     fn message(&self, text: &str) {
@@ -206,8 +251,17 @@ pub(super) fn sparsities(config: &ExperimentConfig, method: Method) -> Vec<f64> 
     }
 }
 
-/// Pruned networks of one seed.
-fn steps(config: &ExperimentConfig, methods: &[Method]) -> u64 {
-    let of = |m: &Method| sparsities(config, *m).len() as u64;
+/// Pruned networks of one seed, and the epochs by which they are trained afterwards.
+pub(super) fn steps(config: &ExperimentConfig, methods: &[Method]) -> u64 {
+    let of = |m: &Method| {
+        let repairs = config.repairs.iter().filter(|repair| match repair {
+            Repair::None => true,
+            Repair::Refit => *m != Method::Dense,
+            Repair::Merge => m.ranks_neurons(),
+        });
+        let gradual = usize::from(config.gradual.is_some() && m.is_gradual());
+        let epochs = config.finetune_epochs * (repairs.count() + gradual);
+        sparsities(config, *m).len() as u64 * (1 + epochs as u64)
+    };
     methods.iter().map(of).sum()
 }

@@ -3,6 +3,7 @@
 
 mod bootstrap;
 pub(crate) mod calibration;
+mod controls;
 pub mod long_context;
 mod peak;
 pub mod perplexity;
@@ -138,11 +139,10 @@ impl Config {
         let Some(budget) = budget else {
             return Ok(window);
         };
-        let tokens = policy::tokens(budget, window);
         if self.by_bytes && !choice.is_fixed() {
-            choice.tokens_in_bytes_of(&self.full, tokens, window, model)
+            choice.tokens_in_bytes_of(&self.full, budget, window, model)
         } else {
-            Ok(tokens)
+            Ok(policy::tokens(budget, window))
         }
     }
 

@@ -13,7 +13,8 @@ use eval_report::{
 };
 use kv_lazy::CacheConfig;
 
-use super::peak::PeakCache;
+use super::controls::not_run;
+use super::peak::{MEAN_OVER_FULL, PeakCache, compare_means};
 use super::policy;
 use super::rows::{FULL, SUITE, over_budget, over_bytes, reference};
 use super::verdict::{Metric, verdict};
@@ -84,7 +85,9 @@ fn one(settings: &Settings, config: &Config, text: &Text, among: bool) -> Result
         prompt_name(text.prompt, prompt)
     );
     let model = Model::load(&decoder)?;
-    let (config, statistics) = &config.calibrated(&model, &text.text.model)?;
+    let (mut config, statistics) = config.calibrated(&model, &text.text.model)?;
+    let refused = config.add_controls(&model)?;
+    let config = &config;
     policy::check(&model, &config.policies, &config.budgets, window)?;
     let batch = text.batch.unwrap_or(batch(&decoder, window));
     let cells = Decoding {
@@ -142,6 +145,7 @@ fn one(settings: &Settings, config: &Config, text: &Text, among: bool) -> Result
         .fact("keys and values", config.stored(decoder.dtype()))
         .fact("prompt", config.prompt_rule.label())
         .fact("query statistics", statistics.as_str());
+    let section = not_run(section, &refused);
     Ok((settings.weights.facts(section, Some(&weights)), window))
 }
 
@@ -259,13 +263,14 @@ fn compare_with_full(rows: &mut [Row], model: &str) {
     let Some(full) = rows.first().cloned() else {
         return;
     };
-    for row in rows {
+    for row in rows.iter_mut() {
         row.model = Some(model.into());
         row.perplexity_dense = full.perplexity;
         row.kv_bytes_full = full.kv_bytes;
         let speed = row.tokens_per_second_dense.or(full.tokens_per_second);
         row.tokens_per_second_dense = speed;
     }
+    compare_means(rows);
 }
 
 fn section(rows: Vec<Row>, window: usize) -> Section {
@@ -277,7 +282,8 @@ fn section(rows: Vec<Row>, window: usize) -> Section {
     let prose = format!(
         "The first part of each window is prefilled, the rest is decoded one token at a time, teacher-forced, under eviction; only decoded \
          tokens count, also for the full cache. A budget is the number of tokens per layer, sequence and KV head right after an eviction; \
-         bytes are the peak of the storage per sequence over all layers, also within steps. Speed is that of all windows of a batch together \
+         bytes are the peak of the storage per sequence over all layers, also within steps; the mean is over all steps, positions and the policy's state \
+         included. Speed is that of all windows of a batch together \
          and without prefill, in alternation with the full cache. {}",
         verdict(&rows, &PERPLEXITY)
     );
@@ -292,6 +298,7 @@ fn section(rows: Vec<Row>, window: usize) -> Section {
             Column::PerplexityOverDense,
             Column::KvBytes,
             Column::KvOverFull,
+            Column::ExtraShare(MEAN_OVER_FULL.into()),
             Column::StateBytes,
             Column::Extra("tokens_held".into()),
             Column::TokensPerSecond,

@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::sync::LazyLock;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use causal_lm::{Model, ModelConfig};
 use clap::ValueEnum;
 use kv_lazy::policy::tri_attention::QueryStatistics;
@@ -292,36 +292,35 @@ impl Choice {
         }
     }
 
-    /// The most tokens at which this holds no more bytes than `reference` holds at `tokens`, of a `model` and windows of `window`: keys, values, positions and the
-    /// policy's state.
+    /// The most tokens at which this holds no more bytes than the budget's share of `reference`, which keeps a window of `window`, or than `reference` holds at the
+    /// budget's tokens, of a `model`: keys, values, positions and the policy's state.
     pub(crate) fn tokens_in_bytes_of(
         &self,
         reference: &Choice,
-        tokens: usize,
+        budget: eval_report::Budget,
         window: usize,
         model: &Model<'_>,
     ) -> Result<usize> {
-        let shapes = model.cache_shapes();
-        let own = |shape: &&kv_lazy::LayerShape| shape.kv_heads > 0;
-        let shape = *shapes
-            .iter()
-            .find(own)
-            .context("the model has no KV heads")?;
-        let dtype = model.decoder().dtype();
-        let rotary = Rotary::plain(1e4, shape.head_dim / 2 * 2);
-        let config = |choice: &Choice, tokens: usize| {
-            let mut config = choice.cache(tokens, 0);
-            config.rotary = Some(rotary.clone());
-            // One layer's calibration would be asked for; it takes no bytes of the cache.
-            if let Some(Some(statistics)) = config.decode.calibration_mut() {
-                let first = statistics.layers.values().next().cloned();
-                statistics.layers = first.map(|layer| (0, layer)).into_iter().collect();
+        let (layers, dtype) = (model.cache_shapes(), model.decoder().dtype());
+        let all = |tokens| {
+            let config = reference.cache(tokens, 0);
+            config.bytes_of(&layers, dtype, tokens)
+        };
+        let bytes = match budget {
+            eval_report::Budget::Tokens(_) => all(tokens(budget, window))?,
+            eval_report::Budget::Share(share) => (share * all(window)? as f64) as usize,
+        };
+        let of = |tokens| {
+            let mut config = self.cache(tokens, 0);
+            if self.is_oracle() {
+                // What it knows of the future is no state of a cache; random has none.
+                config.decode = PolicyConfig::Random(Default::default());
+                config.evict_every = Some(lag(tokens));
             }
             config
         };
-        let bytes = config(reference, tokens).bytes(0, shape, dtype, tokens)?;
-        let of = |tokens| config(self, tokens);
-        Ok(CacheConfig::budget_within(bytes, window, shape, dtype, of)?)
+        let fit = CacheConfig::budget_within(bytes, window, &layers, dtype, of);
+        fit.with_context(|| self.flags(Some(budget)))
     }
 }
 
@@ -339,10 +338,16 @@ fn evicts_every_step(name: &str) -> bool {
     })
 }
 
-/// How a model rotates the keys of each layer.
+/// How a model rotates the keys of each layer; nothing where that depends on the length of the text, so that no policy can undo it.
 pub(crate) fn rotary(config: &ModelConfig) -> Vec<Option<Rotary>> {
+    if config.ropes.iter().any(|rope| rope.long.is_some()) {
+        return Vec::new();
+    }
     let of = |attention: &causal_lm::config::AttentionConfig| {
-        let rope = &config.ropes[attention.rotation?];
+        let Some(rotation) = attention.rotation else {
+            return Some(Rotary::new(Vec::new(), Pairs::Halves));
+        };
+        let rope = &config.ropes[rotation];
         let pairs = match rope.pairs {
             causal_lm::Pairs::Halves => Pairs::Halves,
             causal_lm::Pairs::Neighbours => Pairs::Neighbours,
@@ -380,7 +385,13 @@ pub(crate) fn check(
     budgets: &[eval_report::Budget],
     window: usize,
 ) -> Result<()> {
+    let rotated = !rotary(model.decoder().config()).is_empty();
     for choice in choices.iter().filter(|choice| !choice.is_oracle()) {
+        ensure!(
+            rotated || !choice.needs_rotary(),
+            "{}: it must know how keys are rotated, which in this model depends on the length of the text (LongRoPE)",
+            choice.flags(None)
+        );
         let budgets = match choice.is_fixed() || choice.is_full() {
             true => vec![choice.own_budget()],
             false => budgets.iter().copied().map(Some).collect(),

@@ -2,6 +2,7 @@
 
 use eval_report::{Axis, Budget, Plot, Reference, Role, Row, Series};
 
+use super::peak;
 use super::verdict::Metric;
 
 /// Name of the suite in rows.
@@ -38,7 +39,7 @@ pub(super) fn over_budget(
     }
 }
 
-/// `metric` over the bytes that were held, which is what policies are to be compared at.
+/// `metric` over the bytes that were held, state included, which is what policies are to be compared at.
 pub(super) fn over_bytes(
     title: &str,
     axis: Axis,
@@ -48,12 +49,12 @@ pub(super) fn over_bytes(
 ) -> Plot {
     // To a tenth, which is what an axis has room for.
     let held = |row: &Row| {
-        let share = row.kv_bytes? as f64 / row.kv_bytes_full? as f64;
+        let share = peak::held(row)? as f64 / row.kv_bytes_full? as f64;
         Some((1e3 * share).round() / 10.0)
     };
     Plot {
         title: format!("{title} over bytes held"),
-        x: Axis::linear("keys and values held (% of the full cache's)"),
+        x: Axis::linear("held, state included (% of the full cache's keys and values)"),
         y: axis,
         series: Series::by_method(rows, held, metric.field, metric.value),
         reference,

@@ -58,6 +58,10 @@ struct Lane {
 
 /// Fill and decode with the full cache and with every policy at every budget.
 pub(crate) fn run(settings: &Settings, config: &Config, speed: &Speed) -> Result<Vec<Section>> {
+    ensure!(
+        settings.samples.is_none(),
+        "--samples: --task speed runs one sequence"
+    );
     let scratch = Scratch::new()?;
     let window = settings.window.unwrap_or(CONTEXT + WARM + TIMED);
     let dir = match &speed.model {

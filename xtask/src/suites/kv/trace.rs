@@ -171,7 +171,13 @@ fn generate(
     source: &Source,
 ) -> Result<Kind> {
     let mut sizes = Sizes::default();
-    if !matches!(source, Source::File(_)) {
+    if let Source::File(file) = source {
+        ensure!(
+            settings.window.is_none(),
+            "--window: {} is as long as it was recorded",
+            file.display()
+        );
+    } else {
         sizes.tokens = settings.window.unwrap_or(sizes.tokens);
         sizes.prompt = prompt.unwrap_or(sizes.prompt);
         ensure!(

@@ -1,4 +1,6 @@
 //! The rows in words: which policy is best at a budget, which lose to random, and where bytes are not equal.
+
+use super::peak;
 use eval_report::{Column, Role, Row, format};
 
 /// Rows whose bytes are within this factor of one another count as equal in bytes.
@@ -70,7 +72,7 @@ fn at_budget(rows: &[&Row], full: Option<f64>, metric: &Metric) -> String {
             .reduce(|a, b| if metric.better(b.1, a.1) { b } else { a })
             .map(|(name, value)| format!("{name} is best ({})", (metric.show)(value)))
     };
-    let held = |row: &Row| row.kv_bytes.map(format::bytes).unwrap_or_default();
+    let held = |row: &Row| peak::held(row).map(format::bytes).unwrap_or_default();
     let oracle = rows.iter().copied().find(|row| row.method == "oracle");
     let oracle = oracle.map(|row| format!(", oracle {}", score(row)));
     // Where eviction helps, the model makes little of its context, and differences tell little of policies.
@@ -145,9 +147,9 @@ fn at_budget(rows: &[&Row], full: Option<f64>, metric: &Metric) -> String {
     format!("{start}: {}.", sentences.join("; "))
 }
 
-/// How many times the bytes of one row the other holds, at least 1; rows without bytes are alike.
+/// How many times the bytes of one row the other holds, state included, at least 1; rows without bytes are alike.
 fn ratio(a: &Row, b: &Row) -> f64 {
-    match (a.kv_bytes, b.kv_bytes) {
+    match (peak::held(a), peak::held(b)) {
         (Some(a), Some(b)) => {
             let (a, b) = (a.max(1) as f64, b.max(1) as f64);
             (a / b).max(b / a)

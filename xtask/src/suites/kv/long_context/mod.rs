@@ -18,6 +18,7 @@ use kv_lazy::CacheConfig;
 use kv_lazy::trace::Recorded;
 use lm_eval::long_context::{Example, Questions, example};
 
+use super::controls::not_run;
 use super::policy::{self, Choice};
 use super::{Config, recording};
 use crate::bar::Bar;
@@ -31,8 +32,6 @@ use table::{Cell, NOTHING, Task};
 const CONTEXTS: usize = 16;
 /// Tokens of a decode step up to which policies see the weights of each of its queries.
 const STEP: usize = 16;
-/// Storage of the full cache that is measured beside every policy.
-const CONTROLS: [&str; 3] = ["int8", "k8v4", "int4"];
 
 /// How contexts are read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -106,7 +105,7 @@ pub(crate) fn run(
     }
     let model = Model::load(&decoder)?;
     let (mut config, statistics) = config.calibrated(&model, &task.model)?;
-    let refused = add_controls(&mut config, &model)?;
+    let refused = config.add_controls(&model)?;
     for &length in &task.lengths {
         policy::check(&model, &config.policies, &config.budgets, length)?;
     }
@@ -127,14 +126,7 @@ pub(crate) fn run(
     let mut sections = Vec::new();
     for (tasks, &length) in tasks.chunks(task.questions.len()).zip(&task.lengths) {
         let facts = |section: Section| {
-            let section = match refused.is_empty() {
-                true => section,
-                false => section.fact(
-                    "full caches not run, because the heads do not admit them",
-                    refused.join(", "),
-                ),
-            };
-            section
+            not_run(section, &refused)
                 .fact("model", file_name(&task.model))
                 .fact(
                     "contexts",
@@ -202,25 +194,6 @@ fn asked(
     Ok(all)
 }
 
-/// Adds the full cache in integers, where it is not measured anyway, before the policies; returns those that the model's heads do not admit.
-fn add_controls(config: &mut Config, model: &Model<'_>) -> Result<Vec<&'static str>> {
-    let (mut controls, mut refused) = (Vec::new(), Vec::new());
-    for preset in CONTROLS {
-        let control = Choice::full().stored_as(preset, false)?;
-        let measured = (config.policies.iter().chain([&config.full]))
-            .any(|choice| choice.name == control.name || choice.stores_all_as(&control));
-        if measured {
-            continue;
-        }
-        match policy::caches(model, Some(&control.cache(1, 0)), 0, 1) {
-            Ok(_) => controls.push(control),
-            Err(_) => refused.push(preset),
-        }
-    }
-    config.policies.splice(0..0, controls);
-    Ok(refused)
-}
-
 /// What all contexts share.
 struct Run<'a> {
     settings: &'a Settings,
@@ -241,8 +214,7 @@ impl Run<'_> {
             .chain(config.cells())
             .collect();
         let tokens = |(choice, budget): &(&Choice, Option<Budget>)| {
-            let fit = config.tokens(choice, *budget, asked.length, self.model);
-            fit.with_context(|| choice.flags(*budget))
+            config.tokens(choice, *budget, asked.length, self.model)
         };
         let tokens: Vec<usize> = rows.iter().map(tokens).collect::<Result<_>>()?;
         let mut cells = vec![Cell::new(NOTHING, None, "never")];

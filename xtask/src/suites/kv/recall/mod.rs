@@ -21,7 +21,7 @@ use serde_json::json;
 use tensor_io::WriteOptions;
 
 use super::bootstrap;
-use super::peak::PeakCache;
+use super::peak::{MEAN_OVER_FULL, PeakCache, compare_means};
 use super::policy::{self, Choice};
 use super::rows::{FULL, SUITE, over_budget, over_bytes, reference};
 use super::verdict::{Metric, verdict};
@@ -212,6 +212,7 @@ impl<'a> Cells<'a> {
             row.kv_bytes_full = bytes;
             row.extra.insert("task".into(), json!(self.kind.name()));
         }
+        compare_means(&mut rows);
         Ok((rows, all))
     }
 
@@ -355,6 +356,7 @@ fn section(kind: Kind, rows: Vec<Row>, length: usize) -> Section {
             Column::Extra("accuracy_high".into()),
             Column::KvBytes,
             Column::KvOverFull,
+            Column::ExtraShare(MEAN_OVER_FULL.into()),
             Column::StateBytes,
             Column::Extra("tokens_held".into()),
             Column::Seconds,

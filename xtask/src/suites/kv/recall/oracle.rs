@@ -8,7 +8,7 @@ use std::sync::Arc;
 use anyhow::Result;
 use causal_lm::{CacheSet, Model};
 use kv_lazy::policy::oracle::Oracle;
-use kv_lazy::policy::{Budget, Needs, Phase, Place, Policy, Rule};
+use kv_lazy::policy::{Budget, Needs, Phase, Place, Policy, Protect, Rule};
 use kv_lazy::trace::replay::FutureAttention;
 use kv_lazy::trace::{Trace, TraceMeta};
 use kv_lazy::{CacheConfig, StorageConfig};
@@ -40,6 +40,7 @@ pub(super) fn caches(
             window: policy::lag(budget.tokens(0)),
             oracle: None,
         };
+        let policy = Protect::new(policy, config.sinks, config.recent, config.prompt);
         Ok((Box::new(policy), budget, *config.storage_of(layer)?))
     };
     let shapes = model.cache_shapes();

@@ -1,0 +1,50 @@
+//! The full cache in integers, which is measured beside every policy: it holds every token in as few bytes.
+
+use anyhow::Result;
+use causal_lm::Model;
+use eval_report::Section;
+
+use super::Config;
+use super::policy::{self, Choice};
+
+/// Storage of the full caches.
+const CONTROLS: [&str; 3] = ["int8", "k8v4", "int4"];
+
+impl Config {
+    /// Adds the full cache in integers before the policies, where it is not measured anyway; returns those that the model's heads do not admit.
+    pub(super) fn add_controls(&mut self, model: &Model<'_>) -> Result<Vec<&'static str>> {
+        let (mut controls, mut refused) = (Vec::new(), Vec::new());
+        for preset in CONTROLS {
+            let control = Choice::full().stored_as(preset, false)?;
+            let measured = (self.policies.iter().chain([&self.full]))
+                .any(|choice| choice.name == control.name || choice.stores_all_as(&control));
+            if measured {
+                continue;
+            }
+            match policy::caches(model, Some(&control.cache(1, 0)), 0, 1) {
+                Ok(_) => controls.push(control),
+                Err(e) if is_setting(&e) => refused.push(preset),
+                Err(e) => return Err(e),
+            }
+        }
+        self.policies.splice(0..0, controls);
+        Ok(refused)
+    }
+}
+
+/// Whether a cache was refused for its settings.
+fn is_setting(error: &anyhow::Error) -> bool {
+    let error = error.downcast_ref::<kv_lazy::Error>();
+    matches!(error, Some(kv_lazy::Error::Setting { .. }))
+}
+
+/// Says in a section which full caches were `refused`.
+pub(super) fn not_run(section: Section, refused: &[&str]) -> Section {
+    match refused.is_empty() {
+        true => section,
+        false => section.fact(
+            "full caches not run, because the heads do not admit them",
+            refused.join(", "),
+        ),
+    }
+}
