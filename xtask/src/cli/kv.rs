@@ -1,7 +1,7 @@
 //! The flags of `eval kv`.
 
 use std::num::NonZeroUsize;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::builder::PossibleValuesParser;
 use clap::error::ErrorKind;
@@ -139,6 +139,9 @@ impl KvArgs {
                 "--save: this task makes nothing to keep (it keeps traces of --model, a model trained to recall, or long contexts)",
             );
         }
+        self.cache = super::names::paths(std::mem::take(&mut self.cache));
+        let traces = self.trace.iter().map(String::as_str).collect::<Vec<_>>();
+        self.trace = super::names::joined(&traces, |text| Path::new(text).exists());
         self.check_flags();
         let long_context = self.task == KvTask::LongContext;
         let calibration = match (self.calib.take(), self.statistics.take()) {
@@ -210,9 +213,9 @@ impl KvArgs {
             }
             KvTask::Trace => {
                 let recorded = self.texts().pop();
-                let sources = match &self.trace[..] {
-                    [] if recorded.is_none() => Source::GENERATORS.to_vec(),
-                    named => named.iter().map(|s| Source::from(s.as_str())).collect(),
+                let sources = match self.sources() {
+                    none if none.is_empty() && recorded.is_none() => Source::GENERATORS.to_vec(),
+                    named => named,
                 };
                 Task::Trace(Traces {
                     sources,
@@ -270,6 +273,27 @@ impl KvArgs {
         }
     }
 
+    /// Generators, and files that are there; what is neither is likely a generator misspelt.
+    fn sources(&self) -> Vec<Source> {
+        let sources = self.trace.iter().map(|name| Source::from(name.as_str()));
+        let sources: Vec<Source> = sources.collect();
+        for source in &sources {
+            if let Source::File(file) = source
+                && !file.exists()
+            {
+                let near = super::names::near(&file.to_string_lossy(), &Source::NAMES);
+                let near = near.map(|near| format!("\n\n  tip: a similar value exists: '{near}'"));
+                wrong(&format!(
+                    "--trace {}: neither a file nor one of {}{}",
+                    file.display(),
+                    Source::NAMES.join(", "),
+                    near.unwrap_or_default()
+                ));
+            }
+        }
+        sources
+    }
+
     /// Refuses flags that the task would not heed.
     fn check_flags(&self) {
         use KvTask::{LongContext, Perplexity, Recall, Speed, Trace};
@@ -310,11 +334,9 @@ impl KvArgs {
         if self.train_steps.is_some() && !self.model.is_empty() {
             wrong("--train-steps: --model has been trained");
         }
-        let generated = |name: &String| {
-            let source = Source::from(name.as_str());
-            Source::GENERATORS.contains(&source)
-        };
-        let files = !self.trace.is_empty() && !self.trace.iter().any(generated);
+        let sources = self.sources();
+        let generated = |source: &Source| Source::GENERATORS.contains(source);
+        let files = !sources.is_empty() && !sources.iter().any(generated);
         if files && self.model.is_empty() && self.prompt.is_some() {
             wrong("--prompt: traces in files know their own prompts");
         }

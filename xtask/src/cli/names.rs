@@ -19,6 +19,11 @@ where
     })
 }
 
+/// The nearest of `words`, where a text is near to one.
+pub(super) fn near(text: &str, words: &[&str]) -> Option<String> {
+    nearest(text, words).filter(|near| words.contains(&near.as_str()))
+}
+
 /// The words of a list as help texts show it.
 pub(super) fn words(list: &str) -> Vec<&str> {
     list.split(", ").collect()

@@ -1,7 +1,7 @@
 //! Configurations of caches and statistics of queries in files.
 
-use crate::scene::{Scene, error, rows};
-use crate::{kv, model, number, on_scene};
+use crate::scene::{Scene, error};
+use crate::{asked, kv, model, number, on_scene};
 use serde_json::{Value, json};
 use std::process::Command;
 
@@ -15,7 +15,7 @@ fn a_configuration_in_a_file_is_a_row_of_its_own_in_every_task() {
     });
     std::fs::write(&file, config.to_string()).unwrap();
     let cache = ["--cache", file.to_str().unwrap()];
-    let alone = rows(&on_scene(&scene, &cache));
+    let alone = asked(&on_scene(&scene, &cache));
     assert_eq!(alone.len(), 2, "the full cache and the file");
     assert_eq!(alone[1]["method"], "per-head.json");
     assert_eq!(
@@ -23,12 +23,12 @@ fn a_configuration_in_a_file_is_a_row_of_its_own_in_every_task() {
         (&json!(24), &json!("while decoding"))
     );
     assert!(number(&alone[1], "nll") != number(&alone[0], "nll"));
-    let both = rows(&on_scene(
+    let both = asked(&on_scene(
         &scene,
         &[&cache[..], &["--policy", "knorm", "--budget", "16,32"]].concat(),
     ));
     assert_eq!(both.len(), 4);
-    let task = |more: &[&str]| rows(&kv(&[more, &cache].concat()));
+    let task = |more: &[&str]| asked(&kv(&[more, &cache].concat()));
     let own = |rows: &[Value]| {
         rows.iter()
             .filter(|row| row["method"] == "per-head.json")
@@ -90,7 +90,7 @@ fn statistics_of_a_text_are_taken_in_every_task_that_runs_the_model() {
         (&["--task", "trace"], "output_error"),
         (&["--task", "trace", "--kv-dtype", "int8"], "output_error"),
     ] {
-        let run = |more: &[&str]| rows(&on_scene(&scene, &[&flags[..], task, more].concat()));
+        let run = |more: &[&str]| asked(&on_scene(&scene, &[&flags[..], task, more].concat()));
         let own = run(&[]);
         let of_text = run(&["--calib", text.to_str().unwrap()]);
         assert_eq!(own[0][field], of_text[0][field]);
@@ -109,10 +109,10 @@ fn statistics_are_saved_and_serve_again_for_the_same_model_alone() {
     let flags = ["--policy", "tri-attention", "--budget", "24"];
     let run = |more: &[&str]| on_scene(&scene, &[&flags[..], more].concat());
     let calib = ["--calib", text.to_str().unwrap()];
-    let measured = rows(&run(&[&calib[..], &["--save-statistics", file]].concat()));
-    let again = rows(&run(&["--statistics", file]));
+    let measured = asked(&run(&[&calib[..], &["--save-statistics", file]].concat()));
+    let again = asked(&run(&["--statistics", file]));
     assert_eq!(measured[1]["nll"], again[1]["nll"]);
-    assert_ne!(measured[1]["nll"], rows(&run(&[]))[1]["nll"]);
+    assert_ne!(measured[1]["nll"], asked(&run(&[]))[1]["nll"]);
     let generated = |policy: &str| {
         let model = scene.path("model");
         let mut command = Command::new(env!("CARGO_BIN_EXE_xtask"));

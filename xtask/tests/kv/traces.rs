@@ -134,4 +134,26 @@ fn a_model_trained_to_recall_is_saved_and_answers_again_as_before() {
         );
     }
     assert!(error(&kv(&["--task", "recall", "--save", save])).contains("--save"));
+    // What the oracle knows of the future takes no bytes of its budget.
+    let bytes = rows(&kv(&[
+        "--task",
+        "recall",
+        "--model",
+        save,
+        "--policy",
+        "oracle,random",
+        "--budget",
+        "0.5",
+        "--budget-of",
+        "bytes",
+        "--samples",
+        "4",
+        "--seeds",
+        "1",
+    ]));
+    let held = |method: &str| {
+        let row = bytes.iter().find(|row| row["method"] == method);
+        number(row.unwrap(), "tokens_held")
+    };
+    assert!(held("oracle") > 0.0 && held("oracle") <= held("full"));
 }

@@ -12,7 +12,7 @@ use tensor_io::ContentHash;
 use super::policy::{self, Choice};
 use super::rows::OWN_QUERIES;
 use super::{Config, recording};
-use crate::suites::perplexity::file_name;
+use crate::suites::perplexity::{ensure_unseen, file_name};
 
 /// Tokens of the calibration text.
 const TOKENS: usize = 1024;
@@ -90,8 +90,13 @@ impl Config {
         Ok((config, from))
     }
 
-    /// Refuses statistics that no policy would make use of.
+    /// Refuses statistics that no policy would make use of, and those of a text that is evaluated on.
     pub(super) fn check_calibration(&self) -> Result<()> {
+        if let Some(Calibration::Text { text, .. }) = &self.calibration {
+            for evaluated in self.texts() {
+                ensure_unseen(text, evaluated)?;
+            }
+        }
         if let Some(calibration) = &self.calibration
             && !self.policies.iter().any(Choice::takes_calibration)
         {

@@ -16,13 +16,13 @@ pub mod speed;
 pub mod trace;
 mod verdict;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
 use causal_lm::Model;
 use serde_json::json;
 
-use crate::settings::Settings;
+use crate::settings::{Settings, once};
 pub use calibration::Calibration;
 use eval_report::{Budget, Row, Section, format};
 use policy::{Choice, PromptRule};
@@ -95,6 +95,15 @@ impl Config {
             Task::Recall(recall) => recall.model.iter_mut().collect(),
             Task::LongContext(task) => vec![&mut task.model],
             Task::Speed(speed) => speed.model.iter_mut().collect(),
+        }
+    }
+
+    /// The texts that are evaluated on.
+    fn texts(&self) -> Vec<&Path> {
+        match &self.task {
+            Task::Perplexity(texts) => texts.iter().map(|t| t.text.text.as_path()).collect(),
+            Task::Trace(traces) => traces.recorded.iter().map(|t| t.text.as_path()).collect(),
+            Task::Recall(_) | Task::LongContext(_) | Task::Speed(_) => Vec::new(),
         }
     }
 
@@ -183,6 +192,12 @@ pub(crate) fn prompt_name(asked: Option<usize>, prompt: usize) -> String {
 /// # Errors
 /// A policy that cannot run within a budget, a model, text or trace that cannot be read or run.
 pub fn run(settings: &Settings, config: &Config) -> Result<Vec<Section>> {
+    once(
+        "--policy",
+        config.policies.iter().map(|choice| &choice.name),
+    )?;
+    let budgets = config.budgets.iter().copied();
+    once("--budget", budgets.map(policy::label))?;
     let oracle = config.policies.iter().any(Choice::is_oracle);
     if oracle && !matches!(config.task, Task::Trace(_) | Task::Recall(_)) {
         bail!(

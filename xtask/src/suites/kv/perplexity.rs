@@ -6,7 +6,7 @@
 
 use std::time::Instant;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use causal_lm::{Decoder, Model, Windows, cross_entropy};
 use eval_report::{
     Axis, Column, Reference, Rounds, Row, Section, Stopwatch, format, mean_over_seeds,
@@ -22,7 +22,7 @@ use super::{Config, prompt_name, several};
 use crate::bar::Bar;
 use crate::estimate::Probe;
 use crate::model;
-use crate::settings::Settings;
+use crate::settings::{Settings, part};
 use crate::suites::perplexity::{self, Protocol, file_name};
 
 /// Windows that run side by side at most.
@@ -50,15 +50,25 @@ pub struct Text {
 
 /// Measure every policy at every budget, and the full cache in the same way, for each of several models.
 pub(crate) fn run(settings: &Settings, config: &Config, texts: &[Text]) -> Result<Vec<Section>> {
-    let sections = texts
-        .iter()
-        .map(|text| {
-            let one = one(settings, config, text, texts.len() > 1);
-            one.map_err(|error| model::naming(error, &text.text.model))
-        })
-        .collect::<Result<Vec<(Section, usize)>>>()?;
+    let (mut sections, mut failures) = (Vec::new(), Vec::new());
+    for text in texts {
+        match one(settings, config, text, texts.len() > 1) {
+            Ok(section) => sections.push(section),
+            Err(error) => failures.push(model::naming(error, &text.text.model)),
+        }
+    }
+    if sections.is_empty() && !failures.is_empty() {
+        return Err(failures.swap_remove(0));
+    }
+    let failures = failures.iter().map(|error| format!("{error:#}"));
+    if let Some((first, _)) = sections.first_mut() {
+        first.failures.extend(failures);
+    }
     if settings.is_part() {
-        return Ok(Vec::new());
+        let failures = sections
+            .into_iter()
+            .flat_map(|(section, _)| section.failures);
+        return Ok(part(failures.collect()));
     }
     let overview = (texts.len() > 1).then(|| several::overview(&sections));
     let own = sections.into_iter().map(|(section, _)| section);
@@ -107,7 +117,7 @@ fn one(settings: &Settings, config: &Config, text: &Text, among: bool) -> Result
     let full = config.full.cache(window, settings.seed);
     let row = reference(Row::new(SUITE, FULL));
     let path = text.text.model.display();
-    let mut rows = Vec::new();
+    let (mut rows, mut failures) = (Vec::new(), Vec::new());
     rows.extend(settings.cells.get(&format!("{path}: {FULL}"), || {
         cells.measure(row, Some(&full), None, &bar)
     })?);
@@ -123,7 +133,11 @@ fn one(settings: &Settings, config: &Config, text: &Text, among: bool) -> Result
             });
             anyhow::Ok(mean_over_seeds(&draws.collect::<Result<Vec<Row>>>()?)?)
         });
-        rows.extend(row.with_context(|| choice.flags(budget))?);
+        match row {
+            Ok(row) => rows.extend(row),
+            // The others are worth having.
+            Err(error) => failures.push(error.context(choice.flags(budget))),
+        }
     }
     bar.finish();
     let name = file_name(&text.text.model);
@@ -145,7 +159,11 @@ fn one(settings: &Settings, config: &Config, text: &Text, among: bool) -> Result
         .fact("keys and values", config.stored(decoder.dtype()))
         .fact("prompt", config.prompt_rule.label())
         .fact("query statistics", statistics.as_str());
-    let section = not_run(section, &refused);
+    let mut section = not_run(section, &refused);
+    let failures = failures
+        .into_iter()
+        .map(|error| model::naming(error, &text.text.model));
+    section.failures = failures.map(|error| format!("{error:#}")).collect();
     Ok((settings.weights.facts(section, Some(&weights)), window))
 }
 

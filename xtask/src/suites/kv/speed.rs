@@ -80,7 +80,7 @@ pub(crate) fn run(settings: &Settings, config: &Config, speed: &Speed) -> Result
         .prompt
         .unwrap_or(window.saturating_sub(WARM + TIMED).max(1));
     ensure!(
-        prompt + WARM + ROUNDS <= window,
+        prompt.saturating_add(WARM + ROUNDS) <= window,
         "{}: the window of {window} has no room for {WARM} tokens before the clock runs and {ROUNDS} after",
         prompt_name(speed.prompt, prompt)
     );

@@ -32,6 +32,8 @@ use crate::suites::perplexity::{self, Protocol, file_name};
 const RECORDED: usize = 2;
 /// Positions that a generator needs at least.
 const LEAST: usize = 64;
+/// The most positions of a generated trace: replaying one takes time with their square.
+const MOST: usize = 1 << 17;
 
 const MASS: Metric = Metric {
     field: "retained_mass",
@@ -56,6 +58,8 @@ pub enum Source {
 impl Source {
     /// The generators.
     pub const GENERATORS: [Source; 3] = [Source::Planted, Source::Drift, Source::HeavyHitters];
+    /// Their names.
+    pub const NAMES: [&str; 3] = ["planted", "drift", "heavy-hitters"];
 }
 
 impl From<&str> for Source {
@@ -181,9 +185,13 @@ fn generate(
         sizes.tokens = settings.window.unwrap_or(sizes.tokens);
         sizes.prompt = prompt.unwrap_or(sizes.prompt);
         ensure!(
-            sizes.tokens >= LEAST,
-            "--window {}: generated traces have at least {LEAST} positions",
+            (LEAST..=MOST).contains(&sizes.tokens),
+            "--window {}: generated traces have {LEAST} to {MOST} positions",
             sizes.tokens
+        );
+        ensure!(
+            settings.samples.is_none(),
+            "--samples: of generated traces there is one for each of --seeds"
         );
         ensure!(
             sizes.prompt < sizes.tokens,

@@ -70,9 +70,14 @@ pub(crate) fn run(settings: &Settings, config: &Config, recall: &Recall) -> Resu
     let length = settings.window.unwrap_or(train::LENGTH);
     let prompt = recall.prompt.unwrap_or(PROMPT);
     ensure!(
-        prompt + LEAST <= length,
+        prompt.saturating_add(LEAST) <= length,
         "{}: the tasks need {LEAST} tokens after it, sequences have {length}",
         prompt_name(recall.prompt, prompt)
+    );
+    ensure!(
+        recall.model.is_some() || length <= train::POSITIONS,
+        "--window {length}: the model that is trained is made for {} positions",
+        train::POSITIONS
     );
     let scratch = Scratch::new()?;
     let mut trained = None;

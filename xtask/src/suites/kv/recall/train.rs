@@ -17,6 +17,8 @@ use super::language::{KEYS, Kind, Sample, VOCABULARY};
 
 /// Longest sequence that the model is trained on.
 pub(super) const LENGTH: usize = 128;
+/// Positions that the trained model is made for.
+pub(super) const POSITIONS: usize = 4 * LENGTH;
 /// Field of config.json by which such a model is recognised.
 pub(super) const MARK: &str = "recall_keys";
 /// Part of the steps over which the learning rate rises.
@@ -52,7 +54,7 @@ fn config() -> Config {
     let fields = json!({
         "model_type": "qwen2", "hidden_size": HIDDEN, "intermediate_size": HIDDEN, "num_hidden_layers": 2,
         "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": VOCABULARY,
-        "max_position_embeddings": 4 * LENGTH, "tie_word_embeddings": true, "rope_theta": 10000.0,
+        "max_position_embeddings": POSITIONS, "tie_word_embeddings": true, "rope_theta": 10000.0,
         "rms_norm_eps": 1e-5, MARK: KEYS,
     });
     Config::new(fields.as_object().cloned().unwrap_or_default())
