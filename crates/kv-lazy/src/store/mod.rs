@@ -8,6 +8,7 @@ mod device;
 mod host;
 mod packed_device;
 mod relocation;
+mod side;
 
 pub(crate) use device::DeviceStore;
 pub(crate) use host::HostStore;
