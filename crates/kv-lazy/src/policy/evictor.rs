@@ -561,6 +561,74 @@ fn lowest(scores: &[Score], ids: &[u32], free: &Range<u32>, count: usize) -> Vec
 mod tests {
     use super::*;
     use crate::golden;
+    use crate::policy::Protect;
+    use std::sync::{Arc, Mutex};
+
+    /// Notes which tokens it is told may leave.
+    #[derive(Debug, Clone, Default)]
+    struct Told(Arc<Mutex<Vec<Range<u32>>>>);
+
+    impl Policy for Told {
+        fn name(&self) -> &'static str {
+            "told"
+        }
+        fn rule(&self, _: Phase) -> Rule {
+            Rule::periodic(2, 5, 1)
+        }
+        fn score(&mut self, _: usize, rows: &dyn Rows, _: &Clock, _: &mut [Score]) -> Result<()> {
+            self.0.lock().unwrap().push(rows.candidates());
+            Ok(())
+        }
+        fn boxed_clone(&self) -> Box<dyn Policy> {
+            Box::new(self.clone())
+        }
+    }
+
+    #[test]
+    fn policies_are_told_which_tokens_may_leave_under_all_settings() {
+        let told = Told::default();
+        let rows = golden::Observed::new();
+        let len = golden::TOKENS as u32;
+        let place = Place {
+            heads: 1,
+            kv_heads: 1,
+            group: 2,
+            head_dim: golden::D,
+            ..Place::default()
+        };
+        let budget = Budget::Tokens(24);
+        let clock = |phase, step| Clock {
+            next: len,
+            step,
+            tokens: 1,
+            prompt: 10,
+            phase,
+        };
+        for (sinks, recent, prompt) in [
+            (0, 0, Prompt::Evictable),
+            (4, 9, Prompt::Evictable),
+            (4, 9, Prompt::Keep),
+            (4, 9, Prompt::CompressOnce(8)),
+        ] {
+            let policy = Protect::new(told.clone(), sinks, recent, Some(prompt));
+            let mut evictor = Evictor::new(Box::new(policy), budget, place).unwrap();
+            for clock in [clock(Phase::Prefill, 0), clock(Phase::Decode, 1)] {
+                evictor.plan(&rows, &clock).unwrap().unwrap();
+            }
+        }
+        // Of a prompt that is cut to 8 tokens, four are sinks and three the newest.
+        let want = [
+            2..len - 5,
+            2..len - 5,
+            4..len - 9,
+            4..len - 9,
+            10..len - 9,
+            10..len - 9,
+            4..len - 3,
+            10..len - 9,
+        ];
+        assert_eq!(*told.0.lock().unwrap(), want);
+    }
 
     #[test]
     fn heads_share_budgets_as_in_golden_values() {
