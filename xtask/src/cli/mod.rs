@@ -76,7 +76,7 @@ impl Cli {
             Command::Eval(args) => eval::run(args.run(words())),
             Command::Report(args) => args.run(),
             Command::Slurm(args) => args.run(),
-            Command::Generate(args) => generation::run(&(*args).into()),
+            Command::Generate(args) => generation::run(&args.config()),
             Command::RandomModel(args) => random::run(&args.into()),
             Command::TrainDefault(args) => default_model::run(&args.into()),
         });
@@ -88,6 +88,13 @@ impl Cli {
             }
         }
     }
+}
+
+/// Ends the process as the parser does on wrong usage: flags that do not go together.
+fn wrong(what: &str) -> ! {
+    Cli::command()
+        .error(ErrorKind::ArgumentConflict, what)
+        .exit()
 }
 
 /// The words of this process's command line.
