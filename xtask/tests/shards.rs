@@ -502,3 +502,47 @@ fn slurm_takes_evaluations_of_a_suite_alone() {
     ]);
     assert!(error(&calibrated).contains("eval structured"));
 }
+
+#[test]
+fn slurm_writes_what_every_job_can_parse() {
+    let scene = scene();
+    let out = scene.path("jobs here");
+    let out = out.to_str().unwrap();
+    let slurm = |before: &[&str], words: &str| {
+        let words: Vec<&str> = words.split(' ').collect();
+        xtask(&[&["slurm", "--out", out], before, &["--"], &words].concat())
+    };
+    let usage = |before: &[&str], words: &str, names: &str| {
+        let output = slurm(before, words);
+        let stderr = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(2), "{words}: {stderr}");
+        assert!(stderr.contains(names), "{words}: {stderr}");
+    };
+    let good = "eval --window 16 structured --model m --ratio 0.2";
+    usage(&[], "eval structured --model m", "--ratio");
+    usage(
+        &[],
+        "eval structured --model m --ratio 0.2 --rank 2",
+        "--rank",
+    );
+    usage(&[], "eval lattice --device cuda", "--device");
+    usage(&["--time", "1\n#SBATCH --x"], good, "--time");
+    usage(&["--partition", "a\nb"], good, "--partition");
+    usage(&["--parts", "65537"], good, "at most 65536");
+    let json = error(&slurm(&[], &format!("{good} --json")));
+    assert!(json.contains("--json"), "{json}");
+    assert!(!Path::new(out).exists());
+    let threads = format!("{good} --threads 3");
+    let before = ["--cores", "2", "--calib-parts", "2", "--partition", "a b"];
+    let output = slurm(&before, &threads);
+    let stdout = String::from_utf8(output.stdout).unwrap();
+    assert_eq!(stdout, format!("submit with: sh '{out}/submit.sh'\n"));
+    for script in ["part", "calibration"] {
+        let text = fs::read_to_string(format!("{out}/{script}.sbatch")).unwrap();
+        assert_eq!(text.matches("--threads").count(), 1, "{text}");
+        assert!(text.contains("#SBATCH --partition=\"a b\"\n"), "{text}");
+    }
+    assert!(slurm(&before, good).status.success());
+    let part = fs::read_to_string(format!("{out}/part.sbatch")).unwrap();
+    assert!(part.contains("--threads 2 --cells"), "{part}");
+}

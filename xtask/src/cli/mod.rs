@@ -535,6 +535,21 @@ mod tests {
     }
 
     #[test]
+    fn the_commands_of_the_page_about_parts_are_complete() {
+        let page = include_str!("../../../docs/parts.md").replace("\\\n", " ");
+        let lines = page.lines().filter(|line| line.starts_with("cargo xtask "));
+        for line in lines.clone() {
+            let words = line.split_whitespace().skip(1);
+            let parsed = Cli::try_parse_from(words);
+            let cli = parsed.unwrap_or_else(|error| panic!("{line}: {error}"));
+            if let Command::Slurm(args) = cli.command {
+                args.check().unwrap();
+            }
+        }
+        assert!(lines.count() >= 5);
+    }
+
+    #[test]
     fn parts_of_a_run_share_all_but_where_results_go() {
         let words =
             "eval kv --shard 1/4 --cells=a --seed 3 --out b --json --threads=2 --policy lazy";
