@@ -521,6 +521,10 @@ mod tests {
             ("eval lattice --method spam", "span"),
             ("eval lattice --cell lstn", "lstm"),
             ("eval lattice --repair refat", "refit"),
+            (
+                "eval lattice --task vad:x --weights y --read-out-activation rely",
+                "relu",
+            ),
             ("eval perplexity --protocol gtpq", "gptq"),
             ("generate --policy stream", "streaming"),
         ] {
