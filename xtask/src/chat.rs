@@ -1,5 +1,7 @@
 //! Chat templates: Jinja programs that turn messages into the text that a model was trained on.
 
+use std::time::{SystemTime, UNIX_EPOCH};
+
 use anyhow::{Context, Result};
 use causal_lm::TextTokenizer;
 use minijinja::syntax::SyntaxConfig;
@@ -20,8 +22,12 @@ pub(crate) fn render(template: &str, tokenizer: &TextTokenizer, message: &str) -
     environment.set_syntax(syntax);
     environment.set_unknown_method_callback(method);
     environment.add_function("raise_exception", raise);
+    environment.add_function("strftime_now", |format: String| {
+        strftime(&format, SystemTime::now())
+    });
+    let template = without_generation(template);
     let template = environment
-        .template_from_str(template)
+        .template_from_str(&template)
         .context("malformed")?;
     let special = |token: Option<u32>| token.and_then(|token| tokenizer.token(token));
     let text = template.render(context! {
@@ -31,6 +37,119 @@ pub(crate) fn render(template: &str, tokenizer: &TextTokenizer, message: &str) -
         eos_token => special(tokenizer.eos()).unwrap_or_default(),
     })?;
     Ok(text)
+}
+
+/// The template with `{% generation %}` and `{% endgeneration %}`, by which transformers marks what a model has said, as a condition
+/// that always holds: the white space around tags goes as it would.
+fn without_generation(template: &str) -> String {
+    let mut out = String::with_capacity(template.len());
+    let mut rest = template;
+    while let Some((before, behind)) = rest.split_once("{%") {
+        out += before;
+        out += "{%";
+        rest = behind;
+        let Some((tag, _)) = behind.split_once("%}") else {
+            continue;
+        };
+        let word = tag.trim_matches(['-', '+']).trim();
+        let condition = match word {
+            "generation" => "if true",
+            "endgeneration" => "endif",
+            _ => continue,
+        };
+        out += &tag.replacen(word, condition, 1);
+        rest = &behind[tag.len()..];
+    }
+    out + rest
+}
+
+/// `strftime_now` of transformers: a time in the form of Python's `strftime`, here in UTC.
+fn strftime(format: &str, now: SystemTime) -> Result<String, Error> {
+    const DAYS: [&str; 7] = [
+        "Thursday",
+        "Friday",
+        "Saturday",
+        "Sunday",
+        "Monday",
+        "Tuesday",
+        "Wednesday",
+    ];
+    const MONTHS: [&str; 12] = [
+        "January",
+        "February",
+        "March",
+        "April",
+        "May",
+        "June",
+        "July",
+        "August",
+        "September",
+        "October",
+        "November",
+        "December",
+    ];
+    let seconds = now.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+    let (days, second) = (seconds / 86400, seconds % 86400);
+    let (year, month, day) = civil(days);
+    let (hour, minute) = (second / 3600, second / 60 % 60);
+    // The epoch was a Thursday.
+    let (day_name, month_name) = (DAYS[days as usize % 7], MONTHS[month as usize - 1]);
+    let mut out = String::new();
+    let mut characters = format.chars();
+    while let Some(character) = characters.next() {
+        if character != '%' {
+            out.push(character);
+            continue;
+        }
+        let mut letter = characters.next();
+        let padded = letter != Some('-');
+        if !padded {
+            letter = characters.next();
+        }
+        let number = |number: u64| match padded {
+            true => format!("{number:02}"),
+            false => number.to_string(),
+        };
+        out += &match letter {
+            Some('d') => number(day),
+            Some('m') => number(month),
+            Some('y') => number(year % 100),
+            Some('H') => number(hour),
+            Some('I') => number((hour + 11) % 12 + 1),
+            Some('M') => number(minute),
+            Some('S') => number(second % 60),
+            Some('Y') => year.to_string(),
+            Some('B') => month_name.into(),
+            Some('b') => month_name[..3].into(),
+            Some('A') => day_name.into(),
+            Some('a') => day_name[..3].into(),
+            Some('p') => ["AM", "PM"][hour as usize / 12].into(),
+            Some('%') => "%".into(),
+            letter => {
+                let letter = letter.map_or_else(String::new, String::from);
+                return Err(Error::new(
+                    ErrorKind::InvalidOperation,
+                    format!("strftime_now: %{letter} in {format:?} is not known"),
+                ));
+            }
+        };
+    }
+    Ok(out)
+}
+
+/// Year, month and day of the Gregorian calendar, so many days after 1970-01-01 (H. Hinnant, `civil_from_days`).
+fn civil(days: u64) -> (u64, u64, u64) {
+    // Years begin with March, and 400 of them have 146097 days.
+    let days = days + 719_468;
+    let (era, day) = (days / 146_097, days % 146_097);
+    let year = (day - day / 1460 + day / 36_524 - day / 146_096) / 365;
+    let day = day - (365 * year + year / 4 - year / 100);
+    let month = (5 * day + 2) / 153;
+    let day = day - (153 * month + 2) / 5 + 1;
+    match month < 10 {
+        true => (400 * era + year, month + 3, day),
+        false => (400 * era + year + 1, month - 9, day),
+    }
 }
 
 /// `raise_exception` of transformers: the template's own refusals.
@@ -100,5 +219,54 @@ fn method(
         "upper" => Ok(text.to_uppercase().into()),
         "lower" => Ok(text.to_lowercase().into()),
         _ => Err(ErrorKind::UnknownMethod.into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    #[test]
+    fn dates_are_those_of_python() {
+        let at = |seconds| UNIX_EPOCH + Duration::from_secs(seconds);
+        // datetime.fromtimestamp(seconds, timezone.utc).strftime(format)
+        for (seconds, format, expected) in [
+            (0, "%Y-%m-%d %H:%M:%S %A", "1970-01-01 00:00:00 Thursday"),
+            (
+                951_782_399,
+                "%d %b %Y, %a %I:%M %p",
+                "28 Feb 2000, Mon 11:59 PM",
+            ),
+            (951_782_400, "%B %-d, %y", "February 29, 00"),
+            (951_868_800, "%-d.%-m.", "1.3."),
+            (1_735_689_599, "%d %B %Y", "31 December 2024"),
+            (1_735_689_600, "%d %b %Y", "01 Jan 2025"),
+            (4_107_542_400, "%d %m %Y 100%%", "01 03 2100 100%"),
+        ] {
+            assert_eq!(strftime(format, at(seconds)).unwrap(), expected);
+        }
+        let error = strftime("on %Q", at(0)).unwrap_err().to_string();
+        assert!(error.contains("%Q"), "{error}");
+    }
+
+    #[test]
+    fn blocks_that_mark_what_a_model_said_change_nothing() {
+        let environment = Environment::new();
+        let rendered = |template: &str| {
+            let template = without_generation(template);
+            environment.render_str(&template, ()).unwrap()
+        };
+        assert_eq!(
+            rendered("a {% generation %} b {% endgeneration %} c"),
+            "a  b  c"
+        );
+        assert_eq!(
+            rendered("a {%- generation -%} b {%-endgeneration-%} c"),
+            "abc"
+        );
+        let other = "{% for generation in [1] %}{{ generation }}{% endfor %} {%";
+        assert_eq!(without_generation(other), other);
     }
 }

@@ -2,7 +2,6 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 use eval_report::cells::{Part, RunFacts};
@@ -14,6 +13,9 @@ use crate::settings::Settings;
 use crate::stdout::print;
 use crate::suite::Suite;
 use crate::{all, default_model, hub};
+
+/// Version of this program, with the commit that it was built from where that was a git checkout.
+pub const VERSION: &str = env!("XTASK_VERSION");
 
 /// One evaluation.
 #[derive(Debug)]
@@ -57,7 +59,11 @@ pub enum Scope {
 /// # Errors
 /// Whatever stopped the run, naming the file, tensor or flag.
 pub(crate) fn run(mut run: Run) -> Result<()> {
-    if let (Scope::All(_), None) = (&run.scope, &run.out) {
+    let part = run.cells.as_ref().map(|folder| folder.part);
+    // Only the whole has a place of its own.
+    if let (Scope::All(_), None) = (&run.scope, &run.out)
+        && !matches!(part, Some(Part::Shard(_)))
+    {
         run.out = Some(all::report_folder());
     }
     if let Some(dir) = &run.out {
@@ -90,7 +96,7 @@ pub(crate) fn run(mut run: Run) -> Result<()> {
     let settings = &run.settings;
     let mut report = Report {
         command: run.command,
-        version: version(),
+        version: VERSION.into(),
         machine: Machine::detect(),
         device: settings.device.name().into(),
         threads: rayon::current_num_threads(),
@@ -110,17 +116,11 @@ pub(crate) fn run(mut run: Run) -> Result<()> {
         Some(folder) => folder.is_whole(&settings.cells)?,
         None => true,
     };
-    if let (
-        Some(CellFolder {
-            dir: None,
-            part: Part::Shard(shard),
-            ..
-        }),
-        Some(facts),
-    ) = (&run.cells, &facts)
+    if let (Some(Part::Shard(shard)), Some(facts)) = (part, &facts)
+        && (run.out.is_some() || run.json)
     {
         // The report of a part has its cells.
-        let json = part_file::to_json(&report, &settings.cells, facts, *shard)?;
+        let json = part_file::to_json(&report, &settings.cells, facts, shard)?;
         if let Some(dir) = &run.out {
             let path = dir.join("report.json");
             tensor_io::atomic::write(path, json.as_bytes()).context("--out")?;
@@ -166,25 +166,17 @@ impl CellFolder {
         for (name, path) in models {
             inputs.insert(name, ContentHash::of_path(&path)?);
         }
-        let words = self.command.iter().flat_map(|word| {
-            let value = word
-                .split_once('=')
-                .map_or(word.as_str(), |(_, value)| value);
-            list_items(value)
-        });
-        for word in words {
-            // Of a part of a text, FILE[0..80%], all of it counts.
-            let whole = word.split_once('[').map_or(word, |(file, _)| file);
-            let file = [word, whole]
-                .into_iter()
-                .find(|path| Path::new(path).is_file());
-            if let Some(file) = file.filter(|file| !inputs.contains_key(*file)) {
-                inputs.insert(file.to_owned(), ContentHash::of_path(file)?);
+        for word in input_words(&self.command).flat_map(list_items) {
+            let Some(path) = named_path(word) else {
+                continue;
+            };
+            if !inputs.contains_key(path) {
+                inputs.insert(path.to_owned(), ContentHash::of_path(path)?);
             }
         }
         Ok(RunFacts {
             command: self.command.clone(),
-            version: version(),
+            version: VERSION.into(),
             inputs,
         })
     }
@@ -195,12 +187,17 @@ impl CellFolder {
         let count = cells.count();
         match self.part {
             Part::Shard(shard) => {
-                let parts = match &self.dir {
-                    Some(dir) => command_line(&[dir.display().to_string()]),
-                    None => "with the report.json of every part".into(),
+                let how = match &self.dir {
+                    Some(dir) => {
+                        let dir = command_line(&[dir.display().to_string()]);
+                        format!("`cargo xtask report --merge {dir}`")
+                    }
+                    None => {
+                        "`cargo xtask report --merge` with the report.json of every part".into()
+                    }
                 };
                 eprintln!(
-                    "part {shard}: {} of all {count} cells are done; `cargo xtask report --merge {parts}` makes the report",
+                    "part {shard}: {} of all {count} cells are done; {how} makes the report",
                     count - missing.len(),
                 );
                 Ok(false)
@@ -215,41 +212,51 @@ impl CellFolder {
     }
 }
 
-/// What a word may name as a list of paths, which may have commas too: every run of its parts.
+/// Flags whose values are what a run writes, to be there or not when it goes on.
+const OUTPUTS: [&str; 4] = ["--save", "--save-plans", "--log-samples", "--resume"];
+
+/// The words that may name what is measured: all but the values of [`OUTPUTS`].
+fn input_words(command: &[String]) -> impl Iterator<Item = &str> {
+    let mut is_output = false;
+    command.iter().filter_map(move |word| {
+        let is_written = std::mem::take(&mut is_output);
+        let (flag, value) = match word.split_once('=') {
+            Some((flag, value)) if flag.starts_with("--") => (flag, value),
+            _ => (word.as_str(), word.as_str()),
+        };
+        let writes = OUTPUTS.contains(&flag);
+        is_output = writes && flag == word;
+        (!writes && !is_written).then_some(value)
+    })
+}
+
+/// The file that a word names, by itself or in front of a part, `FILE[0..80%]`, of which all counts; or the file or folder behind
+/// the name of what it is, `vad:FOLDER`. A word alone is no folder: the models are known, and methods may be called like one.
+fn named_path(word: &str) -> Option<&str> {
+    let whole = word.rsplit_once('[').map_or(word, |(file, _)| file);
+    let behind = [word, whole].map(|word| word.split_once(':').map_or("", |(_, path)| path));
+    [word, whole]
+        .into_iter()
+        .find(|path| Path::new(path).is_file())
+        .or_else(|| behind.into_iter().find(|path| Path::new(path).exists()))
+}
+
+/// The most parts of a list that are tried as one path with commas in it.
+const COMMAS: usize = 16;
+
+/// What a word may name as a list of paths, which may have commas too: runs of its parts.
 fn list_items(word: &str) -> impl Iterator<Item = &str> {
     let commas = word.match_indices(',').map(|(at, _)| at);
     let ends: Vec<usize> = commas.chain([word.len()]).collect();
-    let starts: Vec<usize> = [0]
-        .into_iter()
-        .chain(ends.iter().map(|end| end + 1))
-        .collect();
-    let items = (0..ends.len()).flat_map(move |first| {
-        let (start, ends) = (starts[first], ends.clone());
-        (first..ends.len()).map(move |last| (start, ends[last]))
-    });
-    items.map(|(start, end)| &word[start..end])
-}
-
-/// Version of this program, and the commit of the sources where they are in a git checkout.
-fn version() -> String {
-    let version = env!("CARGO_PKG_VERSION");
-    let git = Command::new("git")
-        .args([
-            "-C",
-            env!("CARGO_MANIFEST_DIR"),
-            "describe",
-            "--always",
-            "--dirty",
-            "--exclude=*",
-        ])
-        .output();
-    match git {
-        Ok(output) if output.status.success() => format!(
-            "{version}+{}",
-            String::from_utf8_lossy(&output.stdout).trim()
-        ),
-        _ => version.to_owned(),
-    }
+    (0..ends.len()).flat_map(move |first| {
+        let start = match first {
+            0 => 0,
+            _ => ends[first - 1] + 1,
+        };
+        let last = ends.len().min(first + COMMAS);
+        let ends = ends[first..last].to_vec();
+        ends.into_iter().map(move |end| &word[start..end])
+    })
 }
 
 #[cfg(test)]
@@ -261,5 +268,46 @@ mod tests {
         let items: Vec<&str> = list_items("a,b,c").collect();
         assert_eq!(items, ["a", "a,b", "a,b,c", "b", "b,c", "c"]);
         assert_eq!(list_items("one").collect::<Vec<_>>(), ["one"]);
+    }
+
+    #[test]
+    fn a_list_of_many_parts_takes_as_many_tries() {
+        let list = "0.1,".repeat(10_000);
+        assert!(list_items(&list).count() <= COMMAS * 10_001);
+    }
+
+    #[test]
+    fn files_and_folders_are_inputs_whatever_names_them() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name: &str| dir.path().join(name).display().to_string();
+        let (text, clips, out) = (path("a,text"), path("clips"), path("out"));
+        std::fs::write(&text, "text").unwrap();
+        for folder in [&clips, &out] {
+            std::fs::create_dir(folder).unwrap();
+            std::fs::write(Path::new(folder).join("train"), "1").unwrap();
+        }
+        let words = [
+            "eval",
+            "lattice",
+            "--task",
+            &format!("mod3,text:{text},vad:{clips}"),
+            &format!("--text={text}[0..80%]"),
+            "--save",
+            &out,
+            "--log-samples",
+            &text,
+        ];
+        let folder = CellFolder {
+            dir: None,
+            part: Part::All,
+            command: words.map(String::from).to_vec(),
+        };
+        let facts = folder.facts(Vec::new()).unwrap();
+        let inputs: Vec<&String> = facts.inputs.keys().collect();
+        assert_eq!(inputs, [&text, &clips]);
+        std::fs::write(Path::new(&clips).join("train"), "2").unwrap();
+        let changed = folder.facts(Vec::new()).unwrap();
+        assert_eq!(changed.inputs[&text], facts.inputs[&text]);
+        assert_ne!(changed.inputs[&clips], facts.inputs[&clips]);
     }
 }

@@ -1,18 +1,20 @@
 //! `cargo xtask generate`: text from a model, as it comes.
 
-use std::io::{IsTerminal, Write};
+use std::io::IsTerminal;
+use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use causal_lm::{GenerateOptions, Model, Sampling, TextTokenizer, generate};
 use eval_report::format;
+use lm_eval::tasks::end_tokens;
 
 use crate::chat;
 use crate::hub;
 use crate::model;
 use crate::settings::Settings;
-use crate::stdout::print;
+use crate::stdout::{print, print_while_read};
 use crate::suites::kv::calibration;
 use crate::suites::kv::policy::{self, Choice};
 
@@ -66,17 +68,14 @@ pub fn run(config: &Config) -> Result<()> {
         None => tokenizer.encode_with_special_tokens(&config.prompt)?,
     };
     ensure!(!prompt.is_empty(), "--prompt: the text has no tokens");
-    let (room, longest) = (
-        decoder.config().max_positions,
-        prompt.len() + config.max_new_tokens,
-    );
+    let room = decoder.config().max_positions;
     let max_new_tokens = config.max_new_tokens.min(room.saturating_sub(prompt.len()));
     ensure!(
         max_new_tokens > 0,
         "--prompt has {}, and the model was made for {room} positions",
         format::counted(prompt.len(), "token")
     );
-    let model = Model::load(&decoder)?.for_positions(longest.min(room));
+    let model = Model::load(&decoder)?.for_positions(prompt.len() + max_new_tokens);
     let (mut choice, flags) = match &config.cache {
         Some(file) => (
             Choice::of_file(file)?,
@@ -97,27 +96,28 @@ pub fn run(config: &Config) -> Result<()> {
     }
     let cache = choice.cache(config.budget, common.seed);
     let mut cache = policy::caches(&model, Some(&cache), 0, 1).with_context(|| flags)?;
-    let mut stop = decoder.config().eos.clone();
+    let mut stop = end_tokens(&decoder)?;
     stop.extend(tokenizer.eos());
     let options = GenerateOptions::new(max_new_tokens)
         .with_sampling(config.sampling)
         .with_stop(stop);
 
     let mut text = tokenizer.stream();
-    let (mut first, mut failed) = (None, None);
+    let mut first = None;
+    let mut shown = Ok(ControlFlow::Continue(()));
     let mut show = |token: u32| {
         first.get_or_insert_with(|| started.elapsed());
-        let shown = text(token).map_err(anyhow::Error::from);
-        let shown = shown.and_then(|text| {
-            print(&text)?;
-            std::io::stdout().flush().context("stdout")
-        });
-        failed = failed.take().or(shown.err());
+        let text = text(token).map_err(anyhow::Error::from);
+        shown = text.and_then(|text| print_while_read(&text));
+        match shown {
+            Ok(flow) => flow,
+            Err(_) => ControlFlow::Break(()),
+        }
     };
     let generated = generate(&model, &mut cache, &prompt, &options, &mut show)
         .map_err(|error| model::naming(error.into(), &config.model))?;
-    if let Some(error) = failed {
-        return Err(error);
+    if shown?.is_break() {
+        return Ok(());
     }
     print("\n")?;
     let mut facts = vec![

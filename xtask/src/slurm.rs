@@ -4,7 +4,7 @@ use std::fs;
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, ensure};
 use eval_report::command_line;
 use tensor_io::atomic;
 
@@ -27,31 +27,22 @@ pub(crate) struct Config {
     pub memory: String,
     /// Cores of a part.
     pub cores: NonZeroUsize,
-    /// The words of the evaluation.
+    /// Threads of a part, where the evaluation does not say.
+    pub threads: Option<NonZeroUsize>,
+    /// The words of the evaluation, which can be run in parts.
     pub evaluation: Vec<String>,
+}
+
+/// The folder of the cells.
+pub(crate) fn cells(out: &Path) -> PathBuf {
+    out.join("cells")
 }
 
 /// Write the scripts and say how to submit them.
 ///
 /// # Errors
-/// Words that are no evaluation of a suite, and a folder that cannot be written.
+/// A folder that scripts cannot name or that cannot be written.
 pub(crate) fn run(config: &Config) -> Result<()> {
-    match config.evaluation.as_slice() {
-        [eval, _, ..] if eval == "eval" => {}
-        words => bail!(
-            "expected `eval SUITE ...`, or `eval --model ..` for all suites, behind `--`, found {:?}",
-            words.join(" ")
-        ),
-    }
-    if config.calib_parts.is_some() && config.evaluation[1] != "structured" {
-        bail!("--calib-parts: only `eval structured` calibrates in parts");
-    }
-    for flag in ["--cells", "--shard", "--calib-shard", "--out"] {
-        let is = |word: &&String| word.split('=').next() == Some(flag);
-        if let Some(word) = config.evaluation.iter().find(is) {
-            bail!("{word}: the scripts set it");
-        }
-    }
     let scripts = Scripts::new(config)?;
     let named = || format!("--out {}", config.out.display());
     fs::create_dir_all(&config.out).with_context(named)?;
@@ -66,8 +57,8 @@ pub(crate) fn run(config: &Config) -> Result<()> {
         let script = scripts.calibration(parts);
         atomic::write(config.out.join("calibration.sbatch"), script.as_bytes())?;
     }
-    let submit = config.out.join("submit.sh");
-    print(&format!("submit with: sh {}\n", submit.display()))
+    let submit = quoted(&config.out.join("submit.sh"));
+    print(&format!("submit with: sh {submit}\n"))
 }
 
 struct Scripts<'a> {
@@ -83,10 +74,18 @@ impl<'a> Scripts<'a> {
     fn new(config: &'a Config) -> Result<Self> {
         let program = std::env::current_exe().context("the path of this program")?;
         let here = std::env::current_dir().context("the current folder")?;
+        let out = here.join(&config.out);
+        // Directives end with their line.
+        for path in [&here, &out] {
+            ensure!(
+                !path.display().to_string().contains(['\n', '\r']),
+                "{path:?}: scripts cannot name a path with line breaks"
+            );
+        }
         Ok(Self {
             config,
             program: program.display().to_string(),
-            out: here.join(&config.out),
+            out,
             here: here.display().to_string(),
         })
     }
@@ -103,11 +102,11 @@ impl<'a> Scripts<'a> {
             cores,
             ..
         } = self.config;
-        let partition = partition.iter().map(|name| format!("partition={name}"));
+        let partition = (partition.iter()).map(|name| format!("partition={}", directive(name)));
         let mut lines = vec![
             format!("job-name={name}"),
-            format!("time={time}"),
-            format!("mem={memory}"),
+            format!("time={}", directive(time)),
+            format!("mem={}", directive(memory)),
             format!("cpus-per-task={cores}"),
             format!("chdir={}", directive(&self.here)),
         ];
@@ -139,13 +138,14 @@ impl<'a> Scripts<'a> {
             "open-mode=append".into(),
             format!("output={}", log_file(&log)),
         ];
+        let threads = self.config.threads;
+        let threads = threads.map_or_else(String::new, |n| format!(" --threads {n}"));
         format!(
-            "{}exec {} {} --threads {} --cells {} {flag} \"$SLURM_ARRAY_TASK_ID/{parts}\"\n",
+            "{}exec {} {}{threads} --cells {} {flag} \"$SLURM_ARRAY_TASK_ID/{parts}\"\n",
             self.head(name, &more),
             quoted(Path::new(&self.program)),
             command_line(&self.config.evaluation),
-            self.config.cores,
-            self.path("cells"),
+            quoted(&cells(&self.out)),
         )
     }
 
@@ -155,7 +155,7 @@ impl<'a> Scripts<'a> {
             "{}exec {} report --merge {} --out {}\n",
             self.head("eval-merge", &[format!("output={}", log_file(&log))]),
             quoted(Path::new(&self.program)),
-            self.path("cells"),
+            quoted(&cells(&self.out)),
             self.path("report"),
         )
     }

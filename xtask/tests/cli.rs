@@ -209,3 +209,29 @@ fn two_reports_are_compared_as_text_and_as_json() {
         assert!(output.stdout.is_empty());
     }
 }
+
+#[test]
+fn the_version_is_that_of_the_build_wherever_the_program_runs() {
+    let elsewhere = tempfile::tempdir().unwrap();
+    let output = Command::new(env!("CARGO_BIN_EXE_xtask"))
+        .arg("--version")
+        .current_dir(&elsewhere)
+        .env("PATH", "")
+        .output()
+        .unwrap();
+    let version = env!("XTASK_VERSION");
+    let said = String::from_utf8(output.stdout).unwrap();
+    assert_eq!(said.split_whitespace().last(), Some(version), "{said}");
+    let commit = version.strip_prefix(env!("CARGO_PKG_VERSION")).unwrap();
+    let git = Command::new("git")
+        .args(["rev-parse", "--short=12", "HEAD"])
+        .current_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/.."))
+        .output();
+    match git {
+        Ok(head) if head.status.success() => {
+            let head = String::from_utf8(head.stdout).unwrap();
+            assert_eq!(commit, format!("+{}", head.trim()));
+        }
+        _ => assert!(commit.is_empty() || commit.starts_with('+'), "{version}"),
+    }
+}

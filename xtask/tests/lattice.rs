@@ -147,6 +147,73 @@ fn flags_that_would_have_no_effect_are_refused() {
 }
 
 #[test]
+fn values_that_no_run_can_use_are_refused() {
+    let most = u64::MAX;
+    for (line, names) in [
+        (format!("--seed {most}"), format!("--seed {most}")),
+        (format!("--seed {} --seeds 5", most - 3), "--seed".into()),
+        (format!("--seeds {most}"), "at most 10000".into()),
+        (format!("--structures {most}"), "at most 10000".into()),
+        (format!("--hidden {most}"), "at most 16384".into()),
+        (format!("--hidden 8+{most}"), "at most 16384".into()),
+        (
+            format!("--wiring feedback:{most}+1"),
+            "at most 16384".into(),
+        ),
+        (format!("--examples {most},1,1"), "--examples".into()),
+        (format!("--epochs {most}"), "--epochs".into()),
+        (
+            format!("--finetune-epochs {most}"),
+            "--finetune-epochs".into(),
+        ),
+        (
+            "--task reber,reber".into(),
+            "--task: reber is given twice".into(),
+        ),
+        (
+            "--task mod2 --task mod2".into(),
+            "--task: mod2 is given twice".into(),
+        ),
+        ("--cell gru,gru".into(), "--cell: gru".into()),
+        ("--method span,span".into(), "--method: span".into()),
+        ("--sparsity 0.5,0.50".into(), "--sparsity: 0.5".into()),
+        ("--repair none,none".into(), "--repair: none".into()),
+    ] {
+        let args: Vec<&str> = line.split(' ').collect();
+        let output = lattice(&args);
+        let stderr = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(2), "{line}: {stderr}");
+        assert!(stderr.contains(&names), "{line}: {stderr}");
+    }
+}
+
+#[test]
+fn a_network_that_fails_leaves_the_others() {
+    let line = "--method span --sparsity 0.5 --epochs 1 --seeds 1 --finetune-epochs 0 --task";
+    let run = |tasks: &str| {
+        let args: Vec<&str> = line.split(' ').chain([tasks]).collect();
+        let output = lattice(&args);
+        assert_eq!(output.status.code(), Some(1));
+        let stderr = String::from_utf8(output.stderr).unwrap();
+        assert!(stderr.contains("absent.txt"), "{stderr}");
+        output.stdout
+    };
+    for tasks in ["mod2,text:absent.txt", "text:absent.txt,mod2"] {
+        let report: Value = serde_json::from_slice(&run(tasks)).unwrap();
+        let rows = report["rows"].as_array().unwrap();
+        assert!(rows.iter().any(|row| row["method"] == "span"), "{tasks}");
+        let failures = report["sections"][0]["failures"].as_array().unwrap();
+        assert_eq!(failures.len(), 1);
+        let failure = failures[0].as_str().unwrap();
+        assert!(
+            failure.starts_with("text:absent.txt, lstm, seed 0: "),
+            "{failure}"
+        );
+    }
+    assert!(run("text:absent.txt").is_empty());
+}
+
+#[test]
 fn pruning_repair_and_training_are_set_on_the_command_line() {
     let line = "--task mod2,reber --method magnitude,span,block-8x4 --sparsity 0.5 --scope both --weigh-inputs --keep-diagonal \
         --merge-passes 2 --ridge 1e-3 --gradual 0.5 --gradual-every 2 --hidden 16 --epochs 1 --examples 200,50,60 --seeds 1";

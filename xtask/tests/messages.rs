@@ -4,7 +4,7 @@
 mod scene;
 
 use std::path::Path;
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 
 use candle_core::{DType, Device};
 use scene::{Scene, error, rows};
@@ -145,21 +145,74 @@ fn a_rank_beyond_all_linears_is_refused_with_the_largest() {
     );
 }
 
+/// `generate` on the scene's model, about to run.
+fn generate(scene: &Scene, more: &str) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_xtask"));
+    command
+        .args(["generate", "--prompt", "a", "--model"])
+        .arg(scene.path("model"))
+        .args(more.split_whitespace());
+    command
+}
+
+#[test]
+fn generation_ends_at_the_end_tokens_of_generation_config() {
+    let scene = scene();
+    let said = || {
+        let output = generate(&scene, "--max-new-tokens 3").output().unwrap();
+        String::from_utf8(output.stderr).unwrap()
+    };
+    assert!(said().starts_with("3 tokens"), "{}", said());
+    let ends = json!({ "eos_token_id": [0, 1, 2, 3, 4, 5, 6, 7] });
+    let text = format!("\u{feff}{ends}");
+    std::fs::write(scene.path("model/generation_config.json"), text).unwrap();
+    assert!(said().starts_with("0 tokens"), "{}", said());
+}
+
+#[test]
+fn any_number_of_new_tokens_is_cut_to_the_positions_of_the_model() {
+    let scene = scene();
+    let more = format!("--max-new-tokens {}", u64::MAX);
+    let output = generate(&scene, &more).output().unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(output.status.success(), "{said}");
+    assert!(said.contains("stopped at the 16 positions"), "{said}");
+}
+
+#[test]
+fn generation_ends_quietly_when_nobody_reads_it() {
+    let scene = scene();
+    let mut command = generate(&scene, "");
+    let command = command.stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut running = command.spawn().unwrap();
+    drop(running.stdout.take());
+    let output = running.wait_with_output().unwrap();
+    assert!(output.status.success());
+    assert_eq!(String::from_utf8(output.stderr).unwrap(), "");
+}
+
+#[test]
+fn flags_of_generation_that_would_do_nothing_are_refused() {
+    let scene = scene();
+    for (more, names) in [
+        ("--policy full --budget 3", "--budget"),
+        ("--budget 3", "--budget"),
+        ("--temperature 0 --top-k 3", "--top-k"),
+        ("--temperature 0 --top-p 0.5", "--top-p"),
+    ] {
+        let output = generate(&scene, more).output().unwrap();
+        let stderr = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(2), "{more}: {stderr}");
+        assert!(stderr.contains(names), "{more}: {stderr}");
+    }
+    let sampled = "--policy streaming --budget 8 --temperature 1 --top-k 3 --max-new-tokens 2";
+    assert!(generate(&scene, sampled).output().unwrap().status.success());
+}
+
 #[test]
 fn one_of_something_is_singular() {
     let scene = scene();
-    let output = Command::new(env!("CARGO_BIN_EXE_xtask"))
-        .args([
-            "generate",
-            "--prompt",
-            "a",
-            "--max-new-tokens",
-            "1",
-            "--model",
-        ])
-        .arg(scene.path("model"))
-        .output()
-        .unwrap();
+    let output = generate(&scene, "--max-new-tokens 1").output().unwrap();
     let stderr = String::from_utf8(output.stderr).unwrap();
     assert!(
         stderr.starts_with("1 token, prompt of 1 token,"),

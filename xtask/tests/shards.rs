@@ -131,6 +131,8 @@ fn the_reports_of_parts_without_a_folder_are_merged_to_that_of_one_run() {
         let output = run(&words, &["--shard", &shard, "--out", out.to_str().unwrap()]);
         let stderr = String::from_utf8_lossy(&output.stderr);
         assert!(output.status.success(), "{stderr}");
+        let hint = "`cargo xtask report --merge` with the report.json of every part";
+        assert!(stderr.contains(hint), "{stderr}");
         files.push(out.join("report.json").display().to_string());
     }
     let merge =
@@ -138,6 +140,11 @@ fn the_reports_of_parts_without_a_folder_are_merged_to_that_of_one_run() {
     let all: Vec<&str> = files.iter().map(String::as_str).collect();
     let merged = numbers(&merge(&all, &["--json"]));
     assert_eq!(merged, numbers(&run(&words, &["--json"])));
+    let compared = error(&xtask(&["report", all[0], all[1]]));
+    assert!(
+        compared.contains(all[0]) && compared.contains("--merge"),
+        "{compared}"
+    );
     // Parts that do not fit are refused with the file to blame.
     let missing = error(&merge(&all[..2], &[]));
     assert!(missing.contains("3/3"), "{missing}");
@@ -169,6 +176,31 @@ fn the_reports_of_parts_without_a_folder_are_merged_to_that_of_one_run() {
     let damaged = damaged.display().to_string();
     let refused = error(&merge(&[&damaged, all[1], all[2]], &[]));
     assert!(refused.contains("checksum"), "{refused}");
+}
+
+#[test]
+fn a_part_with_a_shared_folder_has_a_report_of_its_own_cells() {
+    let scene = scene();
+    let words = words(&scene, "kv", "--policy h2o,random --budget 0.5 --samples 2");
+    let cells = scene.path("cells").display().to_string();
+    let parts = ["1/2", "2/2"].map(|part| {
+        let out = scene.path(&part.replace('/', "-of-"));
+        let folders = ["--cells", &cells, "--out", out.to_str().unwrap()];
+        let output = run(
+            &words,
+            &[&folders[..], &["--shard", part, "--json"]].concat(),
+        );
+        assert!(output.status.success());
+        let file = out.join("report.json");
+        assert_eq!(output.stdout, fs::read(&file).unwrap());
+        file.display().to_string()
+    });
+    let merged = numbers(&xtask(&[
+        "report", "--json", "--merge", &parts[0], &parts[1],
+    ]));
+    let shared = numbers(&xtask(&["report", "--json", "--merge", &cells]));
+    assert_eq!(merged, shared);
+    assert_eq!(merged, numbers(&run(&words, &["--json"])));
 }
 
 #[test]
@@ -359,8 +391,10 @@ fn statistics_that_are_computed_in_parts_are_those_of_one_run_up_to_rounding() {
         &["--cells", other.to_str().unwrap(), "--calib-shard", "1/2"],
     ));
     assert!(message.contains("order of windows"), "{message}");
-    let usage = run(&whole, &["--calib-shard", "1/2"]);
-    assert_eq!(usage.status.code(), Some(2));
+    for more in [&[][..], &["--cells", "x", "--json"]] {
+        let usage = run(&whole, &[&["--calib-shard", "1/2"], more].concat());
+        assert_eq!(usage.status.code(), Some(2));
+    }
     let many = run(
         &whole,
         &["--cells", other.to_str().unwrap(), "--calib-shard", "1/100"],
@@ -467,4 +501,48 @@ fn slurm_takes_evaluations_of_a_suite_alone() {
         "kv",
     ]);
     assert!(error(&calibrated).contains("eval structured"));
+}
+
+#[test]
+fn slurm_writes_what_every_job_can_parse() {
+    let scene = scene();
+    let out = scene.path("jobs here");
+    let out = out.to_str().unwrap();
+    let slurm = |before: &[&str], words: &str| {
+        let words: Vec<&str> = words.split(' ').collect();
+        xtask(&[&["slurm", "--out", out], before, &["--"], &words].concat())
+    };
+    let usage = |before: &[&str], words: &str, names: &str| {
+        let output = slurm(before, words);
+        let stderr = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(2), "{words}: {stderr}");
+        assert!(stderr.contains(names), "{words}: {stderr}");
+    };
+    let good = "eval --window 16 structured --model m --ratio 0.2";
+    usage(&[], "eval structured --model m", "--ratio");
+    usage(
+        &[],
+        "eval structured --model m --ratio 0.2 --rank 2",
+        "--rank",
+    );
+    usage(&[], "eval lattice --device cuda", "--device");
+    usage(&["--time", "1\n#SBATCH --x"], good, "--time");
+    usage(&["--partition", "a\nb"], good, "--partition");
+    usage(&["--parts", "65537"], good, "at most 65536");
+    let json = error(&slurm(&[], &format!("{good} --json")));
+    assert!(json.contains("--json"), "{json}");
+    assert!(!Path::new(out).exists());
+    let threads = format!("{good} --threads 3");
+    let before = ["--cores", "2", "--calib-parts", "2", "--partition", "a b"];
+    let output = slurm(&before, &threads);
+    let stdout = String::from_utf8(output.stdout).unwrap();
+    assert_eq!(stdout, format!("submit with: sh '{out}/submit.sh'\n"));
+    for script in ["part", "calibration"] {
+        let text = fs::read_to_string(format!("{out}/{script}.sbatch")).unwrap();
+        assert_eq!(text.matches("--threads").count(), 1, "{text}");
+        assert!(text.contains("#SBATCH --partition=\"a b\"\n"), "{text}");
+    }
+    assert!(slurm(&before, good).status.success());
+    let part = fs::read_to_string(format!("{out}/part.sbatch")).unwrap();
+    assert!(part.contains("--threads 2 --cells"), "{part}");
 }

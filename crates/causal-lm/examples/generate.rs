@@ -9,6 +9,7 @@ use causal_lm::{
 };
 use kv_lazy::{Budget, CacheConfig};
 use std::io::Write;
+use std::ops::ControlFlow;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -43,8 +44,13 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     print!("{prompt}");
     let mut text = tokenizer.stream();
     let mut print = |token| {
-        print!("{}", text(token).unwrap_or_default());
-        std::io::stdout().flush().ok();
+        let mut out = std::io::stdout();
+        let written = write!(out, "{}", text(token).unwrap_or_default());
+        // Whoever reads this may have had enough.
+        match written.and_then(|()| out.flush()) {
+            Ok(()) => ControlFlow::Continue(()),
+            Err(_) => ControlFlow::Break(()),
+        }
     };
     let generated = generate(&model, &mut cache, &prompt_tokens, &options, &mut print)?;
     println!(

@@ -7,6 +7,7 @@ use kv_lazy::CacheSet;
 use rand::distr::weighted::WeightedIndex;
 use rand::prelude::*;
 use rand_chacha::ChaCha8Rng;
+use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
 /// How the next token is chosen from the logits.
@@ -88,7 +89,8 @@ impl Generated {
     }
 }
 
-/// Continues `prompt` in an empty or primed `cache` of batch 1; `on_token` is told each new token.
+/// Continues `prompt` in an empty or primed `cache` of batch 1; `on_token` is told each new token and may
+/// end the sequence behind it.
 ///
 /// # Errors
 /// [`Error::Sampling`] for options without meaning, and what running the model reports.
@@ -97,7 +99,7 @@ pub fn generate(
     cache: &mut CacheSet,
     prompt: &[u32],
     options: &GenerateOptions,
-    on_token: &mut dyn FnMut(u32),
+    on_token: &mut dyn FnMut(u32) -> ControlFlow<()>,
 ) -> Result<Generated> {
     let mut sampler = Sampler::new(options.sampling)?;
     let start = Instant::now();
@@ -111,7 +113,9 @@ pub fn generate(
             break;
         }
         tokens.push(token);
-        on_token(token);
+        if on_token(token).is_break() {
+            break;
+        }
         if tokens.len() < options.max_new_tokens {
             logits = model.forward(&[&[token]], cache)?;
         }

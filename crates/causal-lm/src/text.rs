@@ -208,7 +208,8 @@ fn special_tokens(dir: &Path) -> Result<serde_json::Value> {
         if path.exists() {
             let bytes = std::fs::read(&path).map_err(|e| error(&path, e))?;
             let fields: serde_json::Map<String, serde_json::Value> =
-                serde_json::from_slice(&bytes).map_err(|e| error(&path, e))?;
+                serde_json::from_slice(tensor_io::without_mark(&bytes))
+                    .map_err(|e| error(&path, e))?;
             for (field, value) in fields {
                 found.entry(field).or_insert(value);
             }
@@ -221,10 +222,8 @@ fn special_tokens(dir: &Path) -> Result<serde_json::Value> {
 fn chat_templates(dir: &Path, config: &serde_json::Value) -> Result<Vec<(String, String)>> {
     let mut found = Vec::new();
     let mut read = |name: &str, path: &Path| -> Result<()> {
-        let text = std::fs::read_to_string(path).map_err(|e| error(path, e))?;
-        // The mark that some editors put before UTF-8 is no text.
-        let text = text.strip_prefix('\u{feff}').unwrap_or(&text);
-        found.push((name.to_string(), text.to_string()));
+        let text = tensor_io::read_text(path).map_err(|e| error(path, e))?;
+        found.push((name.to_string(), text));
         Ok(())
     };
     let path = dir.join("chat_template.jinja");

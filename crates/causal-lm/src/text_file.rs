@@ -70,12 +70,10 @@ impl TextFile {
     /// [`Error::Text`] when it cannot be read, is not UTF-8 or is empty.
     pub fn read(&self) -> Result<String> {
         let path = &self.path;
-        let text = std::fs::read_to_string(path).map_err(|e| error(path, e))?;
+        let text = tensor_io::read_text(path).map_err(|e| error(path, e))?;
         if text.is_empty() {
             return Err(error(path, "the file is empty"));
         }
-        // The mark that some editors put before UTF-8 is no text.
-        let text = text.strip_prefix('\u{feff}').unwrap_or(&text);
         let text = text.replace("\r\n", "\n").replace('\r', "\n");
         let Some(part) = &self.part else {
             return Ok(text);

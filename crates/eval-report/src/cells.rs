@@ -5,12 +5,9 @@
 //! asks for the same cells in the same order; the folder says which are done.
 
 use std::collections::{BTreeMap, HashSet};
-use std::fmt;
 use std::fs;
 use std::io::ErrorKind;
-use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
-use std::str::FromStr;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use serde::de::DeserializeOwned;
@@ -20,6 +17,7 @@ use tensor_io::{ContentHash, atomic};
 use crate::error::{Error, Result};
 use crate::report::Section;
 use crate::row::Row;
+pub use crate::shard::Shard;
 
 /// What a folder's cells were measured by; a run that differs in any of it does not fit the folder.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -54,59 +52,6 @@ impl RunFacts {
     }
 }
 
-/// Part `index` of `count`, counted from 1. Written `2/4`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Shard {
-    index: NonZeroUsize,
-    count: NonZeroUsize,
-}
-
-impl Shard {
-    /// Which part, counted from 1.
-    pub fn index(self) -> usize {
-        self.index.get()
-    }
-
-    /// Of how many.
-    pub fn count(self) -> usize {
-        self.count.get()
-    }
-
-    /// The places of `all` things, counted from 0, that are in this part where each part has neighbours.
-    pub fn range(self, all: usize) -> std::ops::Range<usize> {
-        let end = |part: usize| part * all / self.count;
-        end(self.index() - 1)..end(self.index())
-    }
-
-    /// Whether cell `number`, counted from 0, is in this part.
-    fn has(self, number: usize) -> bool {
-        number % self.count == self.index.get() - 1
-    }
-}
-
-impl FromStr for Shard {
-    type Err = String;
-
-    fn from_str(text: &str) -> std::result::Result<Self, String> {
-        let parts = text.split_once('/').and_then(|(index, count)| {
-            Some(Shard {
-                index: index.parse().ok()?,
-                count: count.parse().ok()?,
-            })
-        });
-        match parts {
-            Some(shard) if shard.index <= shard.count => Ok(shard),
-            _ => Err("expected I/N, part I of N, counted from 1".into()),
-        }
-    }
-}
-
-impl fmt::Display for Shard {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}/{}", self.index, self.count)
-    }
-}
-
 /// Which cells a process measures.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
@@ -137,6 +82,8 @@ struct Store {
 #[derive(Debug, Default)]
 struct Asked {
     names: HashSet<String>,
+    /// Those that are this process's to measure, done or not.
+    ours: HashSet<String>,
     missing: Vec<String>,
 }
 
@@ -318,14 +265,15 @@ impl Cells {
         store.map_or_else(Vec::new, |store| store.asked().missing.clone())
     }
 
-    /// The cells in the folder by their names; none where no folder keeps them.
+    /// This process's cells by their names, of those in the folder; none where no folder keeps them.
     ///
     /// # Errors
     /// Files that cannot be read.
     pub(crate) fn stored(&self) -> Result<BTreeMap<String, serde_json::Value>> {
-        let Some(dir) = self.dir() else {
+        let Some(store) = &self.store else {
             return Ok(BTreeMap::new());
         };
+        let dir = store.dir.as_path();
         let folder = |source| Error::Read {
             path: dir.into(),
             source,
@@ -338,7 +286,9 @@ impl Cells {
                 .is_some_and(|extension| extension == "json");
             if is_json && !path.ends_with(FACTS) {
                 let stored: Stored<serde_json::Value> = read(&path)?;
-                cells.insert(stored.cell, stored.value);
+                if store.asked().ours.contains(&stored.cell) {
+                    cells.insert(stored.cell, stored.value);
+                }
             }
         }
         Ok(cells)
@@ -371,10 +321,13 @@ impl Store {
     fn ask(&self, name: &str) -> Result<usize> {
         let mut asked = self.asked();
         let number = asked.names.len();
-        match asked.names.insert(name.into()) {
-            true => Ok(number),
-            false => Err(Error::CellTwice { name: name.into() }),
+        if !asked.names.insert(name.into()) {
+            return Err(Error::CellTwice { name: name.into() });
         }
+        if self.measures(number) {
+            asked.ours.insert(name.into());
+        }
+        Ok(number)
     }
 }
 
@@ -450,15 +403,6 @@ mod tests {
         let (merged, by_merge) = run(&open(Part::Nothing));
         assert!(by_merge.is_empty());
         assert_eq!(merged, run(&Cells::default()).0);
-    }
-
-    #[test]
-    fn ranges_of_parts_are_all_places_once() {
-        for (count, all) in [(1, 5), (3, 12), (4, 10), (7, 3)] {
-            let parts = (1..=count).map(|i| format!("{i}/{count}").parse::<Shard>().unwrap());
-            let places: Vec<usize> = parts.flat_map(|part| part.range(all)).collect();
-            assert_eq!(places, (0..all).collect::<Vec<_>>(), "{count} {all}");
-        }
     }
 
     #[test]
@@ -603,13 +547,5 @@ mod tests {
         fs::write(dir.path().join(file_name("dense")), "{\"cell\":").unwrap();
         let error = open().get::<_, Error>("dense", || Ok(1.5)).unwrap_err();
         assert!(error.to_string().contains("dense"), "{error}");
-    }
-
-    #[test]
-    fn parts_are_counted_from_one() {
-        assert_eq!("3/4".parse::<Shard>().unwrap().to_string(), "3/4");
-        for wrong in ["0/4", "5/4", "1", "1/0", "a/b", "-1/2"] {
-            assert!(wrong.parse::<Shard>().is_err(), "{wrong}");
-        }
     }
 }

@@ -12,6 +12,7 @@ use serde_json::Value;
 
 use crate::error::{Error, Result};
 use crate::machine::Machine;
+use crate::part_file::PART;
 use crate::report::{Report, Section};
 use crate::row::Row;
 use crate::schema::SCHEMA;
@@ -70,10 +71,21 @@ impl Report {
     /// Read what [`Report::to_json`] wrote.
     ///
     /// # Errors
-    /// [`Error::Json`] for text that is not a report, [`Error::Schema`] for another schema than [`SCHEMA`], and
-    /// [`Error::SectionRows`] for a section whose rows are not in the report.
+    /// [`Error::Json`] for text that is not a report, [`Error::Schema`] for another schema than [`SCHEMA`],
+    /// [`Error::SectionRows`] for a section whose rows are not in the report, and [`Error::Part`] for the report of a part,
+    /// which has no rows.
     pub fn from_json(json: &str) -> Result<Self> {
         let value: Value = serde_json::from_str(json)?;
+        if value.get(PART).is_some() {
+            return Err(Error::Part(
+                "the report of one part; `report --merge` with the files of all parts makes the whole".into(),
+            ));
+        }
+        Self::from_value(value)
+    }
+
+    /// The same of the head of a part.
+    pub(crate) fn from_value(value: Value) -> Result<Self> {
         let schema = value.get("schema").and_then(Value::as_u64);
         if schema != Some(SCHEMA.into()) {
             return Err(Error::Schema { found: schema });

@@ -18,6 +18,7 @@ mod report;
 mod row;
 mod schema;
 mod seeds;
+mod shard;
 mod speed;
 mod stopwatch;
 mod svg;

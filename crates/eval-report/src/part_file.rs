@@ -1,7 +1,7 @@
 //! The cells of one part of a run in one file, for parts that share no folder: a `report.json` without rows, whose field
 //! `part` holds the cells with a checksum. [`collect`] puts the files of all parts together.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -14,7 +14,7 @@ use crate::error::{Error, Result};
 use crate::report::Report;
 
 /// Name of the field.
-const PART: &str = "part";
+pub(crate) const PART: &str = "part";
 
 /// What a part measured.
 #[derive(Serialize, Deserialize)]
@@ -31,7 +31,8 @@ struct Sealed {
     contents: Value,
 }
 
-/// The cells in the folder of `cells` as the report of part `shard`, with the head of `report`.
+/// The cells of part `shard` in the folder of `cells` as a report, with the head of `report`. The folder may have cells of other
+/// parts too.
 ///
 /// # Errors
 /// Cells that cannot be read.
@@ -92,13 +93,9 @@ pub fn collect(files: &[PathBuf], dir: &Path) -> Result<()> {
             return Err(unfit(same, path, format!("both are part {shard}")));
         }
     }
-    let is_there = |index: &usize| shards.iter().any(|(_, shard)| shard.index() == *index);
-    let missing: Vec<String> = (1..=count)
-        .filter(|index| !is_there(index))
-        .map(|index| format!("{index}/{count}"))
-        .collect();
-    if !missing.is_empty() {
-        return Err(Error::PartsMissing(missing.join(", ")));
+    let there: BTreeSet<usize> = shards.iter().map(|(_, shard)| shard.index()).collect();
+    if let Some(missing) = Shard::missing(count, |index| there.contains(&index)) {
+        return Err(Error::PartsMissing(missing));
     }
     write_facts(dir, &whole.facts)?;
     let mut places: BTreeMap<&str, &Path> = BTreeMap::new();
@@ -130,11 +127,11 @@ fn read(path: &Path) -> Result<Part> {
         path: path.into(),
         source: Box::new(source),
     };
-    // What is wrong with the head is said as of any other report.
-    Report::from_json(&text).map_err(named)?;
     let part = || -> Result<Part> {
         let mut file: Value = serde_json::from_str(&text)?;
-        let sealed = file[PART].take();
+        let sealed = file.get_mut(PART).map_or(Value::Null, Value::take);
+        // What is wrong with the head is said as of any other report.
+        Report::from_value(file)?;
         if sealed.is_null() {
             return Err(Error::Part("a whole report, not one of a part".into()));
         }
@@ -198,6 +195,54 @@ mod tests {
             assert_eq!(row.perplexity, Some(1.0 / (3.0 + f64::from(at))));
         }
         assert!(cells.missing().is_empty());
+    }
+
+    #[test]
+    fn a_part_in_a_shared_folder_has_its_own_cells_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let facts = facts("1");
+        let files = ["1/2", "2/2"].map(|shard| {
+            let which: Shard = shard.parse().unwrap();
+            let shared = dir.path().join("shared");
+            let cells = Cells::open(shared, &facts, Which::Shard(which)).unwrap();
+            for name in ["a", "b", "c"] {
+                cells.get::<_, Error>(name, || Ok(name.to_owned())).unwrap();
+            }
+            let path = dir.path().join(format!("{}.json", which.index()));
+            let json = to_json(&Report::default(), &cells, &facts, which).unwrap();
+            fs::write(&path, json).unwrap();
+            path
+        });
+        let cells: Vec<usize> = files.iter().map(|f| read(f).unwrap().cells.len()).collect();
+        assert_eq!(cells, [2, 1]);
+        let merged = dir.path().join("merged");
+        fs::create_dir(&merged).unwrap();
+        collect(&files, &merged).unwrap();
+    }
+
+    #[test]
+    fn a_part_is_no_report_that_can_be_compared() {
+        let dir = tempfile::tempdir().unwrap();
+        let part = file(dir.path(), "1/2", &facts("1"));
+        let error = Report::read(&part).unwrap_err().to_string();
+        assert!(
+            error.contains("1-of-2.json") && error.contains("--merge"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn a_number_of_parts_that_no_run_has_is_refused_at_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = file(dir.path(), "1/2", &facts("1"));
+        let mut report: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+        let contents = &mut report[PART]["contents"];
+        contents["shard"] = "1/18446744073709551615".into();
+        let hash = ContentHash::of(contents.to_string().as_bytes());
+        report[PART]["blake3"] = serde_json::to_value(hash).unwrap();
+        fs::write(&path, report.to_string()).unwrap();
+        let error = collect(&[path], dir.path()).unwrap_err().to_string();
+        assert!(error.contains("at most 65536"), "{error}");
     }
 
     #[test]

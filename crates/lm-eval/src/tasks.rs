@@ -18,6 +18,7 @@ use tensor_io::Progress;
 
 use crate::{Error, Result};
 pub use examples::Examples;
+pub use generation::end_tokens;
 pub use layout::{Answer, Item, Layout, Task};
 
 /// A model with its tokenizer, ready to answer questions.

@@ -10,6 +10,7 @@ use std::path::Path;
 use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
+use crate::text::without_mark;
 
 /// File name of the configuration in a checkpoint folder.
 pub const CONFIG_FILE: &str = "config.json";
@@ -60,7 +61,7 @@ impl Config {
     }
 
     fn parse(bytes: &[u8], path: &Path) -> Result<Self> {
-        match serde_json::from_slice(bytes) {
+        match serde_json::from_slice(without_mark(bytes)) {
             Ok(Value::Object(fields)) => Ok(Self {
                 fields,
                 origin: path.display().to_string(),

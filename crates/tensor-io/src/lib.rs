@@ -19,6 +19,7 @@ mod shard_writer;
 mod single;
 mod source;
 mod spec;
+mod text;
 mod writer;
 
 pub use atomic::{PendingFile, PendingFolder};
@@ -36,4 +37,5 @@ pub use shard::SharedBytes;
 pub use single::{TensorData, write_file};
 pub use source::TensorSource;
 pub use spec::TensorSpec;
+pub use text::{read_text, without_mark};
 pub use writer::{CheckpointWriter, WriteOptions, Written};

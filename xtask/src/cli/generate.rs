@@ -12,6 +12,9 @@ use crate::generate;
 use crate::settings::{Device, Settings};
 use crate::suites::kv::policy::{ALPHA, Choice, PromptRule};
 
+/// Tokens that caches of bounded policies keep by default.
+const BUDGET: usize = 512;
+
 #[derive(Args)]
 pub(super) struct GenerateArgs {
     #[arg(long, value_name = "PATH", help = super::MODEL)]
@@ -27,9 +30,9 @@ pub(super) struct GenerateArgs {
     /// KV-cache policy
     #[arg(long, value_name = "P", default_value = "full", value_parser = PossibleValuesParser::new(Choice::known().iter().map(String::as_str)))]
     policy: String,
-    /// Tokens that the cache keeps per layer and KV head
-    #[arg(long, value_name = "N", default_value = "512", value_parser = super::values::positive)]
-    budget: NonZeroUsize,
+    /// Tokens that the cache keeps per layer and KV head, for all policies but full [default: 512]
+    #[arg(long, value_name = "N", value_parser = super::values::positive)]
+    budget: Option<NonZeroUsize>,
     /// What keys and values are stored as: f32, f16, bf16, int8, k8v4 (8-bit keys, 4-bit values), int4 or int4-per-channel (with --policy full alone)
     /// [default: as the model computes]
     #[arg(long, value_name = "T", value_parser = PossibleValuesParser::new(kv_lazy::StorageConfig::PRESETS))]
@@ -63,30 +66,54 @@ pub(super) struct GenerateArgs {
     device: Device,
 }
 
-impl From<GenerateArgs> for generate::Config {
-    fn from(args: GenerateArgs) -> Self {
+impl GenerateArgs {
+    /// Why a flag would do nothing.
+    fn refused(&self) -> Option<String> {
+        let greedy = self.temperature == 0.0;
+        let refused = [
+            (
+                self.budget.is_some() && stored(&self.policy, None).is_full(),
+                "--budget: --policy full keeps all tokens",
+            ),
+            (
+                greedy && self.top_k.is_some(),
+                "--top-k: --temperature 0 takes the most likely token",
+            ),
+            (
+                greedy && self.top_p.is_some(),
+                "--top-p: --temperature 0 takes the most likely token",
+            ),
+        ];
+        let mut reasons = refused.iter().filter(|(is_refused, _)| *is_refused);
+        reasons.next().map(|(_, reason)| (*reason).to_owned())
+    }
+
+    pub(super) fn config(self) -> generate::Config {
+        if let Some(reason) = self.refused() {
+            super::wrong(&reason)
+        }
         generate::Config {
-            model: args.model,
-            prompt: args.prompt,
-            raw: args.raw,
-            policy: stored(&args.policy, args.kv_dtype.as_deref()),
-            cache: args.cache,
-            statistics: args.statistics,
-            budget: args.budget.get(),
-            max_new_tokens: args.max_new_tokens.get(),
-            sampling: match args.temperature == 0.0 {
+            model: self.model,
+            prompt: self.prompt,
+            raw: self.raw,
+            policy: stored(&self.policy, self.kv_dtype.as_deref()),
+            cache: self.cache,
+            statistics: self.statistics,
+            budget: self.budget.map_or(BUDGET, NonZeroUsize::get),
+            max_new_tokens: self.max_new_tokens.get(),
+            sampling: match self.temperature == 0.0 {
                 true => Sampling::Greedy,
                 false => Sampling::Random {
-                    temperature: args.temperature,
-                    top_k: args.top_k.map(NonZeroUsize::get),
-                    top_p: args.top_p,
-                    seed: args.seed,
+                    temperature: self.temperature,
+                    top_k: self.top_k.map(NonZeroUsize::get),
+                    top_p: self.top_p,
+                    seed: self.seed,
                 },
             },
             settings: Settings {
-                seed: args.seed,
-                device: args.device,
-                weights: args.weights.or(Arithmetic::Int8),
+                seed: self.seed,
+                device: self.device,
+                weights: self.weights.or(Arithmetic::Int8),
                 ..Settings::default()
             },
         }

@@ -13,10 +13,19 @@ use prune_lattice::rnnoise::{Stored, refit_config};
 use prune_lattice::tasks::{Sizes, Task};
 use prune_lattice::wiring::WiringKind;
 
-use super::values::{counted, positive, ratio};
+use super::values::{ratio, up_to};
 use super::{CommonArgs, names};
-use crate::settings::Device;
+use crate::settings::{Device, once};
 use crate::suites::lattice;
+
+/// The most networks of a kind.
+const NETWORKS: u64 = 10_000;
+/// The most passes over the examples, and updates between two masks.
+const EPOCHS: u64 = 1_000_000;
+/// The most neurons of a layer or wiring, whose recurrent weights take a few GB in an LSTM.
+const NEURONS: u64 = 16_384;
+/// The most examples of a split.
+const EXAMPLES: u64 = 10_000_000;
 
 #[derive(Args)]
 #[command(group = ArgGroup::new("data").args(["task", "vocab"]))]
@@ -51,7 +60,7 @@ pub(super) struct LatticeArgs {
     #[arg(long, value_delimiter = ',', value_name = "S[,S..]", value_parser = ratio)]
     sparsity: Vec<f64>,
     /// Networks of each task and cell, seeded from --seed on; draws of each random method for a network from a file
-    #[arg(long, value_name = "N", default_value = "3", value_parser = counted::<NonZeroU64>)]
+    #[arg(long, value_name = "N", default_value = "3", value_parser = up_to::<NonZeroU64>(NETWORKS))]
     seeds: NonZeroU64,
     #[arg(
         long,
@@ -66,7 +75,7 @@ pub(super) struct LatticeArgs {
     )]
     repair: Vec<Repair>,
     /// Epochs of fine-tuning under the mask [default: 1; 0 for RNNoise, which is not trained here]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = finetune_epochs)]
     finetune_epochs: Option<usize>,
     #[command(flatten)]
     pruning: PruningArgs,
@@ -124,13 +133,13 @@ struct PruningArgs {
     #[arg(long)]
     no_constant: bool,
     /// Passes of merge: later ones predict from the states of the smaller network; the pass with the smallest validation loss stays
-    #[arg(long, value_name = "N", default_value = "1", value_parser = positive)]
+    #[arg(long, value_name = "N", default_value = "1", value_parser = up_to::<NonZeroUsize>(EPOCHS))]
     merge_passes: NonZeroUsize,
     /// Also prune gradually: the sparsity rises over this fraction of the fine-tuning, for methods magnitude, threshold and blocks
     #[arg(long, value_name = "F", value_parser = share)]
     gradual: Option<f64>,
     /// Updates between two masks of --gradual
-    #[arg(long, value_name = "N", default_value = "10", requires = "gradual", value_parser = counted::<NonZeroU64>)]
+    #[arg(long, value_name = "N", default_value = "10", requires = "gradual", value_parser = up_to::<NonZeroU64>(EPOCHS))]
     gradual_every: NonZeroU64,
 }
 
@@ -142,7 +151,7 @@ struct TrainingArgs {
     #[arg(long, value_name = "N[+N..]", value_parser = hidden, conflicts_with_all = ["weights", "wiring"])]
     hidden: Option<Layers>,
     /// Epochs of training at most [default: by task]
-    #[arg(long, value_name = "N", value_parser = positive, conflicts_with = "weights")]
+    #[arg(long, value_name = "N", value_parser = up_to::<NonZeroUsize>(EPOCHS), conflicts_with = "weights")]
     epochs: Option<NonZeroUsize>,
     /// Examples to train on, to validate and to test with [default: by task; MNIST: 9000,1000,10000 of 60,000 and 10,000]
     #[arg(long, value_name = "N,N,N", value_parser = sizes)]
@@ -163,7 +172,7 @@ struct TrainingArgs {
     )]
     wiring: Option<WiringKind>,
     /// Also train networks on N random graphs of each kind for each task and cell, and correlate graph properties with accuracy
-    #[arg(long, value_name = "N", conflicts_with = "weights", value_parser = positive)]
+    #[arg(long, value_name = "N", conflicts_with = "weights", value_parser = up_to::<NonZeroUsize>(NETWORKS))]
     structures: Option<NonZeroUsize>,
 }
 
@@ -185,6 +194,7 @@ struct CheckpointArgs {
         long,
         value_name = "A",
         requires = "weights",
+        value_parser = read_out,
         help = format!("What the read-out applies to the states: {} [default: linear]", ReadOut::names())
     )]
     read_out_activation: Option<ReadOut>,
@@ -219,12 +229,17 @@ struct Layers(Vec<usize>);
 /// Tasks separated by commas, which may also be part of the path of one.
 fn tasks(list: &str) -> Result<Tasks, String> {
     let parts: Vec<&str> = list.split(',').collect();
-    let file = |task: &str| {
-        task.split_once(':')
-            .map(|(_, path)| Path::new(path).exists())
+    let known = names::words(Task::NAMES);
+    let is_of_path = |kind: &str| {
+        let mut kinds = known.iter().filter_map(|name| name.split_once(':'));
+        kinds.any(|(known, _)| known == kind)
     };
-    let tasks = names::joined(&parts, |task| file(task) == Some(true)).into_iter();
-    let task = |task: String| names::parse(&task, &names::words(Task::NAMES));
+    let is_there = |task: &str| {
+        task.split_once(':')
+            .is_some_and(|(kind, path)| is_of_path(kind) && Path::new(path).exists())
+    };
+    let tasks = names::joined(&parts, is_there).into_iter();
+    let task = |task: String| names::parse(&task, &known);
     tasks.map(task).collect::<Result<_, _>>().map(Tasks)
 }
 
@@ -241,7 +256,23 @@ fn repair(name: &str) -> Result<Repair, String> {
 }
 
 fn wiring(name: &str) -> Result<WiringKind, String> {
-    names::parse(name, &names::words(WiringKind::NAMES))
+    let wiring: WiringKind = names::parse(name, &names::words(WiringKind::NAMES))?;
+    match &wiring {
+        WiringKind::Feedback(sizes) | WiringKind::BottomUp(sizes) => {
+            let neurons = sizes
+                .iter()
+                .try_fold(0u64, |sum, &n| sum.checked_add(n as u64));
+            match neurons {
+                Some(neurons) if neurons <= NEURONS => Ok(wiring),
+                _ => Err(format!("expected at most {NEURONS} neurons in all")),
+            }
+        }
+        _ => Ok(wiring),
+    }
+}
+
+fn read_out(name: &str) -> Result<ReadOut, String> {
+    names::parse(name, &names::words(&ReadOut::names()))
 }
 
 fn scope(name: &str) -> Result<Scope, String> {
@@ -260,26 +291,34 @@ fn stored(name: &str) -> Result<Stored, String> {
     names::parse(name, &names::words(&Stored::names()))
 }
 
+/// Numbers that are separated by a character, each at least 1 and at most `most`.
+fn numbers(text: &str, separator: char, most: u64) -> Option<Vec<usize>> {
+    let number = up_to(most);
+    text.split(separator).map(|n| number(n).ok()).collect()
+}
+
 fn hidden(text: &str) -> Result<Layers, String> {
-    let sizes: Option<Vec<usize>> = text
-        .split('+')
-        .map(|n| n.parse().ok().filter(|n| *n > 0))
-        .collect();
-    let sizes = sizes.ok_or("expected sizes of layers, each at least 1, such as 128 or 64+64");
-    Ok(Layers(sizes?))
+    let expected = || {
+        format!(
+            "expected sizes of layers, each at least 1 and at most {NEURONS}, such as 128 or 64+64"
+        )
+    };
+    numbers(text, '+', NEURONS).map(Layers).ok_or_else(expected)
 }
 
 fn sizes(text: &str) -> Result<Sizes, String> {
-    let sizes: Option<Vec<usize>> = text
-        .split(',')
-        .map(|n| n.parse().ok().filter(|n| *n > 0))
-        .collect();
-    match sizes.as_deref() {
+    match numbers(text, ',', EXAMPLES).as_deref() {
         Some(&[train, valid, test]) => Ok(Sizes { train, valid, test }),
-        _ => Err(
-            "expected three numbers of examples, each at least 1: training, validation, test"
-                .into(),
-        ),
+        _ => Err(format!(
+            "expected three numbers of examples, each at least 1 and at most {EXAMPLES}: training, validation, test"
+        )),
+    }
+}
+
+fn finetune_epochs(text: &str) -> Result<usize, String> {
+    match text {
+        "0" => Ok(0),
+        _ => up_to(EPOCHS)(text).map_err(|_| format!("expected a whole number, at most {EPOCHS}")),
     }
 }
 
@@ -397,7 +436,29 @@ impl LatticeArgs {
         reasons
             .next()
             .map(|(_, reason)| reason.to_owned())
+            .or_else(|| self.repeated().err().map(|error| error.to_string()))
+            .or_else(|| self.refused_seed(common.seed))
             .or_else(|| self.refused_method())
+    }
+
+    /// Each value of a list may stand once.
+    fn repeated(&self) -> anyhow::Result<()> {
+        once("--task", self.task.iter().flat_map(|tasks| &tasks.0))?;
+        once("--cell", self.cell.iter())?;
+        once("--method", self.method.iter())?;
+        once("--sparsity", self.sparsity.iter())?;
+        once("--repair", self.repair.iter())
+    }
+
+    /// A seed from which on there are not as many as networks.
+    fn refused_seed(&self, seed: u64) -> Option<String> {
+        match seed.checked_add(self.seeds.get()) {
+            Some(_) => None,
+            None => Some(format!(
+                "--seed {seed}: {} networks are seeded from it on, which is beyond the largest seed",
+                self.seeds
+            )),
+        }
     }
 
     /// A method that was asked for by name and cannot run.
@@ -493,6 +554,33 @@ impl LatticeArgs {
             checkpoint: network,
             structures: training.structures.map(NonZeroUsize::get),
             ..lattice::Config::new(experiment, seed, self.seeds.get())
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_path_of_a_list_of_tasks_may_have_commas_and_neighbours() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name: &str| dir.path().join(name).display().to_string();
+        let (plain, odd) = (path("text"), path("a,b:c"));
+        for file in [&plain, &odd] {
+            std::fs::write(file, "text").unwrap();
+        }
+        for list in [
+            format!("mod3,text:{plain}"),
+            format!("text:{odd},mod3"),
+            format!("mod3,text:{odd},vad:{}", dir.path().display()),
+            format!("text:{plain},text:{odd}"),
+        ] {
+            let Tasks(tasks) = tasks(&list).unwrap();
+            let names: Vec<String> = tasks.iter().map(Task::to_string).collect();
+            assert_eq!(names.join(","), list);
+            let count = list.matches("text:").count() + list.matches("mod3").count();
+            assert_eq!(tasks.len(), count + list.matches("vad:").count());
         }
     }
 }

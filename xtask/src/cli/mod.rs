@@ -76,7 +76,7 @@ impl Cli {
             Command::Eval(args) => eval::run(args.run(words())),
             Command::Report(args) => args.run(),
             Command::Slurm(args) => args.run(),
-            Command::Generate(args) => generation::run(&(*args).into()),
+            Command::Generate(args) => generation::run(&args.config()),
             Command::RandomModel(args) => random::run(&args.into()),
             Command::TrainDefault(args) => default_model::run(&args.into()),
         });
@@ -88,6 +88,13 @@ impl Cli {
             }
         }
     }
+}
+
+/// Ends the process as the parser does on wrong usage: flags that do not go together.
+fn wrong(what: &str) -> ! {
+    Cli::command()
+        .error(ErrorKind::ArgumentConflict, what)
+        .exit()
 }
 
 /// The words of this process's command line.
@@ -155,7 +162,7 @@ fn one_line(error: &anyhow::Error) -> String {
 
 /// Post-training compression, measured.
 #[derive(Parser)]
-#[command(name = "cargo xtask", bin_name = "cargo xtask", version)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask", version = eval::VERSION)]
 pub struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -330,38 +337,50 @@ struct PerplexityArgs {
 }
 
 impl EvalArgs {
+    /// Why the flags cannot be used together.
+    fn refused(&self) -> Option<String> {
+        let Self { all, common, suite } = self;
+        let has_report = common.out.is_some() || common.json;
+        let calib_shard = match suite {
+            Some(SuiteArgs::Structured(args)) => args.calib_shard,
+            _ => None,
+        };
+        let refused = [
+            (
+                suite.is_some() && all.is_given(),
+                "--model, --text and --calib of a suite go behind its name",
+            ),
+            (
+                common.cells.is_none() && common.shard.is_some() && !has_report,
+                "--shard: needs --cells, the folder that all parts share, or --out or --json for the report of the part",
+            ),
+            (
+                calib_shard.is_some() && common.cells.is_none(),
+                "--calib-shard: needs --cells, the folder that all parts share",
+            ),
+            (
+                calib_shard.is_some() && common.shard.is_some(),
+                "--calib-shard computes statistics and --shard measures cells: one at a time",
+            ),
+            (
+                calib_shard.is_some() && has_report,
+                "--calib-shard: a part of the statistics goes to --cells and has no report for --out or --json",
+            ),
+        ];
+        let mut reasons = refused.iter().filter(|(is_refused, _)| *is_refused);
+        let reason = reasons.next().map(|(_, reason)| (*reason).to_owned());
+        reason.or_else(|| match suite {
+            Some(SuiteArgs::Lattice(args)) => args.refused(common),
+            _ => None,
+        })
+    }
+
     /// The evaluation that `words` ask for.
     fn run(self, words: Vec<String>) -> Run {
-        let Self { all, common, suite } = self;
-        let wrong = |what: &str| -> ! {
-            Cli::command()
-                .error(ErrorKind::ArgumentConflict, what)
-                .exit()
-        };
-        if suite.is_some() && all.is_given() {
-            wrong("--model, --text and --calib of a suite go behind its name")
-        }
-        if common.cells.is_none() && common.shard.is_some() && common.out.is_none() && !common.json
-        {
-            wrong(
-                "--shard: needs --cells, the folder that all parts share, or --out or --json for the report of the part",
-            )
-        }
-        if let Some(SuiteArgs::Structured(args)) = &suite
-            && args.calib_shard.is_some()
-        {
-            if common.cells.is_none() {
-                wrong("--calib-shard: needs --cells, the folder that all parts share")
-            }
-            if common.shard.is_some() {
-                wrong("--calib-shard computes statistics and --shard measures cells: one at a time")
-            }
-        }
-        if let Some(SuiteArgs::Lattice(args)) = &suite
-            && let Some(reason) = args.refused(&common)
-        {
+        if let Some(reason) = self.refused() {
             wrong(&reason)
         }
+        let Self { all, common, suite } = self;
         let CommonArgs {
             window,
             samples,
@@ -502,6 +521,10 @@ mod tests {
             ("eval lattice --method spam", "span"),
             ("eval lattice --cell lstn", "lstm"),
             ("eval lattice --repair refat", "refit"),
+            (
+                "eval lattice --task vad:x --weights y --read-out-activation rely",
+                "relu",
+            ),
             ("eval perplexity --protocol gtpq", "gptq"),
             ("generate --policy stream", "streaming"),
         ] {
@@ -513,6 +536,21 @@ mod tests {
                 "{words}: {error}"
             );
         }
+    }
+
+    #[test]
+    fn the_commands_of_the_page_about_parts_are_complete() {
+        let page = include_str!("../../../docs/parts.md").replace("\\\n", " ");
+        let lines = page.lines().filter(|line| line.starts_with("cargo xtask "));
+        for line in lines.clone() {
+            let words = line.split_whitespace().skip(1);
+            let parsed = Cli::try_parse_from(words);
+            let cli = parsed.unwrap_or_else(|error| panic!("{line}: {error}"));
+            if let Command::Slurm(args) = cli.command {
+                args.check().unwrap();
+            }
+        }
+        assert!(lines.count() >= 5);
     }
 
     #[test]

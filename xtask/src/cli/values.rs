@@ -19,6 +19,29 @@ pub(super) fn counted<T: FromStr>(text: &str) -> Result<T, String> {
     number.map_err(|_| "expected a whole number, at least 1".into())
 }
 
+/// A number that is not 0 and not more than `most`: beyond it a run would never end, or not fit into memory.
+pub(super) fn up_to<T: FromStr>(
+    most: u64,
+) -> impl Fn(&str) -> Result<T, String> + Clone + Send + Sync + 'static {
+    move |text| {
+        let fits = |number: &u64| (1..=most).contains(number);
+        match (text.parse(), text.parse().ok().filter(fits)) {
+            (Ok(number), Some(_)) => Ok(number),
+            _ => Err(format!(
+                "expected a whole number, at least 1 and at most {most}"
+            )),
+        }
+    }
+}
+
+/// A value that becomes part of a line.
+pub(super) fn one_line(text: &str) -> Result<String, String> {
+    match text.contains(['\n', '\r']) {
+        true => Err("expected one line".into()),
+        false => Ok(text.into()),
+    }
+}
+
 /// A number of tokens, of which the first is never a target.
 pub(super) fn window(text: &str) -> Result<usize, String> {
     match text.parse() {

@@ -1,8 +1,9 @@
 //! Worked solutions, generated greedily and scored by the number at their end.
 
+use std::ops::ControlFlow::Continue;
 use std::time::Instant;
 
-use causal_lm::{CacheSet, GenerateOptions, Model, Snapshot, generate};
+use causal_lm::{CacheSet, Decoder, GenerateOptions, Model, Snapshot, generate};
 use serde_json::Value;
 use tensor_io::{Config, Progress};
 
@@ -36,7 +37,7 @@ pub(super) fn answer(
         evaluator,
         cache: model.full_cache(1)?,
         model: &model,
-        end: end_tokens(evaluator)?,
+        end: end_tokens(evaluator.decoder)?,
         shared: None,
     };
     let mut answers = Answers::default();
@@ -86,7 +87,7 @@ impl Generator<'_> {
         loop {
             options.max_new_tokens = STRIDE.min(max - tokens.len());
             let (model, cache) = (self.model, &mut self.cache);
-            let generated = generate(model, cache, &next, &options, &mut |_| ())?.tokens;
+            let generated = generate(model, cache, &next, &options, &mut |_| Continue(()))?.tokens;
             tokens.extend(&generated);
             let text = self.evaluator.tokenizer.decode(&tokens)?;
             let (answer, stopped) = until_stop(&text);
@@ -124,20 +125,22 @@ fn common_prefix(examples: &[u32], prompt: &[u32]) -> usize {
     same.count().min(prompt.len().saturating_sub(1))
 }
 
-/// The tokens that end a text: `eos_token_id` of generation_config.json or else of config.json, one or several.
-fn end_tokens(evaluator: &Evaluator<'_>) -> Result<Vec<u32>> {
-    let checkpoint = evaluator.decoder.checkpoint();
-    let generation = checkpoint.dir().join("generation_config.json");
+/// The tokens that end a text: `eos_token_id` of generation_config.json, one or several, or else those of the model's
+/// configuration.
+///
+/// # Errors
+/// A generation_config.json that cannot be read.
+pub fn end_tokens(decoder: &Decoder<'_>) -> Result<Vec<u32>> {
+    let generation = decoder.checkpoint().dir().join("generation_config.json");
     let ids = match generation.exists() {
         true => Config::read(generation)?.get("eos_token_id").cloned(),
         false => None,
     };
-    let ids = ids.or_else(|| checkpoint.config().get("eos_token_id").cloned());
     let id = |value: &Value| value.as_u64().and_then(|id| u32::try_from(id).ok());
     Ok(match ids {
         Some(Value::Array(several)) => several.iter().filter_map(id).collect(),
         Some(one) => id(&one).into_iter().collect(),
-        None => Vec::new(),
+        None => decoder.config().eos.clone(),
     })
 }
 

@@ -91,9 +91,7 @@ impl Task {
             path: path.into(),
             reason,
         };
-        let text = std::fs::read_to_string(path).map_err(|e| of_file(e.to_string()))?;
-        // The mark that some editors put before UTF-8 is no text.
-        let text = text.strip_prefix('\u{feff}').unwrap_or(&text);
+        let text = tensor_io::read_text(path).map_err(|e| of_file(e.to_string()))?;
         let mut layout = None;
         let mut items = Vec::new();
         for (i, line) in text.lines().enumerate() {

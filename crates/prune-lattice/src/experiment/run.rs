@@ -25,6 +25,29 @@ use tensor_io::{Cancelled, Progress};
 /// Settings or files that cannot be used, a diverging run, or [`Error::Cancelled`](crate::Error::Cancelled). A degenerate order is no error here: its
 /// rows say so.
 pub fn run(config: &ExperimentConfig, progress: &dyn Progress) -> Result<Vec<Row>> {
+    let rows = run_each(config, progress)
+        .into_iter()
+        .map(|network| network.rows);
+    let rows: Vec<Vec<Row>> = rows.collect::<Result<_>>()?;
+    Ok(rows.into_iter().flatten().collect())
+}
+
+/// What became of the network of one task, cell and seed.
+#[derive(Debug)]
+pub struct NetworkRows {
+    /// `TASK, CELL, seed N`.
+    pub name: String,
+    /// Its rows, or why there are none.
+    pub rows: Result<Vec<Row>>,
+}
+
+/// The name of the network of a task, cell and seed.
+pub fn network_name(task: &Task, cell: Cell, seed: u64) -> String {
+    format!("{task}, {cell}, seed {seed}")
+}
+
+/// As [`run`], network by network: one that fails leaves the others.
+pub fn run_each(config: &ExperimentConfig, progress: &dyn Progress) -> Vec<NetworkRows> {
     let mut networks = Vec::new();
     for task in &config.tasks {
         for &cell in &config.cells {
@@ -39,36 +62,45 @@ pub fn run(config: &ExperimentConfig, progress: &dyn Progress) -> Result<Vec<Row
         2 * config.training(task, cell).epochs as u64 + steps(config, &methods)
     };
     progress.begin("pruning", networks.iter().map(of_network).sum());
-    let rows: Vec<Vec<Row>> = networks
+    networks
         .into_par_iter()
-        .map(|(task, cell, seed)| {
-            let trained = train_dense(config, task, cell, seed, progress)?;
-            let name = match &config.wiring {
-                WiringKind::Full => task.to_string(),
-                wiring => format!("{task}, {wiring}"),
-            };
-            let session = Session {
-                config,
-                training: &trained.training,
-                visit: &|_| Ok(()),
-                progress,
-            };
-            let source = Source {
-                name: &name,
-                rnn: &trained.rnn,
-                data: &trained.data,
-                judge: &trained.data,
-                readers: &[],
-                wired: &trained.wired,
-                seed: Some(seed),
-            };
-            let dense = Dense::new(source, progress)?;
-            let mut rows = dense.prune_all(&session, &methods, seed)?;
-            rows.push(dense.without_recurrence(&session, seed)?);
-            Ok(rows)
+        .map(|(task, cell, seed)| NetworkRows {
+            name: network_name(task, cell, seed),
+            rows: network_rows(config, (task, cell, seed), &methods, progress),
         })
-        .collect::<Result<_>>()?;
-    Ok(rows.into_iter().flatten().collect())
+        .collect()
+}
+
+fn network_rows(
+    config: &ExperimentConfig,
+    (task, cell, seed): (&Task, Cell, u64),
+    methods: &[Method],
+    progress: &dyn Progress,
+) -> Result<Vec<Row>> {
+    let trained = train_dense(config, task, cell, seed, progress)?;
+    let name = match &config.wiring {
+        WiringKind::Full => task.to_string(),
+        wiring => format!("{task}, {wiring}"),
+    };
+    let session = Session {
+        config,
+        training: &trained.training,
+        visit: &|_| Ok(()),
+        progress,
+    };
+    let source = Source {
+        name: &name,
+        rnn: &trained.rnn,
+        data: &trained.data,
+        judge: &trained.data,
+        readers: &[],
+        wired: &trained.wired,
+        seed: Some(seed),
+    };
+    let dense = Dense::new(source, progress)?;
+    let mut rows = dense.prune_all(&session, methods, seed)?;
+    rows.push(dense.without_recurrence(&session, seed)?);
+    Ok(rows)
 }
 
 /// A network of an experiment before pruning.

@@ -14,7 +14,7 @@ mod vad;
 
 pub use automaton::{Dfa, tomita};
 pub use reber::{is_embedded_reber, is_reber, reber_automaton};
-pub use text::{Vocabulary, grammar_text};
+pub use text::{Vocabulary, grammar_text, read_text};
 
 use crate::{
     cell::Cell,

@@ -31,7 +31,7 @@ impl Vocabulary {
     /// # Errors
     /// The file cannot be read, or is no such object, or the numbers are not 0 to n - 1.
     pub fn load(file: &Path) -> Result<Self> {
-        let text = read(file)?;
+        let text = read_text(file)?;
         let wrong = |reason: String| Error::Data {
             file: file.into(),
             reason,
@@ -80,8 +80,12 @@ impl Vocabulary {
     }
 }
 
-fn read(file: &Path) -> Result<String> {
-    std::fs::read_to_string(file).map_err(|source| Error::Io {
+/// A file of text, as all tasks and vocabularies read it: without the byte-order mark that some editors put before UTF-8.
+///
+/// # Errors
+/// [`Error::Io`] for a file that cannot be read or is not UTF-8.
+pub fn read_text(file: &Path) -> Result<String> {
+    tensor_io::read_text(file).map_err(|source| Error::Io {
         file: file.into(),
         source,
     })
@@ -101,7 +105,7 @@ pub(crate) fn cut(mut symbols: Vec<u32>) -> [Vec<u32>; 3] {
 }
 
 pub(super) fn file_dataset(file: &Path) -> Result<Dataset> {
-    let text = read(file)?;
+    let text = read_text(file)?;
     let vocabulary = Vocabulary::of(&text);
     let [train, valid, test] = cut(vocabulary.encode(&text)?).map(Examples::Text);
     if matches!(&valid, Examples::Text(t) if t.len() < 2) {
@@ -200,4 +204,26 @@ pub(super) fn grammar_dataset(sizes: Sizes, seed: u64) -> Result<Dataset> {
         input: InputKind::OneHot { vocab },
         outputs: vocab,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_byte_order_mark_is_no_character() {
+        let dir = tempfile::tempdir().unwrap();
+        let write = |name: &str, text: &str| {
+            let path = dir.path().join(name);
+            std::fs::write(&path, text).unwrap();
+            path
+        };
+        let text = "ab".repeat(100);
+        let marked = file_dataset(&write("marked", &format!("\u{feff}{text}"))).unwrap();
+        let plain = file_dataset(&write("plain", &text)).unwrap();
+        assert_eq!(marked.outputs, 2);
+        assert_eq!(format!("{marked:?}"), format!("{plain:?}"));
+        let vocabulary = Vocabulary::load(&write("vocab", "\u{feff}{\"a\": 0}")).unwrap();
+        assert_eq!(vocabulary, Vocabulary::of("a"));
+    }
 }

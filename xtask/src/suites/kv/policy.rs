@@ -122,7 +122,7 @@ impl Choice {
     /// # Errors
     /// A file that cannot be read or holds something else.
     pub fn of_file(file: &Path) -> Result<Self> {
-        let text = std::fs::read_to_string(file);
+        let text = tensor_io::read_text(file);
         let text = text.with_context(|| format!("--cache {}", file.display()))?;
         let config = serde_json::from_str(&text).with_context(|| {
             format!(

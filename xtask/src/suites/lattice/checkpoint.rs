@@ -7,7 +7,7 @@ use prune_lattice::mask::MaskSet;
 use prune_lattice::onnx::OnnxFile;
 use prune_lattice::rnn::{CheckpointNames, ReadOut, Rnn, TrainConfig};
 use prune_lattice::rnnoise::{Clips, Stored, WeightFile};
-use prune_lattice::tasks::{Task, Vocabulary};
+use prune_lattice::tasks::{Task, Vocabulary, read_text};
 use std::path::{Path, PathBuf};
 
 use crate::bar::Bar;
@@ -186,10 +186,8 @@ pub(super) fn open(config: &CheckpointConfig, experiment: &ExperimentConfig) -> 
 }
 
 fn of_text(config: &Characters, rnn: &Rnn) -> Result<Dataset> {
-    let text =
-        std::fs::read_to_string(&config.text).with_context(|| config.text.display().to_string())?;
     let symbols = Vocabulary::load(&config.vocab)?
-        .encode(&text)
+        .encode(&read_text(&config.text)?)
         .with_context(|| config.text.display().to_string())?;
     let at = |share: f64| (symbols.len() as f64 * share) as usize;
     Ok(Dataset {

@@ -6,7 +6,7 @@ mod save;
 mod structures;
 mod tables;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Error, Result};
 use eval_report::Section;
 use prune_lattice::experiment::{self, ExperimentConfig};
 use prune_lattice::prune::Method;
@@ -14,7 +14,7 @@ use prune_lattice::prune::Method;
 use super::lazy::Lazy;
 use super::perplexity::file_name;
 use crate::bar::Bar;
-use crate::settings::Settings;
+use crate::settings::{Settings, part};
 pub use checkpoint::{Characters, CheckpointConfig, SaveConfig};
 use pictures::pictures;
 use save::Saver;
@@ -55,6 +55,7 @@ impl Config {
 pub fn run(settings: &Settings, config: &Config) -> Result<Vec<Section>> {
     let bar = settings.bar("pruning", 1);
     let (experiment, cells) = (&config.experiment, &settings.cells);
+    let mut failures = Vec::new();
     let (rows, pictures) = match &config.checkpoint {
         Some(checkpoint) => {
             let opened = Lazy::default();
@@ -78,17 +79,24 @@ pub fn run(settings: &Settings, config: &Config) -> Result<Vec<Section>> {
             (rows, pictures)
         }
         None => {
-            let rows = networks(settings, experiment, &bar)?;
+            let rows = networks(settings, experiment, &mut failures, &bar)?;
             let (task, cell) = experiment
                 .tasks
                 .first()
                 .zip(experiment.cells.first())
                 .context("--task and --cell name nothing to run")?;
             let seed = experiment.seeds.first().copied().unwrap_or_default();
+            let first = experiment::network_name(task, *cell, seed);
+            let failed = failures.iter().any(|(name, _)| *name == first);
             let pictures = settings.whole("pictures", || {
                 let trained = experiment::train_dense(experiment, task, *cell, seed, &bar)?;
                 pictures(&trained, &task.to_string())
-            })?;
+            });
+            let pictures = match pictures {
+                // What it failed for has been said.
+                Err(_) if failed => Vec::new(),
+                pictures => pictures?,
+            };
             (Some(rows), pictures)
         }
     };
@@ -97,8 +105,11 @@ pub fn run(settings: &Settings, config: &Config) -> Result<Vec<Section>> {
         .map(|n| settings.whole("structures", || structures(experiment, n, &bar)));
     let structures = structures.transpose()?;
     bar.finish();
+    let failures = failures.into_iter();
+    let failures = failures.map(|(name, error)| format!("{name}: {error:#}"));
+    let failures: Vec<String> = failures.collect();
     let (false, Some(rows)) = (settings.is_part(), rows) else {
-        return Ok(Vec::new());
+        return Ok(part(failures));
     };
     let mut sections = Vec::new();
     let mut groups: Vec<(String, String)> = Vec::new();
@@ -115,36 +126,53 @@ pub fn run(settings: &Settings, config: &Config) -> Result<Vec<Section>> {
             .collect();
         sections.push(task_section(&task, &cell, &of_group)?);
     }
-    sections.insert(0, overview(&rows, &sections, config));
+    let mut first = overview(&rows, &sections, config);
+    first.failures = failures;
+    sections.insert(0, first);
     sections.extend(structures.into_iter().flatten());
     sections.extend(pictures);
     Ok(sections)
 }
 
-/// The rows of all networks; those that are kept in a folder are trained one after the other.
+/// The rows of all networks; those that are kept in a folder are trained one after the other. Networks that failed go to
+/// `failures` with their names.
+///
+/// # Errors
+/// The first failure, where no network has rows.
 fn networks(
     settings: &Settings,
     config: &ExperimentConfig,
+    failures: &mut Vec<(String, Error)>,
     bar: &Bar,
 ) -> Result<Vec<experiment::Row>> {
-    if !settings.cells.are_kept() {
-        return Ok(experiment::run(config, bar)?);
-    }
     let mut rows = Vec::new();
-    for task in &config.tasks {
-        for &cell in &config.cells {
-            for &seed in &config.seeds {
-                let mut one = config.clone();
-                one.tasks = vec![task.clone()];
-                one.cells = vec![cell];
-                one.seeds = vec![seed];
-                let name = format!("{task}, {cell}, seed {seed}");
-                let of_network = settings
-                    .cells
-                    .get(&name, || anyhow::Ok(experiment::run(&one, bar)?))?;
-                rows.extend(of_network.into_iter().flatten());
+    let mut add = |name: String, of_network: Result<Option<Vec<experiment::Row>>>| match of_network
+    {
+        Ok(of_network) => rows.extend(of_network.into_iter().flatten()),
+        Err(error) => failures.push((name, error)),
+    };
+    if !settings.cells.are_kept() {
+        for network in experiment::run_each(config, bar) {
+            add(network.name, network.rows.map(Some).map_err(Error::new));
+        }
+    } else {
+        for task in &config.tasks {
+            for &cell in &config.cells {
+                for &seed in &config.seeds {
+                    let mut one = config.clone();
+                    one.tasks = vec![task.clone()];
+                    one.cells = vec![cell];
+                    one.seeds = vec![seed];
+                    let name = experiment::network_name(task, cell, seed);
+                    let kept = &settings.cells;
+                    let found = kept.get(&name, || anyhow::Ok(experiment::run(&one, bar)?));
+                    add(name, found);
+                }
             }
         }
     }
-    Ok(rows)
+    match rows.is_empty() && !failures.is_empty() {
+        true => Err(failures.swap_remove(0).1),
+        false => Ok(rows),
+    }
 }

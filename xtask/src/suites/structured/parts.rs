@@ -81,9 +81,9 @@ fn parts(dir: &Path) -> Result<Vec<PathBuf>> {
         for entry in std::fs::read_dir(dir).with_context(|| dir.display().to_string())? {
             let name = entry?.file_name();
             let numbers = name.to_str().and_then(|name| name.split_once("-of-"));
-            let numbers = numbers.and_then(|(i, n)| Some((i.parse().ok()?, n.parse().ok()?)));
+            let part = numbers.and_then(|(i, n)| format!("{i}/{n}").parse::<Shard>().ok());
             // What is being written has other names.
-            found.extend(numbers);
+            found.extend(part.map(|part| (part.index(), part.count())));
         }
     }
     let Some(&(_, count)) = found.first() else {
@@ -92,17 +92,12 @@ fn parts(dir: &Path) -> Result<Vec<PathBuf>> {
     if let Some((_, other)) = found.iter().find(|(_, other)| *other != count) {
         bail!("{}: parts of {count} and of {other}", dir.display());
     }
-    let is_missing = |index: &usize| !found.contains(&(*index, count));
-    let missing: Vec<String> = (1..=count)
-        .filter(is_missing)
-        .map(|i| format!("{i}/{count}"))
-        .collect();
-    ensure!(
-        missing.is_empty(),
-        "{}: --calib-shard {} has not been computed",
-        dir.display(),
-        missing.join(", ")
-    );
+    if let Some(missing) = Shard::missing(count, |index| found.contains(&(index, count))) {
+        bail!(
+            "{}: --calib-shard {missing} has not been computed",
+            dir.display()
+        );
+    }
     Ok((1..=count)
         .map(|index| dir.join(name(index, count)))
         .collect())
@@ -118,6 +113,8 @@ mod tests {
         assert!(parts(&dir.path().join("none")).unwrap().is_empty());
         let make = |name: &str| std::fs::create_dir(dir.path().join(name)).unwrap();
         make(".3-of-3.tensor-io-partial");
+        assert!(parts(dir.path()).unwrap().is_empty());
+        make("1-of-18446744073709551615");
         assert!(parts(dir.path()).unwrap().is_empty());
         make("2-of-3");
         let error = parts(dir.path()).unwrap_err().to_string();
