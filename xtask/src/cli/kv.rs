@@ -4,14 +4,14 @@ use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
 use clap::builder::PossibleValuesParser;
-use clap::error::ErrorKind;
-use clap::{Args, CommandFactory, ValueEnum};
+use clap::{Args, ValueEnum};
 use eval_report::Budget;
 
 use lm_eval::ProtocolKind;
 use lm_eval::long_context::Questions;
 
 use super::weights::WeightArgs;
+use super::wrong;
 use crate::suites::kv::long_context::{Feed, LongContext};
 use crate::suites::kv::perplexity::Text;
 use crate::suites::kv::policy::{ALPHA, Choice, PromptRule};
@@ -405,13 +405,6 @@ fn stored() -> impl Iterator<Item = &'static str> {
     kv_lazy::StorageConfig::PRESETS
         .into_iter()
         .filter(per_token)
-}
-
-/// Ends the process as clap does on flags that do not go together.
-fn wrong(what: &str) -> ! {
-    super::Cli::command()
-        .error(ErrorKind::ArgumentConflict, what)
-        .exit()
 }
 
 fn alpha(text: &str) -> Result<f32, String> {
