@@ -192,8 +192,8 @@ impl Read<'_> {
         let common = factors.first().copied().unwrap_or(0.0);
         let turned = factors.iter().take_while(|&&factor| factor == common);
         let turned = turned.count();
-        let standing = |factor: &f32| *factor >= STANDING;
-        if !(common > 0.0 && common < STANDING) || !factors[turned..].iter().all(standing) {
+        let fits = common > 0.0 && common < STANDING;
+        if !fits || factors[turned..].iter().any(|factor| *factor < STANDING) {
             return Err(keys.refuse(format!(
                 "{} holds other factors than one for the first pairs and the largest for the rest",
                 names::ROPE_FACTORS

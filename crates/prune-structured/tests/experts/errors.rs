@@ -340,7 +340,7 @@ fn plans_of_earlier_versions_are_read_and_damaged_ones_refused() {
             change(layer.as_object_mut().unwrap());
         }
         std::fs::write(&path, fields.to_string()).unwrap();
-        ExpertPlan::load(&path)
+        ExpertPlan::load(&path).map_err(Box::new)
     };
     let earlier = loaded(&|layer| drop(layer.remove("neurons"))).unwrap();
     assert_eq!(earlier, plan);

@@ -247,12 +247,11 @@ mod tests {
         for count in [2, 5, 9] {
             for _ in 0..20 {
                 let mut distances = vec![vec![0.0; count]; count];
-                for a in 0..count {
-                    for b in 0..a {
-                        // Many are equal, and some negative.
-                        let distance = random() as f64 - 2.0;
-                        (distances[a][b], distances[b][a]) = (distance, distance);
-                    }
+                let pairs = (0..count).flat_map(|a| (0..a).map(move |b| (a, b)));
+                for (a, b) in pairs {
+                    // Many are equal, and some negative.
+                    let distance = random() as f64 - 2.0;
+                    (distances[a][b], distances[b][a]) = (distance, distance);
                 }
                 let mut visited = vec![];
                 let pairs = ascending(&distances);
