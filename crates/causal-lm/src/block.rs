@@ -497,13 +497,13 @@ impl Attention {
                 Some(norm) => norm.forward(&x)?,
                 None => x,
             };
-            let x = match self.clip {
-                Some(clip) => x.clamp(-clip, clip)?,
-                None => x,
-            };
             let x = x.reshape((batch, tokens, (), d))?;
             let x = match norm.filter(|_| whole.is_none()) {
                 Some(norm) => norm.forward(&x)?,
+                None => x,
+            };
+            let x = match self.clip {
+                Some(clip) => x.clamp(-clip, clip)?,
                 None => x,
             };
             Ok(x.transpose(1, 2)?.contiguous()?)

@@ -346,6 +346,14 @@ impl<'a> Parameters<'a> {
         }
     }
 
+    /// A positive number, or what it is where it is not stated.
+    fn positive_or(&self, key: &str, absent: f64) -> Result<f64> {
+        match self.number(key)? {
+            Some(_) => self.required(key),
+            None => Ok(absent),
+        }
+    }
+
     fn required(&self, key: &str) -> Result<f64> {
         match self.number(key)? {
             Some(value) if value > 0.0 => Ok(value),
@@ -369,13 +377,8 @@ impl<'a> Parameters<'a> {
     }
 
     /// A number of the object or, in the oldest form, of the top.
-    fn anywhere(&self, keys: &[&str]) -> Result<Option<f64>> {
-        for key in keys {
-            if let Some(value) = self.number(key)?.or(self.top.opt_f64(key)?) {
-                return Ok(Some(value));
-            }
-        }
-        Ok(None)
+    fn anywhere(&self, key: &str) -> Result<Option<f64>> {
+        Ok(self.number(key)?.or(self.top.opt_f64(key)?))
     }
 
     fn rope(&self, defaults: Defaults) -> Result<Rope> {
@@ -384,14 +387,14 @@ impl<'a> Parameters<'a> {
             max_positions,
             ..
         } = defaults;
-        let theta = self.anywhere(&["rope_theta", "rotary_emb_base"])?;
+        let theta = self.anywhere("rope_theta")?;
         let theta = theta.unwrap_or(defaults.theta);
         if !(theta.is_finite() && theta > 1.0) {
             return Err(invalid(format!(
                 "rope_theta must be larger than 1, found {theta}"
             )));
         }
-        let partial = self.anywhere(&["partial_rotary_factor", "rotary_pct"])?;
+        let partial = self.anywhere("partial_rotary_factor")?;
         let rule = self.rule()?;
         let partial = match (partial, defaults.partial) {
             (Some(part), None) if part != 1.0 && rule != "proportional" => {
@@ -428,7 +431,7 @@ impl<'a> Parameters<'a> {
                 let factor = self.required("factor")?;
                 base(turned).into_iter().map(|f| f / factor).collect()
             }
-            "llama3" => llama3(&base(turned), self)?,
+            "llama3" => llama3(&base(turned), max_positions, self)?,
             "yarn" => {
                 let (inv_freq, factor, numbers) =
                     yarn(&base(turned), theta, turned, max_positions, self)?;
@@ -444,7 +447,9 @@ impl<'a> Parameters<'a> {
             "proportional" => {
                 // Frequencies of the whole head, of which the first are used; the other pairs stand still.
                 let rotated = (partial * head_dim as f64 / 2.0) as usize;
-                let mut inv_freq = base(head_dim);
+                let factor = self.positive_or("factor", 1.0)?;
+                let mut inv_freq: Vec<f64> =
+                    base(head_dim).into_iter().map(|f| f / factor).collect();
                 inv_freq[rotated..].fill(0.0);
                 inv_freq
             }
@@ -466,13 +471,11 @@ impl<'a> Parameters<'a> {
 }
 
 /// Llama 3.1: long waves are slowed by `factor`, short ones left, a linear blend between.
-fn llama3(base: &[f64], parameters: &Parameters<'_>) -> Result<Vec<f64>> {
+fn llama3(base: &[f64], max_positions: usize, parameters: &Parameters<'_>) -> Result<Vec<f64>> {
     let factor = parameters.required("factor")?;
     let low = parameters.required("low_freq_factor")?;
     let high = parameters.required("high_freq_factor")?;
-    let context = parameters.original()?;
-    let context = context
-        .ok_or_else(|| invalid("original_max_position_embeddings is missing".to_string()))?;
+    let context = parameters.original()?.unwrap_or(max_positions as f64);
     if high <= low {
         return Err(invalid(format!(
             "high_freq_factor {high} must exceed low_freq_factor {low}"
@@ -541,10 +544,7 @@ fn yarn(
     parameters: &Parameters<'_>,
 ) -> Result<(Vec<f64>, f64, Yarn)> {
     let context = parameters.original()?.unwrap_or(max_positions as f64);
-    let factor = match parameters.number("factor")? {
-        Some(_) => parameters.required("factor")?,
-        None => max_positions as f64 / context,
-    };
+    let factor = parameters.positive_or("factor", max_positions as f64 / context)?;
     let temperature = |mscale: f64| {
         if factor <= 1.0 {
             1.0

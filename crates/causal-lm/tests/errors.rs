@@ -63,6 +63,10 @@ fn unsupported_types_and_options_are_named() {
             "use_bidirectional_attention",
         ),
         (
+            json!({"use_bidirectional_attention": "all"}),
+            "use_bidirectional_attention",
+        ),
+        (
             json!({"quantization_config": {"quant_method": "fp8"}}),
             "quantization_config.quant_method",
         ),
@@ -90,6 +94,7 @@ fn configs_that_cannot_be_a_model_are_refused() {
         json!({"rope_scaling": {"rope_type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_factor": 1,
             "original_max_position_embeddings": 16}}),
         json!({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}),
+        json!({"rope_parameters": {"rope_type": "proportional", "rope_theta": 1e4, "factor": 0.0}}),
         json!({"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}}),
         json!({"eos_token_id": ["end"]}),
         // One above what a token id can be: not token 0.

@@ -223,3 +223,82 @@ fn phi_3_reads_the_rule_that_it_rotates_by() {
     assert!(model.ropes[0].long.is_none());
     assert_eq!(model.stock.heads, causal_lm::config::StockHeads::Any);
 }
+
+#[test]
+fn a_factor_divides_proportional_frequencies() {
+    let rotations = json!({
+        "full_attention": {"rope_type": "proportional", "rope_theta": 1e4, "partial_rotary_factor": 0.5, "factor": 8.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    });
+    let fields = json!({"rope_parameters": rotations});
+    check("gemma4_text", fields, LOCAL, [0.125, 0.0125, 0.0, 0.0]);
+}
+
+#[test]
+fn llama_3_scales_from_the_whole_context_where_the_config_names_no_first_one() {
+    let rule = json!({"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0});
+    let scaled = [1.0, 0.042751, 0.00125, 0.000125];
+    let fields = json!({"rope_parameters": rule, "layer_types": null});
+    check("llama", fields, scaled, scaled);
+}
+
+#[test]
+fn gpt_neox_reads_its_own_names_and_the_usual_ones_in_the_object_alone() {
+    let own = json!({"rotary_emb_base": 1e6, "rotary_pct": 0.5});
+    let object = json!({"rope_type": "default", "rope_theta": 1e5, "partial_rotary_factor": 1.0});
+    for (own, object, expected) in [
+        (json!({}), json!(null), &[1.0][..]),
+        (own.clone(), json!(null), &[1.0, 0.001]),
+        (own, object, &[1.0, 0.056234, 0.003162, 0.000178]),
+    ] {
+        let mut fields = own;
+        fields["rope_parameters"] = object;
+        fields["rope_theta"] = json!(7e5);
+        fields["partial_rotary_factor"] = json!(1.0);
+        fields["num_key_value_heads"] = json!(4);
+        fields["layer_types"] = json!(null);
+        let model = read("gpt_neox", fields.clone()).unwrap();
+        let found = frequencies(&model, 0);
+        assert_eq!(found.len(), expected.len(), "{fields}");
+        for (ours, theirs) in found.iter().zip(expected) {
+            assert!((ours - theirs).abs() < 6e-7, "{fields}: {ours} {theirs}");
+        }
+    }
+}
+
+#[test]
+fn full_layers_of_gemma_4_that_fields_by_layer_pass_over_are_as_the_others() {
+    // Widths of heads, and heads of keys, of the two layers.
+    for (by_layer, dims, kv_heads) in [
+        (json!({"1": {"num_key_value_heads": 1}}), [8, 8], [2, 1]),
+        (json!({}), [8, 8], [2, 2]),
+        (json!(null), [8, 8], [2, 2]),
+        (json!({"0": {"head_dim": 6}}), [6, 8], [2, 2]),
+        (json!({"1": {"head_dim": 12}}), [8, 12], [2, 2]),
+    ] {
+        let fields = json!({"global_head_dim": 16, "num_global_key_value_heads": 1, "attention_k_eq_v": true,
+            "per_layer_config": by_layer});
+        let model = read("gemma4_text", fields.clone()).unwrap();
+        assert_eq!([0, 1].map(|layer| model.head_dim(layer)), dims, "{fields}");
+        assert_eq!(
+            [0, 1].map(|layer| model.widths[layer].kv_heads),
+            kv_heads,
+            "{fields}"
+        );
+        assert!(model.attention[1].value_is_key && !model.attention[0].value_is_key);
+        assert_eq!(frequencies(&model, 1).len(), dims[1] / 2, "{fields}");
+    }
+    let without =
+        json!({"global_head_dim": 16, "num_global_key_value_heads": 1, "attention_k_eq_v": true});
+    let model = read("gemma4_text", without).unwrap();
+    assert_eq!((model.head_dim(1), model.widths[1].kv_heads), (16, 1));
+}
+
+#[test]
+fn attention_in_both_directions_among_tokens_of_pictures_changes_nothing_for_text() {
+    let both = |value: &str| read("gemma4_text", json!({"use_bidirectional_attention": value}));
+    assert!(both("vision").is_ok());
+    let error = both("all").unwrap_err();
+    assert!(error.contains("use_bidirectional_attention"), "{error}");
+}

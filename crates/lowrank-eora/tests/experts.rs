@@ -334,15 +334,69 @@ fn an_adapter_that_peft_would_not_apply_is_refused() {
     let folder = tempfile::tempdir().unwrap();
     let checkpoint = model(&folder.path().join("dense"), ExpertLayout::Alone, 6);
     let dst = folder.path().join("never");
-    let adapter = Some(folder.path().join("adapter"));
-    let without = options("rtn-int3", 0).adapter(adapter);
-    let error = repair_experts(
-        &decoder(&checkpoint),
-        &windows(),
-        &without,
-        &dst,
-        &NoProgress,
+    let adapter = folder.path().join("adapter");
+    let refused = |checkpoint: &Checkpoint, rank: usize, value: &str| {
+        let repair = options("rtn-int3", rank).adapter(Some(adapter.clone()));
+        let decoder = decoder(checkpoint);
+        let error = repair_experts(&decoder, &windows(), &repair, &dst, &NoProgress).unwrap_err();
+        let about = matches!(
+            &error,
+            Error::Setting {
+                name: "PEFT adapter of experts",
+                ..
+            }
+        );
+        assert!(about && error.to_string().contains(value), "{error}");
+        assert!(!dst.exists() && !adapter.exists());
+    };
+    refused(&checkpoint, 0, "rank 0");
+    let synthetic = |name: &str, config: &Config| {
+        let (dir, files) = (folder.path().join(name), WriteOptions::default());
+        synthetic::write(config, DType::F32, &dir, &files, synthetic::random(1)).unwrap();
+        Checkpoint::open(&dir).unwrap()
+    };
+    let mut granite = config(6);
+    granite.set("model_type", "granitemoe");
+    refused(&synthetic("granite", &granite), 3, "granitemoe");
+    let mut by_layer = config(6);
+    by_layer.set(
+        "per_layer_widths",
+        json!({"num_attention_heads": [4, 4], "num_key_value_heads": [2, 2], "intermediate_size": [0, 0],
+            "num_experts": [6, 4], "expert_size": [16, 16]}),
     );
-    assert!(matches!(error, Err(Error::Setting { .. })), "{error:?}");
+    refused(&synthetic("by-layer", &by_layer), 3, "differ by layer");
+}
+
+#[test]
+fn a_model_whose_adapter_cannot_be_written_is_not_written_either() {
+    let folder = tempfile::tempdir().unwrap();
+    let checkpoint = model(&folder.path().join("dense"), ExpertLayout::Alone, 6);
+    let (dst, adapter) = (folder.path().join("never"), folder.path().join("adapter"));
+    std::fs::create_dir(&adapter).unwrap();
+    std::fs::write(adapter.join("notes.txt"), "not an adapter").unwrap();
+    let repair = options("rtn-int3", 2).adapter(Some(adapter.clone()));
+    let decoder = decoder(&checkpoint);
+    let error = repair_experts(&decoder, &windows(), &repair, &dst, &NoProgress).unwrap_err();
+    let exists = matches!(&error, Error::Checkpoint(tensor_io::Error::Exists { .. }));
+    assert!(exists, "{error}");
     assert!(!dst.exists());
+    assert_eq!(std::fs::read_dir(&adapter).unwrap().count(), 1);
+}
+
+#[test]
+fn a_head_of_its_own_is_not_announced_as_tied() {
+    let folder = tempfile::tempdir().unwrap();
+    let dense = folder.path().join("dense");
+    drop(model(&dense, ExpertLayout::Alone, 6));
+    // Its head stays beside the embedding.
+    let mut tied = config(6);
+    tied.set("tie_word_embeddings", true);
+    let text = serde_json::to_string(tied.raw()).unwrap();
+    std::fs::write(dense.join("config.json"), text).unwrap();
+    let checkpoint = Checkpoint::open(&dense).unwrap();
+    let dst = folder.path().join("compressed");
+    repaired(&checkpoint, &dst, &options("rtn-int3", 0));
+    let compressed = Checkpoint::open(&dst).unwrap();
+    assert!(compressed.contains("lm_head.weight"));
+    assert!(!compressed.config().bool("tie_word_embeddings").unwrap());
 }

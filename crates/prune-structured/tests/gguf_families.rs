@@ -10,7 +10,7 @@ use prune_structured::gguf::{self, Precision};
 use prune_structured::{Error, NoProgress};
 use serde_json::{Value, json};
 use std::path::Path;
-use tensor_io::gguf::{Gguf, Metadata};
+use tensor_io::gguf::{Gguf, Metadata, Value as GgufValue};
 use tensor_io::{Checkpoint, Config};
 
 const DENSE: &str = include_str!("golden/families.json");
@@ -73,6 +73,14 @@ fn refusal(config: &Config) -> String {
     error.to_string()
 }
 
+/// Scaled full layers of Gemma 4.
+fn gemma4_rotation(rule: &str, partial: f64) -> Value {
+    json!({"rope_parameters": {
+        "full_attention": {"rope_type": rule, "rope_theta": 1e6, "partial_rotary_factor": partial, "factor": 2.5},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    }})
+}
+
 /// Models that the format holds, with what differs from the golden one, and the architecture.
 fn exported() -> Vec<(&'static str, Value, &'static str)> {
     vec![
@@ -84,7 +92,23 @@ fn exported() -> Vec<(&'static str, Value, &'static str)> {
             json!({"final_logit_softcapping": 20.0}),
             "gemma3",
         ),
+        (
+            "gemma3_text",
+            json!({"layer_types": vec!["full_attention"; 4]}),
+            "gemma3",
+        ),
         ("gemma4_text", json!({}), "gemma4"),
+        (
+            "gemma4_text",
+            json!({"final_logit_softcapping": null}),
+            "gemma4",
+        ),
+        ("gemma4_text", gemma4_rotation("linear", 1.0), "gemma4"),
+        (
+            "gemma4_text",
+            gemma4_rotation("proportional", 0.25),
+            "gemma4",
+        ),
         ("glm4", json!({}), "glm4"),
         ("gpt_neox-sequential", json!({}), "gptneox"),
         ("gpt_neox", json!({}), "gptneox"),
@@ -100,6 +124,13 @@ fn exported() -> Vec<(&'static str, Value, &'static str)> {
         ("olmo3", json!({}), "olmo2"),
         ("phi3-longrope", json!({}), "phi3"),
         ("phi3-shortrope", json!({}), "phi3"),
+        // Nothing but a factor on attention.
+        (
+            "phi3-longrope",
+            json!({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 0.75,
+                "short_factor": [1.0, 1.0, 1.0], "long_factor": [1.0, 1.0, 1.0], "original_max_position_embeddings": 8}}),
+            "phi3",
+        ),
         ("phi3-window4", json!({"sliding_window": null}), "phi3"),
         (
             "smollm3",
@@ -250,6 +281,11 @@ fn what_llama_cpps_graphs_do_otherwise_is_refused() {
             json!({"layer_types": ["full_attention", "sliding_attention", "full_attention", "full_attention"]}),
             "order",
         ),
+        (
+            "gemma4_text",
+            json!({"layer_types": vec!["full_attention"; 4], "per_layer_config": {}}),
+            "sliding layer",
+        ),
         ("gemma3_text", json!({"attention_bias": true}), "bias"),
         (
             "gemma3_text",
@@ -323,36 +359,80 @@ fn experts_that_differ_by_layer_are_refused_and_equal_ones_exported() {
     }
 }
 
+/// Writes `whole` again with other metadata and without some tensors.
+fn rewritten(
+    whole: &Gguf,
+    path: &Path,
+    change: impl Fn(&str, GgufValue) -> Option<GgufValue>,
+    keep: impl Fn(&str) -> bool,
+) {
+    let of_key = |key: &str| {
+        let value = whole.metadata().get(key).unwrap().unwrap();
+        Some((key.to_string(), change(key, value)?))
+    };
+    let metadata: Vec<_> = whole.metadata().keys().filter_map(of_key).collect();
+    let kept = whole.tensors().iter().filter(|info| keep(&info.name));
+    let specs: Vec<_> = kept
+        .map(|info| tensor_io::gguf::TensorSpec::new(&info.name, info.layout, info.shape.clone()))
+        .collect();
+    let mut writer = tensor_io::gguf::Writer::create(path, &metadata, &specs).unwrap();
+    for spec in &specs {
+        let bytes = whole.bytes(&spec.name).unwrap();
+        writer.write(&spec.name, bytes).unwrap();
+    }
+    writer.finish().unwrap();
+}
+
+#[test]
+fn gemma_4_states_that_it_has_no_cap_because_readers_cap_logits_where_the_key_is_absent() {
+    let model = model(&config(
+        "gemma4_text",
+        json!({"final_logit_softcapping": null}),
+    ));
+    let file = model.path("model.gguf");
+    export(&model, Precision::F32, &file).unwrap();
+    let whole = Gguf::open(&file).unwrap();
+    let key = "gemma4.final_logit_softcapping";
+    assert_eq!(whole.metadata().get_f64(key).unwrap(), Some(0.0));
+    let without = model.path("without.gguf");
+    let change = |found: &str, value| (found != key).then_some(value);
+    rewritten(&whole, &without, change, |_| true);
+    for (file, cap) in [(&file, None), (&without, Some(30.0))] {
+        let checkpoint = causal_lm::open(file).unwrap();
+        assert_eq!(decoder(&checkpoint).config().logit_softcap, cap);
+    }
+}
+
+#[test]
+fn what_cannot_be_exported_is_found_before_the_work() {
+    let rotation = json!({"rope_parameters": null, "rope_scaling": {"rope_type": "llama3", "factor": 8.0,
+        "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}});
+    for (changes, said) in [
+        (rotation, "scaled rotation"),
+        (json!({"logits_scaling": 2.0}), ""),
+    ] {
+        let model = model(&config("granite", changes));
+        let decoder = model.decoder();
+        match gguf::check(&decoder, &decoder.config().widths) {
+            Err(error) => assert!(
+                !said.is_empty() && error.to_string().contains(said),
+                "{error}"
+            ),
+            Ok(()) => assert!(said.is_empty()),
+        }
+    }
+}
+
 #[test]
 fn files_of_mixtures_that_contradict_themselves_are_refused() {
     let model = model(&config("mixtral", json!({})));
     let file = model.path("model.gguf");
     export(&model, Precision::F32, &file).unwrap();
     let whole = Gguf::open(&file).unwrap();
-    let said = |change: &dyn Fn(&str) -> Option<tensor_io::gguf::Value>,
-                keep: &dyn Fn(&str) -> bool| {
-        let metadata: Vec<_> = whole
-            .metadata()
-            .keys()
-            .map(|key| {
-                let value = whole.metadata().get(key).unwrap().unwrap();
-                (key.to_string(), change(key).unwrap_or(value))
-            })
-            .collect();
-        let kept = whole.tensors().iter().filter(|info| keep(&info.name));
-        let specs: Vec<_> = kept
-            .map(|info| {
-                tensor_io::gguf::TensorSpec::new(&info.name, info.layout, info.shape.clone())
-            })
-            .collect();
+    let said = |change: &dyn Fn(&str) -> Option<GgufValue>, keep: &dyn Fn(&str) -> bool| {
         let path = model.path("changed.gguf");
-        let mut writer = tensor_io::gguf::Writer::create(&path, &metadata, &specs).unwrap();
-        for spec in &specs {
-            writer
-                .write(&spec.name, whole.bytes(&spec.name).unwrap())
-                .unwrap();
-        }
-        writer.finish().unwrap();
+        let change = |key: &str, value| change(key).or(Some(value));
+        rewritten(&whole, &path, change, keep);
         let opened = causal_lm::open(&path)
             .and_then(|checkpoint| Decoder::new(&checkpoint, DType::F32, &Device::Cpu).map(drop));
         opened.unwrap_err().to_string()

@@ -426,6 +426,24 @@ impl Checkpoint {
         }
     }
 
+    /// The bytes of neighbouring rows as stored, all dimensions but the last counted as rows, floats checked to be finite: for
+    /// copies of weights that nothing reads as numbers.
+    ///
+    /// # Errors
+    /// [`Error::UnknownTensor`], [`Error::UnknownRow`], [`Error::NonFinite`], [`Error::Pickle`], and what a source reports.
+    pub fn finite_rows(&self, name: &str, rows: Range<usize>) -> Result<Cow<'_, [u8]>> {
+        let info = self.info(name)?;
+        self.check_rows(name, info, &rows)?;
+        let bytes = self.bytes_of_rows(name, info, rows.clone())?;
+        if let Some(bad) = dtype::first_not_finite(info.dtype, &bytes) {
+            let columns = info.shape.last().copied().unwrap_or(1);
+            let element = rows.start * columns + bad.element;
+            let dtype = info.candle_dtype().unwrap_or(DType::F32);
+            return Err(self.bad_value(name, info, dtype, BadValue { element, ..bad }));
+        }
+        Ok(bytes)
+    }
+
     /// Lets go of the memory behind these tensors: their bytes no longer count toward the resident memory of the
     /// process and are read from the file again when they are next asked for. Unknown names are passed over.
     pub fn release<'a>(&self, names: impl IntoIterator<Item = &'a str>) {

@@ -212,6 +212,29 @@ pub(crate) fn decode<T: Float>(stored: Dtype, bytes: &[u8]) -> Result<Vec<T>, Ba
     }
 }
 
+/// The first value of `bytes` of dtype `stored` that is not finite; none of dtypes that are no floats.
+pub(crate) fn first_not_finite(stored: Dtype, bytes: &[u8]) -> Option<BadValue> {
+    match stored {
+        Dtype::F16 => first_not_finite_of::<f16>(bytes),
+        Dtype::BF16 => first_not_finite_of::<bf16>(bytes),
+        Dtype::F32 => first_not_finite_of::<f32>(bytes),
+        Dtype::F64 => first_not_finite_of::<f64>(bytes),
+        _ => None,
+    }
+}
+
+fn first_not_finite_of<S: Float>(bytes: &[u8]) -> Option<BadValue> {
+    let of_task = |(task, bytes): (usize, &[u8])| {
+        let mut elements = bytes.chunks_exact(S::BYTES).map(S::from_le);
+        let bad = elements.position(|element| !element.finite())?;
+        Some(task * TASK + bad)
+    };
+    let tasks = bytes.par_chunks(TASK * S::BYTES).enumerate();
+    let element = tasks.filter_map(of_task).min()?;
+    let value = S::from_le(&bytes[element * S::BYTES..]).to_f64();
+    Some(BadValue { element, value })
+}
+
 fn decode_from<S: Float, T: Float>(bytes: &[u8]) -> Result<Vec<T>, BadValue> {
     let mut elements = vec![T::ZERO; bytes.len() / S::BYTES];
     let first_bad = elements

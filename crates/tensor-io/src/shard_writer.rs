@@ -92,17 +92,40 @@ impl ShardWriter {
 
     /// Writes entry `i` from its stored form; `destination` is what errors call the file.
     pub(crate) fn write_bytes(&mut self, i: usize, bytes: &[u8], destination: &Path) -> Result<()> {
-        let entry = &self.entries[i];
+        self.write_parts(i, [Ok::<_, Error>(bytes)], destination)
+    }
+
+    /// The same from its parts, one behind the other.
+    pub(crate) fn write_parts<E: From<Error>>(
+        &mut self,
+        i: usize,
+        parts: impl IntoIterator<Item = std::result::Result<impl AsRef<[u8]>, E>>,
+        destination: &Path,
+    ) -> std::result::Result<(), E> {
+        let entry = self.entries[i].clone();
         let expected = entry.end - entry.start;
-        if bytes.len() != expected {
-            return Err(Error::WrongLength {
-                path: destination.to_path_buf(),
-                tensor: entry.name.clone(),
-                expected,
-                found: bytes.len(),
-            });
+        let wrong = |found| Error::WrongLength {
+            path: destination.to_path_buf(),
+            tensor: entry.name.clone(),
+            expected,
+            found,
+        };
+        let mut sink = self.sink(i)?;
+        let mut found = 0;
+        for part in parts {
+            let part = part?;
+            let part = part.as_ref();
+            found += part.len();
+            // The next tensor begins there.
+            if found > expected {
+                return Err(wrong(found).into());
+            }
+            sink.write(part)?;
         }
-        self.sink(i)?.write(bytes)
+        match found == expected {
+            true => Ok(()),
+            false => Err(wrong(found).into()),
+        }
     }
 
     /// Writes entry `i` from a tensor of its shape, converting floats to its dtype.

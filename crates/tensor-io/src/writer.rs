@@ -176,6 +176,22 @@ impl CheckpointWriter {
         Ok(())
     }
 
+    /// The same from parts of the stored form, one behind the other, so that only one of them need be in memory. A tensor whose
+    /// parts fail counts as not written.
+    ///
+    /// # Errors
+    /// Those of [`CheckpointWriter::write_bytes`], and that of the part that could not be made.
+    pub fn write_parts<E: From<Error>>(
+        &mut self,
+        name: &str,
+        parts: impl IntoIterator<Item = std::result::Result<impl AsRef<[u8]>, E>>,
+    ) -> std::result::Result<(), E> {
+        let (spec, shard, entry) = self.place(name)?;
+        self.shards[shard].write_parts(entry, parts, &self.summary.dir)?;
+        self.written[spec] = true;
+        Ok(())
+    }
+
     /// Writes a tensor of the declared shape, from any device and with any strides. Floats are converted to the
     /// declared dtype with one rounding to nearest even, integers to a declared float; other conversions are refused.
     ///

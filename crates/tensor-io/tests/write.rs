@@ -620,3 +620,47 @@ fn hand_made_files_and_written_files_have_the_same_bytes() {
         safetensors(header, &f32_bytes(&[1.0, 2.0]))
     );
 }
+
+#[test]
+fn a_tensor_written_in_parts_is_the_same_and_parts_that_do_not_fit_are_refused() {
+    let out = tempfile::tempdir().unwrap();
+    let values = f32_bytes(&[1.0, 2.0, 3.0, 4.0, 5.0]);
+    let spec = |name: &str| TensorSpec::new(name, Dtype::F32, vec![5]);
+    let specs = vec![spec("a"), spec("b")];
+    let (config, options) = (Config::default(), WriteOptions::default());
+    let dst = out.path().join("parts");
+    let mut writer = CheckpointWriter::create(&dst, &config, specs, &options).unwrap();
+    let parts = |lengths: &[usize]| -> Vec<Result<Vec<u8>, Error>> {
+        let mut from = 0;
+        let part = |&length: &usize| {
+            from += length;
+            Ok((0..length)
+                .map(|at| values[(from - length + at) % 20])
+                .collect())
+        };
+        lengths.iter().map(part).collect()
+    };
+    for lengths in [&[8, 8][..], &[8, 16], &[]] {
+        let found: usize = lengths.iter().sum();
+        let error = writer.write_parts("a", parts(lengths)).unwrap_err();
+        let expected = matches!(&error, Error::WrongLength { tensor, expected: 20, found: f, .. } if tensor == "a" && *f == found);
+        assert!(expected, "{error}");
+    }
+    let mut failing = parts(&[8]);
+    failing.push(Err(Error::NotWritten {
+        path: dst.clone(),
+        tensors: vec![],
+    }));
+    assert!(matches!(
+        writer.write_parts("a", failing),
+        Err(Error::NotWritten { .. })
+    ));
+    // The tensor counts as not written, and the next one is whole.
+    writer.write_bytes("b", &values).unwrap();
+    writer.write_parts("a", parts(&[8, 0, 12])).unwrap();
+    writer.finish().unwrap();
+    let checkpoint = Checkpoint::open(&dst).unwrap();
+    for name in ["a", "b"] {
+        assert_eq!(checkpoint.bytes(name).unwrap()[..], values[..], "{name}");
+    }
+}

@@ -11,14 +11,37 @@ use crate::{Error, Result};
 use serde_json::Value;
 use tensor_io::Config;
 
-/// Architectures of several modalities whose text part is a decoder.
-const NESTED: [&str; 5] = ["gemma3", "mistral3", "qwen3_5", "gemma4", "gemma4_unified"];
+/// An architecture of several modalities whose text part is a decoder.
+pub(crate) struct Whole {
+    model_type: &'static str,
+    /// The decoder's `model_type` where it has none of its own.
+    text: &'static str,
+    /// Whether the head is the embedding where the config does not say.
+    tied: bool,
+}
+
+const NESTED: &[Whole] = &[
+    whole("gemma3", "gemma3_text", true),
+    whole("mistral3", "mistral", true),
+    whole("qwen3_5", "qwen3_5_text", false),
+    whole("gemma4", "gemma4_text", true),
+    whole("gemma4_unified", "gemma4_unified_text", true),
+];
+
+const fn whole(model_type: &'static str, text: &'static str, tied: bool) -> Whole {
+    Whole {
+        model_type,
+        text,
+        tied,
+    }
+}
 
 /// A config: the whole, and the part that is about the decoder.
 pub(crate) struct Fields {
     pub(crate) root: Config,
     pub(crate) text: Config,
-    pub(crate) nested: bool,
+    /// What the decoder is a part of.
+    pub(crate) nested: Option<&'static Whole>,
 }
 
 /// Largest width, vocabulary or number of heads: the product of two fits an index, and published models stay far below.
@@ -47,14 +70,21 @@ impl Kind {
 
 impl Fields {
     pub(crate) fn new(config: &Config) -> Result<Self> {
-        let nested =
-            NESTED.contains(&config.str("model_type")?) && config.get("text_config").is_some();
+        let model_type = config.str("model_type")?;
+        let nested = NESTED.iter().find(|whole| whole.model_type == model_type);
+        let nested = nested.filter(|_| config.get("text_config").is_some());
+        let mut text = match nested {
+            Some(_) => config.section("text_config")?,
+            None => config.clone(),
+        };
+        if let Some(whole) = nested
+            && text.get("model_type").is_none()
+        {
+            text.set("model_type", whole.text);
+        }
         Ok(Self {
             root: config.clone(),
-            text: match nested {
-                true => config.section("text_config")?,
-                false => config.clone(),
-            },
+            text,
             nested,
         })
     }
@@ -68,8 +98,10 @@ impl Fields {
                 supported,
             })
         };
+        // "vision" is about tokens of pictures alone.
         if let Some(value) = self.text.get("use_bidirectional_attention")
             && !matches!(value, Value::Bool(false))
+            && value.as_str() != Some("vision")
         {
             return refuse(
                 "use_bidirectional_attention",
@@ -154,15 +186,14 @@ impl Fields {
             clip: None,
         };
         let names = Names::new(family.names);
-        let nested_tie = self
-            .root
-            .opt_bool("tie_word_embeddings")?
-            .unwrap_or(defaults.nested_tied);
         Ok(ModelConfig {
             model_type: family.model_type,
-            nested: self.nested,
+            nested: self.nested.is_some(),
             stock: family.stock,
-            names: if self.nested { names.nested() } else { names },
+            names: match self.nested {
+                Some(_) => names.nested(),
+                None => names,
+            },
             hidden,
             vocab: self.positive_or("vocab_size", defaults.vocab)?,
             widths: self.widths(layers, family)?,
@@ -188,8 +219,11 @@ impl Fields {
             logit_softcap: None,
             biases: Biases::default(),
             tied: match self.nested {
-                true => nested_tie,
-                false => self.flag_or("tie_word_embeddings", defaults.tied)?,
+                Some(whole) => {
+                    let tied = self.root.opt_bool("tie_word_embeddings")?;
+                    tied.unwrap_or(whole.tied)
+                }
+                None => self.flag_or("tie_word_embeddings", defaults.tied)?,
             },
             max_positions,
             bos: self.token("bos_token_id")?,

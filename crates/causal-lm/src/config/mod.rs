@@ -102,7 +102,7 @@ pub struct AttentionConfig {
     pub value_is_key: bool,
     /// Whether q_proj also projects a gate for the heads' outputs.
     pub gated: bool,
-    /// Queries, keys and values are clamped to ± this before rotation.
+    /// Queries, keys and values are clamped to ± this, behind their norms and before rotation.
     pub clip: Option<f64>,
 }
 

@@ -140,15 +140,13 @@ impl Read<'_> {
             }
             _ => {}
         }
-        config.set("rope_theta", theta);
-        if turned != dim {
-            let field = match keys.architecture {
-                Architecture::GptNeox => "rotary_pct",
-                _ => "partial_rotary_factor",
-            };
-            config.set(field, turned as f64 / dim as f64);
-        } else if rotates_a_part(keys.architecture) {
-            config.set("partial_rotary_factor", 1.0);
+        let (base, part) = match keys.architecture {
+            Architecture::GptNeox => ("rotary_emb_base", "rotary_pct"),
+            _ => ("rope_theta", "partial_rotary_factor"),
+        };
+        config.set(base, theta);
+        if rotates_a_part(keys.architecture) {
+            config.set(part, turned as f64 / dim as f64);
         }
         if let Some(rule) = rotation::rule(file, keys, theta, turned, context)? {
             config.set("rope_scaling", rule);
@@ -181,7 +179,8 @@ impl Read<'_> {
         Ok(())
     }
 
-    /// Full layers of Gemma 4 rotate the first pairs of a head; the factors of the others are as good as infinite.
+    /// Full layers of Gemma 4 rotate the first pairs of a head, by frequencies that one factor divides; the factors of the others
+    /// are as good as infinite.
     fn proportional(&self, config: &mut Config) -> Result<()> {
         const STANDING: f32 = 1e20;
         let Self {
@@ -190,11 +189,13 @@ impl Read<'_> {
         let dim = keys.usize("attention.key_length")?;
         file.expect_shape(names::ROPE_FACTORS, &[dim / 2])?;
         let factors = file.floats(names::ROPE_FACTORS)?;
-        let turned = factors.iter().take_while(|factor| **factor == 1.0).count();
-        let others = &factors[turned..];
-        if turned == 0 || others.iter().any(|factor| *factor < STANDING) {
+        let common = factors.first().copied().unwrap_or(0.0);
+        let turned = factors.iter().take_while(|&&factor| factor == common);
+        let turned = turned.count();
+        let fits = common > 0.0 && common < STANDING;
+        if !fits || factors[turned..].iter().any(|factor| *factor < STANDING) {
             return Err(keys.refuse(format!(
-                "{} holds other factors than 1 and the largest",
+                "{} holds other factors than one for the first pairs and the largest for the rest",
                 names::ROPE_FACTORS
             )));
         }
@@ -203,7 +204,8 @@ impl Read<'_> {
         config.set(
             "rope_parameters",
             json!({
-                "full_attention": {"rope_type": "proportional", "rope_theta": theta, "partial_rotary_factor": partial},
+                "full_attention": {"rope_type": "proportional", "rope_theta": theta, "partial_rotary_factor": partial,
+                    "factor": f64::from(common)},
                 "sliding_attention": {"rope_type": "default", "rope_theta": sliding},
             }),
         );
@@ -361,9 +363,14 @@ impl Read<'_> {
         let Self { keys, .. } = *self;
         config.set("hidden_activation", "gelu_pytorch_tanh");
         let window = keys.opt_usize("attention.sliding_window")?;
-        let logit_cap = keys.opt_f64("final_logit_softcapping")?;
+        let absent = match keys.architecture {
+            Architecture::Gemma3 => None,
+            // What its readers assume.
+            _ => Some(30.0),
+        };
+        let logit_cap = keys.opt_f64("final_logit_softcapping")?.or(absent);
         let logit_cap = logit_cap.filter(|&cap| cap != 0.0);
-        let alternating = match keys.architecture {
+        let kinds = match keys.architecture {
             Architecture::Gemma2 => {
                 let cap = keys.opt_f64("attn_logit_softcapping")?.unwrap_or(50.0);
                 config.set("attn_logit_softcapping", cap);
@@ -371,19 +378,18 @@ impl Read<'_> {
                 config.set("sliding_window", window.unwrap_or(4096));
                 // Readers know the order and ask the file for none.
                 let slides = |layer: usize| layer.is_multiple_of(2);
-                Some((0..self.layers).map(slides).map(kind).collect())
+                (0..self.layers).map(slides).map(kind).collect()
             }
             _ => {
                 config.set("final_logit_softcapping", json!(logit_cap));
                 config.set("sliding_window", json!(window));
-                self.kinds(6)?
+                let full = || vec![kind(false); self.layers];
+                self.kinds(6)?.unwrap_or_else(full)
             }
         };
-        if let Some(kinds) = &alternating {
-            config.set("layer_types", kinds.clone());
-        }
+        config.set("layer_types", kinds.clone());
         if keys.architecture == Architecture::Gemma4 {
-            return self.gemma4(config, &alternating.unwrap_or_default());
+            return self.gemma4(config, &kinds);
         }
         config.set("attention_bias", false);
         let width = super::attention_width(

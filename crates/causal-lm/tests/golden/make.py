@@ -1,6 +1,6 @@
 """Makes the golden files beside it: logits that transformers computes for tiny decoders.
 
-    python make.py        # needs torch and transformers
+    python make.py [NAME ...]        # needs torch and transformers
 
 Every weight comes from a formula, so no weight file is needed: x0 = FNV-1a 64 of the tensor's
 name; for each entry in row-major order x = 6364136223846793005 x + 1442695040888963407 mod 2^64
@@ -11,6 +11,7 @@ else e / sqrt(last dimension).
 import json
 import math
 import pathlib
+import sys
 
 import torch
 import transformers
@@ -68,12 +69,20 @@ CASES = {
     "qwen3-layer-types": llama(model_type="qwen3", head_dim=16, attention_bias=True, use_sliding_window=True,
                                sliding_window=3,
                                layer_types=["full_attention", "sliding_attention", "full_attention"]),
+    "smollm3-layer-types": llama(model_type="smollm3", pad_token_id=0, use_sliding_window=True, sliding_window=4,
+                                 no_rope_layers=[1, 0, 1],
+                                 layer_types=["sliding_attention", "full_attention", "sliding_attention"]),
+    # One head of keys is as wide as their whole projection.
+    "olmoe-mqa-clip": llama(model_type="olmoe", num_key_value_heads=1, clip_qkv=0.4, intermediate_size=24,
+                            num_experts=6, num_experts_per_tok=2),
 }
 
 
 def main():
     folder = pathlib.Path(__file__).parent
     for name, config in CASES.items():
+        if sys.argv[1:] and name not in sys.argv[1:]:
+            continue
         parsed = AutoConfig.for_model(**config)
         model = AutoModelForCausalLM.from_config(parsed, attn_implementation="eager", dtype=torch.float32).eval()
         with torch.no_grad():
@@ -86,6 +95,8 @@ def main():
                       tokens=TOKENS, mean_nll=round(nll, 8),
                       first_block_last_row=[round(v, 6) for v in out.hidden_states[1][0, -1].tolist()],
                       logits=[[round(v, 6) for v in row] for row in logits.tolist()])
+        if any(key.endswith("experts.gate_up_proj") for key, _ in model.named_parameters()):
+            golden["layout"] = "fused"
         (folder / f"{name}.json").write_text(json.dumps(golden) + "\n")
         print(name, round(nll, 6))
 

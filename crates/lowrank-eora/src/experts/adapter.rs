@@ -14,6 +14,7 @@ use candle_core::{DType, Device, Tensor};
 use causal_lm::{Decoder, LinearName};
 use serde_json::{Map, json};
 use std::path::{Path, PathBuf};
+use tensor_io::PendingFolder;
 
 /// The adapter of a mixture while it grows.
 pub(super) struct ExpertAdapter {
@@ -133,8 +134,8 @@ impl ExpertAdapter {
         Ok(())
     }
 
-    /// Writes the folder, for the base model at this path.
-    pub(super) fn finish(self, base: &Path) -> Result<()> {
+    /// Writes the folder but for its name, for the base model at this path.
+    pub(super) fn pending(self, base: &Path) -> Result<PendingFolder> {
         let ranks = Map::from_iter([(
             ".*\\.experts\\.gate_up_proj".to_owned(),
             json!(2 * self.rank),
@@ -148,6 +149,6 @@ impl ExpertAdapter {
             parameters: &["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
             rslora: false,
         };
-        peft.write(&self.dst, self.overwrite, &self.tensors)
+        peft.pending(&self.dst, self.overwrite, &self.tensors)
     }
 }

@@ -229,9 +229,12 @@ pub fn repair_experts(
         }
     }
     let expert_bytes_dense = run.writer.expert_bytes();
+    // Whatever can fail of the adapter does before the model that it belongs to is in its place.
+    let adapter = run.adapter.map(|adapter| adapter.pending(dst.as_ref()));
+    let adapter = adapter.transpose()?;
     let written = run.writer.finish()?;
-    if let Some(adapter) = run.adapter {
-        adapter.finish(dst.as_ref())?;
+    if let Some(adapter) = adapter {
+        adapter.persist()?;
     }
     Ok(RepairedExperts {
         written,

@@ -31,8 +31,8 @@ impl<'a> Writer<'a> {
             specs.push(TensorSpec::new(name, info.dtype, info.shape.clone()));
         }
         let of_experts = expert_tensors(decoder);
-        let config = checkpoint.config();
-        let mut writer = CheckpointWriter::create(dst, config, specs, files)?;
+        let config = decoder.config_to_write();
+        let mut writer = CheckpointWriter::create(dst, &config, specs, files)?;
         writer.carry_from(checkpoint)?;
         for name in checkpoint
             .names()

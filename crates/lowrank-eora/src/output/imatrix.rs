@@ -20,8 +20,17 @@ const NAMED: usize = 8;
 /// Inputs are those that the repair was fitted to: by default those of the model with all earlier blocks repaired.
 ///
 /// # Errors
-/// [`Error::Setting`] for a type of model that is not mapped, and what reading the repair reports.
+/// [`Error::Setting`] for a mixture, whose experts the repair does not observe, and for a type of model that is not mapped; what
+/// reading the repair reports.
 pub fn imatrix(repaired: &Repaired, decoder: &Decoder<'_>, text: &str) -> Result<Imatrix> {
+    if decoder.config().mixtures.iter().any(Option::is_some) {
+        // Readers would round the experts, most of the weights, without importances.
+        return Err(Error::Setting {
+            name: "model of an importance matrix",
+            value: decoder.config().model_type.into(),
+            expected: "a model without routed experts, whose inputs are not observed",
+        });
+    }
     let tensors = tensors(decoder)?;
     let mut imatrix = Imatrix {
         datasets: vec![text.to_string()],

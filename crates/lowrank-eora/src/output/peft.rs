@@ -39,6 +39,17 @@ impl Peft<'_> {
         overwrite: bool,
         tensors: &[(String, Tensor)],
     ) -> Result<()> {
+        self.pending(dst, overwrite, tensors)?.persist()?;
+        Ok(())
+    }
+
+    /// Writes everything but the folder's name.
+    pub(crate) fn pending(
+        self,
+        dst: &Path,
+        overwrite: bool,
+        tensors: &[(String, Tensor)],
+    ) -> Result<PendingFolder> {
         let overwrite = match overwrite {
             true => Overwrite::IfHolds {
                 marker: CONFIG,
@@ -51,8 +62,7 @@ impl Peft<'_> {
         let tensors = tensors.iter().map(|(name, tensor)| (name.as_str(), tensor));
         tensor_io::write_file(folder.path().join(WEIGHTS), tensors, &metadata)?;
         folder.write(CONFIG, format!("{:#}\n", self.config()).as_bytes())?;
-        folder.persist()?;
-        Ok(())
+        Ok(folder)
     }
 
     fn config(self) -> Value {

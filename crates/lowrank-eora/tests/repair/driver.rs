@@ -224,6 +224,22 @@ fn an_importance_matrix_holds_the_mean_squares_of_the_calibration_tokens() {
 }
 
 #[test]
+fn an_importance_matrix_without_the_experts_of_a_mixture_is_refused() {
+    let tiny = tiny();
+    let repaired = run(
+        &eora(2),
+        &tiny.decoder(),
+        &compressor("q4_0"),
+        &tiny.path("run"),
+    );
+    let fields = serde_json::json!({"num_local_experts": 4, "num_experts_per_tok": 2});
+    let mixture = TestModel::new(&causal_lm::testing::config("mixtral", fields));
+    let error = lowrank_eora::output::imatrix(&repaired, &mixture.decoder(), "a text").unwrap_err();
+    assert!(matches!(error, Error::Setting { .. }), "{error}");
+    assert!(error.to_string().contains("mixtral"), "{error}");
+}
+
+#[test]
 fn damping_that_had_to_grow_is_reported_and_written_into_the_file() {
     let tiny = tiny();
     let decoder = tiny.decoder();

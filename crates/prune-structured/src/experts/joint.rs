@@ -130,27 +130,29 @@ impl Search<'_> {
         mixtures.filter_map(|(layer, mixture)| Some((layer, (*mixture)?)))
     }
 
-    fn budget(&self, mixtures: impl Iterator<Item = Mixture>) -> u64 {
+    fn total(&self, mixtures: impl Iterator<Item = Mixture>) -> u64 {
         let hidden = self.decoder.config().hidden;
         let whole = |mixture: Mixture| Pair {
             experts: mixture.experts,
             width: mixture.width,
         };
-        let total: u64 = mixtures.map(|mixture| whole(mixture).cost(hidden)).sum();
-        (total as f64 * (1.0 - self.options.ratio)).floor() as u64
+        mixtures.map(|mixture| whole(mixture).cost(hidden)).sum()
+    }
+
+    fn budget(&self, mixtures: impl Iterator<Item = Mixture>) -> u64 {
+        (self.total(mixtures) as f64 * (1.0 - self.options.ratio)).floor() as u64
     }
 
     fn unreachable(&self, kept: u64) -> Error {
-        let total = self.budget(self.mixtures().map(|(_, mixture)| mixture));
         Error::Unreachable {
             ratio: self.options.ratio,
             kept,
-            total,
+            total: self.total(self.mixtures().map(|(_, mixture)| mixture)),
         }
     }
 
     fn uniform(&self) -> Result<(Outcome, ExpertRefits)> {
-        let Some((first, mixture)) = self.mixtures().next() else {
+        let Some((_, mixture)) = self.mixtures().next() else {
             return Ok((
                 plan(
                     self.decoder,
@@ -168,7 +170,11 @@ impl Search<'_> {
         let budget = self.budget(std::iter::once(mixture));
         let pairs = uniform_pairs(mixture, self.options.neurons.align, hidden, budget);
         if pairs.is_empty() {
-            return Err(self.unreachable(first as u64));
+            let least = Pair {
+                experts: mixture.chosen,
+                width: mixture.width.min(self.options.neurons.align.max(1)),
+            };
+            return Err(self.unreachable(self.mixtures().count() as u64 * least.cost(hidden)));
         }
         self.progress.begin(
             "predictions of the dense model",
@@ -302,7 +308,9 @@ impl Search<'_> {
 /// At most [`PAIRS`] pairs that exhaust a budget, from many narrow experts to few wide ones.
 fn uniform_pairs(mixture: Mixture, align: usize, hidden: usize, budget: u64) -> Vec<Pair> {
     let step = (mixture.experts / 16).max(1);
-    let counts = (mixture.chosen..=mixture.experts).rev().step_by(step);
+    let counts = (mixture.chosen + 1..=mixture.experts).rev().step_by(step);
+    // As few as a token goes to, whatever the steps are.
+    let counts = counts.chain([mixture.chosen]);
     let of_count = |experts: usize| {
         let widths = (1..=mixture.width / align.max(1)).map(|steps| steps * align.max(1));
         // The dense width need not be a multiple.
@@ -453,6 +461,22 @@ mod tests {
             };
             assert!(wider.width > 128 || wider.cost(128) > budget, "{pair:?}");
         }
+    }
+
+    #[test]
+    fn as_few_experts_as_a_token_goes_to_are_tried_whatever_the_steps_are() {
+        let mixture = Mixture {
+            experts: 60,
+            chosen: 4,
+            ..mixture()
+        };
+        let least = Pair {
+            experts: 4,
+            width: 32,
+        };
+        let budget = least.cost(128);
+        assert_eq!(uniform_pairs(mixture, 32, 128, budget), [least]);
+        assert_eq!(uniform_pairs(mixture, 32, 128, budget - 1), []);
     }
 
     #[test]

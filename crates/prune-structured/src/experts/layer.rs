@@ -186,31 +186,47 @@ impl<'a> Layer<'a> {
                 last += 1;
             }
             let x = Tensor::cat(&self.inputs[first..last], 0)?;
-            let routing = &joined(&self.routings[first..last]);
+            let routing = joined(&self.routings[first..last]);
             first = last;
-            let mut tokens_of = vec![Vec::new(); routing.experts];
-            for token in 0..routing.tokens() {
-                for expert in wanted(logits(routing, token)) {
-                    tokens_of[expert].push(token as u32);
-                }
+            // The windows of a single input may be too many.
+            let tokens = routing.tokens();
+            let at_once = (MOST_VALUES / (x.dim(1)? * most).max(1)).max(1);
+            for start in (0..tokens).step_by(at_once) {
+                let count = at_once.min(tokens - start);
+                let part = (x.narrow(0, start, count)?, &part(&routing, start, count));
+                self.visit_batch(part, &wanted, &mut visit)?;
             }
-            let mut outputs = Outputs::new(routing.tokens(), routing.experts, x.dim(1)?);
-            for (expert, tokens) in tokens_of.iter().enumerate() {
-                self.progress.advance(0)?;
-                if tokens.is_empty() {
-                    continue;
-                }
-                let index = Tensor::new(&tokens[..], x.device())?;
-                let rows = run(&self.expert(expert)?, &x.index_select(&index, 0)?)?;
-                outputs.add(expert, tokens, &rows);
-            }
-            visit(Batch {
-                rule: self.rule,
-                routing,
-                outputs: &outputs,
-            })?;
         }
         Ok(())
+    }
+
+    fn visit_batch(
+        &self,
+        (x, routing): (Tensor, &Routing),
+        wanted: &impl Fn(&[f32]) -> Vec<usize>,
+        visit: &mut impl FnMut(Batch<'_>) -> Result<()>,
+    ) -> Result<()> {
+        let mut tokens_of = vec![Vec::new(); routing.experts];
+        for token in 0..routing.tokens() {
+            for expert in wanted(logits(routing, token)) {
+                tokens_of[expert].push(token as u32);
+            }
+        }
+        let mut outputs = Outputs::new(routing.tokens(), routing.experts, x.dim(1)?);
+        for (expert, tokens) in tokens_of.iter().enumerate() {
+            self.progress.advance(0)?;
+            if tokens.is_empty() {
+                continue;
+            }
+            let index = Tensor::new(&tokens[..], x.device())?;
+            let rows = run(&self.expert(expert)?, &x.index_select(&index, 0)?)?;
+            outputs.add(expert, tokens, &rows);
+        }
+        visit(Batch {
+            rule: self.rule,
+            routing,
+            outputs: &outputs,
+        })
     }
 
     /// The same for the experts of the model's own choice and those chosen among `kept`.
@@ -280,9 +296,44 @@ fn joined(routings: &[Routing]) -> Routing {
     }
 }
 
+/// The same for some neighbouring tokens.
+fn part(routing: &Routing, start: usize, count: usize) -> Routing {
+    let (experts, chosen) = (routing.experts, routing.chosen);
+    let of_chosen = start * chosen..(start + count) * chosen;
+    Routing {
+        logits: routing.logits[start * experts..(start + count) * experts].to_vec(),
+        experts,
+        chosen,
+        ids: routing.ids[of_chosen.clone()].to_vec(),
+        gates: routing.gates[of_chosen].to_vec(),
+    }
+}
+
 /// An expert's outputs for some rows.
 fn run(mlp: &Mlp, x: &Tensor) -> Result<Vec<f32>> {
     let output = mlp.down.forward(&mlp.neurons(x)?)?;
     let output = output.to_dtype(DType::F32)?.to_device(&Device::Cpu)?;
     Ok(output.flatten_all()?.to_vec1()?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parts_of_a_routing_joined_are_the_whole() {
+        let rule = RoutingRule {
+            chosen: 2,
+            normalise: true,
+        };
+        let logits = (0..15).map(|i| ((i * 7) % 11) as f32).collect();
+        let whole = rule.route(logits, 3).unwrap();
+        let parts = [(0, 2), (2, 2), (4, 1)].map(|(start, count)| part(&whole, start, count));
+        assert_eq!(parts.each_ref().map(Routing::tokens), [2, 2, 1]);
+        let again = joined(&parts);
+        assert_eq!(
+            (again.logits, again.ids, again.gates),
+            (whole.logits, whole.ids, whole.gates)
+        );
+    }
 }

@@ -75,10 +75,15 @@ pub(crate) fn merged(
     of: usize,
     members: &[Member],
 ) -> Result<Mlp> {
-    let centre = Neurons::of(&decoder.expert(layer, of)?)?;
+    let neurons_of = |expert: usize| -> Result<Neurons> {
+        let mlp = decoder.expert(layer, expert)?;
+        decoder.release_expert(layer, expert);
+        Neurons::of(&mlp)
+    };
+    let centre = neurons_of(of)?;
     let mut sum = vec![0.0f64; centre.rows.len()];
     for member in members.iter().filter(|member| member.share > 0.0) {
-        let neurons = Neurons::of(&decoder.expert(layer, member.expert)?)?;
+        let neurons = neurons_of(member.expert)?;
         let order = match member.align && member.expert != of {
             true => aligned(decoder, &centre, &neurons)?,
             false => (0..centre.count).collect(),
@@ -92,6 +97,7 @@ pub(crate) fn merged(
         }
     }
     let like = decoder.expert(layer, of)?;
+    decoder.release_expert(layer, of);
     Neurons {
         rows: sum.into_iter().map(|x| x as f32).collect(),
         ..centre

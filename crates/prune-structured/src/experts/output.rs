@@ -170,7 +170,7 @@ pub fn write(
     for spec in &specs {
         match targets.get(spec.name.as_str()) {
             None => writer.copy_tensor(&spec.name, checkpoint)?,
-            Some(target) => writer.write_bytes(&spec.name, &source.bytes(target)?)?,
+            Some(target) => source.write(target, &mut writer)?,
         }
         progress.advance(1)?;
     }
@@ -279,30 +279,26 @@ struct Source<'a> {
 }
 
 impl Source<'_> {
-    fn bytes(&mut self, target: &Target) -> Result<Vec<u8>> {
+    /// One linear of an expert is in memory at a time, whether or not a tensor holds all of a layer.
+    fn write(&mut self, target: &Target, writer: &mut CheckpointWriter) -> Result<()> {
         let (plan, checkpoint) = (self.plan, self.decoder.checkpoint());
         let Some(experts) = &plan.layers[target.layer] else {
-            return Ok(vec![]);
+            return Ok(());
         };
+        let name = &target.spec.name;
         match &target.origin {
-            Origin::Router(name) => {
-                let info = checkpoint.info(name)?;
+            Origin::Router(from) => {
+                let info = checkpoint.info(from)?;
                 let row_bytes = info.bytes / info.shape[0];
-                Ok(slice::rows(
-                    &checkpoint.bytes(name)?,
-                    row_bytes,
-                    &experts.kept,
-                ))
+                let bytes = checkpoint.bytes(from)?;
+                Ok(writer.write_bytes(name, &slice::rows(&bytes, row_bytes, &experts.kept))?)
             }
             Origin::Experts(parts) => {
-                let mut bytes = Vec::new();
-                for &(at, name) in parts {
-                    match experts.is_own(at) {
-                        true => bytes.extend(self.stored(target, experts.kept[at], name)?),
-                        false => bytes.extend(self.computed(target, (experts, at), name)?),
-                    }
-                }
-                Ok(bytes)
+                let parts = parts.iter().map(|&(at, linear)| match experts.is_own(at) {
+                    true => self.stored(target, experts.kept[at], linear),
+                    false => self.computed(target, (experts, at), linear),
+                });
+                writer.write_parts(name, parts)
             }
         }
     }
@@ -332,7 +328,7 @@ impl Source<'_> {
         bytes
     }
 
-    /// Bytes of an expert's linear as they are.
+    /// Bytes of an expert's linear as they are; calibration has not read those of an expert that no token chose.
     fn stored(&self, target: &Target, expert: usize, name: LinearName) -> Result<Vec<u8>> {
         let Some(part) = self
             .decoder
@@ -343,14 +339,19 @@ impl Source<'_> {
         };
         let checkpoint = self.decoder.checkpoint();
         let info = checkpoint.info(&part.tensor)?;
-        if info.dtype != target.spec.dtype {
+        let bytes = match info.dtype == target.spec.dtype {
+            true => checkpoint
+                .finite_rows(&part.tensor, part.rows)?
+                .into_owned(),
             // Experts of one tensor have one dtype.
-            let weight = checkpoint.rows_as(&part.tensor, part.rows, DType::F32, &Device::Cpu)?;
-            return encoded(&weight, &target.spec);
-        }
-        let row_bytes = part.columns * info.dtype.bitsize() / 8;
-        let bytes = checkpoint.bytes(&part.tensor)?;
-        Ok(bytes[part.rows.start * row_bytes..part.rows.end * row_bytes].to_vec())
+            false => {
+                let weight =
+                    checkpoint.rows_as(&part.tensor, part.rows, DType::F32, &Device::Cpu)?;
+                encoded(&weight, &target.spec)?
+            }
+        };
+        self.decoder.release_expert(target.layer, expert);
+        Ok(bytes)
     }
 }
 

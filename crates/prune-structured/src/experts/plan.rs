@@ -64,6 +64,9 @@ impl ExpertPlan {
     /// Refuses the plan of another model, and too few experts for a token.
     pub(crate) fn check(&self, decoder: &Decoder<'_>) -> Result<()> {
         let mismatch = |reason: String| Err(Error::PlanMismatch(reason));
+        if self.chosen == Some(0) {
+            return mismatch("a token goes to 0 experts".into());
+        }
         let mixtures = &decoder.config().mixtures;
         if self.layers.len() != mixtures.len() {
             return mismatch(format!(
@@ -78,11 +81,7 @@ impl ExpertPlan {
                 (None, None) => continue,
                 _ => return mismatch(format!("layer {layer} has experts in one of them alone")),
             };
-            let of_experts = |list: usize| list == plan.kept.len();
-            let shapes = plan.experts == mixture.experts
-                && of_experts(plan.members.len())
-                && of_experts(plan.factors.len())
-                && of_experts(plan.neurons.len());
+            let shapes = plan.experts == mixture.experts && plan.lists_all();
             let mut members = plan.members.iter().flatten();
             if !shapes
                 || !ascending_below(&plan.kept, mixture.experts)
@@ -145,14 +144,28 @@ impl ExpertPlan {
         dense.zip(&self.layers).map(left).collect()
     }
 
-    /// Reads a plan from JSON.
+    /// Reads a plan from JSON. Plans of earlier versions, which list no neurons, keep all of them.
     ///
     /// # Errors
     /// [`Error::PlanFile`] when the file cannot be read or is not a plan.
     pub fn load(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let bytes = std::fs::read(path).map_err(|e| plan_file(path, e))?;
-        serde_json::from_slice(&bytes).map_err(|e| plan_file(path, e))
+        let mut plan: Self = serde_json::from_slice(&bytes).map_err(|e| plan_file(path, e))?;
+        for (layer, experts) in plan.layers.iter_mut().enumerate() {
+            let Some(experts) = experts else { continue };
+            let kept = experts.kept.len();
+            if experts.neurons.is_empty() {
+                experts.neurons = vec![vec![]; kept];
+            }
+            if !experts.lists_all() {
+                let reason = format!(
+                    "layer {layer}: expected lists of {kept} entries, one for each expert that stays"
+                );
+                return Err(plan_file(path, reason));
+            }
+        }
+        Ok(plan)
     }
 
     /// Writes it as JSON, whole or not at all.
@@ -188,6 +201,12 @@ impl LayerExperts {
             .first()
             .map(Vec::len)
             .filter(|&width| width > 0)
+    }
+
+    /// Whether each list has an entry for each expert that stays.
+    fn lists_all(&self) -> bool {
+        let lists = [self.members.len(), self.factors.len(), self.neurons.len()];
+        lists.iter().all(|list| *list == self.kept.len())
     }
 
     /// Whether it changes nothing.

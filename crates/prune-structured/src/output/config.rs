@@ -35,7 +35,7 @@ pub(crate) fn pruned(
     let extras = model.stock.extra_blocks;
     let extras = extras.filter(|_| !keeps_extras(decoder, plan, form));
     let text = || {
-        let mut config = Config::new(text_fields(whole, model.nested));
+        let mut config = Config::new(text_fields(whole, model));
         if let Some(field) = extras.filter(|field| config.get(field).is_some()) {
             config.set(field, 0);
         }
@@ -186,16 +186,17 @@ fn part_name(linear: LinearName) -> &'static str {
     }
 }
 
-/// The decoder's own fields.
-fn text_fields(whole: &Config, nested: bool) -> Map<String, Value> {
+/// The decoder's own fields, with what it has from the whole that it is a part of.
+fn text_fields(whole: &Config, model: &ModelConfig) -> Map<String, Value> {
     let text = whole.get("text_config").and_then(Value::as_object);
-    let Some(text) = text.filter(|_| nested) else {
+    let Some(text) = text.filter(|_| model.nested) else {
         return whole.raw().clone();
     };
     let mut fields = text.clone();
+    fields.insert("model_type".into(), model.model_type.into());
     // The reference reads this one from the whole config alone.
-    if let Some(tied) = whole.get("tie_word_embeddings") {
-        fields.insert("tie_word_embeddings".into(), tied.clone());
-    }
+    let tied = whole.get("tie_word_embeddings").cloned();
+    let tied = tied.unwrap_or_else(|| model.tied.into());
+    fields.insert("tie_word_embeddings".into(), tied);
     fields
 }

@@ -5,7 +5,8 @@ use candle_core::{DType, Device};
 use causal_lm::names::ExpertLayout;
 use causal_lm::{Decoder, ModelConfig, NoTap, run_blocks, synthetic};
 use prune_structured::experts::{
-    ExpertPlan, ExpertSettings, FewerExperts, Keep, NeuronOptions, fewer, narrow, plan, write,
+    ExpertPlan, ExpertSettings, FewerExperts, Joint, JointData, JointOptions, Keep, NeuronOptions,
+    fewer, joint, narrow, plan, write,
 };
 use prune_structured::{Error, NoProgress};
 use serde_json::{Value, json};
@@ -146,6 +147,13 @@ fn a_value_that_is_no_number_names_its_expert() {
         assert!(error.to_string().contains(expected), "{error}");
         let error = model.plan("reap", Keep::Experts(3)).unwrap_err();
         assert!(error.to_string().contains(expected), "{error}");
+        // Nobody has read an expert that no token chose when it is copied.
+        let decoder = model.decoder();
+        let (whole, dst) = (ExpertPlan::whole(&decoder), model.path("never"));
+        let settings = ExpertSettings::default();
+        let error = write(&decoder, &whole, &dst, &settings, &NoProgress).unwrap_err();
+        assert!(error.to_string().contains(expected), "{error}");
+        assert!(!dst.exists());
     }
 }
 
@@ -195,6 +203,7 @@ fn plans_of_other_models_are_refused() {
         assert!(matches!(error, Error::PlanMismatch(_)), "{error}");
         assert!(!dst.exists());
     };
+    refused(&|plan| plan.chosen = Some(0));
     refused(&|plan| plan.layers.truncate(2));
     refused(&|plan| plan.layers[1] = None);
     refused(&|plan| plan.layers[0].as_mut().unwrap().kept[3] = 6);
@@ -289,4 +298,59 @@ fn granite_has_one_layout() {
     let error = write(&model.decoder(), &plan, &dst, &settings, &NoProgress).unwrap_err();
     assert!(matches!(error, Error::Unsupported { .. }), "{error}");
     assert!(!dst.exists());
+}
+
+#[test]
+fn a_budget_that_no_pair_meets_is_told_with_what_the_smallest_pair_keeps() {
+    let model = mixtral();
+    let (decoder, dir) = (model.decoder(), model.path("joint"));
+    let windows = windows();
+    let data = JointData {
+        calibration: &windows,
+        search: &windows,
+        dir: &dir,
+    };
+    for shape in [Joint::Uniform, Joint::ByLayer] {
+        let experts = options("reap", Keep::Without(0.0));
+        let options = JointOptions::new(experts, NeuronOptions::default(), 0.9).joint(shape);
+        std::fs::create_dir_all(&dir).unwrap();
+        let error = joint(&decoder, data, &options, &NoProgress).unwrap_err();
+        let Error::Unreachable { kept, total, .. } = error else {
+            panic!("{error}");
+        };
+        // Of six experts of sixteen neurons in three layers two for each token, or the half.
+        let expert = 3 * (3 * 24 * 16 + 24);
+        let least = match shape {
+            Joint::Uniform => 2,
+            _ => 3,
+        };
+        assert_eq!((kept, total), (least * expert, 6 * expert), "{shape:?}");
+    }
+}
+
+#[test]
+fn plans_of_earlier_versions_are_read_and_damaged_ones_refused() {
+    let model = mixtral();
+    let plan = model.plan("reap", Keep::Experts(4)).unwrap().plan;
+    let path = model.path("plan.json");
+    let loaded = |change: &dyn Fn(&mut serde_json::Map<String, Value>)| {
+        plan.save(&path).unwrap();
+        let mut fields: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+        for layer in fields["layers"].as_array_mut().unwrap() {
+            change(layer.as_object_mut().unwrap());
+        }
+        std::fs::write(&path, fields.to_string()).unwrap();
+        ExpertPlan::load(&path).map_err(Box::new)
+    };
+    let earlier = loaded(&|layer| drop(layer.remove("neurons"))).unwrap();
+    assert_eq!(earlier, plan);
+    model.written(&earlier, "earlier");
+    for list in ["members", "factors", "neurons"] {
+        let error = loaded(&|layer| layer[list] = json!([[]])).unwrap_err();
+        let error = error.to_string();
+        assert!(
+            error.contains("plan.json") && error.contains("layer 0"),
+            "{list}: {error}"
+        );
+    }
 }

@@ -130,7 +130,7 @@ impl Suite<'_> {
         if self.settings.is_part() {
             return Ok(part(failures));
         }
-        self.compare_with_dense(&mut rows);
+        self.compare_with_dense(&mut rows)?;
         let mut section = section(self.config.dry_run, rows, self.plots(&pictures)?);
         section.failures = failures;
         Ok(vec![
@@ -422,7 +422,8 @@ impl Suite<'_> {
         steps.finish();
         // Weights are dense in the file that was measured.
         row.tokens_per_second = None;
-        let whole = decoder.checkpoint().total_bytes();
+        // As the experts are counted, decoded where the model is stored in blocks.
+        let whole = ExpertCost::of(decoder, &ExpertPlan::whole(decoder))?.bytes;
         row.bytes = Some(whole - found.expert_bytes_dense + found.expert_bytes);
         if self.config.save.is_some() {
             // Floats, whatever the format of the compressor takes.
@@ -434,18 +435,20 @@ impl Suite<'_> {
         Ok(found)
     }
 
-    fn compare_with_dense(&self, rows: &mut [Row]) {
+    fn compare_with_dense(&self, rows: &mut [Row]) -> Result<()> {
+        let whole = ExpertCost::of(self.decoder, &ExpertPlan::whole(self.decoder))?;
         let dense = rows.iter().find(|row| row.method == DENSE).cloned();
         for row in rows {
             row.model = Some(file_name(&self.config.perplexity.model));
-            row.params_dense = Some(self.decoder.checkpoint().parameters());
-            row.bytes_dense = Some(self.decoder.checkpoint().total_bytes());
+            row.params_dense = Some(whole.parameters);
+            row.bytes_dense = Some(whole.bytes);
             if let Some(dense) = &dense {
                 row.perplexity_dense = dense.perplexity;
                 let speed = row.tokens_per_second_dense.or(dense.tokens_per_second);
                 row.tokens_per_second_dense = speed;
             }
         }
+        Ok(())
     }
 
     fn plots(&self, pictures: &Pictures) -> Result<Vec<Plot>> {

@@ -15,7 +15,6 @@ const GEMMA_DEFAULTS: Defaults = Defaults {
     head_dim: Some(256),
     activation: ("hidden_activation", Activation::GeluTanh),
     tied: true,
-    nested_tied: true,
     ..DEFAULTS
 };
 

@@ -29,7 +29,6 @@ const GEMMA4_DEFAULTS: Defaults = Defaults {
     sizes: Some(SIZES),
     activation: ("hidden_activation", Activation::GeluTanh),
     tied: true,
-    nested_tied: true,
     ..DEFAULTS
 };
 
@@ -85,18 +84,21 @@ fn read(fields: &Fields, model: &mut ModelConfig, default_window: usize) -> Resu
     width("global_head_dim", global_dim)?;
     let global_kv = fields.text.opt_usize("num_global_key_value_heads")?;
     let pruned = fields.text.get(WIDTHS_KEY).is_some();
+    // Beside fields by layer those of all full layers are not read.
+    let by_layer = fields.text.raw().contains_key("per_layer_config");
     for (layer, &kind) in kinds.iter().enumerate() {
         let own = own_fields(fields, layer)?;
         let attention = &mut model.attention[layer];
         attention.scale = 1.0;
         attention.sliding_window = window.filter(|_| kind == Kind::Sliding);
         if kind == Kind::Full {
-            attention.head_dim = own.head_dim.unwrap_or(global_dim);
             attention.value_is_key = value_is_key;
-        } else if let Some(head_dim) = own.head_dim {
+        }
+        let is_global = kind == Kind::Full && !by_layer;
+        if let Some(head_dim) = own.head_dim.or(is_global.then_some(global_dim)) {
             attention.head_dim = head_dim;
         }
-        let global_kv = global_kv.filter(|_| kind == Kind::Full && value_is_key);
+        let global_kv = global_kv.filter(|_| is_global && value_is_key);
         if let Some(kv_heads) = own.kv_heads.or(global_kv).filter(|_| !pruned) {
             model.widths[layer].kv_heads = kv_heads;
         }

@@ -47,6 +47,17 @@ fn read(fields: &Fields, model: &mut ModelConfig) -> Result<()> {
         partial: Some(0.25),
         ..fields.rope_defaults(model, 1e4)
     };
-    model.ropes = vec![Rope::read(&fields.text, defaults)?];
+    let mut config = fields.text.clone();
+    // Outside the object of the rotation the class reads names of its own, and the usual ones not at all.
+    for (usual, own) in [
+        ("rope_theta", "rotary_emb_base"),
+        ("partial_rotary_factor", "rotary_pct"),
+    ] {
+        config.remove(usual);
+        if let Some(value) = config.remove(own) {
+            config.set(usual, value);
+        }
+    }
+    model.ropes = vec![Rope::read(&config, defaults)?];
     Ok(())
 }

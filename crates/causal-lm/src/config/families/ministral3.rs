@@ -24,7 +24,6 @@ pub(super) const MINISTRAL3: Family = Family {
             neurons: 14_336,
             positions: 262_144,
         }),
-        nested_tied: true,
         ..DEFAULTS
     },
     read,

@@ -72,8 +72,6 @@ pub(super) struct Defaults {
     /// Field and value of the activation.
     pub(super) activation: (&'static str, Activation),
     pub(super) tied: bool,
-    /// The same of the folder of several modalities that the decoder may be part of.
-    pub(super) nested_tied: bool,
 }
 
 /// Sizes that a class has when a config does not state them.
@@ -95,7 +93,6 @@ const DEFAULTS: Defaults = Defaults {
     sizes: None,
     activation: ("hidden_act", Activation::Silu),
     tied: false,
-    nested_tied: false,
 };
 
 /// A class without switches for biases that takes any number of heads.
@@ -167,6 +164,26 @@ mod tests {
                 ),
                 (positions, vocab, layers, heads, head_dim)
             );
+        }
+        // Of what it is a part of depends its type, and whether its head is the embedding.
+        for (whole, text, tied) in [
+            ("mistral3", "mistral", true),
+            ("gemma3", "gemma3_text", true),
+            ("gemma4", "gemma4_text", true),
+            ("gemma4_unified", "gemma4_unified_text", true),
+            ("qwen3_5", "qwen3_5_text", false),
+        ] {
+            let fields = json!({
+                "model_type": whole, "text_config": {
+                    "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4,
+                    "head_dim": 16, "num_key_value_heads": 4, "vocab_size": 8, "max_position_embeddings": 64,
+                },
+            });
+            let mut config = Config::new(fields.as_object().unwrap().clone());
+            let model = ModelConfig::new(&config).unwrap();
+            assert_eq!((model.model_type, model.tied), (text, tied), "{whole}");
+            config.set("tie_word_embeddings", !tied);
+            assert_eq!(ModelConfig::new(&config).unwrap().tied, !tied, "{whole}");
         }
         // Elsewhere a config that is silent is incomplete.
         let llama = json!({"model_type": "llama", "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1,

@@ -1,9 +1,9 @@
-//! SmolLM3: Llama without rotation on some layers.
+//! SmolLM3: Llama without rotation on some layers, which may slide.
 
 use super::llama::biases;
 use super::{ATTENTION_BIAS, DEFAULTS, Defaults, Family, MLP_BIAS, Stock, stock};
 use crate::Result;
-use crate::config::fields::Fields;
+use crate::config::fields::{Fields, Kind};
 use crate::config::{ModelConfig, invalid};
 use crate::names;
 
@@ -44,13 +44,17 @@ fn read(fields: &Fields, model: &mut ModelConfig) -> Result<()> {
             (0..layers).map(rotates).collect()
         }
     };
-    let window = match fields.flag_or("use_sliding_window", false)? {
-        true => fields.window(None)?,
-        false => None,
-    };
-    for (attention, rotates) in model.attention.iter_mut().zip(rotates) {
+    let window = fields.window(None)?;
+    // A list stands for itself: the switch is about the layers that the rule finds.
+    let slides = fields.flag_or("use_sliding_window", false)?;
+    let kinds = fields.kinds(layers, |layer| match slides && !rotates[layer] {
+        true => Kind::Sliding,
+        false => Kind::Full,
+    })?;
+    let layers = rotates.into_iter().zip(kinds);
+    for (attention, (rotates, kind)) in model.attention.iter_mut().zip(layers) {
         attention.rotation = rotates.then_some(0);
-        attention.sliding_window = window.filter(|_| !rotates);
+        attention.sliding_window = window.filter(|_| kind == Kind::Sliding);
     }
     Ok(())
 }

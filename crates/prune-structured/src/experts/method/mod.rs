@@ -77,7 +77,7 @@ methods! {
         "naee" => Naee(Naee),
         /// Clusters of experts with similar router rows, one kept of each (STUN, arXiv 2409.06211), as many as wanted.
         "stun" => Stun(Stun),
-        /// The same by the published rule, a threshold for all layers.
+        /// The same by the published rule, whose threshold is searched for each layer.
         "stun-compat" => StunCompat(StunCompat),
         /// Clusters of experts with similar mean outputs, merged (HC-SMoE, arXiv 2410.08589).
         "hc-smoe" => HcSmoe(HcSmoe),

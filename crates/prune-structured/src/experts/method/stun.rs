@@ -78,14 +78,13 @@ impl Stun {
             Representative::NearestToMean => vec![],
         };
         let of_cluster = |cluster: &Vec<usize>| -> Result<usize> {
-            layer.progress.advance(0)?;
             let distances = match (&cluster[..], self.representative) {
                 (&[alone], _) => return Ok(alone),
                 (_, Representative::Reap) => cluster.iter().map(|&e| -reap[e]).collect(),
-                (_, Representative::NearestToMean) => {
-                    let weights = cluster.iter().map(|&expert| layer.weights(expert));
-                    to_mean(&weights.collect::<Result<Vec<_>>>()?)
-                }
+                (_, Representative::NearestToMean) => to_mean(cluster.len(), |at| {
+                    layer.progress.advance(0)?;
+                    layer.weights(cluster[at])
+                })?,
             };
             let nearest = (0..cluster.len()).min_by(|&a, &b| distances[a].total_cmp(&distances[b]));
             // A cluster has members.
@@ -132,17 +131,26 @@ pub(crate) fn combined(
         .collect()
 }
 
-/// Distances of vectors to their mean.
-pub(crate) fn to_mean(vectors: &[Vec<f32>]) -> Vec<f64> {
-    let count = vectors.len() as f64;
-    let mut squares = vec![0.0; vectors.len()];
-    for at in 0..vectors.first().map_or(0, Vec::len) {
-        let mean = vectors.iter().map(|v| f64::from(v[at])).sum::<f64>() / count;
-        for (square, vector) in squares.iter_mut().zip(vectors) {
-            *square += (f64::from(vector[at]) - mean).powi(2);
-        }
+/// Distances of vectors to their mean. Each is made twice, so that one is in memory beside the mean.
+pub(crate) fn to_mean(
+    count: usize,
+    mut vector: impl FnMut(usize) -> Result<Vec<f32>>,
+) -> Result<Vec<f64>> {
+    let mut mean: Vec<f64> = Vec::new();
+    for at in 0..count {
+        let vector = vector(at)?;
+        mean.resize(vector.len(), 0.0);
+        let sums = mean.iter_mut().zip(vector);
+        sums.for_each(|(sum, x)| *sum += f64::from(x));
     }
-    squares.into_iter().map(f64::sqrt).collect()
+    mean.iter_mut().for_each(|sum| *sum /= count as f64);
+    let distance = |at: usize| -> Result<f64> {
+        let vector = vector(at)?;
+        let squares = vector.iter().zip(&mean);
+        let squares = squares.map(|(&x, mean)| (f64::from(x) - mean).powi(2));
+        Ok(squares.sum::<f64>().sqrt())
+    };
+    (0..count).map(distance).collect()
 }
 
 #[cfg(test)]
@@ -206,13 +214,15 @@ pub(crate) mod tests {
     #[test]
     fn the_representative_is_nearest_to_the_mean() {
         let value = |e: usize, i: usize| (((2 * e + 3 * i + (e * i) % 5) % 7) as f32 - 3.0) / 2.0;
-        let vectors: Vec<Vec<f32>> = (0..4)
-            .map(|e| (0..6).map(|i| value(e, i)).collect())
-            .collect();
-        for (found, expected) in to_mean(&vectors)
-            .iter()
-            .zip([2.042517, 1.595893, 2.724312, 2.814583])
-        {
+        let mut asked = vec![];
+        let vector = |e: usize| {
+            asked.push(e);
+            Ok((0..6).map(|i| value(e, i)).collect())
+        };
+        let found = to_mean(4, vector).unwrap();
+        // Twice each, one after the other.
+        assert_eq!(asked, [0, 1, 2, 3, 0, 1, 2, 3]);
+        for (found, expected) in found.iter().zip([2.042517, 1.595893, 2.724312, 2.814583]) {
             assert!((found - expected).abs() < 1e-6, "{found} is not {expected}");
         }
     }

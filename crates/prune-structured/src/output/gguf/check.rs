@@ -175,6 +175,12 @@ fn attention(config: &ModelConfig, architecture: Architecture) -> Result<()> {
         .iter()
         .map(|attention| attention.sliding_window.is_some())
         .collect();
+    if architecture == Architecture::Gemma4 && !slides.contains(&true) {
+        return Err(unsupported(
+            "full layers alone",
+            "llama.cpp's gemma4 has at least one sliding layer",
+        ));
+    }
     for (layer, attention) in config.attention.iter().enumerate() {
         if let Some(clip) = attention.clip {
             return Err(unsupported(

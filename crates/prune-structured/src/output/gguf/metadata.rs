@@ -142,8 +142,13 @@ fn own(config: &ModelConfig, architecture: Architecture) -> Vec<(&'static str, V
     if let Some(cap) = config.attention[0].softcap {
         values.push(("attn_logit_softcapping", float(cap)));
     }
-    if let Some(cap) = config.logit_softcap {
-        values.push(("final_logit_softcapping", float(cap)));
+    match config.logit_softcap {
+        Some(cap) => values.push(("final_logit_softcapping", float(cap))),
+        // Its readers cap logits where the key is absent.
+        None if architecture == Architecture::Gemma4 => {
+            values.push(("final_logit_softcapping", float(0.0)));
+        }
+        None => {}
     }
     match architecture {
         Architecture::Granite | Architecture::GraniteMoe => values.extend([

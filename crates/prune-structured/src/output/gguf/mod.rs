@@ -147,7 +147,8 @@ pub fn takes_widths_by_block(decoder: &Decoder<'_>) -> bool {
 pub fn check(decoder: &Decoder<'_>, widths: &[Widths]) -> Result<()> {
     let mut config = decoder.config().clone();
     config.widths = widths.to_vec();
-    check::architecture(decoder, &config)?;
+    let architecture = check::architecture(decoder, &config)?;
+    rotation::metadata(decoder, architecture)?;
     tokenizer::metadata(decoder, String::new()).map(drop)
 }
 

@@ -2,9 +2,10 @@
 
 use super::unsupported;
 use crate::Result;
+use causal_lm::config::AttentionConfig;
 use causal_lm::gguf::Architecture;
 use causal_lm::gguf::names::{LONG_FACTORS, ROPE_FACTORS, SHORT_FACTORS};
-use causal_lm::{Decoder, ModelConfig, Rope};
+use causal_lm::{Decoder, Long, ModelConfig, Rope};
 use tensor_io::gguf::Value;
 
 /// Divides the frequency of a pair that stands still.
@@ -13,7 +14,7 @@ const STANDING: f32 = 1e30;
 /// The rotation of full and of sliding layers; `None` for a kind that there is not, or that is not rotated.
 fn of_kinds(config: &ModelConfig) -> [Option<&Rope>; 2] {
     [false, true].map(|slides| {
-        let of_kind = |attention: &&causal_lm::config::AttentionConfig| {
+        let of_kind = |attention: &&AttentionConfig| {
             attention.sliding_window.is_some() == slides && attention.rotation.is_some()
         };
         let attention = config.attention.iter().find(of_kind)?;
@@ -27,7 +28,7 @@ enum Scaling {
     /// All are divided by one number.
     Linear(f64),
     Yarn,
-    /// Each is divided by a number of its own, those of longer sequences by others.
+    /// Each is divided by a number of its own, those of longer sequences by others, and attention is sharpened.
     Long,
     /// Each is divided by a number of its own.
     Factors(Vec<f32>),
@@ -37,11 +38,8 @@ fn scaling(rope: &Rope) -> Scaling {
     if rope.yarn.is_some() {
         return Scaling::Yarn;
     }
-    if rope
-        .long
-        .as_ref()
-        .is_some_and(|long| long.inv_freq != rope.inv_freq)
-    {
+    let is_long = |long: &Long| long.inv_freq != rope.inv_freq || rope.attention_factor != 1.0;
+    if rope.long.as_ref().is_some_and(is_long) {
         return Scaling::Long;
     }
     let unscaled = rope.unscaled();
@@ -76,6 +74,19 @@ pub(super) fn metadata(
 ) -> Result<Vec<(&'static str, Value)>> {
     let config = decoder.config();
     let [full, sliding] = of_kinds(config);
+    let differs = |attention: &AttentionConfig| {
+        let of_kind = [full, sliding][usize::from(attention.sliding_window.is_some())];
+        let own = attention
+            .rotation
+            .and_then(|rotation| config.ropes.get(rotation));
+        own.is_some_and(|own| Some(own) != of_kind)
+    };
+    if config.attention.iter().any(differs) {
+        return Err(unsupported(
+            "several rotations of layers that are all full, or all sliding",
+            "a file states one for either kind",
+        ));
+    }
     let Some(rope) = full.or(sliding) else {
         // Granite's switch for models that do not encode positions.
         return Ok(vec![("rope.scaling.finetuned", Value::Bool(false))]);
