@@ -14,8 +14,9 @@ use eval_report::{
     Axis, Budget, Column, DENSE, Plot, Reference, Role, Row, Section, Series, Stopwatch,
     mean_over_seeds,
 };
-use frontier::{Files, Target, Written};
+use frontier::{Files, Format, Target, Written};
 use lowrank_eora::compress::{BlockRounding, Compressor, Rounding, Score};
+use lowrank_eora::output::{Adapter, Layout, check_layout, gguf_types, gptq};
 use lowrank_eora::repair::{Method, Ranks, Repair, Repaired, Source, Texts};
 use prune_structured::gguf::Precision;
 use prune_structured::rate_distortion::{self, Measure};
@@ -175,10 +176,12 @@ impl Config {
             let fits = recipe.check(decoder, self.ratio);
             fits.with_context(|| format!("--ratio {}: {name}", self.ratio))?;
         }
-        possible_rank(decoder, self.rank)?;
+        possible_rank("--rank", decoder, self.rank)?;
         let compressor = self.compressor()?;
         let fits = compressor.check(decoder);
         fits.with_context(|| format!("--compress {compressor}"))?;
+        let stored = self.storable(decoder, &compressor);
+        stored.with_context(|| format!("--compress {compressor} --for {}", self.target))?;
         let names = Choice::known();
         ensure!(
             names.contains(&self.policy),
@@ -189,6 +192,23 @@ impl Config {
             // Dropped, it leaves nothing.
             let new = PendingFolder::create(save, Overwrite::Never);
             new.map(drop).context("--save")?;
+        }
+        Ok(())
+    }
+
+    /// Whether the files of the target hold what the compressor makes.
+    fn storable(&self, decoder: &Decoder<'_>, compressor: &Compressor) -> Result<()> {
+        match self.target {
+            Target::Gguf => {
+                Adapter::check_gguf(decoder)?;
+                gguf_types(decoder, compressor)?;
+            }
+            Target::Vllm => self.target.check(Format::Quantised(*compressor))?,
+            _ => {
+                let version = gptq::Version::V2;
+                let packed = check_layout(decoder, compressor, Layout::Gptq { version });
+                packed.or_else(|_| check_layout(decoder, compressor, Layout::CompressedTensors))?;
+            }
         }
         Ok(())
     }
