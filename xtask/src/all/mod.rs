@@ -66,7 +66,6 @@ pub(crate) fn run(settings: &Settings, config: &Config) -> Result<Vec<Section>> 
         }
     };
     let presets = presets::all(&inputs, settings)?;
-    perplexity::ensure_unseen(&inputs.calib, &inputs.text.text)?;
     opened(settings, &inputs, &presets)?;
     let mut parts = Vec::new();
     let mut times = Vec::new();
@@ -121,6 +120,7 @@ pub(crate) fn run(settings: &Settings, config: &Config) -> Result<Vec<Section>> 
 /// Opens the model and the texts once before any suite does, and says how long the suites take.
 fn opened(settings: &Settings, inputs: &Inputs, presets: &[Preset]) -> Result<()> {
     let checkpoint = causal_lm::open(&inputs.text.model)?;
+    perplexity::ensure_unseen(&inputs.calib, &inputs.text.text)?;
     let decoder = perplexity::open(settings, &checkpoint)?;
     let protocol = Protocol::new(settings, &inputs.text, &decoder)?;
     let evaluation = tokens(&protocol.decoding(settings, &inputs.text.text)?);

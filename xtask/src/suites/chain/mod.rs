@@ -164,6 +164,12 @@ impl Config {
             settings.device.open()?.is_cpu(),
             "--device: weights as they are stored are multiplied on the CPU alone"
         );
+        possible_rank("--rank", decoder, self.rank)?;
+        let compressor = self.compressor()?;
+        let fits = compressor.check(decoder);
+        fits.with_context(|| format!("--compress {compressor}"))?;
+        let stored = self.storable(decoder, &compressor);
+        stored.with_context(|| format!("--compress {compressor} --for {}", self.target))?;
         let recipe = self.recipe(&self.prune, settings.seed, decoder)?;
         ensure!(
             !matches!(recipe.allocation, Allocation::Searched(_)),
@@ -176,12 +182,6 @@ impl Config {
             let fits = recipe.check(decoder, self.ratio);
             fits.with_context(|| format!("--ratio {}: {name}", self.ratio))?;
         }
-        possible_rank("--rank", decoder, self.rank)?;
-        let compressor = self.compressor()?;
-        let fits = compressor.check(decoder);
-        fits.with_context(|| format!("--compress {compressor}"))?;
-        let stored = self.storable(decoder, &compressor);
-        stored.with_context(|| format!("--compress {compressor} --for {}", self.target))?;
         let names = Choice::known();
         ensure!(
             names.contains(&self.policy),
