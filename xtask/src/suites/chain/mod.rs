@@ -206,8 +206,9 @@ impl Config {
             Target::Vllm => self.target.check(Format::Quantised(*compressor))?,
             _ => {
                 let version = gptq::Version::V2;
-                let packed = check_layout(decoder, compressor, Layout::Gptq { version });
-                packed.or_else(|_| check_layout(decoder, compressor, Layout::CompressedTensors))?;
+                if check_layout(decoder, compressor, Layout::Gptq { version }).is_err() {
+                    check_layout(decoder, compressor, Layout::CompressedTensors)?;
+                }
             }
         }
         Ok(())
