@@ -42,6 +42,17 @@ impl Settings {
         }
     }
 
+    /// Refuses a cell that an earlier run has finished where what that run wrote is gone: its row would be taken from the folder, and
+    /// nothing written.
+    pub(crate) fn written(&self, cell: &str, flag: &str, path: &Path) -> Result<()> {
+        ensure!(
+            !self.cells.found(cell) || path.exists(),
+            "{flag}: {} is not there, and nothing would write it, since --cells has the row already; name another folder for --cells",
+            path.display()
+        );
+        Ok(())
+    }
+
     /// Sections that are measured together, as one cell; none where another process measures it.
     pub(crate) fn whole(
         &self,
@@ -61,6 +72,51 @@ pub(crate) fn once<T: Display>(flag: &str, values: impl Iterator<Item = T>) -> R
         seen.push(value);
     }
     Ok(())
+}
+
+/// Refuses to write to `path` where one of the `inputs`, each with its flag, lies: what the user gave would be gone.
+pub(crate) fn spares(flag: &str, path: &Path, inputs: &[(&str, &Path)]) -> Result<()> {
+    let Ok(path_there) = path.canonicalize() else {
+        return Ok(());
+    };
+    for (input, given) in inputs {
+        let Ok(there) = given.canonicalize() else {
+            continue;
+        };
+        // A folder is replaced with the files of models in it.
+        let is_in_it = there.is_file() && there.parent() == Some(&path_there);
+        ensure!(
+            there != path_there && !is_in_it,
+            "{flag} {}: {input} {} lies there; name another folder",
+            path.display(),
+            given.display()
+        );
+    }
+    Ok(())
+}
+
+/// An error and its causes on one line. A cause that ends the text before it is not repeated, nor is a path that the cause
+/// begins with, and line breaks become spaces.
+pub(crate) fn one_line(error: &anyhow::Error) -> String {
+    let one_line = |text: String| text.lines().map(str::trim).collect::<Vec<_>>().join(" ");
+    let texts = error.chain().map(|cause| one_line(cause.to_string()));
+    let texts: Vec<String> = texts.collect();
+    let mut line = String::new();
+    for (i, text) in texts.iter().enumerate() {
+        let next = texts
+            .get(i + 1)
+            .and_then(|next| next.strip_prefix(text.as_str()));
+        if next.is_some_and(|rest| rest.starts_with(['/', ':'])) {
+            continue;
+        }
+        if !line.ends_with(text.as_str()) {
+            if !line.is_empty() {
+                line += ": ";
+            }
+            line += text;
+        }
+    }
+    line
 }
 
 /// What a process has to show that measured some of the cells: those that failed.
@@ -96,6 +152,23 @@ impl Weights {
             .and_then(|adapter| adapter.with_scale(self.adapter_scale.unwrap_or(1.0)))
             .and_then(|adapter| adapter.added_to(base));
         added.context("--adapter")
+    }
+
+    /// What a report remarks where the adapter names another model as its base than it is added to: only shapes are compared.
+    pub(crate) fn other_base(&self, model: &Path) -> Option<String> {
+        let adapter = self.adapter.as_deref()?;
+        let base = Adapter::base_model(adapter).ok()??;
+        let model_there = model.canonicalize().ok();
+        let mut places = [adapter.join(&base), PathBuf::from(&base)].into_iter();
+        let leads = places.any(|place| place.canonicalize().ok() == model_there);
+        (model_there.is_none() || !leads).then(|| {
+            format!(
+                "--adapter {} names {base} as the model that its factors were fitted to, which does not lead to {}; that these are the \
+                 same weights was not checked.",
+                adapter.display(),
+                model.display()
+            )
+        })
     }
 
     /// The name of the arithmetic on the command line and in reports.
@@ -204,5 +277,87 @@ impl Device {
                 self.name()
             )
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_error_is_one_line_without_repetition() {
+        let cause = std::io::Error::other("no\nspace");
+        let error = anyhow::Error::new(cause)
+            .context("cannot write x: no space")
+            .context("flap");
+        assert_eq!(one_line(&error), "flap: cannot write x: no space");
+        let error = anyhow::anyhow!("a/m/config.json: no vocab_size").context("a/m");
+        assert_eq!(one_line(&error), "a/m/config.json: no vocab_size");
+        let error = anyhow::anyhow!("a/mini: odd").context("a/m");
+        assert_eq!(one_line(&error), "a/m: a/mini: odd");
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn nothing_is_written_to_where_an_input_lies_whatever_its_path_is_called() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name: &str| dir.path().join(name);
+        std::fs::create_dir_all(path("model/inner")).unwrap();
+        std::fs::write(path("model/model.gguf"), "").unwrap();
+        std::os::unix::fs::symlink(path("model"), path("link")).unwrap();
+        let refused = |to: &str, input: &str| {
+            let refused = spares("--save", &path(to), &[("--model", &path(input))]);
+            refused.err().map(|error| error.to_string())
+        };
+        for (to, input) in [
+            ("model", "model"),
+            ("model/../model", "link"),
+            ("link", "model"),
+            ("model", "model/model.gguf"),
+            ("model/model.gguf", "link/model.gguf"),
+        ] {
+            let error = refused(to, input).unwrap();
+            assert!(
+                error.contains("--save") && error.contains("--model"),
+                "{error}"
+            );
+        }
+        // What replaces a checkpoint leaves folders in it.
+        for (to, input) in [
+            ("model", "model/inner"),
+            ("new", "model"),
+            ("model", "none"),
+        ] {
+            assert_eq!(refused(to, input), None, "{to} {input}");
+        }
+    }
+
+    #[test]
+    fn an_adapter_of_another_model_is_remarked() {
+        let dir = tempfile::tempdir().unwrap();
+        let adapter = dir.path().join("adapter");
+        for name in ["adapter", "model", "other"] {
+            std::fs::create_dir(dir.path().join(name)).unwrap();
+        }
+        let weights = Weights {
+            adapter: Some(adapter.clone()),
+            ..Weights::default()
+        };
+        let remark = |base: &str, model: &str| {
+            let config = format!("{{\"base_model_name_or_path\": {base:?}}}");
+            std::fs::write(adapter.join("adapter_config.json"), config).unwrap();
+            weights.other_base(&dir.path().join(model))
+        };
+        let absolute = dir.path().join("model").display().to_string();
+        assert_eq!(remark("../model", "model"), None);
+        assert_eq!(remark(&absolute, "model"), None);
+        for base in ["../model", &absolute, "owner/name"] {
+            let remark = remark(base, "other").unwrap();
+            assert!(
+                remark.contains(base) && remark.contains("other"),
+                "{remark}"
+            );
+        }
+        assert_eq!(Weights::default().other_base(&adapter), None);
     }
 }

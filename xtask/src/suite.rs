@@ -49,13 +49,13 @@ impl Suite {
             Suite::Structured(config) => structured::run(settings, config),
             Suite::Lowrank(config) => lowrank::run(settings, config),
             // What it has measured is kept in a folder of its own.
-            Suite::Frontier(config) => {
-                settings.whole("frontier", || frontier::run(settings, config))
-            }
+            Suite::Frontier(config) => saved(settings, "frontier", config.save.as_deref())
+                .and_then(|()| settings.whole("frontier", || frontier::run(settings, config))),
             Suite::Lattice(config) => lattice::run(settings, config),
             Suite::Kv(config) => kv::run(settings, config),
             Suite::Tasks(config) => tasks::run(settings, config),
-            Suite::Chain(config) => settings.whole("rows", || chain::run(settings, config)),
+            Suite::Chain(config) => saved(settings, "rows", config.save.as_deref())
+                .and_then(|()| settings.whole("rows", || chain::run(settings, config))),
         };
         sections.map_err(|error| match self.model() {
             Some(model) => naming(error, model),
@@ -92,5 +92,13 @@ impl Suite {
             Suite::Tasks(config) => config.models.iter_mut().collect(),
             Suite::Chain(config) => vec![&mut config.perplexity.model],
         }
+    }
+}
+
+/// What a finished cell has saved is there.
+fn saved(settings: &Settings, cell: &str, save: Option<&Path>) -> Result<()> {
+    match save {
+        Some(save) => settings.written(cell, "--save", save),
+        None => Ok(()),
     }
 }

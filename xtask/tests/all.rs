@@ -244,6 +244,34 @@ fn a_model_that_is_not_there_is_named_at_once() {
 }
 
 #[test]
+fn what_is_known_beforehand_is_refused_before_the_first_suite() {
+    let scene = scene();
+    let path = |name: &str| scene.path(name).display().to_string();
+    let (model, text, calib, none) = (
+        path("model"),
+        path("text.txt"),
+        path("calib.txt"),
+        path("none"),
+    );
+    for (model, calib, says) in [
+        (&model, &text, "has text of --text"),
+        (&none, &calib, "none"),
+        (&model, &none, "none"),
+    ] {
+        let output = xtask()
+            .args(["eval", "--json", "--model", model, "--text", &text])
+            .args(["--calib", calib, "--out"])
+            .arg(scene.path("report"))
+            .output()
+            .unwrap();
+        let line = error(&output);
+        assert!(line.contains(says), "{line}");
+        assert!(!line.contains("how long"), "{line}");
+        assert!(output.stdout.is_empty());
+    }
+}
+
+#[test]
 fn the_bundled_texts_are_those_of_the_generator() {
     let read = |name| std::fs::read_to_string(default_model::folder().join(name)).unwrap();
     assert_eq!(read(bundled::EVALUATION), bundled::evaluation().text);

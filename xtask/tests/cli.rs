@@ -59,8 +59,7 @@ fn wrong_usage_ends_with_2_and_names_what_is_wrong() {
         ],
         "--threads",
     );
-    assert_usage(&with(&[]), "--ratio");
-    assert_usage(&with(&["--method", "flap"]), "--ratio");
+    assert_usage(&with(&["--max-shard-bytes", "1"]), "--save");
     assert_usage(&with(&["--method", "flap,flop", "--ratio", "0.1"]), "flop");
     assert_usage(&with(&["--method", "flap", "--ratio", "0.1,1.0"]), "1.0");
     assert_usage(&with(&["--method", "flap", "--ratio", "NaN"]), "NaN");

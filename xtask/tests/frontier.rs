@@ -242,7 +242,36 @@ fn limits_that_no_plan_keeps_are_refused_by_flag_with_the_least() {
         &scene,
         &[&cached[..], &["--formats", "q8_0"]].concat(),
     ));
-    assert!(refused.contains("--cache-formats"), "{refused}");
+    assert!(
+        refused.contains("--cache-formats int8: runtimes other than `here`"),
+        "{refused}"
+    );
+}
+
+#[test]
+fn what_is_known_beforehand_is_refused_before_a_text_is_read() {
+    let scene = llama();
+    let file = scene.path("text.txt").display().to_string();
+    std::fs::write(scene.path("calib.txt"), "a b").unwrap();
+    for (more, says) in [
+        (&["--memory", "50%,50%"][..], "--memory: 50% is given twice"),
+        (
+            &["--memory", "50%", "--ranks", "9999999"],
+            "--ranks 9999999: the largest",
+        ),
+        (
+            &["--memory", "50%", "--ranks", "2,2"],
+            "--ranks: 2 is given twice",
+        ),
+        (&["--memory", "50%", "--save", "/dev/null/x"], "--save: "),
+        (&["--memory", "50%", "--resume", &file], "--resume "),
+    ] {
+        let refused = error(&frontier(&scene, more));
+        assert!(refused.contains(says), "{refused}");
+        assert!(!refused.contains("calib.txt"), "{refused}");
+    }
+    let refused = error(&frontier(&scene, &["--memory", "50%"]));
+    assert!(refused.contains("calib.txt"), "{refused}");
 }
 
 #[test]

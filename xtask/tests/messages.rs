@@ -272,3 +272,42 @@ fn paths_with_commas_are_read_by_every_suite() {
     .concat();
     assert_eq!(run(&structured), 2);
 }
+
+#[test]
+fn a_random_model_names_its_flags_and_replaces_no_model_of_somebodys() {
+    let scene = scene();
+    let random = |config: &Path, out: &str| {
+        let output = Command::new(env!("CARGO_BIN_EXE_xtask"))
+            .args(["random-model", "--overwrite", "--config"])
+            .arg(config)
+            .arg("--out")
+            .arg(scene.path(out))
+            .output()
+            .unwrap();
+        error(&output)
+    };
+    let config = scene.path("model/config.json");
+    let line = random(&config, "model");
+    assert!(
+        line.contains("--out") && line.contains("tokenizer"),
+        "{line}"
+    );
+    assert!(scene.path("model/tokenizer.json").exists());
+    let odd = scene.path("odd.json");
+    for (field, value) in [
+        ("num_hidden_layers", 1_000_000_000),
+        ("hidden_size", 16_384),
+    ] {
+        std::fs::copy(&config, &odd).unwrap();
+        edit(&odd, |json| {
+            json[field] = json!(value);
+            json["vocab_size"] = json!(16_777_216);
+        });
+        let line = random(&odd, "odd");
+        assert!(
+            line.contains("--config") && line.contains("odd.json"),
+            "{line}"
+        );
+        assert!(!scene.path("odd").exists());
+    }
+}

@@ -262,7 +262,9 @@ fn models_are_compared_with_the_first_on_the_same_questions() {
     );
     let turned = scene.path("turned");
     turn(&model, &turned);
-    let rows = rows(&tasks(&[&model, &turned, &model], &[&data], &[]));
+    let again = scene.path("again");
+    std::os::unix::fs::symlink(&model, &again).unwrap();
+    let rows = rows(&tasks(&[&model, &turned, &again], &[&data], &[]));
     let flips = |row: &Value| row["flips"].as_f64();
     assert_eq!(rows[0]["method"], "dense");
     assert_eq!(
@@ -293,6 +295,44 @@ fn turn(from: &Path, to: &Path) {
     for file in ["tokenizer.json", "tokenizer_config.json"] {
         std::fs::copy(from.join(file), to.join(file)).unwrap();
     }
+}
+
+#[test]
+fn examples_from_the_file_of_the_question_leave_the_question_out() {
+    let scene = llama();
+    let model = scene.path("model");
+    let question = |i: usize| {
+        let word = |i: usize| WORDS[1 + i % 6];
+        json!({"goal": word(i), "sol1": word(i + 1), "sol2": word(i * i), "label": i % 2})
+    };
+    let questions: Vec<Value> = (0..6).map(question).collect();
+    let data = write(&scene, "mine.jsonl", &questions);
+    let link = scene.path("link.jsonl");
+    std::os::unix::fs::symlink(&data, &link).unwrap();
+    let log = |name: &str, more: &[&str]| {
+        let folder = scene.path(name);
+        let folder_name = folder.display().to_string();
+        let more = [&["--shots", "1", "--log-samples", &folder_name], more].concat();
+        rows(&tasks(&[&model], &[&data], &more));
+        std::fs::read_to_string(folder.join("model-mine.jsonl")).unwrap()
+    };
+    let own = log("own", &[]);
+    for (name, from) in [("same", &data), ("linked", &link)] {
+        let from = from.display().to_string();
+        assert_eq!(log(name, &["--shots-from", &from]), own);
+    }
+    // What a run with these cells has logged is not logged again.
+    let cells = scene.path("cells").display().to_string();
+    log("kept", &["--cells", &cells]);
+    log("kept", &["--cells", &cells]);
+    std::fs::remove_dir_all(scene.path("kept")).unwrap();
+    let kept = scene.path("kept").display().to_string();
+    let more = ["--shots", "1", "--log-samples", &kept, "--cells", &cells];
+    let refused = error(&tasks(&[&model], &[&data], &more));
+    assert!(
+        refused.contains("--log-samples") && refused.contains("model-mine.jsonl"),
+        "{refused}"
+    );
 }
 
 #[test]
@@ -342,6 +382,13 @@ fn bad_input_is_one_line_that_names_it() {
     );
     let message = error(&tasks(&[&model], &[&data], &["--window", "65"]));
     assert!(message.contains("--window 65"), "{message}");
+    let name = model.display().to_string();
+    assert_eq!(message.matches(&name).count(), 1, "{message}");
+    let message = error(&tasks(&[&model, &model], &[&data], &[]));
+    assert!(
+        message.contains("--model: ") && message.contains("twice"),
+        "{message}"
+    );
     let sums = write(
         &scene,
         "sums.jsonl",

@@ -49,6 +49,18 @@ pub enum Error {
         /// The shape the config implies.
         expected: Vec<usize>,
     },
+    /// A tensor has more values than can be made at once.
+    #[error(
+        "tensor {tensor}: shape {shape:?} has more values than can be made at once, at most {most} and those that memory holds"
+    )]
+    TooLarge {
+        /// The tensor's name.
+        tensor: String,
+        /// Its shape.
+        shape: Vec<usize>,
+        /// Most values of a tensor.
+        most: usize,
+    },
     /// The checkpoint holds a tensor that the architecture has no place for.
     #[error(
         "tensor {tensor} has no place in a {model_type} checkpoint; reading on would ignore it"

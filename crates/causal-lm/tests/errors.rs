@@ -402,3 +402,23 @@ fn an_embedding_and_a_head_take_another_matrix_of_their_shape_alone() {
     let refused = head.with_vocab(wrong).err().unwrap();
     assert!(matches!(refused, Error::Shape { .. }), "{refused}");
 }
+
+#[test]
+fn a_random_model_beyond_memory_is_refused_by_tensor_and_leaves_nothing() {
+    for changes in [
+        json!({"vocab_size": 16_777_216, "hidden_size": 16_384}),
+        json!({"intermediate_size": 16_777_216, "hidden_size": 16_384}),
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        let written = synthetic::write(
+            &config(changes),
+            DType::BF16,
+            dir.path().join("model"),
+            &WriteOptions::default(),
+            synthetic::random(0),
+        );
+        let error = written.unwrap_err();
+        assert!(matches!(error, Error::TooLarge { .. }), "{error}");
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+    }
+}

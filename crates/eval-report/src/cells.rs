@@ -259,6 +259,14 @@ impl Cells {
         names.iter().enumerate().map(is_ours).collect()
     }
 
+    /// Whether an earlier run has finished this cell, so that this one, which measures all, takes its value instead.
+    pub fn found(&self, name: &str) -> bool {
+        self.store.as_ref().is_some_and(|store| {
+            let done = store.dir.join(file_name(&format!("{}{name}", self.within)));
+            store.part == Part::All && done.exists()
+        })
+    }
+
     /// The cells that were asked for and are not done: those of other processes.
     pub fn missing(&self) -> Vec<String> {
         let store = self.store.as_ref();
@@ -432,6 +440,10 @@ mod tests {
         assert_eq!(ours, expected);
         let left: Vec<bool> = expected.iter().map(|done| !done).collect();
         assert_eq!(open(Part::All).ours(&names), left);
+        let found = |part| names.iter().map(|name| open(part).found(name)).collect();
+        let (by_all, by_merge): (Vec<bool>, Vec<bool>) = (found(Part::All), found(Part::Nothing));
+        assert_eq!((by_all, by_merge), (expected, vec![false; 6]));
+        assert!(!Cells::default().found(&names[1]));
         assert_eq!(Cells::default().ours(&names), [true; 6]);
     }
 

@@ -231,17 +231,23 @@ impl Options {
         }
         let default = Self::default();
         let chosen = [
-            ("cache_formats", self.cache_formats == default.cache_formats),
-            ("cache_shares", self.cache_shares == default.cache_shares),
+            (
+                "cache_formats",
+                self.cache_formats != default.cache_formats,
+                list(&self.cache_formats),
+            ),
+            (
+                "cache_shares",
+                self.cache_shares != default.cache_shares,
+                list(&self.cache_shares),
+            ),
         ];
-        if let (true, Some((option, _))) = (
-            self.target != Target::Here,
-            chosen.iter().find(|(_, is_default)| !is_default),
-        ) {
+        let mut chosen = chosen.into_iter().filter(|(_, is_chosen, _)| *is_chosen);
+        if let (true, Some((option, _, value))) = (self.target != Target::Here, chosen.next()) {
             return refuse(
                 option,
-                self.target.name().to_string(),
-                "other runtimes keep every token in 16 bits; caches are chosen for the target `here`",
+                value,
+                "runtimes other than `here` keep every token in 16 bits",
             );
         }
         if !(0.0..=1.0).contains(&self.sample) {
@@ -273,4 +279,10 @@ impl Options {
         }
         self.formats().map(|_| ())
     }
+}
+
+/// Values as they are written in a list.
+fn list<T: ToString>(values: &[T]) -> String {
+    let values: Vec<String> = values.iter().map(T::to_string).collect();
+    values.join(",")
 }

@@ -35,8 +35,8 @@ pub fn offspring<C: Clone + Ord>(
     mut mutate: impl FnMut() -> C,
 ) -> Vec<C> {
     let mut seen = BTreeSet::from([parent.clone()]);
-    let mut found = Vec::with_capacity(count);
-    for _ in 0..count * TRIES {
+    let mut found = Vec::new();
+    for _ in 0..count.saturating_mul(TRIES) {
         if found.len() == count {
             break;
         }

@@ -235,16 +235,26 @@ fn a_folder_of_another_search_is_refused_and_so_are_sizes_that_make_none() {
         let refused = searched(&model, &options, ratio, &dir, &NoProgress);
         assert!(matches!(*refused.unwrap_err(), Error::StateFile { .. }));
     }
-    let none = small_with(|o| o.offspring = 0);
-    let refused = searched(&model, &none, 0.3, &model.path("none"), &NoProgress);
-    assert!(matches!(
-        *refused.unwrap_err(),
-        Error::Search {
-            option: "offspring",
-            ..
-        }
-    ));
-    assert!(!model.path("none").exists());
+    type Change = fn(&mut Options);
+    let sizes: [(&str, Change); 5] = [
+        ("offspring", |o| o.offspring = 0),
+        ("offspring", |o| o.offspring = usize::MAX),
+        ("generations", |o| o.generations = usize::MAX),
+        ("iterations", |o| o.iterations = usize::MAX),
+        ("top_k", |o| o.top_k = 0),
+    ];
+    for (wrong, change) in sizes {
+        let options = small_with(change);
+        let refused = searched(&model, &options, 0.3, &model.path("none"), &NoProgress);
+        let refused = *refused.unwrap_err();
+        assert!(
+            matches!(refused, Error::Search { option, .. } if option == wrong),
+            "{refused}"
+        );
+        assert!(!model.path("none").exists());
+    }
+    let all = small_with(|o| (o.iterations, o.generations) = (usize::MAX, 2));
+    assert_eq!(all.candidate_tokens(), usize::MAX);
     searched(&model, &small(), 0.3, &dir, &NoProgress).unwrap();
     let state = dir.join("state.json");
     let text = std::fs::read_to_string(&state).unwrap();
@@ -482,6 +492,22 @@ fn measured_curves_fall_to_the_dense_model_and_are_what_the_pruned_model_diverge
         dir: &dir,
         options: Measure::default(),
     };
+    for (wrong, [points, top_k]) in [("points", [0, 512]), ("top_k", [8, 0])] {
+        let mut data = data;
+        (data.options.points, data.options.top_k) = (points, top_k);
+        let nothing = measure(
+            &decoder,
+            &calibration,
+            &recipe,
+            &mut rankings,
+            data,
+            &NoProgress,
+        );
+        assert!(
+            matches!(nothing, Err(Error::Search { option, .. }) if option == wrong),
+            "{nothing:?}"
+        );
+    }
     let counter = Counter::default();
     measure(
         &decoder,

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
+use causal_lm::{Decoder, Windows};
 use eval_report::{Section, command_line, format};
 use lm_eval::ProtocolKind;
 use toy_lm::bundled::{CALIBRATION, EVALUATION};
@@ -18,7 +19,7 @@ use self::preset::Preset;
 use self::summary::Part;
 use crate::default_model;
 use crate::estimate::Probe;
-use crate::settings::{Settings, part};
+use crate::settings::{Settings, one_line, part};
 use crate::suite::Suite;
 use crate::suites::perplexity::{self, Protocol, tokens};
 use crate::suites::structured::Counts;
@@ -65,9 +66,7 @@ pub(crate) fn run(settings: &Settings, config: &Config) -> Result<Vec<Section>> 
         }
     };
     let presets = presets::all(&inputs, settings)?;
-    settings.expect("frontier and lattice, which say their own, aside", || {
-        seconds(settings, &inputs, &presets).context("how long it takes")
-    })?;
+    opened(settings, &inputs, &presets)?;
     let mut parts = Vec::new();
     let mut times = Vec::new();
     let (count, mut errors) = (presets.len(), Vec::new());
@@ -80,7 +79,7 @@ pub(crate) fn run(settings: &Settings, config: &Config) -> Result<Vec<Section>> 
             .unwrap_or_else(|error| {
                 let failed = Section {
                     title: preset.name.into(),
-                    failures: vec![format!("{error:#}")],
+                    failures: vec![one_line(&error)],
                     ..Section::default()
                 };
                 errors.push(error);
@@ -118,14 +117,27 @@ pub(crate) fn run(settings: &Settings, config: &Config) -> Result<Vec<Section>> 
     Ok(std::iter::once(summary).chain(sections).collect())
 }
 
-/// About how long the suites take whose work is known beforehand.
-fn seconds(settings: &Settings, inputs: &Inputs, presets: &[Preset]) -> Result<f64> {
+/// Opens the model and the texts once before any suite does, and says how long the suites take.
+fn opened(settings: &Settings, inputs: &Inputs, presets: &[Preset]) -> Result<()> {
     let checkpoint = causal_lm::open(&inputs.text.model)?;
+    perplexity::ensure_unseen(&inputs.calib, &inputs.text.text)?;
     let decoder = perplexity::open(settings, &checkpoint)?;
     let protocol = Protocol::new(settings, &inputs.text, &decoder)?;
     let evaluation = tokens(&protocol.decoding(settings, &inputs.text.text)?);
     let calibration = protocol.calibration(&inputs.calib)?;
-    let probe = Probe::of(&decoder, &calibration)?;
+    settings.expect("frontier and lattice, which say their own, aside", || {
+        seconds(&decoder, evaluation, &calibration, presets)
+    })
+}
+
+/// About how long the suites take whose work is known beforehand.
+fn seconds(
+    decoder: &Decoder<'_>,
+    evaluation: usize,
+    calibration: &Windows,
+    presets: &[Preset],
+) -> Result<f64> {
+    let probe = Probe::of(decoder, calibration)?;
     let drawn = |windows: usize| tokens(&calibration.first(windows));
     let suites = presets.iter().map(|preset| match &preset.suite {
         Suite::Structured(config) => {

@@ -123,6 +123,10 @@ fn structured(inputs: &Inputs, settings: &Settings) -> Result<Preset> {
                 ..structured::search::Config::new(settings.seed)
             },
             asked: vec!["--search-samples"],
+            named: structured::Named {
+                methods: methods.map(String::from).to_vec(),
+                compensations: vec!["least-squares".into()],
+            },
             ..structured::Config::new(inputs.text.clone(), inputs.calib.clone(), settings.seed)
         })),
         verdict: Verdict::new("rd-dp", &shown, &[[1, 3], [2, 3]]),

@@ -4,23 +4,34 @@ use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
 use clap::Args;
-use clap::builder::PossibleValuesParser;
 use eval_report::Budget;
 use frontier::{TARGETS, Target};
+use lm_eval::ProtocolKind;
 use lowrank_eora::compress::Compressor;
 use lowrank_eora::repair::Method;
 use prune_structured::Recipe;
-use toy_lm::bundled::CALIBRATION;
+use toy_lm::bundled::{CALIBRATION, EVALUATION};
 
+use super::names::Known;
 use super::values::{positive, ratio, target};
-use super::{TextArgs, bundled, names};
+use super::{DECODED, MODEL, bundled, names, protocol, with_bos};
 use crate::suites::chain::Config;
 use crate::suites::kv::policy::Choice;
+use crate::suites::perplexity;
 
 #[derive(Args)]
 pub(super) struct ChainArgs {
-    #[command(flatten)]
-    text: TextArgs,
+    #[arg(long, value_name = "PATH", help = MODEL)]
+    model: PathBuf,
+    /// Text to evaluate on, or a part of one, such as FILE[80..100%]
+    #[arg(long, value_name = "FILE", default_value_os_t = bundled(EVALUATION))]
+    text: PathBuf,
+    /// How the text becomes windows: each with BOS in front; or gptq, cut from the text with the tokenizer's own special tokens
+    #[arg(long, value_name = "NAME", default_value = "windows", value_parser = protocol(DECODED))]
+    protocol: ProtocolKind,
+    /// Do not begin windows with the tokenizer's BOS token
+    #[arg(long, conflicts_with = "protocol")]
+    no_bos: bool,
     /// Text to calibrate on, or a part of one, such as FILE[0..80%]; must differ from --text
     #[arg(long, value_name = "FILE", default_value_os_t = bundled(CALIBRATION))]
     calib: PathBuf,
@@ -28,7 +39,7 @@ pub(super) struct ChainArgs {
     #[arg(long, value_name = "N", default_value = "32", value_parser = positive)]
     calib_samples: NonZeroUsize,
     /// Structured pruning method, with a least-squares refit; the paper's is flap
-    #[arg(long, value_name = "M", default_value = "rd-dp", value_parser = PossibleValuesParser::new(Recipe::NAMES))]
+    #[arg(long, value_name = "M", default_value = "rd-dp", value_parser = Known::new(Recipe::NAMES))]
     prune: String,
     /// Fraction of the blocks' parameters that is pruned
     #[arg(long, value_name = "X", default_value = "0.25", value_parser = ratio)]
@@ -62,8 +73,10 @@ pub(super) struct ChainArgs {
     save: Option<PathBuf>,
 }
 
-fn policies() -> PossibleValuesParser {
-    PossibleValuesParser::new(Choice::known().iter().map(String::as_str))
+/// All policies but the one that looks ahead, which only a trace lets it.
+fn policies() -> Known {
+    let known = Choice::known().iter().map(String::as_str);
+    Known::new(known.filter(|name| !name.ends_with("oracle")))
 }
 
 fn compressor(name: &str) -> Result<Compressor, String> {
@@ -76,6 +89,11 @@ fn method(name: &str) -> Result<Method, String> {
 
 impl From<ChainArgs> for Config {
     fn from(args: ChainArgs) -> Self {
+        let text = perplexity::Config {
+            model: args.model,
+            text: args.text,
+            protocol: with_bos(args.protocol, !args.no_bos),
+        };
         Self {
             calib_samples: args.calib_samples.get(),
             prune: args.prune,
@@ -87,7 +105,7 @@ impl From<ChainArgs> for Config {
             budget: args.budget,
             target: args.target,
             save: args.save,
-            ..Self::new(args.text.into(), args.calib)
+            ..Self::new(text, args.calib)
         }
     }
 }

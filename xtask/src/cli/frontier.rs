@@ -4,19 +4,20 @@ use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
 use clap::Args;
-use frontier::{CacheFormat, Format, Options, TARGETS, Target};
+use frontier::{CACHE_FORMATS, CacheFormat, Format, Options, TARGETS, Target};
 use lowrank_eora::compress::Compressor;
+use toy_lm::bundled::CALIBRATION;
 
 use super::values::{positive, target};
-use super::{TextArgs, names};
+use super::{TextArgs, bundled, names};
 use crate::suites::frontier::{self as suite, Memory};
 
 #[derive(Args)]
 pub(super) struct FrontierArgs {
     #[command(flatten)]
     text: TextArgs,
-    /// Text to calibrate and to compare models on; must differ from --text
-    #[arg(long, value_name = "FILE")]
+    /// Text to calibrate and to compare models on, or a part of one, such as FILE[0..80%]; must differ from --text
+    #[arg(long, value_name = "FILE", default_value_os_t = bundled(CALIBRATION))]
     calib: PathBuf,
     /// Budgets, separated by commas: bytes (500000000, 500M, 1.5GiB) or percent of the model's in bf16 (35%)
     #[arg(long, required = true, value_delimiter = ',', value_name = "B[,B..]")]
@@ -81,7 +82,8 @@ struct SearchArgs {
         long,
         value_delimiter = ',',
         value_name = "T[,T..]",
-        requires = "context"
+        requires = "context",
+        value_parser = cache_format
     )]
     cache_formats: Option<Vec<CacheFormat>>,
     /// Fractions of the context's tokens that a layer's cache may keep, besides all; layers that keep fewer evict by keydiff
@@ -107,6 +109,10 @@ struct SearchArgs {
     /// Generations of drawn exchanges between sites after the rounds, each of 12 plans; the better plan stays
     #[arg(long, value_name = "N", default_value = "0")]
     refine: usize,
+}
+
+fn cache_format(name: &str) -> Result<CacheFormat, String> {
+    names::parse(name, &CACHE_FORMATS)
 }
 
 fn format(name: &str) -> Result<Format, String> {

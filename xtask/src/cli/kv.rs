@@ -101,7 +101,7 @@ pub(super) struct KvArgs {
     #[arg(long, value_name = "N", value_parser = super::values::positive)]
     train_steps: Option<NonZeroUsize>,
     /// Seeds of random policies, generated traces and long contexts, counted from --seed [default: 3]
-    #[arg(long, value_name = "N", value_parser = super::values::positive)]
+    #[arg(long, value_name = "N", value_parser = super::values::seeds)]
     seeds: Option<NonZeroUsize>,
     /// Windows per batch [default: as memory allows, at most 32]
     #[arg(long, value_name = "N", value_parser = super::values::positive)]

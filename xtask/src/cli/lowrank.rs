@@ -12,7 +12,7 @@ use lowrank_eora::repair::{
 use tensor_io::WriteOptions;
 use toy_lm::bundled::CALIBRATION;
 
-use super::values::positive;
+use super::values::{given, positive};
 use super::weights::CalibrationArithmetic;
 use super::{TextArgs, bundled, names};
 use crate::suites::lowrank::{self, Output};
@@ -32,12 +32,11 @@ pub(super) struct LowrankArgs {
     held_out_samples: NonZeroUsize,
     #[arg(
         long,
-        required_unless_present = "compressed",
         value_delimiter = ',',
         value_name = "C[,C..]",
         value_parser = compressor,
         help = format!(
-            "Compressors, separated by commas: {}; more by a grammar, which a wrong name prints",
+            "Compressors, separated by commas: {}; more by a grammar, which a wrong name prints [default: {COMPRESSOR}]",
             Compressor::COMMON.join(", ")
         )
     )]
@@ -50,9 +49,9 @@ pub(super) struct LowrankArgs {
     /// types), instead of what calibration sees
     #[arg(long, value_name = "FILE", conflicts_with = "compressed")]
     imatrix: Option<PathBuf>,
-    /// Embedding and output head of models in GGUF blocks
-    #[arg(long, value_enum, value_name = "HOW", default_value = "llama-cpp")]
-    rest: lowrank::Rest,
+    /// Embedding and output head of models in GGUF blocks [default: llama-cpp]
+    #[arg(long, value_enum, value_name = "HOW")]
+    rest: Option<lowrank::Rest>,
     #[arg(
         long,
         default_value = "eora",
@@ -66,10 +65,9 @@ pub(super) struct LowrankArgs {
         )
     )]
     method: Vec<MethodArg>,
-    /// Ranks, separated by commas; limited by the smaller side of each linear
+    /// Ranks, separated by commas; limited by the smaller side of each linear [default: 16]
     #[arg(
         long,
-        required = true,
         value_delimiter = ',',
         value_name = "R[,R..]",
         value_parser = positive
@@ -92,7 +90,12 @@ pub(super) struct LowrankArgs {
     #[arg(long, requires = "save")]
     overwrite: bool,
     /// Maximum shard size in bytes
-    #[arg(long, value_name = "N", default_value = "5000000000")]
+    #[arg(
+        long,
+        value_name = "N",
+        default_value = "5000000000",
+        requires = "save"
+    )]
     max_shard_bytes: u64,
     /// Save the state of each block in this folder and resume from it
     #[arg(long, value_name = "DIR")]
@@ -111,9 +114,9 @@ pub(super) struct LowrankArgs {
 #[derive(Args)]
 #[command(next_help_heading = "Changes to the repair")]
 struct RepairArgs {
-    /// Activations to calibrate on: after the repaired blocks, or of the dense model
-    #[arg(long, value_enum, default_value = "repaired")]
-    inputs: InputsArg,
+    /// Activations to calibrate on: after the repaired blocks, or of the dense model [default: repaired]
+    #[arg(long, value_enum)]
+    inputs: Option<InputsArg>,
     /// Within a block, calibrate each linear on the outputs of the repaired linears before it
     #[arg(long)]
     sequential: bool,
@@ -127,15 +130,34 @@ struct RepairArgs {
     /// Fraction of the calibration tokens to use, sampled by their norms
     #[arg(long, value_name = "S", value_parser = share)]
     token_share: Option<f64>,
-    /// Storage of the factors; int: A in 4 bits, B refitted in 8 bits, groups of 64
-    #[arg(long, value_enum, default_value = "f16")]
-    factors: FactorsArg,
+    /// Storage of the factors; int: A in 4 bits, B refitted in 8 bits, groups of 64 [default: f16]
+    #[arg(long, value_enum)]
+    factors: Option<FactorsArg>,
     /// Merge each result into its weights, compress them again with this compressor and measure the loss
     #[arg(long, value_name = "C", value_parser = compressor)]
     requantise: Option<Compressor>,
     /// Skip the baselines that spend the bytes of the factors on the weights
     #[arg(long)]
     no_controls: bool,
+}
+
+/// What is repaired where nothing else is asked for, and the rank.
+const COMPRESSOR: &str = "gptq-int4";
+const RANK: usize = 16;
+
+impl RepairArgs {
+    /// The flags that were given and that change nothing by themselves.
+    fn asked(&self) -> Vec<&'static str> {
+        given([
+            ("--inputs", self.inputs.is_some()),
+            ("--sequential", self.sequential),
+            ("--one-pass", self.one_pass),
+            ("--allocate", self.allocate.is_some()),
+            ("--token-share", self.token_share.is_some()),
+            ("--factors", self.factors.is_some()),
+            ("--requantise", self.requantise.is_some()),
+        ])
+    }
 }
 
 /// `none`, or a method.
@@ -184,31 +206,43 @@ impl LowrankArgs {
     pub(super) fn config(self, seed: u64) -> lowrank::Config {
         let methods: Vec<Option<Method>> = self.method.iter().map(|method| method.0).collect();
         let drifts = |method: &Option<Method>| method.is_some_and(|method| method.needs().cross);
+        let mut asked = self.change.asked();
+        asked.extend(given([("--rest", self.rest.is_some())]));
         let change = self.change;
+        let ranks: Vec<usize> = self.rank.into_iter().map(NonZeroUsize::get).collect();
+        let repairs = methods.iter().any(Option::is_some);
+        let default = COMPRESSOR.parse().into_iter();
+        let needs_one = self.compress.is_empty() && self.compressed.is_none();
         lowrank::Config {
             perplexity: self.text.into(),
             calib: self.calib,
             calib_samples: self.calib_samples.get(),
             held_out_samples: self.held_out_samples.get(),
-            compressors: self.compress,
+            compressors: match needs_one {
+                true => default.collect(),
+                false => self.compress,
+            },
             compressed: self.compressed,
             imatrix: self.imatrix,
-            rest: self.rest,
-            ranks: self.rank.into_iter().map(NonZeroUsize::get).collect(),
+            rest: self.rest.unwrap_or_default(),
+            ranks: match ranks.is_empty() && repairs {
+                true => vec![RANK],
+                false => ranks,
+            },
             repair: Repair::default()
                 .with_inputs(match change.inputs {
-                    InputsArg::Repaired => InputSource::Repaired,
-                    InputsArg::Dense => InputSource::Dense,
+                    None | Some(InputsArg::Repaired) => InputSource::Repaired,
+                    Some(InputsArg::Dense) => InputSource::Dense,
                 })
                 .with_within_block(match change.sequential {
                     true => WithinBlock::Sequential,
                     false => WithinBlock::Original,
                 })
                 .with_factors(match change.factors {
-                    FactorsArg::F16 => FactorStorage::F16,
-                    FactorsArg::Bf16 => FactorStorage::Bf16,
-                    FactorsArg::F32 => FactorStorage::F32,
-                    FactorsArg::Int => FactorStorage::integers(),
+                    None | Some(FactorsArg::F16) => FactorStorage::F16,
+                    Some(FactorsArg::Bf16) => FactorStorage::Bf16,
+                    Some(FactorsArg::F32) => FactorStorage::F32,
+                    Some(FactorsArg::Int) => FactorStorage::integers(),
                 })
                 .with_requantise(change.requantise)
                 .with_sampling(
@@ -231,6 +265,17 @@ impl LowrankArgs {
                 .with_max_shard_bytes(self.max_shard_bytes),
             resume: self.resume,
             hidden_metrics: self.hidden_metrics,
+            asked,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_compressor_by_default_is_one() {
+        assert_eq!(compressor(COMPRESSOR).unwrap().to_string(), COMPRESSOR);
     }
 }

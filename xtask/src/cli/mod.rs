@@ -32,7 +32,7 @@ use lm_eval::ProtocolKind;
 use toy_lm::bundled::EVALUATION;
 
 use crate::eval::{self, CellFolder, Run, Scope};
-use crate::settings::{Device, Settings, Weights};
+use crate::settings::{Device, Settings, Weights, one_line};
 use crate::suite::Suite;
 use crate::suites::perplexity;
 use crate::{default_model, generate as generation, random_model as random};
@@ -136,30 +136,6 @@ fn shared(words: &[String]) -> Vec<String> {
     shared
 }
 
-/// An error and its causes on one line. A cause that ends the text before it is not repeated, nor is a path that the cause
-/// begins with, and line breaks become spaces.
-fn one_line(error: &anyhow::Error) -> String {
-    let one_line = |text: String| text.lines().map(str::trim).collect::<Vec<_>>().join(" ");
-    let texts = error.chain().map(|cause| one_line(cause.to_string()));
-    let texts: Vec<String> = texts.collect();
-    let mut line = String::new();
-    for (i, text) in texts.iter().enumerate() {
-        let next = texts
-            .get(i + 1)
-            .and_then(|next| next.strip_prefix(text.as_str()));
-        if next.is_some_and(|rest| rest.starts_with(['/', ':'])) {
-            continue;
-        }
-        if !line.ends_with(text.as_str()) {
-            if !line.is_empty() {
-                line += ": ";
-            }
-            line += text;
-        }
-    }
-    line
-}
-
 /// Post-training compression, measured.
 #[derive(Parser)]
 #[command(name = "cargo xtask", bin_name = "cargo xtask", version = eval::VERSION)]
@@ -225,7 +201,7 @@ struct CommonArgs {
     #[arg(long, global = true, value_name = "N", value_parser = values::positive)]
     samples: Option<NonZeroUsize>,
     /// Seed of everything random
-    #[arg(long, global = true, value_name = "N", default_value_t = 0)]
+    #[arg(long, global = true, value_name = "N", default_value = "0", value_parser = values::seed)]
     seed: u64,
     /// Number of threads [default: all cores]
     #[arg(long, global = true, value_name = "N", value_parser = values::positive)]
@@ -508,6 +484,12 @@ mod tests {
             ("eval lowrank --method eara", "eora"),
             ("eval lowrank --save-as gptq-v3", "gptq-v2"),
             ("eval structured --method flop", "flap"),
+            ("eval structured --method FLAP", "flap"),
+            ("eval structured --compensate Bias", "bias"),
+            ("eval chain --policy LAZY", "lazy"),
+            ("eval chain --prune RD-dp", "rd-dp"),
+            ("eval lowrank --compress GPTQ-int4", "gptq-int4"),
+            ("eval frontier --cache-formats int44", "int4"),
             ("eval structured --then wadna-50", "wanda-50"),
             ("eval structured --export ggulf:q8_0", "gguf:q8_0"),
             ("eval frontier --for ggul", "gguf"),
@@ -554,23 +536,43 @@ mod tests {
     }
 
     #[test]
+    fn seeds_that_would_not_fit_beside_one_another_are_refused_with_what_is_expected() {
+        for (words, expected) in [
+            (
+                "eval --seed 18446744073709551615",
+                "at most 9223372036854775807",
+            ),
+            ("eval structured --model m --seeds 4294967295", "1 to 1000"),
+            ("eval structured --model m --seeds 0", "at least 1"),
+            ("eval kv --seeds 1001", "1 to 1000"),
+            ("eval structured --model m --align 0", "at least 1"),
+        ] {
+            let line = ["cargo xtask"].into_iter().chain(words.split(' '));
+            let error = Cli::try_parse_from(line).err().expect(words).to_string();
+            assert!(error.contains(expected), "{words}: {error}");
+        }
+        let oracle = "eval chain --model m --policy oracle";
+        let line = ["cargo xtask"].into_iter().chain(oracle.split(' '));
+        assert!(Cli::try_parse_from(line).is_err());
+        let words = "eval kv --seed 9223372036854775807 --seeds 1000";
+        let line = ["cargo xtask"].into_iter().chain(words.split(' '));
+        assert!(Cli::try_parse_from(line).is_ok());
+    }
+
+    #[test]
+    fn what_is_decoded_is_offered_no_protocol_that_is_not() {
+        for suite in ["chain", "kv"] {
+            let line = ["cargo xtask", "eval", suite, "--protocol", "rolling"];
+            let error = Cli::try_parse_from(line).err().unwrap().to_string();
+            assert!(error.contains("possible values: windows, gptq"), "{error}");
+        }
+    }
+
+    #[test]
     fn parts_of_a_run_share_all_but_where_results_go() {
         let words =
             "eval kv --shard 1/4 --cells=a --seed 3 --out b --json --threads=2 --policy lazy";
         let words: Vec<String> = words.split(' ').map(String::from).collect();
         assert_eq!(shared(&words).join(" "), "eval kv --seed 3 --policy lazy");
-    }
-
-    #[test]
-    fn an_error_is_one_line_without_repetition() {
-        let cause = std::io::Error::other("no\nspace");
-        let error = anyhow::Error::new(cause)
-            .context("cannot write x: no space")
-            .context("flap");
-        assert_eq!(one_line(&error), "flap: cannot write x: no space");
-        let error = anyhow::anyhow!("a/m/config.json: no vocab_size").context("a/m");
-        assert_eq!(one_line(&error), "a/m/config.json: no vocab_size");
-        let error = anyhow::anyhow!("a/mini: odd").context("a/m");
-        assert_eq!(one_line(&error), "a/m: a/mini: odd");
     }
 }

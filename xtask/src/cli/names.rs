@@ -1,8 +1,13 @@
 //! Names and paths as users type them: the nearest known name where one is unknown, and paths with commas in lists.
 
+use std::ffi::OsStr;
 use std::fmt::Display;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+
+use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
+use clap::error::{ContextKind, ContextValue};
+use clap::{Arg, Command, Error};
 
 /// Parses a name; an error says which name, made of `words`, is the nearest that can be parsed.
 pub(super) fn parse<T>(text: &str, words: &[&str]) -> Result<T, String>
@@ -22,6 +27,48 @@ where
 /// The nearest of `words`, where a text is near to one.
 pub(super) fn near(text: &str, words: &[&str]) -> Option<String> {
     nearest(text, words).filter(|near| words.contains(&near.as_str()))
+}
+
+/// One of some names, which help texts list; an error says the nearest of them, whatever its case.
+#[derive(Clone)]
+pub(super) struct Known {
+    names: Vec<&'static str>,
+    parser: PossibleValuesParser,
+}
+
+impl Known {
+    pub(super) fn new(names: impl IntoIterator<Item = &'static str>) -> Self {
+        let names: Vec<&str> = names.into_iter().collect();
+        Self {
+            parser: PossibleValuesParser::new(names.iter().copied()),
+            names,
+        }
+    }
+}
+
+impl TypedValueParser for Known {
+    type Value = String;
+
+    fn parse_ref(
+        &self,
+        command: &Command,
+        arg: Option<&Arg>,
+        value: &OsStr,
+    ) -> Result<String, Error> {
+        let parsed = self.parser.parse_ref(command, arg, value);
+        parsed.map_err(|mut error| {
+            let near = value.to_str().and_then(|text| similar(text, &self.names));
+            if let Some(near) = near {
+                let near = ContextValue::String(near.into());
+                error.insert(ContextKind::SuggestedValue, near);
+            }
+            error
+        })
+    }
+
+    fn possible_values(&self) -> Option<Box<dyn Iterator<Item = PossibleValue> + '_>> {
+        self.parser.possible_values()
+    }
 }
 
 /// The words of a list as help texts show it.
@@ -49,11 +96,12 @@ fn nearest(text: &str, words: &[&str]) -> Option<String> {
     Some(near)
 }
 
-/// The word of fewest edits, where these are few for its length.
+/// The word of fewest edits, where these are few for its length; case is none.
 fn similar<'w>(text: &str, words: &[&'w str]) -> Option<&'w str> {
-    let edits = words.iter().map(|word| (edits(text, word), *word));
+    let lower = text.to_lowercase();
+    let edits = words.iter().map(|word| (edits(&lower, word), *word));
     let (edits, word) = edits.min_by_key(|(edits, _)| *edits)?;
-    (edits > 0 && 3 * edits <= word.chars().count().max(3)).then_some(word)
+    (word != text && 3 * edits <= word.chars().count().max(3)).then_some(word)
 }
 
 /// Characters to insert, delete, replace or exchange with their neighbour.
@@ -115,6 +163,7 @@ mod tests {
             nearest("wanda-2:4+rtm-int3-smy", &words).as_deref(),
             Some("wanda-2:4+rtn-int3-sym")
         );
+        assert_eq!(nearest("GPTQ-Int3", &words).as_deref(), Some("gptq-int3"));
         assert_eq!(nearest("something", &words), None);
         let error = parse::<u32>("12x", &["120", "7"]).unwrap_err();
         assert!(error.ends_with("exists: '120'"), "{error}");

@@ -42,6 +42,23 @@ pub(super) fn one_line(text: &str) -> Result<String, String> {
     }
 }
 
+/// A seed: the largest leave room for those of further runs, which are counted from it.
+pub(super) fn seed(text: &str) -> Result<u64, String> {
+    const MOST: u64 = i64::MAX as u64;
+    match text.parse() {
+        Ok(seed) if seed <= MOST => Ok(seed),
+        _ => Err(format!("expected a whole number, at most {MOST}")),
+    }
+}
+
+/// A number of runs with a seed each.
+pub(super) fn seeds(text: &str) -> Result<NonZeroUsize, String> {
+    match positive(text) {
+        Ok(seeds) if seeds.get() > 1000 => Err("expected a whole number, 1 to 1000".into()),
+        other => other,
+    }
+}
+
 /// A number of tokens, of which the first is never a target.
 pub(super) fn window(text: &str) -> Result<usize, String> {
     match text.parse() {
@@ -100,4 +117,10 @@ pub(super) fn budget(text: &str) -> Result<Budget, String> {
 /// The runtime whose files are written.
 pub(super) fn target(name: &str) -> Result<Target, String> {
     names::parse(name, &TARGETS)
+}
+
+/// The names of those flags that were given.
+pub(super) fn given<const N: usize>(flags: [(&'static str, bool); N]) -> Vec<&'static str> {
+    let given = flags.into_iter().filter(|(_, given)| *given);
+    given.map(|(flag, _)| flag).collect()
 }

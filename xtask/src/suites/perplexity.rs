@@ -252,6 +252,7 @@ pub fn run(settings: &Settings, config: &Config, hidden_metrics: bool) -> Result
             Column::Extra("entropy".into()),
         ],
         rows: vec![row],
+        remarks: settings.weights.other_base(&config.model).into_iter().collect(),
         ..Section::default()
     };
     Ok(vec![protocol.facts(

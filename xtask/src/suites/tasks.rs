@@ -12,7 +12,7 @@ use serde_json::json;
 use super::perplexity::{WINDOW, file_name};
 use crate::estimate::Probe;
 use crate::model;
-use crate::settings::{Settings, once, part};
+use crate::settings::{Settings, once, one_line, part};
 
 /// What to measure.
 #[derive(Debug, Clone)]
@@ -45,14 +45,20 @@ pub struct Shots {
 /// # Errors
 /// A file that cannot be read, named, and the failure of the first model where none can be asked.
 pub fn run(settings: &Settings, config: &Config) -> Result<Vec<Section>> {
+    once("--model", config.models.iter().map(|path| path.display()))?;
     once("--data", config.data.iter().map(|path| path.display()))?;
     let data = config.data.iter().map(Task::read);
     let data: Vec<Task> = data.collect::<Result<_, _>>()?;
     let from = config.shots.from.as_ref().map(Task::read).transpose()?;
     let count = config.shots.count;
+    // Examples of the question's own file would have the question and its answer among them.
+    let is_own = |task: &Task, from: &Task| {
+        let there = from.path.canonicalize();
+        there.is_ok_and(|there| task.path.canonicalize().is_ok_and(|path| path == there))
+    };
     let examples = data.iter().map(|task| match &from {
-        Some(from) => Examples::of_file(count, task, from),
-        None => Examples::of_task(count, task),
+        Some(from) if !is_own(task, from) => Examples::of_file(count, task, from),
+        _ => Examples::of_task(count, task),
     });
     let examples: Vec<Examples<'_>> = examples
         .collect::<Result<_, _>>()
@@ -75,7 +81,7 @@ pub fn run(settings: &Settings, config: &Config) -> Result<Vec<Section>> {
     if rows.is_empty() && !failures.is_empty() {
         return Err(failures.swap_remove(0));
     }
-    let failures: Vec<String> = failures.iter().map(|error| format!("{error:#}")).collect();
+    let failures: Vec<String> = failures.iter().map(one_line).collect();
     if settings.is_part() {
         return Ok(part(failures));
     }
@@ -98,6 +104,9 @@ pub fn run(settings: &Settings, config: &Config) -> Result<Vec<Section>> {
             .filter(|(layout, _)| layout.is_generated() == generated);
         of_kind.map(|(_, row)| row.clone()).collect()
     };
+    let others = config.models.iter();
+    let others = others.filter_map(|model| settings.weights.other_base(model));
+    let others: Vec<String> = others.collect();
     let sections = [
         choice_section(of_kind(false)),
         generation_section(of_kind(true)).fact("tokens at most", config.max_new_tokens),
@@ -106,6 +115,7 @@ pub fn run(settings: &Settings, config: &Config) -> Result<Vec<Section>> {
     let mut sections: Vec<Section> = sections.into_iter().filter(asked).map(facts).collect();
     if let Some(first) = sections.first_mut() {
         first.failures = failures;
+        first.remarks.extend(others);
     }
     Ok(sections)
 }
@@ -137,6 +147,9 @@ impl AllAsked {
         settings.expect(name, || seconds(settings, config, (path, &decoder), tasks))?;
         for (i, &(data, examples)) in tasks.iter().enumerate() {
             let cell = format!("{}: {} {i}", path.display(), data.name());
+            if let Some(dir) = &config.log_samples {
+                settings.written(&cell, "--log-samples", &samples(dir, name, data))?;
+            }
             let asked = settings.cells.get(&cell, || {
                 let method = if number == 0 { DENSE } else { name };
                 let mut row = Row::new("tasks", method);
@@ -146,7 +159,7 @@ impl AllAsked {
                 row.bytes = Some(checkpoint.total_bytes());
                 settings.weights.fill(&mut row, &weights);
                 if let Some(dir) = &config.log_samples {
-                    save(dir, name, data, &answers).context("--log-samples")?;
+                    save(&samples(dir, name, data), &answers).context("--log-samples")?;
                 }
                 let correct = answers.correct;
                 anyhow::Ok(Asked { row, correct })
@@ -178,7 +191,8 @@ fn seconds(
         let tokens = tokenizer.encode_file(&data.path)?;
         read += tokens.len() * count / all * (1 + config.shots.count);
         if data.layout.is_generated() {
-            written += count * config.max_new_tokens / 2;
+            written +=
+                count.saturating_mul(config.max_new_tokens.min(decoder.config().max_positions)) / 2;
         }
         sample.extend_from_slice(&tokens[..tokens.len().min(BATCH_TOKENS)]);
     }
@@ -223,7 +237,7 @@ fn evaluator<'a>(
         None => Ok(evaluator),
         Some(window) => evaluator
             .with_positions(window)
-            .with_context(|| format!("--window {window}: {}", path.display())),
+            .with_context(|| format!("--window {window}")),
     }
 }
 
@@ -294,12 +308,16 @@ fn compare(asked: &mut Asked, dense: &Asked) {
     row.extra.insert("flips".into(), json!(flips.value));
 }
 
-/// Writes what was scored or generated, a JSON object a line, to `MODEL-TASK.jsonl`.
-fn save(dir: &Path, model: &str, data: &Task, answers: &Answers) -> Result<()> {
+/// The file of what was scored or generated: `MODEL-TASK.jsonl`.
+fn samples(dir: &Path, model: &str, data: &Task) -> PathBuf {
     let model = model
         .trim_start_matches(['.', '/'])
         .replace(['/', '\\'], "-");
-    let path = dir.join(format!("{model}-{}.jsonl", data.name()));
+    dir.join(format!("{model}-{}.jsonl", data.name()))
+}
+
+/// Writes what was scored or generated, a JSON object a line.
+fn save(path: &Path, answers: &Answers) -> Result<()> {
     let mut lines = String::new();
     for sample in &answers.samples {
         lines += &serde_json::to_string(sample)?;

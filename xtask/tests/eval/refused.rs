@@ -23,6 +23,7 @@ fn what_is_known_beforehand_is_refused_before_calibration_by_flag_and_value() {
     std::fs::create_dir(scene.path("plans")).unwrap();
     std::fs::write(scene.path("plans/flap-0.2.json"), "{}").unwrap();
     let there = scene.path("there").display().to_string();
+    let model = scene.path("model").display().to_string();
     let plans = scene.path("plans").display().to_string();
     for (words, flag, value) in [
         (
@@ -66,6 +67,57 @@ fn what_is_known_beforehand_is_refused_before_calibration_by_flag_and_value() {
         ),
         ("--method tyr --ratio 0.2 --uniform", "--uniform", "true"),
         ("--method tyr --ratio 0.2 --offspring 0", "--offspring", "0"),
+        (
+            "--method tyr --ratio 0.2 --offspring 18446744073709551615",
+            "--offspring",
+            "at most 1,000,000",
+        ),
+        (
+            "--method tyr --ratio 0.2 --generations 18446744073709551615",
+            "--generations",
+            "at most 1,000,000",
+        ),
+        (
+            "--method rd-dp --ratio 0.2 --top-k 0",
+            "--top-k",
+            "at least 1",
+        ),
+        ("--method flap --ratio 0.2 --seeds 7", "--seeds", "flap"),
+        (
+            "--method flap --ratio 0.2 --overwrite",
+            "--overwrite",
+            "--save-plans",
+        ),
+        (
+            "--method magnitude,reap,topk-plain --ratio 0.2",
+            "--method reap",
+            "dense model",
+        ),
+        (
+            "--method magnitude --ratio 0.2 --compensate none,expert-scale",
+            "--compensate expert-scale",
+            "dense model",
+        ),
+        (
+            "--method magnitude --ratio 0.2 --compensate auto,expert-scale",
+            "--compensate expert-scale",
+            "dense model",
+        ),
+        (
+            "--ratio 0.2 --compensate expert-scale",
+            "--compensate expert-scale",
+            "dense model",
+        ),
+        (
+            &format!("--method flap --ratio 0.2 --save {model} --overwrite"),
+            "--save",
+            "--model",
+        ),
+        (
+            &format!("--method flap --ratio 0.2 --save {model}/../model --overwrite"),
+            "--save",
+            "--model",
+        ),
         (
             "--method rd-dp --ratio 0.2 --compensate bias",
             "--compensate",
@@ -189,6 +241,22 @@ fn of_mixtures_too_is_refused_before_calibration_what_is_known_beforehand() {
             "reap is given twice",
         ),
         ("--method reap --ratio 0.5 --masked", "--masked", "zeroed"),
+        ("--method reap --ratio 0.5 --seeds 7", "--seeds", "reap"),
+        (
+            "--method reap,magnitude --ratio 0.5",
+            "--method magnitude",
+            "mixture of experts",
+        ),
+        (
+            "--method reap,neurons --ratio 0.5 --compensate least-squares",
+            "--compensate least-squares",
+            "reap",
+        ),
+        (
+            "--method reap --ratio 0.5 --compensate auto,least-squares",
+            "--compensate least-squares",
+            "mixture of experts",
+        ),
     ] {
         let words: Vec<&str> = words.split(' ').collect();
         let line = error(&structured(&scene, &words));
@@ -217,6 +285,12 @@ fn a_run_that_goes_on_is_not_refused_for_what_it_has_written() {
     let again = rows(&structured(&scene, &more));
     assert_eq!(first.len(), again.len());
     assert_eq!(first[1]["perplexity"], again[1]["perplexity"]);
+    // The row is there, so that nothing would write what is gone.
+    std::fs::remove_dir_all(save.join("flap-0.4")).unwrap();
+    let refused = error(&structured(&scene, &more));
+    for part in ["--save", "flap-0.4", "--cells"] {
+        assert!(refused.contains(part), "{refused}");
+    }
 }
 
 #[test]
@@ -258,6 +332,12 @@ fn a_chain_that_cannot_be_run_is_refused_before_calibration() {
             "{words}: {line}"
         );
         assert!(!line.contains("calib.txt"), "{words}: {line}");
+    }
+    for target in ["gguf", "vllm"] {
+        let line = chain(&format!("--compress rtn-int4-g8 --for {target}"));
+        let flags = format!("--compress rtn-int4-g8 --for {target}");
+        assert!(line.contains(&flags), "{line}");
+        assert!(!line.contains("calib.txt"), "{line}");
     }
     // The budget depends on the window, which the text has to be cut for.
     let scene = llama();

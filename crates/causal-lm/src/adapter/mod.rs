@@ -106,6 +106,18 @@ impl Adapter {
         Ok(adapter)
     }
 
+    /// The model that the adapter at `path` names as its base: a path, from where the adapter lies or whoever made it was, or a name
+    /// on a hub. `None` where it names none, as GGUF files do not. Opening compares shapes alone.
+    ///
+    /// # Errors
+    /// A configuration that cannot be read.
+    pub fn base_model(path: impl AsRef<Path>) -> Result<Option<String>> {
+        match path.as_ref().is_dir() {
+            true => peft::base(path.as_ref()),
+            false => Ok(None),
+        }
+    }
+
     fn check(&self, base: &Checkpoint) -> Result<()> {
         let path = &self.path;
         if self.places.is_empty() {

@@ -17,6 +17,15 @@ const PREFIX: &str = "base_model.model.";
 const A: &str = ".lora_A.weight";
 const B: &str = ".lora_B.weight";
 
+/// The model that the adapter names as its base.
+pub(super) fn base(dir: &Path) -> Result<Option<String>> {
+    let config = Config::read(dir.join(CONFIG))?;
+    Ok(config
+        .opt_str("base_model_name_or_path")?
+        .filter(|name| !name.is_empty())
+        .map(str::to_owned))
+}
+
 /// The file and where the factors of each weight are in it.
 pub(super) fn read(dir: &Path) -> Result<(Checkpoint, BTreeMap<String, Place>)> {
     let path = dir.join(CONFIG);

@@ -138,3 +138,23 @@ fn an_adapter_may_be_added_in_part() {
     let error = open().with_scale(f32::NAN).unwrap_err().to_string();
     assert!(error.contains("NaN"), "{error}");
 }
+
+#[test]
+fn an_adapter_says_which_model_it_names_as_its_base() {
+    let model = TestModel::with(&wide(), DType::BF16, |_, tensor| tensor);
+    let config = |base| {
+        json!({"peft_type": "LORA", "r": 3, "lora_alpha": 6, "bias": "none",
+            "base_model_name_or_path": base})
+    };
+    for (name, base, expected) in [
+        ("named", json!("../model"), Some("../model")),
+        ("empty", json!(""), None),
+        ("null", json!(null), None),
+    ] {
+        let adapter = write_adapter_with(&model, name, config(base));
+        let found = Adapter::base_model(adapter).unwrap();
+        assert_eq!(found.as_deref(), expected);
+    }
+    let none = write_adapter(&model);
+    assert_eq!(Adapter::base_model(none).unwrap(), None);
+}

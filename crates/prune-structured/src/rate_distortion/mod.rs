@@ -39,6 +39,24 @@ impl Default for Measure {
     }
 }
 
+impl Measure {
+    /// Refuses sizes that measure nothing.
+    ///
+    /// # Errors
+    /// [`Error::Search`] without points or logits.
+    pub fn check(&self) -> Result<()> {
+        let sizes = [("points", self.points), ("top_k", self.top_k)];
+        match sizes.into_iter().find(|(_, size)| *size == 0) {
+            None => Ok(()),
+            Some((option, _)) => Err(Error::Search {
+                option,
+                value: "0".into(),
+                expected: "at least 1",
+            }),
+        }
+    }
+}
+
 /// What curves are measured on, and where.
 #[derive(Clone, Copy, Debug)]
 pub struct Data<'a> {
@@ -75,7 +93,7 @@ pub fn check(decoder: &Decoder<'_>, recipe: &Recipe) -> Result<()> {
 ///
 /// # Errors
 /// [`Error::Missing`] without Gram matrices where the recipe refits, [`Error::Search`] for a compensation by bias, which
-/// a curve leaves out, [`Error::Cancelled`], and what running the model reports.
+/// a curve leaves out, those of [`Measure::check`], [`Error::Cancelled`], and what running the model reports.
 pub fn measure(
     decoder: &Decoder<'_>,
     calibration: &Calibration,
@@ -89,6 +107,7 @@ pub fn measure(
     progress: &dyn Progress,
 ) -> Result<()> {
     check(decoder, recipe)?;
+    options.check()?;
     let compensation = recipe.compensation(decoder);
     let store = LevelStore::create(dir)?;
     let place = (dir, decoder.checkpoint().content_hash()?);

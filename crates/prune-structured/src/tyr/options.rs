@@ -9,6 +9,9 @@ use crate::{Error, Result};
 use causal_lm::Decoder;
 use serde::{Deserialize, Serialize};
 
+/// Most supernets, generations and candidates; no search lives to see the end of more.
+const MOST: usize = 1_000_000;
+
 /// Whose output is the calibration input of the next block of a supernet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -60,14 +63,17 @@ pub struct Options {
 }
 
 impl Options {
-    /// Tokens that the candidates of a search run on, all generations of all supernets together.
+    /// Tokens that the candidates of a search run on, all generations of all supernets together; the largest number where they are
+    /// more.
     pub fn candidate_tokens(&self) -> usize {
         let entering = [self.offspring].into_iter();
         let entering = entering.chain(self.stages.iter().map(|stage| stage.survivors));
         let generation = entering
             .zip(&self.stages)
-            .map(|(candidates, stage)| candidates * stage.tokens);
-        self.iterations * self.generations * generation.sum::<usize>()
+            .map(|(candidates, stage)| candidates.saturating_mul(stage.tokens));
+        let tokens = generation.fold(0, usize::saturating_add);
+        let generations = self.iterations.saturating_mul(self.generations);
+        generations.saturating_mul(tokens)
     }
 }
 
@@ -148,6 +154,14 @@ impl Options {
             })
         };
         let positive = "at least 1";
+        let sizes = [
+            ("iterations", self.iterations),
+            ("generations", self.generations),
+            ("offspring", self.offspring),
+        ];
+        if let Some((option, value)) = sizes.into_iter().find(|(_, value)| *value > MOST) {
+            return wrong(option, value, "at most 1,000,000");
+        }
         match self {
             Self { iterations: 0, .. } => wrong("iterations", 0, positive),
             Self { offspring: 0, .. } => wrong("offspring", 0, positive),

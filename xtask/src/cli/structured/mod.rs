@@ -2,7 +2,7 @@
 
 mod search;
 
-use std::num::{NonZeroU32, NonZeroUsize};
+use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
@@ -20,10 +20,11 @@ use prune_structured::{
 use tensor_io::WriteOptions;
 use toy_lm::bundled::CALIBRATION;
 
-use super::values::{counted, positive, ratio};
+use super::names::Known;
+use super::values::{given, positive, ratio, seeds};
 use super::weights::CalibrationArithmetic;
 use super::{TextArgs, bundled};
-use crate::suites::structured::{self, ExpertMethods};
+use crate::suites::structured::{self, ExpertMethods, Named};
 
 #[derive(Args)]
 pub(super) struct StructuredArgs {
@@ -45,10 +46,10 @@ pub(super) struct StructuredArgs {
     /// Methods, separated by commas. Dense models: those of score and allocation. Mixtures of experts: those that drop, merge
     /// or narrow experts; topk-* rows are measured once, at every smaller number of experts for a token [default: rd-dp; for
     /// mixtures neurons]
-    #[arg(long, default_value = RECOMMENDED, hide_default_value = true, value_delimiter = ',', value_name = "M[,M..]", value_parser = PossibleValuesParser::new(methods()))]
+    #[arg(long, value_delimiter = ',', value_name = "M[,M..]", value_parser = Known::new(methods()))]
     method: Vec<String>,
     /// Fractions of the prunable parameters to remove, separated by commas; of a mixture those of its experts
-    #[arg(long, required = true, value_delimiter = ',', value_name = "R[,R..]", value_parser = ratio)]
+    #[arg(long, default_value = "0.2", value_delimiter = ',', value_name = "R[,R..]", value_parser = ratio)]
     ratio: Vec<f64>,
     /// Write the pruned checkpoint to this folder; several go to subfolders METHOD-RATIO, or METHOD-RATIO-seedN for random
     /// methods and searches
@@ -72,7 +73,12 @@ pub(super) struct StructuredArgs {
     #[arg(long, value_name = "DIR")]
     save_plans: Option<PathBuf>,
     /// Maximum shard size in bytes
-    #[arg(long, value_name = "N", default_value = "5000000000")]
+    #[arg(
+        long,
+        value_name = "N",
+        default_value = "5000000000",
+        requires = "save"
+    )]
     max_shard_bytes: u64,
     /// Keep the dense shapes and write zeros for removed weights
     #[arg(long)]
@@ -80,9 +86,9 @@ pub(super) struct StructuredArgs {
     /// Only make and show the plans, including the search of tyr; write and evaluate nothing
     #[arg(long)]
     dry_run: bool,
-    /// Seeds of random methods and searches, counted from --seed
-    #[arg(long, value_name = "N", default_value = "3", value_parser = counted::<NonZeroU32>)]
-    seeds: NonZeroU32,
+    /// Seeds of random methods and searches, counted from --seed [default: 3]
+    #[arg(long, value_name = "N", value_parser = seeds)]
+    seeds: Option<NonZeroUsize>,
     /// Mixtures: also compress all experts, by compressors of `eval lowrank` separated by commas, each as NAME or NAME+eora-RANK
     #[arg(long, value_delimiter = ',', value_name = "C[,C..]", value_parser = compressor)]
     quantise: Vec<(Compressor, usize)>,
@@ -99,7 +105,7 @@ pub(super) struct StructuredArgs {
 }
 
 /// The methods that are recommended by what was measured: one for dense models, one for mixtures.
-const RECOMMENDED: &str = "rd-dp,neurons";
+const RECOMMENDED: [&str; 2] = ["rd-dp", "neurons"];
 
 /// Names of methods for dense models and for mixtures, each once.
 fn methods() -> Vec<&'static str> {
@@ -122,10 +128,10 @@ fn compressor(text: &str) -> Result<(Compressor, usize), String> {
 #[command(next_help_heading = "Changes to the methods")]
 struct RecipeArgs {
     /// Score of units [default: the method's]
-    #[arg(long, value_parser = PossibleValuesParser::new(names(Score::NAMES, "flap-compat")))]
+    #[arg(long, value_parser = Known::new(names(Score::NAMES, "flap-compat")))]
     score: Option<String>,
     /// How the budget is divided over layers [default: the method's]
-    #[arg(long, value_parser = PossibleValuesParser::new(names(&names(Allocation::NAMES, "flap-compat"), "searched")))]
+    #[arg(long, value_parser = Known::new(names(&names(Allocation::NAMES, "flap-compat"), "searched")))]
     allocation: Option<String>,
     /// What compensates for removed units, several separated by commas; auto: the method's own, which for flap is bias
     /// where the architecture can store one, else least squares; for dropped experts none
@@ -134,7 +140,7 @@ struct RecipeArgs {
         value_delimiter = ',',
         value_name = "C[,C..]",
         default_value = AUTO,
-        value_parser = PossibleValuesParser::new([&[AUTO], Compensation::NAMES, &[EXPERT_SCALE]].concat())
+        value_parser = Known::new([&[AUTO], Compensation::NAMES, &[EXPERT_SCALE]].concat())
     )]
     compensate: Vec<String>,
     /// Maximum fraction removed from any sublayer [structprune, structprune-softmax; default: 1]
@@ -160,8 +166,8 @@ struct RecipeArgs {
     #[arg(long, value_name = "N")]
     min_neurons: Option<usize>,
     /// Round the number of neurons to a multiple of N
-    #[arg(long, value_name = "N")]
-    align: Option<usize>,
+    #[arg(long, value_name = "N", value_parser = positive)]
+    align: Option<NonZeroUsize>,
     /// Use the same widths in every layer, so that stock runtimes load the result
     #[arg(long)]
     uniform: bool,
@@ -265,7 +271,7 @@ impl RecipeArgs {
         let is_plain = |compensate: &String| compensate == AUTO;
         let variant = |compensate: &String| {
             let mut recipe = ExpertRecipe::named(name, seed)?;
-            recipe.neurons.align = self.align.unwrap_or(recipe.neurons.align);
+            recipe.neurons.align = self.align.map_or(recipe.neurons.align, NonZeroUsize::get);
             recipe.neurons.ridge = self.ridge();
             recipe.neurons.refit = compensate != "none";
             if let Some(score) = self.score.as_deref().and_then(Score::named) {
@@ -342,7 +348,7 @@ impl RecipeArgs {
         let shape = &mut recipe.shape;
         shape.min_attention = self.min_attention.unwrap_or(shape.min_attention);
         shape.min_neurons = self.min_neurons.unwrap_or(shape.min_neurons);
-        shape.align_neurons = self.align.unwrap_or(shape.align_neurons);
+        shape.align_neurons = self.align.map_or(shape.align_neurons, NonZeroUsize::get);
         shape.uniform |= self.uniform;
     }
 }
@@ -355,13 +361,18 @@ impl StructuredArgs {
             ("--quantise", !self.quantise.is_empty()),
             ("--then", !self.then.is_empty()),
             ("--owl", self.owl),
+            ("--seeds", self.seeds.is_some()),
         ]));
-        let variants = |name: &String| self.change.variants(name, seed);
-        let mut recipes: Vec<Recipe> = self.method.iter().flat_map(variants).collect();
+        let names: Vec<&str> = match self.method[..] {
+            [] => RECOMMENDED.to_vec(),
+            _ => self.method.iter().map(String::as_str).collect(),
+        };
+        let variants = |name: &&str| self.change.variants(name, seed);
+        let mut recipes: Vec<Recipe> = names.iter().flat_map(variants).collect();
         recipes.iter_mut().for_each(|r| self.search.change(r));
-        let variants = |name: &String| self.change.expert_variants(name, seed);
+        let variants = |name: &&str| self.change.expert_variants(name, seed);
         let experts = ExpertMethods {
-            recipes: self.method.iter().flat_map(variants).collect(),
+            recipes: names.iter().flat_map(variants).collect(),
             compressors: self.quantise,
             then: self.then,
             owl: self.owl.then(Owl::default),
@@ -387,16 +398,17 @@ impl StructuredArgs {
             save_plans: self.save_plans,
             dry_run: self.dry_run,
             search: self.search.config(seed),
-            seeds: self.seeds.get().into(),
+            seeds: self.seeds.map_or(3, NonZeroUsize::get) as u64,
             asked,
+            named: Named {
+                methods: self.method,
+                compensations: match self.change.compensate[..] == [AUTO] {
+                    true => Vec::new(),
+                    false => self.change.compensate,
+                },
+            },
         }
     }
-}
-
-/// The names of those flags that were given.
-fn given<const N: usize>(flags: [(&'static str, bool); N]) -> Vec<&'static str> {
-    let given = flags.into_iter().filter(|(_, given)| *given);
-    given.map(|(flag, _)| flag).collect()
 }
 
 #[cfg(test)]

@@ -9,8 +9,7 @@ use prune_structured::rate_distortion::Distortion;
 use prune_structured::tyr::{Accumulation, Options, Stage};
 use prune_structured::{Allocation, Recipe};
 
-use super::given;
-use crate::cli::values::positive;
+use crate::cli::values::{given, positive};
 use crate::suites::structured::search::Config;
 
 /// Sizes of the search of tyr, and the curves of rd-dp.

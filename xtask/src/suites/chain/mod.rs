@@ -14,8 +14,9 @@ use eval_report::{
     Axis, Budget, Column, DENSE, Plot, Reference, Role, Row, Section, Series, Stopwatch,
     mean_over_seeds,
 };
-use frontier::{Files, Target, Written};
+use frontier::{Files, Format, Target, Written};
 use lowrank_eora::compress::{BlockRounding, Compressor, Rounding, Score};
+use lowrank_eora::output::{Adapter, Layout, check_layout, gguf_types, gptq};
 use lowrank_eora::repair::{Method, Ranks, Repair, Repaired, Source, Texts};
 use prune_structured::gguf::Precision;
 use prune_structured::rate_distortion::{self, Measure};
@@ -163,6 +164,12 @@ impl Config {
             settings.device.open()?.is_cpu(),
             "--device: weights as they are stored are multiplied on the CPU alone"
         );
+        possible_rank("--rank", decoder, self.rank)?;
+        let compressor = self.compressor()?;
+        let fits = compressor.check(decoder);
+        fits.with_context(|| format!("--compress {compressor}"))?;
+        let stored = self.storable(decoder, &compressor);
+        stored.with_context(|| format!("--compress {compressor} --for {}", self.target))?;
         let recipe = self.recipe(&self.prune, settings.seed, decoder)?;
         ensure!(
             !matches!(recipe.allocation, Allocation::Searched(_)),
@@ -175,10 +182,6 @@ impl Config {
             let fits = recipe.check(decoder, self.ratio);
             fits.with_context(|| format!("--ratio {}: {name}", self.ratio))?;
         }
-        possible_rank(decoder, self.rank)?;
-        let compressor = self.compressor()?;
-        let fits = compressor.check(decoder);
-        fits.with_context(|| format!("--compress {compressor}"))?;
         let names = Choice::known();
         ensure!(
             names.contains(&self.policy),
@@ -189,6 +192,24 @@ impl Config {
             // Dropped, it leaves nothing.
             let new = PendingFolder::create(save, Overwrite::Never);
             new.map(drop).context("--save")?;
+        }
+        Ok(())
+    }
+
+    /// Whether the files of the target hold what the compressor makes.
+    fn storable(&self, decoder: &Decoder<'_>, compressor: &Compressor) -> Result<()> {
+        match self.target {
+            Target::Gguf => {
+                Adapter::check_gguf(decoder)?;
+                gguf_types(decoder, compressor)?;
+            }
+            Target::Vllm => self.target.check(Format::Quantised(*compressor))?,
+            _ => {
+                let version = gptq::Version::V2;
+                if check_layout(decoder, compressor, Layout::Gptq { version }).is_err() {
+                    check_layout(decoder, compressor, Layout::CompressedTensors)?;
+                }
+            }
         }
         Ok(())
     }

@@ -7,19 +7,21 @@ mod table;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use candle_core::{DType, Device};
 use causal_lm::{Arithmetic, CacheSet, Decoder, Execution, Model};
 use eval_report::{Budget, DENSE, ROUNDS, Rounds, Row, Section, Stopwatch, format};
 use frontier::{Baseline, Data, Frontier, Options, Plan};
 use kv_lazy::CacheConfig;
 use lm_eval::ScoredWindows;
+use tensor_io::atomic::{Overwrite, PendingFolder};
 
 use super::held_out;
+use super::lowrank::possible_rank;
 use super::perplexity::{self, Protocol, file_name};
 use crate::bar::Bar;
 use crate::scratch::Scratch;
-use crate::settings::Settings;
+use crate::settings::{Settings, once, one_line};
 
 pub use memory::Memory;
 
@@ -84,17 +86,12 @@ impl Config {
 /// # Errors
 /// A model or text that cannot be read or run, and a budget below the smallest plan.
 pub fn run(settings: &Settings, config: &Config) -> Result<Vec<Section>> {
-    perplexity::ensure_unseen(&config.calib, &config.perplexity.text)?;
+    check_flags(config)?;
     let checkpoint = causal_lm::open(&config.perplexity.model)?;
     let decoder = Decoder::new(&checkpoint, DType::F32, &settings.device.open()?)
         .with_context(|| checkpoint.dir().display().to_string())?;
-    // A run that goes on finds the models that it has saved.
-    if let (Some(save), None) = (&config.save, &config.resume) {
-        ensure!(
-            !save.exists(),
-            "--save {}: it exists; name a new folder, or the --resume of the run that made it",
-            save.display()
-        );
+    for &rank in config.options.ranks.iter().flatten() {
+        possible_rank("--ranks", &decoder, rank)?;
     }
     let protocol = Protocol::new(settings, &config.perplexity, &decoder)?;
     let evaluation = protocol.evaluation(settings, &config.perplexity.text)?;
@@ -160,14 +157,16 @@ pub fn run(settings: &Settings, config: &Config) -> Result<Vec<Section>> {
                 rows.push(row);
                 plans.push(plan);
             }
-            Err(error) => failures.push(format!("{JOINT} at {budget}: {error:#}")),
+            Err(error) => failures.push(format!("{JOINT} at {budget}: {}", one_line(&error))),
         }
         for baseline in Baseline::ALL {
             if config.baselines {
                 bar.set_label(format!("{baseline} at {budget}"));
                 match suite.baseline(&mut frontier, baseline, budget) {
                     Ok(found) => rows.extend(found),
-                    Err(error) => failures.push(format!("{baseline} at {budget}: {error:#}")),
+                    Err(error) => {
+                        failures.push(format!("{baseline} at {budget}: {}", one_line(&error)));
+                    }
                 }
             }
         }
@@ -218,6 +217,41 @@ pub fn run(settings: &Settings, config: &Config) -> Result<Vec<Section>> {
     Ok(vec![section])
 }
 
+/// What the flags alone tell.
+fn check_flags(config: &Config) -> Result<()> {
+    perplexity::ensure_unseen(&config.calib, &config.perplexity.text)?;
+    let options = &config.options;
+    once("--memory", config.memory.iter())?;
+    once("--widths", options.widths.iter())?;
+    once("--formats", options.formats.iter().flatten())?;
+    once("--ranks", options.ranks.iter().flatten())?;
+    once("--cache-formats", options.cache_formats.iter())?;
+    once("--cache-tokens", options.cache_shares.iter())?;
+    options.check().map_err(in_flags)?;
+    if let Some(resume) = &config.resume {
+        let made = std::fs::create_dir_all(resume);
+        made.with_context(|| format!("--resume {}", resume.display()))?;
+    }
+    // A run that goes on finds the models that it has saved.
+    match (&config.save, &config.resume) {
+        (Some(save), Some(_)) if save.exists() => {
+            ensure!(save.is_dir(), "--save {}: it is no folder", save.display())
+        }
+        (Some(save), resume) => {
+            ensure!(
+                resume.is_some() || !save.exists(),
+                "--save {}: it exists; name a new folder, or the --resume of the run that made it",
+                save.display()
+            );
+            // Dropped, it leaves nothing.
+            let new = PendingFolder::create(save, Overwrite::Never);
+            new.map(drop).context("--save")?;
+        }
+        (None, _) => {}
+    }
+    Ok(())
+}
+
 /// An error of the crate with the flag that it is about.
 fn in_flags(error: frontier::Error) -> anyhow::Error {
     let flag = match &error {
@@ -225,15 +259,22 @@ fn in_flags(error: frontier::Error) -> anyhow::Error {
         frontier::Error::Speed { .. } => "--tokens-per-second",
         frontier::Error::Budget { .. } => "--memory",
         frontier::Error::Format { .. } => "--formats",
-        frontier::Error::Option { option, .. } => match *option {
-            "widths" => "--widths",
-            "cache_shares" => "--cache-tokens",
-            "context" => "--context",
-            "cache_formats" => "--cache-formats",
-            "tokens_per_second" => "--tokens-per-second",
-            "comparison windows" => "--calib",
-            _ => return error.into(),
-        },
+        frontier::Error::Option {
+            option,
+            value,
+            expected,
+        } => {
+            let flag = match *option {
+                "widths" => "--widths",
+                "cache_shares" => "--cache-tokens",
+                "context" => "--context",
+                "cache_formats" => "--cache-formats",
+                "tokens_per_second" => "--tokens-per-second",
+                "comparison windows" => return anyhow::Error::new(error).context("--calib"),
+                _ => return error.into(),
+            };
+            return anyhow!("{flag} {value}: {expected}");
+        }
         _ => return error.into(),
     };
     anyhow::Error::new(error).context(flag)

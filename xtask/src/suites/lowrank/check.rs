@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use anyhow::{Context, Result, ensure};
 use causal_lm::Decoder;
-use lowrank_eora::compress::Compressor;
+use lowrank_eora::compress::{Compressor, Needs};
 use lowrank_eora::output::{Adapter, Layout, check_layout, gguf_types};
 use lowrank_eora::packed::BlockType;
 use lowrank_eora::repair::{LayerId, Source};
@@ -27,6 +27,14 @@ pub(super) fn settings(settings: &Settings, config: &Config) -> Result<()> {
     )?;
     once("--rank", config.ranks.iter())?;
     let repairs = config.methods.iter().any(Option::is_some);
+    for flag in &config.asked {
+        ensure!(
+            reads(config, flag),
+            "{flag}: changes nothing for {}{}; leave it out",
+            started(config).join(", "),
+            if repairs { "" } else { " without a repair" }
+        );
+    }
     for output in config.outputs.iter().flatten() {
         ensure!(
             repairs || !output.needs_factors(),
@@ -40,6 +48,31 @@ pub(super) fn settings(settings: &Settings, config: &Config) -> Result<()> {
         "--imatrix: no compressor weights by importance; take one such as q4_k-imatrix"
     );
     save::check_paths(settings, config)
+}
+
+/// Whether anything of the run reads a flag.
+fn reads(config: &Config, flag: &str) -> bool {
+    let repairs = config.methods.iter().any(Option::is_some);
+    let mut compressors = config.compressors.iter();
+    match flag {
+        // Compressors that calibrate do so on these inputs.
+        "--inputs" | "--sequential" | "--token-share" => {
+            repairs || compressors.any(|one| one.needs() > Needs::Nothing)
+        }
+        "--rest" => {
+            let outputs = config.outputs.as_ref();
+            compressors.any(|one| one.blocks.is_some())
+                || outputs.is_some_and(|outputs| outputs.contains(&Output::Gguf))
+        }
+        _ => repairs,
+    }
+}
+
+/// What the run starts from, by its names.
+fn started(config: &Config) -> Vec<String> {
+    let given = config.compressed.as_deref().map(perplexity::file_name);
+    let compressors = config.compressors.iter().map(ToString::to_string);
+    compressors.chain(given).collect()
 }
 
 /// What the shapes of the models tell; of a given model that is to be written as GGUF, the types of its linears there.
@@ -57,7 +90,7 @@ pub(super) fn model(
         fits.with_context(|| format!("--compress {compressor}"))?;
     }
     for &rank in &config.ranks {
-        possible_rank(decoder, rank)?;
+        possible_rank("--rank", decoder, rank)?;
     }
     if config.save.is_none() {
         return Ok(None);
@@ -85,15 +118,15 @@ pub(super) fn model(
     ))
 }
 
-/// Refuses a rank that no linear has.
-pub(crate) fn possible_rank(decoder: &Decoder<'_>, rank: usize) -> Result<()> {
+/// Refuses a rank, the value of `flag`, that no linear has.
+pub(crate) fn possible_rank(flag: &str, decoder: &Decoder<'_>, rank: usize) -> Result<()> {
     let sides = lowrank_eora::repair::linears(decoder)
         .into_iter()
         .map(|(_, [outputs, inputs])| outputs.min(inputs));
     let largest = sides.max().unwrap_or(0);
     ensure!(
         rank <= largest,
-        "--rank {rank}: the largest rank of a linear of this model is {largest}"
+        "{flag} {rank}: the largest rank of a linear of this model is {largest}"
     );
     Ok(())
 }

@@ -52,6 +52,8 @@ pub struct Config {
     pub resume: Option<PathBuf>,
     /// Whether to measure the hidden states.
     pub hidden_metrics: bool,
+    /// Flags that were given and that some compressors or methods alone read.
+    pub asked: Vec<&'static str>,
 }
 
 /// How embedding and output head of a model in GGUF blocks are stored.
@@ -95,6 +97,7 @@ impl Config {
             write: WriteOptions::default(),
             resume: None,
             hidden_metrics: false,
+            asked: Vec::new(),
         }
     }
 

@@ -20,7 +20,7 @@ use super::perplexity::{Protocol, file_name, tokens};
 use crate::estimate::Probe;
 use crate::model::{experts_left, naming};
 use crate::scratch::Scratch;
-use crate::settings::{Settings, part};
+use crate::settings::{Settings, one_line, part};
 
 use cells::Lowrank;
 use gguf::{Files, Imported};
@@ -146,7 +146,7 @@ pub fn run(settings: &Settings, config: &Config) -> Result<Vec<Section>> {
     }
     let model = &config.perplexity.model;
     let failures = failures.into_iter().map(|error| naming(error, model));
-    let failures = failures.map(|error| format!("{error:#}")).collect();
+    let failures = failures.map(|error| one_line(&error)).collect();
     if settings.is_part() {
         return Ok(part(failures));
     }

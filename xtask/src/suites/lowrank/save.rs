@@ -22,7 +22,7 @@ use super::config::{Config, NONE};
 use super::gguf::{Imported, imatrix_origin};
 use super::output::Output;
 use super::start::GivenModel;
-use crate::settings::Settings;
+use crate::settings::{Settings, spares};
 use crate::suites::perplexity::file_name;
 
 /// Inputs of each linear in a probe.
@@ -71,8 +71,7 @@ pub(super) fn check_paths(settings: &Settings, config: &Config) -> Result<()> {
     // In the order in which the run asks for cells; what is finished is not written again.
     let cells = [DENSE.to_owned()].into_iter().chain(starts.iter().cloned());
     let ours = settings.cells.ours(&cells.collect::<Vec<_>>());
-    let starts = starts.into_iter().zip(&ours[1..]);
-    for (start, _) in starts.filter(|(_, ours)| **ours) {
+    for (start, ours) in starts.into_iter().zip(&ours[1..]) {
         for &method in &config.methods {
             let cells: Vec<_> = match method {
                 Some(method) => config.ranks.iter().map(|&r| Some((method, r))).collect(),
@@ -82,20 +81,64 @@ pub(super) fn check_paths(settings: &Settings, config: &Config) -> Result<()> {
                 .iter()
                 .filter_map(|cell| folder(config, &start, *cell))
             {
-                for output in Output::value_variants() {
-                    let wanted = config.outputs.as_ref();
-                    let path = folder.join(output.file_name());
-                    ensure!(
-                        config.write.overwrite
-                            || wanted.is_some_and(|wanted| !wanted.contains(output))
-                            || !path.exists(),
-                        "{} exists already and --overwrite was not given",
-                        path.display()
-                    );
+                settings.written(&start, "--save", &folder)?;
+                let outputs = Output::value_variants().iter().filter(|_| *ours);
+                for output in outputs.filter(|output| may_be_written(config, **output)) {
+                    check_path(config, *output, &folder.join(output.file_name()))?;
                 }
             }
         }
     }
+    if let Some(resume) = &config.resume {
+        std::fs::create_dir_all(resume)
+            .with_context(|| format!("--resume {}", resume.display()))?;
+    }
+    Ok(())
+}
+
+/// Whether an output is written, as far as flags tell.
+fn may_be_written(config: &Config, output: Output) -> bool {
+    match &config.outputs {
+        Some(outputs) => outputs.contains(&output),
+        // Those of [`outputs`]; of a given model its adapter.
+        None => match output {
+            Output::Adapter | Output::Probe => true,
+            Output::Compressed => config.compressed.is_none(),
+            Output::LoraGguf => config.compressed.is_some(),
+            _ => false,
+        },
+    }
+}
+
+/// Sees that an output may be written to `path`.
+fn check_path(config: &Config, output: Output, path: &Path) -> Result<()> {
+    let given = config.compressed.iter().map(|path| ("--compressed", path));
+    let imatrix = config.imatrix.iter().map(|path| ("--imatrix", path));
+    let model = [("--model", &config.perplexity.model)].into_iter();
+    let inputs = model.chain(given).chain(imatrix);
+    let inputs: Vec<(&str, &Path)> = inputs.map(|(flag, path)| (flag, path.as_path())).collect();
+    spares("--save", path, &inputs)?;
+    if !path.exists() {
+        return Ok(());
+    }
+    ensure!(
+        config.write.overwrite,
+        "{} exists already and --overwrite was not given",
+        path.display()
+    );
+    if output.layout().is_some() {
+        return config.write.check(path).context("--save");
+    }
+    let is_adapter = path.join("adapter_config.json").is_file();
+    let is_empty = || std::fs::read_dir(path).is_ok_and(|mut files| files.next().is_none());
+    ensure!(
+        match output {
+            Output::Adapter => is_adapter || path.is_dir() && is_empty(),
+            _ => !path.is_dir(),
+        },
+        "--save: {} is no {output}, and is not replaced by one",
+        path.display()
+    );
     Ok(())
 }
 

@@ -23,7 +23,7 @@ use super::search::{self, Curves};
 use super::table::{is_control, layers};
 use crate::bar::Bar;
 use crate::model::naming;
-use crate::settings::Settings;
+use crate::settings::{Settings, one_line};
 use crate::suites::perplexity;
 
 /// What all cells of the table share.
@@ -331,7 +331,7 @@ pub(super) fn survived(
         return Err(failures.swap_remove(0));
     }
     let failures = failures.into_iter().map(|error| naming(error, model));
-    Ok(failures.map(|error| format!("{error:#}")).collect())
+    Ok(failures.map(|error| one_line(&error)).collect())
 }
 
 /// Times the blocks of models on one batch, in alternation block by block. Experts are in memory one at a time; loading them is not

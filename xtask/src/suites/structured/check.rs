@@ -7,12 +7,12 @@ use anyhow::{Context, Result, bail, ensure};
 use causal_lm::Decoder;
 use eval_report::DENSE;
 use prune_structured::experts::ExpertRecipe;
-use prune_structured::{Allocation, Compensation, Error, Form, Recipe, rate_distortion};
+use prune_structured::{Allocation, Compensation, Error, Form, Recipe, Score, rate_distortion};
 use tensor_io::PendingFile;
 
-use super::config::{CALIBRATION, Config};
+use super::config::{CALIBRATION, Config, Export};
 use super::experts::{aims, planned};
-use crate::settings::{Settings, once};
+use crate::settings::{Settings, once, spares};
 use crate::suites::perplexity;
 
 /// What the flags alone tell.
@@ -28,6 +28,10 @@ pub(super) fn settings(config: &Config) -> Result<()> {
         !config.dry_run || config.save.is_none(),
         "--save: --dry-run writes no checkpoint; leave one of the two out"
     );
+    ensure!(
+        !config.write.overwrite || config.save.is_some() || config.save_plans.is_some(),
+        "--overwrite: neither --save nor --save-plans is there to be replaced"
+    );
     Ok(())
 }
 
@@ -35,6 +39,7 @@ pub(super) fn settings(config: &Config) -> Result<()> {
 pub(super) fn model(settings: &Settings, config: &Config, decoder: &Decoder<'_>) -> Result<()> {
     let is_mixture = decoder.config().mixtures.iter().any(Option::is_some);
     let model = config.perplexity.model.display();
+    applied(config, is_mixture)?;
     if is_mixture {
         let experts = &config.experts;
         ensure!(
@@ -79,6 +84,53 @@ pub(super) fn model(settings: &Settings, config: &Config, decoder: &Decoder<'_>)
     }
 }
 
+/// Everything that was asked for by name applies to this kind of model.
+fn applied(config: &Config, is_mixture: bool) -> Result<()> {
+    let (kind, known): (_, Vec<&str>) = match is_mixture {
+        true => ("mixture of experts", ExpertRecipe::names().collect()),
+        false => ("dense model", Recipe::NAMES.to_vec()),
+    };
+    let experts = config.experts.recipes.iter();
+    let made: Vec<&str> = match is_mixture {
+        true => experts.clone().map(|r| r.name.as_str()).collect(),
+        false => config.recipes.iter().map(|r| r.name.as_str()).collect(),
+    };
+    // Variants are called METHOD+COMPENSATION.
+    let is_of = |name: &str, method: &str| {
+        let variant = name.strip_prefix(method);
+        variant.is_some_and(|rest| rest.is_empty() || rest.starts_with('+'))
+    };
+    let model = config.perplexity.model.display();
+    for method in &config.named.methods {
+        ensure!(
+            known.contains(&method.as_str()),
+            "--method {method}: it does not prune a {kind}, which {model} is; those that do are {}",
+            known.join(", ")
+        );
+        ensure!(
+            made.iter().any(|name| is_of(name, method)),
+            "--compensate {}: nothing that {method} can do for a {kind}",
+            config.named.compensations.join(", ")
+        );
+    }
+    // A method that drops experts compensates for nothing by itself.
+    let plain = is_mixture && experts.clone().any(ExpertRecipe::drops);
+    let compensations = &config.named.compensations;
+    for compensation in compensations {
+        let suffix = format!("+{compensation}");
+        let is_made = match (compensations.len(), compensation.as_str()) {
+            (1, _) | (_, "auto") => !made.is_empty(),
+            (_, "none") if plain => true,
+            _ => made.iter().any(|name| name.ends_with(&suffix)),
+        };
+        ensure!(
+            is_made,
+            "--compensate {compensation}: nothing that the methods can do for a {kind}, which {model} is"
+        );
+    }
+    Ok(())
+}
+
 /// What a method cannot do to this model.
 fn asked_of(config: &Config, recipe: &Recipe, decoder: &Decoder<'_>, ratio: f64) -> Result<()> {
     let blame = |error| by_flag(error, &recipe.name);
@@ -91,7 +143,10 @@ fn asked_of(config: &Config, recipe: &Recipe, decoder: &Decoder<'_>, ratio: f64)
         }
     }
     match config.search.measures_for(recipe) {
-        Some(measured) => rate_distortion::check(decoder, &measured).map_err(blame),
+        Some(measured) => {
+            rate_distortion::check(decoder, &measured).map_err(blame)?;
+            config.search.measure().check().map_err(blame)
+        }
         None => Ok(()),
     }
 }
@@ -111,6 +166,7 @@ fn by_flag(error: Error, method: &str) -> anyhow::Error {
             "compensation" => "--compensate",
             "uniform" => "--uniform",
             "iterations" => "--iterations",
+            "generations" => "--generations",
             "offspring" => "--offspring",
             "top_k" => "--top-k",
             "stages" | "survivors" => "--stages",
@@ -189,6 +245,7 @@ fn reads(config: &Config, decoder: &Decoder<'_>, flag: &str, recipe: &Recipe) ->
         "--ridge" => recipe
             .compensation
             .is_some_and(|compensation| compensation.refits()),
+        "--seeds" => searches || matches!(recipe.score, Score::Random(_)),
         "--rounds" => matches!(recipe.compensation(decoder), Compensation::Alternating(_)),
         "--search-samples" | "--top-k" => searches || config.search.measures_for(recipe).is_some(),
         "--distortion" | "--convex" => {
@@ -210,6 +267,7 @@ fn reads_of_mixtures(flag: &str, recipe: &ExpertRecipe) -> bool {
     match flag {
         "--ridge" | "--align" | "--score" => !recipe.drops() && !recipe.is_fewer(),
         "--then" => !recipe.is_fewer(),
+        "--seeds" => recipe.draws(),
         "--search-samples" | "--quantise" => true,
         _ => false,
     }
@@ -233,6 +291,18 @@ fn paths(settings: &Settings, config: &Config) -> Result<()> {
             .map(|&(recipe, ratio)| Config::cell(recipe, ratio)),
     );
     let ours = settings.cells.ours(&names);
+    for &(recipe, ratio) in &cells {
+        for draw in config.draws(recipe) {
+            let cell = Config::cell(recipe, ratio);
+            let folder = config.saved(&draw, ratio);
+            written(
+                settings,
+                config,
+                &cell,
+                (folder.as_deref(), &draw.name(ratio)),
+            )?;
+        }
+    }
     for (&(recipe, ratio), _) in cells.iter().zip(&ours[first..]).filter(|(_, ours)| **ours) {
         for draw in config.draws(recipe) {
             if let Some(folder) = config.saved(&draw, ratio) {
@@ -256,6 +326,14 @@ fn paths_of_experts(settings: &Settings, config: &Config, decoder: &Decoder<'_>)
     let first = asked.len();
     asked.extend(cells.iter().map(|cell| cell.name.clone()));
     let ours = settings.cells.ours(&asked);
+    for cell in &cells {
+        for folder in &cell.checkpoints {
+            settings.written(&cell.name, "--save", folder)?;
+        }
+        for path in cell.plans.iter().filter_map(|name| config.saved_plan(name)) {
+            settings.written(&cell.name, "--save-plans", &path)?;
+        }
+    }
     for (cell, _) in cells.iter().zip(&ours[first..]).filter(|(_, ours)| **ours) {
         for folder in &cell.checkpoints {
             checkpoint(config, folder)?;
@@ -267,7 +345,28 @@ fn paths_of_experts(settings: &Settings, config: &Config, decoder: &Decoder<'_>)
     Ok(())
 }
 
+/// What an earlier run has written of a cell that it finished is there.
+fn written(
+    settings: &Settings,
+    config: &Config,
+    cell: &str,
+    (folder, plan): (Option<&Path>, &str),
+) -> Result<()> {
+    if let Some(folder) = folder {
+        settings.written(cell, "--save", folder)?;
+    }
+    match config.saved_plan(plan) {
+        Some(path) => settings.written(cell, "--save-plans", &path),
+        None => Ok(()),
+    }
+}
+
 fn checkpoint(config: &Config, folder: &Path) -> Result<()> {
+    let exports = config.exports.iter().filter_map(Export::folder);
+    let folders = exports.map(|name| folder.join(name));
+    for folder in [folder.to_owned()].into_iter().chain(folders) {
+        spares("--save", &folder, &[("--model", &config.perplexity.model)])?;
+    }
     let flag = match config.write.overwrite {
         true => "--save",
         false => "--save without --overwrite",

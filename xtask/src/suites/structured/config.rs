@@ -57,6 +57,17 @@ pub struct Config {
     pub seeds: u64,
     /// Flags that were given and that some methods alone read.
     pub asked: Vec<&'static str>,
+    /// What was asked for by name, of which nothing may be left out.
+    pub named: Named,
+}
+
+/// Methods and compensations that were asked for by name; what runs by default suits the model as far as it can.
+#[derive(Debug, Clone, Default)]
+pub struct Named {
+    /// Methods.
+    pub methods: Vec<String>,
+    /// Compensations.
+    pub compensations: Vec<String>,
 }
 
 /// What to do to mixtures.
@@ -92,6 +103,7 @@ impl Config {
             search: search::Config::new(seed),
             seeds: 3,
             asked: Vec::new(),
+            named: Named::default(),
         }
     }
 }
@@ -226,6 +238,14 @@ pub enum Export {
 }
 
 impl Export {
+    /// The folder in that of the checkpoint, where it is one.
+    pub(super) fn folder(&self) -> Option<&'static str> {
+        match self {
+            Export::Gguf(_) => None,
+            Export::NemotronNas => Some("nemotron-nas"),
+        }
+    }
+
     /// Whether a model can be exported if its layers have these widths.
     pub(super) fn check(&self, decoder: &Decoder<'_>, widths: &[Widths]) -> Result<()> {
         match self {

@@ -21,7 +21,7 @@ use crate::scratch::Scratch;
 use crate::settings::{Settings, part};
 
 pub(crate) use config::Counts;
-pub use config::{Config, ExpertMethods, Export};
+pub use config::{Config, ExpertMethods, Export, Named};
 
 /// Prune at every method and ratio and measure each.
 ///

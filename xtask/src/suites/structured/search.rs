@@ -47,6 +47,13 @@ impl Config {
         }
     }
 
+    /// How curves are measured.
+    pub(super) fn measure(&self) -> Measure {
+        let mut options = Measure::default();
+        options.top_k = self.options.top_k;
+        options
+    }
+
     /// How many windows whole models are compared on for these methods.
     pub(super) fn compared(&self, recipes: &[Recipe]) -> usize {
         let searches = |recipe: &Recipe| matches!(recipe.allocation, Allocation::Searched(_));
@@ -140,8 +147,7 @@ impl Maker<'_> {
     /// Curves of the whole model's divergence, measured in `dir`, for any ratio.
     pub(super) fn curves(&self, recipe: &Recipe, dir: &Path, bar: &Bar) -> Result<Curves> {
         let start = Instant::now();
-        let mut options = Measure::default();
-        options.top_k = self.config.options.top_k;
+        let options = self.config.measure();
         let data = rate_distortion::Data {
             windows: self.search,
             dir,
