@@ -10,6 +10,7 @@ use eval_report::Budget;
 use lm_eval::ProtocolKind;
 use lm_eval::long_context::Questions;
 
+use super::names::Known;
 use super::weights::WeightArgs;
 use super::wrong;
 use crate::suites::kv::long_context::{Feed, LongContext};
@@ -42,7 +43,7 @@ pub(super) struct KvArgs {
     #[arg(long, conflicts_with = "protocol")]
     no_bos: bool,
     /// Policies, separated by commas; the full cache is always measured; lagged-P evicts every W steps [default: all; none with --cache]
-    #[arg(long, value_delimiter = ',', value_name = "P[,P..]", value_parser = PossibleValuesParser::new(Choice::known().iter().map(String::as_str)))]
+    #[arg(long, value_delimiter = ',', value_name = "P[,P..]", value_parser = Known::new(Choice::known().iter().map(String::as_str)))]
     policy: Vec<String>,
     /// JSON files with a configuration of caches each, separated by commas: rows of their own beside the policies, with the budgets, storage and all else of the file
     #[arg(long, value_delimiter = ',', value_name = "FILE[,FILE..]")]

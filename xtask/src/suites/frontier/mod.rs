@@ -324,7 +324,7 @@ impl Suite<'_> {
         let plan = frontier.plan(budget, &bar).map_err(in_flags)?;
         bar.finish();
         let mut row = self.measure(frontier, JOINT, &plan, start)?;
-        let passes = (frontier.passes() - before).round();
+        let passes = (frontier.passes() - before).round() as u64;
         row.extra.insert("passes".into(), passes.into());
         let rounds = serde_json::to_value(&plan.rounds)?;
         row.extra.insert("rounds".into(), rounds);
@@ -482,8 +482,10 @@ impl Suite<'_> {
         }
         rounds.fill(row);
         if let Some(prefill) = prefill {
-            row.extra
-                .insert("prefill_tokens_per_second".into(), prefill.round().into());
+            row.extra.insert(
+                "prefill_tokens_per_second".into(),
+                (prefill.round() as u64).into(),
+            );
         }
         Ok(())
     }

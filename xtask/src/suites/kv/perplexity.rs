@@ -22,7 +22,7 @@ use super::{Config, prompt_name, several};
 use crate::bar::Bar;
 use crate::estimate::Probe;
 use crate::model;
-use crate::settings::{Settings, part};
+use crate::settings::{Settings, one_line, part};
 use crate::suites::perplexity::{self, Protocol, file_name};
 
 /// Windows that run side by side at most.
@@ -60,7 +60,7 @@ pub(crate) fn run(settings: &Settings, config: &Config, texts: &[Text]) -> Resul
     if sections.is_empty() && !failures.is_empty() {
         return Err(failures.swap_remove(0));
     }
-    let failures = failures.iter().map(|error| format!("{error:#}"));
+    let failures = failures.iter().map(one_line);
     if let Some((first, _)) = sections.first_mut() {
         first.failures.extend(failures);
     }
@@ -163,7 +163,7 @@ fn one(settings: &Settings, config: &Config, text: &Text, among: bool) -> Result
     let failures = failures
         .into_iter()
         .map(|error| model::naming(error, &text.text.model));
-    section.failures = failures.map(|error| format!("{error:#}")).collect();
+    section.failures = failures.map(|error| one_line(&error)).collect();
     Ok((settings.weights.facts(section, Some(&weights)), window))
 }
 

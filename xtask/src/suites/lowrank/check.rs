@@ -164,6 +164,11 @@ fn storable(
         Output::Compressed,
         Output::Gguf
     );
+    let importances = matches!(output, Output::Imatrix | Output::ImatrixDat);
+    ensure!(
+        !importances || experts_left(decoder).is_none(),
+        "importances of experts are not collected, and llama.cpp would take the file for complete"
+    );
     match output {
         Output::Gguf => {
             Adapter::check_gguf(decoder)?;
