@@ -150,7 +150,10 @@ fn flags_that_would_have_no_effect_are_refused() {
 fn values_that_no_run_can_use_are_refused() {
     let most = u64::MAX;
     for (line, names) in [
-        (format!("--seed {most}"), format!("--seed {most}")),
+        (
+            format!("--seed {most}"),
+            String::from("at most 9223372036854775807"),
+        ),
         (format!("--seed {} --seeds 5", most - 3), "--seed".into()),
         (format!("--seeds {most}"), "at most 10000".into()),
         (format!("--structures {most}"), "at most 10000".into()),

@@ -519,7 +519,7 @@ fn slurm_writes_what_every_job_can_parse() {
         assert!(stderr.contains(names), "{words}: {stderr}");
     };
     let good = "eval --window 16 structured --model m --ratio 0.2";
-    usage(&[], "eval structured --model m", "--ratio");
+    usage(&[], "eval structured --ratio 0.2", "--model");
     usage(
         &[],
         "eval structured --model m --ratio 0.2 --rank 2",

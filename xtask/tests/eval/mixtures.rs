@@ -71,7 +71,10 @@ fn variants_of_narrower_experts_have_names_and_say_how_they_compensate_and_what_
     );
     // 16 of 32 neurons stay: blocks of 8 are whole.
     assert_eq!(of("neurons")["removed"], 0.5);
-    let alone = [&more[..6], &["--compensate", "least-squares"]].concat();
+    let squares = ["--compensate", "least-squares"];
+    let both = error(&structured(&scene, &[&more[..6], &squares].concat()));
+    assert!(both.contains("nothing that reap can do"), "{both}");
+    let alone = [&["--method", "neurons"][..], &more[2..6], &squares].concat();
     let alone = crate::scene::rows(&structured(&scene, &alone));
     assert_eq!(alone[1]["perplexity"], of("neurons")["perplexity"]);
 }

@@ -12,7 +12,7 @@ const CONTROLS: [&str; 3] = ["int8", "k8v4", "int4"];
 
 impl Config {
     /// Adds the full cache in integers before the policies, where it is not measured anyway; returns those that the model's heads do not admit.
-    pub(super) fn add_controls(&mut self, model: &Model<'_>) -> Result<Vec<&'static str>> {
+    pub(super) fn add_controls(&mut self, model: &Model<'_>) -> Result<NotRun> {
         let (mut controls, mut refused) = (Vec::new(), Vec::new());
         for preset in CONTROLS {
             let control = Choice::full().stored_as(preset, false)?;
@@ -28,7 +28,7 @@ impl Config {
             }
         }
         self.policies.splice(0..0, controls);
-        Ok(refused)
+        Ok(NotRun(refused))
     }
 }
 
@@ -38,13 +38,18 @@ fn is_setting(error: &anyhow::Error) -> bool {
     matches!(error, Some(kv_lazy::Error::Setting { .. }))
 }
 
-/// Says in a section which full caches were `refused`.
-pub(super) fn not_run(section: Section, refused: &[&str]) -> Section {
-    match refused.is_empty() {
-        true => section,
-        false => section.fact(
-            "full caches not run, because the heads do not admit them",
-            refused.join(", "),
-        ),
+/// Full caches that the heads of a model do not admit.
+pub(super) struct NotRun(Vec<&'static str>);
+
+impl NotRun {
+    /// Says so in a section.
+    pub(super) fn noted(&self, section: Section) -> Section {
+        match self.0.is_empty() {
+            true => section,
+            false => section.fact(
+                "full caches not run, because the heads do not admit them",
+                self.0.join(", "),
+            ),
+        }
     }
 }

@@ -13,7 +13,6 @@ use eval_report::{
 };
 use kv_lazy::CacheConfig;
 
-use super::controls::not_run;
 use super::peak::{MEAN_OVER_FULL, PeakCache, compare_means};
 use super::policy;
 use super::rows::{FULL, SUITE, over_budget, over_bytes, reference};
@@ -159,7 +158,7 @@ fn one(settings: &Settings, config: &Config, text: &Text, among: bool) -> Result
         .fact("keys and values", config.stored(decoder.dtype()))
         .fact("prompt", config.prompt_rule.label())
         .fact("query statistics", statistics.as_str());
-    let mut section = not_run(section, &refused);
+    let mut section = refused.noted(section);
     let failures = failures
         .into_iter()
         .map(|error| model::naming(error, &text.text.model));

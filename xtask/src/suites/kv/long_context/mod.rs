@@ -18,7 +18,6 @@ use kv_lazy::CacheConfig;
 use kv_lazy::trace::Recorded;
 use lm_eval::long_context::{Example, Questions, example};
 
-use super::controls::not_run;
 use super::policy::{self, Choice};
 use super::{Config, recording};
 use crate::bar::Bar;
@@ -126,7 +125,8 @@ pub(crate) fn run(
     let mut sections = Vec::new();
     for (tasks, &length) in tasks.chunks(task.questions.len()).zip(&task.lengths) {
         let facts = |section: Section| {
-            not_run(section, &refused)
+            let section = refused.noted(section);
+            section
                 .fact("model", file_name(&task.model))
                 .fact(
                     "contexts",
