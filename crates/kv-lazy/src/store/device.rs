@@ -4,6 +4,7 @@
 //! nothing is sorted on the device. Tokens are appended in place where there is room, behind what was handed out before, which does not change. Every
 //! change is computed before it is stored, so that a failed operation leaves the cache as it was.
 
+use super::side;
 use super::{Appended, Attended, Call, Layout, Relocation, Store};
 use crate::attention::device::{self, DeviceQuery, Mask};
 use crate::attention::{Exported, Geometry, WIDEST, expect_shape};
@@ -81,17 +82,9 @@ impl DeviceStore {
     /// Row-wise selection of slots, the same number in each row.
     fn select(&self, tensor: &Tensor, slots: &[Vec<u32>]) -> Result<Tensor> {
         let (batch, heads, n, d) = tensor.dims4()?;
+        let selected = side::select(&tensor.reshape((batch * heads, n, d))?, slots)?;
         let kept = slots.first().map_or(0, Vec::len);
-        let flat: Vec<u32> = slots
-            .iter()
-            .enumerate()
-            .flat_map(|(row, slots)| slots.iter().map(move |&slot| (row * n) as u32 + slot))
-            .collect();
-        let index = Tensor::from_vec(flat, batch * heads * kept, &self.device)?;
-        let rows = tensor.contiguous()?.reshape((batch * heads * n, d))?;
-        Ok(rows
-            .index_select(&index, 0)?
-            .reshape((batch, heads, kept, d))?)
+        Ok(selected.reshape((batch, heads, kept, d))?)
     }
 
     /// The same with room for `room` tokens behind, so that as many are appended in place.

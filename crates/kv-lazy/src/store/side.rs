@@ -26,7 +26,7 @@ pub(super) enum SideData {
 }
 
 /// Rows `[rows, n, x]` with the same `slots` of each row selected.
-fn select(tensor: &Tensor, slots: &[Vec<u32>]) -> Result<Tensor> {
+pub(super) fn select(tensor: &Tensor, slots: &[Vec<u32>]) -> Result<Tensor> {
     let (rows, n, width) = tensor.dims3()?;
     let kept = slots.first().map_or(0, Vec::len);
     let index: Vec<u32> = slots
@@ -116,10 +116,14 @@ impl SideData {
         }
     }
 
-    /// The tokens in `slots` of each row alone; the overlay stays.
-    pub(super) fn selected(&self, slots: &[Vec<u32>]) -> Result<Self> {
+    /// The same with codes, scales and exact tokens as `tokens` makes them, and the overlay as `overlaid` does.
+    fn map(
+        &self,
+        tokens: impl Fn(&Tensor) -> Result<Tensor>,
+        overlaid: impl Fn(&Tensor) -> Result<Tensor>,
+    ) -> Result<Self> {
         Ok(match self {
-            Self::Exact(all) => Self::Exact(select(all, slots)?),
+            Self::Exact(all) => Self::Exact(tokens(all)?),
             Self::Packed {
                 format,
                 codes,
@@ -128,24 +132,22 @@ impl SideData {
                 overlay,
             } => Self::Packed {
                 format: *format,
-                codes: select(codes, slots)?,
-                scales: select(scales, slots)?,
-                lows: match lows {
-                    Some(lows) => Some(select(lows, slots)?),
-                    None => None,
-                },
-                overlay: overlay.clone(),
+                codes: tokens(codes)?,
+                scales: tokens(scales)?,
+                lows: lows.as_ref().map(tokens).transpose()?,
+                overlay: overlaid(overlay)?,
             },
         })
     }
 
+    /// The tokens in `slots` of each row alone; the overlay stays.
+    pub(super) fn selected(&self, slots: &[Vec<u32>]) -> Result<Self> {
+        self.map(|x| select(x, slots), |x| Ok(x.clone()))
+    }
+
     /// The overlay's entries `kept` of each row alone.
     pub(super) fn with_overlay(&self, kept: &[Vec<u32>]) -> Result<Self> {
-        let mut side = self.clone();
-        if let Self::Packed { overlay, .. } = &mut side {
-            *overlay = select(overlay, kept)?;
-        }
-        Ok(side)
+        self.map(|x| Ok(x.clone()), |x| select(x, kept))
     }
 
     /// All tokens `[rows, n, d]` as f32, those of the overlay in place of their quantised selves.
@@ -210,26 +212,8 @@ impl SideData {
 
     /// One row alone.
     pub(super) fn row(&self, row: usize) -> Result<Self> {
-        let one = |x: &Tensor| x.narrow(0, row, 1)?.contiguous();
-        Ok(match self {
-            Self::Exact(all) => Self::Exact(one(all)?),
-            Self::Packed {
-                format,
-                codes,
-                scales,
-                lows,
-                overlay,
-            } => Self::Packed {
-                format: *format,
-                codes: one(codes)?,
-                scales: one(scales)?,
-                lows: match lows {
-                    Some(lows) => Some(one(lows)?),
-                    None => None,
-                },
-                overlay: one(overlay)?,
-            },
-        })
+        let one = |x: &Tensor| Ok(x.narrow(0, row, 1)?.contiguous()?);
+        self.map(one, one)
     }
 
     /// Bytes of the tokens that are kept as they are beside their codes.
