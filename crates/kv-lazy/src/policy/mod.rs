@@ -21,6 +21,7 @@ pub mod keydiff;
 pub mod knorm;
 pub mod lagkv;
 pub mod lazy;
+mod lowest;
 #[cfg(feature = "trace")]
 pub mod oracle;
 pub mod periodic;
