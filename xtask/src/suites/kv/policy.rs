@@ -88,13 +88,8 @@ impl Choice {
         names.filter(move |&name| name != "full" && (future || name != "oracle"))
     }
 
-    /// The policy of a name out of [`Choice::known`], with its storage behind a `+` where it has one of its own, as rows call it; `alpha` is the weight from which those
-    /// policies take a token as active that ask.
+    /// The policy of a name out of [`Choice::known`]; `alpha` is the weight from which those policies take a token as active that ask.
     pub fn named(name: &str, prompt: PromptRule, alpha: f32) -> Option<Self> {
-        if let Some((policy, storage)) = name.split_once('+') {
-            let policy = Self::named(policy, prompt, alpha)?;
-            return policy.stored_as(storage, false).ok();
-        }
         let (base, lagged) = match name.strip_prefix(LAGGED) {
             Some(base) => (base, true),
             None => (name, false),
