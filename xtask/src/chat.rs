@@ -1,9 +1,11 @@
 //! Chat templates: Jinja programs that turn messages into the text that a model was trained on.
 
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::SystemTime;
 
 use anyhow::{Context, Result};
 use causal_lm::TextTokenizer;
+use chrono::format::{Item, StrftimeItems};
+use chrono::{DateTime, Utc};
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Value, ValueKind, from_args};
 use minijinja::{Environment, Error, ErrorKind, State, context};
@@ -65,91 +67,15 @@ fn without_generation(template: &str) -> String {
 
 /// `strftime_now` of transformers: a time in the form of Python's `strftime`, here in UTC.
 fn strftime(format: &str, now: SystemTime) -> Result<String, Error> {
-    const DAYS: [&str; 7] = [
-        "Thursday",
-        "Friday",
-        "Saturday",
-        "Sunday",
-        "Monday",
-        "Tuesday",
-        "Wednesday",
-    ];
-    const MONTHS: [&str; 12] = [
-        "January",
-        "February",
-        "March",
-        "April",
-        "May",
-        "June",
-        "July",
-        "August",
-        "September",
-        "October",
-        "November",
-        "December",
-    ];
-    let seconds = now.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
-    let (days, second) = (seconds / 86400, seconds % 86400);
-    let (year, month, day) = civil(days);
-    let (hour, minute) = (second / 3600, second / 60 % 60);
-    // The epoch was a Thursday.
-    let (day_name, month_name) = (DAYS[days as usize % 7], MONTHS[month as usize - 1]);
-    let mut out = String::new();
-    let mut characters = format.chars();
-    while let Some(character) = characters.next() {
-        if character != '%' {
-            out.push(character);
-            continue;
-        }
-        let mut letter = characters.next();
-        let padded = letter != Some('-');
-        if !padded {
-            letter = characters.next();
-        }
-        let number = |number: u64| match padded {
-            true => format!("{number:02}"),
-            false => number.to_string(),
-        };
-        out += &match letter {
-            Some('d') => number(day),
-            Some('m') => number(month),
-            Some('y') => number(year % 100),
-            Some('H') => number(hour),
-            Some('I') => number((hour + 11) % 12 + 1),
-            Some('M') => number(minute),
-            Some('S') => number(second % 60),
-            Some('Y') => year.to_string(),
-            Some('B') => month_name.into(),
-            Some('b') => month_name[..3].into(),
-            Some('A') => day_name.into(),
-            Some('a') => day_name[..3].into(),
-            Some('p') => ["AM", "PM"][hour as usize / 12].into(),
-            Some('%') => "%".into(),
-            letter => {
-                let letter = letter.map_or_else(String::new, String::from);
-                return Err(Error::new(
-                    ErrorKind::InvalidOperation,
-                    format!("strftime_now: %{letter} in {format:?} is not known"),
-                ));
-            }
-        };
+    let items: Vec<Item<'_>> = StrftimeItems::new(format).collect();
+    if items.contains(&Item::Error) {
+        return Err(Error::new(
+            ErrorKind::InvalidOperation,
+            format!("strftime_now: {format:?} is no format of dates"),
+        ));
     }
-    Ok(out)
-}
-
-/// Year, month and day of the Gregorian calendar, so many days after 1970-01-01 (H. Hinnant, `civil_from_days`).
-fn civil(days: u64) -> (u64, u64, u64) {
-    // Years begin with March, and 400 of them have 146097 days.
-    let days = days + 719_468;
-    let (era, day) = (days / 146_097, days % 146_097);
-    let year = (day - day / 1460 + day / 36_524 - day / 146_096) / 365;
-    let day = day - (365 * year + year / 4 - year / 100);
-    let month = (5 * day + 2) / 153;
-    let day = day - (153 * month + 2) / 5 + 1;
-    match month < 10 {
-        true => (400 * era + year, month + 3, day),
-        false => (400 * era + year + 1, month - 9, day),
-    }
+    let now = DateTime::<Utc>::from(now);
+    Ok(now.format_with_items(items.iter()).to_string())
 }
 
 /// `raise_exception` of transformers: the template's own refusals.
@@ -224,7 +150,7 @@ fn method(
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
+    use std::time::{Duration, UNIX_EPOCH};
 
     use super::*;
 
