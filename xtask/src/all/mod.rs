@@ -125,7 +125,7 @@ fn opened(settings: &Settings, inputs: &Inputs, presets: &[Preset]) -> Result<()
     let protocol = Protocol::new(settings, &inputs.text, &decoder)?;
     let evaluation = tokens(&protocol.decoding(settings, &inputs.text.text)?);
     let calibration = protocol.calibration(&inputs.calib)?;
-    settings.expect("frontier and lattice, which say their own, aside", || {
+    settings.expect("all but frontier and lattice", || {
         seconds(&decoder, evaluation, &calibration, presets)
     })
 }

@@ -437,7 +437,6 @@ impl LatticeArgs {
             .next()
             .map(|(_, reason)| reason.to_owned())
             .or_else(|| self.repeated().err().map(|error| error.to_string()))
-            .or_else(|| self.refused_seed(common.seed))
             .or_else(|| self.refused_method())
     }
 
@@ -448,17 +447,6 @@ impl LatticeArgs {
         once("--method", self.method.iter())?;
         once("--sparsity", self.sparsity.iter())?;
         once("--repair", self.repair.iter())
-    }
-
-    /// A seed from which on there are not as many as networks.
-    fn refused_seed(&self, seed: u64) -> Option<String> {
-        match seed.checked_add(self.seeds.get()) {
-            Some(_) => None,
-            None => Some(format!(
-                "--seed {seed}: {} networks are seeded from it on, which is beyond the largest seed",
-                self.seeds
-            )),
-        }
     }
 
     /// A method that was asked for by name and cannot run.

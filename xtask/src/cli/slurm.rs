@@ -7,7 +7,7 @@ use anyhow::{Result, bail};
 use clap::{Args, Parser};
 use eval_report::cells::Shard;
 
-use super::values::{one_line, positive, up_to};
+use super::values::{positive, single_line, up_to};
 use super::{Cli, Command, CommonArgs, SuiteArgs};
 use crate::slurm::{self, Config};
 
@@ -27,13 +27,13 @@ pub(super) struct SlurmArgs {
     #[arg(long, value_name = "N", value_parser = up_to::<NonZeroUsize>(PARTS))]
     calib_parts: Option<NonZeroUsize>,
     /// Partition of the jobs [default: the cluster's]
-    #[arg(long, value_name = "NAME", value_parser = one_line)]
+    #[arg(long, value_name = "NAME", value_parser = single_line)]
     partition: Option<String>,
     /// Time limit of a part, as sbatch takes it
-    #[arg(long, value_name = "TIME", default_value = "04:00:00", value_parser = one_line)]
+    #[arg(long, value_name = "TIME", default_value = "04:00:00", value_parser = single_line)]
     time: String,
     /// Memory of a part, as sbatch takes it
-    #[arg(long, value_name = "SIZE", default_value = "8G", value_parser = one_line)]
+    #[arg(long, value_name = "SIZE", default_value = "8G", value_parser = single_line)]
     memory: String,
     /// Cores of a part
     #[arg(long, value_name = "N", default_value = "4", value_parser = positive)]

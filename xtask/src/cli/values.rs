@@ -35,7 +35,7 @@ pub(super) fn up_to<T: FromStr>(
 }
 
 /// A value that becomes part of a line.
-pub(super) fn one_line(text: &str) -> Result<String, String> {
+pub(super) fn single_line(text: &str) -> Result<String, String> {
     match text.contains(['\n', '\r']) {
         true => Err("expected one line".into()),
         false => Ok(text.into()),

@@ -14,7 +14,7 @@ use prune_lattice::prune::Method;
 use super::lazy::Lazy;
 use super::perplexity::file_name;
 use crate::bar::Bar;
-use crate::settings::{Settings, part};
+use crate::settings::{Settings, one_line, part};
 pub use checkpoint::{Characters, CheckpointConfig, SaveConfig};
 use pictures::pictures;
 use save::Saver;
@@ -106,7 +106,7 @@ pub fn run(settings: &Settings, config: &Config) -> Result<Vec<Section>> {
     let structures = structures.transpose()?;
     bar.finish();
     let failures = failures.into_iter();
-    let failures = failures.map(|(name, error)| format!("{name}: {error:#}"));
+    let failures = failures.map(|(name, error)| format!("{name}: {}", one_line(&error)));
     let failures: Vec<String> = failures.collect();
     let (false, Some(rows)) = (settings.is_part(), rows) else {
         return Ok(part(failures));
