@@ -18,7 +18,7 @@ pub(super) fn prefetch<T>(at: &T) {
 }
 
 /// The lane sums of eight vectors, each in the order of `reduce_sum_f32s`, which would take twice as many instructions; none without
-/// AVX2.
+/// AVX2 or AVX-512.
 #[inline(always)]
 pub(super) fn sum_eight<S: Simd>(simd: S, vectors: &[S::f32s; 8]) -> Option<[f32; 8]> {
     #[cfg(target_arch = "x86_64")]
@@ -26,6 +26,9 @@ pub(super) fn sum_eight<S: Simd>(simd: S, vectors: &[S::f32s; 8]) -> Option<[f32
         let simd: &dyn std::any::Any = &simd;
         if let Some(simd) = simd.downcast_ref::<pulp::x86::V3>() {
             return Some(x86::sum_eight(*simd, pulp::bytemuck::cast(*vectors)));
+        }
+        if let Some(simd) = simd.downcast_ref::<pulp::x86::V4>() {
+            return Some(x86::sum_eight_wide(*simd, pulp::bytemuck::cast(*vectors)));
         }
     }
     let _ = (simd, vectors);
@@ -39,9 +42,41 @@ pub(crate) use x86::F16c;
 mod x86 {
     use super::super::element::{Element, Kernel, Widen};
     use half::f16;
+    use pulp::Simd;
     use pulp::bytemuck;
-    use pulp::{Simd, x86::V3};
-    use std::arch::x86_64::{__m128i, __m256, _mm256_cvtph_ps};
+    use pulp::x86::{V3, V4};
+    use std::arch::x86_64::{__m128i, __m256, __m512, __m512d, _mm256_cvtph_ps};
+
+    #[inline(always)]
+    pub(super) fn sum_eight_wide(simd: V4, v: [__m512; 8]) -> [f32; 8] {
+        let avx512 = simd.avx512f;
+        // Halves of vectors 0 and 4, 1 and 5, 2 and 6, 3 and 7.
+        let mut halves = [v[0]; 4];
+        for i in 0..4 {
+            let (x, y): (__m512d, __m512d) = (bytemuck::cast(v[i]), bytemuck::cast(v[i + 4]));
+            let low = avx512._mm512_shuffle_f64x2::<0b01_00_01_00>(x, y);
+            let high = avx512._mm512_shuffle_f64x2::<0b11_10_11_10>(x, y);
+            halves[i] = avx512._mm512_add_ps(bytemuck::cast(low), bytemuck::cast(high));
+        }
+        // Quarters of 0, 4, 2, 6 and of 1, 5, 3, 7.
+        let mut quarters = [v[0]; 2];
+        for i in 0..2 {
+            let (x, y) = (halves[i], halves[i + 2]);
+            let low = avx512._mm512_shuffle_f32x4::<0b10_00_10_00>(x, y);
+            let high = avx512._mm512_shuffle_f32x4::<0b11_01_11_01>(x, y);
+            quarters[i] = avx512._mm512_add_ps(low, high);
+        }
+        let [x, y] = quarters;
+        let low = avx512._mm512_shuffle_ps::<0b01_00_01_00>(x, y);
+        let high = avx512._mm512_shuffle_ps::<0b11_10_11_10>(x, y);
+        let pairs = avx512._mm512_add_ps(low, high);
+        let swapped = avx512._mm512_permute_ps::<0b10_11_00_01>(pairs);
+        let sums = avx512._mm512_add_ps(pairs, swapped);
+        let order = [0u32, 2, 8, 10, 4, 6, 12, 14, 0, 0, 0, 0, 0, 0, 0, 0];
+        let sums = avx512._mm512_permutexvar_ps(bytemuck::cast(order), sums);
+        let [sums, _]: [[f32; 8]; 2] = bytemuck::cast(sums);
+        sums
+    }
 
     #[inline(always)]
     pub(super) fn sum_eight(simd: V3, v: [__m256; 8]) -> [f32; 8] {

@@ -1,0 +1,183 @@
+//! Sums of quantised values.
+
+#![expect(
+    clippy::needless_range_loop,
+    reason = "register tiles are indexed alike; iterators of one of them hide that"
+)]
+
+use super::super::ahead::{Ahead, MOST, heads_at_once};
+use super::lines::Lines;
+use super::{
+    Bits, Block, after, arranged, bring_back, code, dispatch, from_line, load, room,
+    words_of_factor,
+};
+use crate::quantise::{PackedView, hadamard};
+use pulp::{Simd, WithSimd};
+
+/// out[h] = Σ_j weights[h, j] v̂_j for all heads and values of a chunk, rotated back.
+pub(in super::super) struct PackedMix<'a> {
+    /// `[heads, stride]`.
+    pub(in super::super) weights: &'a [f32],
+    pub(in super::super) stride: usize,
+    pub(in super::super) values: PackedView<'a>,
+    /// What is read after the values.
+    pub(in super::super) next: &'a [u8],
+    /// `[heads, d]`.
+    pub(in super::super) out: &'a mut [f32],
+    /// `[heads, scratch]`.
+    pub(in super::super) scratch: &'a mut [f32],
+}
+
+impl PackedMix<'_> {
+    pub(in super::super) fn run(self) {
+        let format = self.values.format;
+        if format.bits == 4 {
+            dispatch(format, Bits::<Self, 8>(self));
+        } else {
+            dispatch(format, Bits::<Self, 4>(self));
+        }
+    }
+}
+
+impl<const N: usize> WithSimd for Bits<PackedMix<'_>, N> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let words = words_of_factor(self.0.values.format);
+        match words.is_multiple_of(S::F32_LANES) {
+            true => all_values::<S, N, true>(simd, self.0),
+            false => all_values::<S, N, false>(simd, self.0),
+        }
+    }
+}
+
+/// `WHOLE`: groups are whole vectors.
+#[inline(always)]
+fn all_values<S: Simd, const N: usize, const WHOLE: bool>(simd: S, of: PackedMix<'_>) {
+    let PackedMix {
+        weights,
+        stride,
+        values,
+        next,
+        out,
+        scratch: all,
+    } = of;
+    let all = from_line(all);
+    let format = values.format;
+    let (d, words) = (format.head_dim, format.words());
+    let (heads, room) = (out.len() / d, room(d));
+    let row = words.div_ceil(S::F32_LANES) * N * S::F32_LANES;
+    for own in all.chunks_exact_mut(room).take(heads) {
+        own[..row].fill(0.0);
+        own[2 * arranged(d)..].fill(0.0);
+    }
+    let mut lines = Lines::new(format, if WHOLE { 0 } else { row / N });
+    let (tokens, mut from) = (values.tokens(), 0);
+    while from < tokens {
+        let count = MOST.min(tokens - from);
+        lines.fill(values, from, count);
+        let at = Block::new::<S>(values, from, count);
+        let next = after(values, from + count, next);
+        let mut ahead = Ahead::new(next, MOST * words * 4, heads);
+        let mut h = 0;
+        while h < heads {
+            let width = heads_at_once(heads - h);
+            let own = &mut all[h * room..(h + width) * room];
+            let weights = &weights[h * stride + from..];
+            let of = (&at, &lines, &mut ahead);
+            match width {
+                // Twice as many sums where there are registers for them.
+                4 if S::F32_LANES == 16 => mix::<S, N, WHOLE, 4, 4>(simd, of, weights, stride, own),
+                4 => mix::<S, N, WHOLE, 4, 2>(simd, of, weights, stride, own),
+                2 => mix::<S, N, WHOLE, 2, 4>(simd, of, weights, stride, own),
+                _ => mix::<S, N, WHOLE, 1, N>(simd, of, weights, stride, own),
+            }
+            h += width;
+        }
+        from += count;
+    }
+    for (own, out) in all.chunks_exact(room).zip(out.chunks_exact_mut(d)) {
+        bring_back::<S, N>(&own[..row], out);
+        let offsets = &own[2 * arranged(d)..];
+        for (group, offset) in out.chunks_exact_mut(format.group).zip(offsets) {
+            group.iter_mut().for_each(|x| *x += offset);
+        }
+        hadamard::rotate(out, format.rotation);
+    }
+}
+
+/// Adds the tokens of a block to the arranged outputs of `H` heads, `K` codes of a word at a time.
+#[inline(always)]
+fn mix<S: Simd, const N: usize, const WHOLE: bool, const H: usize, const K: usize>(
+    simd: S,
+    (at, lines, ahead): (&Block<'_>, &Lines, &mut Ahead<'_>),
+    weights: &[f32],
+    stride: usize,
+    own: &mut [f32],
+) {
+    let (room, count) = (room(at.d), at.count());
+    // In arrays, so that loops need no index checked; tokens that are not there weigh nothing.
+    let mut heads = [[0.0; MOST]; H];
+    for (head, weights) in heads.iter_mut().zip(weights.chunks(stride)) {
+        head[..count].copy_from_slice(&weights[..count]);
+    }
+    for h in 0..H {
+        let sums = &mut own[h * room + 2 * arranged(at.d)..(h + 1) * room];
+        for (sum, offsets) in sums.iter_mut().zip(lines.offsets()) {
+            let (weights, offsets) = (S::as_simd_f32s(&heads[h]).0, S::as_simd_f32s(offsets).0);
+            let mut products = simd.splat_f32s(0.0);
+            for (&weight, &offset) in weights.iter().zip(offsets) {
+                products = simd.mul_add_f32s(weight, offset, products);
+            }
+            *sum += simd.reduce_sum_f32s(products);
+        }
+    }
+    let zero = simd.splat_f32s(0.0);
+    for b in 0..at.vectors {
+        let mut scaled = heads;
+        if WHOLE {
+            let factors = lines.factors(b / at.shared);
+            for h in 0..H {
+                for j in 0..MOST {
+                    scaled[h][j] *= factors[j];
+                }
+            }
+        }
+        for part in 0..N / K {
+            ahead.fetch(H, at.words * 4 * count / (at.vectors * N / K));
+            let shift = simd.splat_u32s((part * K * 32 / N) as u32);
+            let mut acc = [[zero; K]; H];
+            for (j, token) in (0..MOST).zip(at.codes.chunks_exact(at.words)) {
+                let mut words = load::<S, WHOLE>(simd, token, b);
+                if K < N {
+                    words = simd.wrapping_dyn_shr_u32s(words, shift);
+                }
+                let mut wide = [zero; K];
+                for k in 0..K {
+                    wide[k] = code::<S, N>(simd, words, k);
+                }
+                let factor = match WHOLE {
+                    true => zero,
+                    false => lines.of_words::<S>(j, b),
+                };
+                for h in 0..H {
+                    let mut w = simd.splat_f32s(scaled[h][j]);
+                    if !WHOLE {
+                        w = simd.mul_f32s(w, factor);
+                    }
+                    for k in 0..K {
+                        acc[h][k] = simd.mul_add_f32s(w, wide[k], acc[h][k]);
+                    }
+                }
+            }
+            for h in 0..H {
+                let place = h * room + (b * N + part * K) * S::F32_LANES;
+                let held = S::as_mut_simd_f32s(&mut own[place..][..K * S::F32_LANES]).0;
+                for (held, acc) in held.iter_mut().zip(acc[h]) {
+                    *held = simd.add_f32s(*held, acc);
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,259 @@
+//! The kernel for quantised keys and values: codes are widened in registers, a word of 4 or 8 of them in each lane.
+//!
+//! A code c of b bits becomes the float 1 + c/2^b by putting it into the top of the mantissa of 1, which takes a shift, a mask and an or. With
+//! x̂ = s·c + offset = 2^b·s·f + (offset − 2^b·s), scores need one factor per group and the sum of the query over each group, and the mix of values
+//! one more number per group. Shifting a vector of words by k codes gives the elements at stride 4 or 8 from k on, so queries are brought into
+//! that order once per chunk, and outputs back.
+//!
+//! What follows from scales is computed once for a block of tokens and all heads. Vectors are as wide as the words of a group allow, so that one factor serves
+//! a vector; groups that are no whole vectors have a factor for each lane, which is slower.
+
+mod lines;
+mod mix;
+mod scores;
+
+use crate::quantise::{Format, PackedView};
+use pulp::{Arch, Simd, WithSimd};
+
+pub(super) use mix::PackedMix;
+pub(super) use scores::PackedScores;
+
+/// Numbers of a cache line: loads of whole lines take half the time of loads that reach into two.
+const LINE: usize = 16;
+
+/// Numbers per lane that the kernels need for themselves with heads of `d`.
+pub(super) fn scratch(d: usize) -> usize {
+    room(d) + LINE
+}
+
+/// Of them those of a lane, in whole lines: two arranged rows and a number per group.
+fn room(d: usize) -> usize {
+    2 * arranged(d) + (d / 8).next_multiple_of(LINE)
+}
+
+/// The scratch of all lanes from the first whole line on.
+fn from_line(scratch: &mut [f32]) -> &mut [f32] {
+    let before = scratch.as_ptr().align_offset(LINE * size_of::<f32>());
+    &mut scratch[before.min(LINE - 1)..]
+}
+
+/// Elements of an arranged row: whole vectors of words on every machine.
+fn arranged(d: usize) -> usize {
+    d.next_multiple_of(128)
+}
+
+/// Runs `kernel` with the widest vectors that the words of a group fill, eight at least where the machine has them.
+fn dispatch(format: Format, kernel: impl WithSimd<Output = ()>) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        if let Some(simd) = pulp::x86::V4::try_new() {
+            return match words_of_factor(format).is_multiple_of(16) {
+                true => pulp::Simd::vectorize(simd, kernel),
+                false => pulp::Simd::vectorize(simd, Narrow(kernel)),
+            };
+        }
+        if let Some(simd) = pulp::x86::V3::try_new() {
+            return pulp::Simd::vectorize(simd, kernel);
+        }
+    }
+    let _ = format;
+    Arch::new().dispatch(kernel);
+}
+
+/// Words of a token that share a factor; all of them where groups run along channels, whose factors are in the queries.
+fn words_of_factor(format: Format) -> usize {
+    match format.channel {
+        0 => format.group / format.per_word(),
+        _ => format.words(),
+    }
+}
+
+/// A kernel with vectors of eight words on a machine with wider ones, whose other registers and instructions it still uses.
+#[cfg(target_arch = "x86_64")]
+struct Narrow<K>(K);
+
+#[cfg(target_arch = "x86_64")]
+impl<K: WithSimd> WithSimd for Narrow<K> {
+    type Output = K::Output;
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) -> K::Output {
+        let any: &dyn std::any::Any = &simd;
+        match any.downcast_ref::<pulp::x86::V4>() {
+            Some(simd) => self.0.with_simd::<pulp::x86::V3>(**simd),
+            None => self.0.with_simd(simd),
+        }
+    }
+}
+
+/// 1 + c/2^b for the `k`-th code of each word, `N` codes a word.
+#[inline(always)]
+fn code<S: Simd, const N: usize>(simd: S, words: S::u32s, k: usize) -> S::f32s {
+    const ONE: u32 = 0x3f80_0000;
+    let bits = 32 / N as u32;
+    let (at, top) = (bits * k as u32, 23 - bits);
+    let moved = if at <= top {
+        simd.wrapping_dyn_shl_u32s(words, simd.splat_u32s(top - at))
+    } else {
+        simd.wrapping_dyn_shr_u32s(words, simd.splat_u32s(at - top))
+    };
+    let mask = simd.splat_u32s(((1 << bits) - 1) << top);
+    let mantissa = simd.and_u32s(moved, mask);
+    simd.transmute_f32s_u32s(simd.or_u32s(mantissa, simd.splat_u32s(ONE)))
+}
+
+/// The `b`-th vector of a token's words, filled up with zeros where they are no `WHOLE` vectors.
+#[inline(always)]
+fn load<S: Simd, const WHOLE: bool>(simd: S, token: &[u32], b: usize) -> S::u32s {
+    let (whole, tail) = S::as_simd_u32s(token);
+    match whole.get(b) {
+        Some(&words) => words,
+        None if WHOLE => simd.splat_u32s(0),
+        None => simd.partial_load_u32s(tail),
+    }
+}
+
+/// `row` in the order in which codes come out, zeros in between: place ((b·N) + k)·L + l holds element (b·L + l)·N + k.
+#[inline(always)]
+fn arrange<S: Simd, const N: usize>(row: &[f32], to: &mut [f32]) {
+    for (b, to) in to.chunks_exact_mut(N * S::F32_LANES).enumerate() {
+        for (k, to) in to.chunks_exact_mut(S::F32_LANES).enumerate() {
+            for (l, to) in to.iter_mut().enumerate() {
+                let element = (b * S::F32_LANES + l) * N + k;
+                *to = row.get(element).copied().unwrap_or(0.0);
+            }
+        }
+    }
+}
+
+/// The reverse of [`arrange`].
+#[inline(always)]
+fn bring_back<S: Simd, const N: usize>(from: &[f32], row: &mut [f32]) {
+    for (b, from) in from.chunks_exact(N * S::F32_LANES).enumerate() {
+        for (k, from) in from.chunks_exact(S::F32_LANES).enumerate() {
+            for (l, &x) in from.iter().enumerate() {
+                if let Some(to) = row.get_mut((b * S::F32_LANES + l) * N + k) {
+                    *to = x;
+                }
+            }
+        }
+    }
+}
+
+/// A kernel for `N` codes a word.
+struct Bits<K, const N: usize>(K);
+
+/// A block of tokens.
+struct Block<'a> {
+    codes: &'a [u32],
+    /// Words of a token.
+    words: usize,
+    /// Vectors of a token.
+    vectors: usize,
+    /// Vectors that share a factor, or have a factor for each lane, and how many times so many there are.
+    shared: usize,
+    factors: usize,
+    d: usize,
+}
+
+impl<'a> Block<'a> {
+    /// The tokens `from..from + count` of a view.
+    #[inline(always)]
+    fn new<S: Simd>(view: PackedView<'a>, from: usize, count: usize) -> Self {
+        let words = view.format.words();
+        let vectors = words.div_ceil(S::F32_LANES);
+        let shared = match words_of_factor(view.format) {
+            words if words.is_multiple_of(S::F32_LANES) => words / S::F32_LANES,
+            _ => 1,
+        };
+        Self {
+            codes: &view.words[from * words..(from + count) * words],
+            words,
+            vectors,
+            shared,
+            factors: vectors / shared,
+            d: view.format.head_dim,
+        }
+    }
+
+    fn count(&self) -> usize {
+        self.codes.len() / self.words
+    }
+}
+
+/// What is read after the tokens up to `to` of a view, in bytes.
+#[inline(always)]
+fn after<'a>(view: PackedView<'a>, to: usize, next: &'a [u8]) -> &'a [u8] {
+    match &view.words[to * view.format.words()..] {
+        [] => next,
+        words => pulp::bytemuck::cast_slice(words),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::golden::{self, D};
+    use crate::quantise::Packed;
+
+    /// 4 bits in groups of `group`.
+    fn format(group: usize) -> Format {
+        Format {
+            head_dim: group.max(D),
+            bits: 4,
+            symmetric: false,
+            group,
+            rotation: 1,
+            channel: 0,
+        }
+    }
+
+    #[test]
+    fn a_score_by_bits_of_the_mantissa_equals_the_golden_value() {
+        let mut packed = Packed::new(format(32));
+        assert!(packed.push(&golden::keys(0)));
+        let (mut scores, mut room) = ([0.0], vec![0.0; scratch(D)]);
+        let query = &golden::queries()[..D];
+        PackedScores {
+            queries: query,
+            keys: packed.view(),
+            next: &[],
+            stride: 1,
+            scores: &mut scores,
+            scratch: &mut room,
+        }
+        .run();
+        // Of the terms 16·s·q·f with f below 2, each of which is rounded, -0.96 is left.
+        let terms = query.chunks_exact(32).zip(packed.view().scales);
+        let terms: f64 = terms
+            .map(|(q, s)| 32.0 * s.to_f64() * q.iter().map(|q| f64::from(q.abs())).sum::<f64>())
+            .sum();
+        let error = (f64::from(scores[0]) + 0.959_265_684).abs();
+        assert!(
+            error < terms * f64::from(f32::EPSILON) / 2.0,
+            "{error} {terms}"
+        );
+        assert!(error < 5e-5, "a ten-thousandth of the quantisation's own");
+    }
+
+    struct Bit(u32, u32);
+
+    impl WithSimd for Bit {
+        type Output = ();
+        fn with_simd<S: Simd>(self, simd: S) {
+            let bits =
+                |x: S::f32s| -> u32 { pulp::bytemuck::cast_slice(std::slice::from_ref(&x))[0] };
+            let word = |word: u32| simd.splat_u32s(word);
+            // Code 9 in the second of eight places, code 200 in the third of four.
+            assert_eq!(bits(code::<S, 8>(simd, word(9 << 4), 1)), self.0);
+            assert_eq!(bits(code::<S, 4>(simd, word(200 << 16), 2)), self.1);
+        }
+    }
+
+    #[test]
+    fn codes_have_the_golden_bits() {
+        for group in [32, 64, 128] {
+            dispatch(format(group), Bit(0x3fc8_0000, 0x3fe4_0000));
+        }
+    }
+}
