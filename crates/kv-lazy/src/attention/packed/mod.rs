@@ -150,8 +150,9 @@ struct Block<'a> {
     words: usize,
     /// Vectors of a token.
     vectors: usize,
-    /// Vectors that share a factor, or have a factor for each lane, and how many times so many there are.
+    /// Vectors that share a factor, one where each lane has its own.
     shared: usize,
+    /// How often a token has so many.
     factors: usize,
     d: usize,
 }
@@ -254,6 +255,124 @@ mod tests {
     fn codes_have_the_golden_bits() {
         for group in [32, 64, 128] {
             dispatch(format(group), Bit(0x3fc8_0000, 0x3fe4_0000));
+        }
+    }
+
+    /// Scores and sums by vectors of one sort.
+    fn attended<S: Simd>(
+        simd: Option<S>,
+        (queries, weights): (&[f32], &[f32]),
+        view: PackedView<'_>,
+    ) -> [Vec<f32>; 2] {
+        fn run<S: Simd, K>(simd: Option<S>, format: Format, kernel: K)
+        where
+            Bits<K, 4>: WithSimd<Output = ()>,
+            Bits<K, 8>: WithSimd<Output = ()>,
+        {
+            match (simd, format.bits) {
+                (Some(simd), 4) => simd.vectorize(Bits::<K, 8>(kernel)),
+                (Some(simd), _) => simd.vectorize(Bits::<K, 4>(kernel)),
+                (None, 4) => dispatch(format, Bits::<K, 8>(kernel)),
+                (None, _) => dispatch(format, Bits::<K, 4>(kernel)),
+            }
+        }
+        let (d, tokens) = (view.format.head_dim, view.tokens());
+        let heads = queries.len() / d;
+        let (mut scores, mut out) = (vec![0.0; heads * tokens], vec![0.0; heads * d]);
+        let mut scratch = vec![0.0; heads * scratch(d)];
+        let of_scores = PackedScores {
+            queries,
+            keys: view,
+            next: &[],
+            stride: tokens,
+            scores: &mut scores,
+            scratch: &mut scratch,
+        };
+        run(simd, view.format, of_scores);
+        if view.format.channel == 0 {
+            let of_mix = PackedMix {
+                weights,
+                stride: tokens,
+                values: view,
+                next: &[],
+                out: &mut out,
+                scratch: &mut scratch,
+            };
+            run(simd, view.format, of_mix);
+        }
+        [scores, out]
+    }
+
+    fn near(got: &[f32], want: &[f64], largest: f64, of: &str) {
+        for (got, want) in got.iter().zip(want) {
+            let error = (f64::from(*got) - want).abs();
+            assert!(error < 2e-6 * largest, "{of}: {got} {want}");
+        }
+    }
+
+    #[test]
+    fn vectors_of_every_width_give_what_widened_rows_do() {
+        // Groups that fill vectors of 1, 8 and 16 words, of 8 alone, and of neither; more tokens than a block.
+        for (d, group, bits, channel) in [
+            (64, 64, 8, 0),
+            (128, 64, 8, 0),
+            (64, 64, 4, 0),
+            (128, 64, 4, 0),
+            (256, 128, 4, 0),
+            (96, 48, 8, 0),
+            (96, 48, 4, 0),
+            (40, 8, 4, 0),
+            (64, 64, 4, 32),
+            (128, 64, 8, 32),
+            (80, 40, 4, 32),
+        ] {
+            let format = Format {
+                head_dim: d,
+                bits,
+                symmetric: bits == 8 && channel == 0,
+                group,
+                rotation: 1,
+                channel,
+            };
+            let tokens = if channel > 0 { 96 } else { 75 };
+            let mut packed = Packed::new(format);
+            assert!(packed.push(&golden::uniform("rows", tokens * d)));
+            let view = packed.view();
+            let mut rows = Vec::new();
+            view.widen_into(&mut rows);
+            // Blocks of four, two and one.
+            let heads = 7;
+            let queries = golden::uniform("queries", heads * d);
+            let weights = golden::uniform("weights", heads * tokens);
+            let product = |x: &f32, y: &f32| f64::from(*x) * f64::from(*y);
+            let (mut scores, mut out) = (Vec::new(), Vec::new());
+            for h in 0..heads {
+                let (query, weights) = (&queries[h * d..][..d], &weights[h * tokens..][..tokens]);
+                let score = |row: &[f32]| query.iter().zip(row).map(|(q, x)| product(q, x)).sum();
+                scores.extend(rows.chunks_exact(d).map(score).collect::<Vec<f64>>());
+                out.extend((0..d).map(|i| {
+                    let column = rows.iter().skip(i).step_by(d);
+                    weights
+                        .iter()
+                        .zip(column)
+                        .map(|(w, x)| product(w, x))
+                        .sum::<f64>()
+                }));
+            }
+            let given = (&queries[..], &weights[..]);
+            let of = |name: &str| format!("{name}, {format:?}");
+            let check = |[s, o]: [Vec<f32>; 2], name: &str| {
+                near(&s, &scores, d as f64, &of(name));
+                if channel == 0 {
+                    near(&o, &out, tokens as f64, &of(name));
+                }
+            };
+            check(attended::<pulp::Scalar>(None, given, view), "the machine's");
+            check(attended(Some(pulp::Scalar), given, view), "1");
+            check(attended(Some(pulp::Scalar256b), given, view), "8");
+            check(attended(Some(pulp::Scalar512b), given, view), "16");
+            #[cfg(target_arch = "x86_64")]
+            check(attended(pulp::x86::V3::try_new(), given, view), "AVX2");
         }
     }
 }
