@@ -18,6 +18,9 @@ use crate::stdout::{print, print_while_read};
 use crate::suites::kv::calibration;
 use crate::suites::kv::policy::{self, Choice};
 
+/// The recommended storage of keys and values: its error does not show in what is written.
+const KV_DTYPE: &str = "int8";
+
 /// What to generate.
 #[derive(Debug, Clone)]
 pub struct Config {
@@ -29,7 +32,9 @@ pub struct Config {
     pub raw: bool,
     /// Policy of the cache.
     pub policy: Choice,
-    /// A file with a configuration of the cache, in place of policy and budget.
+    /// What keys and values are stored as; as recommended, where the model's heads admit it.
+    pub kv_dtype: Option<String>,
+    /// A file with a configuration of the cache, in place of policy, storage and budget.
     pub cache: Option<PathBuf>,
     /// A file of statistics of the model's queries.
     pub statistics: Option<PathBuf>,
@@ -81,11 +86,18 @@ pub fn run(config: &Config) -> Result<()> {
             Choice::of_file(file)?,
             format!("--cache {}", file.display()),
         ),
-        None => (
-            config.policy.clone(),
-            format!("--policy {} --budget {}", config.policy.name, config.budget),
-        ),
+        None => {
+            let policy = config.policy.clone();
+            let flags = format!("--policy {} --budget {}", policy.name, config.budget);
+            let stored = match &config.kv_dtype {
+                Some(preset) => policy.stored_as(preset, true)?,
+                None if policy::admits(&model, KV_DTYPE)? => policy.stored_as(KV_DTYPE, true)?,
+                None => policy,
+            };
+            (stored, flags)
+        }
     };
+    let stored = choice.stored(decoder.dtype());
     if let Some(file) = &config.statistics {
         ensure!(
             choice.takes_calibration(),
@@ -137,7 +149,8 @@ pub fn run(config: &Config) -> Result<()> {
     }
     let bytes = |name: &str, bytes: usize| format!("{name} {}", format::bytes(bytes as u64));
     facts.push(bytes("weights", model.weight_bytes()));
-    facts.push(bytes("cache", cache.peak_bytes()));
+    let held = bytes("cache", cache.peak_bytes());
+    facts.push(format!("{held} ({stored})"));
     facts.push(bytes("cache state", cache.state_bytes()));
     if max_new_tokens < config.max_new_tokens && generated.tokens.len() == max_new_tokens {
         facts.push(format!(

@@ -63,6 +63,11 @@ fn wrong_usage_ends_with_2_and_names_what_is_wrong() {
     assert_usage(&with(&["--method", "flap,flop", "--ratio", "0.1"]), "flop");
     assert_usage(&with(&["--method", "flap", "--ratio", "0.1,1.0"]), "1.0");
     assert_usage(&with(&["--method", "flap", "--ratio", "NaN"]), "NaN");
+    // By default nothing is evicted.
+    let chain = ["eval", "chain", "--model", "m", "--budget", "0.5"];
+    assert_usage(&chain, "--budget: --policy full keeps all tokens");
+    let generate = ["generate", "--model", "m", "--prompt", "a", "--budget", "9"];
+    assert_usage(&generate, "--budget: --policy full keeps all tokens");
 }
 
 /// The values of `flag` that `eval SUITE --help` lists.

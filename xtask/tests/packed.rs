@@ -156,7 +156,7 @@ fn what_is_saved_packed_is_evaluated_and_generates_packed() {
         "prompt of 3 tokens",
         "tokens/s",
         "weights",
-        "cache",
+        "(Int8)",
         "int8 arithmetic",
     ] {
         assert!(said.contains(part), "{part}: {said}");

@@ -78,6 +78,18 @@ impl<'a> Prepared<'a> {
         self.frontier.smallest()
     }
 
+    /// Tokens that [`measure`](Self::measure) passes through the whole model; candidates that share their first blocks count in part.
+    pub fn tokens_of_curves(&self) -> f64 {
+        self.frontier.tokens_of_curves()
+    }
+
+    /// About how many tokens more a plan takes: a round moves each site up and down.
+    pub fn tokens_of_plan(&self) -> f64 {
+        let rounds = self.frontier.options.rounds.min(1) as f64;
+        let sites = self.frontier.menus.len() as f64;
+        rounds * sites * self.frontier.coarse_tokens() as f64
+    }
+
     /// Bytes of the dense model, and of its cache where it counts.
     pub fn dense_bytes(&self) -> u64 {
         self.frontier.dense_bytes()

@@ -17,6 +17,9 @@ use std::path::Path;
 /// Fewest combinations that are measured to check their prediction, where there are as many.
 const FEWEST_CHECKED: usize = 8;
 
+/// A site and an item of its menu, by their numbers.
+type Treated = (usize, usize);
+
 impl Frontier<'_> {
     /// Fills in what each treatment takes for a decoded token.
     pub(crate) fn measure_seconds(&mut self, dir: &Path, progress: &dyn Progress) -> Result<()> {
@@ -36,25 +39,43 @@ impl Frontier<'_> {
         timer.save()
     }
 
-    pub(crate) fn measure_curves(&mut self, progress: &dyn Progress) -> Result<()> {
-        let axes: Vec<Vec<usize>> = self.menus.iter().map(curves::axes).collect();
-        let combinations: Vec<Vec<usize>> = self.menus.iter().map(curves::combinations).collect();
-        let all: usize = combinations.iter().map(Vec::len).sum();
+    /// Sites with the items of their menus that `of` chooses.
+    fn sites_with(&self, of: impl Fn(&Menu) -> Vec<usize>) -> Vec<Treated> {
+        let sites = self.menus.iter().enumerate();
+        let with = |(site, menu)| of(menu).into_iter().map(move |item| (site, item));
+        sites.flat_map(with).collect()
+    }
+
+    /// Sites with the treatments along one axis that are measured, and with the combinations that are drawn to check predictions.
+    fn to_measure(&self) -> (Vec<Treated>, Vec<Treated>) {
+        let places = self.sites_with(curves::combinations);
+        let all = places.len();
         let wanted = (all as f64 * self.options.sample).ceil() as usize;
         let wanted = match self.options.sample > 0.0 {
             true => wanted.max(FEWEST_CHECKED).min(all),
             false => 0,
         };
-        let places: Vec<(usize, usize)> = (0..self.menus.len())
-            .flat_map(|site| combinations[site].iter().map(move |&item| (site, item)))
-            .collect();
         let mut rng = ChaCha8Rng::seed_from_u64(self.options.seed);
         let mut drawn = index::sample(&mut rng, all, wanted).into_vec();
         drawn.sort_unstable();
-        let drawn: Vec<(usize, usize)> = drawn.into_iter().map(|i| places[i]).collect();
-        let on_axes: Vec<(usize, usize)> = (0..self.menus.len())
-            .flat_map(|site| axes[site].iter().map(move |&item| (site, item)))
-            .collect();
+        let drawn = drawn.into_iter().map(|i| places[i]).collect();
+        (self.sites_with(curves::axes), drawn)
+    }
+
+    /// Tokens that measuring curves passes through the model, in part where candidates share their first blocks.
+    pub(crate) fn tokens_of_curves(&self) -> f64 {
+        let (on_axes, drawn) = self.to_measure();
+        let passes = self.passes_of(&[on_axes, drawn].concat());
+        passes * self.coarse_tokens() as f64
+    }
+
+    /// Tokens on which single sites are measured.
+    pub(crate) fn coarse_tokens(&self) -> usize {
+        self.windows(self.options.coarse_tokens) * self.window_len()
+    }
+
+    pub(crate) fn measure_curves(&mut self, progress: &dyn Progress) -> Result<()> {
+        let (on_axes, drawn) = self.to_measure();
         let mut shares = Vec::with_capacity(self.menus.len());
         progress.begin("energy of widths", self.menus.len() as u64);
         for menu in &self.menus {
@@ -99,11 +120,12 @@ impl Frontier<'_> {
         }
         if self.check.rho < RELIABLE {
             self.check.widened = true;
-            let plain = |&(site, item): &(usize, usize)| {
+            let plain = |&(site, item): &Treated| {
                 self.menus[site].items[item].treatment.rank == 0
                     && !self.distortions[site].is_measured(item)
             };
-            let more: Vec<(usize, usize)> = places.iter().copied().filter(plain).collect();
+            let mut more = self.sites_with(curves::combinations);
+            more.retain(plain);
             progress
                 .message("combinations are badly predicted: measuring all formats at all widths");
             self.state_cost(&more, progress);
@@ -115,10 +137,9 @@ impl Frontier<'_> {
         Ok(())
     }
 
-    /// Says what measuring will take before it begins.
-    fn state_cost(&self, items: &[(usize, usize)], progress: &dyn Progress) {
-        let tokens = self.windows(self.options.coarse_tokens) * self.window_len();
-        let of = |&(site, item): &(usize, usize)| {
+    /// Passes of the model that single sites take with these items.
+    fn passes_of(&self, items: &[Treated]) -> f64 {
+        let of = |&(site, item): &Treated| {
             passes(
                 self.decoder,
                 &self.menus,
@@ -126,17 +147,23 @@ impl Frontier<'_> {
                 &self.dense,
             )
         };
-        let passes: f64 = items.iter().map(of).sum();
+        items.iter().map(of).sum()
+    }
+
+    /// Says what measuring will take before it begins.
+    fn state_cost(&self, items: &[Treated], progress: &dyn Progress) {
+        let passes = self.passes_of(items);
         progress.message(&format!(
-            "{} treatments: {passes:.0} passes of {tokens} tokens",
-            items.len()
+            "{} treatments: {passes:.0} passes of {} tokens",
+            items.len(),
+            self.coarse_tokens()
         ));
     }
 
     /// Divergences with one site treated and all others dense.
     fn measure_alone(
         &mut self,
-        items: &[(usize, usize)],
+        items: &[Treated],
         progress: &dyn Progress,
     ) -> Result<Vec<Divergence>> {
         let candidates: Vec<Vec<usize>> = items

@@ -4,8 +4,10 @@ use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
 use clap::Args;
+use clap::builder::PossibleValuesParser;
 use eval_report::Budget;
 use frontier::{TARGETS, Target};
+use kv_lazy::StorageConfig;
 use lm_eval::ProtocolKind;
 use lowrank_eora::compress::Compressor;
 use lowrank_eora::repair::Method;
@@ -15,8 +17,8 @@ use toy_lm::bundled::{CALIBRATION, EVALUATION};
 use super::names::Known;
 use super::values::{positive, ratio, target};
 use super::{DECODED, MODEL, bundled, names, protocol, with_bos};
-use crate::suites::chain::Config;
-use crate::suites::kv::policy::Choice;
+use crate::suites::chain::{BUDGET, Config};
+use crate::suites::kv::policy::{ALPHA, Choice, PromptRule};
 use crate::suites::perplexity;
 
 #[derive(Args)]
@@ -54,12 +56,15 @@ pub(super) struct ChainArgs {
     /// Rank of the repair
     #[arg(long, value_name = "R", default_value = "8", value_parser = positive)]
     rank: NonZeroUsize,
-    /// KV-cache policy
-    #[arg(long, value_name = "P", default_value = "lazy", value_parser = policies())]
+    /// KV-cache policy; the paper's is lazy
+    #[arg(long, value_name = "P", default_value = "full", value_parser = policies())]
     policy: String,
-    /// Tokens of the cache: a number, or a fraction of the window
-    #[arg(long, value_name = "B", default_value = "0.5", value_parser = super::values::budget)]
-    budget: Budget,
+    /// Tokens of the cache, for all policies but full: a number, or a fraction of the window [default: 0.5]
+    #[arg(long, value_name = "B", value_parser = super::values::budget)]
+    budget: Option<Budget>,
+    /// What keys and values are stored as [default: int4; as the model computes where its heads are no multiple of 8]
+    #[arg(long, value_name = "T", value_parser = PossibleValuesParser::new(StorageConfig::PRESETS))]
+    kv_dtype: Option<String>,
     #[arg(
         long = "for",
         value_name = "TARGET",
@@ -87,25 +92,30 @@ fn method(name: &str) -> Result<Method, String> {
     names::parse(name, Method::NAMES)
 }
 
-impl From<ChainArgs> for Config {
-    fn from(args: ChainArgs) -> Self {
-        let text = perplexity::Config {
-            model: args.model,
-            text: args.text,
-            protocol: with_bos(args.protocol, !args.no_bos),
-        };
-        Self {
-            calib_samples: args.calib_samples.get(),
-            prune: args.prune,
-            ratio: args.ratio,
-            compress: args.compress,
-            method: args.method,
-            rank: args.rank.get(),
-            policy: args.policy,
-            budget: args.budget,
-            target: args.target,
-            save: args.save,
-            ..Self::new(text, args.calib)
+impl ChainArgs {
+    pub(super) fn config(self) -> Config {
+        let policy = super::values::policy(&self.policy, PromptRule::Evict, ALPHA);
+        if self.budget.is_some() && policy.is_full() {
+            super::wrong("--budget: --policy full keeps all tokens")
+        }
+        Config {
+            perplexity: perplexity::Config {
+                model: self.model,
+                text: self.text,
+                protocol: with_bos(self.protocol, !self.no_bos),
+            },
+            calib: self.calib,
+            calib_samples: self.calib_samples.get(),
+            prune: self.prune,
+            ratio: self.ratio,
+            compress: self.compress,
+            method: self.method,
+            rank: self.rank.get(),
+            policy,
+            kv_dtype: self.kv_dtype,
+            budget: self.budget.unwrap_or(BUDGET),
+            target: self.target,
+            save: self.save,
         }
     }
 }

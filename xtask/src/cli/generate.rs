@@ -7,6 +7,7 @@ use causal_lm::{Arithmetic, Sampling};
 use clap::Args;
 use clap::builder::PossibleValuesParser;
 
+use super::values::policy;
 use super::weights::WeightArgs;
 use crate::generate;
 use crate::settings::{Device, Settings};
@@ -34,7 +35,7 @@ pub(super) struct GenerateArgs {
     #[arg(long, value_name = "N", value_parser = super::values::positive)]
     budget: Option<NonZeroUsize>,
     /// What keys and values are stored as: f32, f16, bf16, int8, k8v4 (8-bit keys, 4-bit values), int4 or int4-per-channel (with --policy full alone)
-    /// [default: as the model computes]
+    /// [default: int8; as the model computes where its heads are no multiple of 8]
     #[arg(long, value_name = "T", value_parser = PossibleValuesParser::new(kv_lazy::StorageConfig::PRESETS))]
     kv_dtype: Option<String>,
     /// Statistics of the model's queries for --policy tri-attention, as eval kv --save-statistics makes them [default: the sequence itself]
@@ -72,7 +73,7 @@ impl GenerateArgs {
         let greedy = self.temperature == 0.0;
         let refused = [
             (
-                self.budget.is_some() && stored(&self.policy, None).is_full(),
+                self.budget.is_some() && policy(&self.policy, PromptRule::Own, ALPHA).is_full(),
                 "--budget: --policy full keeps all tokens",
             ),
             (
@@ -96,7 +97,8 @@ impl GenerateArgs {
             model: self.model,
             prompt: self.prompt,
             raw: self.raw,
-            policy: stored(&self.policy, self.kv_dtype.as_deref()),
+            policy: policy(&self.policy, PromptRule::Own, ALPHA),
+            kv_dtype: self.kv_dtype,
             cache: self.cache,
             statistics: self.statistics,
             budget: self.budget.map_or(BUDGET, NonZeroUsize::get),
@@ -117,16 +119,5 @@ impl GenerateArgs {
                 ..Settings::default()
             },
         }
-    }
-}
-
-/// A policy with its storage.
-fn stored(policy: &str, storage: Option<&str>) -> Choice {
-    // clap has admitted no other names.
-    let known = "the parser knows the same names";
-    let choice = Choice::named(policy, PromptRule::Own, ALPHA).expect(known);
-    match storage {
-        Some(preset) => choice.stored_as(preset, true).expect(known),
-        None => choice,
     }
 }

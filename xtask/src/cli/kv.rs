@@ -11,6 +11,7 @@ use lm_eval::ProtocolKind;
 use lm_eval::long_context::Questions;
 
 use super::names::Known;
+use super::values::policy;
 use super::weights::WeightArgs;
 use super::wrong;
 use crate::suites::kv::long_context::{Feed, LongContext};
@@ -169,10 +170,7 @@ impl KvArgs {
             true => PromptRule::Evict,
             false => PromptRule::Own,
         });
-        let choice = |name: &str| {
-            // clap has admitted no other name.
-            Choice::named(name, prompt_rule, self.alpha).expect("the parser knows the same names")
-        };
+        let choice = |name: &str| policy(name, prompt_rule, self.alpha);
         let policies: Vec<Choice> = match &self.policy[..] {
             [] if !self.cache.is_empty() => Vec::new(),
             [] if self.task == KvTask::Speed => Speed::POLICIES.into_iter().map(choice).collect(),

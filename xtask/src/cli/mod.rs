@@ -425,7 +425,7 @@ impl SuiteArgs {
             SuiteArgs::Lattice(args) => Suite::Lattice(Box::new(args.config(seed))),
             SuiteArgs::Kv(args) => Suite::Kv(args.config()),
             SuiteArgs::Tasks(args) => Suite::Tasks((*args).into()),
-            SuiteArgs::Chain(args) => Suite::Chain((*args).into()),
+            SuiteArgs::Chain(args) => Suite::Chain(args.config()),
         }
     }
 }

@@ -7,6 +7,12 @@ use eval_report::Budget;
 use frontier::{TARGETS, Target};
 
 use super::names;
+use crate::suites::kv::policy::{Choice, PromptRule};
+
+/// A policy that the parser has admitted.
+pub(super) fn policy(name: &str, prompt: PromptRule, alpha: f32) -> Choice {
+    Choice::named(name, prompt, alpha).expect("the parser knows the same names")
+}
 
 /// A number of things, at least one.
 pub(super) fn positive(text: &str) -> Result<NonZeroUsize, String> {

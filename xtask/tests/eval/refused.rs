@@ -342,26 +342,28 @@ fn a_chain_that_cannot_be_run_is_refused_before_calibration() {
     // The budget depends on the window, which the text has to be cut for.
     let scene = llama();
     let calib = scene.path("calib.txt");
-    let output = Command::new(env!("CARGO_BIN_EXE_xtask"))
-        .args([
-            "eval",
-            "chain",
-            "--json",
-            "--compress",
-            "rtn-int4-g8",
-            "--budget",
-            "1",
-        ])
-        .args(["--model".as_ref(), scene.path("model").as_os_str()])
-        .args(["--text".as_ref(), scene.path("text.txt").as_os_str()])
-        .args(["--calib".as_ref(), calib.as_os_str()])
-        .output()
-        .unwrap();
-    let line = error(&output);
-    assert!(
-        line.contains("--budget 1") && line.contains("too small"),
-        "{line}"
-    );
+    for (words, flag, value) in [
+        ("--policy lazy --budget 1", "--budget 1", "too small"),
+        (
+            "--policy tova --kv-dtype int4-per-channel",
+            "--policy tova",
+            "per-channel",
+        ),
+    ] {
+        let output = Command::new(env!("CARGO_BIN_EXE_xtask"))
+            .args(["eval", "chain", "--json", "--compress", "rtn-int4-g8"])
+            .args(words.split_whitespace())
+            .args(["--model".as_ref(), scene.path("model").as_os_str()])
+            .args(["--text".as_ref(), scene.path("text.txt").as_os_str()])
+            .args(["--calib".as_ref(), calib.as_os_str()])
+            .output()
+            .unwrap();
+        let line = error(&output);
+        assert!(
+            line.contains(flag) && line.contains(value),
+            "{words}: {line}"
+        );
+    }
 }
 
 #[test]

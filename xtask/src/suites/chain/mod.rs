@@ -1,4 +1,4 @@
-//! The methods on top of one another: prune, quantise what is left, repair it at low rank, and evict from its cache.
+//! The methods on top of one another: prune, quantise what is left, repair it at low rank, and shrink its cache.
 //!
 //! Every step is written to the files of a runtime, opened again and measured with its weights as they are stored, beside a
 //! chain of baselines that spends as much at every step without looking.
@@ -15,6 +15,7 @@ use eval_report::{
     mean_over_seeds,
 };
 use frontier::{Files, Format, Target, Written};
+use kv_lazy::CacheConfig;
 use lowrank_eora::compress::{BlockRounding, Compressor, Rounding, Score};
 use lowrank_eora::output::{Adapter, Layout, check_layout, gguf_types, gptq};
 use lowrank_eora::repair::{Method, Ranks, Repair, Repaired, Source, Texts};
@@ -30,6 +31,7 @@ use crate::model;
 use crate::scratch::Scratch;
 use crate::settings::Settings;
 use crate::suites::damping;
+use crate::suites::kv::FULL;
 use crate::suites::kv::perplexity::{Decoding, batch, prompt};
 use crate::suites::kv::policy::{self, ALPHA, Choice, PromptRule};
 use crate::suites::lowrank::possible_rank;
@@ -44,6 +46,10 @@ const DRAWS: u64 = 3;
 const STEPS: u64 = 5;
 /// The recommended method of pruning.
 const RD_DP: &str = "rd-dp";
+/// The recommended storage of keys and values.
+pub const KV_DTYPE: &str = "int4";
+/// Tokens of caches that evict.
+pub const BUDGET: Budget = Budget::Share(0.5);
 /// Columns of a block, and codes of whole words at any width in bits.
 const BLOCK: usize = 32;
 
@@ -66,9 +72,11 @@ pub struct Config {
     pub method: Method,
     /// Rank of the repair.
     pub rank: usize,
-    /// What evicts from the caches.
-    pub policy: String,
-    /// Tokens that the caches hold.
+    /// What the caches keep.
+    pub policy: Choice,
+    /// What they store it as; as recommended, where the model's heads admit it.
+    pub kv_dtype: Option<String>,
+    /// Tokens that the caches hold, where they evict.
     pub budget: Budget,
     /// The runtime whose files are written and measured.
     pub target: Target,
@@ -78,8 +86,11 @@ pub struct Config {
 
 impl Config {
     /// The recommended methods, with the defaults of the command line.
-    pub fn new(perplexity: perplexity::Config, calib: PathBuf) -> Self {
-        Self {
+    ///
+    /// # Errors
+    /// A default that does not exist.
+    pub fn new(perplexity: perplexity::Config, calib: PathBuf) -> Result<Self> {
+        Ok(Self {
             perplexity,
             calib,
             calib_samples: 32,
@@ -88,11 +99,12 @@ impl Config {
             compress: None,
             method: Method::Eora,
             rank: 8,
-            policy: "lazy".into(),
-            budget: Budget::Share(0.5),
+            policy: policy(FULL)?,
+            kv_dtype: None,
+            budget: BUDGET,
             target: Target::Here,
             save: None,
-        }
+        })
     }
 
     /// What quantises: about 4.5 bits per weight in the form that the target stores.
@@ -108,33 +120,44 @@ impl Config {
         })
     }
 
-    fn methods(&self) -> Result<Steps> {
+    /// The policy with the storage that is asked for, or that which is recommended where a model admits it.
+    fn cache(&self, is_admitted: bool) -> Result<Choice> {
+        let policy = self.policy.clone();
+        Ok(match &self.kv_dtype {
+            Some(preset) => policy.stored_as(preset, false)?,
+            None if is_admitted => policy.stored_as(KV_DTYPE, false)?,
+            None => policy,
+        })
+    }
+
+    fn methods(&self, cache: Choice) -> Result<Steps> {
         Ok(Steps {
             prune: self.prune.clone(),
             compressor: self.compressor()?,
             repair: self.method,
-            policy: self.policy.clone(),
+            cache,
             control: false,
         })
     }
 
-    /// Random units, rounding, plain SVD, random eviction.
+    /// Random units, rounding, plain SVD, random eviction of keys and values that are not quantised.
     fn baselines(&self) -> Result<Steps> {
         Ok(Steps {
             prune: "random".into(),
             compressor: without_looking(self.compressor()?),
             repair: Method::Svd,
-            policy: "random".into(),
+            cache: policy("random")?.stored_as("f16", false)?,
             control: true,
         })
     }
 
-    /// The methods of the last rows of both chains.
+    /// The methods of the last rows of both chains, first where a model's heads admit the recommended storage and then where they do not.
     ///
     /// # Errors
     /// A default compressor that cannot be parsed.
-    pub(crate) fn wholes(&self) -> Result<[String; 2]> {
-        Ok([self.methods()?.whole(), self.baselines()?.whole()])
+    pub(crate) fn wholes(&self) -> Result<[String; 3]> {
+        let methods = |is_admitted| anyhow::Ok(self.methods(self.cache(is_admitted)?)?.whole());
+        Ok([methods(true)?, methods(false)?, self.baselines()?.whole()])
     }
 
     /// About how long it takes with so many tokens to calibrate and to evaluate on.
@@ -182,12 +205,6 @@ impl Config {
             let fits = recipe.check(decoder, self.ratio);
             fits.with_context(|| format!("--ratio {}: {name}", self.ratio))?;
         }
-        let names = Choice::known();
-        ensure!(
-            names.contains(&self.policy),
-            "--policy {}: no policy of this name",
-            self.policy
-        );
         if let Some(save) = &self.save {
             // Dropped, it leaves nothing.
             let new = PendingFolder::create(save, Overwrite::Never);
@@ -228,6 +245,12 @@ impl Config {
     }
 }
 
+/// A policy that may evict the prompt.
+fn policy(name: &str) -> Result<Choice> {
+    let choice = Choice::named(name, PromptRule::Evict, ALPHA);
+    choice.with_context(|| format!("no policy {name}"))
+}
+
 /// The same grid without calibration: magnitudes are pruned, and values rounded to the nearest.
 fn without_looking(mut compressor: Compressor) -> Compressor {
     if let Some(prune) = &mut compressor.prune {
@@ -247,7 +270,7 @@ struct Steps {
     prune: String,
     compressor: Compressor,
     repair: Method,
-    policy: String,
+    cache: Choice,
     control: bool,
 }
 
@@ -259,7 +282,7 @@ impl Steps {
             self.prune,
             self.compressor,
             self.repair.name(),
-            self.policy
+            self.cache.name
         )
     }
 }
@@ -284,11 +307,15 @@ pub fn run(settings: &Settings, config: &Config) -> Result<Vec<Section>> {
     let stored = packed(&checkpoint, Arithmetic::Int8)?;
     let dense = Model::load(&stored)?;
     let baselines = config.baselines()?;
-    for name in [&config.policy, &baselines.policy] {
-        let choice = Choice::named(name, PromptRule::Evict, ALPHA);
-        let choice = choice.with_context(|| format!("--policy {name}"))?;
-        policy::check(&dense, &[choice], &[config.budget], evaluation.window_len())?;
-    }
+    let methods = config.methods(config.cache(policy::admits(&dense, KV_DTYPE)?)?)?;
+    let window = evaluation.window_len();
+    let caches = std::slice::from_ref(&methods.cache);
+    policy::check(&dense, caches, &[config.budget], window)?;
+    let tokens = policy::tokens(config.budget, window);
+    let cache = methods.cache.cache(tokens, settings.seed);
+    let dtype = dense.decoder().dtype();
+    let bytes = cache.bytes_of(&dense.cache_shapes(), dtype, window)?;
+    let control = baselines.cache.tokens_in_bytes(bytes, window, &dense)?;
     let scratch = Scratch::new()?;
     let bar = settings.bar(SUITE, 1 + STEPS * (1 + DRAWS));
     let collect = Collect::new(Compensation::LEAST_SQUARES.needs(), scratch.path());
@@ -304,9 +331,11 @@ pub fn run(settings: &Settings, config: &Config) -> Result<Vec<Section>> {
         evaluation: &evaluation,
         scratch: scratch.path(),
         bar: &bar,
+        tokens,
+        control,
     };
     let mut rows = vec![chain.measure(&checkpoint, Row::new(SUITE, DENSE), None)?];
-    rows.extend(chain.steps(&config.methods()?, settings.seed)?);
+    rows.extend(chain.steps(&methods, settings.seed)?);
     let draws = (settings.seed..settings.seed + DRAWS)
         .map(|seed| chain.steps(&baselines, seed))
         .collect::<Result<Vec<_>>>()?;
@@ -325,7 +354,7 @@ pub fn run(settings: &Settings, config: &Config) -> Result<Vec<Section>> {
     let window = evaluation.window_len();
     let mut section = protocol
         .facts(
-            section(rows, config),
+            section(rows, config, &methods.cache),
             &config.perplexity.text,
             evaluation.count(),
             evaluation.targets(),
@@ -364,6 +393,10 @@ struct Chain<'a> {
     evaluation: &'a Windows,
     scratch: &'a Path,
     bar: &'a Bar,
+    /// Tokens that the methods' caches hold, where they evict.
+    tokens: usize,
+    /// Tokens of the baselines' caches, in as many bytes.
+    control: usize,
 }
 
 impl Chain<'_> {
@@ -407,14 +440,21 @@ impl Chain<'_> {
         let files = written.open()?;
         rows.push(self.measure(&files, row(&name), None)?);
 
-        name += &format!(" + {}", steps.policy);
-        let evict = Choice::named(&steps.policy, PromptRule::Evict, ALPHA);
-        let evict = evict.with_context(|| format!("no policy {}", steps.policy))?;
-        let evicting = Row {
-            budget: Some(self.config.budget),
-            ..row(&name)
+        let budget = match steps.control {
+            true => Budget::Tokens(self.control as u64),
+            false => self.config.budget,
         };
-        let mut last = self.measure(&files, evicting, Some((&evict, seed)))?;
+        let last = Row {
+            budget: (!steps.cache.is_full()).then_some(budget),
+            ..row(&steps.whole())
+        };
+        let tokens = if steps.control {
+            self.control
+        } else {
+            self.tokens
+        };
+        let cache = steps.cache.cache(tokens, seed);
+        let mut last = self.measure(&files, last, Some(&cache))?;
         watch.stop(&mut last);
         rows.push(last);
         drop(files);
@@ -487,12 +527,10 @@ impl Chain<'_> {
         &self,
         checkpoint: &Checkpoint,
         mut row: Row,
-        evict: Option<(&Choice, u64)>,
+        cache: Option<&CacheConfig>,
     ) -> Result<Row> {
         self.bar.set_label(row.method.clone());
         let window = self.evaluation.window_len();
-        let budget = policy::tokens(self.config.budget, window);
-        let cache = evict.map(|(choice, seed)| choice.cache(budget, seed));
         let decoder = packed(checkpoint, Arithmetic::F32)?;
         let exact = Model::load(&decoder)?;
         row.params = Some(checkpoint.parameters());
@@ -508,13 +546,13 @@ impl Chain<'_> {
         };
         let rounds = self.evaluation.count().div_ceil(batch) as u64;
         let nested = self.bar.nested("decoding", rounds);
-        let mut row = decoding.measure(row, cache.as_ref(), None, &nested)?;
+        let mut row = decoding.measure(row, cache, None, &nested)?;
         nested.finish();
         drop(exact);
         let decoder = packed(checkpoint, Arithmetic::Int8)?;
         let beside = (row.method != DENSE).then_some(self.dense);
         let model = Model::load(&decoder)?;
-        speed::fill(&mut row, (&model, cache.as_ref()), beside, self.evaluation)?;
+        speed::fill(&mut row, (&model, cache), beside, self.evaluation)?;
         self.bar.inc(1);
         Ok(row)
     }
@@ -528,7 +566,7 @@ fn remove(written: &Written) -> Result<()> {
     std::fs::remove_dir_all(folder).with_context(|| folder.display().to_string())
 }
 
-fn section(rows: Vec<Row>, config: &Config) -> Section {
+fn section(rows: Vec<Row>, config: &Config, cache: &Choice) -> Section {
     let all_bytes = |row: &Row| Some((row.bytes? + row.kv_bytes?) as f64 / f64::from(1 << 20));
     let series = |name: &str, control| {
         let of_chain = rows
@@ -555,19 +593,21 @@ fn section(rows: Vec<Row>, config: &Config) -> Section {
         }),
     }];
     Section {
-        title: "Chain: prune, quantise, repair, evict".into(),
+        title: "Chain: prune, quantise, repair, shrink the cache".into(),
         prose: format!(
             "Each row adds a step to the one above it: {} % of the blocks' parameters are pruned with a least-squares refit, the remaining \
-             linears are quantised, a correction of rank {} repairs them, and the cache is limited to {}. The baselines spend the same \
-             budgets: random units, rounding, plain SVD, random eviction. Each row was written, opened again and run with its weights as \
+             linears are quantised, a correction of rank {} repairs them, and the cache {}. The baselines spend the same \
+             budgets: random units, rounding, plain SVD, random eviction to as many bytes. Each row was written, opened again and run with its weights as \
              they are stored: size is what they take in memory. Quality is that of f32 arithmetic, decoding the same text token by token; \
              only decoded tokens count. Speed is that of one sequence in int8 arithmetic, in alternation with the dense model as stored; \
              the prefill's is beside it.",
             100.0 * config.ratio,
             config.rank,
-            match config.budget {
-                Budget::Share(share) => format!("{} % of the window", 100.0 * share),
-                Budget::Tokens(tokens) => format!("{tokens} tokens"),
+            match (cache.is_full(), config.budget) {
+                (true, _) => format!("keeps every token ({})", cache.name),
+                (_, Budget::Share(share)) =>
+                    format!("is limited to {} % of the window", 100.0 * share),
+                (_, Budget::Tokens(tokens)) => format!("is limited to {tokens} tokens"),
             }
         ),
         columns: vec![

@@ -20,6 +20,7 @@ use super::held_out;
 use super::lowrank::possible_rank;
 use super::perplexity::{self, Protocol, file_name};
 use crate::bar::Bar;
+use crate::estimate::Probe;
 use crate::scratch::Scratch;
 use crate::settings::{Settings, once, one_line};
 
@@ -135,6 +136,13 @@ pub fn run(settings: &Settings, config: &Config) -> Result<Vec<Section>> {
     if let (Some(first), true) = (failures.first(), budgets.is_empty()) {
         bail!("{first}");
     }
+    settings.expect("frontier", || {
+        let probe = Probe::of(&decoder, &comparison)?;
+        let plans = budgets.len() as f64 * prepared.tokens_of_plan();
+        let passed = prepared.tokens_of_curves() + plans;
+        // Making treatments takes as long as measuring them.
+        Ok(2.0 * probe.pass(passed as usize))
+    })?;
     let mut frontier = prepared.measure(&bar).map_err(in_flags)?;
     let mut measuring = Row::new("frontier", "measuring");
     watch.stop(&mut measuring);

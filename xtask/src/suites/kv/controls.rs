@@ -21,21 +21,15 @@ impl Config {
             if measured {
                 continue;
             }
-            match policy::caches(model, Some(&control.cache(1, 0)), 0, 1) {
-                Ok(_) => controls.push(control),
-                Err(e) if is_setting(&e) => refused.push(preset),
-                Err(e) => return Err(e),
+            if policy::admits(model, preset)? {
+                controls.push(control);
+            } else {
+                refused.push(preset);
             }
         }
         self.policies.splice(0..0, controls);
         Ok(NotRun(refused))
     }
-}
-
-/// Whether a cache was refused for its settings.
-fn is_setting(error: &anyhow::Error) -> bool {
-    let error = error.downcast_ref::<kv_lazy::Error>();
-    matches!(error, Some(kv_lazy::Error::Setting { .. }))
 }
 
 /// Full caches that the heads of a model do not admit.

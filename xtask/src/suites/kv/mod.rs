@@ -204,12 +204,18 @@ pub fn run(settings: &Settings, config: &Config) -> Result<Vec<Section>> {
             "--policy oracle needs the attention of the future: it runs under --task trace and --task recall alone"
         );
     }
-    match &config.task {
+    let mut sections = match &config.task {
         Task::Perplexity(texts) => perplexity::run(settings, config, texts),
         Task::Trace(traces) => trace::run(settings, config, traces),
         Task::Recall(recall) => settings.whole("recall", || recall::run(settings, config, recall)),
         Task::LongContext(task) => long_context::run(settings, config, task),
         // Lanes run in turn, a step each, so that their speeds can be compared.
         Task::Speed(speed) => settings.whole("speed", || speed::run(settings, config, speed)),
+    }?;
+    if let Some(first) = sections.first_mut() {
+        for model in config.clone().models() {
+            first.remarks.extend(settings.weights.other_base(model));
+        }
     }
+    Ok(sections)
 }

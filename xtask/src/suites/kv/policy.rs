@@ -310,6 +310,18 @@ impl Choice {
             eval_report::Budget::Tokens(_) => all(tokens(budget, window))?,
             eval_report::Budget::Share(share) => (share * all(window)? as f64) as usize,
         };
+        let fit = self.tokens_in_bytes(bytes, window, model);
+        fit.with_context(|| self.flags(Some(budget)))
+    }
+
+    /// The most tokens, up to `window`, at which this holds no more than `bytes` for one sequence of a `model`.
+    pub(crate) fn tokens_in_bytes(
+        &self,
+        bytes: usize,
+        window: usize,
+        model: &Model<'_>,
+    ) -> Result<usize> {
+        let (layers, dtype) = (model.cache_shapes(), model.decoder().dtype());
         let of = |tokens| {
             let mut config = self.cache(tokens, 0);
             if self.is_oracle() {
@@ -319,8 +331,9 @@ impl Choice {
             }
             config
         };
-        let fit = CacheConfig::budget_within(bytes, window, &layers, dtype, of);
-        fit.with_context(|| self.flags(Some(budget)))
+        Ok(CacheConfig::budget_within(
+            bytes, window, &layers, dtype, of,
+        )?)
     }
 }
 
@@ -403,6 +416,21 @@ pub(crate) fn check(
         }
     }
     Ok(())
+}
+
+/// Whether the heads of a model can be stored as `preset`.
+///
+/// # Errors
+/// No such preset, and a full cache that fails otherwise.
+pub(crate) fn admits(model: &Model<'_>, preset: &str) -> Result<bool> {
+    let stored = Choice::full().stored_as(preset, true)?;
+    match caches(model, Some(&stored.cache(1, 0)), 0, 1) {
+        Ok(_) => Ok(true),
+        Err(e) => match e.downcast_ref() {
+            Some(kv_lazy::Error::Setting { .. }) => Ok(false),
+            _ => Err(e),
+        },
+    }
 }
 
 /// Caches for the sequences `first..first + batch` of a run.

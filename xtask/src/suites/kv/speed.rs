@@ -9,7 +9,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use candle_core::DType;
-use causal_lm::{CacheSet, Model, synthetic};
+use causal_lm::{CacheSet, Model, Windows, synthetic};
 use eval_report::{Column, ROUNDS, Rounds, Row, Section, Stopwatch};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -20,6 +20,7 @@ use super::peak::PeakCache;
 use super::policy;
 use super::rows::{FULL, SUITE, reference};
 use super::{Config, prompt_name};
+use crate::estimate::Probe;
 use crate::model;
 use crate::scratch::Scratch;
 use crate::settings::Settings;
@@ -94,6 +95,11 @@ pub(crate) fn run(settings: &Settings, config: &Config, speed: &Speed) -> Result
         .map(|_| rng.random_range(0..vocabulary))
         .collect();
     let lanes = 1 + config.cells().len();
+    settings.expect("kv", || {
+        let context = Windows::of_length(tokens[..prompt].to_vec(), prompt)?;
+        let probe = Probe::of(&decoder, &context)?;
+        Ok(lanes as f64 * (probe.pass(prompt) + probe.decode(window - prompt)))
+    })?;
     let bar = settings.bar("context", (lanes + (window - prompt)) as u64);
     let watch = Stopwatch::start();
 

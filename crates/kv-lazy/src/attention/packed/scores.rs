@@ -1,10 +1,4 @@
 //! Scores of quantised keys.
-
-#![expect(
-    clippy::needless_range_loop,
-    reason = "register tiles are indexed alike; iterators of one of them hide that"
-)]
-
 use super::super::ahead::{Ahead, MOST, heads_at_once};
 use super::super::dense::lane_sums;
 use super::lines::{Channels, Lines};
