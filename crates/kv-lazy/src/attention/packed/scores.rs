@@ -1,4 +1,5 @@
 //! Scores of quantised keys.
+
 use super::super::ahead::{Ahead, MOST, heads_at_once};
 use super::super::dense::lane_sums;
 use super::lines::{Channels, Lines};
