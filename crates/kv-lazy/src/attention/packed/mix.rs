@@ -8,8 +8,7 @@
 use super::super::ahead::{Ahead, MOST, heads_at_once};
 use super::lines::Lines;
 use super::{
-    Bits, Block, after, arranged, bring_back, code, dispatch, from_line, load, room,
-    words_of_factor,
+    Bits, Block, after, arranged, bring_back, code, dispatch, load, scratch, words_of_factor,
 };
 use crate::quantise::{PackedView, hadamard};
 use pulp::{Simd, WithSimd};
@@ -63,12 +62,11 @@ fn all_values<S: Simd, const N: usize, const WHOLE: bool>(simd: S, of: PackedMix
         out,
         scratch: all,
     } = of;
-    let all = from_line(all);
     let format = values.format;
     let (d, words) = (format.head_dim, format.words());
-    let (heads, room) = (out.len() / d, room(d));
+    let (heads, room) = (out.len() / d, scratch(d));
     let row = words.div_ceil(S::F32_LANES) * N * S::F32_LANES;
-    for own in all.chunks_exact_mut(room).take(heads) {
+    for own in all.chunks_exact_mut(room) {
         own[..row].fill(0.0);
         own[2 * arranged(d)..].fill(0.0);
     }
@@ -116,7 +114,7 @@ fn mix<S: Simd, const N: usize, const WHOLE: bool, const H: usize, const K: usiz
     stride: usize,
     own: &mut [f32],
 ) {
-    let (room, count) = (room(at.d), at.count());
+    let (room, count) = (scratch(at.d), at.count());
     // In arrays, so that loops need no index checked; tokens that are not there weigh nothing.
     let mut heads = [[0.0; MOST]; H];
     for (head, weights) in heads.iter_mut().zip(weights.chunks(stride)) {

@@ -18,23 +18,9 @@ use pulp::{Arch, Simd, WithSimd};
 pub(super) use mix::PackedMix;
 pub(super) use scores::PackedScores;
 
-/// Numbers of a cache line: loads of whole lines take half the time of loads that reach into two.
-const LINE: usize = 16;
-
-/// Numbers per lane that the kernels need for themselves with heads of `d`.
+/// Numbers per lane that the kernels need for themselves with heads of `d`: two arranged rows and a number per group.
 pub(super) fn scratch(d: usize) -> usize {
-    room(d) + LINE
-}
-
-/// Of them those of a lane, in whole lines: two arranged rows and a number per group.
-fn room(d: usize) -> usize {
-    2 * arranged(d) + (d / 8).next_multiple_of(LINE)
-}
-
-/// The scratch of all lanes from the first whole line on.
-fn from_line(scratch: &mut [f32]) -> &mut [f32] {
-    let before = scratch.as_ptr().align_offset(LINE * size_of::<f32>());
-    &mut scratch[before.min(LINE - 1)..]
+    2 * arranged(d) + d / 8
 }
 
 /// Elements of an arranged row: whole vectors of words on every machine.

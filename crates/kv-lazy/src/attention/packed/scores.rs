@@ -4,7 +4,7 @@ use super::super::ahead::{Ahead, MOST, heads_at_once};
 use super::super::dense::lane_sums;
 use super::lines::{Channels, Lines};
 use super::{
-    Bits, Block, after, arrange, arranged, code, dispatch, from_line, load, room, words_of_factor,
+    Bits, Block, after, arrange, arranged, code, dispatch, load, scratch, words_of_factor,
 };
 use crate::quantise::{PackedView, hadamard};
 use pulp::{Simd, WithSimd};
@@ -58,15 +58,11 @@ fn all_scores<S: Simd, const N: usize, const WHOLE: bool>(simd: S, of: PackedSco
         scores,
         scratch: all,
     } = of;
-    let all = from_line(all);
     let format = keys.format;
     let (d, words) = (format.head_dim, format.words());
-    let (heads, room) = (queries.len() / d, room(d));
+    let (heads, room) = (queries.len() / d, scratch(d));
     let row = words.div_ceil(S::F32_LANES) * N * S::F32_LANES;
-    for (query, own) in queries
-        .chunks_exact(d)
-        .zip(all.chunks_exact_mut(room).take(heads))
-    {
+    for (query, own) in queries.chunks_exact(d).zip(all.chunks_exact_mut(room)) {
         let (arranged_q, rest) = own.split_at_mut(arranged(d));
         let (copy, sums) = rest.split_at_mut(arranged(d));
         copy[..d].copy_from_slice(query);
@@ -96,7 +92,7 @@ fn all_scores<S: Simd, const N: usize, const WHOLE: bool>(simd: S, of: PackedSco
             }
             Some(channels) => {
                 channels.fill::<S, N>(keys, (keys.skip + from) / format.channel);
-                for own in all.chunks_exact_mut(room).take(heads) {
+                for own in all.chunks_exact_mut(room) {
                     let (query, rest) = own.split_at_mut(arranged(d));
                     let (folded, sums) = rest.split_at_mut(arranged(d));
                     sums[0] = channels.folded(simd, &query[..row], &mut folded[..row]);
@@ -130,7 +126,7 @@ fn score<S: Simd, const N: usize, const WHOLE: bool, const H: usize, const K: us
     stride: usize,
     scores: &mut [f32],
 ) {
-    let (room, count) = (room(at.d), at.count());
+    let (room, count) = (scratch(at.d), at.count());
     // With factors in the queries it is the second arranged row that counts.
     let place = lines.map_or(arranged(at.d), |_| 0);
     let row = at.vectors * N * S::F32_LANES;
