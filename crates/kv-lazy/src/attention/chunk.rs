@@ -119,15 +119,14 @@ impl Chunk<'_> {
             Elements::F32(keys) => dense_scores(queries, keys, next, layout, scores, scratch),
             Elements::F16(keys) => dense_scores(queries, keys, next, layout, scores, scratch),
             Elements::BF16(keys) => dense_scores(queries, keys, next, layout, scores, scratch),
-            Elements::Packed(keys) => PackedScores {
+            Elements::Packed(keys) => packed::run(PackedScores {
                 queries,
                 keys,
                 next,
                 stride: layout.tokens,
                 scores,
                 scratch,
-            }
-            .run(),
+            }),
         }
         Arch::new().dispatch(Softmax {
             scores,
@@ -141,15 +140,14 @@ impl Chunk<'_> {
             Elements::F32(values) => dense_mix(scores, values, after, layout, out, scratch),
             Elements::F16(values) => dense_mix(scores, values, after, layout, out, scratch),
             Elements::BF16(values) => dense_mix(scores, values, after, layout, out, scratch),
-            Elements::Packed(values) => PackedMix {
+            Elements::Packed(values) => packed::run(PackedMix {
                 weights: scores,
                 stride: layout.tokens,
                 values,
                 next: after,
                 out,
                 scratch,
-            }
-            .run(),
+            }),
         }
     }
 }

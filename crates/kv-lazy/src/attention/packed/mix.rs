@@ -7,11 +7,9 @@
 
 use super::super::ahead::{Ahead, MOST, heads_at_once};
 use super::lines::Lines;
-use super::{
-    Bits, Block, after, arranged, bring_back, code, dispatch, load, scratch, words_of_factor,
-};
-use crate::quantise::{PackedView, hadamard};
-use pulp::{Simd, WithSimd};
+use super::{Block, Kernel, after, arranged, bring_back, code, load, scratch};
+use crate::quantise::{Format, PackedView, hadamard};
+use pulp::Simd;
 
 /// out[h] = Σ_j weights[h, j] v̂_j for all heads and values of a chunk, rotated back.
 pub(in super::super) struct PackedMix<'a> {
@@ -27,31 +25,17 @@ pub(in super::super) struct PackedMix<'a> {
     pub(in super::super) scratch: &'a mut [f32],
 }
 
-impl PackedMix<'_> {
-    pub(in super::super) fn run(self) {
-        let format = self.values.format;
-        if format.bits == 4 {
-            dispatch(format, Bits::<Self, 8>(self));
-        } else {
-            dispatch(format, Bits::<Self, 4>(self));
-        }
+impl Kernel for PackedMix<'_> {
+    fn format(&self) -> Format {
+        self.values.format
     }
-}
-
-impl<const N: usize> WithSimd for Bits<PackedMix<'_>, N> {
-    type Output = ();
 
     #[inline(always)]
-    fn with_simd<S: Simd>(self, simd: S) {
-        let words = words_of_factor(self.0.values.format);
-        match words.is_multiple_of(S::F32_LANES) {
-            true => all_values::<S, N, true>(simd, self.0),
-            false => all_values::<S, N, false>(simd, self.0),
-        }
+    fn run<S: Simd, const N: usize, const WHOLE: bool>(self, simd: S) {
+        all_values::<S, N, WHOLE>(simd, self);
     }
 }
 
-/// `WHOLE`: groups are whole vectors.
 #[inline(always)]
 fn all_values<S: Simd, const N: usize, const WHOLE: bool>(simd: S, of: PackedMix<'_>) {
     let PackedMix {

@@ -126,8 +126,38 @@ fn bring_back<S: Simd, const N: usize>(from: &[f32], row: &mut [f32]) {
     }
 }
 
+/// What is computed from quantised tokens.
+pub(super) trait Kernel {
+    fn format(&self) -> Format;
+
+    /// With `N` codes a word; `WHOLE`: words that share a factor are whole vectors.
+    fn run<S: Simd, const N: usize, const WHOLE: bool>(self, simd: S);
+}
+
+/// Runs a kernel by the machine's best vectors.
+pub(super) fn run(kernel: impl Kernel) {
+    let format = kernel.format();
+    match format.bits {
+        4 => dispatch(format, Bits::<_, 8>(kernel)),
+        _ => dispatch(format, Bits::<_, 4>(kernel)),
+    }
+}
+
 /// A kernel for `N` codes a word.
 struct Bits<K, const N: usize>(K);
+
+impl<K: Kernel, const N: usize> WithSimd for Bits<K, N> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let words = words_of_factor(self.0.format());
+        match words.is_multiple_of(S::F32_LANES) {
+            true => self.0.run::<S, N, true>(simd),
+            false => self.0.run::<S, N, false>(simd),
+        }
+    }
+}
 
 /// A block of tokens.
 struct Block<'a> {
@@ -201,15 +231,14 @@ mod tests {
         assert!(packed.push(&golden::keys(0)));
         let (mut scores, mut room) = ([0.0], vec![0.0; scratch(D)]);
         let query = &golden::queries()[..D];
-        PackedScores {
+        run(PackedScores {
             queries: query,
             keys: packed.view(),
             next: &[],
             stride: 1,
             scores: &mut scores,
             scratch: &mut room,
-        }
-        .run();
+        });
         // Of the terms 16·s·q·f with f below 2, each of which is rounded, -0.96 is left.
         let terms = query.chunks_exact(32).zip(packed.view().scales);
         let terms: f64 = terms
@@ -250,16 +279,11 @@ mod tests {
         (queries, weights): (&[f32], &[f32]),
         view: PackedView<'_>,
     ) -> [Vec<f32>; 2] {
-        fn run<S: Simd, K>(simd: Option<S>, format: Format, kernel: K)
-        where
-            Bits<K, 4>: WithSimd<Output = ()>,
-            Bits<K, 8>: WithSimd<Output = ()>,
-        {
-            match (simd, format.bits) {
-                (Some(simd), 4) => simd.vectorize(Bits::<K, 8>(kernel)),
-                (Some(simd), _) => simd.vectorize(Bits::<K, 4>(kernel)),
-                (None, 4) => dispatch(format, Bits::<K, 8>(kernel)),
-                (None, _) => dispatch(format, Bits::<K, 4>(kernel)),
+        fn by<S: Simd>(simd: Option<S>, kernel: impl Kernel) {
+            match (simd, kernel.format().bits) {
+                (Some(simd), 4) => simd.vectorize(Bits::<_, 8>(kernel)),
+                (Some(simd), _) => simd.vectorize(Bits::<_, 4>(kernel)),
+                (None, _) => run(kernel),
             }
         }
         let (d, tokens) = (view.format.head_dim, view.tokens());
@@ -274,7 +298,7 @@ mod tests {
             scores: &mut scores,
             scratch: &mut scratch,
         };
-        run(simd, view.format, of_scores);
+        by(simd, of_scores);
         if view.format.channel == 0 {
             let of_mix = PackedMix {
                 weights,
@@ -284,7 +308,7 @@ mod tests {
                 out: &mut out,
                 scratch: &mut scratch,
             };
-            run(simd, view.format, of_mix);
+            by(simd, of_mix);
         }
         [scores, out]
     }

@@ -3,11 +3,9 @@
 use super::super::ahead::{Ahead, MOST, heads_at_once};
 use super::super::dense::lane_sums;
 use super::lines::{Channels, Lines};
-use super::{
-    Bits, Block, after, arrange, arranged, code, dispatch, load, scratch, words_of_factor,
-};
-use crate::quantise::{PackedView, hadamard};
-use pulp::{Simd, WithSimd};
+use super::{Block, Kernel, after, arrange, arranged, code, load, scratch};
+use crate::quantise::{Format, PackedView, hadamard};
+use pulp::Simd;
 
 /// scores[h, j] = q_h · k̂_j for all heads and keys of a chunk.
 pub(in super::super) struct PackedScores<'a> {
@@ -23,31 +21,17 @@ pub(in super::super) struct PackedScores<'a> {
     pub(in super::super) scratch: &'a mut [f32],
 }
 
-impl PackedScores<'_> {
-    pub(in super::super) fn run(self) {
-        let format = self.keys.format;
-        if format.bits == 4 {
-            dispatch(format, Bits::<Self, 8>(self));
-        } else {
-            dispatch(format, Bits::<Self, 4>(self));
-        }
+impl Kernel for PackedScores<'_> {
+    fn format(&self) -> Format {
+        self.keys.format
     }
-}
-
-impl<const N: usize> WithSimd for Bits<PackedScores<'_>, N> {
-    type Output = ();
 
     #[inline(always)]
-    fn with_simd<S: Simd>(self, simd: S) {
-        let words = words_of_factor(self.0.keys.format);
-        match words.is_multiple_of(S::F32_LANES) {
-            true => all_scores::<S, N, true>(simd, self.0),
-            false => all_scores::<S, N, false>(simd, self.0),
-        }
+    fn run<S: Simd, const N: usize, const WHOLE: bool>(self, simd: S) {
+        all_scores::<S, N, WHOLE>(simd, self);
     }
 }
 
-/// `WHOLE`: words that share a factor are whole vectors.
 #[inline(always)]
 fn all_scores<S: Simd, const N: usize, const WHOLE: bool>(simd: S, of: PackedScores<'_>) {
     let PackedScores {
