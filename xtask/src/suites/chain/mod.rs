@@ -46,6 +46,8 @@ const DRAWS: u64 = 3;
 const STEPS: u64 = 5;
 /// The recommended method of pruning.
 const RD_DP: &str = "rd-dp";
+/// The baseline of pruning and of eviction.
+const RANDOM: &str = "random";
 /// The recommended storage of keys and values.
 pub const KV_DTYPE: &str = "int4";
 /// Tokens of caches that evict.
@@ -130,23 +132,26 @@ impl Config {
         })
     }
 
+    /// The methods, with a cache of this kind.
     fn methods(&self, cache: Choice) -> Result<Steps> {
         Ok(Steps {
             prune: self.prune.clone(),
             compressor: self.compressor()?,
             repair: self.method,
             cache,
+            budget: self.budget,
             control: false,
         })
     }
 
-    /// Random units, rounding, plain SVD, random eviction of keys and values that are not quantised.
-    fn baselines(&self) -> Result<Steps> {
+    /// Random units, rounding, plain SVD, random eviction of keys and values that are not quantised, down to a budget.
+    fn baselines(&self, budget: Budget) -> Result<Steps> {
         Ok(Steps {
-            prune: "random".into(),
+            prune: RANDOM.into(),
             compressor: without_looking(self.compressor()?),
             repair: Method::Svd,
-            cache: policy("random")?.stored_as("f16", false)?,
+            cache: random()?,
+            budget,
             control: true,
         })
     }
@@ -157,7 +162,8 @@ impl Config {
     /// A default compressor that cannot be parsed.
     pub(crate) fn wholes(&self) -> Result<[String; 3]> {
         let methods = |is_admitted| anyhow::Ok(self.methods(self.cache(is_admitted)?)?.whole());
-        Ok([methods(true)?, methods(false)?, self.baselines()?.whole()])
+        let baselines = self.baselines(self.budget)?;
+        Ok([methods(true)?, methods(false)?, baselines.whole()])
     }
 
     /// About how long it takes with so many tokens to calibrate and to evaluate on.
@@ -199,8 +205,7 @@ impl Config {
             "--prune {}: its widths are searched first; prune with eval structured --save, and chain what it wrote with --ratio 0",
             self.prune
         );
-        let baselines = self.baselines()?;
-        for name in [&self.prune, &baselines.prune] {
+        for name in [self.prune.as_str(), RANDOM] {
             let recipe = self.recipe(name, settings.seed, decoder)?;
             let fits = recipe.check(decoder, self.ratio);
             fits.with_context(|| format!("--ratio {}: {name}", self.ratio))?;
@@ -251,6 +256,11 @@ fn policy(name: &str) -> Result<Choice> {
     choice.with_context(|| format!("no policy {name}"))
 }
 
+/// What the baselines evict with: what is left is not quantised.
+fn random() -> Result<Choice> {
+    policy(RANDOM)?.stored_as("f16", false)
+}
+
 /// The same grid without calibration: magnitudes are pruned, and values rounded to the nearest.
 fn without_looking(mut compressor: Compressor) -> Compressor {
     if let Some(prune) = &mut compressor.prune {
@@ -271,6 +281,8 @@ struct Steps {
     compressor: Compressor,
     repair: Method,
     cache: Choice,
+    /// Tokens of the cache, where it evicts.
+    budget: Budget,
     control: bool,
 }
 
@@ -306,7 +318,6 @@ pub fn run(settings: &Settings, config: &Config) -> Result<Vec<Section>> {
     })?;
     let stored = packed(&checkpoint, Arithmetic::Int8)?;
     let dense = Model::load(&stored)?;
-    let baselines = config.baselines()?;
     let methods = config.methods(config.cache(policy::admits(&dense, KV_DTYPE)?)?)?;
     let window = evaluation.window_len();
     let caches = std::slice::from_ref(&methods.cache);
@@ -315,7 +326,8 @@ pub fn run(settings: &Settings, config: &Config) -> Result<Vec<Section>> {
     let cache = methods.cache.cache(tokens, settings.seed);
     let dtype = dense.decoder().dtype();
     let bytes = cache.bytes_of(&dense.cache_shapes(), dtype, window)?;
-    let control = baselines.cache.tokens_in_bytes(bytes, window, &dense)?;
+    let tokens = random()?.tokens_in_bytes(bytes, window, &dense)?;
+    let baselines = config.baselines(Budget::Tokens(tokens as u64))?;
     let scratch = Scratch::new()?;
     let bar = settings.bar(SUITE, 1 + STEPS * (1 + DRAWS));
     let collect = Collect::new(Compensation::LEAST_SQUARES.needs(), scratch.path());
@@ -331,8 +343,6 @@ pub fn run(settings: &Settings, config: &Config) -> Result<Vec<Section>> {
         evaluation: &evaluation,
         scratch: scratch.path(),
         bar: &bar,
-        tokens,
-        control,
     };
     let mut rows = vec![chain.measure(&checkpoint, Row::new(SUITE, DENSE), None)?];
     rows.extend(chain.steps(&methods, settings.seed)?);
@@ -351,7 +361,6 @@ pub fn run(settings: &Settings, config: &Config) -> Result<Vec<Section>> {
         row.params_dense = dense.params;
         row.kv_bytes_full = dense.kv_bytes;
     }
-    let window = evaluation.window_len();
     let mut section = protocol
         .facts(
             section(rows, config, &methods.cache),
@@ -364,10 +373,12 @@ pub fn run(settings: &Settings, config: &Config) -> Result<Vec<Section>> {
         .fact("calibration windows", calibration.count())
         .fact("pruned", config.ratio)
         .fact("rank", config.rank)
-        .fact("budget", policy::label(config.budget))
         .fact("target", config.target.name())
         .fact("arithmetic of quality", "f32")
         .fact("arithmetic of speed", "int8");
+    if !methods.cache.is_full() {
+        section = section.fact("budget", policy::label(config.budget));
+    }
     if let Some(experts) = model::experts_left(&decoder) {
         section = section.fact("experts", experts);
     }
@@ -393,10 +404,6 @@ struct Chain<'a> {
     evaluation: &'a Windows,
     scratch: &'a Path,
     bar: &'a Bar,
-    /// Tokens that the methods' caches hold, where they evict.
-    tokens: usize,
-    /// Tokens of the baselines' caches, in as many bytes.
-    control: usize,
 }
 
 impl Chain<'_> {
@@ -440,19 +447,11 @@ impl Chain<'_> {
         let files = written.open()?;
         rows.push(self.measure(&files, row(&name), None)?);
 
-        let budget = match steps.control {
-            true => Budget::Tokens(self.control as u64),
-            false => self.config.budget,
-        };
         let last = Row {
-            budget: (!steps.cache.is_full()).then_some(budget),
+            budget: (!steps.cache.is_full()).then_some(steps.budget),
             ..row(&steps.whole())
         };
-        let tokens = if steps.control {
-            self.control
-        } else {
-            self.tokens
-        };
+        let tokens = policy::tokens(steps.budget, self.evaluation.window_len());
         let cache = steps.cache.cache(tokens, seed);
         let mut last = self.measure(&files, last, Some(&cache))?;
         watch.stop(&mut last);
