@@ -22,11 +22,10 @@ pub(super) fn heads_at_once(left: usize) -> usize {
 /// outstanding lines and stop it.
 pub(super) struct Ahead<'a> {
     /// Lines that are still to be asked for.
-    lines: std::slice::Chunks<'a, u8>,
-    /// Work that a line stands for, done so far and paid for by asking; in bytes under one head.
+    lines: std::slice::Iter<'a, [u8; LINE]>,
+    /// Work that a line stands for, and what was done since the last one was asked for; in bytes under one head.
     line: usize,
     done: usize,
-    paid: usize,
 }
 
 impl<'a> Ahead<'a> {
@@ -34,10 +33,9 @@ impl<'a> Ahead<'a> {
     #[inline(always)]
     pub(super) fn new(data: &'a [u8], block: usize, heads: usize) -> Self {
         Self {
-            lines: data[..data.len().min(block)].chunks(LINE),
+            lines: data[..data.len().min(block)].as_chunks().0.iter(),
             line: LINE * heads,
             done: 0,
-            paid: 0,
         }
     }
 
@@ -45,12 +43,11 @@ impl<'a> Ahead<'a> {
     #[inline(always)]
     pub(super) fn fetch(&mut self, heads: usize, bytes: usize) {
         self.done += heads * bytes;
-        while self.paid < self.done {
-            let Some(line) = self.lines.next() else {
-                return;
-            };
-            prefetch(&line[0]);
-            self.paid += self.line;
+        while self.done >= self.line {
+            self.done -= self.line;
+            if let Some(line) = self.lines.next() {
+                prefetch(&line[0]);
+            }
         }
     }
 }

@@ -1,13 +1,12 @@
 //! The element types a cache can store, all computed with in f32.
 
 #[cfg(target_arch = "x86_64")]
-use super::machine::F16c;
+use super::machine::{F16c, WideF16};
 use super::rows::Elements;
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use pulp::bytemuck::{self, Pod};
 use pulp::{Arch, Simd, WithSimd};
-use std::borrow::Cow;
 use std::marker::PhantomData;
 
 /// A storage element. Arithmetic reads *packs* of it, each as many elements as two vectors of f32 hold, and widens them in
@@ -24,8 +23,8 @@ pub(crate) trait Element: candle_core::WithDType + Default + std::fmt::Debug {
     fn widen<S: Simd>(simd: S, pack: &Self::Pack<S>) -> [S::f32s; 2];
     /// One element as f32.
     fn single(self) -> f32;
-    /// All of `source` as f32.
-    fn widened(source: &[Self]) -> Cow<'_, [f32]>;
+    /// Appends all of `source` as f32.
+    fn widen_into(source: &[Self], out: &mut Vec<f32>);
     /// `row` with its type as a value.
     fn elements(row: &[Self]) -> Elements<'_>;
     /// `row` as bytes.
@@ -84,8 +83,8 @@ impl Element for f32 {
     fn single(self) -> f32 {
         self
     }
-    fn widened(source: &[Self]) -> Cow<'_, [f32]> {
-        Cow::Borrowed(source)
+    fn widen_into(source: &[Self], out: &mut Vec<f32>) {
+        out.extend_from_slice(source);
     }
     fn elements(row: &[Self]) -> Elements<'_> {
         Elements::F32(row)
@@ -130,8 +129,10 @@ impl Element for bf16 {
     fn single(self) -> f32 {
         self.to_f32()
     }
-    fn widened(source: &[Self]) -> Cow<'_, [f32]> {
-        Cow::Owned(source.to_f32_vec())
+    fn widen_into(source: &[Self], out: &mut Vec<f32>) {
+        let first = out.len();
+        out.resize(first + source.len(), 0.0);
+        source.convert_to_f32_slice(&mut out[first..]);
     }
     fn elements(row: &[Self]) -> Elements<'_> {
         Elements::BF16(row)
@@ -159,8 +160,10 @@ impl Element for f16 {
     fn single(self) -> f32 {
         self.to_f32()
     }
-    fn widened(source: &[Self]) -> Cow<'_, [f32]> {
-        Cow::Owned(source.to_f32_vec())
+    fn widen_into(source: &[Self], out: &mut Vec<f32>) {
+        let first = out.len();
+        out.resize(first + source.len(), 0.0);
+        source.convert_to_f32_slice(&mut out[first..]);
     }
     fn elements(row: &[Self]) -> Elements<'_> {
         Elements::F16(row)
@@ -171,8 +174,13 @@ impl Element for f16 {
     }
     fn dispatch(kernel: impl Kernel<Self>) {
         #[cfg(target_arch = "x86_64")]
-        if let Some(machine) = F16c::detect() {
-            return machine.run(kernel);
+        {
+            if let Some(machine) = pulp::x86::V4::try_new() {
+                return pulp::Simd::vectorize(machine, WideF16(kernel, machine));
+            }
+            if let Some(machine) = F16c::detect() {
+                return machine.run(kernel);
+            }
         }
         Arch::new().dispatch(Everywhere(kernel, PhantomData));
     }
@@ -231,7 +239,8 @@ mod tests {
             narrow: all,
             wide: &mut wide,
         });
-        let slice = T::widened(all);
+        let mut slice = Vec::new();
+        T::widen_into(all, &mut slice);
         for ((narrow, wide), from_slice) in all.iter().zip(&wide).zip(slice.iter()) {
             let want = narrow.to_f64() as f32;
             for got in [*wide, *from_slice] {
@@ -248,6 +257,11 @@ mod tests {
         let all: Vec<u16> = (0..=u16::MAX).collect();
         let f16s: Vec<f16> = all.iter().map(|&bits| f16::from_bits(bits)).collect();
         check(&f16s, |all| f16::dispatch(all));
+        #[cfg(target_arch = "x86_64")]
+        check(&f16s, |all| match F16c::detect() {
+            Some(machine) => machine.run(all),
+            None => f16::dispatch(all),
+        });
         check(&f16s, |all| {
             Arch::new().dispatch(Everywhere(all, PhantomData))
         });

@@ -36,16 +36,16 @@ pub(super) fn sum_eight<S: Simd>(simd: S, vectors: &[S::f32s; 8]) -> Option<[f32
 }
 
 #[cfg(target_arch = "x86_64")]
-pub(crate) use x86::F16c;
+pub(crate) use x86::{F16c, WideF16};
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     use super::super::element::{Element, Kernel, Widen};
     use half::f16;
-    use pulp::Simd;
     use pulp::bytemuck;
     use pulp::x86::{V3, V4};
-    use std::arch::x86_64::{__m128i, __m256, __m512, __m512d, _mm256_cvtph_ps};
+    use pulp::{Simd, WithSimd};
+    use std::arch::x86_64::{__m128i, __m256, __m256i, __m512, __m512d, _mm256_cvtph_ps};
 
     #[inline(always)]
     pub(super) fn sum_eight_wide(simd: V4, v: [__m512; 8]) -> [f32; 8] {
@@ -99,6 +99,29 @@ mod x86 {
         let even = avx._mm256_shuffle_ps::<0b10_00_10_00>(x, y);
         let odd = avx._mm256_shuffle_ps::<0b11_01_11_01>(x, y);
         bytemuck::cast(avx._mm256_add_ps(even, odd))
+    }
+
+    /// A kernel over f16 on a machine with AVX-512.
+    pub(crate) struct WideF16<K>(pub(crate) K, pub(crate) V4);
+
+    impl<K: Kernel<f16>> WithSimd for WideF16<K> {
+        type Output = ();
+
+        #[inline(always)]
+        fn with_simd<S: Simd>(self, simd: S) {
+            self.0.run(simd, self.1);
+        }
+    }
+
+    impl Widen<f16> for V4 {
+        const INTERLEAVED: bool = false;
+
+        #[inline(always)]
+        fn widen<S: Simd>(self, _: S, pack: &<f16 as Element>::Pack<S>) -> [S::f32s; 2] {
+            let [low, high]: [__m256i; 2] = bytemuck::cast(*pack);
+            let wide = [low, high].map(|half| self.avx512f._mm512_cvtph_ps(half));
+            bytemuck::cast(wide)
+        }
     }
 
     /// Proof that the machine has AVX2 and the instruction that widens f16.

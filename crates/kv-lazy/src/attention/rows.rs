@@ -3,7 +3,6 @@
 use super::element::Element;
 use crate::quantise::PackedView;
 use half::{bf16, f16};
-use std::borrow::Cow;
 
 /// Keys or values `[n, d]` as stored.
 #[derive(Debug, Clone, Copy)]
@@ -47,10 +46,7 @@ impl<'a> Elements<'a> {
 
     /// Appends all tokens as f32.
     pub(crate) fn widen_into(self, out: &mut Vec<f32>) {
-        each!(self, x => match Element::widened(x) {
-            Cow::Borrowed(x) => out.extend_from_slice(x),
-            Cow::Owned(x) => out.extend_from_slice(&x),
-        }, view => view.widen_into(out))
+        each!(self, x => Element::widen_into(x, out), view => view.widen_into(out))
     }
 
     /// Whether vectors of it come apart into even and odd elements on some machine.

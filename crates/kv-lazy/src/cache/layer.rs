@@ -425,6 +425,9 @@ impl Layer {
         let rotary = self.rotary.as_deref();
         let (heads, head_dim, len) = (self.heads, self.shape.head_dim, self.physical_len());
         let shares = self.shares();
+        // Reading a few elements takes as long as ranking a token.
+        let reads = self.needs.keys || self.needs.values || self.needs.queries > 0;
+        let each = if reads { 1 + head_dim / 4 } else { 1 };
         let plan_of = |(part, evictor): (usize, &mut Evictor)| {
             let rows = SequenceRows {
                 layer: store,
@@ -442,7 +445,7 @@ impl Layer {
             Ok(plan)
         };
         let evictors = &mut self.evictors;
-        let plans: Vec<Option<Plan>> = if in_parallel(evictors.len() * heads * len) {
+        let plans: Vec<Option<Plan>> = if in_parallel(evictors.len() * heads * len * each) {
             evictors
                 .par_iter_mut()
                 .enumerate()

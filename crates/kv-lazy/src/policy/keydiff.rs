@@ -6,10 +6,11 @@
 
 pub use super::periodic::Settings;
 
-use super::knorm::squared;
+use super::knorm::norms;
 use super::periodic::Periodic;
 use super::{Budget, Clock, Needs, Phase, Policy, Rows, Rule, Score};
 use crate::error::Result;
+use pulp::{Arch, Simd, WithSimd};
 
 pub(super) fn build(settings: &Settings, budget: Budget) -> Result<Box<dyn Policy>> {
     Ok(Box::new(KeyDiff(settings.within(budget))))
@@ -19,28 +20,47 @@ pub(super) fn build(settings: &Settings, budget: Budget) -> Result<Box<dyn Polic
 #[derive(Debug, Clone, Copy)]
 pub struct KeyDiff(pub Periodic);
 
-/// −cos(k, a) of each key of `d` elements.
+/// −cos(k, a) of each key of `d` elements, with the machine's widest vectors.
 fn scores(keys: &[f32], d: usize) -> Vec<f32> {
-    let mut anchor = vec![0.0f64; d];
-    let norms: Vec<f64> = keys
-        .chunks_exact(d)
-        .map(|key| squared(key).sqrt())
-        .collect();
-    for (key, norm) in keys.chunks_exact(d).zip(&norms) {
-        let inverse = 1.0 / norm.max(f64::MIN_POSITIVE);
-        for (sum, &x) in anchor.iter_mut().zip(key) {
-            *sum += f64::from(x) * inverse;
+    Arch::new().dispatch(Scores {
+        keys,
+        d,
+        norms: norms(keys, d),
+    })
+}
+
+struct Scores<'a> {
+    keys: &'a [f32],
+    d: usize,
+    norms: Vec<f64>,
+}
+
+impl WithSimd for Scores<'_> {
+    type Output = Vec<f32>;
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) -> Vec<f32> {
+        let keys = || self.keys.chunks_exact(self.d).zip(&self.norms);
+        let mut anchor = vec![0.0f64; self.d];
+        for (key, norm) in keys() {
+            let inverse = 1.0 / norm.max(f64::MIN_POSITIVE);
+            for (sum, &x) in anchor.iter_mut().zip(key) {
+                *sum += f64::from(x) * inverse;
+            }
         }
+        // The mean's length is no part of the cosine.
+        let length = anchor.iter().map(|x| x * x).sum::<f64>().sqrt();
+        let mut scores = vec![0.0; self.norms.len()];
+        for (score, (key, norm)) in scores.iter_mut().zip(keys()) {
+            let lengths = (norm * length).max(f64::MIN_POSITIVE);
+            *score = -(product(key, &anchor) / lengths) as f32;
+        }
+        scores
     }
-    // The mean's length is no part of the cosine.
-    let length = anchor.iter().map(|x| x * x).sum::<f64>().sqrt();
-    let cosine = |(key, norm): (&[f32], &f64)| {
-        -(product(key, &anchor) / (norm * length).max(f64::MIN_POSITIVE)) as f32
-    };
-    keys.chunks_exact(d).zip(&norms).map(cosine).collect()
 }
 
 /// k · a, in lanes that the compiler makes vectors of.
+#[inline(always)]
 fn product(key: &[f32], anchor: &[f64]) -> f64 {
     let mut lanes = [0.0f64; 8];
     let (keys, key_tail) = key.as_chunks::<8>();

@@ -12,6 +12,7 @@ pub(crate) fn block(head_dim: usize) -> usize {
 macro_rules! transform {
     ($(#[$doc:meta])* $name:ident, $number:ty) => {
         $(#[$doc])*
+        #[inline(always)]
         pub(crate) fn $name(row: &mut [$number], block: usize) {
             if block < 2 {
                 return;
@@ -19,6 +20,18 @@ macro_rules! transform {
             let scale = 1.0 / (block as $number).sqrt();
             for row in row.chunks_exact_mut(block) {
                 let mut half = 1;
+                if block >= 8 {
+                    // The first three halvings in registers.
+                    for x in row.as_chunks_mut::<8>().0 {
+                        let [a, b, c, d, e, f, g, h] = *x;
+                        let (a, b, c, d) = (a + b, a - b, c + d, c - d);
+                        let (e, f, g, h) = (e + f, e - f, g + h, g - h);
+                        let (a, b, c, d) = (a + c, b + d, a - c, b - d);
+                        let (e, f, g, h) = (e + g, f + h, e - g, f - h);
+                        *x = [a + e, b + f, c + g, d + h, a - e, b - f, c - g, d - h];
+                    }
+                    half = 8;
+                }
                 while half < block {
                     for pair in row.chunks_exact_mut(2 * half) {
                         let (a, b) = pair.split_at_mut(half);

@@ -4,10 +4,12 @@
 //! f16(min x), s = f16((max x − lo) / (2^b − 1)), c = (x − lo) / s. A group is a run of elements of one token, or one channel of
 //! some consecutive tokens. Each token is quantised once.
 
+use super::config::BLOCK;
 use super::hadamard;
 use crate::store::Relocation;
 use half::f16;
 use half::slice::HalfFloatSliceExt;
+use pulp::{Arch, Simd, WithSimd};
 use std::num::NonZeroUsize;
 
 /// How one side of a cache, its keys or its values, is packed.
@@ -84,42 +86,57 @@ pub(crate) struct Packed {
     len: usize,
 }
 
-/// Scale, low and codes of one group; false where scale or low are beyond f16.
-fn quantise(
-    format: Format,
-    x: impl Iterator<Item = f64> + Clone,
-    mut put: impl FnMut(usize, u32),
-) -> (f16, f16, bool) {
+/// Scale and low of one group, whose codes go to `codes`; false where scale or low are beyond f16.
+#[inline(always)]
+fn quantise(format: Format, x: &[f64], codes: &mut [u32]) -> (f16, f16, bool) {
     let top = format.top();
-    let (low, scale) = if format.symmetric {
-        let most = x.clone().fold(0.0, |most: f64, x| most.max(x.abs()));
-        (f16::ZERO, f16::from_f64(most / ((top - 1.0) / 2.0)))
-    } else {
-        let (least, most) = x
-            .clone()
-            .fold((f64::INFINITY, f64::NEG_INFINITY), |(a, b), x| {
-                (a.min(x), b.max(x))
-            });
-        let low = f16::from_f64(least);
-        (low, f16::from_f64((most - low.to_f64()) / top))
-    };
-    let (s, lo) = (scale.to_f64(), low.to_f64());
-    for (i, x) in x.enumerate() {
-        let code = if s == 0.0 {
-            if format.symmetric {
-                (top + 1.0) / 2.0
-            } else {
-                0.0
-            }
-        } else if format.symmetric {
-            let m = (top - 1.0) / 2.0;
-            (x / s).round_ties_even().clamp(-m, m) + (top + 1.0) / 2.0
+    let pairs = codes.iter_mut().zip(x);
+    if format.symmetric {
+        let m = (top - 1.0) / 2.0;
+        let zero = (top + 1.0) / 2.0;
+        let [_, most] = extremes(x, f64::abs);
+        let scale = f16::from_f64(most / m);
+        let s = scale.to_f64();
+        if s == 0.0 {
+            codes.fill(zero as u32);
         } else {
-            ((x - lo) / s).round_ties_even().clamp(0.0, top)
-        };
-        put(i, code as u32);
+            for (code, x) in pairs {
+                *code = ((x / s).round_ties_even().clamp(-m, m) + zero) as u32;
+            }
+        }
+        return (scale, f16::ZERO, s.is_finite());
+    }
+    let [least, most] = extremes(x, |x| x);
+    let low = f16::from_f64(least);
+    let lo = low.to_f64();
+    let scale = f16::from_f64((most - lo) / top);
+    let s = scale.to_f64();
+    if s == 0.0 {
+        codes.fill(0);
+    } else {
+        for (code, x) in pairs {
+            *code = ((x - lo) / s).round_ties_even().clamp(0.0, top) as u32;
+        }
     }
     (scale, low, s.is_finite() && lo.is_finite())
+}
+
+/// The least and the greatest of `of(x)`, in lanes that the compiler makes vectors of.
+#[inline(always)]
+fn extremes(x: &[f64], of: impl Fn(f64) -> f64) -> [f64; 2] {
+    let mut lanes = [[f64::INFINITY, f64::NEG_INFINITY]; 8];
+    // Groups along tokens are multiples of 8, those along channels 32.
+    for eight in x.chunks(8) {
+        for (lane, &x) in lanes.iter_mut().zip(eight) {
+            let x = of(x);
+            *lane = [lane[0].min(x), lane[1].max(x)];
+        }
+    }
+    lanes
+        .into_iter()
+        .fold([f64::INFINITY, f64::NEG_INFINITY], |all, lane| {
+            [all[0].min(lane[0]), all[1].max(lane[1])]
+        })
 }
 
 impl Packed {
@@ -135,50 +152,83 @@ impl Packed {
 
     /// Quantises and appends tokens `[n, d]`; along channels, whole groups of them. False where a scale is beyond f16.
     pub(crate) fn push(&mut self, rows: &[f32]) -> bool {
-        let Format {
-            head_dim: d,
-            group,
-            rotation,
-            ..
-        } = self.format;
-        let tokens = rows.len() / d;
+        struct Push<'a>(&'a mut Packed, &'a [f32]);
+
+        impl WithSimd for Push<'_> {
+            type Output = bool;
+
+            #[inline(always)]
+            fn with_simd<S: Simd>(self, _: S) -> bool {
+                let Self(packed, rows) = self;
+                let tokens = match packed.format.channel {
+                    0 => BLOCK,
+                    channel => channel,
+                };
+                let mut good = true;
+                for block in rows.chunks(tokens * packed.format.head_dim) {
+                    good &= packed.push_block(block);
+                }
+                good
+            }
+        }
+
+        Arch::new().dispatch(Push(self, rows))
+    }
+
+    /// The same for as many tokens as a channel's group has, or some.
+    #[inline(always)]
+    fn push_block(&mut self, rows: &[f32]) -> bool {
+        let format = self.format;
+        let d = format.head_dim;
         let mut wide: Vec<f64> = rows.iter().map(|&x| x.into()).collect();
         for row in wide.chunks_exact_mut(d) {
-            hadamard::rotate_f64(row, rotation);
+            hadamard::rotate_f64(row, format.rotation);
         }
-        let first = self.words.len();
-        self.words.resize(first + tokens * self.format.words(), 0);
-        let (bits, per_word, format) = (self.format.bits, self.format.per_word(), self.format);
-        let words = &mut self.words[first..];
-        let mut put = |element: usize, code: u32| {
-            words[element / per_word] |= code << (bits * (element % per_word));
-        };
+        let mut codes = vec![0u32; wide.len()];
         let mut good = true;
-        let mut keep = |(scale, low, fits): (f16, f16, bool)| {
-            self.scales.push(scale);
-            if !format.symmetric {
-                self.lows.push(low);
-            }
-            good &= fits;
-        };
         if format.channel > 0 {
-            for (block, rows) in wide.chunks(format.channel * d).enumerate() {
-                for c in 0..d {
-                    let channel = rows.iter().skip(c).step_by(d).copied();
-                    keep(quantise(format, channel, |t, code| {
-                        put((block * format.channel + t) * d + c, code);
-                    }));
+            let tokens = wide.len() / d;
+            let (mut column, mut of_column) = (vec![0.0; tokens], vec![0; tokens]);
+            for c in 0..d {
+                for (x, row) in column.iter_mut().zip(wide.chunks_exact(d)) {
+                    *x = row[c];
+                }
+                good &= self.keep(quantise(format, &column, &mut of_column));
+                for (row, code) in codes.chunks_exact_mut(d).zip(&of_column) {
+                    row[c] = *code;
                 }
             }
         } else {
-            for (g, x) in wide.chunks_exact(group).enumerate() {
-                keep(quantise(format, x.iter().copied(), |i, code| {
-                    put(g * group + i, code);
-                }));
+            let groups = wide.chunks_exact(format.group);
+            for (x, codes) in groups.zip(codes.chunks_exact_mut(format.group)) {
+                good &= self.keep(quantise(format, x, codes));
             }
         }
-        self.len += tokens;
+        let bits = format.bits;
+        let word = |codes: &[u32]| {
+            let shifted = codes.iter().enumerate().map(|(i, code)| code << (bits * i));
+            shifted.fold(0, |word, code| word | code)
+        };
+        match bits {
+            4 => self
+                .words
+                .extend(codes.as_chunks::<8>().0.iter().map(|codes| word(codes))),
+            _ => self
+                .words
+                .extend(codes.as_chunks::<4>().0.iter().map(|codes| word(codes))),
+        }
+        self.len += rows.len() / d;
         good
+    }
+
+    /// Appends a group's scale and low; whether they fit f16.
+    #[inline(always)]
+    fn keep(&mut self, (scale, low, fits): (f16, f16, bool)) -> bool {
+        self.scales.push(scale);
+        if !self.format.symmetric {
+            self.lows.push(low);
+        }
+        fits
     }
 
     /// Moves tokens; not for groups along channels, which share scales.
@@ -281,8 +331,24 @@ impl<'a> PackedView<'a> {
         word >> (bits * (element % per_word)) & ((1 << bits) - 1)
     }
 
-    /// Appends all tokens as f32, rotated back.
+    /// Appends all tokens as f32, rotated back, with the machine's widest vectors.
     pub(crate) fn widen_into(self, out: &mut Vec<f32>) {
+        struct Widen<'a>(PackedView<'a>, &'a mut Vec<f32>);
+
+        impl WithSimd for Widen<'_> {
+            type Output = ();
+
+            #[inline(always)]
+            fn with_simd<S: Simd>(self, _: S) {
+                self.0.widen_here(self.1);
+            }
+        }
+
+        Arch::new().dispatch(Widen(self, out));
+    }
+
+    #[inline(always)]
+    fn widen_here(self, out: &mut Vec<f32>) {
         let Format {
             head_dim: d,
             rotation,
@@ -323,7 +389,7 @@ impl<'a> PackedView<'a> {
 }
 
 /// The elements of a group of tokens' words with `N` codes each.
-#[inline]
+#[inline(always)]
 fn widen_group<const N: usize>(words: &[u32], (factor, offset): (f32, f32), wide: &mut [f32]) {
     let bits = 32 / N;
     for (word, wide) in words.iter().zip(wide.as_chunks_mut::<N>().0) {

@@ -307,7 +307,8 @@ impl HostStore {
 
     fn side(&self, row: usize, from: usize, keys: bool) -> Vec<f32> {
         let d = self.geometry.head_dim;
-        let mut wide = Vec::new();
+        let tokens = self.rows[row].ids.len().saturating_sub(from);
+        let mut wide = Vec::with_capacity(tokens * d);
         let mut first = 0;
         for segment in &self.rows[row].segments {
             let start = from.clamp(first, first + segment.len) - first;

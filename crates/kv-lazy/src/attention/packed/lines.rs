@@ -1,10 +1,13 @@
 //! The factors and offsets of a block of tokens, and of a group along channels.
 
 use super::super::ahead::MOST;
+use super::super::machine::prefetch;
 use super::arrange;
 use crate::quantise::{Format, MOST_GROUPS, PackedView};
+use half::f16;
 use half::slice::HalfFloatSliceExt;
 use pulp::Simd;
+use std::ops::Range;
 
 /// Factors 2^b·s and offsets of the groups of a block of tokens, a row of tokens for each group.
 pub(super) struct Lines {
@@ -42,6 +45,8 @@ impl Lines {
         let range = from * groups..(from + count) * groups;
         let stored = &mut self.stored[..range.len()];
         let codes = (1u32 << format.bits) as f32;
+        ask(view.scales, range.clone());
+        ask(view.lows, range.clone());
         view.scales[range.clone()].convert_to_f32_slice(stored);
         stored.iter_mut().for_each(|scale| *scale *= codes);
         by_group(stored, groups, &mut self.factors);
@@ -62,13 +67,18 @@ impl Lines {
             }
         }
         if self.words_of_token > 0 {
-            for (j, words) in self
-                .of_words
-                .chunks_exact_mut(self.words_of_token)
-                .enumerate()
-            {
-                for (words, factors) in words.chunks_exact_mut(self.words).zip(&self.factors) {
-                    words.fill(factors[j]);
+            let tokens = self.of_words.chunks_exact_mut(self.words_of_token);
+            for (j, words) in (0..MOST).zip(tokens) {
+                let factors = self.factors.iter().take(groups).map(|group| group[j]);
+                if self.words == 8 {
+                    // Most groups of 4 bits: a store for each.
+                    for (words, factor) in words.as_chunks_mut().0.iter_mut().zip(factors) {
+                        *words = [factor; 8];
+                    }
+                } else {
+                    for (words, factor) in words.chunks_exact_mut(self.words).zip(factors) {
+                        words.fill(factor);
+                    }
                 }
             }
         }
@@ -77,7 +87,7 @@ impl Lines {
     /// The factors of a group, token by token.
     #[inline(always)]
     pub(super) fn factors(&self, group: usize) -> &[f32; MOST] {
-        &self.factors[group]
+        &self.factors[group % MOST_GROUPS]
     }
 
     /// The offsets of all groups, token by token.
@@ -94,12 +104,48 @@ impl Lines {
     }
 }
 
+/// Asks for as many numbers after `range`, which the next block will read.
+#[inline(always)]
+fn ask(numbers: &[f16], range: Range<usize>) {
+    let next = range.end..numbers.len().min(range.end + range.len());
+    for line in numbers.get(next).unwrap_or_default().chunks(32) {
+        prefetch(&line[0]);
+    }
+}
+
 /// Numbers of each group of each token as a row of tokens for each group.
 #[inline(always)]
 fn by_group(stored: &[f32], groups: usize, rows: &mut [[f32; MOST]; MOST_GROUPS]) {
-    for (g, row) in rows.iter_mut().take(groups).enumerate() {
-        for (to, from) in row.iter_mut().zip(stored[g..].iter().step_by(groups)) {
-            *to = *from;
+    // A number of groups that is known makes shuffles of the copies.
+    match groups {
+        1 => transpose::<1>(stored, rows),
+        2 => transpose::<2>(stored, rows),
+        4 => transpose::<4>(stored, rows),
+        _ => {
+            for (g, row) in rows.iter_mut().take(groups).enumerate() {
+                for (to, from) in row.iter_mut().zip(stored[g..].iter().step_by(groups)) {
+                    *to = *from;
+                }
+            }
+        }
+    }
+}
+
+/// [`by_group`] for `G` groups.
+#[inline(always)]
+fn transpose<const G: usize>(stored: &[f32], rows: &mut [[f32; MOST]; MOST_GROUPS]) {
+    let tokens = stored.as_chunks::<G>().0;
+    if let Some(tokens) = tokens.first_chunk::<MOST>() {
+        for g in 0..G {
+            for (to, token) in rows[g].iter_mut().zip(tokens) {
+                *to = token[g];
+            }
+        }
+    } else {
+        for (j, token) in (0..MOST).zip(tokens) {
+            for g in 0..G {
+                rows[g][j] = token[g];
+            }
         }
     }
 }
@@ -134,24 +180,35 @@ impl Channels {
             *factor *= codes;
             *offset -= *factor;
         }
-        arrange::<S, N>(factors, &mut self.factors);
-        arrange::<S, N>(offsets, &mut self.offsets);
+        arrange::<S, N>(factors, (0, 1), &mut self.factors);
+        arrange::<S, N>(offsets, (0, 1), &mut self.offsets);
     }
 
-    /// An arranged query times the factors, and its product with the offsets.
+    /// Arranged queries of `H` heads times the factors, and their products with the offsets.
     #[inline(always)]
-    pub(super) fn folded<S: Simd>(&self, simd: S, query: &[f32], folded: &mut [f32]) -> f32 {
-        let (factors, offsets) = (
-            S::as_simd_f32s(&self.factors).0,
-            S::as_simd_f32s(&self.offsets).0,
-        );
-        let of_query = S::as_simd_f32s(query).0.iter();
-        let folded = S::as_mut_simd_f32s(folded).0.iter_mut();
-        let mut constant = simd.splat_f32s(0.0);
-        for (((to, &q), &factor), &offset) in folded.zip(of_query).zip(factors).zip(offsets) {
-            *to = simd.mul_f32s(q, factor);
-            constant = simd.mul_add_f32s(q, offset, constant);
+    pub(super) fn fold<S: Simd, const H: usize>(
+        &self,
+        simd: S,
+        queries: &[f32],
+        folded: &mut [f32],
+    ) -> [f32; H] {
+        let lines = S::as_simd_f32s(&self.factors)
+            .0
+            .iter()
+            .zip(S::as_simd_f32s(&self.offsets).0);
+        let queries = S::as_simd_f32s(queries).0.as_chunks::<H>().0;
+        let folded = S::as_mut_simd_f32s(folded).0.as_chunks_mut::<H>().0;
+        let mut constants = [simd.splat_f32s(0.0); H];
+        for ((to, q), (&factor, &offset)) in folded.iter_mut().zip(queries).zip(lines) {
+            for h in 0..H {
+                to[h] = simd.mul_f32s(q[h], factor);
+                constants[h] = simd.mul_add_f32s(q[h], offset, constants[h]);
+            }
         }
-        simd.reduce_sum_f32s(constant)
+        let mut sums = [0.0; H];
+        for h in 0..H {
+            sums[h] = simd.reduce_sum_f32s(constants[h]);
+        }
+        sums
     }
 }

@@ -6,8 +6,9 @@
 )]
 
 use super::super::ahead::{Ahead, MOST, heads_at_once};
+use super::factors::Shared;
 use super::lines::Lines;
-use super::{Block, Kernel, after, arranged, bring_back, code, load, scratch};
+use super::{Block, Kernel, Padded, after, arranged, bring_back, code, scratch};
 use crate::quantise::{Format, PackedView, hadamard};
 use pulp::Simd;
 
@@ -30,14 +31,21 @@ impl Kernel for PackedMix<'_> {
         self.values.format
     }
 
+    fn heads(&self) -> usize {
+        self.out.len() / self.values.format.head_dim
+    }
+
     #[inline(always)]
-    fn run<S: Simd, const N: usize, const WHOLE: bool>(self, simd: S) {
-        all_values::<S, N, WHOLE>(simd, self);
+    fn run<S: Simd, const N: usize>(self, simd: S) {
+        match Shared::of::<S>(self.values.format) {
+            Shared::Lanes => all_values::<S, N, true>(simd, self),
+            _ => all_values::<S, N, false>(simd, self),
+        }
     }
 }
 
 #[inline(always)]
-fn all_values<S: Simd, const N: usize, const WHOLE: bool>(simd: S, of: PackedMix<'_>) {
+fn all_values<S: Simd, const N: usize, const LANES: bool>(simd: S, of: PackedMix<'_>) {
     let PackedMix {
         weights,
         stride,
@@ -54,12 +62,14 @@ fn all_values<S: Simd, const N: usize, const WHOLE: bool>(simd: S, of: PackedMix
         own[..row].fill(0.0);
         own[2 * arranged(d)..].fill(0.0);
     }
-    let mut lines = Lines::new(format, if WHOLE { 0 } else { row / N });
+    let shared = Shared::of::<S>(format).vectors();
+    let mut lines = Lines::new(format, if LANES { row / N } else { 0 });
+    let mut padded = Padded::new(words, row / N);
     let (tokens, mut from) = (values.tokens(), 0);
     while from < tokens {
         let count = MOST.min(tokens - from);
         lines.fill(values, from, count);
-        let at = Block::new::<S>(values, from, count);
+        let at = Block::<S>::new(values, from, count, &mut padded);
         let next = after(values, from + count, next);
         let mut ahead = Ahead::new(next, MOST * words * 4, heads);
         let mut h = 0;
@@ -67,13 +77,13 @@ fn all_values<S: Simd, const N: usize, const WHOLE: bool>(simd: S, of: PackedMix
             let width = heads_at_once(heads - h);
             let own = &mut all[h * room..(h + width) * room];
             let weights = &weights[h * stride + from..];
-            let of = (&at, &lines, &mut ahead);
+            let of = (&at, (&lines, shared), &mut ahead);
             match width {
                 // Twice as many sums where there are registers for them.
-                4 if S::F32_LANES == 16 => mix::<S, N, WHOLE, 4, 4>(simd, of, weights, stride, own),
-                4 => mix::<S, N, WHOLE, 4, 2>(simd, of, weights, stride, own),
-                2 => mix::<S, N, WHOLE, 2, 4>(simd, of, weights, stride, own),
-                _ => mix::<S, N, WHOLE, 1, N>(simd, of, weights, stride, own),
+                4 if S::F32_LANES == 16 => mix::<S, N, LANES, 4, 4>(simd, of, weights, stride, own),
+                4 => mix::<S, N, LANES, 4, 2>(simd, of, weights, stride, own),
+                2 => mix::<S, N, LANES, 2, 4>(simd, of, weights, stride, own),
+                _ => mix::<S, N, LANES, 1, N>(simd, of, weights, stride, own),
             }
             h += width;
         }
@@ -91,9 +101,9 @@ fn all_values<S: Simd, const N: usize, const WHOLE: bool>(simd: S, of: PackedMix
 
 /// Adds the tokens of a block to the arranged outputs of `H` heads, `K` codes of a word at a time.
 #[inline(always)]
-fn mix<S: Simd, const N: usize, const WHOLE: bool, const H: usize, const K: usize>(
+fn mix<S: Simd, const N: usize, const LANES: bool, const H: usize, const K: usize>(
     simd: S,
-    (at, lines, ahead): (&Block<'_>, &Lines, &mut Ahead<'_>),
+    (at, (lines, shared), ahead): (&Block<'_, S>, (&Lines, usize), &mut Ahead<'_>),
     weights: &[f32],
     stride: usize,
     own: &mut [f32],
@@ -118,8 +128,8 @@ fn mix<S: Simd, const N: usize, const WHOLE: bool, const H: usize, const K: usiz
     let zero = simd.splat_f32s(0.0);
     for b in 0..at.vectors {
         let mut scaled = heads;
-        if WHOLE {
-            let factors = lines.factors(b / at.shared);
+        if !LANES {
+            let factors = lines.factors(b / shared);
             for h in 0..H {
                 for j in 0..MOST {
                     scaled[h][j] *= factors[j];
@@ -127,11 +137,11 @@ fn mix<S: Simd, const N: usize, const WHOLE: bool, const H: usize, const K: usiz
             }
         }
         for part in 0..N / K {
-            ahead.fetch(H, at.words * 4 * count / (at.vectors * N / K));
+            ahead.fetch(H, at.bytes * count / (at.vectors * N / K));
             let shift = simd.splat_u32s((part * K * 32 / N) as u32);
             let mut acc = [[zero; K]; H];
-            for (j, token) in (0..MOST).zip(at.codes.chunks_exact(at.words)) {
-                let mut words = load::<S, WHOLE>(simd, token, b);
+            for (j, token) in (0..MOST).zip(at.codes.chunks_exact(at.vectors)) {
+                let mut words = token[b];
                 if K < N {
                     words = simd.wrapping_dyn_shr_u32s(words, shift);
                 }
@@ -139,13 +149,13 @@ fn mix<S: Simd, const N: usize, const WHOLE: bool, const H: usize, const K: usiz
                 for k in 0..K {
                     wide[k] = code::<S, N>(simd, words, k);
                 }
-                let factor = match WHOLE {
-                    true => zero,
-                    false => lines.of_words::<S>(j, b),
+                let factor = match LANES {
+                    true => lines.of_words::<S>(j, b),
+                    false => zero,
                 };
                 for h in 0..H {
                     let mut w = simd.splat_f32s(scaled[h][j]);
-                    if !WHOLE {
+                    if LANES {
                         w = simd.mul_f32s(w, factor);
                     }
                     for k in 0..K {

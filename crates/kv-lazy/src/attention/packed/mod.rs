@@ -5,13 +5,15 @@
 //! one more number per group. Shifting a vector of words by k codes gives the elements at stride 4 or 8 from k on, so queries are brought into
 //! that order once per chunk, and outputs back.
 //!
-//! What follows from scales is computed once for a block of tokens and all heads. Vectors are as wide as the words of a group allow, so that one factor serves
-//! a vector; groups that are no whole vectors have a factor for each lane, which is slower.
+//! What follows from scales is computed once for a block of tokens and all heads. One factor serves a vector or several; where groups are no whole vectors each
+//! lane has its own, which is slower. Tokens that are no whole vectors are copied and filled up.
 
+mod factors;
 mod lines;
 mod mix;
 mod scores;
 
+use super::ahead::MOST;
 use crate::quantise::{Format, PackedView};
 use pulp::{Arch, Simd, WithSimd};
 
@@ -28,12 +30,12 @@ fn arranged(d: usize) -> usize {
     d.next_multiple_of(128)
 }
 
-/// Runs `kernel` with the widest vectors that the words of a group fill, eight at least where the machine has them.
-fn dispatch(format: Format, kernel: impl WithSimd<Output = ()>) {
+/// Runs `kernel` on `heads` heads with the widest vectors that pay.
+fn dispatch(format: Format, heads: usize, kernel: impl WithSimd<Output = ()>) {
     #[cfg(target_arch = "x86_64")]
     {
         if let Some(simd) = pulp::x86::V4::try_new() {
-            return match words_of_factor(format).is_multiple_of(16) {
+            return match fills_sixteen(format, heads) {
                 true => pulp::Simd::vectorize(simd, kernel),
                 false => pulp::Simd::vectorize(simd, Narrow(kernel)),
             };
@@ -42,16 +44,15 @@ fn dispatch(format: Format, kernel: impl WithSimd<Output = ()>) {
             return pulp::Simd::vectorize(simd, kernel);
         }
     }
-    let _ = format;
+    let _ = (format, heads);
     Arch::new().dispatch(kernel);
 }
 
-/// Words of a token that share a factor; all of them where groups run along channels, whose factors are in the queries.
-fn words_of_factor(format: Format) -> usize {
-    match format.channel {
-        0 => format.group / format.per_word(),
-        _ => format.words(),
-    }
+/// Whether vectors of sixteen words are worth it: tokens must fill them, and where groups do not, several heads must share the factors of lanes.
+#[cfg(target_arch = "x86_64")]
+fn fills_sixteen(format: Format, heads: usize) -> bool {
+    let whole_groups = format.channel > 0 || (format.group / format.per_word()).is_multiple_of(16);
+    format.words() >= 16 && (whole_groups || heads > 1)
 }
 
 /// A kernel with vectors of eight words on a machine with wider ones, whose other registers and instructions it still uses.
@@ -88,31 +89,20 @@ fn code<S: Simd, const N: usize>(simd: S, words: S::u32s, k: usize) -> S::f32s {
     simd.transmute_f32s_u32s(simd.or_u32s(mantissa, simd.splat_u32s(ONE)))
 }
 
-/// The `b`-th vector of a token's words, filled up with zeros where they are no `WHOLE` vectors.
+/// The `h`-th of `heads` rows in the order in which codes come out: vector ((b·N) + k)·heads + h holds the elements (b·L + l)·N + k in its L lanes.
 #[inline(always)]
-fn load<S: Simd, const WHOLE: bool>(simd: S, token: &[u32], b: usize) -> S::u32s {
-    let (whole, tail) = S::as_simd_u32s(token);
-    match whole.get(b) {
-        Some(&words) => words,
-        None if WHOLE => simd.splat_u32s(0),
-        None => simd.partial_load_u32s(tail),
-    }
-}
-
-/// `row` in the order in which codes come out, zeros in between: place ((b·N) + k)·L + l holds element (b·L + l)·N + k.
-#[inline(always)]
-fn arrange<S: Simd, const N: usize>(row: &[f32], to: &mut [f32]) {
-    for (b, to) in to.chunks_exact_mut(N * S::F32_LANES).enumerate() {
-        for (k, to) in to.chunks_exact_mut(S::F32_LANES).enumerate() {
-            for (l, to) in to.iter_mut().enumerate() {
-                let element = (b * S::F32_LANES + l) * N + k;
-                *to = row.get(element).copied().unwrap_or(0.0);
+fn arrange<S: Simd, const N: usize>(row: &[f32], (h, heads): (usize, usize), to: &mut [f32]) {
+    for (b, word) in row.chunks(N * S::F32_LANES).enumerate() {
+        let to = &mut to[b * N * heads * S::F32_LANES..(b + 1) * N * heads * S::F32_LANES];
+        for (l, codes) in word.as_chunks::<N>().0.iter().enumerate() {
+            for (k, &x) in codes.iter().enumerate() {
+                to[(k * heads + h) * S::F32_LANES + l] = x;
             }
         }
     }
 }
 
-/// The reverse of [`arrange`].
+/// The reverse of [`arrange`] for one row.
 #[inline(always)]
 fn bring_back<S: Simd, const N: usize>(from: &[f32], row: &mut [f32]) {
     for (b, from) in from.chunks_exact(N * S::F32_LANES).enumerate() {
@@ -130,16 +120,18 @@ fn bring_back<S: Simd, const N: usize>(from: &[f32], row: &mut [f32]) {
 pub(super) trait Kernel {
     fn format(&self) -> Format;
 
-    /// With `N` codes a word; `WHOLE`: words that share a factor are whole vectors.
-    fn run<S: Simd, const N: usize, const WHOLE: bool>(self, simd: S);
+    fn heads(&self) -> usize;
+
+    /// With `N` codes a word.
+    fn run<S: Simd, const N: usize>(self, simd: S);
 }
 
 /// Runs a kernel by the machine's best vectors.
 pub(super) fn run(kernel: impl Kernel) {
-    let format = kernel.format();
+    let (format, heads) = (kernel.format(), kernel.heads());
     match format.bits {
-        4 => dispatch(format, Bits::<_, 8>(kernel)),
-        _ => dispatch(format, Bits::<_, 4>(kernel)),
+        4 => dispatch(format, heads, Bits::<_, 8>(kernel)),
+        _ => dispatch(format, heads, Bits::<_, 4>(kernel)),
     }
 }
 
@@ -151,50 +143,69 @@ impl<K: Kernel, const N: usize> WithSimd for Bits<K, N> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        let words = words_of_factor(self.0.format());
-        match words.is_multiple_of(S::F32_LANES) {
-            true => self.0.run::<S, N, true>(simd),
-            false => self.0.run::<S, N, false>(simd),
-        }
+        self.0.run::<S, N>(simd);
     }
 }
 
 /// A block of tokens.
-struct Block<'a> {
-    codes: &'a [u32],
-    /// Words of a token.
-    words: usize,
+struct Block<'a, S: Simd> {
+    codes: &'a [S::u32s],
     /// Vectors of a token.
     vectors: usize,
-    /// Vectors that share a factor, one where each lane has its own.
-    shared: usize,
-    /// How often a token has so many.
-    factors: usize,
+    /// Bytes of a token in memory.
+    bytes: usize,
     d: usize,
 }
 
-impl<'a> Block<'a> {
-    /// The tokens `from..from + count` of a view.
+impl<'a, S: Simd> Block<'a, S> {
+    /// The tokens `from..from + count` of a view, filled up in `padded` where they are no whole vectors.
     #[inline(always)]
-    fn new<S: Simd>(view: PackedView<'a>, from: usize, count: usize) -> Self {
+    fn new(view: PackedView<'a>, from: usize, count: usize, padded: &'a mut Padded) -> Self {
         let words = view.format.words();
-        let vectors = words.div_ceil(S::F32_LANES);
-        let shared = match words_of_factor(view.format) {
-            words if words.is_multiple_of(S::F32_LANES) => words / S::F32_LANES,
-            _ => 1,
-        };
+        let codes = &view.words[from * words..(from + count) * words];
         Self {
-            codes: &view.words[from * words..(from + count) * words],
-            words,
-            vectors,
-            shared,
-            factors: vectors / shared,
+            codes: S::as_simd_u32s(padded.fill(codes)).0,
+            vectors: words.div_ceil(S::F32_LANES),
+            bytes: words * 4,
             d: view.format.head_dim,
         }
     }
 
     fn count(&self) -> usize {
-        self.codes.len() / self.words
+        self.codes.len() / self.vectors
+    }
+}
+
+/// Words of the tokens of a block, filled up with zeros to whole vectors.
+struct Padded {
+    /// Empty where the words of a token are whole vectors.
+    rows: Vec<u32>,
+    words: usize,
+    padded: usize,
+}
+
+impl Padded {
+    /// For tokens of `words` words filled up to `padded`.
+    fn new(words: usize, padded: usize) -> Self {
+        let rows = if words < padded { MOST * padded } else { 0 };
+        Self {
+            rows: vec![0; rows],
+            words,
+            padded,
+        }
+    }
+
+    #[inline(always)]
+    fn fill<'a>(&'a mut self, codes: &'a [u32]) -> &'a [u32] {
+        if self.rows.is_empty() {
+            return codes;
+        }
+        let tokens = codes.chunks_exact(self.words);
+        let count = tokens.len();
+        for (to, token) in self.rows.chunks_exact_mut(self.padded).zip(tokens) {
+            to[..self.words].copy_from_slice(token);
+        }
+        &self.rows[..count * self.padded]
     }
 }
 
@@ -268,8 +279,8 @@ mod tests {
 
     #[test]
     fn codes_have_the_golden_bits() {
-        for group in [32, 64, 128] {
-            dispatch(format(group), Bit(0x3fc8_0000, 0x3fe4_0000));
+        for (group, heads) in [(32, 1), (64, 1), (128, 1), (128, 4)] {
+            dispatch(format(group), heads, Bit(0x3fc8_0000, 0x3fe4_0000));
         }
     }
 
@@ -322,12 +333,15 @@ mod tests {
 
     #[test]
     fn vectors_of_every_width_give_what_widened_rows_do() {
-        // Groups that fill vectors of 1, 8 and 16 words, of 8 alone, and of neither; more tokens than a block.
+        // Groups that fill one, two and four vectors of 1, 4, 8 and 16 words, of 8 alone, and none; more tokens than a block.
         for (d, group, bits, channel) in [
             (64, 64, 8, 0),
             (128, 64, 8, 0),
             (64, 64, 4, 0),
             (128, 64, 4, 0),
+            (256, 64, 8, 0),
+            (256, 64, 4, 0),
+            (256, 128, 8, 0),
             (256, 128, 4, 0),
             (96, 48, 8, 0),
             (96, 48, 4, 0),
@@ -379,6 +393,7 @@ mod tests {
             };
             check(attended::<pulp::Scalar>(None, given, view), "the machine's");
             check(attended(Some(pulp::Scalar), given, view), "1");
+            check(attended(Some(pulp::Scalar128b), given, view), "4");
             check(attended(Some(pulp::Scalar256b), given, view), "8");
             check(attended(Some(pulp::Scalar512b), given, view), "16");
             #[cfg(target_arch = "x86_64")]
