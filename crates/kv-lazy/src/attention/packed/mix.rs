@@ -31,10 +31,6 @@ impl Kernel for PackedMix<'_> {
         self.values.format
     }
 
-    fn heads(&self) -> usize {
-        self.out.len() / self.values.format.head_dim
-    }
-
     #[inline(always)]
     fn run<S: Simd, const N: usize>(self, simd: S) {
         match Shared::of::<S>(self.values.format) {

@@ -30,12 +30,13 @@ fn arranged(d: usize) -> usize {
     d.next_multiple_of(128)
 }
 
-/// Runs `kernel` on `heads` heads with the widest vectors that pay.
-fn dispatch(format: Format, heads: usize, kernel: impl WithSimd<Output = ()>) {
+/// Runs `kernel` with the widest vectors that tokens fill, eight words at least where the machine has them. Not by the number of heads: sums must not depend on how
+/// many queries are asked at once.
+fn dispatch(format: Format, kernel: impl WithSimd<Output = ()>) {
     #[cfg(target_arch = "x86_64")]
     {
         if let Some(simd) = pulp::x86::V4::try_new() {
-            return match fills_sixteen(format, heads) {
+            return match format.words() >= 16 {
                 true => pulp::Simd::vectorize(simd, kernel),
                 false => pulp::Simd::vectorize(simd, Narrow(kernel)),
             };
@@ -44,15 +45,8 @@ fn dispatch(format: Format, heads: usize, kernel: impl WithSimd<Output = ()>) {
             return pulp::Simd::vectorize(simd, kernel);
         }
     }
-    let _ = (format, heads);
+    let _ = format;
     Arch::new().dispatch(kernel);
-}
-
-/// Whether vectors of sixteen words are worth it: tokens must fill them, and where groups do not, several heads must share the factors of lanes.
-#[cfg(target_arch = "x86_64")]
-fn fills_sixteen(format: Format, heads: usize) -> bool {
-    let whole_groups = format.channel > 0 || (format.group / format.per_word()).is_multiple_of(16);
-    format.words() >= 16 && (whole_groups || heads > 1)
 }
 
 /// A kernel with vectors of eight words on a machine with wider ones, whose other registers and instructions it still uses.
@@ -120,18 +114,16 @@ fn bring_back<S: Simd, const N: usize>(from: &[f32], row: &mut [f32]) {
 pub(super) trait Kernel {
     fn format(&self) -> Format;
 
-    fn heads(&self) -> usize;
-
     /// With `N` codes a word.
     fn run<S: Simd, const N: usize>(self, simd: S);
 }
 
 /// Runs a kernel by the machine's best vectors.
 pub(super) fn run(kernel: impl Kernel) {
-    let (format, heads) = (kernel.format(), kernel.heads());
+    let format = kernel.format();
     match format.bits {
-        4 => dispatch(format, heads, Bits::<_, 8>(kernel)),
-        _ => dispatch(format, heads, Bits::<_, 4>(kernel)),
+        4 => dispatch(format, Bits::<_, 8>(kernel)),
+        _ => dispatch(format, Bits::<_, 4>(kernel)),
     }
 }
 
@@ -279,8 +271,8 @@ mod tests {
 
     #[test]
     fn codes_have_the_golden_bits() {
-        for (group, heads) in [(32, 1), (64, 1), (128, 1), (128, 4)] {
-            dispatch(format(group), heads, Bit(0x3fc8_0000, 0x3fe4_0000));
+        for group in [32, 64, 128] {
+            dispatch(format(group), Bit(0x3fc8_0000, 0x3fe4_0000));
         }
     }
 
@@ -391,7 +383,15 @@ mod tests {
                     near(&o, &out, tokens as f64, &of(name));
                 }
             };
-            check(attended::<pulp::Scalar>(None, given, view), "the machine's");
+            let together = attended::<pulp::Scalar>(None, given, view);
+            // To the bit as if asked one by one.
+            for h in 0..heads {
+                let (query, weights) = (&queries[h * d..][..d], &weights[h * tokens..][..tokens]);
+                let [s, o] = attended::<pulp::Scalar>(None, (query, weights), view);
+                assert_eq!(s, together[0][h * tokens..][..tokens], "{}", of("alone"));
+                assert_eq!(o, together[1][h * d..][..d], "{}", of("alone"));
+            }
+            check(together, "the machine's");
             check(attended(Some(pulp::Scalar), given, view), "1");
             check(attended(Some(pulp::Scalar128b), given, view), "4");
             check(attended(Some(pulp::Scalar256b), given, view), "8");

@@ -32,10 +32,6 @@ impl Kernel for PackedScores<'_> {
         self.keys.format
     }
 
-    fn heads(&self) -> usize {
-        self.queries.len() / self.keys.format.head_dim
-    }
-
     #[inline(always)]
     fn run<S: Simd, const N: usize>(self, simd: S) {
         all_scores::<S, N>(simd, self);
