@@ -402,7 +402,9 @@ impl Layer {
 
     /// Evicts what the policy gives up after a step, and what no later query can see.
     pub(super) fn evict(&mut self, clock: &Clock) -> Result<()> {
-        if let Some(plans) = self.plans(|evictor, rows| evictor.plan(rows, clock))? {
+        // Not a thread is asked where nothing is due.
+        let due = self.evictors.first().is_some_and(|first| first.due(clock));
+        if due && let Some(plans) = self.plans(|evictor, rows| evictor.plan(rows, clock))? {
             let rule = self.evictors[0].rule(clock.phase);
             let layout = match clock.phase {
                 // One bulk eviction, after which physical order is chronological.

@@ -299,10 +299,18 @@ impl Evictor {
     /// # Errors
     /// Keys, values or queries that the policy could not read.
     pub fn plan(&mut self, rows: &dyn Rows, clock: &Clock) -> Result<Option<Plan>> {
+        if !self.due(clock) {
+            return Ok(None);
+        }
         let rule = self.policy.rule(clock.phase);
-        let once = matches!(rule.prompt, Prompt::CompressOnce(_));
-        let due = match clock.phase {
-            Phase::Prefill => rule.after_prefill || once,
+        self.choose(&rule, rows, clock, 0)
+    }
+
+    /// Whether [`plan`](Self::plan) looks at the cache after the step of `clock`.
+    pub fn due(&self, clock: &Clock) -> bool {
+        let rule = self.policy.rule(clock.phase);
+        match clock.phase {
+            Phase::Prefill => rule.after_prefill || matches!(rule.prompt, Prompt::CompressOnce(_)),
             Phase::Decode => match rule.decode {
                 Trigger::Never => false,
                 Trigger::EveryStep => true,
@@ -311,11 +319,6 @@ impl Evictor {
                     clock.step / w > (clock.step - clock.tokens.min(clock.step)) / w
                 }
             },
-        };
-        if due {
-            self.choose(&rule, rows, clock, 0)
-        } else {
-            Ok(None)
         }
     }
 
