@@ -387,10 +387,13 @@ impl Layer {
     /// Evicts what an ahead-of-time policy gives up. The slots are returned, to be overwritten, where a single new token can take the
     /// place of a single old one.
     fn make_room(&mut self, clock: &Clock) -> Result<Vec<Vec<u32>>> {
+        let rule = self.evictors.first().map(|first| first.rule(clock.phase));
+        let Some(rule) = rule.filter(|rule| rule.ahead) else {
+            return Ok(Vec::new());
+        };
         let Some(plans) = self.plans(|evictor, rows| evictor.plan_ahead(rows, clock))? else {
             return Ok(Vec::new());
         };
-        let rule = self.evictors[0].rule(clock.phase);
         let single = clock.tokens == 1 && plans[0].evicted() == 1;
         if rule.layout == Layout::SinkRing && single && self.store.overwrites() {
             return Ok(plans.into_iter().flat_map(|plan| plan.evict).collect());
