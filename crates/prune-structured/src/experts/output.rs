@@ -10,7 +10,7 @@ use crate::{Error, Loading, Result};
 use candle_core::{DType, Device, Tensor};
 use causal_lm::block::Mlp;
 use causal_lm::config::WIDTHS_KEY;
-use causal_lm::names::ExpertLayout;
+use causal_lm::names::{ExpertLayout, Names};
 use causal_lm::{Decoder, Linear, LinearName, ModelConfig, Progress};
 use half::{bf16, f16};
 use std::collections::{BTreeSet, HashMap};
@@ -46,6 +46,14 @@ impl<'a> ExpertSettings<'a> {
     /// The same with other files.
     pub fn files(self, files: WriteOptions) -> Self {
         Self { files, ..self }
+    }
+
+    /// Refuses a layout that the architecture does not have, before anything is computed.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`].
+    pub fn check(&self, decoder: &Decoder<'_>) -> Result<()> {
+        pruned_names(decoder, self).map(drop)
     }
 }
 
@@ -184,15 +192,22 @@ fn pruned(
     settings: &ExpertSettings<'_>,
 ) -> Result<ModelConfig> {
     let mut model = decoder.config().clone();
-    if let Some(layout) = settings.layout {
-        model.names = model.names.with_layout(layout).ok_or(Error::Unsupported {
+    model.names = pruned_names(decoder, settings)?;
+    model.mixtures = plan.mixtures(decoder);
+    Ok(model)
+}
+
+/// The names of its tensors.
+fn pruned_names(decoder: &Decoder<'_>, settings: &ExpertSettings<'_>) -> Result<Names> {
+    let model = decoder.config();
+    match settings.layout {
+        None => Ok(model.names),
+        Some(layout) => model.names.with_layout(layout).ok_or(Error::Unsupported {
             method: "another layout of experts",
             model_type: model.model_type,
             reason: "it has but one",
-        })?;
+        }),
     }
-    model.mixtures = plan.mixtures(decoder);
-    Ok(model)
 }
 
 /// Names of all tensors of experts and routers.

@@ -22,6 +22,9 @@ pub struct ExpertRecipe {
     pub change: Change,
     /// How experts are narrowed, where they are.
     pub neurons: NeuronOptions,
+    /// Whether experts are dropped from a layer by what it reads behind the pruned layers before it.
+    #[serde(default)]
+    pub progressive: bool,
 }
 
 /// What a recipe does.
@@ -93,6 +96,7 @@ impl ExpertRecipe {
             name: name.into(),
             change,
             neurons: NeuronOptions::default(),
+            progressive: false,
         })
     }
 
@@ -102,6 +106,27 @@ impl ExpertRecipe {
             *now = compensation.into();
         }
         self
+    }
+
+    /// The same with every layer calibrated behind the pruned ones, dropping and narrowing alike, or on the dense model.
+    pub fn progressive(mut self, progressive: bool) -> Self {
+        self.progressive = progressive;
+        self.neurons.progressive = progressive;
+        self
+    }
+
+    /// Whether what it does to a layer depends on what the layer reads, so that it can be done behind the pruned layers.
+    /// Those that send tokens to fewer experts are fitted to the dense model.
+    pub fn reads_layers(&self) -> bool {
+        match self.change {
+            Change::Experts(method, compensation) => {
+                let fits = !matches!(compensation, ExpertCompensation::Nothing(_));
+                fits || method.reads_layers()
+            }
+            Change::Neurons => self.neurons.reads_tokens(),
+            Change::Joint(..) => true,
+            Change::Fewer(_) => false,
+        }
     }
 
     /// The same with this seed, where it draws.
@@ -166,6 +191,7 @@ impl ExpertRecipe {
             }
             (Change::Neurons | Change::Joint(..), Aim::Ratio(ratio)) => {
                 check_ridge(self.neurons.ridge)?;
+                self.neurons.check()?;
                 for (layer, mixture) in mixtures {
                     self.neurons.width(layer, mixture.width, 1.0 - ratio)?;
                 }
@@ -187,10 +213,13 @@ impl ExpertRecipe {
         progress: &dyn Progress,
     ) -> Result<(Outcome, Option<ExpertRefits>)> {
         let windows = data.calibration;
-        let none = |method: ExpertMethod| ExpertOptions::new(method, Keep::Without(0.0));
+        let none = |method: ExpertMethod| {
+            let options = ExpertOptions::new(method, Keep::Without(0.0));
+            options.progressive(self.progressive)
+        };
         match (self.change, aim) {
             (Change::Experts(method, compensation), Aim::Ratio(ratio)) => {
-                let options = ExpertOptions::new(method, Keep::Without(ratio));
+                let options = none(method).keeping(Keep::Without(ratio));
                 let options = options.compensation(compensation);
                 Ok((plan(decoder, windows, &options, progress)?, None))
             }

@@ -5,6 +5,7 @@ mod search;
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
+use causal_lm::names::ExpertLayout;
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use clap::{Args, ValueEnum};
 use eval_report::cells::Shard;
@@ -20,6 +21,7 @@ use prune_structured::{
 use tensor_io::WriteOptions;
 use toy_lm::bundled::CALIBRATION;
 
+use super::experts::ExpertArgs;
 use super::names::Known;
 use super::values::{given, positive, ratio, seeds};
 use super::weights::CalibrationArithmetic;
@@ -98,10 +100,26 @@ pub(super) struct StructuredArgs {
     /// Mixtures: compressors that prune a share of the weights take less from layers with more outliers (OWL)
     #[arg(long)]
     owl: bool,
+    /// Mixtures: calibrate each layer behind the pruned layers before it, not on the dense model
+    #[arg(long)]
+    progressive: bool,
+    /// Mixtures: how saved checkpoints hold experts [default: as the model does]
+    #[arg(long, value_enum, value_name = "HOW", requires = "save")]
+    layout: Option<LayoutArg>,
+    #[command(flatten)]
+    experts: ExpertArgs,
     #[command(flatten)]
     change: RecipeArgs,
     #[command(flatten)]
     search: search::SearchArgs,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum LayoutArg {
+    /// Tensors of its own for each expert, which older transformers and vLLM's own classes read
+    PerExpert,
+    /// One tensor for all experts of a layer
+    Fused,
 }
 
 /// The methods that are recommended by what was measured: one for dense models, one for mixtures.
@@ -361,8 +379,11 @@ impl StructuredArgs {
             ("--quantise", !self.quantise.is_empty()),
             ("--then", !self.then.is_empty()),
             ("--owl", self.owl),
+            ("--progressive", self.progressive),
+            ("--layout", self.layout.is_some()),
             ("--seeds", self.seeds.is_some()),
         ]));
+        asked.extend(self.experts.asked());
         let names: Vec<&str> = match self.method[..] {
             [] => RECOMMENDED.to_vec(),
             _ => self.method.iter().map(String::as_str).collect(),
@@ -370,12 +391,22 @@ impl StructuredArgs {
         let variants = |name: &&str| self.change.variants(name, seed);
         let mut recipes: Vec<Recipe> = names.iter().flat_map(variants).collect();
         recipes.iter_mut().for_each(|r| self.search.change(r));
-        let variants = |name: &&str| self.change.expert_variants(name, seed);
+        let variants = |name: &&str| {
+            let variants = self.change.expert_variants(name, seed).into_iter();
+            variants.map(|recipe| recipe.progressive(self.progressive))
+        };
+        let mut of_mixtures: Vec<ExpertRecipe> = names.iter().flat_map(variants).collect();
+        of_mixtures.iter_mut().for_each(|r| self.experts.change(r));
         let experts = ExpertMethods {
-            recipes: names.iter().flat_map(variants).collect(),
+            recipes: of_mixtures,
             compressors: self.quantise,
             then: self.then,
             owl: self.owl.then(Owl::default),
+            grams: self.experts.grams(),
+            layout: self.layout.map(|layout| match layout {
+                LayoutArg::PerExpert => ExpertLayout::Alone,
+                LayoutArg::Fused => ExpertLayout::Fused,
+            }),
         };
         structured::Config {
             perplexity: self.text.into(),

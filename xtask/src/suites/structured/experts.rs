@@ -10,7 +10,7 @@ use causal_lm::{Decoder, Windows};
 use eval_report::{Axis, DENSE, Plot, Reference, Row, Section, Series, Stopwatch, mean_over_seeds};
 use lm_eval::ScoredWindows;
 use lowrank_eora::compress::Compressor;
-use lowrank_eora::experts::{ExpertRepair, RepairedExperts, repair_experts};
+use lowrank_eora::experts::{RepairedExperts, repair_experts};
 use prune_structured::experts::{
     Aim, ExpertCost, ExpertOptions, ExpertPlan, ExpertRecipe, ExpertSettings, JointData, Keep,
     LayerStatistics, Outcome, method, plan, router_map, write,
@@ -26,8 +26,8 @@ use crate::bar::Bar;
 use crate::settings::{Settings, part};
 use crate::suites::damping;
 use crate::suites::perplexity::{self, Protocol, file_name};
-pub(super) use planned::{aims, planned};
-use planned::{beside, label, saved, seeds};
+pub(super) use planned::{aims, label, planned};
+use planned::{beside, saved, seeds};
 use table::{cell_name, counts, ids, layers, section};
 
 /// What all rows share.
@@ -133,6 +133,9 @@ impl Suite<'_> {
         self.compare_with_dense(&mut rows)?;
         let mut section = section(self.config.dry_run, rows, self.plots(&pictures)?);
         section.failures = failures;
+        if self.config.experts.is_progressive() {
+            section = section.fact("calibrated on", "activations behind the pruned layers");
+        }
         Ok(vec![
             self.protocol
                 .facts(
@@ -241,6 +244,7 @@ impl Suite<'_> {
         let writing = bar.nested("writing", 0);
         let settings = ExpertSettings::default()
             .refits(refits.as_ref())
+            .layout(self.config.experts.layout)
             .files(self.config.write.clone());
         write(self.decoder, &outcome.plan, &folder, &settings, &writing)?;
         writing.finish();
@@ -395,10 +399,8 @@ impl Suite<'_> {
         (row, bar): (&mut Row, &Bar),
     ) -> Result<RepairedExperts> {
         let watch = Stopwatch::start();
-        let repair = ExpertRepair::new(compressor)
-            .rank(rank)
-            .owl(self.config.experts.owl)
-            .files(self.config.write.clone());
+        let repair = self.config.experts.repair((compressor, rank));
+        let repair = repair.files(self.config.write.clone());
         let steps = bar.nested("experts", 0);
         let found = repair_experts(decoder, self.calibration, &repair, folder, &steps)?;
         steps.finish();

@@ -119,6 +119,17 @@ impl Choice {
     }
 }
 
+impl ExpertMethod {
+    /// Whether it reads more of a layer than weights and router rows.
+    pub(crate) fn reads_layers(&self) -> bool {
+        match self {
+            Self::Random(_) | Self::Aimer(_) => false,
+            Self::Stun(stun) | Self::StunCompat(StunCompat { stun }) => stun.reads_layers(),
+            _ => true,
+        }
+    }
+}
+
 /// What a method has to say.
 pub(crate) trait Choosing {
     /// A score for each expert; higher is kept. Methods that choose otherwise have none.

@@ -52,6 +52,11 @@ impl Choosing for Stun {
 }
 
 impl Stun {
+    /// Whether it reads more than weights and router rows.
+    pub(crate) fn reads_layers(&self) -> bool {
+        self.together != 0.0 || self.representative == Representative::Reap
+    }
+
     /// Distances of all pairs of experts.
     pub(crate) fn distances(&self, layer: &Layer<'_>) -> Result<Vec<Vec<f64>>> {
         let together = &layer.statistics.together;
