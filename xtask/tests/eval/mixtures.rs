@@ -211,3 +211,18 @@ fn statistics_of_experts_are_those_that_are_asked_for() {
     let behind = run(&["--progressive"]);
     assert_ne!(behind[0], plain[0]);
 }
+
+#[test]
+fn clusters_that_are_averaged_are_rows_of_that_name() {
+    let scene = mixtral();
+    let save = scene.path("pruned");
+    let more = ["--method", "reap,stun", "--ratio", "0.5", "--progressive"];
+    let averaged = ["--reconstruct", "small-clusters", "--save", save.to_str().unwrap()];
+    let plain = rows(&structured(&scene, &more));
+    let rows = rows(&structured(&scene, &[&more[..], &averaged].concat()));
+    assert_eq!(rows[2]["method"], "stun+averaged-small-clusters");
+    assert_eq!(rows[2]["loads_in"], "stock");
+    assert_eq!(rows[1]["perplexity"], plain[1]["perplexity"]);
+    assert_ne!(rows[2]["perplexity"], plain[2]["perplexity"]);
+    assert!(save.join("stun+averaged-small-clusters-0.5").exists());
+}

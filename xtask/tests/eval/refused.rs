@@ -165,6 +165,11 @@ fn what_is_known_beforehand_is_refused_before_calibration_by_flag_and_value() {
             "mixture",
         ),
         (
+            "--method flap --ratio 0.2 --reconstruct never",
+            "--reconstruct",
+            "mixture",
+        ),
+        (
             "--method flap --ratio 0.2 --pool-tokens 4",
             "--pool-tokens",
             "mixture",
@@ -306,6 +311,16 @@ fn of_mixtures_too_is_refused_before_calibration_what_is_known_beforehand() {
             "--method random,stun --ratio 0.5 --progressive",
             "--progressive",
             "random, stun",
+        ),
+        (
+            "--method reap,m-smoe --ratio 0.5 --reconstruct small-clusters",
+            "--reconstruct",
+            "reap, m-smoe",
+        ),
+        (
+            "--method stun --ratio 0.5 --reconstruct few-clusters --compensate expert-scale",
+            "stun",
+            "merged ones are not run",
         ),
         (
             "--method reap --ratio 0.5 --owl --then rtn-int4",

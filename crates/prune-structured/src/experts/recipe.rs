@@ -1,9 +1,10 @@
 //! Methods for mixtures by name.
 
-use super::compensation::NoExpertCompensation;
+use super::compensation::{NoExpertCompensation, merged_are_not_run};
 use super::fewer::{FewerExperts, fewer};
 use super::joint::{Joint, JointData, JointOptions, joint};
-use super::method::{ExpertMethod, RandomExperts, Reap, Representative, Stun};
+use super::merge::check_width;
+use super::method::{ExpertMethod, RandomExperts, Reap, Reconstruct, Representative, Stun};
 use super::neurons::{NeuronOptions, narrow};
 use super::select::{Outcome, plan};
 use super::{ExpertCompensation, ExpertOptions, ExpertPlan, ExpertRefits, Keep, LayerExperts};
@@ -129,6 +130,24 @@ impl ExpertRecipe {
         }
     }
 
+    /// The same with these clusters of STUN averaged, which its name tells; methods without such clusters are as they were.
+    pub fn reconstruct(mut self, reconstruct: Reconstruct) -> Self {
+        if let Change::Experts(method, _) = &mut self.change
+            && let Some(stun) = method.stun_mut()
+        {
+            stun.reconstruct = reconstruct;
+            if reconstruct != Reconstruct::Never {
+                self.name = format!("{}+averaged-{}", self.name, reconstruct.name());
+            }
+        }
+        self
+    }
+
+    /// Whether it makes clusters that can be averaged.
+    pub fn reconstructs(&self) -> bool {
+        matches!(&self.change, Change::Experts(method, _) if method.stun().is_some())
+    }
+
     /// The same with this seed, where it draws.
     pub fn seed(mut self, seed: u64) -> Self {
         if let Change::Experts(method @ ExpertMethod::Random(_), _) = &mut self.change {
@@ -168,16 +187,25 @@ impl ExpertRecipe {
     }
 
     /// Refuses what cannot be asked of this model, before anything is computed: parameters out of range, experts narrower
-    /// than the alignment, fewer experts than each token goes to.
+    /// than the alignment, fewer experts than each token goes to, clusters of STUN that cannot be averaged.
     ///
     /// # Errors
-    /// [`Error::Option`], [`Error::Ratio`], [`Error::Width`], [`Error::Experts`].
+    /// [`Error::Option`], [`Error::Ratio`], [`Error::Width`], [`Error::Experts`], [`Error::Unsupported`].
     pub fn check(&self, decoder: &Decoder<'_>, aim: Aim) -> Result<()> {
         let mixtures = decoder.config().mixtures.iter().enumerate();
         let mixtures = mixtures.filter_map(|(layer, mixture)| Some((layer, (*mixture)?)));
         match (self.change, aim) {
-            (Change::Experts(..), Aim::Ratio(ratio)) => {
+            (Change::Experts(method, compensation), Aim::Ratio(ratio)) => {
+                let stun = method.stun();
+                let averages = stun.is_some_and(|stun| stun.reconstruct != Reconstruct::Never);
+                let is_scaled = !matches!(compensation, ExpertCompensation::Nothing(_));
+                if averages && is_scaled {
+                    return Err(merged_are_not_run(decoder));
+                }
                 for (layer, mixture) in mixtures {
+                    if averages {
+                        check_width(decoder, mixture.width)?;
+                    }
                     let kept = Keep::Without(ratio).of(mixture.experts)?;
                     if kept < mixture.chosen {
                         return Err(Error::Experts {

@@ -3,11 +3,11 @@
 use super::collect::Collector;
 use super::compensation::Moments;
 use super::layer::Layer;
+use super::merge;
 use super::method::Choice;
 use super::plan::{ExpertPlan, LayerExperts};
 use super::{ExpertOptions, ExpertRefits, Keep, LayerStatistics};
 use crate::{Error, Result};
-use candle_core::Tensor;
 use causal_lm::mixture::RoutingRule;
 use causal_lm::{Decoder, Hidden, NoTap, Progress, Tap, Windows};
 use serde::Serialize;
@@ -222,9 +222,7 @@ pub(crate) fn advance_pruned(
 ) -> Result<()> {
     let mut block = decoder.frame(layer)?;
     if let Some(moe) = &mut block.experts {
-        let kept: Vec<u32> = experts.kept.iter().map(|&e| e as u32).collect();
-        let rows = Tensor::new(kept, decoder.device())?;
-        moe.router = moe.router.select(&rows)?;
+        moe.router = merge::router(&moe.router, experts)?;
         moe.rule.chosen = chosen.unwrap_or(moe.rule.chosen);
     }
     let mut expert = |at: usize| {

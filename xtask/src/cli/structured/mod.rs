@@ -13,6 +13,7 @@ use lowrank_eora::compress::Compressor;
 use lowrank_eora::experts::Owl;
 use prune_structured::experts::ExpertRecipe;
 use prune_structured::experts::compensation::ExpertScale;
+use prune_structured::experts::method::Reconstruct;
 use prune_structured::gguf::Precision;
 use prune_structured::score::Random;
 use prune_structured::{
@@ -103,6 +104,10 @@ pub(super) struct StructuredArgs {
     /// Mixtures: calibrate each layer behind the pruned layers before it, not on the dense model
     #[arg(long)]
     progressive: bool,
+    /// Mixtures: clusters of stun, stun-reap and stun-compat that are averaged, router rows included, instead of keeping one of their
+    /// members [default: never]
+    #[arg(long, value_enum, value_name = "WHICH")]
+    reconstruct: Option<ReconstructArg>,
     /// Mixtures: how saved checkpoints hold experts [default: as the model does]
     #[arg(long, value_enum, value_name = "HOW", requires = "save")]
     layout: Option<LayoutArg>,
@@ -120,6 +125,26 @@ enum LayoutArg {
     PerExpert,
     /// One tensor for all experts of a layer
     Fused,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum ReconstructArg {
+    /// None
+    Never,
+    /// All of layers that keep at most two experts, as STUN's program does
+    FewClusters,
+    /// Those of fewer than three members, as STUN's paper is summarised
+    SmallClusters,
+}
+
+impl From<ReconstructArg> for Reconstruct {
+    fn from(which: ReconstructArg) -> Self {
+        match which {
+            ReconstructArg::Never => Self::Never,
+            ReconstructArg::FewClusters => Self::FewClusters,
+            ReconstructArg::SmallClusters => Self::SmallClusters,
+        }
+    }
 }
 
 /// The methods that are recommended by what was measured: one for dense models, one for mixtures.
@@ -380,6 +405,7 @@ impl StructuredArgs {
             ("--then", !self.then.is_empty()),
             ("--owl", self.owl),
             ("--progressive", self.progressive),
+            ("--reconstruct", self.reconstruct.is_some()),
             ("--layout", self.layout.is_some()),
             ("--seeds", self.seeds.is_some()),
         ]));
@@ -391,9 +417,11 @@ impl StructuredArgs {
         let variants = |name: &&str| self.change.variants(name, seed);
         let mut recipes: Vec<Recipe> = names.iter().flat_map(variants).collect();
         recipes.iter_mut().for_each(|r| self.search.change(r));
+        let reconstruct = self.reconstruct.map_or(Reconstruct::Never, Reconstruct::from);
         let variants = |name: &&str| {
             let variants = self.change.expert_variants(name, seed).into_iter();
-            variants.map(|recipe| recipe.progressive(self.progressive))
+            let variants = variants.map(|recipe| recipe.progressive(self.progressive));
+            variants.map(|recipe| recipe.reconstruct(reconstruct))
         };
         let mut of_mixtures: Vec<ExpertRecipe> = names.iter().flat_map(variants).collect();
         of_mixtures.iter_mut().for_each(|r| self.experts.change(r));

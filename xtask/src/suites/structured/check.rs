@@ -294,6 +294,7 @@ fn is_of_mixtures(flag: &str) -> bool {
             | "--then"
             | "--owl"
             | "--progressive"
+            | "--reconstruct"
             | "--layout"
             | "--pool-tokens"
             | "--expert-prior"
@@ -322,6 +323,7 @@ fn reads_of_mixtures(flag: &str, recipe: &ExpertRecipe) -> bool {
         "--then" => !recipe.is_fewer(),
         "--seeds" => recipe.draws(),
         "--progressive" => recipe.reads_layers(),
+        "--reconstruct" => recipe.reconstructs(),
         "--pool-tokens" | "--expert-prior" | "--no-gate-weight" => {
             recipe.narrows() && recipe.neurons.reads_tokens()
         }
