@@ -226,3 +226,29 @@ fn clusters_that_are_averaged_are_rows_of_that_name() {
     assert_ne!(rows[2]["perplexity"], plain[2]["perplexity"]);
     assert!(save.join("stun+averaged-small-clusters-0.5").exists());
 }
+
+#[test]
+fn a_linear_term_beside_fewer_experts_is_measured_in_memory() {
+    let scene = mixtral();
+    let run = |more: &[&str]| {
+        let methods = ["--method", "topk-scale,topk-lowrank"];
+        rows(&structured(&scene, &[&methods[..], more].concat()))
+    };
+    let rows = run(&["--topk-rank", "4"]);
+    let [scaled, term] = [&rows[1], &rows[2]];
+    assert_eq!(term["method"], "topk-lowrank, 1 for each token");
+    assert_eq!(term["role"], "control");
+    assert_eq!(term["loads_in"], "memory alone");
+    // Two layers of 2 x 4 x 32 numbers in f32.
+    let more = |field: &str, count: u64| {
+        let of = |row: &serde_json::Value| row[field].as_u64().unwrap();
+        assert_eq!(of(term), of(scaled) + count, "{field}");
+    };
+    more("params", 512);
+    more("params_active", 512);
+    more("bytes", 2048);
+    assert_ne!(term["perplexity"], scaled["perplexity"]);
+    let left = |rows: &[serde_json::Value]| rows[2]["residual_left"].as_f64().unwrap();
+    assert!(left(&rows) < 1.0);
+    assert!(left(&run(&[])) < left(&rows));
+}

@@ -165,6 +165,11 @@ fn what_is_known_beforehand_is_refused_before_calibration_by_flag_and_value() {
             "mixture",
         ),
         (
+            "--method flap --ratio 0.2 --topk-rank 8",
+            "--topk-rank",
+            "mixture",
+        ),
+        (
             "--method flap --ratio 0.2 --reconstruct never",
             "--reconstruct",
             "mixture",
@@ -311,6 +316,26 @@ fn of_mixtures_too_is_refused_before_calibration_what_is_known_beforehand() {
             "--method random,stun --ratio 0.5 --progressive",
             "--progressive",
             "random, stun",
+        ),
+        (
+            "--method topk-lowrank --save new",
+            "--save",
+            "no stock format has a place for it",
+        ),
+        (
+            "--method reap,topk-lowrank --ratio 0.5 --save-plans new",
+            "--save-plans",
+            "topk-lowrank",
+        ),
+        (
+            "--method topk-lowrank --topk-rank 33",
+            "--topk-rank",
+            "33",
+        ),
+        (
+            "--method topk-scale --topk-rank 8",
+            "--topk-rank",
+            "topk-scale",
         ),
         (
             "--method reap,m-smoe --ratio 0.5 --reconstruct small-clusters",

@@ -70,7 +70,7 @@ impl<'a> Writer<'a> {
         let tensors = target.tensors().into_iter().enumerate();
         let order: HashMap<String, usize> = tensors.map(|(at, (name, _))| (name, at)).collect();
         specs.sort_by_key(|spec| order.get(&spec.name).copied().unwrap_or(usize::MAX));
-        let config = decoder.config_to_write();
+        let config = decoder.config_to_write()?;
         let mut writer = CheckpointWriter::create(dst, &config, specs, files)?;
         writer.carry_from(checkpoint)?;
         for name in others() {

@@ -418,7 +418,7 @@ fn config(
     plan: &ExpertPlan,
     pruned: &ModelConfig,
 ) -> Result<(Config, Vec<(&'static str, String)>)> {
-    let mut config = decoder.config_to_write();
+    let mut config = decoder.config_to_write()?;
     if plan.is_identity() {
         return Ok((config, vec![]));
     }

@@ -1,7 +1,7 @@
 //! Methods for mixtures by name.
 
 use super::compensation::{NoExpertCompensation, merged_are_not_run};
-use super::fewer::{FewerExperts, fewer};
+use super::fewer::{FewerExperts, check_rank, fewer, fewer_with_terms};
 use super::joint::{Joint, JointData, JointOptions, joint};
 use super::merge::check_width;
 use super::method::{ExpertMethod, RandomExperts, Reap, Reconstruct, Representative, Stun};
@@ -41,7 +41,12 @@ pub enum Change {
     Joint(ExpertMethod, Joint),
     /// Sends each token to fewer experts.
     Fewer(FewerExperts),
+    /// The same with a linear term of this rank beside the experts of each layer, which no stock format holds.
+    FewerWithTerms(usize),
 }
+
+/// The rank of linear terms unless another is asked for.
+const TERM_RANK: usize = 16;
 
 /// What a recipe asks for.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -54,7 +59,7 @@ pub enum Aim {
 }
 
 /// Methods that are more than the choice of experts to drop.
-const MORE: [&str; 8] = [
+const MORE: [&str; 9] = [
     "stun-reap",
     "neurons",
     "joint",
@@ -63,6 +68,7 @@ const MORE: [&str; 8] = [
     "topk-scale",
     "topk-expert-scale",
     "topk-channel-scale",
+    "topk-lowrank",
 ];
 
 impl ExpertRecipe {
@@ -91,6 +97,7 @@ impl ExpertRecipe {
             "topk-scale" => Change::Fewer(FewerExperts::Scale),
             "topk-expert-scale" => Change::Fewer(FewerExperts::ExpertScale),
             "topk-channel-scale" => Change::Fewer(FewerExperts::ChannelScale),
+            "topk-lowrank" => Change::FewerWithTerms(TERM_RANK),
             other => Change::Experts(ExpertMethod::named(other)?, none),
         };
         Some(Self {
@@ -126,8 +133,24 @@ impl ExpertRecipe {
             }
             Change::Neurons => self.neurons.reads_tokens(),
             Change::Joint(..) => true,
-            Change::Fewer(_) => false,
+            Change::Fewer(_) | Change::FewerWithTerms(_) => false,
         }
+    }
+
+    /// The rank of the linear terms that it adds; `None` where it adds none, and checkpoints hold all that it makes.
+    pub fn term_rank(&self) -> Option<usize> {
+        match self.change {
+            Change::FewerWithTerms(rank) => Some(rank),
+            _ => None,
+        }
+    }
+
+    /// The same with linear terms of this rank, where it adds some.
+    pub fn with_term_rank(mut self, rank: usize) -> Self {
+        if let Change::FewerWithTerms(now) = &mut self.change {
+            *now = rank;
+        }
+        self
     }
 
     /// The same with these clusters of STUN averaged, which its name tells; methods without such clusters are as they were.
@@ -168,6 +191,7 @@ impl ExpertRecipe {
             self.change,
             Change::Experts(Random(_) | Frequency(_) | GateSum(_) | ProbSum(_), _)
                 | Change::Fewer(FewerExperts::Plain)
+                | Change::FewerWithTerms(_)
         )
     }
 
@@ -183,7 +207,7 @@ impl ExpertRecipe {
 
     /// Whether it makes tokens cheaper and the model no smaller.
     pub fn is_fewer(&self) -> bool {
-        matches!(self.change, Change::Fewer(_))
+        matches!(self.change, Change::Fewer(_) | Change::FewerWithTerms(_))
     }
 
     /// Refuses what cannot be asked of this model, before anything is computed: parameters out of range, experts narrower
@@ -225,6 +249,7 @@ impl ExpertRecipe {
                 }
                 Ok(())
             }
+            (Change::FewerWithTerms(rank), _) => check_rank(rank, decoder.config().hidden),
             _ => Ok(()),
         }
     }
@@ -276,6 +301,14 @@ impl ExpertRecipe {
                 let plan = fewer(decoder, windows, chosen, factors, progress)?;
                 Ok((Outcome::of(plan), None))
             }
+            (Change::FewerWithTerms(rank), Aim::Chosen(chosen)) => {
+                let (plan, terms) = fewer_with_terms(decoder, windows, chosen, rank, progress)?;
+                let outcome = Outcome {
+                    terms,
+                    ..Outcome::of(plan)
+                };
+                Ok((outcome, None))
+            }
             (_, Aim::Ratio(ratio)) => Err(Error::Option {
                 option: "ratio",
                 value: ratio,
@@ -297,6 +330,7 @@ impl Outcome {
             plan,
             layers: vec![],
             divergence: None,
+            terms: vec![],
         }
     }
 }

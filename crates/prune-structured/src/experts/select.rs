@@ -6,7 +6,7 @@ use super::layer::Layer;
 use super::merge;
 use super::method::Choice;
 use super::plan::{ExpertPlan, LayerExperts};
-use super::{ExpertOptions, ExpertRefits, Keep, LayerStatistics};
+use super::{ExpertOptions, ExpertRefits, FittedTerm, Keep, LayerStatistics};
 use crate::{Error, Result};
 use causal_lm::mixture::RoutingRule;
 use causal_lm::{Decoder, Hidden, NoTap, Progress, Tap, Windows};
@@ -22,6 +22,10 @@ pub struct Outcome {
     pub layers: Vec<LayerOutcome>,
     /// KL divergence of the predictions from the dense model's, in nats per position, where it decided.
     pub divergence: Option<f64>,
+    /// What the plan adds to the output of each layer's experts, for [`Decoder::with_terms`] of the model that it leaves; nothing
+    /// for plans that checkpoints hold whole.
+    #[serde(skip)]
+    pub terms: Vec<Option<FittedTerm>>,
 }
 
 /// What was seen of a layer's experts.
@@ -121,6 +125,7 @@ pub fn plan_by_layer(
         },
         layers: vec![],
         divergence: None,
+        terms: vec![],
     };
     for (layer, mixture) in mixtures.iter().enumerate() {
         let Some(mixture) = mixture else {

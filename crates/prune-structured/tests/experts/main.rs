@@ -5,3 +5,4 @@ mod errors;
 mod golden;
 mod properties;
 mod reconstruct;
+mod terms;

@@ -47,7 +47,8 @@ pub(super) struct StructuredArgs {
     #[arg(long, value_enum, value_name = "NAME", default_value_t)]
     pub(super) arithmetic: CalibrationArithmetic,
     /// Methods, separated by commas. Dense models: those of score and allocation. Mixtures of experts: those that drop, merge
-    /// or narrow experts; topk-* rows are measured once, at every smaller number of experts for a token [default: rd-dp; for
+    /// or narrow experts; topk-* rows are measured once, at every smaller number of experts for a token, topk-lowrank in memory alone,
+    /// as no format holds it [default: rd-dp; for
     /// mixtures neurons]
     #[arg(long, value_delimiter = ',', value_name = "M[,M..]", value_parser = Known::new(methods()))]
     method: Vec<String>,
@@ -108,6 +109,9 @@ pub(super) struct StructuredArgs {
     /// members [default: never]
     #[arg(long, value_enum, value_name = "WHICH")]
     reconstruct: Option<ReconstructArg>,
+    /// Mixtures: rank of the linear term that topk-lowrank adds beside the experts of each layer [default: 16]
+    #[arg(long, value_name = "R", value_parser = positive)]
+    topk_rank: Option<NonZeroUsize>,
     /// Mixtures: how saved checkpoints hold experts [default: as the model does]
     #[arg(long, value_enum, value_name = "HOW", requires = "save")]
     layout: Option<LayoutArg>,
@@ -406,6 +410,7 @@ impl StructuredArgs {
             ("--owl", self.owl),
             ("--progressive", self.progressive),
             ("--reconstruct", self.reconstruct.is_some()),
+            ("--topk-rank", self.topk_rank.is_some()),
             ("--layout", self.layout.is_some()),
             ("--seeds", self.seeds.is_some()),
         ]));
@@ -425,6 +430,10 @@ impl StructuredArgs {
         };
         let mut of_mixtures: Vec<ExpertRecipe> = names.iter().flat_map(variants).collect();
         of_mixtures.iter_mut().for_each(|r| self.experts.change(r));
+        if let Some(rank) = self.topk_rank {
+            let ranked = of_mixtures.into_iter();
+            of_mixtures = ranked.map(|r| r.with_term_rank(rank.get())).collect();
+        }
         let experts = ExpertMethods {
             recipes: of_mixtures,
             compressors: self.quantise,

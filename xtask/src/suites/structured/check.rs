@@ -88,9 +88,23 @@ pub(super) fn model(settings: &Settings, config: &Config, decoder: &Decoder<'_>)
     }
 }
 
-/// What cannot be done to experts that are compressed or stored in another way.
+/// What cannot be done to experts that are compressed or stored in another way, or stored at all.
 fn compressed(config: &Config, decoder: &Decoder<'_>) -> Result<()> {
     let experts = &config.experts;
+    let mut in_memory = experts.recipes.iter().filter(|r| r.term_rank().is_some());
+    if let Some(recipe) = in_memory.next() {
+        for (flag, is_asked) in [
+            ("--save", config.save.is_some()),
+            ("--save-plans", config.save_plans.is_some()),
+        ] {
+            ensure!(
+                !is_asked,
+                "{flag}: {} adds a linear term to the output of each layer's experts, which no stock format has a place for; it is \
+                 measured in memory: leave one of the two out",
+                recipe.name
+            );
+        }
+    }
     let settings = ExpertSettings::default().layout(experts.layout);
     settings.check(decoder).context("--layout")?;
     for (flag, compressors) in [("--quantise", &experts.compressors), ("--then", &experts.then)] {
@@ -182,6 +196,7 @@ fn by_flag(error: Error, method: &str) -> anyhow::Error {
             "min_attention" => "--min-attention",
             "align_neurons" | "align_experts" => "--align",
             "prior" => "--expert-prior",
+            "rank" => "--topk-rank",
             "compensation" => "--compensate",
             "uniform" => "--uniform",
             "iterations" => "--iterations",
@@ -295,6 +310,7 @@ fn is_of_mixtures(flag: &str) -> bool {
             | "--owl"
             | "--progressive"
             | "--reconstruct"
+            | "--topk-rank"
             | "--layout"
             | "--pool-tokens"
             | "--expert-prior"
@@ -324,6 +340,7 @@ fn reads_of_mixtures(flag: &str, recipe: &ExpertRecipe) -> bool {
         "--seeds" => recipe.draws(),
         "--progressive" => recipe.reads_layers(),
         "--reconstruct" => recipe.reconstructs(),
+        "--topk-rank" => recipe.term_rank().is_some(),
         "--pool-tokens" | "--expert-prior" | "--no-gate-weight" => {
             recipe.narrows() && recipe.neurons.reads_tokens()
         }

@@ -2,6 +2,7 @@
 
 mod planned;
 mod table;
+mod terms;
 
 use std::path::Path;
 
@@ -253,6 +254,7 @@ impl Suite<'_> {
 
         let checkpoint = Checkpoint::open(&folder)?;
         let pruned = perplexity::open(self.settings, &checkpoint)?;
+        let pruned = terms::attached(pruned, &outcome)?;
         ensure!(
             (
                 Some(checkpoint.parameters()),
@@ -264,6 +266,7 @@ impl Suite<'_> {
         let steps = bar.nested("perplexity", 0);
         perplexity::measure(&pruned, self.evaluation, &mut row, &steps)?;
         steps.finish();
+        terms::count(&mut row, &outcome);
         let times = time_blocks(&[self.decoder, &pruned], self.evaluation.inputs())?;
         times[1].fill_beside(&times[0], &mut row);
         let last = self.config.ratios.last().copied();
@@ -362,9 +365,14 @@ impl Suite<'_> {
             true => Compensation::LEAST_SQUARES.name(),
             false => plan.compensation.name(),
         };
-        extra("compensation", json!(compensation.replace('-', " ")));
-        let loading = match plan.loading(self.decoder) {
-            Loading::Stock => "stock",
+        let compensation = match recipe.term_rank() {
+            Some(rank) => format!("factor, term of rank {rank}"),
+            None => compensation.replace('-', " "),
+        };
+        extra("compensation", json!(compensation));
+        let loading = match (recipe.term_rank(), plan.loading(self.decoder)) {
+            (Some(_), _) => "memory alone",
+            (None, Loading::Stock) => "stock",
             _ => "loader",
         };
         extra("loads_in", json!(loading));
