@@ -41,7 +41,7 @@ pub(crate) fn experts_left(decoder: &Decoder<'_>) -> Option<String> {
     let share = 100.0 * parameters as f64 / decoder.checkpoint().parameters().max(1) as f64;
     (parameters > 0).then(|| {
         format!(
-            "left as they are, {share:.0} % of the parameters; `eval structured --quantise` and `eval frontier` compress them"
+            "left as they are, {share:.0} % of the parameters; `eval lowrank --experts`, `eval structured --quantise` and `eval frontier` compress them"
         )
     })
 }

@@ -6,7 +6,7 @@ mod linears;
 use crate::block::{Attention, Block, Half, Mlp, Norm, RopeTable, RopeTables, TokenMixer};
 use crate::config::{LAYER_SCALAR, ModelConfig, NormConfig, NormKind, QkNorm};
 use crate::linear::Linear;
-use crate::mixture::{Moe, RoutingRule, SharedExpert};
+use crate::mixture::{LinearTerm, Moe, RoutingRule, SharedExpert};
 use crate::names::{ExpertLayout, LinearName};
 use crate::packing::{Execution, Stored};
 use crate::rope::Rope;
@@ -31,6 +31,8 @@ pub struct Decoder<'a> {
     /// Whether there is a head of its own where the config announces none.
     has_head_of_its_own: bool,
     cache: Option<CacheConfig>,
+    /// What is added to the output of each layer's experts; nothing where there is none.
+    terms: Vec<Option<LinearTerm>>,
 }
 
 /// How weights are multiplied that are stored in fewer than 32 bits.
@@ -69,6 +71,7 @@ impl<'a> Decoder<'a> {
             multiplying: Multiplying::Tensors,
             has_head_of_its_own: has_own,
             cache: None,
+            terms: Vec::new(),
         };
         decoder.check()?;
         Ok(decoder)
@@ -99,6 +102,50 @@ impl<'a> Decoder<'a> {
         }
     }
 
+    /// The same with a linear term beside the experts of layers, one for each layer of the model or `None`. Terms are held in
+    /// memory: a decoder that has some cannot be written.
+    ///
+    /// # Errors
+    /// [`Error::LinearTerm`] for another number of layers, a layer without experts, or another width.
+    pub fn with_terms(self, terms: &[Option<LinearTerm>]) -> Result<Self> {
+        let layers = self.config.layers();
+        if terms.len() != layers {
+            return Err(Error::LinearTerm {
+                layer: terms.len().min(layers),
+                reason: format!("{} layers are given, but the model has {layers}", terms.len()),
+            });
+        }
+        let moved = |(layer, term): (usize, &Option<LinearTerm>)| -> Result<Option<LinearTerm>> {
+            let Some(term) = term else { return Ok(None) };
+            if self.config.mixtures[layer].is_none() {
+                return Err(Error::LinearTerm {
+                    layer,
+                    reason: "the layer has no experts".into(),
+                });
+            }
+            term.check(layer, self.config.hidden)?;
+            term.to(self.dtype, &self.device).map(Some)
+        };
+        let terms = terms.iter().enumerate().map(moved).collect::<Result<_>>()?;
+        Ok(Self { terms, ..self })
+    }
+
+    /// Refuses to write a decoder with something that checkpoints have no place for.
+    ///
+    /// # Errors
+    /// [`Error::LinearTerm`].
+    pub fn check_written(&self) -> Result<()> {
+        match self.terms.iter().position(Option::is_some) {
+            Some(layer) => Err(Error::LinearTerm {
+                layer,
+                reason: "it is held in memory alone, because no checkpoint and no stock format has a place for it; write the \
+                         model without it"
+                    .into(),
+            }),
+            None => Ok(()),
+        }
+    }
+
     /// How weights are multiplied that are stored in fewer than 32 bits; `None` when they are decoded to tensors.
     pub fn execution(&self) -> Option<&Execution> {
         match &self.multiplying {
@@ -114,12 +161,16 @@ impl<'a> Decoder<'a> {
 
     /// The checkpoint's config for a folder that is made of it. It is the same, but that it no longer announces a tied head
     /// where the checkpoint has another one: not every reader looks whether there is one.
-    pub fn config_to_write(&self) -> Config {
+    ///
+    /// # Errors
+    /// As [`Decoder::check_written`].
+    pub fn config_to_write(&self) -> Result<Config> {
+        self.check_written()?;
         let mut config = self.checkpoint.config().clone();
         if self.has_head_of_its_own {
             config.set("tie_word_embeddings", false);
         }
-        config
+        Ok(config)
     }
 
     /// The checkpoint it was made from.
@@ -355,6 +406,7 @@ impl<'a> Decoder<'a> {
                         gate: self.unbiased(names.shared_gate(layer))?,
                     }),
                 },
+                term: self.terms.get(layer).cloned().flatten(),
             }),
         };
         let constant = |name, absent: bool| match names.module_of(name).filter(|_| absent) {

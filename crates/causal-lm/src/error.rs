@@ -132,6 +132,14 @@ pub enum Error {
         /// Experts that are there.
         experts: usize,
     },
+    /// A linear term beside the experts of a layer cannot be there, or cannot be written.
+    #[error("layer {layer}: the linear term B A beside its experts: {reason}")]
+    LinearTerm {
+        /// The layer.
+        layer: usize,
+        /// What is wrong with it.
+        reason: String,
+    },
     /// The windows asked for cannot be cut from the text.
     #[error("{0}")]
     Windows(String),

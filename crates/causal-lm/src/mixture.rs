@@ -6,6 +6,7 @@
 
 mod inputs;
 mod pass;
+mod term;
 
 use crate::block::Mlp;
 use crate::linear::Linear;
@@ -16,6 +17,7 @@ use rayon::prelude::*;
 
 pub use inputs::{ExpertInputs, ExpertToken};
 pub use pass::MixturePass;
+pub use term::LinearTerm;
 
 /// The experts of a block and their router.
 #[derive(Clone, Debug)]
@@ -28,6 +30,8 @@ pub struct Moe {
     pub experts: Vec<Mlp>,
     /// The expert that every token passes through.
     pub shared: Option<SharedExpert>,
+    /// What is added to the output of the experts.
+    pub term: Option<LinearTerm>,
 }
 
 /// An expert that every token passes through.
@@ -142,11 +146,12 @@ impl SharedExpert {
 }
 
 impl Moe {
-    /// Bytes in memory of the router, the shared expert and the experts that are loaded.
+    /// Bytes in memory of the router, the shared expert, the linear term and the experts that are loaded.
     pub fn bytes(&self) -> usize {
+        let term = self.term.as_ref().map_or(0, LinearTerm::bytes);
         let shared = self.shared.as_ref();
         let shared = shared.map_or(0, |shared| shared.mlp.bytes() + shared.gate.bytes());
-        self.router.bytes() + shared + self.experts.iter().map(Mlp::bytes).sum::<usize>()
+        self.router.bytes() + shared + term + self.experts.iter().map(Mlp::bytes).sum::<usize>()
     }
 
     /// Routes the tokens of `x`, `[tokens, hidden]`.

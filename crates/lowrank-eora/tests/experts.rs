@@ -5,7 +5,7 @@ use causal_lm::names::ExpertLayout;
 use causal_lm::{Decoder, ModelConfig, Windows, synthetic, testing};
 use lowrank_eora::Error;
 use lowrank_eora::compress::Compressor;
-use lowrank_eora::experts::{ExpertRepair, Owl, RepairedExperts, repair_experts};
+use lowrank_eora::experts::{ExpertRepair, GramOptions, Owl, RepairedExperts, repair_experts};
 use serde_json::json;
 use std::path::Path;
 use tensor_io::{Checkpoint, CheckpointWriter, Config, NoProgress, TensorSpec, WriteOptions};
@@ -399,4 +399,138 @@ fn a_head_of_its_own_is_not_announced_as_tied() {
     let compressed = Checkpoint::open(&dst).unwrap();
     assert!(compressed.contains("lm_head.weight"));
     assert!(!compressed.config().bool("tie_word_embeddings").unwrap());
+}
+
+/// Every tensor's bytes by its name.
+fn bytes(folder: &Path) -> Vec<(String, Vec<u8>)> {
+    let checkpoint = Checkpoint::open(folder).unwrap();
+    let of = |name: &str| {
+        let bytes = checkpoint.bytes(name).unwrap().into_owned();
+        (name.to_owned(), bytes)
+    };
+    let mut all: Vec<_> = checkpoint.names().map(of).collect();
+    all.sort();
+    all
+}
+
+#[test]
+fn compressed_experts_are_written_in_the_layout_that_is_asked_for() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    let alone = model(&path("alone"), ExpertLayout::Alone, 6);
+    repaired(&alone, &path("as-it-was"), &options("gptq-int4", 2));
+    let to_fused = options("gptq-int4", 2).layout(Some(ExpertLayout::Fused));
+    repaired(&alone, &path("fused"), &to_fused);
+    let fused = Checkpoint::open(path("fused")).unwrap();
+    for name in ["mlp.gate.weight", "mlp.experts.gate_up_proj", "mlp.experts.down_proj"] {
+        assert!(fused.contains(&format!("model.layers.1.{name}")), "{name}");
+    }
+    assert!(!fused.names().any(|name| name.contains("block_sparse_moe")));
+    let same = Checkpoint::open(path("as-it-was")).unwrap();
+    assert_eq!(logits(&fused), logits(&same));
+    // And back: bytes are moved.
+    let back = options("none", 0).layout(Some(ExpertLayout::Alone));
+    repaired(&fused, &path("back"), &back);
+    assert_eq!(bytes(&path("back")), bytes(&path("as-it-was")));
+}
+
+#[test]
+fn the_merged_model_is_written_beside_its_parts_as_it_is_without_them() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    for layout in [ExpertLayout::Alone, ExpertLayout::Fused] {
+        let name = |kind: &str| path(&format!("{kind}-{layout:?}"));
+        let checkpoint = model(&name("dense"), layout, 6);
+        repaired(&checkpoint, &name("only"), &options("rtn-int3", 3));
+        let beside = options("rtn-int3", 3)
+            .adapter(Some(name("adapter")))
+            .merged(Some(name("merged")));
+        repaired(&checkpoint, &name("compressed"), &beside);
+        assert_eq!(bytes(&name("merged")), bytes(&name("only")));
+        assert_ne!(bytes(&name("compressed")), bytes(&name("only")));
+        assert!(name("adapter").join("adapter_config.json").exists());
+    }
+}
+
+#[test]
+fn without_gates_every_token_counts_alike() {
+    let folder = tempfile::tempdir().unwrap();
+    let checkpoint = model(&folder.path().join("dense"), ExpertLayout::Fused, 6);
+    let mut grams = GramOptions::default();
+    let weighted = repaired(&checkpoint, &folder.path().join("gates"), &options("gptq-int3", 0));
+    grams.gate_weight = false;
+    let alike = options("gptq-int3", 0).grams(grams);
+    let alike = repaired(&checkpoint, &folder.path().join("alike"), &alike);
+    let counted = |found: &RepairedExperts| -> Vec<bool> {
+        let experts = found.experts.iter().filter(|expert| expert.tokens > 1);
+        experts
+            .map(|expert| (expert.effective - expert.tokens as f64).abs() < 1e-9)
+            .collect()
+    };
+    assert!(counted(&alike).iter().all(|all| *all));
+    assert!(!counted(&weighted).iter().any(|all| *all));
+    let folders = ["gates", "alike"].map(|name| bytes(&folder.path().join(name)));
+    assert_ne!(folders[0], folders[1]);
+}
+
+#[test]
+fn shares_by_outliers_count_every_token_alike_without_gates() {
+    let folder = tempfile::tempdir().unwrap();
+    let owl = |checkpoint: &Checkpoint, name: &str, gate_weight: bool| {
+        let mut grams = GramOptions::default();
+        grams.gate_weight = gate_weight;
+        let repair = options("wanda-50", 0).owl(Some(Owl::default())).grams(grams);
+        let dst = folder.path().join(name);
+        repaired(checkpoint, &dst, &repair);
+        bytes(&dst)
+    };
+    // With one expert for each token every gate is 1.
+    let mut one = config(6);
+    one.set("num_experts_per_tok", 1);
+    let dir = folder.path().join("one");
+    let files = WriteOptions::default();
+    synthetic::write(&one, DType::F32, &dir, &files, synthetic::random(1)).unwrap();
+    let one = Checkpoint::open(&dir).unwrap();
+    assert_eq!(owl(&one, "one-gates", true), owl(&one, "one-alike", false));
+    let two = model(&folder.path().join("two"), ExpertLayout::Fused, 6);
+    assert_ne!(owl(&two, "two-gates", true), owl(&two, "two-alike", false));
+}
+
+#[test]
+fn what_is_out_of_range_is_refused_before_anything_is_computed() {
+    let folder = tempfile::tempdir().unwrap();
+    let checkpoint = model(&folder.path().join("dense"), ExpertLayout::Alone, 6);
+    let with = |change: &dyn Fn(&mut GramOptions)| {
+        let mut grams = GramOptions::default();
+        change(&mut grams);
+        options("gptq-int4", 2).grams(grams)
+    };
+    let mut granite = config(6);
+    granite.set("model_type", "granitemoe");
+    let dir = folder.path().join("granite");
+    let files = WriteOptions::default();
+    synthetic::write(&granite, DType::F32, &dir, &files, synthetic::random(1)).unwrap();
+    let granite = Checkpoint::open(&dir).unwrap();
+    let merged = Some(folder.path().join("merged"));
+    for (checkpoint, repair, name) in [
+        (&checkpoint, with(&|grams| grams.prior = Some(-1.0)), "weight of the pool"),
+        (&checkpoint, with(&|grams| grams.prior = Some(f64::NAN)), "weight of the pool"),
+        (&checkpoint, with(&|grams| grams.pool_tokens = 0), "tokens of the pool"),
+        (&checkpoint, options("rtn-int4", 2).merged(merged), "merged model"),
+        (
+            &granite,
+            options("rtn-int4", 2).layout(Some(ExpertLayout::Alone)),
+            "layout of experts",
+        ),
+    ] {
+        let decoder = decoder(checkpoint);
+        let dst = folder.path().join("never");
+        let run = repair_experts(&decoder, &windows(), &repair, &dst, &NoProgress).unwrap_err();
+        let checked = repair.check(&decoder).unwrap_err();
+        for error in [run, checked] {
+            let about = matches!(&error, Error::Setting { name: found, .. } if *found == name);
+            assert!(about, "{error}");
+        }
+        assert!(!dst.exists());
+    }
 }

@@ -12,6 +12,7 @@ use lowrank_eora::repair::{
 use tensor_io::WriteOptions;
 use toy_lm::bundled::CALIBRATION;
 
+use super::experts::ExpertArgs;
 use super::values::{given, positive};
 use super::weights::CalibrationArithmetic;
 use super::{TextArgs, bundled, names};
@@ -106,6 +107,16 @@ pub(super) struct LowrankArgs {
     /// Arithmetic of the original weights that calibration passes through; what is measured is computed in f32
     #[arg(long, value_enum, value_name = "NAME", default_value_t)]
     pub(super) arithmetic: CalibrationArithmetic,
+    /// Compress and repair the routed experts of a mixture, one at a time, instead of its other linears; --save-as adapter writes
+    /// the form that PEFT 0.19 and newer read
+    #[arg(
+        long,
+        conflicts_with_all = ["compressed", "imatrix", "rest", "resume", "hidden_metrics", "inputs", "sequential", "one_pass",
+            "allocate", "token_share", "factors", "requantise", "no_controls"]
+    )]
+    experts: bool,
+    #[command(flatten)]
+    of_experts: ExpertArgs,
     #[command(flatten)]
     change: RepairArgs,
 }
@@ -208,6 +219,7 @@ impl LowrankArgs {
         let drifts = |method: &Option<Method>| method.is_some_and(|method| method.needs().cross);
         let mut asked = self.change.asked();
         asked.extend(given([("--rest", self.rest.is_some())]));
+        asked.extend(self.of_experts.asked());
         let change = self.change;
         let ranks: Vec<usize> = self.rank.into_iter().map(NonZeroUsize::get).collect();
         let repairs = methods.iter().any(Option::is_some);
@@ -265,6 +277,7 @@ impl LowrankArgs {
                 .with_max_shard_bytes(self.max_shard_bytes),
             resume: self.resume,
             hidden_metrics: self.hidden_metrics,
+            experts: self.experts.then(|| self.of_experts.grams()),
             asked,
         }
     }

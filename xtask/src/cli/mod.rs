@@ -2,6 +2,7 @@
 
 mod all;
 mod chain;
+mod experts;
 mod frontier;
 mod generate;
 mod kv;

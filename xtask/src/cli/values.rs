@@ -83,6 +83,15 @@ pub(super) fn ratio(text: &str) -> Result<f64, String> {
 
 /// A temperature of sampling.
 pub(super) fn temperature(text: &str) -> Result<f64, String> {
+    at_least_zero(text)
+}
+
+/// A weight in tokens, of which there may be fractions.
+pub(super) fn tokens(text: &str) -> Result<f64, String> {
+    at_least_zero(text)
+}
+
+fn at_least_zero(text: &str) -> Result<f64, String> {
     match text.parse() {
         Ok(number) if f64::is_finite(number) && number >= 0.0 => Ok(number),
         _ => Err("expected a finite number, at least 0".into()),

@@ -152,3 +152,103 @@ fn what_a_mixture_cannot_do_is_one_line() {
     let scarce = structured(&mixture, &["--method", "reap", "--ratio", "0.9"]);
     assert!(error(&scarce).contains("each token goes to 2"));
 }
+
+#[test]
+fn experts_are_saved_in_the_layout_that_is_asked_for() {
+    let scene = mixtral();
+    let save = scene.path("pruned");
+    let more = [
+        "--method",
+        "reap",
+        "--ratio",
+        "0.5",
+        "--quantise",
+        "rtn-int4",
+        "--then",
+        "rtn-int4",
+        "--save",
+        save.to_str().unwrap(),
+        "--layout",
+    ];
+    let fused = rows(&structured(&scene, &[&more[..], &["fused"]].concat()));
+    for folder in ["reap-0.5", "reap-0.5+rtn-int4", "rtn-int4"] {
+        let saved = Checkpoint::open(save.join(folder)).unwrap();
+        assert!(saved.contains("model.layers.1.mlp.experts.gate_up_proj"), "{folder}");
+        assert!(!saved.contains("model.layers.1.block_sparse_moe.gate.weight"), "{folder}");
+    }
+    let overwrite = [&more[..], &["per-expert", "--overwrite"]].concat();
+    let alone = rows(&structured(&scene, &overwrite));
+    for (fused, alone) in fused.iter().zip(&alone) {
+        assert_eq!(fused["perplexity"], alone["perplexity"]);
+        assert_eq!(fused["bytes"], alone["bytes"]);
+    }
+    let saved = Checkpoint::open(save.join("reap-0.5")).unwrap();
+    assert!(saved.contains("model.layers.1.block_sparse_moe.experts.0.w1.weight"));
+    let unsaved = structured(&scene, &[&more[..4], &["--layout", "fused"]].concat());
+    assert_eq!(unsaved.status.code(), Some(2));
+}
+
+#[test]
+fn statistics_of_experts_are_those_that_are_asked_for() {
+    let scene = mixtral();
+    let flags = ["--method", "neurons,reap", "--ratio", "0.5", "--align", "8", "--then", "gptq-int3"];
+    let run = |more: &[&str]| {
+        let rows = rows(&structured(&scene, &[&flags[..], more].concat()));
+        let of = |name: &str| {
+            let row = rows.iter().find(|row| row["method"] == name).unwrap();
+            row["perplexity"].as_f64().unwrap()
+        };
+        [of("neurons"), of("reap"), of("reap+gptq-int3")]
+    };
+    let plain = run(&[]);
+    assert_eq!(run(&["--pool-tokens", "1024"]), plain);
+    for more in [&["--pool-tokens", "2"][..], &["--expert-prior", "500"], &["--no-gate-weight"]] {
+        let changed = run(more);
+        assert_ne!(changed[0], plain[0], "{more:?}");
+        assert_eq!(changed[1], plain[1], "{more:?}");
+        assert_ne!(changed[2], plain[2], "{more:?}");
+    }
+    let behind = run(&["--progressive"]);
+    assert_ne!(behind[0], plain[0]);
+}
+
+#[test]
+fn clusters_that_are_averaged_are_rows_of_that_name() {
+    let scene = mixtral();
+    let save = scene.path("pruned");
+    let more = ["--method", "reap,stun", "--ratio", "0.5", "--progressive"];
+    let averaged = ["--reconstruct", "small-clusters", "--save", save.to_str().unwrap()];
+    let plain = rows(&structured(&scene, &more));
+    let rows = rows(&structured(&scene, &[&more[..], &averaged].concat()));
+    assert_eq!(rows[2]["method"], "stun+averaged-small-clusters");
+    assert_eq!(rows[2]["loads_in"], "stock");
+    assert_eq!(rows[1]["perplexity"], plain[1]["perplexity"]);
+    assert_ne!(rows[2]["perplexity"], plain[2]["perplexity"]);
+    assert!(save.join("stun+averaged-small-clusters-0.5").exists());
+}
+
+#[test]
+fn a_linear_term_beside_fewer_experts_is_measured_in_memory() {
+    let scene = mixtral();
+    let run = |more: &[&str]| {
+        let methods = ["--method", "topk-scale,topk-lowrank"];
+        rows(&structured(&scene, &[&methods[..], more].concat()))
+    };
+    let rows = run(&["--topk-rank", "4"]);
+    let [scaled, term] = [&rows[1], &rows[2]];
+    assert_eq!(term["method"], "topk-lowrank, 1 for each token");
+    assert_eq!(term["role"], "control");
+    assert_eq!(term["loads_in"], "memory alone");
+    // Two layers of 2 x 4 x 32 numbers in f32.
+    let more = |field: &str, count: u64| {
+        let of = |row: &serde_json::Value| row[field].as_u64().unwrap();
+        assert_eq!(of(term), of(scaled) + count, "{field}");
+    };
+    more("params", 512);
+    more("params_active", 512);
+    more("bytes", 2048);
+    assert_ne!(term["perplexity"], scaled["perplexity"]);
+    let left = |rows: &[serde_json::Value]| rows[2]["residual_left"].as_f64().unwrap();
+    assert!(left(&rows) < 1.0);
+    assert!(left(&run(&[])) < left(&rows));
+}

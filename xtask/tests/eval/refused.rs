@@ -160,6 +160,41 @@ fn what_is_known_beforehand_is_refused_before_calibration_by_flag_and_value() {
             "mixture",
         ),
         (
+            "--method flap --ratio 0.2 --progressive",
+            "--progressive",
+            "mixture",
+        ),
+        (
+            "--method flap --ratio 0.2 --topk-rank 8",
+            "--topk-rank",
+            "mixture",
+        ),
+        (
+            "--method flap --ratio 0.2 --reconstruct never",
+            "--reconstruct",
+            "mixture",
+        ),
+        (
+            "--method flap --ratio 0.2 --pool-tokens 4",
+            "--pool-tokens",
+            "mixture",
+        ),
+        (
+            "--method flap --ratio 0.2 --expert-prior 0",
+            "--expert-prior",
+            "mixture",
+        ),
+        (
+            "--method flap --ratio 0.2 --no-gate-weight",
+            "--no-gate-weight",
+            "mixture",
+        ),
+        (
+            "--method flap --ratio 0.2 --save new --layout fused",
+            "--layout",
+            "mixture",
+        ),
+        (
             &format!("--method flap --ratio 0.2 --save {there}"),
             "--save",
             "exists",
@@ -257,6 +292,66 @@ fn of_mixtures_too_is_refused_before_calibration_what_is_known_beforehand() {
             "--compensate least-squares",
             "mixture of experts",
         ),
+        (
+            "--method reap --ratio 0.5 --pool-tokens 8",
+            "--pool-tokens",
+            "reap",
+        ),
+        (
+            "--method reap --ratio 0.5 --then rtn-int4 --expert-prior 8",
+            "--expert-prior",
+            "reap, rtn-int4",
+        ),
+        (
+            "--method neurons --ratio 0.5 --align 8 --score magnitude --compensate none --no-gate-weight",
+            "--no-gate-weight",
+            "neurons",
+        ),
+        (
+            "--method topk-scale --quantise none --no-gate-weight",
+            "--no-gate-weight",
+            "topk-scale",
+        ),
+        (
+            "--method random,stun --ratio 0.5 --progressive",
+            "--progressive",
+            "random, stun",
+        ),
+        (
+            "--method topk-lowrank --save new",
+            "--save",
+            "no stock format has a place for it",
+        ),
+        (
+            "--method reap,topk-lowrank --ratio 0.5 --save-plans new",
+            "--save-plans",
+            "topk-lowrank",
+        ),
+        (
+            "--method topk-lowrank --topk-rank 33",
+            "--topk-rank",
+            "33",
+        ),
+        (
+            "--method topk-scale --topk-rank 8",
+            "--topk-rank",
+            "topk-scale",
+        ),
+        (
+            "--method reap,m-smoe --ratio 0.5 --reconstruct small-clusters",
+            "--reconstruct",
+            "reap, m-smoe",
+        ),
+        (
+            "--method stun --ratio 0.5 --reconstruct few-clusters --compensate expert-scale",
+            "stun",
+            "merged ones are not run",
+        ),
+        (
+            "--method reap --ratio 0.5 --owl --then rtn-int4",
+            "--then rtn-int4",
+            "OWL",
+        ),
     ] {
         let words: Vec<&str> = words.split(' ').collect();
         let line = error(&structured(&scene, &words));
@@ -266,6 +361,16 @@ fn of_mixtures_too_is_refused_before_calibration_what_is_known_beforehand() {
         );
         assert!(!line.contains("calib.txt"), "{words:?}: {line}");
     }
+    let granite = without_calibration(Scene::new(json!({
+        "model_type": "granitemoe", "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 8, "max_position_embeddings": 16,
+        "num_local_experts": 6, "num_experts_per_tok": 2,
+    })));
+    let save = granite.path("new").display().to_string();
+    let words = ["--method", "reap", "--ratio", "0.5", "--save", &save, "--layout", "per-expert"];
+    let line = error(&structured(&granite, &words));
+    assert!(line.contains("--layout") && line.contains("granitemoe"), "{line}");
+    assert!(!line.contains("calib.txt"), "{line}");
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! `eval lowrank` as its users run it: on a model made for the test, and on a trained one where it lies beside the project.
 
+mod experts;
 mod given;
 mod refused;
 mod rows;

@@ -133,7 +133,7 @@ impl<'a> MixturePass<'a> {
         Ok(())
     }
 
-    /// Adds the expert that every token passes through; the outputs of the block.
+    /// Adds the linear term and the expert that every token passes through; the outputs of the block.
     ///
     /// # Errors
     /// What running it reports, and [`Error::Tap`].
@@ -144,6 +144,10 @@ impl<'a> MixturePass<'a> {
         for (sum, half) in sums.into_iter().zip(&self.halves) {
             let x = &half.input;
             let sum = sum.finish(x)?;
+            let sum = match &self.moe.term {
+                Some(term) => (sum + term.forward(x)?)?,
+                None => sum,
+            };
             let count = x.dim(0)? as u32;
             outputs.push(match &self.moe.shared {
                 None => sum,

@@ -28,15 +28,12 @@ pub(super) struct ExpertAdapter {
 }
 
 impl ExpertAdapter {
+    /// The number of experts of every layer of a model that such an adapter fits.
+    ///
     /// # Errors
     /// [`Error::Setting`] for a rank of 0, an architecture whose experts PEFT does not adapt in this form, and numbers of
     /// experts that differ by layer.
-    pub(super) fn new(
-        decoder: &Decoder<'_>,
-        dst: &Path,
-        rank: usize,
-        overwrite: bool,
-    ) -> Result<Self> {
+    pub(super) fn check(decoder: &Decoder<'_>, rank: usize) -> Result<usize> {
         let refuse = |value: String, expected: &'static str| Error::Setting {
             name: "PEFT adapter of experts",
             value,
@@ -69,11 +66,22 @@ impl ExpertAdapter {
                 "a model that stock transformers opens; write merged weights",
             ));
         }
+        Ok(first.0)
+    }
+
+    /// # Errors
+    /// As [`ExpertAdapter::check`].
+    pub(super) fn new(
+        decoder: &Decoder<'_>,
+        dst: &Path,
+        rank: usize,
+        overwrite: bool,
+    ) -> Result<Self> {
         Ok(Self {
             dst: dst.to_path_buf(),
             overwrite,
             rank,
-            experts: first.0,
+            experts: Self::check(decoder, rank)?,
             layer: vec![],
             tensors: vec![],
         })

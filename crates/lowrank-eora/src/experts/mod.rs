@@ -13,7 +13,7 @@
 //! and each layer reads what the compressed layers before it put out.
 //!
 //! The result is W_c + B A merged, in the dense model's shapes and layout, which every runtime opens; or W_c, and B A
-//! beside it as a PEFT adapter ([`ExpertRepair::adapter`]).
+//! beside it as a PEFT adapter ([`ExpertRepair::adapter`]), and the merged model beside both ([`ExpertRepair::merged`]).
 
 mod adapter;
 mod grams;
@@ -30,6 +30,7 @@ use adapter::ExpertAdapter;
 use candle_core::{DType, Device, Tensor};
 use causal_lm::block::Mlp;
 use causal_lm::mixture::{ExpertInputs, Routing};
+use causal_lm::names::ExpertLayout;
 use causal_lm::{
     Decoder, Hidden, Linear, LinearName, NoTap, Routed, Site, Tap, TapResult, Windows,
 };
@@ -62,6 +63,10 @@ pub struct ExpertRepair {
     /// Where B A goes as a PEFT adapter, with W_c as the model; `None` to merge them. Applications that do not know the form
     /// of PEFT 0.19 ignore it in silence: merged weights are safer.
     pub adapter: Option<PathBuf>,
+    /// Where W_c + B A goes as a model of its own, beside W_c and an adapter.
+    pub merged: Option<PathBuf>,
+    /// How experts are stored; as they were unless this says otherwise.
+    pub layout: Option<ExpertLayout>,
     /// How much of each layer is pruned, for compressors that prune a share of the weights; `None` for the same of all.
     pub owl: Option<Owl>,
     /// Shards and overwriting.
@@ -78,6 +83,8 @@ impl ExpertRepair {
             pool_tokens: 1024,
             prior: None,
             adapter: None,
+            merged: None,
+            layout: None,
             owl: None,
             files: WriteOptions::default(),
         }
@@ -93,9 +100,29 @@ impl ExpertRepair {
         Self { prior, ..self }
     }
 
+    /// The same with tokens and pools that count in this way.
+    pub fn grams(self, grams: GramOptions) -> Self {
+        Self {
+            gate_weight: grams.gate_weight,
+            pool_tokens: grams.pool_tokens,
+            prior: grams.prior,
+            ..self
+        }
+    }
+
     /// The same with B A in a folder of their own.
     pub fn adapter(self, adapter: Option<PathBuf>) -> Self {
         Self { adapter, ..self }
+    }
+
+    /// The same with W_c + B A in a folder of its own, beside W_c and an adapter.
+    pub fn merged(self, merged: Option<PathBuf>) -> Self {
+        Self { merged, ..self }
+    }
+
+    /// The same with experts stored in this way.
+    pub fn layout(self, layout: Option<ExpertLayout>) -> Self {
+        Self { layout, ..self }
     }
 
     /// The same with shares of pruned weights by layer.
@@ -106,6 +133,44 @@ impl ExpertRepair {
     /// The same with other files.
     pub fn files(self, files: WriteOptions) -> Self {
         Self { files, ..self }
+    }
+
+    /// Refuses what cannot be done to this model, before anything is computed: a model without experts, a weight of the pool
+    /// or a number of its tokens that is out of range, a layout that the architecture does not have, an adapter that PEFT
+    /// would not apply, a compressor without a share for OWL to divide.
+    ///
+    /// # Errors
+    /// [`Error::Setting`].
+    pub fn check(&self, decoder: &Decoder<'_>) -> Result<()> {
+        let config = decoder.config();
+        let refuse = |name, value: String, expected| {
+            Err(Error::Setting {
+                name,
+                value,
+                expected,
+            })
+        };
+        if config.mixtures.iter().all(Option::is_none) {
+            return refuse("model", config.model_type.into(), "a mixture of experts");
+        }
+        if self.pool_tokens == 0 {
+            return refuse("tokens of the pool", "0".into(), "at least 1");
+        }
+        if let Some(prior) = self.prior.filter(|prior| !(0.0..f64::INFINITY).contains(prior)) {
+            let expected = "a finite number of tokens, at least 0";
+            return refuse("weight of the pool", prior.to_string(), expected);
+        }
+        if let Some(owl) = self.owl {
+            owl.check(&self.compressor)?;
+        }
+        if self.merged.is_some() && self.adapter.is_none() {
+            let expected = "an adapter beside which there is something to merge";
+            return refuse("merged model", "no adapter".into(), expected);
+        }
+        if self.adapter.is_some() {
+            ExpertAdapter::check(decoder, self.rank)?;
+        }
+        write::target(decoder, self.layout).map(drop)
     }
 }
 
@@ -153,10 +218,19 @@ pub struct RepairedExperts {
 impl RepairedExperts {
     /// `sqrt(Σ‖(W − W_c − B A) X‖² / Σ‖W X‖²)` over all experts, on the windows that they were fitted to.
     pub fn loss(&self) -> f64 {
+        self.relative(|expert| expert.repaired)
+    }
+
+    /// `sqrt(Σ‖(W − W_c) X‖² / Σ‖W X‖²)`, the same without the corrections.
+    pub fn loss_compressed(&self) -> f64 {
+        self.relative(|expert| expert.compressed)
+    }
+
+    fn relative(&self, of: fn(&ExpertReport) -> f64) -> f64 {
         let sum = |of: fn(&ExpertReport) -> f64| self.experts.iter().map(of).sum::<f64>();
         let energy = sum(|expert| expert.energy);
         match energy > 0.0 {
-            true => (sum(|expert| expert.repaired) / energy).sqrt(),
+            true => (sum(of) / energy).sqrt(),
             false => 0.0,
         }
     }
@@ -166,7 +240,7 @@ impl RepairedExperts {
 /// `progress` is an expert.
 ///
 /// # Errors
-/// [`Error::Setting`] for a model without experts, [`Error::Layer`] with the linear where a compressor or rank does not fit
+/// [`Error::Setting`] for what [`ExpertRepair::check`] refuses, [`Error::Layer`] with the linear where a compressor or rank does not fit
 /// or a weight is not finite, [`Error::Cancelled`], and what running the model and writing report. A failed run leaves
 /// nothing under `dst`.
 pub fn repair_experts(
@@ -176,19 +250,13 @@ pub fn repair_experts(
     dst: impl AsRef<Path>,
     progress: &dyn Progress,
 ) -> Result<RepairedExperts> {
+    options.check(decoder)?;
     let mixtures = &decoder.config().mixtures;
     let count: usize = mixtures
         .iter()
         .flatten()
         .map(|mixture| mixture.experts)
         .sum();
-    if count == 0 {
-        return Err(Error::Setting {
-            name: "model",
-            value: decoder.config().model_type.into(),
-            expected: "a mixture of experts",
-        });
-    }
     let adapter = options
         .adapter
         .as_ref()
@@ -196,16 +264,18 @@ pub fn repair_experts(
         .transpose()?;
     let compressors = match options.owl {
         None => vec![Some(options.compressor); mixtures.len()],
-        Some(owl) => owl.compressors(decoder, windows, &options.compressor, progress)?,
+        Some(owl) => owl.compressors(decoder, windows, options, progress)?,
     };
     progress.begin("experts", count as u64);
+    let writer = |dst: &Path| Writer::create(decoder, dst, options.layout, &options.files);
     let mut run = Run {
         compressors,
         adapter,
         decoder,
         options,
         progress,
-        writer: Writer::create(decoder, dst.as_ref(), &options.files)?,
+        writer: writer(dst.as_ref())?,
+        merged: options.merged.as_deref().map(writer).transpose()?,
         expert_bytes: 0,
         linears: 0,
         sweeps: vec![],
@@ -232,6 +302,9 @@ pub fn repair_experts(
     // Whatever can fail of the adapter does before the model that it belongs to is in its place.
     let adapter = run.adapter.map(|adapter| adapter.pending(dst.as_ref()));
     let adapter = adapter.transpose()?;
+    if let Some(merged) = run.merged {
+        merged.finish()?;
+    }
     let written = run.writer.finish()?;
     if let Some(adapter) = adapter {
         adapter.persist()?;
@@ -273,6 +346,8 @@ struct Run<'a> {
     options: &'a ExpertRepair,
     progress: &'a dyn Progress,
     writer: Writer<'a>,
+    /// Of W_c + B A, where it is written beside W_c.
+    merged: Option<Writer<'a>>,
     /// Of each layer with experts.
     compressors: Vec<Option<Compressor>>,
     adapter: Option<ExpertAdapter>,
@@ -320,6 +395,9 @@ impl Run<'_> {
         }
         decoder.release(layer);
         self.writer.end_layer()?;
+        if let Some(merged) = &mut self.merged {
+            merged.end_layer()?;
+        }
         if let Some(adapter) = &mut self.adapter {
             adapter.end_layer(layer)?;
         }
@@ -376,6 +454,9 @@ impl Run<'_> {
                 (Some(adapter), Some(factors)) => {
                     adapter.add(name, factors);
                     self.writer.add((layer, expert), name, &compressed)?;
+                    if let Some(merged) = &mut self.merged {
+                        merged.add((layer, expert), name, &linear.weight()?)?;
+                    }
                 }
                 _ => self.writer.add((layer, expert), name, &linear.weight()?)?,
             }

@@ -4,7 +4,7 @@
 //! share S + mean D' − D'_l of its weights. The mean is weighted by the layers' weights, so that S is met where layers
 //! differ in size.
 
-use super::{LINEARS, values};
+use super::{ExpertRepair, LINEARS, values};
 use crate::compress::{Compressor, Pattern};
 use crate::{Error, Result};
 use candle_core::Tensor;
@@ -46,6 +46,18 @@ impl Owl {
         scaled.iter().map(|d| share + mean - d).collect()
     }
 
+    /// The share that a compressor prunes, in percent.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] for a compressor that does not prune a share of weights wherever they are.
+    pub(super) fn check(self, compressor: &Compressor) -> Result<f64> {
+        percent(compressor).ok_or_else(|| Error::Setting {
+            name: "compressor of OWL",
+            value: compressor.to_string(),
+            expected: "pruning of a share of the weights, such as wanda-50",
+        })
+    }
+
     /// The compressor of each layer that has experts, `None` for others.
     ///
     /// # Errors
@@ -54,16 +66,11 @@ impl Owl {
         self,
         decoder: &Decoder<'_>,
         windows: &Windows,
-        compressor: &Compressor,
+        options: &ExpertRepair,
         progress: &dyn Progress,
     ) -> Result<Vec<Option<Compressor>>> {
-        let Some(percent) = percent(compressor) else {
-            return Err(Error::Setting {
-                name: "compressor of OWL",
-                value: compressor.to_string(),
-                expected: "pruning of a share of the weights, such as wanda-50",
-            });
-        };
+        let compressor = &options.compressor;
+        let percent = self.check(compressor)?;
         let config = decoder.config();
         let mut hidden = Hidden::embed(decoder, windows)?;
         let (mut outliers, mut sizes) = (Vec::new(), Vec::new());
@@ -71,6 +78,7 @@ impl Owl {
             let experts = mixture.map_or(0, |mixture| mixture.experts);
             let mut squares = Squares {
                 sums: vec![[vec![], vec![]]; experts],
+                gate_weight: options.gate_weight,
             };
             hidden.advance_stored(decoder, layer, &mut squares)?;
             let Some(mixture) = mixture else { continue };
@@ -137,9 +145,10 @@ fn with_percent(mut compressor: Compressor, to: f64) -> Compressor {
     compressor
 }
 
-/// Σ g² x² of the inputs of each expert, and of its neurons.
+/// Σ g² x² of the inputs of each expert, and of its neurons; Σ x² where gates do not weigh.
 struct Squares {
     sums: Vec<[Vec<f64>; 2]>,
+    gate_weight: bool,
 }
 
 impl Tap for Squares {
@@ -155,7 +164,10 @@ impl Tap for Squares {
             let width = x.dim(1)?;
             sums.resize(width, 0.0);
             for (row, &gate) in values(x)?.chunks(width).zip(&pass.gates) {
-                let weight = f64::from(gate).powi(2);
+                let weight = match self.gate_weight {
+                    true => f64::from(gate).powi(2),
+                    false => 1.0,
+                };
                 let squares = sums.iter_mut().zip(row);
                 squares.for_each(|(sum, &x)| *sum += weight * f64::from(x).powi(2));
             }

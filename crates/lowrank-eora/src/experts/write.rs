@@ -1,10 +1,11 @@
 //! Writing a mixture while its experts are compressed.
 
 use super::LINEARS;
-use crate::Result;
+use crate::{Error, Result};
 use candle_core::Tensor;
-use causal_lm::{Decoder, LinearName};
-use std::collections::{BTreeMap, BTreeSet};
+use causal_lm::names::ExpertLayout;
+use causal_lm::{Decoder, LinearName, ModelConfig};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::Path;
 use tensor_io::{CheckpointWriter, TensorSpec, WriteOptions, Written};
 
@@ -12,9 +13,30 @@ use tensor_io::{CheckpointWriter, TensorSpec, WriteOptions, Written};
 /// where one tensor holds all.
 pub(super) struct Writer<'a> {
     decoder: &'a Decoder<'a>,
+    /// The model as it is written: its experts may be stored in another way.
+    target: ModelConfig,
+    /// Tensors of experts as they are written.
+    specs: BTreeMap<String, TensorSpec>,
     writer: CheckpointWriter,
     /// Parts of tensors by their names, in the order of their rows.
     parts: BTreeMap<String, Vec<Tensor>>,
+}
+
+/// The model as it is written with experts stored in this way, or as they were.
+///
+/// # Errors
+/// [`Error::Setting`] for a layout that the architecture does not have.
+pub(super) fn target(decoder: &Decoder<'_>, layout: Option<ExpertLayout>) -> Result<ModelConfig> {
+    let mut target = decoder.config().clone();
+    if let Some(layout) = layout {
+        let names = target.names.with_layout(layout);
+        target.names = names.ok_or_else(|| Error::Setting {
+            name: "layout of experts",
+            value: format!("{layout:?}").to_lowercase(),
+            expected: "the one that the architecture has",
+        })?;
+    }
+    Ok(target)
 }
 
 impl<'a> Writer<'a> {
@@ -22,26 +44,44 @@ impl<'a> Writer<'a> {
     pub(super) fn create(
         decoder: &'a Decoder<'a>,
         dst: &Path,
+        layout: Option<ExpertLayout>,
         files: &WriteOptions,
     ) -> Result<Self> {
-        let checkpoint = decoder.checkpoint();
+        let (checkpoint, source) = (decoder.checkpoint(), decoder.config());
+        let target = target(decoder, layout)?;
+        let experts = expert_specs(decoder, &target)?;
+        let of_experts = expert_tensors(source);
+        let others = || checkpoint.names().filter(|name| !of_experts.contains(*name));
+        // Routers have other names in some layouts.
+        let routers = (0..source.layers()).filter_map(|layer| {
+            let renamed = target.names.router(layer)?;
+            Some((source.names.router(layer)?, renamed))
+        });
+        let routers: HashMap<String, String> = routers.collect();
+        let renamed = |name: &str| routers.get(name).map_or(name, String::as_str).to_owned();
         let mut specs = Vec::new();
-        for name in checkpoint.names() {
+        for name in others() {
             let info = checkpoint.info(name)?;
-            specs.push(TensorSpec::new(name, info.dtype, info.shape.clone()));
+            let spec = TensorSpec::new(&renamed(name), info.dtype, info.shape.clone());
+            specs.push(spec);
         }
-        let of_experts = expert_tensors(decoder);
-        let config = decoder.config_to_write();
+        specs.extend(experts.iter().cloned());
+        // In the order of the data; what the config does not announce comes last.
+        let tensors = target.tensors().into_iter().enumerate();
+        let order: HashMap<String, usize> = tensors.map(|(at, (name, _))| (name, at)).collect();
+        specs.sort_by_key(|spec| order.get(&spec.name).copied().unwrap_or(usize::MAX));
+        let config = decoder.config_to_write()?;
         let mut writer = CheckpointWriter::create(dst, &config, specs, files)?;
         writer.carry_from(checkpoint)?;
-        for name in checkpoint
-            .names()
-            .filter(|name| !of_experts.contains(*name))
-        {
-            writer.copy_tensor(name, checkpoint)?;
+        for name in others() {
+            writer.write_bytes(&renamed(name), &checkpoint.bytes(name)?)?;
+            checkpoint.release([name]);
         }
+        let specs = experts.into_iter().map(|spec| (spec.name.clone(), spec));
         Ok(Self {
             decoder,
+            target,
+            specs: specs.collect(),
             writer,
             parts: BTreeMap::new(),
         })
@@ -50,7 +90,7 @@ impl<'a> Writer<'a> {
     /// Bytes of all experts in the source.
     pub(super) fn expert_bytes(&self) -> u64 {
         let checkpoint = self.decoder.checkpoint();
-        let names = expert_tensors(self.decoder);
+        let names = expert_tensors(self.decoder.config());
         let infos = names.iter().filter_map(|name| checkpoint.info(name).ok());
         infos.map(|info| info.bytes as u64).sum()
     }
@@ -62,16 +102,21 @@ impl<'a> Writer<'a> {
         name: LinearName,
         weight: &Tensor,
     ) -> Result<()> {
-        let Some(part) = self.decoder.config().expert_part(layer, expert, name) else {
+        let Some(part) = self.target.expert_part(layer, expert, name) else {
             return Ok(());
         };
-        let rows = self.decoder.checkpoint().info(&part.tensor)?.elements() / part.columns;
-        if rows == part.rows.len() {
+        let Some(spec) = self.specs.get(&part.tensor) else {
+            return Ok(());
+        };
+        let values: usize = spec.shape.iter().product();
+        if values / part.columns.max(1) == part.rows.len() {
             return Ok(self.writer.write_tensor(&part.tensor, weight)?);
         }
         // In the dtype of the file: all experts of a layer wait here.
-        let info = self.decoder.checkpoint().info(&part.tensor)?;
-        let weight = match info.candle_dtype() {
+        let source = self.decoder.config().expert_part(layer, expert, name);
+        let info = source.map(|part| self.decoder.checkpoint().info(&part.tensor));
+        let dtype = info.transpose()?.and_then(|info| info.candle_dtype());
+        let weight = match dtype {
             Some(dtype) => weight.to_dtype(dtype)?,
             None => weight.clone(),
         };
@@ -82,8 +127,10 @@ impl<'a> Writer<'a> {
     /// Writes the tensors that hold all experts of a layer.
     pub(super) fn end_layer(&mut self) -> Result<()> {
         for (name, parts) in std::mem::take(&mut self.parts) {
-            let shape = self.decoder.checkpoint().info(&name)?.shape.clone();
-            let tensor = Tensor::cat(&parts, 0)?.reshape(shape)?;
+            let Some(spec) = self.specs.get(&name) else {
+                continue;
+            };
+            let tensor = Tensor::cat(&parts, 0)?.reshape(spec.shape.as_slice())?;
             self.writer.write_tensor(&name, &tensor)?;
         }
         Ok(())
@@ -94,9 +141,30 @@ impl<'a> Writer<'a> {
     }
 }
 
+/// Tensors of experts as they are written; what a tensor holds has the dtype of its first linear.
+fn expert_specs(decoder: &Decoder<'_>, target: &ModelConfig) -> Result<Vec<TensorSpec>> {
+    let shapes: HashMap<String, Vec<usize>> = target.tensors().into_iter().collect();
+    let mut specs: BTreeMap<String, TensorSpec> = BTreeMap::new();
+    for (layer, mixture) in target.mixtures.iter().enumerate() {
+        let experts = mixture.map_or(0, |mixture| mixture.experts);
+        for (expert, name) in (0..experts).flat_map(|expert| LINEARS.map(|name| (expert, name))) {
+            let source = decoder.config().expert_part(layer, expert, name);
+            let Some((part, from)) = target.expert_part(layer, expert, name).zip(source) else {
+                continue;
+            };
+            if !specs.contains_key(&part.tensor) {
+                let dtype = decoder.checkpoint().info(&from.tensor)?.dtype;
+                let shape = shapes.get(&part.tensor).cloned().unwrap_or_default();
+                let spec = TensorSpec::new(&part.tensor, dtype, shape);
+                specs.insert(part.tensor, spec);
+            }
+        }
+    }
+    Ok(specs.into_values().collect())
+}
+
 /// Names of all tensors that hold weights of experts.
-fn expert_tensors(decoder: &Decoder<'_>) -> BTreeSet<String> {
-    let config = decoder.config();
+fn expert_tensors(config: &ModelConfig) -> BTreeSet<String> {
     let mut names = BTreeSet::new();
     for (layer, mixture) in config.mixtures.iter().enumerate() {
         let experts = mixture.map_or(0, |mixture| mixture.experts);

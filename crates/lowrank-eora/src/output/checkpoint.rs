@@ -77,7 +77,7 @@ pub fn write_checkpoint(
     let has_copy = decoder.config().tied && others.contains_key(&names.embedding());
     let stays = |name: &&str| !(has_copy && *name == names.head());
 
-    let mut config = decoder.config_to_write();
+    let mut config = decoder.config_to_write()?;
     let mut specs = Vec::new();
     for name in checkpoint.names().filter(stays) {
         let info = checkpoint.info(name)?;

@@ -67,7 +67,7 @@ pub(super) fn write(
         let info = checkpoint.info(name)?;
         specs.push(TensorSpec::new(name, info.dtype, info.shape.clone()));
     }
-    let mut config = decoder.config_to_write();
+    let mut config = decoder.config_to_write()?;
     let section = quantization_config(&schemes, &elements, version)
         .or_else(|| in_blocks.then(|| json!({"quant_method": blocks::METHOD})));
     if let Some(section) = section {

@@ -7,9 +7,10 @@ use super::collect::Collector;
 use super::compensation::Moments;
 use super::layer::{Batch, Layer};
 use super::plan::{ExpertPlan, LayerExperts};
+use super::regression::Regression;
 use super::routing::restricted;
 use crate::{Error, Result};
-use causal_lm::mixture::RoutingRule;
+use causal_lm::mixture::{LinearTerm, RoutingRule};
 use causal_lm::{Decoder, Hidden, NoTap, Progress, Windows};
 use serde::{Deserialize, Serialize};
 
@@ -29,6 +30,20 @@ pub enum FewerExperts {
     ChannelScale,
 }
 
+/// A linear term beside the experts of a layer, and what it is good for: Σ over tokens of squared norms.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct FittedTerm {
+    /// B A.
+    pub term: LinearTerm,
+    /// Of the dense output y.
+    pub output: f64,
+    /// Of y − αŷ: what fewer experts leave of it, with the best factor.
+    pub scaled: f64,
+    /// Of y − αŷ − B A x.
+    pub left: f64,
+}
+
 /// How strongly factors are drawn to 1.
 const RIDGE: f64 = 0.01;
 
@@ -42,6 +57,63 @@ pub fn fewer(
     windows: &Windows,
     chosen: usize,
     factors: FewerExperts,
+    progress: &dyn Progress,
+) -> Result<ExpertPlan> {
+    let fit = |layer: Layer<'_>, rule: RoutingRule| of_layer(&layer, rule, factors);
+    planned(decoder, windows, chosen, fit, progress)
+}
+
+/// The same with one factor for each layer, and beside its experts a linear term of rank `rank` at most, fitted to what is
+/// left of the dense output. It is there to be compared with, for it shows what a linear repair could give: no stock format
+/// holds the terms, which [`Decoder::with_terms`] adds to the model that the plan leaves. One for each layer, `None` for those
+/// without experts and where nothing changes.
+///
+/// # Errors
+/// As [`fewer`], and [`Error::Option`] for a rank of 0.
+pub fn fewer_with_terms(
+    decoder: &Decoder<'_>,
+    windows: &Windows,
+    chosen: usize,
+    rank: usize,
+    progress: &dyn Progress,
+) -> Result<(ExpertPlan, Vec<Option<FittedTerm>>)> {
+    let hidden = decoder.config().hidden;
+    check_rank(rank, hidden)?;
+    let mut terms = vec![None; decoder.config().layers()];
+    let fit = |layer: Layer<'_>, rule: RoutingRule| {
+        let sums = Regression::of(&layer, rule, hidden)?;
+        if let Some(fit) = sums.solve(rank, layer.index)? {
+            terms[layer.index] = Some(FittedTerm {
+                term: fit.term()?,
+                output: sums.output(),
+                scaled: sums.residual(),
+                left: fit.error,
+            });
+        }
+        Ok(vec![vec![sums.factor()]; layer.experts()])
+    };
+    let plan = planned(decoder, windows, chosen, fit, progress)?;
+    Ok((plan, terms))
+}
+
+/// Refuses ranks that a product of a layer's width cannot have.
+pub(crate) fn check_rank(rank: usize, hidden: usize) -> Result<()> {
+    match (1..=hidden).contains(&rank) {
+        true => Ok(()),
+        false => Err(Error::Option {
+            option: "rank",
+            value: rank as f64,
+            expected: "at least 1 and no more than the hidden size are expected",
+        }),
+    }
+}
+
+/// The plan with the factors that `fit` gives each layer, for which it is called with the rule of fewer experts.
+fn planned(
+    decoder: &Decoder<'_>,
+    windows: &Windows,
+    chosen: usize,
+    mut fit: impl FnMut(Layer<'_>, RoutingRule) -> Result<Vec<Vec<f64>>>,
     progress: &dyn Progress,
 ) -> Result<ExpertPlan> {
     let mixtures = &decoder.config().mixtures;
@@ -86,7 +158,7 @@ pub fn fewer(
         let seen = Layer::new((decoder, layer), rule, collector, progress);
         let mut experts = LayerExperts::keep(mixture.experts, (0..mixture.experts).collect());
         if chosen < mixture.chosen {
-            experts.factors = of_layer(&seen, RoutingRule { chosen, ..rule }, factors)?;
+            experts.factors = fit(seen, RoutingRule { chosen, ..rule })?;
         }
         plan.layers.push(Some(experts));
         progress.advance(1)?;

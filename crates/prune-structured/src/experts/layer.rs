@@ -4,6 +4,7 @@ use super::collect::Collector;
 use super::routing::{logits, restricted};
 use super::statistics::LayerStatistics;
 use crate::Result;
+use crate::tensor::values;
 use candle_core::{DType, Device, Tensor};
 use causal_lm::block::Mlp;
 use causal_lm::mixture::{Routing, RoutingRule};
@@ -166,8 +167,23 @@ impl<'a> Layer<'a> {
         Ok(weights)
     }
 
+    /// What the layer reads of some neighbouring tokens, counted over all windows in their order: a row for each.
+    pub(crate) fn inputs(&self, first: usize, count: usize) -> Result<Vec<f32>> {
+        let (mut rows, mut before) = (Vec::new(), 0);
+        for x in &self.inputs {
+            let tokens = x.dim(0)?;
+            let from = first.clamp(before, before + tokens);
+            let to = (first + count).clamp(before, before + tokens);
+            if from < to {
+                rows.extend(values(&x.narrow(0, from - before, to - from)?)?);
+            }
+            before += tokens;
+        }
+        Ok(rows)
+    }
+
     /// Outputs of the experts that `wanted` names for a token by its logits, at most `most` for each. As many tokens at a
-    /// time as memory allows; each expert is loaded once for them.
+    /// time as memory allows, in their order; each expert is loaded once for them.
     pub(crate) fn for_each_batch(
         &self,
         most: usize,

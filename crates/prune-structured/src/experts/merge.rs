@@ -1,12 +1,12 @@
 //! Averages of experts.
 //!
-//! The router keeps one row for each merged expert, that of the expert whose place it takes. So the result is a stock
+//! The router keeps one row for each merged expert, that of the expert whose place it takes or their mean. So the result is a stock
 //! model of its real size, and an approximation even where the experts were equal: the free place of a token that chose
 //! two of them goes to another expert.
 
 use super::layer::Layer;
 use super::method::Choice;
-use super::plan::Member;
+use super::plan::{LayerExperts, Member};
 use crate::tensor::values;
 use crate::{Error, Result};
 use candle_core::{Device, Tensor};
@@ -54,6 +54,7 @@ pub(crate) fn around(
                 expert,
                 share: share(expert),
                 align,
+                row: false,
             });
             (centre, members.collect())
         })
@@ -66,6 +67,72 @@ pub(crate) fn around(
         clusters: clusters.to_vec(),
         ..Choice::default()
     }
+}
+
+/// Each cluster in the place of its centre: those that `averaged` names as the mean of their members with aligned neurons,
+/// router rows included; of the others the centre alone.
+pub(crate) fn means(
+    centres: &[usize],
+    clusters: Vec<Vec<usize>>,
+    averaged: impl Fn(&[usize]) -> bool,
+) -> Choice {
+    let of_cluster = |(&centre, cluster): (&usize, &Vec<usize>)| {
+        let mean = cluster.iter().map(|&expert| Member {
+            expert,
+            share: 1.0 / cluster.len() as f64,
+            align: true,
+            row: true,
+        });
+        match cluster.len() > 1 && averaged(cluster) {
+            true => (centre, mean.collect()),
+            false => (centre, vec![]),
+        }
+    };
+    let mut all: Vec<(usize, Vec<Member>)> =
+        centres.iter().zip(&clusters).map(of_cluster).collect();
+    all.sort_by_key(|(centre, _)| *centre);
+    let (kept, members) = all.into_iter().unzip();
+    Choice {
+        kept,
+        members,
+        clusters,
+        ..Choice::default()
+    }
+}
+
+/// A router with the rows of the experts that stay, or the weighted sums of their members' rows.
+pub(crate) fn router(router: &Linear, experts: &LayerExperts) -> Result<Linear> {
+    let weight = router.weight()?;
+    let kept: Vec<u32> = experts.kept.iter().map(|&e| e as u32).collect();
+    let own = router.select(&Tensor::new(kept, weight.device())?)?;
+    if !experts.members.iter().flatten().any(|member| member.row) {
+        return Ok(own);
+    }
+    let (count, width) = (experts.kept.len(), weight.dim(1)?);
+    let (all, mut rows) = (values(&weight)?, values(&own.weight()?)?);
+    for (row, members) in rows.chunks_mut(width).zip(&experts.members) {
+        if let Some(sum) = router_row(&all, width, members) {
+            row.copy_from_slice(&sum);
+        }
+    }
+    let rows = Tensor::from_vec(rows, (count, width), weight.device())?;
+    let rows = rows.to_dtype(weight.dtype())?;
+    Ok(Linear::new(rows, own.bias().cloned()))
+}
+
+/// The weighted sum of members' rows of a router, `rows` of which have this width; `None` where the row is not theirs.
+pub(crate) fn router_row(rows: &[f32], width: usize, members: &[Member]) -> Option<Vec<f32>> {
+    if !members.iter().any(|member| member.row) {
+        return None;
+    }
+    let mut sum = vec![0.0f64; width];
+    for member in members.iter().filter(|member| member.row) {
+        let row = rows.chunks(width).nth(member.expert).unwrap_or_default();
+        for (sum, &x) in sum.iter_mut().zip(row) {
+            *sum += member.share * f64::from(x);
+        }
+    }
+    Some(sum.into_iter().map(|x| x as f32).collect())
 }
 
 /// The weighted sum of members' weights, neurons in the order of expert `of`.
@@ -169,15 +236,21 @@ impl Neurons {
     }
 }
 
-/// For each neuron of `centre` the one of `other` that takes its place: together they are as similar as possible.
-fn aligned(decoder: &Decoder<'_>, centre: &Neurons, other: &Neurons) -> Result<Vec<usize>> {
-    if centre.count > MOST_NEURONS {
+/// Refuses experts whose neurons are too many to be aligned.
+pub(crate) fn check_width(decoder: &Decoder<'_>, neurons: usize) -> Result<()> {
+    if neurons > MOST_NEURONS {
         return Err(Error::Unsupported {
             method: "merging with aligned neurons",
             model_type: decoder.config().model_type,
             reason: "its experts have more than 4,096 neurons; merge without alignment",
         });
     }
+    Ok(())
+}
+
+/// For each neuron of `centre` the one of `other` that takes its place: together they are as similar as possible.
+fn aligned(decoder: &Decoder<'_>, centre: &Neurons, other: &Neurons) -> Result<Vec<usize>> {
+    check_width(decoder, centre.count)?;
     let (count, width) = (centre.count, centre.width);
     let costs: Vec<f64> = (0..count)
         .into_par_iter()

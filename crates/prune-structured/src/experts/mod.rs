@@ -32,6 +32,7 @@ mod output;
 mod plan;
 mod recipe;
 mod refits;
+mod regression;
 mod routing;
 mod select;
 mod statistics;
@@ -39,7 +40,7 @@ mod statistics;
 mod tests;
 
 pub use compensation::ExpertCompensation;
-pub use fewer::{FewerExperts, fewer};
+pub use fewer::{FewerExperts, FittedTerm, fewer, fewer_with_terms};
 pub use joint::{Joint, JointData, JointOptions, Pair, joint};
 pub use map::router_map;
 pub use method::ExpertMethod;

@@ -38,6 +38,9 @@ pub struct NeuronOptions {
     pub pool_tokens: usize,
     /// Weight of the pool in tokens; `None` for the width of the expert in fits, and a quarter of it in scores.
     pub prior: Option<f64>,
+    /// Whether a layer sees what the layers before it put out with the neurons that they keep, not with all.
+    #[serde(default)]
+    pub progressive: bool,
 }
 
 impl Default for NeuronOptions {
@@ -50,11 +53,29 @@ impl Default for NeuronOptions {
             gate_weight: true,
             pool_tokens: 1024,
             prior: None,
+            progressive: false,
         }
     }
 }
 
 impl NeuronOptions {
+    /// Whether anything is computed of what experts read: tokens, their gates and pools.
+    pub fn reads_tokens(&self) -> bool {
+        self.refit || !matches!(self.score, Score::Magnitude(_) | Score::Random(_))
+    }
+
+    /// Refuses parameters out of range.
+    pub(crate) fn check(&self) -> Result<()> {
+        match self.prior {
+            Some(prior) if !(0.0..f64::INFINITY).contains(&prior) => Err(Error::Option {
+                option: "prior",
+                value: prior,
+                expected: "a finite number of tokens, at least 0, is expected",
+            }),
+            _ => Ok(()),
+        }
+    }
+
     /// The multiple of the alignment that is nearest to a share of `width` neurons, at least one multiple.
     ///
     /// # Errors
@@ -82,7 +103,7 @@ impl NeuronOptions {
 /// go to `refits`.
 ///
 /// # Errors
-/// [`Error::PlanMismatch`], [`Error::Width`] for a width that an expert does not have, [`Error::Missing`] for scores that
+/// [`Error::PlanMismatch`], [`Error::Width`] for a width that an expert does not have, [`Error::Option`], [`Error::Missing`] for scores that
 /// need other statistics, [`Error::Cancelled`], and what running the model reports.
 pub fn narrow(
     decoder: &Decoder<'_>,
@@ -92,6 +113,7 @@ pub fn narrow(
     progress: &dyn Progress,
 ) -> Result<ExpertPlan> {
     plan.check(decoder)?;
+    options.check()?;
     let mut narrowed = plan.clone();
     let mut hidden = Hidden::embed(decoder, windows)?;
     progress.begin("narrowing experts", plan.layers.len() as u64);
@@ -102,6 +124,7 @@ pub fn narrow(
             continue;
         };
         let mut collector = Collector::default();
+        let before = options.progressive.then(|| hidden.clone());
         let pruned = (experts, Some(refits), plan.chosen);
         advance_pruned(&mut hidden, (decoder, layer), pruned, &mut collector)?;
         let width = widths.get(layer).copied().flatten();
@@ -130,6 +153,11 @@ pub fn narrow(
             refits.save(layer, &made)?;
             if let Some(experts) = &mut narrowed.layers[layer] {
                 experts.neurons = neurons;
+                if let Some(before) = before {
+                    hidden = before;
+                    let pruned = (&*experts, Some(refits), plan.chosen);
+                    advance_pruned(&mut hidden, (decoder, layer), pruned, &mut NoTap)?;
+                }
             }
         }
         progress.advance(1)?;

@@ -1,16 +1,17 @@
 //! Writing a checkpoint with the experts that stay.
 //!
-//! Tensors that the plan leaves alone are copied byte for byte, rows of the router are cut without looking at them, and
-//! only experts that were merged, scaled or narrowed are computed anew. Every expert can be moved to the other layout.
+//! Tensors that the plan leaves alone are copied byte for byte, rows of the router are cut without looking at them unless
+//! they are averaged, and only experts that were merged, scaled or narrowed are computed anew. Every expert can be moved to the other layout.
 
 use super::ExpertRefits;
-use super::plan::{ExpertPlan, LayerExperts};
+use super::merge;
+use super::plan::{ExpertPlan, LayerExperts, Member};
 use crate::output::{PerLayer, slice};
 use crate::{Error, Loading, Result};
 use candle_core::{DType, Device, Tensor};
 use causal_lm::block::Mlp;
 use causal_lm::config::WIDTHS_KEY;
-use causal_lm::names::ExpertLayout;
+use causal_lm::names::{ExpertLayout, Names};
 use causal_lm::{Decoder, Linear, LinearName, ModelConfig, Progress};
 use half::{bf16, f16};
 use std::collections::{BTreeSet, HashMap};
@@ -46,6 +47,14 @@ impl<'a> ExpertSettings<'a> {
     /// The same with other files.
     pub fn files(self, files: WriteOptions) -> Self {
         Self { files, ..self }
+    }
+
+    /// Refuses a layout that the architecture does not have, before anything is computed.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`].
+    pub fn check(&self, decoder: &Decoder<'_>) -> Result<()> {
+        pruned_names(decoder, self).map(drop)
     }
 }
 
@@ -184,15 +193,22 @@ fn pruned(
     settings: &ExpertSettings<'_>,
 ) -> Result<ModelConfig> {
     let mut model = decoder.config().clone();
-    if let Some(layout) = settings.layout {
-        model.names = model.names.with_layout(layout).ok_or(Error::Unsupported {
+    model.names = pruned_names(decoder, settings)?;
+    model.mixtures = plan.mixtures(decoder);
+    Ok(model)
+}
+
+/// The names of its tensors.
+fn pruned_names(decoder: &Decoder<'_>, settings: &ExpertSettings<'_>) -> Result<Names> {
+    let model = decoder.config();
+    match settings.layout {
+        None => Ok(model.names),
+        Some(layout) => model.names.with_layout(layout).ok_or(Error::Unsupported {
             method: "another layout of experts",
             model_type: model.model_type,
             reason: "it has but one",
-        })?;
+        }),
     }
-    model.mixtures = plan.mixtures(decoder);
-    Ok(model)
 }
 
 /// Names of all tensors of experts and routers.
@@ -291,7 +307,14 @@ impl Source<'_> {
                 let info = checkpoint.info(from)?;
                 let row_bytes = info.bytes / info.shape[0];
                 let bytes = checkpoint.bytes(from)?;
-                Ok(writer.write_bytes(name, &slice::rows(&bytes, row_bytes, &experts.kept))?)
+                let mut rows = Vec::with_capacity(experts.kept.len() * row_bytes);
+                for (members, expert) in experts.members.iter().zip(&experts.kept) {
+                    match self.router_row(from, members)? {
+                        Some(row) => rows.extend(encoded(&row, &target.spec)?),
+                        None => rows.extend(slice::rows(&bytes, row_bytes, &[*expert])),
+                    }
+                }
+                Ok(writer.write_bytes(name, &rows)?)
             }
             Origin::Experts(parts) => {
                 let parts = parts.iter().map(|&(at, linear)| match experts.is_own(at) {
@@ -301,6 +324,20 @@ impl Source<'_> {
                 writer.write_parts(name, parts)
             }
         }
+    }
+
+    /// The row of the router of this name for an expert that is averaged with its members' rows.
+    fn router_row(&self, router: &str, members: &[Member]) -> Result<Option<Tensor>> {
+        if !members.iter().any(|member| member.row) {
+            return Ok(None);
+        }
+        let checkpoint = self.decoder.checkpoint();
+        let rows = checkpoint.tensor_as(router, DType::F32, &Device::Cpu)?;
+        let width = rows.dim(1)?;
+        let row = merge::router_row(&crate::tensor::values(&rows)?, width, members);
+        Ok(row
+            .map(|row| Tensor::from_vec(row, width, &Device::Cpu))
+            .transpose()?)
     }
 
     /// A linear of an expert that the plan changes.
@@ -381,7 +418,7 @@ fn config(
     plan: &ExpertPlan,
     pruned: &ModelConfig,
 ) -> Result<(Config, Vec<(&'static str, String)>)> {
-    let mut config = decoder.config_to_write();
+    let mut config = decoder.config_to_write()?;
     if plan.is_identity() {
         return Ok((config, vec![]));
     }

@@ -53,6 +53,10 @@ pub struct Member {
     pub share: f64,
     /// Whether their neurons are put in the order of the expert that stays.
     pub align: bool,
+    /// Whether their row of the router is a part of that of the expert that stays, in the same share. Of members without it
+    /// the row of the expert that stays is kept.
+    #[serde(default)]
+    pub row: bool,
 }
 
 impl ExpertPlan {

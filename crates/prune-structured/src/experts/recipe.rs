@@ -1,9 +1,10 @@
 //! Methods for mixtures by name.
 
-use super::compensation::NoExpertCompensation;
-use super::fewer::{FewerExperts, fewer};
+use super::compensation::{NoExpertCompensation, merged_are_not_run};
+use super::fewer::{FewerExperts, check_rank, fewer, fewer_with_terms};
 use super::joint::{Joint, JointData, JointOptions, joint};
-use super::method::{ExpertMethod, RandomExperts, Reap, Representative, Stun};
+use super::merge::check_width;
+use super::method::{ExpertMethod, RandomExperts, Reap, Reconstruct, Representative, Stun};
 use super::neurons::{NeuronOptions, narrow};
 use super::select::{Outcome, plan};
 use super::{ExpertCompensation, ExpertOptions, ExpertPlan, ExpertRefits, Keep, LayerExperts};
@@ -22,6 +23,9 @@ pub struct ExpertRecipe {
     pub change: Change,
     /// How experts are narrowed, where they are.
     pub neurons: NeuronOptions,
+    /// Whether experts are dropped from a layer by what it reads behind the pruned layers before it.
+    #[serde(default)]
+    pub progressive: bool,
 }
 
 /// What a recipe does.
@@ -37,7 +41,12 @@ pub enum Change {
     Joint(ExpertMethod, Joint),
     /// Sends each token to fewer experts.
     Fewer(FewerExperts),
+    /// The same with a linear term of this rank beside the experts of each layer, which no stock format holds.
+    FewerWithTerms(usize),
 }
+
+/// The rank of linear terms unless another is asked for.
+const TERM_RANK: usize = 16;
 
 /// What a recipe asks for.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -50,7 +59,7 @@ pub enum Aim {
 }
 
 /// Methods that are more than the choice of experts to drop.
-const MORE: [&str; 8] = [
+const MORE: [&str; 9] = [
     "stun-reap",
     "neurons",
     "joint",
@@ -59,6 +68,7 @@ const MORE: [&str; 8] = [
     "topk-scale",
     "topk-expert-scale",
     "topk-channel-scale",
+    "topk-lowrank",
 ];
 
 impl ExpertRecipe {
@@ -87,12 +97,14 @@ impl ExpertRecipe {
             "topk-scale" => Change::Fewer(FewerExperts::Scale),
             "topk-expert-scale" => Change::Fewer(FewerExperts::ExpertScale),
             "topk-channel-scale" => Change::Fewer(FewerExperts::ChannelScale),
+            "topk-lowrank" => Change::FewerWithTerms(TERM_RANK),
             other => Change::Experts(ExpertMethod::named(other)?, none),
         };
         Some(Self {
             name: name.into(),
             change,
             neurons: NeuronOptions::default(),
+            progressive: false,
         })
     }
 
@@ -102,6 +114,61 @@ impl ExpertRecipe {
             *now = compensation.into();
         }
         self
+    }
+
+    /// The same with every layer calibrated behind the pruned ones, dropping and narrowing alike, or on the dense model.
+    pub fn progressive(mut self, progressive: bool) -> Self {
+        self.progressive = progressive;
+        self.neurons.progressive = progressive;
+        self
+    }
+
+    /// Whether what it does to a layer depends on what the layer reads, so that it can be done behind the pruned layers.
+    /// Those that send tokens to fewer experts are fitted to the dense model.
+    pub fn reads_layers(&self) -> bool {
+        match self.change {
+            Change::Experts(method, compensation) => {
+                let fits = !matches!(compensation, ExpertCompensation::Nothing(_));
+                fits || method.reads_layers()
+            }
+            Change::Neurons => self.neurons.reads_tokens(),
+            Change::Joint(..) => true,
+            Change::Fewer(_) | Change::FewerWithTerms(_) => false,
+        }
+    }
+
+    /// The rank of the linear terms that it adds; `None` where it adds none, and checkpoints hold all that it makes.
+    pub fn term_rank(&self) -> Option<usize> {
+        match self.change {
+            Change::FewerWithTerms(rank) => Some(rank),
+            _ => None,
+        }
+    }
+
+    /// The same with linear terms of this rank, where it adds some.
+    pub fn with_term_rank(mut self, rank: usize) -> Self {
+        if let Change::FewerWithTerms(now) = &mut self.change {
+            *now = rank;
+        }
+        self
+    }
+
+    /// The same with these clusters of STUN averaged, which its name tells; methods without such clusters are as they were.
+    pub fn reconstruct(mut self, reconstruct: Reconstruct) -> Self {
+        if let Change::Experts(method, _) = &mut self.change
+            && let Some(stun) = method.stun_mut()
+        {
+            stun.reconstruct = reconstruct;
+            if reconstruct != Reconstruct::Never {
+                self.name = format!("{}+averaged-{}", self.name, reconstruct.name());
+            }
+        }
+        self
+    }
+
+    /// Whether it makes clusters that can be averaged.
+    pub fn reconstructs(&self) -> bool {
+        matches!(&self.change, Change::Experts(method, _) if method.stun().is_some())
     }
 
     /// The same with this seed, where it draws.
@@ -124,6 +191,7 @@ impl ExpertRecipe {
             self.change,
             Change::Experts(Random(_) | Frequency(_) | GateSum(_) | ProbSum(_), _)
                 | Change::Fewer(FewerExperts::Plain)
+                | Change::FewerWithTerms(_)
         )
     }
 
@@ -139,20 +207,29 @@ impl ExpertRecipe {
 
     /// Whether it makes tokens cheaper and the model no smaller.
     pub fn is_fewer(&self) -> bool {
-        matches!(self.change, Change::Fewer(_))
+        matches!(self.change, Change::Fewer(_) | Change::FewerWithTerms(_))
     }
 
     /// Refuses what cannot be asked of this model, before anything is computed: parameters out of range, experts narrower
-    /// than the alignment, fewer experts than each token goes to.
+    /// than the alignment, fewer experts than each token goes to, clusters of STUN that cannot be averaged.
     ///
     /// # Errors
-    /// [`Error::Option`], [`Error::Ratio`], [`Error::Width`], [`Error::Experts`].
+    /// [`Error::Option`], [`Error::Ratio`], [`Error::Width`], [`Error::Experts`], [`Error::Unsupported`].
     pub fn check(&self, decoder: &Decoder<'_>, aim: Aim) -> Result<()> {
         let mixtures = decoder.config().mixtures.iter().enumerate();
         let mixtures = mixtures.filter_map(|(layer, mixture)| Some((layer, (*mixture)?)));
         match (self.change, aim) {
-            (Change::Experts(..), Aim::Ratio(ratio)) => {
+            (Change::Experts(method, compensation), Aim::Ratio(ratio)) => {
+                let stun = method.stun();
+                let averages = stun.is_some_and(|stun| stun.reconstruct != Reconstruct::Never);
+                let is_scaled = !matches!(compensation, ExpertCompensation::Nothing(_));
+                if averages && is_scaled {
+                    return Err(merged_are_not_run(decoder));
+                }
                 for (layer, mixture) in mixtures {
+                    if averages {
+                        check_width(decoder, mixture.width)?;
+                    }
                     let kept = Keep::Without(ratio).of(mixture.experts)?;
                     if kept < mixture.chosen {
                         return Err(Error::Experts {
@@ -166,11 +243,13 @@ impl ExpertRecipe {
             }
             (Change::Neurons | Change::Joint(..), Aim::Ratio(ratio)) => {
                 check_ridge(self.neurons.ridge)?;
+                self.neurons.check()?;
                 for (layer, mixture) in mixtures {
                     self.neurons.width(layer, mixture.width, 1.0 - ratio)?;
                 }
                 Ok(())
             }
+            (Change::FewerWithTerms(rank), _) => check_rank(rank, decoder.config().hidden),
             _ => Ok(()),
         }
     }
@@ -187,10 +266,13 @@ impl ExpertRecipe {
         progress: &dyn Progress,
     ) -> Result<(Outcome, Option<ExpertRefits>)> {
         let windows = data.calibration;
-        let none = |method: ExpertMethod| ExpertOptions::new(method, Keep::Without(0.0));
+        let none = |method: ExpertMethod| {
+            let options = ExpertOptions::new(method, Keep::Without(0.0));
+            options.progressive(self.progressive)
+        };
         match (self.change, aim) {
             (Change::Experts(method, compensation), Aim::Ratio(ratio)) => {
-                let options = ExpertOptions::new(method, Keep::Without(ratio));
+                let options = none(method).keeping(Keep::Without(ratio));
                 let options = options.compensation(compensation);
                 Ok((plan(decoder, windows, &options, progress)?, None))
             }
@@ -219,6 +301,14 @@ impl ExpertRecipe {
                 let plan = fewer(decoder, windows, chosen, factors, progress)?;
                 Ok((Outcome::of(plan), None))
             }
+            (Change::FewerWithTerms(rank), Aim::Chosen(chosen)) => {
+                let (plan, terms) = fewer_with_terms(decoder, windows, chosen, rank, progress)?;
+                let outcome = Outcome {
+                    terms,
+                    ..Outcome::of(plan)
+                };
+                Ok((outcome, None))
+            }
             (_, Aim::Ratio(ratio)) => Err(Error::Option {
                 option: "ratio",
                 value: ratio,
@@ -240,6 +330,7 @@ impl Outcome {
             plan,
             layers: vec![],
             divergence: None,
+            terms: vec![],
         }
     }
 }

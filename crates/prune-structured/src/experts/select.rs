@@ -3,11 +3,11 @@
 use super::collect::Collector;
 use super::compensation::Moments;
 use super::layer::Layer;
+use super::merge;
 use super::method::Choice;
 use super::plan::{ExpertPlan, LayerExperts};
-use super::{ExpertOptions, ExpertRefits, Keep, LayerStatistics};
+use super::{ExpertOptions, ExpertRefits, FittedTerm, Keep, LayerStatistics};
 use crate::{Error, Result};
-use candle_core::Tensor;
 use causal_lm::mixture::RoutingRule;
 use causal_lm::{Decoder, Hidden, NoTap, Progress, Tap, Windows};
 use serde::Serialize;
@@ -22,6 +22,10 @@ pub struct Outcome {
     pub layers: Vec<LayerOutcome>,
     /// KL divergence of the predictions from the dense model's, in nats per position, where it decided.
     pub divergence: Option<f64>,
+    /// What the plan adds to the output of each layer's experts, for [`Decoder::with_terms`] of the model that it leaves; nothing
+    /// for plans that checkpoints hold whole.
+    #[serde(skip)]
+    pub terms: Vec<Option<FittedTerm>>,
 }
 
 /// What was seen of a layer's experts.
@@ -121,6 +125,7 @@ pub fn plan_by_layer(
         },
         layers: vec![],
         divergence: None,
+        terms: vec![],
     };
     for (layer, mixture) in mixtures.iter().enumerate() {
         let Some(mixture) = mixture else {
@@ -222,9 +227,7 @@ pub(crate) fn advance_pruned(
 ) -> Result<()> {
     let mut block = decoder.frame(layer)?;
     if let Some(moe) = &mut block.experts {
-        let kept: Vec<u32> = experts.kept.iter().map(|&e| e as u32).collect();
-        let rows = Tensor::new(kept, decoder.device())?;
-        moe.router = moe.router.select(&rows)?;
+        moe.router = merge::router(&moe.router, experts)?;
         moe.rule.chosen = chosen.unwrap_or(moe.rule.chosen);
     }
     let mut expert = |at: usize| {

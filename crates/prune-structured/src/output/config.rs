@@ -20,7 +20,7 @@ pub(crate) fn pruned(
     plan: &Plan,
     form: Form,
 ) -> Result<(Config, Vec<(&'static str, String)>)> {
-    let whole = &decoder.config_to_write();
+    let whole = &decoder.config_to_write()?;
     if plan.is_identity(decoder) {
         return Ok((whole.clone(), vec![]));
     }

@@ -176,7 +176,7 @@ fn config(decoder: &Decoder<'_>) -> Result<Config> {
             })
         })
         .collect();
-    let mut config = decoder.config_to_write();
+    let mut config = decoder.config_to_write()?;
     for key in [WIDTHS_KEY, "intermediate_size", "auto_map"] {
         config.remove(key);
     }

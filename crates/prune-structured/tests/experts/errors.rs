@@ -4,10 +4,12 @@ use super::common::{Mixture, config, options, store, windows};
 use candle_core::{DType, Device};
 use causal_lm::names::ExpertLayout;
 use causal_lm::{Decoder, ModelConfig, NoTap, run_blocks, synthetic};
+use prune_structured::experts::compensation::ExpertScale;
 use prune_structured::experts::{
-    ExpertPlan, ExpertSettings, FewerExperts, Joint, JointData, JointOptions, Keep, NeuronOptions,
-    fewer, joint, narrow, plan, write,
+    Aim, ExpertPlan, ExpertRecipe, ExpertSettings, FewerExperts, Joint, JointData, JointOptions,
+    Keep, NeuronOptions, fewer, joint, narrow, plan, write,
 };
+use prune_structured::score::Magnitude;
 use prune_structured::{Error, NoProgress};
 use serde_json::{Value, json};
 use tensor_io::Checkpoint;
@@ -254,6 +256,37 @@ fn options_that_make_no_sense_are_refused() {
             ..
         })
     ));
+    for prior in [-1.0, f64::NAN, f64::INFINITY] {
+        let mut settings = settings;
+        settings.prior = Some(prior);
+        let options = (&settings, &refits);
+        let whole = (&whole, &[None; 3][..]);
+        let found = narrow(&decoder, &windows(), whole, options, &NoProgress);
+        let option = "prior";
+        assert!(matches!(found, Err(Error::Option { option: o, .. }) if o == option));
+        let mut recipe = ExpertRecipe::named("neurons", 0).unwrap();
+        recipe.neurons = settings;
+        let refused = recipe.check(&decoder, Aim::Ratio(0.5));
+        assert!(refused.is_err());
+    }
+}
+
+#[test]
+fn what_reads_no_layer_says_so() {
+    let reads = |name: &str| ExpertRecipe::named(name, 0).unwrap().reads_layers();
+    for name in ["reap", "frequency", "stun-reap", "hc-smoe", "neurons", "joint"] {
+        assert!(reads(name), "{name}");
+    }
+    for name in ["random", "aimer", "stun", "stun-compat", "topk-scale"] {
+        assert!(!reads(name), "{name}");
+    }
+    let scaled = ExpertRecipe::named("aimer", 0).unwrap();
+    assert!(scaled.compensation(ExpertScale::default()).reads_layers());
+    let mut magnitude = ExpertRecipe::named("neurons", 0).unwrap();
+    magnitude.neurons.score = Magnitude.into();
+    assert!(magnitude.reads_layers());
+    magnitude.neurons.refit = false;
+    assert!(!magnitude.reads_layers());
 }
 
 #[test]
@@ -294,6 +327,9 @@ fn granite_has_one_layout() {
     let model = Mixture::random(&config("granitemoe", json!({})), ExpertLayout::Fused);
     let plan = model.plan("reap", Keep::Experts(4)).unwrap().plan;
     let settings = ExpertSettings::default().layout(Some(ALONE));
+    let refused = settings.check(&model.decoder());
+    assert!(matches!(refused, Err(Error::Unsupported { .. })));
+    assert!(ExpertSettings::default().check(&model.decoder()).is_ok());
     let dst = model.path("never");
     let error = write(&model.decoder(), &plan, &dst, &settings, &NoProgress).unwrap_err();
     assert!(matches!(error, Error::Unsupported { .. }), "{error}");

@@ -7,7 +7,9 @@ use causal_lm::testing::golden_weights;
 use causal_lm::{Windows, cross_entropy};
 use prune_structured::NoProgress;
 use prune_structured::experts::compensation::ExpertScale;
-use prune_structured::experts::{FewerExperts, Keep, LayerOutcome, fewer, plan};
+use prune_structured::experts::{
+    FewerExperts, Keep, LayerOutcome, fewer, fewer_with_terms, plan,
+};
 use serde_json::Value;
 use tensor_io::{Checkpoint, Config};
 
@@ -189,6 +191,18 @@ fn the_factor_of_fewer_experts_is_that_computed_independently() {
         for (layer, expected) in found.layers.iter().flatten().zip(expected) {
             let scale = expected["fewer_k"]["scale"].as_f64().unwrap();
             case.close("scale", &layer.factors[0], &[scale]);
+        }
+        // What a linear term is fitted to is what that factor leaves.
+        let decoder = case.model.decoder();
+        let chosen = chosen as usize;
+        let found = fewer_with_terms(&decoder, &case.windows, chosen, 2, &NoProgress).unwrap();
+        let plans = found.0.layers.iter().flatten();
+        for ((layer, term), expected) in plans.zip(found.1.iter().flatten()).zip(expected) {
+            let expected = |field: &str| expected["fewer_k"][field].as_f64().unwrap();
+            let squares = [layer.factors[0][0], term.scaled];
+            let golden = [expected("scale"), expected("squared_error_scaled")];
+            case.close("residual", &squares, &golden);
+            assert!(term.left < term.scaled);
         }
     });
 }

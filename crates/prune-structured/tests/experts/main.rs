@@ -4,3 +4,5 @@ mod common;
 mod errors;
 mod golden;
 mod properties;
+mod reconstruct;
+mod terms;

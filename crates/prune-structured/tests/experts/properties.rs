@@ -627,3 +627,73 @@ fn a_mixture_whose_heads_are_normalised_together_has_nothing_but_experts_to_prun
         );
     }
 }
+
+/// Neurons that each expert of a layer keeps.
+fn neurons_of(plan: &ExpertPlan, layer: usize) -> &[Vec<usize>] {
+    plan.layers[layer].as_ref().map_or(&[], |l| &l.neurons)
+}
+
+#[test]
+fn layers_are_calibrated_behind_the_pruned_ones_where_that_is_asked_for() {
+    let model = Mixture::random(&config("mixtral", json!({})), ExpertLayout::Alone);
+    let decoder = model.decoder();
+    let options = options("reap", Keep::Experts(3)).measure_errors(true);
+    let behind = |progressive: bool| {
+        let options = options.progressive(progressive);
+        plan(&decoder, &windows(), &options, &NoProgress).unwrap()
+    };
+    let (dense, pruned) = (behind(false), behind(true));
+    assert_eq!(dense.layers[0].scores, pruned.layers[0].scores);
+    assert_ne!(dense.layers[1].scores, pruned.layers[1].scores);
+    // The statistics of the second layer are those of a model whose first is pruned already.
+    let mut first = ExpertPlan::whole(&decoder);
+    first.layers[0] = pruned.plan.layers[0].clone();
+    let folder = model.written(&first, "first-pruned");
+    let checkpoint = Checkpoint::open(&folder).unwrap();
+    let smaller = super::common::decoder(&checkpoint);
+    let found = plan(&smaller, &windows(), &options, &NoProgress).unwrap();
+    let pairs = found.layers[1].scores.iter().zip(&pruned.layers[1].scores);
+    for (found, expected) in pairs {
+        assert!((found - expected).abs() < 1e-6 * expected, "{found} is not {expected}");
+    }
+}
+
+#[test]
+fn neurons_too_are_scored_behind_the_narrow_layers_where_that_is_asked_for() {
+    let model = Mixture::random(&config("mixtral", json!({})), ExpertLayout::Alone);
+    let of = |decoder: &Decoder<'_>, name: &str, widths: [Option<usize>; 3], progressive: bool| {
+        let dir = model.path(name);
+        std::fs::create_dir_all(&dir).unwrap();
+        let refits = ExpertRefits::new(dir);
+        let mut options = NeuronOptions::default();
+        (options.align, options.progressive) = (4, progressive);
+        let whole = ExpertPlan::whole(decoder);
+        let narrow = narrow(
+            decoder,
+            &windows(),
+            (&whole, &widths),
+            (&options, &refits),
+            &NoProgress,
+        );
+        (narrow.unwrap(), refits)
+    };
+    let down = |refits: &ExpertRefits, layer: usize| -> Vec<f32> {
+        let down = refits.load(layer, 0).unwrap().unwrap();
+        down.flatten_all().unwrap().to_vec1().unwrap()
+    };
+    let decoder = model.decoder();
+    let (dense, of_dense) = of(&decoder, "dense-refits", [Some(8); 3], false);
+    let (behind, of_behind) = of(&decoder, "behind-refits", [Some(8); 3], true);
+    assert_eq!(neurons_of(&dense, 0), neurons_of(&behind, 0));
+    assert_eq!(down(&of_dense, 0), down(&of_behind, 0));
+    assert_ne!(down(&of_dense, 1), down(&of_behind, 1));
+    // The second layer sees what a model gives it whose first is narrow already.
+    let (first, refits) = of(&decoder, "first-refits", [Some(8), None, None], false);
+    let settings = ExpertSettings::default().refits(Some(&refits));
+    let folder = model.written_with(&first, "first-narrow", &settings);
+    let checkpoint = Checkpoint::open(&folder).unwrap();
+    let smaller = super::common::decoder(&checkpoint);
+    let (second, of_second) = of(&smaller, "second-refits", [None, Some(8), None], false);
+    assert_eq!(neurons_of(&second, 1), neurons_of(&behind, 1));
+    assert!(gap(&down(&of_second, 1), &down(&of_behind, 1)) < 1e-5);
+}

@@ -5,6 +5,7 @@ mod search;
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
+use causal_lm::names::ExpertLayout;
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use clap::{Args, ValueEnum};
 use eval_report::cells::Shard;
@@ -12,6 +13,7 @@ use lowrank_eora::compress::Compressor;
 use lowrank_eora::experts::Owl;
 use prune_structured::experts::ExpertRecipe;
 use prune_structured::experts::compensation::ExpertScale;
+use prune_structured::experts::method::Reconstruct;
 use prune_structured::gguf::Precision;
 use prune_structured::score::Random;
 use prune_structured::{
@@ -20,6 +22,7 @@ use prune_structured::{
 use tensor_io::WriteOptions;
 use toy_lm::bundled::CALIBRATION;
 
+use super::experts::ExpertArgs;
 use super::names::Known;
 use super::values::{given, positive, ratio, seeds};
 use super::weights::CalibrationArithmetic;
@@ -44,7 +47,8 @@ pub(super) struct StructuredArgs {
     #[arg(long, value_enum, value_name = "NAME", default_value_t)]
     pub(super) arithmetic: CalibrationArithmetic,
     /// Methods, separated by commas. Dense models: those of score and allocation. Mixtures of experts: those that drop, merge
-    /// or narrow experts; topk-* rows are measured once, at every smaller number of experts for a token [default: rd-dp; for
+    /// or narrow experts; topk-* rows are measured once, at every smaller number of experts for a token, topk-lowrank in memory alone,
+    /// as no format holds it [default: rd-dp; for
     /// mixtures neurons]
     #[arg(long, value_delimiter = ',', value_name = "M[,M..]", value_parser = Known::new(methods()))]
     method: Vec<String>,
@@ -98,10 +102,53 @@ pub(super) struct StructuredArgs {
     /// Mixtures: compressors that prune a share of the weights take less from layers with more outliers (OWL)
     #[arg(long)]
     owl: bool,
+    /// Mixtures: calibrate each layer behind the pruned layers before it, not on the dense model
+    #[arg(long)]
+    progressive: bool,
+    /// Mixtures: clusters of stun, stun-reap and stun-compat that are averaged, router rows included, instead of keeping one of their
+    /// members [default: never]
+    #[arg(long, value_enum, value_name = "WHICH")]
+    reconstruct: Option<ReconstructArg>,
+    /// Mixtures: rank of the linear term that topk-lowrank adds beside the experts of each layer [default: 16]
+    #[arg(long, value_name = "R", value_parser = positive)]
+    topk_rank: Option<NonZeroUsize>,
+    /// Mixtures: how saved checkpoints hold experts [default: as the model does]
+    #[arg(long, value_enum, value_name = "HOW", requires = "save")]
+    layout: Option<LayoutArg>,
+    #[command(flatten)]
+    experts: ExpertArgs,
     #[command(flatten)]
     change: RecipeArgs,
     #[command(flatten)]
     search: search::SearchArgs,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum LayoutArg {
+    /// Tensors of its own for each expert, which older transformers and vLLM's own classes read
+    PerExpert,
+    /// One tensor for all experts of a layer
+    Fused,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum ReconstructArg {
+    /// None
+    Never,
+    /// All of layers that keep at most two experts, as STUN's program does
+    FewClusters,
+    /// Those of fewer than three members, as STUN's paper is summarised
+    SmallClusters,
+}
+
+impl From<ReconstructArg> for Reconstruct {
+    fn from(which: ReconstructArg) -> Self {
+        match which {
+            ReconstructArg::Never => Self::Never,
+            ReconstructArg::FewClusters => Self::FewClusters,
+            ReconstructArg::SmallClusters => Self::SmallClusters,
+        }
+    }
 }
 
 /// The methods that are recommended by what was measured: one for dense models, one for mixtures.
@@ -361,8 +408,13 @@ impl StructuredArgs {
             ("--quantise", !self.quantise.is_empty()),
             ("--then", !self.then.is_empty()),
             ("--owl", self.owl),
+            ("--progressive", self.progressive),
+            ("--reconstruct", self.reconstruct.is_some()),
+            ("--topk-rank", self.topk_rank.is_some()),
+            ("--layout", self.layout.is_some()),
             ("--seeds", self.seeds.is_some()),
         ]));
+        asked.extend(self.experts.asked());
         let names: Vec<&str> = match self.method[..] {
             [] => RECOMMENDED.to_vec(),
             _ => self.method.iter().map(String::as_str).collect(),
@@ -370,12 +422,28 @@ impl StructuredArgs {
         let variants = |name: &&str| self.change.variants(name, seed);
         let mut recipes: Vec<Recipe> = names.iter().flat_map(variants).collect();
         recipes.iter_mut().for_each(|r| self.search.change(r));
-        let variants = |name: &&str| self.change.expert_variants(name, seed);
+        let reconstruct = self.reconstruct.map_or(Reconstruct::Never, Reconstruct::from);
+        let variants = |name: &&str| {
+            let variants = self.change.expert_variants(name, seed).into_iter();
+            let variants = variants.map(|recipe| recipe.progressive(self.progressive));
+            variants.map(|recipe| recipe.reconstruct(reconstruct))
+        };
+        let mut of_mixtures: Vec<ExpertRecipe> = names.iter().flat_map(variants).collect();
+        of_mixtures.iter_mut().for_each(|r| self.experts.change(r));
+        if let Some(rank) = self.topk_rank {
+            let ranked = of_mixtures.into_iter();
+            of_mixtures = ranked.map(|r| r.with_term_rank(rank.get())).collect();
+        }
         let experts = ExpertMethods {
-            recipes: names.iter().flat_map(variants).collect(),
+            recipes: of_mixtures,
             compressors: self.quantise,
             then: self.then,
             owl: self.owl.then(Owl::default),
+            grams: self.experts.grams(),
+            layout: self.layout.map(|layout| match layout {
+                LayoutArg::PerExpert => ExpertLayout::Alone,
+                LayoutArg::Fused => ExpertLayout::Fused,
+            }),
         };
         structured::Config {
             perplexity: self.text.into(),

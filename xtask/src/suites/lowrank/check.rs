@@ -10,6 +10,7 @@ use lowrank_eora::packed::BlockType;
 use lowrank_eora::repair::{LayerId, Source};
 
 use super::config::{Config, method_name};
+use super::experts::{self, OUTPUTS};
 use super::output::Output;
 use super::save;
 use super::start::GivenModel;
@@ -32,7 +33,11 @@ pub(super) fn settings(settings: &Settings, config: &Config) -> Result<()> {
             reads(config, flag),
             "{flag}: changes nothing for {}{}; leave it out",
             started(config).join(", "),
-            if repairs { "" } else { " without a repair" }
+            match (is_of_experts(flag) && config.experts.is_none(), repairs) {
+                (true, _) => " without --experts",
+                (false, false) => " without a repair",
+                (false, true) => "",
+            }
         );
     }
     for output in config.outputs.iter().flatten() {
@@ -50,11 +55,20 @@ pub(super) fn settings(settings: &Settings, config: &Config) -> Result<()> {
     save::check_paths(settings, config)
 }
 
+/// Whether a flag says something of experts.
+fn is_of_experts(flag: &str) -> bool {
+    matches!(flag, "--pool-tokens" | "--expert-prior" | "--no-gate-weight")
+}
+
 /// Whether anything of the run reads a flag.
 fn reads(config: &Config, flag: &str) -> bool {
     let repairs = config.methods.iter().any(Option::is_some);
     let mut compressors = config.compressors.iter();
     match flag {
+        _ if is_of_experts(flag) => {
+            let calibrates = compressors.any(|one| one.needs() > Needs::Nothing);
+            config.experts.is_some() && (repairs || calibrates)
+        }
         // Compressors that calibrate do so on these inputs.
         "--inputs" | "--sequential" | "--token-share" => {
             repairs || compressors.any(|one| one.needs() > Needs::Nothing)
@@ -81,6 +95,10 @@ pub(super) fn model(
     decoder: &Decoder<'_>,
     given: Option<&GivenModel<'_>>,
 ) -> Result<Option<BTreeMap<LayerId, BlockType>>> {
+    if let Some(grams) = config.experts {
+        experts::check(config, decoder, grams)?;
+        return bases(config, given).map(|()| None);
+    }
     if let Some(given) = given {
         let fits = given.source.check(decoder);
         fits.with_context(|| format!("--compressed {}", given.checkpoint.dir().display()))?;
@@ -99,16 +117,8 @@ pub(super) fn model(
     for &output in &outputs {
         let named = || format!("--save-as {output}");
         storable(output, config, decoder, given).with_context(named)?;
-        let bases = output.bases();
-        let saved = bases.iter().any(|base| outputs.contains(base));
-        let is_given = given.is_some_and(|given| output != Output::LoraGguf || given.is_gguf());
-        let names: Vec<String> = bases.iter().map(ToString::to_string).collect();
-        ensure!(
-            bases.is_empty() || saved || is_given,
-            "--save-as {output}: its factors are fitted to the compressed model, which is not saved; add {}",
-            names.join(" or ")
-        );
     }
+    bases(config, given)?;
     let Some(given) = given.filter(|_| outputs.contains(&Output::Gguf)) else {
         return Ok(None);
     };
@@ -116,6 +126,28 @@ pub(super) fn model(
     Ok(Some(
         types.with_context(|| format!("--save-as {}", Output::Gguf))?,
     ))
+}
+
+/// Factors have what they were fitted to beside them.
+fn bases(config: &Config, given: Option<&GivenModel<'_>>) -> Result<()> {
+    let outputs = match config.save {
+        Some(_) => save::outputs(config, given),
+        None => Vec::new(),
+    };
+    for output in &outputs {
+        let bases = output.bases().iter();
+        let bases = bases.filter(|base| config.experts.is_none() || OUTPUTS.contains(base));
+        let bases: Vec<&Output> = bases.collect();
+        let saved = bases.iter().any(|base| outputs.contains(base));
+        let is_given = given.is_some_and(|given| *output != Output::LoraGguf || given.is_gguf());
+        let names: Vec<String> = bases.iter().map(ToString::to_string).collect();
+        ensure!(
+            bases.is_empty() || saved || is_given,
+            "--save-as {output}: its factors are fitted to the compressed model, which is not saved; add {}",
+            names.join(" or ")
+        );
+    }
+    Ok(())
 }
 
 /// Refuses a rank, the value of `flag`, that no linear has.

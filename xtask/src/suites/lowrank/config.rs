@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::ValueEnum;
 use lowrank_eora::compress::Compressor;
+use lowrank_eora::experts::GramOptions;
 use lowrank_eora::repair::{Method, Repair, Spread};
 use tensor_io::WriteOptions;
 
@@ -52,6 +53,8 @@ pub struct Config {
     pub resume: Option<PathBuf>,
     /// Whether to measure the hidden states.
     pub hidden_metrics: bool,
+    /// How tokens count where the experts of a mixture are compressed, in place of its other linears.
+    pub experts: Option<GramOptions>,
     /// Flags that were given and that some compressors or methods alone read.
     pub asked: Vec<&'static str>,
 }
@@ -97,6 +100,7 @@ impl Config {
             write: WriteOptions::default(),
             resume: None,
             hidden_metrics: false,
+            experts: None,
             asked: Vec::new(),
         }
     }

@@ -3,6 +3,7 @@
 mod cells;
 mod check;
 mod config;
+mod experts;
 mod gguf;
 mod output;
 mod save;
@@ -74,7 +75,11 @@ pub fn run(settings: &Settings, config: &Config) -> Result<Vec<Section>> {
     };
     let mut starts: Vec<Start<'_>> = Vec::new();
     for (compressor, source) in config.compressors.iter().zip(&compressors) {
-        let in_gguf = files.of_compressor(compressor);
+        // Experts are counted in the form of their compressor and written as floats.
+        let in_gguf = match config.experts {
+            None => files.of_compressor(compressor),
+            Some(_) => Ok(None),
+        };
         let in_gguf = in_gguf.with_context(|| compressor.to_string())?;
         starts.push(Start::compressor(compressor, &**source, in_gguf));
     }
@@ -88,7 +93,7 @@ pub fn run(settings: &Settings, config: &Config) -> Result<Vec<Section>> {
             eprintln!("{name}: {types}");
         }
     }
-    let experts = experts_left(&decoder);
+    let experts = experts_left(&decoder).filter(|_| config.experts.is_none());
     if let Some(experts) = &experts {
         settings.note(&format!("experts: {experts}"));
     }
@@ -126,6 +131,9 @@ pub fn run(settings: &Settings, config: &Config) -> Result<Vec<Section>> {
         // What failed is not finished, but the report shows the rest of it.
         let (mut made, mut failed) = (Vec::new(), Vec::new());
         let finished = settings.cells.get(&start.name, || {
+            if let Some(compressor) = start.alike.filter(|_| config.experts.is_some()) {
+                return suite.experts(compressor, &bar);
+            }
             (made, failed) = suite.start(start, &bar);
             match failed.pop() {
                 None => Ok(std::mem::take(&mut made)),
@@ -152,9 +160,13 @@ pub fn run(settings: &Settings, config: &Config) -> Result<Vec<Section>> {
     }
     compare_with_dense(&mut rows, &decoder, &file_name(&config.perplexity.model));
     let names: Vec<&str> = starts.iter().map(|start| start.name.as_str()).collect();
+    let section = match config.experts {
+        None => table::section(config, &names, rows),
+        Some(_) => experts::section(rows),
+    };
     let mut section = protocol
         .facts(
-            table::section(config, &names, rows),
+            section,
             &config.perplexity.text,
             evaluation.count(),
             evaluation.targets(),
@@ -180,6 +192,9 @@ pub fn run(settings: &Settings, config: &Config) -> Result<Vec<Section>> {
     }
     if let Some(imatrix) = &config.imatrix {
         section = section.fact("importance", file_name(imatrix));
+    }
+    if config.experts.is_some() {
+        return Ok(vec![section]);
     }
     let spread = match config.allocate {
         None => "the same for all".to_string(),

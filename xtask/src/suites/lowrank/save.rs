@@ -34,6 +34,7 @@ pub(super) fn outputs(config: &Config, given: Option<&GivenModel<'_>>) -> Vec<Ou
         return outputs.clone();
     }
     let outputs = match given {
+        None if config.experts.is_some() => vec![Output::Adapter, Output::Compressed],
         None => vec![Output::Adapter, Output::Compressed, Output::Probe],
         Some(given) if given.is_gguf() => vec![Output::LoraGguf, Output::Probe],
         Some(_) => vec![Output::Adapter, Output::Probe],
@@ -102,7 +103,8 @@ fn may_be_written(config: &Config, output: Output) -> bool {
         Some(outputs) => outputs.contains(&output),
         // Those of [`outputs`]; of a given model its adapter.
         None => match output {
-            Output::Adapter | Output::Probe => true,
+            Output::Adapter => true,
+            Output::Probe => config.experts.is_none(),
             Output::Compressed => config.compressed.is_none(),
             Output::LoraGguf => config.compressed.is_some(),
             _ => false,

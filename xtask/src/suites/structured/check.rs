@@ -6,12 +6,13 @@ use std::path::Path;
 use anyhow::{Context, Result, bail, ensure};
 use causal_lm::Decoder;
 use eval_report::DENSE;
-use prune_structured::experts::ExpertRecipe;
+use lowrank_eora::compress::Needs;
+use prune_structured::experts::{ExpertRecipe, ExpertSettings};
 use prune_structured::{Allocation, Compensation, Error, Form, Recipe, Score, rate_distortion};
 use tensor_io::PendingFile;
 
-use super::config::{CALIBRATION, Config, Export};
-use super::experts::{aims, planned};
+use super::config::{CALIBRATION, Config, Export, ExpertMethods};
+use super::experts::{aims, label, planned};
 use crate::settings::{Settings, once, spares};
 use crate::suites::perplexity;
 
@@ -74,6 +75,9 @@ pub(super) fn model(settings: &Settings, config: &Config, decoder: &Decoder<'_>)
             fits.map_err(|error| by_flag(error, &recipe.name))?;
         }
     }
+    if is_mixture {
+        compressed(config, decoder)?;
+    }
     for export in &config.exports {
         let fits = export.check(decoder, &decoder.config().widths);
         fits.context("--export")?;
@@ -82,6 +86,34 @@ pub(super) fn model(settings: &Settings, config: &Config, decoder: &Decoder<'_>)
         true => paths_of_experts(settings, config, decoder),
         false => paths(settings, config),
     }
+}
+
+/// What cannot be done to experts that are compressed or stored in another way, or stored at all.
+fn compressed(config: &Config, decoder: &Decoder<'_>) -> Result<()> {
+    let experts = &config.experts;
+    let mut in_memory = experts.recipes.iter().filter(|r| r.term_rank().is_some());
+    if let Some(recipe) = in_memory.next() {
+        for (flag, is_asked) in [
+            ("--save", config.save.is_some()),
+            ("--save-plans", config.save_plans.is_some()),
+        ] {
+            ensure!(
+                !is_asked,
+                "{flag}: {} adds a linear term to the output of each layer's experts, which no stock format has a place for; it is \
+                 measured in memory: leave one of the two out",
+                recipe.name
+            );
+        }
+    }
+    let settings = ExpertSettings::default().layout(experts.layout);
+    settings.check(decoder).context("--layout")?;
+    for (flag, compressors) in [("--quantise", &experts.compressors), ("--then", &experts.then)] {
+        for &compressor in compressors {
+            let fits = experts.repair(compressor).check(decoder);
+            fits.with_context(|| format!("{flag} {}", label(compressor)))?;
+        }
+    }
+    Ok(())
 }
 
 /// Everything that was asked for by name applies to this kind of model.
@@ -163,6 +195,8 @@ fn by_flag(error: Error, method: &str) -> anyhow::Error {
             "min_neurons" => "--min-neurons",
             "min_attention" => "--min-attention",
             "align_neurons" | "align_experts" => "--align",
+            "prior" => "--expert-prior",
+            "rank" => "--topk-rank",
             "compensation" => "--compensate",
             "uniform" => "--uniform",
             "iterations" => "--iterations",
@@ -197,27 +231,33 @@ fn read_by_any(config: &Config, decoder: &Decoder<'_>, is_mixture: bool) -> Resu
                 .iter()
                 .any(|recipe| reads(config, decoder, flag, recipe)),
         };
-        let compressed = !config.experts.compressors.is_empty() || !config.experts.then.is_empty();
-        if read || is_mixture && flag == "--owl" && compressed {
+        if read || is_mixture && read_by_compressors(flag, &config.experts) {
             continue;
         }
-        if !is_mixture && matches!(flag, "--quantise" | "--then" | "--owl") {
+        if !is_mixture && is_of_mixtures(flag) {
+            let instead = match flag {
+                "--quantise" | "--then" | "--owl" => {
+                    "quantise dense models by eval lowrank or eval chain"
+                }
+                _ => "leave it out",
+            };
             bail!(
-                "{flag}: {} is no mixture of experts; quantise dense models by eval lowrank or eval chain",
+                "{flag}: {} is no mixture of experts; {instead}",
                 config.perplexity.model.display()
             );
         }
-        let names: Vec<&str> = match is_mixture {
-            true => config
-                .experts
-                .recipes
-                .iter()
-                .map(|recipe| recipe.name.as_str())
-                .collect(),
+        let experts = &config.experts;
+        let names: Vec<String> = match is_mixture {
+            true => {
+                let compressors = experts.compressors.iter().chain(&experts.then);
+                let compressors = compressors.map(|&compressor| label(compressor));
+                let recipes = experts.recipes.iter().map(|recipe| recipe.name.clone());
+                recipes.chain(compressors).collect()
+            }
             false => config
                 .recipes
                 .iter()
-                .map(|recipe| recipe.name.as_str())
+                .map(|recipe| recipe.name.clone())
                 .collect(),
         };
         let or = match flag {
@@ -257,8 +297,38 @@ fn reads(config: &Config, decoder: &Decoder<'_>, flag: &str, recipe: &Recipe) ->
         | "--accumulation" | "--settle" | "--elimination" | "--search-start" | "--resume" => {
             searches
         }
-        "--quantise" | "--then" | "--owl" => false,
-        _ => true,
+        _ => !is_of_mixtures(flag),
+    }
+}
+
+/// Whether a flag says something of experts.
+fn is_of_mixtures(flag: &str) -> bool {
+    matches!(
+        flag,
+        "--quantise"
+            | "--then"
+            | "--owl"
+            | "--progressive"
+            | "--reconstruct"
+            | "--topk-rank"
+            | "--layout"
+            | "--pool-tokens"
+            | "--expert-prior"
+            | "--no-gate-weight"
+    )
+}
+
+/// Whether compressing experts reads a flag.
+fn read_by_compressors(flag: &str, experts: &ExpertMethods) -> bool {
+    let is_left = experts.recipes.iter().any(|recipe| !recipe.is_fewer());
+    let then = experts.then.iter().filter(|_| is_left);
+    let mut compressors = experts.compressors.iter().chain(then);
+    match flag {
+        "--owl" => compressors.next().is_some(),
+        "--pool-tokens" | "--expert-prior" | "--no-gate-weight" => {
+            compressors.any(|(compressor, rank)| *rank > 0 || compressor.needs() > Needs::Nothing)
+        }
+        _ => false,
     }
 }
 
@@ -268,7 +338,13 @@ fn reads_of_mixtures(flag: &str, recipe: &ExpertRecipe) -> bool {
         "--ridge" | "--align" | "--score" => !recipe.drops() && !recipe.is_fewer(),
         "--then" => !recipe.is_fewer(),
         "--seeds" => recipe.draws(),
-        "--search-samples" | "--quantise" => true,
+        "--progressive" => recipe.reads_layers(),
+        "--reconstruct" => recipe.reconstructs(),
+        "--topk-rank" => recipe.term_rank().is_some(),
+        "--pool-tokens" | "--expert-prior" | "--no-gate-weight" => {
+            recipe.narrows() && recipe.neurons.reads_tokens()
+        }
+        "--search-samples" | "--quantise" | "--layout" => true,
         _ => false,
     }
 }

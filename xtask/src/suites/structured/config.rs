@@ -3,11 +3,12 @@
 use std::path::PathBuf;
 
 use anyhow::Result;
+use causal_lm::names::ExpertLayout;
 use causal_lm::{BATCH_TOKENS, Decoder, Widths};
 use eval_report::ROUNDS;
 use eval_report::cells::Shard;
 use lowrank_eora::compress::Compressor;
-use lowrank_eora::experts::Owl;
+use lowrank_eora::experts::{ExpertRepair, GramOptions, Owl};
 use prune_structured::experts::ExpertRecipe;
 use prune_structured::gguf::{self, Precision};
 use prune_structured::rate_distortion::Measure;
@@ -81,6 +82,23 @@ pub struct ExpertMethods {
     pub then: Vec<(Compressor, usize)>,
     /// How much of each layer compressors prune; `None` for the same of all.
     pub owl: Option<Owl>,
+    /// How tokens of experts count where these are compressed; those that are narrowed have the same in their recipes.
+    pub grams: GramOptions,
+    /// How experts are stored; `None` for as the model has them.
+    pub layout: Option<ExpertLayout>,
+}
+
+impl ExpertMethods {
+    /// How a compressor with a correction of some rank is run.
+    pub(super) fn repair(&self, (compressor, rank): (Compressor, usize)) -> ExpertRepair {
+        let repair = ExpertRepair::new(compressor).rank(rank);
+        repair.owl(self.owl).grams(self.grams).layout(self.layout)
+    }
+
+    /// Whether layers are calibrated behind the pruned ones.
+    pub(super) fn is_progressive(&self) -> bool {
+        self.recipes.iter().any(|recipe| recipe.progressive)
+    }
 }
 
 impl Config {
@@ -160,7 +178,11 @@ impl Config {
         let experts = &self.experts;
         let dropped = experts.recipes.len() * self.ratios.len() * (1 + experts.then.len());
         let rows = 1 + dropped + experts.compressors.len();
-        let row = probe.copy() + probe.pass(counts.evaluation) + probe.pass(counts.calibration);
+        let calibration = match experts.is_progressive() {
+            true => 2 * counts.calibration,
+            false => counts.calibration,
+        };
+        let row = probe.copy() + probe.pass(counts.evaluation) + probe.pass(calibration);
         rows as f64 * row
     }
 }

@@ -2,6 +2,7 @@
 
 mod planned;
 mod table;
+mod terms;
 
 use std::path::Path;
 
@@ -10,7 +11,7 @@ use causal_lm::{Decoder, Windows};
 use eval_report::{Axis, DENSE, Plot, Reference, Row, Section, Series, Stopwatch, mean_over_seeds};
 use lm_eval::ScoredWindows;
 use lowrank_eora::compress::Compressor;
-use lowrank_eora::experts::{ExpertRepair, RepairedExperts, repair_experts};
+use lowrank_eora::experts::{RepairedExperts, repair_experts};
 use prune_structured::experts::{
     Aim, ExpertCost, ExpertOptions, ExpertPlan, ExpertRecipe, ExpertSettings, JointData, Keep,
     LayerStatistics, Outcome, method, plan, router_map, write,
@@ -26,8 +27,8 @@ use crate::bar::Bar;
 use crate::settings::{Settings, part};
 use crate::suites::damping;
 use crate::suites::perplexity::{self, Protocol, file_name};
-pub(super) use planned::{aims, planned};
-use planned::{beside, label, saved, seeds};
+pub(super) use planned::{aims, label, planned};
+use planned::{beside, saved, seeds};
 use table::{cell_name, counts, ids, layers, section};
 
 /// What all rows share.
@@ -133,6 +134,9 @@ impl Suite<'_> {
         self.compare_with_dense(&mut rows)?;
         let mut section = section(self.config.dry_run, rows, self.plots(&pictures)?);
         section.failures = failures;
+        if self.config.experts.is_progressive() {
+            section = section.fact("calibrated on", "activations behind the pruned layers");
+        }
         Ok(vec![
             self.protocol
                 .facts(
@@ -241,6 +245,7 @@ impl Suite<'_> {
         let writing = bar.nested("writing", 0);
         let settings = ExpertSettings::default()
             .refits(refits.as_ref())
+            .layout(self.config.experts.layout)
             .files(self.config.write.clone());
         write(self.decoder, &outcome.plan, &folder, &settings, &writing)?;
         writing.finish();
@@ -249,6 +254,7 @@ impl Suite<'_> {
 
         let checkpoint = Checkpoint::open(&folder)?;
         let pruned = perplexity::open(self.settings, &checkpoint)?;
+        let pruned = terms::attached(pruned, &outcome)?;
         ensure!(
             (
                 Some(checkpoint.parameters()),
@@ -260,6 +266,7 @@ impl Suite<'_> {
         let steps = bar.nested("perplexity", 0);
         perplexity::measure(&pruned, self.evaluation, &mut row, &steps)?;
         steps.finish();
+        terms::count(&mut row, &outcome);
         let times = time_blocks(&[self.decoder, &pruned], self.evaluation.inputs())?;
         times[1].fill_beside(&times[0], &mut row);
         let last = self.config.ratios.last().copied();
@@ -358,9 +365,14 @@ impl Suite<'_> {
             true => Compensation::LEAST_SQUARES.name(),
             false => plan.compensation.name(),
         };
-        extra("compensation", json!(compensation.replace('-', " ")));
-        let loading = match plan.loading(self.decoder) {
-            Loading::Stock => "stock",
+        let compensation = match recipe.term_rank() {
+            Some(rank) => format!("factor, term of rank {rank}"),
+            None => compensation.replace('-', " "),
+        };
+        extra("compensation", json!(compensation));
+        let loading = match (recipe.term_rank(), plan.loading(self.decoder)) {
+            (Some(_), _) => "memory alone",
+            (None, Loading::Stock) => "stock",
             _ => "loader",
         };
         extra("loads_in", json!(loading));
@@ -395,10 +407,8 @@ impl Suite<'_> {
         (row, bar): (&mut Row, &Bar),
     ) -> Result<RepairedExperts> {
         let watch = Stopwatch::start();
-        let repair = ExpertRepair::new(compressor)
-            .rank(rank)
-            .owl(self.config.experts.owl)
-            .files(self.config.write.clone());
+        let repair = self.config.experts.repair((compressor, rank));
+        let repair = repair.files(self.config.write.clone());
         let steps = bar.nested("experts", 0);
         let found = repair_experts(decoder, self.calibration, &repair, folder, &steps)?;
         steps.finish();

@@ -9,6 +9,7 @@ use crate::experts::layer::{Batch, Layer};
 use crate::experts::method::Choice;
 use crate::experts::routing::restricted;
 use crate::{Error, Result};
+use causal_lm::Decoder;
 use causal_lm::mixture::RoutingRule;
 use faer::Mat;
 use linalg::Cholesky;
@@ -31,15 +32,20 @@ impl Default for ExpertScale {
 impl Compensate for ExpertScale {
     fn factors(&self, layer: &Layer<'_>, choice: &Choice) -> Result<Vec<Vec<f64>>> {
         if choice.members.iter().any(|members| !members.is_empty()) {
-            return Err(Error::Unsupported {
-                method: "expert-scale",
-                model_type: layer.decoder.config().model_type,
-                reason: "it needs the outputs of the experts that stay, and merged ones are not run",
-            });
+            return Err(merged_are_not_run(layer.decoder));
         }
         let moments = Moments::of(layer, layer.rule, &choice.kept)?;
         let factors = moments.solve(self.ridge, layer.index)?;
         Ok(factors.into_iter().map(|factor| vec![factor]).collect())
+    }
+}
+
+/// What is said of factors for merged experts.
+pub(crate) fn merged_are_not_run(decoder: &Decoder<'_>) -> Error {
+    Error::Unsupported {
+        method: "expert-scale",
+        model_type: decoder.config().model_type,
+        reason: "it needs the outputs of the experts that stay, and merged ones are not run",
     }
 }
 

@@ -9,7 +9,7 @@ use crate::Result;
 use crate::methods::methods;
 
 pub use expert_scale::ExpertScale;
-pub(crate) use expert_scale::Moments;
+pub(crate) use expert_scale::{Moments, merged_are_not_run};
 pub use none::NoExpertCompensation;
 
 methods! {

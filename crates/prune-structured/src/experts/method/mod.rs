@@ -45,7 +45,7 @@ pub(crate) use naee::errors_of as naee_errors;
 pub use prob_sum::ProbSum;
 pub use random::RandomExperts;
 pub use reap::Reap;
-pub use stun::{Representative, Stun};
+pub use stun::{Reconstruct, Representative, Stun};
 pub use stun_compat::StunCompat;
 
 methods! {
@@ -112,10 +112,29 @@ impl From<Vec<usize>> for Choice {
     }
 }
 
-impl Choice {
-    /// The same with the clusters that it comes from.
-    pub(crate) fn with_clusters(self, clusters: Vec<Vec<usize>>) -> Self {
-        Self { clusters, ..self }
+impl ExpertMethod {
+    /// Whether it reads more of a layer than weights and router rows.
+    pub(crate) fn reads_layers(&self) -> bool {
+        match self {
+            Self::Random(_) | Self::Aimer(_) => false,
+            _ => self.stun().is_none_or(Stun::reads_layers),
+        }
+    }
+
+    /// STUN's clusters, where it makes them.
+    pub(crate) fn stun(&self) -> Option<&Stun> {
+        match self {
+            Self::Stun(stun) | Self::StunCompat(StunCompat { stun }) => Some(stun),
+            _ => None,
+        }
+    }
+
+    /// The same, to be changed.
+    pub(crate) fn stun_mut(&mut self) -> Option<&mut Stun> {
+        match self {
+            Self::Stun(stun) | Self::StunCompat(StunCompat { stun }) => Some(stun),
+            _ => None,
+        }
     }
 }
 

@@ -4,6 +4,7 @@ use super::{Choice, Choosing, Reap};
 use crate::Result;
 use crate::experts::cluster::{Linkage, clusters};
 use crate::experts::layer::Layer;
+use crate::experts::merge::means;
 use serde::{Deserialize, Serialize};
 
 /// Clusters of complete linkage, as many as experts are to stay, one expert kept of each.
@@ -18,6 +19,44 @@ pub struct Stun {
     pub together: f64,
     /// Which expert of a cluster stays.
     pub representative: Representative,
+    /// Which clusters are averaged instead.
+    #[serde(default)]
+    pub reconstruct: Reconstruct,
+}
+
+/// Which clusters become the mean of their members, with neurons in the order of the one that would stay and with the mean of
+/// their router rows: STUN's selective reconstruction. Its published program and its paper differ in what it is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
+pub enum Reconstruct {
+    /// None: one member of each cluster stays as it is.
+    #[default]
+    Never,
+    /// All of layers that end with at most two, as the program does.
+    FewClusters,
+    /// Those of fewer than three members, as the paper is summarised.
+    SmallClusters,
+}
+
+impl Reconstruct {
+    /// Its name in flags and tables.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Never => "never",
+            Self::FewClusters => "few-clusters",
+            Self::SmallClusters => "small-clusters",
+        }
+    }
+
+    /// Whether a cluster of so many members, one of so many of a layer, is averaged.
+    pub(crate) fn averages(self, members: usize, clusters: usize) -> bool {
+        match self {
+            Self::Never => false,
+            Self::FewClusters => clusters <= 2,
+            Self::SmallClusters => members < 3,
+        }
+    }
 }
 
 /// Which expert of a cluster stays.
@@ -39,6 +78,7 @@ impl Default for Stun {
             rows: 1.0,
             together: 0.0,
             representative: Representative::default(),
+            reconstruct: Reconstruct::default(),
         }
     }
 }
@@ -46,12 +86,16 @@ impl Default for Stun {
 impl Choosing for Stun {
     fn choose(&self, layer: &Layer<'_>, keep: usize) -> Result<Choice> {
         let distances = self.distances(layer)?;
-        let clusters = clusters(&distances, keep, Linkage::Complete);
-        Ok(Choice::from(self.kept(layer, &clusters)?).with_clusters(clusters))
+        self.choice(layer, clusters(&distances, keep, Linkage::Complete))
     }
 }
 
 impl Stun {
+    /// Whether it reads more than weights and router rows.
+    pub(crate) fn reads_layers(&self) -> bool {
+        self.together != 0.0 || self.representative == Representative::Reap
+    }
+
     /// Distances of all pairs of experts.
     pub(crate) fn distances(&self, layer: &Layer<'_>) -> Result<Vec<Vec<f64>>> {
         let together = &layer.statistics.together;
@@ -71,8 +115,15 @@ impl Stun {
         ))
     }
 
+    /// What becomes of clusters.
+    pub(crate) fn choice(&self, layer: &Layer<'_>, clusters: Vec<Vec<usize>>) -> Result<Choice> {
+        let (kept, count) = (self.kept(layer, &clusters)?, clusters.len());
+        let averaged = |members: &[usize]| self.reconstruct.averages(members.len(), count);
+        Ok(means(&kept, clusters, averaged))
+    }
+
     /// The expert that stays of each cluster.
-    pub(crate) fn kept(&self, layer: &Layer<'_>, clusters: &[Vec<usize>]) -> Result<Vec<usize>> {
+    fn kept(&self, layer: &Layer<'_>, clusters: &[Vec<usize>]) -> Result<Vec<usize>> {
         let reap = match self.representative {
             Representative::Reap => Reap.scores(layer)?,
             Representative::NearestToMean => vec![],
@@ -209,6 +260,20 @@ pub(crate) mod tests {
             cut(1.0, 1.0, 5),
             [vec![0, 7], vec![1], vec![2, 5], vec![3], vec![4, 6]]
         );
+    }
+
+    #[test]
+    fn clusters_are_averaged_by_their_size_or_by_their_number() {
+        let averaged = |which: Reconstruct| -> Vec<(usize, usize)> {
+            let all = (1..5).flat_map(|members| (1..5).map(move |clusters| (members, clusters)));
+            all.filter(|&(members, clusters)| which.averages(members, clusters))
+                .collect()
+        };
+        assert_eq!(averaged(Reconstruct::Never), []);
+        assert!(averaged(Reconstruct::FewClusters).iter().all(|(_, clusters)| *clusters < 3));
+        assert!(averaged(Reconstruct::SmallClusters).iter().all(|(members, _)| *members < 3));
+        assert_eq!(averaged(Reconstruct::FewClusters).len(), 8);
+        assert_eq!(averaged(Reconstruct::SmallClusters).len(), 8);
     }
 
     #[test]

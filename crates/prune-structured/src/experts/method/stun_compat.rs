@@ -44,7 +44,7 @@ impl Choosing for StunCompat {
                 })
                 .collect();
         }
-        Ok(Choice::from(self.stun.kept(layer, &found)?).with_clusters(found))
+        self.stun.choice(layer, found)
     }
 }
 

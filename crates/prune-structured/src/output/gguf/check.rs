@@ -10,8 +10,10 @@ use causal_lm::{Decoder, LinearName, ModelConfig};
 /// widths.
 ///
 /// # Errors
-/// [`Error::Export`](crate::Error::Export) for a model of which llama.cpp would compute something else.
+/// [`Error::Export`](crate::Error::Export) for a model of which llama.cpp would compute something else, and for one with terms
+/// that no file holds.
 pub(super) fn architecture(decoder: &Decoder<'_>, config: &ModelConfig) -> Result<Architecture> {
+    decoder.check_written()?;
     let Some(architecture) = Architecture::of(config) else {
         let known = Architecture::ALL.map(Architecture::name).join(", ");
         return Err(unsupported(

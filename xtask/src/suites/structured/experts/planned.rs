@@ -11,7 +11,7 @@ use super::table::cell_name;
 use crate::settings::Settings;
 
 /// A compressor as `--quantise` names it.
-pub(super) fn label((compressor, rank): (Compressor, usize)) -> String {
+pub(in super::super) fn label((compressor, rank): (Compressor, usize)) -> String {
     match rank {
         0 => compressor.to_string(),
         rank => format!("{compressor}+eora-{rank}"),

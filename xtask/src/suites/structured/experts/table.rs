@@ -97,7 +97,7 @@ pub(super) fn section(is_dry_run: bool, rows: Vec<Row>, mut plots: Vec<Plot>) ->
          bytes of routed experts: that which was asked for, and beside it the share that was removed, for experts and blocks of \
          neurons are whole; routers, shared experts, attention and embeddings are not pruned. Merged rows keep one \
          router row for each merged expert. topk rows send each token to fewer experts: they cost less work and as many \
-         bytes. Quantised rows are all experts compressed, with the bytes that their format needs; their ratio is that of \
+         bytes; topk-lowrank, a control, adds a linear term to each layer in memory, which no format holds. Quantised rows are all experts compressed, with the bytes that their format needs; their ratio is that of \
          bytes. random is a mean over seeds. Promoted is the share of choices that went to experts which are gone. Time and \
          memory are those of planning and writing; speed is that of the blocks on a batch of windows, in alternation with \
          the dense model's."
