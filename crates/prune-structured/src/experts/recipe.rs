@@ -3,7 +3,7 @@
 use super::compensation::NoExpertCompensation;
 use super::fewer::{FewerExperts, fewer};
 use super::joint::{Joint, JointData, JointOptions, joint};
-use super::method::{ExpertMethod, RandomExperts, Reap, Representative, Stun};
+use super::method::{ExpertMethod, HcSmoe, MSmoe, RandomExperts, Reap, Representative, Stun};
 use super::neurons::{NeuronOptions, narrow};
 use super::select::{Outcome, plan};
 use super::{ExpertCompensation, ExpertOptions, ExpertPlan, ExpertRefits, Keep, LayerExperts};
@@ -50,8 +50,10 @@ pub enum Aim {
 }
 
 /// Methods that are more than the choice of experts to drop.
-const MORE: [&str; 8] = [
+const MORE: [&str; 10] = [
     "stun-reap",
+    "hc-smoe-tied",
+    "m-smoe-tied",
     "neurons",
     "joint",
     "joint-by-layer",
@@ -79,6 +81,20 @@ impl ExpertRecipe {
                     ..Stun::default()
                 };
                 Change::Experts(stun.into(), none)
+            }
+            "hc-smoe-tied" => {
+                let tied = HcSmoe {
+                    tied: true,
+                    ..HcSmoe::default()
+                };
+                Change::Experts(tied.into(), none)
+            }
+            "m-smoe-tied" => {
+                let tied = MSmoe {
+                    tied: true,
+                    ..MSmoe::default()
+                };
+                Change::Experts(tied.into(), none)
             }
             "neurons" => Change::Neurons,
             "joint" => Change::Joint(Reap.into(), Joint::Uniform),
@@ -137,6 +153,24 @@ impl ExpertRecipe {
         matches!(self.change, Change::Experts(..))
     }
 
+    /// Whether it merges experts, which are then not gone.
+    pub fn merges(&self) -> bool {
+        use ExpertMethod::{HcSmoe, MSmoe};
+        matches!(self.change, Change::Experts(HcSmoe(_) | MSmoe(_), _))
+    }
+
+    /// Whether all router rows stay, which are to share experts or stand for constants: only this workspace and the folder's loader
+    /// open the result.
+    pub fn keeps_rows(&self) -> bool {
+        match self.change {
+            Change::Experts(method, compensation) => {
+                let options = ExpertOptions::new(method, Keep::Without(0.0));
+                options.compensation(compensation).keeps_rows()
+            }
+            _ => false,
+        }
+    }
+
     /// Whether it makes tokens cheaper and the model no smaller.
     pub fn is_fewer(&self) -> bool {
         matches!(self.change, Change::Fewer(_))
@@ -146,21 +180,18 @@ impl ExpertRecipe {
     /// than the alignment, fewer experts than each token goes to.
     ///
     /// # Errors
-    /// [`Error::Option`], [`Error::Ratio`], [`Error::Width`], [`Error::Experts`].
+    /// [`Error::Option`], [`Error::Ratio`], [`Error::Width`], [`Error::Experts`], and causal-lm's error for a model whose router
+    /// rows share experts already.
     pub fn check(&self, decoder: &Decoder<'_>, aim: Aim) -> Result<()> {
+        decoder.config().refuse_expert_map("pruning experts")?;
         let mixtures = decoder.config().mixtures.iter().enumerate();
         let mixtures = mixtures.filter_map(|(layer, mixture)| Some((layer, (*mixture)?)));
         match (self.change, aim) {
-            (Change::Experts(..), Aim::Ratio(ratio)) => {
+            (Change::Experts(method, compensation), Aim::Ratio(ratio)) => {
+                let options = ExpertOptions::new(method, Keep::Without(ratio));
+                let options = options.compensation(compensation);
                 for (layer, mixture) in mixtures {
-                    let kept = Keep::Without(ratio).of(mixture.experts)?;
-                    if kept < mixture.chosen {
-                        return Err(Error::Experts {
-                            layer,
-                            kept,
-                            chosen: mixture.chosen,
-                        });
-                    }
+                    options.kept(layer, mixture)?;
                 }
                 Ok(())
             }
