@@ -6,7 +6,7 @@ mod linears;
 use crate::block::{Attention, Block, Half, Mlp, Norm, RopeTable, RopeTables, TokenMixer};
 use crate::config::{LAYER_SCALAR, ModelConfig, NormConfig, NormKind, QkNorm};
 use crate::linear::Linear;
-use crate::mixture::{LinearTerm, Moe, RoutingRule, SharedExpert};
+use crate::mixture::{LinearTerm, MappedRows, Moe, RoutingRule, SharedExpert};
 use crate::names::{ExpertLayout, LinearName};
 use crate::packing::{Execution, Stored};
 use crate::rope::Rope;
@@ -112,7 +112,10 @@ impl<'a> Decoder<'a> {
         if terms.len() != layers {
             return Err(Error::LinearTerm {
                 layer: terms.len().min(layers),
-                reason: format!("{} layers are given, but the model has {layers}", terms.len()),
+                reason: format!(
+                    "{} layers are given, but the model has {layers}",
+                    terms.len()
+                ),
             });
         }
         let moved = |(layer, term): (usize, &Option<LinearTerm>)| -> Result<Option<LinearTerm>> {
@@ -287,7 +290,7 @@ impl<'a> Decoder<'a> {
     pub fn block(&self, layer: usize) -> Result<Block> {
         let mut block = self.frame(layer)?;
         if let Some(moe) = &mut block.experts {
-            let experts = 0..moe.router.outputs();
+            let experts = 0..moe.experts();
             moe.experts = experts
                 .map(|e| self.expert(layer, e))
                 .collect::<Result<_>>()?;
@@ -394,6 +397,7 @@ impl<'a> Decoder<'a> {
                     normalise: mixture.normalise,
                 },
                 experts: vec![],
+                mapped: self.mapped_rows(layer)?,
                 shared: match mixture.shared {
                     0 => None,
                     _ => Some(SharedExpert {
@@ -445,6 +449,17 @@ impl<'a> Decoder<'a> {
             experts: 0,
         })?;
         Ok(Linear::new(self.load(&name)?, None))
+    }
+
+    /// What the router rows of a block stand for, where they are not the stored experts.
+    fn mapped_rows(&self, layer: usize) -> Result<Option<MappedRows>> {
+        let Some(map) = self.config.expert_maps[layer].clone() else {
+            return Ok(None);
+        };
+        let name = self.config.names.novices(layer);
+        let name = name.filter(|_| map.constants() > 0);
+        let novices = name.map(|name| self.load(&name)).transpose()?;
+        Ok(Some(MappedRows { map, novices }))
     }
 
     /// An RMS norm whose weights are 1.
@@ -530,7 +545,7 @@ impl<'a> Decoder<'a> {
         for layer in 0..self.config.layers() {
             let frame = self.frame(layer)?;
             weights.add_block(&frame);
-            let experts = frame.experts.as_ref().map_or(0, |moe| moe.router.outputs());
+            let experts = frame.experts.as_ref().map_or(0, Moe::experts);
             for expert in 0..experts {
                 weights.add_expert(&self.expert(layer, expert)?);
                 self.release_expert(layer, expert);

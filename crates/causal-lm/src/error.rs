@@ -140,6 +140,16 @@ pub enum Error {
         /// What is wrong with it.
         reason: String,
     },
+    /// Router rows that share experts or stand for constants, where each has to be a stored expert.
+    #[error(
+        "layer {layer}: {what} takes a stored expert for each router row, but rows of this model share experts or stand for constants (per_layer_widths.expert_map); start from the model that it was made of"
+    )]
+    ExpertMap {
+        /// The first layer with such rows.
+        layer: usize,
+        /// What cannot be done with them.
+        what: &'static str,
+    },
     /// The windows asked for cannot be cut from the text.
     #[error("{0}")]
     Windows(String),

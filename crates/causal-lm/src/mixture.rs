@@ -3,12 +3,17 @@
 //! Experts are run one after the other over all tokens that chose them. So each is loaded once however many windows there
 //! are, its products are as large as they can be, and the sum of a token does not depend on what runs beside it: experts
 //! are added in ascending order.
+//!
+//! Several router rows may share an expert, which then runs once with the sum of their gates, and rows may stand for constant
+//! vectors, which are added behind the experts ([`MappedRows`]).
 
 mod inputs;
+mod mapped;
 mod pass;
 mod term;
 
 use crate::block::Mlp;
+use crate::config::ExpertMap;
 use crate::linear::Linear;
 use crate::ops;
 use crate::{Error, Result};
@@ -16,13 +21,14 @@ use candle_core::{DType, Device, Tensor};
 use rayon::prelude::*;
 
 pub use inputs::{ExpertInputs, ExpertToken};
+pub use mapped::MappedRows;
 pub use pass::MixturePass;
 pub use term::LinearTerm;
 
 /// The experts of a block and their router.
 #[derive(Clone, Debug)]
 pub struct Moe {
-    /// `[experts, hidden]`.
+    /// `[rows, hidden]`, a row for each expert unless `mapped` says otherwise.
     pub router: Linear,
     /// How experts are chosen and weighted.
     pub rule: RoutingRule,
@@ -32,6 +38,8 @@ pub struct Moe {
     pub shared: Option<SharedExpert>,
     /// What is added to the output of the experts.
     pub term: Option<LinearTerm>,
+    /// What router rows stand for, where they are not the experts one by one.
+    pub mapped: Option<MappedRows>,
 }
 
 /// An expert that every token passes through.
@@ -55,16 +63,18 @@ pub struct RoutingRule {
 /// Which experts tokens go to.
 #[derive(Clone, Debug)]
 pub struct Routing {
-    /// Logits of all experts, token by token.
+    /// Logits of all rows of the router, token by token.
     pub logits: Vec<f32>,
-    /// Experts among which the router chose.
+    /// Rows among which the router chose: experts, unless `map` says otherwise.
     pub experts: usize,
-    /// Experts of each token.
+    /// Rows of each token.
     pub chosen: usize,
-    /// The experts of each token, that of the highest logit first; of equal ones the lower number first.
+    /// The rows of each token, that of the highest logit first; of equal ones the lower number first.
     pub ids: Vec<u32>,
     /// What multiplies the output of each of `ids`.
     pub gates: Vec<f32>,
+    /// What rows stand for, where they are not the experts one by one.
+    pub map: Option<ExpertMap>,
 }
 
 impl RoutingRule {
@@ -89,6 +99,7 @@ impl RoutingRule {
             chosen,
             ids,
             gates,
+            map: None,
         })
     }
 
@@ -123,13 +134,47 @@ impl Routing {
         self.ids.len() / self.chosen
     }
 
-    /// For each expert the tokens that chose it, ascending, and its gates for them.
+    /// The expert that a row of the router stands for; ids behind the experts are constants.
+    pub fn expert_of(&self, row: usize) -> usize {
+        let map = self.map.as_ref();
+        map.map_or(row, |map| map.ids().get(row).copied().unwrap_or(row))
+    }
+
+    /// What multiplies the output of an expert, or a constant, for a token: the sum of the gates of its rows. `None` where the
+    /// token chose none of them.
+    pub fn gate(&self, token: usize, expert: usize) -> Option<f32> {
+        let range = token * self.chosen..(token + 1) * self.chosen;
+        let rows = self.ids[range.clone()].iter().zip(&self.gates[range]);
+        let own = rows.filter(|(row, _)| self.expert_of(**row as usize) == expert);
+        let gates = own.map(|(_, &gate)| f64::from(gate));
+        gates.reduce(|a, b| a + b).map(|sum| sum as f32)
+    }
+
+    /// For each expert the tokens that chose it, ascending, and its gates for them; behind the experts the same for constants.
     pub fn by_expert(&self) -> Vec<(Vec<u32>, Vec<f32>)> {
-        let mut all = vec![(Vec::new(), Vec::new()); self.experts];
-        for (at, (&id, &gate)) in self.ids.iter().zip(&self.gates).enumerate() {
-            let (tokens, gates) = &mut all[id as usize];
-            tokens.push((at / self.chosen) as u32);
-            gates.push(gate);
+        let Some(map) = &self.map else {
+            let mut all = vec![(Vec::new(), Vec::new()); self.experts];
+            for (at, (&id, &gate)) in self.ids.iter().zip(&self.gates).enumerate() {
+                let (tokens, gates) = &mut all[id as usize];
+                tokens.push((at / self.chosen) as u32);
+                gates.push(gate);
+            }
+            return all;
+        };
+        let mut all = vec![(Vec::new(), Vec::new()); map.experts() + map.constants()];
+        for token in 0..self.tokens() {
+            let rows = &self.ids[token * self.chosen..][..self.chosen];
+            let mut experts: Vec<usize> = rows
+                .iter()
+                .map(|&row| self.expert_of(row as usize))
+                .collect();
+            experts.sort_unstable();
+            experts.dedup();
+            for expert in experts {
+                let (tokens, gates) = &mut all[expert];
+                tokens.push(token as u32);
+                gates.extend(self.gate(token, expert));
+            }
         }
         all
     }
@@ -146,23 +191,43 @@ impl SharedExpert {
 }
 
 impl Moe {
-    /// Bytes in memory of the router, the shared expert, the linear term and the experts that are loaded.
+    /// Number of experts: the rows of the router, unless some share experts or stand for constants.
+    pub fn experts(&self) -> usize {
+        let mapped = self.mapped.as_ref();
+        mapped.map_or(self.router.outputs(), |mapped| mapped.map.experts())
+    }
+
+    /// Bytes in memory of the router, constants, the shared expert, the linear term and the experts that are loaded.
     pub fn bytes(&self) -> usize {
         let term = self.term.as_ref().map_or(0, LinearTerm::bytes);
         let shared = self.shared.as_ref();
         let shared = shared.map_or(0, |shared| shared.mlp.bytes() + shared.gate.bytes());
-        self.router.bytes() + shared + term + self.experts.iter().map(Mlp::bytes).sum::<usize>()
+        let novices = self.mapped.iter().filter_map(|rows| rows.novices.as_ref());
+        let novices = novices.map(|x| x.elem_count() * x.dtype().size_in_bytes());
+        let beside = shared + term + novices.sum::<usize>();
+        self.router.bytes() + beside + self.experts.iter().map(Mlp::bytes).sum::<usize>()
     }
 
     /// Routes the tokens of `x`, `[tokens, hidden]`.
     ///
     /// # Errors
-    /// When `x` has another width than the router, and [`Error::Routing`].
+    /// When `x` has another width than the router, and [`Error::Routing`], also for a map of another number of rows.
     pub fn route(&self, x: &Tensor) -> Result<Routing> {
         let logits = self.router.forward(x)?;
         let logits = logits.to_dtype(DType::F32)?.to_device(&Device::Cpu)?;
         let logits = ops::with_f32(&logits, <[f32]>::to_vec)?;
-        self.rule.route(logits, self.router.outputs())
+        let rows = self.router.outputs();
+        let map = self.mapped.as_ref().map(|mapped| &mapped.map);
+        if let Some(map) = map.filter(|map| map.rows() != rows) {
+            return Err(Error::Routing {
+                chosen: map.rows(),
+                experts: rows,
+            });
+        }
+        Ok(Routing {
+            map: map.cloned(),
+            ..self.rule.route(logits, rows)?
+        })
     }
 
     /// An expert, where all are loaded.
@@ -234,6 +299,30 @@ mod tests {
         for (a, b) in a.gates.iter().zip(&b.gates) {
             assert!((a - b).abs() < 1e-7);
         }
+    }
+
+    #[test]
+    fn rows_of_one_expert_add_up_their_gates_and_ids_behind_the_experts_are_constants() {
+        // Rows 0 and 3 are one expert, 1 and 4 the other, 2 a constant.
+        let map = ExpertMap::new(vec![0, 1, 2, 0, 1], 2).unwrap();
+        let routing = Routing {
+            map: Some(map),
+            ..rule(true).route(logits(), 5).unwrap()
+        };
+        // Rows of the tokens: 3 2, 1 3, 0 3, 1 0, 0 3, 1 3.
+        let [first, second, constant]: [(Vec<u32>, Vec<f32>); 3] =
+            routing.by_expert().try_into().unwrap();
+        assert_eq!(first.0, [0, 1, 2, 3, 4, 5]);
+        assert_eq!(second.0, [1, 3, 5]);
+        assert_eq!(constant.0, [0]);
+        let gate = |token: usize, slot: usize| routing.gates[2 * token + slot];
+        assert_eq!(first.1[0], gate(0, 0));
+        assert_eq!((constant.1[0], second.1[0]), (gate(0, 1), gate(1, 0)));
+        for (at, token) in [(2, 2), (4, 4)] {
+            assert!((first.1[at] - 1.0).abs() < 1e-6, "{token}");
+            assert_eq!(routing.gate(token, 0), Some(first.1[at]));
+        }
+        assert_eq!(routing.gate(2, 1), None);
     }
 
     #[test]

@@ -239,6 +239,8 @@ pub struct ExpertNames {
     pub fused: FusedNames,
     /// Gate of the expert that every token passes through.
     pub shared_gate: &'static str,
+    /// Constants in the place of experts, in either form.
+    pub novices: &'static str,
 }
 
 /// Names of experts with tensors of their own.
@@ -336,6 +338,13 @@ impl Names {
     pub fn shared_gate(&self, layer: usize) -> Option<String> {
         let names = self.table.experts.as_ref()?;
         Some(self.block(layer, &format!("{}.weight", names.shared_gate)))
+    }
+
+    /// Name of the constants that router rows of block `layer` may stand for, `[constants, hidden]`
+    /// ([`ExpertMap`](crate::config::ExpertMap)); `None` for architectures without experts.
+    pub fn novices(&self, layer: usize) -> Option<String> {
+        let names = self.table.experts.as_ref()?;
+        Some(self.block(layer, &format!("{}.weight", names.novices)))
     }
 
     /// The names under which a checkpoint really has a model of so many layers.

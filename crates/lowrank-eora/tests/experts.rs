@@ -422,7 +422,11 @@ fn compressed_experts_are_written_in_the_layout_that_is_asked_for() {
     let to_fused = options("gptq-int4", 2).layout(Some(ExpertLayout::Fused));
     repaired(&alone, &path("fused"), &to_fused);
     let fused = Checkpoint::open(path("fused")).unwrap();
-    for name in ["mlp.gate.weight", "mlp.experts.gate_up_proj", "mlp.experts.down_proj"] {
+    for name in [
+        "mlp.gate.weight",
+        "mlp.experts.gate_up_proj",
+        "mlp.experts.down_proj",
+    ] {
         assert!(fused.contains(&format!("model.layers.1.{name}")), "{name}");
     }
     assert!(!fused.names().any(|name| name.contains("block_sparse_moe")));
@@ -457,7 +461,11 @@ fn without_gates_every_token_counts_alike() {
     let folder = tempfile::tempdir().unwrap();
     let checkpoint = model(&folder.path().join("dense"), ExpertLayout::Fused, 6);
     let mut grams = GramOptions::default();
-    let weighted = repaired(&checkpoint, &folder.path().join("gates"), &options("gptq-int3", 0));
+    let weighted = repaired(
+        &checkpoint,
+        &folder.path().join("gates"),
+        &options("gptq-int3", 0),
+    );
     grams.gate_weight = false;
     let alike = options("gptq-int3", 0).grams(grams);
     let alike = repaired(&checkpoint, &folder.path().join("alike"), &alike);
@@ -479,7 +487,9 @@ fn shares_by_outliers_count_every_token_alike_without_gates() {
     let owl = |checkpoint: &Checkpoint, name: &str, gate_weight: bool| {
         let mut grams = GramOptions::default();
         grams.gate_weight = gate_weight;
-        let repair = options("wanda-50", 0).owl(Some(Owl::default())).grams(grams);
+        let repair = options("wanda-50", 0)
+            .owl(Some(Owl::default()))
+            .grams(grams);
         let dst = folder.path().join(name);
         repaired(checkpoint, &dst, &repair);
         bytes(&dst)
@@ -513,10 +523,26 @@ fn what_is_out_of_range_is_refused_before_anything_is_computed() {
     let granite = Checkpoint::open(&dir).unwrap();
     let merged = Some(folder.path().join("merged"));
     for (checkpoint, repair, name) in [
-        (&checkpoint, with(&|grams| grams.prior = Some(-1.0)), "weight of the pool"),
-        (&checkpoint, with(&|grams| grams.prior = Some(f64::NAN)), "weight of the pool"),
-        (&checkpoint, with(&|grams| grams.pool_tokens = 0), "tokens of the pool"),
-        (&checkpoint, options("rtn-int4", 2).merged(merged), "merged model"),
+        (
+            &checkpoint,
+            with(&|grams| grams.prior = Some(-1.0)),
+            "weight of the pool",
+        ),
+        (
+            &checkpoint,
+            with(&|grams| grams.prior = Some(f64::NAN)),
+            "weight of the pool",
+        ),
+        (
+            &checkpoint,
+            with(&|grams| grams.pool_tokens = 0),
+            "tokens of the pool",
+        ),
+        (
+            &checkpoint,
+            options("rtn-int4", 2).merged(merged),
+            "merged model",
+        ),
         (
             &granite,
             options("rtn-int4", 2).layout(Some(ExpertLayout::Alone)),

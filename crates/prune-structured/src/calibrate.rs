@@ -42,7 +42,7 @@ impl Calibration {
     /// Runs `windows` through the dense model, one block in memory at a time; a step of `progress` is a block.
     ///
     /// # Errors
-    /// What reading or running the model reports, among it activations that are not finite;
+    /// What reading or running the model reports, among it activations that are not finite, and router rows that share experts;
     /// [`Error::Cancelled`].
     pub fn run(
         decoder: &Decoder<'_>,
@@ -50,6 +50,9 @@ impl Calibration {
         collect: &Collect,
         progress: &dyn Progress,
     ) -> Result<Self> {
+        decoder
+            .config()
+            .refuse_expert_map("pruning attention and MLPs")?;
         let mut hidden = Hidden::embed(decoder, windows)?;
         let mut layers = Vec::with_capacity(decoder.config().layers());
         progress.begin("calibration", decoder.config().layers() as u64);

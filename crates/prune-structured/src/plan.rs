@@ -164,6 +164,9 @@ impl Plan {
     pub fn check(&self, decoder: &Decoder<'_>) -> Result<()> {
         let dense = &decoder.config().widths;
         let mismatch = |reason: String| Err(Error::PlanMismatch(reason));
+        decoder
+            .config()
+            .refuse_expert_map("pruning attention and MLPs")?;
         if self.layers.len() != dense.len() {
             return mismatch(format!(
                 "it has {} layers, the model {}",

@@ -38,7 +38,9 @@ impl ExpertArgs {
     /// How tokens count where experts are compressed.
     pub(super) fn grams(&self) -> GramOptions {
         let mut grams = GramOptions::default();
-        grams.pool_tokens = self.pool_tokens.map_or(grams.pool_tokens, NonZeroUsize::get);
+        grams.pool_tokens = self
+            .pool_tokens
+            .map_or(grams.pool_tokens, NonZeroUsize::get);
         grams.prior = self.expert_prior;
         grams.gate_weight = !self.no_gate_weight;
         grams

@@ -173,8 +173,14 @@ fn experts_are_saved_in_the_layout_that_is_asked_for() {
     let fused = rows(&structured(&scene, &[&more[..], &["fused"]].concat()));
     for folder in ["reap-0.5", "reap-0.5+rtn-int4", "rtn-int4"] {
         let saved = Checkpoint::open(save.join(folder)).unwrap();
-        assert!(saved.contains("model.layers.1.mlp.experts.gate_up_proj"), "{folder}");
-        assert!(!saved.contains("model.layers.1.block_sparse_moe.gate.weight"), "{folder}");
+        assert!(
+            saved.contains("model.layers.1.mlp.experts.gate_up_proj"),
+            "{folder}"
+        );
+        assert!(
+            !saved.contains("model.layers.1.block_sparse_moe.gate.weight"),
+            "{folder}"
+        );
     }
     let overwrite = [&more[..], &["per-expert", "--overwrite"]].concat();
     let alone = rows(&structured(&scene, &overwrite));
@@ -191,7 +197,16 @@ fn experts_are_saved_in_the_layout_that_is_asked_for() {
 #[test]
 fn statistics_of_experts_are_those_that_are_asked_for() {
     let scene = mixtral();
-    let flags = ["--method", "neurons,reap", "--ratio", "0.5", "--align", "8", "--then", "gptq-int3"];
+    let flags = [
+        "--method",
+        "neurons,reap",
+        "--ratio",
+        "0.5",
+        "--align",
+        "8",
+        "--then",
+        "gptq-int3",
+    ];
     let run = |more: &[&str]| {
         let rows = rows(&structured(&scene, &[&flags[..], more].concat()));
         let of = |name: &str| {
@@ -202,7 +217,11 @@ fn statistics_of_experts_are_those_that_are_asked_for() {
     };
     let plain = run(&[]);
     assert_eq!(run(&["--pool-tokens", "1024"]), plain);
-    for more in [&["--pool-tokens", "2"][..], &["--expert-prior", "500"], &["--no-gate-weight"]] {
+    for more in [
+        &["--pool-tokens", "2"][..],
+        &["--expert-prior", "500"],
+        &["--no-gate-weight"],
+    ] {
         let changed = run(more);
         assert_ne!(changed[0], plain[0], "{more:?}");
         assert_eq!(changed[1], plain[1], "{more:?}");
@@ -217,7 +236,12 @@ fn clusters_that_are_averaged_are_rows_of_that_name() {
     let scene = mixtral();
     let save = scene.path("pruned");
     let more = ["--method", "reap,stun", "--ratio", "0.5", "--progressive"];
-    let averaged = ["--reconstruct", "small-clusters", "--save", save.to_str().unwrap()];
+    let averaged = [
+        "--reconstruct",
+        "small-clusters",
+        "--save",
+        save.to_str().unwrap(),
+    ];
     let plain = rows(&structured(&scene, &more));
     let rows = rows(&structured(&scene, &[&more[..], &averaged].concat()));
     assert_eq!(rows[2]["method"], "stun+averaged-small-clusters");

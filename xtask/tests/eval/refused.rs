@@ -327,11 +327,7 @@ fn of_mixtures_too_is_refused_before_calibration_what_is_known_beforehand() {
             "--save-plans",
             "topk-lowrank",
         ),
-        (
-            "--method topk-lowrank --topk-rank 33",
-            "--topk-rank",
-            "33",
-        ),
+        ("--method topk-lowrank --topk-rank 33", "--topk-rank", "33"),
         (
             "--method topk-scale --topk-rank 8",
             "--topk-rank",
@@ -367,9 +363,21 @@ fn of_mixtures_too_is_refused_before_calibration_what_is_known_beforehand() {
         "num_local_experts": 6, "num_experts_per_tok": 2,
     })));
     let save = granite.path("new").display().to_string();
-    let words = ["--method", "reap", "--ratio", "0.5", "--save", &save, "--layout", "per-expert"];
+    let words = [
+        "--method",
+        "reap",
+        "--ratio",
+        "0.5",
+        "--save",
+        &save,
+        "--layout",
+        "per-expert",
+    ];
     let line = error(&structured(&granite, &words));
-    assert!(line.contains("--layout") && line.contains("granitemoe"), "{line}");
+    assert!(
+        line.contains("--layout") && line.contains("granitemoe"),
+        "{line}"
+    );
     assert!(!line.contains("calib.txt"), "{line}");
 }
 

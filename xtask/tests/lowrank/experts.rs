@@ -41,7 +41,15 @@ fn experts_are_repaired_and_saved_as_an_adapter_beside_what_it_corrects() {
         .iter()
         .map(|row| (row["method"].as_str().unwrap(), row["rank"].as_u64()))
         .collect();
-    assert_eq!(named, [("dense", None), ("none", None), ("eora", Some(2)), ("eora", Some(8))]);
+    assert_eq!(
+        named,
+        [
+            ("dense", None),
+            ("none", None),
+            ("eora", Some(2)),
+            ("eora", Some(8))
+        ]
+    );
     for row in &rows[2..] {
         assert!(number(row, "loss") < number(&rows[1], "loss"));
         assert!(number(row, "bytes") > number(&rows[1], "bytes"));
@@ -72,7 +80,11 @@ fn experts_are_repaired_and_saved_as_an_adapter_beside_what_it_corrects() {
     let plain = save.join("gptq-int3-none");
     assert!(plain.join("compressed").exists() && !plain.join("adapter").exists());
     let alone = save.join("merged-alone");
-    let only = [&more[..3], &["--rank", "2", "--save-as", "merged", "--save"], &[alone.to_str().unwrap()]];
+    let only = [
+        &more[..3],
+        &["--rank", "2", "--save-as", "merged", "--save"],
+        &[alone.to_str().unwrap()],
+    ];
     let only = crate::scene::rows(&lowrank(&scene, &only.concat()));
     assert_eq!(only[1]["perplexity"], rows[2]["perplexity"]);
     assert!(alone.join("merged").exists() && !alone.join("compressed").exists());
@@ -84,8 +96,16 @@ fn what_experts_cannot_be_is_refused_before_a_text_is_read() {
     let save = mixtral.path("save").display().to_string();
     for (scene, words, expected) in [
         (&dense, "--experts", ["--experts", "no mixture"]),
-        (&dense, "--pool-tokens 4", ["--pool-tokens", "without --experts"]),
-        (&mixtral, "--no-gate-weight", ["--no-gate-weight", "without --experts"]),
+        (
+            &dense,
+            "--pool-tokens 4",
+            ["--pool-tokens", "without --experts"],
+        ),
+        (
+            &mixtral,
+            "--no-gate-weight",
+            ["--no-gate-weight", "without --experts"],
+        ),
         (
             &mixtral,
             "--experts --method none --compress rtn-int4 --expert-prior 3",
@@ -93,7 +113,11 @@ fn what_experts_cannot_be_is_refused_before_a_text_is_read() {
         ),
         (&mixtral, "--experts --method svd", ["--method svd", "eora"]),
         (&mixtral, "--experts --rank 33", ["--rank 33", "is 32"]),
-        (&mixtral, "--experts --compress wanda-2:5", ["--compress wanda-2:5", "5"]),
+        (
+            &mixtral,
+            "--experts --compress wanda-2:5",
+            ["--compress wanda-2:5", "5"],
+        ),
         (
             &mixtral,
             &format!("--experts --save {save} --save-as gptq"),

@@ -49,7 +49,7 @@ const LARGEST: usize = 1 << 24;
 /// Most layers.
 const MOST_LAYERS: usize = 1 << 16;
 /// Most experts of a layer: published models have hundreds.
-const MOST_EXPERTS: usize = 1 << 12;
+pub(crate) const MOST_EXPERTS: usize = 1 << 12;
 
 /// Kinds of attention in `layer_types`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -198,6 +198,7 @@ impl Fields {
             vocab: self.positive_or("vocab_size", defaults.vocab)?,
             widths: self.widths(layers, family)?,
             mixtures: vec![None; layers],
+            expert_maps: vec![None; layers],
             attention: vec![attention; layers],
             delta_nets: vec![None; layers],
             norm: NormConfig {

@@ -6,13 +6,16 @@
 //!
 //! Stock configs give one width for all layers. A pruned checkpoint may give each layer its own through [`WIDTHS_KEY`]:
 //! `{"num_attention_heads": [..], "num_key_value_heads": [..], "intermediate_size": [..]}` with one entry per layer, where
-//! 0 means that the sublayer is absent.
+//! 0 means that the sublayer is absent. A mixture lists `num_experts` and `expert_size` too, 0 for layers without experts, and
+//! where router rows share experts or stand for constants `expert_map`, a list of ids for each layer ([`ExpertMap`]).
 
 mod block_configs;
+mod expert_map;
 mod families;
 mod fields;
 mod shapes;
 
+pub use expert_map::{EXPERT_MAP, ExpertMap};
 pub(crate) use shapes::LAYER_SCALAR;
 
 use crate::names::Names;
@@ -73,7 +76,7 @@ pub struct Widths {
 /// Experts of one block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Mixture {
-    /// Experts among which the router chooses.
+    /// Experts that are stored. The router chooses among them, unless the block has an [`ExpertMap`].
     pub experts: usize,
     /// Neurons of each.
     pub width: usize,
@@ -237,6 +240,8 @@ pub struct ModelConfig {
     pub widths: Vec<Widths>,
     /// Experts of every block that has some.
     pub mixtures: Vec<Option<Mixture>>,
+    /// What router rows stand for, of every block where they are not the stored experts one by one.
+    pub expert_maps: Vec<Option<ExpertMap>>,
     /// Attention of every block.
     pub attention: Vec<AttentionConfig>,
     /// The delta net of every block that has one in the place of attention; such a block has no heads of attention.
@@ -307,6 +312,32 @@ impl ModelConfig {
         self.widths.len()
     }
 
+    /// Rows of a block's router: one for each stored expert, unless the block has a map; 0 without experts.
+    pub fn router_rows(&self, layer: usize) -> usize {
+        let mapped = self.expert_maps.get(layer).and_then(Option::as_ref);
+        let experts = self.mixtures.get(layer).copied().flatten();
+        mapped.map_or(
+            experts.map_or(0, |mixture| mixture.experts),
+            ExpertMap::rows,
+        )
+    }
+
+    /// Whether router rows of some block share experts or stand for constants.
+    pub fn has_expert_map(&self) -> bool {
+        self.expert_maps.iter().any(Option::is_some)
+    }
+
+    /// Refuses a model with such rows on behalf of what takes every row for a stored expert of its own.
+    ///
+    /// # Errors
+    /// [`Error::ExpertMap`] with the first layer that has some.
+    pub fn refuse_expert_map(&self, what: &'static str) -> Result<()> {
+        match self.expert_maps.iter().position(Option::is_some) {
+            Some(layer) => Err(Error::ExpertMap { layer, what }),
+            None => Ok(()),
+        }
+    }
+
     /// Longest sequence that is rotated by the frequencies of short ones, where longer ones have others.
     pub fn short_context(&self) -> Option<usize> {
         let long = self.ropes.iter().filter_map(|rope| rope.long.as_ref());
@@ -350,6 +381,7 @@ impl ModelConfig {
         };
         let factors = [self.residual_scale, self.embedding_scale, self.logit_scale];
         !self.nested
+            && !self.has_expert_map()
             && self.attention.iter().all(plain)
             && self.ropes.len() == 1
             && self.ropes[0].turned() == self.head_dim(0)
@@ -379,13 +411,11 @@ impl ModelConfig {
         }
         for (layer, mixture) in self.mixtures.iter().enumerate() {
             let Some(mixture) = mixture else { continue };
-            if mixture.chosen == 0 || mixture.chosen > mixture.experts {
+            let rows = self.router_rows(layer);
+            if mixture.chosen == 0 || mixture.chosen > rows {
                 return Err(invalid(
                     "num_experts_per_tok",
-                    format!(
-                        "{} of the {} experts of layer {layer}",
-                        mixture.chosen, mixture.experts
-                    ),
+                    format!("{} of the {rows} experts of layer {layer}", mixture.chosen),
                 ));
             }
         }

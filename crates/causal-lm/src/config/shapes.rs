@@ -1,6 +1,6 @@
 //! Shapes of linears and tensors, and which stored rows are which linear.
 
-use super::{Mixture, ModelConfig, NormKind, QkNorm, Widths};
+use super::{ExpertMap, Mixture, ModelConfig, NormKind, QkNorm, Widths};
 use crate::names::{ExpertLayout, ExpertPart, LinearName, Module, Rows, Run};
 use crate::{Error, Result};
 
@@ -102,12 +102,17 @@ impl ModelConfig {
             return vec![];
         };
         let (hidden, width, experts) = (self.hidden, mixture.width, mixture.experts);
+        let rows = self.router_rows(layer);
         let router = self
             .names
             .router(layer)
-            .map(|name| (name, vec![experts, hidden]));
+            .map(|name| (name, vec![rows, hidden]));
+        let constants = self.expert_maps[layer].as_ref();
+        let constants = constants.map_or(0, ExpertMap::constants);
+        let novices = self.names.novices(layer).filter(|_| constants > 0);
         let gate = self.names.shared_gate(layer).filter(|_| mixture.shared > 0);
         let mut tensors: Vec<(String, Vec<usize>)> = router.into_iter().collect();
+        tensors.extend(novices.map(|name| (name, vec![constants, hidden])));
         tensors.extend(gate.map(|name| (name, vec![1, hidden])));
         match self.names.layout() {
             ExpertLayout::Alone => {

@@ -31,19 +31,14 @@ impl ExpertInputs {
         let (mut own, mut others) = (Vec::new(), Vec::new());
         for (batch, routing) in self.routings.iter().enumerate() {
             for token in 0..routing.tokens() {
-                let range = token * routing.chosen..(token + 1) * routing.chosen;
-                let ids = &routing.ids[range.clone()];
                 let place = |gate: f32| ExpertToken {
                     batch,
                     token: token as u32,
                     gate,
                 };
-                match ids.iter().position(|&id| id as usize == expert) {
-                    Some(at) => own.push(place(routing.gates[range][at])),
-                    None => {
-                        let logits = &routing.logits[token * routing.experts..][..routing.experts];
-                        others.push((probability(logits, expert), place(1.0)));
-                    }
+                match routing.gate(token, expert) {
+                    Some(gate) => own.push(place(gate)),
+                    None => others.push((probability(routing, token, expert), place(1.0))),
                 }
             }
         }
@@ -82,16 +77,21 @@ impl Tap for ExpertInputs {
     }
 }
 
-/// Softmax over all experts at one of them.
-fn probability(logits: &[f32], expert: usize) -> f64 {
+/// Softmax over all rows of the router at those of an expert.
+fn probability(routing: &Routing, token: usize, expert: usize) -> f64 {
+    let logits = &routing.logits[token * routing.experts..][..routing.experts];
     let max = f64::from(logits.iter().copied().fold(f32::NEG_INFINITY, f32::max));
     let weight = |logit: f32| (f64::from(logit) - max).exp();
-    weight(logits[expert]) / logits.iter().map(|&logit| weight(logit)).sum::<f64>()
+    let own = logits.iter().enumerate();
+    let own = own.filter(|(row, _)| routing.expert_of(*row) == expert);
+    let own: f64 = own.map(|(_, &logit)| weight(logit)).sum();
+    own / logits.iter().map(|&logit| weight(logit)).sum::<f64>()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::ExpertMap;
     use crate::mixture::RoutingRule;
     use candle_core::Device;
 
@@ -118,6 +118,14 @@ mod tests {
         );
         assert!(own.iter().all(|token| token.gate == 1.0));
         assert_eq!(place(&inputs.tokens(0, 9).1), [(0, 1), (1, 0)]);
+        // Both rows as one expert: it has all tokens, and there is nobody else.
+        let map = ExpertMap::new(vec![0, 0], 1).unwrap();
+        let mut tied = inputs.clone();
+        for routing in &mut tied.routings {
+            routing.map = Some(map.clone());
+        }
+        let (all, none) = tied.tokens(0, 9);
+        assert_eq!((all.len(), none.len()), (4, 0));
         let rows = inputs.rows(&own).unwrap();
         let values: Vec<Vec<f32>> = rows
             .iter()

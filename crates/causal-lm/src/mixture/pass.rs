@@ -1,6 +1,6 @@
 //! Batches on their way through the experts of a block, one expert after the other.
 
-use super::{Moe, Routing};
+use super::{MappedRows, Moe, Routing};
 use crate::attention::Mixer;
 use crate::block::{BetweenHalves, Block, Mlp, RopeTables};
 use crate::ops;
@@ -19,7 +19,7 @@ pub struct MixturePass<'a> {
     block: &'a Block,
     moe: &'a Moe,
     halves: Vec<BetweenHalves>,
-    /// For each batch the tokens of each expert.
+    /// For each batch the tokens of each expert, and behind these those of each constant.
     by_expert: Vec<Vec<Chosen>>,
     sums: Vec<Sum>,
 }
@@ -82,9 +82,9 @@ impl<'a> MixturePass<'a> {
         pass.finish(tap).map(Some)
     }
 
-    /// Experts among which the router chose.
+    /// Experts of the block, those to be added.
     pub fn experts(&self) -> usize {
-        self.moe.router.outputs()
+        self.moe.experts()
     }
 
     /// Whether a token chose this expert.
@@ -102,7 +102,7 @@ impl<'a> MixturePass<'a> {
     /// # Errors
     /// When the expert has other widths than the block, and [`Error::Tap`].
     pub fn add(&mut self, expert: usize, mlp: &Mlp, tap: &mut dyn Tap) -> Result<()> {
-        if !self.wants(expert) {
+        if expert >= self.experts() || !self.wants(expert) {
             return Ok(());
         }
         // What the expert reads of each batch.
@@ -133,11 +133,31 @@ impl<'a> MixturePass<'a> {
         Ok(())
     }
 
-    /// Adds the linear term and the expert that every token passes through; the outputs of the block.
+    /// Adds the constants that tokens chose, ascending.
+    fn add_constants(&mut self) -> Result<()> {
+        let mapped = self.moe.mapped.as_ref();
+        let constants = mapped.map(MappedRows::constants).transpose()?.flatten();
+        let Some(constants) = constants else {
+            return Ok(());
+        };
+        for (sum, of_batch) in self.sums.iter_mut().zip(&self.by_expert) {
+            for (at, (tokens, gates)) in of_batch[self.moe.experts()..].iter().enumerate() {
+                if !tokens.is_empty() {
+                    let gates = Tensor::new(&gates[..], constants.device())?.unsqueeze(1)?;
+                    let gates = gates.to_dtype(constants.dtype())?;
+                    sum.add(tokens, &gates.broadcast_mul(&constants.narrow(0, at, 1)?)?)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Adds the linear term, constants and the expert that every token passes through; the outputs of the block.
     ///
     /// # Errors
     /// What running it reports, and [`Error::Tap`].
     pub fn finish(mut self, tap: &mut dyn Tap) -> Result<Vec<Tensor>> {
+        self.add_constants()?;
         let mut outputs = Vec::with_capacity(self.halves.len());
         let mut first = 0;
         let sums = std::mem::take(&mut self.sums);

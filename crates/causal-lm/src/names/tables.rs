@@ -45,6 +45,7 @@ const QWEN_EXPERTS: ExpertNames = ExpertNames {
         down: "mlp.experts.down_proj",
     },
     shared_gate: "mlp.shared_expert_gate",
+    novices: "mlp.novices",
 };
 
 /// OLMoE and Qwen3's mixtures.
@@ -93,6 +94,7 @@ pub(crate) const GRANITE_MOE: Table = Table {
             gate_up: "block_sparse_moe.input_linear.weight",
             down: "block_sparse_moe.output_linear.weight",
         },
+        novices: "block_sparse_moe.novices",
         ..QWEN_EXPERTS
     }),
     ..LLAMA

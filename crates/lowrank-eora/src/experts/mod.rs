@@ -156,7 +156,10 @@ impl ExpertRepair {
         if self.pool_tokens == 0 {
             return refuse("tokens of the pool", "0".into(), "at least 1");
         }
-        if let Some(prior) = self.prior.filter(|prior| !(0.0..f64::INFINITY).contains(prior)) {
+        if let Some(prior) = self
+            .prior
+            .filter(|prior| !(0.0..f64::INFINITY).contains(prior))
+        {
             let expected = "a finite number of tokens, at least 0";
             return refuse("weight of the pool", prior.to_string(), expected);
         }

@@ -51,7 +51,11 @@ impl<'a> Writer<'a> {
         let target = target(decoder, layout)?;
         let experts = expert_specs(decoder, &target)?;
         let of_experts = expert_tensors(source);
-        let others = || checkpoint.names().filter(|name| !of_experts.contains(*name));
+        let others = || {
+            checkpoint
+                .names()
+                .filter(|name| !of_experts.contains(*name))
+        };
         // Routers have other names in some layouts.
         let routers = (0..source.layers()).filter_map(|layer| {
             let renamed = target.names.router(layer)?;

@@ -129,6 +129,9 @@ fn planned(
             reason: "it has no experts",
         });
     };
+    decoder
+        .config()
+        .refuse_expert_map("sending tokens to fewer experts")?;
     if chosen == 0 || chosen > now {
         return Err(Error::Option {
             option: "chosen",

@@ -105,6 +105,7 @@ pub fn joint(
     if !(0.0..1.0).contains(&options.ratio) {
         return Err(Error::Ratio(options.ratio));
     }
+    decoder.config().refuse_expert_map("pruning experts")?;
     let search = Search {
         decoder,
         data,

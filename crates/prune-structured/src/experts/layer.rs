@@ -309,6 +309,7 @@ fn joined(routings: &[Routing]) -> Routing {
             .iter()
             .flat_map(|r| r.gates.iter().copied())
             .collect(),
+        map: shape.and_then(|routing| routing.map.clone()),
     }
 }
 
@@ -322,6 +323,7 @@ fn part(routing: &Routing, start: usize, count: usize) -> Routing {
         chosen,
         ids: routing.ids[of_chosen.clone()].to_vec(),
         gates: routing.gates[of_chosen].to_vec(),
+        map: routing.map.clone(),
     }
 }
 

@@ -1,8 +1,9 @@
 //! Averages of experts.
 //!
-//! The router keeps one row for each merged expert, that of the expert whose place it takes or their mean. So the result is a stock
+//! By default the router keeps one row for each merged expert, that of the expert whose place it takes or their mean. So the result is a stock
 //! model of its real size, and an approximation even where the experts were equal: the free place of a token that chose
-//! two of them goes to another expert.
+//! two of them goes to another expert. Tied, all rows stay and those of a cluster share the merged expert, whose gates add up:
+//! exact for equal experts, and opened here and by the folder's loader alone.
 
 use super::layer::Layer;
 use super::method::Choice;
@@ -17,8 +18,17 @@ use rayon::prelude::*;
 /// Neurons that can be aligned at most: the assignment takes their number to the third power.
 const MOST_NEURONS: usize = 4096;
 
+/// How clusters are merged.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Merging {
+    /// Whether neurons are put in the order of the expert that stays.
+    pub(crate) align: bool,
+    /// Whether all router rows stay.
+    pub(crate) tied: bool,
+}
+
 /// Each cluster in the place of its most used expert, of equally used the lowest number.
-pub(crate) fn by_count(layer: &Layer<'_>, clusters: &[Vec<usize>], align: bool) -> Choice {
+pub(crate) fn by_count(layer: &Layer<'_>, clusters: &[Vec<usize>], how: Merging) -> Choice {
     let count = |expert: usize| layer.statistics.experts[expert].count;
     let centre = |cluster: &Vec<usize>| {
         let most = cluster.iter().copied().map(count).max();
@@ -27,7 +37,7 @@ pub(crate) fn by_count(layer: &Layer<'_>, clusters: &[Vec<usize>], align: bool) 
         first.unwrap_or_default()
     };
     let centres: Vec<usize> = clusters.iter().map(centre).collect();
-    around(layer, &centres, clusters, align)
+    around(layer, &centres, clusters, how)
 }
 
 /// Each cluster in the place of its centre; shares are those of the tokens that chose a member.
@@ -35,7 +45,7 @@ pub(crate) fn around(
     layer: &Layer<'_>,
     centres: &[usize],
     clusters: &[Vec<usize>],
-    align: bool,
+    how: Merging,
 ) -> Choice {
     let count = |expert: usize| layer.statistics.experts[expert].count as f64;
     let mut all: Vec<(usize, Vec<Member>)> = centres
@@ -53,18 +63,28 @@ pub(crate) fn around(
             let members = cluster.iter().map(|&expert| Member {
                 expert,
                 share: share(expert),
-                align,
+                align: how.align,
                 row: false,
             });
             (centre, members.collect())
         })
         .collect();
     all.sort_by_key(|(centre, _)| *centre);
-    let (kept, members) = all.into_iter().unzip();
+    let (kept, members): (Vec<usize>, Vec<Vec<Member>>) = all.into_iter().unzip();
+    let mut rows = vec![];
+    if how.tied {
+        // Every expert is a member of one cluster.
+        rows = vec![0; layer.experts()];
+        for (&centre, cluster) in centres.iter().zip(clusters) {
+            let at = kept.binary_search(&centre).unwrap_or_default();
+            cluster.iter().for_each(|&expert| rows[expert] = at);
+        }
+    }
     Choice {
         kept,
         members,
         clusters: clusters.to_vec(),
+        rows,
         ..Choice::default()
     }
 }

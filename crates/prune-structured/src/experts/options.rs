@@ -2,6 +2,7 @@
 
 use super::{ExpertCompensation, ExpertMethod};
 use crate::{Error, Result};
+use causal_lm::config::Mixture;
 use serde::{Deserialize, Serialize};
 
 /// How many experts of each layer stay.
@@ -63,6 +64,44 @@ impl ExpertOptions {
         Self {
             progressive,
             ..self
+        }
+    }
+}
+
+impl ExpertOptions {
+    /// Whether all router rows stay, so that a layer may keep fewer experts than a token goes to.
+    pub(crate) fn keeps_rows(&self) -> bool {
+        self.method.method().ties() || self.compensation.method().keeps_rows()
+    }
+
+    /// How many experts of a layer stay. A share of weights to remove counts the constants that take the place of experts.
+    ///
+    /// # Errors
+    /// As [`Keep::of`], and [`Error::Experts`] for fewer than a token needs.
+    pub(crate) fn kept(&self, layer: usize, mixture: Mixture) -> Result<usize> {
+        let kept = match self.keep {
+            Keep::Without(ratio) if ratio > 0.0 && self.compensation.method().keeps_rows() => {
+                // In units of the channels an expert is 3 w numbers and its constant 1.
+                self.keep.of(mixture.experts)?;
+                let (experts, of_expert) = (mixture.experts as f64, 3.0 * mixture.width as f64);
+                let wanted = experts * (of_expert * (1.0 - ratio) - 1.0) / (of_expert - 1.0);
+                (wanted.round().max(1.0) as usize).min(mixture.experts)
+            }
+            keep => keep.of(mixture.experts)?,
+        };
+        self.check_kept(layer, kept, mixture)?;
+        Ok(kept)
+    }
+
+    /// Refuses fewer experts than a token needs.
+    pub(crate) fn check_kept(&self, layer: usize, kept: usize, mixture: Mixture) -> Result<()> {
+        match kept < mixture.chosen && !self.keeps_rows() {
+            false => Ok(()),
+            true => Err(Error::Experts {
+                layer,
+                kept,
+                chosen: mixture.chosen,
+            }),
         }
     }
 }

@@ -2,6 +2,9 @@
 //!
 //! Tensors that the plan leaves alone are copied byte for byte, rows of the router are cut without looking at them unless
 //! they are averaged, and only experts that were merged, scaled or narrowed are computed anew. Every expert can be moved to the other layout.
+//!
+//! Where all router rows stay, the config lists what each stands for (`expert_map`), and constants are a tensor beside the router,
+//! in its dtype.
 
 use super::ExpertRefits;
 use super::merge;
@@ -10,7 +13,7 @@ use crate::output::{PerLayer, slice};
 use crate::{Error, Loading, Result};
 use candle_core::{DType, Device, Tensor};
 use causal_lm::block::Mlp;
-use causal_lm::config::WIDTHS_KEY;
+use causal_lm::config::{ExpertMap, WIDTHS_KEY};
 use causal_lm::names::{ExpertLayout, Names};
 use causal_lm::{Decoder, Linear, LinearName, ModelConfig, Progress};
 use half::{bf16, f16};
@@ -63,11 +66,11 @@ impl<'a> ExpertSettings<'a> {
 pub struct ExpertCost {
     /// All parameters.
     pub parameters: u64,
-    /// Those that act on a token: all but the experts that it does not go to.
+    /// Those that act on a token, at most: all but the experts and constants that it does not go to.
     pub active: u64,
     /// Bytes as stored.
     pub bytes: u64,
-    /// Bytes of the experts alone, without routers and shared experts.
+    /// Bytes of the experts alone and of the constants in the place of some, without routers and shared experts.
     pub expert_bytes: u64,
 }
 
@@ -92,12 +95,20 @@ impl ExpertCost {
         }
         for (layer, mixture) in plan.mixtures(decoder).into_iter().enumerate() {
             let Some(mixture) = mixture else { continue };
+            let map = plan.layers[layer].as_ref().map(LayerExperts::map);
+            let map = map.transpose()?.flatten();
+            let constants = map.as_ref().map_or(0, ExpertMap::constants);
+            // Each expert is larger than a constant.
+            let active = mixture.chosen.min(mixture.experts);
             if let Some(router) = dense.names.router(layer) {
                 let info = checkpoint.info(&router)?;
-                let rows = mixture.experts as u64;
-                cost.parameters += rows * dense.hidden as u64;
-                cost.active += rows * dense.hidden as u64;
-                cost.bytes += rows * (info.bytes / info.shape[0]) as u64;
+                let (hidden, row) = (dense.hidden as u64, (info.bytes / info.shape[0]) as u64);
+                let rows = map.map_or(mixture.experts, |map| map.rows()) as u64;
+                let (all, of_token) = (constants as u64, (mixture.chosen - active).min(constants));
+                cost.parameters += (rows + all) * hidden;
+                cost.active += (rows + of_token as u64) * hidden;
+                cost.bytes += (rows + all) * row;
+                cost.expert_bytes += all * row;
             }
             // Files in blocks may hold one linear in other types than the others.
             for name in LINEARS {
@@ -108,7 +119,7 @@ impl ExpertCost {
                 let bits = checkpoint.info(&part.tensor)?.dtype.bitsize() as u64;
                 let bytes = mixture.experts as u64 * weights * bits / 8;
                 cost.parameters += mixture.experts as u64 * weights;
-                cost.active += mixture.chosen as u64 * weights;
+                cost.active += active as u64 * weights;
                 cost.bytes += bytes;
                 cost.expert_bytes += bytes;
             }
@@ -195,6 +206,7 @@ fn pruned(
     let mut model = decoder.config().clone();
     model.names = pruned_names(decoder, settings)?;
     model.mixtures = plan.mixtures(decoder);
+    model.expert_maps = plan.maps()?;
     Ok(model)
 }
 
@@ -235,6 +247,8 @@ struct Target {
 enum Origin {
     /// Rows of the router of this name.
     Router(String),
+    /// Constants in the place of experts.
+    Novices,
     /// Linears of experts by their place in the plan, one below the other.
     Experts(Vec<(usize, LinearName)>),
 }
@@ -255,6 +269,15 @@ fn targets(decoder: &Decoder<'_>, plan: &ExpertPlan, model: &ModelConfig) -> Res
                 spec: spec(&name, &from)?,
                 layer,
                 origin: Origin::Router(from),
+            });
+        }
+        let routers = source.names.router(layer);
+        let novices = model.names.novices(layer).zip(routers);
+        if let Some((name, router)) = novices.filter(|_| !experts.novices.is_empty()) {
+            targets.push(Target {
+                spec: spec(&name, &router)?,
+                layer,
+                origin: Origin::Novices,
             });
         }
         let first = targets.len();
@@ -307,6 +330,9 @@ impl Source<'_> {
                 let info = checkpoint.info(from)?;
                 let row_bytes = info.bytes / info.shape[0];
                 let bytes = checkpoint.bytes(from)?;
+                if experts.keeps_rows() {
+                    return Ok(writer.write_bytes(name, &bytes)?);
+                }
                 let mut rows = Vec::with_capacity(experts.kept.len() * row_bytes);
                 for (members, expert) in experts.members.iter().zip(&experts.kept) {
                     match self.router_row(from, members)? {
@@ -315,6 +341,11 @@ impl Source<'_> {
                     }
                 }
                 Ok(writer.write_bytes(name, &rows)?)
+            }
+            Origin::Novices => {
+                let shape = target.spec.shape.as_slice();
+                let novices = Tensor::from_vec(experts.novices.concat(), shape, &Device::Cpu)?;
+                Ok(writer.write_bytes(name, &encoded(&novices, &target.spec)?)?)
             }
             Origin::Experts(parts) => {
                 let parts = parts.iter().map(|&(at, linear)| match experts.is_own(at) {
@@ -430,6 +461,7 @@ fn config(
         let lists = PerLayer {
             widths: &model.widths,
             mixtures: &pruned.mixtures,
+            expert_maps: &pruned.expert_maps,
             biases: (model.biases.o, model.biases.mlp),
         };
         let loader = lists.set(&mut config, model)?;

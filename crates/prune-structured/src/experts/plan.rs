@@ -8,7 +8,7 @@ use crate::tensor::values;
 use crate::{Error, Result};
 use candle_core::Tensor;
 use causal_lm::block::Mlp;
-use causal_lm::config::Mixture;
+use causal_lm::config::{ExpertMap, Mixture};
 use causal_lm::{Decoder, Linear};
 use serde::{Deserialize, Serialize};
 use std::path::Path;
@@ -42,6 +42,13 @@ pub struct LayerExperts {
     /// For each of `kept` the neurons that stay, ascending: as many of each expert, or none where all stay.
     #[serde(default)]
     pub neurons: Vec<Vec<usize>>,
+    /// Where all router rows stay, what each stands for: a place in `kept`, or behind these one in `novices`. Empty where the
+    /// rows of `kept` alone stay.
+    #[serde(default)]
+    pub rows: Vec<usize>,
+    /// Constants in the place of experts that are gone, a number for each channel of the layer's output.
+    #[serde(default)]
+    pub novices: Vec<Vec<f32>>,
 }
 
 /// A part of merged weights.
@@ -71,6 +78,7 @@ impl ExpertPlan {
         if self.chosen == Some(0) {
             return mismatch("a token goes to 0 experts".into());
         }
+        decoder.config().refuse_expert_map("pruning experts")?;
         let mixtures = &decoder.config().mixtures;
         if self.layers.len() != mixtures.len() {
             return mismatch(format!(
@@ -113,11 +121,30 @@ impl ExpertPlan {
                     "layer {layer}: an expert has one factor or one for each of {channels} channels"
                 ));
             }
+            let map = plan
+                .map()
+                .map_err(|error| Error::PlanMismatch(format!("layer {layer}: {error}")))?;
+            let (rows, constants) = match &map {
+                Some(map) => (map.rows(), map.constants()),
+                None => (plan.kept.len(), 0),
+            };
+            let is_constant = |values: &Vec<f32>| {
+                values.len() == channels && values.iter().all(|value| value.is_finite())
+            };
+            if map.is_some() && rows != mixture.experts
+                || constants != plan.novices.len()
+                || !plan.novices.iter().all(is_constant)
+            {
+                return mismatch(format!(
+                    "layer {layer}: {} constants for {constants} of {rows} router rows; each has {channels} finite numbers",
+                    plan.novices.len()
+                ));
+            }
             let chosen = self.chosen.unwrap_or(mixture.chosen);
-            if plan.kept.len() < chosen {
+            if rows < chosen {
                 return Err(Error::Experts {
                     layer,
-                    kept: plan.kept.len(),
+                    kept: rows,
                     chosen,
                 });
             }
@@ -125,9 +152,13 @@ impl ExpertPlan {
         Ok(())
     }
 
-    /// Whether all layers with experts keep as many, of one width, which is what the configs of stock runtimes can say.
+    /// Whether all layers with experts keep as many, of one width and with a router row each, which is what the configs of stock
+    /// runtimes can say.
     pub fn is_uniform(&self) -> bool {
         let layers = self.layers.iter().flatten();
+        if layers.clone().any(LayerExperts::keeps_rows) {
+            return false;
+        }
         let mut shapes = layers.map(|layer| (layer.kept.len(), layer.width()));
         let first = shapes.next();
         shapes.all(|shape| Some(shape) == first)
@@ -146,6 +177,15 @@ impl ExpertPlan {
             })
         };
         dense.zip(&self.layers).map(left).collect()
+    }
+
+    /// What the router rows of each layer stand for where they are not the experts that stay, as the plan leaves them.
+    pub(crate) fn maps(&self) -> Result<Vec<Option<ExpertMap>>> {
+        let of_layer = |layer: &Option<LayerExperts>| match layer {
+            Some(layer) => Ok(layer.map()?),
+            None => Ok(None),
+        };
+        self.layers.iter().map(of_layer).collect()
     }
 
     /// Reads a plan from JSON. Plans of earlier versions, which list no neurons, keep all of them.
@@ -195,6 +235,8 @@ impl LayerExperts {
             members: vec![vec![]; kept.len()],
             factors: vec![vec![]; kept.len()],
             neurons: vec![vec![]; kept.len()],
+            rows: vec![],
+            novices: vec![],
             kept,
         }
     }
@@ -207,6 +249,19 @@ impl LayerExperts {
             .filter(|&width| width > 0)
     }
 
+    /// Whether all router rows stay, so that some share experts or stand for constants.
+    pub fn keeps_rows(&self) -> bool {
+        !self.rows.is_empty()
+    }
+
+    /// What router rows stand for, where all of them stay.
+    pub(crate) fn map(&self) -> causal_lm::Result<Option<ExpertMap>> {
+        match self.rows.is_empty() {
+            true => Ok(None),
+            false => ExpertMap::new(self.rows.clone(), self.kept.len()).map(Some),
+        }
+    }
+
     /// Whether each list has an entry for each expert that stays.
     fn lists_all(&self) -> bool {
         let lists = [self.members.len(), self.factors.len(), self.neurons.len()];
@@ -215,12 +270,24 @@ impl LayerExperts {
 
     /// Whether it changes nothing.
     pub fn is_identity(&self) -> bool {
-        self.kept.len() == self.experts && (0..self.kept.len()).all(|at| self.is_own(at))
+        self.kept.len() == self.experts
+            && !self.keeps_rows()
+            && (0..self.kept.len()).all(|at| self.is_own(at))
     }
 
     /// Whether the weights of `kept[at]` are the model's.
     pub(crate) fn is_own(&self, at: usize) -> bool {
         self.members[at].is_empty() && self.factors[at].is_empty() && self.neurons[at].is_empty()
+    }
+
+    /// The constants, `[constants, channels]` as the model is computed; `None` without any.
+    pub(crate) fn constants(&self, decoder: &Decoder<'_>) -> Result<Option<Tensor>> {
+        if self.novices.is_empty() {
+            return Ok(None);
+        }
+        let shape = (self.novices.len(), decoder.config().hidden);
+        let constants = Tensor::from_vec(self.novices.concat(), shape, decoder.device())?;
+        Ok(Some(constants.to_dtype(decoder.dtype())?))
     }
 
     /// The expert at `kept[at]` with what the plan makes of its weights.

@@ -4,7 +4,9 @@ use super::compensation::{NoExpertCompensation, merged_are_not_run};
 use super::fewer::{FewerExperts, check_rank, fewer, fewer_with_terms};
 use super::joint::{Joint, JointData, JointOptions, joint};
 use super::merge::check_width;
-use super::method::{ExpertMethod, RandomExperts, Reap, Reconstruct, Representative, Stun};
+use super::method::{
+    ExpertMethod, HcSmoe, MSmoe, RandomExperts, Reap, Reconstruct, Representative, Stun,
+};
 use super::neurons::{NeuronOptions, narrow};
 use super::select::{Outcome, plan};
 use super::{ExpertCompensation, ExpertOptions, ExpertPlan, ExpertRefits, Keep, LayerExperts};
@@ -59,8 +61,10 @@ pub enum Aim {
 }
 
 /// Methods that are more than the choice of experts to drop.
-const MORE: [&str; 9] = [
+const MORE: [&str; 11] = [
     "stun-reap",
+    "hc-smoe-tied",
+    "m-smoe-tied",
     "neurons",
     "joint",
     "joint-by-layer",
@@ -89,6 +93,20 @@ impl ExpertRecipe {
                     ..Stun::default()
                 };
                 Change::Experts(stun.into(), none)
+            }
+            "hc-smoe-tied" => {
+                let tied = HcSmoe {
+                    tied: true,
+                    ..HcSmoe::default()
+                };
+                Change::Experts(tied.into(), none)
+            }
+            "m-smoe-tied" => {
+                let tied = MSmoe {
+                    tied: true,
+                    ..MSmoe::default()
+                };
+                Change::Experts(tied.into(), none)
             }
             "neurons" => Change::Neurons,
             "joint" => Change::Joint(Reap.into(), Joint::Uniform),
@@ -205,6 +223,24 @@ impl ExpertRecipe {
         matches!(self.change, Change::Experts(..))
     }
 
+    /// Whether it merges experts, which are then not gone.
+    pub fn merges(&self) -> bool {
+        use ExpertMethod::{HcSmoe, MSmoe};
+        matches!(self.change, Change::Experts(HcSmoe(_) | MSmoe(_), _))
+    }
+
+    /// Whether all router rows stay, which are to share experts or stand for constants: only this workspace and the folder's loader
+    /// open the result.
+    pub fn keeps_rows(&self) -> bool {
+        match self.change {
+            Change::Experts(method, compensation) => {
+                let options = ExpertOptions::new(method, Keep::Without(0.0));
+                options.compensation(compensation).keeps_rows()
+            }
+            _ => false,
+        }
+    }
+
     /// Whether it makes tokens cheaper and the model no smaller.
     pub fn is_fewer(&self) -> bool {
         matches!(self.change, Change::Fewer(_) | Change::FewerWithTerms(_))
@@ -214,8 +250,10 @@ impl ExpertRecipe {
     /// than the alignment, fewer experts than each token goes to, clusters of STUN that cannot be averaged.
     ///
     /// # Errors
-    /// [`Error::Option`], [`Error::Ratio`], [`Error::Width`], [`Error::Experts`], [`Error::Unsupported`].
+    /// [`Error::Option`], [`Error::Ratio`], [`Error::Width`], [`Error::Experts`], [`Error::Unsupported`], and causal-lm's error for a
+    /// model whose router rows share experts already.
     pub fn check(&self, decoder: &Decoder<'_>, aim: Aim) -> Result<()> {
+        decoder.config().refuse_expert_map("pruning experts")?;
         let mixtures = decoder.config().mixtures.iter().enumerate();
         let mixtures = mixtures.filter_map(|(layer, mixture)| Some((layer, (*mixture)?)));
         match (self.change, aim) {
@@ -226,18 +264,13 @@ impl ExpertRecipe {
                 if averages && is_scaled {
                     return Err(merged_are_not_run(decoder));
                 }
+                let options = ExpertOptions::new(method, Keep::Without(ratio));
+                let options = options.compensation(compensation);
                 for (layer, mixture) in mixtures {
                     if averages {
                         check_width(decoder, mixture.width)?;
                     }
-                    let kept = Keep::Without(ratio).of(mixture.experts)?;
-                    if kept < mixture.chosen {
-                        return Err(Error::Experts {
-                            layer,
-                            kept,
-                            chosen: mixture.chosen,
-                        });
-                    }
+                    options.kept(layer, mixture)?;
                 }
                 Ok(())
             }

@@ -83,13 +83,23 @@ impl Regression {
         };
         let x = columns(&inputs);
         let [y, fewer] = outputs.each_ref().map(columns);
-        for (sum, (a, b)) in self.products.iter_mut().zip([(&y, &y), (&y, &fewer), (&fewer, &fewer)]) {
+        for (sum, (a, b)) in
+            self.products
+                .iter_mut()
+                .zip([(&y, &y), (&y, &fewer), (&fewer, &fewer)])
+        {
             *sum += linalg::dot(a.as_ref(), b.as_ref());
         }
         let sum = self.inputs.as_mut();
         add_product(sum, x.as_ref(), x.transpose(), 1.0, Entries::Lower);
         for (sum, outputs) in self.cross.iter_mut().zip([&y, &fewer]) {
-            add_product(sum.as_mut(), outputs.as_ref(), x.transpose(), 1.0, Entries::All);
+            add_product(
+                sum.as_mut(),
+                outputs.as_ref(),
+                x.transpose(),
+                1.0,
+                Entries::All,
+            );
         }
     }
 
@@ -123,7 +133,9 @@ impl Regression {
         }
         let factor = self.factor();
         let [dense, fewer] = &self.cross;
-        let cross = Mat::from_fn(hidden, hidden, |i, j| dense[(i, j)] - factor * fewer[(i, j)]);
+        let cross = Mat::from_fn(hidden, hidden, |i, j| {
+            dense[(i, j)] - factor * fewer[(i, j)]
+        });
         // V Λ^(−1/2) of the directions in which there are tokens.
         let whitening = Mat::from_fn(hidden, seen, |i, j| vectors[(i, j)] / values[j].sqrt());
         let white = product(cross.as_ref(), whitening.as_ref());
@@ -224,10 +236,17 @@ mod tests {
         let mut before = scaled;
         for rank in 1..=HIDDEN {
             let fit = sums.solve(rank, 0).unwrap().unwrap();
-            assert_eq!((fit.b.shape(), fit.a.shape()), ((HIDDEN, rank), (rank, HIDDEN)));
+            assert_eq!(
+                (fit.b.shape(), fit.a.shape()),
+                ((HIDDEN, rank), (rank, HIDDEN))
+            );
             let w = product(fit.b.as_ref(), fit.a.as_ref());
             let found = error(&problem, sums.factor(), w.as_ref());
-            assert!((found - fit.error).abs() < 1e-9 * scaled, "{found} is not {}", fit.error);
+            assert!(
+                (found - fit.error).abs() < 1e-9 * scaled,
+                "{found} is not {}",
+                fit.error
+            );
             assert!(found < before);
             before = found;
         }
@@ -266,16 +285,30 @@ mod tests {
             let mut a = Mat::from_fn(rank, HIDDEN, |i, j| start[i * HIDDEN + j]);
             let mut b = Mat::zeros(HIDDEN, rank);
             for _ in 0..2000 {
-                let seen = product(product(a.as_ref(), sums.inputs.as_ref()).as_ref(), a.transpose());
+                let seen = product(
+                    product(a.as_ref(), sums.inputs.as_ref()).as_ref(),
+                    a.transpose(),
+                );
                 let right = product(a.as_ref(), cross.transpose());
-                b = Cholesky::new(seen).unwrap().solve(right).transpose().to_owned();
+                b = Cholesky::new(seen)
+                    .unwrap()
+                    .solve(right)
+                    .transpose()
+                    .to_owned();
                 let square = product(b.transpose(), b.as_ref());
-                let right = product(product(b.transpose(), cross.as_ref()).as_ref(), inverse.as_ref());
+                let right = product(
+                    product(b.transpose(), cross.as_ref()).as_ref(),
+                    inverse.as_ref(),
+                );
                 a = Cholesky::new(square).unwrap().solve(right);
             }
             let w = product(b.as_ref(), a.as_ref());
             let found = error(&problem, sums.factor(), w.as_ref());
-            assert!((found - fit.error).abs() < 1e-6 * found, "{found} is not {}", fit.error);
+            assert!(
+                (found - fit.error).abs() < 1e-6 * found,
+                "{found} is not {}",
+                fit.error
+            );
         }
     }
 

@@ -1,14 +1,14 @@
 //! One pass through the model that chooses the experts of each layer.
 
 use super::collect::Collector;
-use super::compensation::Moments;
+use super::compensation::{Moments, Novice};
 use super::layer::Layer;
 use super::merge;
 use super::method::Choice;
 use super::plan::{ExpertPlan, LayerExperts};
 use super::{ExpertOptions, ExpertRefits, FittedTerm, Keep, LayerStatistics};
 use crate::{Error, Result};
-use causal_lm::mixture::RoutingRule;
+use causal_lm::mixture::{MappedRows, RoutingRule};
 use causal_lm::{Decoder, Hidden, NoTap, Progress, Tap, Windows};
 use serde::Serialize;
 
@@ -42,7 +42,8 @@ pub struct LayerOutcome {
     pub clusters: Vec<Vec<usize>>,
     /// Change of the layer's output, where it was asked for.
     pub error: Option<LayerError>,
-    /// Share of the choices of tokens that went to experts that do not stay: there the next best expert steps in.
+    /// Share of the choices of tokens that went to experts that do not stay: there the next best expert steps in. 0 where the
+    /// rows of all experts stay.
     pub promoted: f64,
 }
 
@@ -53,7 +54,7 @@ pub struct LayerError {
     pub output: f64,
     /// With the experts that stay.
     pub dropped: f64,
-    /// The same with the factors of the compensation.
+    /// The same with the factors or constants of the compensation.
     pub compensated: f64,
 }
 
@@ -68,9 +69,10 @@ pub fn plan(
     options: &ExpertOptions,
     progress: &dyn Progress,
 ) -> Result<Outcome> {
-    let mixtures = decoder.config().mixtures.iter();
-    let counts = mixtures.map(|mixture| match mixture {
-        Some(mixture) => options.keep.of(mixture.experts),
+    decoder.config().refuse_expert_map("pruning experts")?;
+    let mixtures = decoder.config().mixtures.iter().enumerate();
+    let counts = mixtures.map(|(layer, mixture)| match mixture {
+        Some(mixture) => options.kept(layer, *mixture),
         None => Ok(0),
     });
     let counts: Vec<usize> = counts.collect::<Result<_>>()?;
@@ -97,6 +99,7 @@ pub fn plan_by_layer(
             reason: "it has no experts",
         });
     }
+    config.refuse_expert_map("pruning experts")?;
     if counts.len() != mixtures.len() {
         return Err(Error::Option {
             option: "experts",
@@ -107,13 +110,7 @@ pub fn plan_by_layer(
     for (layer, (mixture, &kept)) in mixtures.iter().zip(counts).enumerate() {
         let Some(mixture) = mixture else { continue };
         Keep::Experts(kept).of(mixture.experts)?;
-        if kept < mixture.chosen {
-            return Err(Error::Experts {
-                layer,
-                kept,
-                chosen: mixture.chosen,
-            });
-        }
+        options.check_kept(layer, kept, *mixture)?;
     }
     progress.begin("choosing experts", mixtures.len() as u64);
     let mut hidden = Hidden::embed(decoder, windows)?;
@@ -170,19 +167,32 @@ fn choose(
         true => Choice::from((0..experts).collect::<Vec<_>>()),
         false => options.method.method().choose(&layer, keep)?,
     };
-    let factors = match all {
-        true => vec![vec![]; keep],
-        false => options.compensation.method().factors(&layer, &choice)?,
+    let compensation = options.compensation.method();
+    let (factors, novices) = match all {
+        true => (vec![vec![]; keep], vec![]),
+        false => (
+            compensation.factors(&layer, &choice)?,
+            compensation.novices(&layer, &choice)?,
+        ),
+    };
+    let rows = match novices.is_empty() {
+        true => choice.rows,
+        false => rows_with_novices(experts, &choice.kept),
     };
     let own = choice.members.iter().all(Vec::is_empty);
     let error = match options.measure_errors && own {
-        true => Some(LayerError::of(&layer, &choice.kept, &factors)?),
+        true => Some(LayerError::of(&layer, &choice.kept, &factors, &novices)?),
         false => None,
     };
     let statistics = layer.statistics;
     let chosen: usize = statistics.experts.iter().map(|expert| expert.count).sum();
     let stay = choice.kept.iter().map(|&e| statistics.experts[e].count);
-    let promoted = (chosen - stay.sum::<usize>()) as f64 / chosen.max(1) as f64;
+    let gone = chosen - stay.sum::<usize>();
+    // Where all rows stay nobody steps in.
+    let promoted = match rows.is_empty() {
+        true => gone as f64 / chosen.max(1) as f64,
+        false => 0.0,
+    };
     let found = LayerOutcome {
         layer: layer.index,
         statistics,
@@ -197,19 +207,36 @@ fn choose(
         kept: choice.kept,
         members: choice.members,
         factors,
+        rows,
+        novices,
     };
     Ok((experts, found))
 }
 
+/// What the rows of all experts stand for where those that go become constants.
+fn rows_with_novices(experts: usize, kept: &[usize]) -> Vec<usize> {
+    let mut novices = kept.len()..;
+    let place = |expert: usize| kept.binary_search(&expert).ok().or_else(|| novices.next());
+    (0..experts).filter_map(place).collect()
+}
+
 impl LayerError {
-    fn of(layer: &Layer<'_>, kept: &[usize], factors: &[Vec<f64>]) -> Result<Self> {
+    fn of(
+        layer: &Layer<'_>,
+        kept: &[usize],
+        factors: &[Vec<f64>],
+        novices: &[Vec<f32>],
+    ) -> Result<Self> {
         let moments = Moments::of(layer, layer.rule, kept)?;
         let factor = |factors: &Vec<f64>| factors.first().copied().unwrap_or(1.0);
         let factors: Vec<f64> = factors.iter().map(factor).collect();
         Ok(Self {
             output: moments.energy,
             dropped: moments.error(&vec![1.0; kept.len()]),
-            compensated: moments.error(&factors),
+            compensated: match novices.is_empty() {
+                true => moments.error(&factors),
+                false => Novice::error(layer, kept, novices)?,
+            },
         })
     }
 }
@@ -227,7 +254,15 @@ pub(crate) fn advance_pruned(
 ) -> Result<()> {
     let mut block = decoder.frame(layer)?;
     if let Some(moe) = &mut block.experts {
-        moe.router = merge::router(&moe.router, experts)?;
+        match experts.map()? {
+            Some(map) => {
+                moe.mapped = Some(MappedRows {
+                    map,
+                    novices: experts.constants(decoder)?,
+                });
+            }
+            None => moe.router = merge::router(&moe.router, experts)?,
+        }
         moe.rule.chosen = chosen.unwrap_or(moe.rule.chosen);
     }
     let mut expert = |at: usize| {

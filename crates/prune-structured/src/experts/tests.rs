@@ -1,6 +1,6 @@
 //! Six tokens and five experts, computed by hand.
 
-use super::compensation::Moments;
+use super::compensation::{Moments, Novice};
 use super::layer::{Batch, Outputs};
 use super::method::{best, drop_changes, naee_errors};
 use super::statistics::LayerStatistics;
@@ -185,6 +185,26 @@ fn factors_of_experts_that_stay_are_those_found_by_hand() {
             ],
             &errors,
         );
+    }
+}
+
+#[test]
+fn errors_of_constants_are_those_found_by_hand() {
+    for (normalise, expected) in [
+        (true, [1.156652, 0.8825025]),
+        (false, [1.015906, 0.7672619]),
+    ] {
+        let statistics = statistics(normalise);
+        let mean = |expert: usize| -> Vec<f32> {
+            let mean = statistics.experts[expert].mean();
+            mean.into_iter().map(|x| x as f32).collect()
+        };
+        let error = |kept: &[usize]| {
+            let gone = (0..EXPERTS).filter(|expert| !kept.contains(expert));
+            let novices: Vec<Vec<f32>> = gone.map(mean).collect();
+            with_batch(normalise, |batch| Novice::error_of(batch, kept, &novices))
+        };
+        close(&[error(&[0, 1]), error(&[1, 3])], &expected);
     }
 }
 

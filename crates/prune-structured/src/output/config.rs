@@ -4,7 +4,7 @@ use super::form::{Form, Loading, NewBiases};
 use super::layout::keeps_extras;
 use crate::plan::Plan;
 use crate::{Error, Result};
-use causal_lm::config::{Mixture, WIDTHS_KEY, in_own_form};
+use causal_lm::config::{EXPERT_MAP, ExpertMap, Mixture, WIDTHS_KEY, in_own_form};
 use causal_lm::{Decoder, LinearName, ModelConfig, Widths};
 use serde_json::{Map, Value, json};
 use tensor_io::Config;
@@ -87,6 +87,7 @@ pub(crate) fn pruned(
             let lists = PerLayer {
                 widths: &widths,
                 mixtures: &model.mixtures,
+                expert_maps: &model.expert_maps,
                 biases: (
                     biases.attention || model.biases.o,
                     biases.mlp || model.biases.mlp,
@@ -102,6 +103,7 @@ pub(crate) fn pruned(
 pub(crate) struct PerLayer<'a> {
     pub(crate) widths: &'a [Widths],
     pub(crate) mixtures: &'a [Option<Mixture>],
+    pub(crate) expert_maps: &'a [Option<ExpertMap>],
     /// Whether output projections of attention and of MLPs have biases.
     pub(crate) biases: (bool, bool),
 }
@@ -144,6 +146,14 @@ impl PerLayer<'_> {
             let of = |l: usize, field: fn(Mixture) -> usize| self.mixtures[l].map_or(0, field);
             list("num_experts", &|l| of(l, |m| m.experts));
             list("expert_size", &|l| of(l, |m| m.width));
+        }
+        if self.expert_maps.iter().any(Option::is_some) {
+            let layers = self.expert_maps.iter().zip(self.mixtures);
+            let ids = layers.map(|(map, mixture)| match map {
+                Some(map) => map.ids().to_vec(),
+                None => (0..mixture.map_or(0, |mixture| mixture.experts)).collect(),
+            });
+            lists.insert(EXPERT_MAP.into(), json!(ids.collect::<Vec<_>>()));
         }
         lists.insert("o_proj_bias".into(), json!(self.biases.0));
         lists.insert("down_proj_bias".into(), json!(self.biases.1));

@@ -3,7 +3,8 @@
     AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 
 The stock model is built first, then each projection is replaced by one of its layer's own shape, and each mixture of
-experts by one with its layer's own number and width of experts.
+experts by one with its layer's own number and width of experts. Where a layer has an expert_map, its router keeps a row for
+each entry: several rows may share an expert, and entries from the number of experts on are constants.
 """
 
 import copy
@@ -128,17 +129,59 @@ def mlp(layer, neurons, bias):
     resize(layer, ("gate", "up", "down"), widths, {"down": bias})
 
 
-def mixture(layer, config, experts, width):
+class Mapped:
+    """Goes in front of a stock class of experts: what it is handed are rows of the router."""
+
+    def forward(self, hidden_states, top_k_index, top_k_weights):
+        ids = torch.tensor(self.ids, device=top_k_index.device)[top_k_index]
+        constant = ids >= self.num_experts
+        # Two rows of one expert add up, each with its own gate; a constant runs no expert.
+        gates = top_k_weights.masked_fill(constant, 0)
+        output = super().forward(hidden_states, ids.masked_fill(constant, 0), gates)
+        if self.novices is None:
+            return output
+        vectors = self.novices.weight[(ids - self.num_experts).clamp(min=0)]
+        gates = top_k_weights.masked_fill(~constant, 0).to(vectors.dtype)
+        return output + (gates.unsqueeze(-1) * vectors).sum(-2).to(output.dtype)
+
+
+def map_rows(block, wide, ids):
+    """Lets rows of a router share experts or stand for constants; `wide` is a block with as many rows."""
+    experts = getattr(block, "experts", None)
+    if not hasattr(experts, "num_experts") or isinstance(experts, nn.ModuleList):
+        raise ImportError("an expert_map needs transformers 5, whose experts are one module")
+    router = "gate" if hasattr(block, "gate") else "router"
+    setattr(block, router, getattr(wide, router))
+    constants = max(ids) + 1 - experts.num_experts
+    novices = None
+    if constants > 0:
+        like = next(experts.parameters())
+        novices = nn.Embedding(constants, experts.hidden_dim, device=like.device, dtype=like.dtype)
+        block.novices = novices
+    experts.__class__ = type("MappedExperts", (Mapped, type(experts)), {})
+    # Not a child of the experts: their parameters keep their names.
+    experts.__dict__["novices"] = novices
+    experts.ids = tuple(ids)
+
+
+def mixture(layer, config, experts, width, ids):
     name = "mlp" if hasattr(layer, "mlp") else "block_sparse_moe"
-    own = copy.deepcopy(config)
-    for field in ("num_experts", "num_local_experts"):
-        if hasattr(own, field):
-            setattr(own, field, experts)
-    field = "moe_intermediate_size" if hasattr(own, "moe_intermediate_size") else "intermediate_size"
-    setattr(own, field, width)
     old = getattr(layer, name)
     like = next(old.parameters())
-    setattr(layer, name, type(old)(own).to(device=like.device, dtype=like.dtype))
+
+    def block(experts, width):
+        own = copy.deepcopy(config)
+        for field in ("num_experts", "num_local_experts"):
+            if hasattr(own, field):
+                setattr(own, field, experts)
+        field = "moe_intermediate_size" if hasattr(own, "moe_intermediate_size") else "intermediate_size"
+        setattr(own, field, width)
+        return type(old)(own).to(device=like.device, dtype=like.dtype)
+
+    new = block(experts, width)
+    if ids != list(range(experts)):
+        map_rows(new, block(len(ids), 1), ids)
+    setattr(layer, name, new)
 
 
 class PrunedForCausalLM(BASE):
@@ -150,7 +193,8 @@ class PrunedForCausalLM(BASE):
             attention(layer, config, heads, kv_heads, widths["o_proj_bias"])
             experts = widths["num_experts"][index] if "num_experts" in widths else 0
             if experts:
-                mixture(layer, config, experts, widths["expert_size"][index])
+                ids = widths["expert_map"][index] if "expert_map" in widths else list(range(experts))
+                mixture(layer, config, experts, widths["expert_size"][index], ids)
             else:
                 mlp(layer, widths["intermediate_size"][index], widths["down_proj_bias"])
 

@@ -115,6 +115,12 @@ pub fn check(decoder: &Decoder<'_>, widths: &[Widths]) -> Result<()> {
             reason: reason.into(),
         })
     };
+    if model.has_expert_map() {
+        return unsupported(
+            "router rows that share experts or stand for constants",
+            "the format's blocks have no experts",
+        );
+    }
     if model.qk_norm != QkNorm::None {
         return unsupported(
             model.model_type,

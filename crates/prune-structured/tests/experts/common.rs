@@ -196,3 +196,22 @@ pub(crate) fn tensors(dir: &Path) -> Vec<(String, Vec<u8>)> {
     all.sort();
     all
 }
+
+/// A model whose second expert has the first one's neurons in another order, in every layer.
+pub(crate) fn with_twins(layout: ExpertLayout) -> Mixture {
+    let mut random = synthetic::random(7);
+    let mut first: Vec<(String, Tensor)> = vec![];
+    Mixture::made(&config("mixtral", json!({})), layout, |name, shape| {
+        let tensor = random(name, shape).unwrap();
+        let order: Vec<u32> = (0..16).map(|i| (i * 5 + 3) % 16).collect();
+        let order = Tensor::new(order, &Device::Cpu).unwrap();
+        if name.contains("experts.0.") {
+            first.push((name.replace("experts.0.", "experts.1."), tensor.clone()));
+        }
+        match first.iter().find(|(twin, _)| twin == name) {
+            Some((_, twin)) if name.contains("w2") => twin.index_select(&order, 1).unwrap(),
+            Some((_, twin)) => twin.index_select(&order, 0).unwrap(),
+            None => tensor,
+        }
+    })
+}

@@ -274,7 +274,14 @@ fn options_that_make_no_sense_are_refused() {
 #[test]
 fn what_reads_no_layer_says_so() {
     let reads = |name: &str| ExpertRecipe::named(name, 0).unwrap().reads_layers();
-    for name in ["reap", "frequency", "stun-reap", "hc-smoe", "neurons", "joint"] {
+    for name in [
+        "reap",
+        "frequency",
+        "stun-reap",
+        "hc-smoe",
+        "neurons",
+        "joint",
+    ] {
         assert!(reads(name), "{name}");
     }
     for name in ["random", "aimer", "stun", "stun-compat", "topk-scale"] {

@@ -6,10 +6,8 @@ use causal_lm::names::ExpertLayout;
 use causal_lm::testing::golden_weights;
 use causal_lm::{Windows, cross_entropy};
 use prune_structured::NoProgress;
-use prune_structured::experts::compensation::ExpertScale;
-use prune_structured::experts::{
-    FewerExperts, Keep, LayerOutcome, fewer, fewer_with_terms, plan,
-};
+use prune_structured::experts::compensation::{ExpertScale, Novice};
+use prune_structured::experts::{FewerExperts, Keep, LayerOutcome, fewer, fewer_with_terms, plan};
 use serde_json::Value;
 use tensor_io::{Checkpoint, Config};
 
@@ -169,6 +167,23 @@ fn factors_of_experts_and_their_errors_are_those_computed_independently() {
             let squares = ["reap_squared_error", "expert_scales_squared_error"];
             let squares = squares.map(|field| expected[field].as_f64().unwrap());
             case.close("errors", &[error.dropped, error.compensated], &squares);
+        }
+    });
+}
+
+#[test]
+fn errors_of_constants_in_the_place_of_experts_are_those_computed_independently() {
+    each(|case| {
+        let options = options("reap", case.keep)
+            .compensation(Novice)
+            .measure_errors(true);
+        let decoder = case.model.decoder();
+        let found = plan(&decoder, &case.windows, &options, &NoProgress).unwrap();
+        for (layer, expected) in found.layers.iter().zip(case.expected()) {
+            let error = layer.error.unwrap();
+            let squares = ["reap_squared_error", "novices_squared_error"];
+            let squares = squares.map(|field| expected[field].as_f64().unwrap());
+            case.close("novices", &[error.dropped, error.compensated], &squares);
         }
     });
 }

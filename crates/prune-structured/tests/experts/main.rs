@@ -5,4 +5,5 @@ mod errors;
 mod golden;
 mod properties;
 mod reconstruct;
+mod rows;
 mod terms;

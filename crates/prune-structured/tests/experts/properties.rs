@@ -2,11 +2,12 @@
 
 use super::common::{
     KINDS, Mixture, config, decoder, gap, logits, logits_of, options, restricted, tensors, windows,
+    with_twins,
 };
 use candle_core::{DType, Device, Tensor};
 use causal_lm::config::WIDTHS_KEY;
 use causal_lm::names::ExpertLayout;
-use causal_lm::{Decoder, Windows, synthetic};
+use causal_lm::{Decoder, Windows};
 use prune_structured::compensation::{Bias, NoCompensation};
 use prune_structured::experts::compensation::ExpertScale;
 use prune_structured::experts::{
@@ -252,25 +253,6 @@ fn factors_make_up_for_a_part_of_what_dropped_experts_did() {
         assert!(logits(&folder).iter().all(|x| x.is_finite()));
         assert_ne!(logits(&folder), restricted(&model.decoder(), &found.plan));
     });
-}
-
-/// A model whose second expert has the first one's neurons in another order, in every layer.
-fn with_twins(layout: ExpertLayout) -> Mixture {
-    let mut random = synthetic::random(7);
-    let mut first: Vec<(String, Tensor)> = vec![];
-    Mixture::made(&config("mixtral", json!({})), layout, |name, shape| {
-        let tensor = random(name, shape).unwrap();
-        let order: Vec<u32> = (0..16).map(|i| (i * 5 + 3) % 16).collect();
-        let order = Tensor::new(order, &Device::Cpu).unwrap();
-        if name.contains("experts.0.") {
-            first.push((name.replace("experts.0.", "experts.1."), tensor.clone()));
-        }
-        match first.iter().find(|(twin, _)| twin == name) {
-            Some((_, twin)) if name.contains("w2") => twin.index_select(&order, 1).unwrap(),
-            Some((_, twin)) => twin.index_select(&order, 0).unwrap(),
-            None => tensor,
-        }
-    })
 }
 
 #[test]
@@ -654,7 +636,10 @@ fn layers_are_calibrated_behind_the_pruned_ones_where_that_is_asked_for() {
     let found = plan(&smaller, &windows(), &options, &NoProgress).unwrap();
     let pairs = found.layers[1].scores.iter().zip(&pruned.layers[1].scores);
     for (found, expected) in pairs {
-        assert!((found - expected).abs() < 1e-6 * expected, "{found} is not {expected}");
+        assert!(
+            (found - expected).abs() < 1e-6 * expected,
+            "{found} is not {expected}"
+        );
     }
 }
 

@@ -120,7 +120,11 @@ fn averaged_clusters_are_the_means_of_aligned_experts_and_of_router_rows() {
                 let (all, routed) = (router(&dense), router(&merged));
                 for (at, members) in members(&plan, layer).iter().enumerate() {
                     let alone = [kept[at]];
-                    let of = if members.is_empty() { &alone[..] } else { members };
+                    let of = if members.is_empty() {
+                        &alone[..]
+                    } else {
+                        members
+                    };
                     averaged += usize::from(of.len() > 1);
                     let centre = of.iter().position(|e| *e == kept[at]).unwrap();
                     let experts: Vec<_> = of.iter().map(|&e| neurons(&dense, layer, e)).collect();
@@ -227,12 +231,17 @@ fn equal_experts_with_equal_rows_give_the_same_expert() {
     for layer in 0..3 {
         assert!(members(&averaged, layer).contains(&vec![0, 1]));
     }
-    let folders = [model.written(&averaged, "averaged"), model.written(&kept, "kept")];
+    let folders = [
+        model.written(&averaged, "averaged"),
+        model.written(&kept, "kept"),
+    ];
     assert!(gap(&logits(&folders[0]), &logits(&folders[1])) < 1e-5);
     // Rows of experts that stand for themselves are the source's bytes.
     let [averaged, kept] = folders.map(|folder| tensors(&folder));
     let router = |tensors: &[(String, Vec<u8>)]| {
-        let mut routers = tensors.iter().filter(|(name, _)| name.ends_with("moe.gate.weight"));
+        let mut routers = tensors
+            .iter()
+            .filter(|(name, _)| name.ends_with("moe.gate.weight"));
         routers.next().unwrap().1.clone()
     };
     assert_eq!(router(&averaged), router(&kept));

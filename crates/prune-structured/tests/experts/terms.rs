@@ -49,7 +49,10 @@ fn square(a: &[Vec<f64>], b: &[Vec<f64>]) -> f64 {
 }
 
 fn near(found: f64, expected: f64, scale: f64) {
-    assert!((found - expected).abs() < 1e-5 * scale, "{found} is not {expected}");
+    assert!(
+        (found - expected).abs() < 1e-5 * scale,
+        "{found} is not {expected}"
+    );
 }
 
 #[test]
@@ -59,7 +62,9 @@ fn a_term_adds_its_product_with_what_the_experts_read() {
         let plain = model.decoder();
         let number = |i: usize, j: usize| ((5 * i + 3 * j) % 7) as f32 / 7.0 - 0.4;
         let tensor = |rows: usize, columns: usize| {
-            let values: Vec<f32> = (0..rows * columns).map(|at| number(at / columns, at % columns)).collect();
+            let values: Vec<f32> = (0..rows * columns)
+                .map(|at| number(at / columns, at % columns))
+                .collect();
             Tensor::from_vec(values, (rows, columns), &Device::Cpu).unwrap()
         };
         let (a, b) = (tensor(2, HIDDEN), tensor(HIDDEN, 2));
@@ -76,11 +81,18 @@ fn a_term_adds_its_product_with_what_the_experts_read() {
         for ((found, expected), x) in found.iter().zip(&expected).zip(&x) {
             let inner: Vec<f64> = a.iter().map(|a| dot(a, x)).collect();
             for ((found, expected), b) in found.iter().zip(expected).zip(&b) {
-                near(*found, expected + scale * dot(b, &inner), 1.0 + expected.abs());
+                near(
+                    *found,
+                    expected + scale * dot(b, &inner),
+                    1.0 + expected.abs(),
+                );
             }
         }
         let tokens = [3, 1, 4, 1, 5];
-        assert!(gap(&logits_of(&plain, &tokens), &logits_of(&with, &tokens)) > 1e-4, "{kind}");
+        assert!(
+            gap(&logits_of(&plain, &tokens), &logits_of(&with, &tokens)) > 1e-4,
+            "{kind}"
+        );
     }
 }
 
@@ -94,7 +106,12 @@ fn terms_leave_less_of_the_dense_output_than_a_factor_and_full_rank_is_least_squ
         let mut before = f64::INFINITY;
         for rank in [1, 4, HIDDEN] {
             let (plan, found) = fitted(&dense, rank);
-            for (a, b) in plan.layers.iter().flatten().zip(scaled.layers.iter().flatten()) {
+            for (a, b) in plan
+                .layers
+                .iter()
+                .flatten()
+                .zip(scaled.layers.iter().flatten())
+            {
                 near(a.factors[0][0], b.factors[0][0], 1.0);
             }
             let folder = model.written(&plan, &format!("rank-{rank}"));
@@ -106,7 +123,10 @@ fn terms_leave_less_of_the_dense_output_than_a_factor_and_full_rank_is_least_squ
             let first = found[0].as_ref().unwrap();
             near(square(&without, &target), first.scaled, first.scaled);
             near(square(&repaired, &target), first.left, first.scaled);
-            assert!(first.left < before && first.left < first.scaled, "{kind} {rank}");
+            assert!(
+                first.left < before && first.left < first.scaled,
+                "{kind} {rank}"
+            );
             assert!(first.scaled < first.output);
             before = first.left;
             if rank == HIDDEN {
@@ -119,7 +139,10 @@ fn terms_leave_less_of_the_dense_output_than_a_factor_and_full_rank_is_least_squ
                     let linear: f64 = (0..HIDDEN).map(|i| w[(i, c)] * x[t][i]).sum();
                     (residual(t, c) - linear).powi(2)
                 };
-                let left: f64 = (0..x.len()).flat_map(|t| (0..HIDDEN).map(move |c| (t, c))).map(|(t, c)| left(t, c)).sum();
+                let left: f64 = (0..x.len())
+                    .flat_map(|t| (0..HIDDEN).map(move |c| (t, c)))
+                    .map(|(t, c)| left(t, c))
+                    .sum();
                 near(first.left, left, first.scaled);
             }
         }
@@ -151,7 +174,10 @@ fn terms_that_do_not_fit_and_ranks_that_cannot_be_are_refused() {
     let mixed = Mixture::random(&config("qwen2_moe", json!({})), ExpertLayout::Alone);
     let term = |rank: usize, hidden: usize| {
         let zeros = |shape: (usize, usize)| Tensor::zeros(shape, DType::F32, &Device::Cpu).unwrap();
-        Some(LinearTerm::new(zeros((rank, hidden)), zeros((hidden, rank))))
+        Some(LinearTerm::new(
+            zeros((rank, hidden)),
+            zeros((hidden, rank)),
+        ))
     };
     // The second layer has no experts.
     for (terms, expected) in [

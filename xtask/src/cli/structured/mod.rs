@@ -422,7 +422,9 @@ impl StructuredArgs {
         let variants = |name: &&str| self.change.variants(name, seed);
         let mut recipes: Vec<Recipe> = names.iter().flat_map(variants).collect();
         recipes.iter_mut().for_each(|r| self.search.change(r));
-        let reconstruct = self.reconstruct.map_or(Reconstruct::Never, Reconstruct::from);
+        let reconstruct = self
+            .reconstruct
+            .map_or(Reconstruct::Never, Reconstruct::from);
         let variants = |name: &&str| {
             let variants = self.change.expert_variants(name, seed).into_iter();
             let variants = variants.map(|recipe| recipe.progressive(self.progressive));

@@ -57,7 +57,10 @@ pub(super) fn settings(settings: &Settings, config: &Config) -> Result<()> {
 
 /// Whether a flag says something of experts.
 fn is_of_experts(flag: &str) -> bool {
-    matches!(flag, "--pool-tokens" | "--expert-prior" | "--no-gate-weight")
+    matches!(
+        flag,
+        "--pool-tokens" | "--expert-prior" | "--no-gate-weight"
+    )
 }
 
 /// Whether anything of the run reads a flag.

@@ -162,7 +162,9 @@ impl Lowrank<'_> {
             let mut bytes = Map::new();
             for (output, path) in &places.saved {
                 let file = match output {
-                    Output::Adapter => Checkpoint::open_file(path.join("adapter_model.safetensors")),
+                    Output::Adapter => {
+                        Checkpoint::open_file(path.join("adapter_model.safetensors"))
+                    }
                     _ => Checkpoint::open(path),
                 };
                 bytes.insert(output.to_string(), file?.total_bytes().into());
@@ -254,7 +256,9 @@ pub(super) fn section(rows: Vec<Row>) -> Section {
         title: "Perplexity over size".into(),
         x: Axis::linear("size of the model (MiB)"),
         y: Axis::log("perplexity"),
-        series: Series::by_method(&by_compressor, megabytes, "perplexity", |row| row.perplexity),
+        series: Series::by_method(&by_compressor, megabytes, "perplexity", |row| {
+            row.perplexity
+        }),
         reference,
     };
     let extra = |name: &str| Column::Extra(name.into());

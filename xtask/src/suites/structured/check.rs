@@ -11,7 +11,7 @@ use prune_structured::experts::{ExpertRecipe, ExpertSettings};
 use prune_structured::{Allocation, Compensation, Error, Form, Recipe, Score, rate_distortion};
 use tensor_io::PendingFile;
 
-use super::config::{CALIBRATION, Config, Export, ExpertMethods};
+use super::config::{CALIBRATION, Config, ExpertMethods, Export};
 use super::experts::{aims, label, planned};
 use crate::settings::{Settings, once, spares};
 use crate::suites::perplexity;
@@ -107,7 +107,10 @@ fn compressed(config: &Config, decoder: &Decoder<'_>) -> Result<()> {
     }
     let settings = ExpertSettings::default().layout(experts.layout);
     settings.check(decoder).context("--layout")?;
-    for (flag, compressors) in [("--quantise", &experts.compressors), ("--then", &experts.then)] {
+    for (flag, compressors) in [
+        ("--quantise", &experts.compressors),
+        ("--then", &experts.then),
+    ] {
         for &compressor in compressors {
             let fits = experts.repair(compressor).check(decoder);
             fits.with_context(|| format!("{flag} {}", label(compressor)))?;

@@ -3,7 +3,8 @@
 use super::granite::factors;
 use super::{ATTENTION_BIAS, DEFAULTS, Defaults, Family, Stock, stock};
 use crate::Result;
-use crate::config::fields::{Fields, Kind, check_experts, check_widths};
+use crate::config::expert_map::{self, EXPERT_MAP, ExpertMap};
+use crate::config::fields::{Fields, Kind, MOST_EXPERTS, check_experts, check_widths};
 use crate::config::{Biases, Mixture, ModelConfig, QkNorm, WIDTHS_KEY, Widths, invalid};
 use crate::names;
 
@@ -127,7 +128,8 @@ fn mixture(fields: &Fields, defaults: (usize, usize), normalise: bool) -> Result
     })
 }
 
-/// Gives layers their experts in place of an MLP. A pruned model lists the number and width of its experts by layer.
+/// Gives layers their experts in place of an MLP. A pruned model lists the number and width of its experts by layer, and what
+/// router rows stand for where they are not these.
 fn set(
     fields: &Fields,
     model: &mut ModelConfig,
@@ -147,19 +149,24 @@ fn set(
             let (experts, widths) = (list("num_experts")?, list("expert_size")?);
             check_experts(&experts)?;
             check_widths(&widths)?;
-            Some((experts, widths))
+            let maps = lists.get(EXPERT_MAP);
+            let maps = maps.map(|maps| expert_map::lists(maps, layers, MOST_EXPERTS));
+            Some((experts, widths, maps.transpose()?))
         }
     };
     for layer in 0..layers {
         let mixture = of(layer).filter(|mixture| mixture.experts > 0);
         model.mixtures[layer] = match (mixture, &lists) {
-            (Some(mixture), Some((experts, width))) => (experts[layer] > 0).then_some(Mixture {
+            (Some(mixture), Some((experts, width, _))) => (experts[layer] > 0).then_some(Mixture {
                 experts: experts[layer],
                 width: width[layer],
                 ..mixture
             }),
             (mixture, _) => mixture,
         };
+        if let Some((_, _, Some(maps))) = &lists {
+            model.expert_maps[layer] = mapped(layer, model.mixtures[layer], &maps[layer])?;
+        }
         if model.mixtures[layer].is_some() {
             let widths = &mut model.widths[layer];
             *widths = Widths {
@@ -169,6 +176,21 @@ fn set(
         }
     }
     Ok(())
+}
+
+/// The map of a layer, where it is not the identity.
+fn mapped(layer: usize, mixture: Option<Mixture>, ids: &[usize]) -> Result<Option<ExpertMap>> {
+    let Some(mixture) = mixture else {
+        return match ids {
+            [] => Ok(None),
+            _ => Err(invalid(
+                WIDTHS_KEY,
+                format!("{EXPERT_MAP} of layer {layer} has ids, but the layer has no experts"),
+            )),
+        };
+    };
+    let map = ExpertMap::new(ids.to_vec(), mixture.experts)?;
+    Ok(Some(map).filter(|map| !map.is_identity()))
 }
 
 /// Which layers of Qwen's mixtures have experts; those are narrower than the MLPs of the others.

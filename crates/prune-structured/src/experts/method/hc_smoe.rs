@@ -4,18 +4,22 @@ use super::{Choice, Choosing};
 use crate::Result;
 use crate::experts::cluster::{Linkage, clusters};
 use crate::experts::layer::Layer;
-use crate::experts::merge::by_count;
+use crate::experts::merge::{Merging, by_count};
 use crate::experts::method::stun::row_distances;
 use serde::{Deserialize, Serialize};
 
 /// Clusters of average linkage on the means of experts' outputs over all tokens, as many as experts are to stay. Weights
-/// are averaged by the tokens that chose them; the router keeps the row of the most used. Every expert runs on every token.
+/// are averaged by the tokens that chose them; the router keeps the row of the most used, or all rows where they are tied. Every
+/// expert runs on every token.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HcSmoe {
     /// Cosine distances, as REAP's paper describes it, in place of the Euclidean ones of the published implementation.
     pub cosine: bool,
     /// Whether neurons are put in the same order before they are averaged.
     pub align: bool,
+    /// Whether the router keeps the rows of all experts, those of a cluster sharing the merged one.
+    #[serde(default)]
+    pub tied: bool,
 }
 
 impl Default for HcSmoe {
@@ -23,11 +27,16 @@ impl Default for HcSmoe {
         Self {
             cosine: false,
             align: true,
+            tied: false,
         }
     }
 }
 
 impl Choosing for HcSmoe {
+    fn ties(&self) -> bool {
+        self.tied
+    }
+
     fn choose(&self, layer: &Layer<'_>, keep: usize) -> Result<Choice> {
         let means = layer.means_over_all()?;
         let distances = match self.cosine {
@@ -35,7 +44,11 @@ impl Choosing for HcSmoe {
             false => row_distances(&means),
         };
         let clusters = clusters(&distances, keep, Linkage::Average);
-        Ok(by_count(layer, &clusters, self.align))
+        let how = Merging {
+            align: self.align,
+            tied: self.tied,
+        };
+        Ok(by_count(layer, &clusters, how))
     }
 }
 

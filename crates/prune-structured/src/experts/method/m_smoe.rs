@@ -3,24 +3,35 @@
 use super::{Choice, Choosing, Frequency, best};
 use crate::Result;
 use crate::experts::layer::Layer;
-use crate::experts::merge::around;
+use crate::experts::merge::{Merging, around};
 use serde::{Deserialize, Serialize};
 
 /// The most used experts stay; each other is merged into the one whose router logits over the tokens are most similar to
-/// its own, by cosine. Weights are averaged by the tokens that chose them.
+/// its own, by cosine. Weights are averaged by the tokens that chose them; the router keeps the rows of those that stay, or all rows
+/// where they are tied.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MSmoe {
     /// Whether neurons are put in the same order before they are averaged.
     pub align: bool,
+    /// Whether the router keeps the rows of all experts, those of a cluster sharing the merged one.
+    #[serde(default)]
+    pub tied: bool,
 }
 
 impl Default for MSmoe {
     fn default() -> Self {
-        Self { align: true }
+        Self {
+            align: true,
+            tied: false,
+        }
     }
 }
 
 impl Choosing for MSmoe {
+    fn ties(&self) -> bool {
+        self.tied
+    }
+
     fn choose(&self, layer: &Layer<'_>, keep: usize) -> Result<Choice> {
         let mut centres = best(&Frequency.scores(layer)?, keep);
         centres.sort_unstable();
@@ -56,6 +67,10 @@ impl Choosing for MSmoe {
                 cluster.push(expert);
             }
         }
-        Ok(around(layer, &centres, &clusters, self.align))
+        let how = Merging {
+            align: self.align,
+            tied: self.tied,
+        };
+        Ok(around(layer, &centres, &clusters, how))
     }
 }

@@ -99,6 +99,8 @@ pub(crate) struct Choice {
     pub(crate) scores: Vec<f64>,
     /// Clusters of experts of which one stays, where the method makes them.
     pub(crate) clusters: Vec<Vec<usize>>,
+    /// For each expert the place in `kept` that its router row stands for from now on; empty where the rows of `kept` alone stay.
+    pub(crate) rows: Vec<usize>,
 }
 
 impl From<Vec<usize>> for Choice {
@@ -143,6 +145,11 @@ pub(crate) trait Choosing {
     /// A score for each expert; higher is kept. Methods that choose otherwise have none.
     fn scores(&self, _layer: &Layer<'_>) -> Result<Vec<f64>> {
         Ok(vec![])
+    }
+
+    /// Whether the router rows of merged experts stay.
+    fn ties(&self) -> bool {
+        false
     }
 
     /// The `keep` experts that stay.

@@ -270,8 +270,16 @@ pub(crate) mod tests {
                 .collect()
         };
         assert_eq!(averaged(Reconstruct::Never), []);
-        assert!(averaged(Reconstruct::FewClusters).iter().all(|(_, clusters)| *clusters < 3));
-        assert!(averaged(Reconstruct::SmallClusters).iter().all(|(members, _)| *members < 3));
+        assert!(
+            averaged(Reconstruct::FewClusters)
+                .iter()
+                .all(|(_, clusters)| *clusters < 3)
+        );
+        assert!(
+            averaged(Reconstruct::SmallClusters)
+                .iter()
+                .all(|(members, _)| *members < 3)
+        );
         assert_eq!(averaged(Reconstruct::FewClusters).len(), 8);
         assert_eq!(averaged(Reconstruct::SmallClusters).len(), 8);
     }

@@ -14,6 +14,12 @@ use causal_lm::{Decoder, LinearName, ModelConfig};
 /// that no file holds.
 pub(super) fn architecture(decoder: &Decoder<'_>, config: &ModelConfig) -> Result<Architecture> {
     decoder.check_written()?;
+    if let Some(layer) = config.expert_maps.iter().position(Option::is_some) {
+        return Err(unsupported(
+            format!("router rows of layer {layer} that share experts or stand for constants"),
+            "llama.cpp has an expert for each row; export a model whose experts were dropped, or merged without ties",
+        ));
+    }
     let Some(architecture) = Architecture::of(config) else {
         let known = Architecture::ALL.map(Architecture::name).join(", ");
         return Err(unsupported(
