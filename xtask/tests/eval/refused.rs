@@ -320,7 +320,7 @@ fn of_mixtures_too_is_refused_before_calibration_what_is_known_beforehand() {
         (
             "--method topk-lowrank --save new",
             "--save",
-            "no stock format has a place for it",
+            "no stock format has a place for",
         ),
         (
             "--method reap,topk-lowrank --ratio 0.5 --save-plans new",

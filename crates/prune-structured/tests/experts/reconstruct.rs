@@ -251,7 +251,7 @@ fn equal_experts_with_equal_rows_give_the_same_expert() {
 fn a_layer_behind_averaged_ones_sees_what_the_written_model_gives_it() {
     let model = Mixture::random(&config("qwen3_moe", json!({})), ExpertLayout::Fused);
     let dense = model.decoder();
-    let options = ExpertOptions::new(stun(Reconstruct::SmallClusters), Keep::Experts(4));
+    let options = ExpertOptions::new(stun(Reconstruct::SmallClusters), Keep::Experts(5));
     let behind = options.progressive(true);
     let outcome = plan(&dense, &windows(), &behind, &NoProgress).unwrap();
     assert!(members(&outcome.plan, 0).iter().any(|m| m.len() == 2));

@@ -4,7 +4,7 @@ use super::common::{KINDS, Mixture, config, decoder, gap, logits_of, windows};
 use candle_core::{DType, Device, Tensor};
 use causal_lm::mixture::{ExpertInputs, LinearTerm};
 use causal_lm::names::ExpertLayout;
-use causal_lm::{Decoder, Hidden, NoTap};
+use causal_lm::{Decoder, Hidden};
 use faer::Mat;
 use linalg::Cholesky;
 use prune_structured::experts::{
