@@ -112,7 +112,8 @@ impl<'a> Frontier<'a> {
     ///
     /// # Errors
     /// [`Error::Option`] for options out of range and windows that are in both sets, [`Error::Experts`] for mixtures that the
-    /// target cannot store, [`Error::Cancelled`], and what running the model and writing files report.
+    /// target cannot store, causal-lm's error for those whose router rows share experts, [`Error::Cancelled`], and what running the
+    /// model and writing files report.
     pub fn measure(
         decoder: &'a Decoder<'a>,
         data: Data<'a>,

@@ -122,8 +122,11 @@ impl Target {
     /// Whether it stores models of this architecture.
     ///
     /// # Errors
-    /// [`Error::Experts`] for mixtures and [`Target::Vllm`].
+    /// [`Error::Experts`] for mixtures and [`Target::Vllm`]; causal-lm's error for mixtures whose router rows share experts.
     pub fn check_model(self, decoder: &Decoder<'_>) -> Result<()> {
+        decoder
+            .config()
+            .refuse_expert_map("dividing a budget over it")?;
         match self == Self::Vllm && has_experts(decoder) {
             false => Ok(()),
             true => Err(Error::Experts {

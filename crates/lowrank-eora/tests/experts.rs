@@ -1,8 +1,9 @@
 //! Experts of mixtures, compressed and repaired.
 
 use candle_core::{DType, Device, Tensor};
+use causal_lm::mixture::ExpertInputs;
 use causal_lm::names::ExpertLayout;
-use causal_lm::{Decoder, ModelConfig, Windows, synthetic, testing};
+use causal_lm::{Decoder, Hidden, ModelConfig, Windows, synthetic, testing};
 use lowrank_eora::Error;
 use lowrank_eora::compress::Compressor;
 use lowrank_eora::experts::{ExpertRepair, GramOptions, Owl, RepairedExperts, repair_experts};
@@ -365,6 +366,68 @@ fn an_adapter_that_peft_would_not_apply_is_refused() {
             "num_experts": [6, 4], "expert_size": [16, 16]}),
     );
     refused(&synthetic("by-layer", &by_layer), 3, "differ by layer");
+}
+
+#[test]
+fn experts_that_router_rows_share_are_repaired_on_the_tokens_of_all_of_them() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut shared = config(6);
+    shared.set(
+        "per_layer_widths",
+        json!({"num_attention_heads": [4, 4], "num_key_value_heads": [2, 2], "intermediate_size": [0, 0],
+            "num_experts": [3, 2], "expert_size": [16, 16],
+            "expert_map": [[0, 1, 3, 0, 2, 1], [0, 1, 0, 1, 0, 1]]}),
+    );
+    let (dir, files) = (folder.path().join("shared"), WriteOptions::default());
+    synthetic::write(&shared, DType::F32, &dir, &files, synthetic::random(1)).unwrap();
+    let checkpoint = Checkpoint::open(&dir).unwrap();
+    let mut seen = ExpertInputs::default();
+    let mut hidden = Hidden::embed(&decoder(&checkpoint), &windows()).unwrap();
+    hidden
+        .advance_stored(&decoder(&checkpoint), 0, &mut seen)
+        .unwrap();
+    let rows: Vec<&[u32]> = seen.routings.iter().flat_map(|r| r.ids.chunks(2)).collect();
+    let tokens_of = |own: [u32; 2]| {
+        rows.iter()
+            .filter(move |rows| rows.iter().any(|r| own.contains(r)))
+    };
+    let expected = [[0, 3], [1, 5], [4, 4]].map(|own| tokens_of(own).count());
+    let same = repaired(
+        &checkpoint,
+        &folder.path().join("same"),
+        &options("none", 0),
+    );
+    let found: Vec<usize> = same.experts.iter().map(|expert| expert.tokens).collect();
+    assert_eq!(found[..3], expected);
+    assert_eq!((found.len(), same.loss()), (5, 0.0));
+    let dense = logits(&checkpoint);
+    let away = |rank: usize| {
+        let dst = folder.path().join(format!("rank-{rank}"));
+        let found = repaired(&checkpoint, &dst, &options("gptq-int3", rank));
+        let repaired = Checkpoint::open(&dst).unwrap();
+        let novices = "model.layers.0.mlp.novices.weight";
+        assert_eq!(
+            repaired.bytes(novices).unwrap(),
+            checkpoint.bytes(novices).unwrap()
+        );
+        (found.loss(), distance(&logits(&repaired), &dense))
+    };
+    let (none, full) = (away(0), away(16));
+    assert!(none.0 > 1e-3 && none.1 > 1e-6, "{none:?}");
+    assert!(full.0 < 1e-6 && full.1 < 1e-8, "{full:?}");
+    let adapter = options("rtn-int3", 2).adapter(Some(folder.path().join("adapter")));
+    let dst = folder.path().join("never");
+    let error = repair_experts(
+        &decoder(&checkpoint),
+        &windows(),
+        &adapter,
+        &dst,
+        &NoProgress,
+    );
+    assert!(matches!(
+        error,
+        Err(Error::Model(causal_lm::Error::ExpertMap { layer: 0, .. }))
+    ));
 }
 
 #[test]

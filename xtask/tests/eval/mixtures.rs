@@ -2,6 +2,7 @@
 
 use crate::scene::{Scene, error, rows};
 use crate::{llama, mixtral, structured};
+use std::process::Command;
 use tensor_io::Checkpoint;
 
 #[test]
@@ -134,6 +135,102 @@ fn what_dropping_leaves_is_compressed_in_the_same_run() {
             > 1.0
     );
     assert!(error(&with("rtn-int4")).contains("OWL"));
+}
+
+#[test]
+fn rows_that_keep_all_router_rows_count_the_bytes_of_their_files_and_say_who_opens_them() {
+    let scene = mixtral();
+    let save = scene.path("pruned");
+    let more = [
+        "--method",
+        "reap,hc-smoe-tied,m-smoe-tied",
+        "--ratio",
+        "0.5",
+        "--compensate",
+        "auto,novice",
+        "--then",
+        "rtn-int4",
+        "--save",
+        save.to_str().unwrap(),
+    ];
+    let rows = rows(&structured(&scene, &more));
+    let names: Vec<&str> = rows
+        .iter()
+        .map(|row| row["method"].as_str().unwrap())
+        .collect();
+    assert_eq!(
+        names,
+        [
+            "dense",
+            "reap",
+            "reap+rtn-int4",
+            "reap+novice",
+            "reap+novice+rtn-int4",
+            "hc-smoe-tied",
+            "hc-smoe-tied+rtn-int4",
+            "m-smoe-tied",
+            "m-smoe-tied+rtn-int4"
+        ]
+    );
+    let (novices, tied) = (&rows[3..5], &rows[5..7]);
+    assert_eq!(
+        novices[0]["experts"],
+        "3 of 32 and constants for all rows, 2 chosen"
+    );
+    assert_eq!(tied[0]["experts"], "3 of 32 for all rows, 2 chosen");
+    for (row, folder) in [
+        (&novices[0], "reap+novice-0.5"),
+        (&tied[0], "hc-smoe-tied-0.5"),
+    ] {
+        let pruned = Checkpoint::open(save.join(folder)).unwrap();
+        assert_eq!(row["bytes"].as_u64(), Some(pruned.total_bytes()));
+        assert_eq!(row["loads_in"], "loader");
+        assert_eq!(row["promoted"], 0.0);
+        assert!(row["perplexity"].as_f64().unwrap() > 1.0);
+    }
+    // Three constants of 32 numbers in each place of an expert of 3 · 32 · 32.
+    let removed = novices[0]["removed"].as_f64().unwrap();
+    assert!((removed - (0.5 - 0.5 / 96.0)).abs() < 1e-9, "{removed}");
+    assert_eq!(tied[0]["removed"], 0.5);
+    for rows in [novices, tied] {
+        assert!(rows[1]["bytes"].as_u64() < rows[0]["bytes"].as_u64());
+        assert!(rows[1]["removed"].as_f64() > rows[0]["removed"].as_f64());
+    }
+    let merged = ["--method", "hc-smoe-tied", "--compensate", "novice"];
+    let merged = error(&structured(&scene, &merged));
+    assert!(
+        merged.contains("nothing that hc-smoe-tied can do"),
+        "{merged}"
+    );
+    let other = scene.path("exported");
+    let exported = [
+        "--method",
+        "reap",
+        "--compensate",
+        "novice",
+        "--export",
+        "gguf:f16",
+        "--save",
+        other.to_str().unwrap(),
+    ];
+    let export = error(&structured(&scene, &exported));
+    assert!(
+        export.contains("--export") && export.contains("reap+novice"),
+        "{export}"
+    );
+    let model = save.join("reap+novice-0.5");
+    let again = Command::new(env!("CARGO_BIN_EXE_xtask"))
+        .args(["eval", "structured", "--method", "reap", "--model"])
+        .arg(model)
+        .args(["--text".as_ref(), scene.path("text.txt").as_os_str()])
+        .args(["--calib".as_ref(), scene.path("calib.txt").as_os_str()])
+        .output()
+        .unwrap();
+    let again = error(&again);
+    assert!(
+        again.contains("expert_map") && again.contains("--model"),
+        "{again}"
+    );
 }
 
 #[test]

@@ -109,6 +109,11 @@ fn what_is_known_beforehand_is_refused_before_calibration_by_flag_and_value() {
             "dense model",
         ),
         (
+            "--method magnitude --ratio 0.2 --compensate auto,novice",
+            "--compensate novice",
+            "dense model",
+        ),
+        (
             &format!("--method flap --ratio 0.2 --save {model} --overwrite"),
             "--save",
             "--model",

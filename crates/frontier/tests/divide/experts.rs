@@ -337,6 +337,23 @@ fn what_a_target_cannot_store_of_experts_is_refused() {
     );
     assert!(error.to_string().contains("cannot store the experts"));
     assert!(!state.exists());
+    // Router rows that share experts.
+    let lists = json!({"num_attention_heads": [8, 8], "num_key_value_heads": [4, 4], "intermediate_size": [0, 0],
+        "num_experts": [4, 2], "expert_size": [64, 64], "expert_map": [[0, 1, 2, 3], [0, 1, 1, 0]]});
+    let changes = json!({"hidden_size": 64, "num_hidden_layers": 2, "head_dim": 8, "vocab_size": WORDS,
+        "num_experts_per_tok": 2, "num_local_experts": 4, "per_layer_widths": lists});
+    let shared = TestModel::new(&config("mixtral", changes));
+    let decoder = shared.decoder();
+    let here = options(Target::Here);
+    let error = Frontier::prepare(&decoder, data, here, &state, &NoProgress);
+    let error = error.err().unwrap();
+    let is_of_map =
+        |error: &causal_lm::Error| matches!(error, causal_lm::Error::ExpertMap { layer: 1, .. });
+    assert!(
+        matches!(&error, Error::Model(error) if is_of_map(error)),
+        "{error}"
+    );
+    assert!(!state.exists());
     // A file states one number of experts for all blocks.
     let model = mixture("qwen2_moe", ExpertLayout::Alone);
     let checkpoint = causal_lm::open(&model.dir).unwrap();

@@ -32,7 +32,7 @@ impl ExpertAdapter {
     ///
     /// # Errors
     /// [`Error::Setting`] for a rank of 0, an architecture whose experts PEFT does not adapt in this form, and numbers of
-    /// experts that differ by layer.
+    /// experts that differ by layer; causal-lm's error for router rows that share experts.
     pub(super) fn check(decoder: &Decoder<'_>, rank: usize) -> Result<usize> {
         let refuse = |value: String, expected: &'static str| Error::Setting {
             name: "PEFT adapter of experts",
@@ -43,6 +43,7 @@ impl ExpertAdapter {
             return Err(refuse("rank 0".into(), "a correction of some rank"));
         }
         let config = decoder.config();
+        config.refuse_expert_map("a PEFT adapter of experts")?;
         if !matches!(
             config.model_type,
             "mixtral" | "qwen2_moe" | "qwen3_moe" | "olmoe"

@@ -10,7 +10,8 @@
 //! with means per unit of weight. The pool of gate and up is every token of the layer; that of down the same expert run on
 //! the tokens that came closest to choosing it, for neurons of different experts have nothing in common. An expert without
 //! tokens has the pool alone. The router, the expert that every token passes through, attention and norms stay as they are,
-//! and each layer reads what the compressed layers before it put out.
+//! and each layer reads what the compressed layers before it put out. An expert that several router rows share has the tokens of
+//! all of them, each with the sum of its gates.
 //!
 //! The result is W_c + B A merged, in the dense model's shapes and layout, which every runtime opens; or W_c, and B A
 //! beside it as a PEFT adapter ([`ExpertRepair::adapter`]), and the merged model beside both ([`ExpertRepair::merged`]).
@@ -29,7 +30,7 @@ use crate::{Error, Result};
 use adapter::ExpertAdapter;
 use candle_core::{DType, Device, Tensor};
 use causal_lm::block::Mlp;
-use causal_lm::mixture::{ExpertInputs, Routing};
+use causal_lm::mixture::{ExpertInputs, Moe, Routing};
 use causal_lm::names::ExpertLayout;
 use causal_lm::{
     Decoder, Hidden, Linear, LinearName, NoTap, Routed, Site, Tap, TapResult, Windows,
@@ -368,7 +369,7 @@ impl Run<'_> {
         let watch = Watch::default();
         let mut pool: Option<LayerPool> = None;
         let mut next = 0;
-        let experts = frame.experts.as_ref().map_or(0, |moe| moe.router.outputs());
+        let experts = frame.experts.as_ref().map_or(0, Moe::experts);
         // Experts that no token chose are not asked for: each is made with the next one that is.
         let mut up_to = |last: usize| -> Result<Option<Mlp>> {
             let mut made = None;

@@ -6,11 +6,7 @@ use causal_lm::names::ExpertLayout;
 use causal_lm::testing::golden_weights;
 use causal_lm::{Windows, cross_entropy};
 use prune_structured::NoProgress;
-<<<<<<< ours
 use prune_structured::experts::compensation::{ExpertScale, Novice};
-=======
-use prune_structured::experts::compensation::ExpertScale;
->>>>>>> theirs
 use prune_structured::experts::{FewerExperts, Keep, LayerOutcome, fewer, fewer_with_terms, plan};
 use serde_json::Value;
 use tensor_io::{Checkpoint, Config};

@@ -11,9 +11,8 @@ use clap::{Args, ValueEnum};
 use eval_report::cells::Shard;
 use lowrank_eora::compress::Compressor;
 use lowrank_eora::experts::Owl;
-use prune_structured::experts::ExpertRecipe;
-use prune_structured::experts::compensation::ExpertScale;
 use prune_structured::experts::method::Reconstruct;
+use prune_structured::experts::{ExpertCompensation, ExpertRecipe};
 use prune_structured::gguf::Precision;
 use prune_structured::score::Random;
 use prune_structured::{
@@ -181,13 +180,14 @@ struct RecipeArgs {
     #[arg(long, value_parser = Known::new(names(&names(Allocation::NAMES, "flap-compat"), "searched")))]
     allocation: Option<String>,
     /// What compensates for removed units, several separated by commas; auto: the method's own, which for flap is bias
-    /// where the architecture can store one, else least squares; for dropped experts none
+    /// where the architecture can store one, else least squares; for dropped experts none. novice: a constant in the place of each
+    /// dropped expert, whose router row stays
     #[arg(
         long,
         value_delimiter = ',',
         value_name = "C[,C..]",
         default_value = AUTO,
-        value_parser = Known::new([&[AUTO], Compensation::NAMES, &[EXPERT_SCALE]].concat())
+        value_parser = Known::new([&[AUTO], Compensation::NAMES, &OF_EXPERTS].concat())
     )]
     compensate: Vec<String>,
     /// Maximum fraction removed from any sublayer [structprune, structprune-softmax; default: 1]
@@ -256,8 +256,8 @@ fn exports() -> impl TypedValueParser<Value = structured::Export> {
 
 /// Leaves a method its own compensation.
 const AUTO: &str = "auto";
-/// A factor for each expert that stays.
-const EXPERT_SCALE: &str = "expert-scale";
+/// What compensates for dropped experts alone: a factor for each that stays, or a constant for each that goes.
+const OF_EXPERTS: [&str; 2] = ["expert-scale", "novice"];
 
 /// All of `names` but one.
 fn names(names: &[&'static str], but: &str) -> Vec<&'static str> {
@@ -297,7 +297,7 @@ impl RecipeArgs {
         let several = self.compensate.len() > 1;
         let variant = |compensate: &String| {
             let mut recipe = Recipe::named(name, seed)?;
-            if compensate == EXPERT_SCALE {
+            if OF_EXPERTS.contains(&compensate.as_str()) {
                 return None;
             }
             self.change(&mut recipe, seed);
@@ -312,7 +312,7 @@ impl RecipeArgs {
         self.compensate.iter().filter_map(variant).collect()
     }
 
-    /// The variants of one method for mixtures: with and without a factor for each expert, or a refit of narrower ones.
+    /// The variants of one method for mixtures: with and without what makes up for experts, or a refit of narrower ones.
     fn expert_variants(&self, name: &str, seed: u64) -> Vec<ExpertRecipe> {
         let several = self.compensate.len() > 1;
         let is_plain = |compensate: &String| compensate == AUTO;
@@ -325,9 +325,13 @@ impl RecipeArgs {
                 recipe.neurons.score = score;
             }
             match compensate.as_str() {
-                EXPERT_SCALE if recipe.drops() => {
-                    recipe.name = format!("{name}+{EXPERT_SCALE}");
-                    Some(recipe.compensation(ExpertScale::default()))
+                of_experts if OF_EXPERTS.contains(&of_experts) => {
+                    // Merged experts are neither run nor gone while a plan is made.
+                    if !recipe.drops() || recipe.merges() {
+                        return None;
+                    }
+                    recipe.name = format!("{name}+{of_experts}");
+                    Some(recipe.compensation(ExpertCompensation::named(of_experts)?))
                 }
                 AUTO => Some(recipe),
                 "none" | "least-squares" if recipe.narrows() => {

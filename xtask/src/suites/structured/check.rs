@@ -42,6 +42,8 @@ pub(super) fn model(settings: &Settings, config: &Config, decoder: &Decoder<'_>)
     let model = config.perplexity.model.display();
     applied(config, is_mixture)?;
     if is_mixture {
+        let own = decoder.config().refuse_expert_map("eval structured");
+        own.with_context(|| format!("--model {model}"))?;
         let experts = &config.experts;
         ensure!(
             !experts.recipes.is_empty() || !experts.compressors.is_empty(),
@@ -74,6 +76,14 @@ pub(super) fn model(settings: &Settings, config: &Config, decoder: &Decoder<'_>)
             let fits = recipe.check(decoder, aim);
             fits.map_err(|error| by_flag(error, &recipe.name))?;
         }
+    }
+    let keeps = |recipe: &&ExpertRecipe| recipe.keeps_rows();
+    let keeps = config.experts.recipes.iter().find(keeps);
+    if let Some(recipe) = keeps.filter(|_| is_mixture && !config.exports.is_empty()) {
+        bail!(
+            "--export: {} keeps router rows of experts that are gone, which no export's format has",
+            recipe.name
+        );
     }
     if is_mixture {
         compressed(config, decoder)?;

@@ -69,6 +69,15 @@ impl Pictures {
     }
 }
 
+/// Bytes of tensors of a model.
+fn stored_bytes<'n>(decoder: &Decoder<'_>, names: impl Iterator<Item = &'n str>) -> Result<u64> {
+    let mut bytes = 0;
+    for name in names {
+        bytes += decoder.checkpoint().info(name)?.bytes as u64;
+    }
+    Ok(bytes)
+}
+
 impl Suite<'_> {
     /// Prune by every method at every ratio and measure each.
     pub(super) fn run(&self) -> Result<Vec<Section>> {
@@ -270,7 +279,8 @@ impl Suite<'_> {
         let times = time_blocks(&[self.decoder, &pruned], self.evaluation.inputs())?;
         times[1].fill_beside(&times[0], &mut row);
         let last = self.config.ratios.last().copied();
-        if seed.is_none() && !recipe.is_fewer() && row.ratio == last {
+        let has_own_rows = !pruned.config().has_expert_map();
+        if seed.is_none() && !recipe.is_fewer() && row.ratio == last && has_own_rows {
             pictures.loads.push(self.load(&pruned, &cell, bar)?);
         }
         export(self.config, &pruned, &folder, (&mut row, bar))?;
@@ -304,7 +314,14 @@ impl Suite<'_> {
         compressed.layers.clear();
         let found = self.compress(pruned, then, &folder, (&mut compressed, bar))?;
         let dense = ExpertCost::of(self.decoder, &ExpertPlan::whole(self.decoder))?;
-        let removed = 1.0 - found.expert_bytes as f64 / dense.expert_bytes as f64;
+        // Constants in the place of experts stay as they are.
+        let novices = pruned.checkpoint().names();
+        let novices = stored_bytes(
+            pruned,
+            novices.filter(|name| name.ends_with(".novices.weight")),
+        )?;
+        let left = found.expert_bytes + novices;
+        let removed = 1.0 - left as f64 / dense.expert_bytes as f64;
         compressed.ratio = Some(removed);
         compressed.extra.insert("removed".into(), json!(removed));
         Ok(compressed)
@@ -433,7 +450,7 @@ impl Suite<'_> {
         // Weights are dense in the file that was measured.
         row.tokens_per_second = None;
         // As the experts are counted, decoded where the model is stored in blocks.
-        let whole = ExpertCost::of(decoder, &ExpertPlan::whole(decoder))?.bytes;
+        let whole = stored_bytes(decoder, decoder.checkpoint().names())?;
         row.bytes = Some(whole - found.expert_bytes_dense + found.expert_bytes);
         if self.config.save.is_some() {
             // Floats, whatever the format of the compressor takes.
