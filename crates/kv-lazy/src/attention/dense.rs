@@ -31,6 +31,10 @@ pub(super) struct Scores<'a, T> {
 }
 
 impl<T: Element> Kernel<T> for Scores<'_, T> {
+    fn row(&self) -> usize {
+        self.head_dim
+    }
+
     #[inline(always)]
     fn run<S: Simd, W: Widen<T>>(self, simd: S, widen: W) {
         let (d, block, stride) = (self.head_dim, block::<T>(), self.stride);
@@ -86,6 +90,10 @@ pub(super) struct Mix<'a, T> {
 }
 
 impl<T: Element> Kernel<T> for Mix<'_, T> {
+    fn row(&self) -> usize {
+        self.head_dim
+    }
+
     #[inline(always)]
     fn run<S: Simd, W: Widen<T>>(self, simd: S, widen: W) {
         let (d, block, stride) = (self.head_dim, block::<T>(), self.stride);

@@ -37,6 +37,8 @@ pub(crate) trait Element: candle_core::WithDType + Default + std::fmt::Debug {
 
 /// A computation over elements of type `T`.
 pub(crate) trait Kernel<T: Element> {
+    /// Elements of a row, of which whole packs are the fast part.
+    fn row(&self) -> usize;
     fn run<S: Simd, W: Widen<T>>(self, simd: S, widen: W);
 }
 
@@ -175,7 +177,10 @@ impl Element for f16 {
     fn dispatch(kernel: impl Kernel<Self>) {
         #[cfg(target_arch = "x86_64")]
         {
-            if let Some(machine) = pulp::x86::V4::try_new() {
+            // Packs of 32 elements, unless narrower ones leave less of a row over.
+            if kernel.row() % 32 < 16
+                && let Some(machine) = pulp::x86::V4::try_new()
+            {
                 return pulp::Simd::vectorize(machine, WideF16(kernel, machine));
             }
             if let Some(machine) = F16c::detect() {
@@ -212,6 +217,10 @@ mod tests {
     }
 
     impl<T: Element> Kernel<T> for All<'_, T> {
+        fn row(&self) -> usize {
+            self.narrow.len()
+        }
+
         #[inline(always)]
         fn run<S: Simd, W: Widen<T>>(self, simd: S, widen: W) {
             let packs = T::packs::<S>(self.narrow);

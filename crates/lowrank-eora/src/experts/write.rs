@@ -5,6 +5,7 @@ use crate::{Error, Result};
 use candle_core::Tensor;
 use causal_lm::names::ExpertLayout;
 use causal_lm::{Decoder, LinearName, ModelConfig};
+use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::Path;
 use tensor_io::{CheckpointWriter, TensorSpec, WriteOptions, Written};
@@ -66,7 +67,7 @@ impl<'a> Writer<'a> {
         let mut specs = Vec::new();
         for name in others() {
             let info = checkpoint.info(name)?;
-            let spec = TensorSpec::new(&renamed(name), info.dtype, info.shape.clone());
+            let spec = TensorSpec::new(renamed(name), info.dtype, info.shape.clone());
             specs.push(spec);
         }
         specs.extend(experts.iter().cloned());
@@ -156,11 +157,11 @@ fn expert_specs(decoder: &Decoder<'_>, target: &ModelConfig) -> Result<Vec<Tenso
             let Some((part, from)) = target.expert_part(layer, expert, name).zip(source) else {
                 continue;
             };
-            if !specs.contains_key(&part.tensor) {
+            if let Entry::Vacant(entry) = specs.entry(part.tensor) {
                 let dtype = decoder.checkpoint().info(&from.tensor)?.dtype;
-                let shape = shapes.get(&part.tensor).cloned().unwrap_or_default();
-                let spec = TensorSpec::new(&part.tensor, dtype, shape);
-                specs.insert(part.tensor, spec);
+                let shape = shapes.get(entry.key()).cloned().unwrap_or_default();
+                let spec = TensorSpec::new(entry.key(), dtype, shape);
+                entry.insert(spec);
             }
         }
     }

@@ -281,7 +281,7 @@ fn experts_beside_constants_are_narrowed_on_the_tokens_of_all_their_rows() {
         let refits = ExpertRefits::new(dir);
         let mut neurons = NeuronOptions::default();
         neurons.align = 4;
-        let widths = vec![Some(12); 3];
+        let widths = [Some(12); 3];
         let both = (&plan, &widths[..]);
         let narrowed = narrow(&dense, &windows(), both, (&neurons, &refits), &NoProgress).unwrap();
         let settings = ExpertSettings::default().refits(Some(&refits));

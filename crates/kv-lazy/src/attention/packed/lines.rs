@@ -19,13 +19,13 @@ pub(super) struct Lines {
     groups: usize,
     /// Words of a group.
     words: usize,
-    /// Factors of each word of a token, `words_of_token` for each, where groups are no whole vectors.
+    /// Factors of each word of a token, `words_of_token` for each, where groups are no one, two or four vectors.
     of_words: Vec<f32>,
     words_of_token: usize,
 }
 
 impl Lines {
-    /// Of no tokens yet. Where groups are no whole vectors, words have factors of their own, as many as `words_of_token`.
+    /// Of no tokens yet. Where groups are no one, two or four vectors, words have factors of their own, as many as `words_of_token`.
     pub(super) fn new(format: Format, words_of_token: usize) -> Self {
         Self {
             of_words: vec![0.0; MOST * words_of_token],

@@ -5,8 +5,8 @@
 //! one more number per group. Shifting a vector of words by k codes gives the elements at stride 4 or 8 from k on, so queries are brought into
 //! that order once per chunk, and outputs back.
 //!
-//! What follows from scales is computed once for a block of tokens and all heads. One factor serves a vector or several; where groups are no whole vectors each
-//! lane has its own, which is slower. Tokens that are no whole vectors are copied and filled up.
+//! What follows from scales is computed once for a block of tokens and all heads. One factor serves one, two or four vectors; where groups are no such number of whole
+//! vectors each lane has its own, which is slower. Tokens that are no whole vectors are copied and filled up.
 
 mod factors;
 mod lines;
