@@ -77,8 +77,8 @@ pub(super) struct LowrankArgs {
     /// Write the outputs of --save-as to this folder; several results go to subfolders COMPRESS-METHOD-RANK
     #[arg(long, value_name = "DIR")]
     save: Option<PathBuf>,
-    /// Outputs to write, separated by commas [default: adapter,compressed,probe; for --compressed the adapter of its format
-    /// and probe]
+    /// Outputs to write, separated by commas [default: adapter,compressed,probe; with --experts adapter,compressed; for
+    /// --compressed the adapter of its format and probe]
     #[arg(
         long,
         value_enum,

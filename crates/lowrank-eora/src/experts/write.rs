@@ -115,12 +115,19 @@ impl<'a> Writer<'a> {
         };
         let values: usize = spec.shape.iter().product();
         if values / part.columns.max(1) == part.rows.len() {
-            return Ok(self.writer.write_tensor(&part.tensor, weight)?);
+            let weight = weight.reshape(spec.shape.as_slice())?;
+            return Ok(self.writer.write_tensor(&part.tensor, &weight)?);
         }
-        // In the dtype of the file: all experts of a layer wait here.
-        let source = self.decoder.config().expert_part(layer, expert, name);
-        let info = source.map(|part| self.decoder.checkpoint().info(&part.tensor));
-        let dtype = info.transpose()?.and_then(|info| info.candle_dtype());
+        // In the dtype of the file, which is that of its first linear: all experts of a layer wait here.
+        let first = self.parts.get(&part.tensor).and_then(|parts| parts.first());
+        let dtype = match first {
+            Some(first) => Some(first.dtype()),
+            None => {
+                let source = self.decoder.config().expert_part(layer, expert, name);
+                let info = source.map(|part| self.decoder.checkpoint().info(&part.tensor));
+                info.transpose()?.and_then(|info| info.candle_dtype())
+            }
+        };
         let weight = match dtype {
             Some(dtype) => weight.to_dtype(dtype)?,
             None => weight.clone(),

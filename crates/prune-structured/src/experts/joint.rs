@@ -106,6 +106,13 @@ pub fn joint(
         return Err(Error::Ratio(options.ratio));
     }
     decoder.config().refuse_expert_map("pruning experts")?;
+    if options.experts.keeps_rows() {
+        return Err(Error::Unsupported {
+            method: "one budget with ties or constants",
+            model_type: decoder.config().model_type,
+            reason: "all router rows stay then, and the options of the budget count one for each expert",
+        });
+    }
     let search = Search {
         decoder,
         data,

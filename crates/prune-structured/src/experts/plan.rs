@@ -140,6 +140,9 @@ impl ExpertPlan {
                     plan.novices.len()
                 ));
             }
+            if plan.kept.is_empty() {
+                return mismatch(format!("layer {layer}: at least one expert has to stay"));
+            }
             let chosen = self.chosen.unwrap_or(mixture.chosen);
             if rows < chosen {
                 return Err(Error::Experts {

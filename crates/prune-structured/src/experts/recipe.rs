@@ -1,6 +1,6 @@
 //! Methods for mixtures by name.
 
-use super::compensation::{NoExpertCompensation, merged_are_not_run};
+use super::compensation::NoExpertCompensation;
 use super::fewer::{FewerExperts, check_rank, fewer, fewer_with_terms};
 use super::joint::{Joint, JointData, JointOptions, joint};
 use super::merge::check_width;
@@ -260,17 +260,20 @@ impl ExpertRecipe {
             (Change::Experts(method, compensation), Aim::Ratio(ratio)) => {
                 let stun = method.stun();
                 let averages = stun.is_some_and(|stun| stun.reconstruct != Reconstruct::Never);
-                let is_scaled = !matches!(compensation, ExpertCompensation::Nothing(_));
-                if averages && is_scaled {
-                    return Err(merged_are_not_run(decoder));
+                if averages && !matches!(compensation, ExpertCompensation::Nothing(_)) {
+                    return Err(Error::Unsupported {
+                        method: "a compensation beside averaged experts",
+                        model_type: decoder.config().model_type,
+                        reason: "it stands for experts that are gone or needs the outputs of those that stay, and averaged ones are neither gone nor run",
+                    });
                 }
                 let options = ExpertOptions::new(method, Keep::Without(ratio));
                 let options = options.compensation(compensation);
                 for (layer, mixture) in mixtures {
-                    if averages {
+                    let kept = options.kept(layer, mixture)?;
+                    if kept < mixture.experts && method.aligns(kept) {
                         check_width(decoder, mixture.width)?;
                     }
-                    options.kept(layer, mixture)?;
                 }
                 Ok(())
             }

@@ -14,7 +14,8 @@ use prune_structured::experts::compensation::Novice;
 use prune_structured::experts::method::{HcSmoe, MSmoe};
 use prune_structured::experts::{
     ExpertCost, ExpertMethod, ExpertOptions, ExpertPlan, ExpertRecipe, ExpertRefits,
-    ExpertSettings, FewerExperts, Keep, NeuronOptions, fewer, narrow, plan, write,
+    ExpertSettings, FewerExperts, JointData, JointOptions, Keep, NeuronOptions, fewer, joint,
+    narrow, plan, write,
 };
 use prune_structured::{Calibration, Collect, Error, Loading, NoProgress, gguf, nemotron};
 use serde_json::json;
@@ -398,6 +399,27 @@ fn constants_for_merged_experts_and_maps_that_do_not_fit_are_refused() {
     refused(&|layer| layer.rows = vec![]);
     refused(&|layer| layer.rows.push(0));
     refused(&|layer| layer.rows[0] = 6);
+    // All constants.
+    refused(&|layer| {
+        let constant = layer.novices[0].clone();
+        layer.novices = vec![constant; 6];
+        layer.rows = (0..6).collect();
+        layer.kept.clear();
+        layer.members.clear();
+        layer.factors.clear();
+        layer.neurons.clear();
+    });
+    let (windows, dir) = (windows(), model.path("joint"));
+    let data = JointData {
+        calibration: &windows,
+        search: &windows,
+        dir: &dir,
+    };
+    for experts in [with_novices(3), tied("m-smoe", 3)] {
+        let shared = JointOptions::new(experts, NeuronOptions::default(), 0.5);
+        let error = joint(&model.decoder(), data, &shared, &NoProgress).unwrap_err();
+        assert!(matches!(error, Error::Unsupported { .. }), "{error}");
+    }
     let path = model.path("plan.json");
     good.save(&path).unwrap();
     assert_eq!(ExpertPlan::load(&path).unwrap(), good);

@@ -10,7 +10,6 @@ use lowrank_eora::experts::{
     ExpertRepair, GramOptions, RepairedExperts, predicted_bytes, repair_experts,
 };
 use lowrank_eora::repair::Method;
-use prune_structured::experts::{ExpertCost, ExpertPlan};
 use serde_json::{Map, Value, json};
 use tensor_io::Checkpoint;
 
@@ -185,8 +184,11 @@ impl Lowrank<'_> {
     ) -> Result<()> {
         row.loss = Some(found.loss());
         row.loss_uncompensated = Some(found.loss_compressed());
-        let whole = ExpertPlan::whole(self.decoder);
-        let all = ExpertCost::of(self.decoder, &whole)?.bytes;
+        let checkpoint = self.decoder.checkpoint();
+        let mut all = 0;
+        for name in checkpoint.names() {
+            all += checkpoint.info(name)?.bytes as u64;
+        }
         row.bytes = Some(all - found.expert_bytes_dense + found.expert_bytes);
         damping::report(row, &compressor.to_string(), found.linears, found.damping);
         let mut extra = |name: &str, value: Value| row.extra.insert(name.into(), value);

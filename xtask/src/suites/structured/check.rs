@@ -162,11 +162,12 @@ fn applied(config: &Config, is_mixture: bool) -> Result<()> {
     let plain = is_mixture && experts.clone().any(ExpertRecipe::drops);
     let compensations = &config.named.compensations;
     for compensation in compensations {
-        let suffix = format!("+{compensation}");
         let is_made = match (compensations.len(), compensation.as_str()) {
             (1, _) | (_, "auto") => !made.is_empty(),
             (_, "none") if plain => true,
-            _ => made.iter().any(|name| name.ends_with(&suffix)),
+            _ => made
+                .iter()
+                .any(|name| name.split('+').any(|part| part == compensation)),
         };
         ensure!(
             is_made,

@@ -144,7 +144,10 @@ impl Suite<'_> {
         let mut section = section(self.config.dry_run, rows, self.plots(&pictures)?);
         section.failures = failures;
         if self.config.experts.is_progressive() {
-            section = section.fact("calibrated on", "activations behind the pruned layers");
+            section = section.fact(
+                "calibrated on",
+                "activations behind the pruned layers; rows of topk on those of the dense model",
+            );
         }
         Ok(vec![
             self.protocol

@@ -41,7 +41,7 @@ impl Compensate for ExpertScale {
 }
 
 /// What is said of factors for merged experts.
-pub(crate) fn merged_are_not_run(decoder: &Decoder<'_>) -> Error {
+fn merged_are_not_run(decoder: &Decoder<'_>) -> Error {
     Error::Unsupported {
         method: "expert-scale",
         model_type: decoder.config().model_type,

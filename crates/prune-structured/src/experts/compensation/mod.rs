@@ -10,7 +10,7 @@ use crate::Result;
 use crate::methods::methods;
 
 pub use expert_scale::ExpertScale;
-pub(crate) use expert_scale::{Moments, merged_are_not_run};
+pub(crate) use expert_scale::Moments;
 pub use none::NoExpertCompensation;
 pub use novice::Novice;
 

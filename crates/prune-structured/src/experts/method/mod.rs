@@ -131,6 +131,17 @@ impl ExpertMethod {
         }
     }
 
+    /// Whether it may put neurons in another order where it keeps so many experts.
+    pub(crate) fn aligns(&self, kept: usize) -> bool {
+        match self {
+            Self::HcSmoe(method) => method.align,
+            Self::MSmoe(method) => method.align,
+            _ => self
+                .stun()
+                .is_some_and(|stun| stun.reconstruct.averages(2, kept)),
+        }
+    }
+
     /// The same, to be changed.
     pub(crate) fn stun_mut(&mut self) -> Option<&mut Stun> {
         match self {
