@@ -284,7 +284,7 @@ fn rows_say_what_is_averaged_and_what_cannot_be_is_refused_beforehand() {
     assert!(few.check(&decoder, Aim::Ratio(0.5)).is_ok());
     let scale = prune_structured::experts::compensation::ExpertScale::default();
     let refused = few.compensation(scale).check(&decoder, Aim::Ratio(0.5));
-    let method = "expert-scale";
+    let method = "a compensation beside averaged experts";
     assert!(matches!(refused, Err(Error::Unsupported { method: m, .. }) if m == method));
     // Other methods are as they were.
     let plain = options("reap", Keep::Experts(3));
