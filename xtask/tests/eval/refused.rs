@@ -346,7 +346,7 @@ fn of_mixtures_too_is_refused_before_calibration_what_is_known_beforehand() {
         (
             "--method stun --ratio 0.5 --reconstruct few-clusters --compensate expert-scale",
             "stun",
-            "merged ones are not run",
+            "neither gone nor run",
         ),
         (
             "--method reap --ratio 0.5 --owl --then rtn-int4",
