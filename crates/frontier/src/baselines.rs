@@ -85,6 +85,42 @@ impl Frontier<'_> {
         budget: u64,
         progress: &dyn Progress,
     ) -> Result<Option<Plan>> {
+        let candidates = self.candidates(baseline, budget)?;
+        if candidates.is_empty() {
+            return Ok(None);
+        }
+        let measured = self.measure_plans(&candidates, progress)?;
+        let best =
+            (0..candidates.len()).min_by(|&a, &b| measured[a].mean.total_cmp(&measured[b].mean));
+        Ok(best.map(|best| {
+            let (items, measured) = (&candidates[best], measured[best]);
+            let round = Round {
+                predicted: self.predicted_of(items),
+                measured,
+                kept: true,
+            };
+            self.to_plan(budget, items, measured, vec![round])
+        }))
+    }
+
+    /// What other ways to spend a budget offer beside the joint division: the best choice along each axis by the sum of its
+    /// sites, and the mixes of block types, whose sites have no sum.
+    pub(crate) fn alternatives(&self, budget: u64) -> Result<Vec<Vec<usize>>> {
+        let mut found = Vec::new();
+        for baseline in [
+            Baseline::Bits,
+            Baseline::Ranks,
+            Baseline::Widths,
+            Baseline::Caches,
+        ] {
+            found.extend(self.candidates(baseline, budget)?.into_iter().next());
+        }
+        found.extend(self.candidates(Baseline::KQuantMix, budget)?);
+        Ok(found)
+    }
+
+    /// The choices of a baseline that fit a budget, the best by the sum of their sites first.
+    fn candidates(&self, baseline: Baseline, budget: u64) -> Result<Vec<Vec<usize>>> {
         let formats = self.options.formats()?.len();
         // Caches are kept whole in 16 bits where they are not what is divided.
         let usual_caches: Vec<(Site, usize)> = self
@@ -168,25 +204,11 @@ impl Frontier<'_> {
         candidates.sort_by(|a, b| sum(a).total_cmp(&sum(b)));
         candidates.dedup();
         candidates.truncate(MEASURED);
-        if candidates.is_empty() {
-            return Ok(None);
-        }
-        let measured = self.measure_plans(&candidates, progress)?;
-        let best =
-            (0..candidates.len()).min_by(|&a, &b| measured[a].mean.total_cmp(&measured[b].mean));
-        Ok(best.map(|best| {
-            let (items, measured) = (&candidates[best], measured[best]);
-            let round = Round {
-                predicted: self.predicted_of(items),
-                measured,
-                kept: true,
-            };
-            self.to_plan(budget, items, measured, vec![round])
-        }))
+        Ok(candidates)
     }
 
     /// The mixes of block types that a budget allows.
-    pub(crate) fn mixes(&self, budget: u64) -> Result<Vec<Vec<usize>>> {
+    fn mixes(&self, budget: u64) -> Result<Vec<Vec<usize>>> {
         let formats = self.options.formats()?.len();
         let mixes = self.options.target.mixes(self.decoder).len();
         let of = |mix: usize| self.everywhere(formats + mix);

@@ -4,75 +4,91 @@
 use crate::divide::Choice;
 use crate::driver::Frontier;
 use crate::error::Result;
+use crate::measure::Divergence;
 use crate::menu::{Menu, Price};
 use crate::plan::{Plan, Round};
 use causal_lm::Progress;
 use prune_structured::rate_distortion::{Point, knapsack};
 
 impl Frontier<'_> {
-    /// The best plan for a budget in bytes, measured, with rounds of measuring around it. Where one of llama.cpp's mixes of block types
-    /// is better, it is the plan.
+    /// The best plan for a budget in bytes, measured, with rounds of measuring around it. Where the best choice along one
+    /// axis or one of llama.cpp's mixes of block types is better, the plan starts from that.
     ///
     /// # Errors
     /// [`crate::Error::Budget`] below the smallest plan, [`crate::Error::Cancelled`], and what making and measuring report.
     pub fn plan(&mut self, budget: u64, progress: &dyn Progress) -> Result<Plan> {
         let choice = self.choose(budget, &|_, _| true)?;
-        let (mut now, first) = self.first(&choice, progress)?;
-        let mut measured = first.measured;
-        let mut rounds = vec![first];
-        for _ in 0..self.options.rounds {
-            if now == self.dense {
-                break;
+        let (now, first) = self.first(&choice, progress)?;
+        let mut best = Best {
+            items: now,
+            measured: first.measured,
+            rounds: vec![first],
+        };
+        if best.items == self.dense {
+            return Ok(self.to_plan(budget, &best.items, best.measured, best.rounds));
+        }
+        self.improve(&mut best, &choice, budget, progress)?;
+        // The sum over sites may mislead a choice among many more than one along few, and has nothing to say of mixes,
+        // whose linears of a site have different types: those are tried as a whole.
+        let alternatives = self.alternatives(budget)?;
+        let measured = self.measure_plans(&alternatives, progress)?;
+        let of_best = best.measured.mean;
+        for (items, measured) in alternatives.into_iter().zip(measured) {
+            if measured.mean < best.measured.mean {
+                let predicted = self.predicted_of(&items);
+                best.take(items, predicted, measured);
             }
-            let around = self.measure_around(&now, &choice.envelopes, progress)?;
-            let (before, mut better) = (measured.mean, false);
+        }
+        if best.measured.mean < of_best {
+            self.improve(&mut best, &choice, budget, progress)?;
+        }
+        Ok(self.to_plan(budget, &best.items, best.measured, best.rounds))
+    }
+
+    /// Rounds of measuring around a plan, and exchanges where they are wanted. Never to a worse plan.
+    fn improve(
+        &mut self,
+        best: &mut Best,
+        choice: &Choice,
+        budget: u64,
+        progress: &dyn Progress,
+    ) -> Result<()> {
+        for _ in 0..self.options.rounds {
+            let around = self.measure_around(&best.items, &choice.envelopes, progress)?;
+            let (before, mut better) = (best.measured.mean, false);
             // What was extrapolated may have misled: then once more with what was measured alone.
             for reach in [self.options.reach, 1] {
-                let Some((next, change)) =
-                    self.move_within(&now, &around, (budget, choice.price), reach)
+                let within = (budget, choice.price);
+                let Some((next, change)) = self.move_within(&best.items, &around, within, reach)
                 else {
                     continue;
                 };
                 let of_next = self.measure_plans(std::slice::from_ref(&next), progress)?[0];
-                better = of_next.mean < measured.mean;
+                better = of_next.mean < before;
                 // A sum of gains beyond all that there is to gain predicts nothing.
-                rounds.push(Round {
-                    predicted: Some(before + change).filter(|sum| *sum >= 0.0),
-                    measured: of_next,
-                    kept: better,
-                });
+                let predicted = Some(before + change).filter(|sum| *sum >= 0.0);
                 if better {
-                    (now, measured) = (next, of_next);
+                    best.take(next, predicted, of_next);
                     break;
                 }
+                best.rounds.push(Round {
+                    predicted,
+                    measured: of_next,
+                    kept: false,
+                });
             }
-            if !better || before - measured.mean < self.options.gain * before {
+            if !better || before - best.measured.mean < self.options.gain * before {
                 break;
             }
         }
-        if self.options.refine > 0 && now != self.dense {
+        if self.options.refine > 0 {
             let of = (choice.envelopes.as_slice(), budget);
-            let (better, of_better, more) = self.refine((now, measured), of, progress)?;
-            (now, measured) = (better, of_better);
-            rounds.extend(more);
+            let now = (best.items.clone(), best.measured);
+            let (items, measured, more) = self.refine(now, of, progress)?;
+            (best.items, best.measured) = (items, measured);
+            best.rounds.extend(more);
         }
-        // In a mix the linears of a site have different types, which no treatment has: the best is tried as a whole.
-        let mixes = match now == self.dense {
-            true => Vec::new(),
-            false => self.mixes(budget)?,
-        };
-        let of_mixes = self.measure_plans(&mixes, progress)?;
-        for (mix, of_mix) in mixes.into_iter().zip(of_mixes) {
-            if of_mix.mean < measured.mean {
-                (now, measured) = (mix, of_mix);
-                rounds.push(Round {
-                    predicted: self.predicted_of(&now),
-                    measured,
-                    kept: true,
-                });
-            }
-        }
-        Ok(self.to_plan(budget, &now, measured, rounds))
+        Ok(())
     }
 
     /// The plan of a budget in bytes as the division of the curves gives it, measured, without rounds around it.
@@ -198,6 +214,25 @@ impl Frontier<'_> {
             return None;
         }
         (next != now).then(|| (next, of_site().map(|n| n.change).sum()))
+    }
+}
+
+/// The best plan so far.
+struct Best {
+    items: Vec<usize>,
+    measured: Divergence,
+    /// What was measured on the way to it.
+    rounds: Vec<Round>,
+}
+
+impl Best {
+    fn take(&mut self, items: Vec<usize>, predicted: Option<f64>, measured: Divergence) {
+        self.rounds.push(Round {
+            predicted,
+            measured,
+            kept: true,
+        });
+        (self.items, self.measured) = (items, measured);
     }
 }
 
