@@ -3,6 +3,7 @@
 use crate::error::Result;
 use crate::policy::{RecentQueries, Rows};
 use crate::rotary::Rotary;
+use std::borrow::Cow;
 
 /// e in [−1, 1) for each element of a tensor called `name`: a linear congruential generator seeded by the FNV-1a hash of the name.
 pub(crate) fn uniform(name: &str, len: usize) -> Vec<f32> {
@@ -93,11 +94,11 @@ impl Rows for Observed {
     fn ids(&self, _: usize) -> &[u32] {
         &self.ids
     }
-    fn keys(&self, _: usize, from: usize) -> Result<Vec<f32>> {
-        Ok(all_keys()[from * D..].to_vec())
+    fn keys(&self, _: usize, from: usize) -> Result<Cow<'_, [f32]>> {
+        Ok(all_keys()[from * D..].to_vec().into())
     }
-    fn values(&self, _: usize, from: usize) -> Result<Vec<f32>> {
-        Ok(all_values()[from * D..].to_vec())
+    fn values(&self, _: usize, from: usize) -> Result<Cow<'_, [f32]>> {
+        Ok(all_values()[from * D..].to_vec().into())
     }
     fn queries(&self, _: usize) -> RecentQueries<'_> {
         RecentQueries {

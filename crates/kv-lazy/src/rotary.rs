@@ -99,8 +99,18 @@ impl Rotary {
 
     /// Rotates a key or query by `positions`, forwards or backwards. Angles are computed in f64.
     pub fn rotate(&self, row: &mut [f32], positions: i64) {
-        for (f, frequency) in self.frequencies.iter().enumerate() {
-            let (sin, cos) = (frequency * positions as f64).sin_cos();
+        self.turn(row, &self.turns(positions));
+    }
+
+    /// Sine and cosine of each pair's rotation by `positions`, for several rows of a position.
+    pub(crate) fn turns(&self, positions: i64) -> Vec<(f64, f64)> {
+        let turn = |frequency: &f64| (frequency * positions as f64).sin_cos();
+        self.frequencies.iter().map(turn).collect()
+    }
+
+    /// Rotates a key or query by `turns`.
+    pub(crate) fn turn(&self, row: &mut [f32], turns: &[(f64, f64)]) {
+        for (f, (sin, cos)) in turns.iter().enumerate() {
             let (i, j) = self.pair(f);
             let (a, b) = (f64::from(row[i]), f64::from(row[j]));
             row[i] = (a * cos - b * sin) as f32;

@@ -165,7 +165,8 @@ impl Element for f16 {
     fn widen_into(source: &[Self], out: &mut Vec<f32>) {
         let first = out.len();
         out.resize(first + source.len(), 0.0);
-        source.convert_to_f32_slice(&mut out[first..]);
+        let wide = &mut out[first..];
+        Self::dispatch(Widened { source, wide });
     }
     fn elements(row: &[Self]) -> Elements<'_> {
         Elements::F16(row)
@@ -188,6 +189,33 @@ impl Element for f16 {
             }
         }
         Arch::new().dispatch(Everywhere(kernel, PhantomData));
+    }
+}
+
+/// Widens all of `source`.
+struct Widened<'a> {
+    source: &'a [f16],
+    wide: &'a mut [f32],
+}
+
+impl Kernel<f16> for Widened<'_> {
+    fn row(&self) -> usize {
+        self.source.len()
+    }
+
+    #[inline(always)]
+    fn run<S: Simd, W: Widen<f16>>(self, simd: S, widen: W) {
+        // Where packs come apart the rows are converted one element after the other.
+        let packs = match W::INTERLEAVED {
+            true => &[],
+            false => f16::packs::<S>(self.source),
+        };
+        let wide = S::as_mut_simd_f32s(self.wide).0.as_chunks_mut().0;
+        for (pack, wide) in packs.iter().zip(wide) {
+            *wide = widen.widen(simd, pack);
+        }
+        let done = packs.len() * 2 * S::F32_LANES;
+        self.source[done..].convert_to_f32_slice(&mut self.wide[done..]);
     }
 }
 

@@ -11,6 +11,7 @@ use crate::rotary::Rotary;
 use crate::store::{self, Call, Layout, Relocation, Store};
 use candle_core::Tensor;
 use rayon::prelude::*;
+use std::borrow::Cow;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -70,10 +71,10 @@ impl Rows for SequenceRows<'_> {
     fn ids(&self, head: usize) -> &[u32] {
         self.layer.ids(self.first + head)
     }
-    fn keys(&self, head: usize, from: usize) -> Result<Vec<f32>> {
+    fn keys(&self, head: usize, from: usize) -> Result<Cow<'_, [f32]>> {
         self.layer.keys(self.first + head, from)
     }
-    fn values(&self, head: usize, from: usize) -> Result<Vec<f32>> {
+    fn values(&self, head: usize, from: usize) -> Result<Cow<'_, [f32]>> {
         self.layer.values(self.first + head, from)
     }
     fn queries(&self, head: usize) -> RecentQueries<'_> {

@@ -77,7 +77,7 @@ impl DropKv {
 const EPSILON: f32 = 1e-6;
 
 /// How far outputs move without each token: mean over the group of sums over the window's queries. `values` is `[n, d]`.
-fn displacement(window: WindowLogits, values: &[f32], d: usize) -> Vec<f32> {
+fn displacement(window: WindowLogits<'_>, values: &[f32], d: usize) -> Vec<f32> {
     let WindowLogits {
         mut logits,
         group,

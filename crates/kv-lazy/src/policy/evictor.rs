@@ -12,6 +12,7 @@ use crate::LayerShape;
 use crate::error::{Error, Result};
 use crate::rotary::Rotary;
 use crate::store::Relocation;
+use std::borrow::Cow;
 use std::ops::Range;
 
 /// The slots whose tokens leave, ascending, for each KV head of one sequence; the same number for all, except where heads share their budgets.
@@ -447,10 +448,10 @@ impl Rows for Ranked<'_> {
     fn candidates(&self) -> Range<u32> {
         self.free.clone()
     }
-    fn keys(&self, head: usize, from: usize) -> Result<Vec<f32>> {
+    fn keys(&self, head: usize, from: usize) -> Result<Cow<'_, [f32]>> {
         self.rows.keys(head, from)
     }
-    fn values(&self, head: usize, from: usize) -> Result<Vec<f32>> {
+    fn values(&self, head: usize, from: usize) -> Result<Cow<'_, [f32]>> {
         self.rows.values(head, from)
     }
     fn queries(&self, head: usize) -> RecentQueries<'_> {

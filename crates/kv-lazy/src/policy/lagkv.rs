@@ -6,11 +6,11 @@
 //! authors scale by the *next* chunk, which is not known while decoding. The newest whole chunk and what follows it stay.
 
 use super::config::quarter;
-use super::window::dot;
 use super::{Budget, Clock, Needs, Phase, Policy, Rows, Rule, Score, Tunable};
 use crate::attention::products::softmax;
 use crate::error::{Error, Result};
 use crate::store::Layout;
+use pulp::{Arch, Simd, WithSimd};
 use serde::{Deserialize, Serialize};
 
 /// Settings of [`LagKv`].
@@ -60,40 +60,70 @@ impl LagKv {
     }
 }
 
-/// Softmax of the spread of each token of `chunk` against `reference`, both `[tokens, d]`.
+/// Softmax of the spread of each token of `chunk` against `reference`, both `[tokens, d]`, with the machine's widest vectors.
 fn spreads(chunk: &[f32], reference: &[f32], d: usize) -> Vec<f32> {
-    let mut low = vec![f32::INFINITY; d];
-    let mut high = vec![f32::NEG_INFINITY; d];
-    for row in reference.chunks_exact(d) {
-        for ((low, high), &x) in low.iter_mut().zip(&mut high).zip(row) {
-            (*low, *high) = (low.min(x), high.max(x));
-        }
-    }
-    // A channel that is constant in the reference says nothing.
-    let range = |(&low, &high): (&f32, &f32)| {
-        if high > low {
-            high - low
-        } else {
-            f32::INFINITY
-        }
-    };
-    let ranges: Vec<f32> = low.iter().zip(&high).map(range).collect();
-    let mut scaled = vec![0.0f32; d];
-    let ones = vec![1.0f32; d];
-    let mut spreads: Vec<f32> = chunk
-        .chunks_exact(d)
-        .map(|row| {
-            let channels = row.iter().zip(&low).zip(&ranges);
-            for (scaled, ((x, low), range)) in scaled.iter_mut().zip(channels) {
-                *scaled = (x - low) / range;
-            }
-            let mean = dot(&scaled, &ones) / d as f32;
-            scaled.iter_mut().for_each(|x| *x -= mean);
-            (dot(&scaled, &scaled) / (d.max(2) - 1) as f32).sqrt()
-        })
-        .collect();
+    let mut spreads = Arch::new().dispatch(Spreads {
+        chunk,
+        reference,
+        d,
+    });
     softmax(&mut spreads);
     spreads
+}
+
+struct Spreads<'a> {
+    chunk: &'a [f32],
+    reference: &'a [f32],
+    d: usize,
+}
+
+impl WithSimd for Spreads<'_> {
+    type Output = Vec<f32>;
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) -> Vec<f32> {
+        let d = self.d;
+        let mut low = vec![f32::INFINITY; d];
+        let mut high = vec![f32::NEG_INFINITY; d];
+        for row in self.reference.chunks_exact(d) {
+            for ((low, high), &x) in low.iter_mut().zip(&mut high).zip(row) {
+                *low = if x < *low { x } else { *low };
+                *high = if x > *high { x } else { *high };
+            }
+        }
+        // A channel that is constant in the reference says nothing.
+        let mut inverses = vec![0.0f32; d];
+        for (inverse, (&low, &high)) in inverses.iter_mut().zip(low.iter().zip(&high)) {
+            let of_range = 1.0 / (high - low);
+            *inverse = if of_range.is_finite() { of_range } else { 0.0 };
+        }
+        let mut scaled = vec![0.0f32; d];
+        let mut spreads = vec![0.0f32; self.chunk.len() / d];
+        for (spread, row) in spreads.iter_mut().zip(self.chunk.chunks_exact(d)) {
+            let channels = row.iter().zip(&low).zip(&inverses);
+            for (scaled, ((x, low), inverse)) in scaled.iter_mut().zip(channels) {
+                *scaled = (x - low) * inverse;
+            }
+            let mean = sum(&scaled, |x| x) / d as f32;
+            let squares = sum(&scaled, |x| (x - mean) * (x - mean));
+            *spread = (squares / (d.max(2) - 1) as f32).sqrt();
+        }
+        spreads
+    }
+}
+
+/// The sum of what `of` makes of each element, in lanes that the compiler makes vectors of.
+#[inline(always)]
+fn sum(row: &[f32], of: impl Fn(f32) -> f32) -> f32 {
+    let mut lanes = [0.0f32; 16];
+    let (chunks, tail) = row.as_chunks::<16>();
+    for chunk in chunks {
+        for (lane, &x) in lanes.iter_mut().zip(chunk) {
+            *lane += of(x);
+        }
+    }
+    let tail: f32 = tail.iter().map(|&x| of(x)).sum();
+    lanes.iter().sum::<f32>() + tail
 }
 
 /// Scores of a chunk of keys and values against its reference.

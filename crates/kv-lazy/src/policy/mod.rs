@@ -56,6 +56,7 @@ use crate::attention::{WeightKind, WeightKinds};
 use crate::error::Result;
 use crate::rotary::Rotary;
 use crate::store::Relocation;
+use std::borrow::Cow;
 use std::ops::Range;
 
 /// Whether a step belongs to the prompt or to generation.
@@ -292,16 +293,16 @@ pub trait Rows {
     fn candidates(&self) -> Range<u32> {
         0..u32::MAX
     }
-    /// Keys of a head from slot `from` on: `[n − from, d]`.
+    /// Keys of a head from slot `from` on: `[n − from, d]`, as they lie in memory where that is f32.
     ///
     /// # Errors
     /// A failed copy from the device.
-    fn keys(&self, head: usize, from: usize) -> Result<Vec<f32>>;
-    /// Values of a head from slot `from` on: `[n − from, d]`.
+    fn keys(&self, head: usize, from: usize) -> Result<Cow<'_, [f32]>>;
+    /// Values of a head from slot `from` on: `[n − from, d]`, as they lie in memory where that is f32.
     ///
     /// # Errors
     /// A failed copy from the device.
-    fn values(&self, head: usize, from: usize) -> Result<Vec<f32>>;
+    fn values(&self, head: usize, from: usize) -> Result<Cow<'_, [f32]>>;
     /// The last queries of a head.
     fn queries(&self, head: usize) -> RecentQueries<'_>;
     /// The model's rotation of keys in this layer, where the cache was told.

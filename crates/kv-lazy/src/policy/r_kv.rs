@@ -85,7 +85,7 @@ impl RKv {
 }
 
 /// Importance of the first `prefix` tokens.
-fn importance(window: &WindowLogits, prefix: usize, kernel: usize) -> Vec<f32> {
+fn importance(window: &WindowLogits<'_>, prefix: usize, kernel: usize) -> Vec<f32> {
     let WindowLogits {
         logits,
         group,

@@ -129,6 +129,8 @@ impl Own {
             .resize(group, vec![0.0; d + rotary.frequencies.len()]);
         let mut unrotated = vec![0.0; d];
         let mut last = self.next;
+        let step = rotary.turns(-1);
+        let (mut turned, mut turns) = (None, Vec::new());
         for (heads, &position) in recent
             .queries
             .chunks_exact((group * d).max(1))
@@ -139,9 +141,18 @@ impl Own {
             }
             last = last.max(position + 1);
             self.queries += 1;
+            // Queries follow each other as a rule: a turn by one more position takes no new angles.
+            if turned.is_some_and(|before: u32| before + 1 == position) {
+                for (turn, step) in turns.iter_mut().zip(&step) {
+                    *turn = both(*turn, *step);
+                }
+            } else {
+                turns = rotary.turns(-i64::from(position));
+            }
+            turned = Some(position);
             for (sums, query) in self.sums.iter_mut().zip(heads.chunks_exact(d)) {
                 unrotated.copy_from_slice(query);
-                rotary.rotate(&mut unrotated, -i64::from(position));
+                rotary.turn(&mut unrotated, &turns);
                 add(sums, &unrotated, rotary);
             }
         }
@@ -156,6 +167,11 @@ impl Own {
     }
 }
 
+/// Sine and cosine of the sum of two angles.
+fn both((a, b): (f64, f64), (c, d): (f64, f64)) -> (f64, f64) {
+    (a * d + b * c, b * d - a * c)
+}
+
 /// Adds an unrotated query to sums of elements and of pairs' magnitudes.
 pub(crate) fn add(sums: &mut [f64], query: &[f32], rotary: &Rotary) {
     let (elements, magnitudes) = sums.split_at_mut(query.len());
@@ -164,7 +180,9 @@ pub(crate) fn add(sums: &mut [f64], query: &[f32], rotary: &Rotary) {
     }
     for (f, sum) in magnitudes.iter_mut().enumerate() {
         let (i, j) = rotary.pair(f);
-        *sum += f64::from(query[i]).hypot(f64::from(query[j]));
+        // Squares of numbers in f32 are within the range of f64.
+        let (a, b) = (f64::from(query[i]), f64::from(query[j]));
+        *sum += (a * a + b * b).sqrt();
     }
 }
 
@@ -184,20 +202,34 @@ pub(crate) fn mean(sums: &[f64], count: usize, d: usize) -> HeadStatistics {
 /// Offsets of future queries: powers of two.
 const OFFSETS: u32 = 17;
 
-/// What an element of a key and the magnitude of each of its pairs are multiplied by for one query head at length `t`: `[d + pairs]`.
-fn weights(head: &HeadStatistics, rotary: &Rotary, t: u32) -> Vec<f32> {
+/// The mean over offsets of the rotation at length `t`, as sine and cosine of each pair.
+fn futures(rotary: &Rotary, t: u32) -> Vec<(f64, f64)> {
+    let future = |(now, step): ((f64, f64), (f64, f64))| {
+        let (mut sum, mut offset) = ((0.0, 0.0), step);
+        for _ in 0..OFFSETS {
+            let (sin, cos) = both(now, offset);
+            sum = (sum.0 + sin, sum.1 + cos);
+            offset = both(offset, offset);
+        }
+        (sum.0 / f64::from(OFFSETS), sum.1 / f64::from(OFFSETS))
+    };
+    let steps = rotary.turns(1);
+    rotary
+        .turns(t.into())
+        .into_iter()
+        .zip(steps)
+        .map(future)
+        .collect()
+}
+
+/// What an element of a key and the magnitude of each of its pairs are multiplied by for one query head: `[d + pairs]`.
+fn weights(head: &HeadStatistics, rotary: &Rotary, futures: &[(f64, f64)]) -> Vec<f32> {
     let d = head.mean.len();
     let mut weights = vec![0.0f32; d + rotary.frequencies.len()];
     let (product, magnitude) = weights.split_at_mut(d);
-    for (f, &frequency) in rotary.frequencies.iter().enumerate() {
+    for (f, (sin, cos)) in futures.iter().enumerate() {
         let (i, j) = rotary.pair(f);
         let (re, im) = (f64::from(head.mean[i]), f64::from(head.mean[j]));
-        let (mut cos, mut sin) = (0.0, 0.0);
-        for offset in 0..OFFSETS {
-            let angle = frequency * (f64::from(t) + f64::from(1u32 << offset));
-            cos += angle.cos() / f64::from(OFFSETS);
-            sin += angle.sin() / f64::from(OFFSETS);
-        }
         product[i] = (re * cos - im * sin) as f32;
         product[j] = (re * sin + im * cos) as f32;
         magnitude[f] = (f64::from(head.magnitude[f]) - re.hypot(im)) as f32;
@@ -207,20 +239,37 @@ fn weights(head: &HeadStatistics, rotary: &Rotary, t: u32) -> Vec<f32> {
     weights
 }
 
+/// Keys scored together: what is written for them stays in the first caches.
+const BLOCK: usize = 64;
+
 /// Scores `[heads, n]` of keys `[n, d]`, as cached, for each query head at length `t`. The magnitudes of a key's pairs are the same for all heads.
 fn scores(keys: &[f32], heads: &[HeadStatistics], rotary: &Rotary, t: u32) -> Vec<f32> {
     let Some(d) = heads.first().map(|head| head.mean.len()) else {
         return Vec::new();
     };
-    let pairs = rotary.frequencies.len();
-    let mut wide = vec![0.0f32; keys.len() / d * (d + pairs)];
-    for (key, wide) in keys.chunks_exact(d).zip(wide.chunks_exact_mut(d + pairs)) {
-        let (elements, magnitudes) = wide.split_at_mut(d);
-        elements.copy_from_slice(key);
-        rotary.magnitudes(key, magnitudes);
+    let wide = d + rotary.frequencies.len();
+    let futures = futures(rotary, t);
+    let weights = heads
+        .iter()
+        .flat_map(|head| weights(head, rotary, &futures));
+    let weights: Vec<f32> = weights.collect();
+    let n = keys.len() / d;
+    let mut scores = vec![0.0; heads.len() * n];
+    let mut block = vec![0.0f32; BLOCK * wide];
+    for (first, keys) in (0..n).step_by(BLOCK).zip(keys.chunks(BLOCK * d)) {
+        let count = keys.len() / d;
+        let block = &mut block[..count * wide];
+        for (key, wide) in keys.chunks_exact(d).zip(block.chunks_exact_mut(wide)) {
+            let (elements, magnitudes) = wide.split_at_mut(d);
+            elements.copy_from_slice(key);
+            rotary.magnitudes(key, magnitudes);
+        }
+        let products = products(&weights, block, wide);
+        for (all, products) in scores.chunks_exact_mut(n).zip(products.chunks_exact(count)) {
+            all[first..first + count].copy_from_slice(products);
+        }
     }
-    let weights = heads.iter().flat_map(|head| weights(head, rotary, t));
-    products(&weights.collect::<Vec<f32>>(), &wide, d + pairs)
+    scores
 }
 
 /// Standardises by the mean and deviation of the slots in `free`.
@@ -478,6 +527,9 @@ mod tests {
             rotary.rotate(&mut query, -(40 + t as i64));
             add(&mut sums, &query, &rotary);
         }
-        assert_eq!(own.statistics(D)[0], mean(&sums, 8, D));
+        let (got, want) = (&own.statistics(D)[0], mean(&sums, 8, D));
+        let wide = |numbers: &[f32]| numbers.iter().map(|&x| x.into()).collect::<Vec<f64>>();
+        golden::close(&got.mean, &wide(&want.mean), 1e-6);
+        golden::close(&got.magnitude, &wide(&want.magnitude), 1e-6);
     }
 }

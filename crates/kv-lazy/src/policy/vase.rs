@@ -98,7 +98,7 @@ pub struct VaseAttention {
 }
 
 /// Attention of the window's queries over the first `prefix` tokens alone, mean over queries, pooled, mean over the group.
-fn attention(window: WindowLogits, prefix: usize) -> Vec<f32> {
+fn attention(window: WindowLogits<'_>, prefix: usize) -> Vec<f32> {
     let WindowLogits {
         mut logits,
         group,
@@ -210,13 +210,17 @@ pub struct VaseProducts {
     place: Place,
 }
 
+/// Tokens projected together: they stay in the first cache while the columns pass.
+const BLOCK: usize = 64;
+
 /// ‖Gᵀx‖² of each row; `columns` is Gᵀ `[20, d]`.
 fn projected(rows: &[f32], d: usize, columns: &[f32]) -> Vec<f32> {
-    let n = rows.len() / d;
-    let mut sums = vec![0.0; n];
-    for column in products(columns, rows, d).chunks_exact(n.max(1)) {
-        for (sum, x) in sums.iter_mut().zip(column) {
-            *sum += x * x;
+    let mut sums = vec![0.0; rows.len() / d];
+    for (sums, rows) in sums.chunks_mut(BLOCK).zip(rows.chunks(BLOCK * d)) {
+        for column in products(columns, rows, d).chunks_exact(sums.len()) {
+            for (sum, x) in sums.iter_mut().zip(column) {
+                *sum += x * x;
+            }
         }
     }
     sums

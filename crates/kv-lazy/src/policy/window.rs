@@ -4,9 +4,10 @@
 use super::{RecentQueries, Rows};
 use crate::attention::products::{cap, products};
 use crate::error::Result;
+use std::borrow::Cow;
 
 /// Logits of a head's recent queries.
-pub(super) struct WindowLogits {
+pub(super) struct WindowLogits<'r> {
     /// `[positions, group, n]`; −∞ where a key is newer than the query.
     pub(super) logits: Vec<f32>,
     /// Query heads.
@@ -16,12 +17,12 @@ pub(super) struct WindowLogits {
     /// Tokens.
     pub(super) len: usize,
     /// The head's keys `[n, d]`.
-    pub(super) keys: Vec<f32>,
+    pub(super) keys: Cow<'r, [f32]>,
 }
 
-impl WindowLogits {
+impl<'r> WindowLogits<'r> {
     /// q·k for every recent query of `head` and every key.
-    pub(super) fn of(rows: &dyn Rows, head: usize) -> Result<Self> {
+    pub(super) fn of(rows: &'r dyn Rows, head: usize) -> Result<Self> {
         let RecentQueries {
             queries,
             positions,

@@ -11,6 +11,7 @@ use crate::attention::{Exported, Geometry, WIDEST, expect_shape};
 use crate::error::Result;
 use crate::quantise;
 use candle_core::{DType, Device, Tensor};
+use std::borrow::Cow;
 
 /// One layer's tensors.
 #[derive(Debug)]
@@ -251,12 +252,14 @@ impl Store for DeviceStore {
         &self.ids[row]
     }
 
-    fn keys(&self, row: usize, from: usize) -> Result<Vec<f32>> {
+    fn keys(&self, row: usize, from: usize) -> Result<Cow<'_, [f32]>> {
         self.row(self.filled()?.map(|kv| kv.0).as_ref(), row, from)
+            .map(Cow::Owned)
     }
 
-    fn values(&self, row: usize, from: usize) -> Result<Vec<f32>> {
+    fn values(&self, row: usize, from: usize) -> Result<Cow<'_, [f32]>> {
         self.row(self.filled()?.map(|kv| kv.1).as_ref(), row, from)
+            .map(Cow::Owned)
     }
 
     fn bytes(&self) -> usize {
@@ -425,7 +428,7 @@ mod tests {
         let most = store.bytes();
         for round in 0..5 {
             let oldest: Vec<u32> = (0..every).collect();
-            let kept = store.keys(1, every as usize).unwrap();
+            let kept = store.keys(1, every as usize).unwrap().into_owned();
             store
                 .evict(&[oldest.clone(), oldest], Layout::Compact, every as usize)
                 .unwrap();
@@ -457,20 +460,20 @@ mod tests {
             .append(&tensor(5, 8), &tensor(5, 8), 0, &[])
             .unwrap()
             .unwrap();
-        let before = (store.keys(1, 0).unwrap(), store.values(1, 0).unwrap());
+        let both = |store: &DeviceStore| {
+            [store.keys(1, 0), store.values(1, 0)].map(|side| side.unwrap().into_owned())
+        };
+        let before = both(&store);
         assert!(store.append(&tensor(1, 8), &tensor(1, 7), 5, &[]).is_err());
         assert_eq!(store.len(1), 5);
-        assert_eq!(
-            (store.keys(1, 0).unwrap(), store.values(1, 0).unwrap()),
-            before
-        );
+        assert_eq!(both(&store), before);
         let slots = [vec![2], vec![99]];
         let one = tensor(1, 8);
         let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
             store.append(&one, &one, 5, &slots)
         }));
         assert!(!matches!(result, Ok(Ok(Ok(())))));
-        assert_eq!((store.len(1), store.keys(1, 0).unwrap()), (5, before.0));
+        assert_eq!((store.len(1), both(&store)), (5, before));
         store
             .append(&tensor(1, 8), &tensor(1, 8), 5, &[])
             .unwrap()

@@ -13,6 +13,7 @@ use crate::quantise::{self, BLOCK};
 use candle_core::{DType, Device, Tensor};
 use half::{bf16, f16};
 use rayon::prelude::*;
+use std::borrow::Cow;
 
 /// Tokens stored alike.
 #[derive(Debug, Clone)]
@@ -305,20 +306,27 @@ impl HostStore {
         self
     }
 
-    fn side(&self, row: usize, from: usize, keys: bool) -> Vec<f32> {
+    /// A side of a row as f32, from slot `from` on; a copy unless it is stored so.
+    fn side(&self, row: usize, from: usize, keys: bool) -> Cow<'_, [f32]> {
         let d = self.geometry.head_dim;
-        let tokens = self.rows[row].ids.len().saturating_sub(from);
-        let mut wide = Vec::with_capacity(tokens * d);
         let mut first = 0;
+        let mut parts = Vec::new();
         for segment in &self.rows[row].segments {
             let start = from.clamp(first, first + segment.len) - first;
             let data = if keys { &segment.keys } else { &segment.values };
-            data.view()
-                .slice(start, segment.len, d)
-                .widen_into(&mut wide);
+            if start < segment.len {
+                parts.push(data.view().slice(start, segment.len, d));
+            }
             first += segment.len;
         }
-        wide
+        if let [Elements::F32(all)] = parts[..] {
+            return Cow::Borrowed(all);
+        }
+        let mut wide = Vec::with_capacity(first.saturating_sub(from) * d);
+        for part in parts {
+            part.widen_into(&mut wide);
+        }
+        Cow::Owned(wide)
     }
 
     fn tensor(&self, batch: usize, keys: bool) -> Result<Tensor> {
@@ -335,7 +343,7 @@ impl HostStore {
         }
         let shape = (batch, heads, len, self.geometry.head_dim);
         let all: Vec<f32> = (0..self.rows.len())
-            .flat_map(|row| self.side(row, 0, keys))
+            .flat_map(|row| self.side(row, 0, keys).into_owned())
             .collect();
         Ok(Tensor::from_vec(all, shape, &Device::Cpu)?.to_dtype(self.dtype)?)
     }
@@ -504,11 +512,11 @@ impl Store for HostStore {
         &self.rows[row].ids
     }
 
-    fn keys(&self, row: usize, from: usize) -> Result<Vec<f32>> {
+    fn keys(&self, row: usize, from: usize) -> Result<Cow<'_, [f32]>> {
         Ok(self.side(row, from, true))
     }
 
-    fn values(&self, row: usize, from: usize) -> Result<Vec<f32>> {
+    fn values(&self, row: usize, from: usize) -> Result<Cow<'_, [f32]>> {
         Ok(self.side(row, from, false))
     }
 

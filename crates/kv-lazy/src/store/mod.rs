@@ -19,6 +19,7 @@ use crate::attention::{Exported, Scores, WeightKinds};
 use crate::error::{Error, Result};
 use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
+use std::borrow::Cow;
 
 /// Tokens by which storage that holds `len` grows when it is full: a quarter, but not by too few.
 pub(crate) fn growth(len: usize) -> usize {
@@ -103,9 +104,9 @@ pub(crate) trait Store: Send + Sync + std::fmt::Debug {
     /// Logical positions of a row's tokens in physical order.
     fn ids(&self, row: usize) -> &[u32];
     /// Keys of a row from slot `from` on, as f32 `[n − from, d]`.
-    fn keys(&self, row: usize, from: usize) -> Result<Vec<f32>>;
+    fn keys(&self, row: usize, from: usize) -> Result<Cow<'_, [f32]>>;
     /// Values of a row from slot `from` on, as f32 `[n − from, d]`.
-    fn values(&self, row: usize, from: usize) -> Result<Vec<f32>>;
+    fn values(&self, row: usize, from: usize) -> Result<Cow<'_, [f32]>>;
     /// Bytes that keys and values occupy, filled or not.
     fn bytes(&self) -> usize;
     /// Keys and values `[B, Hkv, n, d]` of `batch` sequences.

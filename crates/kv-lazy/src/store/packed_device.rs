@@ -14,6 +14,7 @@ use crate::error::Result;
 use crate::quantise::{self, BLOCK, Side};
 use candle_core::{DType, Device, Tensor};
 use half::f16;
+use std::borrow::Cow;
 
 /// One layer's tensors.
 #[derive(Debug, Clone)]
@@ -239,12 +240,12 @@ impl Store for PackedDeviceStore {
         &self.ids[row]
     }
 
-    fn keys(&self, row: usize, from: usize) -> Result<Vec<f32>> {
-        self.side(0, row, from)
+    fn keys(&self, row: usize, from: usize) -> Result<Cow<'_, [f32]>> {
+        self.side(0, row, from).map(Cow::Owned)
     }
 
-    fn values(&self, row: usize, from: usize) -> Result<Vec<f32>> {
-        self.side(1, row, from)
+    fn values(&self, row: usize, from: usize) -> Result<Cow<'_, [f32]>> {
+        self.side(1, row, from).map(Cow::Owned)
     }
 
     fn bytes(&self) -> usize {
@@ -344,7 +345,7 @@ mod tests {
                         (host.values(row, 0).unwrap(), device.values(row, 0).unwrap()),
                     ] {
                         assert_eq!(a.len(), b.len());
-                        assert!(a.iter().zip(&b).all(|(x, y)| (x - y).abs() < 1e-6));
+                        assert!(a.iter().zip(&*b).all(|(x, y)| (x - y).abs() < 1e-6));
                     }
                 }
             }

@@ -17,6 +17,7 @@ use kv_lazy::policy::{
 use kv_lazy::store::Relocation;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 
 /// A cache of positions, and keys and queries where a test gives them.
@@ -45,11 +46,11 @@ impl Rows for Held {
     fn ids(&self, head: usize) -> &[u32] {
         &self.ids[head]
     }
-    fn keys(&self, _: usize, from: usize) -> Result<Vec<f32>> {
-        Ok(self.keys[from * self.d..].to_vec())
+    fn keys(&self, _: usize, from: usize) -> Result<Cow<'_, [f32]>> {
+        Ok(self.keys[from * self.d..].into())
     }
-    fn values(&self, _: usize, _: usize) -> Result<Vec<f32>> {
-        Ok(Vec::new())
+    fn values(&self, _: usize, _: usize) -> Result<Cow<'_, [f32]>> {
+        Ok([].as_slice().into())
     }
     fn queries(&self, _: usize) -> RecentQueries<'_> {
         RecentQueries {
