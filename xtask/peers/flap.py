@@ -35,7 +35,7 @@ def main():
     model, tokens = load(flags.model), windows(flags.model, flags.calib, flags.window)
     seconds = clock()
     heads, groups = model.config.num_attention_heads, model.config.num_key_value_heads
-    walk, units, moments = Walk(model, tokens), [], []
+    walk, units, moments, order, total = Walk(model, tokens), [], [], {}, 0
     with torch.no_grad():
         for number, block in enumerate(model.model.layers):
             seen = {}
@@ -46,13 +46,13 @@ def main():
             for linear in (block.self_attn.o_proj, block.mlp.down_proj):
                 linear._forward_pre_hooks.clear()
             moments.append(seen)
-            # The unit of attention is a key/value head with its query heads where there are four or more of these, else a
-            # query head of every group; of the MLP a neuron.
+            # The unit of attention is a key/value head with its query heads where there are four or more of these, else one
+            # query head of each group, the lowest ones first; of the MLP a neuron.
             parts = groups if groups >= 4 else heads // groups
             attention, mlp = block.self_attn, block.mlp
-            size = sum(w.weight.numel() for w in (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj))
-            if groups < 4:
-                size = attention.q_proj.weight.numel() + attention.o_proj.weight.numel()
+            whole = sum(w.weight.numel() for w in (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj))
+            size = whole if groups >= 4 else attention.q_proj.weight.numel() + attention.o_proj.weight.numel()
+            total += whole + 3 * mlp.down_proj.weight.numel()
             width = attention.o_proj.weight.shape[1] // heads
             for kind, linear, count, cost in (
                 ("o", attention.o_proj, parts, size // parts),
@@ -60,10 +60,11 @@ def main():
             ):
                 score = standard(seen[kind].variance() * linear.weight.double().pow(2).sum(0))
                 if kind == "o":
-                    grid = score.reshape(groups, heads // groups, width)
-                    score = grid.mean((1, 2)) if groups >= 4 else grid.mean((0, 2))
+                    grid = score.reshape(groups, heads // groups, width).mean(2)
+                    ranked, order[number] = grid.sort(dim=1)
+                    score = grid.mean(1) if groups >= 4 else ranked.mean(0)
                 units += [(value.item(), cost, number, kind, unit) for unit, value in enumerate(score)]
-        budget, gone = flags.ratio * sum(unit[1] for unit in units), {}
+        budget, gone = flags.ratio * total, {}
         left = {}
         for _, _, number, kind, _ in units:
             left[number, kind] = left.get((number, kind), 0) + 1
@@ -78,7 +79,10 @@ def main():
             columns = torch.arange(linear.weight.shape[1])
             if kind == "o":
                 grid = columns.reshape(groups, heads // groups, -1)
-                columns = grid[chosen].flatten() if groups >= 4 else grid[:, chosen].flatten()
+                if groups >= 4:
+                    columns = grid[chosen].flatten()
+                else:
+                    columns = torch.cat([grid[group, order[number][group, chosen]].flatten() for group in range(groups)])
             else:
                 columns = columns[chosen]
             mean = moments[number][kind].mean()[columns]

@@ -1,7 +1,7 @@
 //! Storage as data: what a command line or a file says.
 
+use super::format::Format;
 use super::hadamard;
-use super::packed::Format;
 use crate::error::{Error, Result};
 use candle_core::DType;
 use serde::{Deserialize, Serialize};

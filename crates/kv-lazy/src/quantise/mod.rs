@@ -4,9 +4,11 @@
 //! together, so eviction works as for other storage. Attention widens codes in registers.
 
 mod config;
+mod format;
 pub(crate) mod hadamard;
 mod packed;
 
 pub(crate) use config::{BLOCK, Layout, MOST_GROUPS, Side};
 pub use config::{KeyGroups, NumberFormat, StorageConfig};
-pub(crate) use packed::{Format, Packed, PackedView};
+pub(crate) use format::Format;
+pub(crate) use packed::{Packed, PackedView};
