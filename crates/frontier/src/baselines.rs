@@ -1,8 +1,9 @@
 //! What a budget buys when it is spent along one axis: the plans to compare a joint one with.
 
+use crate::divide::Choice;
 use crate::driver::Frontier;
 use crate::error::{Error, Result};
-use crate::menu::{Item, Menu};
+use crate::menu::{Item, Menu, Price};
 use crate::plan::{Plan, Round};
 use crate::site::Site;
 use causal_lm::Progress;
@@ -89,11 +90,11 @@ impl Frontier<'_> {
         if candidates.is_empty() {
             return Ok(None);
         }
-        let measured = self.measure_plans(&candidates, progress)?;
-        let best =
-            (0..candidates.len()).min_by(|&a, &b| measured[a].mean.total_cmp(&measured[b].mean));
+        let items: Vec<Vec<usize>> = candidates.into_iter().map(|c| c.items).collect();
+        let measured = self.measure_plans(&items, progress)?;
+        let best = (0..items.len()).min_by(|&a, &b| measured[a].mean.total_cmp(&measured[b].mean));
         Ok(best.map(|best| {
-            let (items, measured) = (&candidates[best], measured[best]);
+            let (items, measured) = (&items[best], measured[best]);
             let round = Round {
                 predicted: self.predicted_of(items),
                 measured,
@@ -105,7 +106,7 @@ impl Frontier<'_> {
 
     /// What other ways to spend a budget offer beside the joint division: the best choice along each axis by the sum of its
     /// sites, and the mixes of block types, whose sites have no sum.
-    pub(crate) fn alternatives(&self, budget: u64) -> Result<Vec<Vec<usize>>> {
+    pub(crate) fn alternatives(&self, budget: u64) -> Result<Vec<Choice>> {
         let mut found = Vec::new();
         for baseline in [
             Baseline::Bits,
@@ -120,7 +121,7 @@ impl Frontier<'_> {
     }
 
     /// The choices of a baseline that fit a budget, the best by the sum of their sites first.
-    fn candidates(&self, baseline: Baseline, budget: u64) -> Result<Vec<Vec<usize>>> {
+    fn candidates(&self, baseline: Baseline, budget: u64) -> Result<Vec<Choice>> {
         let formats = self.options.formats()?.len();
         // Caches are kept whole in 16 bits where they are not what is divided.
         let usual_caches: Vec<(Site, usize)> = self
@@ -160,7 +161,10 @@ impl Frontier<'_> {
                 };
                 (0..formats).filter_map(of).collect()
             }
-            Baseline::KQuantMix => self.mixes(budget)?,
+            Baseline::KQuantMix => {
+                let mixes = self.mixes(budget)?.into_iter();
+                mixes.map(|items| self.only(items)).collect()
+            }
             Baseline::Widths => {
                 let stored = |site: Site, item: &Item| {
                     item.format == 0 && item.treatment.rank == 0 && usual(site, item)
@@ -197,12 +201,11 @@ impl Frontier<'_> {
                 self.divided(budget, &dense)?.into_iter().collect()
             }
         };
-        candidates.retain(|items: &Vec<usize>| {
-            self.bytes(items).is_some_and(|b| b <= budget) && self.meets(items)
+        candidates.retain(|choice: &Choice| {
+            self.bytes(&choice.items).is_some_and(|b| b <= budget) && self.meets(&choice.items)
         });
-        let sum = |items: &Vec<usize>| self.sum(items);
-        candidates.sort_by(|a, b| sum(a).total_cmp(&sum(b)));
-        candidates.dedup();
+        candidates.sort_by(|a, b| a.predicted.total_cmp(&b.predicted));
+        candidates.dedup_by(|a, b| a.items == b.items);
         candidates.truncate(MEASURED);
         Ok(candidates)
     }
@@ -232,7 +235,7 @@ impl Frontier<'_> {
 
     /// A choice by width and format for each site, in the next better format where one cannot be stored; `None` where
     /// none can.
-    fn uniform(&self, wanted: impl Fn(usize, &Menu) -> (usize, usize)) -> Option<Vec<usize>> {
+    fn uniform(&self, wanted: impl Fn(usize, &Menu) -> (usize, usize)) -> Option<Choice> {
         let of = |(i, menu): (usize, &Menu)| {
             let (level, format) = wanted(i, menu);
             (0..=format).rev().find_map(|format| {
@@ -241,7 +244,18 @@ impl Frontier<'_> {
                 menu.items[found].bytes.map(|_| found)
             })
         };
-        self.menus.iter().enumerate().map(of).collect()
+        let items: Option<Vec<usize>> = self.menus.iter().enumerate().map(of).collect();
+        items.map(|items| self.only(items))
+    }
+
+    /// A choice beside which there is no other.
+    fn only(&self, items: Vec<usize>) -> Choice {
+        Choice {
+            predicted: self.sum(&items),
+            envelopes: items.iter().map(|&item| vec![item]).collect(),
+            price: Price::default(),
+            items,
+        }
     }
 
     /// A choice of one format at the whole width for each site; `None` where one cannot be stored.
@@ -259,9 +273,9 @@ impl Frontier<'_> {
         &self,
         budget: u64,
         allowed: &dyn Fn(Site, &Item) -> bool,
-    ) -> Result<Option<Vec<usize>>> {
+    ) -> Result<Option<Choice>> {
         match self.choose(budget, allowed) {
-            Ok(choice) => Ok(Some(choice.items)),
+            Ok(choice) => Ok(Some(choice)),
             Err(Error::Budget { .. } | Error::Speed { .. } | Error::Parameters { .. }) => Ok(None),
             Err(error) => Err(error),
         }

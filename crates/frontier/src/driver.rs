@@ -53,6 +53,9 @@ pub struct Frontier<'a> {
     pub(crate) check: Check,
 }
 
+/// About how many whole plans are measured for a budget besides those of rounds.
+const TRIED: f64 = 5.0;
+
 /// A calibrated model of which nothing is measured yet.
 pub struct Prepared<'a> {
     frontier: Frontier<'a>,
@@ -83,11 +86,12 @@ impl<'a> Prepared<'a> {
         self.frontier.tokens_of_curves()
     }
 
-    /// About how many tokens more a plan takes: a round moves each site up and down.
+    /// About how many tokens more a plan takes: a round moves each site up and down, and whole plans are tried.
     pub fn tokens_of_plan(&self) -> f64 {
         let rounds = self.frontier.options.rounds.min(1) as f64;
         let sites = self.frontier.menus.len() as f64;
-        rounds * sites * self.frontier.coarse_tokens() as f64
+        let (coarse, fine) = self.frontier.tokens();
+        rounds * sites * coarse as f64 + TRIED * fine as f64
     }
 
     /// Bytes of the dense model, and of its cache where it counts.

@@ -30,10 +30,11 @@ pub struct SitePlan {
     pub bits: f64,
 }
 
-/// A round of measuring around a plan.
+/// A whole plan that was measured: the division, what a round of measuring around the plan moved, the best choice along one
+/// axis, or a mix.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Round {
-    /// Divergence that the division predicted: the sum over sites first, later what the moves were to change. `None` where
+    /// Divergence that was predicted: the sum over sites, of a round what the moves were to change. `None` where
     /// treatments were not measured by themselves, and where the changes add up to more than the divergence.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub predicted: Option<f64>,
@@ -66,7 +67,7 @@ pub struct Plan {
     pub predicted: Option<f64>,
     /// Divergence of the whole plan from the dense model.
     pub measured: Divergence,
-    /// The division and the rounds after it, those of drawn exchanges that were kept among them.
+    /// The division and what was measured after it, of drawn exchanges those that were kept.
     pub rounds: Vec<Round>,
     /// Seconds of a decoded token by the table of what treatments take, where speed counts.
     #[serde(default, skip_serializing_if = "Option::is_none")]

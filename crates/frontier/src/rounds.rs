@@ -12,83 +12,26 @@ use prune_structured::rate_distortion::{Point, knapsack};
 
 impl Frontier<'_> {
     /// The best plan for a budget in bytes, measured, with rounds of measuring around it. Where the best choice along one
-    /// axis or one of llama.cpp's mixes of block types is better, the plan starts from that.
+    /// axis or one of llama.cpp's mixes of block types is better, the plan goes on from that.
     ///
     /// # Errors
     /// [`crate::Error::Budget`] below the smallest plan, [`crate::Error::Cancelled`], and what making and measuring report.
     pub fn plan(&mut self, budget: u64, progress: &dyn Progress) -> Result<Plan> {
-        let choice = self.choose(budget, &|_, _| true)?;
-        let (now, first) = self.first(&choice, progress)?;
-        let mut best = Best {
-            items: now,
-            measured: first.measured,
-            rounds: vec![first],
-        };
-        if best.items == self.dense {
-            return Ok(self.to_plan(budget, &best.items, best.measured, best.rounds));
-        }
-        self.improve(&mut best, &choice, budget, progress)?;
-        // The sum over sites may mislead a choice among many more than one along few, and has nothing to say of mixes,
-        // whose linears of a site have different types: those are tried as a whole.
-        let alternatives = self.alternatives(budget)?;
-        let measured = self.measure_plans(&alternatives, progress)?;
-        let of_best = best.measured.mean;
-        for (items, measured) in alternatives.into_iter().zip(measured) {
-            if measured.mean < best.measured.mean {
-                let predicted = self.predicted_of(&items);
-                best.take(items, predicted, measured);
+        let mut best = self.first(budget, progress)?;
+        if best.choice.items != self.dense {
+            self.improve(&mut best, budget, progress)?;
+            if self.try_alternatives(&mut best, budget, progress)? {
+                self.improve(&mut best, budget, progress)?;
+            }
+            if self.options.refine > 0 {
+                let of = (best.choice.envelopes.as_slice(), budget);
+                let now = (best.choice.items.clone(), best.measured);
+                let (items, measured, rounds) = self.refine(now, of, progress)?;
+                (best.choice.items, best.measured) = (items, measured);
+                best.rounds.extend(rounds);
             }
         }
-        if best.measured.mean < of_best {
-            self.improve(&mut best, &choice, budget, progress)?;
-        }
-        Ok(self.to_plan(budget, &best.items, best.measured, best.rounds))
-    }
-
-    /// Rounds of measuring around a plan, and exchanges where they are wanted. Never to a worse plan.
-    fn improve(
-        &mut self,
-        best: &mut Best,
-        choice: &Choice,
-        budget: u64,
-        progress: &dyn Progress,
-    ) -> Result<()> {
-        for _ in 0..self.options.rounds {
-            let around = self.measure_around(&best.items, &choice.envelopes, progress)?;
-            let (before, mut better) = (best.measured.mean, false);
-            // What was extrapolated may have misled: then once more with what was measured alone.
-            for reach in [self.options.reach, 1] {
-                let within = (budget, choice.price);
-                let Some((next, change)) = self.move_within(&best.items, &around, within, reach)
-                else {
-                    continue;
-                };
-                let of_next = self.measure_plans(std::slice::from_ref(&next), progress)?[0];
-                better = of_next.mean < before;
-                // A sum of gains beyond all that there is to gain predicts nothing.
-                let predicted = Some(before + change).filter(|sum| *sum >= 0.0);
-                if better {
-                    best.take(next, predicted, of_next);
-                    break;
-                }
-                best.rounds.push(Round {
-                    predicted,
-                    measured: of_next,
-                    kept: false,
-                });
-            }
-            if !better || before - best.measured.mean < self.options.gain * before {
-                break;
-            }
-        }
-        if self.options.refine > 0 {
-            let of = (choice.envelopes.as_slice(), budget);
-            let now = (best.items.clone(), best.measured);
-            let (items, measured, more) = self.refine(now, of, progress)?;
-            (best.items, best.measured) = (items, measured);
-            best.rounds.extend(more);
-        }
-        Ok(())
+        Ok(self.to_plan(budget, &best.choice.items, best.measured, best.rounds))
     }
 
     /// The plan of a budget in bytes as the division of the curves gives it, measured, without rounds around it.
@@ -96,21 +39,92 @@ impl Frontier<'_> {
     /// # Errors
     /// As [`plan`](Self::plan).
     pub fn divided_plan(&mut self, budget: u64, progress: &dyn Progress) -> Result<Plan> {
-        let choice = self.choose(budget, &|_, _| true)?;
-        let (items, first) = self.first(&choice, progress)?;
-        Ok(self.to_plan(budget, &items, first.measured, vec![first]))
+        let first = self.first(budget, progress)?;
+        Ok(self.to_plan(budget, &first.choice.items, first.measured, first.rounds))
     }
 
-    /// A choice, measured.
-    fn first(&mut self, choice: &Choice, progress: &dyn Progress) -> Result<(Vec<usize>, Round)> {
-        let items = choice.items.clone();
-        let measured = self.measure_plans(std::slice::from_ref(&items), progress)?[0];
+    /// The division, measured.
+    fn first(&mut self, budget: u64, progress: &dyn Progress) -> Result<Best> {
+        let choice = self.choose(budget, &|_, _| true)?;
+        let measured = self.measure_plans(std::slice::from_ref(&choice.items), progress)?[0];
         let round = Round {
             predicted: Some(choice.predicted),
             measured,
             kept: true,
         };
-        Ok((items, round))
+        Ok(Best {
+            choice,
+            measured,
+            rounds: vec![round],
+        })
+    }
+
+    /// Rounds of measuring around a plan, to none that is worse.
+    fn improve(&mut self, best: &mut Best, budget: u64, progress: &dyn Progress) -> Result<()> {
+        for _ in 0..self.options.rounds {
+            let Choice {
+                items,
+                envelopes,
+                price,
+                ..
+            } = &best.choice;
+            let around = self.measure_around(items, envelopes, progress)?;
+            let (before, mut better) = (best.measured.mean, false);
+            let mut tried = Vec::new();
+            // What was extrapolated may have misled: then once more with what was measured alone.
+            for reach in [self.options.reach, 1] {
+                let within = (budget, *price);
+                let Some((next, change)) = self.move_within(items, &around, within, reach) else {
+                    continue;
+                };
+                let of_next = self.measure_plans(std::slice::from_ref(&next), progress)?[0];
+                better = of_next.mean < before;
+                // A sum of gains beyond all that there is to gain predicts nothing.
+                let predicted = Some(before + change).filter(|sum| *sum >= 0.0);
+                tried.push((next, predicted, of_next));
+                if better {
+                    break;
+                }
+            }
+            for (items, predicted, measured) in tried {
+                best.compare(items, predicted, measured);
+            }
+            if !better || before - best.measured.mean < self.options.gain * before {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// Measures what other ways to spend the budget offer; whether one of them is better. The sum over sites may mislead a
+    /// choice among many more than one along few, and has nothing to say of mixes, whose linears of a site have different types.
+    fn try_alternatives(
+        &mut self,
+        best: &mut Best,
+        budget: u64,
+        progress: &dyn Progress,
+    ) -> Result<bool> {
+        let joint = best.choice.envelopes.clone();
+        let alternatives = self.alternatives(budget)?;
+        let items: Vec<Vec<usize>> = alternatives.iter().map(|c| c.items.clone()).collect();
+        let measured = self.measure_plans(&items, progress)?;
+        let mut better = false;
+        for (mut choice, measured) in alternatives.into_iter().zip(measured) {
+            let predicted = self.predicted_of(&choice.items);
+            if choice.items == best.choice.items
+                || !best.compare(choice.items.clone(), predicted, measured)
+            {
+                continue;
+            }
+            // A site may get whatever it may in the joint division, where that has what it got.
+            for ((own, joint), item) in choice.envelopes.iter_mut().zip(&joint).zip(&choice.items) {
+                if joint.contains(item) {
+                    own.clone_from(joint);
+                }
+            }
+            (best.choice, better) = (choice, true);
+        }
+        Ok(better)
     }
 
     /// What moving each site up to the reach from a plan would change: for each site its choices around the present one,
@@ -219,20 +233,25 @@ impl Frontier<'_> {
 
 /// The best plan so far.
 struct Best {
-    items: Vec<usize>,
+    choice: Choice,
     measured: Divergence,
     /// What was measured on the way to it.
     rounds: Vec<Round>,
 }
 
 impl Best {
-    fn take(&mut self, items: Vec<usize>, predicted: Option<f64>, measured: Divergence) {
+    /// Records another plan and takes its items where it is better; whether it is.
+    fn compare(&mut self, items: Vec<usize>, predicted: Option<f64>, measured: Divergence) -> bool {
+        let kept = measured.mean < self.measured.mean;
         self.rounds.push(Round {
             predicted,
             measured,
-            kept: true,
+            kept,
         });
-        (self.items, self.measured) = (items, measured);
+        if kept {
+            (self.choice.items, self.measured) = (items, measured);
+        }
+        kept
     }
 }
 

@@ -205,7 +205,7 @@ impl Kernel<f16> for Widened<'_> {
 
     #[inline(always)]
     fn run<S: Simd, W: Widen<f16>>(self, simd: S, widen: W) {
-        // Where packs come apart the rows are converted one element after the other.
+        // Packs that come apart into even and odd elements would have to be put in order again.
         let packs = match W::INTERLEAVED {
             true => &[],
             false => f16::packs::<S>(self.source),
@@ -294,6 +294,18 @@ mod tests {
         let all: Vec<u16> = (0..=u16::MAX).collect();
         let f16s: Vec<f16> = all.iter().map(|&bits| f16::from_bits(bits)).collect();
         check(&f16s, |all| f16::dispatch(all));
+        for (from, to) in [(0, 0), (1, 6), (3, 40), (5, 138)] {
+            let rows = &f16s[from..to];
+            let mut wide = vec![7.0f32];
+            f16::widen_into(rows, &mut wide);
+            assert_eq!(wide[0], 7.0);
+            assert!(
+                rows.iter()
+                    .zip(&wide[1..])
+                    .all(|(x, wide)| x.to_f32() == *wide)
+            );
+            assert_eq!(wide.len(), 1 + rows.len());
+        }
         #[cfg(target_arch = "x86_64")]
         check(&f16s, |all| match F16c::detect() {
             Some(machine) => machine.run(all),

@@ -293,12 +293,12 @@ pub trait Rows {
     fn candidates(&self) -> Range<u32> {
         0..u32::MAX
     }
-    /// Keys of a head from slot `from` on: `[n − from, d]`, as they lie in memory where that is f32.
+    /// Keys of a head from slot `from` on: `[n − from, d]`; borrowed where the cache holds them in f32 on the CPU, else a copy.
     ///
     /// # Errors
     /// A failed copy from the device.
     fn keys(&self, head: usize, from: usize) -> Result<Cow<'_, [f32]>>;
-    /// Values of a head from slot `from` on: `[n − from, d]`, as they lie in memory where that is f32.
+    /// Values of a head from slot `from` on: `[n − from, d]`; borrowed where the cache holds them in f32 on the CPU, else a copy.
     ///
     /// # Errors
     /// A failed copy from the device.

@@ -513,6 +513,20 @@ mod tests {
     }
 
     #[test]
+    fn keys_beyond_a_block_score_as_they_do_alone() {
+        let rotary = Rotary::plain(10_000.0, D);
+        let heads = [0, 1].map(|head| statistics(head, &rotary));
+        let keys = golden::uniform("keys", (BLOCK + 37) * D);
+        let all = scores(&keys, &heads, &rotary, 300);
+        for (at, key) in keys.chunks_exact(D).enumerate() {
+            let alone = scores(key, &heads, &rotary, 300);
+            let together = [all[at], all[BLOCK + 37 + at]];
+            let want: Vec<f64> = alone.iter().map(|&x| x.into()).collect();
+            golden::close(&together, &want, 1e-5);
+        }
+    }
+
+    #[test]
     fn a_sequence_s_own_queries_give_the_statistics_that_a_calibration_of_them_would() {
         let rotary = Rotary::plain(10_000.0, D);
         let rows = golden::Observed::new();

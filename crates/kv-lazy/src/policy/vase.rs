@@ -304,6 +304,21 @@ mod tests {
     }
 
     #[test]
+    fn rows_beyond_a_block_are_projected_as_those_of_one() {
+        let rows = golden::uniform("rows", (BLOCK + 37) * D);
+        let columns = golden::uniform("columns", COLUMNS * D);
+        let mut want = vec![0.0f64; BLOCK + 37];
+        for column in columns.chunks_exact(D) {
+            for (want, row) in want.iter_mut().zip(rows.chunks_exact(D)) {
+                let terms = column.iter().zip(row);
+                let product: f64 = terms.map(|(&a, &b)| f64::from(a) * f64::from(b)).sum();
+                *want += product * product;
+            }
+        }
+        golden::close(&projected(&rows, D, &columns), &want, 1e-5);
+    }
+
+    #[test]
     fn dkv_s_products_are_in_golden_proportion() {
         let projection: Vec<f64> = golden::uniform("kv2.gauss", D * COLUMNS)
             .iter()
