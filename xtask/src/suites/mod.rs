@@ -10,5 +10,6 @@ pub mod lattice;
 mod lazy;
 pub mod lowrank;
 pub mod perplexity;
+mod sizes;
 pub mod structured;
 pub mod tasks;

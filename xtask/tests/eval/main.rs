@@ -9,7 +9,7 @@ mod scene;
 mod structured;
 
 use scene::Scene;
-use serde_json::json;
+use serde_json::{Value, json};
 use std::path::Path;
 use std::process::{Command, Output};
 
@@ -26,6 +26,12 @@ fn mixtral() -> Scene {
         "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 8, "max_position_embeddings": 16,
         "num_local_experts": 6, "num_experts_per_tok": 2,
     }))
+}
+
+/// The methods of rows, in their order.
+fn methods(rows: &[Value]) -> Vec<&str> {
+    let methods = rows.iter().map(|row| row["method"].as_str().unwrap());
+    methods.collect()
 }
 
 /// Runs `eval structured` on the scene with more arguments.

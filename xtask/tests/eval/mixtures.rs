@@ -1,7 +1,7 @@
 //! `eval structured` on mixtures of experts.
 
 use crate::scene::{Scene, error, rows};
-use crate::{llama, mixtral, structured};
+use crate::{llama, methods, mixtral, structured};
 use std::process::Command;
 use tensor_io::Checkpoint;
 
@@ -9,10 +9,9 @@ use tensor_io::Checkpoint;
 fn mixtures_are_pruned_by_methods_of_their_own() {
     let scene = mixtral();
     let save = scene.path("pruned");
-    let methods = "reap,stun,hc-smoe,neurons,random,joint,topk-scale";
     let more = [
         "--method",
-        methods,
+        "reap,stun,hc-smoe,neurons,random,joint,topk-scale",
         "--ratio",
         "0.5",
         "--align",
@@ -24,10 +23,7 @@ fn mixtures_are_pruned_by_methods_of_their_own() {
     ];
     let rows = rows(&structured(&scene, &more));
     assert_eq!(rows.len(), 1 + 7 + 2);
-    let names: Vec<&str> = rows
-        .iter()
-        .map(|row| row["method"].as_str().unwrap())
-        .collect();
+    let names = methods(&rows);
     assert_eq!(names[7], "topk-scale, 1 for each token");
     for row in &rows {
         assert!(row["perplexity"].as_f64().unwrap() > 1.0);
@@ -95,10 +91,7 @@ fn what_dropping_leaves_is_compressed_in_the_same_run() {
         save.to_str().unwrap(),
     ];
     let rows = rows(&structured(&scene, &more));
-    let names: Vec<&str> = rows
-        .iter()
-        .map(|row| row["method"].as_str().unwrap())
-        .collect();
+    let names = methods(&rows);
     assert_eq!(
         names,
         [
@@ -154,10 +147,7 @@ fn rows_that_keep_all_router_rows_count_the_bytes_of_their_files_and_say_who_ope
         save.to_str().unwrap(),
     ];
     let rows = rows(&structured(&scene, &more));
-    let names: Vec<&str> = rows
-        .iter()
-        .map(|row| row["method"].as_str().unwrap())
-        .collect();
+    let names = methods(&rows);
     assert_eq!(
         names,
         [

@@ -1,7 +1,7 @@
 //! `eval structured` on dense models.
 
 use crate::scene::rows;
-use crate::{llama, mixtral, structured, weights};
+use crate::{llama, methods, mixtral, structured, weights};
 use std::path::Path;
 use std::process::Command;
 use tensor_io::Checkpoint;
@@ -47,8 +47,7 @@ fn without_a_method_the_recommended_one_runs() {
     for (scene, method) in [(llama(), "rd-dp"), (mixtral(), "neurons")] {
         let more = ["--ratio", "0.25", "--search-samples", "4"];
         let rows = rows(&structured(&scene, &more));
-        let names = rows.iter().map(|row| row["method"].as_str().unwrap());
-        assert_eq!(names.collect::<Vec<_>>(), ["dense", method]);
+        assert_eq!(methods(&rows), ["dense", method]);
     }
 }
 

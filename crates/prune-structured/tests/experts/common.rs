@@ -199,6 +199,14 @@ pub(crate) fn tensors(dir: &Path) -> Vec<(String, Vec<u8>)> {
 
 /// A model whose second expert has the first one's neurons in another order, in every layer.
 pub(crate) fn with_twins(layout: ExpertLayout) -> Mixture {
+    with_twins_and(layout, |_, tensor| tensor)
+}
+
+/// The same with other tensors changed.
+pub(crate) fn with_twins_and(
+    layout: ExpertLayout,
+    change: impl Fn(&str, Tensor) -> Tensor,
+) -> Mixture {
     let mut random = synthetic::random(7);
     let mut first: Vec<(String, Tensor)> = vec![];
     Mixture::made(&config("mixtral", json!({})), layout, |name, shape| {
@@ -211,7 +219,7 @@ pub(crate) fn with_twins(layout: ExpertLayout) -> Mixture {
         match first.iter().find(|(twin, _)| twin == name) {
             Some((_, twin)) if name.contains("w2") => twin.index_select(&order, 1).unwrap(),
             Some((_, twin)) => twin.index_select(&order, 0).unwrap(),
-            None => tensor,
+            None => change(name, tensor),
         }
     })
 }

@@ -1,9 +1,11 @@
 //! Clusters of STUN that are averaged instead of keeping one of their members.
 
-use super::common::{Mixture, config, decoder, gap, logits, options, tensors, windows};
+use super::common::{
+    Mixture, config, decoder, gap, logits, options, tensors, windows, with_twins_and,
+};
 use candle_core::{DType, Device, Tensor};
+use causal_lm::Decoder;
 use causal_lm::names::ExpertLayout;
-use causal_lm::{Decoder, synthetic};
 use prune_structured::experts::method::{Reconstruct, Representative, Stun, StunCompat};
 use prune_structured::experts::{
     Aim, ExpertMethod, ExpertOptions, ExpertPlan, ExpertRecipe, Keep, Outcome, plan,
@@ -205,25 +207,12 @@ fn without_averages_the_plan_is_that_of_a_kept_member() {
 
 #[test]
 fn equal_experts_with_equal_rows_give_the_same_expert() {
-    let mut random = synthetic::random(7);
-    let mut first: Vec<(String, Tensor)> = vec![];
-    let order: Vec<u32> = (0..16).map(|i| (i * 5 + 3) % 16).collect();
-    let order = Tensor::new(order, &Device::Cpu).unwrap();
-    let alone = ExpertLayout::Alone;
-    let model = Mixture::made(&config("mixtral", json!({})), alone, |name, shape| {
-        let tensor = random(name, shape).unwrap();
-        if name.ends_with("block_sparse_moe.gate.weight") {
-            let rows = Tensor::new(vec![0u32, 0, 2, 3, 4, 5], &Device::Cpu).unwrap();
-            return tensor.index_select(&rows, 0).unwrap();
+    let model = with_twins_and(ExpertLayout::Alone, |name, tensor| {
+        if !name.ends_with("block_sparse_moe.gate.weight") {
+            return tensor;
         }
-        if name.contains("experts.0.") {
-            first.push((name.replace("experts.0.", "experts.1."), tensor.clone()));
-        }
-        match first.iter().find(|(twin, _)| twin == name) {
-            Some((_, twin)) if name.contains("w2") => twin.index_select(&order, 1).unwrap(),
-            Some((_, twin)) => twin.index_select(&order, 0).unwrap(),
-            None => tensor,
-        }
+        let rows = Tensor::new(vec![0u32, 0, 2, 3, 4, 5], &Device::Cpu).unwrap();
+        tensor.index_select(&rows, 0).unwrap()
     });
     let dense = model.decoder();
     let averaged = found(&dense, stun(Reconstruct::SmallClusters), 5).plan;

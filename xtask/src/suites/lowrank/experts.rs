@@ -13,6 +13,7 @@ use lowrank_eora::repair::Method;
 use serde_json::{Map, Value, json};
 use tensor_io::Checkpoint;
 
+use super::super::sizes::decoded_bytes;
 use super::super::{damping, perplexity};
 use super::cells::Lowrank;
 use super::config::{Config, method_name};
@@ -185,10 +186,7 @@ impl Lowrank<'_> {
         row.loss = Some(found.loss());
         row.loss_uncompensated = Some(found.loss_compressed());
         let checkpoint = self.decoder.checkpoint();
-        let mut all = 0;
-        for name in checkpoint.names() {
-            all += checkpoint.info(name)?.bytes as u64;
-        }
+        let all = decoded_bytes(checkpoint, checkpoint.names())?;
         row.bytes = Some(all - found.expert_bytes_dense + found.expert_bytes);
         damping::report(row, &compressor.to_string(), found.linears, found.damping);
         let mut extra = |name: &str, value: Value| row.extra.insert(name.into(), value);

@@ -27,6 +27,7 @@ use crate::bar::Bar;
 use crate::settings::{Settings, part};
 use crate::suites::damping;
 use crate::suites::perplexity::{self, Protocol, file_name};
+use crate::suites::sizes::decoded_bytes;
 pub(super) use planned::{aims, label, planned};
 use planned::{beside, saved, seeds};
 use table::{cell_name, counts, ids, layers, section};
@@ -67,15 +68,6 @@ impl Pictures {
             (self.clusters, self.clustered_by) = (other.clusters, other.clustered_by);
         }
     }
-}
-
-/// Bytes of tensors of a model.
-fn stored_bytes<'n>(decoder: &Decoder<'_>, names: impl Iterator<Item = &'n str>) -> Result<u64> {
-    let mut bytes = 0;
-    for name in names {
-        bytes += decoder.checkpoint().info(name)?.bytes as u64;
-    }
-    Ok(bytes)
 }
 
 impl Suite<'_> {
@@ -318,11 +310,10 @@ impl Suite<'_> {
         let found = self.compress(pruned, then, &folder, (&mut compressed, bar))?;
         let dense = ExpertCost::of(self.decoder, &ExpertPlan::whole(self.decoder))?;
         // Constants in the place of experts stay as they are.
-        let novices = pruned.checkpoint().names();
-        let novices = stored_bytes(
-            pruned,
-            novices.filter(|name| name.ends_with(".novices.weight")),
-        )?;
+        let checkpoint = pruned.checkpoint();
+        let novices = checkpoint.names();
+        let novices = novices.filter(|name| name.ends_with(".novices.weight"));
+        let novices = decoded_bytes(checkpoint, novices)?;
         let left = found.expert_bytes + novices;
         let removed = 1.0 - left as f64 / dense.expert_bytes as f64;
         compressed.ratio = Some(removed);
@@ -453,7 +444,7 @@ impl Suite<'_> {
         // Weights are dense in the file that was measured.
         row.tokens_per_second = None;
         // As the experts are counted, decoded where the model is stored in blocks.
-        let whole = stored_bytes(decoder, decoder.checkpoint().names())?;
+        let whole = decoded_bytes(decoder.checkpoint(), decoder.checkpoint().names())?;
         row.bytes = Some(whole - found.expert_bytes_dense + found.expert_bytes);
         if self.config.save.is_some() {
             // Floats, whatever the format of the compressor takes.

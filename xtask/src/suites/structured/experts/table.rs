@@ -108,9 +108,9 @@ pub(super) fn section(is_dry_run: bool, rows: Vec<Row>, mut plots: Vec<Plot>) ->
         "Each row is a checkpoint, written, loaded again and evaluated on text not used for calibration. A ratio counts the \
          bytes of routed experts: that which was asked for, and beside it the share that was removed, for experts and blocks of \
          neurons are whole; routers, shared experts, attention and embeddings are not pruned. Merged rows keep one \
-          router row for each merged expert, tied ones all of them, and novice ones all of them with a constant for each expert that \
-          is gone, whose bytes count. topk rows send each token to fewer experts: they cost less work and as many \
-          bytes; topk-lowrank, a control, adds a linear term to each layer in memory, which no format holds. Quantised rows are all experts compressed, with the bytes that their format needs; their ratio is that of \
+         router row for each merged expert, tied ones all of them, and novice ones all of them with a constant for each expert that \
+         is gone, whose bytes count. topk rows send each token to fewer experts: they cost less work and as many \
+         bytes; topk-lowrank, a control, adds a linear term to each layer in memory, which no format holds. Quantised rows are all experts compressed, with the bytes that their format needs; their ratio is that of \
          bytes. random is a mean over seeds. Promoted is the share of choices that went to experts which are gone. Time and \
          memory are those of planning and writing; speed is that of the blocks on a batch of windows, in alternation with \
          the dense model's."
