@@ -23,6 +23,7 @@ use crate::settings::{Settings, one_line, part};
 use crate::suite::Suite;
 use crate::suites::perplexity::{self, Protocol, tokens};
 use crate::suites::structured::Counts;
+use crate::suites::structured::search::MEASURED;
 
 /// Windows to evaluate on by default, so that the whole takes minutes.
 const WINDOWS: usize = 16;
@@ -144,7 +145,7 @@ fn seconds(
             let counts = Counts {
                 evaluation,
                 calibration: drawn(config.calib_samples),
-                compared: drawn(config.search.samples.unwrap_or(config.calib_samples)),
+                compared: drawn(config.search.compared(&config.recipes)),
             };
             let is_mixture = decoder.config().mixtures.iter().any(Option::is_some);
             config.seconds(&probe, &counts, is_mixture)
@@ -154,7 +155,10 @@ fn seconds(
             config.seconds(&probe, texts, evaluation)
         }
         Suite::Kv(config) => probe.decode((1 + config.all_runs()) * evaluation),
-        Suite::Chain(config) => config.seconds(&probe, drawn(config.calib_samples), evaluation),
+        Suite::Chain(config) => {
+            let texts = (drawn(config.calib_samples), drawn(MEASURED));
+            config.seconds(&probe, texts, evaluation)
+        }
         _ => 0.0,
     });
     Ok(suites.sum())

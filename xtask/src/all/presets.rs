@@ -77,8 +77,6 @@ fn frontier(inputs: &Inputs, settings: &Settings) -> Preset {
 }
 
 fn structured(inputs: &Inputs, settings: &Settings) -> Result<Preset> {
-    // Enough to place the widths of the bundled model, in seconds.
-    const MEASURED: usize = 8;
     let methods = ["rd-dp", "flap", "wanda-sp", "magnitude", "random"];
     let ratios = vec![0.125, 0.25, 0.5];
     let recipes = methods
@@ -112,17 +110,11 @@ fn structured(inputs: &Inputs, settings: &Settings) -> Result<Preset> {
             .with_all("--method", methods)
             .with_all("--ratio", &ratios)
             .with("--compensate", "least-squares")
-            .with("--search-samples", MEASURED)
             .finish(settings),
         suite: Suite::Structured(Box::new(structured::Config {
             calib_samples: CALIBRATION,
             recipes,
             ratios,
-            search: structured::search::Config {
-                samples: Some(MEASURED),
-                ..structured::search::Config::new(settings.seed)
-            },
-            asked: vec!["--search-samples"],
             named: structured::Named {
                 methods: methods.map(String::from).to_vec(),
                 compensations: vec!["least-squares".into()],
@@ -288,9 +280,9 @@ fn chain(inputs: &Inputs, settings: &Settings) -> Result<Preset> {
     let shown = vec![
         Shown::new("original model, decoding", DENSE),
         // One of the two, as the model's heads admit.
-        Shown::new("the four methods", methods.clone()),
-        Shown::new("the four methods", not_quantised),
-        Shown::new("four baselines", baselines),
+        Shown::new("the whole chain", methods.clone()),
+        Shown::new("the whole chain", not_quantised),
+        Shown::new("a chain of baselines", baselines),
     ];
     Ok(Preset {
         crate_name: "all in a chain",

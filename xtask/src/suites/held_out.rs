@@ -26,6 +26,30 @@ pub(super) fn split(
     Ok((calibration, others.sample(held_out, seed)))
 }
 
+/// `count` windows to compare whole models on, drawn from those that `calibration` does not have: what is refitted on the
+/// windows that it is judged by looks better than it is, most where a refit has many columns. Where the text has fewer others,
+/// they are drawn from all of it.
+pub(super) fn compared(
+    windows: &Windows,
+    calibration: &Windows,
+    count: usize,
+    seed: u64,
+) -> Windows {
+    let others = windows.without(calibration);
+    let enough = others.count() >= count;
+    let from = if enough { &others } else { windows };
+    from.sample(count, seed)
+}
+
+/// How many windows models are compared on, and whether anything was fitted to them.
+pub(super) fn describe(compared: &Windows, calibration: &Windows) -> String {
+    let count = compared.count();
+    match compared.without(calibration).count() == count {
+        true => format!("{count}, none calibrated on"),
+        false => format!("{count}, some calibrated on"),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -40,6 +64,23 @@ mod tests {
         assert_eq!(calibration, windows.sample(20, 3));
         let seen: HashSet<&[u32]> = calibration.iter().collect();
         assert!(held_out.iter().all(|window| !seen.contains(window)));
+    }
+
+    #[test]
+    fn models_are_compared_on_windows_that_nothing_was_fitted_to() {
+        let text: Vec<u32> = (0..400).collect();
+        let windows = Windows::cut(&text, 10, None).unwrap();
+        let calibration = windows.sample(20, 3);
+        let seen: HashSet<&[u32]> = calibration.iter().collect();
+        let unseen = compared(&windows, &calibration, 20, 3);
+        assert_eq!(unseen.count(), 20);
+        assert!(unseen.iter().all(|window| !seen.contains(window)));
+        assert_eq!(describe(&unseen, &calibration), "20, none calibrated on");
+        // Too few are left for 21.
+        assert_eq!(compared(&windows, &calibration, 21, 3).count(), 21);
+        let seen = compared(&windows, &windows, 8, 3);
+        assert_eq!(seen, windows.sample(8, 3));
+        assert_eq!(describe(&seen, &windows), "8, some calibrated on");
     }
 
     #[test]

@@ -60,7 +60,7 @@ impl Measure {
 /// What curves are measured on, and where.
 #[derive(Clone, Copy, Debug)]
 pub struct Data<'a> {
-    /// Windows whose predictions are compared.
+    /// Windows whose predictions are compared: others than those of the calibration, on which a refit looks better than it is.
     pub windows: &'a Windows,
     /// Folder for pruned sublayers and the dense model's predictions.
     pub dir: &'a Path,

@@ -29,6 +29,7 @@ use crate::model;
 use crate::scratch::Scratch;
 use crate::settings::Settings;
 use crate::suites::damping;
+use crate::suites::held_out;
 use crate::suites::kv::FULL;
 use crate::suites::kv::perplexity::{Decoding, batch, prompt};
 use crate::suites::kv::policy::{self, ALPHA, Choice, PromptRule};
@@ -164,8 +165,13 @@ impl Config {
         Ok([methods(true)?, methods(false)?, baselines.whole()])
     }
 
-    /// About how long it takes with so many tokens to calibrate and to evaluate on.
-    pub(crate) fn seconds(&self, probe: &Probe, calibration: usize, evaluation: usize) -> f64 {
+    /// About how long it takes with so many tokens to calibrate on, to compare pruned models on and to evaluate on.
+    pub(crate) fn seconds(
+        &self,
+        probe: &Probe,
+        (calibration, compared): (usize, usize),
+        evaluation: usize,
+    ) -> f64 {
         let chains = 1 + DRAWS as usize;
         // Quantising and repairing are a walk each, behind one pass for pruning.
         let walk = 2.0 * probe.pass(calibration) + probe.grams(calibration, true) + probe.solves();
@@ -173,8 +179,6 @@ impl Config {
         let copies = chains as f64 * 2.0 * (walk + probe.copy());
         let curves = match self.prune.as_str() {
             RD_DP => {
-                let windows = self.calib_samples.clamp(1, MEASURED);
-                let compared = calibration * windows / self.calib_samples.max(1);
                 let points = probe.sublayers() * Measure::default().points;
                 // Candidates that prune one sublayer run from there on, half of the model.
                 probe.pass(points * compared / 2)
@@ -307,12 +311,13 @@ pub fn run(settings: &Settings, config: &Config) -> Result<Vec<Section>> {
     config.check(settings, &decoder)?;
     let protocol = Protocol::new(settings, &config.perplexity, &decoder)?;
     let evaluation = protocol.decoding(settings, &config.perplexity.text)?;
-    let calibration = protocol
-        .calibration(&config.calib)?
-        .sample(config.calib_samples, settings.seed);
+    let text = protocol.calibration(&config.calib)?;
+    let calibration = text.sample(config.calib_samples, settings.seed);
+    let compared = held_out::compared(&text, &calibration, MEASURED, settings.seed);
     settings.expect(SUITE, || {
         let probe = Probe::of(&decoder, &calibration)?;
-        Ok(config.seconds(&probe, tokens(&calibration), tokens(&evaluation)))
+        let texts = (tokens(&calibration), tokens(&compared));
+        Ok(config.seconds(&probe, texts, tokens(&evaluation)))
     })?;
     let stored = packed(&checkpoint, Arithmetic::Int8)?;
     let dense = Model::load(&stored)?;
@@ -338,6 +343,7 @@ pub fn run(settings: &Settings, config: &Config) -> Result<Vec<Section>> {
         dense: &dense,
         statistics: &statistics,
         calibration: &calibration,
+        compared: &compared,
         evaluation: &evaluation,
         scratch: scratch.path(),
         bar: &bar,
@@ -374,6 +380,10 @@ pub fn run(settings: &Settings, config: &Config) -> Result<Vec<Section>> {
         .fact("target", config.target.name())
         .fact("arithmetic of quality", "f32")
         .fact("arithmetic of speed", "int8");
+    if config.prune == RD_DP {
+        let described = held_out::describe(&compared, &calibration);
+        section = section.fact("windows that widths are compared on", described);
+    }
     if !methods.cache.is_full() {
         section = section.fact("budget", policy::label(config.budget));
     }
@@ -399,6 +409,8 @@ struct Chain<'a> {
     dense: &'a Model<'a>,
     statistics: &'a Calibration,
     calibration: &'a Windows,
+    /// What curves of pruning are measured on.
+    compared: &'a Windows,
     evaluation: &'a Windows,
     scratch: &'a Path,
     bar: &'a Bar,
@@ -468,10 +480,9 @@ impl Chain<'_> {
         let recipe = self.config.recipe(&steps.prune, seed, self.decoder)?;
         let plan = match recipe.allocation {
             Allocation::RdDp(_) => {
-                let windows = self.calibration.first(MEASURED);
                 let dir = self.scratch.join("curves");
                 let data = rate_distortion::Data {
-                    windows: &windows,
+                    windows: self.compared,
                     dir: &dir,
                     options: Measure::default(),
                 };

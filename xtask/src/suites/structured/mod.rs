@@ -14,6 +14,7 @@ use eval_report::{DENSE, Row, Section, Stopwatch, format};
 
 use self::cells::{Cells, Inputs, survived, time_blocks};
 use self::table::{compare_with_dense, section};
+use super::held_out;
 use super::lazy::Lazy;
 use super::perplexity::{self, Protocol, file_name, tokens};
 use crate::estimate::Probe;
@@ -38,7 +39,8 @@ pub fn run(settings: &Settings, config: &Config) -> Result<Vec<Section>> {
     let evaluation = protocol.evaluation(settings, &config.perplexity.text)?;
     let text = protocol.calibration(&config.calib)?;
     let calibration = text.sample(config.calib_samples, settings.seed);
-    let compared = text.sample(config.search.compared(&config.recipes), settings.seed);
+    let count = config.search.compared(&config.recipes);
+    let compared = held_out::compared(&text, &calibration, count, settings.seed);
 
     // Dense models of any size are pruned, so scratch space is on disk, not in memory.
     let scratch = Scratch::new()?;
@@ -142,6 +144,10 @@ pub fn run(settings: &Settings, config: &Config) -> Result<Vec<Section>> {
     };
     let mut section = section(config, rows);
     section.failures = failures;
+    if config.search.compares(&config.recipes) {
+        let described = held_out::describe(&compared, &calibration);
+        section = section.fact("windows that widths are compared on", described);
+    }
     Ok(vec![
         protocol
             .facts(

@@ -15,8 +15,8 @@ use crate::bar::Bar;
 /// Windows that the candidates of a search are compared on.
 pub const SEARCHED: usize = 256;
 /// Windows that curves are measured on. A divergence has far less noise than a loss: eight windows place the widths of the
-/// bundled model as well as 256 do.
-pub const MEASURED: usize = 16;
+/// bundled model as well as 256 do, and those of a model of 7 million parameters as well as 16.
+pub const MEASURED: usize = 8;
 
 /// How searches and measured curves are run.
 #[derive(Debug, Clone)]
@@ -55,14 +55,19 @@ impl Config {
     }
 
     /// How many windows whole models are compared on for these methods.
-    pub(super) fn compared(&self, recipes: &[Recipe]) -> usize {
-        let searches = |recipe: &Recipe| matches!(recipe.allocation, Allocation::Searched(_));
+    pub(crate) fn compared(&self, recipes: &[Recipe]) -> usize {
         let by_default = if recipes.iter().any(searches) {
             SEARCHED
         } else {
             MEASURED
         };
         self.samples.unwrap_or(by_default)
+    }
+
+    /// Whether any of these methods compares whole models.
+    pub(super) fn compares(&self, recipes: &[Recipe]) -> bool {
+        let compares = |recipe| searches(recipe) || self.measures_for(recipe).is_some();
+        recipes.iter().any(compares)
     }
 
     /// The method that a search by this recipe starts from, for the same units and compensation.
@@ -82,6 +87,11 @@ impl Config {
         let by_curves = matches!(allocates.allocation, Allocation::RdDp(_));
         (by_curves && self.measured).then_some(allocates)
     }
+}
+
+/// Whether a method compares candidates of the whole model.
+fn searches(recipe: &Recipe) -> bool {
+    matches!(recipe.allocation, Allocation::Searched(_))
 }
 
 /// What plans are made from.
