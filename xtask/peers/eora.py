@@ -27,18 +27,18 @@ def main():
     walk = Walk(model, tokens)
     with torch.no_grad():
         for block in model.model.layers:
-            dense = [linear.weight.clone() for linear in linears(block)]
-            for linear in linears(block):
-                scale, zero = (value[:, None] for value in grid(linear.weight, flags.bits))
-                linear.weight.copy_(rounded(linear.weight, scale, zero, flags.bits))
-            seen = [Hessian() for _ in dense]
+            # Inputs within the block are those of its original weights, as in the published program.
+            seen = [Hessian() for _ in linears(block)]
             handles = [watch(linear, hessian.see) for linear, hessian in zip(linears(block), seen)]
             walk.through(block, keep=False)
             for handle in handles:
                 handle.remove()
-            for linear, weight, hessian in zip(linears(block), dense, seen):
+            for linear, hessian in zip(linears(block), seen):
+                dense = linear.weight.clone()
+                scale, zero = (value[:, None] for value in grid(dense, flags.bits))
+                linear.weight.copy_(rounded(dense, scale, zero, flags.bits))
                 if flags.rank > 0:
-                    linear.weight += correction(weight - linear.weight, hessian.sum, flags.rank)
+                    linear.weight += correction(dense - linear.weight, hessian.sum, flags.rank)
             walk.through(block)
         report(model, flags, seconds(), bits=flags.bits, rank=flags.rank)
 

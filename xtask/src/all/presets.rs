@@ -213,7 +213,7 @@ fn kv(inputs: &Inputs, settings: &Settings) -> Result<Preset> {
             ..kv::Config::on_text(inputs.text.clone())
         }),
         verdict: Verdict::new(
-            "a cache in 4 bits before eviction, and keydiff for prompts",
+            "every token in int8, in int4 where that is too large, and keydiff on top of it for prompts",
             &shown,
             &[[1, 2], [2, 3]],
         ),

@@ -7,15 +7,15 @@ use clap::Args;
 use lm_eval::ProtocolKind;
 use toy_lm::bundled::{CALIBRATION, EVALUATION};
 
-use super::{DECODED, bundled, protocol, with_bos};
+use super::{DECODED, bundled, models, protocol, with_bos};
 use crate::all::{Config, Inputs};
 use crate::suites::perplexity;
 
+const MODEL: &str = "Without a suite: run all of them on this checkpoint folder in Hugging Face layout, instead of the bundled model";
+
 #[derive(Args)]
 pub(super) struct AllArgs {
-    /// Without a suite: run all of them on this checkpoint folder in Hugging Face layout, or hf:OWNER/NAME [default: the
-    /// bundled model]
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, value_name = "DIR", help = models(MODEL))]
     model: Option<PathBuf>,
     /// Without a suite: text to evaluate --model on [default: that of the bundled model]
     #[arg(long, value_name = "FILE", requires = "model")]

@@ -16,14 +16,14 @@ use toy_lm::bundled::{CALIBRATION, EVALUATION};
 
 use super::names::Known;
 use super::values::{positive, ratio, target};
-use super::{DECODED, MODEL, bundled, names, protocol, with_bos};
+use super::{DECODED, MODEL, bundled, models, names, protocol, with_bos};
 use crate::suites::chain::{BUDGET, Config};
 use crate::suites::kv::policy::{ALPHA, Choice, PromptRule};
 use crate::suites::perplexity;
 
 #[derive(Args)]
 pub(super) struct ChainArgs {
-    #[arg(long, value_name = "PATH", help = MODEL)]
+    #[arg(long, value_name = "PATH", help = models(MODEL))]
     model: PathBuf,
     /// Text to evaluate on, or a part of one, such as FILE[80..100%]
     #[arg(long, value_name = "FILE", default_value_os_t = bundled(EVALUATION))]

@@ -18,7 +18,7 @@ const BUDGET: usize = 512;
 
 #[derive(Args)]
 pub(super) struct GenerateArgs {
-    #[arg(long, value_name = "PATH", help = super::MODEL)]
+    #[arg(long, value_name = "PATH", help = super::models(super::MODEL))]
     model: PathBuf,
     /// Text to continue, or to answer where the model has a chat template
     #[arg(long, value_name = "TEXT")]

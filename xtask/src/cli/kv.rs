@@ -13,7 +13,7 @@ use lm_eval::long_context::Questions;
 use super::names::Known;
 use super::values::policy;
 use super::weights::WeightArgs;
-use super::wrong;
+use super::{models, wrong};
 use crate::suites::kv::long_context::{Feed, LongContext};
 use crate::suites::kv::perplexity::Text;
 use crate::suites::kv::policy::{ALPHA, Choice, PromptRule};
@@ -23,6 +23,8 @@ use crate::suites::kv::trace::{Source, Traces};
 use crate::suites::kv::{Calibration, Config, Task};
 use crate::suites::perplexity;
 
+const MODEL: &str = "Checkpoint folder in Hugging Face layout, or GGUF file; for --task perplexity several, separated by commas, each with a window that it supports";
+
 #[derive(Args)]
 pub(super) struct KvArgs {
     #[command(flatten)]
@@ -30,9 +32,7 @@ pub(super) struct KvArgs {
     /// What to measure
     #[arg(long, value_enum, default_value_t = KvTask::Perplexity)]
     task: KvTask,
-    /// Checkpoint folder in Hugging Face layout, GGUF file, or hf:OWNER/NAME; for --task perplexity several, separated by commas,
-    /// each with a window that it supports
-    #[arg(long, value_delimiter = ',', value_name = "DIR[,DIR..]")]
+    #[arg(long, value_delimiter = ',', value_name = "DIR[,DIR..]", help = models(MODEL))]
     model: Vec<PathBuf>,
     /// Text to decode
     #[arg(long, value_name = "FILE")]

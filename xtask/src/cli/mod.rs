@@ -225,20 +225,24 @@ struct CommonArgs {
     shard: Option<Shard>,
 }
 
-/// What a model may be; names on a hub in a build that fetches them.
-const MODEL: &str = match cfg!(feature = "hub") {
-    true => {
-        "Checkpoint folder in Hugging Face layout (floats, GPTQ or compressed-tensors), GGUF file, or hf:OWNER/NAME"
-    }
-    false => {
-        "Checkpoint folder in Hugging Face layout (floats, GPTQ or compressed-tensors), or GGUF file"
-    }
-};
+/// What a model may be.
+const MODEL: &str =
+    "Checkpoint folder in Hugging Face layout (floats, GPTQ or compressed-tensors), or GGUF file";
+
+/// The help of a flag that names models: names on a hub too, in a build that fetches them.
+fn models(help: &str) -> String {
+    let hub = if cfg!(feature = "hub") {
+        "; or hf:OWNER/NAME"
+    } else {
+        ""
+    };
+    format!("{help}{hub}")
+}
 
 /// Model and text to measure perplexity with.
 #[derive(Args)]
 struct TextArgs {
-    #[arg(long, value_name = "PATH", help = MODEL)]
+    #[arg(long, value_name = "PATH", help = models(MODEL))]
     model: PathBuf,
     /// Text to evaluate on, or a part of one, such as FILE[80..100%]
     #[arg(long, value_name = "FILE", default_value_os_t = bundled(EVALUATION))]

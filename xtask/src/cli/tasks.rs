@@ -5,20 +5,22 @@ use std::path::PathBuf;
 
 use clap::Args;
 
+use super::models;
 use super::weights::WeightArgs;
 use crate::suites::tasks::{Config, Shots};
+
+const MODEL: &str = "Checkpoint folders in Hugging Face layout, or GGUF files, separated by commas; the others are compared with the first; an adapter is added to each";
 
 #[derive(Args)]
 pub(super) struct TasksArgs {
     #[command(flatten)]
     pub(super) weights: WeightArgs,
-    /// Checkpoint folders in Hugging Face layout, GGUF files or hf:OWNER/NAME, separated by commas; the others are compared
-    /// with the first; an adapter is added to each
     #[arg(
         long,
         required = true,
         value_delimiter = ',',
-        value_name = "DIR[,DIR..]"
+        value_name = "DIR[,DIR..]",
+        help = models(MODEL)
     )]
     model: Vec<PathBuf>,
     /// Files of questions, one JSON object a line, separated by commas; ARC, PIQA, HellaSwag, BoolQ, MathQA or GSM8K, told

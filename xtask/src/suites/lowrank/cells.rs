@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, anyhow};
 use candle_core::DType;
 use causal_lm::{Decoder, Windows};
 use eval_report::{DENSE, Row, Stopwatch};
@@ -183,7 +183,8 @@ impl Lowrank<'_> {
         let blocks = bar.nested("blocks", self.decoder.config().layers() as u64);
         let texts = Texts::new(self.calibration).with_held_out(self.held_out);
         let folder = self.state.join(name);
-        let repaired = options.run(self.walked, source, texts, folder, &blocks)?;
+        let repaired = options.run(self.walked, source, texts, folder, &blocks);
+        let repaired = repaired.map_err(by_flag)?;
         blocks.finish();
         Ok(repaired)
     }
@@ -406,4 +407,16 @@ fn layer(report: &LayerReport) -> Value {
         layer["loss_drift"] = json!(drift.loss());
     }
     layer
+}
+
+/// An error with the flag that sets what it names.
+fn by_flag(error: lowrank_eora::Error) -> anyhow::Error {
+    match error {
+        lowrank_eora::Error::Setting {
+            name: "factors",
+            value,
+            expected,
+        } => anyhow!("--factors {value}: expected {expected}"),
+        other => other.into(),
+    }
 }
