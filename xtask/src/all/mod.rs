@@ -17,6 +17,8 @@ use toy_lm::bundled::{CALIBRATION, EVALUATION};
 pub use self::inputs::Inputs;
 use self::preset::Preset;
 use self::summary::Part;
+use prune_lattice::experiment::expected_seconds;
+
 use crate::default_model;
 use crate::estimate::Probe;
 use crate::settings::{Settings, one_line, part};
@@ -126,7 +128,7 @@ fn opened(settings: &Settings, inputs: &Inputs, presets: &[Preset]) -> Result<()
     let protocol = Protocol::new(settings, &inputs.text, &decoder)?;
     let evaluation = tokens(&protocol.decoding(settings, &inputs.text.text)?);
     let calibration = protocol.calibration(&inputs.calib)?;
-    settings.expect("all but frontier and lattice", || {
+    settings.expect("all but frontier", || {
         seconds(&decoder, evaluation, &calibration, presets)
     })
 }
@@ -140,28 +142,31 @@ fn seconds(
 ) -> Result<f64> {
     let probe = Probe::of(decoder, calibration)?;
     let drawn = |windows: usize| tokens(&calibration.first(windows));
-    let suites = presets.iter().map(|preset| match &preset.suite {
-        Suite::Structured(config) => {
-            let counts = Counts {
-                evaluation,
-                calibration: drawn(config.calib_samples),
-                compared: drawn(config.search.compared(&config.recipes)),
-            };
-            let is_mixture = decoder.config().mixtures.iter().any(Option::is_some);
-            config.seconds(&probe, &counts, is_mixture)
-        }
-        Suite::Lowrank(config) => {
-            let texts = drawn(config.calib_samples + config.held_out_samples);
-            config.seconds(&probe, texts, evaluation)
-        }
-        Suite::Kv(config) => probe.decode((1 + config.all_runs()) * evaluation),
-        Suite::Chain(config) => {
-            let texts = (drawn(config.calib_samples), drawn(MEASURED));
-            config.seconds(&probe, texts, evaluation)
-        }
-        _ => 0.0,
-    });
-    Ok(suites.sum())
+    let of_suite = |preset: &Preset| -> Result<f64> {
+        Ok(match &preset.suite {
+            Suite::Lattice(config) => expected_seconds(&config.experiment)?,
+            Suite::Structured(config) => {
+                let counts = Counts {
+                    evaluation,
+                    calibration: drawn(config.calib_samples),
+                    compared: drawn(config.search.compared(&config.recipes)),
+                };
+                let is_mixture = decoder.config().mixtures.iter().any(Option::is_some);
+                config.seconds(&probe, &counts, is_mixture)
+            }
+            Suite::Lowrank(config) => {
+                let texts = drawn(config.calib_samples + config.held_out_samples);
+                config.seconds(&probe, texts, evaluation)
+            }
+            Suite::Kv(config) => probe.decode((1 + config.all_runs()) * evaluation),
+            Suite::Chain(config) => {
+                let texts = (drawn(config.calib_samples), drawn(MEASURED));
+                config.seconds(&probe, texts, evaluation)
+            }
+            _ => 0.0,
+        })
+    };
+    presets.iter().map(of_suite).sum()
 }
 
 /// Reports that a run is done, with its time.

@@ -16,7 +16,9 @@ mod verdict;
 pub use network::{PrunedNetwork, Visit};
 pub use noise::run_rnnoise;
 pub use row::{Connectivity, ExactRemoval, Metric, OrderSummary, Row, Stage, Treatment};
-pub use run::{NetworkRows, Trained, network_name, run, run_each, run_model, train_dense};
+pub use run::{
+    NetworkRows, Trained, expected_seconds, network_name, run, run_each, run_model, train_dense,
+};
 pub use speed::{BlockSpeed, SpeedRow, measure_blocks, measure_speed};
 pub use structures::{
     Property, Structure, StructureConfig, StructureRow, correlations, run_structures,

@@ -16,7 +16,8 @@ use crate::{
 };
 use rayon::prelude::*;
 use std::sync::{Mutex, PoisonError};
-use tensor_io::{Cancelled, Progress};
+use std::time::Instant;
+use tensor_io::{Cancelled, NoProgress, Progress};
 
 /// Trains a dense network for every task, cell and seed, prunes it by every method at every sparsity, and evaluates it. A
 /// step of `progress` is a pruned network or an epoch of training, which take about as long.
@@ -57,10 +58,8 @@ pub fn run_each(config: &ExperimentConfig, progress: &dyn Progress) -> Vec<Netwo
         }
     }
     let methods = config.all_methods();
-    let of_network = |&(task, cell, _): &(&Task, Cell, u64)| {
-        // The dense network, and the one that never had recurrent weights.
-        2 * config.training(task, cell).epochs as u64 + steps(config, &methods)
-    };
+    let of_network =
+        |&(task, cell, _): &(&Task, Cell, u64)| steps_of_network(config, (task, cell), &methods);
     progress.begin("pruning", networks.iter().map(of_network).sum());
     networks
         .into_par_iter()
@@ -69,6 +68,48 @@ pub fn run_each(config: &ExperimentConfig, progress: &dyn Progress) -> Vec<Netwo
             rows: network_rows(config, (task, cell, seed), &methods, progress),
         })
         .collect()
+}
+
+/// The steps of one network's progress.
+fn steps_of_network(
+    config: &ExperimentConfig,
+    (task, cell): (&Task, Cell),
+    methods: &[Method],
+) -> u64 {
+    // The dense network, and the one that never had recurrent weights.
+    2 * config.training(task, cell).epochs as u64 + steps(config, methods)
+}
+
+/// About how many seconds [`run`] takes: an epoch of training is timed for each task and cell, and counted as often as there
+/// are steps of its progress. Training that stops early takes less.
+///
+/// # Errors
+/// As [`run`].
+pub fn expected_seconds(config: &ExperimentConfig) -> Result<f64> {
+    let Some(&seed) = config.seeds.first() else {
+        return Ok(0.0);
+    };
+    let methods = config.all_methods();
+    let mut seconds = 0.0;
+    for task in &config.tasks {
+        for &cell in &config.cells {
+            let mut network = prepare(config, task, cell, seed)?;
+            network.training.epochs = 1;
+            network.training.gradual = None;
+            let Trained {
+                rnn,
+                data,
+                training,
+                wired,
+            } = &mut network;
+            let started = Instant::now();
+            train(rnn, data, training, wired, &NoProgress)?;
+            let steps = steps_of_network(config, (task, cell), &methods);
+            let networks = config.seeds.len() as f64;
+            seconds += started.elapsed().as_secs_f64() * steps as f64 * networks;
+        }
+    }
+    Ok(seconds)
 }
 
 fn network_rows(
@@ -127,6 +168,22 @@ pub fn train_dense(
     seed: u64,
     progress: &dyn Progress,
 ) -> Result<Trained> {
+    let mut trained = prepare(config, task, cell, seed)?;
+    let Trained {
+        rnn,
+        data,
+        training,
+        wired,
+    } = &mut trained;
+    let name = format!("training {task} {cell}, seed {seed}");
+    let inner = Inner::of_training(progress, name, training.epochs);
+    train(rnn, data, training, wired, &inner)?;
+    inner.finish()?;
+    Ok(trained)
+}
+
+/// The network of one task, cell and seed before training, and what it is trained on.
+fn prepare(config: &ExperimentConfig, task: &Task, cell: Cell, seed: u64) -> Result<Trained> {
     let wiring = config.wiring.build()?;
     let data = config
         .data(task, seed)?
@@ -140,15 +197,11 @@ pub fn train_dense(
         None => config.hidden.clone().unwrap_or(task.default_hidden(cell)),
     };
     let shape = RnnConfig::new(cell, data.input, hidden, data.outputs);
-    let mut rnn = fresh(shape, task, seed)?;
+    let rnn = fresh(shape, task, seed)?;
     let wired = match &wiring {
         Some(wiring) => wiring.masks(&rnn)?,
         None => MaskSet::default(),
     };
-    let name = format!("training {task} {cell}, seed {seed}");
-    let inner = Inner::of_training(progress, name, training.epochs);
-    train(&mut rnn, &data, &training, &wired, &inner)?;
-    inner.finish()?;
     Ok(Trained {
         rnn,
         data,

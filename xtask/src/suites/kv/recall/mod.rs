@@ -7,18 +7,18 @@ mod language;
 mod oracle;
 mod train;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
 use candle_core::DType;
-use causal_lm::Model;
+use causal_lm::{BATCH_TOKENS, Model, Windows};
 use kv_lazy::trace::Trace;
 use kv_lazy::{CacheConfig, PolicyConfig};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use serde_json::json;
-use tensor_io::WriteOptions;
+use tensor_io::{NoProgress, WriteOptions};
 
 use super::bootstrap;
 use super::peak::{MEAN_OVER_FULL, PeakCache, compare_means};
@@ -27,6 +27,7 @@ use super::rows::{FULL, SUITE, over_budget, over_bytes, reference};
 use super::verdict::{Metric, verdict};
 use super::{Config, prompt_name};
 use crate::bar::Bar;
+use crate::estimate::Probe;
 use crate::model;
 use crate::scratch::Scratch;
 use crate::settings::Settings;
@@ -80,6 +81,16 @@ pub(crate) fn run(settings: &Settings, config: &Config, recall: &Recall) -> Resu
         train::POSITIONS
     );
     let scratch = Scratch::new()?;
+    let sequences = settings.samples.unwrap_or(SEQUENCES);
+    settings.expect(SUITE, || {
+        expected_seconds(
+            settings,
+            config,
+            recall,
+            scratch.path(),
+            (sequences, length),
+        )
+    })?;
     let mut trained = None;
     let dir = match &recall.model {
         Some(dir) => dir.clone(),
@@ -118,7 +129,6 @@ pub(crate) fn run(settings: &Settings, config: &Config, recall: &Recall) -> Resu
     let model = Model::load(&decoder)?;
     policy::check(&model, &config.policies, &config.budgets, length)?;
 
-    let sequences = settings.samples.unwrap_or(SEQUENCES);
     let mut curves = Vec::new();
     let mut sections = Vec::new();
     for (index, kind) in Kind::ALL.into_iter().enumerate() {
@@ -159,6 +169,32 @@ pub(crate) fn run(settings: &Settings, config: &Config, recall: &Recall) -> Resu
     }
     sections.extend(areas(config, &curves, length, settings.seed));
     Ok(sections)
+}
+
+/// About how long training and all sequences take, by a few steps of training and a batch of the model that they make.
+fn expected_seconds(
+    settings: &Settings,
+    config: &Config,
+    recall: &Recall,
+    scratch: &Path,
+    (sequences, length): (usize, usize),
+) -> Result<f64> {
+    const TIMED: usize = 8;
+    let dir = scratch.join("timed");
+    let options = WriteOptions::default();
+    let trained = train::train(&dir, &options, TIMED, settings.seed, &NoProgress)?;
+    let checkpoint = causal_lm::open(&dir)?;
+    let decoder = model::decoder(settings, &checkpoint)?;
+    let mut rng = ChaCha8Rng::seed_from_u64(settings.seed);
+    let batch = (0..BATCH_TOKENS / length + 1)
+        .flat_map(|_| Kind::ALL[0].sample(length, PROMPT, &mut rng).tokens);
+    let windows = Windows::cut(&batch.collect::<Vec<_>>(), length, None)?;
+    let decoded = Kind::ALL.len() * sequences * length * (1 + config.all_runs());
+    let training = match &recall.model {
+        Some(_) => 0.0,
+        None => trained.seconds * recall.steps as f64 / TIMED as f64,
+    };
+    Ok(training + Probe::of(&decoder, &windows)?.decode(decoded))
 }
 
 /// The sequences' scores of one policy at one budget.
