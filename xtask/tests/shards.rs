@@ -58,10 +58,9 @@ fn numbers(output: &Output) -> Value {
 }
 
 fn strip(value: &mut Value) {
-    const TIMES: [&str; 7] = [
-        "tokens_per_second",
-        "tokens_per_second_dense",
-        "speedup",
+    const TIMES: [&str; 6] = [
+        "dense reads",
+        "read",
         "peak_rss_bytes",
         "peak_rss_scope",
         "calibration time",
@@ -69,8 +68,10 @@ fn strip(value: &mut Value) {
     ];
     match value {
         Value::Object(fields) => {
-            fields
-                .retain(|name, _| !TIMES.contains(&name.as_str()) && !name.starts_with("seconds"));
+            fields.retain(|name, _| {
+                let is_rate = name.contains("tokens_per_second") || name.ends_with("speedup");
+                !TIMES.contains(&name.as_str()) && !name.starts_with("seconds") && !is_rate
+            });
             fields.values_mut().for_each(strip);
         }
         Value::Array(values) => values.iter_mut().for_each(strip),
@@ -113,6 +114,101 @@ fn the_merged_report_of_parts_is_that_of_one_run() {
         assert_eq!(cells(&folder), count, "{suite}");
         let merged = numbers(&xtask(&["report", "--merge", dir, "--json"]));
         assert_eq!(merged, numbers(&run(&words, &["--json"])), "{suite}");
+    }
+}
+
+/// The report that is merged from three parts with a folder, which has `count` cells then, and that of one run.
+fn merged_and_whole(words: &[String], folder: &Path, count: usize) -> [Value; 2] {
+    let dir = folder.to_str().unwrap();
+    let missing = |part: usize| {
+        let output = run(words, &["--cells", dir, "--shard", &format!("{part}/3")]);
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{words:?}: {stderr}");
+        assert!(output.stdout.is_empty(), "{words:?}");
+        assert!(stderr.contains(&format!("part {part}/3")), "{stderr}");
+        count - cells(folder)
+    };
+    // A part measures its own cells: every third one.
+    let missing = [3, 1, 2].map(missing);
+    let of_first = count.div_ceil(3);
+    let of_third = count / 3;
+    assert_eq!(missing, [count - of_third, count - of_third - of_first, 0]);
+    let merged = numbers(&xtask(&["report", "--merge", dir, "--json"]));
+    [merged, numbers(&run(words, &["--json"]))]
+}
+
+fn split(words: &str) -> Vec<String> {
+    words.split_whitespace().map(String::from).collect()
+}
+
+#[test]
+fn questions_are_divided_by_model_and_file() {
+    let scene = Scene::new(json!({
+        "model_type": "llama", "hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 2,
+        "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 8, "max_position_embeddings": 64,
+    }));
+    let path = |name: &str| scene.path(name).display().to_string();
+    let pruned = words(&scene, "structured", "--method magnitude --ratio 0.5");
+    let pruned = run(&pruned, &["--json", "--save", &path("pruned")]);
+    assert_eq!(rows(&pruned).len(), 2);
+    let choices: Vec<String> = ["a b", "c", "d e f", "b", "f a"]
+        .iter()
+        .enumerate()
+        .map(|(i, goal)| {
+            json!({"goal": goal, "sol1": "c d", "sol2": "e", "label": i % 2}).to_string()
+        })
+        .collect();
+    fs::write(path("choices.jsonl"), choices.join("\n")).unwrap();
+    let questions =
+        ["a b", "c d e"].map(|q| json!({"question": q, "answer": "c\n#### 3"}).to_string());
+    fs::write(path("generated.jsonl"), questions.join("\n")).unwrap();
+    let [model, pruned] = ["model", "pruned"].map(path);
+    let [choices, generated] = ["choices.jsonl", "generated.jsonl"].map(path);
+    let words = split(&format!(
+        "eval tasks --max-new-tokens 4 --shots 0 --model {model},{pruned} --data {choices},{generated}"
+    ));
+    let [merged, whole] = merged_and_whole(&words, &scene.path("cells"), 4);
+    assert_eq!(merged["rows"].as_array().unwrap().len(), 4);
+    // Beside the first model, which another part asked.
+    assert!(merged["rows"][1]["accuracy_dense"].is_number(), "{merged}");
+    assert_eq!(merged, whole);
+}
+
+#[test]
+fn recurrent_networks_are_divided_by_seed() {
+    let folder = tempfile::tempdir().unwrap();
+    let words = split(
+        "eval lattice --task mod2,mod3 --method span,magnitude --sparsity 0.5 --seeds 2 --epochs 2 --finetune-epochs 1 \
+         --hidden 8 --examples 200,50,60",
+    );
+    // Four networks and the pictures of one.
+    let [merged, whole] = merged_and_whole(&words, &folder.path().join("cells"), 5);
+    assert!(merged["rows"].as_array().unwrap().len() > 10);
+    assert_eq!(merged, whole);
+}
+
+#[test]
+fn what_is_measured_as_one_is_left_to_one_part() {
+    let scene = Scene::new(json!({
+        "model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 8, "max_position_embeddings": 16,
+    }));
+    let path = |name: &str| scene.path(name).display().to_string();
+    for (suite, more) in [
+        ("chain", ""),
+        (
+            "frontier",
+            "--compare-samples 8 --coarse-tokens 64 --fine-tokens 128 --rounds 1 --memory 70% --formats gptq-int8-g32,gptq-int4-g32",
+        ),
+    ] {
+        let files = format!("--model {} --text {}", path("model"), path("text.txt"));
+        let words = split(&format!(
+            "eval {suite} --samples 4 --calib-samples 12 {files} --calib {} {more}",
+            path("calib.txt")
+        ));
+        let [merged, whole] = merged_and_whole(&words, &scene.path(suite), 1);
+        assert!(merged["rows"].as_array().unwrap().len() > 2, "{suite}");
+        assert_eq!(merged, whole, "{suite}");
     }
 }
 

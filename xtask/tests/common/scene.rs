@@ -64,6 +64,7 @@ pub(crate) fn rows(output: &Output) -> Vec<Value> {
     report["rows"].as_array().unwrap().clone()
 }
 
+#[allow(dead_code, reason = "each file of tests takes what it needs")]
 pub(crate) fn error(output: &Output) -> String {
     assert_eq!(output.status.code(), Some(1));
     let stderr = String::from_utf8(output.stderr.clone()).unwrap();
