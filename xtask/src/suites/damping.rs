@@ -13,9 +13,12 @@ pub(super) fn report(row: &mut Row, name: &str, linears: usize, damping: Option<
     row.extra
         .insert("damping_raised".into(), json!(damping.raised));
     if damping.raised > 0 {
+        // Growing tenfold rounds.
+        let largest = format!("{:.3e}", damping.largest).parse();
+        let largest: f64 = largest.unwrap_or(damping.largest);
         row.notes.push(format!(
-            "{name}: damping had to grow in {} of {linears} linears, up to {} of the mean diagonal: the calibration tokens are too few",
-            damping.raised, damping.largest,
+            "{name}: damping had to grow in {} of {linears} linears, up to {largest} of the mean diagonal: the calibration tokens are too few",
+            damping.raised,
         ));
     }
 }

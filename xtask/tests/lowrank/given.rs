@@ -113,6 +113,101 @@ fn a_gptq_folder_of_another_tool_is_repaired_with_its_own_size() {
     assert!(other.contains("--compressed"), "{other}");
 }
 
+#[test]
+fn every_folder_that_is_saved_is_what_was_measured_when_it_comes_back() {
+    let scene = llama();
+    for (compressor, form) in [
+        // Whose first version stores zero points less one.
+        ("rtn-int4-g16-sym", "gptq"),
+        ("gptq-int4-g16-sym-act", "gptq"),
+        ("rtn-int4-g16", "compressed-tensors"),
+        ("rtn-int8-g32-sym", "compressed-tensors"),
+        // Floats that are zero or as they were.
+        ("wanda-2:4", "compressed"),
+    ] {
+        let what = format!("{compressor} {form}");
+        let made = scene.path(&what.replace(' ', "-"));
+        let compress = [
+            "--compress",
+            compressor,
+            "--method",
+            "none",
+            "--no-controls",
+        ];
+        let to = ["--save-as", form, "--save", made.to_str().unwrap()];
+        let own = rows(&lowrank(&scene, &[&compress[..], &to].concat()));
+        let folder = made.join(form);
+        let given = ["--compressed", folder.to_str().unwrap(), "--no-controls"];
+        let methods = ["--method", "none,eora", "--rank", "4"];
+        let found = rows(&lowrank(&scene, &[&given[..], &methods].concat()));
+        let (none, eora) = (&found[1], &found[2]);
+        assert_eq!(
+            (&none["method"], &none["compress"]),
+            (&json!("none"), &json!(form)),
+            "{what}"
+        );
+        for field in ["loss", "perplexity", "perplexity_dense"] {
+            assert_eq!(none[field], own[1][field], "{what}: {field}");
+        }
+        assert_ne!(none["perplexity"], none["perplexity_dense"], "{what}");
+        let bytes = Checkpoint::open(&folder).unwrap().total_bytes();
+        assert_eq!(none["bytes"], bytes, "{what}");
+        assert!(number(eora, "loss") < number(none, "loss"), "{what}");
+        // The folder itself says the same.
+        let alone = rows(&crate::eval_model(&scene, &folder, &[]));
+        let ratio = number(&alone[0], "perplexity") / number(none, "perplexity");
+        assert!((ratio - 1.0).abs() < 1e-5, "{what}: {ratio}");
+    }
+}
+
+#[test]
+fn an_adapter_that_was_saved_by_a_relative_path_leads_to_its_base_from_elsewhere() {
+    let scene = llama();
+    let at = scene.path("");
+    let output = Command::new(env!("CARGO_BIN_EXE_xtask"))
+        .current_dir(&at)
+        .args(["eval", "lowrank", "--json", "--model", "model"])
+        .args(["--text", "text.txt", "--calib", "calib.txt"])
+        .args(["--calib-samples", "20", "--held-out-samples", "8"])
+        .args(["--compress", "rtn-int4-g16-sym", "--no-controls"])
+        .args(["--method", "eora", "--rank", "4"])
+        .args(["--save-as", "adapter,gptq", "--save", "here/saved"])
+        .output()
+        .unwrap();
+    let eora = &rows(&output)[1];
+    let adapter = at.join("here/saved/adapter");
+    let config = std::fs::read(adapter.join("adapter_config.json")).unwrap();
+    let config: Value = serde_json::from_slice(&config).unwrap();
+    let base = config["base_model_name_or_path"].as_str().unwrap();
+    let elsewhere = tempfile::tempdir().unwrap();
+    let measured = |model: &str| -> Value {
+        let output = Command::new(env!("CARGO_BIN_EXE_xtask"))
+            .current_dir(elsewhere.path())
+            .args(["eval", "perplexity", "--json", "--model", model])
+            .args(["--adapter".as_ref(), adapter.as_os_str()])
+            .args(["--text".as_ref(), scene.path("text.txt").as_os_str()])
+            .output()
+            .unwrap();
+        rows(&output);
+        assert_eq!(String::from_utf8_lossy(&output.stderr), "");
+        serde_json::from_slice(&output.stdout).unwrap()
+    };
+    let gptq = at.join("here/saved/gptq");
+    for model in [base, gptq.to_str().unwrap()] {
+        let report = measured(model);
+        assert_eq!(report["sections"][0].get("remarks"), None, "{model}");
+        let ratio = number(&report["rows"][0], "perplexity") / number(eora, "perplexity");
+        assert!((ratio - 1.0).abs() < 1e-5, "{model}: {ratio}");
+    }
+    // The factors fit the original as well, and the report says that they were not made for it.
+    let report = measured(scene.path("model").to_str().unwrap());
+    let remarks = report["sections"][0]["remarks"].to_string();
+    assert!(
+        remarks.contains(&format!("names {base} as the model")),
+        "{remarks}"
+    );
+}
+
 #[shared_data::needed("models/stories260K", "data/text")]
 #[test]
 fn a_gguf_file_is_repaired_beside_its_original_and_gets_a_lora_of_its_own_kind() {

@@ -9,6 +9,7 @@ mod scene;
 
 use scene::Scene;
 use serde_json::{Value, json};
+use std::path::Path;
 use std::process::{Command, Output};
 
 fn llama() -> Scene {
@@ -16,6 +17,17 @@ fn llama() -> Scene {
         "model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
         "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 8, "max_position_embeddings": 16,
     }))
+}
+
+/// The perplexity of a folder on the scene's text.
+fn eval_model(scene: &Scene, model: &Path, more: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_xtask"))
+        .args(["eval", "perplexity", "--json"])
+        .args(["--model".as_ref(), model.as_os_str()])
+        .args(["--text".as_ref(), scene.path("text.txt").as_os_str()])
+        .args(more)
+        .output()
+        .unwrap()
 }
 
 /// Runs a suite on the scene with more arguments.

@@ -265,6 +265,125 @@ fn reported_sizes_are_those_of_the_files() {
     }
 }
 
+/// The bytes of all tensors in a safetensors file, as its header says where they are.
+fn tensor_bytes(file: &Path) -> u64 {
+    let bytes = std::fs::read(file).unwrap();
+    let header = u64::from_le_bytes(bytes[..8].try_into().unwrap());
+    let end = 8 + header as usize;
+    let tensors: Value = serde_json::from_slice(&bytes[8..end]).unwrap();
+    let tensors = tensors.as_object().unwrap().iter();
+    let tensors = tensors.filter(|(name, _)| *name != "__metadata__");
+    let sizes = tensors.map(|(name, tensor)| {
+        let [start, end] = [0, 1].map(|i| tensor["data_offsets"][i].as_u64().unwrap());
+        let shape = tensor["shape"].as_array().unwrap().iter();
+        let elements: u64 = shape.map(|n| n.as_u64().unwrap()).product();
+        let size = match tensor["dtype"].as_str().unwrap() {
+            "I64" => 8,
+            "I32" | "F32" => 4,
+            "F16" | "BF16" => 2,
+            "I8" | "U8" => 1,
+            other => panic!("{name}: {other}"),
+        };
+        assert_eq!(end - start, elements * size, "{name}");
+        end - start
+    });
+    let total: u64 = sizes.sum();
+    assert_eq!(total, (bytes.len() - end) as u64);
+    total
+}
+
+#[test]
+fn the_reported_size_of_compressed_tensors_is_that_of_the_tensors_in_the_file() {
+    let scene = llama();
+    for compressor in [
+        "rtn-int4-g16-sym",
+        "rtn-int4-g16",
+        "rtn-int8-g32-sym",
+        "gptq-int4-g16-sym-act",
+    ] {
+        let save = scene.path(compressor);
+        let flags = [
+            "--compress",
+            compressor,
+            "--method",
+            "none,eora",
+            "--rank",
+            "3",
+        ];
+        let to = ["--no-controls", "--save-as", "compressed-tensors", "--save"];
+        let saved = [&to[..], &[save.to_str().unwrap()]].concat();
+        let found = rows(&lowrank(&scene, &[&flags[..], &saved].concat()));
+        for (row, folder) in found[1..].iter().zip(["none", "eora-3"]) {
+            let folder = save.join(format!("{compressor}-{folder}/compressed-tensors"));
+            let bytes = tensor_bytes(&folder.join("model.safetensors"));
+            assert_eq!(
+                row["bytes_saved"]["compressed-tensors"], bytes,
+                "{folder:?}"
+            );
+            let names = row["bytes_saved"].as_object().unwrap().keys();
+            assert_eq!(names.collect::<Vec<_>>(), ["compressed-tensors"]);
+        }
+        assert_eq!(found.len(), 3);
+    }
+}
+
+#[test]
+fn too_few_calibration_tokens_are_said_with_the_damping_that_was_enough() {
+    let scene = llama();
+    let calib = scene.path("calib.txt");
+    // One window has half as many tokens as a linear has inputs.
+    let run = |compressor: &str, windows: &str| {
+        let few = [
+            "--calib",
+            calib.to_str().unwrap(),
+            "--calib-samples",
+            windows,
+        ];
+        let flags = [
+            "--compress",
+            compressor,
+            "--method",
+            "none",
+            "--no-controls",
+        ];
+        let rest = ["--held-out-samples", "4"];
+        rows(&eval(
+            &scene,
+            "lowrank",
+            &[&few[..], &flags, &rest].concat(),
+        ))[1]
+            .clone()
+    };
+    let row = run("gptq-int4-damp0", "1");
+    assert_eq!(row["damping_raised"], 14);
+    let damping = number(&row, "damping");
+    // Tenfold from 1e-8, as often as it takes.
+    let steps = (damping / 1e-8).log10();
+    assert!(
+        (steps - steps.round()).abs() < 1e-9 && steps > -0.5,
+        "{damping}"
+    );
+    let note = format!(
+        "gptq-int4-damp0: damping had to grow in 14 of 14 linears, up to {} of the mean diagonal: the calibration tokens are too few",
+        format!("1e{}", steps.round() - 8.0).parse::<f64>().unwrap(),
+    );
+    assert_eq!(row["notes"], serde_json::json!([note]));
+    // What it ended with is enough to begin with.
+    let enough = run(&format!("gptq-int4-damp{damping}"), "1");
+    assert_eq!(
+        (&enough["damping_raised"], &enough["damping"]),
+        (&0.into(), &damping.into())
+    );
+    assert!(enough.get("notes").is_none(), "{enough}");
+    // Enough tokens need none, and the usual damping is said as well.
+    let many = run("gptq-int4", "40");
+    assert_eq!(
+        (&many["damping_raised"], &many["damping"]),
+        (&0.into(), &0.01.into())
+    );
+    assert!(many.get("notes").is_none(), "{many}");
+}
+
 #[test]
 fn a_cell_that_fails_leaves_the_report_of_the_others() {
     let scene = llama();
