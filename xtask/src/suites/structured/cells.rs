@@ -16,6 +16,7 @@ use prune_structured::{
 };
 use serde_json::json;
 use tensor_io::atomic::{read_sealed_json, write_sealed_json};
+use tensor_io::gguf::Gguf;
 use tensor_io::{Checkpoint, ContentHash};
 
 use super::config::{Config, Draw, Export};
@@ -303,8 +304,11 @@ pub(super) fn export(
                 if let Some(ratio) = row.ratio {
                     options = options.with_provenance("ratio", ratio);
                 }
-                let exported = gguf::export(pruned, options, folder.join(&name), &bar)?;
-                (name, exported.bytes)
+                let path = folder.join(&name);
+                gguf::export(pruned, options, &path, &bar)?;
+                // Of its tensors, as all sizes of models are.
+                let bytes = Gguf::open(&path)?.total_bytes();
+                (name, bytes)
             }
             Export::NemotronNas => {
                 let name = "nemotron-nas".to_string();
