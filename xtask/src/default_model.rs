@@ -37,6 +37,12 @@ pub fn folder() -> PathBuf {
     }
 }
 
+/// Whether a file is in the bundled model's folder, or is that folder, however its path is written.
+pub(crate) fn holds(path: &Path) -> bool {
+    let absolute = |path: &Path| std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+    absolute(path).starts_with(absolute(&folder()))
+}
+
 /// The entropy of the evaluation text in nats per token, over the tokens that `windows` windows of `window` positions score
 /// (all that the text has, where `None`).
 ///

@@ -3,6 +3,7 @@
 #[path = "common/scene.rs"]
 mod scene;
 
+use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
@@ -10,6 +11,7 @@ use candle_core::{DType, Device};
 use scene::{Scene, error, rows};
 use serde_json::{Value, json};
 use tensor_io::{Checkpoint, CheckpointWriter, TensorSpec, WriteOptions};
+use xtask::default_model;
 
 fn scene() -> Scene {
     Scene::new(json!({
@@ -310,4 +312,137 @@ fn a_random_model_names_its_flags_and_replaces_no_model_of_somebodys() {
         );
         assert!(!scene.path("odd").exists());
     }
+}
+
+/// A run that is not quiet, until it says how long it will take: what it said, up to that line. It is ended there.
+fn expectation(command: &mut Command) -> String {
+    let mut running = command
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut said = Vec::new();
+    for line in BufReader::new(running.stderr.take().unwrap()).lines() {
+        let line = line.unwrap();
+        let is_expectation = line.contains(": about ");
+        said.push(line);
+        if is_expectation {
+            break;
+        }
+    }
+    // It may have ended by itself, where it said nothing of the kind.
+    drop(running.kill());
+    running.wait().unwrap();
+    said.join("\n")
+}
+
+#[test]
+fn a_run_of_hours_says_so_before_it_begins() {
+    let folder = tempfile::tempdir().unwrap();
+    let search = |more: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_xtask"));
+        command
+            .args(["eval", "structured", "--method", "tyr", "--ratio", "0.25"])
+            .arg("--model")
+            .arg(default_model::folder())
+            .args(["--samples", "2", "--calib-samples", "2", "--window", "64"])
+            // A billion candidates.
+            .args(["--iterations", "1000", "--generations", "1000"])
+            .args(["--offspring", "1000", "--search-samples", "2"])
+            .args(more)
+            // For what a killed run leaves.
+            .env("TMPDIR", folder.path());
+        expectation(&mut command)
+    };
+    let hours = |said: &str| -> f64 {
+        let about = said
+            .strip_prefix("structured: about ")
+            .unwrap_or_else(|| panic!("{said}"));
+        let (number, unit) = about.split_once(' ').unwrap();
+        assert_eq!(unit, "hours", "{said}");
+        number.parse().unwrap()
+    };
+    // No machine takes a hundred billion tokens through four layers in a day, nor any ten thousand years.
+    assert!((24.0..1e8).contains(&hours(&search(&[]))));
+    let cells = folder.path().join("cells");
+    let said = search(&["--cells", cells.to_str().unwrap(), "--shard", "1/2"]);
+    let (time, less) = said.split_once(", ").unwrap_or_else(|| panic!("{said}"));
+    assert!(hours(time) >= 24.0, "{said}");
+    assert_eq!(less, "less what --cells has and other parts measure");
+}
+
+#[test]
+fn a_run_of_a_moment_says_nothing_of_its_time() {
+    let scene = scene();
+    for (suite, more) in SUITES {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_xtask"));
+        let with_calib = matches!(suite, "structured" | "lowrank");
+        let output = command
+            .args(["eval", suite, "--samples", "2", "--model"])
+            .arg(scene.path("model"))
+            .args(more.split_whitespace())
+            .args(with_calib.then_some("--calib"))
+            .args(with_calib.then(|| scene.path("calib.txt")))
+            .arg("--text")
+            .arg(scene.path("text.txt"))
+            .output()
+            .unwrap();
+        let stderr = String::from_utf8(output.stderr).unwrap();
+        assert!(output.status.success(), "{suite}: {stderr}");
+        assert!(!stderr.contains("about "), "{suite}: {stderr}");
+    }
+}
+
+#[test]
+fn a_model_of_ones_own_on_the_bundled_texts_is_told_what_its_perplexity_is_worth() {
+    const REMARK: &str = "The text is the bundled one, generated tales for the bundled model";
+    let scene = scene();
+    let own = scene.path("model");
+    let run = |suite: &str, model: &Path, more: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_xtask"));
+        command.args(["eval", suite, "--samples", "2", "--window", "16", "--model"]);
+        command.arg(model).args(more).output().unwrap()
+    };
+    let first = |suite: &str, model: &Path, more: &[&str]| {
+        let output = run(suite, model, &[more, &["--json"]].concat());
+        rows(&output);
+        let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+        report["sections"][0].clone()
+    };
+    let remarked = |section: &Value| {
+        let remarks = section["remarks"].as_array();
+        let mut remarks = remarks.into_iter().flatten();
+        remarks.any(|remark| remark.as_str().unwrap().starts_with(REMARK))
+    };
+    // Caches are measured on a text that is named.
+    for (suite, more) in SUITES.into_iter().filter(|(suite, _)| *suite != "kv") {
+        let more: Vec<&str> = more.split_whitespace().collect();
+        let section = first(suite, &own, &more);
+        assert!(remarked(&section), "{suite}: {}", section["remarks"]);
+        let facts = &section["protocol"];
+        assert_eq!(facts["evaluation text"], "evaluation.txt", "{suite}");
+        if matches!(suite, "structured" | "lowrank") {
+            assert_eq!(facts["calibration text"], "calibration.txt", "{suite}");
+        }
+    }
+    // As it is printed, too, where lines end elsewhere.
+    let printed = run("perplexity", &own, &[]);
+    let printed = String::from_utf8(printed.stdout).unwrap();
+    let words: Vec<&str> = printed.split_whitespace().collect();
+    assert!(words.join(" ").contains(REMARK), "{printed}");
+    // Neither on a text of one's own nor for the model that the text was made for.
+    let text = scene.path("text.txt");
+    let section = first("perplexity", &own, &["--text", text.to_str().unwrap()]);
+    assert!(!remarked(&section), "{section}");
+    assert_eq!(section["protocol"]["evaluation text"], "text.txt");
+    let bundled = default_model::folder();
+    let written_out = std::path::absolute(&bundled).unwrap();
+    for model in [&bundled, &written_out] {
+        let section = first("perplexity", model, &[]);
+        assert!(!remarked(&section), "{}: {section}", model.display());
+        assert_eq!(section["protocol"]["evaluation text"], "evaluation.txt");
+    }
+    let text = written_out.join("evaluation.txt");
+    let section = first("perplexity", &own, &["--text", text.to_str().unwrap()]);
+    assert!(remarked(&section), "{section}");
 }

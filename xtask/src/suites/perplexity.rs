@@ -55,7 +55,7 @@ impl Protocol {
             model: config.model.clone(),
             vocab: decoder.config().vocab,
             protocol,
-            is_bundled: config.model.starts_with(default_model::folder()),
+            is_bundled: default_model::holds(&config.model),
         })
     }
 
@@ -121,7 +121,7 @@ impl Protocol {
             kind => kind,
         };
         let mut section = section;
-        if text.starts_with(default_model::folder()) && !self.is_bundled {
+        if default_model::holds(text) && !self.is_bundled {
             section.remarks.push(
                 "The text is the bundled one, generated tales for the bundled model: it compares what was done to this model, \
                  and its perplexity means nothing beside published ones. --text names another."
