@@ -6,6 +6,7 @@ use causal_lm::testing::TestModel;
 use prune_structured::NoProgress;
 use prune_structured::gguf::{self, Precision};
 use serde_json::{Value, json};
+use tensor_io::gguf::Gguf;
 
 /// A tokenizer of forty tokens, `<s>` and `</s>` among them; with `in_front` it begins texts with `<s>` itself.
 fn tokenizer(byte_fallback: bool, in_front: bool) -> Value {
@@ -95,6 +96,42 @@ fn evaluation_and_exports_begin_texts_with_the_same_token() {
                 let what = format!("{names:?} {in_front} {byte_fallback} {}", place.display());
                 assert_eq!((read.bos(), read.adds_bos()), (bos, adds), "{what}");
             }
+        }
+    }
+}
+
+#[test]
+fn the_token_that_only_the_template_adds_is_that_of_the_gguf_file() {
+    // Neither of the two says it.
+    let config = causal_lm::testing::config("llama", json!({}));
+    assert!(config.get("bos_token_id").is_none());
+    let model = TestModel::with(&config, DType::F32, |_, tensor| tensor);
+    let path = model.path("model.gguf");
+    for byte_fallback in [false, true] {
+        // Readers take another token of their own in tokenizers with byte fallback, unless the file says that there is none.
+        let none = byte_fallback.then_some(u32::MAX.into());
+        for (in_front, bos) in [(true, Some(38)), (false, none)] {
+            let text = tokenizer(byte_fallback, in_front).to_string();
+            std::fs::write(model.dir().join("tokenizer.json"), text).unwrap();
+            assert!(!model.dir().join("tokenizer_config.json").exists());
+            gguf::export(&model.decoder(), Precision::F32, &path, &NoProgress).unwrap();
+            let file = Gguf::open(&path).unwrap();
+            let said = file.metadata();
+            let what = format!("byte fallback {byte_fallback}, in front {in_front}");
+            assert_eq!(
+                said.get_u64("tokenizer.ggml.bos_token_id").unwrap(),
+                bos,
+                "{what}"
+            );
+            assert_eq!(
+                said.get_bool("tokenizer.ggml.add_bos_token").unwrap(),
+                Some(in_front),
+                "{what}"
+            );
+            let read = TextTokenizer::open(&path).unwrap();
+            let tokens = read.encode_with_special_tokens("a").unwrap();
+            let expected = if in_front { vec![38, 0] } else { vec![0] };
+            assert_eq!(tokens, expected, "{what}");
         }
     }
 }
