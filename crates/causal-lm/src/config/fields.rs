@@ -130,10 +130,9 @@ impl Fields {
         nonzero(field, self.text.usize(field)?)
     }
 
-    /// Experts of a layer, or the architecture's own number. Newer configs have the first name; where both are, transformers takes
-    /// it.
-    pub(crate) fn experts_or(&self, default: usize) -> Result<usize> {
-        for field in ["num_local_experts", "num_experts"] {
+    /// Experts of a layer, under the first of `names` that is there, or the architecture's own number.
+    pub(crate) fn experts_or(&self, names: [&'static str; 2], default: usize) -> Result<usize> {
+        for field in names {
             if let Some(experts) = self.text.opt_usize(field)? {
                 return at_most(field, experts, MOST_EXPERTS);
             }

@@ -11,6 +11,10 @@ use crate::names;
 /// The field of the number of experts in Mixtral's configs.
 const LOCAL: &[&str] = &["num_local_experts"];
 
+// Names of the number of experts: where a config has both, transformers takes the first.
+const PLAIN_FIRST: [&str; 2] = ["num_experts", "num_local_experts"];
+const LOCAL_FIRST: [&str; 2] = ["num_local_experts", "num_experts"];
+
 pub(super) const MIXTRAL: Family = Family {
     model_type: "mixtral",
     names: &names::MIXTRAL,
@@ -27,7 +31,7 @@ pub(super) const MIXTRAL: Family = Family {
         let attention = model.attention.iter_mut();
         attention.for_each(|a| a.sliding_window = window);
         model.ropes = fields.rope(model, 1e6)?;
-        let mixture = mixture(fields, (8, 2), true)?;
+        let mixture = mixture(fields, PLAIN_FIRST, (8, 2), true)?;
         set(fields, model, |_| Some(mixture))
     },
 };
@@ -78,7 +82,7 @@ pub(super) const OLMOE: Family = Family {
         model.attention.iter_mut().for_each(|a| a.clip = clip);
         model.ropes = fields.rope(model, 1e4)?;
         let normalise = fields.flag_or("norm_topk_prob", false)?;
-        let mixture = mixture(fields, (64, 8), normalise)?;
+        let mixture = mixture(fields, LOCAL_FIRST, (64, 8), normalise)?;
         set(fields, model, |_| Some(mixture))
     },
 };
@@ -96,7 +100,7 @@ pub(super) const GRANITE: Family = Family {
         biases(fields, model)?;
         model.ropes = fields.rope(model, 1e4)?;
         factors(fields, model)?;
-        let mixture = mixture(fields, (8, 2), true)?;
+        let mixture = mixture(fields, LOCAL_FIRST, (8, 2), true)?;
         set(fields, model, |_| Some(mixture))
     },
 };
@@ -113,8 +117,13 @@ fn biases(fields: &Fields, model: &mut ModelConfig) -> Result<()> {
 }
 
 /// The experts of a layer that has some, of the width that dense layers have elsewhere.
-fn mixture(fields: &Fields, defaults: (usize, usize), normalise: bool) -> Result<Mixture> {
-    let experts = fields.experts_or(defaults.0)?;
+fn mixture(
+    fields: &Fields,
+    names: [&'static str; 2],
+    defaults: (usize, usize),
+    normalise: bool,
+) -> Result<Mixture> {
+    let experts = fields.experts_or(names, defaults.0)?;
     let width = match fields.text.get(WIDTHS_KEY) {
         Some(_) => 0,
         None => fields.positive("intermediate_size")?,
@@ -197,6 +206,7 @@ fn mapped(layer: usize, mixture: Option<Mixture>, ids: &[usize]) -> Result<Optio
 fn set_qwen(
     fields: &Fields,
     model: &mut ModelConfig,
+    names: [&'static str; 2],
     defaults: (usize, usize, usize),
     shared: usize,
 ) -> Result<()> {
@@ -205,7 +215,7 @@ fn set_qwen(
     let mixture = Mixture {
         width: fields.positive_or("moe_intermediate_size", Some(width))?,
         shared,
-        ..mixture(fields, (experts, chosen), normalise)?
+        ..mixture(fields, names, (experts, chosen), normalise)?
     };
     let dense = match fields.text.get("mlp_only_layers") {
         Some(_) => fields.text.usizes("mlp_only_layers")?,
@@ -235,7 +245,7 @@ fn read_qwen2(fields: &Fields, model: &mut ModelConfig) -> Result<()> {
     }
     model.ropes = fields.rope(model, 1e4)?;
     let shared = fields.positive_or("shared_expert_intermediate_size", Some(5632))?;
-    set_qwen(fields, model, (60, 4, 1408), shared)
+    set_qwen(fields, model, PLAIN_FIRST, (60, 4, 1408), shared)
 }
 
 fn read_qwen3(fields: &Fields, model: &mut ModelConfig) -> Result<()> {
@@ -247,5 +257,5 @@ fn read_qwen3(fields: &Fields, model: &mut ModelConfig) -> Result<()> {
         attention.for_each(|a| a.sliding_window = window);
     }
     model.ropes = fields.rope(model, 1e4)?;
-    set_qwen(fields, model, (128, 8, 768), 0)
+    set_qwen(fields, model, LOCAL_FIRST, (128, 8, 768), 0)
 }
