@@ -372,28 +372,6 @@ fn a_run_of_hours_says_so_before_it_begins() {
 }
 
 #[test]
-fn a_run_of_a_moment_says_nothing_of_its_time() {
-    let scene = scene();
-    for (suite, more) in SUITES {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_xtask"));
-        let with_calib = matches!(suite, "structured" | "lowrank");
-        let output = command
-            .args(["eval", suite, "--samples", "2", "--model"])
-            .arg(scene.path("model"))
-            .args(more.split_whitespace())
-            .args(with_calib.then_some("--calib"))
-            .args(with_calib.then(|| scene.path("calib.txt")))
-            .arg("--text")
-            .arg(scene.path("text.txt"))
-            .output()
-            .unwrap();
-        let stderr = String::from_utf8(output.stderr).unwrap();
-        assert!(output.status.success(), "{suite}: {stderr}");
-        assert!(!stderr.contains("about "), "{suite}: {stderr}");
-    }
-}
-
-#[test]
 fn a_model_of_ones_own_on_the_bundled_texts_is_told_what_its_perplexity_is_worth() {
     const REMARK: &str = "The text is the bundled one, generated tales for the bundled model";
     let scene = scene();
