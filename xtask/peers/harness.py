@@ -1,5 +1,5 @@
 """lm-evaluation-harness on a checkpoint folder, a text and question files in the layout of ARC or PIQA, as `cargo xtask eval
-perplexity --protocol rolling` and `cargo xtask eval tasks` read them. Prints one line for each.
+perplexity --protocol rolling` and `cargo xtask eval tasks --no-bos` read them. Prints one line for each.
 
     python xtask/peers/harness.py --model DIR --text FILE --window N --data arc.jsonl,piqa.jsonl
 """

@@ -37,10 +37,10 @@ pub fn folder() -> PathBuf {
     }
 }
 
-/// Whether a file is in the bundled model's folder, or is that folder, however its path is written.
+/// Whether a file is in the bundled model's folder, or is that folder, by whatever path.
 pub(crate) fn holds(path: &Path) -> bool {
-    let absolute = |path: &Path| std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
-    absolute(path).starts_with(absolute(&folder()))
+    let real = |path: &Path| path.canonicalize().unwrap_or_else(|_| path.to_owned());
+    real(path).starts_with(real(&folder()))
 }
 
 /// The entropy of the evaluation text in nats per token, over the tokens that `windows` windows of `window` positions score

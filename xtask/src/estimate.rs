@@ -112,12 +112,15 @@ impl Probe {
 }
 
 impl Settings {
-    /// Says on stderr how long the run of `name` will take, where it is worth saying and anybody reads it.
-    pub(crate) fn expect(&self, name: &str, seconds: impl FnOnce() -> Result<f64>) -> Result<()> {
+    /// Says on stderr how long the run of `name` will take, where it is worth saying and anybody reads it. What fails while it
+    /// is estimated is left to the run to say.
+    pub(crate) fn expect(&self, name: &str, seconds: impl FnOnce() -> Result<f64>) {
         if self.quiet {
-            return Ok(());
+            return;
         }
-        let seconds = seconds()?;
+        let Ok(seconds) = seconds() else {
+            return;
+        };
         if seconds >= WORTH_SAYING {
             let less = match self.cells.are_kept() {
                 true => ", less what --cells has and other parts measure",
@@ -125,7 +128,6 @@ impl Settings {
             };
             eprintln!("{name}: {}{less}", about(seconds));
         }
-        Ok(())
     }
 }
 

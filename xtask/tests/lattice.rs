@@ -214,6 +214,16 @@ fn a_network_that_fails_leaves_the_others() {
         );
     }
     assert!(run("text:absent.txt").is_empty());
+    // Where a run says how long it will take, too.
+    let output = Command::new(env!("CARGO_BIN_EXE_xtask"))
+        .args(["eval", "lattice"])
+        .args(line.split(' ').chain(["text:absent.txt,mod2", "--out"]))
+        .arg(tempfile::tempdir().unwrap().path())
+        .output()
+        .unwrap();
+    let (stdout, stderr) = (&output.stdout, &output.stderr);
+    assert!(String::from_utf8_lossy(stdout).contains(" span "));
+    assert!(String::from_utf8_lossy(stderr).contains("absent.txt"));
 }
 
 #[test]

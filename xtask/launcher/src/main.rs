@@ -1,4 +1,5 @@
-//! What `cargo xtask` runs first: it is built in a second, says how long the first build of xtask takes, and starts it.
+//! What `cargo xtask` runs first: it is built in a second, says how long the first build of xtask takes, and starts it. Flags of
+//! cargo before `xtask` end here; settings in the environment, such as `CARGO_NET_OFFLINE=true`, reach both builds.
 
 use std::env;
 use std::path::PathBuf;
@@ -7,7 +8,7 @@ use std::process::{Command, ExitCode};
 fn main() -> ExitCode {
     if program().is_some_and(|program| !program.exists()) {
         eprintln!(
-            "xtask is compiled once, optimised: about 15 minutes of processor time, seven to nine minutes on two cores. cargo names each crate; later runs start at once."
+            "the first build of xtask, optimised, takes seven to nine minutes on two cores; cargo names the crates as it compiles them"
         );
     }
     let cargo = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());

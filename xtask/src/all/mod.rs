@@ -12,13 +12,12 @@ use anyhow::{Context, Result, ensure};
 use causal_lm::{Decoder, Windows};
 use eval_report::{Section, command_line, format};
 use lm_eval::ProtocolKind;
+use prune_lattice::experiment;
 use toy_lm::bundled::{CALIBRATION, EVALUATION};
 
 pub use self::inputs::Inputs;
 use self::preset::Preset;
 use self::summary::Part;
-use prune_lattice::experiment::expected_seconds;
-
 use crate::default_model;
 use crate::estimate::Probe;
 use crate::settings::{Settings, one_line, part};
@@ -130,7 +129,8 @@ fn opened(settings: &Settings, inputs: &Inputs, presets: &[Preset]) -> Result<()
     let calibration = protocol.calibration(&inputs.calib)?;
     settings.expect("all but frontier", || {
         seconds(&decoder, evaluation, &calibration, presets)
-    })
+    });
+    Ok(())
 }
 
 /// About how long the suites take whose work is known beforehand.
@@ -144,7 +144,7 @@ fn seconds(
     let drawn = |windows: usize| tokens(&calibration.first(windows));
     let of_suite = |preset: &Preset| -> Result<f64> {
         Ok(match &preset.suite {
-            Suite::Lattice(config) => expected_seconds(&config.experiment)?,
+            Suite::Lattice(config) => experiment::expected_seconds(&config.experiment)?,
             Suite::Structured(config) => {
                 let counts = Counts {
                     evaluation,

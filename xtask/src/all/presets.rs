@@ -193,7 +193,7 @@ fn kv(inputs: &Inputs, settings: &Settings) -> Result<Preset> {
     };
     let shown = vec![
         Shown::new("full cache, decoding", kv::FULL),
-        // What is recommended, the paper's, and a draw.
+        // What is recommended where int8 is too large, the paper's, and a draw.
         Shown::new("every token, in 4 bits", "full+int4"),
         shown("lazy"),
         shown("random"),

@@ -231,12 +231,10 @@ const MODEL: &str =
 
 /// The help of a flag that names models: names on a hub too, in a build that fetches them.
 fn models(help: &str) -> String {
-    let hub = if cfg!(feature = "hub") {
-        "; or hf:OWNER/NAME"
-    } else {
-        ""
-    };
-    format!("{help}{hub}")
+    match cfg!(feature = "hub") {
+        true => format!("{help}. hf:OWNER/NAME is fetched from the Hugging Face hub"),
+        false => help.to_owned(),
+    }
 }
 
 /// Model and text to measure perplexity with.

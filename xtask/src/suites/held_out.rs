@@ -28,7 +28,7 @@ pub(super) fn split(
 
 /// `count` windows to compare whole models on, drawn from those that `calibration` does not have: what is refitted on the
 /// windows that it is judged by looks better than it is, most where a refit has many columns. Where the text has fewer others,
-/// they are drawn from all of it.
+/// all of them and some of the calibration's.
 pub(super) fn compared(
     windows: &Windows,
     calibration: &Windows,
@@ -36,17 +36,21 @@ pub(super) fn compared(
     seed: u64,
 ) -> Windows {
     let others = windows.without(calibration);
-    let enough = others.count() >= count;
-    let from = if enough { &others } else { windows };
-    from.sample(count, seed)
+    let missing = count.saturating_sub(others.count());
+    if missing == 0 {
+        return others.sample(count, seed);
+    }
+    let fitted = windows.without(&others);
+    let left_out = fitted.without(&fitted.sample(missing, seed));
+    windows.without(&left_out)
 }
 
-/// How many windows models are compared on, and whether anything was fitted to them.
+/// How many windows models are compared on, and how many of them something was fitted to.
 pub(super) fn describe(compared: &Windows, calibration: &Windows) -> String {
     let count = compared.count();
-    match compared.without(calibration).count() == count {
-        true => format!("{count}, none calibrated on"),
-        false => format!("{count}, some calibrated on"),
+    match count - compared.without(calibration).count() {
+        0 => format!("{count}, none calibrated on"),
+        fitted => format!("{count}, {fitted} calibrated on"),
     }
 }
 
@@ -76,11 +80,15 @@ mod tests {
         assert_eq!(unseen.count(), 20);
         assert!(unseen.iter().all(|window| !seen.contains(window)));
         assert_eq!(describe(&unseen, &calibration), "20, none calibrated on");
-        // Too few are left for 21.
-        assert_eq!(compared(&windows, &calibration, 21, 3).count(), 21);
+        // 24 others and six that are calibrated on.
+        let all = windows.count();
+        assert_eq!(all, 40);
+        let filled = compared(&windows, &calibration, 26, 3);
+        assert_eq!(describe(&filled, &calibration), "26, 6 calibrated on");
         let seen = compared(&windows, &windows, 8, 3);
         assert_eq!(seen, windows.sample(8, 3));
-        assert_eq!(describe(&seen, &windows), "8, some calibrated on");
+        assert_eq!(describe(&seen, &windows), "8, 8 calibrated on");
+        assert_eq!(compared(&windows, &calibration, 100, 3), windows);
     }
 
     #[test]

@@ -144,7 +144,7 @@ impl AllAsked {
         let evaluator = evaluator(settings, config, path, &decoder)?;
         self.bos |= evaluator.bos();
         self.dense.resize(tasks.len(), None);
-        settings.expect(name, || seconds(settings, config, (path, &decoder), tasks))?;
+        settings.expect(name, || seconds(settings, config, (path, &decoder), tasks));
         for (i, &(data, examples)) in tasks.iter().enumerate() {
             let cell = format!("{}: {} {i}", path.display(), data.name());
             if let Some(dir) = &config.log_samples {

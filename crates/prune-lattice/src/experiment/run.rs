@@ -81,7 +81,7 @@ fn steps_of_network(
 }
 
 /// About how many seconds [`run`] takes: an epoch of training is timed for each task and cell, and counted as often as there
-/// are steps of its progress. Training that stops early takes less.
+/// are steps of its progress, side by side on as many threads as there are. Training that stops early takes less.
 ///
 /// # Errors
 /// As [`run`].
@@ -106,7 +106,9 @@ pub fn expected_seconds(config: &ExperimentConfig) -> Result<f64> {
             train(rnn, data, training, wired, &NoProgress)?;
             let steps = steps_of_network(config, (task, cell), &methods);
             let networks = config.seeds.len() as f64;
-            seconds += started.elapsed().as_secs_f64() * steps as f64 * networks;
+            let at_once = (rayon::current_num_threads() / training.shards.max(1)).max(1);
+            let each = started.elapsed().as_secs_f64() * steps as f64;
+            seconds += each * networks / (at_once as f64).min(networks);
         }
     }
     Ok(seconds)

@@ -318,7 +318,7 @@ pub fn run(settings: &Settings, config: &Config) -> Result<Vec<Section>> {
         let probe = Probe::of(&decoder, &calibration)?;
         let texts = (tokens(&calibration), tokens(&compared));
         Ok(config.seconds(&probe, texts, tokens(&evaluation)))
-    })?;
+    });
     let stored = packed(&checkpoint, Arithmetic::Int8)?;
     let dense = Model::load(&stored)?;
     let methods = config.methods(config.cache(policy::admits(&dense, KV_DTYPE)?)?)?;

@@ -142,7 +142,7 @@ pub fn run(settings: &Settings, config: &Config) -> Result<Vec<Section>> {
         let passed = prepared.tokens_of_curves() + plans;
         // Making treatments takes as long as measuring them.
         Ok(2.0 * probe.pass(passed as usize))
-    })?;
+    });
     let mut frontier = prepared.measure(&bar).map_err(in_flags)?;
     let mut measuring = Row::new("frontier", "measuring");
     watch.stop(&mut measuring);

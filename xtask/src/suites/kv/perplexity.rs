@@ -111,7 +111,7 @@ fn one(settings: &Settings, config: &Config, text: &Text, among: bool) -> Result
     settings.expect("kv", || {
         let positions = windows.count() * window;
         Ok(Probe::of(&decoder, &windows)?.decode((1 + runs) * positions))
-    })?;
+    });
     let bar = settings.bar(FULL, steps as u64);
     let full = config.full.cache(window, settings.seed);
     let row = reference(Row::new(SUITE, FULL));

@@ -99,7 +99,7 @@ pub(crate) fn run(settings: &Settings, config: &Config, speed: &Speed) -> Result
         let context = Windows::of_length(tokens[..prompt].to_vec(), prompt)?;
         let probe = Probe::of(&decoder, &context)?;
         Ok(lanes as f64 * (probe.pass(prompt) + probe.decode(window - prompt)))
-    })?;
+    });
     let bar = settings.bar("context", (lanes + (window - prompt)) as u64);
     let watch = Stopwatch::start();
 

@@ -79,7 +79,7 @@ pub fn run(settings: &Settings, config: &Config) -> Result<Vec<Section>> {
             (rows, pictures)
         }
         None => {
-            settings.expect("lattice", || Ok(experiment::expected_seconds(experiment)?))?;
+            settings.expect("lattice", || Ok(experiment::expected_seconds(experiment)?));
             let rows = networks(settings, experiment, &mut failures, &bar)?;
             let (task, cell) = experiment
                 .tasks

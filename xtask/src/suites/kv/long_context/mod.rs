@@ -112,7 +112,7 @@ pub(crate) fn run(
     for &length in &task.lengths {
         policy::check(&model, &config.policies, &config.budgets, length)?;
     }
-    settings.expect("kv", || seconds(&model, &config, task.feed, &asked))?;
+    settings.expect("kv", || seconds(&model, &config, task.feed, &asked));
     let run = Run {
         settings,
         config: &config,

@@ -12,13 +12,14 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
 use candle_core::DType;
-use causal_lm::{BATCH_TOKENS, Model, Windows};
+use causal_lm::{BATCH_TOKENS, Decoder, Model, Windows};
 use kv_lazy::trace::Trace;
 use kv_lazy::{CacheConfig, PolicyConfig};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use serde_json::json;
-use tensor_io::{NoProgress, WriteOptions};
+use tensor_io::{Checkpoint, NoProgress, WriteOptions};
+use toy_lm::Trained;
 
 use super::bootstrap;
 use super::peak::{MEAN_OVER_FULL, PeakCache, compare_means};
@@ -43,6 +44,8 @@ const SEQUENCES: usize = 64;
 const PROMPT: usize = 4;
 /// Tokens that the tasks need after the prompt.
 const LEAST: usize = 28;
+/// Steps of training by which its time is known beforehand.
+const TIMED: usize = 8;
 /// Accuracy from which the model counts as having learned a task.
 const LEARNED: f64 = 0.9;
 
@@ -82,15 +85,6 @@ pub(crate) fn run(settings: &Settings, config: &Config, recall: &Recall) -> Resu
     );
     let scratch = Scratch::new()?;
     let sequences = settings.samples.unwrap_or(SEQUENCES);
-    settings.expect(SUITE, || {
-        expected_seconds(
-            settings,
-            config,
-            recall,
-            scratch.path(),
-            (sequences, length),
-        )
-    })?;
     let mut trained = None;
     let dir = match &recall.model {
         Some(dir) => dir.clone(),
@@ -98,6 +92,13 @@ pub(crate) fn run(settings: &Settings, config: &Config, recall: &Recall) -> Resu
             if let Some(dir) = &recall.save {
                 ensure!(!dir.exists(), "--save {}: already exists", dir.display());
             }
+            settings.expect(SUITE, || {
+                let timed = scratch.path().join("timed");
+                let (trained, checkpoint) = timed_training(&timed, settings.seed)?;
+                let training = trained.seconds * recall.steps as f64 / TIMED as f64;
+                let decoder = model::decoder(settings, &checkpoint)?;
+                Ok(training + decoding_seconds(&decoder, config, (sequences, length))?)
+            });
             let dir = recall.save.clone();
             let dir = dir.unwrap_or_else(|| scratch.path().join("model"));
             let bar = settings.bar("training", recall.steps as u64);
@@ -128,6 +129,11 @@ pub(crate) fn run(settings: &Settings, config: &Config, recall: &Recall) -> Resu
     );
     let model = Model::load(&decoder)?;
     policy::check(&model, &config.policies, &config.budgets, length)?;
+    if trained.is_none() {
+        settings.expect(SUITE, || {
+            decoding_seconds(&decoder, config, (sequences, length))
+        });
+    }
 
     let mut curves = Vec::new();
     let mut sections = Vec::new();
@@ -171,30 +177,24 @@ pub(crate) fn run(settings: &Settings, config: &Config, recall: &Recall) -> Resu
     Ok(sections)
 }
 
-/// About how long training and all sequences take, by a few steps of training and a batch of the model that they make.
-fn expected_seconds(
-    settings: &Settings,
+/// A few steps of training, and the model that they make.
+fn timed_training(dir: &Path, seed: u64) -> Result<(Trained, Checkpoint)> {
+    let trained = train::train(dir, &WriteOptions::default(), TIMED, seed, &NoProgress)?;
+    Ok((trained, causal_lm::open(dir)?))
+}
+
+/// About how long it takes to decode all sequences.
+fn decoding_seconds(
+    decoder: &Decoder<'_>,
     config: &Config,
-    recall: &Recall,
-    scratch: &Path,
     (sequences, length): (usize, usize),
 ) -> Result<f64> {
-    const TIMED: usize = 8;
-    let dir = scratch.join("timed");
-    let options = WriteOptions::default();
-    let trained = train::train(&dir, &options, TIMED, settings.seed, &NoProgress)?;
-    let checkpoint = causal_lm::open(&dir)?;
-    let decoder = model::decoder(settings, &checkpoint)?;
-    let mut rng = ChaCha8Rng::seed_from_u64(settings.seed);
+    let mut rng = ChaCha8Rng::seed_from_u64(0);
     let batch = (0..BATCH_TOKENS / length + 1)
         .flat_map(|_| Kind::ALL[0].sample(length, PROMPT, &mut rng).tokens);
     let windows = Windows::cut(&batch.collect::<Vec<_>>(), length, None)?;
     let decoded = Kind::ALL.len() * sequences * length * (1 + config.all_runs());
-    let training = match &recall.model {
-        Some(_) => 0.0,
-        None => trained.seconds * recall.steps as f64 / TIMED as f64,
-    };
-    Ok(training + Probe::of(&decoder, &windows)?.decode(decoded))
+    Ok(Probe::of(decoder, &windows)?.decode(decoded))
 }
 
 /// The sequences' scores of one policy at one budget.
