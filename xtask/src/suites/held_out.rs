@@ -80,7 +80,7 @@ mod tests {
         assert_eq!(unseen.count(), 20);
         assert!(unseen.iter().all(|window| !seen.contains(window)));
         assert_eq!(describe(&unseen, &calibration), "20, none calibrated on");
-        // 24 others and six that are calibrated on.
+        // 20 others and six that are calibrated on.
         let all = windows.count();
         assert_eq!(all, 40);
         let filled = compared(&windows, &calibration, 26, 3);

@@ -7,6 +7,6 @@ use causal_lm::Windows;
 pub struct Data<'a> {
     /// Windows that sublayers are refitted on.
     pub calibration: &'a Windows,
-    /// Windows that candidates are compared on: others than those that they are refitted on, where there are enough.
+    /// Windows that candidates are compared on: best others than those that they are refitted on.
     pub search: &'a Windows,
 }

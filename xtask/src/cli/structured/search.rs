@@ -34,8 +34,8 @@ pub(super) struct SearchArgs {
     /// Number of largest dense logits that candidates are compared on
     #[arg(long, value_name = "N")]
     top_k: Option<usize>,
-    /// Windows of the calibration text to compare candidates, or measure curves, on: those that are not calibrated on, where there
-    /// are enough [default: 256, or 8 without a search]
+    /// Windows of the calibration text to compare candidates, or measure curves, on: first those that are not calibrated
+    /// on [default: 256, or 8 without a search]
     #[arg(long, value_name = "N", value_parser = positive)]
     search_samples: Option<NonZeroUsize>,
     /// Activations to calibrate each block of a supernet on [default: mixture]

@@ -35,7 +35,7 @@ use crate::suites::kv::perplexity::{Decoding, batch, prompt};
 use crate::suites::kv::policy::{self, ALPHA, Choice, PromptRule};
 use crate::suites::lowrank::possible_rank;
 use crate::suites::perplexity::{self, Protocol, file_name, tokens};
-use crate::suites::structured::search::{MEASURED, measured};
+use crate::suites::structured::search::{MEASURED, measured, searches};
 
 /// Name of the suite.
 pub(crate) const SUITE: &str = "chain";
@@ -203,7 +203,7 @@ impl Config {
         stored.with_context(|| format!("--compress {compressor} --for {}", self.target))?;
         let recipe = self.recipe(&self.prune, settings.seed, decoder)?;
         ensure!(
-            !matches!(recipe.allocation, Allocation::Searched(_)),
+            !searches(&recipe),
             "--prune {}: its widths are searched first; prune with eval structured --save, and chain what it wrote with --ratio 0",
             self.prune
         );

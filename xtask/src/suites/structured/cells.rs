@@ -11,8 +11,7 @@ use prune_structured::gguf::{self, ExportOptions};
 use prune_structured::output::Refits;
 use prune_structured::stats::Needs;
 use prune_structured::{
-    Allocation, Calibration, Collect, Compensation, Cost, Loading, Plan, Recipe, nemotron,
-    structprune,
+    Calibration, Collect, Compensation, Cost, Loading, Plan, Recipe, nemotron, structprune,
 };
 use serde_json::json;
 use tensor_io::atomic::{read_sealed_json, write_sealed_json};
@@ -159,7 +158,7 @@ impl Cells<'_> {
     ) -> Result<(Plan, Option<Calibration>)> {
         let recipe = &draw.recipe;
         let maker = self.maker(inputs.calibration);
-        if !matches!(recipe.allocation, Allocation::Searched(_)) {
+        if !search::searches(recipe) {
             return Ok((maker.plan(recipe, inputs.curves, ratio, bar)?, None));
         }
         let folder = self.search_folder(draw, ratio);

@@ -13,6 +13,7 @@ use tensor_io::PendingFile;
 
 use super::config::{CALIBRATION, Config, ExpertMethods, Export};
 use super::experts::{aims, label, planned};
+use super::search::searches;
 use crate::settings::{Settings, once, spares};
 use crate::suites::perplexity;
 
@@ -181,7 +182,7 @@ fn applied(config: &Config, is_mixture: bool) -> Result<()> {
 fn asked_of(config: &Config, recipe: &Recipe, decoder: &Decoder<'_>, ratio: f64) -> Result<()> {
     let blame = |error| by_flag(error, &recipe.name);
     recipe.check(decoder, ratio).map_err(blame)?;
-    if let Allocation::Searched(_) = recipe.allocation {
+    if searches(recipe) {
         let options = &config.search.options;
         options.check(decoder, recipe).map_err(blame)?;
         if let Some(start) = config.search.start_of(recipe) {
@@ -288,7 +289,7 @@ fn read_by_any(config: &Config, decoder: &Decoder<'_>, is_mixture: bool) -> Resu
 
 /// Whether a method for dense models reads a flag.
 fn reads(config: &Config, decoder: &Decoder<'_>, flag: &str, recipe: &Recipe) -> bool {
-    let searches = matches!(recipe.allocation, Allocation::Searched(_));
+    let searches = searches(recipe);
     match flag {
         "--temperature" => matches!(recipe.allocation, Allocation::Softmax(_)),
         "--max-ratio" => matches!(

@@ -90,7 +90,7 @@ impl Config {
 }
 
 /// Whether a method compares candidates of the whole model.
-fn searches(recipe: &Recipe) -> bool {
+pub(crate) fn searches(recipe: &Recipe) -> bool {
     matches!(recipe.allocation, Allocation::Searched(_))
 }
 
